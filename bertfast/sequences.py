@@ -1,0 +1,123 @@
+"""Where each sequence of a packed batch starts: `cu_seqlens` and what follows from it.
+
+Packed tokens lie end to end in one dimension of `tokens` places; sequence `s` occupies places
+`cu_seqlens[s] .. cu_seqlens[s + 1]`. Places beyond `cu_seqlens[-1]` are inert: no sequence owns them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The division of `tokens` packed places into sequences. Build it with a `from_…` method, which checks it once.
+
+    Attributes:
+        cu_seqlens: int32 [S + 1] on the activations' device; starts at 0, never decreases.
+        numbers: int64 [S] on the same device; each sequence's own number in the run, from which dropout draws.
+        lengths: the S lengths, on the host.
+        tokens: places in a packed activation, inert ones included.
+    """
+
+    cu_seqlens: Tensor
+    numbers: Tensor
+    lengths: tuple[int, ...]
+    tokens: int
+
+    @classmethod
+    def from_lengths(cls, lengths, *, numbers=None, tokens: int | None = None, device=None) -> Sequences:
+        """Sequences of the given lengths (host integers, 0 allowed), numbered 0, 1, … unless `numbers` [S] says otherwise.
+
+        `tokens` (default: the sum of the lengths) leaves inert places at the end.
+        """
+        lengths = tuple(int(length) for length in lengths)
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"sequence lengths must not be negative, got {min(lengths)}")
+        total = sum(lengths)
+        tokens = total if tokens is None else tokens
+        if total > tokens:
+            raise ValueError(f"the sequences hold {total} tokens, more than the {tokens} places they are packed into")
+        if tokens >= 2**31:
+            raise ValueError(f"a packed batch holds fewer than 2**31 tokens, got {tokens}")
+        numbers = torch.arange(len(lengths)) if numbers is None else torch.as_tensor(numbers)
+        if numbers.shape != (len(lengths),):
+            raise ValueError(f"{len(lengths)} sequences want as many numbers, got shape {tuple(numbers.shape)}")
+        cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        return cls(cu_seqlens.to(device), numbers.to(device, torch.int64), lengths, tokens)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, *, numbers=None, tokens: int | None = None) -> Sequences:
+        """Sequences from `cu_seqlens` [S + 1], an integer tensor as flash attention's variable-length functions take it.
+
+        Copies it to the host, which waits for the device: build once per batch.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be an integer tensor of shape [sequences + 1], "
+                f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            )
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}")
+        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        if any(length < 0 for length in lengths):
+            raise ValueError("cu_seqlens must never decrease")
+        return cls.from_lengths(lengths, numbers=numbers, tokens=tokens, device=cu_seqlens.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest sequence, 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def used(self) -> int:
+        """Places that belong to a sequence."""
+        return sum(self.lengths)
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        """int64 [T]: the sequence that each place belongs to; inert places name the last one."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        last = max(len(lengths) - 1, 0)
+        return torch.nn.functional.pad(index, (0, self.tokens - self.used), value=last).to(self.cu_seqlens.device)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [T]: each place's position in its sequence; inert places count on."""
+        place = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return place - self.cu_seqlens.long()[self.token_index] if self.lengths else place
+
+    @cached_property
+    def token_number(self) -> Tensor:
+        """int64 [T]: the number of the sequence that each place belongs to."""
+        return self.numbers[self.token_index] if self.lengths else torch.zeros_like(self.position)
+
+    def to(self, device, non_blocking: bool = False) -> Sequences:
+        """The same sequences with their tensors on `device`."""
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            numbers=self.numbers.to(device, non_blocking=non_blocking),
+        )
+
+
+def attended_places(attention_mask: Tensor) -> tuple[Tensor, list[int]]:
+    """Where a padded batch holds tokens: (int64 [T] places in the flattened [B · L], the B row lengths).
+
+    `attention_mask` [B, L] is nonzero at real tokens, wherever they stand in the row. Waits for the device.
+    """
+    attended = attention_mask != 0
+    return attended.flatten().nonzero().squeeze(1), attended.sum(1).tolist()
+
+
+def unpack(packed: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Put packed rows [T, …] back at `places` of a padded [B, L, …]; padding is zero."""
+    padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
+    return padded.index_copy(0, places, packed).unflatten(0, shape)

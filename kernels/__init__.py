@@ -1,0 +1,1 @@
+"""Triton kernels of bertfast, one operation a file."""
