@@ -1,0 +1,214 @@
+"""Token shards: documents of sentences of token ids, memory-mapped, with a manifest that says what they are.
+
+A shards folder holds `manifest.json` and one folder a part, usually one part for each file of the corpus:
+
+    tokens.bin            token ids end to end, uint16 or uint32, without [CLS] and [SEP]
+    sentence_starts.bin   int64 offsets into the tokens, one a sentence and the number of tokens
+    document_starts.bin   int64 offsets into the sentences, one a document and the number of sentences
+    part.json             counts, dtype, checksums and where the part came from
+
+All numbers are little-endian. A part is written under a temporary name and renamed, so one that is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "bertfast shards 1"
+FILES = ("tokens", "sentence_starts", "document_starts")
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
+    return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One memory-mapped part of a shards folder.
+
+    Attributes:
+        tokens: uint16 or uint32 [tokens], the ids of all sentences end to end.
+        sentence_starts: int64 [sentences + 1], offsets into `tokens`; the last is the number of tokens.
+        document_starts: int64 [documents + 1], offsets into the sentences; the last is the number of sentences.
+    """
+
+    tokens: np.ndarray
+    sentence_starts: np.ndarray
+    document_starts: np.ndarray
+
+
+class PartWriter:
+    """Writes one part, a document at a time; use as a context manager.
+
+    The part appears as `folder/name` when the block ends well, replacing one that was there, and not at all otherwise.
+    `origin` is any JSON value kept in `part.json`: what the part was made from.
+    """
+
+    def __init__(self, folder: Path | str, name: str, dtype: np.dtype | type, origin=None):
+        self.target = Path(folder) / name
+        self.temporary = self.target.with_name(f".{name}.{os.getpid()}")
+        self.dtypes = dict(
+            zip(FILES, (np.dtype(dtype).newbyteorder("<"), np.dtype("<i8"), np.dtype("<i8")), strict=True)
+        )
+        self.origin = origin
+        self.documents = self.sentences = self.tokens = 0
+
+    def __enter__(self) -> PartWriter:
+        shutil.rmtree(self.temporary, ignore_errors=True)  # of a run that was killed
+        self.temporary.mkdir(parents=True)
+        self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in FILES}
+        self.digests = {name: hashlib.sha256() for name in FILES}
+        self._append("sentence_starts", [0])
+        self._append("document_starts", [0])
+        return self
+
+    def add(self, document: Sequence[Sequence[int]]) -> None:
+        """Append a document, one sequence of token ids a sentence; empty sentences and empty documents are dropped."""
+        sentences = [sentence for sentence in document if len(sentence)]
+        if not sentences:
+            return
+        ends = self.tokens + np.cumsum([len(sentence) for sentence in sentences])
+        self.documents += 1
+        self.sentences += len(sentences)
+        self.tokens = int(ends[-1])
+        self._append("tokens", np.concatenate(sentences))
+        self._append("sentence_starts", ends)
+        self._append("document_starts", [self.sentences])
+
+    def _append(self, name: str, values) -> None:
+        content = np.asarray(values).astype(self.dtypes[name]).tobytes()
+        self.files[name].write(content)
+        self.digests[name].update(content)
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        for file in self.files.values():
+            file.close()
+        if error_type is not None:
+            shutil.rmtree(self.temporary)
+            return
+        description = {
+            "documents": self.documents,
+            "sentences": self.sentences,
+            "tokens": self.tokens,
+            "dtype": self.dtypes["tokens"].name,
+            "checksums": {name: digest.hexdigest() for name, digest in self.digests.items()},
+            "origin": self.origin,
+        }
+        (self.temporary / "part.json").write_text(json.dumps(description, indent=1))
+        shutil.rmtree(self.target, ignore_errors=True)
+        self.temporary.rename(self.target)
+
+
+def write_part(folder: Path | str, name: str, documents: Iterable[Sequence[Sequence[int]]], dtype=np.uint16) -> None:
+    """Write `documents`, each a sequence of sentences of token ids, as the part `folder/name`."""
+    with PartWriter(folder, name, dtype) as part:
+        for document in documents:
+            part.add(document)
+
+
+def part_origin(folder: Path | str, name: str):
+    """What the finished part `folder/name` was made from, None if there is no such part."""
+    try:
+        return json.loads((Path(folder) / name / "part.json").read_text())["origin"]
+    except FileNotFoundError:
+        return None
+
+
+def write_manifest(folder: Path | str, names: Iterable[str], *, vocabulary_size: int, tokenizer_hash: str) -> None:
+    """Declare the finished parts `names` one shards folder, in that order."""
+    folder = Path(folder)
+    parts = [{"name": name} | json.loads((folder / name / "part.json").read_text()) for name in names]
+    manifest = {
+        "format": FORMAT,
+        "vocabulary_size": vocabulary_size,
+        "tokenizer_hash": tokenizer_hash,
+        **{count: sum(part[count] for part in parts) for count in ("documents", "sentences", "tokens")},
+        "parts": parts,
+    }
+    temporary = folder / ".manifest.partial"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.rename(folder / "manifest.json")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of token shards, opened for reading; `parts` are those that hold documents."""
+
+    folder: Path
+    parts: list[Part]
+    documents: int
+    sentences: int
+    tokens: int
+    vocabulary_size: int
+    tokenizer_hash: str
+
+    @classmethod
+    def open(cls, folder: Path | str, tokenizer_hash: str | None = None) -> Shards:
+        """Map the shards in `folder`; with `tokenizer_hash`, only if they were made with that tokenizer.
+
+        Raises FileNotFoundError where there are none and ValueError, naming the file, where they are not as declared.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        if tokenizer_hash not in (None, manifest["tokenizer_hash"]):
+            raise ValueError(
+                f"the shards in {folder} were made with another tokenizer "
+                f"({manifest['tokenizer_hash'][:12]}, not {tokenizer_hash[:12]}); prepare the text again with this one"
+            )
+        parts = [_open_part(folder / part["name"], part) for part in manifest["parts"] if part["documents"]]
+        counts = {count: manifest[count] for count in ("documents", "sentences", "tokens")}
+        return cls(folder, parts, **counts, **{key: manifest[key] for key in ("vocabulary_size", "tokenizer_hash")})
+
+    def verify(self) -> None:
+        """Read everything and compare checksums; a ValueError names the first damaged file."""
+        for part in _read_manifest(self.folder)["parts"]:
+            for name, checksum in part["checksums"].items():
+                path = self.folder / part["name"] / f"{name}.bin"
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                        raise ValueError(f"{path} is damaged: its checksum is not the manifest's; prepare it again")
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no manifest.json: give a folder that `bertfast prepare` wrote"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is not JSON; run `bertfast prepare` again") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} says format {found!r} where {FORMAT!r} is wanted: it is of another program or version"
+        )
+    return manifest
+
+
+def _open_part(folder: Path, description: dict) -> Part:
+    counts = (description["tokens"], description["sentences"] + 1, description["documents"] + 1)
+    arrays = []
+    for name, count, dtype in zip(FILES, counts, (description["dtype"], "int64", "int64"), strict=True):
+        path, dtype = folder / f"{name}.bin", np.dtype(dtype).newbyteorder("<")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing, though the manifest lists it; run `bertfast prepare` again")
+        if path.stat().st_size != count * dtype.itemsize:
+            raise ValueError(
+                f"{path} is damaged: it has {path.stat().st_size} bytes where {count * dtype.itemsize} are declared; "
+                "prepare it again"
+            )
+        arrays.append(np.memmap(path, dtype, mode="r"))
+    part = Part(*arrays)
+    if part.sentence_starts[-1] != counts[0] or part.document_starts[-1] != description["sentences"]:
+        raise ValueError(f"{folder} is damaged: its boundaries do not end where its tokens do; prepare it again")
+    return part
