@@ -54,10 +54,9 @@ class PartWriter:
 
     def __init__(self, folder: Path | str, name: str, dtype: np.dtype | type, origin=None):
         self.target = Path(folder) / name
-        self.temporary = self.target.with_name(f".{name}.{os.getpid()}")
-        self.dtypes = dict(
-            zip(FILES, (np.dtype(dtype).newbyteorder("<"), np.dtype("<i8"), np.dtype("<i8")), strict=True)
-        )
+        self.temporary = self.target.with_name(f".{name}.partial")
+        token_ids = np.dtype(dtype).newbyteorder("<")
+        self.dtypes = {"tokens": token_ids, "sentence_starts": np.dtype("<i8"), "document_starts": np.dtype("<i8")}
         self.origin = origin
         self.documents = self.sentences = self.tokens = 0
 
