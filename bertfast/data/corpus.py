@@ -1,0 +1,149 @@
+"""Text files as streams of documents; a document is a list of paragraphs, each one line.
+
+`.txt` holds one paragraph a line with a blank line between documents; `.jsonl` one document a line, in a field whose
+lines are paragraphs; both also compressed (`.gz`, `.xz`, `.zst`). `.parquet` holds one document a row, like a field.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+SUFFIXES = (*(f"{form}{compression}" for form in (".txt", ".jsonl") for compression in COMPRESSIONS), ".parquet")
+LONGEST_DOCUMENT = 1_000_000  # characters; a longer text goes on as another document, so that memory stays bounded
+
+
+def find_files(inputs: Iterable[Path | str]) -> list[Path]:
+    """The corpus files among `inputs`, files and folders (searched to any depth), in a fixed order.
+
+    Raises FileNotFoundError for what is not there and ValueError for what is no text.
+    """
+    files = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            if not found:
+                raise ValueError(f"the folder {path} holds no text: looked for {', '.join(SUFFIXES)}")
+            files += found
+        elif not path.exists():
+            raise FileNotFoundError(f"there is no text at {path}")
+        elif not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{path} is of an unknown kind; known are {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    return list(dict.fromkeys(file.resolve() for file in files))
+
+
+def read_documents(
+    path: Path, text_column: str = "text", progress: Callable[[int], None] = lambda position: None
+) -> Iterator[list[str]]:
+    """Stream the documents of one corpus file, each a list of paragraphs that are not empty.
+
+    `text_column` is the field of `.jsonl` and `.parquet` that holds the text. `progress` is called at each document
+    with the bytes of the file read so far. Raises ValueError, naming file and line, at what cannot be read.
+    """
+    if path.suffix == ".parquet":
+        documents = _rows(path, text_column, progress)
+    elif ".jsonl" in path.suffixes[-2:]:
+        documents = _records(path, text_column, progress)
+    else:
+        documents = _paragraph_lines(path, progress)
+    empty = True
+    for document in documents:
+        paragraphs = [stripped for line in document if (stripped := line.strip())]
+        if paragraphs:
+            empty = False
+            yield paragraphs
+    if empty:
+        raise ValueError(f"{path} holds no text")
+
+
+def held_out(paragraphs: list[str], percentage: float) -> bool:
+    """Whether a document belongs to the validation split: decided by its text alone, so equal documents stay together."""
+    digest = hashlib.blake2b("\n".join(paragraphs).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < percentage / 100 * 2**64
+
+
+def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:
+    document, characters = [], 0
+    for _, line in _lines(path, progress):
+        if not line.strip() or characters > LONGEST_DOCUMENT:
+            yield document
+            document, characters = [], 0
+        document.append(line)
+        characters += len(line)
+    yield document
+
+
+def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
+    for number, line in _lines(path, progress):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f'{path}, line {number}: not an object like {{"{text_column}": "…"}}')
+        if not isinstance(record.get(text_column), str):
+            fields = ", ".join(record) or "none"
+            raise ValueError(f"{path}, line {number}: no field {text_column!r} with a text (fields here: {fields})")
+        yield record[text_column].splitlines()
+
+
+def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f'{path}: reading Parquet needs pyarrow; run pip install "bertfast[parquet]"') from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged or not Parquet ({error})") from None
+    if text_column not in file.schema_arrow.names:
+        raise ValueError(f"{path}: no column {text_column!r} (columns here: {', '.join(file.schema_arrow.names)})")
+    row = 0
+    for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
+        for text in batch.column(0).to_pylist():
+            row += 1
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, row {row}: column {text_column!r} holds {text!r} where a text is wanted")
+            progress(path.stat().st_size * row // file.metadata.num_rows)
+            yield text.splitlines()
+
+
+def _lines(path: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of a text file, compressed or not."""
+    number = 0
+    with path.open("rb") as raw, _decompressed(path, raw) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                progress(raw.tell())
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".xz":
+        return lzma.open(raw)
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise ImportError(f'{path}: reading .zst needs zstandard; run pip install "bertfast[zstd]"') from None
+        return zstandard.open(raw)
+    return raw
