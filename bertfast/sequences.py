@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Sequences:
 
     @classmethod
     def from_lengths(cls, lengths, *, numbers=None, tokens: int | None = None, device=None) -> Sequences:
-        """Sequences of the given lengths (host integers, 0 allowed), numbered 0, 1, … unless `numbers` [S] says otherwise.
+        """Sequences of the given lengths (host integers, 0 allowed), numbered 0, 1, … or by `numbers` [S].
 
         `tokens` (default: the sum of the lengths) leaves inert places at the end.
         """
@@ -53,7 +54,7 @@ class Sequences:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, numbers=None, tokens: int | None = None) -> Sequences:
-        """Sequences from `cu_seqlens` [S + 1], an integer tensor as flash attention's variable-length functions take it.
+        """Sequences from `cu_seqlens` [S + 1], an integer tensor as variable-length attention takes it elsewhere.
 
         Copies it to the host, which waits for the device: build once per batch.
         """
@@ -65,7 +66,7 @@ class Sequences:
         starts = cu_seqlens.tolist()
         if starts[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}")
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(starts)]
         if any(length < 0 for length in lengths):
             raise ValueError("cu_seqlens must never decrease")
         return cls.from_lengths(lengths, numbers=numbers, tokens=tokens, device=cu_seqlens.device)
@@ -106,18 +107,3 @@ class Sequences:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             numbers=self.numbers.to(device, non_blocking=non_blocking),
         )
-
-
-def attended_places(attention_mask: Tensor) -> tuple[Tensor, list[int]]:
-    """Where a padded batch holds tokens: (int64 [T] places in the flattened [B · L], the B row lengths).
-
-    `attention_mask` [B, L] is nonzero at real tokens, wherever they stand in the row. Waits for the device.
-    """
-    attended = attention_mask != 0
-    return attended.flatten().nonzero().squeeze(1), attended.sum(1).tolist()
-
-
-def unpack(packed: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Put packed rows [T, …] back at `places` of a padded [B, L, …]; padding is zero."""
-    padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
-    return padded.index_copy(0, places, packed).unflatten(0, shape)

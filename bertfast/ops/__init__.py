@@ -1,0 +1,18 @@
+"""The operations of BERT on packed tokens, each with its checks and its choice of implementation."""
+
+from bertfast.ops.add_layer_norm import add_layer_norm
+from bertfast.ops.attention import attention
+from bertfast.ops.bias_gelu import bias_gelu, linear_gelu
+from bertfast.ops.embed import embed
+from bertfast.ops.gelu_layer_norm import gelu_layer_norm
+from bertfast.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "embed",
+    "gelu_layer_norm",
+    "linear_cross_entropy",
+    "linear_gelu",
+]

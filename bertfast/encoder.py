@@ -1,0 +1,160 @@
+"""BERT (Devlin et al., 2019) as functions on packed tokens.
+
+Each takes a module that has BERT's attribute names and reads its parameters, so that our own classes and live
+`transformers` models run the same code. T tokens, S sequences, R gathered rows, H hidden, A heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertfast import ops, reference
+from bertfast.inputs import Packed
+
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+_PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
+
+
+def embed(module: nn.Module, packed: Packed, config) -> Tensor:
+    """The embeddings of packed tokens -> [T, H]."""
+    norm = module.LayerNorm
+    words = module.word_embeddings
+    return ops.embed(
+        packed.token_ids,
+        packed.token_type_ids,
+        packed.position_ids,
+        words.weight if packed.embeddings is None else packed.embeddings,
+        module.position_embeddings.weight,
+        module.token_type_embeddings.weight,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        packed.identity and packed.identity.dropout(config.hidden_dropout_prob, "embeddings"),
+        padding_index=words.padding_idx,
+    )
+
+
+def encode(
+    model: nn.Module, packed: Packed, rows: Tensor | None = None, hidden_states: list[Tensor] | None = None
+) -> Tensor:
+    """All layers of a `BertModel` -> [T, H]; or, with `rows` int64 [R], the last layer's output at those alone [R, H].
+
+    `hidden_states` receives what enters the first layer and what leaves each one.
+    """
+    hidden = embed(model.embeddings, packed, model.config)
+    layers = model.encoder.layer
+    for index, module in enumerate(layers):
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        hidden = module(hidden, packed, index, rows if index == len(layers) - 1 else None)
+    if hidden_states is not None:
+        hidden_states.append(hidden)
+    return hidden if rows is None or len(layers) else hidden[rows]
+
+
+def layer(module: nn.Module, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
+    """One layer: attention over all tokens [T, H], then all that follows, on `rows` alone if given -> [T or R, H]."""
+    attention = module.attention
+    config = attention.self.config
+    identity = packed.identity
+    context = attend(attention.self, hidden, packed, index)
+    if rows is not None:
+        context, hidden = context[rows], hidden[rows]
+        identity = identity and identity.at(rows)
+
+    def dropout(site: str):
+        return identity and identity.dropout(config.hidden_dropout_prob, site, index)
+
+    hidden = _add_layer_norm(attention.output, context, hidden, dropout("attention_output"))
+    intermediate = activate(module.intermediate.dense, hidden, config.hidden_act)
+    return _add_layer_norm(module.output, intermediate, hidden, dropout("output"))
+
+
+def attend(module: nn.Module, hidden: Tensor, packed: Packed, index: int) -> Tensor:
+    """A layer's self-attention, projections included but the last: [T, H] -> [T, H]."""
+    qkv = project(module, hidden)
+    arguments = attention_arguments(module, packed, index)
+    context = ops.attention(qkv, packed.sequences, **arguments)
+    if packed.guests:
+        context = torch.cat([context[: packed.sequences.used], _attend_guests(qkv, packed, **arguments)])
+    return context.flatten(1)
+
+
+def attention_arguments(module: nn.Module, packed: Packed, index: int) -> dict:
+    """What a layer's attention takes besides qkv and sequences."""
+    config = module.config
+    dropout = packed.identity and packed.identity.dropout(config.attention_probs_dropout_prob, "attention", index)
+    head_dimension = config.hidden_size // config.num_attention_heads
+    return {"scale": head_dimension**-0.5, "causal": config.is_decoder, "window": None, "dropout": dropout}
+
+
+def project(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Queries, keys and values of all heads, three parameters in one product: [T, H] -> [T, 3, A, D]."""
+    three = (module.query, module.key, module.value)
+    if all(is_plain(linear) for linear in three):
+        weight = torch.cat([linear.weight for linear in three])
+        qkv = F.linear(hidden, weight, torch.cat([linear.bias for linear in three]))
+    else:
+        qkv = torch.cat([linear(hidden) for linear in three], dim=1)
+    return qkv.unflatten(1, (3, module.config.num_attention_heads, -1))
+
+
+def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """activation(dense(x)), in one operation where it is a GELU of a plain linear layer."""
+    approximate = "tanh" if activation in _TANH_GELUS else "none"
+    if activation in _PLAIN_ACTIVATIONS:
+        return _PLAIN_ACTIVATIONS[activation](dense(x))
+    if is_plain(dense):
+        return ops.linear_gelu(x, dense.weight, dense.bias, approximate)
+    return F.gelu(dense(x), approximate=approximate)
+
+
+def pool(module: nn.Module, first: Tensor) -> Tensor:
+    """The pooler on the rows that speak for their sequences: [S, H] -> [S, H]."""
+    return torch.tanh(module.dense(first))
+
+
+def transform(module: nn.Module, hidden: Tensor, activation: str) -> Tensor:
+    """What the masked-LM head does before the vocabulary: [R, H] -> [R, H]."""
+    dense, norm = module.dense, module.LayerNorm
+    if activation == "gelu" and is_plain(dense):
+        product = F.linear(hidden, dense.weight)
+        return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
+    return reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether reading `weight` and `bias` is what calling the module does: a linear layer with nothing around it.
+
+    A LoRA-wrapped, quantised, parametrised or hooked one is another type, or has hooks, and must be called.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
+
+
+def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> Tensor:
+    dense, norm = module.dense, module.LayerNorm
+    product, bias = (F.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
+    return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
+
+
+def _attend_guests(qkv: Tensor, packed: Packed, *, scale, causal, window, dropout) -> Tensor:
+    # A guest stands before its whole sequence, so a causal one sees nothing.
+    sequences = packed.sequences
+    parts = qkv[: sequences.used].split(list(sequences.lengths))
+    guests = zip(packed.guests, qkv[sequences.used :, 0], strict=True)
+    return torch.stack(
+        [
+            reference.attend_from(
+                query, parts[row][:0] if causal else parts[row], sequences.numbers[row], scale, window, dropout
+            )
+            for row, query in guests
+        ]
+    )
