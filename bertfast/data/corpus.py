@@ -66,7 +66,7 @@ def read_documents(
 
 
 def held_out(paragraphs: list[str], percentage: float) -> bool:
-    """Whether a document belongs to the validation split: decided by its text alone, so equal documents stay together."""
+    """Whether a document is for validation: decided by its text alone, so equal documents stay together."""
     digest = hashlib.blake2b("\n".join(paragraphs).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < percentage / 100 * 2**64
 

@@ -63,9 +63,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
             raise FileNotFoundError(f"the folder {path} holds neither a tokenizer.json nor a vocab.txt")
         path = path / names[0]
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no tokenizer at {path}: give a vocab.txt, a tokenizer.json or a folder of one"
-        )
+        raise FileNotFoundError(f"there is no tokenizer at {path}: give a vocab.txt, a tokenizer.json or their folder")
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_vocabulary(path)
     except Exception as error:  # the library raises bare Exceptions
