@@ -175,7 +175,7 @@ class Batches:
         )
 
     def _texts(self, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token ids [T], token types [T], lengths [S]) of [CLS] A [SEP] B [SEP], or [CLS] A [SEP], end to end; int64."""
+        """int64 token ids [T], token types [T] and lengths [S] of [CLS] A [SEP] B [SEP], or [CLS] A [SEP], in a row."""
         segments = 2 if self.pairs else 1
         starts = np.stack([samples.first_start, samples.second_start][:segments], 1).ravel()
         texts = np.stack([samples.first_length, samples.second_length][:segments], 1).ravel().astype(np.int64)

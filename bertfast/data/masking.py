@@ -98,13 +98,15 @@ class Masker:
 
 
 def _smallest(order: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(columns [S, K + 1] ascending in `order`, bool [S, K + 1]: among the row's `counts` smallest); K is the largest count."""
+    """Where each row's `counts` [S] smallest stand: (columns [S, K + 1] by rising `order`, chosen bool [S, K + 1]).
+
+    K is the largest count, so the column behind a row's last chosen one is always there.
+    """
     columns = np.argsort(order, axis=1, kind="stable")[:, : counts.max(initial=0) + 1]
     return columns, np.arange(columns.shape[1]) < counts[:, None]
 
 
 def _without_cut_word(order: np.ndarray, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """`chosen` [S, K + 1] without the word that goes on behind the last chosen token, unless it is the only one."""
-    behind = np.minimum(counts, order.shape[1] - 1)[:, None]
-    cut = order == np.take_along_axis(order, behind, 1)
+    cut = order == np.take_along_axis(order, counts[:, None], 1)
     return chosen & ~(cut & ~cut[:, :1])

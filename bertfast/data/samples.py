@@ -23,7 +23,7 @@ STRETCH_SENTENCES = 1024
 class Sampling:
     """How samples are cut from the corpus and masked.
 
-    Args:
+    Attributes:
         max_seq_length: Longest sample in tokens, [CLS] and [SEP] included.
         objective: Sentence pairs for masked LM and next-sentence prediction, or whole sentences for masked LM alone.
         short_seq_probability: Share of the samples that aim at a random length from 2 tokens on.
@@ -145,17 +145,10 @@ def _pairs(outline: Outline, sampling: Sampling, generator: np.random.Generator)
         other_end = np.searchsorted(starts, starts[other_sentence] + wanted)
         other_end = np.minimum(other_end, document_starts[other + 1])
 
-        second = np.where(random, other_sentence, split)
-        second_end = np.where(random, other_end, end)
-        rounds.append(
-            (
-                starts[sentence],
-                starts[split] - starts[sentence],
-                starts[second],
-                starts[second_end] - starts[second],
-                random,
-            )
-        )
+        first = starts[sentence]
+        second = starts[np.where(random, other_sentence, split)]
+        second_end = starts[np.where(random, other_end, end)]
+        rounds.append((first, starts[split] - first, second, second_end - second, random))
         # What the true B would have been is put back, to be used next.
         sentence = np.where(random, split, end)
         left = sentence < stop
@@ -173,7 +166,7 @@ def _cut_pairs(first_start, first_length, second_start, second_length, random, r
 
 
 def _runs(outline: Outline, sampling: Sampling, generator: np.random.Generator) -> Samples:
-    """Whole sentences of one document, as many as the target holds; a sentence beyond the maximum goes on in the next."""
+    """As many whole sentences of one document as the target holds; one that is too long goes on in the next sample."""
     starts, document_starts = outline
     _, sentence, stop = _stretches(document_starts)
     place, stop = starts[sentence], starts[stop]
