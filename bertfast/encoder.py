@@ -6,11 +6,14 @@ Each takes a module that has BERT's attribute names and reads its parameters, so
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast import ops, reference
+from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
@@ -123,6 +126,49 @@ def transform(module: nn.Module, hidden: Tensor, activation: str) -> Tensor:
         product = F.linear(hidden, dense.weight)
         return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
     return reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainingLoss:
+    """Sums over a batch, and how many they run over; 0-dimensional tensors."""
+
+    masked_lm: Tensor
+    masked_correct: Tensor
+    masked: Tensor
+    next_sentence: Tensor
+    next_sentence_correct: Tensor
+    pairs: Tensor
+
+
+def pretraining_loss(model: nn.Module, batch, seed: Tensor | None) -> PretrainingLoss:
+    """The losses of a `BertForPreTraining`, or a `BertForMaskedLM`, on a `bertfast.data.batches.Batch`.
+
+    No logits are held, and the last layer runs only on the masked tokens and, where there are pairs, [CLS].
+    `seed` int64 [] is dropout's; None: no dropout.
+    """
+    sequences = batch.sequences
+    identity = None if seed is None else TokenIdentity(seed, sequences.token_number, sequences.position)
+    first = sequences.cu_seqlens[:-1].long().clamp(max=sequences.tokens - 1)
+    packed = Packed(
+        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, first, identity=identity
+    )
+    rows, labels = batch.masked_rows, batch.next_sentence_labels
+    hidden = encode(model.bert, packed, rows if labels is None else torch.cat([rows, first]))
+    head = model.cls.predictions
+    masked_lm, masked_correct, masked = ops.linear_cross_entropy(
+        head.transform(hidden[: len(rows)]),
+        torch.arange(len(rows), device=rows.device),
+        head.decoder.weight,
+        head.decoder.bias,
+        batch.labels,
+    )
+    if labels is None:
+        zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
+        return PretrainingLoss(masked_lm, masked_correct, masked, zero, none, none)
+    logits = model.cls.seq_relationship(model.bert.pooler(hidden[len(rows) :])).float()
+    next_sentence = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    correct, pairs = (logits.argmax(1) == labels).sum(), (labels >= 0).sum()
+    return PretrainingLoss(masked_lm, masked_correct, masked, next_sentence, correct, pairs)
 
 
 def is_plain(module: nn.Module) -> bool:

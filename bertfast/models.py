@@ -196,7 +196,7 @@ class _LanguageModel(BertPreTrainedModel):
         whole = any(self._wants(record)) or self.config.return_logits or not encoder.is_plain(head.decoder)
         if labels is None or whole or not self.training:
             hidden, records = self._encode(packed, layout, record)
-            logits = head(hidden)
+            logits = head(hidden[: layout.used])
             total = counted = None
             if labels is not None:
                 total = _cross_entropy_sum(logits, labels)
@@ -486,7 +486,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         return_dict: bool | None = None,
         **others,
     ) -> QuestionAnsweringOutput | tuple:
-        """start_positions and end_positions [B], ignored beyond the length; start_logits and end_logits [B, L].
+        """start_positions and end_positions [B], ignored where no token is; start_logits and end_logits [B, L].
 
         The softmax is over the tokens that are there; Hugging Face's counts padding in.
         """
@@ -499,9 +499,10 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             rows = (layout if layout.places is not None else Layout.of(packed.sequences)).unpack(logits, fill=lowest)
-            answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1)
+            answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1).clamp(min=0)
             length = rows.shape[1]
-            answers = answers.clamp(0, length).masked_fill(answers >= length, IGNORED)
+            pointed_at = rows.gather(1, answers.clamp(max=length - 1)[:, None]).squeeze(1)
+            answers = answers.masked_fill((answers >= length) | (pointed_at == lowest), IGNORED)
             losses = [_cross_entropy(rows[..., side], answers[:, side], others) for side in (0, 1)]
             loss = (losses[0] + losses[1]) / 2
         outputs = QuestionAnsweringOutput(loss=loss, start_logits=start, end_logits=end, **records)
