@@ -1,0 +1,94 @@
+"""The corpus that is always there: the documentation strings of Python and the packages installed beside it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bertfast.data.prose import prose_paragraphs
+
+STANDARD_LIBRARY = "python"  # as a package's name
+# Folders whose documentation is of tests, or of a copy of another package.
+SKIPPED = frozenset(
+    {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "_vendor", "_vendored", "vendor"}
+)
+
+
+def gather_docstrings(path: Path, processes: int | None = None) -> Path:
+    """Write the default corpus to `path`, a `.jsonl` file, unless it is there already; returns `path`.
+
+    Each line is one module: {"package": "torch", "module": "torch.nn.functional", "text": paragraphs, one a line}.
+    """
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            for package, module, paragraphs in docstring_documents(processes):
+                record = {"package": package, "module": module, "text": "\n".join(paragraphs)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        temporary.rename(path)
+    return path
+
+
+def docstring_documents(processes: int | None = None) -> Iterator[tuple[str, str, list[str]]]:
+    """Stream (package, module, paragraphs of prose) of every installed module that has some, with a progress bar.
+
+    The order depends on nothing but names, and of paragraphs that repeat only the first is kept. No module is imported.
+    """
+    modules = sorted(set(_modules()))
+    context = multiprocessing.get_context("spawn")
+    seen = set()
+    with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
+        found = pool.map(module_paragraphs, [path for _, _, path in modules], chunksize=16)
+        bar = tqdm(zip(modules, found, strict=True), "documentation", len(modules), unit="module")
+        for (package, module, _), paragraphs in bar:
+            new = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
+            seen.update(new)
+            if new:
+                yield package, module, new
+
+
+def module_paragraphs(path: Path) -> list[str]:
+    """The paragraphs of prose in the documentation strings of one source file, in their order there."""
+    source = path.read_bytes()
+    if b'"""' not in source and b"'''" not in source:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a template, or a file for another Python
+        return []
+    docstrings = (ast.get_docstring(node, clean=False) for node in _documented(tree))
+    return [paragraph for docstring in docstrings if docstring for paragraph in prose_paragraphs(docstring)]
+
+
+def _documented(node: ast.AST) -> Iterator[ast.AST]:
+    """The modules, classes and functions below a node, in their order; `ast.walk` would also visit every expression."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        for statement in getattr(node, block, ()):
+            yield from _documented(statement)
+
+
+def _modules() -> Iterator[tuple[str, str, Path]]:
+    """(package, module, path) of the source files of the standard library and of every installed distribution."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [(library, path.relative_to(library)) for path in library.rglob("*.py")]
+    for distribution in importlib.metadata.distributions():
+        root = Path(distribution.locate_file(""))
+        files += [(root, Path(file)) for file in distribution.files or [] if file.suffix == ".py"]
+    for root, file in files:
+        if not SKIPPED.intersection(file.parts) and ".." not in file.parts and (root / file).is_file():
+            module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+            yield STANDARD_LIBRARY if root == library else module.split(".")[0], module, root / file

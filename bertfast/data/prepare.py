@@ -1,0 +1,267 @@
+"""Text to token shards: `prepare` writes a folder with a tokenizer, `train` and `validation`.
+
+Each file of the corpus becomes one part of either split, on its own: in any order, in several processes or on several
+machines (`part`), and not again while neither the file nor the tokenizer changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from bertfast.data.corpus import find_files, held_out, read_documents
+from bertfast.data.docstrings import gather_docstrings
+from bertfast.data.sentences import split_sentences
+from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
+
+SPLITS = ("train", "validation")
+VOCABULARY_TEXT = 300_000_000  # characters to train a vocabulary on, shared among the files; more changes little
+BATCH = 500_000  # characters tokenized at a time
+
+
+@dataclass
+class PrepareSettings:
+    """What to prepare, and how.
+
+    Attributes:
+        output_dir: Folder for the shards and the tokenizer; finished parts already there are kept.
+        train_file: Text files and folders, "-" for standard input; none: the documentation of the installed packages.
+        validation_file: Text files and folders to validate on; none: a fixed share of the training documents.
+        validation_split_percentage: That share, in percent.
+        text_column: Field of .jsonl and .parquet files that holds the text.
+        tokenizer_name: A vocab.txt, a tokenizer.json or a folder of one; none: train a vocabulary on the text.
+        vocabulary_size: Size of the vocabulary to train, rounded up to a multiple of 64.
+        cased: Whether the vocabulary to train tells capital letters from small ones.
+        part: "i/n" does every n-th file from the i-th on (i from 1 to n); then run once without it.
+        processes: How many files to work on at the same time; none: as many as there are cores.
+    """
+
+    output_dir: str
+    train_file: list[str] = field(default_factory=list)
+    validation_file: list[str] = field(default_factory=list)
+    validation_split_percentage: float = 5
+    text_column: str = "text"
+    tokenizer_name: str | None = None
+    vocabulary_size: int = 30_528
+    cased: bool = False
+    part: str | None = None
+    processes: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.validation_split_percentage < 100:
+            raise ValueError(
+                f"validation_split_percentage is from 0 to below 100, got {self.validation_split_percentage}"
+            )
+        if self.vocabulary_size < 64:
+            raise ValueError(f"vocabulary_size is at least 64, got {self.vocabulary_size}")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"processes is at least 1, got {self.processes}")
+        if self.part is not None:
+            numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
+            if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+                raise ValueError(f'part is like "1/4", "2/4", … "4/4", got {self.part!r}')
+            if self.tokenizer_name is None or not self.train_file or "-" in self.train_file:
+                raise ValueError("part needs a tokenizer_name and files in train_file, the same for every part")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the corpus, the share of it that is held out for validation, and the tokenizer it meets."""
+
+    path: Path
+    held_out_percentage: float
+    text_column: str
+    tokenizer_hash: str
+
+    @property
+    def name(self) -> str:
+        """The name of its part in either split."""
+        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file as it is on disk."""
+        return self.path.stat().st_size
+
+    def origin(self) -> dict:
+        """All that its parts depend on: while it stays the same, they need not be made again."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "modified": self.path.stat().st_mtime_ns,
+            "held_out_percentage": self.held_out_percentage,
+            "text_column": self.text_column,
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether both of its parts are there and still true."""
+        return all(part_origin(folder / split, self.name) == self.origin() for split in SPLITS)
+
+
+def prepare(settings: PrepareSettings) -> Path:
+    """Write the tokenizer and the shards that `settings` ask for; returns the folder.
+
+    `folder/train` and `folder/validation` are then for `Shards.open`; validation may hold no documents. With
+    `settings.part`, only that part of the files is done and the manifests are left to a last run without it.
+    """
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = settings.processes or os.cpu_count() or 1
+    train = _training_files(settings, folder, processes)
+    validation = find_files(settings.validation_file)
+    if both := set(train) & set(validation):
+        raise ValueError(f"{min(both)} is given both for training and for validation")
+    percentage = 0 if validation else settings.validation_split_percentage
+
+    if settings.tokenizer_name is None:
+        _train_tokenizer(settings, train, percentage, folder)
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = load_tokenizer(settings.tokenizer_name)
+        save_tokenizer(tokenizer, folder)
+    identity = tokenizer_hash(tokenizer)
+
+    files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
+    sources = [Source(path, share, settings.text_column, identity) for path, share in files]
+    if settings.part is not None:
+        first, step = map(int, settings.part.split("/"))
+        sources = sources[first - 1 :: step]
+    _prepare_sources([source for source in sources if not source.is_finished(folder)], tokenizer, folder, processes)
+    if settings.part is None:
+        for split in SPLITS:
+            names = [source.name for source in sources]
+            size = tokenizer.get_vocab_size()
+            write_manifest(folder / split, names, vocabulary_size=size, tokenizer_hash=identity)
+        if not Shards.open(folder / "train").documents:
+            raise ValueError("no document is left for training: give more text or a smaller validation share")
+    return folder
+
+
+def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None]) -> None:
+    """Write the two parts of one file; `progress` is called with the bytes read since its last call."""
+    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
+    dtype, position = token_dtype(tokenizer.get_vocab_size()), 0
+
+    def advance(to: int) -> None:
+        nonlocal position
+        progress(to - position)
+        position = to
+
+    documents = read_documents(source.path, source.text_column, advance)
+    parts = [PartWriter(folder / split, source.name, dtype, source.origin()) for split in SPLITS]
+    with parts[0] as train, parts[1] as validation:
+        for batch in _batches(documents):
+            sentences = [[s for paragraph in document for s in split_sentences(paragraph)] for document in batch]
+            flat = [sentence for document in sentences for sentence in document]
+            encoded = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+            for document, own in zip(batch, sentences, strict=True):
+                part = validation if held_out(document, source.held_out_percentage) else train
+                part.add([next(encoded).ids for _ in own])
+
+
+def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += sum(map(len, document))
+        if characters > BATCH:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _training_files(settings: PrepareSettings, folder: Path, processes: int) -> list[Path]:
+    """The files to train on; what is not in a file yet, standard input or documentation, is put into one."""
+    if not settings.train_file:
+        return find_files([gather_docstrings(folder / "docstrings.jsonl", processes)])
+    inputs = []
+    for name in settings.train_file:
+        if name == "-":
+            name = folder / "standard-input.txt"
+            with name.open("wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+        inputs.append(name)
+    return find_files(inputs)
+
+
+def _train_tokenizer(settings: PrepareSettings, files: list[Path], percentage: float, folder: Path) -> None:
+    """Leave a vocabulary trained on `files` in `folder`, unless the one there was trained on just that."""
+    record = folder / "tokenizer_origin.json"
+    origin = {
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "held_out_percentage": percentage,
+        "text_column": settings.text_column,
+        "vocabulary_size": settings.vocabulary_size,
+        "cased": settings.cased,
+    }
+    if record.exists() and json.loads(record.read_text()) == origin:
+        return
+
+    def texts() -> Iterator[str]:
+        for path in tqdm(files, desc="vocabulary", unit="file"):
+            budget = VOCABULARY_TEXT // len(files)
+            for document in read_documents(path, settings.text_column):
+                if not held_out(document, percentage):
+                    yield from document
+                    budget -= sum(map(len, document))
+                if budget < 0:
+                    break
+
+    save_tokenizer(train_tokenizer(texts(), settings.vocabulary_size, cased=settings.cased), folder)
+    record.write_text(json.dumps(origin, indent=1))
+
+
+def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, processes: int) -> None:
+    if not sources:
+        return
+    with tqdm(total=sum(source.bytes for source in sources), desc="tokens", unit="B", unit_scale=True) as bar:
+        processes = min(processes, len(sources))
+        if processes <= 1:
+            for source in sources:
+                prepare_file(source, tokenizer, folder, bar.update)
+            return
+        context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
+        counter = context.Value("q", 0)
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with ProcessPoolExecutor(processes, context, _start_worker, (counter, threads)) as pool:
+            pending = {pool.submit(_prepare_in_worker, source, tokenizer, folder) for source in sources}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.3)
+                    for future in done:
+                        future.result()
+                    bar.update(counter.value - bar.n)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+_bytes_read = None  # in a worker process: what all of them have read
+
+
+def _start_worker(counter, threads: int) -> None:
+    global _bytes_read
+    _bytes_read = counter
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+
+def _prepare_in_worker(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    def progress(count: int) -> None:
+        with _bytes_read.get_lock():
+            _bytes_read.value += count
+
+    prepare_file(source, tokenizer, folder, progress)
