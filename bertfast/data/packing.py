@@ -36,7 +36,7 @@ class Capacity(NamedTuple):
 def pack(lengths: np.ndarray, masked: np.ndarray, capacity: Capacity) -> np.ndarray:
     """int64 [N]: the bin, from 0, of each sample of `lengths` [N] tokens, `masked` [N] of them masked.
 
-    A sample goes to the first open bin that has room for it; where none has, a new one opens and the fullest closes.
+    A sample goes to the first open bin that has room for it; where none has, a new one opens and the oldest closes.
     So nothing is left out, gaps are filled by the short samples that come along, and the order stays nearly the same.
     A sample must fit into an empty bin.
     """
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, masked: np.ndarray, capacity: Capacity) -> np.ndar
                 break
         else:
             if len(opened) == OPEN_BINS:
-                opened.remove(min(opened))
+                del opened[0]
             free = [*capacity, next(numbers)]
             opened.append(free)
         free[0] -= length

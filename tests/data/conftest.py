@@ -1,0 +1,59 @@
+"""Corpora whose every token tells where it comes from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertfast.data.shards import Part, Shards
+from bertfast.data.tokenizer import SpecialTokens
+
+SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
+FIRST_ORDINARY = 5
+
+
+def numbered_shards(*parts: list[list[int]]) -> Shards:
+    """Shards in memory from sentence lengths by document by part; the token in place i of the corpus is i + 5."""
+    opened, place = [], 0
+    for documents in parts:
+        sentence_starts = np.cumsum([0, *(length for document in documents for length in document)])
+        document_starts = np.cumsum([0, *(len(document) for document in documents)])
+        tokens = np.arange(place, place + sentence_starts[-1], dtype=np.uint32) + FIRST_ORDINARY
+        opened.append(Part(tokens, sentence_starts, document_starts))
+        place += tokens.size
+    return Shards(
+        folder=Path("numbered"),
+        parts=opened,
+        documents=sum(map(len, parts)),
+        sentences=sum(len(document) for documents in parts for document in documents),
+        tokens=place,
+        vocabulary_size=place + FIRST_ORDINARY,
+        tokenizer_hash="",
+    )
+
+
+@pytest.fixture(scope="session")
+def special() -> SpecialTokens:
+    """The special tokens of numbered shards."""
+    return SPECIAL
+
+
+@pytest.fixture(scope="session")
+def make_shards():
+    """The function `numbered_shards`."""
+    return numbered_shards
+
+
+@pytest.fixture(scope="session")
+def prose() -> Shards:
+    """Some 100,000 tokens in three parts with sentences and documents as uneven as those of an encyclopedia."""
+    generator = np.random.default_rng(7)
+    return numbered_shards(
+        *(
+            [
+                np.ceil(generator.lognormal(3, 0.6, int(np.ceil(generator.lognormal(3, 1))))).astype(int).tolist()
+                for _ in range(documents)
+            ]
+            for documents in (90, 1, 40)
+        )
+    )

@@ -1,0 +1,259 @@
+"""Batches: pure functions of the seed that hold each sample of an epoch once, whole, in place and rightly labelled."""
+
+import numpy as np
+import pytest
+import torch
+
+from bertfast.data.batches import Batches, bins_of_rank
+from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.data.samples import Outline, Sampling
+from bertfast.data.shards import Shards
+from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens
+
+TOKENS_PER_BIN, BINS_PER_STEP = 2048, 4
+
+
+@pytest.fixture
+def make_batches(prose, special):
+    def make(shards=prose, seed=0, tokens_per_bin=TOKENS_PER_BIN, bins_per_step=BINS_PER_STEP, **settings):
+        continuation = np.arange(shards.vocabulary_size) % 4 == 3
+        return Batches(
+            shards,
+            special,
+            continuation,
+            Sampling(**settings),
+            tokens_per_bin=tokens_per_bin,
+            bins_per_step=bins_per_step,
+            seed=seed,
+        )
+
+    return make
+
+
+def tensors(batch):
+    sequences = batch.sequences
+    return [*batch._tensors().values(), sequences.cu_seqlens, sequences.numbers]
+
+
+def same(batch, other):
+    return batch.sequences.lengths == other.sequences.lengths and all(map(torch.equal, tensors(batch), tensors(other)))
+
+
+def original(batch):
+    """The token ids before masking."""
+    token_ids = batch.token_ids.clone()
+    token_ids[batch.masked_rows[: batch.masked]] = batch.labels[: batch.masked]
+    return token_ids
+
+
+def segments(batch, special):
+    """The places in the corpus of the tokens of each segment, [A, B] or [A] for each sample of a numbered corpus."""
+    token_ids, cu_seqlens = original(batch).numpy(), batch.sequences.cu_seqlens.tolist()
+    samples = []
+    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        if end > start:
+            assert token_ids[start] == special.cls
+            separators = (token_ids[start:end] == special.sep).nonzero()[0] + start
+            assert separators[-1] == end - 1
+            edges = [start, *separators]
+            samples.append([token_ids[a + 1 : b] - 5 for a, b in zip(edges, edges[1:], strict=False)])
+    return samples
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "mlm"}, {"whole_word": True}, {"max_seq_length": 512}])
+def test_samples_lie_whole_and_rightly_labelled_in_their_places(make_batches, prose, special, settings):
+    outline = Outline.of(prose)
+    document_ends = outline.sentence_starts[outline.document_starts]
+    batches = make_batches(**settings)
+    pairs, longest = batches.pairs, settings.get("max_seq_length", 128)
+    for batch in batches.first_epoch(limit=12):
+        samples = segments(batch, special)
+        used, count = batch.tokens_used, len(samples)
+        assert max(batch.sequences.lengths) <= longest
+        assert batch.token_ids[used:].eq(special.pad).all()
+        assert batch.sequences.lengths[count:].count(0) == len(batch.sequences.lengths) - count
+        assert (batch.position_ids[:used] == batch.sequences.position[:used]).all()
+        assert not batch.position_ids[used:].any()
+        assert not batch.token_type_ids[used:].any()
+
+        lengths = [len(segment) + (1 if kind else 2) for sample in samples for kind, segment in enumerate(sample)]
+        kinds = [kind for sample in samples for kind in range(len(sample))]
+        assert batch.token_type_ids[:used].tolist() == np.repeat(kinds, lengths).tolist()
+        assert {len(sample) for sample in samples} == {2 if pairs else 1}
+        assert all((np.diff(segment) == 1).all() and len(segment) for sample in samples for segment in sample)
+        if not pairs:
+            assert batch.next_sentence_labels is None
+            continue
+        labels = batch.next_sentence_labels
+        assert labels[count:].eq(-100).all()
+        for (first, second), label in zip(samples, labels[:count].tolist(), strict=True):
+            documents = np.searchsorted(document_ends, [first[0], second[0]], side="right")
+            assert label == (documents[0] != documents[1])
+            # A cut may leave a gap between A and the B that follows it, never more than what was cut.
+            assert label == 1 or second[0] > first[-1]
+
+
+def test_labels_do_not_leak(make_batches, special):
+    """Four in five masked tokens show [MASK]; what is not asked about has no label."""
+    batches = list(make_batches().first_epoch())
+    hidden = asked = 0
+    for batch in batches:
+        rows, rest = batch.masked_rows[: batch.masked], batch.masked_rows[batch.masked :]
+        assert rows.unique().numel() == batch.masked
+        assert batch.labels[: batch.masked].gt(special.mask).all()
+        assert batch.labels[batch.masked :].eq(-100).all()
+        assert not rest.any()
+        hidden += batch.token_ids[rows].eq(special.mask).sum().item()
+        asked += batch.masked
+        assert batch.token_ids.eq(special.mask).sum() == batch.token_ids[rows].eq(special.mask).sum()
+    assert abs(hidden / asked - 0.8) < 5 * np.sqrt(0.16 / asked)
+    assert 0.14 < asked / sum(batch.tokens_used for batch in batches) < 0.15
+
+
+@pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
+def test_an_epoch_holds_every_document_and_every_sample_once(make_batches, prose, special, objective):
+    batches = make_batches(objective=objective)
+    outline = Outline.of(prose)
+    document_ends = outline.sentence_starts[outline.document_starts]
+    firsts = [sample[0] for batch in batches.first_epoch() for sample in segments(batch, special)]
+    assert set(np.searchsorted(document_ends, [first[0] for first in firsts], side="right") - 1) == set(range(131))
+    assert [first[0] for first in firsts] == batches.epochs[0].samples.first_start.tolist()
+    if objective == "mlm":
+        assert sorted(np.concatenate(firsts).tolist()) == list(range(prose.tokens))
+
+
+def test_a_bin_is_a_pure_function_of_seed_step_and_index(make_batches):
+    batches = make_batches()
+    steps = 2 * batches.steps_per_epoch + 1
+    wanted = [(step, index) for step in range(0, steps, 3) for index in range(BINS_PER_STEP)]
+    in_order = {where: batches.bin(*where) for where in wanted}
+    assert all(same(batches.bin(*where), in_order[where]) for where in wanted[::-1])
+    assert same(make_batches().bin(*wanted[-1]), in_order[wanted[-1]])
+    assert not same(make_batches(seed=1).bin(0, 0), in_order[0, 0])
+
+
+def test_ranks_together_see_what_one_sees(make_batches):
+    alone = make_batches()
+    ranks = [make_batches() for _ in range(2)]
+    for step in range(3):
+        bins = {}
+        for rank, own in enumerate(ranks):
+            for index in bins_of_rank(BINS_PER_STEP, rank, 2):
+                bins[index] = own.bin(step, index)
+        assert sorted(bins) == list(range(BINS_PER_STEP))
+        assert all(same(alone.bin(step, index), batch) for index, batch in bins.items())
+
+
+def test_ranks_must_share_evenly():
+    with pytest.raises(ValueError, match="6 bins a step cannot be shared evenly by 4 ranks"):
+        bins_of_rank(6, 0, 4)
+
+
+def test_consumption_runs_on_over_epochs(make_batches):
+    """Every bin of three epochs in its turn, each sample with the next number, all of the same shapes."""
+    batches = make_batches()
+    expected_bins = sum(batches.epochs[number].bins for number in range(3))
+    shapes, number = [tensor.shape for tensor in tensors(batches.bin(0, 0))], 0
+    for bin_number in range(expected_bins):
+        batch = batches.bin(*divmod(bin_number, BINS_PER_STEP))
+        count = sum(length > 0 for length in batch.sequences.lengths)
+        assert batch.sequences.numbers[:count].tolist() == list(range(number, number + count))
+        assert [tensor.shape for tensor in tensors(batch)] == shapes
+        number += count
+    assert number == batches.epochs[3].samples_before
+
+
+def test_parts_make_no_difference(make_batches, make_shards):
+    documents = np.random.default_rng(2).integers(1, 40, (60, 12)).tolist()
+    whole, divided = make_shards(documents), make_shards(documents[:1], documents[1:31], documents[31:])
+    for batch, other in zip(make_batches(whole).first_epoch(), make_batches(divided).first_epoch(), strict=True):
+        assert same(batch, other)
+
+
+def test_the_validation_set_is_fixed_and_limited(make_batches):
+    batches = make_batches()
+    everything = list(batches.first_epoch())
+    assert len(everything) == batches.epochs[0].bins
+    assert same(everything[5], batches.bin(1, 1))
+    some = list(make_batches().first_epoch(limit=3))
+    assert len(some) == 3
+    assert all(map(same, some, everything))
+
+
+def test_a_batch_moves_with_all_its_tensors(make_batches):
+    moved = make_batches().bin(0, 0).to("meta")
+    assert all(tensor.device.type == "meta" for tensor in tensors(moved))
+    assert make_batches(objective="mlm").bin(0, 0).to("cpu").next_sentence_labels is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory is a GPU's")
+def test_a_pinned_batch_is_the_same(make_batches):
+    batch = make_batches().bin(0, 0)
+    pinned = batch.pin_memory()
+    assert all(tensor.is_pinned() for tensor in tensors(pinned))
+    assert same(batch, pinned)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens_per_bin": 100}, "a bin of 100 tokens cannot hold a sample of 128"),
+        ({"bins_per_step": 0}, "at least one bin"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(make_batches, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_batches(**settings)
+
+
+def test_another_tokenizers_shards_are_refused(prose, special):
+    with pytest.raises(ValueError, match="prepare the text again"):
+        Batches(prose, special, np.zeros(7, bool), Sampling(), tokens_per_bin=512, bins_per_step=1, seed=0)
+
+
+@pytest.mark.parametrize("where", [(-1, 0), (0, -1), (0, BINS_PER_STEP)])
+def test_bins_that_do_not_exist_are_refused(make_batches, where):
+    with pytest.raises(ValueError, match="steps count from 0"):
+        make_batches().bin(*where)
+
+
+@pytest.fixture(scope="module")
+def encyclopedia(shared_data, tmp_path_factory):
+    """Batches of real articles, by settings."""
+    folder = prepare(
+        PrepareSettings(
+            output_dir=str(tmp_path_factory.mktemp("encyclopedia")),
+            train_file=[str(shared_data / "corpus" / "wikipedia-valid.txt.xz")],
+            tokenizer_name=str(shared_data / "vocab" / "bert-base-uncased-vocab.txt"),
+            validation_split_percentage=0,
+            processes=1,
+        )
+    )
+    tokenizer = load_tokenizer(folder)
+    special, continuation = special_tokens(tokenizer), continuation_tokens(tokenizer)
+    shards = Shards.open(folder / "train")
+
+    def make(tokens_per_bin, **settings):
+        sampling = Sampling(**settings)
+        return Batches(shards, special, continuation, sampling, tokens_per_bin=tokens_per_bin, bins_per_step=1, seed=0)
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
+@pytest.mark.parametrize("tokens_per_bin", [4096, 16384])
+def test_bins_of_real_text_are_98_percent_full(encyclopedia, tokens_per_bin, objective):
+    used = [
+        batch.tokens_used
+        for batch in encyclopedia(tokens_per_bin, max_seq_length=512, objective=objective).first_epoch()
+    ]
+    assert len(used) > 20
+    assert np.mean(sorted(used)[1:]) / tokens_per_bin >= 0.98  # all but the bin that the text ends in
+
+
+def test_pairs_of_real_text_read_like_text(encyclopedia):
+    batches = encyclopedia(4096)
+    random = batches.epochs[0].samples.random_second.mean()
+    assert 0.48 < random < 0.56
+    assert 0.14 < np.mean([batch.masked / batch.tokens_used for batch in batches.first_epoch(10)]) < 0.15
