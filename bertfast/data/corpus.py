@@ -71,9 +71,28 @@ def held_out(paragraphs: list[str], percentage: float) -> bool:
     return int.from_bytes(digest, "little") < percentage / 100 * 2**64
 
 
+def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
+    """Number, from 1 on, and text of each line of a text file, compressed or not, its end included.
+
+    `progress` is called at each line with the bytes of the file read so far. Raises ValueError, naming file and line,
+    at what cannot be read.
+    """
+    number = 0
+    with path.open("rb") as raw, _decompressed(path, raw) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                progress(raw.tell())
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
+
+
 def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:
     document, characters = [], 0
-    for _, line in _lines(path, progress):
+    for _, line in read_lines(path, progress):
         if not line.strip() or characters > LONGEST_DOCUMENT:
             yield document
             document, characters = [], 0
@@ -83,7 +102,7 @@ def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[li
 
 
 def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
-    for number, line in _lines(path, progress):
+    for number, line in read_lines(path, progress):
         if not line.strip():
             continue
         try:
@@ -118,21 +137,6 @@ def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iter
                 raise ValueError(f"{path}, row {row}: column {text_column!r} holds {text!r} where a text is wanted")
             progress(path.stat().st_size * row // file.metadata.num_rows)
             yield text.splitlines()
-
-
-def _lines(path: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, str]]:
-    """Number and text of each line of a text file, compressed or not."""
-    number = 0
-    with path.open("rb") as raw, _decompressed(path, raw) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                progress(raw.tell())
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
