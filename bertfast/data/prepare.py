@@ -33,11 +33,10 @@ BATCH = 500_000  # characters tokenized at a time
 
 
 @dataclass
-class PrepareSettings:
-    """What to prepare, and how.
+class CorpusSettings:
+    """Which text, and how it becomes tokens.
 
     Attributes:
-        output_dir: Folder for the shards and the tokenizer; finished parts already there are kept.
         train_file: Text files and folders, "-" for standard input; none: the documentation of the installed packages.
         validation_file: Text files and folders to validate on; none: a fixed share of the training documents.
         validation_split_percentage: That share, in percent.
@@ -45,11 +44,9 @@ class PrepareSettings:
         tokenizer_name: A vocab.txt, a tokenizer.json or a folder of one; none: train a vocabulary on the text.
         vocabulary_size: Size of the vocabulary to train, rounded up to a multiple of 64.
         cased: Whether the vocabulary to train tells capital letters from small ones.
-        part: "i/n" does every n-th file from the i-th on (i from 1 to n); then run once without it.
         processes: How many files to work on at the same time; none: as many as there are cores.
     """
 
-    output_dir: str
     train_file: list[str] = field(default_factory=list)
     validation_file: list[str] = field(default_factory=list)
     validation_split_percentage: float = 5
@@ -57,7 +54,6 @@ class PrepareSettings:
     tokenizer_name: str | None = None
     vocabulary_size: int = 30_528
     cased: bool = False
-    part: str | None = None
     processes: int | None = None
 
     def __post_init__(self):
@@ -69,11 +65,29 @@ class PrepareSettings:
             raise ValueError(f"vocabulary_size is at least 64, got {self.vocabulary_size}")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"processes is at least 1, got {self.processes}")
+
+
+@dataclass
+class PrepareSettings:
+    """What to prepare, and where.
+
+    Attributes:
+        output_dir: Folder for the shards and the tokenizer; finished parts already there are kept.
+        corpus: Which text, and how it becomes tokens.
+        part: "i/n" does every n-th file from the i-th on (i from 1 to n); then run once without it.
+    """
+
+    output_dir: str
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    part: str | None = None
+
+    def __post_init__(self):
         if self.part is not None:
             numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
             if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
                 raise ValueError(f'part is like "1/4", "2/4", … "4/4", got {self.part!r}')
-            if self.tokenizer_name is None or not self.train_file or "-" in self.train_file:
+            files = self.corpus.train_file
+            if self.corpus.tokenizer_name is None or not files or "-" in files:
                 raise ValueError("part needs a tokenizer_name and files in train_file, the same for every part")
 
 
@@ -118,25 +132,26 @@ def prepare(settings: PrepareSettings) -> Path:
     `folder/train` and `folder/validation` are then for `Shards.open`; validation may hold no documents. With
     `settings.part`, only that part of the files is done and the manifests are left to a last run without it.
     """
+    corpus = settings.corpus
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = settings.processes or os.cpu_count() or 1
-    train = _training_files(settings, folder, processes)
-    validation = find_files(settings.validation_file)
+    processes = corpus.processes or os.cpu_count() or 1
+    train = _training_files(corpus, folder, processes)
+    validation = find_files(corpus.validation_file)
     if both := set(train) & set(validation):
         raise ValueError(f"{min(both)} is given both for training and for validation")
-    percentage = 0 if validation else settings.validation_split_percentage
+    percentage = 0 if validation else corpus.validation_split_percentage
 
-    if settings.tokenizer_name is None:
-        _train_tokenizer(settings, train, percentage, folder)
+    if corpus.tokenizer_name is None:
+        _train_tokenizer(corpus, train, percentage, folder)
         tokenizer = load_tokenizer(folder)
     else:
-        tokenizer = load_tokenizer(settings.tokenizer_name)
+        tokenizer = load_tokenizer(corpus.tokenizer_name)
         save_tokenizer(tokenizer, folder)
     identity = tokenizer_hash(tokenizer)
 
     files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
-    sources = [Source(path, share, settings.text_column, identity) for path, share in files]
+    sources = [Source(path, share, corpus.text_column, identity) for path, share in files]
     if settings.part is not None:
         first, step = map(int, settings.part.split("/"))
         sources = sources[first - 1 :: step]
@@ -184,12 +199,12 @@ def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
     yield batch
 
 
-def _training_files(settings: PrepareSettings, folder: Path, processes: int) -> list[Path]:
+def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> list[Path]:
     """The files to train on; what is not in a file yet, standard input or documentation, is put into one."""
-    if not settings.train_file:
+    if not corpus.train_file:
         return find_files([gather_docstrings(folder / "docstrings.jsonl", processes)])
     inputs = []
-    for name in settings.train_file:
+    for name in corpus.train_file:
         if name == "-":
             name = folder / "standard-input.txt"
             with name.open("wb") as copy:
@@ -198,15 +213,15 @@ def _training_files(settings: PrepareSettings, folder: Path, processes: int) -> 
     return find_files(inputs)
 
 
-def _train_tokenizer(settings: PrepareSettings, files: list[Path], percentage: float, folder: Path) -> None:
+def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float, folder: Path) -> None:
     """Leave a vocabulary trained on `files` in `folder`, unless the one there was trained on just that."""
     record = folder / "tokenizer_origin.json"
     origin = {
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "held_out_percentage": percentage,
-        "text_column": settings.text_column,
-        "vocabulary_size": settings.vocabulary_size,
-        "cased": settings.cased,
+        "text_column": corpus.text_column,
+        "vocabulary_size": corpus.vocabulary_size,
+        "cased": corpus.cased,
     }
     if record.exists() and json.loads(record.read_text()) == origin:
         return
@@ -214,14 +229,14 @@ def _train_tokenizer(settings: PrepareSettings, files: list[Path], percentage: f
     def texts() -> Iterator[str]:
         for path in tqdm(files, desc="vocabulary", unit="file"):
             budget = VOCABULARY_TEXT // len(files)
-            for document in read_documents(path, settings.text_column):
+            for document in read_documents(path, corpus.text_column):
                 if not held_out(document, percentage):
                     yield from document
                     budget -= sum(map(len, document))
                 if budget < 0:
                     break
 
-    save_tokenizer(train_tokenizer(texts(), settings.vocabulary_size, cased=settings.cased), folder)
+    save_tokenizer(train_tokenizer(texts(), corpus.vocabulary_size, cased=corpus.cased), folder)
     record.write_text(json.dumps(origin, indent=1))
 
 
