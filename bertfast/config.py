@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
 
@@ -18,7 +18,7 @@ _PRESETS = {
     "base": (12, 768),
     "large": (24, 1024),
 }
-PRESETS = tuple(_PRESETS)
+Preset = Literal["tiny", "mini", "small", "medium", "base", "large"]
 
 _NOT_WRITTEN = ("extra", "num_labels", "return_logits")
 

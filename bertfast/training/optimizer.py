@@ -1,0 +1,98 @@
+"""The optimizers of a run: AdamW as in the paper, or Muon for the matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from bertfast.training.precision import multiplies_bf16
+
+OptimizerName = Literal["adamw", "muon"]
+
+# A head's matrix maps to labels or words, not from features to features: it stays with AdamW.
+_HEADS = ("decoder", "seq_relationship", "classifier", "qa_outputs")
+# The quintic of Jordan et al. (2024), whose slope at zero is as steep as it gets.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def build_optimizers(
+    model: nn.Module,
+    name: OptimizerName,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> list[Optimizer]:
+    """Optimizers that together own every parameter of `model` that takes a gradient.
+
+    Weights decay by `weight_decay`, biases and LayerNorms do not.
+    """
+    matrices, weights, vectors = [], [], []
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif name == "muon" and "embeddings" not in key and key.split(".")[-2] not in _HEADS:
+            matrices.append(parameter)
+        else:
+            weights.append(parameter)
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return [Muon(matrices, learning_rate, weight_decay), adamw] if matrices else [adamw]
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), for matrices.
+
+    `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, computed for all matrices of a shape in one batch, and in
+    fp32 where the device does not multiply bf16 natively: there the library's is several times slower
+    (`bench/LOG.md`).
+    """
+
+    def __init__(self, matrices, learning_rate: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every matrix that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            matrices = sorted((p for p in group["params"] if p.grad is not None), key=_shape)
+            for (rows, columns), same in groupby(matrices, _shape):
+                same = list(same)
+                update = _orthogonalised(torch.stack([self._momentum(p, group["momentum"]) for p in same]))
+                # An orthogonal matrix's entries have root mean square 1 / sqrt(max(rows, columns)); AdamW's about 0.2.
+                rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for parameter, direction in zip(same, update, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * direction)
+        return loss
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)  # Nesterov's
+
+
+def _shape(parameter: Tensor) -> tuple[int, int]:
+    return tuple(parameter.shape)
+
+
+def _orthogonalised(x: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, of x [N, rows, columns], in x's dtype."""
+    dtype = x.dtype
+    if x.shape[1] > x.shape[2]:
+        return _orthogonalised(x.mT, iterations).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if multiplies_bf16(x.device):
+        x = x.bfloat16()
+    a, b, c = _QUINTIC
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(dtype)
