@@ -534,7 +534,8 @@ def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout:
     record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
     places = layout.places[: layout.used].split(list(packed.sequences.lengths))
     occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
-    each = reference.attention_probabilities(qkv, packed.sequences, **arguments)
+    parts = qkv[: layout.used].split(list(packed.sequences.lengths))
+    each = reference.attention_probabilities(parts, packed.sequences.numbers, **arguments)
     for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
         record[row, :, place[:, None], place] = probabilities.to(record.dtype)
     return record

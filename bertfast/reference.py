@@ -8,7 +8,7 @@ T tokens, H hidden, A heads, D head dimension, R gathered rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -43,28 +43,34 @@ def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
     """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at inert places."""
-    inert = qkv.new_zeros(sequences.tokens - sequences.used, *qkv.shape[2:])
+    # One split for all: its gradient is one concatenation, where slices would each fill a whole d_qkv.
+    *parts, inert = qkv.split([*sequences.lengths, sequences.tokens - sequences.used])
     outputs = [
         (probabilities.to(value.dtype) @ value).transpose(0, 1)
-        for probabilities, value in attention_probabilities(qkv, sequences, scale, causal, window, dropout)
+        for probabilities, value in attention_probabilities(parts, sequences.numbers, scale, causal, window, dropout)
     ]
-    return torch.cat([*outputs, inert])
+    zero = inert[:, 0].masked_fill(torch.ones_like(inert[:, 0], dtype=torch.bool), 0)  # with a gradient, of zero
+    return torch.cat([*outputs, zero])
 
 
 def attention_probabilities(
-    qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
+    parts: Iterable[Tensor],
+    numbers: Iterable[Tensor],
+    scale: float,
+    causal: bool,
+    window: int | None,
+    dropout: Dropout | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each sequence of L > 0 tokens in turn: its probabilities [A, L, L], dropout applied, and its values [A, L, D].
 
-    Position i sees position j where j <= i if `causal`, and |i - j| <= window if there is one.
+    `parts` are the sequences' qkv [L, 3, A, D]. Position i sees position j where j <= i if `causal`, and
+    |i - j| <= window if there is one.
     """
-    # One split for all sequences: its gradient is one concatenation, where slices would each fill a whole d_qkv.
-    parts = qkv[: sequences.used].split(list(sequences.lengths))
-    for number, part in zip(sequences.numbers, parts, strict=True):
+    for number, part in zip(numbers, parts, strict=True):
         if len(part) == 0:
             continue
         query, key, value = part.permute(1, 2, 0, 3)
-        hidden = _invisible(len(part), causal, window, qkv.device)
+        hidden = _invisible(len(part), causal, window, part.device)
         yield _probabilities(query, key, scale, hidden, dropout, number, range(len(part))), value
 
 
@@ -100,7 +106,8 @@ def _probabilities(
     number: Tensor,
     queries: range,
 ) -> Tensor:
-    scores = _accumulating((query * scale) @ key.mT)
+    # Q K^T · scale with the scale inside the product, before its result is rounded.
+    scores = _accumulating(torch.baddbmm(query.new_zeros(1), query, key.mT, beta=0, alpha=scale))
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     probabilities = scores.softmax(-1)
@@ -157,9 +164,9 @@ def linear_cross_entropy_forward(
     chunk = max(_LOGITS // weight.shape[0], 1)
     for some, label in zip(rows.split(chunk), labels.split(chunk), strict=True):
         counted = label >= 0
-        x = hidden[some]
+        x = hidden[some].masked_fill(~counted[:, None], 0)  # an unused place may hold anything, NaN too
         logits = _accumulating(F.linear(x, weight, bias))
-        target = label.clamp(min=0)[:, None]
+        target = label.clamp(min=0).long()[:, None]
         logsumexp = logits.logsumexp(1, keepdim=True)
         loss += ((logsumexp - logits.gather(1, target)).squeeze(1) * counted).sum()
         correct += ((logits.argmax(1) == label) & counted).sum()

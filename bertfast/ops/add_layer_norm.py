@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, check_dropout, choose
+from bertfast.ops.choice import Implementation, check, choose
 
 
 def add_layer_norm(
@@ -31,16 +31,14 @@ def add_layer_norm(
     Returns:
         [T, H] in residual's dtype.
     """
-    tokens, hidden = len(x), x.shape[-1]
     check(
         "add_layer_norm",
-        x,
-        x=(x, ("tokens", "hidden"), "floating"),
-        residual=(residual, (tokens, hidden), "floating"),
-        bias=(bias, (hidden,), "floating"),
-        gamma=(gamma, (hidden,), "floating"),
-        beta=(beta, (hidden,), "floating"),
+        dropout,
+        x=(x, "tokens hidden", "floating"),
+        residual=(residual, "tokens hidden", "floating"),
+        bias=(bias, "hidden", "floating"),
+        gamma=(gamma, "hidden", "floating"),
+        beta=(beta, "hidden", "floating"),
     )
-    check_dropout("add_layer_norm", dropout, tokens, x)
     choose("add_layer_norm", implementation, ("reference",))
     return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, check_dropout, choose
+from bertfast.ops.choice import Implementation, check, choose
 from bertfast.sequences import Sequences
 
 
@@ -39,9 +39,14 @@ def attention(
     Raises:
         ValueError, TypeError: a shape, dtype, device or option does not fit; the message names it.
     """
-    check("attention", qkv, qkv=(qkv, (sequences.tokens, 3, "heads", "head dimension"), "floating"))
-    check("attention", qkv, cu_seqlens=(sequences.cu_seqlens, ("sequences + 1",), "integer"))
-    check_dropout("attention", dropout, sequences.tokens, qkv)
+    check(
+        "attention",
+        dropout,
+        qkv=(qkv, "tokens 3 heads head_dimension", "floating"),
+        cu_seqlens=(sequences.cu_seqlens, "sequences+1", "integer"),
+    )
+    if len(qkv) != sequences.tokens:
+        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.tokens}")
     if dropout is not None and qkv.shape[2] >= 256:
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and window < 0:

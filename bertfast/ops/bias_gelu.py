@@ -17,7 +17,7 @@ def bias_gelu(
     x: Tensor, bias: Tensor, approximate: Approximate = "none", *, implementation: Implementation | None = None
 ) -> Tensor:
     """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
-    check("bias_gelu", x, x=(x, ("tokens", "columns"), "floating"), bias=(bias, (x.shape[-1],), "floating"))
+    check("bias_gelu", x=(x, "tokens columns", "floating"), bias=(bias, "columns", "floating"))
     _check_approximate("bias_gelu", approximate)
     choose("bias_gelu", implementation, ("reference",))
     return reference.bias_gelu(x, bias, approximate)
@@ -34,10 +34,9 @@ def linear_gelu(
     """gelu(x W^T + bias): x [T, H], weight [columns, H], bias [columns] -> [T, columns], autocast as a product."""
     check(
         "linear_gelu",
-        x,
-        x=(x, ("tokens", "hidden"), "floating"),
-        weight=(weight, ("columns", x.shape[-1]), "floating"),
-        bias=(bias, (len(weight),), "floating"),
+        x=(x, "tokens hidden", "floating"),
+        weight=(weight, "columns hidden", "floating"),
+        bias=(bias, "columns", "floating"),
     )
     _check_approximate("linear_gelu", approximate)
     choose("linear_gelu", implementation, ("reference",))

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bertfast.dropout import Dropout
+
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
 
@@ -25,40 +27,36 @@ def choose(operation: str, requested: Implementation | None, offered: tuple[Impl
     return requested
 
 
-def check(operation: str, like: Tensor, **tensors: tuple[Tensor | None, tuple[int | str, ...], str]) -> None:
-    """Check each named tensor's (value, shape, kind), kind "floating" or "integer", and that all live beside `like`.
+def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:
+    """Check each named tensor's (value, dimensions, kind), and that all live on one device.
 
-    A dimension given as a word is free; a tensor that is None is passed over.
+    Dimensions are words, or numbers, with a space between; a word means the same size wherever it stands. Kind is
+    "floating" or "integer". A tensor that is None is passed over. `dropout` must know as many tokens as "tokens" says.
     """
-    for name, (tensor, shape, kind) in tensors.items():
+    if dropout is not None:
+        tensors |= {
+            "dropout.seed": (dropout.seed, "", "integer"),
+            "dropout.sequence_number": (dropout.sequence_number, "tokens", "integer"),
+            "dropout.position": (dropout.position, "tokens", "integer"),
+        }
+    sizes: dict[str, int] = {}
+    device = None
+    for name, (tensor, dimensions, kind) in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        fits = len(tensor.shape) == len(shape) and all(
-            isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join(map(str, shape))
+        wanted = [int(word) if word.isdecimal() else sizes.get(word, word) for word in dimensions.split()]
+        if len(wanted) != tensor.dim() or any(
+            isinstance(want, int) and want != have for want, have in zip(wanted, tensor.shape, strict=True)
+        ):
+            wanted = ", ".join(map(str, wanted))
             raise ValueError(f"{operation}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+        sizes.update(zip(dimensions.split(), tensor.shape, strict=True))
         if kind == "floating" and not tensor.is_floating_point():
             raise TypeError(f"{operation}: {name} must be floating point, got {tensor.dtype}")
         if kind == "integer" and tensor.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{operation}: {name} must be int64 or int32, got {tensor.dtype}")
-        if tensor.device != like.device:
-            raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {like.device}")
-
-
-def check_dropout(operation: str, dropout, tokens: int, like: Tensor) -> None:
-    """Check that `dropout`, if any, names the identity of `tokens` tokens."""
-    if dropout is None:
-        return
-    check(
-        operation,
-        like,
-        **{
-            "dropout.seed": (dropout.seed, (), "integer"),
-            "dropout.sequence_number": (dropout.sequence_number, (tokens,), "integer"),
-            "dropout.position": (dropout.position, (tokens,), "integer"),
-        },
-    )
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")

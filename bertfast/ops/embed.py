@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, check_dropout, choose
+from bertfast.ops.choice import Implementation, check, choose
 
 
 def embed(
@@ -37,20 +37,18 @@ def embed(
     Returns:
         [T, H] in word's dtype.
     """
-    tokens, hidden = len(token_type_ids), word.shape[-1]
     check(
         "embed",
-        word,
-        token_ids=(token_ids, (tokens,), "integer"),
-        token_type_ids=(token_type_ids, (tokens,), "integer"),
-        position_ids=(position_ids, (tokens,), "integer"),
-        word=(word, (tokens if token_ids is None else "vocabulary", hidden), "floating"),
-        position=(position, ("positions", hidden), "floating"),
-        token_type=(token_type, ("types", hidden), "floating"),
-        gamma=(gamma, (hidden,), "floating"),
-        beta=(beta, (hidden,), "floating"),
+        dropout,
+        token_ids=(token_ids, "tokens", "integer"),
+        token_type_ids=(token_type_ids, "tokens", "integer"),
+        position_ids=(position_ids, "tokens", "integer"),
+        word=(word, "tokens hidden" if token_ids is None else "vocabulary hidden", "floating"),
+        position=(position, "positions hidden", "floating"),
+        token_type=(token_type, "types hidden", "floating"),
+        gamma=(gamma, "hidden", "floating"),
+        beta=(beta, "hidden", "floating"),
     )
-    check_dropout("embed", dropout, tokens, word)
     choose("embed", implementation, ("reference",))
     return reference.embed(
         token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps, dropout, padding_index

@@ -12,14 +12,12 @@ def gelu_layer_norm(
     x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, implementation: Implementation | None = None
 ) -> Tensor:
     """LN(gelu(x + bias)): x [R, H] floating point; bias, gamma, beta [H] -> [R, H] in gamma's dtype."""
-    hidden = x.shape[-1]
     check(
         "gelu_layer_norm",
-        x,
-        x=(x, ("rows", "hidden"), "floating"),
-        bias=(bias, (hidden,), "floating"),
-        gamma=(gamma, (hidden,), "floating"),
-        beta=(beta, (hidden,), "floating"),
+        x=(x, "rows hidden", "floating"),
+        bias=(bias, "hidden", "floating"),
+        gamma=(gamma, "hidden", "floating"),
+        beta=(beta, "hidden", "floating"),
     )
     choose("gelu_layer_norm", implementation, ("reference",))
     return reference.gelu_layer_norm(x, bias, gamma, beta, eps)

@@ -32,12 +32,11 @@ def linear_cross_entropy(
     """
     check(
         "linear_cross_entropy",
-        hidden,
-        hidden=(hidden, ("tokens", "hidden"), "floating"),
-        rows=(rows, ("rows",), "integer"),
-        weight=(weight, ("vocabulary", hidden.shape[-1]), "floating"),
-        bias=(bias, (len(weight),), "floating"),
-        labels=(labels, (len(rows),), "integer"),
+        hidden=(hidden, "tokens hidden", "floating"),
+        rows=(rows, "rows", "integer"),
+        weight=(weight, "vocabulary hidden", "floating"),
+        bias=(bias, "vocabulary", "floating"),
+        labels=(labels, "rows", "integer"),
     )
     choose("linear_cross_entropy", implementation, ("reference",))
     return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels)

@@ -1,0 +1,46 @@
+"""`gelu_layer_norm`: the masked-LM head's transform."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import compare_with_torch, normal
+
+from bertfast import ops
+
+
+def inputs(hidden, rows=5):
+    return [normal(rows, hidden), *(normal(hidden, seed=i) for i in (1, 2, 3))]
+
+
+def ours(x, bias, gamma, beta):
+    return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_accurate_as_torch(dtype):
+    def composed(x, bias, gamma, beta):
+        return F.layer_norm(F.gelu(x + bias), gamma.shape, gamma, beta, 1e-12)
+
+    compare_with_torch(ours, composed, inputs(48), dtype)
+
+
+def test_gradient_is_the_derivative():
+    assert torch.autograd.gradcheck(ours, inputs(6))
+
+
+def test_parameters_decide_the_dtype():
+    """Under autocast the product is half precision and the hidden states are not."""
+    x, *parameters = (x.float() for x in inputs(16))
+    assert ours(x.bfloat16(), *parameters).dtype == torch.float32
+
+
+def test_no_rows():
+    arguments = inputs(6, rows=0)
+    ours(*arguments).sum().backward()
+    assert torch.equal(arguments[2].grad, torch.zeros_like(arguments[2]))
+
+
+def test_wrong_arguments_are_refused():
+    x, bias, gamma, beta = inputs(6)
+    with pytest.raises(ValueError, match=r"gelu_layer_norm: beta must have shape \[6\], got \[5\]"):
+        ours(x, bias, gamma, beta[:5])

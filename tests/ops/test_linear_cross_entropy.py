@@ -1,0 +1,134 @@
+"""`linear_cross_entropy`: the masked-LM loss without its logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import compare_with_torch, normal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bertfast import ops, reference
+
+ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 1])  # row 0 twice
+LABELS = torch.tensor([3, 0, 10, -100, 5, -100, 3])
+
+
+def inputs(tokens=8, hidden=6, vocabulary=11):
+    return [normal(tokens, hidden), normal(vocabulary, hidden), normal(vocabulary)]
+
+
+def ours(hidden, weight, bias, rows=ROWS, labels=LABELS):
+    return ops.linear_cross_entropy(hidden, rows, weight, bias, labels)[0]
+
+
+def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
+    logits = F.linear(hidden[rows], weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_accurate_as_torch(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(reference, "_LOGITS", 11 * chunk)
+    compare_with_torch(ours, composed, inputs(hidden=24), dtype)
+
+
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_gradient_is_the_derivative(chunk, monkeypatch):
+    monkeypatch.setattr(reference, "_LOGITS", 11 * chunk)
+    assert torch.autograd.gradcheck(ours, inputs())
+    assert torch.autograd.gradcheck(lambda *x: 3 * ours(*x), inputs())
+
+
+def test_counts_what_is_right_and_what_counts():
+    hidden, weight, bias = inputs()
+    best = (hidden @ weight.T + bias).argmax(1)
+    labels = best[ROWS].clone()
+    labels[1] = (labels[1] + 1) % 11
+    labels[3] = -100
+    loss, correct, counted = ops.linear_cross_entropy(hidden, ROWS, weight, bias, labels)
+    assert (correct.item(), counted.item()) == (5, 6)
+    assert correct.dtype == counted.dtype == torch.int64
+    assert (loss.requires_grad, correct.requires_grad) == (True, False)
+
+
+def test_all_logits_never_exist(monkeypatch):
+    tokens, hidden, vocabulary, chunk = 64, 8, 512, 4
+    monkeypatch.setattr(reference, "_LOGITS", chunk * vocabulary)
+    arguments = inputs(tokens, hidden, vocabulary)
+    rows, labels = torch.arange(tokens), torch.arange(tokens)
+    with LargestTensor() as largest:
+        ours(*arguments, rows, labels).backward()
+    assert largest.elements == max(chunk, hidden) * vocabulary
+    with LargestTensor() as largest:
+        composed(*arguments, rows, labels).backward()
+    assert largest.elements == tokens * vocabulary
+
+
+def test_gradients_that_no_one_wants_are_not_made():
+    hidden, weight, bias = (x.detach() for x in inputs(8, 6, 300))
+    with LargestTensor() as largest:
+        assert not ours(hidden, weight, bias).requires_grad
+    assert largest.elements == len(ROWS) * 300
+    hidden.requires_grad_()
+    ours(hidden, weight, bias).backward()
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(composed(hidden, weight, bias), hidden)[0])
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:0]])
+def test_no_label_is_no_loss_and_no_gradient(rows):
+    arguments = inputs()
+    loss, correct, counted = ops.linear_cross_entropy(arguments[0], rows, *arguments[1:], torch.full_like(rows, -100))
+    loss.backward()
+    assert (loss.item(), correct.item(), counted.item()) == (0, 0, 0)
+    for x in arguments:
+        assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_rows_without_label_may_hold_anything():
+    hidden, weight, bias = inputs()
+    spoilt = hidden.detach().clone()
+    spoilt[[7, 5, 3, 6]] = math.nan  # rows without a label, and rows that are not read
+    spoilt.requires_grad_()
+    results = [torch.autograd.grad(ours(x, weight, bias), [x, weight, bias]) for x in (hidden, spoilt)]
+    for clean, other in zip(*results, strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_order_of_rows_does_not_matter():
+    order = torch.tensor([3, 6, 0, 2, 5, 1, 4])
+    torch.testing.assert_close(ours(*inputs(), ROWS[order], LABELS[order]), ours(*inputs()))
+
+
+def test_wide_logits_do_not_overflow():
+    hidden, weight, bias = (1e4 * x for x in inputs())
+    assert ours(hidden.float(), weight.float(), bias.float()).isfinite()
+
+
+def test_int32_indices_do_too():
+    assert torch.equal(ours(*inputs(), ROWS.int(), LABELS.int()), ours(*inputs()))
+
+
+def test_wrong_arguments_are_refused():
+    hidden, weight, bias = inputs()
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[7\], got \[6\]"):
+        ours(hidden, weight, bias, labels=LABELS[:6])
+    with pytest.raises(ValueError, match=r"weight must have shape \[vocabulary, 6\], got \[11, 5\]"):
+        ours(hidden, weight[:, :5], bias)
+    with pytest.raises(TypeError, match="rows must be int64 or int32, got torch"):
+        ours(hidden, weight, bias, rows=ROWS > 2)
