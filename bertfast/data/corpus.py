@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
-import zlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -86,7 +87,7 @@ def read_lines(path: Path, progress: Callable[[int], None] = lambda position: No
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
             raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        except Exception as error:  # every compression has its own kinds
             raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
 
 
@@ -111,10 +112,13 @@ def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> I
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f'{path}, line {number}: not an object like {{"{text_column}": "…"}}')
-        if not isinstance(record.get(text_column), str):
+        text = record.get(text_column)
+        if not isinstance(text, str):
             fields = ", ".join(record) or "none"
             raise ValueError(f"{path}, line {number}: no field {text_column!r} with a text (fields here: {fields})")
-        yield record[text_column].splitlines()
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{path}, line {number}: half a surrogate pair in {text_column!r}, which is no character")
+        yield text.splitlines()
 
 
 def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
@@ -149,5 +153,5 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
             import zstandard
         except ImportError:
             raise ImportError(f'{path}: reading .zst needs zstandard; run pip install "bertfast[zstd]"') from None
-        return zstandard.open(raw)
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return raw

@@ -19,7 +19,7 @@ ITEM = re.compile(
     r"(?:[-*+•]|\(?\d+[.)]|\(?[a-zA-Z]\))\s+"
     r"|:\w[^:`]*:\s+"
     r"|[\w.*`]+\s*(?:\(.*?\))?:\s+"
-    r"|(?:(?:int|float|bool|str|string|list|dict|tuple|callable|array[-_]like|ndarray|None|or|optional)\b[, ()]*)+(?=[A-Z])"
+    r"|(?:(?:int|float|bool|str|string|list|dict|tuple|callable|array[-_]like|ndarray|or|optional)\b[, ()]*)+(?=[A-Z])"
 )
 MARKUP = [
     (re.compile(r":[\w:+-]+:`~(?:[\w.]*\.)?(\w+)`"), r"\1"),  # :class:`~a.b.Name`

@@ -1,0 +1,147 @@
+"""Every form of text gives the same documents, and what cannot be read is refused with file and line."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+
+from bertfast.data import corpus
+from bertfast.data.corpus import find_files, held_out, read_documents
+from bertfast.data.sentences import split_sentences
+
+DOCUMENTS = [["First title", "Its naïve paragraph."], ["Second, “quoted”."], ["Third.", "And more.", "Last."]]
+TEXT = "\n\n".join("\n".join(document) for document in DOCUMENTS)
+JSON_LINES = "\n".join(json.dumps({"id": i, "body": "\n".join(d)}) for i, d in enumerate(DOCUMENTS)) + "\n"
+
+
+def compress(content: str, compression: str) -> bytes:
+    if compression == ".zst":
+        return pytest.importorskip("zstandard").compress(content.encode())
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[compression](content.encode())
+
+
+def read(path, content, text_column="text"):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_documents(path, text_column))
+
+
+@pytest.mark.parametrize("compression", corpus.COMPRESSIONS)
+def test_text_and_json_lines_compressed_or_not(tmp_path, compression):
+    assert read(tmp_path / f"a.txt{compression}", compress(TEXT, compression)) == DOCUMENTS
+    assert read(tmp_path / f"a.jsonl{compression}", compress(JSON_LINES, compression), "body") == DOCUMENTS
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["\n".join(document) for document in DOCUMENTS]}), path)
+    assert list(read_documents(path, "body")) == DOCUMENTS
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' \(columns here: body\)"):
+        list(read_documents(path))
+    parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: column 'text' holds None"):
+        list(read_documents(path))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged or not Parquet"):
+        list(read_documents(path))
+
+
+def test_windows_lines_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
+    content = "\ufeff\r\n\r\n" + TEXT.replace("\n", "\r\n").replace("\r\n\r\n", "\r\n \t\r\n\r\n") + "\r\n\r\n"
+    assert read(tmp_path / "a.txt", content) == DOCUMENTS
+
+
+def test_progress_reaches_the_size_of_the_file(tmp_path):
+    for name, compression in [("a.txt", ""), ("a.txt.xz", ".xz"), ("a.jsonl.gz", ".gz")]:
+        path = tmp_path / name
+        path.write_bytes(compress(JSON_LINES if "json" in name else TEXT, compression))
+        positions = []
+        list(read_documents(path, "body", positions.append))
+        assert positions == sorted(positions)
+        assert positions[-1] == path.stat().st_size
+
+
+def test_a_document_without_end_is_cut_so_that_memory_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+    documents = read(tmp_path / "a.txt", "ten chars\n" * 100)
+    assert sum(map(len, documents)) == 100
+    assert max(map(len, documents)) <= 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\nbad \xff byte\n", r"a\.txt, line 2: not UTF-8 \(byte 0xff at column 5\)"),
+        ("a.txt", "", r"a\.txt holds no text"),
+        ("a.txt", "\n \n", r"a\.txt holds no text"),
+        ("a.jsonl", '{"text": " "}\n', r"a\.jsonl holds no text"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: not an object"),
+        ("a.jsonl", '{"text": "x"}\n{"body": "x", "id": 1}\n', r"line 2: no field 'text' .*fields here: body, id"),
+        ("a.jsonl", '{"text": null}\n', r"line 1: no field 'text' with a text"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', r"line 1: half a surrogate pair"),
+        ("a.txt.gz", gzip.compress(TEXT.encode() * 99)[:-20], r"a\.txt\.gz: cannot be read beyond line"),
+        ("a.txt.xz", lzma.compress(TEXT.encode() * 99)[:-40], r"a\.txt\.xz: cannot be read beyond line"),
+        ("a.txt.gz", TEXT, r"a\.txt\.gz: cannot be read beyond line 0"),
+        ("a.txt.xz", TEXT, r"a\.txt\.xz: cannot be read beyond line 0"),
+        ("a.txt.zst", TEXT, r"a\.txt\.zst: cannot be read beyond line 0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, message):
+    if name.endswith("zst"):
+        pytest.importorskip("zstandard")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name, content)
+
+
+def test_folders_are_searched_and_files_come_in_a_fixed_order(tmp_path):
+    for name in ("b/z.txt", "b/a.jsonl.gz", "a.txt.xz", "notes.md", "b/c/d.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in find_files([tmp_path, tmp_path / "a.txt.xz"])]
+    assert found == ["a.txt.xz", "b/a.jsonl.gz", "b/c/d.parquet", "b/z.txt"]
+    with pytest.raises(ValueError, match=r"notes\.md is of an unknown kind"):
+        find_files([tmp_path / "notes.md"])
+    with pytest.raises(FileNotFoundError, match=r"no text at .*absent"):
+        find_files([tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no text"):
+        find_files([tmp_path / "empty"])
+
+
+def test_the_held_out_share_is_fixed_and_grows_with_the_percentage():
+    documents = [[f"document {i}", "and its text"] for i in range(4000)]
+    ten = {i for i, document in enumerate(documents) if held_out(document, 10)}
+    twenty = {i for i, document in enumerate(documents) if held_out(document, 20)}
+    assert abs(len(ten) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
+    assert ten < twenty
+    assert not any(held_out(document, 0) for document in documents)
+    assert all(held_out(document, 100) for document in documents)
+    assert min(ten) == 11  # the split of a corpus must not change between versions
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["Mr. Smith met Dr. J. R. Jones at 5 p.m. on Monday.", "They spoke."],
+        ['"Where to?" he asked.', '"Home!"', "So they went."],
+        ["Pi is 3.14 or so.", "See Fig. 2 and No. 7 of vol. 3.", "It was no.", "He left in 1990.", "Yes…", "No!?"],
+        ["He lived at the U.S. Army base.", "She left the U.S.", "In 1990 she came back."],
+        ["(It rained.)", "[It poured.]", "“It snowed.”", "1. The first item of a list."],
+        ["no capital anywhere. not even here"],
+        ["Acme Inc. Limited grew.", "Ärzte kamen.", "E.g. This, i.e. That."],
+    ],
+)
+def test_sentences_are_split_where_they_end(sentences):
+    assert split_sentences("  ".join(sentences)) == sentences
+
+
+def test_splitting_loses_no_word(shared_data):
+    documents = read_documents(shared_data / "corpus" / "wikitext2-detok-test.txt.xz")
+    paragraphs = [paragraph for document in documents for paragraph in document]
+    split = [split_sentences(paragraph) for paragraph in paragraphs]
+    assert [" ".join(sentences).split() for sentences in split] == [paragraph.split() for paragraph in paragraphs]
+    lengths = sorted(len(sentence) for sentences in split for sentence in sentences)
+    assert 80 < lengths[len(lengths) // 2] < 160
