@@ -93,7 +93,7 @@ class Batches:
         sampling: How samples are cut and masked.
         tokens_per_bin: T, the places of a bin.
         bins_per_step: How many bins make a step of the optimizer, over all ranks.
-        seed: An integer from 0 on that decides everything random here.
+        seed: An integer of 64 bits, from 0 on, that decides everything random here.
 
     Raises ValueError where these do not fit together. Planning an epoch takes about a second for 50 million tokens.
     """
@@ -116,8 +116,8 @@ class Batches:
             )
         if bins_per_step < 1:
             raise ValueError(f"a step takes at least one bin, got {bins_per_step}")
-        if seed < 0:
-            raise ValueError(f"the seed must not be negative, got {seed}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"the seed must be at least 0 and below 2**64, got {seed}")
         if len(continuation) != shards.vocabulary_size:
             raise ValueError(
                 f"the tokenizer has {len(continuation)} tokens and the shards in {shards.folder} were made with "

@@ -119,11 +119,20 @@ def test_whole_words_are_masked_whole(special):
     assert (counts <= wanted).all()
     assert (counts >= 1).all()
     assert counts.sum() > 0.93 * wanted.sum()
-    # A word masked in part is the sample's only one, and so long that it alone is more than was wanted.
+    # A word is masked in part only alone, and only where every word of its sample is longer than what was wanted.
+    shortest = np.full(lengths.size, lengths.max())
+    np.minimum.at(shortest, sample[~bounds], size[word[~bounds]])
     cut = (hidden_size > 0) & (hidden_size < size)
     of_cut = sample[word_starts][cut]
     assert (counts[of_cut] == hidden_size[cut]).all()
-    assert (size[cut] > wanted[of_cut]).all()
+    assert (shortest[of_cut] > wanted[of_cut]).all()
+
+
+def test_all_of_a_text_is_its_words(special):
+    """A text may begin amid a word, where its sentence was cut; that piece is a word then."""
+    token_ids, lengths = many(special)
+    masker = Masker(special, CONTINUATION, Sampling(whole_word=True, mlm_probability=1), seed=0)
+    assert masker(token_ids, lengths, 0).rows.size == (lengths - 3).sum()
 
 
 def test_nothing_to_mask_is_no_error(special):
