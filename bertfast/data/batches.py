@@ -95,7 +95,12 @@ class Batches:
         bins_per_step: How many bins make a step of the optimizer, over all ranks.
         seed: An integer of 64 bits, from 0 on, that decides everything random here.
 
-    Raises ValueError where these do not fit together. Planning an epoch takes about a second for 50 million tokens.
+    Attributes:
+        epochs: The plan behind the bins, with their `capacity`.
+        steps_per_epoch: Steps that see all of the first epoch; later ones differ a little, as pairs do.
+
+    Raises ValueError where the arguments do not fit together. Planning an epoch takes about a second for 50 million
+    tokens; a run that resumes plans all epochs before that step once more.
     """
 
     def __init__(
@@ -128,11 +133,7 @@ class Batches:
         self.tokens = [part.tokens.view(np.ndarray) for part in shards.parts]  # quicker to slice than a memmap
         self.part_starts = np.cumsum([0, *(tokens.size for tokens in self.tokens)])
         self.epochs = Epochs(Outline.of(shards), sampling, tokens_per_bin, seed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which all of the first epoch has been seen; later epochs differ a little, as pairs do."""
-        return -(-self.epochs[0].bins // self.bins_per_step)
+        self.steps_per_epoch = -(-self.epochs[0].bins // bins_per_step)
 
     def bin(self, step: int, index: int) -> Batch:
         """Bin `index` of step `step`, both from 0: the same in whatever order and on whatever rank it is asked for."""
