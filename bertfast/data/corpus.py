@@ -149,9 +149,34 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".xz":
         return lzma.open(raw)
     if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardFrames(path, raw))
+    return raw
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """What Zstandard frames hold; unlike the library's own reader it notices that the last one is cut off."""
+
+    def __init__(self, path: Path, raw: BinaryIO):
         try:
             import zstandard
         except ImportError:
             raise ImportError(f'{path}: reading .zst needs zstandard; run pip install "bertfast[zstd]"') from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.raw, self.frame, self.content = raw, None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.content:
+            compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
+            if not compressed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the file is cut off")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.new_frame()
+            self.content = self.frame.decompress(compressed)
+        count = min(len(buffer), len(self.content))
+        buffer[:count], self.content = self.content[:count], self.content[count:]
+        return count

@@ -104,7 +104,7 @@ def _prose(text: str) -> str:
 def _is_english(sentence: str) -> bool:
     words = WORD.findall(sentence)
     return (
-        len(words) >= 4
+        len(words) >= 3
         and sentence[0].isalpha()
         and (sentence[0].isupper() or sentence[-1] in ".!?")
         and sentence[-1] != ":"

@@ -53,6 +53,16 @@ def test_windows_lines_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
     assert read(tmp_path / "a.txt", content) == DOCUMENTS
 
 
+def test_a_file_of_several_compressed_frames_is_read_to_its_end_or_refused(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(f"line {i} with {i * i} in it\n" for i in range(20_000))
+    frames = zstandard.compress(lines.encode()) + zstandard.compress(b"more\n")
+    [document] = read(tmp_path / "a.txt.zst", frames)
+    assert document == [*lines.splitlines(), "more"]
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: cannot be read beyond line \d{4} \(the file is cut off\)"):
+        read(tmp_path / "a.txt.zst", frames[: len(frames) // 2])
+
+
 def test_progress_reaches_the_size_of_the_file(tmp_path):
     for name, compression in [("a.txt", ""), ("a.txt.xz", ".xz"), ("a.jsonl.gz", ".gz")]:
         path = tmp_path / name
