@@ -1,0 +1,232 @@
+"""Preparation: text in, shards out; the same however it is spread, and nothing is done twice."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from bertfast.data import prepare as preparation
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.sentences import split_sentences
+from bertfast.data.shards import Shards
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+WORDS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905
+
+
+def make_documents(seed, count):
+    generator = np.random.default_rng(seed)
+
+    def sentence():
+        return " ".join(generator.choice(WORDS, generator.integers(3, 9))).capitalize() + "."
+
+    def paragraph():
+        return " ".join(sentence() for _ in range(generator.integers(1, 5)))
+
+    return [[f"Document {seed} {i}", *(paragraph() for _ in range(generator.integers(1, 4)))] for i in range(count)]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with three files of 40 documents."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for seed in range(3):
+        documents = make_documents(seed, 40)
+        (folder / f"{seed}.txt").write_text("\n\n".join("\n".join(document) for document in documents))
+    return folder
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A folder with a tokenizer of 256 tokens."""
+    lines = (line for seed in range(3) for document in make_documents(seed, 40) for line in document)
+    save_tokenizer(train_tokenizer(lines, 256), tmp_path / "vocabulary")
+    return str(tmp_path / "vocabulary")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Prepare into tmp_path/NAME with one process unless told otherwise."""
+
+    def run(name, *train, part=None, **corpus):
+        corpus = CorpusSettings(train_file=[str(path) for path in train], **({"processes": 1} | corpus))
+        return prepare(PrepareSettings(str(tmp_path / name), corpus, part))
+
+    return run
+
+
+def read(folder, split):
+    """The documents of one split as text, a list of sentences each."""
+    tokenizer, shards = load_tokenizer(folder), Shards.open(folder / split)
+    shards.verify()
+    return [
+        [
+            tokenizer.decode(part.tokens[part.sentence_starts[s] : part.sentence_starts[s + 1]])
+            for s in range(part.document_starts[d], part.document_starts[d + 1])
+        ]
+        for part in shards.parts
+        for d in range(len(part.document_starts) - 1)
+    ]
+
+
+def content(folder):
+    """Every file of the shards with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for split in preparation.SPLITS
+        for path in sorted((folder / split).rglob("*"))
+        if path.is_file()
+    }
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
+
+
+def test_every_sentence_of_every_document_arrives_in_one_of_the_splits(texts, vocabulary, run):
+    folder = run("out", texts, tokenizer_name=vocabulary, validation_split_percentage=20)
+    train, validation = read(folder, "train"), read(folder, "validation")
+    expected = [
+        [sentence.lower() for paragraph in document for sentence in split_sentences(paragraph)]
+        for seed in range(3)
+        for document in make_documents(seed, 40)
+    ]
+    assert sorted(train + validation) == sorted(expected)
+    assert 10 <= len(validation) <= 40
+    kept = [document for document in expected if document not in validation]
+    assert train == kept
+
+
+def test_processes_and_parts_change_nothing(texts, vocabulary, run):
+    alone = run("alone", texts, tokenizer_name=vocabulary)
+    together = run("together", texts, tokenizer_name=vocabulary, processes=2)
+    for part in ("2/2", "1/2"):
+        parts = run("parts", texts, tokenizer_name=vocabulary, part=part)
+        assert not (parts / "train" / "manifest.json").exists()
+    finished = modified(parts)
+    assert len(finished) == 6
+    run("parts", texts, tokenizer_name=vocabulary)
+    assert modified(parts) == finished
+    assert content(alone) == content(together) == content(parts)
+
+
+def test_only_what_changed_is_done_again(texts, vocabulary, run):
+    folder = run("out", texts, tokenizer_name=vocabulary)
+    before = modified(folder)
+    run("out", texts, tokenizer_name=vocabulary)
+    assert modified(folder) == before
+
+    (texts / "1.txt").write_text("Another text. It has two sentences.")
+    run("out", texts, tokenizer_name=vocabulary)
+    again = {path.parent.name[:5] for path, time in modified(folder).items() if time != before[path]}
+    assert again == {"1.txt"}
+
+    save_tokenizer(train_tokenizer(WORDS, 128), vocabulary)
+    run("out", texts, tokenizer_name=vocabulary)
+    assert not [path for path, time in modified(folder).items() if time == before[path]]
+
+
+def test_an_interrupted_run_is_continued(texts, vocabulary, run, monkeypatch):
+    whole = run("whole", texts, tokenizer_name=vocabulary)
+
+    def interrupted(source, *rest, original=preparation.prepare_file):
+        if source.path.name == "1.txt":
+            raise KeyboardInterrupt
+        original(source, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "prepare_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("out", texts, tokenizer_name=vocabulary)
+    folder = texts.parent / "out"
+    before = modified(folder)
+    assert len(before) == 2
+    run("out", texts, tokenizer_name=vocabulary)
+    assert before.items() <= modified(folder).items()
+    assert content(folder) == content(whole)
+
+
+def test_validation_files_replace_the_split(texts, vocabulary, run):
+    folder = run("out", texts / "0.txt", validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
+    assert {document[0].split()[1] for document in read(folder, "train")} == {"0"}
+    assert {document[0].split()[1] for document in read(folder, "validation")} == {"2"}
+    assert Shards.open(folder / "train").documents == Shards.open(folder / "validation").documents == 40
+    with pytest.raises(ValueError, match=r"2\.txt is given both for training and for validation"):
+        run("out", texts, validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
+
+
+def test_a_vocabulary_is_trained_where_none_is_given_and_not_twice(texts, run, monkeypatch):
+    folder = run("out", texts, vocabulary_size=200)
+    shards = Shards.open(folder / "train")
+    assert shards.vocabulary_size == load_tokenizer(folder).get_vocab_size() == 256
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "train_tokenizer", None)
+        run("out", texts, vocabulary_size=200)
+    run("out", texts, vocabulary_size=200, cased=True)
+    assert Shards.open(folder / "train").tokenizer_hash != shards.tokenizer_hash
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path, vocabulary, run):
+    (tmp_path / "a.txt").write_text("one [MASK] two [SEP] three\n")
+    folder = run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=0)
+    [part] = Shards.open(folder / "train").parts
+    tokenizer = load_tokenizer(folder)
+    assert not {tokenizer.token_to_id("[MASK]"), tokenizer.token_to_id("[SEP]")} & set(part.tokens.tolist())
+    assert Shards.open(folder / "validation").parts == []
+
+
+def test_standard_input_is_a_file_like_any_other(texts, vocabulary, run, monkeypatch):
+    text = (texts / "0.txt").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert read(run("piped", "-", tokenizer_name=vocabulary), "train") == read(
+        run("given", texts / "0.txt", tokenizer_name=vocabulary), "train"
+    )
+
+
+def test_without_text_the_documentation_is_prepared(run, monkeypatch):
+    def gather(path, processes):
+        records = [{"package": "a", "text": "\n".join(document)} for document in make_documents(0, 9)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    monkeypatch.setattr(preparation, "gather_docstrings", gather)
+    folder = run("out", vocabulary_size=128, validation_split_percentage=0)
+    assert len(read(folder, "train")) == 9
+
+
+@pytest.mark.parametrize(
+    ("corpus", "part", "message"),
+    [
+        ({"validation_split_percentage": 100}, None, "validation_split_percentage is"),
+        ({"validation_split_percentage": -1}, None, "validation_split_percentage is"),
+        ({"vocabulary_size": 5}, None, "vocabulary_size is at least 64"),
+        ({"processes": 0}, None, "processes is at least 1"),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "0/2", 'part is like "1/4"'),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "3/2", 'part is like "1/4"'),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "1", 'part is like "1/4"'),
+        ({"train_file": ["f"]}, "1/2", "part needs a tokenizer_name and files"),
+        ({"tokenizer_name": "t"}, "1/2", "part needs a tokenizer_name and files"),
+        ({"tokenizer_name": "t", "train_file": ["-"]}, "1/2", "part needs a tokenizer_name and files"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(corpus, part, message):
+    with pytest.raises(ValueError, match=message):
+        PrepareSettings("out", CorpusSettings(**corpus), part)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_file_is_refused_by_name_and_the_others_are_kept(texts, vocabulary, run, processes):
+    (texts / "2.txt").write_bytes(b"good line\nbad \xff\n")
+    with pytest.raises(ValueError, match=r"2\.txt, line 2: not UTF-8"):
+        run("out", texts, tokenizer_name=vocabulary, processes=processes)
+    train = texts.parent / "out" / "train"
+    assert sorted(path.name[:5] for path in train.iterdir()) == ["0.txt", "1.txt"]
+
+
+def test_nothing_left_for_training_is_refused(tmp_path, vocabulary, run):
+    (tmp_path / "a.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="no document is left for training"):
+        run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=99.999)
