@@ -8,7 +8,7 @@ from torch import Tensor
 from bertfast.dropout import Dropout
 from bertfast.sequences import Sequences
 
-ULPS = 4
+ULPS = 8
 Function = Callable[..., Tensor]
 
 
