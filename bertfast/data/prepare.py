@@ -28,6 +28,7 @@ from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, w
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 
 SPLITS = ("train", "validation")
+TOKENIZER_ORIGIN = "tokenizer_origin.json"  # what the tokenizer in the folder was trained on, if it was
 VOCABULARY_TEXT = 300_000_000  # characters to train a vocabulary on, shared among the files; more changes little
 BATCH = 500_000  # characters tokenized at a time
 
@@ -147,7 +148,7 @@ def prepare(settings: PrepareSettings) -> Path:
         tokenizer = load_tokenizer(folder)
     else:
         tokenizer = load_tokenizer(corpus.tokenizer_name)
-        save_tokenizer(tokenizer, folder)
+        _save_tokenizer(tokenizer, folder, origin=None)
     identity = tokenizer_hash(tokenizer)
 
     files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
@@ -215,7 +216,7 @@ def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> lis
 
 def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float, folder: Path) -> None:
     """Leave a vocabulary trained on `files` in `folder`, unless the one there was trained on just that."""
-    record = folder / "tokenizer_origin.json"
+    record = folder / TOKENIZER_ORIGIN
     origin = {
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "held_out_percentage": percentage,
@@ -236,8 +237,15 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: floa
                 if budget < 0:
                     break
 
-    save_tokenizer(train_tokenizer(texts(), corpus.vocabulary_size, cased=corpus.cased), folder)
-    record.write_text(json.dumps(origin, indent=1))
+    _save_tokenizer(train_tokenizer(texts(), corpus.vocabulary_size, cased=corpus.cased), folder, origin)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, origin: dict | None) -> None:
+    record = folder / TOKENIZER_ORIGIN
+    record.unlink(missing_ok=True)  # first: never may the record of one tokenizer stand beside another
+    save_tokenizer(tokenizer, folder)
+    if origin is not None:
+        record.write_text(json.dumps(origin, indent=1))
 
 
 def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, processes: int) -> None:

@@ -158,13 +158,19 @@ def test_validation_files_replace_the_split(texts, vocabulary, run):
         run("out", texts, validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
 
 
-def test_a_vocabulary_is_trained_where_none_is_given_and_not_twice(texts, run, monkeypatch):
+def test_a_vocabulary_is_trained_where_none_is_given_and_not_twice(texts, vocabulary, run, monkeypatch):
     folder = run("out", texts, vocabulary_size=200)
     shards = Shards.open(folder / "train")
     assert shards.vocabulary_size == load_tokenizer(folder).get_vocab_size() == 256
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "train_tokenizer", None)
         run("out", texts, vocabulary_size=200)
+    run("out", texts, tokenizer_name=vocabulary)
+    run("out", texts, vocabulary_size=100)
+    assert Shards.open(folder / "train").vocabulary_size == 128
+    run("out", texts, tokenizer_name=vocabulary)
+    run("out", texts, vocabulary_size=100)
+    assert Shards.open(folder / "train").vocabulary_size == 128
     run("out", texts, vocabulary_size=200, cased=True)
     assert Shards.open(folder / "train").tokenizer_hash != shards.tokenizer_hash
 
