@@ -81,9 +81,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write `model.safetensors`, each tied tensor once, under a temporary name first."""
+    """Write `model.safetensors`, under a temporary name first; a tied tensor once, if the config says that it is tied.
+
+    Otherwise transformers, which unties the vocabulary's two biases then, would miss one.
+    """
     shared = _tied(model)
-    weights = {key: value.contiguous() for key, value in model.state_dict().items() if shared.get(key, key) == key}
+    own = {key: value.contiguous() for key, value in model.state_dict().items() if key not in shared}
+    copies = {} if model.config.tie_word_embeddings else {key: own[first].clone() for key, first in shared.items()}
+    weights = own | copies
     temporary = folder / f".{SAFETENSORS}"
     save_file(weights, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / SAFETENSORS)

@@ -16,6 +16,7 @@ from bertfast import ops, reference
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
 
+IGNORED = -100  # the label of a place that does not count
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 _PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
 
@@ -125,7 +126,8 @@ def transform(module: nn.Module, hidden: Tensor, activation: str) -> Tensor:
     if activation == "gelu" and is_plain(dense):
         product = F.linear(hidden, dense.weight)
         return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
-    return reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
+    normalised = reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
+    return normalised.to(norm.weight.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +150,11 @@ def pretraining_loss(model: nn.Module, batch, seed: Tensor | None) -> Pretrainin
     """
     sequences = batch.sequences
     identity = None if seed is None else TokenIdentity(seed, sequences.token_number, sequences.position)
-    first = sequences.cu_seqlens[:-1].long().clamp(max=sequences.tokens - 1)
     packed = Packed(
-        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, first, identity=identity
+        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
-    hidden = encode(model.bert, packed, rows if labels is None else torch.cat([rows, first]))
+    hidden = encode(model.bert, packed, rows if labels is None else torch.cat([rows, sequences.first]))
     head = model.cls.predictions
     masked_lm, masked_correct, masked = ops.linear_cross_entropy(
         head.transform(hidden[: len(rows)]),
@@ -165,10 +166,16 @@ def pretraining_loss(model: nn.Module, batch, seed: Tensor | None) -> Pretrainin
     if labels is None:
         zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
         return PretrainingLoss(masked_lm, masked_correct, masked, zero, none, none)
-    logits = model.cls.seq_relationship(model.bert.pooler(hidden[len(rows) :])).float()
-    next_sentence = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    logits = model.cls.seq_relationship(model.bert.pooler(hidden[len(rows) :]))
+    next_sentence = cross_entropy_sum(logits, labels)
     correct, pairs = (logits.argmax(1) == labels).sum(), (labels >= 0).sum()
     return PretrainingLoss(masked_lm, masked_correct, masked, next_sentence, correct, pairs)
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of cross entropies, in fp32 at least: logits [R, classes], labels [R], inert where -100 -> []."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -41,27 +41,26 @@ class Layout:
 
     shape: tuple[int, int]
     places: Tensor | None
-    used: int
 
     @classmethod
     def of(cls, sequences: Sequences) -> Layout:
         """One sequence a row, as many columns as the longest has tokens."""
         places = sequences.token_index * sequences.longest + sequences.position
-        return cls((len(sequences.lengths), sequences.longest), places[: sequences.used], sequences.used)
+        return cls((len(sequences.lengths), sequences.longest), places[: sequences.used])
 
     def pack(self, values: Tensor, name: str) -> Tensor:
-        """[rows, columns, …] -> [used, …]."""
+        """[rows, columns, …] -> [T, …]."""
         if values.shape[:2] != self.shape:
             raise ValueError(f"{name} must begin with shape {list(self.shape)}, got {list(values.shape)}")
         values = values.flatten(0, 1)
-        return values[: self.used] if self.places is None else values[self.places]
+        return values if self.places is None else values[self.places]
 
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """[T, …] -> [rows, columns, …], `fill` where the caller has padding."""
         if self.places is None:
             return values.unsqueeze(0)
         padded = values.new_full((self.shape[0] * self.shape[1], *values.shape[1:]), fill)
-        return padded.index_copy(0, self.places, values[: self.used]).unflatten(0, self.shape)
+        return padded.index_copy(0, self.places, values[: len(self.places)]).unflatten(0, self.shape)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -77,73 +76,73 @@ def pack(
     inputs_embeds: Tensor | None = None,
     *,
     cu_seq_lens_q: Tensor | None = None,
+    positions: int,
     training: bool = False,
     pooled: bool = True,
 ) -> tuple[Packed, Layout]:
     """Pack a padded batch [B, L] at its attended places, or take a packed one [1, T] with `cu_seq_lens_q` as it is.
 
-    `pooled` says that column 0 of every row will be read, also where it is masked out.
+    `positions` is how many the model knows. `pooled` says that column 0 of every row will be read, also where it is
+    masked out.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds, and not both")
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given.dim() != (2 if inputs_embeds is None else 3):
-        raise ValueError(
-            f"input_ids must have shape [batch, length], inputs_embeds a width besides, got {list(given.shape)}"
-        )
+    given, wanted = (input_ids, "input_ids must have shape [batch, length]")
+    if given is None:
+        given, wanted = (inputs_embeds, "inputs_embeds must have shape [batch, length, hidden]")
+    if given.dim() != wanted.count(",") + 1 or 0 in given.shape:
+        raise ValueError(f"{wanted}, none of them 0, got {list(given.shape)}")
     if cu_seq_lens_q is None:
         layout, sequences, guests = _from_mask(given, attention_mask, pooled)
+        columns, longest = layout.places % layout.shape[1], layout.shape[1]
     else:
         layout, sequences = _from_cu_seqlens(given, attention_mask, cu_seq_lens_q)
-        guests = []
+        columns, longest, guests = sequences.position, sequences.longest, []
+    if position_ids is None and longest > positions:
+        raise ValueError(f"{longest} tokens in a row are more than the {positions} positions that the model knows")
 
-    guests = tuple(guests)
-    sources = _sources(layout, guests, given.device)
-    rows, columns = layout.shape
-    flat = {
-        "input_ids": input_ids,
-        "inputs_embeds": inputs_embeds,
-        "token_type_ids": token_type_ids if token_type_ids is not None else _zeros(layout.shape, given.device),
-        "position_ids": position_ids if position_ids is not None else _positions(layout, sequences),
-    }
-    for name, values in flat.items():
-        if values is not None and values.shape[:2] != layout.shape and tuple(values.shape) != (1, columns):
-            raise ValueError(f"{name} must have shape {[rows, columns]}, got {list(values.shape)}")
-    token_ids, embeddings, types, positions = (
-        None if values is None else values.expand(rows, *values.shape[1:]).flatten(0, 1)[sources]
-        for values in flat.values()
-    )
+    def pack_or(values: Tensor | None, name: str, default: Tensor | None) -> Tensor | None:
+        if values is None:
+            return default
+        one_row_for_all = values.shape == (1, layout.shape[1])
+        return layout.pack(values.expand(layout.shape) if one_row_for_all else values, name)
+
+    # What guests have of their own: a row that speaks for the sequence, and the position behind its last token.
+    rows = torch.tensor(guests, dtype=torch.int64, device=given.device)
+    places = torch.arange(sequences.used, sequences.used + len(guests), device=given.device)
+    identity = None
+    if training:
+        number = sequences.token_number.index_copy(0, places, sequences.numbers[rows])
+        position = sequences.position.index_copy(0, places, sequences.cu_seqlens.diff().long()[rows])
+        identity = TokenIdentity(draw_seed(given.device), number, position)
     packed = Packed(
-        token_ids,
-        embeddings,
-        types,
-        positions,
-        sequences,
-        _first_rows(sequences, guests),
-        guests,
-        _identity(sequences, guests) if training else None,
+        token_ids=pack_or(input_ids, "input_ids", None),
+        embeddings=pack_or(inputs_embeds, "inputs_embeds", None),
+        token_type_ids=pack_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
+        position_ids=pack_or(position_ids, "position_ids", columns),
+        sequences=sequences,
+        first=sequences.first.index_copy(0, rows, places),
+        guests=tuple(guests),
+        identity=identity,
     )
     return packed, layout
 
 
 def _from_mask(given: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Layout, Sequences, list[int]]:
-    rows, columns = given.shape[:2]
+    shape = tuple(given.shape[:2])
     if mask is None:
-        lengths = [columns] * rows
-        places, guests = torch.arange(rows * columns, device=given.device), []
-    else:
-        if mask.dim() != 2 or mask.shape != given.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape {[rows, columns]} like the input, got {list(mask.shape)}; "
-                "masks between pairs of tokens are not supported"
-            )
-        attended = mask != 0
-        lengths = attended.sum(1).tolist()
-        places = attended.flatten().nonzero().squeeze(1)
-        guests = (~attended[:, 0]).nonzero().squeeze(1).tolist() if pooled and columns else []
-    tokens = sum(lengths) + len(guests)
-    sequences = Sequences.from_lengths(lengths, tokens=tokens, device=given.device)
-    return Layout((rows, columns), places, sequences.used), sequences, guests
+        places = torch.arange(shape[0] * shape[1], device=given.device)
+        return Layout(shape, places), Sequences.from_lengths([shape[1]] * shape[0], device=given.device), []
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have shape {list(shape)} like the input, got {list(mask.shape)}; "
+            "masks between pairs of tokens are not supported"
+        )
+    attended = mask != 0
+    guests = (~attended[:, 0] & pooled).nonzero().squeeze(1)
+    places = torch.cat([attended.flatten().nonzero().squeeze(1), guests * shape[1]])
+    sequences = Sequences.from_lengths(attended.sum(1).tolist(), tokens=len(places), device=given.device)
+    return Layout(shape, places), sequences, guests.tolist()
 
 
 def _from_cu_seqlens(given: Tensor, mask: Tensor | None, cu_seq_lens: Tensor) -> tuple[Layout, Sequences]:
@@ -152,38 +151,4 @@ def _from_cu_seqlens(given: Tensor, mask: Tensor | None, cu_seq_lens: Tensor) ->
     if mask is not None and not bool(mask.all()):
         raise ValueError("packed input with cu_seq_lens_q takes no attention_mask: leave the padding out instead")
     sequences = Sequences.from_cu_seqlens(cu_seq_lens.to(given.device), tokens=given.shape[1])
-    return Layout((1, given.shape[1]), None, given.shape[1]), sequences
-
-
-def _sources(layout: Layout, guests: tuple[int, ...], device) -> Tensor | slice:
-    # Which places of the flattened input the packed tokens come from; a guest is column 0 of its row.
-    if layout.places is None:
-        return slice(None)
-    return torch.cat([layout.places, torch.tensor(guests, dtype=torch.int64, device=device) * layout.shape[1]])
-
-
-def _zeros(shape: tuple[int, int], device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int64, device=device)
-
-
-def _positions(layout: Layout, sequences: Sequences) -> Tensor:
-    if layout.places is None:
-        return sequences.position[None]
-    return torch.arange(layout.shape[1], device=layout.places.device)[None]
-
-
-def _first_rows(sequences: Sequences, guests: tuple[int, ...]) -> Tensor:
-    first = sequences.cu_seqlens[:-1].long().clamp(max=max(sequences.tokens - 1, 0))
-    if guests:
-        places = range(sequences.used, sequences.used + len(guests))
-        first[list(guests)] = torch.tensor(places, device=first.device)
-    return first
-
-
-def _identity(sequences: Sequences, guests: tuple[int, ...]) -> TokenIdentity:
-    number, position = sequences.token_number, sequences.position
-    if guests:
-        number, position = number.clone(), position.clone()
-        number[sequences.used :] = sequences.numbers[list(guests)]
-        position[sequences.used :] = torch.tensor([sequences.lengths[row] for row in guests], device=position.device)
-    return TokenIdentity(draw_seed(position.device), number, position)
+    return Layout((1, given.shape[1]), None), sequences

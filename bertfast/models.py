@@ -3,7 +3,7 @@
 B rows, L columns, T packed tokens, S sequences, H hidden, V vocabulary. Padded input [B, L] is packed once, before the
 embeddings, and unpacked once, at the end; packed input is [1, T] with `cu_seq_lens_q` int32 [S + 1], and then token
 outputs are [1, T, ...] and sequence outputs [S, ...]. What is returned at padding is zero (the least number for the
-logits of answers), and what labels say there is not read.
+logits of answers), and what labels say there is not read. Column 0 is no padding to a pooler, though masked out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from bertfast import checkpoint, encoder, ops, reference
 from bertfast.config import BertConfig
+from bertfast.encoder import IGNORED, cross_entropy_sum
 from bertfast.inputs import Layout, Packed, pack
 from bertfast.modules import BertEmbeddings, BertEncoder, BertHeads, BertPooler
 from bertfast.outputs import BaseModelOutput, HeadOutput, ModelOutput, PreTrainingOutput, QuestionAnsweringOutput
-
-IGNORED = -100  # the label of a place that does not count
 
 
 class BertPreTrainedModel(nn.Module):
@@ -95,9 +94,15 @@ class BertPreTrainedModel(nn.Module):
         unknown = [name for name, value in others.items() if name not in known and value not in (None, False)]
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} does not take {', '.join(unknown)}: it has no cross-attention and no cache"
+                f"{type(self).__name__} does not take {', '.join(unknown)}; it has no cross-attention and no cache"
             )
-        return pack(*inputs, cu_seq_lens_q=others.get("cu_seq_lens_q"), training=self.training, pooled=pooled)
+        return pack(
+            *inputs,
+            cu_seq_lens_q=others.get("cu_seq_lens_q"),
+            positions=self.config.max_position_embeddings,
+            training=self.training,
+            pooled=pooled,
+        )
 
     def _encode(
         self, packed: Packed, layout: Layout, record: tuple[bool | None, bool | None], rows: Tensor | None = None
@@ -196,10 +201,10 @@ class _LanguageModel(BertPreTrainedModel):
         whole = any(self._wants(record)) or self.config.return_logits or not encoder.is_plain(head.decoder)
         if labels is None or whole or not self.training:
             hidden, records = self._encode(packed, layout, record)
-            logits = head(hidden[: layout.used])
+            logits = head(hidden)
             total = counted = None
             if labels is not None:
-                total = _cross_entropy_sum(logits, labels)
+                total = cross_entropy_sum(logits, labels)
                 counted = (labels != IGNORED).sum()
             return total, counted, logits, hidden[packed.first] if first else None, records
         rows = (labels != IGNORED).nonzero().squeeze(1)
@@ -385,7 +390,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
                 self.config.problem_type = "single_label_classification"
         if self.config.problem_type == "single_label_classification":
             return _cross_entropy(logits, labels, others)
-        logits, labels = logits.float(), labels.view_as(logits).to(logits.dtype)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels = labels.view_as(logits).to(logits.dtype)
         if self.config.problem_type == "regression":
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
@@ -420,7 +426,10 @@ class BertForMultipleChoice(BertPreTrainedModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         choices = others.get("num_choices")
         if others.get("cu_seq_lens_q") is None:
-            choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            given = input_ids if input_ids is not None else inputs_embeds
+            if given is None or given.dim() < 3:
+                raise ValueError("BertForMultipleChoice wants input_ids of shape [batch, choices, length]")
+            choices = given.shape[1]
             inputs = tuple(None if values is None else values.flatten(0, 1) for values in inputs)
         elif choices is None:
             raise ValueError("packed input to BertForMultipleChoice wants num_choices, the number of sequences a row")
@@ -509,13 +518,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         return self._returned(outputs, return_dict)
 
 
-def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor, others: dict) -> Tensor:
-    return _mean(_cross_entropy_sum(logits, labels), (labels != IGNORED).sum(), others)
+    return _mean(cross_entropy_sum(logits, labels), (labels != IGNORED).sum(), others)
 
 
 def _mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
@@ -532,9 +536,10 @@ def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout:
     arguments = encoder.attention_arguments(module, packed, index)
     rows, columns = layout.shape
     record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
-    places = layout.places[: layout.used].split(list(packed.sequences.lengths))
+    lengths, used = list(packed.sequences.lengths), packed.sequences.used
+    places = layout.places[:used].split(lengths)
     occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
-    parts = qkv[: layout.used].split(list(packed.sequences.lengths))
+    parts = qkv[:used].split(lengths)
     each = reference.attention_probabilities(parts, packed.sequences.numbers, **arguments)
     for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
         record[row, :, place[:, None], place] = probabilities.to(record.dtype)

@@ -91,9 +91,15 @@ class Sequences:
 
     @cached_property
     def position(self) -> Tensor:
-        """int64 [T]: each place's position in its sequence; inert places count on."""
-        place = torch.arange(self.tokens, device=self.cu_seqlens.device)
-        return place - self.cu_seqlens.long()[self.token_index] if self.lengths else place
+        """int64 [T]: each place's position in its sequence; 0 at inert places."""
+        inert = self.tokens - self.used
+        counts = [torch.arange(length) for length in self.lengths]
+        return torch.cat([*counts, torch.zeros(inert, dtype=torch.int64)]).to(self.cu_seqlens.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """int64 [S]: the place of each sequence's first token; an empty one names some other place."""
+        return self.cu_seqlens[:-1].long().clamp(max=self.tokens - 1)
 
     @cached_property
     def token_number(self) -> Tensor:

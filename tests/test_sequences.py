@@ -16,7 +16,8 @@ def test_lengths_and_cu_seqlens_say_the_same():
         assert (sequences.used, sequences.tokens, sequences.longest) == (5, 7, 3)
         assert sequences.numbers.tolist() == [0, 1, 2]
         assert sequences.token_index.tolist() == [0, 0, 0, 2, 2, 2, 2]
-        assert sequences.position.tolist() == [0, 1, 2, 0, 1, 2, 3]
+        assert sequences.position.tolist() == [0, 1, 2, 0, 1, 0, 0]
+        assert sequences.first.tolist() == [0, 3, 3]
 
 
 def test_tokens_carry_the_number_of_their_sequence():
