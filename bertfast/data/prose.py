@@ -26,6 +26,7 @@ MARKUP = [
     (re.compile(r":[\w:+-]+:(?=`)"), ""),  # :class:
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`_*"), r"\1"),  # `text <link>`_
     (re.compile(r"\[([^][]+)\]\([^()]*\)"), r"\1"),  # [text](link)
+    (re.compile(r"\[`~?([^`]+)`\]"), r"\1"),  # [`name`]
     (re.compile(r"\s?\[[\w#*-]+\]_"), ""),  # [1]_
     (re.compile(r"`+~?\.?([^`]*)`+_*"), r"\1"),  # `name`, `.name` and ``code``
     (re.compile(r"\|(\w[\w ]*)\|"), r"\1"),  # |substitution|

@@ -72,7 +72,7 @@ this = the + code of the example
 :type other: int
 
 - The first item of a list.
-- The second item of [a list](https://example.org) of <b>two</b>.
+- The second item of [a list](https://example.org) of [`~two`] <b>things</b>.
 
 See https://example.org for the rest of it.
 Where the \\alpha of \\(x\\) is the rate of change.
@@ -96,7 +96,7 @@ def test_google_and_sphinx_style_leave_their_sentences():
         "The name of the thing.",
         "The other side of the thing.",
         "The first item of a list.",
-        "The second item of a list of two.",
+        "The second item of a list of two things.",
     ]
 
 
