@@ -1,0 +1,116 @@
+"""In training mode, with our masks put into `transformers`, outputs, losses and gradients are the same."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import CASES, CHOICES, PADDINGS, SIZES, Results, assert_parity, attended, double, inputs, models, results
+from torch import Tensor
+
+from bertfast.dropout import TokenIdentity, attention_keep, hidden_keep
+from bertfast.inputs import draw_seed
+
+HIDDEN_P, ATTENTION_P, CLASSIFIER_P = 0.2, 0.3, 0.4
+SEED = 7
+POOLED = ("BertForSequenceClassification", "BertForMultipleChoice")
+WITH_POOLER = (*POOLED, "BertModel", "BertForPreTraining", "BertForNextSentencePrediction")
+
+
+def masks(case, mask: Tensor) -> Iterator[Tensor]:
+    """What each dropout of Hugging Face's model multiplies by, in the order in which it calls them."""
+    torch.manual_seed(SEED)
+    seed = draw_seed(torch.device("cpu"))
+    rows, columns = mask.shape
+    position = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+    guests = ~mask[:, 0] if case.class_name in WITH_POOLER and case.name != "no_pooler" else torch.zeros(rows).bool()
+    position[guests, 0] = mask.sum(1)[guests]  # a [CLS] that is masked out stands behind the others
+    number = torch.arange(rows)[:, None].expand_as(position)
+    tokens = TokenIdentity(seed, number.flatten(), position.flatten())
+
+    def hidden(p: float, site: str, layer: int | None = None) -> Tensor:
+        dropout = tokens.dropout(p, site, layer)
+        return (hidden_keep(dropout, SIZES["hidden_size"]) * dropout.scale).view(rows, columns, -1)
+
+    def attention(layer: int) -> Tensor:
+        dropout = tokens.dropout(ATTENTION_P, "attention", layer)
+        heads = SIZES["num_attention_heads"]
+        factors = torch.ones(rows, heads, columns, columns)
+        for row in range(rows):
+            keys = mask[row].nonzero().squeeze(1)
+            queries = torch.cat([keys, torch.zeros(1, dtype=torch.int64)]) if guests[row] else keys
+            keep = attention_keep(dropout, row, heads, len(keys), range(len(queries)))
+            factors[row][:, queries[:, None], keys] = keep * dropout.scale
+        return factors
+
+    yield hidden(HIDDEN_P, "embeddings")
+    for layer in range(SIZES["num_hidden_layers"]):
+        yield attention(layer)
+        yield hidden(HIDDEN_P, "attention_output", layer)
+        yield hidden(HIDDEN_P, "output", layer)
+    if case.class_name in POOLED:
+        yield hidden(CLASSIFIER_P, "classifier")[:, 0]
+    if case.class_name == "BertForTokenClassification":
+        yield hidden(CLASSIFIER_P, "classifier")
+
+
+def with_our_masks(model, case, values, mask, monkeypatch) -> Results:
+    """Results of Hugging Face's model in training mode; `mask` is [rows, columns], choices being rows."""
+    waiting = masks(case, mask)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return x * next(waiting).to(x.dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "dropout", dropout)
+        theirs = results(model.train(), values, attended_outputs(case, mask))
+    assert next(waiting, None) is None, "every mask is used"
+    return theirs
+
+
+def attended_outputs(case, mask):
+    return None if case.class_name == "BertForMultipleChoice" else mask
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.name.startswith("masked_lm_")], ids=str)
+def test_parity_with_the_same_masks(case, padding, monkeypatch):
+    ours, theirs = models(
+        case,
+        hidden_dropout_prob=HIDDEN_P,
+        attention_probs_dropout_prob=ATTENTION_P,
+        classifier_dropout=CLASSIFIER_P,
+    )
+    values, mask = inputs(case, padding), attended(padding)
+    if case.name == "question" and padding != "none":  # see test_parity
+        values = {name: x for name, x in values.items() if not name.endswith("positions")}
+    if case.class_name == "BertForMultipleChoice":
+        mask = values["attention_mask"].flatten(0, 1).bool()
+        assert len(mask) == CHOICES * len(values["labels"])
+    ours.config.return_logits = True
+    truth = with_our_masks(double(theirs), case, values, mask, monkeypatch)
+    their_results = with_our_masks(theirs, case, values, mask, monkeypatch)
+    torch.manual_seed(SEED)
+    our_results = results(ours.train(), values, attended_outputs(case, mask))
+    assert_parity(our_results, their_results, truth)
+
+    if "labels" in values and "tokens" in case.targets:
+        # Without logits the loss takes another way, on the masked rows alone.
+        ours.config.return_logits = False
+        torch.manual_seed(SEED)
+        short = results(ours, values, attended_outputs(case, mask))
+        assert "logits" not in short.outputs
+        assert "prediction_logits" not in short.outputs
+        for whole in (their_results, truth):
+            for name in whole.outputs.keys() - short.outputs.keys():
+                del whole.outputs[name]
+        assert_parity(short, their_results, truth)
+
+
+def test_evaluation_drops_nothing_and_training_draws_anew():
+    case = CASES[0]
+    ours, _ = models(case)
+    values = inputs(case, "right")
+    assert torch.equal(ours(**values)[0], ours(**values)[0])
+    ours.train()
+    assert not torch.equal(ours(**values)[0], ours(**values)[0])

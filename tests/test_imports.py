@@ -1,0 +1,86 @@
+"""Imports point downwards, or within a floor where it is said here, and never in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bertfast"
+FLOORS = {
+    "kernels": 0,
+    "dropout": 0,
+    "sequences": 0,
+    "reference": 0,
+    "ops": 1,
+    "config": 1,
+    "data": 1,
+    "inputs": 2,
+    "outputs": 2,
+    "encoder": 2,
+    "modules": 2,
+    "checkpoint": 3,
+    "models": 3,
+    "patch": 3,
+    "tasks": 4,
+    "training": 4,
+    "cli": 5,
+    "__main__": 5,
+    "": 6,  # the package itself, which says what is public
+}
+WITHIN = {
+    ("reference", "dropout"),
+    ("reference", "sequences"),
+    ("encoder", "inputs"),
+    ("modules", "encoder"),
+    ("modules", "inputs"),
+    ("models", "checkpoint"),
+    ("training", "tasks"),
+}
+
+
+def module_name(path: Path) -> str:
+    """`bertfast.ops.embed` of bertfast/ops/embed.py, `bertfast.ops` of its __init__.py."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return {name for name in found if name.split(".")[0] == "bertfast"}
+
+
+def room(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downwards(module):
+    here = room(module)
+    for target in imported(MODULES[module]):
+        there = room(target)
+        allowed = FLOORS[there] < FLOORS[here] or here == there or (here, there) in WITHIN
+        assert allowed, f"{module} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})"
+
+
+def test_imports_form_no_circle():
+    TopologicalSorter({module: imported(path) for module, path in MODULES.items()}).prepare()
+
+
+def test_the_shipped_package_imports_neither_tests_nor_transformers():
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names} & {"tests", "bench", "helpers", "transformers"}, module
