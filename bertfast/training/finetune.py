@@ -143,7 +143,7 @@ class Finetuning:
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / settings.per_device_train_batch_size)
         self.steps = max(round(settings.num_train_epochs * self.steps_per_epoch), 1)
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
-        self.best_score, self.best_metrics = -math.inf, {}
+        self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
         self.losses: list[float] = []
         self.tokens, self.seconds = 0, 0.0
 
@@ -255,7 +255,8 @@ class Finetuning:
         logits, metrics = self._predict("validation")
         self.journal.write(step=self.step, epoch=self.epoch, **metrics)
         bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        score = metrics[f"eval_{self.metric}"] * (-1 if self.metric == "loss" else 1)
+        sign = -1 if self.metric == "loss" else 1
+        score = sign * metrics[f"eval_{self.metric}"], -metrics["eval_loss"]  # the loss decides between equals
         if score > self.best_score:
             self.best_score, self.best_metrics, self.validations_without_better = score, metrics, 0
             self._save()

@@ -1,0 +1,73 @@
+"""Tables: what is read, and what is refused, by name."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bertfast.tasks.tables import read_table
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        file.write(text)
+    return path
+
+
+ROWS = [('it\'s "good"', "1"), ("", "0"), ("na\u00efve\u2028film", "1")]  # U+2028 ends no line
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tsv_and_jsonl_hold_the_same_rows(tmp_path, compression, end):
+    tsv = end.join(["sentence\tlabel", *("\t".join(row) for row in ROWS)])
+    jsonl = end.join(json.dumps(dict(zip(("sentence", "label"), row, strict=True))) for row in ROWS) + end + end
+    for name, text in (("a.tsv", tsv), ("a.jsonl", jsonl)):
+        table = read_table(written(tmp_path, name + compression, text))
+        assert table.texts("sentence") == [text for text, _ in ROWS]
+        assert table.column("label") == [label for _, label in ROWS]
+        assert table.where(2).endswith(f"{name}{compression}, line {4 if 'tsv' in name else 3}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 fields where the header has 2"),
+        ("a.tsv", "sentence\tlabel\n", "holds no rows"),
+        ("a.tsv", "", "holds no rows"),
+        ("a.csv", "sentence,label\n", "unknown kind; known are .tsv"),
+        ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON"),
+        ("a.jsonl", '["x"]\n', "line 1: not an object"),
+        (
+            "a.jsonl",
+            '{"sentence": "x"}\n{"text": "y"}\n',
+            "line 2: column 'sentence' holds null where a text",
+        ),
+        ("a.jsonl", '{"sentence": "x"}\n{"sentence": 3}\n', "line 2: column 'sentence' holds 3 where a text"),
+        ("a.tsv", "sentence\tlabel\n \t1\n\t0\n", "holds no text in its column 'sentence'"),
+        (
+            "a.tsv",
+            "sentense\tlabel\nx\t1\n",
+            "column 'sentence', only 'sentense', 'label'; did you mean 'sentense'?",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=r"a\.") as caught:
+        read_table(written(tmp_path, name, text)).texts("sentence")
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.tsv"):
+        read_table(tmp_path / "a.tsv")
+
+
+def test_sst2(shared_data):
+    table = read_table(shared_data / "glue" / "SST-2" / "dev.tsv.gz")
+    assert len(table) == 872
+    assert table.texts("sentence")[0] == "one long string of cliches ."
+    assert set(table.column("label")) == {"0", "1"}

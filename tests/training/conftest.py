@@ -1,0 +1,50 @@
+"""A tiny model, the files of a task, and what fine-tuning makes of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentiment import FILLERS, QUICK, write_sentiment
+
+from bertfast import BertConfig, BertForPreTraining
+from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
+from bertfast.training.finetune import FinetuneSettings, finetune
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A model, with the heads of pre-training, that has learned nothing yet."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tokenizer = train_tokenizer([" ".join([*FILLERS, "good", "bad"])] * 20, 256)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    BertForPreTraining(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, str]:
+    """The sentiment task's three files, the last without labels."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    train = write_sentiment(folder / "train.tsv", 320, seed=0)
+    validation = write_sentiment(folder / "validation.tsv", 60, seed=1)
+    test = folder / "test.tsv"
+    test.write_text("".join(line.rsplit("\t", 1)[0] + "\n" for line in validation.read_text().splitlines()))
+    return {"train_file": str(train), "validation_file": str(validation), "test_file": str(test)}
+
+
+@pytest.fixture(scope="session")
+def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder and the metrics of a run on it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
+    return folder, finetune(settings)

@@ -1,0 +1,259 @@
+"""Fine-tuning a tiny model on tasks that it must learn, and what it leaves behind."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentiment import FILLERS, QUICK, rows_of, sentence
+
+from bertfast import BertForPreTraining, BertForSequenceClassification
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from bertfast.training.evaluate import EvaluateSettings, evaluate
+from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.predict import PredictSettings, predict
+from bertfast.training.pretrain import RunStopped
+
+
+def test_it_learns(tuned):
+    _, results = tuned
+    assert results["eval_accuracy"] >= 0.95
+    assert results["eval_loss"] < 0.5
+    assert results["best_step"] % 20 == 0
+    assert results["epoch"] == 3
+
+
+def test_it_leaves_a_model_metrics_and_predictions(tuned, files):
+    folder, results = tuned
+    assert json.loads((folder / "all_results.json").read_text()) == results
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = {entry["step"]: entry["eval_accuracy"] for entry in entries if "eval_accuracy" in entry}
+    assert [*validations] == [20, 40, 60]
+    assert validations[results["best_step"]] == max(validations.values()) == results["eval_accuracy"]
+    assert [entry["step"] for entry in entries if "tokens_per_second" in entry] == [50]
+    header, *rows = rows_of(folder / "predictions_validation.tsv")
+    assert header == ["index", "prediction", "bad", "good"]
+    labels = [row[2] for row in rows_of(Path(files["validation_file"]))[1:]]
+    right = [row[1] == label for row, label in zip(rows, labels, strict=True)]
+    assert np.mean(right) == pytest.approx(results["eval_accuracy"])
+    for index, (number, prediction, bad, good) in enumerate(rows):
+        assert (int(number), prediction) == (index, "good" if float(good) > float(bad) else "bad")
+        assert float(bad) + float(good) == pytest.approx(1, abs=1e-5)
+    # The test file holds the same sentences, so the best model says the same of them.
+    assert (folder / "predictions_test.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
+    assert not [name for name in results if name.startswith("test_")]
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_last_bit(pretrained, files, tmp_path):
+    weights = []
+    for number, seed in enumerate([5, 5, 6]):
+        folder = tmp_path / str(number)
+        settings = FinetuneSettings(
+            model_name_or_path=str(pretrained),
+            train_file=files["train_file"],
+            output_dir=str(folder),
+            num_train_epochs=0.25,
+            seed=seed,
+            **QUICK,
+        )
+        finetune(settings)
+        weights.append(BertForSequenceClassification.from_pretrained(folder).state_dict())
+    same = [all(torch.equal(weights[0][key], other[key]) for key in other) for other in weights[1:]]
+    assert same == [True, False]
+
+
+def test_the_second_text_of_a_pair_is_read_as_such(pretrained, tmp_path):
+    random_ = random.Random(0)
+    opinions = ["bad", "good"]
+    for name, rows in (("train", 640), ("validation", 60)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for _ in range(rows):
+                label = random_.randrange(2)
+                first, second = sentence(random_, random_.choice(opinions)), sentence(random_, opinions[label])
+                file.write(json.dumps({"text": first, "reply": second, "stars": label}) + "\n")
+    results = finetune(
+        FinetuneSettings(
+            model_name_or_path=str(pretrained),
+            train_file=str(tmp_path / "train.jsonl"),
+            validation_file=str(tmp_path / "validation.jsonl"),
+            output_dir=str(tmp_path / "out"),
+            text_pair_column="reply",
+            label_column="stars",
+            **QUICK,
+        )
+    )
+    assert results["eval_accuracy"] >= 0.9
+
+
+def test_regression(pretrained, tmp_path, capsys):
+    random_ = random.Random(0)
+    for name, rows in (("train", 480), ("validation", 60)):
+        counts = [random_.randrange(4) for _ in range(rows)]
+        lines = [f"{sentence(random_, *['good'] * count)}\t{count / 2}" for count in counts]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    results = finetune(
+        FinetuneSettings(
+            model_name_or_path=str(pretrained),
+            train_file=str(tmp_path / "train.tsv"),
+            validation_file=str(tmp_path / "validation.tsv"),
+            output_dir=str(tmp_path / "out"),
+            num_train_epochs=6,
+            **QUICK,
+        )
+    )
+    assert results["eval_pearson"] >= 0.9
+    header, *rows = rows_of(tmp_path / "out" / "predictions_validation.tsv")
+    assert header == ["index", "prediction"]
+    capsys.readouterr()
+    predict(
+        PredictSettings(
+            model_name_or_path=str(tmp_path / "out"), test_file=str(tmp_path / "validation.tsv"), device="cpu"
+        )
+    )
+    scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    assert scores == pytest.approx([float(prediction) for _, prediction in rows], abs=1e-4)
+
+
+def test_other_labels_get_a_new_classifier_and_the_same_ones_keep_theirs(tuned, files, tmp_path):
+    folder, _ = tuned
+    three = tmp_path / "three.tsv"
+    three.write_text("sentence\tlabel\n" + "good film\tgood\nbad film\tbad\nthe film\tnone\n")
+    quick = QUICK | {"num_train_epochs": 0.01, "learning_rate": 0.0}
+    before = BertForSequenceClassification.from_pretrained(folder).classifier.weight
+    for train, out in ((files["train_file"], "same"), (str(three), "other")):
+        settings = {"model_name_or_path": str(folder), "train_file": train, "output_dir": str(tmp_path / out)}
+        finetune(FinetuneSettings(**settings, **quick))
+    assert torch.equal(BertForSequenceClassification.from_pretrained(tmp_path / "same").classifier.weight, before)
+    other = BertForSequenceClassification.from_pretrained(tmp_path / "other")
+    assert other.config.id2label == {0: "bad", 1: "good", 2: "none"}
+
+
+def test_a_random_start_forgets_the_checkpoint(pretrained, files, tmp_path):
+    settings = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], "num_train_epochs": 0.01}
+    words = "bert.embeddings.word_embeddings.weight"
+    weights = {}
+    for random_init in (False, True):
+        folder = tmp_path / str(random_init)
+        finetune(
+            FinetuneSettings(
+                **settings, **QUICK | {"learning_rate": 0.0}, output_dir=str(folder), random_init=random_init
+            )
+        )
+        weights[random_init] = BertForSequenceClassification.from_pretrained(folder).state_dict()[words]
+    trained = BertForPreTraining.from_pretrained(pretrained).state_dict()[words]
+    assert torch.equal(weights[False], trained)
+    assert not torch.isclose(weights[True], trained).any(1).all()
+
+
+def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, files, tmp_path):
+    # From a finished model, a rate that ruins it: the first validation is the best one.
+    folder, _ = tuned
+    settings = FinetuneSettings(
+        model_name_or_path=str(folder),
+        output_dir=str(tmp_path),
+        **files,
+        **QUICK | {"learning_rate": 0.3, "warmup_ratio": 0.9},
+        eval_steps=2,
+        metric_for_best_model="eval_loss",
+        early_stopping_patience=2,
+        num_train_epochs=2,
+    )
+    results = finetune(settings)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+    assert losses[results["best_step"]] == min(losses.values()) == results["eval_loss"]
+    assert max(losses) == results["best_step"] + 4 < 40
+    evaluated = evaluate(
+        EvaluateSettings(model_name_or_path=str(tmp_path), validation_file=files["validation_file"], device="cpu")
+    )
+    assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
+
+
+def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
+    def interrupt(step: int) -> None:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = FinetuneSettings(
+        model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK, eval_steps=3
+    )
+    with pytest.raises(RunStopped, match=rf"stopped after step 7 of 60; the best model so far, .* in {tmp_path}"):
+        finetune(settings, interrupt)
+    assert BertForSequenceClassification.from_pretrained(tmp_path).config.id2label == {0: "bad", 1: "good"}
+    load_tokenizer(tmp_path)
+
+
+def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrained, files, tmp_path, monkeypatch):
+    broken = lambda parameters, norm: torch.tensor(float("nan"))  # noqa: E731
+    monkeypatch.setattr("bertfast.training.finetune.clip_grad_norm_", broken)
+    settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
+    with pytest.raises(RunStopped, match="10 steps in a row had no finite gradient: lower the learning rate"):
+        finetune(settings)
+    kept = BertForSequenceClassification.from_pretrained(tmp_path).bert.state_dict()
+    before = BertForPreTraining.from_pretrained(pretrained).bert.state_dict()
+    assert all(torch.equal(kept[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_column": "sentense"}, "no column 'sentense', only .*; did you mean 'sentence'"),
+        ({"label_column": "labels"}, "no column 'labels', only .*; did you mean 'label'"),
+        ({"max_seq_length": 25}, "from 4 to 24, the positions of the model; got 25"),
+        ({"metric_for_best_model": "f2"}, "one of accuracy, f1, matthews_correlation, loss in this task, got 'f2'"),
+        ({"task": "regression"}, "line 2: the label '(good|bad)' is not a finite number"),
+        ({"train_file": "missing.tsv"}, "there is no file missing.tsv"),
+        ({"num_train_epochs": 0}, "num_train_epochs is more than 0, got 0"),
+        ({"eval_steps": 0}, "eval_steps is at least 1, got 0"),
+        ({"eval_tokens": 0}, "eval_tokens is at least 1, got 0"),
+        ({"validation_file": None, "early_stopping_patience": 1}, "need a validation_file"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(pretrained, files, tmp_path, change, message):
+    settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK | change
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(FinetuneSettings(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_that_training_never_showed_is_named(pretrained, files, tmp_path):
+    odd = tmp_path / "odd.tsv"
+    odd.write_text("sentence\tlabel\ngood film\tgood\nso so\tneutral\n")
+    settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK
+    with pytest.raises(ValueError, match=r"odd\.tsv, line 3: the label 'neutral' is none of those known: bad, good"):
+        finetune(FinetuneSettings(**settings | {"validation_file": str(odd)}))
+
+
+def test_a_folder_with_a_model_is_not_written_over(tuned, files):
+    folder, _ = tuned
+    before = (folder / "model.safetensors").read_bytes()
+    settings = FinetuneSettings(model_name_or_path=str(folder), output_dir=str(folder), **files, **QUICK)
+    with pytest.raises(ValueError, match="holds a model already"):
+        finetune(settings)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
+    def attempt(folder: Path):
+        return finetune(
+            FinetuneSettings(model_name_or_path=str(folder), output_dir=str(tmp_path / "out"), **files, **QUICK)
+        )
+
+    bare = tmp_path / "bare"
+    BertForPreTraining.from_pretrained(pretrained).save_pretrained(bare)
+    with pytest.raises(FileNotFoundError, match=r"holds neither a tokenizer\.json nor a vocab\.txt"):
+        attempt(bare)
+    save_tokenizer(train_tokenizer([" ".join(FILLERS)], 320), bare)
+    with pytest.raises(ValueError, match="knows 320 tokens and the model 256: they do not belong together"):
+        attempt(bare)
+    save_tokenizer(load_tokenizer(pretrained), bare)
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"is of another size: its .* is \[.*32\], the model's \[.*64\]"):
+        attempt(bare)
+    with pytest.raises(ValueError, match="was not trained as a BertForSequenceClassification"):
+        predict(PredictSettings(model_name_or_path=str(pretrained)))
