@@ -11,8 +11,8 @@ from bertfast.tasks.classification import Columns, encode_labels, featurize, lab
 from bertfast.tasks.metrics import measure, require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.tables import read_table
-from bertfast.training import validation
 from bertfast.training.predict import TaskSettings, open_classifier, predict_logits, write_predictions
+from bertfast.training.validation import evaluate_masked_lm
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class EvaluateSettings(TaskSettings):
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     """Print the metrics as a table, write them where `settings` say, and return them."""
-    metrics = validation.evaluate_masked_lm(settings) if settings.objective == "mlm" else _evaluate_task(settings)
+    metrics = _evaluate_task(settings) if settings.objective == "task" else _evaluate_text(settings)
     for name, value in metrics.items():
         print(f"{name:<28}{value:>12.6g}")
     if settings.output_dir is not None:
@@ -62,3 +62,14 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         write_predictions(Path(settings.output_dir, "predictions_validation.tsv"), logits, model.config)
     return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(features)}
+
+
+def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:
+    return evaluate_masked_lm(
+        settings.model_name_or_path,
+        settings.validation_file,
+        max_seq_length=settings.max_seq_length,
+        tokens_per_batch=settings.eval_tokens,
+        precision=settings.precision,
+        device=settings.device,
+    )

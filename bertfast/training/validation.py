@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from bertfast.data.batches import Batch
+from bertfast import checkpoint
+from bertfast.data.batches import Batch, Batches
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
+from bertfast.data.tokenizer import continuation_tokens, special_tokens
 from bertfast.encoder import pretraining_loss
-from bertfast.models import BertPreTrainedModel
-from bertfast.training.precision import autocast
+from bertfast.models import BertForMaskedLM, BertForPreTraining, BertPreTrainedModel
+from bertfast.tasks.pretrained import open_model, sequence_length
+from bertfast.training.precision import autocast, choose_device, choose_precision
 
 
 @torch.no_grad()
@@ -56,3 +62,30 @@ def unigram_entropy(train: Shards, batches: Iterable[Batch]) -> float:
     surprise = -np.log(counts / counts.sum())
     labels = np.concatenate([batch.labels[: batch.masked].numpy() for batch in batches])
     return float(surprise[labels].mean())
+
+
+def evaluate_masked_lm(
+    name: str, text: str, *, max_seq_length: int | None, tokens_per_batch: int, precision: str, device: str | None
+) -> dict[str, float]:
+    """`validate` a model (folder or hub id) on a text file or folder, with a mask that is the same every time.
+
+    Sentence pairs are judged too where the model has a head for them.
+    """
+    folder = checkpoint.resolve(name)
+    pairs = any(key.startswith("cls.seq_relationship") for key in checkpoint.read_weights(folder))
+    model, tokenizer = open_model(BertForPreTraining if pairs else BertForMaskedLM, str(folder), "cls.predictions")
+    length = sequence_length(max_seq_length, model.config)
+    with TemporaryDirectory() as scratch:
+        corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)
+        shards = Shards.open(prepare(PrepareSettings(scratch, corpus)) / "train")
+        batches = Batches(
+            shards,
+            special_tokens(tokenizer),
+            continuation_tokens(tokenizer),
+            Sampling(max_seq_length=length, objective="mlm+nsp" if pairs else "mlm"),
+            tokens_per_bin=max(tokens_per_batch, length),
+            bins_per_step=1,
+            seed=0,
+        )
+        model = model.to(choose_device(device))
+        return validate(model, batches.first_epoch(), choose_precision(model.device, precision))
