@@ -7,8 +7,10 @@ import logging
 import os
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,16 +46,16 @@ def resolve(name: str | Path) -> Path:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a model's folder by their present-day names, on the CPU."""
-    for name, read in ((SAFETENSORS, load_file), (PICKLE, _load_pickle)):
+    for name in (SAFETENSORS, PICKLE):
         if (folder / name).is_file():
-            return _modern(read(folder / name))
+            return _modern(_read(folder / name))
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
-            return _modern({key: value for shard in shards for key, value in read(folder / shard).items()})
+            return _modern({key: value for shard in shards for key, value in _read(folder / shard).items()})
     raise FileNotFoundError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}, whole or in shards")
 
 
@@ -94,8 +96,13 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     os.replace(temporary, folder / SAFETENSORS)
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or holds other things than weights: {error}") from error
 
 
 def _modern(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,142 @@
+"""Initialisation, and what a model refuses to take, in one sentence each."""
+
+import math
+
+import pytest
+import torch
+from parity import CASES, SIZES, inputs, models
+from torch import nn
+
+import bertfast
+from bertfast import encoder
+
+BY_NAME = {case.name: case for case in CASES}
+IDS = torch.ones(2, 5, dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models(BY_NAME["model"])[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_initialisation_is_the_papers(case):
+    torch.manual_seed(0)
+    sizes = SIZES | case.changes | {"hidden_size": 64, "initializer_range": 0.05}
+    model = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        if isinstance(module, nn.Linear):
+            assert (module.bias == 0).all(), name
+        if isinstance(module, nn.Linear | nn.Embedding):
+            assert module.weight.abs().max() <= 0.1, name
+    assert (model.get_input_embeddings().weight[0] == 0).all()
+    # The standard deviation of a normal distribution cut off at two of its own.
+    cut = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+    wide = [p for name, p in model.named_parameters() if name.endswith("intermediate.dense.weight")]
+    assert abs(torch.stack(wide).std() / (0.05 * cut) - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({}, "give either input_ids or inputs_embeds"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 5, 32)}, "and not both"),
+        ({"input_ids": IDS[0]}, r"input_ids must have shape \[batch, length\], none of them 0, got \[5\]"),
+        ({"input_ids": IDS[:, :0]}, r"none of them 0, got \[2, 0\]"),
+        (
+            {"inputs_embeds": torch.zeros(2, 5)},
+            r"inputs_embeds must have shape \[batch, length, hidden\].* got \[2, 5\]",
+        ),
+        ({"input_ids": IDS, "attention_mask": IDS[:, :4]}, r"attention_mask must have shape \[2, 5\].* got \[2, 4\]"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)},
+            "masks between pairs of tokens are not supported",
+        ),
+        (
+            {"input_ids": IDS, "token_type_ids": IDS[:, :3]},
+            r"token_type_ids must begin with shape \[2, 5\], got \[2, 3\]",
+        ),
+        ({"input_ids": IDS, "position_ids": IDS[:, :3]}, r"position_ids must begin with shape \[2, 5\], got \[2, 3\]"),
+        ({"input_ids": torch.ones(1, 17).long()}, "17 tokens in a row are more than the 16 positions"),
+        ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5])}, r"must have shape \[1, tokens\], got \[2, 5\]"),
+        ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6])}, "hold 6 tokens, more than the 5 places"),
+        ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([1, 5])}, "must start at 0, got 1"),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 5]), "attention_mask": torch.zeros(1, 5)},
+            "takes no attention_mask: leave the padding out instead",
+        ),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(model, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model(**arguments)
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "past_key_values", "use_cache", "head_mask"])
+def test_what_it_does_not_have_is_refused(model, name):
+    with pytest.raises(TypeError, match=f"BertModel does not take {name}"):
+        model(IDS, **{name: True})
+    assert model(IDS, **{name: None})
+
+
+def test_classes_say_what_they_want():
+    choice, _ = models(BY_NAME["choice"])
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice wants input_ids of shape \[batch, choices, length\]"):
+        choice(IDS)
+    with pytest.raises(ValueError, match="wants num_choices, the number of sequences a row"):
+        choice(IDS[:1], cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    masked_lm, _ = models(BY_NAME["masked_lm"])
+    with pytest.raises(ValueError, match=r"labels must begin with shape \[2, 5\], got \[2, 4\]"):
+        masked_lm(IDS, labels=IDS[:, :4])
+    with pytest.raises(ValueError, match="packed sequences have no common"):
+        masked_lm(IDS[:1], cu_seq_lens_q=torch.tensor([0, 2, 5]), output_attentions=True)
+
+
+def test_packed_positions_stay_within_their_sequences(model):
+    """More tokens than positions are no matter, nor are unused places behind the last sequence."""
+    ids = torch.ones(1, 40, dtype=torch.int64)
+    outputs = model(ids, cu_seq_lens_q=torch.tensor([0, 12, 14]))
+    assert outputs.last_hidden_state.shape == (1, 40, 32)
+    assert outputs.last_hidden_state.isfinite().all()
+
+
+def test_a_projection_that_is_not_plain_is_called():
+    """A hook, another class, or another `forward` around a linear layer must see the call."""
+    case = BY_NAME["masked_lm"]
+    model, _ = models(case)
+    values = inputs(case, "right")
+    plain = model(**values).logits
+    linear = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    called = set()
+    for name, module in linear:
+        assert encoder.is_plain(module)
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        assert not encoder.is_plain(module)
+    torch.testing.assert_close(model(**values).logits, plain)
+    assert called == {name for name, _ in linear}
+    called.clear()
+    model.train()(**values).loss.backward()
+    assert called == {name for name, _ in linear}
+
+
+def test_activation_checkpointing_replays_the_masks():
+    model, _ = models(BY_NAME["model"], hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    model.train()
+    values = inputs(BY_NAME["model"], "right")
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        if checkpointed:
+            output = torch.utils.checkpoint.checkpoint(
+                lambda values: model(**values).last_hidden_state, values, use_reentrant=False
+            )
+        else:
+            output = model(**values).last_hidden_state
+        output.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, replayed in zip(*gradients, strict=True):
+        assert torch.equal(plain, replayed)
