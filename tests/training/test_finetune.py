@@ -123,11 +123,16 @@ def test_other_labels_get_a_new_classifier_and_the_same_ones_keep_theirs(tuned, 
     three = tmp_path / "three.tsv"
     three.write_text("sentence\tlabel\n" + "good film\tgood\nbad film\tbad\nthe film\tnone\n")
     quick = QUICK | {"num_train_epochs": 0.01, "learning_rate": 0.0}
-    before = BertForSequenceClassification.from_pretrained(folder).classifier.weight
+    # Not the order that the alphabet would give them.
+    model = BertForSequenceClassification.from_pretrained(folder, id2label={0: "good", 1: "bad"})
+    model.save_pretrained(tmp_path / "start")
+    save_tokenizer(load_tokenizer(folder), tmp_path / "start")
     for train, out in ((files["train_file"], "same"), (str(three), "other")):
-        settings = {"model_name_or_path": str(folder), "train_file": train, "output_dir": str(tmp_path / out)}
-        finetune(FinetuneSettings(**settings, **quick))
-    assert torch.equal(BertForSequenceClassification.from_pretrained(tmp_path / "same").classifier.weight, before)
+        start = {"model_name_or_path": str(tmp_path / "start"), "train_file": train}
+        finetune(FinetuneSettings(**start, output_dir=str(tmp_path / out), **quick))
+    same = BertForSequenceClassification.from_pretrained(tmp_path / "same")
+    assert same.config.id2label == model.config.id2label
+    assert torch.equal(same.classifier.weight, model.classifier.weight)
     other = BertForSequenceClassification.from_pretrained(tmp_path / "other")
     assert other.config.id2label == {0: "bad", 1: "good", 2: "none"}
 
@@ -167,6 +172,8 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, fil
     losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
     assert losses[results["best_step"]] == min(losses.values()) == results["eval_loss"]
     assert max(losses) == results["best_step"] + 4 < 40
+    # The test file holds the same sentences, and it is the best model that answers.
+    assert (tmp_path / "predictions_test.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
     evaluated = evaluate(
         EvaluateSettings(model_name_or_path=str(tmp_path), validation_file=files["validation_file"], device="cpu")
     )

@@ -45,8 +45,10 @@ def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
             torch.tensor([encoding.ids for encoding in encodings]),
             torch.tensor([encoding.attention_mask for encoding in encodings]),
         ).logits.numpy()
+    model.train()  # without dropout all the same, and training goes on with it
     for tokens in (1, 40, 10_000):
         np.testing.assert_allclose(predict_logits(model, features, tokens, "fp32"), padded, atol=1e-5)
+    assert model.training
 
 
 def test_evaluate_agrees_with_fine_tuning(tuned, files, tmp_path, capsys):
