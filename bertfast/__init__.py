@@ -1,17 +1,23 @@
 """bertfast: pre-train, fine-tune and run a BERT on packed tokens and fused kernels."""
 
-from bertfast.config import BertConfig
-from bertfast.models import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-    BertModel,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bertfast.config import BertConfig
+    from bertfast.models import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertLMHeadModel,
+        BertModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,3 +33,10 @@ __all__ = [
     "BertLMHeadModel",
     "BertModel",
 ]
+
+
+def __getattr__(name: str):
+    # Worker processes that only read text, and `--help`, need not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
+    return getattr(importlib.import_module("bertfast.config" if name == "BertConfig" else "bertfast.models"), name)

@@ -309,7 +309,7 @@ class Pretraining:
         return tqdm(total=self.settings.minutes * 60, initial=self.seconds, desc="pre-training", bar_format=form)
 
     def _report(self, bar: tqdm, losses: dict[str, float] | None, rate: float, elapsed: float) -> None:
-        bar.update(1 if self.settings.minutes is None else elapsed)
+        bar.update(1 if self.settings.minutes is None else min(elapsed, bar.total - bar.n))
         if losses is None:
             tqdm.write(f"step {self.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far)")
             self.journal.write(step=self.step, skipped=self.skipped)
@@ -344,7 +344,10 @@ def _parse_overrides(text: str) -> dict[str, int | float | str]:
         name, _, value = entry.partition("=")
         if types.get(name) not in (int, float, str):
             raise ValueError(f"config_overrides: {name!r} is not a size or option of a BERT configuration")
-        changes[name] = types[name](value)
+        try:
+            changes[name] = types[name](value)
+        except ValueError:
+            raise ValueError(f"config_overrides: {value!r} is no value for {name}, {types[name].__name__}") from None
     return changes
 
 

@@ -1,0 +1,74 @@
+"""Optimizers, schedule and precision."""
+
+import pytest
+import torch
+
+from bertfast import BertConfig, BertForPreTraining
+from bertfast.training.optimizer import Muon, build_optimizers
+from bertfast.training.precision import choose_precision, multiplies_bf16
+from bertfast.training.schedule import linear, set_learning_rate
+
+
+@pytest.fixture
+def model() -> BertForPreTraining:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    return BertForPreTraining(BertConfig(num_hidden_layers=2, max_position_embeddings=16, **sizes))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_owner_and_vectors_do_not_decay(model, name):
+    groups = [group for optimizer in build_optimizers(model, name, 1e-3, 0.01) for group in optimizer.param_groups]
+    owned = [parameter for group in groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in owned} == {id(parameter) for parameter in model.parameters()}
+    assert len(owned) == len({id(parameter) for parameter in owned})
+    for group in groups:
+        assert all((parameter.dim() > 1) == (group["weight_decay"] > 0) for parameter in group["params"])
+
+
+def test_muon_takes_the_matrices_between_features_and_nothing_else(model):
+    muon, _ = build_optimizers(model, "muon", 1e-3, 0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = [names[id(parameter)] for parameter in muon.param_groups[0]["params"]]
+    assert len(owned) == 2 * 6 + 2
+    assert all(name.startswith(("bert.encoder.layer", "bert.pooler", "cls.predictions.transform")) for name in owned)
+
+
+def test_muon_is_the_librarys(model):
+    shapes = [(32, 32), (48, 32), (32, 48), (48, 32)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(s)) for s in shapes] for _ in range(2))
+    for a, b in zip(ours, theirs, strict=True):
+        b.data.copy_(a)
+    optimizers = [
+        Muon(ours, 1e-2, 0.1),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    starts = [p.detach().clone() for p in ours]
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        # The library iterates in bf16, whose relative precision is 1/256.
+        assert (a - b).norm() < 0.03 * (b - start).norm()
+
+
+def test_the_rate_rises_and_falls_linearly():
+    assert [linear(p / 10, 0.2) for p in range(11)] == pytest.approx([0, 0.5, 1, *(x / 8 for x in range(7, -1, -1))])
+    assert linear(0, 0) == 1
+    assert linear(2, 0.1) == 0
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([{"params": [parameter]}], lr=1)
+    set_learning_rate([optimizer], 0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_bf16_is_chosen_only_where_the_processor_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_precision(cpu) == ("bf16" if multiplies_bf16(cpu) else "fp32")
+    assert choose_precision(cpu, "bf16") == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision(cpu) == "fp32"

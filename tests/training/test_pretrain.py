@@ -1,0 +1,273 @@
+"""A pre-training run: what it computes, what it leaves behind, and that nothing which befalls it loses work."""
+
+import errno
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from bertfast import BertConfig, BertForPreTraining
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.samples import Sampling
+from bertfast.encoder import pretraining_loss
+from bertfast.training import pretrain as program
+from bertfast.training import state
+from bertfast.training.evaluate import EvaluateSettings, evaluate
+from bertfast.training.interrupt import RunStopped
+from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
+
+SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A text file in a small language: each subject has a verb and an object of its own."""
+    generator = np.random.default_rng(0)
+    words = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(6) for j in range(4)]
+    lines = []
+    for _ in range(120):
+        for _ in range(generator.integers(4, 12)):
+            first = generator.integers(len(words) // 3) * 3
+            lines.append(" ".join([*words[first : first + 3], words[generator.integers(len(words))]]) + ".")
+        lines.append("")
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(corpus, tmp_path_factory) -> Path:
+    """The same as token shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    settings = CorpusSettings([str(corpus)], vocabulary_size=128, validation_split_percentage=20, processes=1)
+    return prepare(PrepareSettings(str(folder), settings))
+
+
+def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings:
+    values = {
+        "data_dir": data and str(data),
+        "sampling": Sampling(max_seq_length=24),
+        "config_overrides": SIZES,
+        "tokens_per_batch": 96,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "optimizer": "muon",
+        "logging_steps": 1,
+        "save_steps": 5,
+        "eval_batches": 4,
+        "device": "cpu",
+    }
+    return PretrainSettings(str(folder), **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run of twenty steps at a stretch, dropout on."""
+    folder = tmp_path_factory.mktemp("finished")
+    pretrain(settings_for(folder, data))
+    return folder
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def signal_at(step: int):
+    return lambda done: signal.raise_signal(signal.SIGINT) if done == step else None
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_learns_the_language(data, tmp_path):
+    metrics = pretrain(settings_for(tmp_path, data, max_steps=500, dropout=0.0))
+    assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5
+    assert metrics["validation_perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
+
+
+def test_the_result_opens_in_transformers_with_every_weight(finished, data):
+    theirs, info = transformers.BertForPreTraining.from_pretrained(finished, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = BertForPreTraining.from_pretrained(finished)
+    ids = torch.tensor([[2, 9, 17, 4, 3]])
+    assert torch.allclose(theirs(ids).prediction_logits, ours(ids).prediction_logits, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished)
+    assert len(tokenizer) == ours.config.vocab_size == 128
+
+
+def test_metrics_name_every_step_once(finished):
+    trained = [entry for entry in entries(finished) if "masked_lm_loss" in entry]
+    assert [entry["step"] for entry in trained] == list(range(1, STEPS + 1))
+    assert {"learning_rate", "tokens_per_second", "next_sentence_accuracy", "gradient_norm"} <= trained[0].keys()
+    assert (finished / "loss.png").stat().st_size > 1000
+
+
+def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(finished, data, tmp_path):
+    settings = settings_for(tmp_path, data)
+    with pytest.raises(RunStopped, match=r"stopped after step 10.*--resume"):
+        pretrain(settings, signal_at(10))
+    settings.resume = True
+    metrics = pretrain(settings)
+    assert_same_weights(finished, tmp_path)
+    assert metrics == pytest.approx({name: entries(finished)[-1][name] for name in metrics}, abs=0)
+    losses = [
+        [e["masked_lm_loss"] for e in entries(folder) if "masked_lm_loss" in e] for folder in (finished, tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_is_cut_off_goes_on_from_its_last_checkpoint(finished, data, tmp_path):
+    settings = settings_for(tmp_path, data, save_steps=4)
+
+    def cut_off(step):
+        if step == 11:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pretrain(settings, cut_off)
+    settings.resume = True
+    pretrain(settings)
+    assert_same_weights(finished, tmp_path)
+    steps = [entry["step"] for entry in entries(tmp_path) if "masked_lm_loss" in entry]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume_it(finished, data):
+    with pytest.raises(ValueError, match="already holds a run: add --resume"):
+        pretrain(settings_for(finished, data))
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
+        pretrain(settings_for(finished, data, resume=True, learning_rate=1.0))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
+    save = state.save_file
+
+    def full(tensors, path):
+        if "00000010" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(settings_for(tmp_path, data))
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+    assert state.read_progress(folder / "step-00000005")[0] == 5
+
+
+def test_only_the_newest_checkpoints_stay(finished):
+    assert [path.name for path in state.checkpoints(finished / "checkpoints")] == ["step-00000015", "step-00000020"]
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
+    bad, calls = set(range(12, 14)) | set(range(20, 60)), iter(range(1000))
+
+    def poisoned(*arguments):
+        loss = pretraining_loss(*arguments)
+        if next(calls) in bad:  # two calls a step
+            loss.masked_lm.data.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(program, "pretraining_loss", poisoned)
+    with pytest.raises(RunStopped, match=r"10 steps in a row.*checkpoint"):
+        pretrain(settings_for(tmp_path, data, max_steps=100))
+    skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
+    assert skipped == {7: 1} | {step: step - 9 for step in range(11, 21)}
+    newest = state.checkpoints(tmp_path / "checkpoints")[-1]
+    assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
+
+
+def test_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(data, tmp_path):
+    run = Pretraining(settings_for(tmp_path, data, gradient_accumulation_steps=4))
+    batches = [run.batches.bin(0, index) for index in range(4)]
+    masked = sum(batch.masked for batch in batches)
+    pairs = sum(int((batch.next_sentence_labels >= 0).sum()) for batch in batches)
+    losses = [pretraining_loss(run.model, batch, run.dropout_seed) for batch in batches]
+    total = sum(loss.masked_lm for loss in losses) / masked + sum(loss.next_sentence for loss in losses) / pairs
+    total.backward()
+    expected = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    run.model.zero_grad()
+    for batch in batches:
+        run._backward(batch, masked, pairs)
+    for name, parameter in run.model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
+
+
+def test_it_goes_on_from_a_model_and_extends_its_positions(finished, corpus, tmp_path):
+    settings = settings_for(
+        tmp_path,
+        None,
+        corpus=CorpusSettings([str(corpus)], validation_split_percentage=20, processes=1),
+        sampling=Sampling(max_seq_length=40),
+        config_overrides="",
+        init_from=str(finished),
+        max_positions=48,
+        max_steps=1,
+    )
+    run = Pretraining(settings)
+    before, after = BertForPreTraining.from_pretrained(finished), run.model
+    positions = [m.bert.embeddings.position_embeddings.weight for m in (before, after)]
+    assert torch.equal(positions[1], torch.cat([positions[0], positions[0][:16]]))
+    assert torch.equal(before.cls.predictions.decoder.weight, after.cls.predictions.decoder.weight)
+    assert run.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(finished).get_vocab()
+    run.run(lambda step: None)
+    assert BertConfig.from_pretrained(tmp_path).max_position_embeddings == 48
+
+
+def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys):
+    metrics = evaluate(
+        EvaluateSettings(
+            model_name_or_path=str(finished), validation_file=str(corpus), objective="mlm", output_dir=str(tmp_path)
+        )
+    )
+    assert 0 < metrics["validation_loss"] < np.log(128) + 1
+    assert 0 <= metrics["next_sentence_accuracy"] <= 1
+    assert "validation_perplexity" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampling": Sampling(max_seq_length=64), "tokens_per_batch": 128},
+            "64 is more than the model's 32 positions",
+        ),
+        ({"config_overrides": "hiden_size=3"}, "'hiden_size' is not a size"),
+        ({"config_overrides": "hidden_size=wide"}, "config_overrides: 'wide'"),
+        ({"tokens_per_batch": 8}, "cannot hold a sample"),
+        ({"init_from": "nowhere/at/all"}, "not a folder"),
+        ({"device": "cuda:7"}, "'cuda:7' is not to be had"),
+        ({"precision": "fp8"}, "auto, fp32 or bf16"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(data, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pretrain(settings_for(tmp_path / "run", data, **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_shards_of_another_tokenizer_are_refused(finished, corpus, tmp_path):
+    foreign = CorpusSettings([str(corpus)], vocabulary_size=64, validation_split_percentage=20, processes=1)
+    data = prepare(PrepareSettings(str(tmp_path / "data"), foreign))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        pretrain(settings_for(tmp_path / "run", data, init_from=str(finished), config_overrides=""))
+
+
+def test_minutes_end_a_run_by_the_clock_with_the_rate_at_zero(data, tmp_path):
+    pretrain(settings_for(tmp_path, data, minutes=1 / 60, max_steps=0))
+    rates = [entry["learning_rate"] for entry in entries(tmp_path) if "learning_rate" in entry]
+    assert len(rates) > 3
+    assert max(rates) <= 1e-2
+    assert rates[-1] < max(rates) / 2
