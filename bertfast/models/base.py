@@ -1,0 +1,202 @@
+"""What all nine classes share, and `BertModel`, which eight of them stand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bertfast import checkpoint, encoder, reference
+from bertfast.config import BertConfig
+from bertfast.encoder import IGNORED, cross_entropy_sum
+from bertfast.inputs import Layout, Packed, pack
+from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler
+from bertfast.outputs import BaseModelOutput, ModelOutput
+
+
+class BertPreTrainedModel(nn.Module):
+    """What all nine classes share: initialisation, ties, files, and the way into and out of packed tokens."""
+
+    _no_split_modules = ("BertEmbeddings", "BertLayer")
+    _pooled = False
+    accepts_loss_kwargs = True  # every loss divides by `num_items_in_batch` where it is given
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+
+    def _initialise(self) -> None:
+        # The paper's released code: truncated normal, at two standard deviations.
+        deviation = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx].detach())
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the vocabulary's output weights the word embeddings, where there are both and the config says so."""
+        predictions = getattr(getattr(self, "cls", None), "predictions", None)
+        if predictions is not None and self.config.tie_word_embeddings:
+            predictions.decoder.weight = self.get_input_embeddings().weight
+            predictions.bias = predictions.decoder.bias
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
+        return getattr(self, "bert", self).embeddings.word_embeddings
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The product with the vocabulary, if this model has one."""
+        predictions = getattr(getattr(self, "cls", None), "predictions", None)
+        return None if predictions is None else predictions.decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are."""
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, config: BertConfig | None = None, **changes) -> BertPreTrainedModel:
+        """Read a model from a folder or a hub id, in evaluation mode. `changes` override entries of its config.
+
+        Parameters that the checkpoint lacks are initialised, and named in a warning, as are weights left over.
+        """
+        folder = checkpoint.resolve(name)
+        model = cls(config if config is not None else BertConfig.from_pretrained(folder, **changes))
+        checkpoint.load_weights(model, checkpoint.read_weights(folder), str(name))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, which transformers opens."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_weights(self, folder)
+        self.config.save_pretrained(folder, type(self).__name__)
+
+    def _pack(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:
+        known = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "num_choices")
+        unknown = [name for name, value in others.items() if name not in known and value not in (None, False)]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not take {', '.join(unknown)}; it has no cross-attention and no cache"
+            )
+        return pack(
+            *inputs,
+            cu_seq_lens_q=others.get("cu_seq_lens_q"),
+            positions=self.config.max_position_embeddings,
+            training=self.training,
+            pooled=pooled,
+        )
+
+    def _encode(
+        self, packed: Packed, layout: Layout, record: tuple[bool | None, bool | None], rows: Tensor | None = None
+    ) -> tuple[Tensor, dict]:
+        """Hidden states at `rows` [R, H] (None: all, [T, H]), and the records asked for in the caller's layout."""
+        bert = getattr(self, "bert", self)
+        want_attentions, want_states = self._wants(record)
+        if not (want_attentions or want_states):
+            return encoder.encode(bert, packed, rows), {}
+        states: list[Tensor] = []
+        hidden = encoder.encode(bert, packed, hidden_states=states)
+        records = {}
+        if want_states:
+            records["hidden_states"] = tuple(layout.unpack(state) for state in states)
+        if want_attentions:
+            layers = enumerate(zip(bert.encoder.layer, states, strict=False))
+            records["attentions"] = tuple(
+                _attention_record(module.attention.self, state, packed, layout, i) for i, (module, state) in layers
+            )
+        return hidden if rows is None else hidden[rows], records
+
+    def _wants(self, record: tuple[bool | None, bool | None]) -> tuple[bool, bool]:
+        defaults = (self.config.output_attentions, self.config.output_hidden_states)
+        attentions, states = (d if given is None else given for given, d in zip(record, defaults, strict=True))
+        return attentions, states
+
+    def _pooled_output(
+        self, packed: Packed, layout: Layout, record: tuple[bool | None, bool | None]
+    ) -> tuple[Tensor, dict]:
+        """What the pooler says of every sequence [S, H]; the last layer then runs on [CLS] alone."""
+        first, records = self._encode(packed, layout, record, packed.first)
+        return self.bert.pooler(first), records
+
+    def _classify(self, x: Tensor, identity) -> Tensor:
+        """dropout and the task's linear layer: [R, H] -> [R, labels]."""
+        p = self.config.classifier_dropout
+        p = self.config.hidden_dropout_prob if p is None else p
+        return self.classifier(reference.drop_hidden(x, identity and identity.dropout(p, "classifier")))
+
+    def _returned(self, outputs: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder, with the pooler on top unless told otherwise."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self._initialise()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **others,
+    ) -> BaseModelOutput | tuple:
+        """last_hidden_state [B, L, H] and pooler_output [B, H]."""
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        packed, layout = self._pack(inputs, others, pooled=self.pooler is not None)
+        hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
+        outputs = BaseModelOutput(
+            last_hidden_state=layout.unpack(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first]),
+            **records,
+        )
+        return self._returned(outputs, return_dict)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, others: dict) -> Tensor:
+    """The mean cross entropy of logits [R, classes] against labels [R], -100 ignored -> []; see `mean`."""
+    return mean(cross_entropy_sum(logits, labels), (labels != IGNORED).sum(), others)
+
+
+def mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
+    """total / counted, 0 if nothing counts; or total over the items of the whole step where the caller says how many."""
+    items = others.get("num_items_in_batch")
+    return total / (counted.clamp(min=1) if items is None else items)
+
+
+def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout: Layout, index: int) -> Tensor:
+    # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
+    if layout.places is None:
+        raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
+    qkv = encoder.project(module, hidden)
+    arguments = encoder.attention_arguments(module, packed, index)
+    rows, columns = layout.shape
+    record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
+    lengths, used = list(packed.sequences.lengths), packed.sequences.used
+    places = layout.places[:used].split(lengths)
+    occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
+    parts = qkv[:used].split(lengths)
+    each = reference.attention_probabilities(parts, packed.sequences.numbers, **arguments)
+    for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
+        record[row, :, place[:, None], place] = probabilities.to(record.dtype)
+    return record
