@@ -179,7 +179,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, others: dict) -> Tensor:
 
 
 def mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
-    """total / counted, 0 if nothing counts; or total over the items of the whole step where the caller says how many."""
+    """total / counted, 0 if nothing counts; or total over the items of the whole step, if the caller says how many."""
     items = others.get("num_items_in_batch")
     return total / (counted.clamp(min=1) if items is None else items)
 
