@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from tyro.conf import Positional
 
 from bertfast.data.tokenizer import special_tokens
 from bertfast.models import BertForMaskedLM
@@ -23,8 +24,8 @@ class FillMaskSettings:
         top_k: How many words to name for each blank.
     """
 
-    model_name_or_path: str
-    text: str
+    model_name_or_path: Positional[str]
+    text: Positional[str]
     top_k: int = 5
 
     def __post_init__(self):
@@ -57,8 +58,9 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, top_k: int = 5)
 def fill_mask_command(settings: FillMaskSettings) -> None:
     """Print the best words for each blank."""
     model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, "cls.predictions.transform")
+    blanks = fill_mask(model, tokenizer, settings.text, settings.top_k)
     print(settings.text)
-    for number, words in enumerate(fill_mask(model, tokenizer, settings.text, settings.top_k), 1):
+    for number, words in enumerate(blanks, 1):
         print(f"[MASK] {number}")
         for word, probability in words:
             print(f"  {probability:6.1%}  {word}")

@@ -36,12 +36,12 @@ from bertfast.tasks.metrics import CLASSIFICATION, REGRESSION, measure, require_
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.tables import Table, read_table
 from bertfast.training.evaluate import write_results
-from bertfast.training.interrupt import Interrupt
+from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
 from bertfast.training.optimizer import build_optimizers
 from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.predict import TaskSettings, predict_logits, write_predictions
-from bertfast.training.pretrain import SKIPS_IN_A_ROW, RunStopped
+from bertfast.training.pretrain import SKIPS_IN_A_ROW
 from bertfast.training.schedule import linear, set_learning_rate
 
 logger = logging.getLogger("bertfast")

@@ -15,8 +15,8 @@ from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.interrupt import RunStopped
 from bertfast.training.predict import PredictSettings, predict
-from bertfast.training.pretrain import RunStopped
 
 
 def test_it_learns(tuned):
