@@ -119,8 +119,7 @@ def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSet
         data_dir=str(data),
         sampling=Sampling(max_seq_length=64, mlm_probability=0.2),
         preset="tiny",
-        config_overrides="num_hidden_layers=2,hidden_size=256,num_attention_heads=4,intermediate_size=1024,"
-        "max_position_embeddings=128",
+        config_overrides="max_position_embeddings=128",
         tokens_per_batch=2048,
         minutes=settings.minutes,
         optimizer="muon",
