@@ -39,15 +39,16 @@ def linear_cross_entropy(
         labels=(labels, "rows", "integer"),
     )
     choose("linear_cross_entropy", implementation, ("reference",))
-    return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels)
+    # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
+    return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels, wanted)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, rows, weight, bias, labels):
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+    def forward(ctx, hidden, rows, weight, bias, labels, wanted):
         loss, correct, counted, gradients = reference.linear_cross_entropy_forward(
             hidden, rows, weight, bias, labels, wanted
         )
@@ -58,4 +59,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _correct, _counted):
         d_hidden, d_weight, d_bias = (None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors)
-        return d_hidden, None, d_weight, d_bias, None
+        return d_hidden, None, d_weight, d_bias, None, None
