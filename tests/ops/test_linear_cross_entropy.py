@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import compare_with_torch, normal
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bertfast import ops, reference
 
@@ -29,14 +30,18 @@ def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that any operation makes."""
+    """Notes how many elements the largest tensor has for which any operation takes memory."""
 
     elements = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        made = result if isinstance(result, tuple | list) else [result]
-        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        known, made = (
+            [(x.untyped_storage().data_ptr(), x.numel()) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+            for tree in (arguments, result)
+        )
+        memory = {place for place, _ in known}
+        self.elements = max([self.elements, *(size for place, size in made if place not in memory)])
         return result
 
 
