@@ -102,19 +102,20 @@ def philox(counter: tuple, seed: Tensor) -> Tensor:
     counter = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
     shape = counter[0].shape
     flat = [c.reshape(-1) for c in counter]
-    key = (seed & _WORD, (seed >> 32) & _WORD)
+    rounds = torch.arange(10, device=device)
+    low, high = (((word & _WORD) + rounds * step) & _WORD for word, step in zip((seed, seed >> 32), _WEYL, strict=True))
+    keys = list(zip(low.unbind(), high.unbind(), strict=True))
     out = torch.empty(flat[0].numel(), 4, dtype=torch.int32, device=device)
     for start in range(0, len(out), _CHUNK):
-        _philox_rounds([c[start : start + _CHUNK].clone() for c in flat], key, out[start : start + _CHUNK])
+        _philox_rounds([c[start : start + _CHUNK].clone() for c in flat], keys, out[start : start + _CHUNK])
     return out.view(torch.uint8).reshape(*shape, 16)
 
 
-def _philox_rounds(c: list[Tensor], key: tuple[Tensor, Tensor], out: Tensor) -> None:
+def _philox_rounds(c: list[Tensor], keys: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
     # Multiplicands are below 2**32, so 64-bit products are exact; signed or not, bits 32..63 are the high word once
     # masked. c[1] and c[3] keep garbage above bit 31, which the mask after the exclusive or clears.
-    for i in range(10):
+    for key0, key1 in keys:
         a, b = c[0].mul_(_MULTIPLIERS[0]), c[2].mul_(_MULTIPLIERS[1])
-        key0, key1 = (key[0] + i * _WEYL[0]) & _WORD, (key[1] + i * _WEYL[1]) & _WORD
         high_b = (b >> 32).bitwise_xor_(c[1]).bitwise_xor_(key0).bitwise_and_(_WORD)
         high_a = (a >> 32).bitwise_xor_(c[3]).bitwise_xor_(key1).bitwise_and_(_WORD)
         c = [high_b, b, high_a, a]
@@ -130,19 +131,21 @@ def hidden_keep(dropout: Dropout, columns: int) -> Tensor:
 
 
 def attention_keep(dropout: Dropout, number, heads: int, keys: int, queries: range) -> Tensor:
-    """Which probabilities of one sequence are kept: bool [heads, len(queries), keys].
+    """Which probabilities of a sequence are kept: bool [heads, len(queries), keys].
 
-    `number` is the sequence's (int or int64 []); `queries` the positions that ask.
+    `number` is the sequence's (int or int64 []); `queries` the positions that ask. Sequences of one length can be asked
+    for at once: numbers int64 [S] give bool [S, heads, len(queries), keys].
     """
     device = dropout.seed.device
+    number = torch.as_tensor(number, device=device)
     first, last = queries.start // 16, -(-queries.stop // 16)
-    columns = -(-keys // 16)
+    rows, columns = last - first, -(-keys // 16)
     key_groups = torch.arange(4 * columns, device=device)
     query_groups = torch.arange(4 * first, 4 * last, device=device)[:, None]
     word = (dropout.operation << 8) + torch.arange(heads, device=device)[:, None, None]
-    octets = philox((key_groups, query_groups, number, word), dropout.seed)
-    # [head, i // 16, (i >> 1) & 3, j // 16, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1, j & 1]
-    octets = octets.view(heads, last - first, 4, columns, 4, 2, 2, 2, 2)
-    tiles = octets.permute(0, 1, 5, 2, 7, 3, 6, 4, 8).reshape(heads, 16 * (last - first), 16 * columns)
+    octets = philox((key_groups, query_groups, number[..., None, None, None], word), dropout.seed)
+    # [sequence and head, i >> 4, (i >> 1) & 3, j >> 4, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1, j & 1]
+    octets = octets.view(number.numel() * heads, rows, 4, columns, 4, 2, 2, 2, 2)
+    tiles = octets.permute(0, 1, 5, 2, 7, 3, 6, 4, 8).reshape(*number.shape, heads, 16 * rows, 16 * columns)
     start = queries.start - 16 * first
-    return tiles[:, start : start + len(queries), :keys] >= dropout.threshold
+    return tiles[..., start : start + len(queries), :keys] >= dropout.threshold

@@ -8,7 +8,8 @@ T tokens, H hidden, A heads, D head dimension, R gathered rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from bertfast.dropout import Dropout, attention_keep, hidden_keep
 from bertfast.sequences import Sequences
 
 _LOGITS = 1 << 24  # elements of logits that exist at a time
+_DRAWS = 1 << 24  # elements of attention masks that are drawn at a time
 
 
 def embed(
@@ -54,8 +56,8 @@ def attention(
 
 
 def attention_probabilities(
-    parts: Iterable[Tensor],
-    numbers: Iterable[Tensor],
+    parts: list[Tensor],
+    numbers: Tensor,
     scale: float,
     causal: bool,
     window: int | None,
@@ -63,15 +65,16 @@ def attention_probabilities(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each sequence of L > 0 tokens in turn: its probabilities [A, L, L], dropout applied, and its values [A, L, D].
 
-    `parts` are the sequences' qkv [L, 3, A, D]. Position i sees position j where j <= i if `causal`, and
-    |i - j| <= window if there is one.
+    `parts` are the sequences' qkv [L, 3, A, D], `numbers` int64 [S] their numbers. Position i sees position j where
+    j <= i if `causal`, and |i - j| <= window if there is one.
     """
-    for number, part in zip(numbers, parts, strict=True):
+    keeps = [None] * len(parts) if dropout is None else _attention_keeps(dropout, parts, numbers)
+    for part, keep in zip(parts, keeps, strict=True):
         if len(part) == 0:
             continue
         query, key, value = part.permute(1, 2, 0, 3)
         hidden = _invisible(len(part), causal, window, part.device)
-        yield _probabilities(query, key, scale, hidden, dropout, number, range(len(part))), value
+        yield _probabilities(query, key, scale, hidden, keep, dropout), value
 
 
 def attend_from(
@@ -85,8 +88,26 @@ def attend_from(
     distance = torch.arange(len(part), device=part.device)
     hidden = None if window is None else distance > window
     guest = range(len(part), len(part) + 1)
-    probabilities = _probabilities(query[:, None], key, scale, hidden, dropout, number, guest)
-    return (probabilities.to(value.dtype) @ value)[:, 0]
+    keep = None if dropout is None else attention_keep(dropout, number, len(query), len(part), guest)
+    return (_probabilities(query[:, None], key, scale, hidden, keep, dropout).to(value.dtype) @ value)[:, 0]
+
+
+def _attention_keeps(dropout: Dropout, parts: list[Tensor], numbers: Tensor) -> list[Tensor | None]:
+    # Sequences of as many 16 x 16 tiles are drawn together: for short ones the calls cost more than the numbers.
+    keeps: list[Tensor | None] = [None] * len(parts)
+    alike = defaultdict(list)
+    for index, part in enumerate(parts):
+        if len(part):
+            alike[-(-len(part) // 16)].append(index)
+    for tiles, members in alike.items():
+        heads = parts[members[0]].shape[2]
+        at_once = max(_DRAWS // (heads * (16 * tiles) ** 2), 1)
+        for start in range(0, len(members), at_once):
+            some = members[start : start + at_once]
+            drawn = attention_keep(dropout, numbers[some], heads, 16 * tiles, range(16 * tiles))
+            for index, keep in zip(some, drawn, strict=True):
+                keeps[index] = keep[:, : len(parts[index]), : len(parts[index])]
+    return keeps
 
 
 def _invisible(length: int, causal: bool, window: int | None, device) -> Tensor | None:
@@ -102,19 +123,15 @@ def _probabilities(
     key: Tensor,
     scale: float,
     hidden: Tensor | None,
+    keep: Tensor | None,
     dropout: Dropout | None,
-    number: Tensor,
-    queries: range,
 ) -> Tensor:
     # Q K^T · scale with the scale inside the product, before its result is rounded.
     scores = _accumulating(torch.baddbmm(query.new_zeros(1), query, key.mT, beta=0, alpha=scale))
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     probabilities = scores.softmax(-1)
-    if dropout is None:
-        return probabilities
-    keep = attention_keep(dropout, number, query.shape[0], key.shape[1], queries)
-    return probabilities * keep * dropout.scale
+    return probabilities if keep is None else probabilities * keep * dropout.scale
 
 
 def add_layer_norm(
