@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bertfast import ops, reference
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
+from bertfast.reference import IGNORED
 
-IGNORED = -100  # the label of a place that does not count
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 _PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from bertfast.dropout import Dropout, attention_keep, hidden_keep
 from bertfast.sequences import Sequences
 
+IGNORED = -100  # the label of a row that does not count
+
 _LOGITS = 1 << 24  # elements of logits that exist at a time
 _DRAWS = 1 << 24  # elements of attention masks that are drawn at a time
 

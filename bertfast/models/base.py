@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from bertfast import checkpoint, encoder, reference
 from bertfast.config import BertConfig
-from bertfast.encoder import IGNORED, cross_entropy_sum
+from bertfast.encoder import cross_entropy_sum
 from bertfast.inputs import Layout, Packed, pack
 from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler
 from bertfast.outputs import BaseModelOutput, ModelOutput
+from bertfast.reference import IGNORED
 
 
 class BertPreTrainedModel(nn.Module):

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from bertfast import encoder, ops
 from bertfast.config import BertConfig
-from bertfast.encoder import IGNORED, cross_entropy_sum
+from bertfast.encoder import cross_entropy_sum
 from bertfast.inputs import Layout, Packed
 from bertfast.models.base import BertModel, BertPreTrainedModel, cross_entropy, mean
 from bertfast.modules import BertHeads
 from bertfast.outputs import HeadOutput, PreTrainingOutput
+from bertfast.reference import IGNORED
 
 
 class _LanguageModel(BertPreTrainedModel):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast.config import BertConfig
-from bertfast.encoder import IGNORED
 from bertfast.inputs import Layout
 from bertfast.models.base import BertModel, BertPreTrainedModel, cross_entropy, mean
 from bertfast.outputs import HeadOutput, QuestionAnsweringOutput
+from bertfast.reference import IGNORED
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
