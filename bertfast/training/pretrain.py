@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bertfast import checkpoint
-from bertfast.config import BertConfig, Preset
+from bertfast.config import Preset
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
 from bertfast.encoder import pretraining_loss
-from bertfast.models import BertForPreTraining
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
 from bertfast.training.optimizer import OptimizerName, build_optimizers
 from bertfast.training.precision import Precision, autocast, choose_device, choose_precision
 from bertfast.training.schedule import linear, set_learning_rate
+from bertfast.training.start import starting_config, starting_model
 from bertfast.training.state import checkpoints, load_state, read_progress, save_state
 from bertfast.training.validation import unigram_entropy, validate
 
@@ -124,7 +124,9 @@ class Pretraining:
         self.precision = choose_precision(self.device, settings.precision)
         torch.manual_seed(settings.seed)
         start = None if settings.init_from is None else checkpoint.resolve(settings.init_from)
-        config = _config(settings, start)
+        config = starting_config(
+            start, settings.preset, settings.config_overrides, settings.dropout, settings.max_positions
+        )
         if settings.sampling.max_seq_length > config.max_position_embeddings:
             raise ValueError(
                 f"max_seq_length {settings.sampling.max_seq_length} is more than the model's "
@@ -133,7 +135,7 @@ class Pretraining:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open_data(start)
         config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
-        self.model = _build_model(config, start).to(self.device).train()
+        self.model = starting_model(config, start).to(self.device).train()
         betas = (settings.adam_beta1, settings.adam_beta2)
         self.optimizers = build_optimizers(
             self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas
@@ -324,43 +326,3 @@ class Pretraining:
                 tokens_per_second=round(speed, 1),
                 **losses,
             )
-
-
-def _config(settings: PretrainSettings, start: Path | None) -> BertConfig:
-    changes = _parse_overrides(settings.config_overrides)
-    changes |= {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-    if settings.max_positions is not None:
-        changes["max_position_embeddings"] = settings.max_positions
-    return (
-        BertConfig.preset(settings.preset, **changes) if start is None else BertConfig.from_pretrained(start, **changes)
-    )
-
-
-def _parse_overrides(text: str) -> dict[str, int | float | str]:
-    """ "hidden_size=256,hidden_act=relu" -> {"hidden_size": 256, "hidden_act": "relu"}."""
-    types = {entry.name: type(entry.default) for entry in dataclasses.fields(BertConfig)}
-    changes = {}
-    for entry in filter(None, text.split(",")):
-        name, _, value = entry.partition("=")
-        if types.get(name) not in (int, float, str):
-            raise ValueError(f"config_overrides: {name!r} is not a size or option of a BERT configuration")
-        try:
-            changes[name] = types[name](value)
-        except ValueError:
-            raise ValueError(f"config_overrides: {value!r} is no value for {name}, {types[name].__name__}") from None
-    return changes
-
-
-def _build_model(config: BertConfig, start: Path | None) -> BertForPreTraining:
-    model = BertForPreTraining(config)
-    if start is None:
-        return model
-    weights = checkpoint.read_weights(start)
-    key = next((key for key in weights if key.endswith("position_embeddings.weight")), None)
-    positions = model.bert.embeddings.position_embeddings.weight
-    if key is not None and len(weights[key]) < len(positions):
-        # New positions start as the old ones over again, which is nearer the truth than noise (Beltagy et al., 2020).
-        repeats = -(-len(positions) // len(weights[key]))
-        weights[key] = weights[key].repeat(repeats, 1)[: len(positions)]
-    checkpoint.load_weights(model, weights, str(start))
-    return model
