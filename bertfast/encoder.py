@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast import ops, reference
+from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
 from bertfast.reference import IGNORED
@@ -142,8 +143,8 @@ class PretrainingLoss:
     pairs: Tensor
 
 
-def pretraining_loss(model: nn.Module, batch, seed: Tensor | None) -> PretrainingLoss:
-    """The losses of a `BertForPreTraining`, or a `BertForMaskedLM`, on a `bertfast.data.batches.Batch`.
+def pretraining_loss(model: nn.Module, batch: Batch, seed: Tensor | None) -> PretrainingLoss:
+    """The losses of a `BertForPreTraining`, or a `BertForMaskedLM`, on a packed batch.
 
     No logits are held, and the last layer runs only on the masked tokens and, where there are pairs, [CLS].
     `seed` int64 [] is dropout's; None: no dropout.

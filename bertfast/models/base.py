@@ -20,7 +20,6 @@ class BertPreTrainedModel(nn.Module):
     """What all nine classes share: initialisation, ties, files, and the way into and out of packed tokens."""
 
     _no_split_modules = ("BertEmbeddings", "BertLayer")
-    _pooled = False
     accepts_loss_kwargs = True  # every loss divides by `num_items_in_batch` where it is given
 
     def __init__(self, config: BertConfig):
