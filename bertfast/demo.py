@@ -21,6 +21,7 @@ from bertfast.data.sentences import split_sentences
 from bertfast.models import BertForMaskedLM
 from bertfast.tasks.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
+from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.interrupt import RunStopped
 from bertfast.training.pretrain import PretrainSettings, pretrain
@@ -86,7 +87,9 @@ def demo(settings: DemoSettings) -> dict[str, float]:
         f"fine-tuned from a random start, of {scores['untaught']:.1%}.\n"
         f"   Model: {model}. Metrics: {model / 'metrics.jsonl'}. Plot: {model / 'loss.png'}."
     )
-    return {**pretrained, "accuracy": scores["tuned"], "accuracy_from_random_start": scores["untaught"]}
+    results = {**pretrained, "accuracy": scores["tuned"], "accuracy_from_random_start": scores["untaught"]}
+    write_results(folder / "results.json", results)
+    return results
 
 
 def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:

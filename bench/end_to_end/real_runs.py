@@ -1,0 +1,68 @@
+"""The programs on real text, as a user types them: the demo; pre-training on WikiText-2; fine-tuning on SST-2 from it.
+
+    python bench/end_to_end/real_runs.py DATA [--output FOLDER]
+
+DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz and glue/SST-2/{train,dev}.tsv.gz. Each command runs in a process
+of its own; its seconds, its peak memory and what it measured go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import write_result
+
+BERTFAST = str(Path(sys.executable).with_name("bertfast"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, help="keep the models and metrics here")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        folder = arguments.output or Path(scratch)
+        for name, command, results in runs(arguments.data, folder):
+            started = time.perf_counter()
+            subprocess.run([BERTFAST, *command], check=True)
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the largest process so far
+            shown = [argument.replace(str(folder), "OUT").replace(str(arguments.data), "DATA") for argument in command]
+            result = {"command": ["bertfast", *shown], "seconds": seconds, "peak_memory_mb": peak, **last_of(results)}
+            print(f"\n{name}: {seconds:.0f} s, written to {write_result(name, result)}\n", flush=True)
+
+
+def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
+    """(name, arguments of bertfast, the file in which it leaves its metrics) of each run."""
+    corpus, sst2 = data / "corpus", data / "glue" / "SST-2"
+    wikitext, tuned = folder / "wikitext2", folder / "sst2"
+    pretrain = f"""pretrain --output-dir {wikitext}
+        --train-file {corpus}/wikitext2-detok-train.txt.xz --validation-file {corpus}/wikitext2-detok-valid.txt.xz
+        --vocabulary-size 8192 --preset tiny --max-seq-length 128 --tokens-per-batch 2048 --num-train-epochs 3
+        --optimizer muon --learning-rate 4e-3 --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0"""
+    finetune = f"""finetune --model-name-or-path {wikitext} --output-dir {tuned}
+        --train-file {sst2}/train.tsv.gz --validation-file {sst2}/dev.tsv.gz
+        --learning-rate 3e-4 --num-train-epochs 2 --per-device-train-batch-size 64"""
+    return [
+        ("demo", ["demo", "--output-dir", str(folder / "demo")], folder / "demo" / "results.json"),
+        ("pretrain-wikitext2", pretrain.split(), wikitext / "metrics.jsonl"),
+        ("finetune-sst2", finetune.split(), tuned / "all_results.json"),
+    ]
+
+
+def last_of(path: Path) -> dict:
+    """What a JSON file holds, or the last line of a JSON-lines file."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.splitlines()[-1] if path.suffix == ".jsonl" else text)
+
+
+if __name__ == "__main__":
+    main()
