@@ -51,7 +51,7 @@ def origin() -> dict:
     """Where and with what a result was measured."""
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": _COMMIT,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -85,6 +85,9 @@ def _processor() -> str:
     values = {name.strip(): value.strip() for name, value in fields.items()}
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
     return f"{values.get('model name', platform.machine())} (family {values.get('cpu family')}, {' '.join(flags)})"
+
+
+_COMMIT = _commit()  # of the code that runs, whatever is edited meanwhile
 
 
 def _version(name: str) -> str | None:

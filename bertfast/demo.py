@@ -62,16 +62,15 @@ def demo(settings: DemoSettings) -> dict[str, float]:
     corpus = CorpusSettings(vocabulary_size=4096, validation_split_percentage=HELD_OUT)
     data = prepare(PrepareSettings(str(folder / "data"), corpus))
 
-    print("2. Pre-training: masked LM and next-sentence prediction.")
     model = folder / "model"
-    try:
-        pretrained = pretrain(_pretraining(settings, data, model))
-    except RunStopped as stopped:
-        raise RunStopped(f"{str(stopped).partition(':')[0]}: the same command goes on from there") from None
-
-    print("3. Fine-tuning: which package does this sentence document?")
     train, validation = write_task(data / "docstrings.jsonl", folder / "task", settings.seed)
-    scores = {start: _finetune(settings, model, folder / start, train, validation) for start in ("tuned", "untaught")}
+    try:
+        print("2. Pre-training: masked LM and next-sentence prediction.")
+        pretrained = pretrain(_pretraining(settings, data, model))
+        print("3. Fine-tuning: which package does this sentence document?")
+        scores = {name: _finetune(settings, model, folder / name, train, validation) for name in ("tuned", "untaught")}
+    except RunStopped as stopped:
+        raise RunStopped(f"{str(stopped).partition(':')[0]}: the same command goes on with the demo") from None
 
     print("\n4. Five blanks, each with the five words it likes best.")
     filler, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")

@@ -171,7 +171,9 @@ class Pretraining:
                     )
                 if interrupt.requested:
                     self._save()
-                    raise RunStopped(f"stopped after step {self.step}: the same command with --resume goes on")
+                    raise RunStopped(
+                        f"stopped after step {self.step}, with a checkpoint: the same command with --resume goes on"
+                    )
                 if self._progress() < 1:
                     if self.step % settings.eval_steps == 0:
                         self._validate()
