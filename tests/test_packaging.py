@@ -39,7 +39,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(built):
 
 def test_the_sdist_holds_what_it_takes_to_build_and_test(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "Makefile", "LICENSE", "README.md", "kernels/__init__.py"} <= names
     assert {"bertfast/reference.py", "tests/helpers.py", "bench/harness.py"} <= names
 

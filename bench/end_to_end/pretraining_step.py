@@ -110,8 +110,8 @@ def measure(case: str, repeats: int) -> dict:
 
 
 def samples(sequences: int, longest: int, vocabulary: int) -> tuple[dict, Batch]:
-    """The same random samples padded, as transformers takes them, and packed."""
-    lengths = torch.randint(longest // 4, longest + 1, (sequences,))
+    """The same random samples padded, as transformers takes them, and packed; their lengths are evenly spread."""
+    lengths = torch.linspace(longest // 4, longest, sequences).round().long()
     attended = torch.arange(longest) < lengths[:, None]
     ids = torch.randint(1000, vocabulary, (sequences, longest)) * attended
     types = ((torch.arange(longest) > lengths[:, None] // 2) & attended).long()
