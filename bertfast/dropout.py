@@ -23,7 +23,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK = 1 << 15  # counters worked on at a time: their state stays in the processor's cache
+_CHUNK = 1 << 17  # counters worked on at a time: enough for several cores, few enough for their cache
 
 # The operations that drop, in the order that numbers them within a layer.
 _SITES = ("attention", "attention_output", "output")
@@ -144,8 +144,9 @@ def attention_keep(dropout: Dropout, number, heads: int, keys: int, queries: ran
     query_groups = torch.arange(4 * first, 4 * last, device=device)[:, None]
     word = (dropout.operation << 8) + torch.arange(heads, device=device)[:, None, None]
     octets = philox((key_groups, query_groups, number[..., None, None, None], word), dropout.seed)
-    # [sequence and head, i >> 4, (i >> 1) & 3, j >> 4, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1, j & 1]
-    octets = octets.view(number.numel() * heads, rows, 4, columns, 4, 2, 2, 2, 2)
-    tiles = octets.permute(0, 1, 5, 2, 7, 3, 6, 4, 8).reshape(*number.shape, heads, 16 * rows, 16 * columns)
+    # The bytes of keys 2 b and 2 b + 1 stay together, as 16 bits, on their way to rows of i and columns of j:
+    # [sequence and head, i >> 4, (i >> 1) & 3, j >> 4, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1]
+    pairs = octets.view(torch.int16).view(number.numel() * heads, rows, 4, columns, 4, 2, 2, 2)
+    tiles = pairs.permute(0, 1, 5, 2, 7, 3, 6, 4).reshape(*number.shape, heads, 16 * rows, 8 * columns)
     start = queries.start - 16 * first
-    return tiles[..., start : start + len(queries), :keys] >= dropout.threshold
+    return tiles.view(torch.uint8)[..., start : start + len(queries), :keys] >= dropout.threshold

@@ -133,7 +133,7 @@ def _probabilities(
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     probabilities = scores.softmax(-1)
-    return probabilities if keep is None else probabilities * keep * dropout.scale
+    return probabilities if keep is None else probabilities * _factors(keep, dropout, probabilities.dtype)
 
 
 def add_layer_norm(
@@ -219,7 +219,12 @@ def drop_hidden(x: Tensor, dropout: Dropout | None) -> Tensor:
     """dropout(x) of activations [T, H]."""
     if dropout is None:
         return x
-    return x * hidden_keep(dropout, x.shape[1]) * dropout.scale
+    return x * _factors(hidden_keep(dropout, x.shape[1]), dropout, x.dtype)
+
+
+def _factors(keep: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+    # One factor an element, 0 or the scale: one product forward and one backward, of one dtype, which are fast.
+    return keep.to(dtype).mul_(dropout.scale)
 
 
 def _accumulating(x: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class BertPreTrainedModel(nn.Module):
     def _initialise(self) -> None:
         # The paper's released code: truncated normal, at two standard deviations.
         deviation = self.config.initializer_range
-        for module in self.modules():
+        fresh = [child for name, child in self.named_children() if name != "bert"]  # which has initialised itself
+        for module in (module for child in fresh for module in child.modules()):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
