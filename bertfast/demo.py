@@ -32,11 +32,11 @@ SENTENCES = 1000  # of each package to learn from, at most
 WORDS = 8  # in a sentence at least, so that there is something to go by
 
 BLANKS = (
-    "Returns [MASK] if the object is a string, and False otherwise.",
-    "If the file does not [MASK], an error is raised.",
-    "The default [MASK] of this parameter is None.",
-    "Return a new [MASK] with the same shape as the input array.",
-    "Compute the mean and the standard [MASK] of the samples.",
+    "Returns True [MASK] the object is a string, and False otherwise.",
+    "Return the number [MASK] elements in the list.",
+    "The name of the [MASK] to read from.",
+    "Path to a [MASK] or directory.",
+    "Raises an [MASK] if the file does not exist.",
 )
 
 

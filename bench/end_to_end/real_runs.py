@@ -36,7 +36,8 @@ def main() -> None:
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the largest process so far
             shown = [argument.replace(str(folder), "OUT").replace(str(arguments.data), "DATA") for argument in command]
-            result = {"command": ["bertfast", *shown], "seconds": seconds, "peak_memory_mb": peak, **last_of(results)}
+            result = {"command": ["bertfast", *shown], "seconds": seconds, "peak_memory_mb": peak}
+            result["metrics"] = last_of(results)
             print(f"\n{name}: {seconds:.0f} s, written to {write_result(name, result)}\n", flush=True)
 
 
