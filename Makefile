@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/end_to_end/pretraining_step.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
