@@ -90,10 +90,18 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     shared = _tied(model)
     own = {key: value.contiguous() for key, value in model.state_dict().items() if key not in shared}
     copies = {} if model.config.tie_word_embeddings else {key: own[first].clone() for key, first in shared.items()}
-    weights = own | copies
     temporary = folder / f".{SAFETENSORS}"
-    save_file(weights, temporary, metadata={"format": "pt"})
+    write_tensors(own | copies, temporary)
     os.replace(temporary, folder / SAFETENSORS)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError where the disk does not take it, as when it is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, what was saved before is kept: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

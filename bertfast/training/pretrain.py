@@ -177,7 +177,7 @@ class Pretraining:
                 if self._progress() < 1:
                     if self.step % settings.eval_steps == 0:
                         self._validate()
-                    if self.step % settings.save_steps == 0:
+                    if self.step % settings.save_steps == 0 and not self.skipped_in_a_row:
                         self._save()
         metrics = self._validate()
         self._save()

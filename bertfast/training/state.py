@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from bertfast import checkpoint
@@ -34,7 +33,7 @@ def save_state(
     try:
         model.save_pretrained(temporary)
         tensors, groups = _flatten(optimizers)
-        save_file(tensors, temporary / "optimizer.safetensors")
+        checkpoint.write_tensors(tensors, temporary / "optimizer.safetensors")
         state = {"step": step, "progress": progress, "groups": groups}
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except BaseException:

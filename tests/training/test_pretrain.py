@@ -1,6 +1,5 @@
 """A pre-training run: what it computes, what it leaves behind, and that nothing which befalls it loses work."""
 
-import errno
 import json
 import signal
 from pathlib import Path
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bertfast import BertConfig, BertForPreTraining
+from bertfast import BertConfig, BertForPreTraining, checkpoint
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
@@ -151,14 +151,14 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
-    save = state.save_file
+    save = checkpoint.save_file
 
-    def full(tensors, path):
-        if "00000010" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path)
+    def full(tensors, path, metadata):
+        if "00000010" in str(path) and path.name == "optimizer.safetensors":
+            raise SafetensorError("I/O error: No space left on device")  # as the library says it
+        save(tensors, path, metadata)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         pretrain(settings_for(tmp_path, data))
     folder = tmp_path / "checkpoints"
@@ -185,6 +185,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
     skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
     assert skipped == {7: 1} | {step: step - 9 for step in range(11, 21)}
     newest = state.checkpoints(tmp_path / "checkpoints")[-1]
+    assert newest.name == "step-00000010"  # none is written while steps are skipped
     assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
 
 
