@@ -11,6 +11,8 @@ from bertfast.config import BertConfig
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.models import BertPreTrainedModel
 
+HEADS = ("bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+
 
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     """The tokenizer in a model's folder; ValueError if it knows more tokens than the model."""
@@ -36,6 +38,9 @@ def open_model(kind: type[BertPreTrainedModel], name: str, head: str) -> tuple[B
     if not any(key.startswith(head) for key in weights):
         raise ValueError(f"{name} has no weights {head}…, so it was not trained as a {kind.__name__}")
     model = kind(config)
+    # That a folder also holds heads for something else is no news to who asks for this one.
+    known = model.state_dict().keys()
+    weights = {key: value for key, value in weights.items() if key in known or not key.startswith(HEADS)}
     checkpoint.load_weights(model, weights, name)
     return model.eval(), tokenizer
 
