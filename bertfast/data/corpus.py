@@ -102,16 +102,22 @@ def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[li
     yield document
 
 
+def json_object(path: Path, number: int, line: str, example: str) -> dict:
+    """The object in a line of a .jsonl file; ValueError, naming file and line, where it is none like `example`."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, line {number}: not an object like {example}")
+    return value
+
+
 def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
     for number, line in read_lines(path, progress):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f'{path}, line {number}: not an object like {{"{text_column}": "…"}}')
+        record = json_object(path, number, line, f'{{"{text_column}": "…"}}')
         text = record.get(text_column)
         if not isinstance(text, str):
             fields = ", ".join(record) or "none"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from bertfast.data.corpus import COMPRESSIONS, read_lines
+from bertfast.data.corpus import COMPRESSIONS, json_object, read_lines
 
 SUFFIXES = tuple(f"{form}{compression}" for form in (".tsv", ".jsonl") for compression in COMPRESSIONS)
 
@@ -87,13 +87,7 @@ def _read_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Table:
 def _read_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Table:
     rows, numbers = [], []
     for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, line {number}: not an object like {{"sentence": "…", "label": "…"}}')
-        rows.append(row)
+        rows.append(json_object(path, number, line, '{"sentence": "…", "label": "…"}'))
         numbers.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(path, {name: [row.get(name) for row in rows] for name in names}, numbers)

@@ -13,7 +13,6 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from bertfast import checkpoint
@@ -38,11 +37,10 @@ from bertfast.tasks.tables import Table, read_table
 from bertfast.training.evaluate import write_results
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
-from bertfast.training.optimizer import build_optimizers
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
 from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.predict import TaskSettings, predict_logits, write_predictions
-from bertfast.training.pretrain import SKIPS_IN_A_ROW
-from bertfast.training.schedule import linear, set_learning_rate
+from bertfast.training.schedule import linear
 
 logger = logging.getLogger("bertfast")
 
@@ -216,20 +214,16 @@ class Finetuning:
     def _train_step(self, rows: np.ndarray) -> None:
         settings, clock = self.settings, time.perf_counter()
         rate = settings.learning_rate * linear(self.step / self.steps, settings.warmup_ratio)
-        set_learning_rate(self.optimizers, rate)
         batch = self.features["train"].batch(rows, self.device)
         with autocast(self.device, self.precision):
             loss = self.model(**batch).loss
         loss.backward()
-        norm = clip_grad_norm_(self.model.parameters(), settings.max_grad_norm or math.inf)
-        if math.isfinite(norm.item()):
-            self.skipped_in_a_row = 0
-            self.losses.append(loss.item())
-            for optimizer in self.optimizers:
-                optimizer.step()
-        else:
+        value = loss.item()
+        if step_if_finite(self.model, self.optimizers, rate, settings.max_grad_norm, value) is None:
             self.skipped_in_a_row += 1
-        self.model.zero_grad(set_to_none=True)
+        else:
+            self.skipped_in_a_row = 0
+            self.losses.append(value)
         self.step += 1
         self.tokens += batch["input_ids"].shape[1]
         self.seconds += time.perf_counter() - clock

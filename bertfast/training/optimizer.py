@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from bertfast.training.precision import multiplies_bf16
+from bertfast.training.schedule import set_learning_rate
 
 OptimizerName = Literal["adamw", "muon"]
+
+SKIPS_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run stops
 
 # A head's matrix maps to labels or words, not from features to features: it stays with AdamW.
 _HEADS = ("decoder", "seq_relationship", "classifier", "qa_outputs")
@@ -43,6 +49,23 @@ def build_optimizers(
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     return [Muon(matrices, learning_rate, weight_decay), adamw] if matrices else [adamw]
+
+
+def step_if_finite(
+    model: nn.Module, optimizers: Sequence[Optimizer], rate: float, max_grad_norm: float, loss: float
+) -> float | None:
+    """Clip the gradients to `max_grad_norm` (0: not at all), take a step at learning rate `rate`, clear the gradients.
+
+    Returns the gradients' norm before it was clipped; None, and nothing moves, where that or `loss` is not finite.
+    """
+    norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        set_learning_rate(optimizers, rate)
+        for optimizer in optimizers:
+            optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return norm if finite else None
 
 
 class Muon(Optimizer):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from bertfast import checkpoint
@@ -23,14 +23,12 @@ from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_to
 from bertfast.encoder import pretraining_loss
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
-from bertfast.training.optimizer import OptimizerName, build_optimizers
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, step_if_finite
 from bertfast.training.precision import Precision, autocast, choose_device, choose_precision
-from bertfast.training.schedule import linear, set_learning_rate
+from bertfast.training.schedule import linear
 from bertfast.training.start import starting_config, starting_model
 from bertfast.training.state import checkpoints, load_state, read_progress, save_state
 from bertfast.training.validation import unigram_entropy, validate
-
-SKIPS_IN_A_ROW = 10  # steps without a finite gradient after which a run stops
 
 # What may differ between a run and its continuation: where it computes, and how often it looks up from its work.
 _MAY_CHANGE = ("output_dir", "resume", "device", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
@@ -196,22 +194,18 @@ class Pretraining:
         pairs = max(sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches), 1)
         # Means over the whole step's tokens and pairs, so that it does not matter into how many batches it is cut.
         sums = sum(self._backward(batch.to(self.device), masked, pairs) for batch in batches)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm or math.inf)
         masked_lm, correct, next_sentence, next_correct = sums.tolist()
-        finite = math.isfinite(masked_lm + next_sentence) and math.isfinite(norm.item())
-        if finite:
-            set_learning_rate(self.optimizers, rate)
-            for optimizer in self.optimizers:
-                optimizer.step()
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.model.zero_grad(set_to_none=True)
-        if not finite:
+        loss = masked_lm + next_sentence
+        norm = step_if_finite(self.model, self.optimizers, rate, self.settings.max_grad_norm, loss)
+        if norm is None:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
             return None
+        self.skipped_in_a_row = 0
         losses = {"masked_lm_loss": masked_lm / masked, "masked_lm_accuracy": correct / masked}
         if self.settings.sampling.pairs:
             losses |= {"next_sentence_loss": next_sentence / pairs, "next_sentence_accuracy": next_correct / pairs}
-        return losses | {"gradient_norm": norm.item()}
+        return losses | {"gradient_norm": norm}
 
     def _backward(self, batch: Batch, masked: int, pairs: int) -> Tensor:
         with autocast(self.device, self.precision):

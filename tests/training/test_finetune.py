@@ -196,7 +196,7 @@ def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
 
 def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrained, files, tmp_path, monkeypatch):
     broken = lambda parameters, norm: torch.tensor(float("nan"))  # noqa: E731
-    monkeypatch.setattr("bertfast.training.finetune.clip_grad_norm_", broken)
+    monkeypatch.setattr("bertfast.training.optimizer.clip_grad_norm_", broken)
     settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
     with pytest.raises(RunStopped, match="10 steps in a row had no finite gradient: lower the learning rate"):
         finetune(settings)
