@@ -69,6 +69,18 @@ class Dropout:
         """What kept elements are multiplied by."""
         return 256 / (256 - self.threshold)
 
+    @property
+    def word(self) -> int:
+        """The last word of the counter, before a head is added."""
+        return self.operation << 8
+
+
+def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """What a kernel on activations is told: (seed, sequence_number, position, word, threshold), or nothing to drop."""
+    if dropout is None or dropout.p == 0:
+        return None, None, None, 0, 0
+    return dropout.seed, dropout.sequence_number, dropout.position, dropout.word, dropout.threshold
+
 
 @dataclass(frozen=True, eq=False)
 class TokenIdentity:
@@ -126,7 +138,7 @@ def _philox_rounds(c: list[Tensor], keys: list[tuple[Tensor, Tensor]], out: Tens
 def hidden_keep(dropout: Dropout, columns: int) -> Tensor:
     """Which elements of activations [T, columns] are kept: bool of that shape."""
     groups = torch.arange(-(-columns // 16), device=dropout.seed.device)
-    counter = (groups, dropout.position[:, None], dropout.sequence_number[:, None], dropout.operation << 8)
+    counter = (groups, dropout.position[:, None], dropout.sequence_number[:, None], dropout.word)
     return philox(counter, dropout.seed).flatten(1)[:, :columns] >= dropout.threshold
 
 
@@ -142,7 +154,7 @@ def attention_keep(dropout: Dropout, number, heads: int, keys: int, queries: ran
     rows, columns = last - first, -(-keys // 16)
     key_groups = torch.arange(4 * columns, device=device)
     query_groups = torch.arange(4 * first, 4 * last, device=device)[:, None]
-    word = (dropout.operation << 8) + torch.arange(heads, device=device)[:, None, None]
+    word = dropout.word + torch.arange(heads, device=device)[:, None, None]
     octets = philox((key_groups, query_groups, number[..., None, None, None], word), dropout.seed)
     # The bytes of keys 2 b and 2 b + 1 stay together, as 16 bits, on their way to rows of i and columns of j:
     # [sequence and head, i >> 4, (i >> 1) & 3, j >> 4, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1]

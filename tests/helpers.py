@@ -43,31 +43,47 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels are tested: on a CPU they run in Triton's interpreter."""
+
+
 def dropout_over(sequences: Sequences, p: float = 0.3, operation: int = 5) -> Dropout:
     """Dropout over the tokens of `sequences`, with a seed of its own."""
     seed = torch.tensor(0x0123_4567_89AB_CDEF, device=sequences.cu_seqlens.device)
     return Dropout(p, seed, operation, sequences.token_number, sequences.position)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device="cpu") -> Tensor:
     """Normally distributed numbers, the same each time, that want a gradient."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
-def compare_with_torch(ours: Function, theirs: Function, inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """Hold the outputs and all gradients of `ours` in `dtype` to the rule; `inputs` are float64 and give the truth.
+def compare_with_torch(
+    ours: Function, theirs: Function, inputs: list[Tensor], dtypes: torch.dtype | list[torch.dtype]
+) -> None:
+    """Hold the outputs and all gradients of `ours` to the rule; `inputs` are float64 and give the truth.
 
-    Both are functions of the inputs to one tensor; their gradient is that of a sum with random weights.
+    Both are functions of the inputs, in one dtype or in one each, to one tensor or several; their gradient is that of a
+    sum with random weights. Outputs that are no floating-point numbers are compared as they are.
     """
-    rounded = [x.detach().to(dtype) for x in inputs]  # the truth is that of the very numbers that both get
+    dtypes = [dtypes] * len(inputs) if isinstance(dtypes, torch.dtype) else dtypes
+    # The truth is that of the very numbers that both get.
+    rounded = [x.detach().to(dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
     results = []
-    for function, kind in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
-        leaves = [x.to(kind).requires_grad_() for x in rounded]
-        output = function(*leaves)
-        weights = normal(*output.shape, seed=1).detach().to(dtype).to(output.dtype)
-        results.append([output, *torch.autograd.grad(output, leaves, weights)])
+    for function, truth in ((ours, False), (theirs, False), (theirs, True)):
+        leaves = [x.to(torch.float64 if truth else x.dtype).requires_grad_() for x in rounded]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        differentiable = [x for x in outputs if x.is_floating_point()]
+        weights = [normal(*x.shape, seed=1).detach().to(x.device, dtypes[0]).to(x.dtype) for x in differentiable]
+        results.append([*outputs, *torch.autograd.grad(differentiable, leaves, weights)])
+    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     for place, (our, their, truth) in enumerate(zip(*results, strict=True)):
-        name = f"the gradient of input {place - 1}" if place else "the output"
+        gradient = place - len(results[0]) + len(inputs)
+        name = f"output {place}" if gradient < 0 else f"the gradient of input {gradient}"
         assert our.dtype == their.dtype, f"{name}: {our.dtype}, should be {their.dtype}"
-        assert_as_accurate_as_torch(our, their, truth, name=name, dtype=dtype)
+        if our.is_floating_point():
+            assert_as_accurate_as_torch(our, their, truth, name=name, dtype=lowest)
+        else:
+            assert torch.equal(our, truth), f"{name}: {our}, should be {truth}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, choose
+from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
+
+if HAS_TRITON:
+    from bertfast.kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 
 
 def add_layer_norm(
@@ -40,5 +44,28 @@ def add_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    choose("add_layer_norm", implementation, ("reference",))
-    return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)
+    if choose("add_layer_norm", implementation, x) == "reference":
+        return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)
+    return AddLayerNorm.apply(x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, residual, bias, gamma, beta, eps, *dropout):
+        y, mean, rstd = add_layer_norm_forward(x, residual, bias, gamma, beta, eps, *dropout)
+        *identity, ctx.word, ctx.threshold = dropout
+        ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
+        d_x, d_residual, sums = add_layer_norm_backward(
+            d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold
+        )
+        d_x = d_x if d_x.shape == x.shape else d_residual
+        d_gamma, d_beta, d_bias = sums
+        d_bias = None if bias is None else d_bias.to(bias.dtype)
+        return d_x, d_residual, d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None, *[None] * 5

@@ -51,6 +51,6 @@ def attention(
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
-    choose("attention", implementation, ("reference",))
+    choose("attention", implementation, qkv)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
     return reference.attention(qkv, sequences, scale, causal, window, dropout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -13,18 +15,51 @@ Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
 
 
-def choose(operation: str, requested: Implementation | None, offered: tuple[Implementation, ...]) -> Implementation:
-    """The implementation to run: the one requested, else the first of those `offered` for the tensors at hand."""
+HAS_TRITON = find_spec("triton") is not None
+
+
+def choose(operation: str, requested: Implementation | None, x: Tensor, refusal: str | None = None) -> Implementation:
+    """The implementation for tensors like `x`: the one requested, else Triton on a GPU if it can, else the reference.
+
+    `refusal` says why the operation's Triton kernels cannot take these arguments, if so. A request that cannot be met
+    is an error, never another implementation.
+    """
+    refusal = _triton_refusal(x) or refusal
     if requested is None:
-        return offered[0]
+        return "triton" if x.is_cuda and refusal is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    if requested not in offered:
-        raise ValueError(
-            f"{operation}: no {requested!r} implementation for these tensors; there is {', '.join(offered)}"
-        )
+    if requested == "triton" and refusal is not None:
+        raise ValueError(f"{operation}: no 'triton' implementation here: {refusal}; 'reference' takes any tensors")
+    if requested in ("cpu", "cuda"):
+        raise ValueError(f"{operation}: there is no {requested!r} implementation yet; 'reference' takes any tensors")
     return requested
+
+
+def _triton_refusal(x: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
+    if not x.is_cuda:
+        return None if x.device.type == "cpu" and _interpreted() else f"the tensors are on {x.device}, not on a GPU"
+    capability = _capability(x.device)
+    return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    # Triton's interpreter runs kernels on CPU tensors, for tests.
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:

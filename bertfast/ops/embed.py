@@ -49,7 +49,7 @@ def embed(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    choose("embed", implementation, ("reference",))
+    choose("embed", implementation, word)
     return reference.embed(
         token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps, dropout, padding_index
     )

@@ -38,7 +38,7 @@ def linear_cross_entropy(
         bias=(bias, "vocabulary", "floating"),
         labels=(labels, "rows", "integer"),
     )
-    choose("linear_cross_entropy", implementation, ("reference",))
+    choose("linear_cross_entropy", implementation, hidden)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
     return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels, wanted)

@@ -1,12 +1,8 @@
-"""Memory that no one wrote is NaN here, so that a result that reads it shows."""
+"""Every test here runs with unwritten memory poisoned."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(unwritten_memory_is_nan):
+    pass

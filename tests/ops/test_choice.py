@@ -3,23 +3,54 @@
 import pytest
 import torch
 from helpers import normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast import ops
+from bertfast.ops import choice
 from bertfast.ops.choice import check, choose
 
 X = normal(4, 3).detach()
 
 
-def test_default_is_the_first_offered():
-    assert choose("x", None, ("triton", "reference")) == "triton"
-    assert choose("x", "reference", ("triton", "reference")) == "reference"
+def test_default_on_a_cpu_is_the_reference():
+    assert choose("x", None, X) == "reference"
+    assert choose("x", None, X.float()) == "reference"
 
 
-def test_a_request_that_cannot_be_met_is_refused():
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_default_on_a_gpu_is_triton_where_it_can(monkeypatch, capability, chosen):
+    monkeypatch.setattr(choice, "_capability", lambda device: capability)
+    with FakeTensorMode():
+        on_gpu = torch.empty(4, 3, device="cuda")
+        assert choose("x", None, on_gpu) == chosen
+        assert choose("x", None, on_gpu, "the head dimension is 20") == "reference"
+        assert choose("x", None, on_gpu.double()) == "reference"
+        assert choose("x", "reference", on_gpu) == "reference"
+
+
+def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="implementation must be one of reference, cpu, triton, cuda, got 'fast'"):
         ops.bias_gelu(X, X[0], implementation="fast")
-    with pytest.raises(ValueError, match="no 'triton' implementation for these tensors; there is reference"):
-        choose("x", "triton", ("reference",))
+    with pytest.raises(ValueError, match="x: no 'triton' implementation here: its kernels take float32, bfloat16 and"):
+        choose("x", "triton", X)
+    with pytest.raises(ValueError, match="there is no 'cpu' implementation yet; 'reference' takes any tensors"):
+        choose("x", "cpu", X)
+    monkeypatch.setattr(choice, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="no 'triton' implementation here: the tensors are on cpu, not on a GPU"):
+        choose("x", "triton", X.float())
+    monkeypatch.setattr(choice, "_interpreted", lambda: True)
+    with pytest.raises(ValueError, match="no 'triton' implementation here: the head dimension is 20"):
+        choose("x", "triton", X.float(), "the head dimension is 20")
+    monkeypatch.setattr(choice, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="no 'triton' implementation here: Triton is not installed"):
+        choose("x", "triton", X.float())
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "_capability", lambda device: (7, 5))
+    with (
+        FakeTensorMode(),
+        pytest.raises(ValueError, match=r"it wants a GPU of sm_80 or later, this one is sm_75; 'reference' takes any"),
+    ):
+        choose("x", "triton", torch.empty(4, 3, device="cuda"))
 
 
 def test_reference_can_be_forced_everywhere():

@@ -1,0 +1,188 @@
+"""y = LN(z), z = residual + dropout(x + bias), and its gradients: one kernel each way.
+
+z is not stored: the backward pass makes it again from x and residual, which saves a write and a rounding. T tokens, H
+hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertfast.kernels.dropout import hidden_factors
+from bertfast.kernels.operation import operation
+from bertfast.kernels.rows import (
+    add,
+    cut,
+    in_rows,
+    layer_norm_apply,
+    layer_norm_differentiate,
+    layer_norm_statistics,
+    load_rows,
+    load_vector,
+    multiply,
+    store_rows,
+    store_sums,
+    summing_programs,
+    zeros,
+)
+
+
+@triton.jit
+def add_layer_norm_forward_kernel(
+    x_ptr,  # [T, H], rows x_stride apart
+    residual_ptr,  # [T, H], rows residual_stride apart
+    bias_ptr,  # [H], or None
+    gamma_ptr,  # [H]
+    beta_ptr,  # [H]
+    seed_ptr,  # int64 []; None: no dropout
+    number_ptr,  # int [T], the tokens' sequences
+    position_ptr,  # int [T]
+    y_ptr,  # [T, H]
+    mean_ptr,  # fp32 [T]
+    rstd_ptr,  # fp32 [T]
+    tokens,
+    x_stride,
+    residual_stride,
+    eps,
+    word,
+    threshold,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    rows = row < tokens
+    x = load_rows(x_ptr, row * x_stride, rows, H, CHUNK)
+    residual = load_rows(residual_ptr, row * residual_stride, rows, H, CHUNK)
+    if bias_ptr is not None:
+        x = add(x, load_vector(bias_ptr, H, CHUNK, ROWS))
+    if seed_ptr is not None:
+        x = multiply(x, hidden_factors(row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H, CHUNK))
+    z = add(residual, x)
+    mean, rstd = layer_norm_statistics(z, eps, H, CHUNK)
+    gamma, beta = load_vector(gamma_ptr, H, CHUNK, ROWS), load_vector(beta_ptr, H, CHUNK, ROWS)
+    store_rows(y_ptr, row * H, rows, layer_norm_apply(z, mean, rstd, gamma, beta), H, CHUNK)
+    tl.store(mean_ptr + row, mean, mask=rows)
+    tl.store(rstd_ptr + row, rstd, mask=rows)
+
+
+@triton.jit
+def add_layer_norm_backward_kernel(
+    d_y_ptr,  # [T, H], rows d_y_stride apart
+    x_ptr,  # as in the forward kernel
+    residual_ptr,
+    bias_ptr,
+    gamma_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    number_ptr,
+    position_ptr,
+    d_x_ptr,  # [T, H]; None where it is d_residual
+    d_residual_ptr,  # [T, H]
+    sums_ptr,  # fp32 [programs, 3, H]: each program's share of d_gamma, d_beta and d_bias
+    tokens,
+    d_y_stride,
+    x_stride,
+    residual_stride,
+    word,
+    threshold,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
+    gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        rows = row < tokens
+        d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)
+        x = load_rows(x_ptr, row * x_stride, rows, H, CHUNK)
+        residual = load_rows(residual_ptr, row * residual_stride, rows, H, CHUNK)
+        mean, rstd = tl.load(mean_ptr + row, mask=rows, other=0.0), tl.load(rstd_ptr + row, mask=rows, other=0.0)
+        if bias_ptr is not None:
+            x = add(x, load_vector(bias_ptr, H, CHUNK, ROWS))
+        if seed_ptr is not None:
+            factors = hidden_factors(row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H, CHUNK)
+            x = multiply(x, factors)
+        d_z, d_gamma = layer_norm_differentiate(d_y, add(residual, x), mean, rstd, gamma, H)
+        store_rows(d_residual_ptr, row * H, rows, d_z, H, CHUNK)
+        if seed_ptr is not None:
+            d_z = multiply(d_z, factors)
+        if d_x_ptr is not None:
+            store_rows(d_x_ptr, row * H, rows, d_z, H, CHUNK)
+        gamma_sums, beta_sums = add(gamma_sums, d_gamma), add(beta_sums, d_y)
+        if bias_ptr is not None:
+            bias_sums = add(bias_sums, d_z)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 3 * H
+    store_sums(sums_ptr, gamma_sums, H, CHUNK)
+    store_sums(sums_ptr + H, beta_sums, H, CHUNK)
+    store_sums(sums_ptr + 2 * H, bias_sums, H, CHUNK)
+
+
+def add_layer_norm_forward_fake(x, residual, *_):
+    statistics = x.new_empty(len(x), dtype=torch.float32)
+    return residual.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@operation(add_layer_norm_forward_fake)
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    seed: Tensor | None,
+    number: Tensor | None,
+    position: Tensor | None,
+    word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [T, H] in residual's dtype, mean and 1 / deviation of z, fp32 [T]); without `seed` nothing is dropped."""
+    x, residual = in_rows(x), in_rows(residual)
+    y, mean, rstd = add_layer_norm_forward_fake(x, residual)
+    tokens, hidden = x.shape
+    constants = cut(hidden, x, residual)
+    add_layer_norm_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
+        x, residual, bias, gamma, beta, seed, number, position, y, mean, rstd,
+        tokens, x.stride(0), residual.stride(0), eps, word, threshold, **constants,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def add_layer_norm_backward_fake(d_y, x, residual, bias, gamma, mean, rstd, seed, *_):
+    shared = seed is None and x.dtype == residual.dtype
+    d_x = x.new_empty((0, 0) if shared else x.shape)
+    return d_x, residual.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
+
+
+@operation(add_layer_norm_backward_fake)
+def add_layer_norm_backward(
+    d_y: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    number: Tensor | None,
+    position: Tensor | None,
+    word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_x, d_residual, fp32 [3, H] of d_gamma, d_beta and d_bias); d_x comes empty where it is d_residual itself."""
+    d_y, x, residual = in_rows(d_y), in_rows(x), in_rows(residual)
+    d_x, d_residual, _ = add_layer_norm_backward_fake(d_y, x, residual, bias, gamma, mean, rstd, seed)
+    tokens, hidden = x.shape
+    constants = cut(hidden, d_y, x, residual, summing=True)
+    programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), x.device)
+    sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
+    add_layer_norm_backward_kernel[(programs,)](
+        d_y, x, residual, bias, gamma, mean, rstd, seed, number, position,
+        d_x if d_x.numel() else None, d_residual, sums,
+        tokens, d_y.stride(0), x.stride(0), residual.stride(0), word, threshold, **constants,
+    )  # fmt: skip
+    return d_x, d_residual, sums.sum(0)

@@ -1,0 +1,101 @@
+"""Dropout masks inside kernels: the bytes of `bertfast.dropout`, drawn where they are used and never stored.
+
+A kernel asks for a mask element by element; elements that share a Philox call ask for the same one, and the compiler
+makes it once for all that one thread holds. For that it must see which are the same: a tile's first row or column stays
+apart from the plain range within the tile, and is a multiple of 16.
+"""
+
+import triton
+import triton.language as tl
+
+# One instruction for both halves of a product; LLVM makes two of the portable form, which the interpreter needs.
+_WIDE_MULTIPLY = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _multiply_wide(a, factor: tl.constexpr):
+    """The high and the low 32 bits of a · factor, uint32."""
+    if _WIDE_MULTIPLY:
+        return tl.inline_asm_elementwise(
+            "{.reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t;}",
+            "=r,=r,r,r",
+            [a, factor],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        product = a.to(tl.uint64) * factor
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, seed):
+    """Philox4x32-10 (Salmon et al., 2011): four words of the counter, broadcast as they meet, to four of output."""
+    key = seed.to(tl.uint64)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = _multiply_wide(c0, 0xD2511F53)
+        high1, low1 = _multiply_wide(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _kept(word, byte, threshold):
+    """Whether byte 0 … 3 of a 32-bit word is at least the threshold."""
+    return (word << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(tl.uint32)  # the bytes below cannot matter
+
+
+@triton.jit
+def keep_hidden(first, columns, number, position, word, seed, threshold):
+    """Which activations of tokens [rows, 1] are kept at `first` + columns [1, columns], a multiple of 16 and a range.
+
+    `number` and `position` [rows, 1] are the tokens' identity, `word` is operation << 8.
+    """
+    w0, w1, w2, w3 = philox((first >> 4) + (columns >> 4), position, number, word, seed)
+    upper, odd = (columns & 8) != 0, (columns & 4) != 0
+    return _kept(tl.where(upper, tl.where(odd, w3, w2), tl.where(odd, w1, w0)), columns & 3, threshold)
+
+
+@triton.jit
+def hidden_factors(
+    row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H: tl.constexpr, CHUNK: tl.constexpr
+):
+    """What dropout multiplies the tokens `row` [rows, 1] by, 0 or the scale, in chunks as `kernels/rows.py` cuts them.
+
+    `rows` masks the tokens that are there; `number_ptr` and `position_ptr` int [T] hold their identity.
+    """
+    seed = tl.load(seed_ptr)
+    number = tl.load(number_ptr + row, mask=rows, other=0)
+    position = tl.load(position_ptr + row, mask=rows, other=0)
+    scale = scale_of(threshold)
+    factors = ()
+    for start in tl.static_range(0, H, CHUNK):
+        keep = keep_hidden(start, tl.arange(0, CHUNK)[None, :], number, position, word, seed, threshold)
+        factors = factors + (tl.where(keep, scale, 0.0),)
+    return factors
+
+
+@triton.jit
+def scale_of(threshold):
+    """What kept elements are multiplied by, 256 / (256 - threshold), correctly rounded."""
+    return tl.math.div_rn(256.0, 256.0 - threshold)
+
+
+@triton.jit
+def keep_attention(first_query, query, first_key, key, number, word, seed, threshold):
+    """Which probabilities are kept at queries `first_query` + query and keys `first_key` + key.
+
+    The firsts are multiples of 16; `query` and `key` are ranges, one a column and the other a row, either way round.
+    `number` is the sequence's, `word` is operation << 8 | head.
+    """
+    query_group = ((first_query >> 4) << 2) + (((query >> 4) << 2) | ((query >> 1) & 3))
+    key_group = ((first_key >> 4) << 2) + (((key >> 4) << 2) | ((key >> 1) & 3))
+    w0, w1, w2, w3 = philox(key_group, query_group, number, word, seed)
+    lower, right = (query & 8) != 0, (key & 8) != 0
+    chosen = tl.where(lower, tl.where(right, w3, w2), tl.where(right, w1, w0))
+    return _kept(chosen, ((query & 1) << 1) | (key & 1), threshold)

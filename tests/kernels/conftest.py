@@ -1,0 +1,21 @@
+"""The Triton kernels, run: on a GPU, or on a CPU in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/kernels`).
+
+A process either interprets or compiles, so without either these tests are left out, and `make test` runs them apart.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_bf16
+
+    interpreter_bf16.repair()
+elif not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(unwritten_memory_is_nan):
+    pass
