@@ -24,18 +24,24 @@ class Sequences:
         numbers: int64 [S] on the same device; each sequence's own number in the run, from which dropout draws.
         lengths: the S lengths, on the host.
         tokens: places in a packed activation, inert ones included.
+        length_limit: no sequence is longer, nor would be in another batch of the run. Kernels are chosen by it, so
+            that all batches run the same ones, and a step that a CUDA graph captured serves them all.
     """
 
     cu_seqlens: Tensor
     numbers: Tensor
     lengths: tuple[int, ...]
     tokens: int
+    length_limit: int
 
     @classmethod
-    def from_lengths(cls, lengths, *, numbers=None, tokens: int | None = None, device=None) -> Sequences:
+    def from_lengths(
+        cls, lengths, *, numbers=None, tokens: int | None = None, length_limit: int | None = None, device=None
+    ) -> Sequences:
         """Sequences of the given lengths (host integers, 0 allowed), numbered 0, 1, … or by `numbers` [S].
 
-        `tokens` (default: the sum of the lengths) leaves inert places at the end.
+        `tokens` (default: the sum of the lengths) leaves inert places at the end; `length_limit` defaults to the
+        longest of them.
         """
         lengths = tuple(int(length) for length in lengths)
         if any(length < 0 for length in lengths):
@@ -44,13 +50,17 @@ class Sequences:
         tokens = total if tokens is None else tokens
         if total > tokens:
             raise ValueError(f"the sequences hold {total} tokens, more than the {tokens} places they are packed into")
+        longest = max(lengths, default=0)
+        length_limit = longest if length_limit is None else length_limit
+        if longest > length_limit:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the limit of {length_limit}")
         if tokens >= 2**31:
             raise ValueError(f"a packed batch holds fewer than 2**31 tokens, got {tokens}")
         numbers = torch.arange(len(lengths)) if numbers is None else torch.as_tensor(numbers)
         if numbers.shape != (len(lengths),):
             raise ValueError(f"{len(lengths)} sequences want as many numbers, got shape {tuple(numbers.shape)}")
         cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return cls(cu_seqlens.to(device), numbers.to(device, torch.int64), lengths, tokens)
+        return cls(cu_seqlens.to(device), numbers.to(device, torch.int64), lengths, tokens, length_limit)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, numbers=None, tokens: int | None = None) -> Sequences:

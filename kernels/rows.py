@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.device import processors
+
 _CHUNKS = (2048, 1024, 512, 256, 128)
 _ONE_WARP = 1024  # the most columns that one warp takes alone
 _PROGRAMS_PER_PROCESSOR = 4  # of a kernel that sums over rows
@@ -36,8 +38,7 @@ def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]
 
 def summing_programs(tiles: int, device: torch.device) -> int:
     """Programs that share the tiles of a kernel which sums over rows: as many as run at a time."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors), 1)
+    return max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(device)), 1)
 
 
 def in_rows(x: Tensor) -> Tensor:

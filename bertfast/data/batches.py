@@ -128,6 +128,7 @@ class Batches:
                 f"{shards.vocabulary_size}: prepare the text again with this tokenizer"
             )
         self.special, self.pairs, self.bins_per_step = special, sampling.pairs, bins_per_step
+        self.max_seq_length = sampling.max_seq_length
         self.masker = Masker(special, continuation, sampling, seed)
         self.tokens = [part.tokens.view(np.ndarray) for part in shards.parts]  # quicker to slice than a memmap
         self.part_starts = np.cumsum([0, *(tokens.size for tokens in self.tokens)])
@@ -167,6 +168,7 @@ class Batches:
                 _filled(lengths, capacity.sequences, 0).tolist(),
                 numbers=torch.arange(first_number, first_number + capacity.sequences),
                 tokens=capacity.tokens,
+                length_limit=self.max_seq_length,
             ),
             masked_rows=_filled(masked.rows, capacity.masked, 0),
             labels=_filled(masked.labels, capacity.masked, IGNORED),

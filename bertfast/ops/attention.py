@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, choose
+from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
 from bertfast.sequences import Sequences
+
+if HAS_TRITON:
+    from bertfast.kernels.attention import attention_backward, attention_forward
+
+_HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 
 
 def attention(
@@ -51,6 +57,31 @@ def attention(
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
-    choose("attention", implementation, qkv)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
-    return reference.attention(qkv, sequences, scale, causal, window, dropout)
+    if choose("attention", implementation, qkv, _refusal(qkv, scale)) == "reference":
+        return reference.attention(qkv, sequences, scale, causal, window, dropout)
+    seed, _, _, *mask = kernel_arguments(dropout)
+    options = (sequences.length_limit, scale, causal, window)
+    return Attention.apply(qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
+
+
+def _refusal(qkv: Tensor, scale: float) -> str | None:
+    if qkv.shape[3] not in _HEAD_DIMENSIONS:
+        return f"its kernels take head dimensions of 32, 64 and 128, qkv has {qkv.shape[3]}"
+    return None if scale > 0 else f"its kernels take a positive scale, got {scale}"
+
+
+class Attention(torch.autograd.Function):
+    """The kernels as one differentiable operation: the scores' log-sum-exp is kept, and everything else made again."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold):
+        ctx.options, ctx.mask = (longest, scale, causal, window), (word, threshold)
+        o, lse = attention_forward(qkv, cu_seqlens, numbers, *ctx.options, seed, *ctx.mask)
+        ctx.save_for_backward(qkv, o, lse, cu_seqlens, numbers, seed)
+        return o
+
+    @staticmethod
+    def backward(ctx, d_o):
+        *saved, seed = ctx.saved_tensors
+        return attention_backward(d_o, *saved, *ctx.options, seed, *ctx.mask), *[None] * 9

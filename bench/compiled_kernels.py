@@ -1,0 +1,215 @@
+"""Compile every Triton kernel, in every configuration of its tables, for chips that are not here.
+
+Launchers run on CPU tensors with a driver that compiles for the chip and launches nothing, so what is compiled is what
+would run: the same tile shapes, specialised alike. Of each kernel the table has registers, spills, shared memory and
+matrix instructions; one that spills, takes more shared memory than the chip has, or lacks matrix instructions where it
+multiplies, is an error.
+
+    python bench/compiled_kernels.py [--chips 80 90 100 120] [--output FILE.json]
+    python bench/compiled_kernels.py --table FILE.json … > bench/results/compiled_kernels.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from bertfast.kernels import device
+
+CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
+FLOAT, BRAIN = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one configuration for one chip."""
+
+    triton: str
+    chip: int
+    kernel: str
+    case: str
+    shape: str
+    warps: int
+    registers: int
+    spills: int
+    shared_memory: int
+    instructions: int
+    matrix_instructions: int
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} instructions spill registers")
+        if self.shared_memory > CHIPS[self.chip] << 10:
+            found.append(f"{self.shared_memory} bytes of shared memory are more than the chip's {CHIPS[self.chip]} KiB")
+        return found
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what launches it) of every operation and configuration."""
+    yield from attention_cases()
+    yield from add_layer_norm_cases()
+
+
+def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import attention
+
+    masks = {"": (False, None), "causal": (True, None), "window": (False, 64)}
+    for head_dimension, dtype, longest, dropped, mask in product(
+        (32, 64, 128), (BRAIN, FLOAT), (32, 64, 128, 512), (False, True), masks
+    ):
+        if mask and (dropped or longest < 512 or head_dimension != 64):
+            continue
+        qkv = torch.zeros(16, 3, 2, head_dimension, dtype=dtype)
+        o, lse = attention.attention_forward_fake(qkv)
+        layout = (torch.tensor([0, 16], dtype=torch.int32), torch.zeros(1, dtype=torch.int64), longest, 0.125)
+        dropout = (torch.zeros((), dtype=torch.int64), 256, 26) if dropped else (None, 0, 0)
+
+        def launch(qkv=qkv, o=o, lse=lse, layout=layout, mask=masks[mask], dropout=dropout) -> None:
+            torch.ops.bertfast.triton_attention_forward(qkv, *layout, *mask, *dropout)
+            torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *layout, *mask, *dropout)
+
+        words = (_name(dtype), f"D = {head_dimension}", f"to {longest}", mask, "dropout" if dropped else "")
+        yield ", ".join(word for word in words if word), launch
+
+
+def add_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import add_layer_norm  # noqa: F401, registers the operations
+
+    for hidden, (x_dtype, dtype), dropped in product(
+        (128, 384, 768, 1024, 2048, 4096), ((BRAIN, BRAIN), (BRAIN, FLOAT), (FLOAT, FLOAT)), (False, True)
+    ):
+        x, residual = torch.zeros(16, hidden, dtype=x_dtype), torch.zeros(16, hidden, dtype=dtype)
+        vector, statistics = torch.zeros(hidden), torch.zeros(16)
+        dropout = _hidden_dropout(16) if dropped else (None, None, None, 0, 0)
+
+        def launch(x=x, residual=residual, vector=vector, statistics=statistics, dropout=dropout) -> None:
+            torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout)
+            torch.ops.bertfast.triton_add_layer_norm_backward(
+                residual, x, residual, vector, vector, statistics, statistics, *dropout
+            )
+
+        dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
+        yield f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}", launch
+
+
+def _hidden_dropout(tokens: int) -> tuple:
+    identity = torch.zeros(tokens, dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64), identity, identity, 256, 26
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {FLOAT: "fp32", BRAIN: "bf16", torch.float16: "fp16"}[dtype]
+
+
+class _Absent:
+    """A driver for a chip that is not here: enough for the compiler."""
+
+    def __init__(self, chip: int):
+        self.chip = chip
+
+    def get_current_device(self) -> int:
+        return self.chip  # a cache of its own for each
+
+    def get_current_stream(self, _device) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+
+def compile_part(chip: int, part: int, parts: int) -> list[Compiled]:
+    """Every `parts`-th case from `part` on, compiled for a chip."""
+    driver.set_active(_Absent(chip))
+    device.capability = lambda _device: divmod(chip, 10)
+    run = JITFunction.run
+    results, seen = [], set()
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            results.append(_report(compiled, chip, case, options))
+        return compiled
+
+    JITFunction.run = compile_only
+    try:
+        for number, (case, launch) in enumerate(cases()):
+            if number % parts == part:
+                launch()
+    finally:
+        JITFunction.run = run
+    return results
+
+
+def _report(compiled, chip: int, case: str, options: dict) -> Compiled:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
+    counts = Counter(instructions)
+    blocks = [
+        str(options[name]) for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "CHUNK") if name in options
+    ]
+    return Compiled(
+        triton=triton.__version__,
+        chip=chip,
+        kernel=compiled.name.removesuffix("_kernel"),
+        case=case,
+        shape=" x ".join(blocks),
+        warps=compiled.metadata.num_warps,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spills=counts["LDL"] + counts["STL"],
+        shared_memory=compiled.metadata.shared,
+        instructions=len(instructions),
+        matrix_instructions=sum(count for name, count in counts.items() if "MMA" in name),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--output", type=Path, help="write what was compiled, as JSON")
+    parser.add_argument("--table", type=Path, nargs="+", help="print a table of such files instead")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table([Compiled(**row) for path in arguments.table for row in json.loads(path.read_text())]))
+        return
+    parts = os.cpu_count() or 1
+    jobs = [(chip, part, parts) for chip in arguments.chips for part in range(parts)]
+    with ProcessPoolExecutor(parts) as pool:
+        results = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
+    if arguments.output:
+        arguments.output.write_text(json.dumps([asdict(row) for row in results], indent=1))
+    wrong = [(row, fault) for row in results for fault in row.faults()]
+    for row, fault in wrong:
+        print(f"sm_{row.chip}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
+    print(f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(wrong)} faults")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
