@@ -168,8 +168,8 @@ def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: f
 
 def linear_cross_entropy_forward(
     hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 [], gradients).
+) -> tuple[Tensor | None, ...]:
+    """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 [], *gradients).
 
     The gradients are those of the loss for (hidden [T, H], weight [V, H], bias [V]), None where not `wanted`: with a
     chunk's logits at hand they cost two products, later also the first one again.
@@ -201,11 +201,11 @@ def linear_cross_entropy_forward(
             d_hidden.index_add_(0, some, (d_logits @ weight.to(x.dtype)).to(d_hidden.dtype))
         if d_weight is not None:
             d_weight += d_logits.mT @ x
-    gradients = tuple(
+    gradients = (
         None if d is None else d.to(x.dtype)
         for d, x in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
     )
-    return loss, correct, (labels >= 0).sum(), gradients
+    return loss, correct, (labels >= 0).sum(), *gradients
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:

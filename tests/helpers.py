@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bertfast.dropout import Dropout
 from bertfast.sequences import Sequences
@@ -60,12 +62,17 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, devic
 
 
 def compare_with_torch(
-    ours: Function, theirs: Function, inputs: list[Tensor], dtypes: torch.dtype | list[torch.dtype]
+    ours: Function,
+    theirs: Function,
+    inputs: list[Tensor],
+    dtypes: torch.dtype | list[torch.dtype],
+    products: torch.dtype | None = None,
 ) -> None:
     """Hold the outputs and all gradients of `ours` to the rule; `inputs` are float64 and give the truth.
 
     Both are functions of the inputs, in one dtype or in one each, to one tensor or several; their gradient is that of a
-    sum with random weights. Outputs that are no floating-point numbers are compared as they are.
+    sum with random weights. Outputs that are no floating-point numbers are compared as they are. `products` is
+    autocast's dtype where the functions use it.
     """
     dtypes = [dtypes] * len(inputs) if isinstance(dtypes, torch.dtype) else dtypes
     # The truth is that of the very numbers that both get.
@@ -78,7 +85,7 @@ def compare_with_torch(
         differentiable = [x for x in outputs if x.is_floating_point()]
         weights = [normal(*x.shape, seed=1).detach().to(x.device, dtypes[0]).to(x.dtype) for x in differentiable]
         results.append([*outputs, *torch.autograd.grad(differentiable, leaves, weights)])
-    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    lowest = max([*dtypes, products or dtypes[0]], key=lambda dtype: torch.finfo(dtype).eps)
     for place, (our, their, truth) in enumerate(zip(*results, strict=True)):
         gradient = place - len(results[0]) + len(inputs)
         name = f"output {place}" if gradient < 0 else f"the gradient of input {gradient}"
@@ -87,3 +94,29 @@ def compare_with_torch(
             assert_as_accurate_as_torch(our, their, truth, name=name, dtype=lowest)
         else:
             assert torch.equal(our, truth), f"{name}: {our}, should be {truth}"
+
+
+def under_autocast(function: Function, dtype: torch.dtype) -> Function:
+    """`function` under autocast, except where it is given float64 and makes the truth."""
+
+    def run(*inputs):
+        with torch.autocast(inputs[0].device.type, dtype, enabled=inputs[0].dtype != torch.float64):
+            return function(*inputs)
+
+    return run
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has for which any operation takes memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        known, made = (
+            [(x.untyped_storage().data_ptr(), x.numel()) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+            for tree in (arguments, result)
+        )
+        memory = {place for place, _ in known}
+        self.elements = max([self.elements, *(size for place, size in made if place not in memory)])
+        return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+import os
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ Implementation = Literal["reference", "cpu", "triton", "cuda"]
 
 
 HAS_TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors, for tests
 
 
 def choose(operation: str, requested: Implementation | None, x: Tensor, refusal: str | None = None) -> Implementation:
@@ -43,23 +44,20 @@ def _triton_refusal(x: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda:
-        return None if x.device.type == "cpu" and _interpreted() else f"the tensors are on {x.device}, not on a GPU"
-    capability = _capability(x.device)
+        return None if x.device.type == "cpu" and _INTERPRETED else f"the tensors are on {x.device}, not on a GPU"
+    if torch.version.hip:
+        return "its kernels are for NVIDIA's GPUs"
+    if torch.compiler.is_compiling():  # where no one can ask the GPU, and the compiler has a bound of its own
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
     return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
 
 
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    # Triton's interpreter runs kernels on CPU tensors, for tests.
-    from triton import knobs
-
-    return knobs.runtime.interpret
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that PyTorch would multiply these in: autocast's where that is on, else their own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(x.dtype, weight.dtype)
 
 
 def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:

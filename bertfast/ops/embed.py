@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout
-from bertfast.ops.choice import Implementation, check, choose
+from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
+
+if HAS_TRITON:
+    from bertfast.kernels.embed import embed_backward, embed_forward
 
 
 def embed(
@@ -49,7 +53,31 @@ def embed(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    choose("embed", implementation, word)
-    return reference.embed(
-        token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps, dropout, padding_index
-    )
+    arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
+    if choose("embed", implementation, word) == "reference":
+        return reference.embed(*arguments, dropout, padding_index)
+    return Embed.apply(*arguments, padding_index, *kernel_arguments(dropout))
+
+
+class Embed(torch.autograd.Function):
+    """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps, padding_index,
+        *dropout,
+    ):  # fmt: skip
+        inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
+        y, mean, rstd = embed_forward(*inputs, beta, eps, *dropout)
+        *identity, ctx.word, ctx.threshold = dropout
+        ctx.padding_index = padding_index
+        ctx.save_for_backward(*inputs, beta, mean, rstd, *identity)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        *inputs, gamma, beta, mean, rstd, seed, number, place = ctx.saved_tensors
+        identity = (seed, number, place, ctx.word, ctx.threshold)
+        *tables, sums = embed_backward(d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *identity)
+        d_gamma, d_beta = sums
+        return None, None, None, *tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose
+from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
+
+if HAS_TRITON:
+    from bertfast.kernels.gelu_layer_norm import gelu_layer_norm_backward, gelu_layer_norm_forward
 
 
 def gelu_layer_norm(
@@ -19,5 +23,23 @@ def gelu_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    choose("gelu_layer_norm", implementation, x)
-    return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
+    if choose("gelu_layer_norm", implementation, x) == "reference":
+        return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
+    return GeluLayerNorm.apply(x, bias, gamma, beta, eps)
+
+
+class GeluLayerNorm(torch.autograd.Function):
+    """The kernels as one differentiable operation."""
+
+    @staticmethod
+    def forward(ctx, x, bias, gamma, beta, eps):
+        y, mean, rstd = gelu_layer_norm_forward(x, bias, gamma, beta, eps)
+        ctx.save_for_backward(x, bias, gamma, beta, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, bias, gamma, beta, mean, rstd = ctx.saved_tensors
+        d_x, sums = gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd)
+        d_gamma, d_beta, d_bias = sums
+        return d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None

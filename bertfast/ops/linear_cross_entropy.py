@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose
+from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose, product_dtype
+
+if HAS_TRITON:
+    from bertfast.kernels.linear_cross_entropy import linear_cross_entropy_forward
 
 
 def linear_cross_entropy(
@@ -38,25 +41,39 @@ def linear_cross_entropy(
         bias=(bias, "vocabulary", "floating"),
         labels=(labels, "rows", "integer"),
     )
-    choose("linear_cross_entropy", implementation, hidden)
+    dtype = None
+    if choose("linear_cross_entropy", implementation, hidden) != "reference":
+        dtype = product_dtype(hidden, weight)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels, wanted)
+    return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels, wanted, dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them."""
+    """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them.
+
+    By the kernels, whose products are of `dtype`; by the reference where that is None.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, rows, weight, bias, labels, wanted):
-        loss, correct, counted, gradients = reference.linear_cross_entropy_forward(
-            hidden, rows, weight, bias, labels, wanted
-        )
+    def forward(ctx, hidden, rows, weight, bias, labels, wanted, dtype):
+        inputs = (hidden, rows, weight, bias, labels, wanted)
+        if dtype is None:
+            loss, correct, counted, *gradients = reference.linear_cross_entropy_forward(*inputs)
+        else:
+            loss, correct, counted, *gradients = linear_cross_entropy_forward(*inputs, dtype)
+        ctx.wanted = wanted
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(correct, counted)
         return loss, correct, counted
 
     @staticmethod
     def backward(ctx, d_loss, _correct, _counted):
-        d_hidden, d_weight, d_bias = (None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors)
-        return d_hidden, None, d_weight, d_bias, None, None
+        # No second d_weight: what no other pass will ask for is scaled where it is. (A compiler sees to that itself.)
+        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if kept else Tensor.mul_
+        d_hidden, d_weight, d_bias = (
+            scale(d, d_loss.to(d.dtype)) if want else None
+            for d, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        )
+        return d_hidden, None, d_weight, d_bias, None, None, None

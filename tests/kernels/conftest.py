@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else the library refuses to be deterministic
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_bf16
 

@@ -105,6 +105,12 @@ def test_rows_may_lie_apart():
     assert torch.equal(kernel(*apart, *vectors), kernel(*(x.contiguous() for x in apart), *vectors))
 
 
+def test_vectors_may_have_gaps():
+    x, residual, *vectors = (x.float().detach() for x in inputs(96))
+    spread = [torch.stack([x, x], 1)[:, 0] for x in vectors]
+    assert torch.equal(kernel(x, residual, *spread), kernel(x, residual, *vectors))
+
+
 def test_is_the_same_every_time():
     results = []
     for _ in range(2):

@@ -19,7 +19,7 @@ def test_default_on_a_cpu_is_the_reference():
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
 def test_default_on_a_gpu_is_triton_where_it_can(monkeypatch, capability, chosen):
-    monkeypatch.setattr(choice, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         on_gpu = torch.empty(4, 3, device="cuda")
         assert choose("x", None, on_gpu) == chosen
@@ -35,17 +35,17 @@ def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
         choose("x", "triton", X)
     with pytest.raises(ValueError, match="there is no 'cpu' implementation yet; 'reference' takes any tensors"):
         choose("x", "cpu", X)
-    monkeypatch.setattr(choice, "_interpreted", lambda: False)
+    monkeypatch.setattr(choice, "_INTERPRETED", False)
     with pytest.raises(ValueError, match="no 'triton' implementation here: the tensors are on cpu, not on a GPU"):
         choose("x", "triton", X.float())
-    monkeypatch.setattr(choice, "_interpreted", lambda: True)
+    monkeypatch.setattr(choice, "_INTERPRETED", True)
     with pytest.raises(ValueError, match="no 'triton' implementation here: the head dimension is 20"):
         choose("x", "triton", X.float(), "the head dimension is 20")
     monkeypatch.setattr(choice, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="no 'triton' implementation here: Triton is not installed"):
         choose("x", "triton", X.float())
     monkeypatch.undo()
-    monkeypatch.setattr(choice, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with (
         FakeTensorMode(),
         pytest.raises(ValueError, match=r"it wants a GPU of sm_80 or later, this one is sm_75; 'reference' takes any"),

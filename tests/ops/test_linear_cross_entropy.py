@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import compare_with_torch, normal
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import LargestTensor, compare_with_torch, normal
 
 from bertfast import ops, reference
 
@@ -27,22 +25,6 @@ def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
     logits = F.linear(hidden[rows], weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction="sum")
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes how many elements the largest tensor has for which any operation takes memory."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        known, made = (
-            [(x.untyped_storage().data_ptr(), x.numel()) for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-            for tree in (arguments, result)
-        )
-        memory = {place for place, _ in known}
-        self.elements = max([self.elements, *(size for place, size in made if place not in memory)])
-        return result
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -93,6 +75,23 @@ def test_gradients_that_no_one_wants_are_not_made():
     ours(hidden, weight, bias).backward()
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(composed(hidden, weight, bias), hidden)[0])
     assert weight.grad is None
+
+
+def test_there_is_no_second_gradient_of_the_weight():
+    hidden, weight, bias = inputs()
+    loss = ours(hidden, weight, bias)
+    saved = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == saved
+
+
+def test_backward_may_run_twice():
+    arguments = inputs()
+    loss = ours(*arguments)
+    once = torch.autograd.grad(loss, arguments, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, arguments)
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(2 * a, b)
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:0]])

@@ -1,0 +1,122 @@
+"""y = gelu(u), u = x + bias, and its gradients: one kernel each way, as fast as memory allows.
+
+A tile is a block of columns of several rows; the backward pass makes u again, and its programs walk down the rows of
+their columns, whose sum is d_bias. T tokens, H columns; BLOCK columns and ROWS rows of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertfast.kernels.gelu import gelu, gelu_derivative
+from bertfast.kernels.operation import operation
+from bertfast.kernels.rows import in_rows, summing_programs
+
+_ROWS = 4  # 16 bytes of each are on their way at a time
+
+
+@triton.jit
+def bias_gelu_forward_kernel(
+    x_ptr,  # [T, H], rows x_stride apart
+    bias_ptr,  # [H]
+    y_ptr,  # [T, H]
+    tokens,
+    x_stride,
+    APPROXIMATE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, column, there = _tile(tl.program_id(0), tokens, H, BLOCK, ROWS)
+    x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
+    u = x + _load_bias(bias_ptr, column, H)
+    tl.store(y_ptr + row * H + column, gelu(u, APPROXIMATE).to(y_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def bias_gelu_backward_kernel(
+    d_y_ptr,  # [T, H], rows d_y_stride apart
+    x_ptr,  # as in the forward kernel
+    bias_ptr,
+    d_x_ptr,  # [T, H]
+    sums_ptr,  # fp32 [programs, H]: each program's share of d_bias
+    tokens,
+    d_y_stride,
+    x_stride,
+    APPROXIMATE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    _, column, _ = _tile(0, tokens, H, BLOCK, ROWS)
+    bias = _load_bias(bias_ptr, column, H)
+    sums = tl.zeros([1, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row, column, there = _tile(tile, tokens, H, BLOCK, ROWS)
+        d_y = tl.load(d_y_ptr + row * d_y_stride + column, mask=there, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
+        d_x = d_y * gelu_derivative(x + bias, APPROXIMATE)
+        tl.store(d_x_ptr + row * H + column, d_x.to(d_x_ptr.dtype.element_ty), mask=there)
+        sums += tl.sum(d_x, 0, keep_dims=True)  # a lane has its columns of every row
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * H + column, sums, mask=column < H)
+
+
+@triton.jit
+def _tile(tile, tokens, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """(row int64 [rows, 1], column [1, columns], mask) of the tile-th rows of this program's block of columns."""
+    row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    if H % BLOCK == 0:
+        return row, column, row < tokens
+    else:
+        return row, column, (row < tokens) & (column < H)
+
+
+@triton.jit
+def _load_bias(bias_ptr, column, H: tl.constexpr):
+    return tl.load(bias_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+
+
+def bias_gelu_forward_fake(x, *_):
+    return x.new_empty(x.shape)
+
+
+@operation(bias_gelu_forward_fake)
+def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """y [T, H] in x's dtype; `approximate` is "none" or "tanh"."""
+    x = in_rows(x)
+    y = bias_gelu_forward_fake(x)
+    tokens, columns = x.shape
+    constants = _cut(columns, x)
+    grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"]))
+    bias_gelu_forward_kernel[grid](x, bias, y, tokens, x.stride(0), approximate, **constants)
+    return y
+
+
+def bias_gelu_backward_fake(d_y, x, *_):
+    return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
+@operation(bias_gelu_backward_fake)
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """(d_x [T, H] in x's dtype, d_bias fp32 [H])."""
+    d_y, x = in_rows(d_y), in_rows(x)
+    tokens, columns = x.shape
+    constants = _cut(columns, d_y, x)
+    tiles, blocks = triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"])
+    programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
+    d_x = x.new_empty(x.shape)
+    sums = x.new_empty((programs, columns), dtype=torch.float32)
+    bias_gelu_backward_kernel[(programs, blocks)](
+        d_y, x, bias, d_x, sums, tokens, d_y.stride(0), x.stride(0), approximate, **constants
+    )
+    return d_x, sums.sum(0)
+
+
+def _cut(columns: int, *tensors: Tensor) -> dict[str, int]:
+    """H, BLOCK, ROWS and num_warps for tiles of these tensors: a lane takes 16 bytes of a row, no row has two lanes."""
+    lane = 16 // max(tensor.element_size() for tensor in tensors)
+    padded = triton.next_power_of_2(columns)
+    block = next((size for size in (1024, 512, 256, 128) if columns % size == 0), min(padded, 1024))
+    return {"H": columns, "BLOCK": block, "ROWS": _ROWS, "num_warps": max(min(block // (32 * lane), 8), 1)}

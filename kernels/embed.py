@@ -1,0 +1,237 @@
+"""y = dropout(LN(z)), z = word[token] + token_type[type] + position[position], and its gradients.
+
+One kernel forward. Backward, one makes the gradient of z, having gathered z again, and `kernels/sum_by_index.py` sums
+it into the three tables. T tokens, H hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertfast.kernels.dropout import hidden_factors
+from bertfast.kernels.operation import operation
+from bertfast.kernels.rows import (
+    add,
+    cut,
+    in_rows,
+    layer_norm_apply,
+    layer_norm_differentiate,
+    layer_norm_statistics,
+    load_rows,
+    load_vector,
+    multiply,
+    store_rows,
+    store_sums,
+    summing_programs,
+    zeros,
+)
+from bertfast.kernels.sum_by_index import sum_by_index
+
+
+@triton.jit
+def embed_forward_kernel(
+    word_ptr,  # [V, H], or [T, H] without token ids; rows word_stride apart
+    position_ptr,  # [positions, H], rows position_stride apart
+    token_type_ptr,  # [types, H], rows token_type_stride apart
+    token_ids_ptr,  # int [T], or None
+    token_type_ids_ptr,  # int [T]
+    position_ids_ptr,  # int [T]
+    gamma_ptr,  # [H]
+    beta_ptr,  # [H]
+    seed_ptr,  # int64 []; None: no dropout
+    number_ptr,  # int [T], the tokens' sequences
+    place_ptr,  # int [T], their positions there
+    y_ptr,  # [T, H]
+    mean_ptr,  # fp32 [T]
+    rstd_ptr,  # fp32 [T]
+    tokens,
+    word_stride,
+    position_stride,
+    token_type_stride,
+    eps,
+    dropout_word,
+    threshold,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    rows = row < tokens
+    z = _gather_all(
+        word_ptr, position_ptr, token_type_ptr, token_ids_ptr, token_type_ids_ptr, position_ids_ptr,
+        word_stride, position_stride, token_type_stride, row, rows, H, CHUNK,
+    )  # fmt: skip
+    mean, rstd = layer_norm_statistics(z, eps, H, CHUNK)
+    gamma, beta = load_vector(gamma_ptr, H, CHUNK, ROWS), load_vector(beta_ptr, H, CHUNK, ROWS)
+    y = layer_norm_apply(z, mean, rstd, gamma, beta)
+    if seed_ptr is not None:
+        y = multiply(y, hidden_factors(row, rows, number_ptr, place_ptr, seed_ptr, dropout_word, threshold, H, CHUNK))
+    store_rows(y_ptr, row * H, rows, y, H, CHUNK)
+    tl.store(mean_ptr + row, mean, mask=rows)
+    tl.store(rstd_ptr + row, rstd, mask=rows)
+
+
+@triton.jit
+def embed_backward_kernel(
+    d_y_ptr,  # [T, H], rows d_y_stride apart
+    word_ptr,  # as in the forward kernel
+    position_ptr,
+    token_type_ptr,
+    token_ids_ptr,
+    token_type_ids_ptr,
+    position_ids_ptr,
+    gamma_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    number_ptr,
+    place_ptr,
+    d_z_ptr,  # [T, H]
+    sums_ptr,  # fp32 [programs, 2, H]: each program's share of d_gamma and d_beta
+    tokens,
+    d_y_stride,
+    word_stride,
+    position_stride,
+    token_type_stride,
+    dropout_word,
+    threshold,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
+    gamma_sums, beta_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        rows = row < tokens
+        d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)
+        z = _gather_all(
+            word_ptr, position_ptr, token_type_ptr, token_ids_ptr, token_type_ids_ptr, position_ids_ptr,
+            word_stride, position_stride, token_type_stride, row, rows, H, CHUNK,
+        )  # fmt: skip
+        mean, rstd = tl.load(mean_ptr + row, mask=rows, other=0.0), tl.load(rstd_ptr + row, mask=rows, other=0.0)
+        if seed_ptr is not None:
+            factors = hidden_factors(row, rows, number_ptr, place_ptr, seed_ptr, dropout_word, threshold, H, CHUNK)
+            d_y = multiply(d_y, factors)
+        d_z, d_gamma = layer_norm_differentiate(d_y, z, mean, rstd, gamma, H)
+        store_rows(d_z_ptr, row * H, rows, d_z, H, CHUNK)
+        gamma_sums, beta_sums = add(gamma_sums, d_gamma), add(beta_sums, d_y)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2 * H
+    store_sums(sums_ptr, gamma_sums, H, CHUNK)
+    store_sums(sums_ptr + H, beta_sums, H, CHUNK)
+
+
+@triton.jit
+def _gather_all(
+    word_ptr,
+    position_ptr,
+    token_type_ptr,
+    token_ids_ptr,
+    token_type_ids_ptr,
+    position_ids_ptr,
+    word_stride,
+    position_stride,
+    token_type_stride,
+    row,
+    rows,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The sum of the three embeddings of the tokens `row` [rows, 1], where the mask `rows` has one, in fp32 chunks."""
+    z = _gather(word_ptr, token_ids_ptr, row, rows, word_stride, H, CHUNK)
+    z = add(z, _gather(token_type_ptr, token_type_ids_ptr, row, rows, token_type_stride, H, CHUNK))
+    z = add(z, _gather(position_ptr, position_ids_ptr, row, rows, position_stride, H, CHUNK))
+    return z
+
+
+@triton.jit
+def _gather(table_ptr, ids_ptr, row, rows, stride, H: tl.constexpr, CHUNK: tl.constexpr):
+    """The rows of a table that the tokens `row` [rows, 1] name, in fp32 chunks; their own rows without ids."""
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + row, mask=rows, other=0).to(tl.int64)
+    return load_rows(table_ptr, row * stride, rows, H, CHUNK)
+
+
+def embed_forward_fake(word, position, token_type, token_ids, token_type_ids, *_):
+    (tokens,) = token_type_ids.shape
+    statistics = word.new_empty(tokens, dtype=torch.float32)
+    return word.new_empty((tokens, word.shape[1])), statistics, torch.empty_like(statistics)
+
+
+@operation(embed_forward_fake)
+def embed_forward(
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    token_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    seed: Tensor | None,
+    number: Tensor | None,
+    place: Tensor | None,
+    dropout_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [T, H] in word's dtype, mean and 1 / deviation of z, fp32 [T]); without `seed` nothing is dropped."""
+    y, mean, rstd = embed_forward_fake(word, position, token_type, token_ids, token_type_ids)
+    tables = [in_rows(table) for table in (word, position, token_type)]
+    tokens, hidden = y.shape
+    constants = cut(hidden, *tables)
+    embed_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
+        *tables, token_ids, token_type_ids, position_ids, gamma, beta, seed, number, place, y, mean, rstd,
+        tokens, *(table.stride(0) for table in tables), eps, dropout_word, threshold, **constants,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def embed_backward_fake(d_y, word, position, token_type, *_):
+    tables = (table.new_empty(table.shape) for table in (word, position, token_type))
+    return *tables, word.new_empty((2, word.shape[1]), dtype=torch.float32)
+
+
+@operation(embed_backward_fake)
+def embed_backward(
+    d_y: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    token_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_index: int | None,
+    seed: Tensor | None,
+    number: Tensor | None,
+    place: Tensor | None,
+    dropout_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d_word, d_position, d_token_type, fp32 [2, H] of d_gamma and d_beta); the row `padding_index` is zero."""
+    d_y = in_rows(d_y)
+    tables = [in_rows(table) for table in (word, position, token_type)]
+    tokens, hidden = d_y.shape
+    constants = cut(hidden, d_y, *tables, summing=True)
+    programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), d_y.device)
+    # As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
+    widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
+    d_z = d_y.new_empty(d_y.shape, dtype=widest)
+    sums = d_y.new_empty((programs, 2, hidden), dtype=torch.float32)
+    embed_backward_kernel[(programs,)](
+        d_y, *tables, token_ids, token_type_ids, position_ids, gamma, mean, rstd, seed, number, place, d_z, sums,
+        tokens, d_y.stride(0), *(table.stride(0) for table in tables), dropout_word, threshold, **constants,
+    )  # fmt: skip
+    d_position = sum_by_index(d_z, position_ids, len(position), position.dtype)
+    d_token_type = sum_by_index(d_z, token_type_ids, len(token_type), token_type.dtype)
+    if token_ids is None:
+        d_word = d_z.to(word.dtype)
+    else:
+        d_word = sum_by_index(d_z, token_ids, len(word), word.dtype)
+        if padding_index is not None:
+            d_word[padding_index] = 0
+    return d_word, d_position, d_token_type, sums.sum(0)

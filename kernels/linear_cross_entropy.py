@@ -1,0 +1,204 @@
+"""Cross entropy of the rows of hidden W^T + bias that have a label, its gradients beside it, in chunks of logits.
+
+The library multiplies. Between its products one kernel reads a chunk's logits for the loss and one turns them into
+their gradient in place, d_logits = softmax(logits) - onehot(label). All five passes over a chunk meet in one buffer of
+a size that stays in the second-level cache.
+
+T tokens, R rows, V vocabulary; C columns of the buffer: V, and what brings every row to a whole number of cache lines.
+There the bias is -inf and the logits 0, so that no pass need know where the vocabulary ends.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertfast.kernels.operation import operation
+from bertfast.kernels.rows import summing_programs
+from bertfast.kernels.sum_by_index import sum_by_index
+
+_CACHED = 40 << 20  # bytes of a chunk of logits, of the 50 MB of second-level cache of an H100
+_ROUNDINGS = 8  # chunks whose shares of d_weight may each be rounded: the error is then twice that of one rounding
+_ROWS, _BLOCK = 32, 64  # rows and columns of a tile; what is a multiple of _BLOCK needs no mask
+_NOWHERE = tl.constexpr(1 << 30)  # a column behind all others
+_LANES = 512  # of a row: four of 16 bytes for each thread of four warps
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr,  # [R, C]
+    bias_ptr,  # fp32 [C]
+    labels_ptr,  # int64 [R], negative: none
+    largest_ptr,  # fp32 [R], written: the largest logit
+    scale_ptr,  # fp32 [R], written: what makes exp(logit - largest) a probability; 0 where there is no label
+    losses_ptr,  # fp32 [R], written
+    correct_ptr,  # bool [R], written: whether the label's is the first of the largest logits
+    columns,  # C
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * columns
+    label = tl.minimum(tl.maximum(tl.load(labels_ptr + row), -1), columns).to(tl.int32)
+    there = label < columns  # a label outside of the vocabulary makes the loss no number
+    target = tl.load(logits_ptr + tl.maximum(label, 0), mask=there, other=float("nan")).to(tl.float32)
+    target += tl.load(bias_ptr + tl.maximum(label, 0), mask=there, other=0.0)
+    # Each lane has its own maximum and sum, and the lanes meet once. They start from a logit: -inf - -inf is no number.
+    lane = tl.arange(0, LANES) * WIDTH
+    within = tl.arange(0, WIDTH)
+    largest = tl.zeros([LANES], tl.float32) + target
+    total = tl.zeros([LANES], tl.float32)
+    first = tl.full([LANES], _NOWHERE, tl.int32)  # where the lane's first WIDTH columns start that reach the target
+    for start in range(0, columns, LANES * WIDTH):
+        logits = _load(logits_ptr, bias_ptr, start + lane[:, None] + within[None, :], columns)
+        here = tl.max(logits, 1)
+        larger = tl.maximum(largest, here)
+        total = total * _exp(largest - larger) + tl.sum(_exp(logits - larger[:, None]), 1)
+        largest = larger
+        first = tl.minimum(first, tl.where(here >= target, start + lane, _NOWHERE))
+    counted = label >= 0
+    row_largest = tl.max(largest, 0)
+    total = tl.sum(total * _exp(largest - row_largest), 0)
+    # Of equal logits argmax takes the first, so the label must be the first to reach its own.
+    column = tl.min(first, 0) + within
+    answer = tl.min(tl.where(_load(logits_ptr, bias_ptr, column, columns) >= target, column, _NOWHERE), 0)
+    tl.store(losses_ptr + row, tl.where(counted, row_largest - target + tl.log(total), 0.0))
+    tl.store(correct_ptr + row, (answer == label) & (row_largest == target))
+    tl.store(largest_ptr + row, row_largest)
+    tl.store(scale_ptr + row, tl.where(counted, 1.0 / total, 0.0))
+
+
+@triton.jit
+def _load(logits_ptr, bias_ptr, column, columns):
+    """Logits with their bias in fp32, -inf outside."""
+    inside = column < columns
+    logits = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return logits + tl.load(bias_ptr + column, mask=inside, other=-float("inf"))
+
+
+@triton.jit
+def _exp(x):
+    """e^x in two instructions."""
+    return tl.exp2(1.4426950408889634 * x)
+
+
+@triton.jit
+def cross_entropy_gradient_kernel(
+    logits_ptr,  # [R, C]; becomes the gradient
+    bias_ptr,  # as in the first kernel
+    labels_ptr,
+    largest_ptr,
+    scale_ptr,
+    sums_ptr,  # fp32 [programs, C]: each program's share of d_bias, added to
+    rows,  # R
+    columns,  # C
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    bias = tl.load(bias_ptr + column)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = row < rows
+        label = tl.load(labels_ptr + row, mask=inside, other=-1).to(tl.int32)
+        largest = tl.load(largest_ptr + row, mask=inside, other=float("inf"))
+        scale = tl.load(scale_ptr + row, mask=inside, other=0.0)
+        place = logits_ptr + row.to(tl.int64) * columns + column
+        logits = tl.load(place, mask=inside, other=0.0).to(tl.float32) + bias
+        d_logits = _exp(logits - largest) * scale - (column == label).to(tl.float32)
+        tl.store(place, d_logits.to(logits_ptr.dtype.element_ty), mask=inside)
+        sums += d_logits
+    sums_ptr += tl.program_id(0).to(tl.int64) * columns + column
+    tl.store(sums_ptr, tl.load(sums_ptr) + tl.sum(sums, 0, keep_dims=True))
+
+
+def linear_cross_entropy_forward_fake(hidden, rows, weight, bias, labels, wanted, dtype):
+    loss, correct = hidden.new_empty((), dtype=torch.float32), labels.new_empty((), dtype=torch.int64)
+    parameters = zip((hidden, weight, bias), wanted, strict=True)
+    return loss, correct, torch.empty_like(correct), *(x.new_empty(x.shape if want else 0) for x, want in parameters)
+
+
+@operation(linear_cross_entropy_forward_fake)
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    wanted: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss fp32 [], correct and counted int64 [], d_hidden [T, H], d_weight [V, H], d_bias [V]), products in `dtype`.
+
+    The gradients are those of the loss, each in the dtype of what it is of; where not `wanted` they come empty.
+    """
+    labels = labels.long().contiguous()
+    counted = labels >= 0
+    x = hidden.index_select(0, rows).masked_fill_(~counted[:, None], 0).to(dtype)  # an unused place may hold anything
+    losses, correct, d_x, d_weight, d_bias = _in_chunks(x, weight, bias, labels, wanted)
+    # Made when the memory of the logits is free again.
+    d_hidden = sum_by_index(d_x, rows, len(hidden), hidden.dtype) if wanted[0] else hidden.new_empty(0)
+    return losses.sum(), correct.sum(), counted.sum(), d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+
+
+def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """(loss fp32 [R], correct bool [R], d_x, d_weight, d_bias), the last two empty where not wanted.
+
+    x [R, H], of the dtype of the products, becomes d_x: a chunk is read before its place is written.
+    """
+    x_wanted, weight_wanted, bias_wanted = wanted
+    rows, vocabulary = len(x), len(weight)
+    columns = triton.cdiv(vocabulary, _BLOCK) * _BLOCK
+    chunk = _rows_of_chunk(columns * x.element_size())
+    buffer = x.new_empty((min(chunk, rows), columns))
+    buffer[:, vocabulary:] = 0
+    matrix, padded_bias = weight.to(x.dtype), F.pad(bias.float(), (0, columns - vocabulary), value=-math.inf)
+    losses, correct = x.new_empty(rows, dtype=torch.float32), torch.empty_like(labels, dtype=torch.bool)
+    largest, scale = torch.empty_like(losses), torch.empty_like(losses)
+    as_it_is = weight.dtype == x.dtype and rows <= _ROUNDINGS * chunk
+    d_weight = weight.new_empty(weight.shape if weight_wanted else 0, dtype=x.dtype if as_it_is else torch.float32)
+    tiles, blocks = triton.cdiv(len(buffer), _ROWS), columns // _BLOCK
+    programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
+    sums = x.new_zeros((programs, columns), dtype=torch.float32)
+    for start in range(0, max(rows, 1), chunk):  # no rows are one chunk, whose gradients are zero
+        some = slice(start, start + chunk)
+        part, statistics = x[some], (labels[some], largest[some], scale[some])
+        padded = buffer[: len(part)]
+        logits = padded[:, :vocabulary]
+        torch.mm(part, matrix.mT, out=logits)
+        cross_entropy_kernel[(len(part),)](
+            padded, padded_bias, *statistics, losses[some], correct[some], columns,
+            LANES=_LANES, WIDTH=16 // x.element_size(), num_warps=4,
+        )  # fmt: skip
+        if any(wanted):
+            cross_entropy_gradient_kernel[(programs, blocks)](
+                padded, padded_bias, *statistics, sums, len(part), columns, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
+            )
+        if weight_wanted:
+            _add_product(d_weight, logits.mT, part, first=start == 0)
+        if x_wanted:
+            torch.mm(logits, matrix, out=part)
+    d_bias = sums.sum(0)[:vocabulary]
+    return losses, correct, x, d_weight, d_bias if bias_wanted else bias.new_empty(0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Add a b, summed in fp32, to `total` of that or a wider dtype; the `first` time write it there."""
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    else:  # in the interpreter: on a CPU the library's products are of one dtype
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+def _rows_of_chunk(row: int) -> int:
+    """Rows of logits in a chunk, of `row` bytes each: what the cache holds, in whole tiles of a product.
+
+    Below 512 the gradient of the weight, fetched once a chunk, costs more than the cache saves; then it is 1,024.
+    """
+    cached = _CACHED // row // 128 * 128
+    return cached if cached >= 512 else 1024

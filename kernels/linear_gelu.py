@@ -1,0 +1,75 @@
+"""y = gelu(x W^T + bias) in one kernel: the GELU is the product's epilogue. The backward pass is that of `bias_gelu`.
+
+For that the bare product is stored too, since a GELU cannot be undone. T tokens, H hidden, N columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bertfast.kernels.gelu import gelu
+from bertfast.kernels.operation import operation
+from bertfast.kernels.rows import in_rows
+
+# By bytes of an element: the tile of a program, ROWS x COLUMNS, in steps of DEPTH, and how deep it reads ahead.
+_TILES = {
+    2: {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    4: {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 3},
+}
+
+
+@triton.jit
+def linear_gelu_forward_kernel(
+    x_ptr,  # [T, H], rows x_stride apart
+    weight_ptr,  # [N, H], rows weight_stride apart
+    bias_ptr,  # [N]
+    y_ptr,  # [T, N]
+    product_ptr,  # [T, N], x W^T
+    tokens,
+    x_stride,
+    weight_stride,
+    APPROXIMATE: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # Eight tiles down, then one across: programs that run at a time share what they read in the second-level cache.
+    row_tile, column_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    row = (row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    step = tl.arange(0, DEPTH)[None, :]
+    x_ptr += row * x_stride + step
+    weight_ptr += column[:, None].to(tl.int64) * weight_stride + step
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, H, DEPTH):
+        x = tl.load(x_ptr + start, mask=(row < tokens) & (start + step < H), other=0.0)
+        weight = tl.load(weight_ptr + start, mask=(column[:, None] < N) & (start + step < H), other=0.0)
+        product = tl.dot(x, weight.T, product, input_precision="tf32x3")
+    column = column[None, :]
+    there = (row < tokens) & (column < N)
+    u = product + tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    place = row * N + column
+    tl.store(product_ptr + place, product.to(product_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + place, gelu(u, APPROXIMATE).to(y_ptr.dtype.element_ty), mask=there)
+
+
+def linear_gelu_forward_fake(x, weight, *_):
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, torch.empty_like(y)
+
+
+@operation(linear_gelu_forward_fake)
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """(y, x W^T), both [T, N]; x and weight are of one dtype, `approximate` is "none" or "tanh"."""
+    x, weight = in_rows(x), in_rows(weight)
+    y, product = linear_gelu_forward_fake(x, weight)
+    tokens, columns = y.shape
+    tiles = _TILES[x.element_size()]
+    grid = (triton.cdiv(columns, tiles["COLUMNS"]), triton.cdiv(tokens, tiles["ROWS"]))
+    linear_gelu_forward_kernel[grid](
+        x, weight, bias, y, product, tokens, x.stride(0), weight.stride(0), approximate, x.shape[1], columns, **tiles
+    )
+    return y, product

@@ -1,0 +1,115 @@
+"""`bias_gelu` and `linear_gelu` in Triton, against the definition."""
+
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, compare_with_torch, normal
+
+from bertfast import ops
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+COLUMNS = [
+    1,  # a block of one
+    50,  # one block, masked
+    384,  # three blocks of 128, no mask
+    1500,  # two blocks of 1,024, the second masked
+    3072,  # three blocks of 1,024, no mask
+]
+
+
+def inputs(columns, tokens=11):
+    return [3 * normal(tokens, columns, device=DEVICE), normal(columns, device=DEVICE)]
+
+
+def kernel(x, bias, approximate="none"):
+    return ops.bias_gelu(x, bias, approximate, implementation="triton")
+
+
+def definition(x, bias, approximate="none"):
+    return ops.bias_gelu(x, bias, approximate, implementation="reference")
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN, [BRAIN, FLOAT]], ids=["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_is_as_accurate_as_the_definition(approximate, dtypes, columns):
+    compare_with_torch(
+        lambda *x: kernel(*x, approximate), lambda *x: definition(*x, approximate), inputs(columns), dtypes
+    )
+
+
+def test_half_precision():
+    compare_with_torch(kernel, definition, inputs(96), HALF)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 33])  # less than a tile of rows, a tile, more than one
+def test_any_number_of_tokens(tokens):
+    compare_with_torch(kernel, definition, inputs(256, tokens), FLOAT)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_every_argument(approximate):
+    """No point of the curve or of its slope is off by more than an ulp or two of it, or of the slope's own 1."""
+    x = torch.cat([torch.linspace(-12, 12, 4096), torch.tensor([-1e4, -40.0, 0.0, 40.0, 1e4])])
+    results = []
+    for function, dtype in ((kernel, FLOAT), (definition, torch.float64)):
+        leaf = x.to(DEVICE, dtype)[None].requires_grad_()
+        y = function(leaf, torch.zeros_like(leaf[0]), approximate)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), leaf)])
+    for our, true in zip(*results, strict=True):
+        torch.testing.assert_close(our.double(), true, rtol=3e-7, atol=5e-7)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_after_a_product(dtypes, approximate):
+    def linear_gelu(implementation):
+        return lambda *inputs: ops.linear_gelu(*inputs, approximate, implementation=implementation)
+
+    inputs = [normal(*shape, device=DEVICE) for shape in ((11, 24), (40, 24), (40,))]
+    compare_with_torch(linear_gelu("triton"), linear_gelu("reference"), inputs, dtypes)
+
+
+def test_after_a_product_under_autocast():
+    x, weight, bias = (normal(*shape, dtype=FLOAT, device=DEVICE) for shape in ((11, 24), (40, 24), (40,)))
+    with torch.autocast(DEVICE.type, BRAIN):
+        ours, theirs = (ops.linear_gelu(x, weight, bias, implementation=name) for name in ("triton", "reference"))
+    assert ours.dtype == theirs.dtype == BRAIN
+    gradients = torch.autograd.grad(ours.float().sum(), [x, weight, bias])
+    assert {gradient.dtype for gradient in gradients} == {FLOAT}
+
+
+def test_no_tokens():
+    x, bias = (x.float().detach().requires_grad_() for x in inputs(96, 0))
+    output = kernel(x, bias)
+    output.sum().backward()
+    assert output.shape == (0, 96)
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+def test_a_row_that_is_no_number_spoils_no_other():
+    x, bias = (x.float().detach() for x in inputs(96))
+    whole = kernel(x, bias)
+    x[3] = math.nan
+    others = torch.arange(11, device=DEVICE) != 3
+    assert torch.equal(kernel(x, bias)[others], whole[others])
+
+
+def test_rows_may_lie_apart():
+    x, bias = (x.float().detach() for x in inputs(96))
+    apart = torch.stack([x, x], 1)[:, 0].requires_grad_()
+    results = []
+    for leaf in (apart, x.requires_grad_()):
+        y = kernel(leaf, bias)
+        results.append([y, *torch.autograd.grad(y, leaf, torch.stack([y, y], 1)[:, 0].detach())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_is_the_same_every_time():
+    results = []
+    for _ in range(2):
+        arguments = [x.float().detach().requires_grad_() for x in inputs(384)]
+        output = kernel(*arguments)
+        results.append([output, *torch.autograd.grad(output.square().sum(), arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,82 @@
+"""`gelu_layer_norm` in Triton, against the definition."""
+
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, compare_with_torch, normal
+
+from bertfast import ops
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+WIDTHS = [
+    1,  # a chunk of one
+    50,  # one chunk, masked
+    384,  # three chunks of 128
+    768,  # three of 256
+    1024,  # the widest that one warp takes
+    1500,  # an odd width of several warps
+    4096,  # the widest that is promised
+]
+
+
+def inputs(hidden, rows=11):
+    return [normal(rows, hidden, seed=1, device=DEVICE)] + [normal(hidden, seed=i, device=DEVICE) for i in (2, 3, 4)]
+
+
+def kernel(x, bias, gamma, beta):
+    return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation="triton")
+
+
+def definition(x, bias, gamma, beta):
+    return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation="reference")
+
+
+@pytest.mark.parametrize("hidden", WIDTHS)
+@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT]], ids=["fp32", "bf16", "autocast"])
+def test_is_as_accurate_as_the_definition(hidden, dtypes):
+    compare_with_torch(kernel, definition, inputs(hidden), dtypes)
+
+
+def test_half_precision():
+    compare_with_torch(kernel, definition, inputs(96), HALF)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])  # less than a tile of rows, a tile, more than one
+def test_any_number_of_rows(rows):
+    compare_with_torch(kernel, definition, inputs(256, rows), FLOAT)
+
+
+def test_no_rows():
+    arguments = [x.float().detach().requires_grad_() for x in inputs(96, 0)]
+    output = kernel(*arguments)
+    output.sum().backward()
+    assert output.shape == (0, 96)
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in arguments)
+
+
+def test_a_row_that_is_no_number_spoils_no_other():
+    x, *vectors = (x.float().detach() for x in inputs(96))
+    whole = kernel(x, *vectors)
+    x[3] = math.nan
+    others = torch.arange(11, device=DEVICE) != 3
+    assert torch.equal(kernel(x, *vectors)[others], whole[others])
+
+
+def test_rows_may_lie_apart():
+    x, *vectors = (x.float().detach() for x in inputs(96))
+    apart = torch.stack([x, x], 1)[:, 0]
+    results = []
+    for leaf in (apart.requires_grad_(), x.requires_grad_()):
+        y = kernel(leaf, *vectors)
+        results.append([y, *torch.autograd.grad(y, leaf, torch.stack([y, y], 1)[:, 0].detach())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_is_the_same_every_time():
+    results = []
+    for _ in range(2):
+        arguments = [x.float().detach().requires_grad_() for x in inputs(384)]
+        output = kernel(*arguments)
+        results.append([output, *torch.autograd.grad(output.square().sum(), arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,188 @@
+"""`linear_cross_entropy` in Triton, against the definition."""
+
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, LargestTensor, compare_with_torch, normal, under_autocast
+
+from bertfast import ops
+from bertfast.kernels import linear_cross_entropy as kernels
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 1, 7], device=DEVICE)  # 0 and 7 twice, 3 and 6 never
+LABELS = torch.tensor([0, 3, 0, -100, 1, -100, 3, 2], device=DEVICE)
+VOCABULARIES = [
+    1,  # nothing to choose from
+    5,  # less than a lane's 16 bytes
+    64,  # a tile, nothing to pad
+    65,  # one column more
+    1000,  # the smallest that is promised
+    4096,  # a block of lanes in bf16, two in fp32
+    4097,  # one column more
+]
+
+
+def inputs(vocabulary, tokens=8, hidden=24, scale=1.0):
+    arguments = normal(tokens, hidden, seed=1), normal(vocabulary, hidden, seed=2), normal(vocabulary, seed=3)
+    return [(scale * x).detach().to(DEVICE).requires_grad_() for x in arguments]
+
+
+def kernel(hidden, weight, bias, rows=ROWS, labels=LABELS):
+    labels = labels.clamp(max=len(weight) - 1)
+    return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="triton")
+
+
+def definition(hidden, weight, bias, rows=ROWS, labels=LABELS):
+    labels = labels.clamp(max=len(weight) - 1)
+    return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="reference")
+
+
+def gradients(arguments, *indices):
+    return torch.autograd.grad(kernel(*arguments, *indices)[0], arguments)
+
+
+def in_chunks(monkeypatch, rows):
+    monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_is_as_accurate_as_the_definition(vocabulary, dtype):
+    compare_with_torch(kernel, definition, inputs(vocabulary), dtype)
+
+
+def test_half_precision():
+    compare_with_torch(kernel, definition, inputs(100), HALF)
+
+
+def test_the_whole_vocabulary():
+    compare_with_torch(kernel, definition, inputs(30_522, hidden=8), BRAIN)
+
+
+@pytest.mark.parametrize("hidden", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_under_autocast(hidden):
+    ours, theirs = under_autocast(kernel, BRAIN), under_autocast(definition, BRAIN)
+    compare_with_torch(ours, theirs, inputs(100), [hidden, FLOAT, FLOAT], products=BRAIN)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])  # eight chunks; a last one that is smaller; one
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_any_number_of_chunks(chunk, dtype, monkeypatch):
+    in_chunks(monkeypatch, chunk)
+    compare_with_torch(kernel, definition, inputs(100), dtype)
+
+
+@pytest.mark.parametrize(("chunks", "factor"), [(8, 2.1), (40, 1.1)])  # rounded each for itself; summed in fp32
+def test_chunks_lose_no_precision(chunks, factor, monkeypatch):
+    arguments = [x.to(BRAIN).detach().requires_grad_() for x in inputs(90)]
+    indices = torch.arange(80, device=DEVICE) % 8, torch.arange(80, device=DEVICE) % 7
+    exact = [x.detach().double().requires_grad_() for x in arguments]
+    truth = torch.autograd.grad(definition(*exact, *indices)[0], exact[1])[0]
+    errors = []
+    for rows in (80, 80 // chunks):
+        in_chunks(monkeypatch, rows)
+        errors.append((gradients(arguments, *indices)[1].double() - truth).norm())
+    assert errors[1] < factor * errors[0]
+
+
+def test_more_rows_than_a_tile():
+    labels = torch.arange(40, device=DEVICE) % 9 - 1
+    rows = torch.arange(40, device=DEVICE)
+    arguments = inputs(130, tokens=40)
+    compare_with_torch(lambda *x: kernel(*x, rows, labels), lambda *x: definition(*x, rows, labels), arguments, FLOAT)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:0]], ids=["no label", "no row"])
+def test_no_label_is_no_loss_and_no_gradient(rows):
+    arguments = [x.float().detach().requires_grad_() for x in inputs(100)]
+    results = kernel(*arguments, rows, torch.full_like(rows, -100))
+    assert [x.item() for x in results] == [0, 0, 0]
+    for x, d_x in zip(arguments, torch.autograd.grad(results[0], arguments), strict=True):
+        assert torch.equal(d_x, torch.zeros_like(x))
+
+
+def test_rows_without_label_may_hold_anything():
+    hidden, weight, bias = (x.float().detach().requires_grad_() for x in inputs(100))
+    spoilt = hidden.detach().clone()
+    spoilt[[5, 3, 6]] = math.nan  # a row without a label, and rows that are not read
+    spoilt.requires_grad_()
+    for clean, other in zip(gradients([hidden, weight, bias]), gradients([spoilt, weight, bias]), strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_logits_may_be_very_wide():
+    compare_with_torch(kernel, definition, inputs(300, scale=50.0), FLOAT)  # ± 1e4
+    compare_with_torch(kernel, definition, inputs(300, scale=50.0), BRAIN)
+
+
+def test_a_token_may_be_impossible():
+    hidden, weight, bias = inputs(100)
+    bias.data[[50, 99]] = -math.inf
+    compare_with_torch(kernel, definition, [hidden, weight, bias], FLOAT)
+
+
+@pytest.mark.parametrize(("label", "right"), [(2, 1), (1, 0), (70, 0)])
+def test_the_first_of_equal_logits_is_the_answer(label, right):
+    hidden, weight, bias = torch.ones(1, 4), torch.zeros(80, 4), torch.zeros(80)
+    bias[[2, 70]] = 1.0
+    labels = torch.tensor([label], device=DEVICE)
+    correct = kernel(hidden.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), labels * 0, labels)[1]
+    assert correct.item() == right
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from the interpreter, of what is no number
+def test_a_label_outside_of_the_vocabulary_is_no_number():
+    hidden, weight, bias = (x.float() for x in inputs(100))
+    for label in (100, 127, 128, 1 << 32):
+        labels = torch.tensor([label], device=DEVICE)
+        loss, correct, _ = ops.linear_cross_entropy(hidden, labels * 0, weight, bias, labels, implementation="triton")
+        assert not loss.isfinite()
+        assert correct.item() == 0
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_that_no_one_wants_are_not_made(which):
+    arguments = [x.float().detach() for x in inputs(100)]
+    wanted = [place == which for place in range(3)]
+    made = kernels.linear_cross_entropy_forward(arguments[0], ROWS, *arguments[1:], LABELS, wanted, FLOAT)[3:]
+    assert [x.numel() > 0 for x in made] == wanted
+    arguments[which].requires_grad_()
+    ours, theirs = (torch.autograd.grad(run(*arguments)[0], arguments[which])[0] for run in (kernel, definition))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_all_logits_never_exist(wanted, monkeypatch):
+    rows, hidden, vocabulary, chunk = 64, 8, 512, 12
+    in_chunks(monkeypatch, chunk)
+    x, weight, bias = (x.float().detach() for x in inputs(vocabulary, rows, hidden))
+    with LargestTensor() as largest:  # which sees nothing inside an operation
+        kernels._in_chunks(x, weight, bias, torch.arange(rows, device=DEVICE), [wanted] * 3)
+    assert largest.elements == chunk * vocabulary
+
+
+def test_a_chunk_stays_in_the_cache():
+    assert kernels._rows_of_chunk(30_528 * 2) == 640  # 39 MB
+    assert kernels._rows_of_chunk(250_048 * 2) == 1024  # too wide for it
+
+
+def test_indices_may_be_int32_and_lie_apart():
+    arguments = [x.float().detach().requires_grad_() for x in inputs(100)]
+    apart = torch.stack([ROWS, LABELS], 1).int()
+    for a, b in zip(gradients(arguments), gradients(arguments, *apart.unbind(1)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_is_the_same_every_time():
+    arguments = [x.to(BRAIN).detach().requires_grad_() for x in inputs(100)]
+    for a, b in zip(gradients(arguments), gradients(arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_whole():
+    arguments = [x.float().detach().requires_grad_() for x in inputs(100)]
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    whole = torch.autograd.grad(compiled(*arguments)[0], arguments)
+    for a, b in zip(gradients(arguments), whole, strict=True):
+        assert torch.equal(a, b)
