@@ -1,10 +1,16 @@
-# One command each: `make demo | test | lint | bench | clean`. Each makes .venv once if it is missing.
+# One command each: `make demo | test | test-all | lint | bench | gpu-check | clean`. Each makes .venv once if it is missing, but for
+# gpu-check, which runs in the environment it finds and installs nothing.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
+# The Triton that PyTorch 2.11 comes with, beside the one of .venv: a process that has it on its path uses it.
+OLDER  := .venv/triton-3.6
+# Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
+INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
+COMPILED  := build/compiled
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench gpu-check clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -16,8 +22,20 @@ $(READY): pyproject.toml setup.py
 demo: $(READY)
 	$(BIN)/bertfast demo
 
+$(OLDER): $(READY)
+	$(BIN)/pip install --quiet --target $@ triton==3.6.0 'numpy<2.4'
+
 test: $(READY)
 	$(BIN)/pytest
+	$(INTERPRET) $(BIN)/pytest tests/kernels
+	$(BIN)/python bench/compiled_kernels.py --chips 90
+
+test-all: test $(OLDER)
+	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/pytest tests/kernels
+	mkdir -p build
+	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
+	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
+	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json > bench/results/compiled_kernels.md
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,6 +43,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/end_to_end/pretraining_step.py
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(FAST),--fast)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -33,7 +33,6 @@ from triton.runtime import JITFunction, driver
 from bertfast.kernels import device
 
 CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 
 
@@ -51,6 +50,7 @@ class Compiled:
     spills: int
     shared_memory: int
     instructions: int
+    matrix_unit: str  # the instruction, "" if there is none
     matrix_instructions: int
 
     def faults(self) -> list[str]:
@@ -58,6 +58,11 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"{self.spills} instructions spill registers")
+        multiplies = self.kernel.startswith(("attention", "linear_gelu"))
+        # A warpgroup of Hopper multiplies 64 rows at a time; smaller tiles take the older instruction.
+        wide = self.chip == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
+        if multiplies and (not self.matrix_unit or (wide and self.matrix_unit != "HGMMA")):
+            found.append(f"its products run on {self.matrix_unit or 'no matrix unit'}")
         if self.shared_memory > CHIPS[self.chip] << 10:
             found.append(f"{self.shared_memory} bytes of shared memory are more than the chip's {CHIPS[self.chip]} KiB")
         return found
@@ -67,6 +72,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what launches it) of every operation and configuration."""
     yield from attention_cases()
     yield from add_layer_norm_cases()
+    yield from bias_gelu_cases()
+    yield from gelu_layer_norm_cases()
+    yield from embed_cases()
+    yield from linear_cross_entropy_cases()
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -111,6 +120,64 @@ def add_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}", launch
 
 
+def bias_gelu_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import bias_gelu, linear_gelu  # noqa: F401
+
+    for columns, dtype, approximate in product((512, 3072, 4096), (BRAIN, FLOAT), ("none", "tanh")):
+        x, bias = torch.zeros(16, columns, dtype=dtype), torch.zeros(columns)
+        weight = torch.zeros(columns, columns // 4, dtype=dtype)
+
+        def launch(x=x, bias=bias, weight=weight, approximate=approximate) -> None:
+            torch.ops.bertfast.triton_bias_gelu_forward(x, bias, approximate)
+            torch.ops.bertfast.triton_bias_gelu_backward(x, x, bias, approximate)
+            torch.ops.bertfast.triton_linear_gelu_forward(x[:, : weight.shape[1]], weight, bias, approximate)
+
+        yield f"{_name(dtype)}, {columns} columns{', tanh' if approximate == 'tanh' else ''}", launch
+
+
+def gelu_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import gelu_layer_norm  # noqa: F401
+
+    for hidden, dtype in product((128, 384, 768, 1024, 2048, 4096), (BRAIN, FLOAT)):
+        x, vector, statistics = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden), torch.zeros(16)
+
+        def launch(x=x, vector=vector, statistics=statistics) -> None:
+            torch.ops.bertfast.triton_gelu_layer_norm_forward(x, vector, vector, vector, 1e-12)
+            torch.ops.bertfast.triton_gelu_layer_norm_backward(x, x, vector, vector, statistics, statistics)
+
+        yield f"{_name(dtype)}, H = {hidden}", launch
+
+
+def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import embed  # noqa: F401
+
+    for hidden, dtype, dropped in product((128, 384, 768, 1024, 2048, 4096), (BRAIN, FLOAT), (False, True)):
+        table, vector = torch.zeros(64, hidden, dtype=dtype), torch.zeros(hidden)
+        ids, statistics = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+        dropout = _hidden_dropout(64) if dropped else (None, None, None, 0, 0)
+
+        def launch(table=table, vector=vector, ids=ids, statistics=statistics, dropout=dropout) -> None:
+            inputs = (table, table, table, ids, ids, ids, vector)
+            torch.ops.bertfast.triton_embed_forward(*inputs, vector, 1e-12, *dropout)
+            torch.ops.bertfast.triton_embed_backward(table, *inputs, statistics, statistics, 0, *dropout)
+
+        yield f"{_name(dtype)}, H = {hidden}{', dropout' if dropped else ''}", launch
+
+
+def linear_cross_entropy_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    from bertfast.kernels import linear_cross_entropy  # noqa: F401
+
+    for vocabulary, dtype in product((1000, 30522, 250_000), (BRAIN, FLOAT)):
+        hidden, weight = torch.zeros(16, 8, dtype=dtype), torch.zeros(vocabulary, 8, dtype=dtype)
+        rows = torch.zeros(16, dtype=torch.int64)
+
+        def launch(hidden=hidden, weight=weight, rows=rows, dtype=dtype) -> None:
+            bias, wanted = weight[:, 0].contiguous(), [True, True, True]
+            torch.ops.bertfast.triton_linear_cross_entropy_forward(hidden, rows, weight, bias, rows, wanted, dtype)
+
+        yield f"{_name(dtype)}, V = {vocabulary:,}", launch
+
+
 def _hidden_dropout(tokens: int) -> tuple:
     identity = torch.zeros(tokens, dtype=torch.int64)
     return torch.zeros((), dtype=torch.int64), identity, identity, 256, 26
@@ -152,8 +219,9 @@ def compile_part(chip: int, part: int, parts: int) -> list[Compiled]:
 
     JITFunction.run = compile_only
     try:
-        for number, (case, launch) in enumerate(cases()):
+        for number, (name, launch) in enumerate(cases()):
             if number % parts == part:
+                case = name
                 launch()
     finally:
         JITFunction.run = run
@@ -171,8 +239,12 @@ def _report(compiled, chip: int, case: str, options: dict) -> Compiled:
         )
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     counts = Counter(instructions)
+    matrix = Counter({name: count for name, count in counts.items() if "MMA" in name}).most_common(1)
+    unit, products = matrix[0] if matrix else ("", 0)
     blocks = [
-        str(options[name]) for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "CHUNK") if name in options
+        str(options[name])
+        for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
+        if name in options
     ]
     return Compiled(
         triton=triton.__version__,
@@ -185,7 +257,8 @@ def _report(compiled, chip: int, case: str, options: dict) -> Compiled:
         spills=counts["LDL"] + counts["STL"],
         shared_memory=compiled.metadata.shared,
         instructions=len(instructions),
-        matrix_instructions=sum(count for name, count in counts.items() if "MMA" in name),
+        matrix_unit=unit,
+        matrix_instructions=products,
     )
 
 
@@ -209,6 +282,38 @@ def main() -> None:
         print(f"sm_{row.chip}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
     print(f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(wrong)} faults")
     sys.exit(bool(wrong))
+
+
+def table(rows: list[Compiled]) -> str:
+    """Markdown: a row a kernel and configuration, a column a chip and version of Triton."""
+    columns = sorted({(row.chip, row.triton) for row in rows})
+    found: dict[tuple[str, str], dict[tuple[int, str], Compiled]] = {}
+    for row in rows:
+        found.setdefault((row.kernel, row.case), {})[row.chip, row.triton] = row
+    faults = sum(len(row.faults()) for row in rows)
+    lines = [
+        "# Every Triton kernel, compiled ahead of time",
+        "",
+        "By `make test-all` on a machine without a GPU. An entry: registers / KiB of shared memory / instructions / "
+        "matrix instructions (tile, warps); empty where the code is another case's too. Kernels that spill a register, "
+        "take more shared memory than their chip has, or lack the matrix instructions they should have: "
+        f"{faults} of {len(rows)}.",
+        "",
+        "| kernel | case | " + " | ".join(f"sm_{chip}, {version}" for chip, version in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for (kernel, case), entries in sorted(found.items()):
+        cells = [_cell(entries.get(column)) for column in columns]
+        lines.append(f"| {kernel} | {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Compiled | None) -> str:
+    if row is None:  # the same code as another case's
+        return ""
+    numbers = f"{row.registers} / {row.shared_memory / 1024:.0f} / {row.instructions}"
+    products = f" / {row.matrix_instructions} {row.matrix_unit}" if row.matrix_unit else ""
+    return f"{numbers}{products} ({row.shape}, {row.warps} warps)"
 
 
 if __name__ == "__main__":

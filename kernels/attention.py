@@ -312,13 +312,13 @@ def attention_d_kv_kernel(
         if CAUSAL or WINDOW:
             seen = _visible((query + columns)[None, :], (first + rows)[:, None], length, window, CAUSAL, WINDOW)
             p = tl.where(seen, p, 0.0)
-        d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
-        kept = p
         if DROPOUT:
             keep = keep_attention(query, columns[None, :], first, rows[:, None], number, word | head, seed, threshold)
-            kept, d_p = tl.where(keep, p, 0.0), tl.where(keep, d_p, 0.0)
-        d_v = tl.dot(kept.to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
-        d_k = tl.dot((p * (d_p - delta[None, :])).to(q.dtype), q, d_k, input_precision=PRECISION)
+            p = tl.where(keep, p, -p)  # what is dropped is negative from here on, which costs no register
+        d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+        d_s = tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
+        d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
     d_k_ptr = d_qkv_ptr + start * d_stride + (heads + head) * D
     _store(d_k_ptr, first, rows, length, d_stride, d_k * (scale * c), D)
     _store(d_k_ptr + heads * D, first, rows, length, d_stride, d_v * c, D)
@@ -372,24 +372,23 @@ def attention_backward_short_kernel(
     k = _load(q_ptr + heads * D, 0, rows, length, qkv_stride, D)
     v = _load(q_ptr + 2 * heads * D, 0, rows, length, qkv_stride, D)
     d_o = _load(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
-    o = _load(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     statistics = head.to(tl.int64) * tokens + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2_E) - lse[None, :])
     p = tl.where(_visible(rows[None, :], rows[:, None], length, window, CAUSAL, WINDOW), p, 0.0)
-    d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
-    kept = p
     c = 1.0
     if DROPOUT:
         seed, number = tl.load(seed_ptr), tl.load(number_ptr + sequence)
         keep = keep_attention(0, rows[None, :], 0, rows[:, None], number, word | head, seed, threshold)
-        kept, d_p = tl.where(keep, p, 0.0), tl.where(keep, d_p, 0.0)
+        p = tl.where(keep, p, -p)  # as above
         c = scale_of(threshold)
     d_q_ptr += start * d_stride
-    d_v = tl.dot(kept.to(d_o.dtype), d_o, input_precision=PRECISION)
+    d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
     _store(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
+    o = _load(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
-    d_s = (p * (d_p - delta[None, :])).to(q.dtype)
+    d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
+    d_s = (tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])).to(q.dtype)
     d_k = tl.dot(d_s, q, input_precision=PRECISION)
     _store(d_q_ptr + heads * D, 0, rows, length, d_stride, d_k * (scale * c), D)
     d_q = tl.dot(tl.trans(d_s), k, input_precision=PRECISION)

@@ -1,0 +1,41 @@
+"""Memory that ends at a protected page: whoever reads or writes beyond a tensor's last element crashes.
+
+Triton's interpreter does not notice an access out of bounds, and the memory behind a tensor is usually someone's.
+"""
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A contiguous copy of x whose end is the end of what may be touched."""
+    return _room(x.shape, x.dtype).copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
+class GuardedMemory(TorchDispatchMode):
+    """Everything that is allocated empty meanwhile, outputs and scratch, is guarded."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if "empty" not in function.overloadpacket.__name__ or not result.is_contiguous():
+            return result
+        return _room(result.shape, result.dtype)
+
+
+def _room(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    size = shape.numel() * dtype.itemsize
+    if size == 0:
+        return torch.zeros(shape, dtype=dtype)
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    if _LIBRARY.mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0):  # no access
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    offset = pages * mmap.PAGESIZE - size
+    return torch.frombuffer(memory, dtype=dtype, count=shape.numel(), offset=offset).view(shape)  # keeps `memory`

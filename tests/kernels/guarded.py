@@ -1,0 +1,110 @@
+"""Run one operation, forward and backward, on tensors that all end at a protected page.
+
+    TRITON_INTERPRET=1 python tests/kernels/guarded.py OPERATION
+
+It crashes if a kernel touches what lies behind one; `outside` is a kernel that does. `test_guard_pages.py` runs it.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import interpreter_bf16
+from guard_page import GuardedMemory, guarded
+from helpers import dropout_over, normal
+
+from bertfast import ops
+from bertfast.dropout import Dropout
+from bertfast.ops.bias_gelu import LinearGelu
+from bertfast.sequences import Sequences
+
+ROWS, HIDDEN = 5, 50  # neither a multiple of a tile
+
+
+def rows(columns: int = HIDDEN, count: int = ROWS, dtype: torch.dtype = torch.float32) -> Tensor:
+    return guarded(normal(count, columns, dtype=dtype))
+
+
+def vector(size: int = HIDDEN) -> Tensor:
+    return guarded(normal(size, dtype=torch.float32))
+
+
+def dropout(tokens: int = ROWS) -> Dropout:
+    plain = dropout_over(Sequences.from_lengths([tokens]))
+    return Dropout(plain.p, guarded(plain.seed), 5, guarded(plain.sequence_number), guarded(plain.position))
+
+
+def attention(lengths: list[int]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        plain = Sequences.from_lengths(lengths, tokens=sum(lengths) + 2)
+        cu_seqlens, numbers = guarded(plain.cu_seqlens), guarded(plain.numbers)
+        sequences = Sequences(cu_seqlens, numbers, plain.lengths, plain.tokens, plain.length_limit)
+        qkv = guarded(normal(plain.tokens, 3, 1, 32, dtype=torch.bfloat16))
+        return ops.attention(qkv, sequences, dropout=dropout(plain.tokens), implementation="triton")
+
+    return run
+
+
+def add_layer_norm() -> Tensor:
+    return ops.add_layer_norm(rows(), rows(), vector(), vector(), vector(), 1e-12, dropout(), implementation="triton")
+
+
+def bias_gelu() -> Tensor:
+    return ops.bias_gelu(rows(), vector(), implementation="triton")
+
+
+def linear_gelu() -> Tensor:
+    return LinearGelu.apply(rows(), rows(count=37), vector(37), "none")
+
+
+def gelu_layer_norm() -> Tensor:
+    return ops.gelu_layer_norm(rows(), vector(), vector(), vector(), 1e-12, implementation="triton")
+
+
+def embed() -> Tensor:
+    ids = guarded(torch.tensor([6, 0, 6, 3, 1]))
+    types = guarded(torch.tensor([0, 1, 1, 0, 1]))
+    tables = rows(count=7), rows(count=8), rows(count=2)
+    return ops.embed(ids, types, ids, *tables, vector(), vector(), 1e-12, dropout(), implementation="triton")
+
+
+def linear_cross_entropy() -> Tensor:
+    read, labels = guarded(torch.tensor([4, 0, 2])), guarded(torch.tensor([36, -100, 0]))
+    return ops.linear_cross_entropy(rows(), read, rows(count=37), vector(37), labels, implementation="triton")[0]
+
+
+def outside() -> Tensor:
+    x = vector(3)
+    copy_kernel[(1,)](x, torch.empty(4), SIZE=4)
+    return x
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, SIZE), tl.load(x_ptr + tl.arange(0, SIZE)))
+
+
+CASES = {
+    "attention_short": attention([5, 0, 17]),
+    "attention_long": attention([3, 130]),
+    "add_layer_norm": add_layer_norm,
+    "bias_gelu": bias_gelu,
+    "linear_gelu": linear_gelu,
+    "gelu_layer_norm": gelu_layer_norm,
+    "embed": embed,
+    "linear_cross_entropy": linear_cross_entropy,
+    "outside": outside,
+}
+
+
+if __name__ == "__main__":
+    interpreter_bf16.repair()
+    with GuardedMemory():
+        CASES[sys.argv[1]]().sum().backward()
+    print("nothing outside was touched")

@@ -1,0 +1,209 @@
+"""Packed attention in Triton, against the definition."""
+
+import math
+from itertools import permutations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import DEVICE, compare_with_torch, dropout_over, normal
+
+from bertfast import ops
+from bertfast.dropout import attention_keep
+from bertfast.kernels.attention import _slots, _tile
+from bertfast.sequences import Sequences
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+LENGTHS = {
+    "short32": [5, 32, 0, 1, 17],  # each tile shape of the tables: all within 32 tokens,
+    "short64": [64, 33, 1],  # within 64,
+    "short128": [65, 128, 3],  # within 128,
+    "long": [130, 1, 0, 64, 200],  # and beyond, where short ones have a kernel of their own
+}
+
+
+def layout(lengths, inert=3, **options) -> Sequences:
+    return Sequences.from_lengths(lengths, tokens=sum(lengths) + inert, device=DEVICE, **options)
+
+
+def attend(qkv, sequences, p=0.0, implementation="triton", **options):
+    dropout = dropout_over(sequences, p) if p else None
+    return ops.attention(qkv, sequences, dropout=dropout, implementation=implementation, **options)
+
+
+def inputs(sequences, heads=2, head_dimension=32, dtype=torch.float64):
+    return normal(sequences.tokens, 3, heads, head_dimension, dtype=dtype, device=DEVICE)
+
+
+def compare(sequences, dtype=FLOAT, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
+    compare_with_torch(
+        lambda x: attend(x, sequences, p, **options),
+        lambda x: attend(x, sequences, p, "reference", **options),
+        [inputs(sequences, heads, head_dimension) if qkv is None else qkv],
+        dtype,
+    )
+
+
+def both_ways(qkv, sequences, p=0.0, **options):
+    """Output and gradient."""
+    qkv = qkv.detach().requires_grad_()
+    o = attend(qkv, sequences, p, **options)
+    d_o = normal(*o.shape, seed=1, dtype=qkv.dtype, device=DEVICE)
+    return o.detach(), torch.autograd.grad(o, qkv, d_o)[0]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("head_dimension", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_is_as_accurate_as_the_definition(lengths, head_dimension, dtype):
+    for p in (0.0, 0.3):
+        compare(layout(lengths), dtype, p, 1, head_dimension)
+
+
+def test_half_precision_and_three_heads():
+    compare(layout([40, 7]), HALF, 0.1, heads=3)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS["short64"], LENGTHS["long"]], ids=["short", "long"])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 20}, {"window": 1}, {"causal": True, "window": 70}])
+def test_causal_and_window(lengths, options):
+    compare(layout(lengths), p=0.3, heads=1, **options)
+
+
+def test_scale():
+    compare(layout([40, 7]), scale=0.3)
+
+
+def test_a_long_sequence():
+    compare(layout([8192 if DEVICE.type == "cuda" else 1100]), heads=1)
+
+
+def test_a_limit_beyond_the_lengths_changes_nothing_but_the_kernels():
+    """As in a run whose batches all run the same kernels."""
+    compare(layout([5, 32, 0, 1], length_limit=512), p=0.3)
+
+
+@triton.jit
+def tile_kernel(cu_ptr, sequences, tokens, slot_ptr, found_ptr, BLOCK: tl.constexpr):
+    place = tl.program_id(0)
+    found = _tile(cu_ptr, sequences, tokens, tl.load(slot_ptr + place), BLOCK)
+    for part in tl.static_range(4):
+        tl.store(found_ptr + 4 * place + part, found[part])
+
+
+def test_every_tile_has_a_slot():
+    """Also among more sequences than a program looks through at a time, many of them empty."""
+    block, inert = 16, 40
+    lengths = [(7 * i) % 50 if i % 3 else 0 for i in range(2100)]
+    sequences = layout(lengths, inert)
+    starts = sequences.cu_seqlens.tolist()
+    some = [1, 2, 1000, 1024, 1025, 2048, 2098]
+    tiles = [(s, starts[s], lengths[s], row) for s in some for row in range(0, lengths[s], block)]
+    tiles += [(2100, sequences.used, inert, row) for row in range(0, inert, block)]
+    slots = torch.tensor([start // block + s + row // block for s, start, _, row in tiles], device=DEVICE)
+    assert slots.max() < _slots(sequences.tokens, 2100, block)
+    found = torch.empty(len(tiles), 4, dtype=torch.int64, device=DEVICE)
+    tile_kernel[(len(tiles),)](sequences.cu_seqlens, 2100, sequences.tokens, slots, found, BLOCK=block)
+    assert [tuple(row) for row in found.tolist()] == tiles
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # either side of groups and tiles
+def test_mask_is_the_definition_bit_for_bit(length):
+    """Uniform probabilities and a value that names its key show which were kept; so do gradients and their queries."""
+    sequences = layout([2, length], numbers=[3, 1 << 31])
+    dropout = dropout_over(sequences)
+    expected = attention_keep(dropout, 1 << 31, 2, length, range(length))
+    own = torch.arange(2, 2 + length, device=DEVICE)
+    for first in range(0, length, 128):
+        some = torch.arange(first, min(first + 128, length), device=DEVICE)
+        identity = torch.zeros(sequences.tokens, 2, 128, device=DEVICE)
+        identity[2 + some, :, some - first] = 1
+        qkv = torch.zeros(sequences.tokens, 3, 2, 128, device=DEVICE)
+        qkv[:, 2] = identity
+        qkv.requires_grad_()
+        o = attend(qkv, sequences, 0.3)
+        kept = (o[own] != 0).permute(1, 0, 2)[..., : len(some)]  # heads, queries, keys
+        assert torch.equal(kept, expected[:, :, first : first + 128])
+        d_v = torch.autograd.grad(o, qkv, identity)[0][own, 2]
+        assert torch.equal((d_v != 0).permute(1, 2, 0)[:, : len(some)], expected[:, first : first + 128])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[40, 30], [40, 150]], ids=["short", "long"])
+def test_scores_far_below_zero(lengths, p):
+    """2 to the power of less than -128 is 0, and of its inverse infinite: tails must be chosen, not multiplied."""
+    sequences = layout(lengths)
+    qkv = 0.05 * inputs(sequences, 1, 64).detach()
+    qkv[:, 0] += 5
+    qkv[:, 1] -= 5
+    compare(sequences, p=p, qkv=qkv)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 9}], ids=["all", "causal", "window"])
+def test_what_is_no_number_stays_in_its_sequence(options):
+    sequences = layout([40, 70, 150, 20])
+    clean = inputs(sequences, 1, dtype=FLOAT).detach()
+    spoilt = clean.clone()
+    spoilt[40:110] = math.nan
+    spoilt[sequences.used :] = math.nan
+    others = torch.cat([torch.arange(40), torch.arange(110, sequences.tokens)]).to(DEVICE)
+    for ours, theirs in zip(
+        both_ways(spoilt, sequences, 0.3, **options), both_ways(clean, sequences, 0.3, **options), strict=True
+    ):
+        assert torch.equal(ours[others], theirs[others])
+
+
+@pytest.mark.parametrize("lengths", [[5, 20], [5, 200]], ids=["short", "long"])
+@pytest.mark.parametrize("inert", [1, 300])
+def test_inert_places_are_zero(lengths, inert):
+    sequences = layout(lengths, inert)
+    for result in both_ways(inputs(sequences, dtype=FLOAT), sequences, 0.3):
+        assert torch.equal(result[sequences.used :], torch.zeros_like(result[sequences.used :]))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+@pytest.mark.parametrize("inert", [0, 5])
+def test_no_tokens(lengths, inert):
+    sequences = layout(lengths, inert)
+    for result in both_ways(inputs(sequences, dtype=FLOAT), sequences):
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+def test_a_sequence_does_not_depend_on_its_place():
+    lengths, numbers = [5, 150, 33], [7, 11, 2]
+    qkv = inputs(layout(lengths, 0), dtype=FLOAT).detach().split(lengths)
+    alone = [
+        both_ways(x, layout([len(x)], 0, numbers=[number], length_limit=150))[0]
+        for x, number in zip(qkv, numbers, strict=True)
+    ]
+    for order in permutations(range(3)):
+        sequences = layout([lengths[i] for i in order], 0, numbers=[numbers[i] for i in order])
+        together = both_ways(torch.cat([qkv[i] for i in order]), sequences)[0]
+        assert torch.equal(together, torch.cat([alone[i] for i in order]))
+
+
+def test_tokens_may_lie_apart_and_gradients_be_expanded():
+    sequences = layout([20, 140])
+    dense = inputs(sequences, dtype=FLOAT).detach()
+    apart = torch.stack([dense, dense], 1)[:, 0]
+    assert torch.equal(attend(apart, sequences), attend(dense, sequences))
+    dense.requires_grad_()
+    expanded = torch.autograd.grad(attend(dense, sequences).sum(), dense)[0]
+    ones = torch.ones(sequences.tokens, 2, 32, device=DEVICE)
+    assert torch.equal(expanded, torch.autograd.grad(attend(dense, sequences), dense, ones)[0])
+
+
+def test_is_the_same_every_time():
+    sequences = layout([20, 140])
+    qkv = inputs(sequences, dtype=BRAIN)
+    for a, b in zip(both_ways(qkv, sequences, 0.3), both_ways(qkv, sequences, 0.3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    sequences = layout([4], 0)
+    with pytest.raises(ValueError, match="head dimensions of 32, 64 and 128, qkv has 20; 'reference' takes any"):
+        attend(inputs(sequences, head_dimension=20, dtype=FLOAT), sequences)
+    with pytest.raises(ValueError, match="take a positive scale, got -1"):
+        attend(inputs(sequences, dtype=FLOAT), sequences, scale=-1.0)

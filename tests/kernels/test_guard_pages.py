@@ -1,0 +1,29 @@
+"""No kernel touches memory behind its tensors: each operation runs in a process of its own, which would crash."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from guarded import CASES
+
+SCRIPT = Path(__file__).with_name("guarded.py")
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU's memory has no such pages")
+
+
+def run(case: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, case], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "outside"])
+def test_nothing_outside_is_touched(case):
+    ran = run(case)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "nothing outside was touched\n"
+
+
+def test_what_is_outside_would_be_noticed():
+    assert run("outside").returncode == -signal.SIGSEGV
