@@ -1,0 +1,83 @@
+"""`add_layer_norm` beside PyTorch's composition, eager and compiled, and the same with Liger's LayerNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.nn.functional as F
+from contest import DTYPE, EPS, OURS, Case, Work, compiled, definition, dropout_over, liger, normal, packed
+from torch import Tensor
+
+from bertfast import ops, reference
+from bertfast.dropout import Dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddLayerNormCase(Case):
+    """`rows` tokens of `width` columns."""
+
+    rows: int = 32_768
+    width: int = 768
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}" + (f"-p{self.dropout}" if self.dropout else "")
+
+    @cached_property
+    def drop(self) -> Dropout | None:
+        """The dropout of x."""
+        return dropout_over(packed(self.rows), self.dropout, "output")
+
+    def inputs(self, generator):
+        rows = [normal(generator, self.rows, self.width) for _ in range(2)]
+        return rows + [normal(generator, self.width) for _ in range(3)]
+
+    def definition(self, x, residual, bias, gamma, beta):
+        return reference.add_layer_norm(x, residual, bias, gamma, beta, EPS, self.drop)
+
+    def work(self, direction):
+        activation = self.rows * self.width * DTYPE.itemsize
+        if direction == "forward":  # reads x and the residual, writes the output
+            return Work(3 * activation)
+        # Reads both and the output's gradient, writes the gradients of both, which without dropout are one.
+        return Work((5 if self.dropout else 4) * activation)
+
+
+def ours(case: AddLayerNormCase):
+    return lambda x, residual, bias, gamma, beta: ops.add_layer_norm(
+        x, residual, bias, gamma, beta, EPS, case.drop, implementation=OURS
+    )
+
+
+def composition(case: AddLayerNormCase):
+    def function(x: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return F.layer_norm(residual + F.dropout(x + bias, case.dropout), gamma.shape, gamma, beta, EPS)
+
+    return function
+
+
+def with_liger(case: AddLayerNormCase):
+    layer_norm = liger().liger_layer_norm
+
+    def function(x: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return layer_norm(residual + F.dropout(x + bias, case.dropout), gamma, beta, EPS)
+
+    return function
+
+
+CASES = {
+    "small": [AddLayerNormCase(rows=40, width=48, dropout=p) for p in (0.0, 0.1)],
+    "main": [AddLayerNormCase(dropout=0.1), AddLayerNormCase(width=1024, dropout=0.1)],
+    "rest": [AddLayerNormCase(), AddLayerNormCase(width=1024), AddLayerNormCase(width=384, dropout=0.1)],
+}
+PROVIDERS = {
+    "bertfast": ours,
+    "definition": definition,
+    "torch": composition,
+    "torch.compile": compiled(composition),
+    "liger": with_liger,
+}
+
+
+def test_add_layer_norm(measure):
+    measure()

@@ -1,0 +1,106 @@
+"""`embed` beside PyTorch's composition, eager and compiled. Words are as frequent as in a text, by Zipf's law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from contest import (
+    DTYPE,
+    EPS,
+    OURS,
+    VOCABULARY,
+    Case,
+    Work,
+    compiled,
+    definition,
+    dropout_over,
+    normal,
+    packed,
+)
+from harness import DEVICE
+from torch import Tensor
+
+from bertfast import ops, reference
+from bertfast.dropout import Dropout
+from bertfast.sequences import Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedCase(Case):
+    """`rows` tokens of `width` columns from a vocabulary of `words`."""
+
+    rows: int = 32_768
+    width: int = 768
+    words: int = VOCABULARY
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}" + (f"-p{self.dropout}" if self.dropout else "")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Which token belongs to which sequence."""
+        return packed(self.rows)
+
+    @cached_property
+    def ids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The word, the type and the position of each token, int64 [rows]."""
+        uniform = torch.rand(self.rows, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+        words = (self.words**uniform).long().clamp(max=self.words) - 1
+        position = self.sequences.position
+        return words, (position >= 128).long(), position
+
+    @cached_property
+    def drop(self) -> Dropout | None:
+        """The dropout of the output."""
+        return dropout_over(self.sequences, self.dropout, "embeddings")
+
+    def inputs(self, generator):
+        tables = [normal(generator, rows, self.width) for rows in (self.words, 512, 2)]
+        return tables + [normal(generator, self.width) for _ in range(2)]
+
+    def definition(self, word, position, token_type, gamma, beta):
+        return reference.embed(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
+
+    def work(self, direction):
+        activation, tables = self.rows * self.width, (self.words + 514) * self.width
+        if direction == "forward":  # reads the word's row of each token, writes the output
+            return Work(2 * activation * DTYPE.itemsize)
+        return Work(
+            (2 * activation + tables) * DTYPE.itemsize
+        )  # the same rows and d_y, and writes the tables' gradients
+
+
+def ours(case: EmbedCase):
+    return lambda word, position, token_type, gamma, beta: ops.embed(
+        *case.ids, word, position, token_type, gamma, beta, EPS, case.drop, implementation=OURS
+    )
+
+
+def composition(case: EmbedCase):
+    word_ids, type_ids, position_ids = case.ids
+
+    def function(word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        total = F.embedding(word_ids, word) + F.embedding(type_ids, token_type) + F.embedding(position_ids, position)
+        return F.dropout(F.layer_norm(total, gamma.shape, gamma, beta, EPS), case.dropout)
+
+    return function
+
+
+CASES = {
+    "small": [EmbedCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1)],
+    "main": [EmbedCase(dropout=0.1)],
+    "rest": [EmbedCase(), EmbedCase(width=1024, dropout=0.1)],
+}
+PROVIDERS = {
+    "bertfast": ours,
+    "definition": definition,
+    "torch": composition,
+    "torch.compile": compiled(composition),
+}
+
+
+def test_embed(measure):
+    measure()

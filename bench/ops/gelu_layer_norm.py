@@ -1,0 +1,62 @@
+"""`gelu_layer_norm` beside PyTorch's composition, eager and compiled, and the same with Liger's LayerNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from contest import DTYPE, EPS, OURS, Case, Work, compiled, definition, liger, normal
+
+from bertfast import ops, reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeluLayerNormCase(Case):
+    """`rows` masked tokens of `width` columns."""
+
+    rows: int = 32_768
+    width: int = 768
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}"
+
+    def inputs(self, generator):
+        return [normal(generator, self.rows, self.width), *(normal(generator, self.width) for _ in range(3))]
+
+    def definition(self, x, bias, gamma, beta):
+        return reference.gelu_layer_norm(x, bias, gamma, beta, EPS)
+
+    def work(self, direction):
+        activation = self.rows * self.width * DTYPE.itemsize
+        return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
+
+
+def ours(case: GeluLayerNormCase):
+    return lambda x, bias, gamma, beta: ops.gelu_layer_norm(x, bias, gamma, beta, EPS, implementation=OURS)
+
+
+def composition(case: GeluLayerNormCase):
+    return lambda x, bias, gamma, beta: F.layer_norm(F.gelu(x + bias), gamma.shape, gamma, beta, EPS)
+
+
+def with_liger(case: GeluLayerNormCase):
+    layer_norm = liger().liger_layer_norm
+    return lambda x, bias, gamma, beta: layer_norm(F.gelu(x + bias), gamma, beta, EPS)
+
+
+CASES = {
+    "small": [GeluLayerNormCase(rows=40, width=48)],
+    "main": [GeluLayerNormCase()],
+    "rest": [GeluLayerNormCase(width=1024), GeluLayerNormCase(rows=5000)],
+}
+PROVIDERS = {
+    "bertfast": ours,
+    "definition": definition,
+    "torch": composition,
+    "torch.compile": compiled(composition),
+    "liger": with_liger,
+}
+
+
+def test_gelu_layer_norm(measure):
+    measure()

@@ -1,0 +1,125 @@
+"""`linear_cross_entropy` beside Liger's, cut-cross-entropy, PyTorch's own and `torch.compile` of the plain form.
+
+Some compute the gradients in the forward pass, so forward and backward are not told apart: "training" is both, from
+the loss to all gradients, and "inference" the loss alone. The vocabulary's bias is zero, as BERT starts, so that those
+which take none compute the same loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contest import DTYPE, OURS, VOCABULARY, Case, Work, compiled, definition, liger, needs_gpu, normal
+from harness import DEVICE
+from torch import Tensor
+
+from bertfast import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCase(Case):
+    """`rows` of `tokens` are masked, `width` columns, a vocabulary of `words`."""
+
+    directions: ClassVar = ("inference", "training")
+    tokens: int = 32_768
+    rows: int = 5_000
+    width: int
+    words: int = VOCABULARY
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}x{self.words}"
+
+    @cached_property
+    def masked(self) -> tuple[Tensor, Tensor]:
+        """The masked rows, ascending, and their labels, int64 [rows]."""
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        rows = torch.randperm(self.tokens, generator=generator, device=DEVICE)[: self.rows].sort().values
+        return rows, torch.randint(self.words, (self.rows,), generator=generator, device=DEVICE)
+
+    def inputs(self, generator):
+        weight = normal(generator, self.words, self.width, scale=0.02)
+        return [normal(generator, self.tokens, self.width), weight, torch.zeros(self.words, dtype=DTYPE, device=DEVICE)]
+
+    def definition(self, hidden, weight, bias):
+        rows, labels = self.masked
+        return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="reference")[0]
+
+    def work(self, direction):
+        product, weight = 2 * self.rows * self.width * self.words, self.words * self.width
+        if direction == "inference":  # reads the masked rows and the weight
+            return Work((self.rows * self.width + weight) * DTYPE.itemsize, product)
+        # Reads both once, writes the gradients of the weight and of all tokens.
+        return Work(((self.rows + self.tokens) * self.width + 2 * weight) * DTYPE.itemsize, 3 * product)
+
+
+def ours(case: LossCase):
+    rows, labels = case.masked
+    return lambda hidden, weight, bias: ops.linear_cross_entropy(
+        hidden, rows, weight, bias, labels, implementation=OURS
+    )[0]
+
+
+def plain(case: LossCase):
+    rows, labels = case.masked
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = F.linear(hidden.index_select(0, rows), weight, bias)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    return function
+
+
+def chunked(case: LossCase):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("F.linear_cross_entropy came with torch 2.13")
+    rows, labels = case.masked
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        masked = hidden.index_select(0, rows)
+        return F.linear_cross_entropy(masked, weight, labels, linear_bias=bias, reduction="sum", options=options)
+
+    return function
+
+
+def with_liger(case: LossCase):
+    loss = liger().liger_fused_linear_cross_entropy
+    rows, labels = case.masked
+    return lambda hidden, weight, bias: loss(hidden.index_select(0, rows), weight, labels, bias, reduction="sum")
+
+
+def cut_cross_entropy(case: LossCase):
+    needs_gpu("cut_cross_entropy")
+    loss = pytest.importorskip("cut_cross_entropy", exc_type=ImportError).linear_cross_entropy
+    rows, labels = case.masked
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Its filter leaves out gradients below 2^-12, which are nearly all of them while a model knows nothing yet.
+        return loss(hidden.index_select(0, rows), weight, labels, reduction="sum", filter_eps=None)
+
+    return function
+
+
+CASES = {
+    "small": [LossCase(tokens=40, rows=9, width=48, words=100)],
+    "main": [LossCase(width=768)],
+    "rest": [LossCase(width=1024)],
+}
+PROVIDERS = {
+    "bertfast": ours,
+    "definition": definition,
+    "torch": plain,
+    "torch.compile": compiled(plain),
+    "F.linear_cross_entropy": chunked,
+    "liger": with_liger,
+    "cut_cross_entropy": cut_cross_entropy,
+}
+
+
+def test_linear_cross_entropy(measure):
+    measure()

@@ -1,0 +1,62 @@
+"""`linear_gelu` beside the library's product with `bias_gelu` after it, which it has to beat, and PyTorch's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from contest import DTYPE, OURS, Case, Work, compiled, definition, normal
+
+from bertfast import ops, reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearGeluCase(Case):
+    """`rows` tokens from `width` to four times as many columns."""
+
+    rows: int = 32_768
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}x{4 * self.width}"
+
+    def inputs(self, generator):
+        columns = 4 * self.width
+        weight = normal(generator, columns, self.width, scale=self.width**-0.5)
+        return [normal(generator, self.rows, self.width), weight, normal(generator, columns)]
+
+    def definition(self, x, weight, bias):
+        return reference.linear_gelu(x, weight, bias, "none")
+
+    def work(self, direction):
+        narrow, wide, weight = self.rows * self.width, 4 * self.rows * self.width, 4 * self.width**2
+        product = 2 * self.rows * weight
+        if direction == "forward":  # reads x and the weight, writes the product, which backward wants, and its GELU
+            return Work((narrow + weight + 2 * wide) * DTYPE.itemsize, product)
+        # Reads x, the weight, the product and d_y, writes d_x and d_weight.
+        return Work(2 * (narrow + weight + wide) * DTYPE.itemsize, 2 * product)
+
+
+def ours(case: LinearGeluCase):
+    return lambda x, weight, bias: ops.linear_gelu(x, weight, bias, implementation=OURS)
+
+
+def product_and_bias_gelu(case: LinearGeluCase):
+    return lambda x, weight, bias: ops.bias_gelu(F.linear(x, weight), bias, implementation=OURS)
+
+
+CASES = {
+    "small": [LinearGeluCase(rows=40, width=48)],
+    "main": [LinearGeluCase(width=768)],
+    "rest": [LinearGeluCase(width=1024)],
+}
+PROVIDERS = {
+    "bertfast": ours,
+    "linear+bias_gelu": product_and_bias_gelu,
+    "definition": definition,
+    "torch.compile": compiled(definition),
+}
+
+
+def test_linear_gelu(measure):
+    measure()
