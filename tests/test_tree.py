@@ -16,7 +16,8 @@ def test_the_tree_in_the_readme_names_every_module_and_nothing_else():
         elif entry.endswith("/"):
             folder = entry
             named.add(entry)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bertfast").rglob("*.py") if path.name != "__init__.py"}
-    assert {name for name in named if name.startswith("bertfast/") and name.endswith(".py")} == modules
+    for shipped in ("bertfast", "kernels"):
+        modules = {str(path.relative_to(ROOT)) for path in (ROOT / shipped).rglob("*.py") if path.name != "__init__.py"}
+        assert {name for name in named if name.startswith(f"{shipped}/") and name.endswith(".py")} == modules
     for name in named:
         assert (ROOT / name).exists(), name
