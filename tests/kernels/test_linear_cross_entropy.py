@@ -122,10 +122,12 @@ def test_a_token_may_be_impossible():
     compare_with_torch(kernel, definition, [hidden, weight, bias], FLOAT)
 
 
-@pytest.mark.parametrize(("label", "right"), [(2, 1), (1, 0), (70, 0)])
-def test_the_first_of_equal_logits_is_the_answer(label, right):
-    hidden, weight, bias = torch.ones(1, 4), torch.zeros(80, 4), torch.zeros(80)
-    bias[[2, 70]] = 1.0
+@pytest.mark.parametrize("largest", [[2, 3], [2, 70], [4500, 9000]])  # of one lane, of two, not of the first block
+@pytest.mark.parametrize(("place", "right"), [(0, 1), (1, 0)])
+def test_the_first_of_equal_logits_is_the_answer(largest, place, right):
+    hidden, weight, bias = torch.ones(1, 4), torch.zeros(9001, 4), torch.zeros(9001)
+    bias[largest] = 1.0
+    label = largest[place]
     labels = torch.tensor([label], device=DEVICE)
     correct = kernel(hidden.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), labels * 0, labels)[1]
     assert correct.item() == right
