@@ -27,11 +27,11 @@ $(OLDER): $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
-	$(INTERPRET) $(BIN)/pytest tests/kernels
+	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	$(BIN)/python bench/compiled_kernels.py --chips 90
 
 test-all: test $(OLDER)
-	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/pytest tests/kernels
+	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json

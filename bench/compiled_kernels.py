@@ -79,7 +79,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    from bertfast.kernels import attention
+    from bertfast.kernels import attention, attention_backward  # noqa: F401
 
     masks = {"": (False, None), "causal": (True, None), "window": (False, 64)}
     for head_dimension, dtype, longest, dropped, mask in product(

@@ -138,7 +138,7 @@ def parts(folder: Path, fast: bool) -> Iterator[Part]:
     """The parts in their order."""
     python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     no_gpu = None if ON_GPU else NO_GPU
-    yield Part("kernel tests", [*pytest, "--maxfail=5", "tests/kernels"], no_gpu)
+    yield Part("kernel tests", [python, "tests/kernels/in_parts.py", "--maxfail=3", "-p", "no:cacheprovider"], no_gpu)
     yield Part("other tests", [*pytest, "--maxfail=5", "tests/ops", "tests/model"], no_gpu)
 
     benchmark = None if find_spec("pytest_benchmark") else "pytest-benchmark is not installed"

@@ -13,7 +13,8 @@ from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
 from bertfast.sequences import Sequences
 
 if HAS_TRITON:
-    from bertfast.kernels.attention import attention_backward, attention_forward
+    from bertfast.kernels.attention import attention_forward
+    from bertfast.kernels.attention_backward import attention_backward
 
 _HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 

@@ -18,6 +18,15 @@ elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="i/n: every n-th test from the i-th on, for in_parts.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("part", "1/1").split("/"))
+    items[:] = items[part - 1 :: parts]
+
+
 @pytest.fixture(autouse=True)
 def _poisoned(unwritten_memory_is_nan):
     pass

@@ -11,7 +11,7 @@ from helpers import DEVICE, compare_with_torch, dropout_over, normal
 
 from bertfast import ops
 from bertfast.dropout import attention_keep
-from bertfast.kernels.attention import _slots, _tile
+from bertfast.kernels.attention import find_tile, slots
 from bertfast.sequences import Sequences
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -87,7 +87,7 @@ def test_a_limit_beyond_the_lengths_changes_nothing_but_the_kernels():
 @triton.jit
 def tile_kernel(cu_ptr, sequences, tokens, slot_ptr, found_ptr, BLOCK: tl.constexpr):
     place = tl.program_id(0)
-    found = _tile(cu_ptr, sequences, tokens, tl.load(slot_ptr + place), BLOCK)
+    found = find_tile(cu_ptr, sequences, tokens, tl.load(slot_ptr + place), BLOCK)
     for part in tl.static_range(4):
         tl.store(found_ptr + 4 * place + part, found[part])
 
@@ -101,10 +101,10 @@ def test_every_tile_has_a_slot():
     some = [1, 2, 1000, 1024, 1025, 2048, 2098]
     tiles = [(s, starts[s], lengths[s], row) for s in some for row in range(0, lengths[s], block)]
     tiles += [(2100, sequences.used, inert, row) for row in range(0, inert, block)]
-    slots = torch.tensor([start // block + s + row // block for s, start, _, row in tiles], device=DEVICE)
-    assert slots.max() < _slots(sequences.tokens, 2100, block)
+    places = torch.tensor([start // block + s + row // block for s, start, _, row in tiles], device=DEVICE)
+    assert places.max() < slots(sequences.tokens, 2100, block)
     found = torch.empty(len(tiles), 4, dtype=torch.int64, device=DEVICE)
-    tile_kernel[(len(tiles),)](sequences.cu_seqlens, 2100, sequences.tokens, slots, found, BLOCK=block)
+    tile_kernel[(len(tiles),)](sequences.cu_seqlens, 2100, sequences.tokens, places, found, BLOCK=block)
     assert [tuple(row) for row in found.tolist()] == tiles
 
 
