@@ -1,6 +1,7 @@
 """Imports point downwards, or within a floor where it is said here, and never in a circle."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -84,3 +85,14 @@ def test_the_shipped_package_imports_neither_tests_nor_transformers():
         names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not {name.split(".")[0] for name in names} & {"tests", "bench", "helpers", "transformers"}, module
+
+
+def test_kernels_import_torch_triton_and_one_another_only():
+    for path in (PACKAGE.parent / "kernels").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        for name in names:
+            top = name.split(".")[0]
+            allowed = top in {"torch", "triton", *sys.stdlib_module_names} or name.startswith("bertfast.kernels")
+            assert allowed, f"{path.name} imports {name}"
