@@ -32,6 +32,9 @@ from triton.runtime import JITFunction, driver
 
 from bertfast.kernels import device
 
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import origin
+
 CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 
@@ -294,7 +297,7 @@ def table(rows: list[Compiled]) -> str:
     lines = [
         "# Every Triton kernel, compiled ahead of time",
         "",
-        "By `make test-all` on a machine without a GPU. An entry: registers / KiB of shared memory / instructions / "
+        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers / KiB of shared memory / instructions / "
         "matrix instructions (tile, warps); empty where the code is another case's too. Kernels that spill a register, "
         "take more shared memory than their chip has, or lack the matrix instructions they should have: "
         f"{faults} of {len(rows)}.",
