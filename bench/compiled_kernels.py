@@ -297,7 +297,8 @@ def table(rows: list[Compiled]) -> str:
     lines = [
         "# Every Triton kernel, compiled ahead of time",
         "",
-        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers / KiB of shared memory / instructions / "
+        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: "
+        "registers / KiB of shared memory / instructions / "
         "matrix instructions (tile, warps); empty where the code is another case's too. Kernels that spill a register, "
         "take more shared memory than their chip has, or lack the matrix instructions they should have: "
         f"{faults} of {len(rows)}.",
