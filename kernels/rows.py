@@ -23,16 +23,16 @@ def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]
     """How rows of `columns` of these tensors are cut: H, CHUNK, ROWS and the launch options of a kernel.
 
     A kernel that is `summing` over rows keeps a sum of every column, so all its warps share a row, and lanes idle where
-    the width is no power of two. Its registers are bounded by how many programs are to run at a time: by itself the
-    compiler spills one or two to make room for more.
+    the width is no power of two. Where registers run short they are bounded by how many programs are to run at a time:
+    by itself the compiler spills one or two to make room for more.
     """
     warps = 4 if columns <= 2048 else 8
     warp = 32 * 16 // max(tensor.element_size() for tensor in tensors)
     padded = triton.next_power_of_2(columns)
-    options = {"num_warps": warps}
+    bounded = summing or columns > 2048
+    options = {"num_warps": warps} | ({"maxnreg": 128 if columns <= 1024 else 255} if bounded else {})
     if summing:
         chunk = min(warps * warp, padded)
-        options["maxnreg"] = 128 if columns <= 1024 else 255
     else:
         widest = warp if columns <= _ONE_WARP else warps * warp
         chunk = next((size for size in _CHUNKS if size <= widest and columns % size == 0), padded)
