@@ -1,8 +1,8 @@
 """Tile shapes of the attention kernels: tables by head dimension and longest sequence, for three kinds of matrix unit.
 
-Every entry compiles without a spill under Triton 3.7 for the chips it is for, and under 3.6 all but two, at D = 64: the
-forward pass up to 64 tokens on sm_100, d_k and d_v of a window on sm_120 (`bench/results/compiled_kernels.md`). Which is
-the fastest a GPU has yet to say.
+Every entry compiles without a spill under Triton 3.7 for the chips it is for, and under 3.6 all but two, at D = 64:
+the forward pass up to 64 tokens on sm_100, d_k and d_v of a window on sm_120 (`bench/results/compiled_kernels.md`).
+Which is the fastest a GPU has yet to say.
 """
 
 from torch import Tensor
