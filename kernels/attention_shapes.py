@@ -1,8 +1,7 @@
 """Tile shapes of the attention kernels: tables by head dimension and longest sequence, for three kinds of matrix unit.
 
-Every entry compiles without a spill under Triton 3.7 for the chips it is for, and under 3.6 all but two, at D = 64:
-the forward pass up to 64 tokens on sm_100, d_k and d_v of a window on sm_120 (`bench/results/compiled_kernels.md`).
-Which is the fastest a GPU has yet to say.
+Every entry compiles without a spill under Triton 3.6 and 3.7, with and without dropout, for the chips it is for
+(`bench/results/compiled_kernels.md`). Which is the fastest a GPU has yet to say.
 """
 
 from torch import Tensor
@@ -40,6 +39,10 @@ _OTHER = {
     "d_q": {32: [(_ANY, 128, 64, 8)], 64: [(_ANY, 128, 64, 8)], 128: [(_ANY, 128, 32, 8)]},
     "d_kv": {32: [(_ANY, 32, 128, 8)], 64: [(_ANY, 32, 128, 8)], 128: [(_ANY, 32, 64, 8)]},
 }
+# By the major number of the capability; the newer two differ where Triton 3.6 would spill.
+_BLACKWELL = _OTHER | {"forward": _OTHER["forward"] | {64: [(32, 32, 32, 4), (_ANY, 64, 64, 4)]}}
+_BLACKWELL_CONSUMER = _OTHER | {"d_kv": _OTHER["d_kv"] | {64: [(_ANY, 16, 128, 8)]}}
+_BY_MAJOR = {9: _HOPPER, 10: _BLACKWELL, 12: _BLACKWELL_CONSUMER}
 # fp32 on any chip: products of three TF32 parts want three times the registers.
 _SINGLE = {
     "forward": {32: [(_ANY, 64, 32, 4)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 32, 8)]},
@@ -54,7 +57,7 @@ def shapes(kernel: str, qkv: Tensor, longest: int) -> dict[str, int]:
     if qkv.element_size() == 4:
         table = _SINGLE
     else:
-        table = _HOPPER if device.capability(qkv.device)[0] == 9 else _OTHER
+        table = _BY_MAJOR.get(device.capability(qkv.device)[0], _OTHER)
     queries, keys, warps = next(shape for limit, *shape in table[kernel][qkv.shape[3]] if longest <= limit)
     blocks = {"BLOCK": queries} if kernel == "short" else {"BLOCK_M": queries, "BLOCK_N": keys}
     return {**blocks, "num_warps": warps}
