@@ -1,5 +1,5 @@
-# One command each: `make demo | test | test-all | lint | bench | gpu-check | clean`. Each makes .venv once if it is missing, but for
-# gpu-check, which runs in the environment it finds and installs nothing.
+# One command each: `make demo | test | test-all | lint | bench | gpu-check | clean`. Each makes .venv once if it is missing,
+# but for gpu-check, which runs in the environment it finds and installs nothing.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready

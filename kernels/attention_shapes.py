@@ -1,4 +1,4 @@
-"""Tile shapes of the attention kernels: tables by head dimension and longest sequence, for three kinds of matrix unit.
+"""Tile shapes of the attention kernels: tables by head dimension and longest sequence, by chip and dtype.
 
 Every entry compiles without a spill under Triton 3.6 and 3.7, with and without dropout, for the chips it is for
 (`bench/results/compiled_kernels.md`). Which is the fastest a GPU has yet to say.
