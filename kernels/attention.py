@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels import results
 from bertfast.kernels.attention_shapes import shapes
 from bertfast.kernels.dropout import keep_attention, scale_of
 from bertfast.kernels.operation import operation
@@ -161,12 +162,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, highest + tl.math.log2(total), mask=first + rows < length)
 
 
-def attention_forward_fake(qkv, *_):
-    tokens, _, heads, head_dimension = qkv.shape
-    return qkv.new_empty((tokens, heads, head_dimension)), qkv.new_empty((heads, tokens), dtype=torch.float32)
-
-
-@operation(attention_forward_fake)
+@operation
 def attention_forward(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -183,7 +179,7 @@ def attention_forward(
 
     No sequence is longer than `longest`, by which the tiles are chosen.
     """
-    o, lse = attention_forward_fake(qkv)
+    o, lse = results.attention_forward(qkv)
     qkv = in_tokens(qkv)
     tokens, _, heads, _ = qkv.shape
     sequences = len(cu_seqlens) - 1

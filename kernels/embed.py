@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
@@ -153,13 +154,7 @@ def _gather(table_ptr, ids_ptr, row, rows, stride, H: tl.constexpr, CHUNK: tl.co
     return load_rows(table_ptr, row * stride, rows, H, CHUNK)
 
 
-def embed_forward_fake(word, position, token_type, token_ids, token_type_ids, *_):
-    (tokens,) = token_type_ids.shape
-    statistics = word.new_empty(tokens, dtype=torch.float32)
-    return word.new_empty((tokens, word.shape[1])), statistics, torch.empty_like(statistics)
-
-
-@operation(embed_forward_fake)
+@operation
 def embed_forward(
     word: Tensor,
     position: Tensor,
@@ -177,7 +172,7 @@ def embed_forward(
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [T, H] in word's dtype, mean and 1 / deviation of z, fp32 [T]); without `seed` nothing is dropped."""
-    y, mean, rstd = embed_forward_fake(word, position, token_type, token_ids, token_type_ids)
+    y, mean, rstd = results.embed_forward(word, position, token_type, token_ids, token_type_ids)
     tables = [in_rows(table) for table in (word, position, token_type)]
     tokens, hidden = y.shape
     constants = cut(hidden, *tables)
@@ -188,12 +183,7 @@ def embed_forward(
     return y, mean, rstd
 
 
-def embed_backward_fake(d_y, word, position, token_type, *_):
-    tables = (table.new_empty(table.shape) for table in (word, position, token_type))
-    return *tables, word.new_empty((2, word.shape[1]), dtype=torch.float32)
-
-
-@operation(embed_backward_fake)
+@operation
 def embed_backward(
     d_y: Tensor,
     word: Tensor,

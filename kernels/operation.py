@@ -4,25 +4,22 @@ from collections.abc import Callable
 
 import torch
 
+from bertfast.kernels import results
+
 _LIBRARY = torch.library.Library("bertfast", "FRAGMENT")
 
 
-def operation(fake: Callable) -> Callable[[Callable], Callable]:
+def operation(launcher: Callable) -> Callable:
     """Register the decorated launcher as `torch.ops.bertfast.triton_<its name>` and return that.
 
-    `fake` takes the same arguments and returns tensors of the right shape, dtype and device that hold nothing; it asks
-    for sizes by `shape`, which can be symbols, where `len` would make numbers of them. The launcher's annotations
-    become the schema; it writes into none of its arguments.
+    What it returns, to those who must know before it runs, is said by the function of that name in
+    `kernels/results.py`. The launcher's annotations become the schema; it writes into none of its arguments.
     """
-
-    def register(launcher: Callable) -> Callable:
-        name = f"triton_{launcher.__name__}"
-        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=()))
-        _LIBRARY.impl(name, _prepared(launcher), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"bertfast::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.bertfast, name)
-
-    return register
+    name = f"triton_{launcher.__name__}"
+    _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=()))
+    _LIBRARY.impl(name, _prepared(launcher), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bertfast::{name}", getattr(results, launcher.__name__), lib=_LIBRARY)
+    return getattr(torch.ops.bertfast, name)
 
 
 def _prepared(launcher: Callable) -> Callable:

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
-
-if HAS_TRITON:
-    from bertfast.kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
+from bertfast.ops.choice import Implementation, check, choose, launcher
 
 
 def add_layer_norm(
@@ -44,17 +41,20 @@ def add_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    if choose("add_layer_norm", implementation, x) == "reference":
+    implementation = choose("add_layer_norm", implementation, x)
+    if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)
-    return AddLayerNorm.apply(x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
+    return AddLayerNorm.apply(implementation, x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
 
 
 class AddLayerNorm(torch.autograd.Function):
     """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, residual, bias, gamma, beta, eps, *dropout):
-        y, mean, rstd = add_layer_norm_forward(x, residual, bias, gamma, beta, eps, *dropout)
+    def forward(ctx, implementation, x, residual, bias, gamma, beta, eps, *dropout):
+        ctx.implementation = implementation
+        forward = launcher(implementation, "add_layer_norm_forward")
+        y, mean, rstd = forward(x, residual, bias, gamma, beta, eps, *dropout)
         *identity, ctx.word, ctx.threshold = dropout
         ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
         return y
@@ -62,10 +62,10 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
-        d_x, d_residual, sums = add_layer_norm_backward(
+        d_x, d_residual, sums = launcher(ctx.implementation, "add_layer_norm_backward")(
             d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold
         )
         d_x = d_x if d_x.shape == x.shape else d_residual
         d_gamma, d_beta, d_bias = sums
         d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return d_x, d_residual, d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None, *[None] * 5
+        return None, d_x, d_residual, d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None, *[None] * 5

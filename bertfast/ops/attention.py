@@ -9,12 +9,8 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
+from bertfast.ops.choice import Implementation, check, choose, launcher
 from bertfast.sequences import Sequences
-
-if HAS_TRITON:
-    from bertfast.kernels.attention import attention_forward
-    from bertfast.kernels.attention_backward import attention_backward
 
 _HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 
@@ -59,11 +55,12 @@ def attention(
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
-    if choose("attention", implementation, qkv, _refusal(qkv, scale)) == "reference":
+    implementation = choose("attention", implementation, qkv, _refusal(qkv, scale))
+    if implementation == "reference":
         return reference.attention(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
     options = (sequences.length_limit, scale, causal, window)
-    return Attention.apply(qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
+    return Attention.apply(implementation, qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:
@@ -76,13 +73,15 @@ class Attention(torch.autograd.Function):
     """The kernels as one differentiable operation: the scores' log-sum-exp is kept, and everything else made again."""
 
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold):
+    def forward(ctx, implementation, qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold):
+        ctx.implementation = implementation
         ctx.options, ctx.mask = (longest, scale, causal, window), (word, threshold)
-        o, lse = attention_forward(qkv, cu_seqlens, numbers, *ctx.options, seed, *ctx.mask)
+        o, lse = launcher(implementation, "attention_forward")(qkv, cu_seqlens, numbers, *ctx.options, seed, *ctx.mask)
         ctx.save_for_backward(qkv, o, lse, cu_seqlens, numbers, seed)
         return o
 
     @staticmethod
     def backward(ctx, d_o):
         *saved, seed = ctx.saved_tensors
-        return attention_backward(d_o, *saved, *ctx.options, seed, *ctx.mask), *[None] * 9
+        backward = launcher(ctx.implementation, "attention_backward")
+        return None, backward(d_o, *saved, *ctx.options, seed, *ctx.mask), *[None] * 9

@@ -9,11 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose, product_dtype
-
-if HAS_TRITON:
-    from bertfast.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
-    from bertfast.kernels.linear_gelu import linear_gelu_forward
+from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype
 
 Approximate = Literal["none", "tanh"]
 """The exact GELU of BERT, x · Φ(x), or the tanh formula."""
@@ -29,9 +25,10 @@ def bias_gelu(
     """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
     check("bias_gelu", x=(x, "tokens columns", "floating"), bias=(bias, "columns", "floating"))
     _check_approximate("bias_gelu", approximate)
-    if choose("bias_gelu", implementation, x) == "reference":
+    implementation = choose("bias_gelu", implementation, x)
+    if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
-    return BiasGelu.apply(x, bias, approximate)
+    return BiasGelu.apply(implementation, x, bias, approximate)
 
 
 def linear_gelu(
@@ -50,28 +47,29 @@ def linear_gelu(
         bias=(bias, "columns", "floating"),
     )
     _check_approximate("linear_gelu", approximate)
-    if choose("linear_gelu", implementation, x) == "reference":
+    implementation = choose("linear_gelu", implementation, x)
+    if implementation == "reference":
         return reference.linear_gelu(x, weight, bias, approximate)
     dtype = product_dtype(x, weight)
-    if (dtype, *weight.mT.shape) in _FUSED:
+    if implementation == "triton" and (dtype, *weight.mT.shape) in _FUSED:
         return LinearGelu.apply(x.to(dtype), weight.to(dtype), bias, approximate)
-    return BiasGelu.apply(F.linear(x, weight), bias, approximate)
+    return BiasGelu.apply(implementation, F.linear(x, weight), bias, approximate)
 
 
 class BiasGelu(torch.autograd.Function):
     """The kernels as one differentiable operation."""
 
     @staticmethod
-    def forward(ctx, x, bias, approximate):
-        ctx.approximate = approximate
+    def forward(ctx, implementation, x, bias, approximate):
+        ctx.implementation, ctx.approximate = implementation, approximate
         ctx.save_for_backward(x, bias)
-        return bias_gelu_forward(x, bias, approximate)
+        return launcher(implementation, "bias_gelu_forward")(x, bias, approximate)
 
     @staticmethod
     def backward(ctx, d_y):
         x, bias = ctx.saved_tensors
-        d_x, d_bias = bias_gelu_backward(d_y, x, bias, ctx.approximate)
-        return d_x, d_bias.to(bias.dtype), None
+        d_x, d_bias = launcher(ctx.implementation, "bias_gelu_backward")(d_y, x, bias, ctx.approximate)
+        return None, d_x, d_bias.to(bias.dtype), None
 
 
 class LinearGelu(torch.autograd.Function):
@@ -79,7 +77,7 @@ class LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, approximate):
-        y, product = linear_gelu_forward(x, weight, bias, approximate)
+        y, product = launcher("triton", "linear_gelu_forward")(x, weight, bias, approximate)
         ctx.approximate = approximate
         ctx.save_for_backward(x, weight, bias, product)
         return y
@@ -87,7 +85,7 @@ class LinearGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, weight, bias, product = ctx.saved_tensors
-        d_product, d_bias = bias_gelu_backward(d_y, product, bias, ctx.approximate)
+        d_product, d_bias = launcher("triton", "bias_gelu_backward")(d_y, product, bias, ctx.approximate)
         d_x = d_product @ weight if ctx.needs_input_grad[0] else None
         d_weight = d_product.mT @ x if ctx.needs_input_grad[1] else None
         return d_x, d_weight, d_bias.to(bias.dtype), None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from bertfast import compiled
 from bertfast.dropout import Dropout
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
@@ -16,26 +18,62 @@ Implementation = Literal["reference", "cpu", "triton", "cuda"]
 
 
 HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:  # importing them registers their launchers
+    from bertfast.kernels import (  # noqa: F401
+        add_layer_norm,
+        attention,
+        attention_backward,
+        bias_gelu,
+        embed,
+        gelu_layer_norm,
+        linear_cross_entropy,
+        linear_gelu,
+    )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors, for tests
 
 
 def choose(operation: str, requested: Implementation | None, x: Tensor, refusal: str | None = None) -> Implementation:
-    """The implementation for tensors like `x`: the one requested, else Triton on a GPU if it can, else the reference.
+    """The implementation for tensors like `x`: the one requested, else the fastest that can, else the reference.
 
-    `refusal` says why the operation's Triton kernels cannot take these arguments, if so. A request that cannot be met
-    is an error, never another implementation.
+    That is Triton on a GPU and the compiled library on a CPU. `refusal` says why the operation's kernels cannot take
+    these arguments, if so. A request that cannot be met is an error, never another implementation.
     """
-    refusal = _triton_refusal(x) or refusal
     if requested is None:
-        return "triton" if x.is_cuda and refusal is None else "reference"
+        fastest = "triton" if x.is_cuda else "cpu"
+        return fastest if _refusal(operation, fastest, x) is None and refusal is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    if requested == "triton" and refusal is not None:
-        raise ValueError(f"{operation}: no 'triton' implementation here: {refusal}; 'reference' takes any tensors")
-    if requested in ("cpu", "cuda"):
-        raise ValueError(f"{operation}: there is no {requested!r} implementation yet; 'reference' takes any tensors")
+    refusal = _refusal(operation, requested, x) or (None if requested == "reference" else refusal)
+    if refusal is not None:
+        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
     return requested
+
+
+def launcher(implementation: Implementation, name: str) -> Callable:
+    """The launcher `name` of an implementation other than the reference, as an operation of torch."""
+    return getattr(torch.ops.bertfast, f"{implementation}_{name}")
+
+
+def _refusal(operation: str, implementation: Implementation, x: Tensor) -> str | None:
+    """Why an implementation cannot take tensors like `x`; None if it can."""
+    if implementation == "triton":
+        return _triton_refusal(x)
+    if implementation == "cpu":
+        return _cpu_refusal(operation, x)
+    return "its kernels are not written yet" if implementation == "cuda" else None
+
+
+def _cpu_refusal(operation: str, x: Tensor) -> str | None:
+    if compiled.ABSENT is not None:
+        return compiled.ABSENT
+    if not hasattr(torch.ops.bertfast, f"cpu_{operation}_forward"):
+        return "there is no kernel of it yet"
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on a CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"its kernels take float32 and bfloat16, got {x.dtype}"
+    return None
 
 
 def _triton_refusal(x: Tensor) -> str | None:

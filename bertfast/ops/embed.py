@@ -7,10 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
-
-if HAS_TRITON:
-    from bertfast.kernels.embed import embed_backward, embed_forward
+from bertfast.ops.choice import Implementation, check, choose, launcher
 
 
 def embed(
@@ -54,9 +51,10 @@ def embed(
         beta=(beta, "hidden", "floating"),
     )
     arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
-    if choose("embed", implementation, word) == "reference":
+    implementation = choose("embed", implementation, word)
+    if implementation == "reference":
         return reference.embed(*arguments, dropout, padding_index)
-    return Embed.apply(*arguments, padding_index, *kernel_arguments(dropout))
+    return Embed.apply(implementation, *arguments, padding_index, *kernel_arguments(dropout))
 
 
 class Embed(torch.autograd.Function):
@@ -64,11 +62,12 @@ class Embed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps, padding_index,
-        *dropout,
+        ctx, implementation, token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps,
+        padding_index, *dropout,
     ):  # fmt: skip
         inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
-        y, mean, rstd = embed_forward(*inputs, beta, eps, *dropout)
+        ctx.implementation = implementation
+        y, mean, rstd = launcher(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
         *identity, ctx.word, ctx.threshold = dropout
         ctx.padding_index = padding_index
         ctx.save_for_backward(*inputs, beta, mean, rstd, *identity)
@@ -78,6 +77,8 @@ class Embed(torch.autograd.Function):
     def backward(ctx, d_y):
         *inputs, gamma, beta, mean, rstd, seed, number, place = ctx.saved_tensors
         identity = (seed, number, place, ctx.word, ctx.threshold)
-        *tables, sums = embed_backward(d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *identity)
+        *tables, sums = launcher(ctx.implementation, "embed_backward")(
+            d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *identity
+        )
         d_gamma, d_beta = sums
-        return None, None, None, *tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7
+        return *[None] * 4, *tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose
-
-if HAS_TRITON:
-    from bertfast.kernels.gelu_layer_norm import gelu_layer_norm_backward, gelu_layer_norm_forward
+from bertfast.ops.choice import Implementation, check, choose, launcher
 
 
 def gelu_layer_norm(
@@ -23,23 +20,25 @@ def gelu_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    if choose("gelu_layer_norm", implementation, x) == "reference":
+    implementation = choose("gelu_layer_norm", implementation, x)
+    if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
-    return GeluLayerNorm.apply(x, bias, gamma, beta, eps)
+    return GeluLayerNorm.apply(implementation, x, bias, gamma, beta, eps)
 
 
 class GeluLayerNorm(torch.autograd.Function):
     """The kernels as one differentiable operation."""
 
     @staticmethod
-    def forward(ctx, x, bias, gamma, beta, eps):
-        y, mean, rstd = gelu_layer_norm_forward(x, bias, gamma, beta, eps)
+    def forward(ctx, implementation, x, bias, gamma, beta, eps):
+        ctx.implementation = implementation
+        y, mean, rstd = launcher(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
         ctx.save_for_backward(x, bias, gamma, beta, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, d_y):
         x, bias, gamma, beta, mean, rstd = ctx.saved_tensors
-        d_x, sums = gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd)
+        d_x, sums = launcher(ctx.implementation, "gelu_layer_norm_backward")(d_y, x, bias, gamma, mean, rstd)
         d_gamma, d_beta, d_bias = sums
-        return d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None
+        return None, d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import HAS_TRITON, Implementation, check, choose, product_dtype
-
-if HAS_TRITON:
-    from bertfast.kernels.linear_cross_entropy import linear_cross_entropy_forward
+from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype
 
 
 def linear_cross_entropy(
@@ -41,27 +38,28 @@ def linear_cross_entropy(
         bias=(bias, "vocabulary", "floating"),
         labels=(labels, "rows", "integer"),
     )
-    dtype = None
-    if choose("linear_cross_entropy", implementation, hidden) != "reference":
-        dtype = product_dtype(hidden, weight)
+    implementation = choose("linear_cross_entropy", implementation, hidden)
+    dtype = product_dtype(hidden, weight)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    return LinearCrossEntropy.apply(hidden, rows, weight, bias, labels, wanted, dtype)
+    return LinearCrossEntropy.apply(implementation, hidden, rows, weight, bias, labels, wanted, dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them.
 
-    By the kernels, whose products are of `dtype`; by the reference where that is None.
+    `dtype` is that of the kernels' products.
     """
 
     @staticmethod
-    def forward(ctx, hidden, rows, weight, bias, labels, wanted, dtype):
+    def forward(ctx, implementation, hidden, rows, weight, bias, labels, wanted, dtype):
         inputs = (hidden, rows, weight, bias, labels, wanted)
-        if dtype is None:
+        if implementation == "reference":
             loss, correct, counted, *gradients = reference.linear_cross_entropy_forward(*inputs)
         else:
-            loss, correct, counted, *gradients = linear_cross_entropy_forward(*inputs, dtype)
+            loss, correct, counted, *gradients = launcher(implementation, "linear_cross_entropy_forward")(
+                *inputs, dtype
+            )
         ctx.wanted = wanted
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(correct, counted)
@@ -76,4 +74,4 @@ class LinearCrossEntropy(torch.autograd.Function):
             scale(d, d_loss.to(d.dtype)) if want else None
             for d, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         )
-        return d_hidden, None, d_weight, d_bias, None, None, None
+        return None, d_hidden, None, d_weight, d_bias, None, None, None

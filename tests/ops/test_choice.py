@@ -12,9 +12,10 @@ from bertfast.ops.choice import check, choose
 X = normal(4, 3).detach()
 
 
-def test_default_on_a_cpu_is_the_reference():
+def test_default_on_a_cpu_is_the_compiled_library_where_it_can():
     assert choose("x", None, X) == "reference"
-    assert choose("x", None, X.float()) == "reference"
+    assert choose("add_layer_norm", None, X) == "reference"
+    assert choose("add_layer_norm", None, X.float()) == "cpu"
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
@@ -33,8 +34,8 @@ def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
         ops.bias_gelu(X, X[0], implementation="fast")
     with pytest.raises(ValueError, match="x: no 'triton' implementation here: its kernels take float32, bfloat16 and"):
         choose("x", "triton", X)
-    with pytest.raises(ValueError, match="there is no 'cpu' implementation yet; 'reference' takes any tensors"):
-        choose("x", "cpu", X)
+    with pytest.raises(ValueError, match="no 'cpu' implementation here: its kernels take float32 and bfloat16, got to"):
+        choose("add_layer_norm", "cpu", X)
     monkeypatch.setattr(choice, "_INTERPRETED", False)
     with pytest.raises(ValueError, match="no 'triton' implementation here: the tensors are on cpu, not on a GPU"):
         choose("x", "triton", X.float())

@@ -1,0 +1,58 @@
+"""The compiled library of `csrc/`, where it was built: its operations, and which instructions they use.
+
+Its operations are `torch.ops.bertfast.cpu_<launcher>`, with the arguments and results of Triton's launchers. Without it
+everything still runs, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Literal, get_args
+
+import torch
+
+from bertfast.kernels import results
+
+InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
+"""Any processor's, and those of x86-64: 256 bits; 512; 512 with products of bf16 pairs."""
+
+
+def _load() -> str | None:
+    """Load the library and tell `torch.compile` what its operations return; why not, if that cannot be done."""
+    try:
+        importlib.import_module("bertfast._C")
+    except ModuleNotFoundError:
+        return "the compiled library was not built: install bertfast again with a C++20 compiler"
+    except ImportError as error:
+        reason = f"the compiled library does not load, install bertfast again ({error})"
+        warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    for name, result in vars(results).items():
+        if callable(result) and hasattr(torch.ops.bertfast, f"cpu_{name}"):
+            torch.library.register_fake(f"bertfast::cpu_{name}", result)
+    return None
+
+
+ABSENT: str | None = _load()
+"""Why there is no compiled library; None where there is one."""
+
+
+def instruction_set() -> InstructionSet:
+    """The instructions that the kernels use: the best that the processor has, unless others were asked for."""
+    return get_args(InstructionSet)[torch.ops.bertfast.instruction_set()]
+
+
+def use_instruction_set(name: InstructionSet) -> None:
+    """From now on use these instructions.
+
+    Raises:
+        ValueError: there is no library or no such set, or the processor does not have it.
+    """
+    if ABSENT is not None:
+        raise ValueError(f"instruction set {name!r}: {ABSENT}")
+    known = get_args(InstructionSet)
+    if name not in known:
+        raise ValueError(f"instruction set must be one of {', '.join(known)}, got {name!r}")
+    if not torch.ops.bertfast.use_instruction_set(known.index(name)):
+        raise ValueError(f"this processor has no instruction set {name!r}; {instruction_set()!r} stays in use")

@@ -1,0 +1,32 @@
+// y = LN(z), z = residual + dropout(x + bias), and its gradients.
+#pragma once
+#include "instruction_set.h"
+#include "tensors.h"
+
+namespace bertfast {
+
+struct AddLayerNormForward {
+  int64_t tokens, hidden;
+  Rows x, residual;          // [T, H]
+  Vector bias, gamma, beta;  // [H]
+  float eps;
+  HiddenDropout dropout;
+  Rows y;              // [T, H], of residual's type
+  float *mean, *rstd;  // [T], of z
+};
+
+struct AddLayerNormBackward {
+  int64_t tokens, hidden;
+  Rows d_y, x, residual;     // [T, H]; d_y is of residual's type
+  Vector bias, gamma;        // [H]
+  const float *mean, *rstd;  // [T]
+  HiddenDropout dropout;
+  Rows d_x;         // [T, H], of x's type; no data where it is d_residual
+  Rows d_residual;  // [T, H], of residual's type
+  float* sums;      // [3, H]: d_gamma, d_beta and d_bias
+};
+
+}  // namespace bertfast
+
+BERTFAST_KERNEL(add_layer_norm_forward, AddLayerNormForward)
+BERTFAST_KERNEL(add_layer_norm_backward, AddLayerNormBackward)

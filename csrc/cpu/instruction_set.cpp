@@ -1,0 +1,48 @@
+#include "instruction_set.h"
+
+#include <atomic>
+
+namespace bertfast {
+
+// Built with BERTFAST_EMULATED, the wider sets are made of AVX2's instructions, so that their code can be tested on a
+// processor that lacks theirs.
+bool is_supported(InstructionSet set) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(BERTFAST_EMULATED)
+  const bool avx512 = avx2, avx512_bf16 = avx2;
+#else
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  switch (set) {
+    case InstructionSet::plain: return true;
+    case InstructionSet::avx2: return avx2;
+    case InstructionSet::avx512: return avx512;
+    case InstructionSet::avx512_bf16: return avx512_bf16;
+  }
+  return false;
+#else
+  return set == InstructionSet::plain;
+#endif
+}
+
+static InstructionSet best() {
+#if defined(BERTFAST_EMULATED)
+  constexpr InstructionSet DOWNWARDS[] = {InstructionSet::avx2};  // the emulated ones only by name
+#else
+  constexpr InstructionSet DOWNWARDS[] = {InstructionSet::avx512_bf16, InstructionSet::avx512, InstructionSet::avx2};
+#endif
+  for (InstructionSet set : DOWNWARDS)
+    if (is_supported(set)) return set;
+  return InstructionSet::plain;
+}
+
+static std::atomic<InstructionSet> in_use{best()};
+
+InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed); }
+
+void use(InstructionSet set) { in_use.store(set, std::memory_order_relaxed); }
+
+}  // namespace bertfast

@@ -1,0 +1,40 @@
+// Work is spread over PyTorch's own threads: a pool of ours would fight its workers, which spin between operations.
+#pragma once
+#include <cstdint>
+
+namespace bertfast {
+
+using Part = void (*)(int64_t first, int64_t end, void* context);
+
+int threads();
+void run_parts(int64_t count, int64_t grain, Part part, void* context);  // in library.cpp
+
+namespace BERTFAST_SET {
+
+// f(first, end) over parts of 0 … count, each of at least `grain`; what it computes must not depend on how it is cut.
+template <class F>
+static inline void parallel(int64_t count, int64_t grain, const F& f) {
+  const Part part = [](int64_t first, int64_t end, void* context) { (*static_cast<const F*>(context))(first, end); };
+  if (count > 0) run_parts(count, grain, part, const_cast<F*>(&f));
+}
+
+// f(task) for each of 0 … count, every thread taking the next when it has done one: for tasks of unequal length.
+template <class F>
+static inline void each(int64_t count, const F& f) {
+  int64_t next = 0;
+  const int64_t workers = threads() < count ? threads() : count;
+  parallel(workers, 1, [&](int64_t first, int64_t end) {
+    for (int64_t worker = first; worker < end; ++worker)
+      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(task);
+  });
+}
+
+// The share of rows that slot `slot` of `slots` sums: fixed by the number of rows, so that sums have the same bits
+// whatever the number of threads.
+static inline int64_t summing_slots(int64_t rows) {
+  const int64_t slots = rows / 32;
+  return slots < 1 ? 1 : slots > 64 ? 64 : slots;
+}
+
+}  // namespace BERTFAST_SET
+}  // namespace bertfast

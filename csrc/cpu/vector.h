@@ -1,0 +1,176 @@
+// A register of numbers, as wide as the instruction set has them. This is the only file with instructions in it: all
+// else is written in the compiler's vector types, and is right in any width.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "tensors.h"
+
+#define INLINE [[gnu::always_inline]] static inline
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace bertfast::BERTFAST_SET {
+
+#if defined(BERTFAST_LANES)
+constexpr int LANES = BERTFAST_LANES;
+#elif defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
+
+INLINE Floats splat(float x) { return x - Floats{}; }
+INLINE Words splat(uint32_t x) { return x - Words{}; }
+
+INLINE Words lane_numbers() {
+  Words lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  return lanes;
+}
+
+INLINE Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
+
+// To the nearest bf16, ties to even; a NaN stays one.
+INLINE Halves narrow(Floats x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh(x);
+#else
+  const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words result = x == x ? rounded : (bits >> 16) | 0x40;
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(result, Halves);
+#endif
+#endif
+}
+
+INLINE Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE Floats load(const BFloat16* p) {
+  Halves x;
+  std::memcpy(&x, p, sizeof x);
+  return widen(x);
+}
+
+INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+INLINE void store(BFloat16* p, Floats x) {
+  const Halves rounded = narrow(x);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+
+// The first `count` < LANES elements; the others are zero.
+template <class T>
+INLINE Floats load(const T* p, int count) {
+  T some[LANES] = {};
+  std::memcpy(some, p, count * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+INLINE void store(T* p, Floats x, int count) {
+  T some[LANES];
+  store(some, x);
+  std::memcpy(p, some, count * sizeof(T));
+}
+
+INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
+
+INLINE float sum(Floats x) {
+  float lanes[LANES];
+  std::memcpy(lanes, &x, sizeof x);
+  UNROLL for (int width = LANES / 2; width > 0; width /= 2)
+    UNROLL for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+INLINE float largest(Floats x) {
+  float lanes[LANES];
+  std::memcpy(lanes, &x, sizeof x);
+  UNROLL for (int width = LANES / 2; width > 0; width /= 2)
+    UNROLL for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+  return lanes[0];
+}
+
+// 2^x to one unit in the last place; 0 below 2^-126. x is below 128.
+INLINE Floats exp2(Floats x) {
+  const Floats magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
+  const Floats bounded = maximum(x, splat(-127.f));
+  const Floats whole = (bounded + magic) - magic, f = bounded - whole;
+  Floats p = splat(1.5403530e-4f);  // of 2^f on [-1/2, 1/2]: Taylor's coefficients, the last ones made to fit
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  const Ints exponent = __builtin_convertvector(whole, Ints);
+  const Floats power = (Floats)((exponent + 127) << 23);
+  return x > splat(-126.f) ? p * power : splat(0.f);
+}
+
+// log2 of a normal x > 0.
+INLINE Floats log2(Floats x) {
+  // x = 2^e m with m within sqrt(1/2) … sqrt(2); log2 m = 2 / ln 2 · artanh(s), s = (m - 1) / (m + 1).
+  const Words bits = (Words)x, shifted = bits - 0x3f3504f3;
+  const Ints exponent = (Ints)shifted >> 23;
+  const Floats m = (Floats)(bits - ((Words)exponent << 23));
+  const Floats s = (m - 1.f) / (m + 1.f), q = s * s;
+  Floats p = splat(0.3205989f);
+  p = p * q + 0.4121986f;
+  p = p * q + 0.5770780f;
+  p = p * q + 0.9617967f;
+  p = p * q + 2.8853901f;
+  return p * s + __builtin_convertvector(exponent, Floats);
+}
+
+// Philox4x32-10 (Salmon et al., 2011) of the counters (c0, c1, c2, c3), one in each lane; see bertfast/dropout.py.
+INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
+  using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
+  const Longs low = 0xffffffff - Longs{};
+  const auto product = [&](Longs x, uint32_t factor) -> Longs {  // of the lower halves
+#if defined(__AVX512F__)
+    return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__) && !defined(BERTFAST_LANES)
+    return (Longs)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
+#else
+    return (x & low) * factor;
+#endif
+  };
+  // Even and odd lanes apart, each with room for its products.
+  Longs x[2][4] = {{(Longs)c0, (Longs)c1, c2 - Longs{}, c3 - Longs{}}, {}};
+  x[1][0] = x[0][0] >> 32, x[1][1] = x[0][1] >> 32, x[1][2] = x[0][2], x[1][3] = x[0][3];
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  UNROLL for (int round = 0; round < 10; ++round) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      Longs* const c = x[half];
+      const Longs a = product(c[0], 0xD2511F53), b = product(c[2], 0xCD9E8D57);
+      c[0] = (b >> 32) ^ c[1] ^ key0;
+      c[1] = b;
+      c[2] = (a >> 32) ^ c[3] ^ key1;
+      c[3] = a;
+    }
+    key0 += 0x9E3779B9, key1 += 0xBB67AE85;
+  }
+  UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((x[0][i] & low) | (x[1][i] << 32));
+}
+
+}  // namespace bertfast::BERTFAST_SET

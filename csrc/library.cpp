@@ -1,0 +1,156 @@
+// The compiled library `bertfast._C`: every operation's schema, and the step from tensors to the kernels' pointers.
+//
+// Written on LibTorch's stable ABI alone, so that one build serves all later versions of PyTorch. `bertfast/ops` has
+// checked shapes and devices; here is checked what only the kernels ask for.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/add_layer_norm.h"
+#include "cpu/instruction_set.h"
+#include "cpu/parallel.h"
+
+namespace bertfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+int threads() { return (int)torch::stable::get_num_threads(); }
+
+void run_parts(int64_t count, int64_t grain, Part part, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) { part(first, end, context); });
+}
+
+namespace operations {
+
+static Type type_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "the kernels take float32 and bfloat16");
+  return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
+}
+
+// The tensor itself if each row's elements are adjacent, else a copy of which they are.
+static Tensor in_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
+}
+
+static Rows rows(const Tensor& x) { return {x.data_ptr(), type_of(x), x.stride(0)}; }
+
+// A vector without gaps, kept as long as the call lasts.
+class Dense {
+ public:
+  explicit Dense(const Tensor& x) : tensor_(torch::stable::contiguous(x)) {}
+  explicit Dense(const OptionalTensor& x) {
+    if (x) tensor_ = torch::stable::contiguous(*x);
+  }
+  operator Vector() const { return tensor_ ? Vector{tensor_->data_ptr(), type_of(*tensor_)} : Vector{}; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+class Indices {
+ public:
+  explicit Indices(const OptionalTensor& x) {
+    if (x) tensor_ = torch::stable::to(torch::stable::contiguous(*x), ScalarType::Long);
+  }
+  operator const int64_t*() const { return tensor_ ? static_cast<const int64_t*>(tensor_->data_ptr()) : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+// What a launcher is told of dropout, as the kernels take it.
+class Mask {
+ public:
+  Mask(const OptionalTensor& seed, const OptionalTensor& number, const OptionalTensor& position, int64_t word,
+       int64_t threshold)
+      : number_(number), position_(position) {
+    if (seed)
+      dropout_ = {*static_cast<const uint64_t*>(seed->data_ptr()), number_, position_, (uint32_t)word, (int)threshold};
+  }
+  operator HiddenDropout() const { return dropout_; }
+
+ private:
+  Indices number_, position_;
+  HiddenDropout dropout_{};
+};
+
+static Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+static float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(
+    Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor beta, double eps, OptionalTensor seed,
+    OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+  x = in_rows(x), residual = in_rows(residual);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  Tensor y = torch::stable::new_empty(residual, {tokens, hidden});
+  Tensor mean = new_floats(x, {tokens}), rstd = new_floats(x, {tokens});
+  bertfast::add_layer_norm_forward({tokens, hidden, rows(x), rows(residual), Dense(bias), Dense(gamma), Dense(beta),
+                                    (float)eps, Mask(seed, number, position, word, threshold), rows(y), floats(mean),
+                                    floats(rstd)});
+  return {y, mean, rstd};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
+    Tensor d_y, Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor mean, Tensor rstd,
+    OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+  d_y = in_rows(d_y), x = in_rows(x), residual = in_rows(residual);
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  const bool shared = !seed && x.scalar_type() == residual.scalar_type();
+  Tensor d_x = shared ? torch::stable::new_empty(x, {0, 0}) : torch::stable::new_empty(x, {tokens, hidden});
+  Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden}), sums = new_floats(x, {3, hidden});
+  bertfast::add_layer_norm_backward({tokens, hidden, rows(d_y), rows(x), rows(residual), Dense(bias), Dense(gamma),
+                                     floats(mean), floats(rstd), Mask(seed, number, position, word, threshold),
+                                     shared ? Rows{} : rows(d_x), rows(d_residual), floats(sums)});
+  return {d_x, d_residual, sums};
+}
+
+static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
+
+// Whether the set can be used here; if so, it is from now on.
+static bool use_instruction_set(int64_t set) {
+  if (set < 0 || set > (int64_t)InstructionSet::avx512_bf16 || !is_supported((InstructionSet)set)) return false;
+  use((InstructionSet)set);
+  return true;
+}
+
+}  // namespace operations
+}  // namespace bertfast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
+  library.def("instruction_set() -> int");
+  library.def("use_instruction_set(int set) -> bool");
+  library.def(
+      "cpu_add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
+      "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
+      "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
+  library.impl("instruction_set", TORCH_BOX(&bertfast::operations::instruction_set_in_use));
+  library.impl("use_instruction_set", TORCH_BOX(&bertfast::operations::use_instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
+  library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward));
+  library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
+}
+
+// Importing the module is what registers the operations; it holds nothing else.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
