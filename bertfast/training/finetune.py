@@ -150,6 +150,7 @@ class Finetuning:
         settings = self.settings
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder)
+        print(f"fine-tuning on {len(self.features['train'])} texts, {self.precision} on {self.device}")
         every = settings.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
             for rows in islice(self._batches(), self.steps):

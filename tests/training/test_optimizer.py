@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bertfast import BertConfig, BertForPreTraining
+from bertfast.training import precision
 from bertfast.training.optimizer import Muon, build_optimizers
-from bertfast.training.precision import choose_precision, multiplies_bf16
+from bertfast.training.precision import choose_precision
 from bertfast.training.schedule import linear, set_learning_rate
 
 
@@ -65,10 +66,29 @@ def test_the_rate_rises_and_falls_linearly():
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_bf16_is_chosen_only_where_the_processor_multiplies_it(monkeypatch):
+def test_bf16_is_chosen_on_a_cpu_only_where_it_is_native_and_measured_to_be_faster(monkeypatch):
     cpu = torch.device("cpu")
-    assert choose_precision(cpu) == ("bf16" if multiplies_bf16(cpu) else "fp32")
     assert choose_precision(cpu, "bf16") == "bf16"
+    for native in (False, True):
+        monkeypatch.setattr(precision, "multiplies_bf16", lambda device, native=native: native)
+        for faster in (False, True):
+            monkeypatch.setattr(precision, "_bf16_is_faster", lambda faster=faster: faster)
+            assert choose_precision(cpu) == ("bf16" if native and faster else "fp32")
+
+
+def test_which_of_two_precisions_is_faster_is_measured(monkeypatch):
+    """A processor whose products in bf16 take no time, or much."""
+    product = torch.nn.functional.linear
+    for slow in (torch.float32, torch.bfloat16):
+
+        def linear(x, weight, slow=slow):
+            return [product(x[:8], weight) for _ in range(50 if x.dtype == slow else 1)]
+
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
+        assert precision._bf16_is_faster.__wrapped__(0.2) == (slow == torch.float32)
+
+
+def test_without_native_products_a_processor_trains_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_precision(cpu) == "fp32"
+    assert choose_precision(torch.device("cpu")) == "fp32"
