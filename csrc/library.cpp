@@ -10,8 +10,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/add_layer_norm.h"
+#include "cpu/bias_gelu.h"
+#include "cpu/embed.h"
+#include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
 
@@ -115,6 +119,101 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   return {d_x, d_residual, sums};
 }
 
+static bool is_tanh(const std::string& approximate) { return approximate == "tanh"; }
+
+static Tensor bias_gelu_forward(Tensor x, Tensor bias, std::string approximate) {
+  x = in_rows(x);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  bertfast::bias_gelu_forward({x.size(0), x.size(1), rows(x), Dense(bias), is_tanh(approximate), rows(y)});
+  return y;
+}
+
+static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, std::string approximate) {
+  d_y = in_rows(d_y), x = in_rows(x);
+  Tensor d_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), d_bias = new_floats(x, {x.size(1)});
+  bertfast::bias_gelu_backward({x.size(0), x.size(1), rows(d_y), rows(x), Dense(bias), is_tanh(approximate), rows(d_x),
+                                floats(d_bias)});
+  return {d_x, d_bias};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta,
+                                                                  double eps) {
+  x = in_rows(x);
+  Tensor y = torch::stable::new_empty(gamma, {x.size(0), x.size(1)});
+  Tensor mean = new_floats(x, {x.size(0)}), rstd = new_floats(x, {x.size(0)});
+  bertfast::gelu_layer_norm_forward({x.size(0), x.size(1), rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
+                                     rows(y), floats(mean), floats(rstd)});
+  return {y, mean, rstd};
+}
+
+static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean,
+                                                           Tensor rstd) {
+  d_y = in_rows(d_y), x = in_rows(x);
+  Tensor d_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), sums = new_floats(x, {3, x.size(1)});
+  bertfast::gelu_layer_norm_backward({x.size(0), x.size(1), rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean),
+                                      floats(rstd), rows(d_x), floats(sums)});
+  return {d_x, sums};
+}
+
+// The tables and indices of `embed`, kept as long as the call lasts; tables of several types are widened to fp32.
+class Tables {
+ public:
+  Tables(const Tensor& word, const Tensor& position, const Tensor& token_type, const OptionalTensor& token_ids,
+         const Tensor& token_type_ids, const Tensor& position_ids)
+      : token_ids_(token_ids), token_type_ids_(token_type_ids), position_ids_(position_ids) {
+    const bool alike = word.scalar_type() == position.scalar_type() && word.scalar_type() == token_type.scalar_type();
+    for (const Tensor* table : {&word, &position, &token_type})
+      tables_.push_back(in_rows(alike ? *table : torch::stable::to(*table, ScalarType::Float)));
+  }
+  operator Embeddings() const {
+    return {rows(tables_[0]), rows(tables_[1]), rows(tables_[2]), token_ids_, position_ids_, token_type_ids_};
+  }
+
+ private:
+  std::vector<Tensor> tables_;
+  Indices token_ids_, token_type_ids_, position_ids_;
+};
+
+static std::tuple<Tensor, Tensor, Tensor> embed_forward(
+    Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
+    Tensor position_ids, Tensor gamma, Tensor beta, double eps, OptionalTensor seed, OptionalTensor number,
+    OptionalTensor place, int64_t dropout_word, int64_t threshold) {
+  const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
+  Tensor y = torch::stable::new_empty(word, {tokens, hidden});
+  Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
+  bertfast::embed_forward({tokens, hidden, Tables(word, position, token_type, token_ids, token_type_ids, position_ids),
+                           Dense(gamma), Dense(beta), (float)eps, Mask(seed, number, place, dropout_word, threshold),
+                           rows(y), floats(mean), floats(rstd)});
+  return {y, mean, rstd};
+}
+
+static Tensor sum_by_index(const Tensor& d_z, const Tensor& index, const Tensor& table, int64_t skipped) {
+  const int64_t tokens = d_z.size(0), hidden = d_z.size(1), count = table.size(0);
+  Tensor d_table = torch::stable::new_empty(table, {count, hidden});
+  Tensor order = torch::stable::new_empty(d_z, {tokens}, ScalarType::Long);
+  Tensor starts = torch::stable::new_empty(d_z, {count + 1}, ScalarType::Long);
+  bertfast::sum_by_index({tokens, hidden, count, floats(d_z), Indices(index), skipped,
+                          static_cast<int64_t*>(order.data_ptr()), static_cast<int64_t*>(starts.data_ptr()),
+                          rows(d_table)});
+  return d_table;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
+    Tensor d_y, Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
+    Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, std::optional<int64_t> padding_index,
+    OptionalTensor seed, OptionalTensor number, OptionalTensor place, int64_t dropout_word, int64_t threshold) {
+  d_y = in_rows(d_y);
+  const int64_t tokens = d_y.size(0), hidden = d_y.size(1);
+  Tensor d_z = new_floats(d_y, {tokens, hidden}), sums = new_floats(d_y, {2, hidden});
+  bertfast::embed_backward({tokens, hidden, rows(d_y),
+                            Tables(word, position, token_type, token_ids, token_type_ids, position_ids), Dense(gamma),
+                            floats(mean), floats(rstd), Mask(seed, number, place, dropout_word, threshold), floats(d_z),
+                            floats(sums)});
+  Tensor d_word = token_ids ? sum_by_index(d_z, *token_ids, word, padding_index.value_or(-1))
+                            : torch::stable::to(d_z, word.scalar_type());
+  return {d_word, sum_by_index(d_z, position_ids, position, -1), sum_by_index(d_z, token_type_ids, token_type, -1), sums};
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -137,6 +236,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "cpu_add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
       "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
+  library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "cpu_embed_forward(Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, Tensor token_type_ids, "
+      "Tensor position_ids, Tensor gamma, Tensor beta, float eps, Tensor? seed, Tensor? number, Tensor? place, "
+      "int dropout_word, int threshold) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_embed_backward(Tensor d_y, Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, "
+      "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
+      "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -147,6 +263,12 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward));
   library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
+  library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
+  library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
+  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
+  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
+  library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
+  library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
 }
 
 // Importing the module is what registers the operations; it holds nothing else.

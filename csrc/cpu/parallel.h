@@ -29,12 +29,5 @@ static inline void each(int64_t count, const F& f) {
   });
 }
 
-// The share of rows that slot `slot` of `slots` sums: fixed by the number of rows, so that sums have the same bits
-// whatever the number of threads.
-static inline int64_t summing_slots(int64_t rows) {
-  const int64_t slots = rows / 32;
-  return slots < 1 ? 1 : slots > 64 ? 64 : slots;
-}
-
 }  // namespace BERTFAST_SET
 }  // namespace bertfast

@@ -57,6 +57,14 @@ INLINE float normalise(float* z, int64_t hidden, float eps, float* mean) {
   return rstd;
 }
 
+// y = z · gamma + beta.
+template <class Y>
+INLINE void store_affine(const float* z, const float* gamma, const float* beta, int64_t hidden, Y* y) {
+  across(hidden, [&](int64_t column, int count) {
+    store_columns(y + column, load(z + column) * load(gamma + column) + load(beta + column), count);
+  });
+}
+
 // The gradient d_z of z, from that of y = LN(z), and its share of the sums for gamma and beta; z becomes (z - mean) · rstd.
 template <class T>
 INLINE void differentiate_layer_norm(const T* d_y, float* z, const float* gamma, float mean, float rstd, int64_t hidden,
@@ -75,7 +83,13 @@ INLINE void differentiate_layer_norm(const T* d_y, float* z, const float* gamma,
     store(d_z + column, (load(d_z + column) - (load(z + column) * slope + offset)) * rstd);
 }
 
-// f(X{}, R{}) with the C++ types of two tensors.
+// Row `index` of a tensor whose elements are of type T.
+template <class T>
+INLINE T* row(const Rows& x, int64_t index) {
+  return static_cast<T*>(x.data) + index * x.stride;
+}
+
+// f with a value of the C++ type of a tensor, or of two.
 template <class F>
 INLINE void with_type(Type type, const F& f) {
   type == Type::float32 ? f(float{}) : f(BFloat16{});
@@ -86,13 +100,26 @@ INLINE void with_types(Type x, Type r, const F& f) {
   with_type(x, [&]<class X>(X x) { with_type(r, [&]<class R>(R r) { f(x, r); }); });
 }
 
-// The slots' sums [slots, size], added in order into out [size].
-static inline void add_slots(const float* slots, int64_t count, int64_t size, float* out) {
-  across(size, [&](int64_t column, int some) {
-    Floats total{};
-    for (int64_t slot = 0; slot < count; ++slot) total += load_columns(slots + slot * size + column, some);
-    store_columns(out + column, total, some);
+// Sums over rows of `vectors` vectors: f(first, end, share) adds what the rows first … end - 1 have to a share
+// [vectors, padded(size)]. Shares are of fixed rows and added in order, so that the bits do not depend on the threads.
+template <class F>
+static inline void sum_over_rows(int64_t rows, int64_t vectors, int64_t size, float* sums, const F& f) {
+  const int64_t shares = rows < 32 ? 1 : rows < 64 * 32 ? rows / 32 : 64, width = padded(size);
+  thread_local Scratch scratch;
+  float* const all = scratch.room<float>(shares * vectors * width);
+  parallel(shares, 1, [&](int64_t first, int64_t end) {
+    for (int64_t share = first; share < end; ++share) {
+      float* const own = all + share * vectors * width;
+      std::memset(own, 0, vectors * width * sizeof(float));
+      f(rows * share / shares, rows * (share + 1) / shares, own);
+    }
   });
+  for (int64_t vector = 0; vector < vectors; ++vector)
+    across(size, [&](int64_t column, int count) {
+      Floats total{};
+      for (int64_t share = 0; share < shares; ++share) total += load(all + (share * vectors + vector) * width + column);
+      store_columns(sums + vector * size + column, total, count);
+    });
 }
 
 }  // namespace bertfast::BERTFAST_SET
