@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "cpu/add_layer_norm.h"
+#include "cpu/attention.h"
+#include "cpu/attention_tasks.h"
 #include "cpu/bias_gelu.h"
 #include "cpu/embed.h"
 #include "cpu/gelu_layer_norm.h"
@@ -214,6 +216,58 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   return {d_word, sum_by_index(d_z, position_ids, position, -1), sum_by_index(d_z, token_type_ids, token_type, -1), sums};
 }
 
+// What both passes of attention are told, kept as long as the call lasts.
+class Attended {
+ public:
+  Attended(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& numbers, double scale, bool causal,
+           std::optional<int64_t> window, const OptionalTensor& seed, int64_t word, int64_t threshold, bool backward)
+      : qkv_(in_tokens(qkv)), cu_seqlens_(torch::stable::contiguous(cu_seqlens)), numbers_(numbers) {
+    const int64_t sequences = cu_seqlens.size(0) - 1, heads = qkv.size(2);
+    STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, "cu_seqlens must be int32");
+    const auto* starts = static_cast<const int32_t*>(cu_seqlens_.data_ptr());
+    tasks_ = attention_tasks(starts, sequences, heads, threads(), backward);
+    input_ = {qkv_.data_ptr(), type_of(qkv_), qkv_.stride(0), qkv.size(0), heads, qkv.size(3), sequences, starts,
+              numbers_, (float)scale, causal, window.value_or(qkv.size(0)),
+              seed ? *static_cast<const uint64_t*>(seed->data_ptr()) : 0, (uint32_t)word, seed ? (int)threshold : 0,
+              tasks_.data(), (int64_t)tasks_.size()};
+  }
+  operator const AttentionInput&() const { return input_; }
+
+ private:
+  // Any distance between tokens, none within one.
+  static Tensor in_tokens(const Tensor& qkv) {
+    const bool dense = qkv.stride(3) == 1 && qkv.stride(2) == qkv.size(3) && qkv.stride(1) == qkv.size(2) * qkv.size(3);
+    return dense ? qkv : torch::stable::contiguous(qkv);
+  }
+
+  Tensor qkv_, cu_seqlens_;
+  Indices numbers_;
+  std::vector<AttentionTask> tasks_;
+  AttentionInput input_;
+};
+
+static std::tuple<Tensor, Tensor> attention_forward(
+    Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t longest, double scale, bool causal,
+    std::optional<int64_t> window, OptionalTensor seed, int64_t word, int64_t threshold) {
+  (void)longest;  // by which Triton's tiles are chosen
+  const Attended input(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, false);
+  Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2), qkv.size(3)});
+  Tensor lse = new_floats(qkv, {qkv.size(2), qkv.size(0)});
+  bertfast::attention_forward({input, o.data_ptr(), floats(lse)});
+  return {o, lse};
+}
+
+static Tensor attention_backward(
+    Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, int64_t longest, double scale,
+    bool causal, std::optional<int64_t> window, OptionalTensor seed, int64_t word, int64_t threshold) {
+  (void)longest;
+  const Attended input(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, true);
+  d_o = torch::stable::contiguous(d_o);
+  Tensor d_qkv = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
+  bertfast::attention_backward({input, d_o.data_ptr(), o.data_ptr(), floats(lse), d_qkv.data_ptr()});
+  return d_qkv;
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -236,6 +290,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "cpu_add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
       "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int longest, float scale, bool causal, "
+      "int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
+      "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(
@@ -263,6 +323,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward));
   library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
+  library.impl("cpu_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward));
+  library.impl("cpu_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward));
   library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
   library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
   library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));

@@ -10,6 +10,7 @@
 #include "tensors.h"
 
 #define INLINE [[gnu::always_inline]] static inline
+#define INLINE_MEMBER [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace bertfast::BERTFAST_SET {
@@ -110,21 +111,21 @@ INLINE float largest(Floats x) {
   return lanes[0];
 }
 
-// 2^x to one unit in the last place; 0 below 2^-126. x is below 128.
+// 2^x to one unit in the last place; 0 below 2^-126, and a NaN stays one. x is below 128.
 INLINE Floats exp2(Floats x) {
   const Floats magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
-  const Floats bounded = maximum(x, splat(-127.f));
+  const Floats bounded = x < splat(-127.f) ? splat(-127.f) : x;
   const Floats whole = (bounded + magic) - magic, f = bounded - whole;
-  Floats p = splat(1.5403530e-4f);  // of 2^f on [-1/2, 1/2]: Taylor's coefficients, the last ones made to fit
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  Floats p = splat(1.53458075e-4f);  // of 2^f on [-1/2, 1/2], to 2e-9
+  p = p * f + 1.33999312e-3f;
+  p = p * f + 9.61848897e-3f;
+  p = p * f + 5.55032878e-2f;
+  p = p * f + 2.40226469e-1f;
+  p = p * f + 6.93147206e-1f;
   p = p * f + 1.f;
   const Ints exponent = __builtin_convertvector(whole, Ints);
   const Floats power = (Floats)((exponent + 127) << 23);
-  return x > splat(-126.f) ? p * power : splat(0.f);
+  return x < splat(-126.f) ? splat(0.f) : p * power;
 }
 
 // log2 of a normal x > 0.
@@ -134,12 +135,44 @@ INLINE Floats log2(Floats x) {
   const Ints exponent = (Ints)shifted >> 23;
   const Floats m = (Floats)(bits - ((Words)exponent << 23));
   const Floats s = (m - 1.f) / (m + 1.f), q = s * s;
-  Floats p = splat(0.3205989f);
-  p = p * q + 0.4121986f;
-  p = p * q + 0.5770780f;
-  p = p * q + 0.9617967f;
-  p = p * q + 2.8853901f;
+  Floats p = splat(0.340738331f);
+  p = p * q + 0.411672219f;
+  p = p * q + 0.577083594f;
+  p = p * q + 0.961796673f;
+  p = p * q + 2.88539008f;
   return p * s + __builtin_convertvector(exponent, Floats);
+}
+
+// sum + a · b, for numbers and for pairs of bf16 (the first in the low half), of which both products are added.
+INLINE Floats multiply_add(float a, Floats b, Floats sum) { return splat(a) * b + sum; }
+
+INLINE Floats multiply_add(uint32_t a, Words b, Floats sum) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);
+#else
+  const Words high = splat(0xffff0000);
+  const Floats upper = (Floats)(splat(a) & high) * (Floats)(b & high) + sum;
+  return (Floats)(splat(a) << 16) * (Floats)(b << 16) + upper;
+#endif
+}
+
+#if defined(__AVX512BF16__) || defined(BERTFAST_PAIRS)
+constexpr bool HAS_PAIRS = true;  // of bf16, which it multiplies faster than numbers
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
+INLINE Words load(const uint32_t* p) {
+  Words x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE void store(uint32_t* p, Words x) { std::memcpy(p, &x, sizeof x); }
+
+// Two rows of numbers as a row of pairs.
+INLINE Words pair(Floats first, Floats second) {
+  return __builtin_convertvector(narrow(first), Words) | __builtin_convertvector(narrow(second), Words) << 16;
 }
 
 // Philox4x32-10 (Salmon et al., 2011) of the counters (c0, c1, c2, c3), one in each lane; see bertfast/dropout.py.
