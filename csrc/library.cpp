@@ -16,6 +16,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/embed.h"
 #include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
@@ -268,6 +269,13 @@ static Tensor attention_backward(
   return d_qkv;
 }
 
+static Tensor cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor losses, Tensor correct, bool gradient) {
+  Tensor d_bias = new_floats(bias, {gradient ? logits.size(1) : 0});
+  bertfast::cross_entropy({logits.size(0), logits.size(1), rows(logits), Dense(bias), Indices(labels), floats(losses),
+                           static_cast<bool*>(correct.data_ptr()), gradient, floats(d_bias)});
+  return d_bias;
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -296,6 +304,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def(
       "cpu_attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
       "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
+  // The loss's part between the products: bertfast/compiled_loss.py has the whole.
+  library.def(
+      "cpu_cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) losses, Tensor(c!) correct, "
+      "bool gradient) -> Tensor");
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(
@@ -325,6 +337,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
   library.impl("cpu_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward));
   library.impl("cpu_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward));
+  library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy));
   library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
   library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
   library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));

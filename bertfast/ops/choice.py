@@ -40,11 +40,11 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
     """
     if requested is None:
         fastest = "triton" if x.is_cuda else "cpu"
-        return fastest if _refusal(operation, fastest, x) is None and refusal is None else "reference"
+        return fastest if _refusal(fastest, x) is None and refusal is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    refusal = _refusal(operation, requested, x) or (None if requested == "reference" else refusal)
+    refusal = _refusal(requested, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
         raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
     return requested
@@ -55,20 +55,18 @@ def launcher(implementation: Implementation, name: str) -> Callable:
     return getattr(torch.ops.bertfast, f"{implementation}_{name}")
 
 
-def _refusal(operation: str, implementation: Implementation, x: Tensor) -> str | None:
+def _refusal(implementation: Implementation, x: Tensor) -> str | None:
     """Why an implementation cannot take tensors like `x`; None if it can."""
     if implementation == "triton":
         return _triton_refusal(x)
     if implementation == "cpu":
-        return _cpu_refusal(operation, x)
+        return _cpu_refusal(x)
     return "its kernels are not written yet" if implementation == "cuda" else None
 
 
-def _cpu_refusal(operation: str, x: Tensor) -> str | None:
+def _cpu_refusal(x: Tensor) -> str | None:
     if compiled.ABSENT is not None:
         return compiled.ABSENT
-    if not hasattr(torch.ops.bertfast, f"cpu_{operation}_forward"):
-        return "there is no kernel of it yet"
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on a CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
