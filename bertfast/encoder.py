@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bertfast import ops, reference
 from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
+from bertfast.inference import prepared
 from bertfast.inputs import Packed
 from bertfast.reference import IGNORED
 
@@ -99,8 +100,9 @@ def project(module: nn.Module, hidden: Tensor) -> Tensor:
     """Queries, keys and values of all heads, three parameters in one product: [T, H] -> [T, 3, A, D]."""
     three = (module.query, module.key, module.value)
     if all(is_plain(linear) for linear in three):
-        weight = torch.cat([linear.weight for linear in three])
-        qkv = F.linear(hidden, weight, torch.cat([linear.bias for linear in three]))
+        weights, biases = [linear.weight for linear in three], [linear.bias for linear in three]
+        weight, bias = prepared(module, weights + biases, lambda: (torch.cat(weights), torch.cat(biases)))
+        qkv = F.linear(hidden, weight, bias)
     else:
         qkv = torch.cat([linear(hidden) for linear in three], dim=1)
     return qkv.unflatten(1, (3, module.config.num_attention_heads, -1))

@@ -13,6 +13,8 @@ FLOORS = {
     "compiled": 0,
     "compiled_loss": 0,
     "dropout": 0,
+    "inference": 0,
+    "memory": 0,
     "sequences": 0,
     "reference": 0,
     "ops": 1,
