@@ -12,6 +12,8 @@
 #include <tuple>
 
 #include "cpu/add_layer_norm.h"
+#include "cpu/bias_gelu.h"
+#include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
 
@@ -115,6 +117,44 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   return {d_x, d_residual, sums};
 }
 
+static Tensor bias_gelu_forward(Tensor x, Tensor bias, std::string approximate) {
+  x = in_rows(x);
+  const int64_t tokens = x.size(0), columns = x.size(1);
+  Tensor y = torch::stable::new_empty(x, {tokens, columns});
+  bertfast::bias_gelu_forward({tokens, columns, rows(x), Dense(bias), approximate == "tanh", rows(y)});
+  return y;
+}
+
+static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, std::string approximate) {
+  d_y = in_rows(d_y), x = in_rows(x);
+  const int64_t tokens = x.size(0), columns = x.size(1);
+  Tensor d_x = torch::stable::new_empty(x, {tokens, columns}), d_bias = new_floats(x, {columns});
+  bertfast::bias_gelu_backward(
+      {tokens, columns, rows(d_y), rows(x), Dense(bias), approximate == "tanh", rows(d_x), floats(d_bias)});
+  return {d_x, d_bias};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta,
+                                                                  double eps) {
+  x = in_rows(x);
+  const int64_t count = x.size(0), hidden = x.size(1);
+  Tensor y = torch::stable::new_empty(gamma, {count, hidden});
+  Tensor mean = new_floats(x, {count}), rstd = new_floats(x, {count});
+  bertfast::gelu_layer_norm_forward({count, hidden, rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
+                                     rows(y), floats(mean), floats(rstd)});
+  return {y, mean, rstd};
+}
+
+static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean,
+                                                           Tensor rstd) {
+  d_y = in_rows(d_y), x = in_rows(x);
+  const int64_t count = x.size(0), hidden = x.size(1);
+  Tensor d_x = torch::stable::new_empty(x, {count, hidden}), sums = new_floats(x, {3, hidden});
+  bertfast::gelu_layer_norm_backward({count, hidden, rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean),
+                                      floats(rstd), rows(d_x), floats(sums)});
+  return {d_x, sums};
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -137,6 +177,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "cpu_add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
       "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
+  library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -147,6 +195,10 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward));
   library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
+  library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
+  library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
+  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
+  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
 }
 
 // Importing the module is what registers the operations; it holds nothing else.

@@ -27,6 +27,7 @@ constexpr int LANES = 4;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
@@ -76,11 +77,22 @@ INLINE void store(BFloat16* p, Floats x) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
+// Copies `count` < LANES elements, without the call that a size unknown to the compiler would be.
+template <class T>
+INLINE void copy_some(T* to, const T* from, int count) {
+  int64_t done = 0;
+  UNROLL for (int size = LANES / 2; size > 0; size /= 2) {
+    if (!(count & size)) continue;
+    std::memcpy(to + done, from + done, size * sizeof(T));
+    done += size;
+  }
+}
+
 // The first `count` < LANES elements; the others are zero.
 template <class T>
 INLINE Floats load(const T* p, int count) {
   T some[LANES] = {};
-  std::memcpy(some, p, count * sizeof(T));
+  copy_some(some, p, count);
   return load(some);
 }
 
@@ -88,7 +100,7 @@ template <class T>
 INLINE void store(T* p, Floats x, int count) {
   T some[LANES];
   store(some, x);
-  std::memcpy(p, some, count * sizeof(T));
+  copy_some(p, some, count);
 }
 
 INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
@@ -142,35 +154,57 @@ INLINE Floats log2(Floats x) {
   return p * s + __builtin_convertvector(exponent, Floats);
 }
 
-// Philox4x32-10 (Salmon et al., 2011) of the counters (c0, c1, c2, c3), one in each lane; see bertfast/dropout.py.
-INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
-  using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
-  const Longs low = 0xffffffff - Longs{};
-  const auto product = [&](Longs x, uint32_t factor) -> Longs {  // of the lower halves
+// Philox4x32-10 (Salmon et al., 2011), CALLS in each lane; see bertfast/dropout.py. calls[i] are the four words of the
+// counters, and then of the numbers, in the lanes' lower halves; the upper ones hold anything.
+template <int CALLS>
+INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
+  const auto product = [](Longs x, uint32_t factor) -> Longs {  // of the lower halves
 #if defined(__AVX512F__)
     return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
 #elif defined(__AVX2__) && !defined(BERTFAST_LANES)
     return (Longs)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
 #else
-    return (x & low) * factor;
+    return (x & 0xffffffff) * factor;
 #endif
   };
-  // Even and odd lanes apart, each with room for its products.
-  Longs x[2][4] = {{(Longs)c0, (Longs)c1, c2 - Longs{}, c3 - Longs{}}, {}};
-  x[1][0] = x[0][0] >> 32, x[1][1] = x[0][1] >> 32, x[1][2] = x[0][2], x[1][3] = x[0][3];
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
   UNROLL for (int round = 0; round < 10; ++round) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-      Longs* const c = x[half];
+    UNROLL for (int i = 0; i < CALLS; ++i) {
+      Longs* const c = calls[i];
       const Longs a = product(c[0], 0xD2511F53), b = product(c[2], 0xCD9E8D57);
-      c[0] = (b >> 32) ^ c[1] ^ key0;
+      c[0] = (b >> 32) ^ (c[1] ^ key0);
       c[1] = b;
-      c[2] = (a >> 32) ^ c[3] ^ key1;
+      c[2] = (a >> 32) ^ (c[3] ^ key1);
       c[3] = a;
     }
     key0 += 0x9E3779B9, key1 += 0xBB67AE85;
   }
-  UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((x[0][i] & low) | (x[1][i] << 32));
+}
+
+// The same of the counters (c0, c1, c2, c3), one in each of LANES lanes.
+INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
+  const Longs even0 = (Longs)c0, even1 = (Longs)c1;
+  Longs calls[2][4] = {{even0, even1, c2 - Longs{}, c3 - Longs{}}, {even0 >> 32, even1 >> 32, c2 - Longs{}, c3 - Longs{}}};
+  philox(calls, seed);
+  UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((calls[0][i] & 0xffffffff) | (calls[1][i] << 32));
+}
+
+// The order in which store_calls writes the lanes of a Longs, so that it takes no more than instructions that stay
+// within 16 bytes.
+INLINE Longs call_numbers() {
+  Longs numbers;
+  for (int i = 0; i < LANES / 2; ++i) numbers[i] = i / 2 + i % 2 * (LANES / 4);
+  return numbers;
+}
+
+// Writes the words of each lane, 16 bytes, one lane after another in the order of call_numbers.
+INLINE void store_calls(uint8_t* p, const Longs call[4]) {
+  const Longs low = (call[0] & 0xffffffff) | (call[1] << 32), high = (call[2] & 0xffffffff) | (call[3] << 32);
+  Longs even, odd;  // the lanes' numbers in (low, high)
+  for (int i = 0; i < LANES / 2; i += 2)
+    even[i] = i, even[i + 1] = LANES / 2 + i, odd[i] = i + 1, odd[i + 1] = LANES / 2 + i + 1;
+  const Longs pairs[2] = {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
+  std::memcpy(p, pairs, sizeof pairs);
 }
 
 }  // namespace bertfast::BERTFAST_SET

@@ -1,0 +1,28 @@
+// y = gelu(x + bias) and its gradients.
+#pragma once
+#include "instruction_set.h"
+#include "tensors.h"
+
+namespace bertfast {
+
+struct BiasGeluForward {
+  int64_t tokens, columns;
+  Rows x;       // [T, columns]
+  Vector bias;  // [columns]
+  bool tanh;    // GELU's tanh formula
+  Rows y;       // [T, columns], of x's type
+};
+
+struct BiasGeluBackward {
+  int64_t tokens, columns;
+  Rows d_y, x;  // [T, columns], of one type
+  Vector bias;  // [columns]
+  bool tanh;
+  Rows d_x;       // [T, columns], of x's type
+  float* d_bias;  // [columns]
+};
+
+}  // namespace bertfast
+
+BERTFAST_KERNEL(bias_gelu_forward, BiasGeluForward)
+BERTFAST_KERNEL(bias_gelu_backward, BiasGeluBackward)
