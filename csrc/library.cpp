@@ -13,6 +13,7 @@
 
 #include "cpu/add_layer_norm.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/embed.h"
 #include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
@@ -155,6 +156,58 @@ static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x,
   return {d_x, sums};
 }
 
+static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, "embed: ", name, " holds ", indices[i],
+                    ", its table has ", rows, " rows");
+}
+
+static std::tuple<Tensor, Tensor, Tensor> embed_forward(
+    Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
+    Tensor position_ids, Tensor gamma, Tensor beta, double eps, OptionalTensor seed, OptionalTensor number,
+    OptionalTensor place, int64_t dropout_word, int64_t threshold) {
+  word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
+  const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
+  const Indices words(token_ids), positions(position_ids), types(token_type_ids);
+  if (token_ids) check_within("token_ids", words, tokens, word.size(0));
+  check_within("position_ids", positions, tokens, position.size(0));
+  check_within("token_type_ids", types, tokens, token_type.size(0));
+  Tensor y = torch::stable::new_empty(word, {tokens, hidden});
+  Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
+  bertfast::embed_forward(
+      {{tokens, hidden, rows(word), rows(position), rows(token_type), words, positions, types}, Dense(gamma),
+       Dense(beta), (float)eps, Mask(seed, number, place, dropout_word, threshold), rows(y), floats(mean),
+       floats(rstd)});
+  return {y, mean, rstd};
+}
+
+static Tensor sum_by_index(const Tensor& values, const int64_t* index, const Tensor& table, int64_t left_out = -1) {
+  const int64_t count = values.size(0), hidden = values.size(1), number = table.size(0);
+  Tensor sums = torch::stable::new_empty(table, {number, hidden});
+  bertfast::sum_by_index({count, number, hidden, rows(values), index, left_out, rows(sums)});
+  return sums;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
+    Tensor d_y, Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
+    Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, std::optional<int64_t> padding_index,
+    OptionalTensor seed, OptionalTensor number, OptionalTensor place, int64_t dropout_word, int64_t threshold) {
+  d_y = in_rows(d_y), word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
+  const int64_t tokens = d_y.size(0), hidden = d_y.size(1);
+  const Indices words(token_ids), positions(position_ids), types(token_type_ids);
+  // As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
+  const bool alike = type_of(word) == type_of(position) && type_of(word) == type_of(token_type);
+  Tensor d_z = alike ? torch::stable::new_empty(word, {tokens, hidden}) : new_floats(word, {tokens, hidden});
+  Tensor sums = new_floats(word, {2, hidden});
+  bertfast::embed_backward(
+      {{tokens, hidden, rows(word), rows(position), rows(token_type), words, positions, types}, rows(d_y), Dense(gamma),
+       floats(mean), floats(rstd), Mask(seed, number, place, dropout_word, threshold), rows(d_z), floats(sums)});
+  int64_t left_out = padding_index.value_or(-1);
+  if (padding_index && left_out < 0) left_out += word.size(0);
+  Tensor d_word = token_ids ? sum_by_index(d_z, words, word, left_out) : torch::stable::to(d_z, word.scalar_type());
+  return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -180,6 +233,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(
+      "cpu_embed_forward(Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, Tensor token_type_ids, "
+      "Tensor position_ids, Tensor gamma, Tensor beta, float eps, Tensor? seed, Tensor? number, Tensor? place, "
+      "int dropout_word, int threshold) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_embed_backward(Tensor d_y, Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, "
+      "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
+      "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   library.def(
@@ -197,6 +259,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
   library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
   library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
+  library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
+  library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
   library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
   library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
 }

@@ -1,0 +1,47 @@
+// y = dropout(LN(z)), z = word[token] + token_type[type] + position[position], and its gradients.
+#pragma once
+#include "instruction_set.h"
+#include "tensors.h"
+
+namespace bertfast {
+
+// Indices are within their tables.
+struct Embeddings {
+  int64_t tokens, hidden;
+  Rows word, position, token_type;  // [V, H], or [T, H] without token ids; [positions, H]; [types, H]
+  const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; the first may be null
+};
+
+struct EmbedForward {
+  Embeddings from;
+  Vector gamma, beta;  // [H]
+  float eps;
+  HiddenDropout dropout;
+  Rows y;              // [T, H], of word's type
+  float *mean, *rstd;  // [T], of z
+};
+
+struct EmbedBackward {
+  Embeddings from;
+  Rows d_y;                  // [T, H], of word's type
+  Vector gamma;              // [H]
+  const float *mean, *rstd;  // [T]
+  HiddenDropout dropout;
+  Rows d_z;     // [T, H], of word's type or float32
+  float* sums;  // [2, H]: d_gamma and d_beta
+};
+
+// The gradient of a table of embeddings: each of its rows is the sum of the values' rows that have its index.
+struct SumByIndex {
+  int64_t count, rows, hidden;
+  Rows values;           // [count, H]
+  const int64_t* index;  // [count]
+  int64_t left_out;      // the row that is zero whatever its values; -1: there is none
+  Rows table;            // [rows, H]
+};
+
+}  // namespace bertfast
+
+BERTFAST_KERNEL(embed_forward, EmbedForward)
+BERTFAST_KERNEL(embed_backward, EmbedBackward)
+BERTFAST_KERNEL(sum_by_index, SumByIndex)
