@@ -45,9 +45,7 @@ class HiddenMask {
   static constexpr int DRAWN = CALLS * 8 * LANES;
 
   [[gnu::always_inline]] Floats factors(int64_t column) const {
-    Bytes some;
-    std::memcpy(&some, bytes_ + column, sizeof some);
-    const Ints kept = __builtin_convertvector(some, Ints) >= dropout_.threshold;
+    const Ints kept = load(bytes_ + column) >= dropout_.threshold;
     return (Floats)(kept & (Ints)scale_);
   }
 

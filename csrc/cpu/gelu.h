@@ -41,9 +41,8 @@ INLINE Curve gelu(Floats u) {
   } else {
     at = normal(u);
   }
-  const auto positive = u > splat(0.f);
-  const Floats below = u * at.tail;
-  return {positive ? u - below : below, (positive ? 1.f - at.tail : at.tail) + u * at.density * inner};
+  return {maximum(u, splat(0.f)) - absolute(u) * at.tail,
+          (u > splat(0.f) ? 1.f - at.tail : at.tail) + u * at.density * inner};
 }
 
 }  // namespace bertfast::BERTFAST_SET

@@ -40,18 +40,25 @@ INLINE Words lane_numbers() {
   return lanes;
 }
 
-INLINE Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
+// What gcc makes of __builtin_convertvector takes several times the instructions where a vector is less than 16 bytes or
+// more than a register; hence the intrinsics here.
+INLINE Floats widen(Halves x) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return (Floats)(_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+#endif
+}
 
 // To the nearest bf16, ties to even; a NaN stays one.
 INLINE Halves narrow(Floats x) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh(x);
 #else
-  const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words result = x == x ? rounded : (bits >> 16) | 0x40;
+  const Words bits = (Words)x, rounded = bits + (((bits >> 16) & 1) + 0x7fff);
+  const Words result = (rounded | (Words)(x != x)) >> 16;
 #if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
-  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)result), _mm256_extracti128_si256((__m256i)result, 1));
 #else
   return __builtin_convertvector(result, Halves);
 #endif
@@ -88,6 +95,16 @@ INLINE void copy_some(T* to, const T* from, int count) {
   }
 }
 
+INLINE Ints load(const uint8_t* p) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  Bytes x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
 // The first `count` < LANES elements; the others are zero.
 template <class T>
 INLINE Floats load(const T* p, int count) {
@@ -103,7 +120,13 @@ INLINE void store(T* p, Floats x, int count) {
   copy_some(p, some, count);
 }
 
-INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return _mm256_max_ps(a, b);  // gcc makes two instructions of the expression, which is the same
+#else
+  return a > b ? a : b;
+#endif
+}
 INLINE Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
 
 INLINE float sum(Floats x) {
@@ -184,7 +207,8 @@ INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
 // The same of the counters (c0, c1, c2, c3), one in each of LANES lanes.
 INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
   const Longs even0 = (Longs)c0, even1 = (Longs)c1;
-  Longs calls[2][4] = {{even0, even1, c2 - Longs{}, c3 - Longs{}}, {even0 >> 32, even1 >> 32, c2 - Longs{}, c3 - Longs{}}};
+  Longs calls[2][4] = {{even0, even1, c2 - Longs{}, c3 - Longs{}},
+                       {even0 >> 32, even1 >> 32, c2 - Longs{}, c3 - Longs{}}};
   philox(calls, seed);
   UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((calls[0][i] & 0xffffffff) | (calls[1][i] << 32));
 }
@@ -203,8 +227,9 @@ INLINE void store_calls(uint8_t* p, const Longs call[4]) {
   Longs even, odd;  // the lanes' numbers in (low, high)
   for (int i = 0; i < LANES / 2; i += 2)
     even[i] = i, even[i + 1] = LANES / 2 + i, odd[i] = i + 1, odd[i + 1] = LANES / 2 + i + 1;
-  const Longs pairs[2] = {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
-  std::memcpy(p, pairs, sizeof pairs);
+  const Longs first = __builtin_shuffle(low, high, even), second = __builtin_shuffle(low, high, odd);
+  std::memcpy(p, &first, sizeof first);
+  std::memcpy(p + sizeof first, &second, sizeof second);
 }
 
 }  // namespace bertfast::BERTFAST_SET
