@@ -122,29 +122,30 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   return {d_x, d_residual, sums};
 }
 
-static bool is_tanh(const std::string& approximate) { return approximate == "tanh"; }
-
 static Tensor bias_gelu_forward(Tensor x, Tensor bias, std::string approximate) {
   x = in_rows(x);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  bertfast::bias_gelu_forward({x.size(0), x.size(1), rows(x), Dense(bias), is_tanh(approximate), rows(y)});
+  const int64_t tokens = x.size(0), columns = x.size(1);
+  Tensor y = torch::stable::new_empty(x, {tokens, columns});
+  bertfast::bias_gelu_forward({tokens, columns, rows(x), Dense(bias), approximate == "tanh", rows(y)});
   return y;
 }
 
 static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, std::string approximate) {
   d_y = in_rows(d_y), x = in_rows(x);
-  Tensor d_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), d_bias = new_floats(x, {x.size(1)});
-  bertfast::bias_gelu_backward({x.size(0), x.size(1), rows(d_y), rows(x), Dense(bias), is_tanh(approximate), rows(d_x),
-                                floats(d_bias)});
+  const int64_t tokens = x.size(0), columns = x.size(1);
+  Tensor d_x = torch::stable::new_empty(x, {tokens, columns}), d_bias = new_floats(x, {columns});
+  bertfast::bias_gelu_backward(
+      {tokens, columns, rows(d_y), rows(x), Dense(bias), approximate == "tanh", rows(d_x), floats(d_bias)});
   return {d_x, d_bias};
 }
 
 static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta,
                                                                   double eps) {
   x = in_rows(x);
-  Tensor y = torch::stable::new_empty(gamma, {x.size(0), x.size(1)});
-  Tensor mean = new_floats(x, {x.size(0)}), rstd = new_floats(x, {x.size(0)});
-  bertfast::gelu_layer_norm_forward({x.size(0), x.size(1), rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
+  const int64_t count = x.size(0), hidden = x.size(1);
+  Tensor y = torch::stable::new_empty(gamma, {count, hidden});
+  Tensor mean = new_floats(x, {count}), rstd = new_floats(x, {count});
+  bertfast::gelu_layer_norm_forward({count, hidden, rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
                                      rows(y), floats(mean), floats(rstd)});
   return {y, mean, rstd};
 }
@@ -152,69 +153,63 @@ static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tens
 static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean,
                                                            Tensor rstd) {
   d_y = in_rows(d_y), x = in_rows(x);
-  Tensor d_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), sums = new_floats(x, {3, x.size(1)});
-  bertfast::gelu_layer_norm_backward({x.size(0), x.size(1), rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean),
+  const int64_t count = x.size(0), hidden = x.size(1);
+  Tensor d_x = torch::stable::new_empty(x, {count, hidden}), sums = new_floats(x, {3, hidden});
+  bertfast::gelu_layer_norm_backward({count, hidden, rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean),
                                       floats(rstd), rows(d_x), floats(sums)});
   return {d_x, sums};
 }
 
-// The tables and indices of `embed`, kept as long as the call lasts; tables of several types are widened to fp32.
-class Tables {
- public:
-  Tables(const Tensor& word, const Tensor& position, const Tensor& token_type, const OptionalTensor& token_ids,
-         const Tensor& token_type_ids, const Tensor& position_ids)
-      : token_ids_(token_ids), token_type_ids_(token_type_ids), position_ids_(position_ids) {
-    const bool alike = word.scalar_type() == position.scalar_type() && word.scalar_type() == token_type.scalar_type();
-    for (const Tensor* table : {&word, &position, &token_type})
-      tables_.push_back(in_rows(alike ? *table : torch::stable::to(*table, ScalarType::Float)));
-  }
-  operator Embeddings() const {
-    return {rows(tables_[0]), rows(tables_[1]), rows(tables_[2]), token_ids_, position_ids_, token_type_ids_};
-  }
-
- private:
-  std::vector<Tensor> tables_;
-  Indices token_ids_, token_type_ids_, position_ids_;
-};
+static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, "embed: ", name, " holds ", indices[i],
+                    ", its table has ", rows, " rows");
+}
 
 static std::tuple<Tensor, Tensor, Tensor> embed_forward(
     Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
     Tensor position_ids, Tensor gamma, Tensor beta, double eps, OptionalTensor seed, OptionalTensor number,
     OptionalTensor place, int64_t dropout_word, int64_t threshold) {
+  word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
+  const Indices words(token_ids), positions(position_ids), types(token_type_ids);
+  if (token_ids) check_within("token_ids", words, tokens, word.size(0));
+  check_within("position_ids", positions, tokens, position.size(0));
+  check_within("token_type_ids", types, tokens, token_type.size(0));
   Tensor y = torch::stable::new_empty(word, {tokens, hidden});
   Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
-  bertfast::embed_forward({tokens, hidden, Tables(word, position, token_type, token_ids, token_type_ids, position_ids),
-                           Dense(gamma), Dense(beta), (float)eps, Mask(seed, number, place, dropout_word, threshold),
-                           rows(y), floats(mean), floats(rstd)});
+  bertfast::embed_forward(
+      {{tokens, hidden, rows(word), rows(position), rows(token_type), words, positions, types}, Dense(gamma),
+       Dense(beta), (float)eps, Mask(seed, number, place, dropout_word, threshold), rows(y), floats(mean),
+       floats(rstd)});
   return {y, mean, rstd};
 }
 
-static Tensor sum_by_index(const Tensor& d_z, const Tensor& index, const Tensor& table, int64_t skipped) {
-  const int64_t tokens = d_z.size(0), hidden = d_z.size(1), count = table.size(0);
-  Tensor d_table = torch::stable::new_empty(table, {count, hidden});
-  Tensor order = torch::stable::new_empty(d_z, {tokens}, ScalarType::Long);
-  Tensor starts = torch::stable::new_empty(d_z, {count + 1}, ScalarType::Long);
-  bertfast::sum_by_index({tokens, hidden, count, floats(d_z), Indices(index), skipped,
-                          static_cast<int64_t*>(order.data_ptr()), static_cast<int64_t*>(starts.data_ptr()),
-                          rows(d_table)});
-  return d_table;
+static Tensor sum_by_index(const Tensor& values, const int64_t* index, const Tensor& table, int64_t left_out = -1) {
+  const int64_t count = values.size(0), hidden = values.size(1), number = table.size(0);
+  Tensor sums = torch::stable::new_empty(table, {number, hidden});
+  bertfast::sum_by_index({count, number, hidden, rows(values), index, left_out, rows(sums)});
+  return sums;
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
     Tensor d_y, Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
     Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, std::optional<int64_t> padding_index,
     OptionalTensor seed, OptionalTensor number, OptionalTensor place, int64_t dropout_word, int64_t threshold) {
-  d_y = in_rows(d_y);
+  d_y = in_rows(d_y), word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = d_y.size(0), hidden = d_y.size(1);
-  Tensor d_z = new_floats(d_y, {tokens, hidden}), sums = new_floats(d_y, {2, hidden});
-  bertfast::embed_backward({tokens, hidden, rows(d_y),
-                            Tables(word, position, token_type, token_ids, token_type_ids, position_ids), Dense(gamma),
-                            floats(mean), floats(rstd), Mask(seed, number, place, dropout_word, threshold), floats(d_z),
-                            floats(sums)});
-  Tensor d_word = token_ids ? sum_by_index(d_z, *token_ids, word, padding_index.value_or(-1))
-                            : torch::stable::to(d_z, word.scalar_type());
-  return {d_word, sum_by_index(d_z, position_ids, position, -1), sum_by_index(d_z, token_type_ids, token_type, -1), sums};
+  const Indices words(token_ids), positions(position_ids), types(token_type_ids);
+  // As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
+  const bool alike = type_of(word) == type_of(position) && type_of(word) == type_of(token_type);
+  Tensor d_z = alike ? torch::stable::new_empty(word, {tokens, hidden}) : new_floats(word, {tokens, hidden});
+  Tensor sums = new_floats(word, {2, hidden});
+  bertfast::embed_backward(
+      {{tokens, hidden, rows(word), rows(position), rows(token_type), words, positions, types}, rows(d_y), Dense(gamma),
+       floats(mean), floats(rstd), Mask(seed, number, place, dropout_word, threshold), rows(d_z), floats(sums)});
+  int64_t left_out = padding_index.value_or(-1);
+  if (padding_index && left_out < 0) left_out += word.size(0);
+  Tensor d_word = token_ids ? sum_by_index(d_z, words, word, left_out) : torch::stable::to(d_z, word.scalar_type());
+  return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
 }
 
 // What both passes of attention are told, kept as long as the call lasts.
@@ -311,12 +306,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(
-      "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
-      "-> (Tensor, Tensor)");
-  library.def(
       "cpu_embed_forward(Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, Tensor token_type_ids, "
       "Tensor position_ids, Tensor gamma, Tensor beta, float eps, Tensor? seed, Tensor? number, Tensor? place, "
       "int dropout_word, int threshold) -> (Tensor, Tensor, Tensor)");
@@ -325,6 +314,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
       "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cpu_gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -340,10 +335,10 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy));
   library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
   library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
-  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
-  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
+  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
+  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
 }
 
 // Importing the module is what registers the operations; it holds nothing else.

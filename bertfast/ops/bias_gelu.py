@@ -47,13 +47,14 @@ def linear_gelu(
         bias=(bias, "columns", "floating"),
     )
     _check_approximate("linear_gelu", approximate)
-    implementation = choose("linear_gelu", implementation, x)
-    if implementation == "reference":
+    chosen = choose("bias_gelu", implementation, x)
+    if chosen == "reference":
         return reference.linear_gelu(x, weight, bias, approximate)
     dtype = product_dtype(x, weight)
-    if implementation == "triton" and (dtype, *weight.mT.shape) in _FUSED:
+    if chosen == "triton" and (dtype, *weight.mT.shape) in _FUSED:
         return LinearGelu.apply(x.to(dtype), weight.to(dtype), bias, approximate)
-    return BiasGelu.apply(implementation, F.linear(x, weight), bias, approximate)
+    # The product may be of another dtype than x, for which the choice is another.
+    return bias_gelu(F.linear(x, weight), bias, approximate, implementation=implementation)
 
 
 class BiasGelu(torch.autograd.Function):

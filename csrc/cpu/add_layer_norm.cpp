@@ -5,31 +5,28 @@
 
 namespace bertfast::BERTFAST_SET {
 
-// A token's z, zero beyond its end; without `bytes` nothing is dropped.
-template <class X, class R>
-INLINE void add(const X* x, const R* residual, const float* bias, const uint8_t* bytes, int threshold, int64_t hidden,
-                float* z) {
-  across(hidden, [&](int64_t column, int count) {
-    Floats sum = load_columns(x + column, count) + load(bias + column);
-    if (bytes != nullptr) sum *= factors(bytes + column, threshold);
-    store(z + column, load_columns(residual + column, count) + sum);
-  });
-}
-
 template <class X, class R>
 static void forward(const AddLayerNormForward& a) {
-  const int64_t width = padded(a.hidden);
   parallel(a.tokens, 16, [&](int64_t first, int64_t end) {
-    thread_local Scratch floats, masks;
+    thread_local Scratch floats, bytes;
+    HiddenMask mask(a.dropout, a.hidden, bytes);
+    const int64_t width = padded(a.hidden);
     float* const bias = floats.room<float>(4 * width);
     float *const gamma = bias + width, *const beta = gamma + width, *const z = beta + width;
-    uint8_t* const bytes = a.dropout.threshold ? masks.room<uint8_t>(width + 16 * LANES) : nullptr;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma), widen(a.beta, a.hidden, beta);
     for (int64_t token = first; token < end; ++token) {
-      if (bytes) hidden_bytes(a.dropout, token, a.hidden, bytes);
-      add(row<X>(a.x, token), row<R>(a.residual, token), bias, bytes, a.dropout.threshold, a.hidden, z);
-      a.rstd[token] = normalise(z, a.hidden, a.eps, &a.mean[token]);
-      store_affine(z, gamma, beta, a.hidden, row<R>(a.y, token));
+      const X* const x = row<X>(a.x, token);
+      const R* const residual = row<R>(a.residual, token);
+      R* const y = row<R>(a.y, token);
+      mask.draw(token);
+      const LayerNorm norm = statistics(a.hidden, a.eps, z, [&](int64_t column, int count) {
+        const Floats sum = load_columns(x + column, count) + load(bias + column);
+        return mask.add(column, sum, load_columns(residual + column, count));
+      });
+      across(a.hidden, [&](int64_t column, int count) {
+        store_columns(y + column, norm(load(z + column)) * load(gamma + column) + load(beta + column), count);
+      });
+      a.mean[token] = norm.mean, a.rstd[token] = norm.rstd;
     }
   });
 }
@@ -37,26 +34,31 @@ static void forward(const AddLayerNormForward& a) {
 template <class X, class R>
 static void backward(const AddLayerNormBackward& a) {
   const int64_t width = padded(a.hidden);
-  sum_over_rows(a.tokens, 3, a.hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
-    thread_local Scratch floats, masks;
+  sum_over_rows<3>(a.tokens, a.hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
+    thread_local Scratch floats, bytes;
+    HiddenMask mask(a.dropout, a.hidden, bytes);
     float* const bias = floats.room<float>(4 * width);
-    float *const gamma = bias + width, *const z = gamma + width, *const d_z = z + width;
-    uint8_t* const bytes = a.dropout.threshold ? masks.room<uint8_t>(width + 16 * LANES) : nullptr;
+    float *const gamma = bias + width, *const room = gamma + width;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma);
     for (int64_t token = first; token < end; ++token) {
-      if (bytes) hidden_bytes(a.dropout, token, a.hidden, bytes);
-      add(row<X>(a.x, token), row<R>(a.residual, token), bias, bytes, a.dropout.threshold, a.hidden, z);
-      differentiate_layer_norm(row<R>(a.d_y, token), z, gamma, a.mean[token], a.rstd[token], a.hidden, d_z, sums,
-                               sums + width);
+      const X* const x = row<X>(a.x, token);
+      const R *const residual = row<R>(a.residual, token), *const d_y = row<R>(a.d_y, token);
+      X* const d_x = a.d_x.data ? row<X>(a.d_x, token) : nullptr;
       R* const d_residual = row<R>(a.d_residual, token);
-      X* const d_x = row<X>(a.d_x, token);
-      across(a.hidden, [&](int64_t column, int count) {
-        Floats d = load(d_z + column);
-        store_columns(d_residual + column, d, count);
-        if (bytes) d *= factors(bytes + column, a.dropout.threshold);
-        if (a.d_x.data) store_columns(d_x + column, d, count);
-        store(sums + 2 * width + column, load(sums + 2 * width + column) + d);
-      });
+      mask.draw(token);
+      differentiate(
+          LayerNorm{a.mean[token], a.rstd[token]}, a.hidden, gamma, sums, sums + width, room,
+          [&](int64_t column, int count) {
+            const Floats sum = load_columns(x + column, count) + load(bias + column);
+            return mask.add(column, sum, load_columns(residual + column, count));
+          },
+          [&](int64_t column, int count) { return load_columns(d_y + column, count); },
+          [&](int64_t column, int count, Floats d_z) {
+            store_columns(d_residual + column, d_z, count);
+            const Floats d = mask(column, d_z);
+            if (d_x) store_columns(d_x + column, d, count);
+            add_to(sums + 2 * width + column, d);
+          });
     }
   });
 }

@@ -1,4 +1,4 @@
-// y = gelu(x + bias), and its gradients.
+// y = gelu(x + bias) and its gradients.
 #pragma once
 #include "instruction_set.h"
 #include "tensors.h"
@@ -9,16 +9,16 @@ struct BiasGeluForward {
   int64_t tokens, columns;
   Rows x;       // [T, columns]
   Vector bias;  // [columns]
-  bool tanh;    // the formula, instead of the exact GELU
+  bool tanh;    // GELU's tanh formula
   Rows y;       // [T, columns], of x's type
 };
 
 struct BiasGeluBackward {
   int64_t tokens, columns;
-  Rows d_y, x;   // [T, columns], of one type
-  Vector bias;   // [columns]
+  Rows d_y, x;  // [T, columns], of one type
+  Vector bias;  // [columns]
   bool tanh;
-  Rows d_x;      // [T, columns], of x's type
+  Rows d_x;       // [T, columns], of x's type
   float* d_bias;  // [columns]
 };
 

@@ -62,7 +62,7 @@ static void all_rows(const CrossEntropy& a) {
     for (int64_t index = first; index < end; ++index) one_row<T>(a, index, bias, share);
   };
   if (a.gradient)
-    sum_over_rows(a.rows, 1, a.vocabulary, a.d_bias, some);
+    sum_over_rows<1>(a.rows, a.vocabulary, a.d_bias, some);
   else
     parallel(a.rows, 1, [&](int64_t first, int64_t end) { some(first, end, nullptr); });
 }

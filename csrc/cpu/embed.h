@@ -5,42 +5,39 @@
 
 namespace bertfast {
 
-// What z of T tokens is gathered from; the tables are of one type.
+// Indices are within their tables.
 struct Embeddings {
-  Rows word, position, token_type;                                // [V or T, H], [positions, H], [types, H]
-  const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; without token ids, word has a row a token
+  int64_t tokens, hidden;
+  Rows word, position, token_type;  // [V, H], or [T, H] without token ids; [positions, H]; [types, H]
+  const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; the first may be null
 };
 
 struct EmbedForward {
-  int64_t tokens, hidden;
-  Embeddings tables;
+  Embeddings from;
   Vector gamma, beta;  // [H]
   float eps;
   HiddenDropout dropout;
-  Rows y;              // [T, H]
+  Rows y;              // [T, H], of word's type
   float *mean, *rstd;  // [T], of z
 };
 
 struct EmbedBackward {
-  int64_t tokens, hidden;
-  Rows d_y;  // [T, H]
-  Embeddings tables;
+  Embeddings from;
+  Rows d_y;                  // [T, H], of word's type
   Vector gamma;              // [H]
   const float *mean, *rstd;  // [T]
   HiddenDropout dropout;
-  float* d_z;   // [T, H]
+  Rows d_z;     // [T, H], of word's type or float32
   float* sums;  // [2, H]: d_gamma and d_beta
 };
 
-// The gradient of a table of which rows were gathered: row i is the sum of the rows of d_z whose index is i.
+// The gradient of a table of embeddings: each of its rows is the sum of the values' rows that have its index.
 struct SumByIndex {
-  int64_t tokens, hidden, rows;
-  const float* d_z;       // [T, H]
-  const int64_t* index;   // [T], in 0 … rows - 1
-  int64_t skipped;        // a row that gets zero; none: -1
-  int64_t* order;         // [T], scratch
-  int64_t* starts;        // [rows + 1], scratch
-  Rows d_table;           // [rows, H]
+  int64_t count, rows, hidden;
+  Rows values;           // [count, H]
+  const int64_t* index;  // [count]
+  int64_t left_out;      // the row that is zero whatever its values; -1: there is none
+  Rows table;            // [rows, H]
 };
 
 }  // namespace bertfast

@@ -1,49 +1,48 @@
-// GELU (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside; as kernels/gelu.py.
+// GELU (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside.
+//
+// Either takes one exponential and one division, and its derivative the same two.
 #pragma once
 #include "vector.h"
 
 namespace bertfast::BERTFAST_SET {
 
-// A distribution and its density at some point.
+// A distribution at x that is symmetric about 0: what lies beyond |x|, which neither cancels nor overflows.
 struct Distribution {
-  Floats below, density;
+  Floats tail, density;
 };
 
-// The standard normal distribution, Φ to 7.5e-8 (Abramowitz and Stegun, 1964, formula 26.2.17).
-INLINE Distribution normal_distribution(Floats u) {
-  const Floats density = exp2(u * u * -0.7213475204444817f - 1.3257480647361593f);  // e^(-u² / 2) / sqrt(2 π)
-  const Floats t = 1.f / (absolute(u) * 0.2316419f + 1.f);
-  Floats series = t * 1.330274429f - 1.821255978f;
-  series = series * t + 1.781477937f;
-  series = series * t - 0.356563782f;
-  series = series * t + 0.319381530f;
-  const Floats tail = density * t * series;
-  return {u > splat(0.f) ? 1.f - tail : tail, density};
+// The standard normal one, its tail to 7.5e-8 (Abramowitz and Stegun, 1964, formula 26.2.17).
+INLINE Distribution normal(Floats x) {
+  const Floats density = exp2(x * x * -0.7213475204444817f - 1.3257480647361593f);  // e^(-x² / 2) / sqrt(2 π)
+  const Floats t = 1.f / (absolute(x) * 0.2316419f + 1.f);
+  const Floats series = (((t * 1.330274429f - 1.821255978f) * t + 1.781477937f) * t - 0.356563782f) * t + 0.319381530f;
+  return {density * t * series, density};
 }
 
-// The logistic distribution, from its tail, which neither overflows nor cancels.
-INLINE Distribution logistic_distribution(Floats x) {
+INLINE Distribution logistic(Floats x) {
   const Floats e = exp2(absolute(x) * -1.4426950408889634f), tail = e / (e + 1.f);
-  return {x > splat(0.f) ? 1.f - tail : tail, tail * (1.f - tail)};
+  return {tail, tail * (1.f - tail)};
 }
 
-// 2 v, where v = sqrt(2 / π) · (u + 0.044715 u³).
-INLINE Floats doubled_argument(Floats u) { return u * (u * u * 0.0713548162726f + 1.5957691216057308f); }
+struct Curve {
+  Floats value, slope;
+};
 
+// GELU at u and its derivative there. The value is no bare product, which the compiler might or might not fuse with
+// what it is added to next, where forward and backward pass must agree.
 template <bool TANH>
-INLINE Floats gelu(Floats u) {
-  if constexpr (TANH) return u * logistic_distribution(doubled_argument(u)).below;
-  return u * normal_distribution(u).below;
-}
-
-template <bool TANH>
-INLINE Floats gelu_derivative(Floats u) {
+INLINE Curve gelu(Floats u) {
+  Distribution at;
+  Floats inner = splat(1.f);  // the derivative of the distribution's argument
   if constexpr (TANH) {
-    const Distribution at = logistic_distribution(doubled_argument(u));
-    return at.below + u * at.density * (u * u * 0.2140644488178f + 1.5957691216057308f);
+    const Floats square = u * u;  // 2 v = 2 sqrt(2 / π) · (u + 0.044715 u³)
+    at = logistic(u * (square * 0.0713548162726f + 1.5957691216057308f));
+    inner = square * 0.2140644488178f + 1.5957691216057308f;
+  } else {
+    at = normal(u);
   }
-  const Distribution at = normal_distribution(u);
-  return at.below + u * at.density;
+  return {maximum(u, splat(0.f)) - absolute(u) * at.tail,
+          (u > splat(0.f) ? 1.f - at.tail : at.tail) + u * at.density * inner};
 }
 
 }  // namespace bertfast::BERTFAST_SET

@@ -5,25 +5,24 @@
 
 namespace bertfast::BERTFAST_SET {
 
-template <class X>
-INLINE void activate(const X* x, const float* bias, int64_t hidden, float* z) {
-  across(hidden, [&](int64_t column, int count) {
-    store(z + column, gelu<false>(load_columns(x + column, count) + load(bias + column)));
-  });
-}
-
 template <class X, class Y>
 static void forward(const GeluLayerNormForward& a) {
-  const int64_t width = padded(a.hidden);
-  parallel(a.rows, 8, [&](int64_t first, int64_t end) {
-    thread_local Scratch scratch;
-    float* const bias = scratch.room<float>(4 * width);
+  parallel(a.count, 16, [&](int64_t first, int64_t end) {
+    thread_local Scratch floats;
+    const int64_t width = padded(a.hidden);
+    float* const bias = floats.room<float>(4 * width);
     float *const gamma = bias + width, *const beta = gamma + width, *const z = beta + width;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma), widen(a.beta, a.hidden, beta);
-    for (int64_t index = first; index < end; ++index) {
-      activate(row<X>(a.x, index), bias, a.hidden, z);
-      a.rstd[index] = normalise(z, a.hidden, a.eps, &a.mean[index]);
-      store_affine(z, gamma, beta, a.hidden, row<Y>(a.y, index));
+    for (int64_t number = first; number < end; ++number) {
+      const X* const x = row<X>(a.x, number);
+      Y* const y = row<Y>(a.y, number);
+      const LayerNorm norm = statistics(a.hidden, a.eps, z, [&](int64_t column, int count) {
+        return gelu<false>(load_columns(x + column, count) + load(bias + column)).value;
+      });
+      across(a.hidden, [&](int64_t column, int count) {
+        store_columns(y + column, norm(load(z + column)) * load(gamma + column) + load(beta + column), count);
+      });
+      a.mean[number] = norm.mean, a.rstd[number] = norm.rstd;
     }
   });
 }
@@ -31,23 +30,28 @@ static void forward(const GeluLayerNormForward& a) {
 template <class X, class Y>
 static void backward(const GeluLayerNormBackward& a) {
   const int64_t width = padded(a.hidden);
-  sum_over_rows(a.rows, 3, a.hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
-    thread_local Scratch scratch;
-    float* const bias = scratch.room<float>(4 * width);
-    float *const gamma = bias + width, *const z = gamma + width, *const d_z = z + width;
+  sum_over_rows<3>(a.count, a.hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
+    thread_local Scratch floats;
+    float* const bias = floats.room<float>(5 * width);
+    float *const gamma = bias + width, *const slope = gamma + width, *const room = slope + width;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma);
-    for (int64_t index = first; index < end; ++index) {
-      const X* const x = row<X>(a.x, index);
-      X* const d_x = row<X>(a.d_x, index);
-      activate(x, bias, a.hidden, z);
-      differentiate_layer_norm(row<Y>(a.d_y, index), z, gamma, a.mean[index], a.rstd[index], a.hidden, d_z, sums,
-                               sums + width);
-      across(a.hidden, [&](int64_t column, int count) {
-        const Floats u = load_columns(x + column, count) + load(bias + column);
-        const Floats d = load(d_z + column) * gelu_derivative<false>(u);
-        store_columns(d_x + column, d, count);
-        store(sums + 2 * width + column, load(sums + 2 * width + column) + d);
-      });
+    for (int64_t number = first; number < end; ++number) {
+      const X* const x = row<X>(a.x, number);
+      const Y* const d_y = row<Y>(a.d_y, number);
+      X* const d_x = row<X>(a.d_x, number);
+      differentiate(
+          LayerNorm{a.mean[number], a.rstd[number]}, a.hidden, gamma, sums, sums + width, room,
+          [&](int64_t column, int count) {
+            const Curve curve = gelu<false>(load_columns(x + column, count) + load(bias + column));
+            store(slope + column, curve.slope);
+            return curve.value;
+          },
+          [&](int64_t column, int count) { return load_columns(d_y + column, count); },
+          [&](int64_t column, int count, Floats d_z) {
+            const Floats d = d_z * load(slope + column);
+            store_columns(d_x + column, d, count);
+            add_to(sums + 2 * width + column, d);
+          });
     }
   });
 }

@@ -6,7 +6,7 @@
 namespace bertfast {
 
 struct GeluLayerNormForward {
-  int64_t rows, hidden;
+  int64_t count, hidden;
   Rows x;                    // [R, H]
   Vector bias, gamma, beta;  // [H]
   float eps;
@@ -15,8 +15,9 @@ struct GeluLayerNormForward {
 };
 
 struct GeluLayerNormBackward {
-  int64_t rows, hidden;
-  Rows d_y, x;               // [R, H]
+  int64_t count, hidden;
+  Rows d_y;                  // [R, H], of gamma's type
+  Rows x;                    // [R, H]
   Vector bias, gamma;        // [H]
   const float *mean, *rstd;  // [R]
   Rows d_x;                  // [R, H], of x's type

@@ -10,13 +10,33 @@ namespace bertfast::BERTFAST_SET {
 
 INLINE int64_t padded(int64_t hidden) { return (hidden + LANES - 1) / LANES * LANES; }
 
+template <class T>
+INLINE T* row(const Rows& x, int64_t number) {
+  return (T*)x.data + number * x.stride;
+}
+
 // f(column, count) for each register of a row: `count` is LANES but at its end.
 template <class F>
 INLINE void across(int64_t hidden, const F& f) {
   int64_t column = 0;
+  for (; column + 4 * LANES <= hidden; column += 4 * LANES)
+    UNROLL for (int i = 0; i < 4; ++i) f(column + i * LANES, LANES);
   for (; column + LANES <= hidden; column += LANES) f(column, LANES);
   if (column < hidden) f(column, (int)(hidden - column));
 }
+
+// A sum of registers in four parts that take turns, so that no addition waits for the one before.
+class Sum {
+ public:
+  [[gnu::always_inline]] void operator+=(Floats x) {
+    const Floats next = parts_[0] + x;
+    parts_[0] = parts_[1], parts_[1] = parts_[2], parts_[2] = parts_[3], parts_[3] = next;
+  }
+  [[gnu::always_inline]] float total() const { return sum((parts_[0] + parts_[1]) + (parts_[2] + parts_[3])); }
+
+ private:
+  Floats parts_[4] = {};
+};
 
 template <class T>
 INLINE Floats load_columns(const T* p, int count) {
@@ -39,57 +59,50 @@ static inline void widen(const Vector& vector, int64_t hidden, float* out) {
   });
 }
 
-// z becomes (z - mean) / deviation, of which the factor 1 / deviation is returned; statistics in two passes.
-INLINE float normalise(float* z, int64_t hidden, float eps, float* mean) {
-  Floats total[4] = {};
-  for (int64_t column = 0; column < padded(hidden); column += LANES) total[column / LANES % 4] += load(z + column);
-  *mean = sum((total[0] + total[1]) + (total[2] + total[3])) / hidden;
-  Floats squares[4] = {};
+INLINE void add_to(float* p, Floats x) { store(p, load(p) + x); }
+
+struct LayerNorm {
+  float mean, rstd;
+  [[gnu::always_inline]] Floats operator()(Floats z) const { return (z - mean) * rstd; }
+};
+
+// Keeps a row in `z`, of which make(column, count) has the registers, zero beyond its end; statistics in two passes.
+template <class F>
+INLINE LayerNorm statistics(int64_t hidden, float eps, float* z, const F& make) {
+  Sum sum, squares;
   across(hidden, [&](int64_t column, int count) {
-    Floats centred = load(z + column) - *mean;
+    const Floats made = make(column, count);
+    store(z + column, made), sum += made;
+  });
+  const float mean = sum.total() / hidden;
+  across(hidden, [&](int64_t column, int count) {
+    Floats centred = load(z + column) - mean;
     if (count < LANES) centred = lane_numbers() < splat((uint32_t)count) ? centred : splat(0.f);
-    squares[column / LANES % 4] += centred * centred;
-    store(z + column, centred);
+    squares += centred * centred;
   });
-  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / hidden;
-  const float rstd = 1 / __builtin_sqrtf(variance + eps);
-  for (int64_t column = 0; column < padded(hidden); column += LANES) store(z + column, load(z + column) * rstd);
-  return rstd;
+  return {mean, 1 / __builtin_sqrtf(squares.total() / hidden + eps)};
 }
 
-// y = z · gamma + beta.
-template <class Y>
-INLINE void store_affine(const float* z, const float* gamma, const float* beta, int64_t hidden, Y* y) {
+// The gradient of y = LN(z): z(column, count) and d_y(column, count) have registers of theirs, of which d_y is zero
+// beyond the row's end, and d_z(column, count, gradient) takes those of z's. `room` has two rows.
+template <class Z, class DY, class DZ>
+INLINE void differentiate(const LayerNorm& norm, int64_t hidden, const float* gamma, float* gamma_sums,
+                          float* beta_sums, float* room, const Z& z, const DY& d_y, const DZ& d_z) {
+  float *const normal = room, *const weighted = room + padded(hidden);
+  Sum sum, projection;
   across(hidden, [&](int64_t column, int count) {
-    store_columns(y + column, load(z + column) * load(gamma + column) + load(beta + column), count);
+    const Floats n = norm(z(column, count)), d = d_y(column, count), w = d * load(gamma + column);
+    store(normal + column, n), store(weighted + column, w);
+    sum += w, projection += w * n;
+    add_to(gamma_sums + column, d * n), add_to(beta_sums + column, d);
   });
-}
-
-// The gradient d_z of z, from that of y = LN(z), and its share of the sums for gamma and beta; z becomes (z - mean) · rstd.
-template <class T>
-INLINE void differentiate_layer_norm(const T* d_y, float* z, const float* gamma, float mean, float rstd, int64_t hidden,
-                                     float* d_z, float* gamma_sums, float* beta_sums) {
-  Floats total[2] = {}, projection[2] = {};
+  const float offset = sum.total() / hidden, slope = projection.total() / hidden;
   across(hidden, [&](int64_t column, int count) {
-    const Floats d = load_columns(d_y + column, count), normal = (load(z + column) - mean) * rstd;
-    const Floats g = d * load(gamma + column);
-    store(z + column, normal), store(d_z + column, g);
-    total[column / LANES % 2] += g, projection[column / LANES % 2] += g * normal;
-    store(gamma_sums + column, load(gamma_sums + column) + d * normal);
-    store(beta_sums + column, load(beta_sums + column) + d);
+    d_z(column, count, (load(weighted + column) - (load(normal + column) * slope + offset)) * norm.rstd);
   });
-  const float offset = sum(total[0] + total[1]) / hidden, slope = sum(projection[0] + projection[1]) / hidden;
-  for (int64_t column = 0; column < padded(hidden); column += LANES)
-    store(d_z + column, (load(d_z + column) - (load(z + column) * slope + offset)) * rstd);
 }
 
-// Row `index` of a tensor whose elements are of type T.
-template <class T>
-INLINE T* row(const Rows& x, int64_t index) {
-  return static_cast<T*>(x.data) + index * x.stride;
-}
-
-// f with a value of the C++ type of a tensor, or of two.
+// f(X{}, R{}) with the C++ types of two tensors.
 template <class F>
 INLINE void with_type(Type type, const F& f) {
   type == Type::float32 ? f(float{}) : f(BFloat16{});
@@ -100,26 +113,27 @@ INLINE void with_types(Type x, Type r, const F& f) {
   with_type(x, [&]<class X>(X x) { with_type(r, [&]<class R>(R r) { f(x, r); }); });
 }
 
-// Sums over rows of `vectors` vectors: f(first, end, share) adds what the rows first … end - 1 have to a share
-// [vectors, padded(size)]. Shares are of fixed rows and added in order, so that the bits do not depend on the threads.
-template <class F>
-static inline void sum_over_rows(int64_t rows, int64_t vectors, int64_t size, float* sums, const F& f) {
-  const int64_t shares = rows < 32 ? 1 : rows < 64 * 32 ? rows / 32 : 64, width = padded(size);
-  thread_local Scratch scratch;
-  float* const all = scratch.room<float>(shares * vectors * width);
-  parallel(shares, 1, [&](int64_t first, int64_t end) {
-    for (int64_t share = first; share < end; ++share) {
-      float* const own = all + share * vectors * width;
-      std::memset(own, 0, vectors * width * sizeof(float));
-      f(rows * share / shares, rows * (share + 1) / shares, own);
+// f(first, end, sums) for parts of `rows` rows, which add to N sums of a row each, zero at first and padded(hidden)
+// apart; `out` [N, hidden] is the sum over all. The parts follow from the number of rows alone, and so do the bits.
+template <int N, class F>
+static inline void sum_over_rows(int64_t rows, int64_t hidden, float* out, const F& f) {
+  static thread_local Scratch memory;
+  const int64_t slots = rows < 64 ? 1 : rows < 64 * 32 ? rows / 32 : 64, width = padded(hidden), size = N * width;
+  float* const shares = memory.room<float>(slots * size);
+  parallel(slots, 1, [&](int64_t first, int64_t end) {
+    for (int64_t slot = first; slot < end; ++slot) {
+      std::memset(shares + slot * size, 0, size * sizeof(float));
+      f(rows * slot / slots, rows * (slot + 1) / slots, shares + slot * size);
     }
   });
-  for (int64_t vector = 0; vector < vectors; ++vector)
-    across(size, [&](int64_t column, int count) {
+  parallel(size / LANES, 64, [&](int64_t first, int64_t end) {
+    for (int64_t place = first * LANES; place < end * LANES; place += LANES) {
       Floats total{};
-      for (int64_t share = 0; share < shares; ++share) total += load(all + (share * vectors + vector) * width + column);
-      store_columns(sums + vector * size + column, total, count);
-    });
+      for (int64_t slot = 0; slot < slots; ++slot) total += load(shares + slot * size + place);
+      const int64_t column = place % width, left = hidden - column;
+      store_columns(out + place / width * hidden + column, total, left < LANES ? (int)left : LANES);
+    }
+  });
 }
 
 }  // namespace bertfast::BERTFAST_SET

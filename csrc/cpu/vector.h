@@ -28,6 +28,7 @@ constexpr int LANES = 4;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
@@ -40,18 +41,25 @@ INLINE Words lane_numbers() {
   return lanes;
 }
 
-INLINE Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
+// What gcc makes of __builtin_convertvector takes several times the instructions where a vector is less than 16 bytes or
+// more than a register; hence the intrinsics here.
+INLINE Floats widen(Halves x) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return (Floats)(_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
+  return (Floats)(__builtin_convertvector(x, Words) << 16);
+#endif
+}
 
 // To the nearest bf16, ties to even; a NaN stays one.
 INLINE Halves narrow(Floats x) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh(x);
 #else
-  const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words result = x == x ? rounded : (bits >> 16) | 0x40;
+  const Words bits = (Words)x, rounded = bits + (((bits >> 16) & 1) + 0x7fff);
+  const Words result = (rounded | (Words)(x != x)) >> 16;
 #if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)result, (__m256i)result);
-  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)result), _mm256_extracti128_si256((__m256i)result, 1));
 #else
   return __builtin_convertvector(result, Halves);
 #endif
@@ -77,11 +85,32 @@ INLINE void store(BFloat16* p, Floats x) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
+// Copies `count` < LANES elements, without the call that a size unknown to the compiler would be.
+template <class T>
+INLINE void copy_some(T* to, const T* from, int count) {
+  int64_t done = 0;
+  UNROLL for (int size = LANES / 2; size > 0; size /= 2) {
+    if (!(count & size)) continue;
+    std::memcpy(to + done, from + done, size * sizeof(T));
+    done += size;
+  }
+}
+
+INLINE Ints load(const uint8_t* p) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  Bytes x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
 // The first `count` < LANES elements; the others are zero.
 template <class T>
 INLINE Floats load(const T* p, int count) {
   T some[LANES] = {};
-  std::memcpy(some, p, count * sizeof(T));
+  copy_some(some, p, count);
   return load(some);
 }
 
@@ -89,10 +118,16 @@ template <class T>
 INLINE void store(T* p, Floats x, int count) {
   T some[LANES];
   store(some, x);
-  std::memcpy(p, some, count * sizeof(T));
+  copy_some(p, some, count);
 }
 
-INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+  return _mm256_max_ps(a, b);  // gcc makes two instructions of the expression, which is the same
+#else
+  return a > b ? a : b;
+#endif
+}
 INLINE Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
 
 INLINE float sum(Floats x) {
@@ -175,35 +210,59 @@ INLINE Words pair(Floats first, Floats second) {
   return __builtin_convertvector(narrow(first), Words) | __builtin_convertvector(narrow(second), Words) << 16;
 }
 
-// Philox4x32-10 (Salmon et al., 2011) of the counters (c0, c1, c2, c3), one in each lane; see bertfast/dropout.py.
-INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
-  using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
-  const Longs low = 0xffffffff - Longs{};
-  const auto product = [&](Longs x, uint32_t factor) -> Longs {  // of the lower halves
+// Philox4x32-10 (Salmon et al., 2011), CALLS in each lane; see bertfast/dropout.py. calls[i] are the four words of the
+// counters, and then of the numbers, in the lanes' lower halves; the upper ones hold anything.
+template <int CALLS>
+INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
+  const auto product = [](Longs x, uint32_t factor) -> Longs {  // of the lower halves
 #if defined(__AVX512F__)
     return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
 #elif defined(__AVX2__) && !defined(BERTFAST_LANES)
     return (Longs)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
 #else
-    return (x & low) * factor;
+    return (x & 0xffffffff) * factor;
 #endif
   };
-  // Even and odd lanes apart, each with room for its products.
-  Longs x[2][4] = {{(Longs)c0, (Longs)c1, c2 - Longs{}, c3 - Longs{}}, {}};
-  x[1][0] = x[0][0] >> 32, x[1][1] = x[0][1] >> 32, x[1][2] = x[0][2], x[1][3] = x[0][3];
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
   UNROLL for (int round = 0; round < 10; ++round) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-      Longs* const c = x[half];
+    UNROLL for (int i = 0; i < CALLS; ++i) {
+      Longs* const c = calls[i];
       const Longs a = product(c[0], 0xD2511F53), b = product(c[2], 0xCD9E8D57);
-      c[0] = (b >> 32) ^ c[1] ^ key0;
+      c[0] = (b >> 32) ^ (c[1] ^ key0);
       c[1] = b;
-      c[2] = (a >> 32) ^ c[3] ^ key1;
+      c[2] = (a >> 32) ^ (c[3] ^ key1);
       c[3] = a;
     }
     key0 += 0x9E3779B9, key1 += 0xBB67AE85;
   }
-  UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((x[0][i] & low) | (x[1][i] << 32));
+}
+
+// The same of the counters (c0, c1, c2, c3), one in each of LANES lanes.
+INLINE void philox(Words c0, Words c1, uint32_t c2, uint32_t c3, uint64_t seed, Words out[4]) {
+  const Longs even0 = (Longs)c0, even1 = (Longs)c1;
+  Longs calls[2][4] = {{even0, even1, c2 - Longs{}, c3 - Longs{}},
+                       {even0 >> 32, even1 >> 32, c2 - Longs{}, c3 - Longs{}}};
+  philox(calls, seed);
+  UNROLL for (int i = 0; i < 4; ++i) out[i] = (Words)((calls[0][i] & 0xffffffff) | (calls[1][i] << 32));
+}
+
+// The order in which store_calls writes the lanes of a Longs, so that it takes no more than instructions that stay
+// within 16 bytes.
+INLINE Longs call_numbers() {
+  Longs numbers;
+  for (int i = 0; i < LANES / 2; ++i) numbers[i] = i / 2 + i % 2 * (LANES / 4);
+  return numbers;
+}
+
+// Writes the words of each lane, 16 bytes, one lane after another in the order of call_numbers.
+INLINE void store_calls(uint8_t* p, const Longs call[4]) {
+  const Longs low = (call[0] & 0xffffffff) | (call[1] << 32), high = (call[2] & 0xffffffff) | (call[3] << 32);
+  Longs even, odd;  // the lanes' numbers in (low, high)
+  for (int i = 0; i < LANES / 2; i += 2)
+    even[i] = i, even[i + 1] = LANES / 2 + i, odd[i] = i + 1, odd[i + 1] = LANES / 2 + i + 1;
+  const Longs first = __builtin_shuffle(low, high, even), second = __builtin_shuffle(low, high, odd);
+  std::memcpy(p, &first, sizeof first);
+  std::memcpy(p + sizeof first, &second, sizeof second);
 }
 
 }  // namespace bertfast::BERTFAST_SET
