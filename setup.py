@@ -26,7 +26,7 @@ EMULATED = {
     name: f"-mavx2 -mfma -DBERTFAST_LANES=16{' -DBERTFAST_PAIRS' * (name == 'avx512_bf16')}"
     for name in ("avx512", "avx512_bf16")
 }
-NOT_KERNELS = ("instruction_set.cpp", "attention_tasks.cpp")
+NOT_KERNELS = ("instruction_set.cpp",)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11

@@ -7,13 +7,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/add_layer_norm.h"
-#include "cpu/attention.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/bias_gelu.h"
 #include "cpu/cross_entropy.h"
@@ -212,55 +212,58 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
 }
 
+// The tensor itself if each token's elements are adjacent, else a copy of which they are.
+static Tensor in_tokens(const Tensor& qkv) {
+  const int64_t heads = qkv.size(2), dimension = qkv.size(3);
+  const bool dense = qkv.stride(3) == 1 && qkv.stride(2) == dimension && qkv.stride(1) == heads * dimension;
+  return dense ? qkv : torch::stable::contiguous(qkv);
+}
+
 // What both passes of attention are told, kept as long as the call lasts.
-class Attended {
+class AttentionCall {
  public:
-  Attended(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& numbers, double scale, bool causal,
-           std::optional<int64_t> window, const OptionalTensor& seed, int64_t word, int64_t threshold, bool backward)
-      : qkv_(in_tokens(qkv)), cu_seqlens_(torch::stable::contiguous(cu_seqlens)), numbers_(numbers) {
-    const int64_t sequences = cu_seqlens.size(0) - 1, heads = qkv.size(2);
-    STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, "cu_seqlens must be int32");
-    const auto* starts = static_cast<const int32_t*>(cu_seqlens_.data_ptr());
-    tasks_ = attention_tasks(starts, sequences, heads, threads(), backward);
-    input_ = {qkv_.data_ptr(), type_of(qkv_), qkv_.stride(0), qkv.size(0), heads, qkv.size(3), sequences, starts,
-              numbers_, (float)scale, causal, window.value_or(qkv.size(0)),
-              seed ? *static_cast<const uint64_t*>(seed->data_ptr()) : 0, (uint32_t)word, seed ? (int)threshold : 0,
-              tasks_.data(), (int64_t)tasks_.size()};
+  AttentionCall(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& numbers, double scale, bool causal,
+                std::optional<int64_t> window, const OptionalTensor& seed, int64_t word, int64_t threshold,
+                bool backward)
+      : qkv_(in_tokens(qkv)), starts_(cu_seqlens), numbers_(numbers) {
+    const int64_t sequences = cu_seqlens.size(0) - 1, *starts = starts_;
+    inputs_.tokens = qkv.size(0), inputs_.used = starts[sequences];
+    inputs_.heads = (int)qkv.size(2), inputs_.head_dimension = (int)qkv.size(3);
+    inputs_.qkv = qkv_.data_ptr(), inputs_.type = type_of(qkv_), inputs_.stride = qkv_.stride(0);
+    inputs_.scale = (float)scale, inputs_.causal = causal;
+    inputs_.window = (int)std::min<int64_t>(window.value_or(EVERYWHERE), EVERYWHERE);
+    if (seed)
+      inputs_.dropout = {*static_cast<const uint64_t*>(seed->data_ptr()), numbers_, (uint32_t)word, (int)threshold};
+    tasks_ = attention_tasks(starts, (int)sequences, inputs_.heads, inputs_.window, threads(), backward);
+    inputs_.tasks = tasks_.data(), inputs_.task_count = (int64_t)tasks_.size();
   }
-  operator const AttentionInput&() const { return input_; }
+  operator const AttentionInputs&() const { return inputs_; }
 
  private:
-  // Any distance between tokens, none within one.
-  static Tensor in_tokens(const Tensor& qkv) {
-    const bool dense = qkv.stride(3) == 1 && qkv.stride(2) == qkv.size(3) && qkv.stride(1) == qkv.size(2) * qkv.size(3);
-    return dense ? qkv : torch::stable::contiguous(qkv);
-  }
-
-  Tensor qkv_, cu_seqlens_;
-  Indices numbers_;
+  static constexpr int64_t EVERYWHERE = 1 << 30;  // a window that hides nothing
+  Tensor qkv_;
+  Indices starts_, numbers_;
   std::vector<AttentionTask> tasks_;
-  AttentionInput input_;
+  AttentionInputs inputs_{};
 };
 
-static std::tuple<Tensor, Tensor> attention_forward(
-    Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t longest, double scale, bool causal,
-    std::optional<int64_t> window, OptionalTensor seed, int64_t word, int64_t threshold) {
-  (void)longest;  // by which Triton's tiles are chosen
-  const Attended input(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, false);
+static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t /*longest*/,
+                                                    double scale, bool causal, std::optional<int64_t> window,
+                                                    OptionalTensor seed, int64_t word, int64_t threshold) {
+  const AttentionCall call(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, false);
   Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2), qkv.size(3)});
   Tensor lse = new_floats(qkv, {qkv.size(2), qkv.size(0)});
-  bertfast::attention_forward({input, o.data_ptr(), floats(lse)});
+  bertfast::attention_forward({call, o.data_ptr(), floats(lse)});
   return {o, lse};
 }
 
-static Tensor attention_backward(
-    Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, int64_t longest, double scale,
-    bool causal, std::optional<int64_t> window, OptionalTensor seed, int64_t word, int64_t threshold) {
-  (void)longest;
-  const Attended input(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, true);
-  d_o = torch::stable::contiguous(d_o);
+static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers,
+                                 int64_t /*longest*/, double scale, bool causal, std::optional<int64_t> window,
+                                 OptionalTensor seed, int64_t word, int64_t threshold) {
+  const AttentionCall call(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, true);
+  d_o = torch::stable::contiguous(d_o), o = torch::stable::contiguous(o);
   Tensor d_qkv = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
-  bertfast::attention_backward({input, d_o.data_ptr(), o.data_ptr(), floats(lse), d_qkv.data_ptr()});
+  bertfast::attention_backward({call, d_o.data_ptr(), o.data_ptr(), floats(lse), d_qkv.data_ptr()});
   return d_qkv;
 }
 

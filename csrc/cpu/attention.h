@@ -1,46 +1,54 @@
-// o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and its gradient.
+// o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and its gradients.
 #pragma once
 #include "instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {
 
-// A part of the work: the queries first_query … end_query - 1 of a sequence in one head, against the keys
-// first_key … end_key - 1, in the backward pass for the gradient of the queries, of keys and values, or of all.
+constexpr int ATTENTION_BLOCK = 64;  // queries, and keys, that are worked on at a time: a multiple of 16
+
+// Some heads of a sequence, and which of its queries and keys: all, or in a long one a part of either.
 struct AttentionTask {
-  int32_t sequence, head;
-  int32_t first_query, end_query, first_key, end_key;
-  bool of_queries, of_keys;
+  int64_t start;  // the sequence's first token
+  int sequence, length;
+  int first_head, end_head;
+  int first_query, end_query;
+  int first_key, end_key;
+
+  bool all_queries() const { return end_query - first_query == length; }
+  bool all_keys() const { return end_key - first_key == length; }
 };
 
-// What both passes are told.
-struct AttentionInput {
-  const void* qkv;  // [T, 3, A, D], tokens `stride` elements apart
-  Type type;
-  int64_t stride, tokens, heads, head_dimension, sequences;
-  const int32_t* cu_seqlens;  // [S + 1]
-  const int64_t* numbers;     // [S], the sequences' numbers in the run
-  float scale;
-  bool causal;
-  int64_t window;  // as long as any sequence where there is none
+struct AttentionDropout {
   uint64_t seed;
+  const int64_t* number;  // [S], the sequences'
   uint32_t word;
   int threshold;  // 0: nothing is dropped
-  const AttentionTask* tasks;
-  int64_t count;
 };
 
-struct AttentionForward {
-  AttentionInput input;
+struct AttentionInputs {
+  int64_t tokens, used;  // used: those that belong to a sequence
+  int heads, head_dimension;
+  const AttentionTask* tasks;
+  int64_t task_count;
+  const void* qkv;  // [T, 3, A, D]
+  Type type;        // of all but the statistics
+  int64_t stride;   // elements from a token of qkv to the next
+  float scale;
+  bool causal;
+  int window;
+  AttentionDropout dropout;
+};
+
+struct AttentionForward : AttentionInputs {
   void* o;     // [T, A, D]
   float* lse;  // [A, T], log2 of the sum of 2 to the scores · log2(e)
 };
 
-struct AttentionBackward {
-  AttentionInput input;
+struct AttentionBackward : AttentionInputs {
   const void *d_o, *o;  // [T, A, D]
-  const float* lse;     // [A, T]
-  void* d_qkv;          // [T, 3, A, D]
+  const float* lse;
+  void* d_qkv;  // [T, 3, A, D]
 };
 
 }  // namespace bertfast

@@ -1,169 +1,157 @@
-#include "attention_blocks.h"
+#include "attention.h"
+#include "attention_block.h"
+#include "attention_dropout.h"
 
 namespace bertfast::BERTFAST_SET {
 
-// What a thread works with. A block of queries is laid out for each of the five products; so are keys and values.
-template <class E>
-struct BackwardScratch {
-  E *q_columns, *d_o_columns;    // [D][BLOCK]
-  E *q_over_rows, *d_o_over_rows;  // [BLOCK][D]
-  float *scores, *d_probabilities, *d_q;  // [BLOCK][BLOCK], [BLOCK][BLOCK], [D][BLOCK]
-  E *p_rows, *d_s_rows, *d_s_over_rows;   // [key][query], as the products take them
-  BlockMask* mask;
-  E *k_rows, *v_rows, *k_over_rows;  // [L][D]
-  float *d_k, *d_v;                  // [L][D]
-
-  BackwardScratch(Scratch& scratch, int64_t keys_room, int64_t width) {
-    const int64_t floats = 5 * width * BLOCK + 5 * BLOCK * BLOCK + 5 * keys_room * width;
-    Pieces pieces(scratch.room<char>(floats * sizeof(float) + sizeof(BlockMask) + 16 * 64));
-    q_columns = pieces.take<E>(width * BLOCK), d_o_columns = pieces.take<E>(width * BLOCK);
-    q_over_rows = pieces.take<E>(width * BLOCK), d_o_over_rows = pieces.take<E>(width * BLOCK);
-    scores = pieces.take<float>(BLOCK * BLOCK), d_probabilities = pieces.take<float>(BLOCK * BLOCK);
-    d_q = pieces.take<float>(width * BLOCK);
-    if constexpr (ELEMENTS<E> == 1) {
-      p_rows = scores, d_s_rows = d_s_over_rows = d_probabilities;
-    } else {
-      p_rows = pieces.take<E>(BLOCK * BLOCK), d_s_rows = pieces.take<E>(BLOCK * BLOCK);
-      d_s_over_rows = pieces.take<E>(BLOCK * BLOCK);
-    }
-    mask = pieces.take<BlockMask>(1);
-    k_rows = pieces.take<E>(keys_room * width), v_rows = pieces.take<E>(keys_room * width);
-    k_over_rows = ELEMENTS<E> == 1 ? k_rows : pieces.take<E>(keys_room * width);
-    d_k = pieces.take<float>(keys_room * width), d_v = pieces.take<float>(keys_room * width);
-  }
+// A block's probabilities and the gradients of its scores, as factors of products that add over queries (`rows`, where
+// neighbouring queries stand together), or over keys.
+template <class F>
+struct Gradients {
+  F *p_rows, *d_s_rows;  // [keys, BLOCK / NUMBERS]
+  F* d_s;                // [keys / NUMBERS, BLOCK]
 };
 
-// Of a block: the probabilities, and the gradient of the scores without the factor `scale`, from the scores and the
-// gradient of the probabilities [key][query].
-template <class E, bool MASKED, bool DROPOUT>
-static void differentiate_softmax(const AttentionInput& a, const BackwardScratch<E>& own, int64_t query, int queries,
-                                  int64_t key, int keys, int padded, const float* lse, const float* delta) {
-  const float scale = a.scale * LOG2_E, kept = 256.f / (256 - a.threshold);
-  const Words threshold = splat((uint32_t)a.threshold);
-  for (int q = 0; q < queries; q += LANES) {
-    const Floats logarithm = load(lse + q), subtracted = load(delta + q);
-    for (int k = 0; k < padded; k += 2) {
+template <class F, bool DROPOUT>
+static void differentiate(const float* scores, const float* d_p, int keys, int queries, float scale, const float* lse,
+                          const float* delta, const DropoutBlock& mask, int threshold, const Gradients<F>& out) {
+  for (int column = 0; column < queries; column += LANES) {
+    const Floats own_lse = load(lse + column), own_delta = load(delta + column);
+    for (int key = 0; key < keys; key += 2) {
       Floats p[2], d_s[2];
-      Words bytes{};
-      if constexpr (DROPOUT) bytes = own.mask->bytes(q, k);
+      Mask kept[2];
+      if constexpr (DROPOUT) mask.kept(key, column, threshold, kept[0], kept[1]);
       UNROLL for (int i = 0; i < 2; ++i) {
-        p[i] = exp2(load(own.scores + (k + i) * BLOCK + q) * scale - logarithm);
-        Floats d_p = load(own.d_probabilities + (k + i) * BLOCK + q);
-        if constexpr (MASKED) p[i] = sees(a, query + q, key + k + i) ? p[i] : splat(0.f);
-        if (k + i >= keys) p[i] = d_p = Floats{};
-        if constexpr (DROPOUT) {
-          const auto keep = (i == 0 ? bytes & 0xff : bytes >> 8) >= threshold;
-          d_s[i] = p[i] * ((keep ? d_p * kept : splat(0.f)) - subtracted);
-          p[i] = keep ? p[i] : splat(0.f);
+        const int place = (key + i) * BLOCK + column;
+        Floats d = load(d_p + place);
+        p[i] = exp2(load(scores + place) * scale - own_lse);
+        if constexpr (DROPOUT) d = where(kept[i], d);
+        d_s[i] = p[i] * (d - own_delta);
+        if constexpr (DROPOUT) p[i] = where(kept[i], p[i]);
+        if constexpr (NUMBERS<F> == 2) {
+          store((BFloat16*)out.p_rows + place, p[i]);
+          store((BFloat16*)out.d_s_rows + place, d_s[i]);
         } else {
-          d_s[i] = p[i] * (d_p - subtracted);
-        }
-        if constexpr (ELEMENTS<E> == 1) {
-          store(own.p_rows + (k + i) * BLOCK + q, p[i]), store(own.d_s_rows + (k + i) * BLOCK + q, d_s[i]);
-        } else {
-          store((BFloat16*)own.p_rows + (k + i) * BLOCK + q, p[i]);
-          store((BFloat16*)own.d_s_rows + (k + i) * BLOCK + q, d_s[i]);
+          store(out.p_rows + place, p[i]);
+          store(out.d_s_rows + place, d_s[i]);
         }
       }
-      if constexpr (ELEMENTS<E> == 2) store(own.d_s_over_rows + k / 2 * BLOCK + q, pair(d_s[0], d_s[1]));
+      if constexpr (NUMBERS<F> == 2) store(out.d_s + key / 2 * BLOCK + column, join(d_s[0], d_s[1]));
     }
   }
 }
 
-template <class T, class E>
-static void backward(const AttentionBackward& pass, const AttentionTask& task) {
-  const AttentionInput& a = pass.input;
-  const int width = (int)a.head_dimension, depth = width / ELEMENTS<E>;
-  const int64_t start = a.cu_seqlens[task.sequence], length = a.cu_seqlens[task.sequence + 1] - start;
-  const int64_t row = a.heads * width, head = task.head * width;
+// The sums of d_o · o, a lane each, times a factor.
+template <int D, class T>
+static void dot_rows(const T* x, const T* y, int64_t stride, int count, float factor, float* out) {
+  for (int row = 0; row < count; row += LANES) {
+    Words sums[LANES];
+    UNROLL for (int i = 0; i < LANES; ++i) {
+      Floats sum{};
+      if (row + i < count)
+        for (int column = 0; column < D; column += LANES)
+          sum += load(x + (row + i) * stride + column) * load(y + (row + i) * stride + column);
+      sums[i] = (Words)sum;
+    }
+    transpose(sums);
+    Floats total{};
+    UNROLL for (int i = 0; i < LANES; ++i) total += (Floats)sums[i];
+    store(out + row, total * factor);
+  }
+}
+
+template <class T, int D>
+static void differentiate(const AttentionBackward& a, const AttentionTask& task, int head) {
+  using F = Factor<T>;
+  constexpr int N = NUMBERS<F>;
+  const Sight sight{a.causal, a.window};
+  const int seen = sight.first_key(task.first_query), end_seen = sight.end_key(task.end_query, task.length);
+  const int first_key = seen > task.first_key ? seen : task.first_key;
+  const int end_key = end_seen < task.end_key ? end_seen : task.end_key;
+  const int keys = end_key - first_key, padded = even(keys);
+  const T* const query_rows = (const T*)a.qkv + task.start * a.stride + head * D;
+  const T* const key_rows = query_rows + a.heads * D + first_key * a.stride;
+  const int64_t o_stride = a.heads * D, o_start = task.start * o_stride + head * D;
+
   thread_local Scratch scratch;
-  const BackwardScratch<E> own(scratch, rounded_up(task.end_key - task.first_key, BLOCK), width);
-  const T* const q = (const T*)a.qkv + start * a.stride + head;
-  const T *const k = q + row, *const v = k + row;
-  const T *const o = (const T*)pass.o + start * row + head, *const d_o = (const T*)pass.d_o + start * row + head;
-  T* const d_qkv = (T*)pass.d_qkv + start * 3 * row + head;
-  const int all = (int)(task.end_key - task.first_key), room = rounded_up(all, 8);
-  pack_rows(k + task.first_key * a.stride, a.stride, all, room, width, own.k_rows);
-  pack_rows(v + task.first_key * a.stride, a.stride, all, room, width, own.v_rows);
-  if (ELEMENTS<E> == 2 && task.of_queries)
-    pack_over_rows(k + task.first_key * a.stride, a.stride, all, room, width, own.k_over_rows);
-  if (task.of_keys) std::memset(own.d_k, 0, room * width * sizeof(float));
-  if (task.of_keys) std::memset(own.d_v, 0, room * width * sizeof(float));
-
-  for (int64_t query = task.first_query; query < task.end_query; query += BLOCK) {
-    const int queries = (int)(task.end_query - query < BLOCK ? task.end_query - query : BLOCK);
-    Range seen = visible(a, query, query + queries, length);
-    seen = {seen.first > task.first_key ? seen.first / BLOCK * BLOCK : task.first_key,
-            seen.end < task.end_key ? seen.end : task.end_key};
-    if (seen.first >= seen.end) continue;
-    const int columns = rounded_up(queries, LANES), even = rounded_up(queries, 2);
-    const T *const q_block = q + query * a.stride, *const d_o_block = d_o + query * row;
-    pack_columns(q_block, a.stride, queries, columns, width, own.q_columns);
-    pack_columns(d_o_block, row, queries, columns, width, own.d_o_columns);
-    if (task.of_keys) {
-      pack_over_rows(q_block, a.stride, queries, even, width, own.q_over_rows);
-      pack_over_rows(d_o_block, row, queries, even, width, own.d_o_over_rows);
-    }
-    if (task.of_queries) std::memset(own.d_q, 0, width * BLOCK * sizeof(float));
-    alignas(64) float lse[BLOCK], delta[BLOCK] = {};
-    for (int i = 0; i < BLOCK; ++i) {
-      // Beyond the last query, probabilities of zero.
-      lse[i] = i < queries ? pass.lse[task.head * a.tokens + start + query + i] : __builtin_inff();
-      if (i >= queries) continue;
-      Floats product{};
-      for (int d = 0; d < width; d += LANES)
-        product += load(o + (query + i) * row + d) * load(d_o + (query + i) * row + d);
-      delta[i] = sum(product);
-    }
-    for (int64_t key = seen.first; key < seen.end; key += BLOCK) {
-      const int64_t place = key - task.first_key;
-      const int64_t left = length < task.end_key ? length - key : task.end_key - key;
-      const int keys = (int)(left < BLOCK ? left : BLOCK), padded = rounded_up(keys, 8);
-      multiply<E, Start::zero>({own.k_rows + place * depth, depth, 1}, padded, depth, own.q_columns, BLOCK, columns,
-                               own.scores, BLOCK);
-      multiply<E, Start::zero>({own.v_rows + place * depth, depth, 1}, padded, depth, own.d_o_columns, BLOCK, columns,
-                               own.d_probabilities, BLOCK);
-      if (a.threshold) own.mask->draw(a, task, query, columns, key, padded);
-      const bool masked = !sees_all(a, query, queries, key, keys);
-      const auto softmax =
-          masked ? (a.threshold ? differentiate_softmax<E, true, true> : differentiate_softmax<E, true, false>)
-                 : (a.threshold ? differentiate_softmax<E, false, true> : differentiate_softmax<E, false, false>);
-      softmax(a, own, query, columns, key, keys, padded, lse, delta);
-      if (task.of_keys) {
-        constexpr int64_t ROW = BLOCK / ELEMENTS<E>;
-        const int over = even / ELEMENTS<E>;
-        multiply<E, Start::sum>({own.p_rows, ROW, 1}, padded, over, own.d_o_over_rows, width, width,
-                                own.d_v + place * width, width);
-        multiply<E, Start::sum>({own.d_s_rows, ROW, 1}, padded, over, own.q_over_rows, width, width,
-                                own.d_k + place * width, width);
-      }
-      if (task.of_queries)
-        multiply<E, Start::sum>({own.k_over_rows + place / ELEMENTS<E> * width, 1, width}, width,
-                                padded / ELEMENTS<E>, own.d_s_over_rows, BLOCK, columns, own.d_q, BLOCK);
-    }
-    if (!task.of_queries) continue;
-    for (int d = 0; d < width; ++d)
-      for (int i = 0; i < columns; i += LANES)
-        store(own.d_q + d * BLOCK + i, load(own.d_q + d * BLOCK + i) * a.scale);
-    store_transposed(own.d_q, BLOCK, queries, width, d_qkv + query * 3 * row, 3 * row);
+  thread_local DropoutBlock mask;
+  float* const scores = scratch.room<float>((2 + 3 * (N - 1)) * BLOCK * BLOCK + 5 * BLOCK * D + 5 * padded * D);
+  float *const d_p = scores + BLOCK * BLOCK, *const d_q = d_p + BLOCK * BLOCK, *const d_k = d_q + BLOCK * D;
+  float* const d_v = d_k + padded * D;
+  F *const q_columns = (F*)(d_v + padded * D), *const d_o_columns = q_columns + BLOCK * D;
+  F *const q = d_o_columns + BLOCK * D, *const d_o = q + BLOCK * D;
+  F *const k_rows = d_o + BLOCK * D, *const v_rows = k_rows + padded * D, *k = k_rows;
+  Gradients<F> gradients{(F*)scores, (F*)d_p, (F*)d_p};
+  pack_rows<D>(key_rows, a.stride, keys, padded, k_rows);
+  pack_rows<D>(key_rows + a.heads * D, a.stride, keys, padded, v_rows);
+  if constexpr (N == 2) {
+    k = v_rows + padded * D;
+    pack_stacked<D>(key_rows, a.stride, keys, padded, k);
+    gradients.p_rows = k + padded * D;
+    gradients.d_s_rows = gradients.p_rows + BLOCK * BLOCK;
+    gradients.d_s = gradients.d_s_rows + BLOCK * BLOCK;
   }
-  if (!task.of_keys) return;
-  const float kept = 256.f / (256 - a.threshold);
-  for (int i = 0; i < all; ++i) {
-    T *const d_k = d_qkv + (task.first_key + i) * 3 * row + row, *const d_v = d_k + row;
-    for (int d = 0; d < width; d += LANES) {
-      store(d_k + d, load(own.d_k + i * width + d) * a.scale);
-      store(d_v + d, load(own.d_v + i * width + d) * kept);
+  std::memset(d_k, 0, 2 * padded * D * sizeof(float));
+
+  const float scale = a.scale * LOG2_E, kept = 256.f / (256 - a.dropout.threshold);
+  alignas(64) float lse[BLOCK], delta[BLOCK], factors[BLOCK];
+  const auto write = [&](const float* x, int count, float factor, int part, int row) {
+    for (float& each : factors) each = factor;
+    T* const out = (T*)a.d_qkv + (((task.start + row) * 3 + part) * a.heads + head) * D;
+    for (int first = 0; first < count; first += BLOCK)
+      write_rows<D>(x + first * D, block_at(first, count), factors, out + first * 3 * o_stride, 3 * o_stride);
+  };
+  for (int query = task.first_query; query < task.end_query; query += BLOCK) {
+    const int queries = block_at(query, task.end_query), columns = registers(queries);
+    const int visible = sight.first_key(query), end_visible = sight.end_key(query + queries, task.length);
+    const int begin = visible > first_key ? visible : first_key, end = end_visible < end_key ? end_visible : end_key;
+    if (begin >= end) continue;
+    const T *const own_q = query_rows + query * a.stride, *const own_d_o = (const T*)a.d_o + o_start + query * o_stride;
+    pack_columns<D>(own_q, a.stride, queries, q_columns);
+    pack_columns<D>(own_d_o, o_stride, queries, d_o_columns);
+    pack_stacked<D>(own_q, a.stride, queries, even(queries), q);
+    pack_stacked<D>(own_d_o, o_stride, queries, even(queries), d_o);
+    dot_rows<D>(own_d_o, (const T*)a.o + o_start + query * o_stride, o_stride, queries, 1 / kept, delta);
+    std::memset(lse, 0, sizeof lse);
+    std::memcpy(lse, a.lse + head * a.tokens + task.start + query, queries * sizeof(float));
+    for (int key = begin; key < end; key += BLOCK) {
+      const int some = block_at(key, end), place = key - first_key;
+      product<D / N, 1, BLOCK>(k_rows + place * (D / N), q_columns, D / N, scores, even(some), columns, {true});
+      product<D / N, 1, BLOCK>(v_rows + place * (D / N), d_o_columns, D / N, d_p, even(some), columns, {true});
+      sight.hide(scores, query, queries, key, some);
+      if (a.dropout.threshold) {
+        mask.draw(a.dropout, task.sequence, head, query, queries, key, some);
+        differentiate<F, true>(scores, d_p, even(some), queries, scale, lse, delta, mask, a.dropout.threshold,
+                               gradients);
+      } else {
+        differentiate<F, false>(scores, d_p, even(some), queries, scale, lse, delta, mask, 0, gradients);
+      }
+      if (task.all_queries()) {
+        product<BLOCK / N, 1, D>(gradients.p_rows, d_o, (queries + N - 1) / N, d_v + place * D, even(some), D / LANES,
+                                 {false});
+        product<BLOCK / N, 1, D>(gradients.d_s_rows, q, (queries + N - 1) / N, d_k + place * D, even(some), D / LANES,
+                                 {false});
+      }
+      if (task.all_keys())
+        product<1, BLOCK, D>(gradients.d_s, k + place / N * D, (some + N - 1) / N, d_q, even(queries), D / LANES,
+                             {key == begin});
     }
+    if (task.all_keys()) write(d_q, queries, a.scale * kept, 0, query);
+  }
+  if (task.all_queries()) {
+    write(d_k, keys, a.scale * kept, 1, first_key);
+    write(d_v, keys, kept, 2, first_key);
   }
 }
 
-void attention_backward(const AttentionBackward& pass) {
-  const AttentionInput& a = pass.input;
-  with_elements(a.type, [&]<class T, class E>(T, E) {
-    each(a.count, [&](int64_t task) { backward<T, E>(pass, a.tasks[task]); });
-    const int64_t used = a.cu_seqlens[a.sequences], row = 3 * a.heads * a.head_dimension;
-    std::memset((T*)pass.d_qkv + used * row, 0, (a.tokens - used) * row * sizeof(T));
+void attention_backward(const AttentionBackward& a) {
+  with_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
+    const int64_t token = 3 * a.heads * D * sizeof(T);
+    clear(a.d_qkv, a.used * token, a.tokens * token);
+    each(a.task_count, [&](int64_t index) {
+      const AttentionTask& task = a.tasks[index];
+      for (int head = task.first_head; head < task.end_head; ++head) differentiate<T, D>(a, task, head);
+    });
   });
 }
 

@@ -3,14 +3,19 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "tensors.h"
 
+// Products of bf16 pairs: the instruction's, or in a test's build what stands for it.
+#if defined(__AVX512BF16__) && !defined(BERTFAST_PAIRS)
+#define BERTFAST_PAIRS
+#endif
+
 #define INLINE [[gnu::always_inline]] static inline
-#define INLINE_MEMBER [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace bertfast::BERTFAST_SET {
@@ -23,6 +28,12 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
+#endif
+
+#if defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 #endif
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
@@ -78,6 +89,19 @@ INLINE Floats load(const BFloat16* p) {
   return widen(x);
 }
 
+INLINE Words load(const uint32_t* p) {
+  Words x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE Words load_words(const uint16_t* p) {
+  Halves x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Words);
+}
+
+INLINE void store(uint32_t* p, Words x) { std::memcpy(p, &x, sizeof x); }
 INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 
 INLINE void store(BFloat16* p, Floats x) {
@@ -121,9 +145,12 @@ INLINE void store(T* p, Floats x, int count) {
   copy_some(p, some, count);
 }
 
+// b where either is no number.
 INLINE Floats maximum(Floats a, Floats b) {
-#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
-  return _mm256_max_ps(a, b);  // gcc makes two instructions of the expression, which is the same
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__) && !defined(BERTFAST_LANES)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
@@ -146,21 +173,19 @@ INLINE float largest(Floats x) {
   return lanes[0];
 }
 
-// 2^x to one unit in the last place; 0 below 2^-126, and a NaN stays one. x is below 128.
+// 2^x for x < 128 to one unit in the last place, 0 below 2^-127; NaN stays NaN.
 INLINE Floats exp2(Floats x) {
-  const Floats magic = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
-  const Floats bounded = x < splat(-127.f) ? splat(-127.f) : x;
-  const Floats whole = (bounded + magic) - magic, f = bounded - whole;
-  Floats p = splat(1.53458075e-4f);  // of 2^f on [-1/2, 1/2], to 2e-9
-  p = p * f + 1.33999312e-3f;
-  p = p * f + 9.61848897e-3f;
-  p = p * f + 5.55032878e-2f;
-  p = p * f + 2.40226469e-1f;
-  p = p * f + 6.93147206e-1f;
+  const Floats magic = splat(12583039.f);  // 1.5 · 2^23 + 127: adding it rounds to an integer and biases the exponent
+  const Floats bounded = maximum(splat(-127.f), x);
+  const Floats biased = bounded + magic, f = bounded - (biased - magic);
+  Floats p = splat(1.5345812e-4f);  // of 2^f on [-1/2, 1/2], with the least relative error
+  p = p * f + 1.3399931e-3f;
+  p = p * f + 9.6184891e-3f;
+  p = p * f + 5.5503286e-2f;
+  p = p * f + 2.4022646e-1f;
+  p = p * f + 6.9314718e-1f;
   p = p * f + 1.f;
-  const Ints exponent = __builtin_convertvector(whole, Ints);
-  const Floats power = (Floats)((exponent + 127) << 23);
-  return x < splat(-126.f) ? splat(0.f) : p * power;
+  return p * (Floats)((Words)biased << 23);
 }
 
 // log2 of a normal x > 0.
@@ -178,36 +203,42 @@ INLINE Floats log2(Floats x) {
   return p * s + __builtin_convertvector(exponent, Floats);
 }
 
-// sum + a · b, for numbers and for pairs of bf16 (the first in the low half), of which both products are added.
-INLINE Floats multiply_add(float a, Floats b, Floats sum) { return splat(a) * b + sum; }
-
-INLINE Floats multiply_add(uint32_t a, Words b, Floats sum) {
+// Pairs of bf16, the first of each in the lower half.
+INLINE Words join(Floats first, Floats second) {
 #if defined(__AVX512BF16__)
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const Words lanes = lane_numbers();
+  return (Words)_mm512_permutexvar_epi16((__m512i)(lanes | ((lanes + 16) << 16)), both);
 #else
-  const Words high = splat(0xffff0000);
-  const Floats upper = (Floats)(splat(a) & high) * (Floats)(b & high) + sum;
-  return (Floats)(splat(a) << 16) * (Floats)(b << 16) + upper;
+  return __builtin_convertvector(narrow(first), Words) | (__builtin_convertvector(narrow(second), Words) << 16);
 #endif
 }
 
-#if defined(__AVX512BF16__) || defined(BERTFAST_PAIRS)
-constexpr bool HAS_PAIRS = true;  // of bf16, which it multiplies faster than numbers
+// sum + the products of the pairs' first and second numbers.
+INLINE Floats dot_pairs(Floats sum, Words a, Words b) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-constexpr bool HAS_PAIRS = false;
+  const Words high = splat(0xffff0000u);
+  sum += (Floats)(a & high) * (Floats)(b & high);
+  return sum + (Floats)(a << 16) * (Floats)(b << 16);
 #endif
-
-INLINE Words load(const uint32_t* p) {
-  Words x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
 }
 
-INLINE void store(uint32_t* p, Words x) { std::memcpy(p, &x, sizeof x); }
+template <int DISTANCE, int... LANE>
+INLINE void exchange(Words& a, Words& b, std::integer_sequence<int, LANE...>) {
+  const Words x = a, y = b;
+  a = __builtin_shufflevector(x, y, (LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...);
+  b = __builtin_shufflevector(x, y, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...);
+}
 
-// Two rows of numbers as a row of pairs.
-INLINE Words pair(Floats first, Floats second) {
-  return __builtin_convertvector(narrow(first), Words) | __builtin_convertvector(narrow(second), Words) << 16;
+// Lane j of row i becomes lane i of row j.
+template <int DISTANCE = LANES / 2>
+INLINE void transpose(Words rows[LANES]) {
+  UNROLL for (int i = 0; i < LANES; ++i)
+    if (!(i & DISTANCE))
+      exchange<DISTANCE>(rows[i], rows[i + DISTANCE], std::make_integer_sequence<int, LANES>{});
+  if constexpr (DISTANCE > 1) transpose<DISTANCE / 2>(rows);
 }
 
 // Philox4x32-10 (Salmon et al., 2011), CALLS in each lane; see bertfast/dropout.py. calls[i] are the four words of the
