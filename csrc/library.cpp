@@ -16,6 +16,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_tasks.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/embed.h"
 #include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
@@ -268,6 +269,15 @@ static Tensor attention_backward(
   return d_qkv;
 }
 
+// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/loss_on_cpu.py.
+static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor loss, Tensor correct, Tensor d_bias) {
+  const int64_t count = logits.size(0), vocabulary = logits.size(1);
+  STD_TORCH_CHECK(vocabulary <= 1 || logits.stride(1) == 1, "each row's logits must be adjacent");
+  bertfast::cross_entropy({count, vocabulary, rows(logits), Dense(bias), Indices(labels),
+                           static_cast<double*>(loss.data_ptr()), static_cast<int64_t*>(correct.data_ptr()),
+                           d_bias.numel() > 0 ? floats(d_bias) : nullptr});
+}
+
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 // Whether the set can be used here; if so, it is from now on.
@@ -296,6 +306,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def(
       "cpu_attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
       "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
+  library.def(
+      "cpu_cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) loss, Tensor(c!) correct, "
+      "Tensor(d!) d_bias) -> ()");
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(
@@ -329,6 +342,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
   library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
   library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
+  library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy));
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
 }
