@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 import torch
 
-from bertfast import compiled_loss
 from bertfast.kernels import results
 
 InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
@@ -32,7 +31,6 @@ def _load() -> str | None:
     for name, result in vars(results).items():
         if callable(result) and hasattr(torch.ops.bertfast, f"cpu_{name}"):
             torch.library.register_fake(f"bertfast::cpu_{name}", result)
-    compiled_loss.register()
     return None
 
 

@@ -267,11 +267,13 @@ static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, T
   return d_qkv;
 }
 
-static Tensor cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor losses, Tensor correct, bool gradient) {
-  Tensor d_bias = new_floats(bias, {gradient ? logits.size(1) : 0});
-  bertfast::cross_entropy({logits.size(0), logits.size(1), rows(logits), Dense(bias), Indices(labels), floats(losses),
-                           static_cast<bool*>(correct.data_ptr()), gradient, floats(d_bias)});
-  return d_bias;
+// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/loss_on_cpu.py.
+static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor loss, Tensor correct, Tensor d_bias) {
+  const int64_t count = logits.size(0), vocabulary = logits.size(1);
+  STD_TORCH_CHECK(vocabulary <= 1 || logits.stride(1) == 1, "each row's logits must be adjacent");
+  bertfast::cross_entropy({count, vocabulary, rows(logits), Dense(bias), Indices(labels),
+                           static_cast<double*>(loss.data_ptr()), static_cast<int64_t*>(correct.data_ptr()),
+                           d_bias.numel() > 0 ? floats(d_bias) : nullptr});
 }
 
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
@@ -302,10 +304,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def(
       "cpu_attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
       "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
-  // The loss's part between the products: bertfast/compiled_loss.py has the whole.
   library.def(
-      "cpu_cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) losses, Tensor(c!) correct, "
-      "bool gradient) -> Tensor");
+      "cpu_cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) loss, Tensor(c!) correct, "
+      "Tensor(d!) d_bias) -> ()");
   library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
   library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
   library.def(

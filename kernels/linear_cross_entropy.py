@@ -1,11 +1,10 @@
 """Cross entropy of the rows of hidden W^T + bias that have a label, its gradients beside it, in chunks of logits.
 
-The library multiplies. Between its products one kernel reads a chunk's logits for the loss and one turns them into
-their gradient in place, d_logits = softmax(logits) - onehot(label). All five passes over a chunk meet in one buffer of
-a size that stays in the second-level cache.
+Between the library's products one kernel reads a chunk's logits for the loss and one turns them into their gradient.
+The chunk is of a size that stays in the second-level cache.
 
-T tokens, R rows, V vocabulary; C columns of the buffer: V, and what brings every row to a whole number of cache lines.
-There the bias is -inf and the logits 0, so that no pass need know where the vocabulary ends.
+R rows, C columns of logits: the vocabulary's, and then some where the bias is -inf and the logits 0, so that no pass
+need know where the vocabulary ends; see logits_in_chunks.py.
 """
 
 import math
@@ -17,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.logits_in_chunks import linear_cross_entropy, multiply_in_chunks, padded_columns
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import summing_programs
 from bertfast.kernels.sum_by_index import sum_by_index
 
 _CACHED = 40 << 20  # bytes of a chunk of logits, of the 50 MB of second-level cache of an H100
-_ROUNDINGS = 8  # chunks whose shares of d_weight may each be rounded: the error is then twice that of one rounding
-_ROWS, _BLOCK = 32, 64  # rows and columns of a tile; what is a multiple of _BLOCK needs no mask
+_ROWS, _BLOCK = 32, 64  # rows and columns of a tile; C is a multiple of these columns, so they need no mask
 _NOWHERE = tl.constexpr(1 << 30)  # a column behind all others
 _LANES = 512  # of a row: four of 16 bytes for each thread of four warps
 
@@ -127,66 +126,36 @@ def linear_cross_entropy_forward(
     wanted: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss fp32 [], correct and counted int64 [], d_hidden [T, H], d_weight [V, H], d_bias [V]), products in `dtype`.
-
-    The gradients are those of the loss, each in the dtype of what it is of; where not `wanted` they come empty.
-    """
-    labels = labels.long().contiguous()
-    counted = labels >= 0
-    x = hidden.index_select(0, rows).masked_fill_(~counted[:, None], 0).to(dtype)  # an unused place may hold anything
-    losses, correct, d_x, d_weight, d_bias = _in_chunks(x, weight, bias, labels, wanted)
-    # Made when the memory of the logits is free again.
-    d_hidden = sum_by_index(d_x, rows, len(hidden), hidden.dtype) if wanted[0] else hidden.new_empty(0)
-    return losses.sum(), correct.sum(), counted.sum(), d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+    """See `linear_cross_entropy` of logits_in_chunks.py."""
+    return linear_cross_entropy(hidden, rows, weight, bias, labels, wanted, dtype, _in_chunks, sum_by_index)
 
 
 def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """(loss fp32 [R], correct bool [R], d_x, d_weight, d_bias), the last two empty where not wanted.
-
-    x [R, H], of the dtype of the products, becomes d_x: a chunk is read before its place is written.
-    """
-    x_wanted, weight_wanted, bias_wanted = wanted
+    """(losses fp32 [R], correct bool [R], d_x in x's memory, d_weight, d_bias), the last two empty where not wanted."""
     rows, vocabulary = len(x), len(weight)
-    columns = triton.cdiv(vocabulary, _BLOCK) * _BLOCK
+    columns = padded_columns(vocabulary)
     chunk = _rows_of_chunk(columns * x.element_size())
-    buffer = x.new_empty((min(chunk, rows), columns))
-    buffer[:, vocabulary:] = 0
-    matrix, padded_bias = weight.to(x.dtype), F.pad(bias.float(), (0, columns - vocabulary), value=-math.inf)
+    padded_bias = F.pad(bias.float(), (0, columns - vocabulary), value=-math.inf)
     losses, correct = x.new_empty(rows, dtype=torch.float32), torch.empty_like(labels, dtype=torch.bool)
     largest, scale = torch.empty_like(losses), torch.empty_like(losses)
-    as_it_is = weight.dtype == x.dtype and rows <= _ROUNDINGS * chunk
-    d_weight = weight.new_empty(weight.shape if weight_wanted else 0, dtype=x.dtype if as_it_is else torch.float32)
-    tiles, blocks = triton.cdiv(len(buffer), _ROWS), columns // _BLOCK
+    tiles, blocks = triton.cdiv(min(chunk, rows), _ROWS), columns // _BLOCK
     programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
     sums = x.new_zeros((programs, columns), dtype=torch.float32)
-    for start in range(0, max(rows, 1), chunk):  # no rows are one chunk, whose gradients are zero
-        some = slice(start, start + chunk)
-        part, statistics = x[some], (labels[some], largest[some], scale[some])
-        padded = buffer[: len(part)]
-        logits = padded[:, :vocabulary]
-        torch.mm(part, matrix.mT, out=logits)
-        cross_entropy_kernel[(len(part),)](
-            padded, padded_bias, *statistics, losses[some], correct[some], columns,
+
+    def differentiate(logits: Tensor, some: slice) -> None:
+        statistics = labels[some], largest[some], scale[some]
+        cross_entropy_kernel[(len(logits),)](
+            logits, padded_bias, *statistics, losses[some], correct[some], columns,
             LANES=_LANES, WIDTH=16 // x.element_size(), num_warps=4,
         )  # fmt: skip
         if any(wanted):
             cross_entropy_gradient_kernel[(programs, blocks)](
-                padded, padded_bias, *statistics, sums, len(part), columns, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
+                logits, padded_bias, *statistics, sums, len(logits), columns, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
             )
-        if weight_wanted:
-            _add_product(d_weight, logits.mT, part, first=start == 0)
-        if x_wanted:
-            torch.mm(logits, matrix, out=part)
-    d_bias = sums.sum(0)[:vocabulary]
-    return losses, correct, x, d_weight, d_bias if bias_wanted else bias.new_empty(0)
 
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Add a b, summed in fp32, to `total` of that or a wider dtype; the `first` time write it there."""
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:  # in the interpreter: on a CPU the library's products are of one dtype
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+    d_weight = multiply_in_chunks(x, weight, wanted, chunk, differentiate)
+    d_bias = sums.sum(0)[:vocabulary] if wanted[2] else bias.new_empty(0)
+    return losses, correct, x, d_weight, d_bias
 
 
 def _rows_of_chunk(row: int) -> int:

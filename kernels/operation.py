@@ -9,13 +9,13 @@ from bertfast.kernels import results
 _LIBRARY = torch.library.Library("bertfast", "FRAGMENT")
 
 
-def operation(launcher: Callable, implementation: str = "triton") -> Callable:
-    """Register the decorated launcher as `torch.ops.bertfast.<implementation>_<its name>` and return that.
+def operation(launcher: Callable) -> Callable:
+    """Register the decorated launcher as `torch.ops.bertfast.triton_<its name>` and return that.
 
     What it returns, to those who must know before it runs, is said by the function of that name in
     `kernels/results.py`. The launcher's annotations become the schema; it writes into none of its arguments.
     """
-    name = f"{implementation}_{launcher.__name__}"
+    name = f"triton_{launcher.__name__}"
     _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=()))
     _LIBRARY.impl(name, _prepared(launcher), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bertfast::{name}", getattr(results, launcher.__name__), lib=_LIBRARY)

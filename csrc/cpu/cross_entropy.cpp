@@ -4,71 +4,132 @@
 
 namespace bertfast::BERTFAST_SET {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr int64_t BLOCK = 1024;  // columns, which stay in the first-level cache from one pass to the next
+constexpr float LOG2_E = 1.44269504f, LOWEST = -__FLT_MAX__;
 
-// A row's loss; with `share` [padded(V)] its logits become their gradient, which is added there.
+INLINE int64_t blocks(int64_t vocabulary) { return (vocabulary + BLOCK - 1) / BLOCK; }
+
+// The largest of a block's logits with their bias; never -inf, which no logit could be taken from.
 template <class T>
-static void one_row(const CrossEntropy& a, int64_t index, const float* bias, float* share) {
-  T* const logits = row<T>(a.logits, index);
-  const int64_t label = a.labels[index], whole = a.vocabulary / LANES * LANES;
-  const int rest = (int)(a.vocabulary - whole);
-  if (label < 0) {
-    a.losses[index] = 0, a.correct[index] = false;
-    if (share) std::memset(logits, 0, a.vocabulary * sizeof(T));
-    return;
+INLINE float largest_logit(const T* logits, const float* bias, int64_t columns) {
+  Floats most = splat(LOWEST);
+  across(columns, [&](int64_t column, int count) {
+    Floats logit = load_columns(logits + column, count) + load(bias + column);
+    if (count < LANES) logit = lane_numbers() < splat((uint32_t)count) ? logit : splat(LOWEST);
+    most = maximum(most, logit);
+  });
+  return largest(most);
+}
+
+// The sum of a block's exp(logit - most); with `out`, which may be the logits' own place, each of them too.
+template <class T>
+INLINE float exponentials(const T* logits, const float* bias, float most, int64_t columns, float* out) {
+  Floats total{};
+  across(columns, [&](int64_t column, int count) {
+    Floats e = exp2((load_columns(logits + column, count) + load(bias + column) - most) * LOG2_E);
+    if (count < LANES) e = lane_numbers() < splat((uint32_t)count) ? e : splat(0.f);
+    if (out != nullptr) store_columns(out + column, e, count);
+    total += e;
+  });
+  return sum(total);
+}
+
+// What a slot's rows add up to, and what is known of the blocks of the row at hand.
+struct Share {
+  float *most, *factor;  // [blocks]: the largest logit, and what makes the exponentials probabilities
+  double loss;
+  int64_t correct;
+};
+
+// Adds a row's loss; with `out` its exponentials too, which are relative to the largest logit of their own block.
+template <class T>
+INLINE void add_row(const T* logits, const float* bias, int64_t label, int64_t vocabulary, float* out, Share& share) {
+  float *const most = share.most, *const factor = share.factor;
+  float row_most = LOWEST, total = 0;
+  const auto logit = [&](int64_t column) { return load(logits + column, 1)[0] + bias[column]; };
+  const float target = label < vocabulary ? logit(label) : __builtin_nanf("");
+  bool correct = label < vocabulary;
+  const int64_t count = blocks(vocabulary);
+  for (int64_t block = 0; block < count; ++block) {
+    const int64_t start = block * BLOCK, end = start + BLOCK < vocabulary ? start + BLOCK : vocabulary;
+    most[block] = largest_logit(logits + start, bias + start, end - start);
+    if (most[block] > target) correct = false;
+    if (most[block] == target)  // of equal logits the first is the answer
+      for (int64_t column = start; column < end && column < label; ++column) correct &= logit(column) != target;
+    factor[block] = exponentials(logits + start, bias + start, most[block], end - start, out ? out + start : nullptr);
+    row_most = most[block] > row_most ? most[block] : row_most;
   }
-  const auto logit = [&](int64_t column) { return load(logits + column) + load(bias + column); };
-  // Beyond the end, where nothing must be read, minus infinity.
-  const auto last = [&] {
-    const Floats some = load(logits + whole, rest) + load(bias + whole);
-    return lane_numbers() < splat((uint32_t)rest) ? some : splat(-__builtin_inff());
-  };
-  Floats peaks[4];
-  for (Floats& peak : peaks) peak = rest ? last() : logit(0);
-  for (int64_t column = 0; column < whole; column += LANES) {
-    Floats& peak = peaks[column / LANES % 4];
-    peak = maximum(logit(column), peak);
+  for (int64_t block = 0; block < count; ++block) {
+    most[block] = __builtin_expf(most[block] - row_most);
+    total += factor[block] * most[block];
   }
-  const float peak = largest(maximum(maximum(peaks[0], peaks[1]), maximum(peaks[2], peaks[3])));
-  const auto exponential = [&](Floats x) { return exp2((x - peak) * LOG2_E); };
-  Floats sums[4] = {rest ? exponential(last()) : Floats{}};
-  for (int64_t column = 0; column < whole; column += LANES) sums[column / LANES % 4] += exponential(logit(column));
-  const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  const auto one_logit = [&](int64_t column) { return load(logits + column, 1)[0] + bias[column]; };
-  const float wanted = label < a.vocabulary ? one_logit(label) : __builtin_nanf("");  // so that the mistake shows
-  bool first = wanted == peak;
-  for (int64_t column = 0; first && column < label; ++column) first = one_logit(column) != peak;
-  a.losses[index] = log2(splat(total))[0] * LN_2 + (peak - wanted), a.correct[index] = first;
-  if (!share) return;
-  const float scale = 1 / total;
-  const auto differentiate = [&](Floats x, int64_t column) {
-    const Words lanes = lane_numbers() + (uint32_t)column;
-    Floats d = exponential(x) * scale;
-    if (label >= column && label < column + LANES) d = lanes == splat((uint32_t)label) ? d - 1.f : d;
-    store(share + column, load(share + column) + d);
-    return d;
-  };
-  for (int64_t column = 0; column < whole; column += LANES)
-    store(logits + column, differentiate(logit(column), column));
-  if (rest) store(logits + whole, differentiate(last(), whole), rest);
+  for (int64_t block = 0; block < count; ++block) factor[block] = most[block] / total;
+  share.loss += row_most - target + __builtin_logf(total);
+  share.correct += correct;
+}
+
+// The gradient of a row from its exponentials, added to `sums` too.
+template <class T>
+INLINE void differentiate(const float* exponentials, const float* factors, int64_t label, int64_t vocabulary, T* out,
+                          float* sums) {
+  const bool there = label < vocabulary;
+  const float at_label = there ? exponentials[label] * factors[label / BLOCK] - 1 : 0;
+  for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+    const float factor = factors[start / BLOCK];
+    across(vocabulary - start < BLOCK ? vocabulary - start : BLOCK, [&](int64_t offset, int count) {
+      const int64_t column = start + offset;
+      const Floats p = load_columns(exponentials + column, count) * factor;
+      store_columns(out + column, p, count);
+      store(sums + column, load(sums + column) + p);
+    });
+  }
+  if (there) store(out + label, splat(at_label), 1), sums[label] -= 1;
 }
 
 template <class T>
-static void all_rows(const CrossEntropy& a) {
-  thread_local Scratch scratch;
-  float* const bias = scratch.room<float>(padded(a.vocabulary));
+static void run(const CrossEntropy& a) {
+  const int64_t width = padded(a.vocabulary), count = blocks(a.vocabulary);
+  // Few rows a slot, so that the threads' shares are equal; not so few that adding up the slots costs much.
+  const int64_t slots = a.rows < 16 ? 1 : a.rows < 512 ? a.rows / 8 : 64;
+  static thread_local Scratch vectors, slot_sums;
+  float *const bias = vectors.room<float>(width), *const sums = slot_sums.room<float>(a.d_bias ? slots * width : 1);
+  Share shares[64];
   widen(a.bias, a.vocabulary, bias);
-  const auto some = [&](int64_t first, int64_t end, float* share) {
-    for (int64_t index = first; index < end; ++index) one_row<T>(a, index, bias, share);
-  };
-  if (a.gradient)
-    sum_over_rows<1>(a.rows, a.vocabulary, a.d_bias, some);
-  else
-    parallel(a.rows, 1, [&](int64_t first, int64_t end) { some(first, end, nullptr); });
+  parallel(slots, 1, [&](int64_t first, int64_t end) {
+    thread_local Scratch floats;
+    float* const row = floats.room<float>(width + 2 * count);
+    for (int64_t slot = first; slot < end; ++slot) {
+      Share share{row + width, row + width + count, 0, 0};
+      if (a.d_bias) std::memset(sums + slot * width, 0, width * sizeof(float));
+      for (int64_t r = a.rows * slot / slots; r < a.rows * (slot + 1) / slots; ++r) {
+        T* const logits = (T*)a.logits.data + r * a.logits.stride;
+        const int64_t label = a.labels[r];
+        if (label < 0) {
+          if (a.d_bias) std::memset(logits, 0, a.vocabulary * sizeof(T));
+          continue;
+        }
+        float* const out = a.d_bias == nullptr ? nullptr : a.logits.type == Type::float32 ? (float*)logits : row;
+        add_row(logits, bias, label, a.vocabulary, out, share);
+        if (a.d_bias) differentiate(out, share.factor, label, a.vocabulary, logits, sums + slot * width);
+      }
+      shares[slot] = share;
+    }
+  });
+  for (int64_t slot = 0; slot < slots; ++slot) *a.loss += shares[slot].loss, *a.correct += shares[slot].correct;
+  if (a.d_bias == nullptr) return;
+  parallel(count, 4, [&](int64_t first, int64_t end) {
+    const int64_t columns = end * BLOCK < a.vocabulary ? (end - first) * BLOCK : a.vocabulary - first * BLOCK;
+    across(columns, [&](int64_t offset, int some) {
+      const int64_t column = first * BLOCK + offset;
+      Floats total = load_columns(a.d_bias + column, some);
+      for (int64_t slot = 0; slot < slots; ++slot) total += load(sums + slot * width + column);
+      store_columns(a.d_bias + column, total, some);
+    });
+  });
 }
 
 void cross_entropy(const CrossEntropy& a) {
-  with_type(a.logits.type, [&]<class T>(T) { all_rows<T>(a); });
+  with_type(a.logits.type, [&]<class T>(T) { run<T>(a); });
 }
 
 }  // namespace bertfast::BERTFAST_SET

@@ -1,4 +1,4 @@
-// Softmax and loss of rows of logits, of which the gradient takes their place.
+// The loss of a chunk of logits, and the logits' gradient in their place.
 #pragma once
 #include "instruction_set.h"
 #include "tensors.h"
@@ -7,13 +7,12 @@ namespace bertfast {
 
 struct CrossEntropy {
   int64_t rows, vocabulary;
-  Rows logits;            // [R, V], without the bias; if `gradient`, what is left there is the loss's gradient for them
+  Rows logits;            // [R, V], without the bias; where a gradient is wanted, it takes their place
   Vector bias;            // [V]
-  const int64_t* labels;  // [R]; a negative one makes its row inert
-  float* losses;          // [R]
-  bool* correct;          // [R]: the label's logit is the largest, and the first of such
-  bool gradient;
-  float* d_bias;  // [V], if `gradient`
+  const int64_t* labels;  // [R]; negative: the row has none, and may hold anything
+  double* loss;           // to which the rows' losses are added
+  int64_t* correct;       // to which is added how many rows' label is the first of the largest logits
+  float* d_bias;          // [V], to which the gradient's columns are added; null: no gradient is wanted
 };
 
 }  // namespace bertfast
