@@ -86,7 +86,7 @@ static void attend(const AttentionForward& a, const AttentionTask& task, int hea
     for (int column = 0; column < queries; column += LANES) {
       const Floats total = load(known.total + column);
       store(known.shrink + column, kept / total);
-      store(known.total + column, load(known.highest + column) * scale + log2(total));
+      store(known.total + column, load(known.highest + column) * scale + log2(total / (float)task.length));
     }
     const int64_t token = task.start + query;
     write_rows<D>(sums, queries, known.shrink, (T*)a.o + (token * a.heads + head) * D, a.heads * D);

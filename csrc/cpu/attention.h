@@ -42,7 +42,8 @@ struct AttentionInputs {
 
 struct AttentionForward : AttentionInputs {
   void* o;     // [T, A, D]
-  float* lse;  // [A, T], log2 of the sum of 2 to the scores · log2(e)
+  // [A, T], log2 of the mean over the sequence of 2 to the scores · log2(e): near 0, where a sum's would lose digits.
+  float* lse;
 };
 
 struct AttentionBackward : AttentionInputs {

@@ -94,6 +94,7 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
   std::memset(d_k, 0, 2 * padded * D * sizeof(float));
 
   const float scale = a.scale * LOG2_E, kept = 256.f / (256 - a.dropout.threshold);
+  const float share = 1.f / task.length;  // of the probabilities, which are made relative to their mean
   alignas(64) float lse[BLOCK], delta[BLOCK], factors[BLOCK];
   const auto write = [&](const float* x, int count, float factor, int part, int row) {
     for (float& each : factors) each = factor;
@@ -136,11 +137,11 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
         product<1, BLOCK, D>(gradients.d_s, k + place / N * D, (some + N - 1) / N, d_q, even(queries), D / LANES,
                              {key == begin});
     }
-    if (task.all_keys()) write(d_q, queries, a.scale * kept, 0, query);
+    if (task.all_keys()) write(d_q, queries, a.scale * kept * share, 0, query);
   }
   if (task.all_queries()) {
-    write(d_k, keys, a.scale * kept, 1, first_key);
-    write(d_v, keys, kept, 2, first_key);
+    write(d_k, keys, a.scale * kept * share, 1, first_key);
+    write(d_v, keys, kept * share, 2, first_key);
   }
 }
 

@@ -11,11 +11,19 @@ struct Distribution {
   Floats tail, density;
 };
 
-// The standard normal one, its tail to 7.5e-8 (Abramowitz and Stegun, 1964, formula 26.2.17).
+// The standard normal one: the tail is density · t · series(t), t = 1 / (1 + 0.26 |x|), as in formula 26.2.17 of
+// Abramowitz and Stegun (1964), with a series fitted to a relative error of 2.5e-8.
 INLINE Distribution normal(Floats x) {
   const Floats density = exp2(x * x * -0.7213475204444817f - 1.3257480647361593f);  // e^(-x² / 2) / sqrt(2 π)
-  const Floats t = 1.f / (absolute(x) * 0.2316419f + 1.f);
-  const Floats series = (((t * 1.330274429f - 1.821255978f) * t + 1.781477937f) * t - 0.356563782f) * t + 0.319381530f;
+  const Floats t = 1.f / (absolute(x) * 0.26f + 1.f);
+  Floats series = t * 0.0764636716f - 0.383081251f;
+  series = series * t + 0.630386868f;
+  series = series * t - 0.378362924f;
+  series = series * t + 0.403429168f;
+  series = series * t + 0.127910688f;
+  series = series * t + 0.258257671f;
+  series = series * t + 0.258224829f;
+  series = series * t + 0.260085385f;
   return {density * t * series, density};
 }
 
