@@ -43,6 +43,14 @@ def instruction_set() -> InstructionSet:
     return get_args(InstructionSet)[torch.ops.bertfast.instruction_set()]
 
 
+def instruction_sets() -> list[InstructionSet]:
+    """Those that the kernels can use on this processor; none without the library."""
+    if ABSENT is not None:
+        return []
+    known = get_args(InstructionSet)
+    return [name for number, name in enumerate(known) if torch.ops.bertfast.has_instruction_set(number)]
+
+
 def use_instruction_set(name: InstructionSet) -> None:
     """From now on use these instructions.
 
@@ -54,5 +62,6 @@ def use_instruction_set(name: InstructionSet) -> None:
     known = get_args(InstructionSet)
     if name not in known:
         raise ValueError(f"instruction set must be one of {', '.join(known)}, got {name!r}")
-    if not torch.ops.bertfast.use_instruction_set(known.index(name)):
+    if name not in instruction_sets():
         raise ValueError(f"this processor has no instruction set {name!r}; {instruction_set()!r} stays in use")
+    torch.ops.bertfast.use_instruction_set(known.index(name))
