@@ -7,7 +7,10 @@ everything still runs, in plain PyTorch.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import struct
 import warnings
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -20,10 +23,13 @@ InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
 
 def _load() -> str | None:
     """Load the library and tell `torch.compile` what its operations return; why not, if that cannot be done."""
-    try:
-        importlib.import_module("bertfast._C")
-    except ModuleNotFoundError:
+    found = importlib.util.find_spec("bertfast._C")
+    if found is None:
         return "the compiled library was not built: install bertfast again with a C++20 compiler"
+    try:
+        if not _is_whole(Path(found.origin)):
+            raise ImportError(f"{found.origin} is cut off")
+        importlib.import_module("bertfast._C")
     except ImportError as error:
         reason = f"the compiled library does not load, install bertfast again ({error})"
         warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
@@ -32,6 +38,15 @@ def _load() -> str | None:
         if callable(result) and hasattr(torch.ops.bertfast, f"cpu_{name}"):
             torch.library.register_fake(f"bertfast::cpu_{name}", result)
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of Linux's format reaches to its end, the table of sections; loading another ends the process."""
+    library = path.read_bytes()
+    if len(library) < 64 or library[:4] != b"\x7fELF":
+        return len(library) >= 64
+    (table,), (size, count) = struct.unpack_from("<Q", library, 40), struct.unpack_from("<HH", library, 58)
+    return table + size * count <= len(library)
 
 
 ABSENT: str | None = _load()
