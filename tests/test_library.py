@@ -29,7 +29,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def attention(lengths: list[int]) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
-        sequences = Sequences.from_lengths(lengths, tokens=sum(lengths) + 3)
+        sequences = Sequences.from_lengths(lengths)
         (qkv,) = leaves((sequences.tokens, 3, 2, 32))
         return both_ways(ops.attention(qkv, sequences, dropout=dropout_over(sequences), implementation="cpu"), [qkv])
 
@@ -120,7 +120,8 @@ def test_every_operation_is_what_torch_compile_is_told():
         for case in CASES.values():
             case()
     defined = {name.removeprefix("bertfast::") for name in torch._C._dispatch_get_all_op_names()}
-    assert set(mode.calls) == {name for name in defined if name.startswith("cpu_")}
+    inner = {"cpu_cross_entropy"}  # a part of another
+    assert set(mode.calls) | inner == {name for name in defined if name.startswith("cpu_")}
     for function, arguments in mode.calls.values():
         torch.library.opcheck(function, arguments)
 

@@ -20,7 +20,6 @@ if INTERPRETED:
 elif KERNELS == "cpu":
     collect_ignore = [  # what only Triton has
         "test_attention_tiles.py",
-        "test_linear_cross_entropy_chunks.py",
         "test_linear_gelu.py",
         "test_sum_by_index.py",
     ]

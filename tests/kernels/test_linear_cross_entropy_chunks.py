@@ -1,11 +1,13 @@
-"""The chunks of rows in which Triton's `linear_cross_entropy` makes logits: any number of them gives the same."""
+"""The chunks of rows in which `linear_cross_entropy` makes logits: any number of them gives the same."""
 
 import pytest
 import torch
-from helpers import DEVICE, LargestTensor, compare_with_torch, normal
+from helpers import DEVICE, KERNELS, LargestTensor, compare_with_torch, normal, of_triton
 
-from bertfast import ops
-from bertfast.kernels import linear_cross_entropy as kernels
+from bertfast import compiled_loss, ops
+
+if KERNELS == "triton":
+    from bertfast.kernels import linear_cross_entropy as kernels
 
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 
@@ -25,15 +27,22 @@ def loss(implementation, count):
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Call it with the number of rows of a chunk."""
-    return lambda rows: monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
+    """Call it with the rows of a chunk, the vocabulary and the dtype of products."""
+
+    def limit(rows, vocabulary, dtype):
+        if KERNELS == "triton":
+            monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
+        else:
+            monkeypatch.setattr(compiled_loss, "_CHUNK", rows * vocabulary * dtype.itemsize)
+
+    return limit
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])  # eight chunks; a last one that is smaller; one
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
 def test_any_number_of_chunks(chunk, dtype, in_chunks):
-    in_chunks(chunk)
-    compare_with_torch(loss("triton", 8), loss("reference", 8), inputs(100), dtype)
+    in_chunks(chunk, 100, dtype)
+    compare_with_torch(loss(KERNELS, 8), loss("reference", 8), inputs(100), dtype)
 
 
 @pytest.mark.parametrize(("chunks", "factor"), [(8, 2.1), (40, 1.1)])  # rounded each for itself; summed in fp32
@@ -43,8 +52,8 @@ def test_chunks_lose_no_precision(chunks, factor, in_chunks):
     truth = torch.autograd.grad(loss("reference", 80)(*exact)[0], exact[1])[0]
     errors = []
     for rows in (80, 80 // chunks):
-        in_chunks(rows)
-        d_weight = torch.autograd.grad(loss("triton", 80)(*arguments)[0], arguments[1])[0]
+        in_chunks(rows, 90, BRAIN)
+        d_weight = torch.autograd.grad(loss(KERNELS, 80)(*arguments)[0], arguments[1])[0]
         errors.append((d_weight.double() - truth).norm())
     assert errors[1] < factor * errors[0]
 
@@ -52,13 +61,18 @@ def test_chunks_lose_no_precision(chunks, factor, in_chunks):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_all_logits_never_exist(wanted, in_chunks):
     rows, vocabulary, chunk = 64, 512, 12
-    in_chunks(chunk)
-    arguments = [x.float().detach() for x in inputs(vocabulary, rows, 8)]
+    in_chunks(chunk, vocabulary, FLOAT)
+    x, weight, bias = (x.float().detach() for x in inputs(vocabulary, rows, 8))
+    place = torch.arange(rows, device=DEVICE)
     with LargestTensor() as largest:  # which sees nothing inside an operation
-        kernels._in_chunks(*arguments, torch.arange(rows, device=DEVICE), [wanted] * 3)
+        if KERNELS == "triton":
+            kernels._in_chunks(x, weight, bias, place, [wanted] * 3)
+        else:
+            compiled_loss.linear_cross_entropy_forward(x, place, weight, bias, place, [wanted] * 3, FLOAT)
     assert largest.elements == chunk * vocabulary
 
 
+@of_triton
 def test_a_chunk_stays_in_the_cache():
     assert kernels._rows_of_chunk(30_528 * 2) == 640  # 39 MB
     assert kernels._rows_of_chunk(250_048 * 2) == 1024  # too wide for it
