@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import struct
+import sys
 import warnings
 from pathlib import Path
 from typing import Literal, get_args
@@ -51,6 +52,11 @@ def _is_whole(path: Path) -> bool:
 
 ABSENT: str | None = _load()
 """Why there is no compiled library; None where there is one."""
+
+
+def path() -> Path:
+    """Where the library is, if there is one."""
+    return Path(sys.modules["bertfast._C"].__file__)
 
 
 def instruction_set() -> InstructionSet:

@@ -155,7 +155,7 @@ def test_uses_nothing_of_torch_but_its_stable_abi():
         r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_1[1-9].*?#endif // TORCH_FEATURE", "", headers, flags=re.DOTALL
     )
     stable = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", headers))
-    wanted = symbols(Path(sys.modules["bertfast._C"].__file__), "-D", "--undefined-only")
+    wanted = symbols(compiled.path(), "-D", "--undefined-only")
     used = {name for *_, kind, name in wanted if kind == "U" and "@" not in name}  # others are the system's
     assert "torch_call_dispatcher" in used
     assert {name for name in used if not name.startswith("Py")} <= stable
@@ -164,7 +164,7 @@ def test_uses_nothing_of_torch_but_its_stable_abi():
 @pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
 def test_no_instruction_set_can_slip_into_another(name):
     """Of functions that several objects hold, the linker takes any: such a one may only be of the set itself."""
-    objects = sorted((ROOT / "build").glob(f"temp.*/*.{name}.o"))
+    objects = sorted((ROOT / "build").glob(f"objects/*.{name}.o"))
     if not objects:
         pytest.skip("nothing was built here, or not for x86-64")
     for path in objects:
@@ -191,7 +191,7 @@ def test_a_broken_file_is_one_sentence_and_the_plain_path(broken, tmp_path):
     shutil.copytree(Path(bertfast.__file__).parent, tmp_path / "bertfast", ignore=ignored)
     if not (tmp_path / "bertfast" / "kernels").exists():
         shutil.copytree(ROOT / "kernels", tmp_path / "bertfast" / "kernels", ignore=ignored)
-    library = Path(sys.modules["bertfast._C"].__file__)
+    library = compiled.path()
     (tmp_path / "bertfast" / library.name).write_bytes(broken(library.read_bytes()))
     code = "import torch, bertfast.ops as ops; x = torch.ones(2, 3); print(ops.bias_gelu(x, x[0]).sum().item())"
     ran = subprocess.run(
