@@ -4,6 +4,7 @@ A kernel of `csrc/cpu` is compiled once for each instruction set, of which the l
 Without a C++ compiler the package is installed without the library and says so: it then runs in plain PyTorch.
 
     CXX=g++-13         the compiler
+    CXXFLAGS=-O0       its last flags
     MAX_JOBS=4         how many of it run at a time
     BERTFAST_CHECKED=1 for the tests: gcc's sanitizers watch, and the wide instruction sets are made of AVX2's
 """
@@ -62,7 +63,7 @@ def _build(target: Path) -> None:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler")
     subprocess.run([*shlex.split(compiler), "--version"], check=True, stdout=subprocess.DEVNULL)
-    always = f"{FLAGS} {SILENT} {SANITIZED if CHECKED else ''}"
+    always = f"{FLAGS} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
     torch_folders = " ".join(shlex.quote(f"-L{path}") for path in library_paths())
     OBJECTS.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)

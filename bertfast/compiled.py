@@ -7,10 +7,10 @@ everything still runs, in plain PyTorch.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import struct
 import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +24,7 @@ InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
 
 def _load() -> str | None:
     """Load the library and tell `torch.compile` what its operations return; why not, if that cannot be done."""
-    found = importlib.util.find_spec("bertfast._C")
+    found = PathFinder.find_spec("bertfast._C", [str(Path(__file__).parent)])  # not that of an editable install
     if found is None:
         return "the compiled library was not built: install bertfast again with a C++20 compiler"
     try:
