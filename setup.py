@@ -3,13 +3,15 @@
 A kernel of `csrc/cpu` is compiled once for each instruction set, of which the library chooses when it is loaded.
 Without a C++ compiler the package is installed without the library and says so: it then runs in plain PyTorch.
 
-    MAX_JOBS=4                        how many compilers run at a time
-    BERTFAST_SANITIZE=address,undefined   for the tests: with gcc's sanitizers
-    BERTFAST_EMULATE=1                for the tests: wide instruction sets made of AVX2's instructions
+    CXX=g++-13         the compiler
+    CXXFLAGS=-O0       its last flags
+    MAX_JOBS=4         how many of it run at a time
+    BERTFAST_CHECKED=1 for the tests: gcc's sanitizers watch, and the wide instruction sets are made of AVX2's
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,13 +24,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 WIDE = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 INSTRUCTION_SETS = {"plain": "", "avx2": "-mavx2 -mfma", "avx512": WIDE, "avx512_bf16": f"{WIDE} -mavx512bf16"}
-EMULATED = {
-    name: f"-mavx2 -mfma -DBERTFAST_LANES=16{' -DBERTFAST_PAIRS' * (name == 'avx512_bf16')}"
-    for name in ("avx512", "avx512_bf16")
-}
+EMULATED = "-mavx2 -mfma -DBERTFAST_LANES=16"
+EMULATING = INSTRUCTION_SETS | {"avx512": EMULATED, "avx512_bf16": f"{EMULATED} -DBERTFAST_PAIRS"}
+CHECKED = os.environ.get("BERTFAST_CHECKED") == "1"
+OBJECTS = ROOT / "build" / ("checked-objects" if CHECKED else "objects")
 NOT_KERNELS = ("instruction_set.cpp",)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
+SANITIZED = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11
 
 
@@ -38,68 +41,62 @@ class BuildLibrary(build_ext):
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         try:
-            self._build(target)
+            _build(target)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)  # one of older sources
+            if not CHECKED:
+                (ROOT / "bertfast" / target.name).unlink(missing_ok=True)
             print(
                 f"\nWARNING: bertfast's compiled library was not built ({error}). bertfast works without it, several "
-                "times slower on a CPU; with a C++ compiler of C++20 (gcc 12, say), install again.\n",
+                "times slower on a CPU; with a compiler of C++20 (g++ 12, say), install again.\n",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _build(self, target: Path) -> None:
-        import ninja
-        from ninja.ninja_syntax import Writer
-        from torch.utils.cpp_extension import include_paths, library_paths
 
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
-            raise FileNotFoundError("there is no C++ compiler")
-        folder = Path(self.build_temp).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        includes = " ".join(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")])
-        with (folder / "build.ninja").open("w") as file:
-            rules = Writer(file, width=10**6)
-            compile_command = f"{compiler} -MD -MF $out.d {FLAGS} {SILENT} $flags -c $in -o $out"
-            rules.rule("compile", compile_command, depfile="$out.d", deps="gcc", description="$out")
-            link = f"{compiler} -shared {_sanitizers()} $in -o $out"
-            link += "".join(f" -L{path}" for path in library_paths()) + " -ltorch_cpu -ldl"
-            rules.rule("link", link, description="$out")
-            objects = []
-            for source, name, flags in _units(includes):
-                objects.append(str(folder / f"{name}.o"))
-                rules.build(objects[-1], "compile", str(source), variables={"flags": f"{flags} {_sanitizers()}"})
-            rules.build(str(target), "link", objects)
-        jobs = os.environ.get("MAX_JOBS")
-        command = [Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else [])]
-        subprocess.run(command, cwd=folder, check=True)
+def _build(target: Path) -> None:
+    import ninja
+    from ninja.ninja_syntax import Writer
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    subprocess.run([*shlex.split(compiler), "--version"], check=True, stdout=subprocess.DEVNULL)
+    always = f"{FLAGS} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
+    torch_folders = " ".join(shlex.quote(f"-L{path}") for path in library_paths())
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / "build.ninja").open("w") as file:
+        rules = Writer(file, width=10**6)
+        compile_command = f"{compiler} -MD -MF $out.d {always} $flags -c $in -o $out"
+        rules.rule("compile", compile_command, depfile="$out.d", deps="gcc", description="$out")
+        rules.rule("link", f"{compiler} {always} -shared $in -o $out {torch_folders} -ltorch_cpu", description="$out")
+        objects = []
+        for source, name, flags in _units([*include_paths(), sysconfig.get_path("include")]):
+            objects += rules.build(f"{name}.o", "compile", str(source), variables={"flags": flags})
+        rules.build(str(target), "link", objects)
+    jobs = os.environ.get("MAX_JOBS")
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else [])], cwd=OBJECTS, check=True)
 
 
-def _units(includes: str) -> list[tuple[Path, str, str]]:
+def _units(include_folders: list[str]) -> list[tuple[Path, str, str]]:
     """What is compiled: (source, name of the object, flags)."""
-    emulate = os.environ.get("BERTFAST_EMULATE") == "1"
-    shared = "-DBERTFAST_EMULATED" if emulate else ""
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_folders)
     units = [(ROOT / "csrc" / "library.cpp", "library", f"{includes} {STABLE_ABI}")]
-    sets = INSTRUCTION_SETS | (EMULATED if emulate else {})
+    sets = EMULATING if CHECKED else INSTRUCTION_SETS
     if platform.machine() not in ("x86_64", "AMD64"):
         sets = {"plain": ""}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         if source.name in NOT_KERNELS:
-            units.append((source, source.stem, shared))
-            continue
-        units += [(source, f"{source.stem}.{name}", f"{shared} -DBERTFAST_SET={name} {sets[name]}") for name in sets]
+            units.append((source, source.stem, "-DBERTFAST_EMULATED" if CHECKED else ""))
+        else:
+            units += [(source, f"{source.stem}.{name}", f"-DBERTFAST_SET={name} {sets[name]}") for name in sets]
     return units
 
 
-def _sanitizers() -> str:
-    wanted = os.environ.get("BERTFAST_SANITIZE", "")
-    return f"-fsanitize={wanted} -fno-omit-frame-pointer -g" if wanted else ""
-
-
 setup(
-    ext_modules=[Extension("bertfast._C", [], py_limited_api=True)],
+    ext_modules=[Extension("bertfast._C", [], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

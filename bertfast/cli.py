@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("training.evaluate", "EvaluateSettings", "evaluate", "score a model on labelled data or on text"),
     "predict": ("training.predict", "PredictSettings", "predict", "label texts with a fine-tuned model"),
     "fill-mask": ("tasks.fill_mask", "FillMaskSettings", "fill_mask_command", "name the best words for each [MASK]"),
+    "doctor": ("doctor", "DoctorSettings", "doctor", "say what this machine has, and what runs on it"),
 }
 
 # Errors whose message is the whole story; anything else is a mistake of ours and shows where it happened.

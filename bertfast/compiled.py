@@ -7,7 +7,11 @@ everything still runs, in plain PyTorch.
 from __future__ import annotations
 
 import importlib
+import struct
+import sys
 import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -20,10 +24,13 @@ InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
 
 def _load() -> str | None:
     """Load the library and tell `torch.compile` what its operations return; why not, if that cannot be done."""
-    try:
-        importlib.import_module("bertfast._C")
-    except ModuleNotFoundError:
+    found = PathFinder.find_spec("bertfast._C", [str(Path(__file__).parent)])  # not that of an editable install
+    if found is None:
         return "the compiled library was not built: install bertfast again with a C++20 compiler"
+    try:
+        if not _is_whole(Path(found.origin)):
+            raise ImportError(f"{found.origin} is cut off")
+        importlib.import_module("bertfast._C")
     except ImportError as error:
         reason = f"the compiled library does not load, install bertfast again ({error})"
         warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
@@ -34,13 +41,35 @@ def _load() -> str | None:
     return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a file of Linux's format reaches to its end, the table of sections; loading another ends the process."""
+    library = path.read_bytes()
+    if len(library) < 64 or library[:4] != b"\x7fELF":
+        return len(library) >= 64
+    (table,), (size, count) = struct.unpack_from("<Q", library, 40), struct.unpack_from("<HH", library, 58)
+    return table + size * count <= len(library)
+
+
 ABSENT: str | None = _load()
 """Why there is no compiled library; None where there is one."""
+
+
+def path() -> Path:
+    """Where the library is, if there is one."""
+    return Path(sys.modules["bertfast._C"].__file__)
 
 
 def instruction_set() -> InstructionSet:
     """The instructions that the kernels use: the best that the processor has, unless others were asked for."""
     return get_args(InstructionSet)[torch.ops.bertfast.instruction_set()]
+
+
+def instruction_sets() -> list[InstructionSet]:
+    """Those that the kernels can use on this processor; none without the library."""
+    if ABSENT is not None:
+        return []
+    known = get_args(InstructionSet)
+    return [name for number, name in enumerate(known) if torch.ops.bertfast.has_instruction_set(number)]
 
 
 def use_instruction_set(name: InstructionSet) -> None:
@@ -54,5 +83,6 @@ def use_instruction_set(name: InstructionSet) -> None:
     known = get_args(InstructionSet)
     if name not in known:
         raise ValueError(f"instruction set must be one of {', '.join(known)}, got {name!r}")
-    if not torch.ops.bertfast.use_instruction_set(known.index(name)):
+    if name not in instruction_sets():
         raise ValueError(f"this processor has no instruction set {name!r}; {instruction_set()!r} stays in use")
+    torch.ops.bertfast.use_instruction_set(known.index(name))

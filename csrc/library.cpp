@@ -278,11 +278,11 @@ static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor loss
 
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
-// Whether the set can be used here; if so, it is from now on.
-static bool use_instruction_set(int64_t set) {
-  if (set < 0 || set > (int64_t)InstructionSet::avx512_bf16 || !is_supported((InstructionSet)set)) return false;
+static bool has_instruction_set(int64_t set) { return is_supported((InstructionSet)set); }
+
+static void use_instruction_set(int64_t set) {
+  STD_TORCH_CHECK(has_instruction_set(set), "this processor lacks that instruction set");
   use((InstructionSet)set);
-  return true;
 }
 
 }  // namespace operations
@@ -290,7 +290,8 @@ static bool use_instruction_set(int64_t set) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("instruction_set() -> int");
-  library.def("use_instruction_set(int set) -> bool");
+  library.def("has_instruction_set(int set) -> bool");
+  library.def("use_instruction_set(int set) -> ()");
   library.def(
       "cpu_add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
       "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
@@ -328,6 +329,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&bertfast::operations::instruction_set_in_use));
+  library.impl("has_instruction_set", TORCH_BOX(&bertfast::operations::has_instruction_set));
   library.impl("use_instruction_set", TORCH_BOX(&bertfast::operations::use_instruction_set));
 }
 

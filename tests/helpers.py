@@ -1,7 +1,10 @@
 """The rule by which every numerical test judges, and what such tests need."""
 
+import os
 from collections.abc import Callable
+from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +50,13 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where kernels are tested: on a CPU they run in Triton's interpreter."""
+"""Where kernels are tested."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS: Literal["triton", "cpu"] = "triton" if DEVICE.type == "cuda" or INTERPRETED else "cpu"
+"""Which kernels are tested: a process with `TRITON_INTERPRET=1` runs Triton's on a CPU, any other the library's."""
+
+of_triton = pytest.mark.skipif(KERNELS != "triton", reason="only Triton's kernels have it")
 
 
 def dropout_over(sequences: Sequences, p: float = 0.3, operation: int = 5) -> Dropout:

@@ -29,6 +29,7 @@ FLOORS = {
     "tasks": 4,
     "training": 4,
     "demo": 5,
+    "doctor": 5,
     "cli": 5,
     "": 6,  # the package itself, which says what is public
 }

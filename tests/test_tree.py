@@ -19,5 +19,7 @@ def test_the_tree_in_the_readme_names_every_module_and_nothing_else():
     for shipped in ("bertfast", "kernels"):
         modules = {str(path.relative_to(ROOT)) for path in (ROOT / shipped).rglob("*.py") if path.name != "__init__.py"}
         assert {name for name in named if name.startswith(f"{shipped}/") and name.endswith(".py")} == modules
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {name for name in named if name.startswith("csrc/") and name != "csrc/"} == sources
     for name in named:
         assert (ROOT / name).exists(), name

@@ -12,7 +12,7 @@ from bertfast.dropout import Dropout, kernel_arguments
 from bertfast.ops.choice import Implementation, check, choose, launcher
 from bertfast.sequences import Sequences
 
-_HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
+HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 
 
 def attention(
@@ -64,7 +64,7 @@ def attention(
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:
-    if qkv.shape[3] not in _HEAD_DIMENSIONS:
+    if qkv.shape[3] not in HEAD_DIMENSIONS:
         return f"its kernels take head dimensions of 32, 64 and 128, qkv has {qkv.shape[3]}"
     return None if scale > 0 else f"its kernels take a positive scale, got {scale}"
 

@@ -40,11 +40,11 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
     """
     if requested is None:
         fastest = "triton" if x.is_cuda else "cpu"
-        return fastest if _refusal(fastest, x) is None and refusal is None else "reference"
+        return fastest if why_not(fastest, x) is None and refusal is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    refusal = _refusal(requested, x) or (None if requested == "reference" else refusal)
+    refusal = why_not(requested, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
         raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
     return requested
@@ -55,7 +55,7 @@ def launcher(implementation: Implementation, name: str) -> Callable:
     return getattr(torch.ops.bertfast, f"{implementation}_{name}")
 
 
-def _refusal(implementation: Implementation, x: Tensor) -> str | None:
+def why_not(implementation: Implementation, x: Tensor) -> str | None:
     """Why an implementation cannot take tensors like `x`; None if it can."""
     if implementation == "triton":
         return _triton_refusal(x)

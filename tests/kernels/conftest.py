@@ -1,21 +1,30 @@
-"""The Triton kernels, run: on a GPU, or on a CPU in Triton's interpreter (`TRITON_INTERPRET=1 pytest tests/kernels`).
+"""The kernels, run, each against the definition. Which ones depends on the process, and `make test` has one of each.
 
-A process either interprets or compiles, so without either these tests are left out, and `make test` runs them apart.
+pytest tests/kernels                        the compiled library's; on a machine with a GPU, Triton's
+TRITON_INTERPRET=1 pytest tests/kernels     Triton's, on a CPU, in its interpreter
 """
 
 import os
 
 import pytest
-import torch
+from helpers import INTERPRETED, KERNELS
+
+from bertfast import compiled
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else the library refuses to be deterministic
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     import interpreter_bf16
 
     interpreter_bf16.repair()
-elif not torch.cuda.is_available():
-    collect_ignore_glob = ["test_*.py"]
+elif KERNELS == "cpu":
+    collect_ignore = [  # what only Triton has
+        "test_attention_tiles.py",
+        "test_linear_gelu.py",
+        "test_sum_by_index.py",
+    ]
+    if compiled.ABSENT is not None:
+        collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_addoption(parser):
@@ -25,6 +34,23 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     part, parts = map(int, config.getoption("part", "1/1").split("/"))
     items[:] = items[part - 1 :: parts]
+
+
+def pytest_generate_tests(metafunc):
+    if KERNELS == "cpu" and not metafunc.definition.get_closest_marker("one_instruction_set"):
+        metafunc.parametrize("instruction_set", compiled.instruction_sets(), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def instruction_set(request):
+    """Tests of the library run with each instruction set that it can use here."""
+    if not hasattr(request, "param"):
+        yield
+        return
+    in_use = compiled.instruction_set()
+    compiled.use_instruction_set(request.param)
+    yield
+    compiled.use_instruction_set(in_use)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Run one operation, forward and backward, on tensors that all end at a protected page.
 
-    TRITON_INTERPRET=1 python tests/kernels/guarded.py OPERATION
+    [TRITON_INTERPRET=1] python tests/kernels/guarded.py OPERATION
 
 It crashes if a kernel touches what lies behind one; `outside` is a kernel that does. `test_guard_pages.py` runs it.
 """
@@ -10,18 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import interpreter_bf16
 from guard_page import GuardedMemory, guarded
-from helpers import dropout_over, normal
+from helpers import INTERPRETED, KERNELS, dropout_over, normal
 
-from bertfast import ops
+from bertfast import compiled, ops
 from bertfast.dropout import Dropout
 from bertfast.ops.bias_gelu import LinearGelu
+from bertfast.ops.choice import launcher
 from bertfast.sequences import Sequences
 
 ROWS, HIDDEN = 5, 50  # neither a multiple of a tile
@@ -46,17 +44,17 @@ def attention(lengths: list[int]) -> Callable[[], Tensor]:
         cu_seqlens, numbers = guarded(plain.cu_seqlens), guarded(plain.numbers)
         sequences = Sequences(cu_seqlens, numbers, plain.lengths, plain.tokens, plain.length_limit)
         qkv = guarded(normal(plain.tokens, 3, 1, 32, dtype=torch.bfloat16))
-        return ops.attention(qkv, sequences, dropout=dropout(plain.tokens), implementation="triton")
+        return ops.attention(qkv, sequences, dropout=dropout(plain.tokens), implementation=KERNELS)
 
     return run
 
 
 def add_layer_norm() -> Tensor:
-    return ops.add_layer_norm(rows(), rows(), vector(), vector(), vector(), 1e-12, dropout(), implementation="triton")
+    return ops.add_layer_norm(rows(), rows(), vector(), vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
 
 
 def bias_gelu() -> Tensor:
-    return ops.bias_gelu(rows(), vector(), implementation="triton")
+    return ops.bias_gelu(rows(), vector(), implementation=KERNELS)
 
 
 def linear_gelu() -> Tensor:
@@ -64,30 +62,23 @@ def linear_gelu() -> Tensor:
 
 
 def gelu_layer_norm() -> Tensor:
-    return ops.gelu_layer_norm(rows(), vector(), vector(), vector(), 1e-12, implementation="triton")
+    return ops.gelu_layer_norm(rows(), vector(), vector(), vector(), 1e-12, implementation=KERNELS)
 
 
 def embed() -> Tensor:
     ids = guarded(torch.tensor([6, 0, 6, 3, 1]))
     types = guarded(torch.tensor([0, 1, 1, 0, 1]))
     tables = rows(count=7), rows(count=8), rows(count=2)
-    return ops.embed(ids, types, ids, *tables, vector(), vector(), 1e-12, dropout(), implementation="triton")
+    return ops.embed(ids, types, ids, *tables, vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
 
 
 def linear_cross_entropy() -> Tensor:
     read, labels = guarded(torch.tensor([4, 0, 2])), guarded(torch.tensor([36, -100, 0]))
-    return ops.linear_cross_entropy(rows(), read, rows(count=37), vector(37), labels, implementation="triton")[0]
+    return ops.linear_cross_entropy(rows(), read, rows(count=37), vector(37), labels, implementation=KERNELS)[0]
 
 
 def outside() -> Tensor:
-    x = vector(3)
-    copy_kernel[(1,)](x, torch.empty(4), SIZE=4)
-    return x
-
-
-@triton.jit
-def copy_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
-    tl.store(y_ptr + tl.arange(0, SIZE), tl.load(x_ptr + tl.arange(0, SIZE)))
+    return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # a bias that is too short
 
 
 CASES = {
@@ -95,7 +86,7 @@ CASES = {
     "attention_long": attention([3, 130]),
     "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,
-    "linear_gelu": linear_gelu,
+    **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
     "embed": embed,
     "linear_cross_entropy": linear_cross_entropy,
@@ -104,7 +95,13 @@ CASES = {
 
 
 if __name__ == "__main__":
-    interpreter_bf16.repair()
-    with GuardedMemory():
-        CASES[sys.argv[1]]().sum().backward()
+    if INTERPRETED:
+        import interpreter_bf16
+
+        interpreter_bf16.repair()
+    for instruction_set in compiled.instruction_sets() if KERNELS == "cpu" else [None]:
+        if instruction_set:
+            compiled.use_instruction_set(instruction_set)
+        with GuardedMemory():
+            CASES[sys.argv[1]]().sum().backward()
     print("nothing outside was touched")

@@ -1,10 +1,10 @@
-"""`add_layer_norm` in Triton, against the definition."""
+"""The kernels of `add_layer_norm`, against the definition."""
 
 import math
 
 import pytest
 import torch
-from helpers import DEVICE, compare_with_torch, dropout_over, normal
+from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, of_triton
 
 from bertfast import ops
 from bertfast.dropout import hidden_keep
@@ -30,7 +30,7 @@ def inputs(hidden, tokens=11):
 
 
 def kernel(x, residual, bias, gamma, beta, dropout=None):
-    return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout, implementation="triton")
+    return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout, implementation=KERNELS)
 
 
 def definition(x, residual, bias, gamma, beta, dropout=None):
@@ -52,6 +52,7 @@ def test_is_as_accurate_as_the_definition(hidden, dtypes, p):
     compare(inputs(hidden), dtypes, dropout_over(SEQUENCES, p) if p else None)
 
 
+@of_triton
 def test_half_precision():
     compare(inputs(96), HALF, dropout_over(SEQUENCES))
 

@@ -1,17 +1,14 @@
-"""Packed attention in Triton, against the definition."""
+"""The kernels of `attention`, against the definition."""
 
 import math
 from itertools import permutations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from helpers import DEVICE, compare_with_torch, dropout_over, normal
+from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, of_triton
 
 from bertfast import ops
 from bertfast.dropout import attention_keep
-from bertfast.kernels.attention import find_tile, slots
 from bertfast.sequences import Sequences
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -27,7 +24,7 @@ def layout(lengths, inert=3, **options) -> Sequences:
     return Sequences.from_lengths(lengths, tokens=sum(lengths) + inert, device=DEVICE, **options)
 
 
-def attend(qkv, sequences, p=0.0, implementation="triton", **options):
+def attend(qkv, sequences, p=0.0, implementation=KERNELS, **options):
     dropout = dropout_over(sequences, p) if p else None
     return ops.attention(qkv, sequences, dropout=dropout, implementation=implementation, **options)
 
@@ -61,6 +58,7 @@ def test_is_as_accurate_as_the_definition(lengths, head_dimension, dtype):
         compare(layout(lengths), dtype, p, 1, head_dimension)
 
 
+@of_triton
 def test_half_precision_and_three_heads():
     compare(layout([40, 7]), HALF, 0.1, heads=3)
 
@@ -82,30 +80,6 @@ def test_a_long_sequence():
 def test_a_limit_beyond_the_lengths_changes_nothing_but_the_kernels():
     """As in a run whose batches all run the same kernels."""
     compare(layout([5, 32, 0, 1], length_limit=512), p=0.3)
-
-
-@triton.jit
-def tile_kernel(cu_ptr, sequences, tokens, slot_ptr, found_ptr, BLOCK: tl.constexpr):
-    place = tl.program_id(0)
-    found = find_tile(cu_ptr, sequences, tokens, tl.load(slot_ptr + place), BLOCK)
-    for part in tl.static_range(4):
-        tl.store(found_ptr + 4 * place + part, found[part])
-
-
-def test_every_tile_has_a_slot():
-    """Also among more sequences than a program looks through at a time, many of them empty."""
-    block, inert = 16, 40
-    lengths = [(7 * i) % 50 if i % 3 else 0 for i in range(2100)]
-    sequences = layout(lengths, inert)
-    starts = sequences.cu_seqlens.tolist()
-    some = [1, 2, 1000, 1024, 1025, 2048, 2098]
-    tiles = [(s, starts[s], lengths[s], row) for s in some for row in range(0, lengths[s], block)]
-    tiles += [(2100, sequences.used, inert, row) for row in range(0, inert, block)]
-    places = torch.tensor([start // block + s + row // block for s, start, _, row in tiles], device=DEVICE)
-    assert places.max() < slots(sequences.tokens, 2100, block)
-    found = torch.empty(len(tiles), 4, dtype=torch.int64, device=DEVICE)
-    tile_kernel[(len(tiles),)](sequences.cu_seqlens, 2100, sequences.tokens, places, found, BLOCK=block)
-    assert [tuple(row) for row in found.tolist()] == tiles
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # either side of groups and tiles

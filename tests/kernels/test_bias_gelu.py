@@ -1,10 +1,10 @@
-"""`bias_gelu` and `linear_gelu` in Triton, against the definition."""
+"""The kernels of `bias_gelu`, alone and after a product, against the definition."""
 
 import math
 
 import pytest
 import torch
-from helpers import DEVICE, compare_with_torch, normal
+from helpers import DEVICE, KERNELS, compare_with_torch, normal, of_triton
 
 from bertfast import ops
 
@@ -23,7 +23,7 @@ def inputs(columns, tokens=11):
 
 
 def kernel(x, bias, approximate="none"):
-    return ops.bias_gelu(x, bias, approximate, implementation="triton")
+    return ops.bias_gelu(x, bias, approximate, implementation=KERNELS)
 
 
 def definition(x, bias, approximate="none"):
@@ -39,6 +39,7 @@ def test_is_as_accurate_as_the_definition(approximate, dtypes, columns):
     )
 
 
+@of_triton
 def test_half_precision():
     compare_with_torch(kernel, definition, inputs(96), HALF)
 
@@ -68,13 +69,13 @@ def test_after_a_product(dtypes, approximate):
         return lambda *inputs: ops.linear_gelu(*inputs, approximate, implementation=implementation)
 
     inputs = [normal(*shape, device=DEVICE) for shape in ((11, 24), (40, 24), (40,))]
-    compare_with_torch(linear_gelu("triton"), linear_gelu("reference"), inputs, dtypes)
+    compare_with_torch(linear_gelu(KERNELS), linear_gelu("reference"), inputs, dtypes)
 
 
 def test_after_a_product_under_autocast():
     x, weight, bias = (normal(*shape, dtype=FLOAT, device=DEVICE) for shape in ((11, 24), (40, 24), (40,)))
     with torch.autocast(DEVICE.type, BRAIN):
-        ours, theirs = (ops.linear_gelu(x, weight, bias, implementation=name) for name in ("triton", "reference"))
+        ours, theirs = (ops.linear_gelu(x, weight, bias, implementation=name) for name in (KERNELS, "reference"))
     assert ours.dtype == theirs.dtype == BRAIN
     gradients = torch.autograd.grad(ours.float().sum(), [x, weight, bias])
     assert {gradient.dtype for gradient in gradients} == {FLOAT}

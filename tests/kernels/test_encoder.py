@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import DEVICE, assert_as_accurate_as_torch
+from helpers import DEVICE, KERNELS, assert_as_accurate_as_torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bertfast
@@ -26,12 +26,12 @@ SIZES = {
 
 
 @pytest.fixture
-def on_kernels(monkeypatch):
-    """Call it, and every operation runs on Triton; a CPU's own choice is the reference."""
+def choose(monkeypatch):
+    """Call it, and every operation runs on this implementation."""
 
-    def everywhere() -> None:
+    def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
-            monkeypatch.setattr(import_module(f"bertfast.ops.{name}"), "choose", lambda *_: "triton")
+            monkeypatch.setattr(import_module(f"bertfast.ops.{name}"), "choose", lambda *_: implementation)
 
     return everywhere
 
@@ -61,14 +61,13 @@ def loss(model, batch, seed) -> torch.Tensor:
     return losses.masked_lm + losses.next_sentence
 
 
-def test_pretraining_is_as_accurate_as_the_definition(on_kernels):
+def test_pretraining_is_as_accurate_as_the_definition(choose):
     """Loss and gradients of all parameters, dropout on, on fewer rows in the last layer."""
     seed = torch.tensor(11, device=DEVICE)
     results = []
-    for dtype in (torch.float64, torch.float32, torch.float32):
-        if len(results) == 2:
-            on_kernels()
-        ours = model(dtype)
+    for dtype, implementation in (("float64", "reference"), ("float32", "reference"), ("float32", KERNELS)):
+        choose(implementation)
+        ours = model(getattr(torch, dtype))
         value = loss(ours, batch([9, 3, 11]), seed)
         value.backward()
         results.append({name: x.grad for name, x in ours.named_parameters()} | {"loss": value.detach()})
@@ -78,8 +77,9 @@ def test_pretraining_is_as_accurate_as_the_definition(on_kernels):
         assert_as_accurate_as_torch(our, theirs[name], truth[name], name=name, neighbour=weight)
 
 
-def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(on_kernels):
-    on_kernels()
+@pytest.mark.one_instruction_set
+def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(choose):
+    choose(KERNELS)
     ours = model().bert
     seed = torch.tensor(11, device=DEVICE)
 

@@ -1,10 +1,10 @@
-"""`gelu_layer_norm` in Triton, against the definition."""
+"""The kernels of `gelu_layer_norm`, against the definition."""
 
 import math
 
 import pytest
 import torch
-from helpers import DEVICE, compare_with_torch, normal
+from helpers import DEVICE, KERNELS, compare_with_torch, normal, of_triton
 
 from bertfast import ops
 
@@ -25,7 +25,7 @@ def inputs(hidden, rows=11):
 
 
 def kernel(x, bias, gamma, beta):
-    return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation="triton")
+    return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation=KERNELS)
 
 
 def definition(x, bias, gamma, beta):
@@ -38,6 +38,7 @@ def test_is_as_accurate_as_the_definition(hidden, dtypes):
     compare_with_torch(kernel, definition, inputs(hidden), dtypes)
 
 
+@of_triton
 def test_half_precision():
     compare_with_torch(kernel, definition, inputs(96), HALF)
 

@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from helpers import DEVICE, dropout_over, normal
+from helpers import DEVICE, KERNELS, dropout_over, normal
 from torch import Tensor
 
 from bertfast import ops
@@ -39,15 +39,15 @@ def vector(seed: int) -> Tensor:
 SEQUENCES = Sequences.from_lengths([3], device=DEVICE)
 CASES = {
     "add_layer_norm": lambda x: ops.add_layer_norm(
-        x, x, vector(1), vector(2), vector(3), 1e-12, dropout_over(SEQUENCES), implementation="triton"
+        x, x, vector(1), vector(2), vector(3), 1e-12, dropout_over(SEQUENCES), implementation=KERNELS
     ),
-    "bias_gelu": lambda x: ops.bias_gelu(x, vector(1), implementation="triton"),
+    "bias_gelu": lambda x: ops.bias_gelu(x, vector(1), implementation=KERNELS),
     "gelu_layer_norm": lambda x: ops.gelu_layer_norm(
-        x, vector(1), vector(2), vector(3), 1e-12, implementation="triton"
+        x, vector(1), vector(2), vector(3), 1e-12, implementation=KERNELS
     ),
     "embed": lambda table: ops.embed(
         *[torch.tensor([2, 0, 2], device=DEVICE)] * 3, table, table, table, vector(2), vector(3), 1e-12,
-        implementation="triton",
+        implementation=KERNELS,
     ),
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_tokens_of_attention():
     far = far_apart(dense, 9_000_000)
 
     def attend(qkv):
-        return ops.attention(qkv, sequences, dropout=dropout_over(sequences), implementation="triton")
+        return ops.attention(qkv, sequences, dropout=dropout_over(sequences), implementation=KERNELS)
 
     for a, b in zip(gradients(attend, far), gradients(attend, dense), strict=True):
         assert torch.equal(a, b)

@@ -1,13 +1,13 @@
-"""`linear_cross_entropy` in Triton, against the definition."""
+"""The kernels of `linear_cross_entropy`, against the definition."""
 
 import math
 
 import pytest
 import torch
-from helpers import DEVICE, LargestTensor, compare_with_torch, normal, under_autocast
+from helpers import DEVICE, KERNELS, compare_with_torch, normal, of_triton, under_autocast
 
 from bertfast import ops
-from bertfast.kernels import linear_cross_entropy as kernels
+from bertfast.ops.choice import launcher
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 1, 7], device=DEVICE)  # 0 and 7 twice, 3 and 6 never
@@ -30,7 +30,7 @@ def inputs(vocabulary, tokens=8, hidden=24, scale=1.0):
 
 def kernel(hidden, weight, bias, rows=ROWS, labels=LABELS):
     labels = labels.clamp(max=len(weight) - 1)
-    return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="triton")
+    return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation=KERNELS)
 
 
 def definition(hidden, weight, bias, rows=ROWS, labels=LABELS):
@@ -42,16 +42,13 @@ def gradients(arguments, *indices):
     return torch.autograd.grad(kernel(*arguments, *indices)[0], arguments)
 
 
-def in_chunks(monkeypatch, rows):
-    monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
-
-
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
 def test_is_as_accurate_as_the_definition(vocabulary, dtype):
     compare_with_torch(kernel, definition, inputs(vocabulary), dtype)
 
 
+@of_triton
 def test_half_precision():
     compare_with_torch(kernel, definition, inputs(100), HALF)
 
@@ -64,26 +61,6 @@ def test_the_whole_vocabulary():
 def test_under_autocast(hidden):
     ours, theirs = under_autocast(kernel, BRAIN), under_autocast(definition, BRAIN)
     compare_with_torch(ours, theirs, inputs(100), [hidden, FLOAT, FLOAT], products=BRAIN)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 8])  # eight chunks; a last one that is smaller; one
-@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
-def test_any_number_of_chunks(chunk, dtype, monkeypatch):
-    in_chunks(monkeypatch, chunk)
-    compare_with_torch(kernel, definition, inputs(100), dtype)
-
-
-@pytest.mark.parametrize(("chunks", "factor"), [(8, 2.1), (40, 1.1)])  # rounded each for itself; summed in fp32
-def test_chunks_lose_no_precision(chunks, factor, monkeypatch):
-    arguments = [x.to(BRAIN).detach().requires_grad_() for x in inputs(90)]
-    indices = torch.arange(80, device=DEVICE) % 8, torch.arange(80, device=DEVICE) % 7
-    exact = [x.detach().double().requires_grad_() for x in arguments]
-    truth = torch.autograd.grad(definition(*exact, *indices)[0], exact[1])[0]
-    errors = []
-    for rows in (80, 80 // chunks):
-        in_chunks(monkeypatch, rows)
-        errors.append((gradients(arguments, *indices)[1].double() - truth).norm())
-    assert errors[1] < factor * errors[0]
 
 
 def test_more_rows_than_a_tile():
@@ -138,7 +115,7 @@ def test_a_label_outside_of_the_vocabulary_is_no_number():
     hidden, weight, bias = (x.float() for x in inputs(100))
     for label in (100, 127, 128, 1 << 32):
         labels = torch.tensor([label], device=DEVICE)
-        loss, correct, _ = ops.linear_cross_entropy(hidden, labels * 0, weight, bias, labels, implementation="triton")
+        loss, correct, _ = ops.linear_cross_entropy(hidden, labels * 0, weight, bias, labels, implementation=KERNELS)
         assert not loss.isfinite()
         assert correct.item() == 0
 
@@ -147,26 +124,12 @@ def test_a_label_outside_of_the_vocabulary_is_no_number():
 def test_gradients_that_no_one_wants_are_not_made(which):
     arguments = [x.float().detach() for x in inputs(100)]
     wanted = [place == which for place in range(3)]
-    made = kernels.linear_cross_entropy_forward(arguments[0], ROWS, *arguments[1:], LABELS, wanted, FLOAT)[3:]
+    forward = launcher(KERNELS, "linear_cross_entropy_forward")
+    made = forward(arguments[0], ROWS, *arguments[1:], LABELS, wanted, FLOAT)[3:]
     assert [x.numel() > 0 for x in made] == wanted
     arguments[which].requires_grad_()
     ours, theirs = (torch.autograd.grad(run(*arguments)[0], arguments[which])[0] for run in (kernel, definition))
     torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("wanted", [True, False])
-def test_all_logits_never_exist(wanted, monkeypatch):
-    rows, hidden, vocabulary, chunk = 64, 8, 512, 12
-    in_chunks(monkeypatch, chunk)
-    x, weight, bias = (x.float().detach() for x in inputs(vocabulary, rows, hidden))
-    with LargestTensor() as largest:  # which sees nothing inside an operation
-        kernels._in_chunks(x, weight, bias, torch.arange(rows, device=DEVICE), [wanted] * 3)
-    assert largest.elements == chunk * vocabulary
-
-
-def test_a_chunk_stays_in_the_cache():
-    assert kernels._rows_of_chunk(30_528 * 2) == 640  # 39 MB
-    assert kernels._rows_of_chunk(250_048 * 2) == 1024  # too wide for it
 
 
 def test_indices_may_be_int32_and_lie_apart():

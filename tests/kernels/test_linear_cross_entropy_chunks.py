@@ -1,0 +1,69 @@
+"""The chunks of rows in which `linear_cross_entropy` makes logits: any number of them gives the same."""
+
+import pytest
+import torch
+from helpers import DEVICE, KERNELS, LargestTensor, compare_with_torch, normal, of_triton
+
+from bertfast import ops
+
+if KERNELS == "triton":
+    from bertfast.kernels import linear_cross_entropy as kernels
+else:
+    from bertfast.ops import loss_on_cpu as kernels
+
+FLOAT, BRAIN = torch.float32, torch.bfloat16
+
+
+def inputs(vocabulary, tokens=8, hidden=24):
+    return [normal(*shape, device=DEVICE) for shape in ((tokens, hidden), (vocabulary, hidden), (vocabulary,))]
+
+
+def loss(implementation, count):
+    """The operation on `count` rows as a function of its parameters; the last one has no label."""
+    place = torch.arange(count, device=DEVICE)
+    rows, labels = place * 5 % 8, torch.where(place < count - 1, place % 7, -100)
+    return lambda hidden, weight, bias: ops.linear_cross_entropy(
+        hidden, rows, weight, bias, labels, implementation=implementation
+    )
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Call it with the most rows of a chunk."""
+    return lambda rows: monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])  # eight chunks; a last one that is smaller; one
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+def test_any_number_of_chunks(chunk, dtype, in_chunks):
+    in_chunks(chunk)
+    compare_with_torch(loss(KERNELS, 8), loss("reference", 8), inputs(100), dtype)
+
+
+@pytest.mark.parametrize(("chunks", "factor"), [(8, 2.1), (40, 1.1)])  # rounded each for itself; summed in fp32
+def test_chunks_lose_no_precision(chunks, factor, in_chunks):
+    arguments = [x.to(BRAIN).detach().requires_grad_() for x in inputs(90)]
+    exact = [x.detach().double().requires_grad_() for x in arguments]
+    truth = torch.autograd.grad(loss("reference", 80)(*exact)[0], exact[1])[0]
+    errors = []
+    for rows in (80, 80 // chunks):
+        in_chunks(rows)
+        d_weight = torch.autograd.grad(loss(KERNELS, 80)(*arguments)[0], arguments[1])[0]
+        errors.append((d_weight.double() - truth).norm())
+    assert errors[1] < factor * errors[0]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_all_logits_never_exist(wanted, in_chunks):
+    rows, vocabulary, chunk = 64, 512, 12
+    in_chunks(chunk)
+    arguments = [x.float().detach() for x in inputs(vocabulary, rows, 8)]
+    with LargestTensor() as largest:  # which sees nothing inside an operation
+        kernels._in_chunks(*arguments, torch.arange(rows, device=DEVICE), [wanted] * 3)
+    assert (chunk - 1) * vocabulary <= largest.elements <= chunk * vocabulary
+
+
+@of_triton
+def test_a_chunk_stays_in_the_cache():
+    assert kernels._rows_of_chunk(30_528 * 2) == 640  # 39 MB
+    assert kernels._rows_of_chunk(250_048 * 2) == 1024  # too wide for it
