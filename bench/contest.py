@@ -24,8 +24,9 @@ from bertfast.dropout import Dropout, TokenIdentity
 from bertfast.sequences import Sequences
 
 OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compiled library has no kernel of some
-# Relative error, by the Frobenius norm, above which a result is no rounding any more.
-WRONG = {torch.bfloat16: 0.05, torch.float32: 1e-4}
+# Relative error, by the Frobenius norm, above which a result is no rounding any more; PyTorch's own sums of 4096 rows
+# in bf16 err by 0.054.
+WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
 OUR_MASKS = ("bertfast", "definition")  # the others draw dropout's masks in their own way
 EPS = 1e-12  # of LayerNorm, as BERT has it
 VOCABULARY = 30522

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout: texts that are no part of the project
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
 PACKAGES += ("onnxruntime", "openvino")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
