@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,7 @@ from harness import (
 from report import plot, read, short, summary
 
 from bertfast import compiled
+from bertfast.memory import keep_freed_memory
 from bertfast.training.precision import multiplies_bf16
 
 OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/*.py") if path.stem != "conftest")
@@ -48,7 +48,6 @@ PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch
 ROUNDS = (5, 50)  # at least and at most
 SETS = 2  # of inputs, that take turns
 NO_BF16 = "this processor multiplies no bf16, and PyTorch's products are many times slower in it"
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 def main() -> int:
@@ -62,7 +61,7 @@ def main() -> int:
         parser.error(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
     if ON_GPU:
         parser.error("this is for a CPU; where there is a GPU `make gpu-check` measures")
-    keep_memory()
+    keep_freed_memory()
     runs, not_timed = [], []
     for operation in arguments.operations:
         module = import_module(operation)
@@ -81,14 +80,6 @@ def main() -> int:
     plot(results, arguments.results)
     print(f"{short(results)}\n\nwritten to {arguments.results}")
     return int(any(entry["provider"] == "bertfast" and entry["reason"] != NO_BF16 for entry in not_timed))
-
-
-def keep_memory() -> None:
-    """Have glibc, where that is the library, keep what is freed, whatever its size."""
-    with contextlib.suppress(AttributeError, OSError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measure(module: ModuleType, case: Case, seconds: float, not_timed: list[dict]) -> Iterator[dict]:

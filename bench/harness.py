@@ -172,7 +172,7 @@ def matrix_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats:
 
 
 @cache
-def block_rate(dtype: torch.dtype, repeats: int = 100) -> float | None:
+def block_rate(dtype: torch.dtype, repeats: int = 300) -> float | None:
     """FLOP/s of all threads if each multiplied blocks of 64³ in its cache as one core does alone; None if no compiler
     can build `block_product.cpp`."""
     source, times = Path(__file__).with_name("block_product.cpp"), 40
