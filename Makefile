@@ -8,6 +8,8 @@ OLDER  := .venv/triton-3.6
 # Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
+# What inference stands beside, apart from .venv, whose packages the tests must do with.
+RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
 .PHONY: demo test test-all lint bench gpu-check clean
@@ -41,8 +43,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(READY)
-	$(BIN)/python bench/end_to_end/pretraining_step.py
+$(RUNTIMES): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ \
+	  onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
+
+bench: $(READY) $(RUNTIMES)
+	$(BIN)/python bench/cpu_kernels.py --seconds 2
+	$(BIN)/python bench/end_to_end/pretraining_step.py base-128-fp32 small-128-fp32 --repeats 3
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 5
+	$(BIN)/python bench/end_to_end/growth.py
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(FAST),--fast)

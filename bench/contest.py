@@ -1,7 +1,7 @@
 """What the benchmarks of single operations share: cases, contenders, what is right, and what a call must cost at least.
 
-A file of `bench/ops` has CASES, its sizes, and PROVIDERS, who makes a contender for a case; its `conftest.py` runs
-every contender on every case.
+A file of `bench/ops` has CASES, its sizes, and PROVIDERS, who makes a contender for a case. Every contender runs on
+every case: on a GPU by the folder's `conftest.py`, on a CPU by `cpu_kernels.py`, which has sizes of its own ("cpu").
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import median, quantiles
 from types import ModuleType
 from typing import ClassVar
 
@@ -22,9 +23,11 @@ from torch import Tensor
 from bertfast.dropout import Dropout, TokenIdentity
 from bertfast.sequences import Sequences
 
-DTYPE = torch.bfloat16
-OURS = "triton" if ON_GPU else "reference"
-WRONG = 0.05  # relative error, by the Frobenius norm, above which a bf16 result is no rounding any more
+OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compiled library has no kernel of some
+# Relative error, by the Frobenius norm, above which a result is no rounding any more; PyTorch's own sums of 4096 rows
+# in bf16 err by 0.054.
+WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+OUR_MASKS = ("bertfast", "definition")  # the others draw dropout's masks in their own way
 EPS = 1e-12  # of LayerNorm, as BERT has it
 VOCABULARY = 30522
 
@@ -43,10 +46,24 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """A size of an operation. `str(case)` is its name."""
+    """A size of an operation. `str(case)` is its name: that of the size, and what is not usual on a GPU."""
 
     dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
     directions: ClassVar = ("forward", "backward")
+
+    def __str__(self) -> str:
+        precision = "-fp32" if self.dtype == torch.float32 else ""
+        return self.size + (f"-p{self.dropout}" if self.dropout else "") + precision
+
+    @property
+    @abstractmethod
+    def size(self) -> str:
+        """The size alone, in a word."""
+
+    def normal(self, generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normally distributed numbers in the case's precision."""
+        return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(self.dtype)
 
     @abstractmethod
     def inputs(self, generator: torch.Generator) -> Sequence[Tensor]:
@@ -69,11 +86,13 @@ class Contender:
         function: what is timed: of its own leaves to its own output.
         enter: the operation's inputs as those leaves (padded, say); differentiable, not timed.
         leave: the function's output as the operation's.
+        checked: against the operation; one that computes less is there for scale.
     """
 
     function: Callable[..., Tensor]
     enter: Callable[..., Sequence[Tensor]] = lambda *inputs: inputs
     leave: Callable[[Tensor], Tensor] = lambda output: output
+    checked: bool = True
 
     def leaves(self, case: Case, seed: int) -> list[Tensor]:
         """Leaves of the function for the case's inputs by `seed`."""
@@ -81,9 +100,9 @@ class Contender:
             return [x.detach().requires_grad_() for x in self.enter(*case.inputs(_generator(seed)))]
 
 
-def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-    """Normally distributed numbers in DTYPE."""
-    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(DTYPE)
+def in_both_precisions(*cases: Case) -> list[Case]:
+    """Each case in fp32 and in bf16."""
+    return [replace(case, dtype=dtype) for case in cases for dtype in (torch.float32, torch.bfloat16)]
 
 
 def dropout_over(sequences: Sequences, p: float, site: str) -> Dropout | None:
@@ -137,6 +156,35 @@ def needs_gpu(what: str) -> None:
         pytest.skip(f"{what} is timed on a GPU only")
 
 
+@lru_cache(maxsize=1)  # both directions follow one another
+def checked(provider: Provider, case: Case, our_masks: bool) -> tuple[Contender, float]:
+    """The contender and its relative error; of one with masks of its own, without dropout."""
+    made = contender(provider, case)
+    if not made.checked:
+        return made, 0.0
+    if our_masks or not case.dropout:
+        return made, relative_error(case, made)
+    dropless = replace(case, dropout=0.0)
+    return made, relative_error(dropless, contender(provider, dropless))
+
+
+def measured(case: Case, name: str, direction: str, samples: list[float], floor: float, error: float) -> dict:
+    """What a result says of a contender: its `samples` are seconds of a call, `floor` the least of them."""
+    work, (p20, *_, p80) = case.work(direction), quantiles(samples, n=5)
+    return {
+        "case": str(case),
+        "provider": name,
+        "direction": direction,
+        "relative_error": error,
+        "p20_s": p20,
+        "p80_s": p80,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "floor_s": floor,
+        "share_of_floor": floor / median(samples),
+    }
+
+
 def relative_error(case: Case, contender: Contender) -> float:
     """The largest error of output and gradients against float64, as a share of the true norm; NaN if there is one."""
     inputs = [x.requires_grad_() for x in case.inputs(_generator(0))]
@@ -180,6 +228,8 @@ def _call(function: Callable[..., Tensor], leaves: list[Tensor], direction: str)
     if direction == "training":  # of a loss
         return lambda: torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
     output = function(*leaves)
+    if not output.requires_grad:
+        pytest.skip("it has no gradient")
     d_output = _output_gradient(output)
     return lambda: torch.autograd.grad(output, leaves, d_output, retain_graph=True, allow_unused=True)
 
@@ -200,7 +250,7 @@ def _output_gradient(output: Tensor) -> Tensor:
     # Of a loss 1; else random numbers, the same for all contenders, that bf16 holds.
     if output.dim() == 0:
         return torch.ones_like(output)
-    return normal(_generator(1), *output.shape).to(output.dtype)
+    return torch.randn(output.shape, generator=_generator(1), device=DEVICE).bfloat16().to(output.dtype)
 
 
 def _generator(seed: int) -> torch.Generator:

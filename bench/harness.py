@@ -8,6 +8,7 @@ Everything runs on the GPU if there is one. Run as a program, it measures the ce
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -15,13 +16,18 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout: texts that are no part of the project
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
+PACKAGES += ("onnxruntime", "openvino")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
@@ -29,6 +35,8 @@ ON_GPU = DEVICE.type == "cuda"
 # together about BUDGET.
 ROUND = 0.01
 BUDGET = 0.2 if ON_GPU else 0.02
+FEW = 2  # rounds in one mode of the machine that say something
+APART = 0.7  # of the threads, which work side by side where the cores are a core each
 
 
 def stopwatch(function: Callable[[], object]) -> float:
@@ -46,15 +54,65 @@ def stopwatch(function: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def side_by_side(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, in turn A B A B …, after one uncounted round; so a drift of the machine hits all."""
-    seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            elapsed = stopwatch(function)
-            if repeat:
-                seconds[name].append(elapsed)
-    return seconds
+class Sample(NamedTuple):
+    """Seconds of a call, and how many threads worked side by side just before and just after it, at least."""
+
+    seconds: float
+    cores: float
+
+
+def cores_at_work() -> float:
+    """How many threads' work all threads do in the time of one: cores may be a core each, or behave like one."""
+    threads = torch.get_num_threads()
+    if ON_GPU or threads == 1:
+        return float(threads)
+    rows, right = torch.ones(threads * 256, 256), torch.ones(256, 256)
+    torch.set_num_threads(1)
+    alone = min(stopwatch(lambda: rows[:256] @ right) for _ in range(3))
+    torch.set_num_threads(threads)
+    return threads * alone / min(stopwatch(lambda: rows @ right) for _ in range(3))
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Sample]]:
+    """Samples of each function, in turn A B A B …, after one uncounted round; so a drift of the machine hits all.
+
+    A round in which the cores did not stay apart is repeated, until there are `repeats` that did or twice as many in
+    all.
+    """
+    for function in functions.values():
+        function()
+    rounds, good, cores = [], 0, cores_at_work()
+    while good < repeats and len(rounds) < 2 * repeats:
+        rounds.append([])
+        for function in functions.values():
+            elapsed, before, cores = stopwatch(function), cores, cores_at_work()
+            rounds[-1].append(Sample(elapsed, min(before, cores)))
+        good += all(map(_apart, rounds[-1]))
+    return {name: list(column) for name, column in zip(functions, zip(*rounds, strict=True), strict=True)}
+
+
+def in_one_mode(*columns: list[Sample]) -> list[tuple[float, ...]]:
+    """The seconds of the rounds, of these functions, in which the cores stayed apart; if these are few, of those in
+    which they never did; if these are few too, of all."""
+    rounds = list(zip(*columns, strict=True))
+    apart = [all(map(_apart, samples)) for samples in rounds]
+    together = [not any(map(_apart, samples)) for samples in rounds]
+    chosen = next((mode for mode in (apart, together) if sum(mode) >= FEW), [True] * len(rounds))
+    return [tuple(s.seconds for s in samples) for samples, good in zip(rounds, chosen, strict=True) if good]
+
+
+def _apart(sample: Sample) -> bool:
+    return sample.cores >= APART * torch.get_num_threads()
+
+
+def seconds_of(samples: list[Sample]) -> list[float]:
+    """The seconds of the samples in one mode."""
+    return [seconds for (seconds,) in in_one_mode(samples)]
+
+
+def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
+    """The median of the pairwise ratios of two functions timed in turn, in one mode of the machine."""
+    return statistics.median(a / b for a, b in in_one_mode(slow, fast))
 
 
 def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], str]:
@@ -85,7 +143,8 @@ def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], 
     else:
         clock, run = "events", lambda: play(times)
     rounds = min(max(round(BUDGET / stopwatch(run)), 5), 50)
-    return [stopwatch(run) / (times * len(calls)) for _ in range(rounds)], clock
+    samples = seconds_of(side_by_side({"run": run}, rounds)["run"])
+    return [seconds / (times * len(calls)) for seconds in samples], clock
 
 
 def _never_waits(call: Callable[[], object]) -> bool:
@@ -99,11 +158,6 @@ def _never_waits(call: Callable[[], object]) -> bool:
     return True
 
 
-def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """The median of the pairwise ratios of two functions timed in turn."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 def matrix_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
     """FLOP/s of the products [m, k] [k, n] of `shapes`, all in a row, on random data: the best of `repeats`."""
     options = {"dtype": dtype, "device": DEVICE}
@@ -114,14 +168,31 @@ def matrix_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats:
         for shape in shapes:
             torch.nn.functional.linear(*operands[shape])
 
-    return work / min(side_by_side({"products": multiply}, repeats)["products"])
+    return work / min(side_by_side({"products": multiply}, repeats)["products"]).seconds
+
+
+@cache
+def block_rate(dtype: torch.dtype, repeats: int = 300) -> float | None:
+    """FLOP/s of all threads if each multiplied blocks of 64³ in its cache as one core does alone; None if no compiler
+    can build `block_product.cpp`."""
+    source, times = Path(__file__).with_name("block_product.cpp"), 40
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+    with TemporaryDirectory() as folder:
+        target = str(Path(folder, "block_product.so"))
+        try:
+            subprocess.run(["c++", *flags, str(source), "-o", target], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        multiply = ctypes.CDLL(target).multiply_blocks
+    best = min(stopwatch(lambda: multiply(dtype == torch.bfloat16, times)) for _ in range(repeats))
+    return torch.get_num_threads() * times * 2 * 64**3 / best
 
 
 def copy_bandwidth(bytes_to_copy: int, repeats: int = 10) -> float:
     """Bytes/s of a copy within the device's memory, read and written both counted: the best of `repeats`."""
     source = torch.randn(bytes_to_copy // 4, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * bytes_to_copy / min(side_by_side({"copy": lambda: target.copy_(source)}, repeats)["copy"])
+    return 2 * bytes_to_copy / min(side_by_side({"copy": lambda: target.copy_(source)}, repeats)["copy"]).seconds
 
 
 def ceilings() -> dict[str, float]:

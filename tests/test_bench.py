@@ -1,9 +1,10 @@
-"""The benchmarks of single operations run at small sizes, and say what they should."""
+"""The benchmarks run at small sizes, and say what they should."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,15 @@ CONTENDERS = """
 from dataclasses import dataclass
 
 import torch
-from contest import Case, Contender, Work, normal
+from contest import Case, Contender, Work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Case):
-    def __str__(self):
-        return "8"
+    size = "8"
 
     def inputs(self, generator):
-        return [normal(generator, 8)]
+        return [self.normal(generator, 8)]
 
     def definition(self, x):
         return x * x
@@ -148,3 +148,89 @@ def test_where_ours_is_wrong_or_broken_the_run_fails(ours, tmp_path):
     ran, result = contest(tmp_path, f'{{"bertfast": {ours}, "right": right}}')
     assert ran.returncode == 1, ran.stdout
     assert {run["extra_info"]["provider"] for run in result["benchmarks"]} == {"right"}
+
+
+def program(name: str, *options: str) -> subprocess.CompletedProcess:
+    """Run a program of `bench` on one thread."""
+    command = [sys.executable, f"bench/{name}.py", *options]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran
+
+
+def test_operations_on_a_cpu_are_timed_in_turn_in_both_precisions(tmp_path):
+    options = ("--shapes=small", "--seconds=0.01", f"--results={tmp_path}")
+    ran = program("cpu_kernels", "attention", "bias_gelu", *options)
+    assert "| bias_gelu | 40x96-fp32 | backward |" in ran.stdout
+    result = json.loads((tmp_path / "cpu_kernels.json").read_text())
+    runs = [run["extra_info"] for run in result["benchmarks"]]
+    for case in ("40x96", "40x96-fp32"):
+        timed = {(run["provider"], run["direction"]) for run in runs if run["case"] == case}
+        both = {(name, direction) for name in ("bertfast", "torch") for direction in ("forward", "backward")}
+        assert timed >= both | {("gelu.out", "forward")}
+    assert {run["provider"] for run in runs if run["operation"] == "attention"} >= {"bertfast", "sdpa", "sdpa-loop"}
+    assert all(run["share_of_floor"] > 0 and run["times_ours"] > 0 for run in runs)
+    assert all(run["times_ours"] == 1 for run in runs if run["provider"] == "bertfast")
+
+
+def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path, shared_data):
+    pytest.importorskip("transformers")
+    program(
+        "end_to_end/pretraining_step",
+        "trial-wikipedia",
+        "--repeats=1",
+        f"--data={shared_data}",
+        f"--results={tmp_path}",
+    )
+    result = json.loads((tmp_path / "pretraining_step-trial-wikipedia.json").read_text())
+    assert len(result["lengths"]) == 4
+    assert max(result["lengths"]) <= 32
+    assert result["tokens"] == sum(result["lengths"])
+    assert result["ratios"]["transformers-sdpa"] > 0
+    assert result["optimizer_s"] > 0
+
+
+def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))
+    from pretraining_step import within
+
+    seconds, reason = within(1, lambda: time.sleep(60))
+    assert 1 <= seconds < 30
+    assert reason == "TimeoutError: not done after 1 s"
+    assert within(9, lambda: {}["key"])[1] == "KeyError: 'key'"
+    assert within(9, lambda: None)[1] is None
+
+
+def test_inference_is_timed_beside_what_is_installed(tmp_path):
+    pytest.importorskip("transformers")
+    program("end_to_end/inference", "trial", "--repeats=2", f"--results={tmp_path}")
+    result = json.loads((tmp_path / "inference-trial.json").read_text())
+    assert result["contenders"].keys() >= {"ours", "transformers"}
+    assert result["contenders"].keys() | result["not_run"].keys() == {"ours", "transformers", "onnxruntime", "openvino"}
+
+
+def test_growth_is_measured_and_drawn(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    program("end_to_end/growth", "--longest=128", "--most=1", "--preset=tiny", f"--results={tmp_path}")
+    sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
+    assert [len(results) for results in sweeps.values()] == [2, 2, 2]
+    assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for results in sweeps.values() for result in results)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("other", [1.9, 1.0])
+def test_ratios_are_taken_in_one_mode_of_the_machine(other, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import harness
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    mode = [harness.Sample(2.0, other), harness.Sample(2.0, other)]
+    mixed = [harness.Sample(1.0, 1.9), *mode, harness.Sample(9.0, 1.0)]
+    if other > 1.5:
+        assert harness.seconds_of(mixed) == [1.0, 2.0, 2.0]
+    else:
+        assert harness.seconds_of(mixed) == [2.0, 2.0, 9.0]
+    assert harness.median_ratio(mixed, mixed) == 1

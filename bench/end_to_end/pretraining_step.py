@@ -1,122 +1,207 @@
-"""One pre-training step (forward and backward, masked LM + next sentence) beside transformers' on the same samples.
+"""One pre-training step (masked LM + next sentence, AdamW included) beside transformers' on the same samples.
 
-transformers gets them padded, as its users pad; lengths lie between a quarter and the whole of the maximum. Dropout is
-0.1 on both sides. Before anything is timed the losses must agree without dropout. On a GPU transformers runs three
-times: with its plain attention, with PyTorch's, and compiled.
+transformers gets them padded, as its users pad. Lengths are "uniform" between a quarter and the whole of the maximum,
+or those of sentence pairs from Wikipedia. Dropout is 0.1 and the optimizer PyTorch's fused AdamW on all sides. Before
+anything is timed the losses must agree without dropout. transformers runs with PyTorch's attention, as it is and
+compiled; on a GPU with its plain attention too; and where a case is in bf16, on a CPU also in its default, fp32. The
+process keeps what it frees, as bertfast's programs do, so that nobody's memory costs page faults.
 
-    python bench/end_to_end/pretraining_step.py [CASE …] [--repeats N] [--results FOLDER]
+    python bench/end_to_end/pretraining_step.py [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
+
+FOLDER of --data has corpus/wikipedia-valid.txt.xz and vocab/bert-base-uncased-vocab.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 import transformers
 
 import bertfast
 from bertfast.data.batches import Batch
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.samples import Outline, Sampling, plan_samples
+from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
+from bertfast.memory import keep_freed_memory
 from bertfast.sequences import Sequences
+from bertfast.training.optimizer import build_optimizers
+from bertfast.training.precision import multiplies_bf16
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, side_by_side, write_result
+from harness import DATA, DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
 
 DROPOUT = 0.1
 MASKED = 0.15
-# case: (preset, sequences, longest, precision, ratio to reach)
+COMPILING = 600  # seconds at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences` samples of a model in a precision; `wanted` is the ratio to reach, `compiled` whether theirs may be."""
+
+    preset: str
+    sequences: int
+    longest: int
+    dtype: torch.dtype
+    lengths: str = "uniform"
+    wanted: float | None = None
+    compiled: bool = True
+
+
+SIZES = {"base-128": ("base", 16, 128), "base-512": ("base", 4, 512), "small-128": ("small", 16, 128)}
 CASES = {
-    "base-128-fp32": ("base", 16, 128, torch.float32, 2.2),
-    "small-128-fp32": ("small", 16, 128, torch.float32, 3.0),
-    "base-512-fp32": ("base", 4, 512, torch.float32, 2.8),
-    "base-128-bf16": ("base", 16, 128, torch.bfloat16, 2.2),
+    f"{size}{'-wikipedia' * (lengths == 'wikipedia')}-{precision}": Case(*SIZES[size], dtype, lengths, 3.0)
+    for size in SIZES
+    for lengths in ("uniform", "wikipedia")
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
 }
 GPU_CASES = {
-    "gpu-base-128": ("base", 256, 128, torch.bfloat16, None),
-    "gpu-base-512": ("base", 64, 512, torch.bfloat16, None),
-    "gpu-large-512": ("large", 16, 512, torch.bfloat16, None),
-    "gpu-large-128": ("large", 128, 128, torch.bfloat16, None),
+    "gpu-base-128": Case("base", 256, 128, torch.bfloat16),
+    "gpu-base-512": Case("base", 64, 512, torch.bfloat16),
+    "gpu-large-512": Case("large", 16, 512, torch.bfloat16),
+    "gpu-large-128": Case("large", 128, 128, torch.bfloat16),
 }
-TRIAL = {"trial": ("tiny", 4, 32, torch.float32, None)}  # to try the program
-# name: (attention of transformers, compiled)
-THEIRS = {"transformers": ("sdpa", False)}
-THEIRS_ON_GPU = {
-    "transformers-eager": ("eager", False),
-    "transformers-sdpa": ("sdpa", False),
-    "transformers-compile": ("sdpa", True),
+TRIAL = {  # to try the program
+    "trial": Case("tiny", 4, 32, torch.float32, compiled=False),
+    "trial-wikipedia": Case("tiny", 4, 32, torch.float32, "wikipedia", compiled=False),
 }
+ALL = CASES | GPU_CASES | TRIAL
+
+
+@dataclass(frozen=True)
+class Contender:
+    """transformers' model with an attention of its own, as it is or compiled, in the case's precision or in fp32."""
+
+    attention: str = "sdpa"
+    compiled: bool = False
+    default: bool = False
+
+
+def theirs(case: Case) -> dict[str, Contender]:
+    """What ours stands beside, on this device."""
+    sides = {"transformers-sdpa": Contender()}
+    if case.compiled:
+        sides["transformers-compile"] = Contender(compiled=True)
+    if ON_GPU:
+        return {"transformers-eager": Contender("eager"), **sides}
+    if case.dtype == torch.bfloat16:
+        sides["transformers-fp32"] = Contender(default=True)
+    return sides
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = GPU_CASES if ON_GPU else CASES
-    known = ", ".join(CASES | GPU_CASES | TRIAL)
-    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {known}")
+    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(CASES | GPU_CASES | TRIAL):
-        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {known}")
-    print("| case | tokens | ours s | fastest other | its s | ratio | wanted | GFLOP/s | of the matrix rate |")
+    if unknown := set(arguments.cases) - set(ALL):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    keep_freed_memory()
+    print("| case | tokens | ours s | other | its s | ratio | wanted | GFLOP/s | of the matrix rate |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for case in arguments.cases:
-        result = measure(case, arguments.repeats)
-        write_result(f"pretraining_step-{case}", result, arguments.results)
-        other = result["fastest_other"]
-        print(
-            f"| {case} | {result['tokens']} of {result['padded_tokens']} | {result['ours_median_s']:.4f} | {other} | "
-            f"{result[f'{other}_median_s']:.4f} | {result['ratio']:.2f} | {result['wanted'] or ''} | "
-            f"{result['gflops']:.0f} | {result['share_of_matrix_rate']:.0%} |",
-            flush=True,
-        )
+    for name in arguments.cases:
+        if reason := refusal(ALL[name], arguments.data):
+            print(f"{name}: {reason}", file=sys.stderr, flush=True)
+            continue
+        result = measure(name, ALL[name], arguments.repeats, arguments.data)
+        write_result(f"pretraining_step-{name}", result, arguments.results)
+        for other, ratio in result["ratios"].items():
+            print(
+                f"| {name} | {result['tokens']} of {result['padded_tokens']} | {result['ours_median_s']:.4f} | {other} "
+                f"| {result[f'{other}_median_s']:.4f} | {ratio:.2f} | {result['wanted'] or ''} | "
+                f"{result['gflops']:.0f} | {result['share_of_matrix_rate']:.0%} |",
+                flush=True,
+            )
+        for other, reason in result["not_run"].items():
+            print(f"{name}: {other} did not run: {reason}", file=sys.stderr, flush=True)
     print(f"\nwritten to {arguments.results}")
 
 
-def measure(case: str, repeats: int) -> dict:
+def refusal(case: Case, data: Path) -> str | None:
+    """Why a case is left out here, if so."""
+    if case.dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
+        return "left out: this processor multiplies no bf16, and PyTorch's products are many times slower in it"
+    if case.lengths == "wikipedia" and not data.is_dir():
+        return f"left out: there is no text in {data}"
+    return None
+
+
+def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
     """Time a case; raises if ours and theirs do not compute the same loss."""
-    preset, sequences, longest, dtype, wanted = (CASES | GPU_CASES | TRIAL)[case]
     torch.manual_seed(0)
-    config = bertfast.BertConfig.preset(preset)
-    padded, packed = samples(sequences, longest, config.vocab_size)
+    config = bertfast.BertConfig.preset(case.preset)
+    lengths = lengths_of(case, data)
+    padded, packed = samples(lengths, case.longest, config.vocab_size)
+    sides = theirs(case)
 
-    def loss(name: str) -> torch.Tensor:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return our_loss(models[name], packed) if name == "ours" else models[name](**padded).loss
+    def loss(who: str) -> torch.Tensor:
+        mixed = case.dtype == torch.bfloat16 and not (who in sides and sides[who].default)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
+            return our_loss(models[who], packed) if who == "ours" else models[who](**padded).loss
 
-    def step(name: str) -> None:
-        loss(name).backward()
-        models[name].zero_grad(set_to_none=True)
+    def step(who: str) -> None:
+        loss(who).backward()
+        optimizers[who].step()
+        models[who].zero_grad(set_to_none=True)
 
-    models = build(preset, 0.0)
-    losses = {name: loss(name).item() for name in models}
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    models = build(case, 0.0)
+    losses = {who: loss(who).item() for who in models}
+    tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
     if max(losses.values()) - min(losses.values()) > tolerance * losses["ours"]:
-        raise SystemExit(f"{case}: the losses differ, nothing is timed: {losses}")
+        raise SystemExit(f"{name}: the losses differ, nothing is timed: {losses}")
 
-    models = build(preset, DROPOUT, models["ours"].state_dict())
-    for name, (_, compiled) in theirs().items():
-        if compiled:
-            models[name].compile()
-    seconds = side_by_side({name: lambda name=name: step(name) for name in models}, repeats)
-    medians = {name: statistics.median(some) for name, some in seconds.items()}
+    models = build(case, DROPOUT, models["ours"].state_dict())
+    optimizers = {who: build_optimizers(model, "adamw", 1e-4, 0.01)[0] for who, model in models.items()}
+    compiling, not_run = {}, {}
+    for who in [who for who, side in sides.items() if side.compiled]:
+        models[who].compile()
+        compiling[who], reason = within(COMPILING, lambda who=who: step(who))
+        if reason:
+            not_run[who] = reason
+            del models[who], optimizers[who]
+    seconds = side_by_side({who: lambda who=who: step(who) for who in models}, repeats)
+    medians = {who: statistics.median(seconds_of(some)) for who, some in seconds.items()}
+    for parameter in models["ours"].parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = min(side_by_side({"step": optimizers["ours"].step}, 3)["step"]).seconds
+
     tokens, masked = packed.sequences.used, packed.masked
     work = model_flops(config, packed)
-    rate = matrix_rate(step_products(config, tokens, masked), dtype)
-    other = min(theirs(), key=medians.get)
+    rate = matrix_rate(step_products(config, tokens, masked), case.dtype)
+    others = [who for who in models if who != "ours"]
+    fastest = min(others, key=medians.get)
+    ratios = {who: median_ratio(seconds[who], seconds["ours"]) for who in others}
     return {
-        "case": case,
+        "case": name,
+        "lengths": lengths,
         "tokens": tokens,
-        "padded_tokens": sequences * longest,
+        "padded_tokens": case.sequences * case.longest,
         "masked": masked,
         "loss_without_dropout": losses,
-        "seconds": seconds,
-        **{f"{name}_median_s": median for name, median in medians.items()},
-        "fastest_other": other,
-        "ratio": median_ratio(seconds[other], seconds["ours"]),
-        "wanted": wanted,
+        "seconds": {who: [sample.seconds for sample in some] for who, some in seconds.items()},
+        "cores": {who: [sample.cores for sample in some] for who, some in seconds.items()},
+        **{f"{who}_median_s": median for who, median in medians.items()},
+        "compiling_s": compiling,
+        "not_run": not_run,
+        "optimizer_s": optimizer,
+        "fastest_other": fastest,
+        "ratios": ratios,
+        "ratio": ratios[fastest],
+        "wanted": case.wanted,
         "model_gflop": work / 1e9,
         "gflops": work / medians["ours"] / 1e9,
         "matrix_rate_gflops": rate / 1e9,
@@ -125,29 +210,56 @@ def measure(case: str, repeats: int) -> dict:
     }
 
 
-def theirs() -> dict[str, tuple[str, bool]]:
-    """What ours stands beside, on this device."""
-    return THEIRS_ON_GPU if ON_GPU else THEIRS
+def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | None]:
+    """How many seconds a call took, and if it did not succeed within `seconds`, why."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    started, reason = time.perf_counter(), None
+    try:
+        function()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return time.perf_counter() - started, reason
 
 
-def build(preset: str, dropout: float, weights: dict | None = None) -> dict[str, torch.nn.Module]:
+def build(case: Case, dropout: float, weights: dict | None = None) -> dict[str, torch.nn.Module]:
     """Our model and theirs in training mode, with the same weights: the given ones, or random ones."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = bertfast.BertConfig.preset(preset, **options)
+    config = bertfast.BertConfig.preset(case.preset, **options)
     values = {name: value for name, value in config.to_dict().items() if name not in config.extra}
     with DEVICE:
         models = {"ours": bertfast.BertForPreTraining(config)}
-        for name, (attention, _) in theirs().items():
-            their_config = transformers.BertConfig(**values, attn_implementation=attention)
-            models[name] = transformers.BertForPreTraining(their_config)
+        for who, side in theirs(case).items():
+            their_config = transformers.BertConfig(**values, attn_implementation=side.attention)
+            models[who] = transformers.BertForPreTraining(their_config)
     for model in models.values():
         model.train().load_state_dict(weights or models["ours"].state_dict())
     return models
 
 
-def samples(sequences: int, longest: int, vocabulary: int) -> tuple[dict, Batch]:
-    """The same random samples padded, as transformers takes them, and packed, on DEVICE; lengths are evenly spread."""
-    lengths = torch.linspace(longest // 4, longest, sequences).round().long()
+def lengths_of(case: Case, data: Path) -> list[int]:
+    """The samples' lengths: evenly spread, or those of the first of Wikipedia's sentence pairs in a random order."""
+    if case.lengths == "uniform":
+        return torch.linspace(case.longest // 4, case.longest, case.sequences).round().int().tolist()
+    text, vocabulary = data / "corpus" / "wikipedia-valid.txt.xz", data / "vocab" / "bert-base-uncased-vocab.txt"
+    corpus = CorpusSettings([str(text)], tokenizer_name=str(vocabulary), validation_split_percentage=0, processes=1)
+    with TemporaryDirectory() as folder:
+        outline = Outline.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
+    sampling = Sampling(case.longest)
+    planned = plan_samples(outline, sampling, np.random.default_rng(0))
+    return planned.lengths(sampling)[: case.sequences].tolist()
+
+
+def samples(lengths: list[int], longest: int, vocabulary: int) -> tuple[dict, Batch]:
+    """The same random samples of these lengths padded, as transformers takes them, and packed, on DEVICE."""
+    sequences, layout, lengths = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)
     attended = torch.arange(longest) < lengths[:, None]
     ids = torch.randint(1000, vocabulary, (sequences, longest)) * attended
     types = ((torch.arange(longest) > lengths[:, None] // 2) & attended).long()
@@ -160,7 +272,6 @@ def samples(sequences: int, longest: int, vocabulary: int) -> tuple[dict, Batch]
         "labels": labels,
         "next_sentence_label": order,
     }
-    layout = Sequences.from_lengths(lengths.tolist())
     rows = (labels[attended] >= 0).nonzero().squeeze(1)
     packed = Batch(
         token_ids=ids[attended],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch.nn.functional as F
-from contest import DTYPE, EPS, OURS, Case, Work, compiled, definition, dropout_over, liger, normal, packed
+from contest import EPS, OURS, Case, Work, compiled, definition, dropout_over, in_both_precisions, liger, packed
 from torch import Tensor
 
 from bertfast import ops, reference
@@ -20,8 +20,9 @@ class AddLayerNormCase(Case):
     rows: int = 32_768
     width: int = 768
 
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.width}" + (f"-p{self.dropout}" if self.dropout else "")
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{self.width}"
 
     @cached_property
     def drop(self) -> Dropout | None:
@@ -29,14 +30,14 @@ class AddLayerNormCase(Case):
         return dropout_over(packed(self.rows), self.dropout, "output")
 
     def inputs(self, generator):
-        rows = [normal(generator, self.rows, self.width) for _ in range(2)]
-        return rows + [normal(generator, self.width) for _ in range(3)]
+        rows = [self.normal(generator, self.rows, self.width) for _ in range(2)]
+        return rows + [self.normal(generator, self.width) for _ in range(3)]
 
     def definition(self, x, residual, bias, gamma, beta):
         return reference.add_layer_norm(x, residual, bias, gamma, beta, EPS, self.drop)
 
     def work(self, direction):
-        activation = self.rows * self.width * DTYPE.itemsize
+        activation = self.rows * self.width * self.dtype.itemsize
         if direction == "forward":  # reads x and the residual, writes the output
             return Work(3 * activation)
         # Reads both and the output's gradient, writes the gradients of both, which without dropout are one.
@@ -66,7 +67,8 @@ def with_liger(case: AddLayerNormCase):
 
 
 CASES = {
-    "small": [AddLayerNormCase(rows=40, width=48, dropout=p) for p in (0.0, 0.1)],
+    "small": in_both_precisions(*(AddLayerNormCase(rows=40, width=48, dropout=p) for p in (0.0, 0.1))),
+    "cpu": in_both_precisions(*(AddLayerNormCase(rows=4096, dropout=p) for p in (0.0, 0.1))),
     "main": [AddLayerNormCase(dropout=0.1), AddLayerNormCase(width=1024, dropout=0.1)],
     "rest": [AddLayerNormCase(), AddLayerNormCase(width=1024), AddLayerNormCase(width=384, dropout=0.1)],
 }

@@ -1,22 +1,24 @@
 """`attention` beside what PyTorch has: variable-length and padded scaled-dot-product attention, and FlexAttention.
 
 Their queries, keys and values are three tensors already, padded where they want it; ours are one. Attention that has
-no dropout stands beside ours without it.
+no dropout stands beside ours without it; ours with dropout beside ours without it too, on a CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
+from statistics import NormalDist
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import DTYPE, OURS, Case, Contender, Work, compiled, definition, dropout_over, needs_gpu, normal
-from harness import DEVICE
+from contest import OURS, Case, Contender, Work, compiled, definition, dropout_over, in_both_precisions, needs_gpu
+from harness import DEVICE, ON_GPU
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,8 +36,9 @@ class AttentionCase(Case):
     heads: int = 12
     dimension: int = 64
 
-    def __str__(self) -> str:
-        return f"{self.label}-d{self.dimension}" + (f"-p{self.dropout}" if self.dropout else "")
+    @property
+    def size(self) -> str:
+        return f"{self.label}-d{self.dimension}"
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -56,7 +59,7 @@ class AttentionCase(Case):
         return None if min(self.lengths) == longest else attended[:, None, None]
 
     def inputs(self, generator):
-        return [normal(generator, sum(self.lengths), 3, self.heads, self.dimension)]
+        return [self.normal(generator, sum(self.lengths), 3, self.heads, self.dimension)]
 
     def definition(self, qkv):
         dropout = dropout_over(self.sequences, self.dropout, "attention")
@@ -64,7 +67,7 @@ class AttentionCase(Case):
 
     def work(self, direction):
         products = 4 * self.dimension * self.heads * sum(length**2 for length in self.lengths)
-        activation = sum(self.lengths) * self.heads * self.dimension * DTYPE.itemsize
+        activation = sum(self.lengths) * self.heads * self.dimension * self.dtype.itemsize
         if direction == "forward":  # reads qkv, writes the output
             return Work(4 * activation, products)
         return Work(8 * activation, 5 * products // 2)  # reads qkv, the output and its gradient, writes d_qkv
@@ -73,6 +76,12 @@ class AttentionCase(Case):
 def ours(case: AttentionCase):
     dropout = dropout_over(case.sequences, case.dropout, "attention")
     return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=OURS)
+
+
+def ours_without_dropout(case: AttentionCase):
+    if not case.dropout:
+        pytest.skip("that is the same")
+    return Contender(ours(replace(case, dropout=0.0)), checked=False)
 
 
 def padded(case: AttentionCase, function: Callable[..., Tensor]) -> Contender:
@@ -97,14 +106,30 @@ def plain(case: AttentionCase) -> Contender:
     return padded(case, function)
 
 
-def sdpa(backend: SDPBackend, case: AttentionCase) -> Contender:
+def sdpa(backend: SDPBackend | None, case: AttentionCase) -> Contender:
+    """By a backend, or by the one that PyTorch chooses."""
     mask = case.mask
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             return F.scaled_dot_product_attention(query, key, value, mask, case.dropout)
 
     return padded(case, function)
+
+
+def sdpa_loop(case: AttentionCase) -> Contender:
+    """Sequence by sequence, without padding."""
+
+    def function(*parts: Tensor) -> Tensor:
+        outputs = [
+            F.scaled_dot_product_attention(*part.transpose(1, 2)[:, None], dropout_p=case.dropout)[0] for part in parts
+        ]
+        return torch.cat(outputs, 1).transpose(0, 1)
+
+    def enter(qkv: Tensor) -> Sequence[Tensor]:
+        return [part.transpose(0, 1).contiguous() for part in qkv.split(case.lengths)]
+
+    return Contender(function, enter)
 
 
 def varlen(case: AttentionCase) -> Contender:
@@ -142,9 +167,17 @@ def _without_dropout(case: AttentionCase, name: str) -> None:
 
 
 EQUAL = {length: (length,) * (32_768 // length) for length in (128, 512, 2048)}
+# Lengths as texts have them: lognormal of mean 128, at most 512.
+RAGGED = tuple(min(round(math.exp(NormalDist(4.61, 0.7).inv_cdf((i + 0.5) / 64))), 512) for i in range(64))
+ON_CPU = {"8x512": (512,) * 8, "32x128": (128,) * 32, "64-ragged": RAGGED}
 MIXED = tuple(torch.linspace(128, 512, 102).round().int().tolist())
 CASES = {
-    "small": [AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1)],
+    "small": in_both_precisions(
+        *(AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1))
+    ),
+    "cpu": in_both_precisions(
+        *(AttentionCase(label=label, lengths=some, dropout=p) for label, some in ON_CPU.items() for p in (0.0, 0.1))
+    ),
     "main": [
         AttentionCase(label="512", lengths=EQUAL[512]),
         AttentionCase(label="512", lengths=EQUAL[512], dropout=0.1),
@@ -170,6 +203,8 @@ PROVIDERS = {
     "flex": compiled(flex),
     "torch.compile": compiled(plain),
 }
+if not ON_GPU:
+    PROVIDERS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop, "bertfast-p0": ours_without_dropout}
 
 
 def test_attention(measure):

@@ -1,11 +1,13 @@
-"""`bias_gelu` beside PyTorch's composition, eager and compiled."""
+"""`bias_gelu` beside PyTorch's composition, eager and compiled, and beside its GELU alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from contest import DTYPE, OURS, Case, Work, compiled, definition, normal
+from contest import OURS, Case, Contender, Work, compiled, definition, in_both_precisions
+from torch import Tensor
 
 from bertfast import ops, reference
 
@@ -17,17 +19,18 @@ class BiasGeluCase(Case):
     rows: int = 32_768
     width: int
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
         return f"{self.rows}x{self.width}"
 
     def inputs(self, generator):
-        return [normal(generator, self.rows, self.width), normal(generator, self.width)]
+        return [self.normal(generator, self.rows, self.width), self.normal(generator, self.width)]
 
     def definition(self, x, bias):
         return reference.bias_gelu(x, bias, "none")
 
     def work(self, direction):
-        activation = self.rows * self.width * DTYPE.itemsize
+        activation = self.rows * self.width * self.dtype.itemsize
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
@@ -35,12 +38,22 @@ def ours(case: BiasGeluCase):
     return lambda x, bias: ops.bias_gelu(x, bias, implementation=OURS)
 
 
+def gelu_out(case: BiasGeluCase):
+    """The activation alone, into memory that is there: less than the operation."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return torch.ops.aten.gelu.out(x.detach(), out=y.detach())
+
+    return Contender(function, lambda x, bias: (x, torch.empty_like(x)), checked=False)
+
+
 def composition(case: BiasGeluCase):
     return lambda x, bias: F.gelu(x + bias)
 
 
 CASES = {
-    "small": [BiasGeluCase(rows=40, width=96)],
+    "small": in_both_precisions(BiasGeluCase(rows=40, width=96)),
+    "cpu": in_both_precisions(*(BiasGeluCase(rows=4096, width=width) for width in (768, 3072))),
     "main": [BiasGeluCase(width=3072)],
     "rest": [BiasGeluCase(width=4096)],
 }
@@ -48,6 +61,7 @@ PROVIDERS = {
     "bertfast": ours,
     "definition": definition,
     "torch": composition,
+    "gelu.out": gelu_out,
     "torch.compile": compiled(composition),
 }
 

@@ -12,21 +12,18 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import median, quantiles
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from contest import WRONG, Case, Contender, Provider, calls, contender, extra_memory, relative_error
+from contest import OUR_MASKS, WRONG, calls, checked, extra_memory, measured
 from harness import ON_GPU, ceilings, device_seconds, origin
 
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
-OUR_MASKS = ("bertfast", "definition")  # the others draw dropout's masks in their own way
 COMPILED = ("flex", "torch.compile")  # they take seconds to compile, and come last, where a time limit may stop them
 NOT_TIMED: list[dict] = []
 
@@ -136,8 +133,8 @@ def measure(request, benchmark, case, provider, direction):
 
 def _measure(module, benchmark, name: str, provider: str, direction: str) -> None:
     case = next(case for cases in module.CASES.values() for case in cases if str(case) == name)
-    made, error = _checked(module.PROVIDERS[provider], case, provider in OUR_MASKS)
-    if not error <= WRONG:
+    made, error = checked(module.PROVIDERS[provider], case, provider in OUR_MASKS)
+    if not error <= WRONG[case.dtype]:
         outcome = pytest.fail if provider == "bertfast" else pytest.skip
         outcome(f"wrong, so not timed: its relative error is {error:.2g}")
     repeated = calls(case, made, direction)
@@ -145,32 +142,13 @@ def _measure(module, benchmark, name: str, provider: str, direction: str) -> Non
         benchmark.pedantic(repeated[0])
         return
     samples, clock = device_seconds(repeated)
-    work, (p20, *_, p80) = case.work(direction), quantiles(samples, n=5)
-    floor = work.floor(measured_ceilings())
+    floor = case.work(direction).floor(measured_ceilings())
     benchmark.extra_info |= {
         "operation": Path(module.__file__).stem,
-        "case": name,
-        "provider": provider,
-        "direction": direction,
         "clock": clock,
-        "relative_error": error,
-        "p20_s": p20,
-        "p80_s": p80,
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "floor_s": floor,
-        "share_of_floor": floor / median(samples),
         "extra_memory_bytes": extra_memory(case, made),
+        **measured(case, provider, direction, samples, floor, error),
     }
     benchmark.group = f"{Path(module.__file__).stem} {name} {direction}"
     remaining = iter(samples)
     benchmark.pedantic(lambda: CLOCK.let_pass(next(remaining)), rounds=len(samples))
-
-
-@lru_cache(maxsize=1)  # both directions follow one another
-def _checked(provider: Provider, case: Case, our_masks: bool) -> tuple[Contender, float]:
-    made = contender(provider, case)
-    if our_masks or not case.dropout:
-        return made, relative_error(case, made)
-    dropless = replace(case, dropout=0.0)
-    return made, relative_error(dropless, contender(provider, dropless))

@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from contest import (
-    DTYPE,
     EPS,
     OURS,
     VOCABULARY,
@@ -17,7 +16,7 @@ from contest import (
     compiled,
     definition,
     dropout_over,
-    normal,
+    in_both_precisions,
     packed,
 )
 from harness import DEVICE
@@ -36,8 +35,9 @@ class EmbedCase(Case):
     width: int = 768
     words: int = VOCABULARY
 
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.width}" + (f"-p{self.dropout}" if self.dropout else "")
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{self.width}"
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -58,8 +58,8 @@ class EmbedCase(Case):
         return dropout_over(self.sequences, self.dropout, "embeddings")
 
     def inputs(self, generator):
-        tables = [normal(generator, rows, self.width) for rows in (self.words, 512, 2)]
-        return tables + [normal(generator, self.width) for _ in range(2)]
+        tables = [self.normal(generator, rows, self.width) for rows in (self.words, 512, 2)]
+        return tables + [self.normal(generator, self.width) for _ in range(2)]
 
     def definition(self, word, position, token_type, gamma, beta):
         return reference.embed(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
@@ -67,10 +67,9 @@ class EmbedCase(Case):
     def work(self, direction):
         activation, tables = self.rows * self.width, (self.words + 514) * self.width
         if direction == "forward":  # reads the word's row of each token, writes the output
-            return Work(2 * activation * DTYPE.itemsize)
-        return Work(
-            (2 * activation + tables) * DTYPE.itemsize
-        )  # the same rows and d_y, and writes the tables' gradients
+            return Work(2 * activation * self.dtype.itemsize)
+        # Reads the same rows and d_y, writes the tables' gradients.
+        return Work((2 * activation + tables) * self.dtype.itemsize)
 
 
 def ours(case: EmbedCase):
@@ -90,7 +89,8 @@ def composition(case: EmbedCase):
 
 
 CASES = {
-    "small": [EmbedCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1)],
+    "small": in_both_precisions(*(EmbedCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1))),
+    "cpu": in_both_precisions(*(EmbedCase(rows=4096, dropout=p) for p in (0.0, 0.1))),
     "main": [EmbedCase(dropout=0.1)],
     "rest": [EmbedCase(), EmbedCase(width=1024, dropout=0.1)],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from contest import DTYPE, EPS, OURS, Case, Work, compiled, definition, liger, normal
+from contest import EPS, OURS, Case, Work, compiled, definition, in_both_precisions, liger
 
 from bertfast import ops, reference
 
@@ -17,17 +17,18 @@ class GeluLayerNormCase(Case):
     rows: int = 32_768
     width: int = 768
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
         return f"{self.rows}x{self.width}"
 
     def inputs(self, generator):
-        return [normal(generator, self.rows, self.width), *(normal(generator, self.width) for _ in range(3))]
+        return [self.normal(generator, self.rows, self.width), *(self.normal(generator, self.width) for _ in range(3))]
 
     def definition(self, x, bias, gamma, beta):
         return reference.gelu_layer_norm(x, bias, gamma, beta, EPS)
 
     def work(self, direction):
-        activation = self.rows * self.width * DTYPE.itemsize
+        activation = self.rows * self.width * self.dtype.itemsize
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
@@ -45,7 +46,8 @@ def with_liger(case: GeluLayerNormCase):
 
 
 CASES = {
-    "small": [GeluLayerNormCase(rows=40, width=48)],
+    "small": in_both_precisions(GeluLayerNormCase(rows=40, width=48)),
+    "cpu": in_both_precisions(GeluLayerNormCase(rows=4096)),
     "main": [GeluLayerNormCase()],
     "rest": [GeluLayerNormCase(width=1024), GeluLayerNormCase(rows=5000)],
 }

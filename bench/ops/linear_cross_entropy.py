@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import DTYPE, OURS, VOCABULARY, Case, Work, compiled, definition, liger, needs_gpu, normal
+from contest import OURS, VOCABULARY, Case, Work, compiled, definition, in_both_precisions, liger, needs_gpu
 from harness import DEVICE
 from torch import Tensor
 
@@ -31,7 +31,8 @@ class LossCase(Case):
     width: int
     words: int = VOCABULARY
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
         return f"{self.rows}x{self.width}x{self.words}"
 
     @cached_property
@@ -42,8 +43,9 @@ class LossCase(Case):
         return rows, torch.randint(self.words, (self.rows,), generator=generator, device=DEVICE)
 
     def inputs(self, generator):
-        weight = normal(generator, self.words, self.width, scale=0.02)
-        return [normal(generator, self.tokens, self.width), weight, torch.zeros(self.words, dtype=DTYPE, device=DEVICE)]
+        hidden = self.normal(generator, self.tokens, self.width)
+        weight = self.normal(generator, self.words, self.width, scale=0.02)
+        return [hidden, weight, torch.zeros(self.words, dtype=self.dtype, device=DEVICE)]
 
     def definition(self, hidden, weight, bias):
         rows, labels = self.masked
@@ -52,9 +54,9 @@ class LossCase(Case):
     def work(self, direction):
         product, weight = 2 * self.rows * self.width * self.words, self.words * self.width
         if direction == "inference":  # reads the masked rows and the weight
-            return Work((self.rows * self.width + weight) * DTYPE.itemsize, product)
+            return Work((self.rows * self.width + weight) * self.dtype.itemsize, product)
         # Reads both once, writes the gradients of the weight and of all tokens.
-        return Work(((self.rows + self.tokens) * self.width + 2 * weight) * DTYPE.itemsize, 3 * product)
+        return Work(((self.rows + self.tokens) * self.width + 2 * weight) * self.dtype.itemsize, 3 * product)
 
 
 def ours(case: LossCase):
@@ -106,7 +108,8 @@ def cut_cross_entropy(case: LossCase):
 
 
 CASES = {
-    "small": [LossCase(tokens=40, rows=9, width=48, words=100)],
+    "small": in_both_precisions(LossCase(tokens=40, rows=9, width=48, words=100)),
+    "cpu": in_both_precisions(LossCase(tokens=2048, rows=307, width=768)),
     "main": [LossCase(width=768)],
     "rest": [LossCase(width=1024)],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from contest import DTYPE, OURS, Case, Work, compiled, definition, normal
+from contest import OURS, Case, Work, compiled, definition, in_both_precisions
 
 from bertfast import ops, reference
 
@@ -17,13 +17,14 @@ class LinearGeluCase(Case):
     rows: int = 32_768
     width: int
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
         return f"{self.rows}x{self.width}x{4 * self.width}"
 
     def inputs(self, generator):
         columns = 4 * self.width
-        weight = normal(generator, columns, self.width, scale=self.width**-0.5)
-        return [normal(generator, self.rows, self.width), weight, normal(generator, columns)]
+        weight = self.normal(generator, columns, self.width, scale=self.width**-0.5)
+        return [self.normal(generator, self.rows, self.width), weight, self.normal(generator, columns)]
 
     def definition(self, x, weight, bias):
         return reference.linear_gelu(x, weight, bias, "none")
@@ -32,9 +33,9 @@ class LinearGeluCase(Case):
         narrow, wide, weight = self.rows * self.width, 4 * self.rows * self.width, 4 * self.width**2
         product = 2 * self.rows * weight
         if direction == "forward":  # reads x and the weight, writes the product, which backward wants, and its GELU
-            return Work((narrow + weight + 2 * wide) * DTYPE.itemsize, product)
+            return Work((narrow + weight + 2 * wide) * self.dtype.itemsize, product)
         # Reads x, the weight, the product and d_y, writes d_x and d_weight.
-        return Work(2 * (narrow + weight + wide) * DTYPE.itemsize, 2 * product)
+        return Work(2 * (narrow + weight + wide) * self.dtype.itemsize, 2 * product)
 
 
 def ours(case: LinearGeluCase):
@@ -46,7 +47,8 @@ def product_and_bias_gelu(case: LinearGeluCase):
 
 
 CASES = {
-    "small": [LinearGeluCase(rows=40, width=48)],
+    "small": in_both_precisions(LinearGeluCase(rows=40, width=48)),
+    "cpu": in_both_precisions(LinearGeluCase(rows=2048, width=768)),
     "main": [LinearGeluCase(width=768)],
     "rest": [LinearGeluCase(width=1024)],
 }
