@@ -10,6 +10,7 @@ from pathlib import Path
 import tyro
 import yaml
 
+from bertfast.memory import keep_freed_memory
 from bertfast.training.interrupt import RunStopped
 
 # command: (module, settings, function, what it does)
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"bertfast: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
+    keep_freed_memory()  # a command is a process of its own, which makes tensors of the same sizes over and over
     module_name, settings_class, function, _ = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{module_name}")
     try:

@@ -34,6 +34,7 @@ FLOORS = {
     "": 6,  # the package itself, which says what is public
 }
 WITHIN = {
+    ("inference", "memory"),
     ("compiled", "kernels"),
     ("reference", "dropout"),
     ("reference", "sequences"),

@@ -48,7 +48,7 @@ COMPILING = 600  # seconds at most
 
 @dataclass(frozen=True)
 class Case:
-    """`sequences` samples of a model in a precision; `wanted` is the ratio to reach, `compiled` whether theirs may be."""
+    """`sequences` samples of a model in a precision; `wanted` is the ratio to reach; `compiled`: theirs may be."""
 
     preset: str
     sequences: int
