@@ -8,11 +8,20 @@ OLDER  := .venv/triton-3.6
 # Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
+# The compiled library, and one for the tests: watched by gcc's sanitizers, which must be loaded before all else, and
+# with the wide instruction sets made of AVX2's.
+LIBRARY := bertfast/_C.abi3.so
+CHECKED := build/checked
+WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
+           LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
+# A crash is what the guard pages' tests wait for, and torch.compile has nothing to do with memory.
+WATCHABLE := --ignore=tests/kernels/test_guard_pages.py -k 'not compiles'
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 # What inference stands beside, apart from .venv, whose packages the tests must do with.
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: demo test checked test-all lint bench gpu-check clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -21,16 +30,25 @@ $(READY): pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
-demo: $(READY)
+$(LIBRARY): $(READY) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: $(LIBRARY)
 	$(BIN)/bertfast demo
 
 $(OLDER): $(READY)
 	$(BIN)/pip install --quiet --target $@ triton==3.6.0 'numpy<2.4'
 
-test: $(READY)
+test: $(LIBRARY)
 	$(BIN)/pytest
+	$(MAKE) checked
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	$(BIN)/python bench/compiled_kernels.py --chips 90
+
+checked: $(READY)
+	rm -rf $(CHECKED)/bertfast
+	BERTFAST_CHECKED=1 $(BIN)/python setup.py --quiet build --build-lib $(CHECKED)
+	$(if $(shell command -v g++),$(WATCHED) $(BIN)/python tests/kernels/in_parts.py $(WATCHABLE))
 
 test-all: test $(OLDER)
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
@@ -47,7 +65,7 @@ $(RUNTIMES): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ \
 	  onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
 
-bench: $(READY) $(RUNTIMES)
+bench: $(LIBRARY) $(RUNTIMES)
 	$(BIN)/python bench/cpu_kernels.py --seconds 2
 	$(BIN)/python bench/end_to_end/pretraining_step.py base-128-fp32 small-128-fp32 --repeats 3
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 5
