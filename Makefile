@@ -68,7 +68,7 @@ $(RUNTIMES): $(READY)
 bench: $(LIBRARY) $(RUNTIMES)
 	$(BIN)/python bench/cpu_kernels.py --seconds 2
 	$(BIN)/python bench/end_to_end/pretraining_step.py base-128-fp32 small-128-fp32 --repeats 3
-	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 5
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 3
 	$(BIN)/python bench/end_to_end/growth.py
 
 gpu-check:

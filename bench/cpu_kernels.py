@@ -35,6 +35,7 @@ from harness import (
     median_ratio,
     seconds_of,
     side_by_side,
+    stopwatch,
     write_result,
 )
 from report import plot, read, short, summary
@@ -47,6 +48,7 @@ OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/*.py")
 PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch's
 ROUNDS = (5, 50)  # at least and at most
 SETS = 2  # of inputs, that take turns
+SLOW = 50  # times as slow as ours: not worth the rounds; beyond all that is aimed at
 NO_BF16 = "this processor multiplies no bf16, and PyTorch's products are many times slower in it"
 
 
@@ -94,15 +96,17 @@ def measure(module: ModuleType, case: Case, seconds: float, not_timed: list[dict
                 pytest.skip(f"wrong, so not timed: its relative error is {error:.2g}")
             ready[name] = made, error
     for direction in case.directions if ready else ():
-        work, functions = case.work(direction), {}
+        work, functions, once = case.work(direction), {}, {}
         for name, (made, _) in ready.items():
             with reasons(not_timed, operation=operation, case=str(case), provider=name, direction=direction):
-                function = in_turn(calls(case, made, direction)[:SETS])
-                function()
-                functions[name] = function
+                some = calls(case, made, direction)[:SETS]
+                took = stopwatch(some[0])
+                if took > SLOW * once.get("bertfast", took):
+                    pytest.skip(f"more than {SLOW} times as slow as ours: a call took {took:.3g} s")
+                functions[name], once[name] = in_turn(some), took
         functions["copy"] = in_turn([copying(work.bytes) for _ in range(SETS)])
-        once = sum(min(samples).seconds for samples in side_by_side(functions, 1).values())
-        samples = side_by_side(functions, min(max(round(seconds / once), ROUNDS[0]), ROUNDS[1]))
+        rounds = round(seconds / (SETS * sum(once.values())))
+        samples = side_by_side(functions, min(max(rounds, ROUNDS[0]), ROUNDS[1]))
         copied = median(seconds_of(samples.pop("copy"))) / SETS
         floor = max(copied, work.flops / rates()[rate_name(operation, case)])
         for name, mine in samples.items():
