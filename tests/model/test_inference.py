@@ -50,7 +50,7 @@ def test_packed_input_gives_the_same_rows():
 
 
 def test_freed_memory_is_kept():
-    """What a process still holds of a tensor of 48 MB that it has freed; in a process of its own, which this changes."""
+    """What a process still holds of a tensor of 48 MB that it has freed; in one of its own, which this changes."""
     code = """
 import sys, torch
 from bertfast.memory import keep_freed_memory
