@@ -14,8 +14,9 @@ LIBRARY := bertfast/_C.abi3.so
 CHECKED := build/checked
 WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
            LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
-# A crash is what the guard pages' tests wait for, and torch.compile has nothing to do with memory.
-WATCHABLE := --ignore=tests/kernels/test_guard_pages.py -k 'not compiles'
+# A crash is what the guard pages' tests wait for, and torch.compile has nothing to do with memory. What a sanitizer
+# says before it ends the process, pytest would keep.
+WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
 # What inference stands beside, apart from .venv, whose packages the tests must do with.
 RUNTIMES  := .venv/runtimes

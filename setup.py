@@ -31,7 +31,7 @@ OBJECTS = ROOT / "build" / ("checked-objects" if CHECKED else "objects")
 NOT_KERNELS = ("instruction_set.cpp",)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
-SANITIZED = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11
 
 

@@ -172,6 +172,15 @@ def test_no_instruction_set_can_slip_into_another(name):
         assert [symbol for symbol in shared if f"bertfast::{name}::" not in symbol] == [], path.name
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
+def test_kernels_compile_for_another_processor(path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("there is no compiler for it")
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes"]
+    subprocess.run([compiler, *flags, "-fsyntax-only", "-DBERTFAST_SET=plain", path], check=True)
+
+
 def truncated(library: bytes) -> bytes:
     return library[: len(library) // 2]
 

@@ -5,17 +5,30 @@ import torch
 from helpers import normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bertfast import ops
+from bertfast import compiled, ops
 from bertfast.ops import choice
 from bertfast.ops.choice import check, choose
 
 X = normal(4, 3).detach()
 
 
+@pytest.fixture(autouse=True)
+def _as_if_the_library_were_here(monkeypatch):
+    monkeypatch.setattr(compiled, "ABSENT", None)
+
+
 def test_default_on_a_cpu_is_the_compiled_library_where_it_can():
-    assert choose("x", None, X) == "reference"
-    assert choose("add_layer_norm", None, X) == "reference"
-    assert choose("add_layer_norm", None, X.float()) == "cpu"
+    assert choose("x", None, X.float()) == "cpu"
+    assert choose("x", None, X.bfloat16()) == "cpu"
+    assert choose("x", None, X) == choose("x", None, X.half()) == "reference"
+    assert choose("x", None, X.float(), "the head dimension is 20") == "reference"
+
+
+def test_without_the_library_a_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.setattr(compiled, "ABSENT", "the compiled library was not built")
+    assert choose("x", None, X.float()) == "reference"
+    with pytest.raises(ValueError, match="no 'cpu' implementation here: the compiled library was not built; 'refere"):
+        choose("x", "cpu", X.float())
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
@@ -35,7 +48,9 @@ def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="x: no 'triton' implementation here: its kernels take float32, bfloat16 and"):
         choose("x", "triton", X)
     with pytest.raises(ValueError, match="no 'cpu' implementation here: its kernels take float32 and bfloat16, got to"):
-        choose("add_layer_norm", "cpu", X)
+        choose("x", "cpu", X)
+    with FakeTensorMode(), pytest.raises(ValueError, match="the tensors are on cuda:0, not on a CPU"):
+        choose("x", "cpu", torch.empty(4, 3, device="cuda"))
     monkeypatch.setattr(choice, "_INTERPRETED", False)
     with pytest.raises(ValueError, match="no 'triton' implementation here: the tensors are on cpu, not on a GPU"):
         choose("x", "triton", X.float())
