@@ -43,11 +43,12 @@ def _load() -> str | None:
 
 def _is_whole(path: Path) -> bool:
     """Whether a file of Linux's format reaches to its end, the table of sections; loading another ends the process."""
-    library = path.read_bytes()
-    if len(library) < 64 or library[:4] != b"\x7fELF":
-        return len(library) >= 64
-    (table,), (size, count) = struct.unpack_from("<Q", library, 40), struct.unpack_from("<HH", library, 58)
-    return table + size * count <= len(library)
+    with path.open("rb") as library:
+        header = library.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return len(header) == 64
+    (table,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return table + size * count <= path.stat().st_size
 
 
 ABSENT: str | None = _load()

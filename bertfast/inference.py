@@ -26,6 +26,7 @@ def prepared(module: nn.Module, parameters: list[Tensor], prepare: Callable[[], 
         return prepare()
     key = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
     if module not in _KEPT or _KEPT[module][0] != key:
-        keep_freed_memory()
+        if parameters[0].is_cpu:
+            keep_freed_memory()
         _KEPT[module] = (key, prepare())
     return _KEPT[module][1]

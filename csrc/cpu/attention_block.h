@@ -10,7 +10,6 @@
 namespace bertfast::BERTFAST_SET {
 
 constexpr int BLOCK = ATTENTION_BLOCK;
-constexpr float LOG2_E = 1.44269504f;
 
 INLINE int even(int count) { return (count + 1) / 2 * 2; }
 INLINE int registers(int count) { return (count + LANES - 1) / LANES; }

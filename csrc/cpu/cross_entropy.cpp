@@ -5,7 +5,7 @@
 namespace bertfast::BERTFAST_SET {
 
 constexpr int64_t BLOCK = 1024;  // columns, which stay in the first-level cache from one pass to the next
-constexpr float LOG2_E = 1.44269504f, LOWEST = -__FLT_MAX__;
+constexpr float LOWEST = -__FLT_MAX__;
 
 INLINE int64_t blocks(int64_t vocabulary) { return (vocabulary + BLOCK - 1) / BLOCK; }
 

@@ -6,8 +6,6 @@ namespace bertfast {
 
 enum class InstructionSet { plain, avx2, avx512, avx512_bf16 };
 
-constexpr const char* INSTRUCTION_SETS[] = {"plain", "avx2", "avx512", "avx512_bf16"};
-
 bool is_supported(InstructionSet set);  // by this processor, and compiled into this library
 InstructionSet instruction_set();       // the one in use
 void use(InstructionSet set);           // it must be supported

@@ -15,6 +15,11 @@
 #define BERTFAST_PAIRS
 #endif
 
+// Registers of 256 bits and their instructions, for what gcc makes too much of; not where a test widens them.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(BERTFAST_LANES)
+#define BERTFAST_AVX2
+#endif
+
 #define INLINE [[gnu::always_inline]] static inline
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -36,6 +41,8 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 #endif
 
+constexpr float LOG2_E = 1.44269504f;
+
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -55,7 +62,7 @@ INLINE Words lane_numbers() {
 // What gcc makes of __builtin_convertvector takes several times the instructions where a vector is less than 16 bytes or
 // more than a register; hence the intrinsics here.
 INLINE Floats widen(Halves x) {
-#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+#if defined(BERTFAST_AVX2)
   return (Floats)(_mm256_cvtepu16_epi32((__m128i)x) << 16);
 #else
   return (Floats)(__builtin_convertvector(x, Words) << 16);
@@ -69,7 +76,7 @@ INLINE Halves narrow(Floats x) {
 #else
   const Words bits = (Words)x, rounded = bits + (((bits >> 16) & 1) + 0x7fff);
   const Words result = (rounded | (Words)(x != x)) >> 16;
-#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+#if defined(BERTFAST_AVX2)
   return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)result), _mm256_extracti128_si256((__m256i)result, 1));
 #else
   return __builtin_convertvector(result, Halves);
@@ -121,7 +128,7 @@ INLINE void copy_some(T* to, const T* from, int count) {
 }
 
 INLINE Ints load(const uint8_t* p) {
-#if defined(__AVX2__) && !defined(BERTFAST_LANES) && !defined(__AVX512F__)
+#if defined(BERTFAST_AVX2)
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
   Bytes x;
@@ -149,7 +156,7 @@ INLINE void store(T* p, Floats x, int count) {
 INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
-#elif defined(__AVX2__) && !defined(BERTFAST_LANES)
+#elif defined(BERTFAST_AVX2)
   return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
@@ -248,7 +255,7 @@ INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
   const auto product = [](Longs x, uint32_t factor) -> Longs {  // of the lower halves
 #if defined(__AVX512F__)
     return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
-#elif defined(__AVX2__) && !defined(BERTFAST_LANES)
+#elif defined(BERTFAST_AVX2)
     return (Longs)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
 #else
     return (x & 0xffffffff) * factor;
