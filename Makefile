@@ -17,12 +17,14 @@ WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
 # A crash is what the guard pages' tests wait for, and torch.compile has nothing to do with memory. What a sanitizer
 # says before it ends the process, pytest would keep.
 WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+# And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
+EMULATED := build/emulated
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # What inference stands beside, apart from .venv, whose packages the tests must do with.
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test checked test-all lint bench gpu-check clean
+.PHONY: demo test checked emulated test-all lint bench gpu-check clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -42,7 +44,7 @@ $(OLDER): $(READY)
 
 test: $(LIBRARY)
 	$(BIN)/pytest
-	$(MAKE) checked
+	$(MAKE) checked emulated
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	$(BIN)/python bench/compiled_kernels.py --chips 90
 
@@ -50,6 +52,11 @@ checked: $(READY)
 	rm -rf $(CHECKED)/bertfast
 	BERTFAST_CHECKED=1 $(BIN)/python setup.py --quiet build --build-lib $(CHECKED)
 	$(if $(shell command -v g++),$(WATCHED) $(BIN)/python tests/kernels/in_parts.py $(WATCHABLE))
+
+emulated: $(READY)
+	rm -rf $(EMULATED)/bertfast
+	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
+	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/kernels/in_parts.py)
 
 test-all: test $(OLDER)
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py

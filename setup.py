@@ -6,7 +6,11 @@ Without a C++ compiler the package is installed without the library and says so:
     CXX=g++-13         the compiler
     CXXFLAGS=-O0       its last flags
     MAX_JOBS=4         how many of it run at a time
+    NVCC=/usr/local/cuda/bin/nvcc
+                       CUDA's compiler, which is looked for on the path and in CUDA_HOME; empty: no kernels for GPUs
     BERTFAST_CHECKED=1 for the tests: gcc's sanitizers watch, and the wide instruction sets are made of AVX2's
+    BERTFAST_EMULATED_CUDA=1
+                       for the tests: the kernels for GPUs run on a CPU, see tests/emulation
 """
 
 import os
@@ -27,11 +31,18 @@ INSTRUCTION_SETS = {"plain": "", "avx2": "-mavx2 -mfma", "avx512": WIDE, "avx512
 EMULATED = "-mavx2 -mfma -DBERTFAST_LANES=16"
 EMULATING = INSTRUCTION_SETS | {"avx512": EMULATED, "avx512_bf16": f"{EMULATED} -DBERTFAST_PAIRS"}
 CHECKED = os.environ.get("BERTFAST_CHECKED") == "1"
+EMULATED_CUDA = os.environ.get("BERTFAST_EMULATED_CUDA") == "1"
 OBJECTS = ROOT / "build" / ("checked-objects" if CHECKED else "objects")
 NOT_KERNELS = ("instruction_set.cpp",)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+# Of CUDA: the chips of each kernel, and flags. A spill, or products that wait for one another, is an error.
+CHIPS, CHIPS_OF = ("80", "90", "100", "120"), {"attention": ("90a",), "attention_backward": ("90a",)}
+NVCC_FLAGS = (
+    "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden "
+    "-Xptxas=--warn-on-spills,-Werror -Xfatbin=-compress-all"
+)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11
 
 
@@ -40,21 +51,35 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
+        nvcc = None if CHECKED or EMULATED_CUDA else _nvcc()
         try:
-            _build(target)
+            if nvcc is None or not _built(target, nvcc):
+                _build(target, None)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)  # one of older sources
-            if not CHECKED:
+            if not (CHECKED or EMULATED_CUDA):
                 (ROOT / "bertfast" / target.name).unlink(missing_ok=True)
-            print(
-                f"\nWARNING: bertfast's compiled library was not built ({error}). bertfast works without it, several "
-                "times slower on a CPU; with a compiler of C++20 (g++ 12, say), install again.\n",
-                file=sys.stderr,
-                flush=True,
+            _warn(
+                f"bertfast's compiled library was not built ({error}). bertfast works without it, several times slower "
+                "on a CPU; with a compiler of C++20 (g++ 12, say), install again."
             )
 
 
-def _build(target: Path) -> None:
+def _built(target: Path, nvcc: str) -> bool:
+    """Whether the library was built with the kernels for GPUs; a CUDA compiler that fails does not cost the others."""
+    try:
+        _build(target, nvcc)
+    except subprocess.CalledProcessError:
+        _warn("the kernels for GPUs in CUDA C++ were not built, see above; all else is.")
+        return False
+    return True
+
+
+def _warn(text: str) -> None:
+    print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
+
+
+def _build(target: Path, nvcc: str | None) -> None:
     import ninja
     from ninja.ninja_syntax import Writer
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -71,19 +96,41 @@ def _build(target: Path) -> None:
         rules = Writer(file, width=10**6)
         compile_command = f"{compiler} -MD -MF $out.d {always} $flags -c $in -o $out"
         rules.rule("compile", compile_command, depfile="$out.d", deps="gcc", description="$out")
-        rules.rule("link", f"{compiler} {always} -shared $in -o $out {torch_folders} -ltorch_cpu", description="$out")
+        link_command = f"{compiler} {always} -shared"
+        if nvcc:  # it knows where its runtime is
+            link_command = f"{nvcc} --cudart=static -shared"
+            compile_command = f"{nvcc} -MD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out"
+            rules.rule("compile_cuda", compile_command, depfile="$out.d", deps="gcc", description="$out")
+        rules.rule("link", f"{link_command} $in -o $out {torch_folders} -ltorch_cpu", description="$out")
         objects = []
-        for source, name, flags in _units([*include_paths(), sysconfig.get_path("include")]):
-            objects += rules.build(f"{name}.o", "compile", str(source), variables={"flags": flags})
+        for source, name, flags in _units([*include_paths(), sysconfig.get_path("include")], nvcc is not None):
+            rule = "compile_cuda" if source.suffix == ".cu" and nvcc else "compile"
+            objects += rules.build(f"{name}.o", rule, str(source), variables={"flags": flags})
         rules.build(str(target), "link", objects)
     jobs = os.environ.get("MAX_JOBS")
     subprocess.run([Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else [])], cwd=OBJECTS, check=True)
 
 
-def _units(include_folders: list[str]) -> list[tuple[Path, str, str]]:
+def _nvcc() -> str | None:
+    """CUDA's compiler, if there is one."""
+    asked = os.environ.get("NVCC")
+    if asked is not None:
+        return asked or None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+
+
+def _units(include_folders: list[str], with_nvcc: bool) -> list[tuple[Path, str, str]]:
     """What is compiled: (source, name of the object, flags)."""
     includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_folders)
-    units = [(ROOT / "csrc" / "library.cpp", "library", f"{includes} {STABLE_ABI}")]
+    cuda = "-DBERTFAST_CUDA" if with_nvcc else "-DBERTFAST_CUDA -DBERTFAST_EMULATED_CUDA" if EMULATED_CUDA else ""
+    kind = ".cuda" if with_nvcc else ".emulated" if EMULATED_CUDA else ""
+    units = [(ROOT / "csrc" / "library.cpp", f"library{kind}", f"{includes} {STABLE_ABI} {cuda}")]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
+        chips = CHIPS_OF.get(source.stem, CHIPS)
+        generated = " ".join(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)
+        emulated = f"-x c++ -O2 -g1 -Wno-unknown-pragmas -I{shlex.quote(str(ROOT / 'tests' / 'emulation'))}"
+        units.append((source, f"{source.stem}{kind}", generated if with_nvcc else emulated))
     sets = EMULATING if CHECKED else INSTRUCTION_SETS
     if platform.machine() not in ("x86_64", "AMD64"):
         sets = {"plain": ""}

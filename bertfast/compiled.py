@@ -1,7 +1,7 @@
 """The compiled library of `csrc/`, where it was built: its operations, and which instructions they use.
 
-Its operations are `torch.ops.bertfast.cpu_<launcher>`, with the arguments and results of Triton's launchers. Without it
-everything still runs, in plain PyTorch.
+Its operations are `torch.ops.bertfast.cpu_<launcher>`, and where nvcc was there `cuda_<launcher>`, with the arguments
+and results of Triton's launchers. Without it everything still runs, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def _load() -> str | None:
         warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
         return reason
     for name, result in vars(results).items():
-        if callable(result) and hasattr(torch.ops.bertfast, f"cpu_{name}"):
-            torch.library.register_fake(f"bertfast::cpu_{name}", result)
+        for implementation in ("cpu", "cuda"):
+            if callable(result) and hasattr(torch.ops.bertfast, f"{implementation}_{name}"):
+                torch.library.register_fake(f"bertfast::{implementation}_{name}", result)
     return None
 
 
@@ -53,6 +54,20 @@ def _is_whole(path: Path) -> bool:
 
 ABSENT: str | None = _load()
 """Why there is no compiled library; None where there is one."""
+
+_HAS = torch._C._dispatch_has_kernel_for_dispatch_key
+_KERNELS = {  # asked now: torch.compile would trace the question
+    (name.removeprefix("bertfast::"), device)
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith(("bertfast::cpu_", "bertfast::cuda_"))
+    for device in ("cpu", "cuda")
+    if _HAS(name, device.upper())
+}
+
+
+def runs(kernel: str, device: torch.device) -> bool:
+    """Whether the library has a kernel for tensors on such a device: on a GPU, only if it was built with nvcc."""
+    return (kernel, device.type) in _KERNELS
 
 
 def path() -> Path:

@@ -92,7 +92,7 @@ def _table(devices: list[torch.device]) -> list[str]:
     lines = [f"{name:22}" + "".join(f"{word:12}" for word in words).rstrip() for name, *words in rows]
     lines.append(f"attention with heads of other sizes than {', '.join(map(str, HEAD_DIMENSIONS))}: reference")
     for column, x in columns.items():
-        refusal = why_not("triton" if x.is_cuda else "cpu", x)
+        refusal = why_not("triton" if x.is_cuda else "cpu", "attention", x)
         if refusal is not None:
             lines.append(f"{column}: reference, which is plain PyTorch: {refusal}")
     return lines

@@ -7,20 +7,27 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(BERTFAST_CUDA)
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/add_layer_norm.h"
+#include "add_layer_norm.h"
+#include "bias_gelu.h"
 #include "cpu/attention_tasks.h"
-#include "cpu/bias_gelu.h"
-#include "cpu/cross_entropy.h"
-#include "cpu/embed.h"
-#include "cpu/gelu_layer_norm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
+#include "cross_entropy.h"
+#include "cuda/kernels.h"
+#include "embed.h"
+#include "gelu_layer_norm.h"
 
 namespace bertfast {
 
@@ -34,12 +41,70 @@ void run_parts(int64_t count, int64_t grain, Part part, void* context) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) { part(first, end, context); });
 }
 
+// Where kernels run. An operation is written once for both.
+struct Cpu {
+  static constexpr bool on_gpu = false;
+
+  static void check(const Tensor& x) {
+    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Half, "the kernels for a CPU take float32 and bfloat16");
+  }
+};
+
+#if defined(BERTFAST_CUDA)
+struct Cuda {
+  static constexpr bool on_gpu = true;
+
+  // f(the stream that PyTorch uses on x's device); what goes wrong is told with the operation's name and x's shape.
+  template <class F>
+  static void launch(const char* name, const Tensor& x, const F& f) {
+    try {
+#if defined(BERTFAST_EMULATED_CUDA)
+      f(nullptr);
+#else
+      const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+      f(stream(x.get_device_index()));
+#endif
+    } catch (const std::exception& error) {
+      std::string shape;
+      for (int64_t i = 0; i < x.dim(); ++i) shape += (i ? ", " : "") + std::to_string(x.size(i));
+      STD_TORCH_CHECK(false, "cuda_", name, " of a tensor [", shape, "]: ", error.what());
+    }
+  }
+
+#if !defined(BERTFAST_EMULATED_CUDA)
+ private:
+  // libtorch_cuda has it, which a PyTorch without CUDA lacks, so the loader is asked.
+  static void* stream(int32_t device) {
+    using Get = AOTITorchError (*)(int32_t, void**);
+    static const Get get = [] {
+      void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+      return library ? (Get)dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    }();
+    void* found = nullptr;
+    if (get == nullptr || get(device, &found) != 0) throw std::runtime_error("this PyTorch gives no CUDA stream");
+    return found;
+  }
+#endif
+};
+#endif
+
+// Runs a kernel of the operation's device, for tensors that are where `like` is.
+#define RUN(kernel, like, ...)                                                                                \
+  do {                                                                                                        \
+    if constexpr (Device::on_gpu)                                                                             \
+      Device::launch(#kernel, like, [&](void* stream) { bertfast::cuda::kernel(__VA_ARGS__, stream); });      \
+    else Device::check(like), bertfast::kernel(__VA_ARGS__);                                                  \
+  } while (false)
+
 namespace operations {
 
 static Type type_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "the kernels take float32 and bfloat16");
-  return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and, on a GPU, float16");
+  }
 }
 
 // The tensor itself if each row's elements are adjacent, else a copy of which they are.
@@ -80,7 +145,7 @@ class Mask {
        int64_t threshold)
       : number_(number), position_(position) {
     if (seed)
-      dropout_ = {*static_cast<const uint64_t*>(seed->data_ptr()), number_, position_, (uint32_t)word, (int)threshold};
+      dropout_ = {static_cast<const uint64_t*>(seed->data_ptr()), number_, position_, (uint32_t)word, (int)threshold};
   }
   operator HiddenDropout() const { return dropout_; }
 
@@ -95,6 +160,39 @@ static Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shap
 
 static float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
+// Sums over rows, of `shape`, in parts that each block of a GPU has its own of; `count` says how many of x's rows.
+template <class Device>
+class Sums {
+ public:
+  Sums(const Tensor& x, std::initializer_list<int64_t> shape, int (*count)(int64_t rows, int64_t columns)) {
+    std::vector<int64_t> of_parts = shape;
+    if constexpr (Device::on_gpu) {
+      Device::launch("parts", x, [&](void*) { parts_ = count(x.size(0), x.size(1)); });
+      of_parts.insert(of_parts.begin(), parts_);
+    }
+    sums_ = torch::stable::new_empty(x, of_parts, ScalarType::Float);
+  }
+  operator float*() const { return floats(sums_); }
+  int parts() const { return parts_; }
+
+  // PyTorch adds them up, in the same order every time.
+  Tensor total() const {
+    const int64_t first = 0;
+    return Device::on_gpu ? torch::stable::sum(sums_, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1)) : sums_;
+  }
+
+ private:
+  int parts_ = 1;
+  Tensor sums_;
+};
+
+#if defined(BERTFAST_CUDA)
+static constexpr auto layer_norm_parts = bertfast::cuda::layer_norm_parts, bias_gelu_parts = bertfast::cuda::bias_gelu_parts;
+#else
+static constexpr int (*layer_norm_parts)(int64_t, int64_t) = nullptr, (*bias_gelu_parts)(int64_t, int64_t) = nullptr;
+#endif
+
+template <class Device>
 static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(
     Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor beta, double eps, OptionalTensor seed,
     OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
@@ -102,12 +200,13 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(
   const int64_t tokens = x.size(0), hidden = x.size(1);
   Tensor y = torch::stable::new_empty(residual, {tokens, hidden});
   Tensor mean = new_floats(x, {tokens}), rstd = new_floats(x, {tokens});
-  bertfast::add_layer_norm_forward({tokens, hidden, rows(x), rows(residual), Dense(bias), Dense(gamma), Dense(beta),
-                                    (float)eps, Mask(seed, number, position, word, threshold), rows(y), floats(mean),
-                                    floats(rstd)});
+  RUN(add_layer_norm_forward, x,
+      AddLayerNormForward{tokens, hidden, rows(x), rows(residual), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
+                          Mask(seed, number, position, word, threshold), rows(y), floats(mean), floats(rstd)});
   return {y, mean, rstd};
 }
 
+template <class Device>
 static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
     Tensor d_y, Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor mean, Tensor rstd,
     OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
@@ -115,49 +214,60 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   const int64_t tokens = x.size(0), hidden = x.size(1);
   const bool shared = !seed && x.scalar_type() == residual.scalar_type();
   Tensor d_x = shared ? torch::stable::new_empty(x, {0, 0}) : torch::stable::new_empty(x, {tokens, hidden});
-  Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden}), sums = new_floats(x, {3, hidden});
-  bertfast::add_layer_norm_backward({tokens, hidden, rows(d_y), rows(x), rows(residual), Dense(bias), Dense(gamma),
-                                     floats(mean), floats(rstd), Mask(seed, number, position, word, threshold),
-                                     shared ? Rows{} : rows(d_x), rows(d_residual), floats(sums)});
-  return {d_x, d_residual, sums};
+  Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden});
+  const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
+  RUN(add_layer_norm_backward, x,
+      AddLayerNormBackward{tokens, hidden, rows(d_y), rows(x), rows(residual), Dense(bias), Dense(gamma), floats(mean),
+                           floats(rstd), Mask(seed, number, position, word, threshold), shared ? Rows{} : rows(d_x),
+                           rows(d_residual), sums, sums.parts()});
+  return {d_x, d_residual, sums.total()};
 }
 
+template <class Device>
 static Tensor bias_gelu_forward(Tensor x, Tensor bias, std::string approximate) {
   x = in_rows(x);
   const int64_t tokens = x.size(0), columns = x.size(1);
   Tensor y = torch::stable::new_empty(x, {tokens, columns});
-  bertfast::bias_gelu_forward({tokens, columns, rows(x), Dense(bias), approximate == "tanh", rows(y)});
+  RUN(bias_gelu_forward, x, BiasGeluForward{tokens, columns, rows(x), Dense(bias), approximate == "tanh", rows(y)});
   return y;
 }
 
+template <class Device>
 static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, std::string approximate) {
   d_y = in_rows(d_y), x = in_rows(x);
   const int64_t tokens = x.size(0), columns = x.size(1);
-  Tensor d_x = torch::stable::new_empty(x, {tokens, columns}), d_bias = new_floats(x, {columns});
-  bertfast::bias_gelu_backward(
-      {tokens, columns, rows(d_y), rows(x), Dense(bias), approximate == "tanh", rows(d_x), floats(d_bias)});
-  return {d_x, d_bias};
+  Tensor d_x = torch::stable::new_empty(x, {tokens, columns});
+  const Sums<Device> d_bias(x, {columns}, bias_gelu_parts);
+  RUN(bias_gelu_backward, x,
+      BiasGeluBackward{tokens, columns, rows(d_y), rows(x), Dense(bias), approximate == "tanh", rows(d_x), d_bias,
+                       d_bias.parts()});
+  return {d_x, d_bias.total()};
 }
 
+template <class Device>
 static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta,
                                                                   double eps) {
   x = in_rows(x);
   const int64_t count = x.size(0), hidden = x.size(1);
   Tensor y = torch::stable::new_empty(gamma, {count, hidden});
   Tensor mean = new_floats(x, {count}), rstd = new_floats(x, {count});
-  bertfast::gelu_layer_norm_forward({count, hidden, rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
-                                     rows(y), floats(mean), floats(rstd)});
+  RUN(gelu_layer_norm_forward, x,
+      GeluLayerNormForward{count, hidden, rows(x), Dense(bias), Dense(gamma), Dense(beta), (float)eps, rows(y),
+                           floats(mean), floats(rstd)});
   return {y, mean, rstd};
 }
 
+template <class Device>
 static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean,
                                                            Tensor rstd) {
   d_y = in_rows(d_y), x = in_rows(x);
   const int64_t count = x.size(0), hidden = x.size(1);
-  Tensor d_x = torch::stable::new_empty(x, {count, hidden}), sums = new_floats(x, {3, hidden});
-  bertfast::gelu_layer_norm_backward({count, hidden, rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean),
-                                      floats(rstd), rows(d_x), floats(sums)});
-  return {d_x, sums};
+  Tensor d_x = torch::stable::new_empty(x, {count, hidden});
+  const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
+  RUN(gelu_layer_norm_backward, x,
+      GeluLayerNormBackward{count, hidden, rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean), floats(rstd),
+                            rows(d_x), sums, sums.parts()});
+  return {d_x, sums.total()};
 }
 
 static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
@@ -212,30 +322,36 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
 }
 
-// The tensor itself if each token's elements are adjacent, else a copy of which they are.
+// The tensor itself if each token's elements are adjacent, and on a GPU its tokens where TMA can find them, else a copy.
+template <class Device>
 static Tensor in_tokens(const Tensor& qkv) {
   const int64_t heads = qkv.size(2), dimension = qkv.size(3);
-  const bool dense = qkv.stride(3) == 1 && qkv.stride(2) == dimension && qkv.stride(1) == heads * dimension;
+  bool dense = qkv.stride(3) == 1 && qkv.stride(2) == dimension && qkv.stride(1) == heads * dimension;
+  if (Device::on_gpu) dense = dense && (uintptr_t)qkv.data_ptr() % 16 == 0 && qkv.stride(0) * 2 % 16 == 0;
   return dense ? qkv : torch::stable::contiguous(qkv);
 }
 
 // What both passes of attention are told, kept as long as the call lasts.
+template <class Device>
 class AttentionCall {
  public:
-  AttentionCall(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& numbers, double scale, bool causal,
-                std::optional<int64_t> window, const OptionalTensor& seed, int64_t word, int64_t threshold,
+  AttentionCall(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& numbers, int64_t longest, double scale,
+                bool causal, std::optional<int64_t> window, const OptionalTensor& seed, int64_t word, int64_t threshold,
                 bool backward)
-      : qkv_(in_tokens(qkv)), starts_(cu_seqlens), numbers_(numbers) {
-    const int64_t sequences = cu_seqlens.size(0) - 1, *starts = starts_;
-    inputs_.tokens = qkv.size(0), inputs_.used = starts[sequences];
-    inputs_.heads = (int)qkv.size(2), inputs_.head_dimension = (int)qkv.size(3);
+      : qkv_(in_tokens<Device>(qkv)), starts_(cu_seqlens), numbers_(numbers) {
+    inputs_.tokens = qkv.size(0), inputs_.heads = (int)qkv.size(2), inputs_.head_dimension = (int)qkv.size(3);
+    inputs_.sequences = (int)cu_seqlens.size(0) - 1, inputs_.longest = (int)longest, inputs_.cu_seqlens = starts_;
     inputs_.qkv = qkv_.data_ptr(), inputs_.type = type_of(qkv_), inputs_.stride = qkv_.stride(0);
     inputs_.scale = (float)scale, inputs_.causal = causal;
     inputs_.window = (int)std::min<int64_t>(window.value_or(EVERYWHERE), EVERYWHERE);
     if (seed)
-      inputs_.dropout = {*static_cast<const uint64_t*>(seed->data_ptr()), numbers_, (uint32_t)word, (int)threshold};
-    tasks_ = attention_tasks(starts, (int)sequences, inputs_.heads, inputs_.window, threads(), backward);
-    inputs_.tasks = tasks_.data(), inputs_.task_count = (int64_t)tasks_.size();
+      inputs_.dropout = {static_cast<const uint64_t*>(seed->data_ptr()), numbers_, (uint32_t)word, (int)threshold};
+    if constexpr (!Device::on_gpu) {
+      const int64_t* const starts = inputs_.cu_seqlens;
+      inputs_.used = starts[inputs_.sequences];
+      tasks_ = attention_tasks(starts, inputs_.sequences, inputs_.heads, inputs_.window, threads(), backward);
+      inputs_.tasks = tasks_.data(), inputs_.task_count = (int64_t)tasks_.size();
+    }
   }
   operator const AttentionInputs&() const { return inputs_; }
 
@@ -247,33 +363,43 @@ class AttentionCall {
   AttentionInputs inputs_{};
 };
 
-static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t /*longest*/,
+template <class Device>
+static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t longest,
                                                     double scale, bool causal, std::optional<int64_t> window,
                                                     OptionalTensor seed, int64_t word, int64_t threshold) {
-  const AttentionCall call(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, false);
+  const AttentionCall<Device> call(qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold,
+                                   false);
   Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2), qkv.size(3)});
   Tensor lse = new_floats(qkv, {qkv.size(2), qkv.size(0)});
-  bertfast::attention_forward({call, o.data_ptr(), floats(lse)});
+  RUN(attention_forward, qkv, AttentionForward{call, o.data_ptr(), floats(lse)});
   return {o, lse};
 }
 
+template <class Device>
 static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers,
-                                 int64_t /*longest*/, double scale, bool causal, std::optional<int64_t> window,
+                                 int64_t longest, double scale, bool causal, std::optional<int64_t> window,
                                  OptionalTensor seed, int64_t word, int64_t threshold) {
-  const AttentionCall call(qkv, cu_seqlens, numbers, scale, causal, window, seed, word, threshold, true);
+  const AttentionCall<Device> call(qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold,
+                                   true);
   d_o = torch::stable::contiguous(d_o), o = torch::stable::contiguous(o);
   Tensor d_qkv = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
-  bertfast::attention_backward({call, d_o.data_ptr(), o.data_ptr(), floats(lse), d_qkv.data_ptr()});
+  Tensor delta = new_floats(qkv, {Device::on_gpu ? qkv.size(2) : 0, qkv.size(0)});
+  RUN(attention_backward, qkv,
+      AttentionBackward{call, d_o.data_ptr(), o.data_ptr(), floats(lse), d_qkv.data_ptr(), floats(delta)});
   return d_qkv;
 }
 
-// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/loss_on_cpu.py.
-static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor loss, Tensor correct, Tensor d_bias) {
+// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/loss_in_library.py.
+template <class Device>
+static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor losses, Tensor correct, Tensor d_bias) {
   const int64_t count = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(vocabulary <= 1 || logits.stride(1) == 1, "each row's logits must be adjacent");
-  bertfast::cross_entropy({count, vocabulary, rows(logits), Dense(bias), Indices(labels),
-                           static_cast<double*>(loss.data_ptr()), static_cast<int64_t*>(correct.data_ptr()),
-                           d_bias.numel() > 0 ? floats(d_bias) : nullptr});
+  if (Device::on_gpu) bias = torch::stable::to(bias, ScalarType::Float);
+  Tensor softmax = new_floats(logits, {Device::on_gpu ? count : 0, 2});
+  RUN(cross_entropy, logits,
+      CrossEntropy{count, vocabulary, rows(logits), Dense(bias), Indices(labels), floats(losses),
+                   static_cast<int64_t*>(correct.data_ptr()), d_bias.numel() > 0 ? floats(d_bias) : nullptr,
+                   floats(softmax)});
 }
 
 static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
@@ -292,24 +418,33 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("instruction_set() -> int");
   library.def("has_instruction_set(int set) -> bool");
   library.def("use_instruction_set(int set) -> ()");
-  library.def(
-      "cpu_add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
-      "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
-      "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int longest, float scale, bool causal, "
-      "int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
-  library.def(
-      "cpu_attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
-      "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
-  library.def(
-      "cpu_cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) loss, Tensor(c!) correct, "
-      "Tensor(d!) d_bias) -> ()");
-  library.def("cpu_bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
-  library.def("cpu_bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
+  for (const std::string device : {"cpu_", "cuda_"}) {
+    const auto define = [&](const char* schema) { library.def((device + schema).c_str()); };
+    define(
+        "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
+        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
+    define(
+        "add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
+        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
+        "-> (Tensor, Tensor, Tensor)");
+    define(
+        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int longest, float scale, bool causal, "
+        "int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
+    define(
+        "attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
+        "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
+    define("bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
+    define("bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
+    define(
+        "cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) losses, Tensor(c!) correct, "
+        "Tensor(d!) d_bias) -> ()");
+    define(
+        "gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
+        "-> (Tensor, Tensor, Tensor)");
+    define(
+        "gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
+        "-> (Tensor, Tensor)");
+  }
   library.def(
       "cpu_embed_forward(Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, Tensor token_type_ids, "
       "Tensor position_ids, Tensor gamma, Tensor beta, float eps, Tensor? seed, Tensor? number, Tensor? place, "
@@ -319,12 +454,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
       "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
-      "-> (Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
-      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -334,18 +463,36 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
-  library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward));
-  library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward));
-  library.impl("cpu_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward));
-  library.impl("cpu_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward));
-  library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy));
-  library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward));
-  library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward));
+  library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward<bertfast::Cpu>));
+  library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward<bertfast::Cpu>));
+  library.impl("cpu_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward<bertfast::Cpu>));
+  library.impl("cpu_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward<bertfast::Cpu>));
+  library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward<bertfast::Cpu>));
+  library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward<bertfast::Cpu>));
+  library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy<bertfast::Cpu>));
+  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward<bertfast::Cpu>));
+  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward<bertfast::Cpu>));
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
-  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward));
-  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward));
 }
+
+#if defined(BERTFAST_CUDA)
+#if defined(BERTFAST_EMULATED_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, cuda) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(bertfast, CUDA, cuda) {
+#endif
+  cuda.impl("cuda_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward<bertfast::Cuda>));
+  cuda.impl("cuda_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward<bertfast::Cuda>));
+  cuda.impl("cuda_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward<bertfast::Cuda>));
+  cuda.impl("cuda_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward<bertfast::Cuda>));
+  cuda.impl("cuda_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward<bertfast::Cuda>));
+  cuda.impl("cuda_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward<bertfast::Cuda>));
+  cuda.impl("cuda_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy<bertfast::Cuda>));
+  cuda.impl("cuda_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward<bertfast::Cuda>));
+  cuda.impl("cuda_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward<bertfast::Cuda>));
+}
+#endif
 
 // Importing the module is what registers the operations; it holds nothing else.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

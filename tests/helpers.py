@@ -53,10 +53,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels are tested."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS: Literal["triton", "cpu"] = "triton" if DEVICE.type == "cuda" or INTERPRETED else "cpu"
-"""Which kernels are tested: a process with `TRITON_INTERPRET=1` runs Triton's on a CPU, any other the library's."""
+KERNELS: Literal["triton", "cpu", "cuda"] = os.environ.get("BERTFAST_TESTED") or (
+    "triton" if DEVICE.type == "cuda" or INTERPRETED else "cpu"
+)
+"""Which kernels are tested. A process with `TRITON_INTERPRET=1` runs Triton's on a CPU, one with `BERTFAST_TESTED=cuda`
+those in CUDA C++, on a CPU with a library that emulates them; any other the library's, and on a GPU Triton's."""
+
+FINEST = torch.float16 if KERNELS == "cuda" else torch.float32
+"""The most precise dtype that their attention takes."""
 
 of_triton = pytest.mark.skipif(KERNELS != "triton", reason="only Triton's kernels have it")
+with_half = pytest.mark.skipif(KERNELS == "cpu", reason="half precision is for GPUs")
 
 
 def dropout_over(sequences: Sequences, p: float = 0.3, operation: int = 5) -> Dropout:

@@ -40,11 +40,11 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
     """
     if requested is None:
         fastest = "triton" if x.is_cuda else "cpu"
-        return fastest if why_not(fastest, x) is None and refusal is None else "reference"
+        return fastest if why_not(fastest, operation, x) is None and refusal is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    refusal = why_not(requested, x) or (None if requested == "reference" else refusal)
+    refusal = why_not(requested, operation, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
         raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
     return requested
@@ -55,13 +55,13 @@ def launcher(implementation: Implementation, name: str) -> Callable:
     return getattr(torch.ops.bertfast, f"{implementation}_{name}")
 
 
-def why_not(implementation: Implementation, x: Tensor) -> str | None:
-    """Why an implementation cannot take tensors like `x`; None if it can."""
+def why_not(implementation: Implementation, operation: str, x: Tensor) -> str | None:
+    """Why an implementation cannot run `operation` on tensors like `x`; None if it can."""
     if implementation == "triton":
         return _triton_refusal(x)
     if implementation == "cpu":
         return _cpu_refusal(x)
-    return "its kernels are not written yet" if implementation == "cuda" else None
+    return _cuda_refusal(operation, x) if implementation == "cuda" else None
 
 
 def _cpu_refusal(x: Tensor) -> str | None:
@@ -72,6 +72,26 @@ def _cpu_refusal(x: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"its kernels take float32 and bfloat16, got {x.dtype}"
     return None
+
+
+def _cuda_refusal(operation: str, x: Tensor) -> str | None:
+    if compiled.ABSENT is not None:
+        return compiled.ABSENT
+    kernel = "cuda_cross_entropy" if operation == "linear_cross_entropy" else f"cuda_{operation}_forward"
+    if not compiled.runs(kernel, x.device):
+        if not x.is_cuda:
+            return f"the tensors are on {x.device}, not on a GPU"
+        if not compiled.runs("cuda_attention_forward", x.device):
+            return "the compiled library was built without nvcc, install bertfast again where it is"
+        return f"there is no kernel of {operation}"
+    if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
+        return f"its kernels take {'' if operation == 'attention' else 'float32, '}bfloat16 and float16, got {x.dtype}"
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
+    if operation == "attention":
+        return None if capability == (9, 0) else "it wants a GPU of sm_90, this one is sm_{}{}".format(*capability)
+    return _too_old(capability)
 
 
 def _triton_refusal(x: Tensor) -> str | None:
@@ -85,7 +105,10 @@ def _triton_refusal(x: Tensor) -> str | None:
         return "its kernels are for NVIDIA's GPUs"
     if torch.compiler.is_compiling():  # where no one can ask the GPU, and the compiler has a bound of its own
         return None
-    capability = torch.cuda.get_device_capability(x.device)
+    return _too_old(torch.cuda.get_device_capability(x.device))
+
+
+def _too_old(capability: tuple[int, int]) -> str | None:
     return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
 
 

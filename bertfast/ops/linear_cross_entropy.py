@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops import loss_on_cpu  # noqa: F401  importing it registers its launcher
+from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype
 
 

@@ -1,4 +1,4 @@
-#include "add_layer_norm.h"
+#include "../add_layer_norm.h"
 
 #include "dropout.h"
 #include "rows.h"

@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "../attention.h"
 
 #include "attention_block.h"
 #include "attention_dropout.h"

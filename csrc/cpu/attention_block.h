@@ -1,7 +1,7 @@
 // What attention's passes share. Blocks of scores are [keys, queries], with the queries in the lanes, so that what is
 // known of a query, as the maximum and the sum of its probabilities are, is known lane by lane.
 #pragma once
-#include "attention.h"
+#include "../attention.h"
 #include "block_product.h"
 #include "parallel.h"
 #include "rows.h"

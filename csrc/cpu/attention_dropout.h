@@ -1,6 +1,6 @@
 // The masks of bertfast/dropout.py for a block of attention's probabilities.
 #pragma once
-#include "attention.h"
+#include "../attention.h"
 #include "vector.h"
 
 namespace bertfast::BERTFAST_SET {
@@ -15,6 +15,7 @@ class DropoutBlock {
   // For queries and keys from the first ones on, which are multiples of 16.
   void draw(const AttentionDropout& dropout, int sequence, int head, int first_query, int queries, int first_key,
             int keys) {
+    const uint64_t seed = *dropout.seed;
     const uint32_t number = (uint32_t)dropout.number[sequence], word = dropout.word | (uint32_t)head;
     for (int query = 0; query < queries; query += 16)
       for (int key = 0; key < keys; key += 16)
@@ -23,7 +24,7 @@ class DropoutBlock {
           const Words key_group = (uint32_t)(first_key + key) / 4 + calls / 4;
           const Words query_group = (uint32_t)(first_query + query) / 4 + calls % 4;
           Words words[4];
-          philox(key_group, query_group, number, word, dropout.seed, words);
+          philox(key_group, query_group, number, word, seed, words);
           UNROLL for (int i = 0; i < 4; ++i)
             UNROLL for (int group = 0; group < LANES / 4; ++group) {
               uint16_t* const row = bytes_[key / 2 + 4 * (i % 2) + call / 4 + group];

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "attention.h"
+#include "../attention.h"
 
 namespace bertfast {
 

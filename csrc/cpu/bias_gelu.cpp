@@ -1,4 +1,4 @@
-#include "bias_gelu.h"
+#include "../bias_gelu.h"
 
 #include "gelu.h"
 #include "rows.h"

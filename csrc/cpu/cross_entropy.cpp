@@ -1,4 +1,4 @@
-#include "cross_entropy.h"
+#include "../cross_entropy.h"
 
 #include "rows.h"
 
@@ -34,17 +34,16 @@ INLINE float exponentials(const T* logits, const float* bias, float most, int64_
   return sum(total);
 }
 
-// What a slot's rows add up to, and what is known of the blocks of the row at hand.
-struct Share {
-  float *most, *factor;  // [blocks]: the largest logit, and what makes the exponentials probabilities
-  double loss;
-  int64_t correct;
+struct RowLoss {
+  float loss;
+  bool correct;
 };
 
-// Adds a row's loss; with `out` its exponentials too, which are relative to the largest logit of their own block.
+// With `out` the row's exponentials too, relative to the largest logit of their own block. Of the blocks, [blocks],
+// become known the largest logit and what makes the exponentials probabilities.
 template <class T>
-INLINE void add_row(const T* logits, const float* bias, int64_t label, int64_t vocabulary, float* out, Share& share) {
-  float *const most = share.most, *const factor = share.factor;
+INLINE RowLoss row_loss(const T* logits, const float* bias, int64_t label, int64_t vocabulary, float* out, float* most,
+                        float* factor) {
   float row_most = LOWEST, total = 0;
   const auto logit = [&](int64_t column) { return load(logits + column, 1)[0] + bias[column]; };
   const float target = label < vocabulary ? logit(label) : __builtin_nanf("");
@@ -64,8 +63,7 @@ INLINE void add_row(const T* logits, const float* bias, int64_t label, int64_t v
     total += factor[block] * most[block];
   }
   for (int64_t block = 0; block < count; ++block) factor[block] = most[block] / total;
-  share.loss += row_most - target + __builtin_logf(total);
-  share.correct += correct;
+  return {row_most - target + __builtin_logf(total), correct};
 }
 
 // The gradient of a row from its exponentials, added to `sums` too.
@@ -93,29 +91,28 @@ static void run(const CrossEntropy& a) {
   const int64_t slots = a.rows < 16 ? 1 : a.rows < 512 ? a.rows / 8 : 64;
   static thread_local Scratch vectors, slot_sums;
   float *const bias = vectors.room<float>(width), *const sums = slot_sums.room<float>(a.d_bias ? slots * width : 1);
-  Share shares[64];
   widen(a.bias, a.vocabulary, bias);
   parallel(slots, 1, [&](int64_t first, int64_t end) {
     thread_local Scratch floats;
     float* const row = floats.room<float>(width + 2 * count);
+    float *const most = row + width, *const factor = most + count;
     for (int64_t slot = first; slot < end; ++slot) {
-      Share share{row + width, row + width + count, 0, 0};
       if (a.d_bias) std::memset(sums + slot * width, 0, width * sizeof(float));
       for (int64_t r = a.rows * slot / slots; r < a.rows * (slot + 1) / slots; ++r) {
         T* const logits = (T*)a.logits.data + r * a.logits.stride;
         const int64_t label = a.labels[r];
+        a.losses[r] = 0, a.correct[r] = 0;
         if (label < 0) {
           if (a.d_bias) std::memset(logits, 0, a.vocabulary * sizeof(T));
           continue;
         }
         float* const out = a.d_bias == nullptr ? nullptr : a.logits.type == Type::float32 ? (float*)logits : row;
-        add_row(logits, bias, label, a.vocabulary, out, share);
-        if (a.d_bias) differentiate(out, share.factor, label, a.vocabulary, logits, sums + slot * width);
+        const RowLoss known = row_loss(logits, bias, label, a.vocabulary, out, most, factor);
+        a.losses[r] = known.loss, a.correct[r] = known.correct;
+        if (a.d_bias) differentiate(out, factor, label, a.vocabulary, logits, sums + slot * width);
       }
-      shares[slot] = share;
     }
   });
-  for (int64_t slot = 0; slot < slots; ++slot) *a.loss += shares[slot].loss, *a.correct += shares[slot].correct;
   if (a.d_bias == nullptr) return;
   parallel(count, 4, [&](int64_t first, int64_t end) {
     const int64_t columns = end * BLOCK < a.vocabulary ? (end - first) * BLOCK : a.vocabulary - first * BLOCK;

@@ -24,7 +24,7 @@ class HiddenMask {
         calls[i][0] = group, calls[i][1] = position - Longs{};
         calls[i][2] = number - Longs{}, calls[i][3] = dropout_.word - Longs{};
       }
-      philox(calls, dropout_.seed);
+      philox(calls, *dropout_.seed);
       UNROLL for (int i = 0; i < CALLS; ++i) store_calls(bytes_ + column + i * 8 * LANES, calls[i]);
     }
   }

@@ -1,4 +1,4 @@
-#include "embed.h"
+#include "../embed.h"
 
 #include "dropout.h"
 #include "rows.h"

@@ -1,4 +1,4 @@
-#include "gelu_layer_norm.h"
+#include "../gelu_layer_norm.h"
 
 #include "gelu.h"
 #include "rows.h"

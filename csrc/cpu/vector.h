@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "tensors.h"
+#include "../tensors.h"
 
 // Products of bf16 pairs: the instruction's, or in a test's build what stands for it.
 #if defined(__AVX512BF16__) && !defined(BERTFAST_PAIRS)

@@ -88,7 +88,7 @@ CASES = {
     "bias_gelu": bias_gelu,
     **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
-    "embed": embed,
+    **({"embed": embed} if KERNELS != "cuda" else {}),
     "linear_cross_entropy": linear_cross_entropy,
     "outside": outside,
 }

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, of_triton
+from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, with_half
 
 from bertfast import ops
 from bertfast.dropout import hidden_keep
@@ -52,7 +52,7 @@ def test_is_as_accurate_as_the_definition(hidden, dtypes, p):
     compare(inputs(hidden), dtypes, dropout_over(SEQUENCES, p) if p else None)
 
 
-@of_triton
+@with_half
 def test_half_precision():
     compare(inputs(96), HALF, dropout_over(SEQUENCES))
 

@@ -5,13 +5,13 @@ from itertools import permutations
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, of_triton
+from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal, with_half
 
 from bertfast import ops
 from bertfast.dropout import attention_keep
 from bertfast.sequences import Sequences
 
-FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+HALF, BRAIN = torch.float16, torch.bfloat16
 LENGTHS = {
     "short32": [5, 32, 0, 1, 17],  # each tile shape of the tables: all within 32 tokens,
     "short64": [64, 33, 1],  # within 64,
@@ -33,7 +33,7 @@ def inputs(sequences, heads=2, head_dimension=32, dtype=torch.float64):
     return normal(sequences.tokens, 3, heads, head_dimension, dtype=dtype, device=DEVICE)
 
 
-def compare(sequences, dtype=FLOAT, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
+def compare(sequences, dtype=FINEST, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
     compare_with_torch(
         lambda x: attend(x, sequences, p, **options),
         lambda x: attend(x, sequences, p, "reference", **options),
@@ -52,13 +52,13 @@ def both_ways(qkv, sequences, p=0.0, **options):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("head_dimension", [32, 64, 128])
-@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [FINEST, BRAIN], ids=["finest", "bf16"])
 def test_is_as_accurate_as_the_definition(lengths, head_dimension, dtype):
     for p in (0.0, 0.3):
         compare(layout(lengths), dtype, p, 1, head_dimension)
 
 
-@of_triton
+@with_half
 def test_half_precision_and_three_heads():
     compare(layout([40, 7]), HALF, 0.1, heads=3)
 
@@ -91,9 +91,9 @@ def test_mask_is_the_definition_bit_for_bit(length):
     own = torch.arange(2, 2 + length, device=DEVICE)
     for first in range(0, length, 128):
         some = torch.arange(first, min(first + 128, length), device=DEVICE)
-        identity = torch.zeros(sequences.tokens, 2, 128, device=DEVICE)
+        identity = torch.zeros(sequences.tokens, 2, 128, dtype=FINEST, device=DEVICE)
         identity[2 + some, :, some - first] = 1
-        qkv = torch.zeros(sequences.tokens, 3, 2, 128, device=DEVICE)
+        qkv = torch.zeros(sequences.tokens, 3, 2, 128, dtype=FINEST, device=DEVICE)
         qkv[:, 2] = identity
         qkv.requires_grad_()
         o = attend(qkv, sequences, 0.3)
@@ -117,7 +117,7 @@ def test_scores_far_below_zero(lengths, p):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 9}], ids=["all", "causal", "window"])
 def test_what_is_no_number_stays_in_its_sequence(options):
     sequences = layout([40, 70, 150, 20])
-    clean = inputs(sequences, 1, dtype=FLOAT).detach()
+    clean = inputs(sequences, 1, dtype=FINEST).detach()
     spoilt = clean.clone()
     spoilt[40:110] = math.nan
     spoilt[sequences.used :] = math.nan
@@ -132,7 +132,7 @@ def test_what_is_no_number_stays_in_its_sequence(options):
 @pytest.mark.parametrize("inert", [1, 300])
 def test_inert_places_are_zero(lengths, inert):
     sequences = layout(lengths, inert)
-    for result in both_ways(inputs(sequences, dtype=FLOAT), sequences, 0.3):
+    for result in both_ways(inputs(sequences, dtype=FINEST), sequences, 0.3):
         assert torch.equal(result[sequences.used :], torch.zeros_like(result[sequences.used :]))
 
 
@@ -140,13 +140,13 @@ def test_inert_places_are_zero(lengths, inert):
 @pytest.mark.parametrize("inert", [0, 5])
 def test_no_tokens(lengths, inert):
     sequences = layout(lengths, inert)
-    for result in both_ways(inputs(sequences, dtype=FLOAT), sequences):
+    for result in both_ways(inputs(sequences, dtype=FINEST), sequences):
         assert torch.equal(result, torch.zeros_like(result))
 
 
 def test_a_sequence_does_not_depend_on_its_place():
     lengths, numbers = [5, 150, 33], [7, 11, 2]
-    qkv = inputs(layout(lengths, 0), dtype=FLOAT).detach().split(lengths)
+    qkv = inputs(layout(lengths, 0), dtype=FINEST).detach().split(lengths)
     alone = [
         both_ways(x, layout([len(x)], 0, numbers=[number], length_limit=150))[0]
         for x, number in zip(qkv, numbers, strict=True)
@@ -159,12 +159,12 @@ def test_a_sequence_does_not_depend_on_its_place():
 
 def test_tokens_may_lie_apart_and_gradients_be_expanded():
     sequences = layout([20, 140])
-    dense = inputs(sequences, dtype=FLOAT).detach()
+    dense = inputs(sequences, dtype=FINEST).detach()
     apart = torch.stack([dense, dense], 1)[:, 0]
     assert torch.equal(attend(apart, sequences), attend(dense, sequences))
     dense.requires_grad_()
     expanded = torch.autograd.grad(attend(dense, sequences).sum(), dense)[0]
-    ones = torch.ones(sequences.tokens, 2, 32, device=DEVICE)
+    ones = torch.ones(sequences.tokens, 2, 32, dtype=FINEST, device=DEVICE)
     assert torch.equal(expanded, torch.autograd.grad(attend(dense, sequences), dense, ones)[0])
 
 
@@ -178,6 +178,6 @@ def test_is_the_same_every_time():
 def test_what_the_kernels_do_not_take_is_said():
     sequences = layout([4], 0)
     with pytest.raises(ValueError, match="head dimensions of 32, 64 and 128, qkv has 20; 'reference' takes any"):
-        attend(inputs(sequences, head_dimension=20, dtype=FLOAT), sequences)
+        attend(inputs(sequences, head_dimension=20, dtype=FINEST), sequences)
     with pytest.raises(ValueError, match="take a positive scale, got -1"):
-        attend(inputs(sequences, dtype=FLOAT), sequences, scale=-1.0)
+        attend(inputs(sequences, dtype=FINEST), sequences, scale=-1.0)

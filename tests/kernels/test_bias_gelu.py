@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, compare_with_torch, normal, of_triton
+from helpers import DEVICE, KERNELS, compare_with_torch, normal, with_half
 
 from bertfast import ops
 
@@ -39,7 +39,7 @@ def test_is_as_accurate_as_the_definition(approximate, dtypes, columns):
     )
 
 
-@of_triton
+@with_half
 def test_half_precision():
     compare_with_torch(kernel, definition, inputs(96), HALF)
 

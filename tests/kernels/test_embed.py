@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, of_triton
+from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, with_half
 
 from bertfast import ops
 from bertfast.dropout import hidden_keep
@@ -58,7 +58,7 @@ def test_any_width(hidden):
 
 @pytest.mark.parametrize(
     "dtypes",
-    [FLOAT, pytest.param(HALF, marks=of_triton), BRAIN, [BRAIN, FLOAT, BRAIN, FLOAT, FLOAT]],
+    [FLOAT, pytest.param(HALF, marks=with_half), BRAIN, [BRAIN, FLOAT, BRAIN, FLOAT, FLOAT]],
     ids=["fp32", "fp16", "bf16", "mixed"],
 )
 @pytest.mark.parametrize("p", [0, 0.3])

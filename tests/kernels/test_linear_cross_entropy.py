@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, compare_with_torch, normal, of_triton, under_autocast
+from helpers import DEVICE, KERNELS, compare_with_torch, normal, under_autocast, with_half
 
 from bertfast import ops
 from bertfast.ops.choice import launcher
@@ -48,7 +48,7 @@ def test_is_as_accurate_as_the_definition(vocabulary, dtype):
     compare_with_torch(kernel, definition, inputs(vocabulary), dtype)
 
 
-@of_triton
+@with_half
 def test_half_precision():
     compare_with_torch(kernel, definition, inputs(100), HALF)
 

@@ -1,6 +1,6 @@
 // y = dropout(LN(z)), z = word[token] + token_type[type] + position[position], and its gradients.
 #pragma once
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {

@@ -1,6 +1,6 @@
 // o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and its gradients.
 #pragma once
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {
@@ -20,17 +20,17 @@ struct AttentionTask {
 };
 
 struct AttentionDropout {
-  uint64_t seed;
+  const uint64_t* seed;
   const int64_t* number;  // [S], the sequences'
   uint32_t word;
   int threshold;  // 0: nothing is dropped
 };
 
 struct AttentionInputs {
-  int64_t tokens, used;  // used: those that belong to a sequence
+  int64_t tokens;
   int heads, head_dimension;
-  const AttentionTask* tasks;
-  int64_t task_count;
+  int sequences, longest;     // longest: no sequence has more tokens
+  const int64_t* cu_seqlens;  // [sequences + 1]
   const void* qkv;  // [T, 3, A, D]
   Type type;        // of all but the statistics
   int64_t stride;   // elements from a token of qkv to the next
@@ -38,6 +38,9 @@ struct AttentionInputs {
   bool causal;
   int window;
   AttentionDropout dropout;
+  // On a CPU alone: the work as the threads take it, and how many tokens belong to a sequence.
+  const AttentionTask* tasks;
+  int64_t task_count, used;
 };
 
 struct AttentionForward : AttentionInputs {
@@ -49,7 +52,8 @@ struct AttentionForward : AttentionInputs {
 struct AttentionBackward : AttentionInputs {
   const void *d_o, *o;  // [T, A, D]
   const float* lse;
-  void* d_qkv;  // [T, 3, A, D]
+  void* d_qkv;   // [T, 3, A, D]
+  float* delta;  // [A, T], on a GPU: room for the sums of d_o · o
 };
 
 }  // namespace bertfast

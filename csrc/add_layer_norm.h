@@ -1,6 +1,6 @@
 // y = LN(z), z = residual + dropout(x + bias), and its gradients.
 #pragma once
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {
@@ -23,7 +23,8 @@ struct AddLayerNormBackward {
   HiddenDropout dropout;
   Rows d_x;         // [T, H], of x's type; no data where it is d_residual
   Rows d_residual;  // [T, H], of residual's type
-  float* sums;      // [3, H]: d_gamma, d_beta and d_bias
+  float* sums;      // [parts, 3, H]: d_gamma, d_beta and d_bias
+  int parts;        // over as many parts of the rows; 1 on a CPU
 };
 
 }  // namespace bertfast

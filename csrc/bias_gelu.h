@@ -1,6 +1,6 @@
 // y = gelu(x + bias) and its gradients.
 #pragma once
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {
@@ -19,7 +19,8 @@ struct BiasGeluBackward {
   Vector bias;  // [columns]
   bool tanh;
   Rows d_x;       // [T, columns], of x's type
-  float* d_bias;  // [columns]
+  float* d_bias;  // [parts, columns], over as many parts of the rows; 1 on a CPU
+  int parts;
 };
 
 }  // namespace bertfast

@@ -6,9 +6,12 @@
 
 namespace bertfast {
 
-enum class Type { float32, bfloat16 };
+enum class Type { float32, bfloat16, float16 };  // the last on a GPU alone
 
 struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
   uint16_t bits;
 };
 
@@ -27,7 +30,7 @@ struct Vector {
 
 // Of hidden activations; see bertfast/dropout.py.
 struct HiddenDropout {
-  uint64_t seed;
+  const uint64_t* seed;
   const int64_t* number;    // [T], the tokens' sequences
   const int64_t* position;  // [T]
   uint32_t word;

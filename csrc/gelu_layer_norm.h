@@ -1,6 +1,6 @@
 // y = LN(z), z = gelu(x + bias), exact GELU, and its gradients.
 #pragma once
-#include "instruction_set.h"
+#include "cpu/instruction_set.h"
 #include "tensors.h"
 
 namespace bertfast {
@@ -21,7 +21,8 @@ struct GeluLayerNormBackward {
   Vector bias, gamma;        // [H]
   const float *mean, *rstd;  // [R]
   Rows d_x;                  // [R, H], of x's type
-  float* sums;               // [3, H]: d_gamma, d_beta and d_bias
+  float* sums;               // [parts, 3, H]: d_gamma, d_beta and d_bias
+  int parts;                 // over as many parts of the rows; 1 on a CPU
 };
 
 }  // namespace bertfast

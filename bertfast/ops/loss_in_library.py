@@ -1,0 +1,74 @@
+"""The launchers of the loss whose kernel is compiled, on a CPU and in CUDA C++; their products are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bertfast import compiled
+from bertfast.kernels import results
+from bertfast.kernels.logits_in_chunks import linear_cross_entropy, multiply_in_chunks, padded_columns
+from bertfast.ops.choice import HAS_TRITON
+
+# Bytes of logits in a chunk: on a CPU fewer rows make slower products and more of them no faster ones, and on a GPU it
+# stays in the second-level cache (50 MB of an H100).
+_CHUNK = 40 << 20
+
+
+def _define(implementation: str) -> None:
+    def linear_cross_entropy_forward(
+        hidden: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        in_chunks = partial(_in_chunks, implementation=implementation)
+        return linear_cross_entropy(hidden, rows, weight, bias, labels, wanted, dtype, in_chunks, _sum_by_index)
+
+    torch.library.custom_op(
+        f"bertfast::{implementation}_linear_cross_entropy_forward", linear_cross_entropy_forward, mutates_args=()
+    ).register_fake(results.linear_cross_entropy_forward)
+
+
+if compiled.ABSENT is None:
+    for _implementation in ("cpu", "cuda"):
+        _define(_implementation)
+
+
+def _in_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool], *, implementation: str
+) -> tuple[Tensor, ...]:
+    """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty where not wanted."""
+    kernel = getattr(torch.ops.bertfast, f"{implementation}_cross_entropy")
+    vocabulary = len(weight)
+    most = _rows_of_chunk(padded_columns(vocabulary) * x.element_size())
+    chunks = max(-(-len(x) // most), 1)
+    losses, correct = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(labels)
+    d_bias = x.new_zeros(vocabulary if any(wanted) else 0, dtype=torch.float32)
+
+    def differentiate(logits: Tensor, some: slice) -> None:
+        kernel(logits[:, :vocabulary], bias, labels[some], losses[some], correct[some], d_bias)
+
+    d_weight = multiply_in_chunks(x, weight, wanted, max(-(-len(x) // chunks), 1), differentiate)
+    return losses, correct, x, d_weight, d_bias if wanted[2] else d_bias[:0]
+
+
+def _rows_of_chunk(row: int) -> int:
+    """The most rows of logits in a chunk, of `row` bytes each."""
+    return max(_CHUNK // row, 1)
+
+
+def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of `values` [N, H] that have the same `index`, in fp32 and in one order -> [rows, H]."""
+    if values.is_cuda and HAS_TRITON:  # PyTorch adds atomically there
+        from bertfast.kernels.sum_by_index import sum_by_index
+
+        return sum_by_index(values, index, rows, dtype)
+    total = values.new_zeros((rows, values.shape[1]), dtype=torch.float32)
+    return total.index_add_(0, index, values.float()).to(dtype)

@@ -1,0 +1,91 @@
+#include "../add_layer_norm.h"
+
+#include "kernels.h"
+#include "philox.cuh"
+#include "rows.cuh"
+
+namespace bertfast::cuda {
+
+// z = residual + dropout(x + bias). Both passes get the same bits, because what is rounded is said here.
+template <class Team>
+DEVICE void add(const Team& team, const HiddenMask& mask, const typename Team::Row& bias, typename Team::Row& x,
+                const typename Team::Row& residual) {
+  UNROLL for (int i = 0; i < Team::STRETCHES; ++i) {
+    float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    if (mask.drops()) mask.factors(team.column(i), factor);
+    UNROLL for (int j = 0; j < 8; ++j) x[i][j] = fmaf(x[i][j] + bias[i][j], factor[j], residual[i][j]);
+  }
+}
+
+template <class X, class R, class Shape>
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add_layer_norm_forward_kernel(const AddLayerNormForward a) {
+  const typename Shape::Team team((int)a.hidden);
+  typename Shape::Team::Row bias, gamma, beta, z, residual;
+  team.load(a.bias, bias), team.load(a.gamma, gamma, 1), team.load(a.beta, beta);
+  for (int64_t token = team.first_row(); token < a.tokens; token += team.step()) {
+    team.template load<Shape::whole>(row<X>(a.x, token), z);
+    team.template load<Shape::whole>(row<R>(a.residual, token), residual);
+    add(team, HiddenMask(a.dropout, token), bias, z, residual);
+    float mean, rstd;
+    team.normalise(z, a.eps, mean, rstd);
+    team.scale_and_shift(z, gamma, beta);
+    team.template store<Shape::whole>(row<R>(a.y, token), z);
+    if (team.column(0) == 0) a.mean[token] = mean, a.rstd[token] = rstd;
+  }
+}
+
+template <class X, class R, class Shape>
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add_layer_norm_backward_kernel(const AddLayerNormBackward a) {
+  const typename Shape::Team team((int)a.hidden);
+  typename Shape::Team::Row bias, gamma, z, residual, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
+  team.load(a.bias, bias), team.load(a.gamma, gamma);
+  for (int64_t token = team.first_row(); token < a.tokens; token += team.step()) {
+    team.template load<Shape::whole>(row<X>(a.x, token), z);
+    team.template load<Shape::whole>(row<R>(a.residual, token), residual);
+    team.template load<Shape::whole>(row<R>(a.d_y, token), d_y);
+    const HiddenMask mask(a.dropout, token);
+    add(team, mask, bias, z, residual);
+    team.differentiate(z, d_y, gamma, a.mean[token], a.rstd[token], d_gamma, d_beta);
+    team.template store<Shape::whole>(row<R>(a.d_residual, token), z);
+    UNROLL for (int i = 0; i < Shape::Team::STRETCHES; ++i) {
+      float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+      if (mask.drops()) mask.factors(team.column(i), factor);
+      UNROLL for (int j = 0; j < 8; ++j) {
+        z[i][j] *= factor[j];
+        if (team.has(i, j)) d_bias[i][j] += z[i][j];
+      }
+    }
+    if (a.d_x.data != nullptr) team.template store<Shape::whole>(row<X>(a.d_x, token), z);
+  }
+  float* const sums = a.sums + (int64_t)blockIdx.x * 3 * a.hidden;
+  team.sum_of_block(d_gamma, sums);
+  team.sum_of_block(d_beta, sums + a.hidden);
+  team.sum_of_block(d_bias, sums + 2 * a.hidden);
+}
+
+int layer_norm_parts(int64_t rows, int64_t columns) {
+  int parts = 1;
+  with_shape(columns, true, [&](auto shape) { parts = row_blocks(rows, shape); });
+  return parts;
+}
+
+void add_layer_norm_forward(const AddLayerNormForward& a, Stream stream) {
+  const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.y, a.hidden);
+  with_types(a.x.type, a.residual.type, [&]<class X, class R>(X, R) {
+    with_shape(a.hidden, whole, [&]<class Shape>(Shape shape) {
+      launch(add_layer_norm_forward_kernel<X, R, Shape>, row_blocks(a.tokens, shape), Shape::Team::BLOCK, 0, stream, a);
+    });
+  });
+}
+
+void add_layer_norm_backward(const AddLayerNormBackward& a, Stream stream) {
+  const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.d_y, a.hidden) &&
+                     is_whole(a.d_x, a.hidden) && is_whole(a.d_residual, a.hidden);
+  with_types(a.x.type, a.residual.type, [&]<class X, class R>(X, R) {
+    with_shape(a.hidden, whole, [&]<class Shape>(Shape) {
+      launch(add_layer_norm_backward_kernel<X, R, Shape>, a.parts, Shape::Team::BLOCK, 0, stream, a);
+    });
+  });
+}
+
+}  // namespace bertfast::cuda

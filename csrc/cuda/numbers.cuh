@@ -1,0 +1,103 @@
+// Numbers in memory: 8 neighbours of a row at a time, 16 bytes of 16-bit types, as fp32 in registers.
+#pragma once
+#include "hopper.cuh"
+
+namespace bertfast::cuda {
+
+DEVICE float widen(float x) { return x; }
+
+DEVICE float widen(Vector x, int64_t i) {
+  switch (x.type) {
+    case Type::float32: return ((const float*)x.data)[i];
+    case Type::bfloat16: return widen(((const BFloat16*)x.data)[i]);
+    default: return widen(((const Half*)x.data)[i]);
+  }
+}
+
+DEVICE void store(float* p, float x) { *p = x; }
+template <class T>
+DEVICE void store(T* p, float x) { p->bits = (uint16_t)pack(T{}, x, 0.f); }
+
+DEVICE float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+DEVICE void load_8(const float* p, float (&x)[8]) {
+  const Words4 words[2] = {((const Words4*)p)[0], ((const Words4*)p)[1]};
+  UNROLL for (int i = 0; i < 8; ++i) x[i] = from_bits(words[i / 4].word[i % 4]);
+}
+template <class T>
+DEVICE void load_8(const T* p, float (&x)[8]) {
+  const Words4 words = *(const Words4*)p;
+  UNROLL for (int i = 0; i < 8; ++i) x[i] = widen(T{(uint16_t)(words.word[i / 2] >> i % 2 * 16)});
+}
+
+DEVICE void store_8(float* p, const float (&x)[8]) {
+  Words4 words[2];
+  memcpy(words, x, sizeof words);
+  ((Words4*)p)[0] = words[0], ((Words4*)p)[1] = words[1];
+}
+template <class T>
+DEVICE void store_8(T* p, const float (&x)[8]) {
+  Words4 words;
+  UNROLL for (int i = 0; i < 4; ++i) words.word[i] = pack(T{}, x[2 * i], x[2 * i + 1]);
+  *(Words4*)p = words;
+}
+
+// The same of the columns that there are, the others zero, where WHOLE is false: it says that rows are made of whole
+// groups of 8, each at a multiple of 16 bytes.
+template <bool WHOLE, class T>
+DEVICE void load_8(const T* row, int column, int columns, float (&x)[8]) {
+  UNROLL for (int i = 0; i < 8; ++i) x[i] = 0;
+  if constexpr (WHOLE) {
+    if (column < columns) load_8(row + column, x);
+  } else {
+    UNROLL for (int i = 0; i < 8; ++i)
+      if (column + i < columns) x[i] = widen(row[column + i]);
+  }
+}
+template <bool WHOLE, class T>
+DEVICE void store_8(T* row, int column, int columns, const float (&x)[8]) {
+  if constexpr (WHOLE) {
+    if (column < columns) store_8(row + column, x);
+  } else {
+    UNROLL for (int i = 0; i < 8; ++i)
+      if (column + i < columns) store(row + column + i, x[i]);
+  }
+}
+
+template <class T>
+DEVICE T* row(const Rows& x, int64_t number) { return (T*)x.data + number * x.stride; }
+
+inline int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// Whether rows of so many columns are WHOLE.
+inline bool is_whole(const Rows& x, int64_t columns) {
+  return x.data == nullptr ||
+         (columns % 8 == 0 && (uintptr_t)x.data % 16 == 0 && x.stride * bytes_of(x.type) % 16 == 0);
+}
+
+// f(T{}) with the type of a tensor's numbers.
+template <class F>
+void with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float32: return f(float{});
+    case Type::bfloat16: return f(BFloat16{});
+    default: return f(Half{});
+  }
+}
+
+// f(X{}, R{}) for x beside a tensor of the same type, or one of 16 bits beside fp32, as autocast makes them.
+template <class F>
+void with_types(Type x, Type beside, const F& f) {
+  if (x != beside && beside != Type::float32)
+    throw std::runtime_error("x is of another type than what it meets, which must be of the same or float32");
+  with_type(x, [&]<class X>(X) {
+    if (x == beside) return f(X{}, X{});
+    if constexpr (sizeof(X) == 2) f(X{}, float{});
+  });
+}
+
+}  // namespace bertfast::cuda

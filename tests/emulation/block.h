@@ -1,0 +1,152 @@
+// What is known of the block that runs. One block runs at a time, and its threads take turns on fibers.
+#pragma once
+#include <array>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct dim3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+struct float2 {
+  float x, y;
+};
+
+namespace emulation {
+
+using Work = std::function<void()>;
+
+// Counts arrivals; `generation` changes when all have arrived, which is what waiting threads watch.
+struct Barrier {
+  uint32_t generation = 0, arrived = 0, needed = 0;
+  const char* what = "";
+};
+
+struct MBarrier {
+  uint32_t arrivals, missing;  // in each phase; in this one
+  int64_t missing_bytes;
+  uint32_t phase;
+  bool shown_to_tma;
+};
+
+// What a tensor map stands for. strides[0] is the size of an element; span that of the swizzle, 16 if there is none.
+struct TensorMap {
+  char* data;
+  uint64_t sizes[5], strides[5];
+  uint32_t box[5], rank, span;
+
+  uint32_t rows() const {
+    uint32_t product = 1;
+    for (uint32_t i = 1; i < rank; ++i) product *= box[i];
+    return product;
+  }
+  uint32_t box_bytes() const { return rows() * box[0] * (uint32_t)strides[0]; }
+};
+
+// A load that TMA has begun, to `shared`, whose bytes arrive at `barrier`.
+struct Load {
+  TensorMap map;
+  std::array<int, 5> place;
+  uint32_t shared, barrier;
+};
+
+// A thread's copies, in the groups it commits them in. They happen as late as a program may let them.
+struct CommitGroups {
+  std::vector<Work> open;
+  std::deque<std::vector<Work>> committed;
+
+  void commit() { committed.push_back(std::exchange(open, {})); }
+  void wait(size_t keep) {
+    for (; committed.size() > keep; committed.pop_front())
+      for (Work& work : committed.front()) work();
+  }
+  bool idle() const { return open.empty() && committed.empty(); }
+};
+
+using Result = std::vector<float>;      // 64 x N of a product under way: element (m, n) at [n * 64 + m]
+using Operand = std::vector<uint16_t>;  // of depth 16: element (mn, k) at [k * extent + mn]
+
+struct Product {
+  uint64_t descriptor_a, descriptor_b;
+  bool a_in_registers, a_transposed, b_transposed, adds;
+  float (*widen)(uint16_t);
+  std::shared_ptr<Result> result = {};
+  Operand a = {}, b = {};  // as they were read
+  int issued_by = 0;       // threads; the operands are read with the last
+};
+
+struct Warpgroup {
+  std::deque<Product> products;
+  uint32_t multiplied = 0, completed = 0;
+};
+
+// A thread's share of a result under way.
+struct Owned {
+  float* registers;
+  int count;
+  std::shared_ptr<Result> result;
+  uint32_t last;  // product that adds to it
+};
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  dim3 place;
+  int number = 0;
+  bool done = false;
+  const uint32_t* watched = nullptr;  // it waits while *watched < goal
+  uint32_t goal = 0;
+  std::string waits_for;
+  CommitGroups copies, stores;
+  bool fenced = false;  // since its registers could last be used
+  uint32_t issued = 0;  // products
+  std::vector<uint32_t> committed;
+  std::vector<Owned> owned;
+  int registers = 0;  // that it has asked for
+
+  bool can_run() const { return !done && (watched == nullptr || *watched >= goal); }
+};
+
+struct Warp {
+  Barrier barrier;
+  unsigned char slots[2][32][64];
+};
+
+struct Block {
+  dim3 place, threads, grid;
+  uint32_t dynamic_bytes = 0, shared_end = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  Barrier barriers[16];
+  std::map<uint32_t, MBarrier> mbarriers;
+  std::map<const void*, uint32_t> arrays;
+  std::vector<Load> loads;
+  Work kernel;
+  std::string error;
+};
+
+inline std::unique_ptr<Block> block;
+inline Fiber* current;  // thread that runs
+inline int seed;        // 0: threads run in order
+inline std::mt19937 random_bits;
+
+__attribute__((format(printf, 1, 2))) [[noreturn]] inline void fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  const std::string thread = current ? ", thread " + std::to_string(current->number) : "";
+  throw std::runtime_error("block " + std::to_string(block->place.x) + thread + ": " + text);
+}
+
+}  // namespace emulation

@@ -1,0 +1,118 @@
+// A launch: block after block, in each the threads that can run, in order or shuffled; what is asynchronous happens when
+// none can. Every mistake that is noticed ends the launch with a std::runtime_error.
+#pragma once
+#include <setjmp.h>
+#include <signal.h>
+
+#include <cstdlib>
+
+#include "products.h"
+
+namespace emulation {
+
+inline sigjmp_buf jump;
+
+inline std::string deadlock() {
+  std::map<std::string, std::pair<int, std::string>> waiting;  // what for: how many threads, and some of them
+  for (const Fiber& fiber : block->fibers) {
+    if (fiber.done) continue;
+    auto& [count, some] = waiting[fiber.waits_for];
+    if (count++ < 4) some += " " + std::to_string(fiber.number);
+  }
+  std::string text = "deadlock";
+  for (const auto& [what, who] : waiting)
+    text += "\n  " + std::to_string(who.first) + " threads (" + who.second + " …) wait for " + what;
+  for (const auto& [address, barrier] : block->mbarriers)
+    text += "\n  the mbarrier at shared+" + std::to_string(address) + ": phase " + std::to_string(barrier.phase) +
+            " lacks " + std::to_string(barrier.missing) + " arrivals and " + std::to_string(barrier.missing_bytes) +
+            " bytes";
+  return text;
+}
+
+inline void check_end() {
+  if (!block->loads.empty()) fail("the kernel ends while a TMA load is under way");
+  int registers = 0;
+  for (const Fiber& fiber : block->fibers) registers += fiber.registers;
+  if (registers > 65536) fail("setmaxnreg asks for %d registers, a multiprocessor has 65536", registers);
+  for (uint32_t i = DYNAMIC_START + block->dynamic_bytes; i < guard_start(); ++i)
+    if ((unsigned char)window[i] != POISON) fail("something was written behind the launch's shared memory");
+}
+
+inline void run_block() {
+  std::vector<uint32_t> order;
+  for (Fiber& fiber : block->fibers) {
+    start(fiber, (uint32_t)order.size());
+    order.push_back((uint32_t)order.size());
+  }
+  for (size_t live = order.size(); live > 0;) {
+    bool progress = false;
+    if (seed) std::shuffle(order.begin(), order.end(), random_bits);
+    for (const uint32_t number : order) {
+      current = &block->fibers[number];
+      if (!current->can_run()) continue;
+      to_current();
+      if (!block->error.empty()) throw std::runtime_error(block->error);
+      live -= current->done;
+      progress = true;
+    }
+    current = nullptr;
+    if (progress) continue;
+    if (seed && random_bits() % 2 && finish_a_load()) continue;
+    if (!complete_a_product() && !finish_a_load()) fail("%s", deadlock().c_str());
+  }
+  check_end();
+}
+
+// Accesses to what is not there become errors like all others.
+inline void on_fault(int, siginfo_t* info, void*) {
+  const ptrdiff_t offset = (char*)info->si_addr - window;
+  const std::string thread = std::to_string(current ? current->number : -1);
+  const bool shared = offset >= 0 && offset < (ptrdiff_t)WINDOW;
+  block->error = "thread " + thread + (shared ? " accesses shared+" + std::to_string(offset) : " accesses no memory") +
+                 ", out of bounds";
+  siglongjmp(jump, 1);
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    const stack_t own = {stack_.data(), 0, stack_.size()};
+    sigaltstack(&own, &previous_stack_);
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &previous_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &previous_, nullptr);
+    sigaltstack(&previous_stack_, nullptr);
+  }
+
+ private:
+  struct sigaction previous_;
+  stack_t previous_stack_;
+  std::vector<char> stack_ = std::vector<char>(64 << 10);
+};
+
+// BERTFAST_EMULATION_SEED shuffles the threads.
+inline void run_grid(uint32_t blocks, uint32_t threads, uint32_t dynamic_bytes, Work kernel) {
+  const char* const text = getenv("BERTFAST_EMULATION_SEED");
+  seed = text ? atoi(text) : 0;
+  random_bits.seed((uint32_t)seed);
+  if (threads < 1 || threads > THREADS) throw std::runtime_error("the launch failed: a block has 1 to 1024 threads");
+  if (dynamic_bytes > MOST_SHARED) throw std::runtime_error("the launch failed: a block has at most 227 KiB of shared memory");
+  const FaultHandler handler;
+  for (uint32_t i = 0; i < blocks; ++i) {
+    block = std::make_unique<Block>();
+    block->place = {i, 0, 0}, block->threads = {threads}, block->grid = {blocks};
+    block->dynamic_bytes = dynamic_bytes;
+    block->kernel = kernel;
+    block->fibers.resize(threads), block->warps.resize((threads + 31) / 32);
+    block->warpgroups.resize((threads + 127) / 128);
+    prepare_shared_memory();
+    if (sigsetjmp(jump, 1)) throw std::runtime_error(block->error);
+    run_block();
+  }
+}
+
+}  // namespace emulation

@@ -1,0 +1,75 @@
+"""Mistakes that kernels for Hopper are prone to, each put into a right one and caught by the emulation."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from guard_page import guarded
+
+M, N, K = 100, 200, 264
+
+MESSAGES = {  # None: the result is wrong
+    "swizzle_of_descriptor": None,
+    "swizzle_of_load": None,
+    "parity": "while a TMA load to it is under way",
+    "no_wait_for_load": "while a TMA load to it is under way",
+    "one_warp_waits_for_load": "while a TMA load to it is under way",
+    "no_wait_for_empty_stage": "TMA load|more arrivals",
+    "no_arrival": r"deadlock(.|\n)*wait for the mbarrier at shared",
+    "too_few_bytes": "TMA load|more arrivals|deadlock",
+    "no_wait_for_product": "has not waited for a product|under way",
+    "no_commit": "under way",
+    "no_fence_of_products": "without fence_products",
+    "release_before_wait": "under way",
+    "late_wait": "under way",
+    "no_fence_of_barriers": "without fence_init",
+    "tile_at_512_bytes": "must start at a multiple of 8 x 128 bytes",
+    "wrong_accumulator": None,
+    "too_many_registers": "setmaxnreg asks for",
+    "write_behind_shared_memory": "behind the launch's shared memory",
+    "write_far_behind_shared_memory": r"accesses shared\+\d+, out of bounds",
+    "write_behind_result": "accesses no memory, out of bounds",
+    "no_fence_of_proxy": "written without fence_proxy",
+    "barrier_of_too_many": "deadlock(.|\n)*named barrier 1",
+    "barrier_overwritten": "was overwritten",
+}
+
+
+def bfloat16(x: torch.Tensor) -> np.ndarray:
+    return x.bfloat16().view(torch.uint16).numpy()
+
+
+def error(mistakes, mistake: str) -> float:
+    """The largest error of the product."""
+    a, b = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (M, N))
+    c = guarded(torch.zeros(M, N))
+    mistakes.multiply_with(getattr(mistakes.Mistake, mistake), bfloat16(a), bfloat16(b), c.data_ptr())
+    return float((c.double() - a.double() @ b.double().T).abs().max())
+
+
+def test_all_are_tested(mistakes):
+    assert set(MESSAGES) | {"none"} == set(mistakes.Mistake.__members__)
+
+
+@pytest.mark.usefixtures("seed")
+def test_without_a_mistake_the_product_is_right(mistakes):
+    assert error(mistakes, "none") < 1e-3
+
+
+@pytest.mark.parametrize("mistake", MESSAGES)
+def test_a_mistake_is_caught(mistakes, mistake):
+    message = MESSAGES[mistake]
+    if message is None:
+        assert not error(mistakes, mistake) < 1e-3
+        return
+    with pytest.raises(RuntimeError, match=message):
+        error(mistakes, mistake)
+
+
+def test_the_error_says_where(mistakes):
+    with pytest.raises(RuntimeError, match=r"^block \d+, thread \d+: "):
+        error(mistakes, "no_fence_of_products")

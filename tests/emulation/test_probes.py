@@ -1,0 +1,78 @@
+"""What the emulation does with the instructions of hopper.cuh, against numpy."""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+BFLOAT16, HALF = "bf16", "fp16"
+
+
+def numbers(kind: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normally distributed 16-bit numbers: their bits, and their values in float64."""
+    values = np.random.default_rng(sum(shape)).standard_normal(shape)
+    if kind == HALF:
+        half = values.astype(np.float16)
+        return half.view(np.uint16), half.astype(np.float64)
+    bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("b_transposed", [False, True])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize(
+    ("n", "swizzle", "kind"),
+    [
+        (16, "span32", BFLOAT16),
+        (32, "span64", BFLOAT16),
+        (64, "none", BFLOAT16),
+        (64, "span128", HALF),
+        (128, "span64", BFLOAT16),
+        (128, "span128", BFLOAT16),
+    ],
+)
+def test_products_read_every_layout(probes, n, swizzle, kind, a_transposed, b_transposed):
+    (a, a_values), (b, b_values) = numbers(kind, 64, 64), numbers(kind, n, 64)
+    a, b = (np.ascontiguousarray(x.T if turn else x) for x, turn in ((a, a_transposed), (b, b_transposed)))
+    d = getattr(probes, f"multiply_{n}_{swizzle}")(a, b, a_transposed, b_transposed)
+    np.testing.assert_allclose(d, a_values @ b_values.T, atol=1e-4)
+
+
+def test_products_read_registers(probes):
+    (a, a_values), (b, b_values) = numbers(BFLOAT16, 64, 64), numbers(BFLOAT16, 64, 65)
+    b, b_values = np.ascontiguousarray(b[:, :64]), b_values[:, :64]
+    np.testing.assert_allclose(probes.multiply_from_registers(a, b), a_values @ b_values, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (8, 3, 1), (-8, -1, -2), (12, 4, 4), (16, 0, 0), (0, 0, -3)])
+def test_boxes_are_zero_outside_of_the_tensor(probes, place):
+    x = np.arange(1, 5 * 6 * 16 + 1, dtype=np.uint16).reshape(5, 6, 16)
+    column, row, plane = place
+    padded = np.pad(x, 8)
+    expected = padded[8 + plane : 11 + plane, 8 + row : 12 + row, 8 + column : 16 + column]
+    assert np.array_equal(probes.box(x, *place), expected)
+
+
+def test_matrices_are_moved_and_turned(probes):
+    x = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    expected = x.copy()
+    expected[15] = 0
+    assert np.array_equal(probes.transpose(x), expected.T)
+
+
+@pytest.mark.parametrize("kind", [BFLOAT16, HALF])
+def test_products_of_a_warp(probes, kind):
+    (a, a_values), (b, b_values) = numbers(kind, 16, 16), numbers(kind, 16, 8)
+    d = getattr(probes, f"multiply_in_a_warp_{kind}")(a, b)
+    np.testing.assert_allclose(d, a_values @ b_values, atol=1e-5)
+
+
+def test_blocks_may_end_within_a_warp(probes):
+    sums, elected = probes.count(40)
+    assert elected == 1
+    assert sums.tolist() == [sum(range(i // 8 * 8, i // 8 * 8 + 8)) for i in range(40)]
+
+
+def test_a_launch_that_no_gpu_could_make_fails(probes):
+    with pytest.raises(RuntimeError, match="a block has 1 to 1024 threads"):
+        probes.count(1025)
