@@ -47,6 +47,7 @@ test: $(LIBRARY)
 	$(MAKE) checked emulated
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	$(BIN)/python bench/compiled_kernels.py --chips 90
+	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
 
 checked: $(READY)
 	rm -rf $(CHECKED)/bertfast
@@ -64,6 +65,7 @@ test-all: test $(OLDER)
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
 	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json > bench/results/compiled_kernels.md
+	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

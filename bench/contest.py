@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median, quantiles
 from types import ModuleType
 from typing import ClassVar
@@ -27,7 +27,7 @@ OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compil
 # Relative error, by the Frobenius norm, above which a result is no rounding any more; PyTorch's own sums of 4096 rows
 # in bf16 err by 0.054.
 WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
-OUR_MASKS = ("bertfast", "definition")  # the others draw dropout's masks in their own way
+OUR_MASKS = ("bertfast", "bertfast-cuda", "definition")  # the others draw dropout's masks in their own way
 EPS = 1e-12  # of LayerNorm, as BERT has it
 VOCABULARY = 30522
 
@@ -125,6 +125,11 @@ def contender(provider: Provider, case: Case) -> Contender:
     """The contender that a provider makes for a case."""
     made = provider(case)
     return made if isinstance(made, Contender) else Contender(made)
+
+
+def in_cuda(ours: Provider) -> dict[str, Provider]:
+    """Our kernels in CUDA C++ as a contender too, on a GPU."""
+    return {"bertfast-cuda": partial(ours, implementation="cuda")} if ON_GPU else {}
 
 
 def definition(case: Case) -> Callable[..., Tensor]:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,11 +32,14 @@ ROOT = Path(__file__).parents[1]
 # part: (seconds at most, seconds with --fast); 0: left out
 LIMITS = {
     "kernel tests": (120, 60),
+    "CUDA C++ tests": (60, 40),
     "other tests": (30, 0),
-    "memcheck": (50, 0),
-    "racecheck": (50, 0),
+    "memcheck": (30, 0),
+    "racecheck": (30, 0),
+    "initcheck": (20, 0),
+    "synccheck": (20, 0),
     "ceilings": (20, 20),
-    "attention": (100, 40),
+    "attention": (90, 40),
     "add_layer_norm": (40, 20),
     "bias_gelu": (25, 15),
     "gelu_layer_norm": (30, 15),
@@ -55,11 +58,12 @@ NO_GPU = "there is no GPU"
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the check; `skip` says why it does not run."""
+    """A command of the check, and what it finds in its environment; `skip` says why it does not run."""
 
     name: str
     command: list[str]
     skip: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,15 @@ def parts(folder: Path, fast: bool) -> Iterator[Part]:
     """The parts in their order."""
     python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     no_gpu = None if ON_GPU else NO_GPU
-    yield Part("kernel tests", [python, "tests/kernels/in_parts.py", "--maxfail=3", "-p", "no:cacheprovider"], no_gpu)
+    kernel_tests = [python, "tests/kernels/in_parts.py", "--maxfail=3", "-p", "no:cacheprovider"]
+    yield Part("kernel tests", kernel_tests, no_gpu)
+    yield Part("CUDA C++ tests", kernel_tests, no_gpu, {"BERTFAST_TESTED": "cuda"})
     yield Part("other tests", [*pytest, "--maxfail=5", "tests/ops", "tests/model"], no_gpu)
 
     benchmark = None if find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     checked = [*pytest, "--shapes=small", "--benchmark-disable", "-k", "bertfast-", "bench/ops/attention.py"]
     sanitizer = None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer"
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *checked]
         yield Part(tool, command, no_gpu or sanitizer or benchmark)
 
@@ -168,7 +174,7 @@ def run(part: Part, folder: Path, site: str, limit: float) -> Outcome:
         return Outcome(part.name, "skipped", 0.0, why)
     # Safe path: the checkout's root, where `kernels` is the name of another package, stays out of the way.
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | part.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     if part.command[0] == "compute-sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or it would not see where a tensor ends
     log = folder / f"{part.name.replace(' ', '_')}.log"

@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch.nn.functional as F
-from contest import EPS, OURS, Case, Work, compiled, definition, dropout_over, in_both_precisions, liger, packed
+from contest import (
+    EPS,
+    OURS,
+    Case,
+    Work,
+    compiled,
+    definition,
+    dropout_over,
+    in_both_precisions,
+    in_cuda,
+    liger,
+    packed,
+)
 from torch import Tensor
 
 from bertfast import ops, reference
@@ -44,9 +56,9 @@ class AddLayerNormCase(Case):
         return Work((5 if self.dropout else 4) * activation)
 
 
-def ours(case: AddLayerNormCase):
+def ours(case: AddLayerNormCase, implementation: str | None = OURS):
     return lambda x, residual, bias, gamma, beta: ops.add_layer_norm(
-        x, residual, bias, gamma, beta, EPS, case.drop, implementation=OURS
+        x, residual, bias, gamma, beta, EPS, case.drop, implementation=implementation
     )
 
 
@@ -74,6 +86,7 @@ CASES = {
 }
 PROVIDERS = {
     "bertfast": ours,
+    **in_cuda(ours),
     "definition": definition,
     "torch": composition,
     "torch.compile": compiled(composition),

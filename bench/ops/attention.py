@@ -17,7 +17,18 @@ from statistics import NormalDist
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import OURS, Case, Contender, Work, compiled, definition, dropout_over, in_both_precisions, needs_gpu
+from contest import (
+    OURS,
+    Case,
+    Contender,
+    Work,
+    compiled,
+    definition,
+    dropout_over,
+    in_both_precisions,
+    in_cuda,
+    needs_gpu,
+)
 from harness import DEVICE, ON_GPU
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -73,9 +84,9 @@ class AttentionCase(Case):
         return Work(8 * activation, 5 * products // 2)  # reads qkv, the output and its gradient, writes d_qkv
 
 
-def ours(case: AttentionCase):
+def ours(case: AttentionCase, implementation: str | None = OURS):
     dropout = dropout_over(case.sequences, case.dropout, "attention")
-    return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=OURS)
+    return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=implementation)
 
 
 def ours_without_dropout(case: AttentionCase):
@@ -195,6 +206,7 @@ CASES = {
 }
 PROVIDERS = {
     "bertfast": ours,
+    **in_cuda(ours),
     "definition": definition,
     "varlen_attn": varlen,
     "sdpa-flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),

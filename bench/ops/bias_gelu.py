@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from contest import OURS, Case, Contender, Work, compiled, definition, in_both_precisions
+from contest import OURS, Case, Contender, Work, compiled, definition, in_both_precisions, in_cuda
 from torch import Tensor
 
 from bertfast import ops, reference
@@ -34,8 +34,8 @@ class BiasGeluCase(Case):
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
-def ours(case: BiasGeluCase):
-    return lambda x, bias: ops.bias_gelu(x, bias, implementation=OURS)
+def ours(case: BiasGeluCase, implementation: str | None = OURS):
+    return lambda x, bias: ops.bias_gelu(x, bias, implementation=implementation)
 
 
 def gelu_out(case: BiasGeluCase):
@@ -59,6 +59,7 @@ CASES = {
 }
 PROVIDERS = {
     "bertfast": ours,
+    **in_cuda(ours),
     "definition": definition,
     "torch": composition,
     "gelu.out": gelu_out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from contest import EPS, OURS, Case, Work, compiled, definition, in_both_precisions, liger
+from contest import EPS, OURS, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger
 
 from bertfast import ops, reference
 
@@ -32,8 +32,8 @@ class GeluLayerNormCase(Case):
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
-def ours(case: GeluLayerNormCase):
-    return lambda x, bias, gamma, beta: ops.gelu_layer_norm(x, bias, gamma, beta, EPS, implementation=OURS)
+def ours(case: GeluLayerNormCase, implementation: str | None = OURS):
+    return lambda x, bias, gamma, beta: ops.gelu_layer_norm(x, bias, gamma, beta, EPS, implementation=implementation)
 
 
 def composition(case: GeluLayerNormCase):
@@ -53,6 +53,7 @@ CASES = {
 }
 PROVIDERS = {
     "bertfast": ours,
+    **in_cuda(ours),
     "definition": definition,
     "torch": composition,
     "torch.compile": compiled(composition),

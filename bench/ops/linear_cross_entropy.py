@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import OURS, VOCABULARY, Case, Work, compiled, definition, in_both_precisions, liger, needs_gpu
+from contest import OURS, VOCABULARY, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger, needs_gpu
 from harness import DEVICE
 from torch import Tensor
 
@@ -59,10 +59,10 @@ class LossCase(Case):
         return Work(((self.rows + self.tokens) * self.width + 2 * weight) * self.dtype.itemsize, 3 * product)
 
 
-def ours(case: LossCase):
+def ours(case: LossCase, implementation: str | None = OURS):
     rows, labels = case.masked
     return lambda hidden, weight, bias: ops.linear_cross_entropy(
-        hidden, rows, weight, bias, labels, implementation=OURS
+        hidden, rows, weight, bias, labels, implementation=implementation
     )[0]
 
 
@@ -115,6 +115,7 @@ CASES = {
 }
 PROVIDERS = {
     "bertfast": ours,
+    **in_cuda(ours),
     "definition": definition,
     "torch": plain,
     "torch.compile": compiled(plain),

@@ -79,11 +79,11 @@ def _cuda_refusal(operation: str, x: Tensor) -> str | None:
         return compiled.ABSENT
     kernel = "cuda_cross_entropy" if operation == "linear_cross_entropy" else f"cuda_{operation}_forward"
     if not compiled.runs(kernel, x.device):
+        if compiled.runs("cuda_attention_forward", x.device):
+            return f"there is no kernel of {operation}"
         if not x.is_cuda:
             return f"the tensors are on {x.device}, not on a GPU"
-        if not compiled.runs("cuda_attention_forward", x.device):
-            return "the compiled library was built without nvcc, install bertfast again where it is"
-        return f"there is no kernel of {operation}"
+        return "the compiled library was built without nvcc, install bertfast again where it is"
     if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
         return f"its kernels take {'' if operation == 'attention' else 'float32, '}bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda or torch.compiler.is_compiling():

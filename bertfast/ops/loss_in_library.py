@@ -44,7 +44,7 @@ if compiled.ABSENT is None:
 def _in_chunks(
     x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool], *, implementation: str
 ) -> tuple[Tensor, ...]:
-    """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty where not wanted."""
+    """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty if not wanted."""
     kernel = getattr(torch.ops.bertfast, f"{implementation}_cross_entropy")
     vocabulary = len(weight)
     most = _rows_of_chunk(padded_columns(vocabulary) * x.element_size())

@@ -161,6 +161,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_forward_kernel(const AttentionForward a, const Items items, const __grid_constant__ CUtensorMap qkv) {
   using Memory = ForwardMemory<D>;
+  static_assert(sizeof(Memory) <= MOST_SHARED);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Memory::STAGES; ++stage) {

@@ -15,7 +15,8 @@ constexpr int ATTENTION_THREADS = 384, CONSUMERS = 256;
 constexpr int ROWS = 64;    // of a consumer's products, and of a load
 constexpr int BLOCK = 128;  // queries, or keys, that both consumers have together
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-constexpr int ALL_CONSUMERS = 1;  // a named barrier
+constexpr int ALL_CONSUMERS = 1;             // a named barrier
+constexpr size_t MOST_SHARED = 227 << 10;    // bytes of a block
 constexpr float LOG2_E = 1.44269504f;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_keys_kernel(const AttentionBackward a, const Items items,
                           const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap d_o) {
   using Memory = KeyMemory<D, FUSED>;
+  static_assert(sizeof(Memory) <= MOST_SHARED);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
     init(&memory.keys_full, 1);
@@ -362,6 +363,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_queries_kernel(const AttentionBackward a, const Items items,
                              const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap d_o) {
   using Memory = QueryMemory<D>;
+  static_assert(sizeof(Memory) <= MOST_SHARED);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
     init(&memory.q_full, 1);

@@ -12,17 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-FLAGS = [
-    "-x",
-    "c++",
-    "-std=c++20",
-    "-O1",
-    "-shared",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wno-unknown-pragmas",
-    "-Wno-psabi",
-]
+FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
 
 
 def build(name: str, folder: Path):
@@ -32,7 +22,7 @@ def build(name: str, folder: Path):
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     folders = [pybind11.get_include(), sysconfig.get_path("include"), str(HERE), str(HERE.parents[1] / "csrc" / "cuda")]
     includes = [f"-I{path}" for path in folders]
-    subprocess.run([COMPILER, *FLAGS, *includes, str(HERE / f"{name}.cu"), "-o", str(target)], check=True)
+    subprocess.run([COMPILER, *FLAGS.split(), *includes, str(HERE / f"{name}.cu"), "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location(name, target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,62 @@
+"""What the kernels in CUDA C++ are given that they do not take, or that is not as they would like it."""
+
+import pytest
+import torch
+from helpers import DEVICE, FINEST, KERNELS, normal
+
+from bertfast import ops
+from bertfast.ops.choice import launcher
+from bertfast.sequences import Sequences
+
+SEQUENCES = Sequences.from_lengths([20, 40], device=DEVICE)
+
+
+def qkv(dtype=FINEST, heads=2, dimension=32):
+    return normal(SEQUENCES.tokens, 3, heads, dimension, dtype=dtype, device=DEVICE).detach()
+
+
+def rows(columns, dtype=torch.float32):
+    return normal(2, columns, dtype=dtype, device=DEVICE).detach()
+
+
+def test_attention_is_for_half_precision():
+    with pytest.raises(ValueError, match="no 'cuda' implementation here: its kernels take bfloat16 and float16"):
+        ops.attention(qkv(torch.float32), SEQUENCES, implementation=KERNELS)
+
+
+def test_there_is_no_kernel_of_embed():
+    ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    table = rows(32)
+    with pytest.raises(ValueError, match="no 'cuda' implementation here: there is no kernel of embed"):
+        ops.embed(ids, ids, ids, table, table, table, table[0], table[0], 1e-12, implementation=KERNELS)
+
+
+def test_an_error_names_the_operation_and_its_shape():
+    vector = rows(5000)[0]
+    with pytest.raises(
+        RuntimeError, match=r"cuda_add_layer_norm_forward of a tensor \[2, 5000\]: rows have at most 4096 columns"
+    ):
+        ops.add_layer_norm(rows(5000), rows(5000), vector, vector, vector, 1e-12, implementation=KERNELS)
+
+
+def test_types_that_do_not_go_together_are_refused():
+    x, residual, vector = rows(32), rows(32, torch.bfloat16), rows(32)[0]
+    with pytest.raises(RuntimeError, match="must be of the same or float32"):
+        ops.add_layer_norm(x, residual, vector, vector, vector, 1e-12, implementation=KERNELS)
+
+
+@pytest.mark.parametrize("offset", [1, 4])  # elements that tokens or rows start behind a multiple of 16 bytes
+def test_tensors_need_not_be_aligned(offset):
+    def moved(x):
+        room = x.new_empty(x.numel() + offset)
+        room[offset:] = x.flatten()
+        return room[offset:].view(x.shape)
+
+    dense = qkv()
+    assert torch.equal(
+        ops.attention(moved(dense), SEQUENCES, implementation=KERNELS),
+        ops.attention(dense, SEQUENCES, implementation=KERNELS),
+    )
+    x, bias = rows(64, torch.bfloat16), rows(64)[0]
+    forward = launcher(KERNELS, "bias_gelu_forward")
+    assert torch.equal(forward(moved(x), bias, "none"), forward(x, bias, "none"))
