@@ -82,13 +82,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
         logger.warning("%s also holds %s: not used by %s", source, ", ".join(unexpected), type(model).__name__)
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write `model.safetensors`, under a temporary name first; a tied tensor once, if the config says that it is tied.
 
+    `weights` are the model's own unless given, as where each rank has a part of them.
     Otherwise transformers, which unties the vocabulary's two biases then, would miss one.
     """
     shared = _tied(model)
-    own = {key: value.contiguous() for key, value in model.state_dict().items() if key not in shared}
+    weights = model.state_dict() if weights is None else weights
+    own = {key: value.contiguous() for key, value in weights.items() if key not in shared}
     copies = {} if model.config.tie_word_embeddings else {key: own[first].clone() for key, first in shared.items()}
     temporary = folder / f".{SAFETENSORS}"
     write_tensors(own | copies, temporary)

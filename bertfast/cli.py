@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except EXPECTED as error:
         print(f"bertfast {name}: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "status", 1)
     return 0
 
 

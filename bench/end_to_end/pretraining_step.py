@@ -35,6 +35,7 @@ from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
 from bertfast.memory import keep_freed_memory
 from bertfast.sequences import Sequences
+from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 from bertfast.training.precision import multiplies_bf16
 
@@ -180,7 +181,7 @@ def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
     optimizer = min(side_by_side({"step": optimizers["ours"].step}, 3)["step"]).seconds
 
     tokens, masked = packed.sequences.used, packed.masked
-    work = model_flops(config, packed)
+    work = step_flops(config, packed)
     rate = matrix_rate(step_products(config, tokens, masked), case.dtype)
     others = [who for who in models if who != "ours"]
     fastest = min(others, key=medians.get)
@@ -290,15 +291,6 @@ def our_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean masked-LM loss plus mean next-sentence loss, as transformers adds them."""
     loss = pretraining_loss(model, batch, torch.randint(2**62, (), device=DEVICE))
     return loss.masked_lm / loss.masked + loss.next_sentence / loss.pairs
-
-
-def model_flops(config, batch: Batch) -> int:
-    """6 · encoder parameters · tokens + 12 · layers · H · Σ s² + 6 · (H² + H V) · masked tokens; padding is no work."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-    squares = sum(length**2 for length in batch.sequences.lengths)
-    head = hidden * (hidden + config.vocab_size)
-    return 6 * parameters * batch.sequences.used + 12 * layers * hidden * squares + 6 * head * batch.masked
 
 
 def step_products(config, tokens: int, masked: int) -> list[tuple[int, int, int]]:

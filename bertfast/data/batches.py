@@ -141,7 +141,10 @@ class Batches:
             raise ValueError(
                 f"step {step} has no bin {index}: steps count from 0, their bins to {self.bins_per_step - 1}"
             )
-        number = step * self.bins_per_step + index
+        return self.numbered(step * self.bins_per_step + index)
+
+    def numbered(self, number: int) -> Batch:
+        """Bin `number` of the endless row, from 0."""
         epoch = self.epochs.of_bin(number)
         return self._assemble(epoch, number - epoch.bins_before)
 

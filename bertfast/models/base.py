@@ -76,11 +76,11 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.load_weights(model, checkpoint.read_weights(folder), str(name))
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which transformers opens."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write `config.json` and `model.safetensors`, which transformers opens, with `state_dict` if it is given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(self, folder)
+        checkpoint.save_weights(self, folder, state_dict)
         self.config.save_pretrained(folder, type(self).__name__)
 
     def _pack(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:

@@ -40,7 +40,7 @@ from bertfast.training.journal import Journal
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
 from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.predict import TaskSettings, predict_logits, write_predictions
-from bertfast.training.schedule import linear
+from bertfast.training.schedule import schedule
 
 logger = logging.getLogger("bertfast")
 
@@ -214,7 +214,7 @@ class Finetuning:
 
     def _train_step(self, rows: np.ndarray) -> None:
         settings, clock = self.settings, time.perf_counter()
-        rate = settings.learning_rate * linear(self.step / self.steps, settings.warmup_ratio)
+        rate = settings.learning_rate * schedule("linear", self.step / self.steps, settings.warmup_ratio)
         batch = self.features["train"].batch(rows, self.device)
         with autocast(self.device, self.precision):
             loss = self.model(**batch).loss

@@ -1,4 +1,5 @@
-"""The optimizers of a run: AdamW as in the paper, or Muon for the matrices with AdamW for the rest."""
+"""The optimizers of a run: AdamW as in the paper, LAMB for large batches, or Muon for the matrices with AdamW for the
+rest."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from bertfast.training.precision import multiplies_bf16
 from bertfast.training.schedule import set_learning_rate
 
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "lamb", "muon"]
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run stops
 
@@ -47,25 +50,85 @@ def build_optimizers(
         else:
             weights.append(parameter)
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if name == "lamb":
+        return [Lamb(groups, learning_rate, betas)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     return [Muon(matrices, learning_rate, weight_decay), adamw] if matrices else [adamw]
 
 
 def step_if_finite(
-    model: nn.Module, optimizers: Sequence[Optimizer], rate: float, max_grad_norm: float, loss: float
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    rate: float,
+    max_grad_norm: float,
+    loss: float,
+    scaler: GradScaler | None = None,
 ) -> float | None:
     """Clip the gradients to `max_grad_norm` (0: not at all), take a step at learning rate `rate`, clear the gradients.
 
     Returns the gradients' norm before it was clipped; None, and nothing moves, where that or `loss` is not finite.
+    `scaler` is fp16's, by which the loss was multiplied.
     """
-    norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite:
-        set_learning_rate(optimizers, rate)
+    if scaler is not None:
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.unscale_(optimizer)
+    norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    set_learning_rate(optimizers, rate)
+    for optimizer in optimizers if finite else ():
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
     model.zero_grad(set_to_none=True)
     return norm if finite else None
+
+
+class Lamb(Optimizer):
+    """AdamW whose step for each weight is as long as a share of that weight (You et al., 2020), for large batches.
+
+    Groups that do not decay, biases and LayerNorms, take AdamW's step, as in the authors' code.
+    """
+
+    def __init__(self, groups, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+        super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients, states = [p.grad for p in parameters], [self._state_of(p) for p in parameters]
+            means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+            (beta1, beta2), count = group["betas"], states[0]["step"].item() + 1
+            for state in states:
+                state["step"] += 1
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_div_(roots, math.sqrt(1 - beta2**count))
+            torch._foreach_add_(roots, group["eps"])
+            updates = torch._foreach_div(means, roots)
+            torch._foreach_div_(updates, 1 - beta1**count)
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+                lengths = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+                # A weight or an update of zero leaves no share to speak of: the plain step.
+                shares = [torch.where((own > 0) & (step > 0), own / step, 1.0) for own, step in lengths]
+                torch._foreach_mul_(updates, shares)
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        return loss
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(parameter)}
+            state["square"] = torch.zeros_like(parameter)
+        return state
 
 
 class Muon(Optimizer):

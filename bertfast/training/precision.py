@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -31,21 +33,26 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_precision(device: torch.device, wanted: Precision = "auto") -> Literal["fp32", "bf16"]:
-    """fp32 or bf16: what is wanted, or with "auto" bf16 where the device multiplies it natively and faster.
+def choose_precision(device: torch.device, wanted: Precision = "auto") -> Literal["fp32", "bf16", "fp16"]:
+    """fp32, bf16 or fp16: what is wanted, or with "auto" bf16 where the device multiplies it natively and faster.
 
     A GPU's bf16 is; on a CPU that is measured, once, in half a second.
     """
     if wanted == "auto":
         return "bf16" if multiplies_bf16(device) and (device.type == "cuda" or _bf16_is_faster()) else "fp32"
-    if wanted not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be auto, fp32 or bf16, got {wanted!r}")
+    if wanted not in ("fp32", *_HALVES):
+        raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {wanted!r}")
     return wanted
 
 
+def half(precision: str) -> torch.dtype:
+    """The dtype of a precision's products."""
+    return _HALVES.get(precision, torch.float32)
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 products with fp32 parameters, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Products in half precision with fp32 parameters, or nothing for fp32."""
+    return torch.autocast(device.type, _HALVES.get(precision, torch.bfloat16), enabled=precision in _HALVES)
 
 
 @cache

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from bertfast import checkpoint
@@ -20,18 +25,43 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
-from bertfast.encoder import pretraining_loss
+from bertfast.encoder import PretrainingLoss, pretraining_loss
+from bertfast.models import BertForPreTraining
+from bertfast.training.curriculum import Curriculum
+from bertfast.training.flops import matrix_rate, step_flops
+from bertfast.training.footprint import available_memory, footprint
 from bertfast.training.interrupt import Interrupt, RunStopped
-from bertfast.training.journal import Journal
+from bertfast.training.journal import Journal, tensorboard, wandb
+from bertfast.training.loader import Loader
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, step_if_finite
-from bertfast.training.precision import Precision, autocast, choose_device, choose_precision
-from bertfast.training.schedule import linear
+from bertfast.training.precision import Precision, autocast, choose_precision, half
+from bertfast.training.ranks import Ranks
+from bertfast.training.schedule import ScheduleName, schedule
 from bertfast.training.start import starting_config, starting_model
-from bertfast.training.state import checkpoints, load_state, read_progress, save_state
+from bertfast.training.state import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.validation import unigram_entropy, validate
 
-# What may differ between a run and its continuation: where it computes, and how often it looks up from its work.
-_MAY_CHANGE = ("output_dir", "resume", "device", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+# What may differ between a run and its continuation: where it computes, and how often it looks up from its work. How
+# many batches make a step must not, but how they are spread over ranks may.
+_MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "device",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",
+    "checkpoint_layers",
+    "shard",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "sigterm_exit_code",
+    "deterministic",
+    "check_replay",
+    "replay",
+    "tensorboard",
+    "wandb",
+)
 
 
 @dataclass
@@ -48,12 +78,16 @@ class PretrainSettings:
         init_from: Go on from this model (folder or hub id), not from random weights.
         max_positions: Positions of the model; more than a checkpoint has extend it.
         tokens_per_batch: Tokens that one forward and backward pass takes.
-        gradient_accumulation_steps: Batches whose gradients make one step.
+        gradient_accumulation_steps: Batches of each rank whose gradients make one step.
+        batch_ramp: Share of the run in which a step takes a quarter of its batches, then half of them.
+        second_phase_length: Sequences of this length at the end of the run, as in the paper; 0: no second phase.
+        second_phase_share: Share of the run that they take.
         max_steps: Steps of the run; 0: as many as num_train_epochs take.
         num_train_epochs: Times that every document is seen.
         minutes: Length of the run by the clock instead; the learning rate reaches 0 when it is over.
-        optimizer: AdamW as in the paper, or Muon for the matrices and AdamW for the rest.
-        learning_rate: At the end of the warm-up; it then falls linearly to 0.
+        optimizer: AdamW as in the paper, LAMB for large batches, or Muon for the matrices and AdamW for the rest.
+        learning_rate: At the end of the warm-up.
+        schedule: How it then falls to 0: linearly; along half a wave (cosine); in the last fifth alone (wsd).
         warmup_ratio: Share of the run in which the rate rises.
         weight_decay: Of weights; biases and LayerNorms do not decay.
         adam_beta1: AdamW's first decay rate.
@@ -61,15 +95,24 @@ class PretrainSettings:
         max_grad_norm: Gradients are scaled down to this norm; 0: never.
         dropout: Of hidden activations and attention.
         seed: Decides weights, samples, masks and dropout.
-        precision: fp32, or bf16 products with fp32 weights; auto: bf16 where the device multiplies it natively
-            and, on a CPU, faster.
-        device: Such as "cpu" or "cuda:0"; none: a GPU if there is one.
+        precision: fp32, or bf16 or fp16 products with fp32 weights, fp16's loss scaled; auto: bf16 where the device
+            multiplies it natively and, on a CPU, faster.
+        checkpoint_layers: Layers, from the first on, whose activations are made again in the backward pass.
+        shard: Each rank keeps a part of every parameter, gradient and optimizer state.
+        device: Such as "cpu" or "cuda:0"; none: a GPU if there is one, under torchrun one for each process.
+        dataloader_num_workers: Processes that make batches ahead of time; none: two for a GPU, else none.
         logging_steps: Steps between entries of metrics.jsonl.
         eval_steps: Steps between validations; the end of the run is one in any case.
         eval_batches: Batches to validate on.
         save_steps: Steps between checkpoints.
-        save_total_limit: Checkpoints to keep.
-        resume: Go on from the newest checkpoint in output_dir.
+        save_total_limit: Checkpoints to keep, besides the one with the best validation loss.
+        resume: Go on from the newest whole checkpoint in output_dir.
+        sigterm_exit_code: What the program returns after a SIGTERM, for schedulers.
+        deterministic: Forbid PyTorch's operations that may differ from run to run on a GPU.
+        check_replay: Compute every so manieth step twice and compare the gradients' bits; 0: never.
+        replay: Compute this step again from the checkpoint before it, say what it gives, and write nothing.
+        tensorboard: Write metrics for TensorBoard too.
+        wandb: Send metrics to Weights & Biases too.
     """
 
     output_dir: str
@@ -82,11 +125,15 @@ class PretrainSettings:
     max_positions: int | None = None
     tokens_per_batch: int = 4096
     gradient_accumulation_steps: int = 1
+    batch_ramp: float = 0.0
+    second_phase_length: int = 0
+    second_phase_share: float = 0.1
     max_steps: int = 0
     num_train_epochs: float = 1
     minutes: float | None = None
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
+    schedule: ScheduleName = "linear"
     warmup_ratio: float = 0.01
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
@@ -95,72 +142,140 @@ class PretrainSettings:
     dropout: float = 0.1
     seed: int = 42
     precision: Precision = "auto"
+    checkpoint_layers: int = 0
+    shard: bool = False
     device: str | None = None
+    dataloader_num_workers: int | None = None
     logging_steps: int = 10
     eval_steps: int = 500
     eval_batches: int = 50
     save_steps: int = 500
     save_total_limit: int = 2
     resume: bool = False
+    sigterm_exit_code: int = 143
+    deterministic: bool = False
+    check_replay: int = 0
+    replay: int = 0
+    tensorboard: bool = False
+    wandb: bool = False
 
 
 def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
     """Do the run; `on_step` is called with the number of steps done after each. Returns the last validation's metrics.
 
-    Leaves in `output_dir` a folder that `transformers.BertForPreTraining.from_pretrained` opens.
+    Leaves in `output_dir` a folder that `transformers.BertForPreTraining.from_pretrained` opens. In the processes that
+    `torchrun` starts, all do the run together.
     """
-    return Pretraining(settings).run(on_step)
+    before, ranks, run = torch.are_deterministic_algorithms_enabled(), Ranks.join(settings.device), None
+    try:
+        run = Pretraining(settings, ranks)
+        return run.replay(settings.replay) if settings.replay else run.run(on_step)
+    finally:
+        torch.use_deterministic_algorithms(before)
+        if run is not None:  # an error holds it longer than the ranks are together, and its end would wait for them
+            run.objective = None
+        ranks.leave()
+
+
+class Objective(nn.Module):
+    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through."""
+
+    def __init__(self, model: BertForPreTraining):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, seed: Tensor | None) -> tuple[Tensor, ...]:
+        loss = pretraining_loss(self.model, batch, seed)
+        return tuple(getattr(loss, entry.name) for entry in dataclasses.fields(loss))
 
 
 class Pretraining:
     """One run: what it works on, and its loop."""
 
-    def __init__(self, settings: PretrainSettings):
-        self.settings = settings
+    def __init__(self, settings: PretrainSettings, ranks: Ranks | None = None):
+        self.settings, self.ranks = settings, ranks or Ranks.join(settings.device)
+        self.device = self.ranks.device
+        _check(settings)
+        if settings.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.folder = Path(settings.output_dir)
-        self.saved = self._checkpoint_to_resume()
-        self.device = choose_device(settings.device)
+        self.bins_per_step = settings.gradient_accumulation_steps * self.ranks.count
+        Curriculum(self.bins_per_step, self.ranks.count, ramp=int(settings.batch_ramp > 0))  # raises where it cannot be
         self.precision = choose_precision(self.device, settings.precision)
+        self.saved = self.ranks.agree(self.ranks.first(self._checkpoint_to_resume))
+        if self.saved is not None:  # where "auto" chose, it is not asked again
+            self.precision = read_progress(self.saved)[1]["settings"]["precision"]
         torch.manual_seed(settings.seed)
         start = None if settings.init_from is None else checkpoint.resolve(settings.init_from)
         config = starting_config(
             start, settings.preset, settings.config_overrides, settings.dropout, settings.max_positions
         )
-        if settings.sampling.max_seq_length > config.max_position_embeddings:
+        longest = max(settings.sampling.max_seq_length, settings.second_phase_length)
+        if longest > config.max_position_embeddings:
             raise ValueError(
-                f"max_seq_length {settings.sampling.max_seq_length} is more than the model's "
-                f"{config.max_position_embeddings} positions: lower it, or raise max_positions"
+                f"max_seq_length {longest} is more than the model's {config.max_position_embeddings} positions: "
+                "lower it, or raise max_positions"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if settings.shard and settings.optimizer != "adamw":
+            raise ValueError(f"shard goes with adamw: {settings.optimizer} needs whole matrices on each rank")
         self._open_data(start)
         config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
-        self.model = starting_model(config, start).to(self.device).train()
+        self.model = starting_model(config, start)
+        if self.saved is not None:
+            checkpoint.load_weights(self.model, checkpoint.read_weights(self.saved), str(self.saved))
+        self.model = self.model.to(self.device).train()
+        if not settings.sampling.pairs:  # no loss reaches them
+            for unused in (self.model.bert.pooler, self.model.cls.seq_relationship):
+                unused.requires_grad_(False)
+        layers = self.model.bert.encoder.layer
+        for layer in layers[: settings.checkpoint_layers]:  # dropout is a function: there is no state to restore
+            layer.forward = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        self.footprint = footprint(
+            self.model,
+            config,
+            optimizer=settings.optimizer,
+            precision=self.precision,
+            tokens=settings.tokens_per_batch,
+            checkpointed=settings.checkpoint_layers,
+            ranks=self.ranks.count if settings.shard else 1,
+        )
+        self.footprint.check(available_memory(self.device))
+        self.objective = self.ranks.share(Objective(self.model), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         self.optimizers = build_optimizers(
             self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas
         )
+        self.scaler = GradScaler(self.device.type) if self.precision == "fp16" else None
         self.dropout_seed = torch.tensor(settings.seed, device=self.device)
-        self.steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.batches.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.seconds = 0.0
+        self.seconds, self.validation_loss, self.usual_loss = 0.0, None, None
         if self.saved is not None:
-            load_state(self.saved, self.model, self.optimizers)
+            load_state(self.saved, self.optimizers)
             self.step, progress = read_progress(self.saved)
             self.seconds, self.skipped = progress["seconds"], progress["skipped"]
-        self.journal = Journal(self.folder, steps_done=self.step)
+            self.validation_loss, self.usual_loss = progress["validation_loss"], progress["usual_loss"]
+            if self.scaler is not None:
+                self.scaler.load_state_dict(progress["scaler"])
+        self.loader = self._loader()
+        self.interrupt, self.stop_requested = None, False
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """The loop, from where the run stands to its end; the last validation's metrics."""
         settings = self.settings
+        self.journal = self._journal()
+        self.products = matrix_rate(self.model.config, settings.tokens_per_batch, half(self.precision), self.device)
         self._announce()
-        with Interrupt() as interrupt, self._progress_bar() as bar:
+        with Interrupt() as self.interrupt, self._progress_bar() as bar:
             while (progress := self._progress()) < 1:
                 started = time.perf_counter()
-                rate = settings.learning_rate * linear(progress, settings.warmup_ratio)
+                rate = settings.learning_rate * schedule(settings.schedule, progress, settings.warmup_ratio)
                 losses = self._train_step(rate)
                 self.step += 1
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
+                if settings.minutes is not None:
+                    self.seconds = self.ranks.agree(self.seconds)
                 self._report(bar, losses, rate, elapsed)
                 on_step(self.step)
                 if self.skipped_in_a_row == SKIPS_IN_A_ROW:
@@ -168,10 +283,12 @@ class Pretraining:
                         f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: lower the learning rate; "
                         f"the newest checkpoint in {self.folder / 'checkpoints'} is kept"
                     )
-                if interrupt.requested:
+                if self.stop_requested if self.ranks.count > 1 else self.interrupt.requested:
                     self._save()
+                    status = self.interrupt.status
                     raise RunStopped(
-                        f"stopped after step {self.step}, with a checkpoint: the same command with --resume goes on"
+                        f"stopped after step {self.step}, with a checkpoint: the same command with --resume goes on",
+                        settings.sigterm_exit_code if status == 143 else status,
                     )
                 if self._progress() < 1:
                     if self.step % settings.eval_steps == 0:
@@ -180,46 +297,107 @@ class Pretraining:
                         self._save()
         metrics = self._validate()
         self._save()
-        self.model.save_pretrained(self.folder)
+        saved = checkpoints(self.folder / "checkpoints")[-1]
+        self.ranks.first(lambda: self._finish(saved, metrics))
+        return metrics
+
+    def replay(self, step: int) -> dict[str, float]:
+        """Compute step number `step`, from 1, again from where the checkpoint before it stands; nothing is written."""
+        if step <= self.step:
+            raise ValueError(f"the oldest checkpoint to go from is of step {self.step}: replay a later one")
+        while self.step < step - 1:
+            progress = self._progress()
+            self._train_step(
+                self.settings.learning_rate * schedule(self.settings.schedule, progress, self.settings.warmup_ratio)
+            )
+            self.step += 1
+        losses = self._gradients()
+        norms = {name: p.grad.norm().item() for name, p in self.model.named_parameters() if p.grad is not None}
+        wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        print(f"step {step}: {losses}")
+        print(f"gradients that are not finite: {', '.join(wrong)}" if wrong else "all gradients are finite")
+        return losses
+
+    def _finish(self, saved: Path, metrics: dict[str, float]) -> None:
+        model = BertForPreTraining.from_pretrained(saved) if self.settings.shard else self.model
+        model.save_pretrained(self.folder)
         save_tokenizer(self.tokenizer, self.folder)
         if not self.journal.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
             print("No loss.png: that wants `pip install bertfast[plots]`.")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
-        return metrics
 
     def _train_step(self, rate: float) -> dict[str, float] | None:
         """One step of the optimizers; the step's mean losses, or None if they were not finite and it was skipped."""
-        count = self.batches.bins_per_step
-        batches = [self.batches.bin(self.step, index) for index in range(count)]
-        masked = max(sum(batch.masked for batch in batches), 1)
-        pairs = max(sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches), 1)
-        # Means over the whole step's tokens and pairs, so that it does not matter into how many batches it is cut.
-        sums = sum(self._backward(batch.to(self.device), masked, pairs) for batch in batches)
-        masked_lm, correct, next_sentence, next_correct = sums.tolist()
-        loss = masked_lm + next_sentence
-        norm = step_if_finite(self.model, self.optimizers, rate, self.settings.max_grad_norm, loss)
+        losses = self._gradients()
+        every = self.settings.check_replay
+        if every and (self.step + 1) % every == 0:
+            self._compute_again(losses)
+        loss = losses["masked_lm_loss"] + losses.get("next_sentence_loss", 0.0)
+        norm = step_if_finite(self.model, self.optimizers, rate, self.settings.max_grad_norm, loss, self.scaler)
         if norm is None:
             self.skipped += 1
             self.skipped_in_a_row += 1
             return None
         self.skipped_in_a_row = 0
+        return losses | {"gradient_norm": norm}
+
+    def _gradients(self, batches: list[Batch] | None = None) -> dict[str, float]:
+        """Leave the gradients of the next step, of all ranks, on the parameters; returns its mean losses."""
+        if batches is None:
+            count = self.curriculum.bins(self.step) // self.ranks.count
+            self.batches_of_step = [self.loader.next() for _ in range(count)]
+        masked, pairs = self._counts(self.batches_of_step)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        sums[4] = self.interrupt is not None and self.interrupt.requested  # all ranks stop after the same step
+        for place, batch in enumerate(self.batches_of_step, 1):
+            with self.ranks.apart(self.objective, place == len(self.batches_of_step)):
+                sums[:4] += self._backward(batch.to(self.device, non_blocking=True), masked, pairs)
+        masked_lm, correct, next_sentence, next_correct, requested = self.ranks.sum(sums).tolist()
+        self.stop_requested = requested > 0
         losses = {"masked_lm_loss": masked_lm / masked, "masked_lm_accuracy": correct / masked}
         if self.settings.sampling.pairs:
             losses |= {"next_sentence_loss": next_sentence / pairs, "next_sentence_accuracy": next_correct / pairs}
-        return losses | {"gradient_norm": norm}
+        return losses
+
+    def _counts(self, batches: list[Batch]) -> tuple[int, int]:
+        """Masked tokens and pairs of the step on all ranks: means run over them, however the step is cut."""
+        masked = sum(batch.masked for batch in batches)
+        pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches)
+        if self.ranks.count > 1:
+            masked, pairs = self.ranks.sum(torch.tensor([masked, pairs], device=self.device)).tolist()
+        return max(masked, 1), max(pairs, 1)
 
     def _backward(self, batch: Batch, masked: int, pairs: int) -> Tensor:
         with autocast(self.device, self.precision):
-            loss = pretraining_loss(self.model, batch, self.dropout_seed)
-        (loss.masked_lm / masked + loss.next_sentence / pairs).backward()
-        return torch.stack(
-            [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
-        )
+            loss = PretrainingLoss(*self.objective(batch, self.dropout_seed))
+        # Gradients of ranks become their mean, so each counts as often as there are ranks.
+        total = (loss.masked_lm / masked + loss.next_sentence / pairs) * self.ranks.count
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        parts = [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
+        return torch.stack([part.double() for part in parts])
+
+    def _compute_again(self, losses: dict[str, float]) -> None:
+        """Stop the run if the step does not give the same bits twice: then the machine cannot be trusted."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        before = [p.grad.clone() for p in parameters]
+        self.model.zero_grad(set_to_none=True)
+        again = self._gradients(self.batches_of_step)
+        same = again == losses and all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True))
+        if self.ranks.any(not same):
+            raise RunStopped(
+                f"step {self.step + 1} was computed twice and came out differently: this machine, or an operation on "
+                f"it, cannot be trusted; the newest checkpoint in {self.folder / 'checkpoints'} is kept"
+            )
 
     def _validate(self) -> dict[str, float]:
-        metrics = validate(self.model, self.held_out, self.precision) | {"unigram_entropy": self.unigram_entropy}
-        self.journal.write(step=self.step, seconds=round(self.seconds, 3), **metrics)
-        tqdm.write(
+        def objective(batch: Batch, seed: None) -> PretrainingLoss:
+            return PretrainingLoss(*self.objective(batch, seed))
+
+        metrics = validate(self.model, self.held_out, self.precision, objective, self.ranks)
+        metrics |= {"unigram_entropy": self.unigram_entropy}
+        self.validation_loss = metrics["validation_loss"]
+        self._write(step=self.step, seconds=round(self.seconds, 3), **metrics)
+        self._say(
             f"step {self.step}: validation loss {metrics['validation_loss']:.3f} (words alone: "
             f"{self.unigram_entropy:.3f}), {metrics['validation_accuracy']:.1%} of the blanks right, "
             f"perplexity {metrics['validation_perplexity']:.1f}"
@@ -228,31 +406,48 @@ class Pretraining:
         return metrics
 
     def _save(self) -> None:
-        progress = {"seconds": self.seconds, "skipped": self.skipped, "settings": self._settings_that_matter()}
+        progress = {
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "validation_loss": self.validation_loss,
+            "usual_loss": self.usual_loss,
+            "scaler": self.scaler and self.scaler.state_dict(),
+            "settings": self._settings_that_matter(),
+        }
         keep = self.settings.save_total_limit
-        save_state(self.folder / "checkpoints", self.step, self.model, self.optimizers, progress, keep)
+        save_state(self.folder / "checkpoints", self.step, self.model, self.optimizers, progress, keep, self.ranks)
 
     def _checkpoint_to_resume(self) -> Path | None:
         folder = self.folder / "checkpoints"
         saved = checkpoints(folder)
+        if self.settings.replay:
+            earlier = [path for path in saved if read_progress(path)[0] < self.settings.replay]
+            if not earlier:
+                raise ValueError(f"{folder} holds no checkpoint of a step before {self.settings.replay}")
+            return earlier[-1]
         if not self.settings.resume:
             if saved:
                 raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or name another folder")
             return None
         if not saved:
             return None  # stopped before its first checkpoint: it begins again
-        before, now = read_progress(saved[-1])[1]["settings"], self._settings_that_matter()
+        newest = newest_whole(folder)
+        if newest is None:
+            raise ValueError(f"every checkpoint in {folder} is damaged: begin the run again in another folder")
+        before, now = read_progress(newest)[1]["settings"], self._settings_that_matter()
+        if self.settings.precision == "auto":
+            now["precision"] = before["precision"]
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if changed:
             raise ValueError(
                 f"the run in {self.folder} was made with other settings ({', '.join(changed)}): "
                 "repeat its command to resume it"
             )
-        return saved[-1]
+        return newest
 
     def _settings_that_matter(self) -> dict:
-        values = dataclasses.asdict(self.settings)
-        return {name: value for name, value in values.items() if name not in _MAY_CHANGE}
+        values = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in _MAY_CHANGE}
+        return values | {"bins_per_step": self.bins_per_step, "precision": self.precision}
 
     def _open_data(self, start: Path | None) -> None:
         settings = self.settings
@@ -260,9 +455,11 @@ class Pretraining:
             corpus = settings.corpus
             if start is not None and corpus.tokenizer_name is None:
                 corpus = dataclasses.replace(corpus, tokenizer_name=str(start))
-            data = prepare(PrepareSettings(str(self.folder / "data"), corpus))
+            data = self.folder / "data"
+            self.ranks.first(lambda: prepare(PrepareSettings(str(data), corpus)))
         else:
             data = Path(settings.data_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(data)
         if start is not None and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
             raise ValueError(f"the text in {data} was made tokens with another tokenizer than that of {start}")
@@ -271,20 +468,36 @@ class Pretraining:
         )
         if not validation.documents:
             raise ValueError(f"{data} holds no text to validate on: raise validation_split_percentage")
-        self.batches = self._batches(self.train, settings.gradient_accumulation_steps)
-        self.held_out = list(self._batches(validation, 1).first_epoch(settings.eval_batches))
+        self.batches = self._batches(self.train, settings.sampling, self.bins_per_step)
+        self.steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.batches.steps_per_epoch)
+        self.second, second_phase = None, None
+        if settings.second_phase_length:
+            second_phase = round((1 - settings.second_phase_share) * self.steps)
+            longer = dataclasses.replace(settings.sampling, max_seq_length=settings.second_phase_length)
+            self.second = self._batches(self.train, longer, self.bins_per_step)
+        self.curriculum = Curriculum(
+            self.bins_per_step, self.ranks.count, round(settings.batch_ramp * self.steps), second_phase
+        )
+        self.held_out = list(self._batches(validation, settings.sampling, 1).first_epoch(settings.eval_batches))
         self.unigram_entropy = unigram_entropy(self.train, self.held_out)
 
-    def _batches(self, shards: Shards, bins_per_step: int) -> Batches:
+    def _batches(self, shards: Shards, sampling: Sampling, bins_per_step: int) -> Batches:
         return Batches(
             shards,
             special_tokens(self.tokenizer),
             continuation_tokens(self.tokenizer),
-            self.settings.sampling,
+            sampling,
             tokens_per_bin=self.settings.tokens_per_batch,
             bins_per_step=bins_per_step,
             seed=self.settings.seed,
         )
+
+    def _loader(self) -> Loader:
+        workers = self.settings.dataloader_num_workers
+        if workers is None:
+            workers = 2 if self.device.type == "cuda" else 0
+        places = partial(_places, self.curriculum, self.step, self.ranks.rank)
+        return Loader(partial(_batch_at, self.batches, self.second), places, workers, self.device.type == "cuda")
 
     def _progress(self) -> float:
         """Share of the run that is done: of its steps, or of its minutes."""
@@ -292,34 +505,97 @@ class Pretraining:
             return self.seconds / (60 * self.settings.minutes)
         return self.step / self.steps
 
+    def _journal(self) -> Journal | None:
+        settings, sinks = self.settings, []
+        if not self.ranks.leads:
+            return None
+        if settings.tensorboard:
+            sinks.append(tensorboard(self.folder))
+        if settings.wandb:
+            sinks.append(wandb(self.folder, dataclasses.asdict(settings)))
+        return Journal(self.folder, steps_done=self.step, also=sinks)
+
+    def _write(self, **entry) -> None:
+        if self.journal is not None:
+            self.journal.write(**entry)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.leads:
+            tqdm.write(text)
+
     def _announce(self) -> None:
         config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
-        print(
+        where = f"{self.precision} on {self.device}" + (f", {self.ranks.count} ranks" if self.ranks.count > 1 else "")
+        self._say(
             f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, {config.hidden_size} wide), "
             f"{self.train.tokens / 1e6:.1f} M tokens in {self.train.documents} documents, "
-            f"{self.batches.bins_per_step * self.settings.tokens_per_batch} tokens a step, "
-            f"{self.precision} on {self.device}" + (f", from step {self.step}" if self.step else "")
+            f"{self.bins_per_step * self.settings.tokens_per_batch} tokens a step, {where}"
+            + (f", from step {self.step}" if self.step else "")
         )
+        self._say(f"{self.footprint}; products run at {self.products / 1e12:.3g} TFLOP/s")
 
     def _progress_bar(self) -> tqdm:
+        options = {"desc": "pre-training", "disable": not self.ranks.leads}
         if self.settings.minutes is None:
-            return tqdm(total=self.steps, initial=self.step, desc="pre-training", unit="step")
+            return tqdm(total=self.steps, initial=self.step, unit="step", **options)
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        return tqdm(total=self.settings.minutes * 60, initial=self.seconds, desc="pre-training", bar_format=form)
+        return tqdm(total=self.settings.minutes * 60, initial=self.seconds, bar_format=form, **options)
 
     def _report(self, bar: tqdm, losses: dict[str, float] | None, rate: float, elapsed: float) -> None:
         bar.update(1 if self.settings.minutes is None else min(elapsed, bar.total - bar.n))
+        waited, self.loader.waited = self.loader.waited, 0.0
         if losses is None:
-            tqdm.write(f"step {self.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far)")
-            self.journal.write(step=self.step, skipped=self.skipped)
+            first = self.curriculum.first(self.step - 1)
+            self._say(
+                f"step {self.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far); "
+                f"--replay {self.step} computes it again"
+            )
+            self._write(step=self.step, skipped=self.skipped, first_batch=first)
             return
-        speed = self.batches.bins_per_step * self.settings.tokens_per_batch / elapsed
-        bar.set_postfix(loss=f"{losses['masked_lm_loss']:.3f}", tokens_per_second=f"{speed:.0f}")
-        if self.step % self.settings.logging_steps == 0:
-            self.journal.write(
+        tokens = self.curriculum.bins(self.step - 1) * self.settings.tokens_per_batch
+        flops = sum(step_flops(self.model.config, batch) for batch in self.batches_of_step) / elapsed
+        bar.set_postfix(
+            loss=f"{losses['masked_lm_loss']:.3f}",
+            tokens_per_second=f"{tokens / elapsed:.0f}",
+            tflops=f"{flops / 1e12:.3g}",
+            of_products=f"{flops / self.products:.0%}",
+        )
+        spike = self.usual_loss is not None and losses["masked_lm_loss"] > self.usual_loss + SPIKE
+        self.usual_loss = losses["masked_lm_loss"] * (1 - USUAL) + USUAL * (self.usual_loss or losses["masked_lm_loss"])
+        if self.step % self.settings.logging_steps == 0 or spike:
+            self._write(
                 step=self.step,
                 seconds=round(self.seconds, 3),
                 learning_rate=rate,
-                tokens_per_second=round(speed, 1),
+                tokens_per_second=round(tokens / elapsed, 1),
+                tflops=round(flops / 1e12, 4),
+                share_of_products=round(flops / self.products, 4),
+                waited_for_batches=round(waited / elapsed, 4),
+                **({"spike": True} if spike else {}),
                 **losses,
             )
+
+
+SPIKE, USUAL = 0.5, 0.98  # nats above the running mean of the loss that are marked, and how slowly that mean moves
+
+
+def _places(curriculum: Curriculum, step: int, rank: int) -> Iterator[tuple[int, int]]:
+    """(phase, bin) of a rank's batches from a step on, without end."""
+    return itertools.chain.from_iterable(curriculum.places(number, rank) for number in itertools.count(step))
+
+
+def _batch_at(first: Batches, second: Batches | None, place: tuple[int, int]) -> Batch:
+    phase, number = place
+    return (second if phase else first).numbered(number)
+
+
+def _check(settings: PretrainSettings) -> None:
+    """What settings mean together."""
+    if settings.minutes is not None and (settings.batch_ramp or settings.second_phase_length):
+        raise ValueError(
+            "batch_ramp and second_phase_length go with steps or epochs: with minutes the end is not known"
+        )
+    if not 0 <= settings.batch_ramp <= 1 or not 0 < settings.second_phase_share < 1:
+        raise ValueError("batch_ramp is from 0 to 1 and second_phase_share between them: they are shares of the run")
+    if settings.gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps is at least 1, got {settings.gradient_accumulation_steps}")

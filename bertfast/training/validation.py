@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -15,31 +17,38 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, special_tokens
-from bertfast.encoder import pretraining_loss
+from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForMaskedLM, BertForPreTraining, BertPreTrainedModel
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.training.precision import autocast, choose_device, choose_precision
+from bertfast.training.ranks import Ranks
 
 
 @torch.no_grad()
-def validate(model: BertPreTrainedModel, batches: Iterable[Batch], precision: str) -> dict[str, float]:
-    """Metrics of `model`, which is put into evaluation mode and back, over the batches' masked tokens and pairs."""
+def validate(
+    model: BertPreTrainedModel,
+    batches: Sequence[Batch],
+    precision: str,
+    objective: Callable[..., PretrainingLoss] | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """Metrics of `model`, which is put into evaluation mode and back, over the batches' masked tokens and pairs.
+
+    `objective` computes the loss of a batch, where that is not for the model alone to do; `ranks` share the batches.
+    """
     training = model.training
     model.eval()
-    sums = np.zeros(6)
-    for batch in batches:
-        with autocast(model.device, precision):
-            loss = pretraining_loss(model, batch.to(model.device), None)
-        sums += [
-            loss.masked_lm.item(),
-            loss.masked_correct.item(),
-            loss.masked.item(),
-            loss.next_sentence.item(),
-            loss.next_sentence_correct.item(),
-            loss.pairs.item(),
-        ]
+    objective = objective or partial(pretraining_loss, model)
+    ranks = ranks or Ranks(0, 1, model.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+    for first in range(0, len(batches), ranks.count):  # as often on every rank: sharded ones compute together
+        mine = first + ranks.rank
+        with autocast(ranks.device, precision):
+            loss = objective(batches[min(mine, len(batches) - 1)].to(ranks.device), None)
+        if mine < len(batches):
+            sums += torch.stack([getattr(loss, field.name).double() for field in dataclasses.fields(loss)])
     model.train(training)
-    masked_lm, correct, masked, next_sentence, next_correct, pairs = sums
+    masked_lm, correct, masked, next_sentence, next_correct, pairs = ranks.sum(sums).tolist()
     if not masked:
         raise ValueError("there is no masked token to validate on: the validation text is empty")
     metrics = {
@@ -88,4 +97,4 @@ def evaluate_masked_lm(
             seed=0,
         )
         model = model.to(choose_device(device))
-        return validate(model, batches.first_epoch(), choose_precision(model.device, precision))
+        return validate(model, list(batches.first_epoch()), choose_precision(model.device, precision))

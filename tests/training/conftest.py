@@ -1,12 +1,14 @@
-"""A tiny model, the files of a task, and what fine-tuning makes of them."""
+"""A tiny model, the files of a task, what fine-tuning makes of them, and a text to pre-train on."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentiment import FILLERS, QUICK, write_sentiment
 
 from bertfast import BertConfig, BertForPreTraining
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 from bertfast.training.finetune import FinetuneSettings, finetune
 
@@ -48,3 +50,27 @@ def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("tuned")
     settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
     return folder, finetune(settings)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A text file in a small language: each subject has a verb and an object of its own."""
+    generator = np.random.default_rng(0)
+    words = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(6) for j in range(4)]
+    lines = []
+    for _ in range(120):
+        for _ in range(generator.integers(4, 12)):
+            first = generator.integers(len(words) // 3) * 3
+            lines.append(" ".join([*words[first : first + 3], words[generator.integers(len(words))]]) + ".")
+        lines.append("")
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(corpus, tmp_path_factory) -> Path:
+    """The same as token shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    settings = CorpusSettings([str(corpus)], vocabulary_size=128, validation_split_percentage=20, processes=1)
+    return prepare(PrepareSettings(str(folder), settings))

@@ -5,9 +5,9 @@ import torch
 
 from bertfast import BertConfig, BertForPreTraining
 from bertfast.training import precision
-from bertfast.training.optimizer import Muon, build_optimizers
+from bertfast.training.optimizer import Lamb, Muon, build_optimizers
 from bertfast.training.precision import choose_precision
-from bertfast.training.schedule import linear, set_learning_rate
+from bertfast.training.schedule import schedule, set_learning_rate
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def model() -> BertForPreTraining:
     return BertForPreTraining(BertConfig(num_hidden_layers=2, max_position_embeddings=16, **sizes))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
 def test_every_parameter_has_one_owner_and_vectors_do_not_decay(model, name):
     groups = [group for optimizer in build_optimizers(model, name, 1e-3, 0.01) for group in optimizer.param_groups]
     owned = [parameter for group in groups for parameter in group["params"]]
@@ -56,14 +56,45 @@ def test_muon_is_the_librarys(model):
         assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
+def test_lamb_is_its_definition_written_out():
+    torch.manual_seed(0)
+    groups = [
+        {"params": [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.zeros(3, 2))], "weight_decay": 0.1},
+        {"params": [torch.nn.Parameter(torch.randn(4))], "weight_decay": 0.0},
+    ]
+    parameters = [p for group in groups for p in group["params"]]
+    expected = [p.detach().double() for p in parameters]
+    means, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    optimizer, decays = Lamb(groups, 0.01, (0.9, 0.99)), (0.1, 0.1, 0.0)
+    for count in range(1, 5):
+        for place, (parameter, decay) in enumerate(zip(parameters, decays, strict=True)):
+            parameter.grad = torch.randn_like(parameter)
+            gradient, x = parameter.grad.double(), expected[place]
+            means[place] = 0.9 * means[place] + 0.1 * gradient
+            squares[place] = 0.99 * squares[place] + 0.01 * gradient**2
+            update = means[place] / (1 - 0.9**count) / ((squares[place] / (1 - 0.99**count)).sqrt() + 1e-6)
+            update += decay * x
+            share = x.norm() / update.norm() if decay and x.norm() > 0 else 1.0
+            expected[place] = x - 0.01 * share * update
+        optimizer.step()
+    for parameter, x in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), x, rtol=1e-5, atol=1e-6)
+
+
 def test_the_rate_rises_and_falls_linearly():
-    assert [linear(p / 10, 0.2) for p in range(11)] == pytest.approx([0, 0.5, 1, *(x / 8 for x in range(7, -1, -1))])
-    assert linear(0, 0) == 1
-    assert linear(2, 0.1) == 0
+    rates = [schedule("linear", p / 10, 0.2) for p in range(11)]
+    assert rates == pytest.approx([0, 0.5, 1, *(x / 8 for x in range(7, -1, -1))])
+    assert schedule("linear", 0, 0) == 1
+    assert schedule("linear", 2, 0.1) == 0
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [parameter]}], lr=1)
     set_learning_rate([optimizer], 0.25)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_the_rate_falls_along_half_a_wave_or_in_the_last_fifth():
+    assert [schedule("cosine", p, 0.0) for p in (0, 0.25, 0.5, 1)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0])
+    assert [schedule("wsd", p, 0.1) for p in (0.05, 0.1, 0.8, 0.9, 1, 1.2)] == pytest.approx([0.5, 1, 1, 0.5, 0, 0])
 
 
 def test_bf16_is_chosen_on_a_cpu_only_where_it_is_native_and_measured_to_be_faster(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from runs import STEPS, assert_same_weights, entries, losses, settings_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -19,52 +20,7 @@ from bertfast.training import pretrain as program
 from bertfast.training import state
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.interrupt import RunStopped
-from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
-
-SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
-STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A text file in a small language: each subject has a verb and an object of its own."""
-    generator = np.random.default_rng(0)
-    words = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(6) for j in range(4)]
-    lines = []
-    for _ in range(120):
-        for _ in range(generator.integers(4, 12)):
-            first = generator.integers(len(words) // 3) * 3
-            lines.append(" ".join([*words[first : first + 3], words[generator.integers(len(words))]]) + ".")
-        lines.append("")
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(corpus, tmp_path_factory) -> Path:
-    """The same as token shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    settings = CorpusSettings([str(corpus)], vocabulary_size=128, validation_split_percentage=20, processes=1)
-    return prepare(PrepareSettings(str(folder), settings))
-
-
-def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings:
-    values = {
-        "data_dir": data and str(data),
-        "sampling": Sampling(max_seq_length=24),
-        "config_overrides": SIZES,
-        "tokens_per_batch": 96,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "optimizer": "muon",
-        "logging_steps": 1,
-        "save_steps": 5,
-        "eval_batches": 4,
-        "device": "cpu",
-    }
-    return PretrainSettings(str(folder), **(values | changes))
+from bertfast.training.pretrain import Pretraining, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +31,8 @@ def finished(data, tmp_path_factory) -> Path:
     return folder
 
 
-def entries(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def signal_at(step: int):
     return lambda done: signal.raise_signal(signal.SIGINT) if done == step else None
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_it_learns_the_language(data, tmp_path):
@@ -121,10 +67,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(finished, data, t
     metrics = pretrain(settings)
     assert_same_weights(finished, tmp_path)
     assert metrics == pytest.approx({name: entries(finished)[-1][name] for name in metrics}, abs=0)
-    losses = [
-        [e["masked_lm_loss"] for e in entries(folder) if "masked_lm_loss" in e] for folder in (finished, tmp_path)
-    ]
-    assert losses[0] == losses[1]
+    assert losses(finished) == losses(tmp_path)
 
 
 def test_a_run_that_is_cut_off_goes_on_from_its_last_checkpoint(finished, data, tmp_path):
@@ -250,7 +193,7 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
         ({"tokens_per_batch": 8}, "cannot hold a sample"),
         ({"init_from": "nowhere/at/all"}, "not a folder"),
         ({"device": "cuda:7"}, "'cuda:7' is not to be had"),
-        ({"precision": "fp8"}, "auto, fp32 or bf16"),
+        ({"precision": "fp8"}, "auto, fp32, bf16 or fp16"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(data, tmp_path, changes, message):

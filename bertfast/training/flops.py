@@ -1,0 +1,43 @@
+"""What a pre-training step must compute, and how fast products are here: the one as a share of the other."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from bertfast.config import BertConfig
+from bertfast.data.batches import Batch
+
+
+def step_flops(config: BertConfig, batch: Batch) -> int:
+    """6 · encoder parameters · tokens + 12 · layers · H · Σ s² + 6 · (H² + H V) · masked tokens; padding is no work."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
+    squares = sum(length**2 for length in batch.sequences.lengths)
+    head = hidden * (hidden + config.vocab_size)
+    return 6 * parameters * batch.tokens_used + 12 * layers * hidden * squares + 6 * head * batch.masked
+
+
+def matrix_rate(
+    config: BertConfig, tokens: int, dtype: torch.dtype, device: torch.device, budget: float = 0.3
+) -> float:
+    """FLOP/s of a layer's wide product on `tokens`, the best within `budget` seconds."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    x, weight = (
+        torch.randn(tokens, hidden, dtype=dtype, device=device),
+        torch.randn(wide, hidden, dtype=dtype, device=device),
+    )
+    best, end = float("inf"), time.perf_counter() + budget
+    while best == float("inf") or time.perf_counter() < end:
+        _wait_for(device)
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * tokens * hidden * wide / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,48 @@
+"""A pre-training run that takes a second."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bertfast.data.samples import Sampling
+from bertfast.training.pretrain import PretrainSettings
+
+SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
+STEPS = 20
+
+
+def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings:
+    values = {
+        "data_dir": data and str(data),
+        "sampling": Sampling(max_seq_length=24),
+        "config_overrides": SIZES,
+        "tokens_per_batch": 96,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "optimizer": "muon",
+        "logging_steps": 1,
+        "save_steps": 5,
+        "eval_batches": 4,
+        "device": "cpu",
+    }
+    return PretrainSettings(str(folder), **(values | changes))
+
+
+def entries(folder: Path) -> list[dict]:
+    """What the run wrote into metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    """Of its steps."""
+    return [entry["masked_lm_loss"] for entry in entries(folder) if "masked_lm_loss" in entry]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """To the last bit."""
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
