@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
-from bertfast.training.pretrain import PretrainSettings
+from bertfast.training.pretrain import PretrainSettings, pretrain
 
 SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
 STEPS = 20
@@ -32,8 +32,10 @@ def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings
 
 
 def entries(folder: Path) -> list[dict]:
-    """What the run wrote into metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """What the run wrote into metrics.jsonl, whole lines of it."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def losses(folder: Path) -> list[float]:
@@ -46,3 +48,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def quietly(settings: PretrainSettings) -> None:
+    """A run in a process of its own, which may be killed."""
+    torch.set_num_threads(1)
+    pretrain(settings)

@@ -39,8 +39,9 @@ def linear_cross_entropy(
         bias=(bias, "vocabulary", "floating"),
         labels=(labels, "rows", "integer"),
     )
-    implementation = choose("linear_cross_entropy", implementation, hidden)
     dtype = product_dtype(hidden, weight)
+    refusal = "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
+    implementation = choose("linear_cross_entropy", implementation, hidden, None if hidden.is_cuda else refusal)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
     return LinearCrossEntropy.apply(implementation, hidden, rows, weight, bias, labels, wanted, dtype)

@@ -241,6 +241,7 @@ class Pretraining:
             ranks=self.ranks.count if settings.shard else 1,
         )
         self.footprint.check(available_memory(self.device))
+        self._plan_batches()
         self.objective = self.ranks.share(Objective(self.model), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         self.optimizers = build_optimizers(
@@ -463,11 +464,14 @@ class Pretraining:
         self.tokenizer = load_tokenizer(data)
         if start is not None and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
             raise ValueError(f"the text in {data} was made tokens with another tokenizer than that of {start}")
-        self.train, validation = (
+        self.train, self.validation = (
             Shards.open(data / split, tokenizer_hash(self.tokenizer)) for split in ("train", "validation")
         )
-        if not validation.documents:
+        if not self.validation.documents:
             raise ValueError(f"{data} holds no text to validate on: raise validation_split_percentage")
+
+    def _plan_batches(self) -> None:
+        settings = self.settings
         self.batches = self._batches(self.train, settings.sampling, self.bins_per_step)
         self.steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.batches.steps_per_epoch)
         self.second, second_phase = None, None
@@ -478,7 +482,7 @@ class Pretraining:
         self.curriculum = Curriculum(
             self.bins_per_step, self.ranks.count, round(settings.batch_ramp * self.steps), second_phase
         )
-        self.held_out = list(self._batches(validation, settings.sampling, 1).first_epoch(settings.eval_batches))
+        self.held_out = list(self._batches(self.validation, settings.sampling, 1).first_epoch(settings.eval_batches))
         self.unigram_entropy = unigram_entropy(self.train, self.held_out)
 
     def _batches(self, shards: Shards, sampling: Sampling, bins_per_step: int) -> Batches:

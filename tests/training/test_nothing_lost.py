@@ -1,0 +1,266 @@
+"""What may befall a long run, and that it goes on from there to the last bit."""
+
+import dataclasses
+import json
+import multiprocessing
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import STEPS, assert_same_weights, entries, losses, quietly, settings_for
+from safetensors.torch import load_file
+
+from bertfast.data.samples import Sampling
+from bertfast.training import pretrain as program
+from bertfast.training.interrupt import RunStopped
+from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.state import checkpoints, newest_whole
+
+SHORT = {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 4, "eval_batches": 2}
+KINDS = {
+    "adamw, workers": {"optimizer": "adamw", "dataloader_num_workers": 2},
+    "lamb, cosine": {"optimizer": "lamb", "schedule": "cosine"},
+    "muon, ramp, two phases": {
+        "sampling": Sampling(max_seq_length=12),
+        "batch_ramp": 0.5,
+        "second_phase_length": 24,
+        "second_phase_share": 0.4,
+        "schedule": "wsd",
+    },
+    "fp16": {"optimizer": "adamw", "precision": "fp16"},
+    "bf16, recomputed, no pairs": {
+        "optimizer": "adamw",
+        "precision": "bf16",
+        "checkpoint_layers": 1,
+        "sampling": Sampling(max_seq_length=24, objective="mlm"),
+    },
+}
+
+
+def stopped_at(step: int):
+    return lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(kind, data, tmp_path):
+    settings = settings_for(tmp_path / "whole", data, **SHORT | KINDS[kind])
+    pretrain(settings)
+    settings.output_dir = str(tmp_path / "cut")
+    for step in (5, 8):
+        with pytest.raises(RunStopped):
+            pretrain(settings, stopped_at(step))
+        settings.resume = True
+    pretrain(settings)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_processes_that_make_batches_change_nothing(data, tmp_path):
+    for workers in (0, 1, 3):
+        pretrain(settings_for(tmp_path / str(workers), data, **SHORT, dataloader_num_workers=workers))
+    assert_same_weights(tmp_path / "0", tmp_path / "1")
+    assert_same_weights(tmp_path / "0", tmp_path / "3")
+
+
+def test_what_is_made_again_is_the_same(data, tmp_path):
+    """Activations of a layer whose dropout is a function of the token."""
+    for layers in (0, 1):
+        pretrain(settings_for(tmp_path / str(layers), data, **SHORT, checkpoint_layers=layers))
+    assert_same_weights(tmp_path / "0", tmp_path / "1")
+
+
+def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
+    """Killed twenty times while it trains and saves, after every step, at random moments."""
+    settings = settings_for(tmp_path / "whole", data, save_steps=1, eval_steps=4)
+    threads = torch.get_num_threads()
+    quietly(settings)
+    torch.set_num_threads(threads)
+    killed = dataclasses.replace(settings, output_dir=str(tmp_path / "killed"), resume=True)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["runs"])
+    moments, kills = random.Random(0), 0
+    for _ in range(200):
+        process = processes.Process(target=quietly, args=(killed,))
+        process.start()
+        process.join(moments.uniform(0.3, 1.2) if kills < 20 else None)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        if kills < 20 and len(losses(tmp_path / "killed")) > STEPS - 5:  # it must not end before
+            for late in checkpoints(tmp_path / "killed" / "checkpoints")[1:]:
+                for file in late.iterdir():
+                    file.unlink()
+                late.rmdir()
+    assert kills == 20
+    assert process.exitcode == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no checksums"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, data, tmp_path, capsys):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    expected = load_file(tmp_path / "model.safetensors")
+    older, newest = checkpoints(tmp_path / "checkpoints")
+    file = newest / ("checksums.json" if damage == "no checksums" else "optimizer.safetensors")
+    content = file.read_bytes()
+    if damage in ("missing", "no checksums"):
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-100])
+    else:
+        file.write_bytes(content[:-50] + bytes([content[-50] ^ 4]) + content[-49:])
+    assert newest_whole(tmp_path / "checkpoints") == older
+    assert f"{newest} is damaged ({file.name})" in capsys.readouterr().out
+    pretrain(settings_for(tmp_path, data, **SHORT, resume=True))
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_that_are_all_damaged_are_no_new_beginning(data, tmp_path):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    for saved in checkpoints(tmp_path / "checkpoints"):
+        (saved / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        pretrain(settings_for(tmp_path, data, **SHORT, resume=True))
+
+
+def test_the_best_checkpoint_stays(data, tmp_path, monkeypatch):
+    worse = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
+    validate = program.validate
+    monkeypatch.setattr(program, "validate", lambda *a: validate(*a) | {"validation_loss": next(worse)})
+    pretrain(settings_for(tmp_path, data, **SHORT | {"save_steps": 2, "eval_steps": 2}))
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000004", "step-00000010", "step-00000012"]
+
+
+def test_a_file_with_a_pickle_is_not_loaded(data, tmp_path):
+    """Whoever puts one into a checkpoint, or in its place, runs no code of theirs."""
+
+    class Malicious:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('code of a stranger ran')",))
+
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    torch.save({"bert": Malicious()}, newest / "optimizer.pt")
+    torch.save({"bert": Malicious()}, newest / "optimizer.safetensors")
+    pretrain(settings_for(tmp_path, data, **SHORT, resume=True))  # from the checkpoint before
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    for name in ("config.json", "tokenizer.json", "vocab.txt"):
+        (stranger / name).write_bytes((tmp_path / name).read_bytes())
+    torch.save({"bert": Malicious()}, stranger / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="damaged or holds other things than weights"):
+        pretrain(settings_for(tmp_path / "run", data, init_from=str(stranger), config_overrides=""))
+
+
+@pytest.mark.parametrize(("flags", "status"), [([], 143), (["--sigterm-exit-code", "0"], 0)])
+def test_the_program_says_by_its_status_that_a_signal_ended_it(flags, status, data, tmp_path):
+    command = [str(Path(sys.executable).with_name("bertfast")), "pretrain", "--output-dir", str(tmp_path / "run")]
+    command += ["--data-dir", str(data), "--max-seq-length", "24", "--tokens-per-batch", "96", "--preset", "tiny"]
+    command += ["--max-steps", "100000", "--logging-steps", "1", "--device", "cpu", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "run" / "metrics.jsonl"
+    while not (journal.exists() and journal.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert "with a checkpoint" in process.communicate(timeout=60)[1]
+    assert process.returncode == status
+
+
+def test_a_step_can_be_replayed(data, tmp_path, capsys):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    for step in (10, 12):
+        replayed = pretrain(settings_for(tmp_path, data, **SHORT, replay=step))
+        assert replayed["masked_lm_loss"] == losses(tmp_path)[step - 1]
+        assert "all gradients are finite" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    with pytest.raises(ValueError, match="no checkpoint of a step before 2"):
+        pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
+
+
+def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
+    pretrain(settings_for(tmp_path / "plain", data, **SHORT))
+    pretrain(settings_for(tmp_path / "checked", data, **SHORT, check_replay=3, deterministic=True))
+    assert_same_weights(tmp_path / "plain", tmp_path / "checked")
+    assert not torch.are_deterministic_algorithms_enabled()
+    loss, calls = program.pretraining_loss, iter(range(1000))
+
+    def flipped(*arguments):
+        result = loss(*arguments)
+        if next(calls) == 9:  # in the second computation of a step of four batches
+            result.masked_lm.data += 1e-3
+        return result
+
+    monkeypatch.setattr(program, "pretraining_loss", flipped)
+    with pytest.raises(RunStopped, match="step 2 was computed twice and came out differently"):
+        pretrain(settings_for(tmp_path / "broken", data, **SHORT, check_replay=2))
+
+
+def test_a_jump_of_the_loss_is_marked(data, tmp_path, monkeypatch):
+    gradients = program.Pretraining._gradients
+
+    def jump(run, *arguments):
+        result = gradients(run, *arguments)
+        return result | {"masked_lm_loss": 50.0} if run.step == 7 else result
+
+    monkeypatch.setattr(program.Pretraining, "_gradients", jump)
+    pretrain(settings_for(tmp_path, data, **SHORT | {"logging_steps": 5}))
+    assert [entry["step"] for entry in entries(tmp_path) if entry.get("spike")] == [8]
+
+
+def test_metrics_say_how_fast_it_is_and_whether_it_waits(data, tmp_path):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    entry = next(entry for entry in entries(tmp_path) if "tflops" in entry)
+    assert 0 < entry["share_of_products"] < 1.5
+    assert 0 <= entry["waited_for_batches"] < 1
+    assert entry["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_ramp": 0.5, "minutes": 1.0}, "go with steps or epochs"),
+        ({"batch_ramp": 0.5, "gradient_accumulation_steps": 2}, "that 4 divides"),
+        ({"second_phase_length": 64}, "max_seq_length 64 is more than the model's 32 positions"),
+        ({"tokens_per_batch": 2_000_000_000}, r"a batch of 2000000000 tokens will not fit: .* at most \d+ fits"),
+        ({"shard": True, "optimizer": "muon"}, "shard goes with adamw"),
+        ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(changes, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain(settings_for(tmp_path / "run", data, **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_first_losses_of_tiny_are_those_of_the_committed_file(data, tmp_path):
+    """Two runs to the last bit, and within 1e-4 of what another processor computed."""
+    settings = PretrainSettings(
+        str(tmp_path / "one"),
+        data_dir=str(data),
+        sampling=Sampling(max_seq_length=32),
+        preset="tiny",
+        tokens_per_batch=256,
+        max_steps=30,
+        logging_steps=1,
+        eval_batches=1,
+        save_steps=100,
+        device="cpu",
+        precision="fp32",
+    )
+    pretrain(settings)
+    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "other")))
+    assert losses(tmp_path / "one") == losses(tmp_path / "other")
+    golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
+    assert losses(tmp_path / "one") == pytest.approx(golden, abs=1e-4)
