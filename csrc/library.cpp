@@ -322,13 +322,21 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
 }
 
-// The tensor itself if each token's elements are adjacent, and on a GPU its tokens where TMA can find them, else a copy.
+// Without gaps, and on a GPU from a multiple of 16 bytes on, where TMA and accesses of 16 bytes find it.
+template <class Device>
+static Tensor dense(const Tensor& x) {
+  Tensor result = torch::stable::contiguous(x);
+  const bool moves = Device::on_gpu && (uintptr_t)result.data_ptr() % 16 != 0;
+  return moves ? torch::stable::clone(result) : result;
+}
+
+// The tensor itself if each token's elements are adjacent, and on a GPU where TMA finds them, else a copy.
 template <class Device>
 static Tensor in_tokens(const Tensor& qkv) {
   const int64_t heads = qkv.size(2), dimension = qkv.size(3);
-  bool dense = qkv.stride(3) == 1 && qkv.stride(2) == dimension && qkv.stride(1) == heads * dimension;
-  if (Device::on_gpu) dense = dense && (uintptr_t)qkv.data_ptr() % 16 == 0 && qkv.stride(0) * 2 % 16 == 0;
-  return dense ? qkv : torch::stable::contiguous(qkv);
+  bool adjacent = qkv.stride(3) == 1 && qkv.stride(2) == dimension && qkv.stride(1) == heads * dimension;
+  if (Device::on_gpu) adjacent = adjacent && (uintptr_t)qkv.data_ptr() % 16 == 0 && qkv.stride(0) * 2 % 16 == 0;
+  return adjacent ? qkv : dense<Device>(qkv);
 }
 
 // What both passes of attention are told, kept as long as the call lasts.
@@ -381,7 +389,7 @@ static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, T
                                  OptionalTensor seed, int64_t word, int64_t threshold) {
   const AttentionCall<Device> call(qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold,
                                    true);
-  d_o = torch::stable::contiguous(d_o), o = torch::stable::contiguous(o);
+  d_o = dense<Device>(d_o), o = dense<Device>(o);
   Tensor d_qkv = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
   Tensor delta = new_floats(qkv, {Device::on_gpu ? qkv.size(2) : 0, qkv.size(0)});
   RUN(attention_backward, qkv,
@@ -462,16 +470,27 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
   library.impl("use_instruction_set", TORCH_BOX(&bertfast::operations::use_instruction_set));
 }
 
+// The operations that are written once for both kinds of device.
+namespace bertfast::operations {
+
+template <class Device>
+static void implement(auto& library, const std::string& device) {
+  const auto implement = [&](const char* name, auto function) { library.impl((device + name).c_str(), function); };
+  implement("add_layer_norm_forward", TORCH_BOX(&add_layer_norm_forward<Device>));
+  implement("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward<Device>));
+  implement("attention_forward", TORCH_BOX(&attention_forward<Device>));
+  implement("attention_backward", TORCH_BOX(&attention_backward<Device>));
+  implement("bias_gelu_forward", TORCH_BOX(&bias_gelu_forward<Device>));
+  implement("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward<Device>));
+  implement("cross_entropy", TORCH_BOX(&cross_entropy<Device>));
+  implement("gelu_layer_norm_forward", TORCH_BOX(&gelu_layer_norm_forward<Device>));
+  implement("gelu_layer_norm_backward", TORCH_BOX(&gelu_layer_norm_backward<Device>));
+}
+
+}  // namespace bertfast::operations
+
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
-  library.impl("cpu_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward<bertfast::Cpu>));
-  library.impl("cpu_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward<bertfast::Cpu>));
-  library.impl("cpu_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward<bertfast::Cpu>));
-  library.impl("cpu_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward<bertfast::Cpu>));
-  library.impl("cpu_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward<bertfast::Cpu>));
-  library.impl("cpu_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward<bertfast::Cpu>));
-  library.impl("cpu_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy<bertfast::Cpu>));
-  library.impl("cpu_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward<bertfast::Cpu>));
-  library.impl("cpu_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward<bertfast::Cpu>));
+  bertfast::operations::implement<bertfast::Cpu>(library, "cpu_");
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
 }
@@ -482,15 +501,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, cuda) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CUDA, cuda) {
 #endif
-  cuda.impl("cuda_add_layer_norm_forward", TORCH_BOX(&bertfast::operations::add_layer_norm_forward<bertfast::Cuda>));
-  cuda.impl("cuda_add_layer_norm_backward", TORCH_BOX(&bertfast::operations::add_layer_norm_backward<bertfast::Cuda>));
-  cuda.impl("cuda_attention_forward", TORCH_BOX(&bertfast::operations::attention_forward<bertfast::Cuda>));
-  cuda.impl("cuda_attention_backward", TORCH_BOX(&bertfast::operations::attention_backward<bertfast::Cuda>));
-  cuda.impl("cuda_bias_gelu_forward", TORCH_BOX(&bertfast::operations::bias_gelu_forward<bertfast::Cuda>));
-  cuda.impl("cuda_bias_gelu_backward", TORCH_BOX(&bertfast::operations::bias_gelu_backward<bertfast::Cuda>));
-  cuda.impl("cuda_cross_entropy", TORCH_BOX(&bertfast::operations::cross_entropy<bertfast::Cuda>));
-  cuda.impl("cuda_gelu_layer_norm_forward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_forward<bertfast::Cuda>));
-  cuda.impl("cuda_gelu_layer_norm_backward", TORCH_BOX(&bertfast::operations::gelu_layer_norm_backward<bertfast::Cuda>));
+  bertfast::operations::implement<bertfast::Cuda>(cuda, "cuda_");
 }
 #endif
 

@@ -175,22 +175,14 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   clear_unused((T*)a.o, a.cu_seqlens[a.sequences], a.tokens, (int64_t)a.heads * D);
-  __syncthreads();
-  if (threadIdx.x < ATTENTION_THREADS - CONSUMERS) {
-    give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) load_items<D>(memory, items, a, &qkv);
-  } else {
-    take_registers<CONSUMER_REGISTERS>();
-    attend_items<T, D>(memory, items, a);
-  }
+  share_work([&] { load_items<D>(memory, items, a, &qkv); }, [&] { attend_items<T, D>(memory, items, a); });
 }
 
 void attention_forward(const AttentionForward& a, Stream stream) {
   if (a.tokens == 0) return;
   with_attention_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     const Items items = Items::of(a, a.longest <= LONGEST_WHOLE<D>);
-    const int blocks = items.count < multiprocessors() ? items.count : multiprocessors();
-    launch(attention_forward_kernel<T, D>, blocks < 1 ? 1 : blocks, ATTENTION_THREADS, sizeof(ForwardMemory<D>), stream,
+    launch(attention_forward_kernel<T, D>, blocks_for(items), ATTENTION_THREADS, sizeof(ForwardMemory<D>), stream,
            a, items, rows_map<D>(a.qkv, a.tokens, 3 * a.heads, a.stride));
   });
 }

@@ -190,6 +190,25 @@ DEVICE int warp_row() { return (int)threadIdx.x % 128 / 32 * 16; }
 // The consumer that the calling thread belongs to, in a register that the compiler knows to be the same in a warp.
 DEVICE int consumer_number() { return __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0); }
 
+// One thread loads, and two warpgroups compute.
+template <class Load, class Compute>
+DEVICE void share_work(const Load& load, const Compute& compute) {
+  __syncthreads();  // the barriers are there
+  if (threadIdx.x < ATTENTION_THREADS - CONSUMERS) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32 && elected()) load();
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    compute();
+  }
+}
+
+// As many blocks as stay on the GPU, or fewer if there are not so many items.
+inline int blocks_for(const Items& items) {
+  const int most = multiprocessors();
+  return items.count < 1 ? 1 : items.count < most ? items.count : most;
+}
+
 // f(T{}, constant D) for the types and head dimensions that there are kernels of.
 template <class F>
 void with_attention_shape(const AttentionInputs& a, const F& f) {

@@ -246,14 +246,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   clear_unused((T*)a.d_qkv, a.cu_seqlens[a.sequences], a.tokens, (int64_t)3 * a.heads * D);
-  __syncthreads();
-  if (threadIdx.x < ATTENTION_THREADS - CONSUMERS) {
-    give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) load_items<D, FUSED>(memory, items, a, &qkv, &d_o);
-  } else {
-    take_registers<CONSUMER_REGISTERS>();
-    KeyConsumer<T, D, FUSED>(memory, items, a).run();
-  }
+  share_work([&] { load_items<D, FUSED>(memory, items, a, &qkv, &d_o); },
+             [&] { KeyConsumer<T, D, FUSED>(memory, items, a).run(); });
 }
 
 // Queries of both consumers and, in turn, ROWS keys.
@@ -374,14 +368,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     }
     fence_init();
   }
-  __syncthreads();
-  if (threadIdx.x < ATTENTION_THREADS - CONSUMERS) {
-    give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) load_items<D>(memory, items, a, &qkv, &d_o);
-  } else {
-    take_registers<CONSUMER_REGISTERS>();
-    differentiate_queries<T, D>(memory, items, a);
-  }
+  share_work([&] { load_items<D>(memory, items, a, &qkv, &d_o); },
+             [&] { differentiate_queries<T, D>(memory, items, a); });
 }
 
 void attention_backward(const AttentionBackward& a, Stream stream) {
@@ -389,7 +377,7 @@ void attention_backward(const AttentionBackward& a, Stream stream) {
   with_attention_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     const bool fused = a.longest <= LONGEST_FUSED<D>;
     const Items items = Items::of(a, fused);
-    const int most = multiprocessors(), blocks = items.count < 1 ? 1 : items.count < most ? items.count : most;
+    const int blocks = blocks_for(items), most = multiprocessors();
     const CUtensorMap qkv = rows_map<D>(a.qkv, a.tokens, 3 * a.heads, a.stride);
     const CUtensorMap d_o = rows_map<D>(a.d_o, a.tokens, a.heads, (int64_t)a.heads * D);
     const int64_t lanes = a.tokens * a.heads * (D / 8);
