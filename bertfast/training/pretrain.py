@@ -63,6 +63,8 @@ _MAY_CHANGE = (
     "wandb",
 )
 
+SPIKE, USUAL = 0.5, 0.98  # nats above the running mean of the loss that are marked, and how slowly that mean moves
+
 
 @dataclass
 class PretrainSettings:
@@ -578,9 +580,6 @@ class Pretraining:
                 **({"spike": True} if spike else {}),
                 **losses,
             )
-
-
-SPIKE, USUAL = 0.5, 0.98  # nats above the running mean of the loss that are marked, and how slowly that mean moves
 
 
 def _places(curriculum: Curriculum, step: int, rank: int) -> Iterator[tuple[int, int]]:
