@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bertfast.data.batches import Batch
@@ -50,6 +49,4 @@ class _Row(IterableDataset):
         # DataLoader asks its processes in turn, so each makes every n-th batch.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        if worker:
-            torch.set_num_threads(1)
         return map(self.make, itertools.islice(self.places(), first, None, step))

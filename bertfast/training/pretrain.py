@@ -219,8 +219,6 @@ class Pretraining:
                 f"max_seq_length {longest} is more than the model's {config.max_position_embeddings} positions: "
                 "lower it, or raise max_positions"
             )
-        if settings.shard and settings.optimizer != "adamw":
-            raise ValueError(f"shard goes with adamw: {settings.optimizer} needs whole matrices on each rank")
         self._open_data(start)
         config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
         self.model = starting_model(config, start)
@@ -270,9 +268,9 @@ class Pretraining:
         self.products = matrix_rate(self.model.config, settings.tokens_per_batch, half(self.precision), self.device)
         self._announce()
         with Interrupt() as self.interrupt, self._progress_bar() as bar:
-            while (progress := self._progress()) < 1:
+            while self._progress() < 1:
                 started = time.perf_counter()
-                rate = settings.learning_rate * schedule(settings.schedule, progress, settings.warmup_ratio)
+                rate = self._rate()
                 losses = self._train_step(rate)
                 self.step += 1
                 elapsed = time.perf_counter() - started
@@ -309,11 +307,9 @@ class Pretraining:
         if step <= self.step:
             raise ValueError(f"the oldest checkpoint to go from is of step {self.step}: replay a later one")
         while self.step < step - 1:
-            progress = self._progress()
-            self._train_step(
-                self.settings.learning_rate * schedule(self.settings.schedule, progress, self.settings.warmup_ratio)
-            )
+            self._train_step(self._rate())
             self.step += 1
+        self._take_batches()
         losses = self._gradients()
         norms = {name: p.grad.norm().item() for name, p in self.model.named_parameters() if p.grad is not None}
         wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
@@ -331,6 +327,7 @@ class Pretraining:
 
     def _train_step(self, rate: float) -> dict[str, float] | None:
         """One step of the optimizers; the step's mean losses, or None if they were not finite and it was skipped."""
+        self._take_batches()
         losses = self._gradients()
         every = self.settings.check_replay
         if every and (self.step + 1) % every == 0:
@@ -344,11 +341,12 @@ class Pretraining:
         self.skipped_in_a_row = 0
         return losses | {"gradient_norm": norm}
 
-    def _gradients(self, batches: list[Batch] | None = None) -> dict[str, float]:
-        """Leave the gradients of the next step, of all ranks, on the parameters; returns its mean losses."""
-        if batches is None:
-            count = self.curriculum.bins(self.step) // self.ranks.count
-            self.batches_of_step = [self.loader.next() for _ in range(count)]
+    def _take_batches(self) -> None:
+        count = self.curriculum.bins(self.step) // self.ranks.count
+        self.batches_of_step = [self.loader.next() for _ in range(count)]
+
+    def _gradients(self) -> dict[str, float]:
+        """Leave the gradients of the step's batches, of all ranks, on the parameters; returns the mean losses."""
         masked, pairs = self._counts(self.batches_of_step)
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         sums[4] = self.interrupt is not None and self.interrupt.requested  # all ranks stop after the same step
@@ -384,7 +382,7 @@ class Pretraining:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         before = [p.grad.clone() for p in parameters]
         self.model.zero_grad(set_to_none=True)
-        again = self._gradients(self.batches_of_step)
+        again = self._gradients()
         same = again == losses and all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True))
         if self.ranks.any(not same):
             raise RunStopped(
@@ -511,6 +509,11 @@ class Pretraining:
             return self.seconds / (60 * self.settings.minutes)
         return self.step / self.steps
 
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
+        settings = self.settings
+        return settings.learning_rate * schedule(settings.schedule, self._progress(), settings.warmup_ratio)
+
     def _journal(self) -> Journal | None:
         settings, sinks = self.settings, []
         if not self.ranks.leads:
@@ -598,6 +601,8 @@ def _check(settings: PretrainSettings) -> None:
         raise ValueError(
             "batch_ramp and second_phase_length go with steps or epochs: with minutes the end is not known"
         )
+    if settings.shard and settings.optimizer != "adamw":
+        raise ValueError(f"shard goes with adamw: {settings.optimizer} needs whole matrices on each rank")
     if not 0 <= settings.batch_ramp <= 1 or not 0 < settings.second_phase_share < 1:
         raise ValueError("batch_ramp is from 0 to 1 and second_phase_share between them: they are shares of the run")
     if settings.gradient_accumulation_steps < 1:
