@@ -94,17 +94,14 @@ class Sequences:
     @cached_property
     def token_index(self) -> Tensor:
         """int64 [T]: the sequence that each place belongs to; inert places name the last one."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        last = max(len(lengths) - 1, 0)
-        return torch.nn.functional.pad(index, (0, self.tokens - self.used), value=last).to(self.cu_seqlens.device)
+        last = max(self.numbers.numel() - 1, 0)
+        return torch.searchsorted(self.cu_seqlens[1:], self._places, right=True).clamp(max=last)
 
     @cached_property
     def position(self) -> Tensor:
         """int64 [T]: each place's position in its sequence; 0 at inert places."""
-        inert = self.tokens - self.used
-        counts = [torch.arange(length) for length in self.lengths]
-        return torch.cat([*counts, torch.zeros(inert, dtype=torch.int64)]).to(self.cu_seqlens.device)
+        places = self._places
+        return torch.where(places < self.cu_seqlens[-1], places - self.cu_seqlens[self.token_index], 0).long()
 
     @cached_property
     def first(self) -> Tensor:
@@ -114,7 +111,16 @@ class Sequences:
     @cached_property
     def token_number(self) -> Tensor:
         """int64 [T]: the number of the sequence that each place belongs to."""
-        return self.numbers[self.token_index] if self.lengths else torch.zeros_like(self.position)
+        return self.numbers[self.token_index] if self.numbers.numel() else torch.zeros_like(self.position)
+
+    @property
+    def _places(self) -> Tensor:
+        # What follows here is computed on the device from cu_seqlens, so that a captured step holds for other lengths.
+        return torch.arange(self.tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+
+    def without_lengths(self) -> Sequences:
+        """The same, but for the lengths on the host, which must not be asked for: those of other sequences may come."""
+        return replace(self, lengths=_Unknown())
 
     def to(self, device, non_blocking: bool = False) -> Sequences:
         """The same sequences with their tensors on `device`."""
@@ -123,3 +129,12 @@ class Sequences:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             numbers=self.numbers.to(device, non_blocking=non_blocking),
         )
+
+
+class _Unknown(tuple):
+    """Lengths that the host does not know."""
+
+    def _asked(self, *arguments):
+        raise RuntimeError("a step that is recorded for other batches asked for the lengths of this one")
+
+    __iter__ = __len__ = __getitem__ = _asked

@@ -6,7 +6,7 @@ numbered as the bins consume them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -54,22 +54,33 @@ class Batch:
 
     def to(self, device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return replace(self, **moved, sequences=self.sequences.to(device, non_blocking))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned host memory, from where `to(device, non_blocking=True)` does not wait."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        sequences = replace(
-            self.sequences,
-            cu_seqlens=self.sequences.cu_seqlens.pin_memory(),
-            numbers=self.sequences.numbers.pin_memory(),
-        )
-        return replace(self, **pinned, sequences=sequences)
+        return self._each(Tensor.pin_memory)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    def fill(self, other: Batch) -> None:
+        """Put another batch of the run where this one's tensors are; what the host knows of this one stays."""
+        for own, new in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(new, non_blocking=True)
+
+    def for_any_lengths(self) -> Batch:
+        """The same batch, from which the lengths on the host must not be read."""
+        return replace(self, sequences=self.sequences.without_lengths())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*_tensors_of(self).values(), *_tensors_of(self.sequences).values()]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        sequences = replace(self.sequences, **{name: change(x) for name, x in _tensors_of(self.sequences).items()})
+        return replace(self, **{name: change(x) for name, x in _tensors_of(self).items()}, sequences=sequences)
+
+
+def _tensors_of(holder: Batch | Sequences) -> dict[str, Tensor]:
+    values = {field.name: getattr(holder, field.name) for field in fields(holder)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def bins_of_rank(bins_per_step: int, rank: int, ranks: int) -> range:

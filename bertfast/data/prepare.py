@@ -75,15 +75,19 @@ class PrepareSettings:
     Attributes:
         output_dir: Folder for the shards and the tokenizer; finished parts already there are kept.
         corpus: Which text, and how it becomes tokens.
-        part: "i/n" does every n-th file from the i-th on (i from 1 to n); then run once without it.
+        part: "i/n" does every n-th file from the i-th on (i from 1 to n); when all are done, merge.
+        merge: Only join what all parts have done.
     """
 
     output_dir: str
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     part: str | None = None
+    merge: bool = False
 
     def __post_init__(self):
         if self.part is not None:
+            if self.merge:
+                raise ValueError("part and merge do not go together: merge when all parts are done")
             numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
             if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
                 raise ValueError(f'part is like "1/4", "2/4", … "4/4", got {self.part!r}')
@@ -131,7 +135,7 @@ def prepare(settings: PrepareSettings) -> Path:
     """Write the tokenizer and the shards that `settings` ask for; returns the folder.
 
     `folder/train` and `folder/validation` are then for `Shards.open`; validation may hold no documents. With
-    `settings.part`, only that part of the files is done and the manifests are left to a last run without it.
+    `settings.part`, only that part of the files is done and the manifests are left to a last run with `merge`.
     """
     corpus = settings.corpus
     folder = Path(settings.output_dir)
@@ -156,7 +160,10 @@ def prepare(settings: PrepareSettings) -> Path:
     if settings.part is not None:
         first, step = map(int, settings.part.split("/"))
         sources = sources[first - 1 :: step]
-    _prepare_sources([source for source in sources if not source.is_finished(folder)], tokenizer, folder, processes)
+    unfinished = [source for source in sources if not source.is_finished(folder)]
+    if settings.merge and unfinished:
+        raise ValueError(f"{len(unfinished)} of {len(sources)} files are not done, such as {unfinished[0].path}")
+    _prepare_sources(unfinished, tokenizer, folder, processes)
     if settings.part is None:
         for split in SPLITS:
             names = [source.name for source in sources]

@@ -40,7 +40,7 @@ from bertfast.training.journal import Journal
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
 from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.predict import TaskSettings, predict_logits, write_predictions
-from bertfast.training.schedule import schedule
+from bertfast.training.schedule import schedule, set_learning_rate
 
 logger = logging.getLogger("bertfast")
 
@@ -219,12 +219,13 @@ class Finetuning:
         with autocast(self.device, self.precision):
             loss = self.model(**batch).loss
         loss.backward()
-        value = loss.item()
-        if step_if_finite(self.model, self.optimizers, rate, settings.max_grad_norm, value) is None:
-            self.skipped_in_a_row += 1
-        else:
+        set_learning_rate(self.optimizers, rate)
+        norm = step_if_finite(self.model, self.optimizers, settings.max_grad_norm, loss.detach())
+        if norm.isfinite():
             self.skipped_in_a_row = 0
-            self.losses.append(value)
+            self.losses.append(loss.item())
+        else:
+            self.skipped_in_a_row += 1
         self.step += 1
         self.tokens += batch["input_ids"].shape[1]
         self.seconds += time.perf_counter() - clock

@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from bertfast.training.precision import multiplies_bf16
-from bertfast.training.schedule import set_learning_rate
 
 OptimizerName = Literal["adamw", "lamb", "muon"]
 
@@ -37,7 +36,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimizers that together own every parameter of `model` that takes a gradient.
 
-    Weights decay by `weight_decay`, biases and LayerNorms do not.
+    Weights decay by `weight_decay`, biases and LayerNorms do not. The rate is a tensor on the parameters' device, where
+    `set_learning_rate` changes it and a captured step reads it.
     """
     matrices, weights, vectors = [], [], []
     for key, parameter in model.named_parameters():
@@ -50,47 +50,64 @@ def build_optimizers(
         else:
             weights.append(parameter)
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    device = next(model.parameters()).device
+    rate = torch.tensor(learning_rate, device=device)
     if name == "lamb":
-        return [Lamb(groups, learning_rate, betas)]
-    adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-    return [Muon(matrices, learning_rate, weight_decay), adamw] if matrices else [adamw]
+        return [Lamb(groups, rate, betas)]
+    adamw = AdamW(groups, lr=rate, betas=betas, fused=True, capturable=device.type == "cuda")
+    return [Muon(matrices, rate, weight_decay), adamw] if matrices else [adamw]
 
 
 def step_if_finite(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
-    rate: float,
     max_grad_norm: float,
-    loss: float,
+    losses: Tensor,
     scaler: GradScaler | None = None,
-) -> float | None:
-    """Clip the gradients to `max_grad_norm` (0: not at all), take a step at learning rate `rate`, clear the gradients.
+    keep_gradients: bool = False,
+) -> Tensor:
+    """Clip the gradients to `max_grad_norm` (0: not at all), take a step, clear the gradients; waits for no device.
 
-    Returns the gradients' norm before it was clipped; None, and nothing moves, where that or `loss` is not finite.
-    `scaler` is fp16's, by which the loss was multiplied.
+    Returns the gradients' norm before it was clipped, []: NaN where that, or one of `losses`, was not finite, and then
+    nothing has moved. `scaler` is fp16's, by which the loss was multiplied. `keep_gradients` leaves zeros where the
+    gradients are, for a step that is captured.
     """
-    if scaler is not None:
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
+    for optimizer in optimizers if scaler is not None else ():
+        scaler.unscale_(optimizer)
     norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    set_learning_rate(optimizers, rate)
-    for optimizer in optimizers if finite else ():
-        optimizer.step() if scaler is None else scaler.step(optimizer)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = norm.isfinite() & losses.isfinite().all()
+    for optimizer in optimizers:
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
     if scaler is not None:
         scaler.update()
-    model.zero_grad(set_to_none=True)
-    return norm if finite else None
+    model.zero_grad(set_to_none=not keep_gradients)
+    return torch.where(finite, norm, torch.nan)
 
 
-class Lamb(Optimizer):
+class _Skips(Optimizer):
+    """An optimizer that does not move where `found_inf` is 1, as the library's fused ones do not."""
+
+    found_inf: Tensor | None = None
+
+    def _kept(self) -> Tensor:
+        """1, or 0 where nothing shall move: fp32 []."""
+        return torch.ones(()) if self.found_inf is None else 1 - self.found_inf
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        return parameter.grad if self.found_inf is None else torch.where(self.found_inf > 0, 0, parameter.grad)
+
+
+class Lamb(_Skips):
     """AdamW whose step for each weight is as long as a share of that weight (You et al., 2020), for large batches.
 
     Groups that do not decay, biases and LayerNorms, take AdamW's step, as in the authors' code.
     """
 
-    def __init__(self, groups, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+    def __init__(
+        self, groups, learning_rate: float | Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+    ):
         super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -101,16 +118,15 @@ class Lamb(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients, states = [p.grad for p in parameters], [self._state_of(p) for p in parameters]
-            means, squares = ([state[name] for state in states] for name in ("mean", "square"))
-            (beta1, beta2), count = group["betas"], states[0]["step"].item() + 1
-            for state in states:
-                state["step"] += 1
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+            kept, (beta1, beta2) = self._kept(), group["betas"]
+            gradients, states = [self._gradient(p) for p in parameters], [self._state_of(p) for p in parameters]
+            counts, means, squares = ([state[name] for state in states] for name in ("count", "mean", "square"))
+            torch._foreach_add_(counts, kept, alpha=1)  # without alpha it would ask for kept's value
+            count = counts[0].clamp(min=1)  # where the very first step is skipped
+            _move(means, gradients, (1 - beta1) * kept)
+            _move(squares, torch._foreach_mul(gradients, gradients), (1 - beta2) * kept)
             roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, math.sqrt(1 - beta2**count))
+            torch._foreach_div_(roots, (1 - beta2**count).sqrt())
             torch._foreach_add_(roots, group["eps"])
             updates = torch._foreach_div(means, roots)
             torch._foreach_div_(updates, 1 - beta1**count)
@@ -120,18 +136,26 @@ class Lamb(Optimizer):
                 # A weight or an update of zero leaves no share to speak of: the plain step.
                 shares = [torch.where((own > 0) & (step > 0), own / step, 1.0) for own, step in lengths]
                 torch._foreach_mul_(updates, shares)
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            torch._foreach_mul_(updates, group["lr"] * kept)
+            torch._foreach_sub_(parameters, updates)
         return loss
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(parameter)}
+            state |= {"count": parameter.new_zeros(()), "mean": torch.zeros_like(parameter)}
             state["square"] = torch.zeros_like(parameter)
         return state
 
 
-class Muon(Optimizer):
+def _move(values: list[Tensor], towards: list[Tensor], weight: Tensor) -> None:
+    """Linear interpolation in place, by a weight that is on the device, where the library's would ask for its value."""
+    differences = torch._foreach_sub(towards, values)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(values, differences)
+
+
+class Muon(_Skips):
     """Momentum, orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), for matrices.
 
     `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, computed for all matrices of a shape in one batch, and in
@@ -139,7 +163,7 @@ class Muon(Optimizer):
     (`bench/LOG.md`).
     """
 
-    def __init__(self, matrices, learning_rate: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, matrices, learning_rate: float | Tensor, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(matrices, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -152,17 +176,19 @@ class Muon(Optimizer):
                 same = list(same)
                 update = _orthogonalised(torch.stack([self._momentum(p, group["momentum"]) for p in same]))
                 # An orthogonal matrix's entries have root mean square 1 / sqrt(max(rows, columns)); AdamW's about 0.2.
-                rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                rate = group["lr"] * self._kept()
                 for parameter, direction in zip(same, update, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * direction)
+                    parameter.mul_(1 - rate * group["weight_decay"])
+                    parameter.sub_(rate * 0.2 * max(rows, columns) ** 0.5 * direction)
         return loss
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)  # Nesterov's
+        gradient = self._gradient(parameter)
+        state["momentum"].lerp_(gradient, (1 - momentum) * self._kept())
+        return gradient.lerp(state["momentum"], momentum)  # Nesterov's
 
 
 def _shape(parameter: Tensor) -> tuple[int, int]:

@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -25,20 +24,22 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
-from bertfast.encoder import PretrainingLoss, pretraining_loss
+from bertfast.encoder import PretrainingLoss
 from bertfast.models import BertForPreTraining
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
+from bertfast.training.graph import can_record, cuda_graph, side_stream
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
-from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, step_if_finite
-from bertfast.training.precision import Precision, autocast, choose_precision, half
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers
+from bertfast.training.precision import Precision, choose_precision, half
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import ScheduleName, schedule
 from bertfast.training.start import starting_config, starting_model
 from bertfast.training.state import checkpoints, load_state, newest_whole, read_progress, save_state
+from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import unigram_entropy, validate
 
 # What may differ between a run and its continuation: where it computes, and how often it looks up from its work. How
@@ -56,6 +57,7 @@ _MAY_CHANGE = (
     "save_steps",
     "save_total_limit",
     "sigterm_exit_code",
+    "cuda_graph",
     "deterministic",
     "check_replay",
     "replay",
@@ -110,6 +112,7 @@ class PretrainSettings:
         save_total_limit: Checkpoints to keep, besides the one with the best validation loss.
         resume: Go on from the newest whole checkpoint in output_dir.
         sigterm_exit_code: What the program returns after a SIGTERM, for schedulers.
+        cuda_graph: On one GPU, replay the step from a CUDA graph, recorded after its first few times.
         deterministic: Forbid PyTorch's operations that may differ from run to run on a GPU.
         check_replay: Compute every so manieth step twice and compare the gradients' bits; 0: never.
         replay: Compute this step again from the checkpoint before it, say what it gives, and write nothing.
@@ -155,6 +158,7 @@ class PretrainSettings:
     save_total_limit: int = 2
     resume: bool = False
     sigterm_exit_code: int = 143
+    cuda_graph: bool = True
     deterministic: bool = False
     check_replay: int = 0
     replay: int = 0
@@ -171,24 +175,36 @@ def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda
     before, ranks, run = torch.are_deterministic_algorithms_enabled(), Ranks.join(settings.device), None
     try:
         run = Pretraining(settings, ranks)
-        return run.replay(settings.replay) if settings.replay else run.run(on_step)
+        with side_stream(run.device):
+            return run.replay(settings.replay) if settings.replay else run.run(on_step)
     finally:
         torch.use_deterministic_algorithms(before)
         if run is not None:  # an error holds it longer than the ranks are together, and its end would wait for them
-            run.objective = None
+            run.train_step = None
         ranks.leave()
 
 
-class Objective(nn.Module):
-    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through."""
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A step that was started, and where its results will be.
 
-    def __init__(self, model: BertForPreTraining):
-        super().__init__()
-        self.model = model
+    Attributes:
+        step: Its number, from 1.
+        first_batch: The number of its first batch.
+        tokens, flops: Its room for tokens, and what it must compute, of all its batches and of this rank's.
+        masked, pairs: What means run over.
+        rate: The learning rate.
+        results: fp64 [5]: see `TrainStep.gradients`, and the norm of its gradients, NaN where it was skipped.
+    """
 
-    def forward(self, batch: Batch, seed: Tensor | None) -> tuple[Tensor, ...]:
-        loss = pretraining_loss(self.model, batch, seed)
-        return tuple(getattr(loss, entry.name) for entry in dataclasses.fields(loss))
+    step: int
+    first_batch: int
+    tokens: int
+    flops: int
+    masked: int
+    pairs: int
+    rate: float
+    results: Tensor
 
 
 class Pretraining:
@@ -242,24 +258,34 @@ class Pretraining:
         )
         self.footprint.check(available_memory(self.device))
         self._plan_batches()
-        self.objective = self.ranks.share(Objective(self.model), layers, settings.shard)
+        objective = self.ranks.share(Objective(self.model), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
-        self.optimizers = build_optimizers(
-            self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas
+        # Several ranks meet in the backward pass, whose messages are not recorded.
+        records = settings.cuda_graph and self.ranks.count == 1 and can_record(config, self.precision, self.device)
+        self.train_step = TrainStep(
+            objective,
+            build_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas),
+            self.ranks,
+            precision=self.precision,
+            seed=torch.tensor(settings.seed, device=self.device),
+            max_grad_norm=settings.max_grad_norm,
+            record=cuda_graph if records else None,
         )
-        self.scaler = GradScaler(self.device.type) if self.precision == "fp16" else None
-        self.dropout_seed = torch.tensor(settings.seed, device=self.device)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds, self.validation_loss, self.usual_loss = 0.0, None, None
         if self.saved is not None:
-            load_state(self.saved, self.optimizers)
+            load_state(self.saved, self.train_step.optimizers)
             self.step, progress = read_progress(self.saved)
             self.seconds, self.skipped = progress["seconds"], progress["skipped"]
             self.validation_loss, self.usual_loss = progress["validation_loss"], progress["usual_loss"]
-            if self.scaler is not None:
-                self.scaler.load_state_dict(progress["scaler"])
+            if self.train_step.scaler is not None:
+                self.train_step.scaler.load_state_dict(progress["scaler"])
         self.loader = self._loader()
         self.interrupt, self.stop_requested = None, False
+        # A GPU is asked how steps went as rarely as they are logged: whoever asks waits for all that it was given.
+        self.steps_unread = settings.logging_steps if self.device.type == "cuda" else 1
+        self.unread: list[Done] = []
+        self.window = 0.0  # seconds since steps were last read
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """The loop, from where the run stands to its end; the last validation's metrics."""
@@ -267,24 +293,17 @@ class Pretraining:
         self.journal = self._journal()
         self.products = matrix_rate(self.model.config, settings.tokens_per_batch, half(self.precision), self.device)
         self._announce()
-        with Interrupt() as self.interrupt, self._progress_bar() as bar:
+        with Interrupt() as self.interrupt, self._progress_bar() as self.bar:
             while self._progress() < 1:
                 started = time.perf_counter()
-                rate = self._rate()
-                losses = self._train_step(rate)
+                self.unread.append(self._train_step(self._rate()))
                 self.step += 1
-                elapsed = time.perf_counter() - started
-                self.seconds += elapsed
-                if settings.minutes is not None:
-                    self.seconds = self.ranks.agree(self.seconds)
-                self._report(bar, losses, rate, elapsed)
+                self._pass(time.perf_counter() - started)
+                if self.step % self.steps_unread == 0:
+                    self._read()
                 on_step(self.step)
-                if self.skipped_in_a_row == SKIPS_IN_A_ROW:
-                    raise RunStopped(
-                        f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: lower the learning rate; "
-                        f"the newest checkpoint in {self.folder / 'checkpoints'} is kept"
-                    )
                 if self.stop_requested if self.ranks.count > 1 else self.interrupt.requested:
+                    self._read()
                     self._save()
                     status = self.interrupt.status
                     raise RunStopped(
@@ -293,9 +312,13 @@ class Pretraining:
                     )
                 if self._progress() < 1:
                     if self.step % settings.eval_steps == 0:
+                        self._read()
                         self._validate()
-                    if self.step % settings.save_steps == 0 and not self.skipped_in_a_row:
-                        self._save()
+                    if self.step % settings.save_steps == 0:
+                        self._read()
+                        if not self.skipped_in_a_row:
+                            self._save()
+            self._read()
         metrics = self._validate()
         self._save()
         saved = checkpoints(self.folder / "checkpoints")[-1]
@@ -309,8 +332,11 @@ class Pretraining:
         while self.step < step - 1:
             self._train_step(self._rate())
             self.step += 1
-        self._take_batches()
-        losses = self._gradients()
+        masked, pairs = self._take_batches()
+        sums = self.train_step.gradients(self.batches_of_step, masked, pairs).tolist()
+        losses = {"masked_lm_loss": sums[0] / masked}
+        if self.settings.sampling.pairs:
+            losses["next_sentence_loss"] = sums[2] / pairs
         norms = {name: p.grad.norm().item() for name, p in self.model.named_parameters() if p.grad is not None}
         wrong = [name for name, norm in norms.items() if not math.isfinite(norm)]
         print(f"step {step}: {losses}")
@@ -325,66 +351,44 @@ class Pretraining:
             print("No loss.png: that wants `pip install bertfast[plots]`.")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 
-    def _train_step(self, rate: float) -> dict[str, float] | None:
-        """One step of the optimizers; the step's mean losses, or None if they were not finite and it was skipped."""
-        self._take_batches()
-        losses = self._gradients()
+    def _train_step(self, rate: float) -> Done:
+        """Start one step of the optimizers; what it gives is read later."""
+        masked, pairs = self._take_batches()
+        sums = self.train_step.gradients(self.batches_of_step, masked, pairs)
         every = self.settings.check_replay
         if every and (self.step + 1) % every == 0:
-            self._compute_again(losses)
-        loss = losses["masked_lm_loss"] + losses.get("next_sentence_loss", 0.0)
-        norm = step_if_finite(self.model, self.optimizers, rate, self.settings.max_grad_norm, loss, self.scaler)
-        if norm is None:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            return None
-        self.skipped_in_a_row = 0
-        return losses | {"gradient_norm": norm}
+            self._compute_again(masked, pairs)
+        norm = self.train_step.update(rate)
+        return Done(
+            self.step + 1,
+            self.curriculum.first(self.step),
+            tokens=self.curriculum.bins(self.step) * self.settings.tokens_per_batch,
+            flops=sum(step_flops(self.model.config, batch) for batch in self.batches_of_step),
+            masked=masked,
+            pairs=pairs,
+            rate=rate,
+            results=torch.cat([sums, norm.double()[None]]),
+        )
 
-    def _take_batches(self) -> None:
+    def _take_batches(self) -> tuple[int, int]:
+        """Those of the next step; returns its masked tokens and pairs, those of all ranks."""
         count = self.curriculum.bins(self.step) // self.ranks.count
         self.batches_of_step = [self.loader.next() for _ in range(count)]
-
-    def _gradients(self) -> dict[str, float]:
-        """Leave the gradients of the step's batches, of all ranks, on the parameters; returns the mean losses."""
-        masked, pairs = self._counts(self.batches_of_step)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        sums[4] = self.interrupt is not None and self.interrupt.requested  # all ranks stop after the same step
-        for place, batch in enumerate(self.batches_of_step, 1):
-            with self.ranks.apart(self.objective, place == len(self.batches_of_step)):
-                sums[:4] += self._backward(batch.to(self.device, non_blocking=True), masked, pairs)
-        masked_lm, correct, next_sentence, next_correct, requested = self.ranks.sum(sums).tolist()
-        self.stop_requested = requested > 0
-        losses = {"masked_lm_loss": masked_lm / masked, "masked_lm_accuracy": correct / masked}
-        if self.settings.sampling.pairs:
-            losses |= {"next_sentence_loss": next_sentence / pairs, "next_sentence_accuracy": next_correct / pairs}
-        return losses
-
-    def _counts(self, batches: list[Batch]) -> tuple[int, int]:
-        """Masked tokens and pairs of the step on all ranks: means run over them, however the step is cut."""
-        masked = sum(batch.masked for batch in batches)
-        pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches)
-        if self.ranks.count > 1:
-            masked, pairs = self.ranks.sum(torch.tensor([masked, pairs], device=self.device)).tolist()
+        masked = sum(batch.masked for batch in self.batches_of_step)
+        pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in self.batches_of_step)
+        requested = self.interrupt is not None and self.interrupt.requested
+        counts = torch.tensor([masked, pairs, requested])
+        masked, pairs, requested = self.ranks.sum(counts).tolist()
+        self.stop_requested = requested > 0  # all ranks stop after the same step
         return max(masked, 1), max(pairs, 1)
 
-    def _backward(self, batch: Batch, masked: int, pairs: int) -> Tensor:
-        with autocast(self.device, self.precision):
-            loss = PretrainingLoss(*self.objective(batch, self.dropout_seed))
-        # Gradients of ranks become their mean, so each counts as often as there are ranks.
-        total = (loss.masked_lm / masked + loss.next_sentence / pairs) * self.ranks.count
-        (total if self.scaler is None else self.scaler.scale(total)).backward()
-        parts = [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
-        return torch.stack([part.double() for part in parts])
-
-    def _compute_again(self, losses: dict[str, float]) -> None:
+    def _compute_again(self, masked: int, pairs: int) -> None:
         """Stop the run if the step does not give the same bits twice: then the machine cannot be trusted."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        before = [p.grad.clone() for p in parameters]
-        self.model.zero_grad(set_to_none=True)
-        again = self._gradients()
-        same = again == losses and all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True))
-        if self.ranks.any(not same):
+        before = [self.train_step.sums.clone(), *(p.grad.clone() for p in parameters)]
+        self.model.zero_grad(set_to_none=not self.train_step.records)
+        again = [self.train_step.gradients(self.batches_of_step, masked, pairs), *(p.grad for p in parameters)]
+        if self.ranks.any(not all(map(torch.equal, before, again))):
             raise RunStopped(
                 f"step {self.step + 1} was computed twice and came out differently: this machine, or an operation on "
                 f"it, cannot be trusted; the newest checkpoint in {self.folder / 'checkpoints'} is kept"
@@ -392,7 +396,7 @@ class Pretraining:
 
     def _validate(self) -> dict[str, float]:
         def objective(batch: Batch, seed: None) -> PretrainingLoss:
-            return PretrainingLoss(*self.objective(batch, seed))
+            return PretrainingLoss(*self.train_step.objective(batch, seed))
 
         metrics = validate(self.model, self.held_out, self.precision, objective, self.ranks)
         metrics |= {"unigram_entropy": self.unigram_entropy}
@@ -407,16 +411,19 @@ class Pretraining:
         return metrics
 
     def _save(self) -> None:
+        scaler = self.train_step.scaler
         progress = {
             "seconds": self.seconds,
             "skipped": self.skipped,
             "validation_loss": self.validation_loss,
             "usual_loss": self.usual_loss,
-            "scaler": self.scaler and self.scaler.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
             "settings": self._settings_that_matter(),
         }
         keep = self.settings.save_total_limit
-        save_state(self.folder / "checkpoints", self.step, self.model, self.optimizers, progress, keep, self.ranks)
+        save_state(
+            self.folder / "checkpoints", self.step, self.model, self.train_step.optimizers, progress, keep, self.ranks
+        )
 
     def _checkpoint_to_resume(self) -> Path | None:
         folder = self.folder / "checkpoints"
@@ -550,38 +557,71 @@ class Pretraining:
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         return tqdm(total=self.settings.minutes * 60, initial=self.seconds, bar_format=form, **options)
 
-    def _report(self, bar: tqdm, losses: dict[str, float] | None, rate: float, elapsed: float) -> None:
-        bar.update(1 if self.settings.minutes is None else min(elapsed, bar.total - bar.n))
-        waited, self.loader.waited = self.loader.waited, 0.0
-        if losses is None:
-            first = self.curriculum.first(self.step - 1)
-            self._say(
-                f"step {self.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far); "
-                f"--replay {self.step} computes it again"
-            )
-            self._write(step=self.step, skipped=self.skipped, first_batch=first)
+    def _pass(self, seconds: float) -> None:
+        """Time has passed with training."""
+        self.seconds += seconds
+        self.window += seconds
+        if self.settings.minutes is not None:
+            self.seconds = self.ranks.agree(self.seconds)
+            self.bar.update(min(seconds, self.bar.total - self.bar.n))
+
+    def _read(self) -> None:
+        """Wait for the steps that were started, and report what they gave."""
+        if not self.unread:
             return
-        tokens = self.curriculum.bins(self.step - 1) * self.settings.tokens_per_batch
-        flops = sum(step_flops(self.model.config, batch) for batch in self.batches_of_step) / elapsed
-        bar.set_postfix(
-            loss=f"{losses['masked_lm_loss']:.3f}",
-            tokens_per_second=f"{tokens / elapsed:.0f}",
+        started = time.perf_counter()
+        results = torch.stack([done.results for done in self.unread]).tolist()
+        self._pass(time.perf_counter() - started)
+        steps, self.unread = self.unread, []
+        share = self.window / len(steps)
+        self.window, waited, self.loader.waited = 0.0, self.loader.waited / len(steps), 0.0
+        for done, values in zip(steps, results, strict=True):
+            self._report(done, values, share, waited)
+
+    def _report(self, done: Done, results: list[float], seconds: float, waited: float) -> None:
+        """A step's results, and the seconds it took, `waited` of them for batches."""
+        if self.settings.minutes is None:
+            self.bar.update()
+        masked_lm, correct, next_sentence, next_correct, norm = results
+        if not math.isfinite(norm):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self._say(
+                f"step {done.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far); "
+                f"--replay {done.step} computes it again"
+            )
+            self._write(step=done.step, skipped=self.skipped, first_batch=done.first_batch)
+            if self.skipped_in_a_row == SKIPS_IN_A_ROW:
+                raise RunStopped(
+                    f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: lower the learning rate; "
+                    f"the newest checkpoint in {self.folder / 'checkpoints'} is kept"
+                )
+            return
+        self.skipped_in_a_row = 0
+        loss, flops = masked_lm / done.masked, done.flops / seconds
+        self.bar.set_postfix(
+            loss=f"{loss:.3f}",
+            tokens_per_second=f"{done.tokens / seconds:.0f}",
             tflops=f"{flops / 1e12:.3g}",
             of_products=f"{flops / self.products:.0%}",
         )
-        spike = self.usual_loss is not None and losses["masked_lm_loss"] > self.usual_loss + SPIKE
-        self.usual_loss = losses["masked_lm_loss"] * (1 - USUAL) + USUAL * (self.usual_loss or losses["masked_lm_loss"])
-        if self.step % self.settings.logging_steps == 0 or spike:
+        spike = self.usual_loss is not None and loss > self.usual_loss + SPIKE
+        self.usual_loss = loss * (1 - USUAL) + USUAL * (self.usual_loss or loss)
+        if done.step % self.settings.logging_steps == 0 or spike:
+            pairs = {"next_sentence_loss": next_sentence, "next_sentence_accuracy": next_correct}
             self._write(
-                step=self.step,
+                step=done.step,
                 seconds=round(self.seconds, 3),
-                learning_rate=rate,
-                tokens_per_second=round(tokens / elapsed, 1),
+                learning_rate=done.rate,
+                tokens_per_second=round(done.tokens / seconds, 1),
                 tflops=round(flops / 1e12, 4),
                 share_of_products=round(flops / self.products, 4),
-                waited_for_batches=round(waited / elapsed, 4),
+                waited_for_batches=round(waited / seconds, 4),
                 **({"spike": True} if spike else {}),
-                **losses,
+                masked_lm_loss=loss,
+                masked_lm_accuracy=correct / done.masked,
+                **({name: value / done.pairs for name, value in pairs.items()} if self.settings.sampling.pairs else {}),
+                gradient_norm=norm,
             )
 
 

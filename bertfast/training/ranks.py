@@ -30,6 +30,7 @@ class Ranks:
     count: int
     device: torch.device
     joined: bool = False  # whether the processes met here, and not before
+    hosts: dist.ProcessGroup | None = None  # the same processes, who tell each other what no GPU need know
 
     @classmethod
     def join(cls, device: str | None = None) -> Ranks:
@@ -49,8 +50,14 @@ class Ranks:
         chosen = choose_device(device)
         joined = not dist.is_initialized()
         if joined:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
-        return cls(dist.get_rank(), count, chosen, joined)
+            # torchrun's store outlives its workers, and what dead ones left there would mislead those that it starts
+            # in their place (PyTorch 2.13): each attempt has keys of its own.
+            store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
+        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE) if chosen.type == "cuda" else None
+        return cls(dist.get_rank(), count, chosen, joined, hosts)
 
     @property
     def leads(self) -> bool:
@@ -58,21 +65,21 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` of all ranks added up, in place."""
+        """`values` of all ranks added up, in place; those on the host wait for no device."""
         if self.count > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.hosts if values.device.type == "cpu" else None)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        return flag if self.count == 1 else bool(self.sum(torch.tensor(int(flag), device=self.device)))
+        return flag if self.count == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def agree(self, value: _T) -> _T:
         """The first rank's value."""
         if self.count == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        dist.broadcast_object_list(box, group=self.hosts)
         return box[0]
 
     def first(self, work: Callable[[], _T]) -> _T | None:

@@ -31,7 +31,7 @@ def schedule(name: ScheduleName, progress: float, warmup: float) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group, a tensor, where it is."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"].fill_(rate)

@@ -39,7 +39,7 @@ def save_state(
     ranks take part, and the first writes.
     """
     weights = {name: _whole(value) for name, value in model.state_dict().items()}
-    tensors, groups = _flatten(optimizers)
+    tensors = _flatten(optimizers)
     target = folder / f"{_PREFIX}{step:08d}"
 
     def write() -> None:
@@ -48,8 +48,8 @@ def save_state(
         try:
             model.save_pretrained(temporary, weights)
             checkpoint.write_tensors(tensors, temporary / "optimizer.safetensors")
-            state = {"step": step, "progress": progress, "groups": groups}
-            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            state = json.dumps({"step": step, "progress": progress})
+            (temporary / "state.json").write_text(state, encoding="utf-8")
             checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         except BaseException:
@@ -89,12 +89,9 @@ def read_progress(saved: Path) -> tuple[int, dict]:
 
 
 def load_state(saved: Path, optimizers: list[Optimizer]) -> None:
-    """Put the optimizers back to where the checkpoint left them, to the last bit."""
-    groups = json.loads((saved / "state.json").read_text(encoding="utf-8"))["groups"]
-    if len(groups) != len(optimizers):
-        raise ValueError(f"{saved} is of {len(groups)} optimizers, this run has {len(optimizers)}")
+    """Put the optimizers, made as the checkpoint's were, back to where it left them, to the last bit."""
     with safe_open(saved / "optimizer.safetensors", framework="pt") as file:
-        for number, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=True)):
+        for number, optimizer in enumerate(optimizers):
             owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states: dict[int, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -102,18 +99,16 @@ def load_state(saved: Path, optimizers: list[Optimizer]) -> None:
                 if int(owner) == number:
                     value = _as(owned[int(parameter)], file.get_tensor(key))
                     states.setdefault(int(parameter), {})[name] = value
-            optimizer.load_state_dict({"state": states, "param_groups": saved_groups})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
-def _flatten(optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], list]:
-    tensors, groups = {}, []
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for parameter, values in state["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{parameter}.{name}"] = _whole(value).contiguous()
-    return tensors, groups
+def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{parameter}.{name}": _whole(value).contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
 def _whole(value: Tensor) -> Tensor:

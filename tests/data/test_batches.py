@@ -32,13 +32,10 @@ def make_batches(prose, special):
     return make
 
 
-def tensors(batch):
-    sequences = batch.sequences
-    return [*batch._tensors().values(), sequences.cu_seqlens, sequences.numbers]
-
-
 def same(batch, other):
-    return batch.sequences.lengths == other.sequences.lengths and all(map(torch.equal, tensors(batch), tensors(other)))
+    return batch.sequences.lengths == other.sequences.lengths and all(
+        map(torch.equal, batch.tensors(), other.tensors())
+    )
 
 
 def original(batch):
@@ -167,12 +164,12 @@ def test_consumption_runs_on_over_epochs(make_batches):
     """Every bin of three epochs in its turn, each sample with the next number, all of the same shapes."""
     batches = make_batches()
     expected_bins = sum(batches.epochs[number].bins for number in range(3))
-    shapes, number = [tensor.shape for tensor in tensors(batches.bin(0, 0))], 0
+    shapes, number = [tensor.shape for tensor in batches.bin(0, 0).tensors()], 0
     for bin_number in range(expected_bins):
         batch = batches.bin(*divmod(bin_number, BINS_PER_STEP))
         count = sum(length > 0 for length in batch.sequences.lengths)
         assert batch.sequences.numbers[:count].tolist() == list(range(number, number + count))
-        assert [tensor.shape for tensor in tensors(batch)] == shapes
+        assert [tensor.shape for tensor in batch.tensors()] == shapes
         number += count
     assert number == batches.epochs[3].samples_before
 
@@ -196,7 +193,7 @@ def test_the_validation_set_is_fixed_and_limited(make_batches):
 
 def test_a_batch_moves_with_all_its_tensors(make_batches):
     moved = make_batches().bin(0, 0).to("meta")
-    assert all(tensor.device.type == "meta" for tensor in tensors(moved))
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors())
     assert make_batches(objective="mlm").bin(0, 0).to("cpu").next_sentence_labels is None
 
 
@@ -204,7 +201,7 @@ def test_a_batch_moves_with_all_its_tensors(make_batches):
 def test_a_pinned_batch_is_the_same(make_batches):
     batch = make_batches().bin(0, 0)
     pinned = batch.pin_memory()
-    assert all(tensor.is_pinned() for tensor in tensors(pinned))
+    assert all(tensor.is_pinned() for tensor in pinned.tensors())
     assert same(batch, pinned)
 
 

@@ -51,9 +51,9 @@ def vocabulary(tmp_path):
 def run(tmp_path):
     """Prepare into tmp_path/NAME with one process unless told otherwise."""
 
-    def run(name, *train, part=None, **corpus):
+    def run(name, *train, part=None, merge=False, **corpus):
         corpus = CorpusSettings(train_file=[str(path) for path in train], **({"processes": 1} | corpus))
-        return prepare(PrepareSettings(str(tmp_path / name), corpus, part))
+        return prepare(PrepareSettings(str(tmp_path / name), corpus, part, merge))
 
     return run
 
@@ -106,9 +106,12 @@ def test_processes_and_parts_change_nothing(texts, vocabulary, run):
     for part in ("2/2", "1/2"):
         parts = run("parts", texts, tokenizer_name=vocabulary, part=part)
         assert not (parts / "train" / "manifest.json").exists()
+        if part == "2/2":
+            with pytest.raises(ValueError, match=r"\d of 3 files are not done, such as .*txt"):
+                run("parts", texts, tokenizer_name=vocabulary, merge=True)
     finished = modified(parts)
     assert len(finished) == 6
-    run("parts", texts, tokenizer_name=vocabulary)
+    run("parts", texts, tokenizer_name=vocabulary, merge=True)
     assert modified(parts) == finished
     assert content(alone) == content(together) == content(parts)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
 from bertfast.training import pretrain as program
+from bertfast.training import step as train_step
 from bertfast.training.interrupt import RunStopped
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.state import checkpoints, newest_whole
@@ -194,7 +195,7 @@ def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
     pretrain(settings_for(tmp_path / "checked", data, **SHORT, check_replay=3, deterministic=True))
     assert_same_weights(tmp_path / "plain", tmp_path / "checked")
     assert not torch.are_deterministic_algorithms_enabled()
-    loss, calls = program.pretraining_loss, iter(range(1000))
+    loss, calls = train_step.pretraining_loss, iter(range(1000))
 
     def flipped(*arguments):
         result = loss(*arguments)
@@ -202,19 +203,21 @@ def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
             result.masked_lm.data += 1e-3
         return result
 
-    monkeypatch.setattr(program, "pretraining_loss", flipped)
+    monkeypatch.setattr(train_step, "pretraining_loss", flipped)
     with pytest.raises(RunStopped, match="step 2 was computed twice and came out differently"):
         pretrain(settings_for(tmp_path / "broken", data, **SHORT, check_replay=2))
 
 
 def test_a_jump_of_the_loss_is_marked(data, tmp_path, monkeypatch):
-    gradients = program.Pretraining._gradients
+    gradients, calls = train_step.TrainStep.gradients, iter(range(100))
 
-    def jump(run, *arguments):
-        result = gradients(run, *arguments)
-        return result | {"masked_lm_loss": 50.0} if run.step == 7 else result
+    def jump(step, batches, masked, pairs):
+        sums = gradients(step, batches, masked, pairs)
+        if next(calls) == 7:
+            sums[0] = 50.0 * masked
+        return sums
 
-    monkeypatch.setattr(program.Pretraining, "_gradients", jump)
+    monkeypatch.setattr(train_step.TrainStep, "gradients", jump)
     pretrain(settings_for(tmp_path, data, **SHORT | {"logging_steps": 5}))
     assert [entry["step"] for entry in entries(tmp_path) if entry.get("spike")] == [8]
 

@@ -87,7 +87,7 @@ def test_the_rate_rises_and_falls_linearly():
     assert schedule("linear", 0, 0) == 1
     assert schedule("linear", 2, 0.1) == 0
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([{"params": [parameter]}], lr=1)
+    optimizer = torch.optim.AdamW([{"params": [parameter]}], lr=torch.tensor(1.0), fused=True)
     set_learning_rate([optimizer], 0.25)
     assert optimizer.param_groups[0]["lr"] == 0.25
 

@@ -16,8 +16,8 @@ from bertfast import BertConfig, BertForPreTraining, checkpoint
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
-from bertfast.training import pretrain as program
 from bertfast.training import state
+from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.interrupt import RunStopped
 from bertfast.training.pretrain import Pretraining, pretrain
@@ -122,7 +122,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
             loss.masked_lm.data.fill_(torch.nan)
         return loss
 
-    monkeypatch.setattr(program, "pretraining_loss", poisoned)
+    monkeypatch.setattr(train_step, "pretraining_loss", poisoned)
     with pytest.raises(RunStopped, match=r"10 steps in a row.*checkpoint"):
         pretrain(settings_for(tmp_path, data, max_steps=100))
     skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
@@ -137,13 +137,12 @@ def test_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(data, tmp_path
     batches = [run.batches.bin(0, index) for index in range(4)]
     masked = sum(batch.masked for batch in batches)
     pairs = sum(int((batch.next_sentence_labels >= 0).sum()) for batch in batches)
-    losses = [pretraining_loss(run.model, batch, run.dropout_seed) for batch in batches]
+    losses = [pretraining_loss(run.model, batch, run.train_step.seed) for batch in batches]
     total = sum(loss.masked_lm for loss in losses) / masked + sum(loss.next_sentence for loss in losses) / pairs
     total.backward()
     expected = {name: p.grad.clone() for name, p in run.model.named_parameters()}
     run.model.zero_grad()
-    for batch in batches:
-        run._backward(batch, masked, pairs)
+    run.train_step.gradients(batches, masked, pairs)
     for name, parameter in run.model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
 

@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,18 @@ from bertfast.cli import parse
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.state import checkpoints
 
-BATCHES = 4  # of a step
 HERE = Path(__file__).parent
 
 
-def flags(data: Path, folder: Path, processes: int, *others: str) -> list[str]:
+def flags(data: Path, folder: Path, accumulation: int, *others: str) -> list[str]:
     options = {
         "output-dir": folder,
         "data-dir": data,
         "max-seq-length": 24,
         "config-overrides": SIZES,
         "tokens-per-batch": 96,
-        "gradient-accumulation-steps": BATCHES // processes,
-        "max-steps": 6,
+        "gradient-accumulation-steps": accumulation,
+        "max-steps": 5,
         "learning-rate": 0.01,
         "logging-steps": 1,
         "eval-batches": 3,
@@ -39,8 +37,8 @@ def flags(data: Path, folder: Path, processes: int, *others: str) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(others)
 
 
-def torchrun(processes: int, log: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(processes: int, log: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with log.open("w") as output:
         return subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -57,27 +55,40 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
         time.sleep(0.1)
 
 
+ACCUMULATIONS = (1, 2, 4)
+PROCESSES = (2, 4)
+RUNS = [
+    (f"{processes} x {accumulation}{' sharded' * shard}", processes, accumulation, ["--shard"] * shard)
+    for processes in reversed(PROCESSES)
+    for accumulation in ACCUMULATIONS
+    for shard in (False, True)
+]
+# The last was stopped after three steps of four sharded processes and resumed by two that are not.
+STOPPED = [("stopped", 4, 1, ["--shard", "--checkpoint-layers=1"]), ("stopped", 2, 2, ["--resume"])]
+
+
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory) -> Path:
-    """Runs of one, two and four processes, each in a folder of its own."""
+    """Runs of one, two and four processes, each in a folder of its own; those of one are named by a step's batches."""
     folder = tmp_path_factory.mktemp("runs")
-    pretrain(parse("pretrain", PretrainSettings, flags(data, folder / "alone", 1)))
-    plans = {
-        4: {"four": [], "four sharded": ["--shard", "--checkpoint-layers=1"], "stopped": ["--shard"]},
-        2: {"two": [], "two again": [], "two sharded": ["--shard"], "stopped": ["--resume"]},
-    }
-    for processes, plan in plans.items():
-        words = [[name, *flags(data, folder / name, processes, *others)] for name, others in plan.items()]
-        words[1:] = [["--", *some] for some in words[1:]]
+    for batches in sorted({processes * accumulation for _, processes, accumulation, _ in RUNS}):
+        pretrain(parse("pretrain", PretrainSettings, flags(data, folder / str(batches), batches)))
+    for processes in reversed(PROCESSES):
+        again = [("2 again", 2, 1, [])]
+        words = []
+        for name, count, accumulation, others in RUNS + STOPPED + again:
+            if count == processes:
+                words += ["--", name, *flags(data, folder / name, accumulation, *others)]
         log = folder / f"{processes}.log"
-        assert torchrun(processes, log, str(HERE / "ranked_runs.py"), *chain(*words)).wait(120) == 0, log.read_text()
+        assert torchrun(processes, log, str(HERE / "ranked_runs.py"), *words[1:]).wait(300) == 0, log.read_text()
     return folder
 
 
-@pytest.mark.parametrize("name", ["two", "four", "two sharded", "four sharded", "stopped"])
-def test_as_many_as_there_are_compute_the_run_of_one(folder, name):
-    """The last was stopped after three steps of four sharded processes and resumed by two that are not."""
-    alone, other = folder / "alone", folder / name
+@pytest.mark.parametrize(
+    ("name", "batches"), [*((name, count * accumulation) for name, count, accumulation, _ in RUNS), ("stopped", 4)]
+)
+def test_as_many_as_there_are_compute_the_run_of_one(folder, name, batches):
+    alone, other = folder / str(batches), folder / name
     assert losses(other) == pytest.approx(losses(alone), rel=1e-5)
     assert entries(other)[-1]["validation_loss"] == pytest.approx(entries(alone)[-1]["validation_loss"], rel=1e-4)
     weights, expected = (load_file(run / "model.safetensors") for run in (other, alone))
@@ -91,13 +102,14 @@ def test_all_stop_after_the_same_step(folder):
 
 
 def test_twice_the_same_ranks_give_the_same_bits(folder):
-    assert losses(folder / "two") == losses(folder / "two again")
-    assert_same_weights(folder / "two", folder / "two again")
+    assert losses(folder / "2 x 1") == losses(folder / "2 again")
+    assert_same_weights(folder / "2 x 1", folder / "2 again")
 
 
-def endless(data: Path, folder: Path, log: Path) -> subprocess.Popen:
+def endless(data: Path, folder: Path, log: Path, *others: str, options: Sequence[str] = ()) -> subprocess.Popen:
     program = str(Path(sys.executable).with_name("bertfast"))
-    return torchrun(2, log, program, "pretrain", *flags(data, folder, 2, "--max-steps=100000", "--save-steps=5"))
+    command = [program, "pretrain", *flags(data, folder, 2, "--max-steps=100000", "--save-steps=5", *others)]
+    return torchrun(2, log, *command, options=options)
 
 
 def test_sigterm_stops_the_job_with_a_checkpoint(data, tmp_path):
@@ -121,7 +133,7 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_its_checkpoints(data, tmp_path
     os.kill(children(process)[-1], signal.SIGKILL)
     assert process.wait(90) != 0
     assert "Signal 9 (SIGKILL) received" in log.read_text()
-    again = parse("pretrain", PretrainSettings, flags(data, tmp_path / "run", 1, "--max-steps=100000", "--resume"))
+    again = parse("pretrain", PretrainSettings, flags(data, tmp_path / "run", 4, "--max-steps=100000", "--resume"))
 
     class Enough(Exception):
         pass
@@ -131,3 +143,17 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_its_checkpoints(data, tmp_path
 
     with pytest.raises(Enough):
         pretrain(again, stop)
+
+
+def test_torchrun_starts_again_by_itself_where_a_rank_has_died(data, tmp_path):
+    log, saved = tmp_path / "log", tmp_path / "run" / "checkpoints"
+    process = endless(data, tmp_path / "run", log, "--resume", options=["--max-restarts=1", "--monitor-interval=0.1"])
+    wait_for(lambda: len(checkpoints(saved)) > 0, process, log)
+    dead = children(process)
+    os.kill(dead[-1], signal.SIGKILL)
+    wait_for(lambda: ", from step " in log.read_text(), process, log)
+    newest = checkpoints(saved)[-1]
+    wait_for(lambda: checkpoints(saved)[-1] > newest, process, log)
+    assert not set(dead) & set(children(process))
+    process.terminate()
+    process.wait(90)

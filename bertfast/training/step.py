@@ -1,0 +1,101 @@
+"""One step of pre-training: its batches' gradients, clipping, the optimizers. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from bertfast.data.batches import Batch
+from bertfast.encoder import PretrainingLoss, pretraining_loss
+from bertfast.models import BertForPreTraining
+from bertfast.training.graph import Recorder, Replayed
+from bertfast.training.optimizer import step_if_finite
+from bertfast.training.precision import autocast
+from bertfast.training.ranks import Ranks
+from bertfast.training.schedule import set_learning_rate
+
+
+class Objective(nn.Module):
+    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through."""
+
+    def __init__(self, model: BertForPreTraining):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, seed: Tensor | None) -> tuple[Tensor, ...]:
+        loss = pretraining_loss(self.model, batch, seed)
+        return tuple(getattr(loss, entry.name) for entry in dataclasses.fields(loss))
+
+
+class TrainStep:
+    """A step on static shapes, each of its halves recorded in a graph where `record` is given.
+
+    Args:
+        objective: An `Objective`, shared by the ranks.
+        optimizers: Of the objective's parameters.
+        ranks: Who takes part.
+        precision: fp32, bf16 or fp16; with the last, `scaler` is the loss's.
+        seed: int64 [], dropout's.
+        max_grad_norm: Gradients are scaled down to this norm; 0: never.
+        record: See `Replayed`.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizers: list[Optimizer],
+        ranks: Ranks,
+        *,
+        precision: str,
+        seed: Tensor,
+        max_grad_norm: float,
+        record: Recorder | None = None,
+    ):
+        self.objective, self.optimizers, self.ranks = objective, optimizers, ranks
+        self.precision, self.seed, self.max_grad_norm = precision, seed, max_grad_norm
+        self.scaler = GradScaler(ranks.device.type) if precision == "fp16" else None
+        self.counts = torch.ones(2, device=ranks.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        self.records = record is not None
+        self._accumulate = Replayed(self._accumulate_eagerly, ranks.device, record)
+        self._update = Replayed(self._update_eagerly, ranks.device, record)
+
+    def gradients(self, batches: Sequence[Batch], masked: int, pairs: int) -> Tensor:
+        """Leave the gradients of the step's batches, of all ranks, on the parameters.
+
+        `masked` and `pairs` are those of all ranks together: means run over them, however the step is cut. Returns
+        fp64 [4], overwritten by the next step: the sums of masked-LM loss, blanks right, next-sentence loss, pairs
+        right.
+        """
+        self.counts[0].fill_(masked)
+        self.counts[1].fill_(pairs)
+        self.sums.zero_()
+        for place, batch in enumerate(batches, 1):
+            with self.ranks.apart(self.objective, place == len(batches)):
+                self._accumulate(batch)
+        return self.ranks.sum(self.sums)
+
+    def update(self, rate: float) -> Tensor:
+        """Take the optimizers' step at a learning rate. Returns the gradients' norm, fp32 []: NaN where it was skipped,
+        as the norm or a loss was not finite."""
+        set_learning_rate(self.optimizers, rate)
+        return self._update()
+
+    def _accumulate_eagerly(self, batch: Batch) -> Tensor:
+        with autocast(self.ranks.device, self.precision):
+            loss = PretrainingLoss(*self.objective(batch, self.seed))
+        # Gradients of ranks become their mean, so each counts as often as there are ranks.
+        total = (loss.masked_lm / self.counts[0] + loss.next_sentence / self.counts[1]) * self.ranks.count
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        parts = [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
+        return self.sums.add_(torch.stack([part.double() for part in parts]))
+
+    def _update_eagerly(self) -> Tensor:
+        return step_if_finite(
+            self.objective, self.optimizers, self.max_grad_norm, self.sums, self.scaler, keep_gradients=self.records
+        )
