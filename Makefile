@@ -1,4 +1,4 @@
-# One command each: `make demo | test | test-all | lint | bench | gpu-check | clean`. Each makes .venv once if it is missing,
+# One command each: `make demo | test | test-all | lint | bench | soak | gpu-check | clean`. Each makes .venv once if it is missing,
 # but for gpu-check, which runs in the environment it finds and installs nothing.
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -24,7 +24,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test checked emulated test-all lint bench gpu-check clean
+.PHONY: demo test checked emulated test-all lint bench soak gpu-check clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -80,6 +80,13 @@ bench: $(LIBRARY) $(RUNTIMES)
 	$(BIN)/python bench/end_to_end/pretraining_step.py base-128-fp32 small-128-fp32 --repeats 3
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 3
 	$(BIN)/python bench/end_to_end/growth.py
+
+# Hours of it: a run that was stopped goes on, and what is finished is not done again. DATA=FOLDER, SOAKED=FOLDER.
+DATA   ?= ../shared/data
+SOAKED ?= build/soak
+soak: $(LIBRARY)
+	$(BIN)/python bench/end_to_end/curve_parity.py $(DATA) --output $(SOAKED)/parity
+	$(BIN)/python bench/end_to_end/long_run.py $(DATA) --output $(SOAKED)/long
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(FAST),--fast)

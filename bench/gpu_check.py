@@ -34,6 +34,7 @@ LIMITS = {
     "kernel tests": (120, 60),
     "CUDA C++ tests": (60, 40),
     "other tests": (30, 0),
+    "training": (40, 0),
     "memcheck": (30, 0),
     "racecheck": (30, 0),
     "initcheck": (20, 0),
@@ -146,6 +147,10 @@ def parts(folder: Path, fast: bool) -> Iterator[Part]:
     yield Part("kernel tests", kernel_tests, no_gpu)
     yield Part("CUDA C++ tests", kernel_tests, no_gpu, {"BERTFAST_TESTED": "cuda"})
     yield Part("other tests", [*pytest, "--maxfail=5", "tests/ops", "tests/model"], no_gpu)
+    # A step in a CUDA graph, among others; the program wants more packages than the model.
+    packages = [name for name in ("tokenizers", "tyro", "safetensors") if not find_spec(name)]
+    missing = f"there is no {', '.join(packages)}" if packages else None
+    yield Part("training", [*pytest, "--maxfail=3", "tests/training/test_graph.py"], no_gpu or missing)
 
     benchmark = None if find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     checked = [*pytest, "--shapes=small", "--benchmark-disable", "-k", "bertfast-", "bench/ops/attention.py"]

@@ -158,3 +158,14 @@ def test_steps_are_read_together_where_the_device_is_not_waited_for(data, tmp_pa
         run.run(lambda step: None)
     assert losses(tmp_path / "each") == losses(tmp_path / "together")
     assert [entry["step"] for entry in entries(tmp_path / "together") if "tflops" in entry] == list(range(1, 13))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no CUDA graphs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cuda_graph_is_the_step_to_the_last_bit(kind, data, tmp_path):
+    settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind] | {"device": "cuda", "cuda_graph": False})
+    pretrain(settings)
+    replayed = dataclasses.replace(settings, output_dir=str(tmp_path / "replayed"), cuda_graph=True)
+    pretrain(replayed)
+    assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
+    assert_same_weights(tmp_path / "eager", tmp_path / "replayed")

@@ -1,0 +1,97 @@
+"""A pre-training run of hours on real text: `small` on Wikipedia and books, on a CPU.
+
+Its curve, what it says of held-out text, and how it fills blanks go to bench/results/. A run that was stopped goes on
+where it was, if it is given the same FOLDER.
+
+    python bench/end_to_end/long_run.py DATA --output FOLDER [--minutes N] [--results FOLDER]
+
+DATA holds corpus/wikipedia-*.txt.xz and corpus/books-*.txt.xz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from bertfast.cli import parse
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.models import BertForMaskedLM
+from bertfast.tasks.fill_mask import fill_mask
+from bertfast.tasks.pretrained import open_model
+from bertfast.training.journal import Journal
+from bertfast.training.pretrain import PretrainSettings, pretrain
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import RESULTS, write_result
+
+TOKENS = 2048  # a step
+FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003
+    --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2 --eval-steps 150 --eval-batches 20
+    --save-steps 200 --resume"""
+BLANKS = [
+    "london is the capital of [MASK].",
+    "he was born in the [MASK] of new york.",
+    "she opened the [MASK] and went into the house.",
+    "the river flows into the [MASK].",
+    "the team won the [MASK] in 1998.",
+    "two and two are [MASK].",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards and the run")
+    parser.add_argument("--minutes", default="60")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    arguments = parser.parse_args()
+    shards = prepare(PrepareSettings(str(arguments.output / "data"), corpus(arguments.data / "corpus")))
+    folder = arguments.output / "run"
+    flags = [*FLAGS.split(), "--minutes", arguments.minutes]
+    if not (folder / "loss.png").exists():
+        where = ["--output-dir", str(folder), "--data-dir", str(shards)]
+        pretrain(parse("pretrain", PretrainSettings, [*where, *flags]))
+    entries = Journal(folder, steps_done=sys.maxsize).entries()
+    steps = [entry for entry in entries if "masked_lm_loss" in entry]
+    validations = [entry for entry in entries if "validation_loss" in entry]
+    result = {
+        "command": ["bertfast", "pretrain", *flags],
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "steps": validations[-1]["step"],
+        "tokens": validations[-1]["step"] * TOKENS,
+        "seconds": validations[-1]["seconds"],
+        "share_of_products": [steps[0]["share_of_products"], steps[-1]["share_of_products"]],
+        "validations": validations,
+        "blanks": fill(folder),
+    }
+    path = write_result("long_run", result, arguments.results)
+    shutil.copy(folder / "loss.png", arguments.results / "long_run.png")
+    last = validations[-1]
+    print(
+        f"{result['tokens'] / 1e6:.1f} M tokens in {last['seconds']:.0f} s: validation loss "
+        f"{last['validation_loss']:.3f}, perplexity {last['validation_perplexity']:.1f} "
+        f"(words alone {last['unigram_entropy']:.3f}); written to {path}"
+    )
+
+
+def corpus(folder: Path) -> CorpusSettings:
+    """Wikipedia and books, with a vocabulary of their own."""
+    train = [*sorted(folder.glob("wikipedia-train-*.txt.xz")), folder / "books-train.txt.xz"]
+    valid = [folder / "wikipedia-valid.txt.xz", folder / "books-valid.txt.xz"]
+    return CorpusSettings(list(map(str, train)), list(map(str, valid)), vocabulary_size=16_384)
+
+
+def fill(folder: Path) -> dict[str, list[tuple[str, float]]]:
+    """The five likeliest words of each blank."""
+    model, tokenizer = open_model(BertForMaskedLM, str(folder), "cls.predictions.transform")
+    return {text: fill_mask(model, tokenizer, text)[0] for text in BLANKS}
+
+
+if __name__ == "__main__":
+    main()
