@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bertfast.tasks.classification import Columns, encode_labels, featurize, label_numbers
-from bertfast.tasks.metrics import measure, require_libraries
+from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
-from bertfast.tasks.tables import read_table
-from bertfast.training.predict import TaskSettings, open_classifier, predict_logits, write_predictions
+from bertfast.tasks.task import Confusion, TaskSettings, write_whole
+from bertfast.training.predict import open_tuned, predict_outputs
 from bertfast.training.validation import evaluate_masked_lm
+
+_LABELS_SHOWN = 30  # in a picture of which are taken for which
 
 
 @dataclass(kw_only=True)
@@ -20,14 +21,12 @@ class EvaluateSettings(TaskSettings):
     """What to evaluate, and on what.
 
     Attributes:
-        validation_file: A .tsv or .jsonl file with labels; with objective mlm, any text.
-        label_column: Column of the label; none: label.
+        validation_file: A labelled file as in fine-tuning; with objective mlm, any text.
         objective: task judges the answers of a fine-tuned model, mlm how well a model fills blanks in a text.
-        output_dir: Folder for eval_results.json and, of a task, predictions_validation.tsv; none: print only.
+        output_dir: Folder for eval_results.json and, of a task, the predictions and confusion.png; none: print only.
     """
 
     validation_file: str
-    label_column: str | None = None
     objective: Literal["task", "mlm"] = "task"
     output_dir: str | None = None
 
@@ -42,26 +41,52 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     return metrics
 
 
-def write_results(path: Path, metrics: dict[str, float]) -> None:
+def write_results(path: Path, metrics: dict) -> None:
     """Write metrics as JSON, in a folder that is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(metrics, indent=2) + "\n")
 
 
 def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
     require_libraries()
-    table = read_table(settings.validation_file)
-    columns = Columns.choose(table, settings.text_column, settings.text_pair_column, settings.label_column)
-    model, tokenizer = open_classifier(settings)
-    labels = encode_labels(table, columns.label, label_numbers(model.config))
+    task, model, tokenizer = open_tuned(settings)
+    examples = task.read(settings.validation_file, labelled=True)
     length = sequence_length(settings.max_seq_length, model.config)
-    features = featurize(table, columns, tokenizer, length, labels)
-    logits = predict_logits(model, features, settings.eval_tokens, settings.precision)
-    metrics = measure(logits, labels)
+    examples, features = task.featurize(examples, tokenizer, length)
+    outputs = predict_outputs(task, model, features)
+    metrics = task.measure(examples, features, outputs)
     if settings.output_dir is not None:
-        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-        write_predictions(Path(settings.output_dir, "predictions_validation.tsv"), logits, model.config)
-    return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(features)}
+        folder = Path(settings.output_dir)
+        task.write(folder, "validation", examples, features, outputs)
+        table = task.confusion(examples, features, outputs)
+        if table is not None and len(table[0]) <= _LABELS_SHOWN and not draw_confusion(table, folder / "confusion.png"):
+            print("No confusion.png: that wants `pip install bertfast[plots]`.")
+    left_out = {"bad_rows": task.bad.count} if task.bad.count else {}
+    return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | left_out
+
+
+def draw_confusion(table: Confusion, path: Path) -> bool:
+    """Draw which labels are taken for which, as shares of each row; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, counts = table
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    side = 2.5 + 0.45 * len(names)
+    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in zip(*counts.nonzero(), strict=True):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="label")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
 
 
 def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:

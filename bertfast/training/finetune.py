@@ -1,4 +1,4 @@
-"""`bertfast finetune`: teach a model to classify sentences or pairs of them, or to score them."""
+"""`bertfast finetune`: teach a model a task: sentences, pairs, choices, answers in a text, tags of words."""
 
 from __future__ import annotations
 
@@ -9,37 +9,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import save_tokenizer
-from bertfast.models import BertForSequenceClassification
-from bertfast.tasks.classification import (
-    Columns,
-    Features,
-    are_fractions,
-    encode_labels,
-    featurize,
-    is_regression,
-    label_numbers,
-    name_labels,
-    raw_labels,
-    shuffled_batches,
-)
-from bertfast.tasks.metrics import CLASSIFICATION, REGRESSION, measure, require_libraries
+from bertfast.models import BertPreTrainedModel
+from bertfast.reference import IGNORED
+from bertfast.tasks.features import labels_in, shuffled_batches, within_budget
+from bertfast.tasks.kinds import choose_task
+from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
-from bertfast.tasks.tables import Table, read_table
+from bertfast.tasks.task import TaskSettings
 from bertfast.training.evaluate import write_results
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
 from bertfast.training.precision import autocast, choose_device, choose_precision
-from bertfast.training.predict import TaskSettings, predict_logits, write_predictions
+from bertfast.training.predict import predict_outputs
 from bertfast.training.schedule import schedule, set_learning_rate
 
 logger = logging.getLogger("bertfast")
@@ -50,24 +43,27 @@ class FinetuneSettings(TaskSettings):
     """What to fine-tune, on what, and how.
 
     Attributes:
-        train_file: A .tsv file (a header, no quoting) or a .jsonl file, also compressed.
+        train_file: A .tsv file (a header, no quoting), .csv or .jsonl file, a file in SQuAD's form (.json), or lines of
+            words and tags (.conll); also compressed.
         output_dir: Folder for the best model, metrics.jsonl, all_results.json and the predictions.
         validation_file: The same for validation; none: the last model counts as the best.
         test_file: The same to predict on with the best model; its labels, if there are any, are only for metrics.
-        label_column: Column of the label; none: label.
-        task: auto: regression where the labels are numbers with a fraction, else classification.
         random_init: Take only configuration and tokenizer from the model, and start from random weights.
-        per_device_train_batch_size: Texts or pairs a step.
-        num_train_epochs: Times that each of them is seen.
+        class_weights: balanced: an example counts as much more as its label is rarer.
+        per_device_train_batch_size: Examples of a forward and backward pass.
+        gradient_accumulation_steps: Passes whose gradients make one step.
+        tokens_per_batch: A pass of more tokens than this is made in several; the step is the same.
+        num_train_epochs: Times that each example is seen.
         learning_rate: At the end of the warm-up; falls linearly to 0.
         warmup_ratio: Share of the run in which the rate rises.
         weight_decay: Of weights; biases and LayerNorms do not decay.
         max_grad_norm: Gradients are scaled down to this norm; 0: never.
+        dropout: Of hidden activations and attention; none: the model's.
         eval_steps: Steps between validations; none: one at the end of each epoch.
-        metric_for_best_model: What decides which model is best; none: accuracy, or pearson of a regression.
+        metric_for_best_model: What decides which model is best; none: the task's first.
         early_stopping_patience: Stop after this many validations in a row without a better model; none: never.
         logging_steps: Steps between entries of metrics.jsonl.
-        seed: Decides new weights, the order of the texts and dropout.
+        seed: Decides new weights, the order of the examples and dropout.
         overwrite_output_dir: Write into output_dir although it holds a model.
     """
 
@@ -75,15 +71,17 @@ class FinetuneSettings(TaskSettings):
     output_dir: str
     validation_file: str | None = None
     test_file: str | None = None
-    label_column: str | None = None
-    task: Literal["auto", "classification", "regression"] = "auto"
     random_init: bool = False
+    class_weights: Literal["none", "balanced"] = "none"
     per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    tokens_per_batch: int = 16_384
     num_train_epochs: float = 3.0
     learning_rate: float = 5e-5
     warmup_ratio: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    dropout: float | None = None
     eval_steps: int | None = None
     metric_for_best_model: str | None = None
     early_stopping_patience: int | None = None
@@ -93,8 +91,8 @@ class FinetuneSettings(TaskSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        counts = ("per_device_train_batch_size", "eval_steps", "early_stopping_patience", "logging_steps")
-        for name in counts:
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch", "eval_steps")
+        for name in (*counts, "early_stopping_patience", "logging_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
@@ -107,8 +105,8 @@ class FinetuneSettings(TaskSettings):
 def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
     """Run it; `on_step` is called with the number of steps done after each. Returns what all_results.json holds.
 
-    Leaves in `output_dir` a folder that `transformers.BertForSequenceClassification.from_pretrained` opens.
-    RunStopped after Ctrl-C, or if the loss stays without a finite gradient; the best model so far is kept.
+    Leaves in `output_dir` a folder that transformers' class of the same name opens. RunStopped after Ctrl-C, or if the
+    loss stays without a finite gradient; the best model so far is kept.
     """
     return Finetuning(settings).run(on_step)
 
@@ -126,19 +124,29 @@ class Finetuning:
             )
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
+        self.task = choose_task(settings, file=settings.train_file)
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
-        tables = {split: read_table(path) for split, path in files.items() if path is not None}
-        train = tables["train"]
-        columns = Columns.choose(train, settings.text_column, settings.text_pair_column, settings.label_column)
+        files = {split: path for split, path in files.items() if path is not None}
+        examples = {split: self.task.read(path, labelled=split != "test") for split, path in files.items()}
         source = checkpoint.resolve(settings.model_name_or_path)
-        self.config = self._configure(source, raw_labels(train, columns.label))
+        self.config = self._configure(source, self.task.learn_labels(examples["train"]))
+        self.task.know(self.config)
         self.metric = self._choose_metric()
         self.tokenizer = open_tokenizer(source, self.config)
-        self.features = {split: self._featurize(table, columns, split) for split, table in tables.items()}
+        length = sequence_length(settings.max_seq_length, self.config)
+        self.examples, self.features = {}, {}
+        for split, some in examples.items():
+            self.examples[split], features = self.task.featurize(some, self.tokenizer, length)
+            self.features[split] = features
+            if features.cut:
+                sequences = len(features.starts) - 1
+                logger.warning("%s: cut %d of %d texts to %d tokens", files[split], features.cut, sequences, length)
         torch.manual_seed(settings.seed)
         self.model = self._build_model(source).to(self.device)
         self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
-        self.steps_per_epoch = math.ceil(len(self.features["train"]) / settings.per_device_train_batch_size)
+        self.weights = self._class_weights()
+        self.examples_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = max(round(settings.num_train_epochs * self.steps_per_epoch), 1)
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
         self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
@@ -150,10 +158,10 @@ class Finetuning:
         settings = self.settings
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder)
-        print(f"fine-tuning on {len(self.features['train'])} texts, {self.precision} on {self.device}")
+        print(f"fine-tuning on {len(self.examples['train'])} examples, {self.precision} on {self.device}")
         every = settings.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
-            for rows in islice(self._batches(), self.steps):
+            for rows in islice(self.rows_of_steps(), self.steps):
                 self._train_step(rows)
                 self._report(bar)
                 on_step(self.step)
@@ -167,68 +175,88 @@ class Finetuning:
                     break
         return self._finish()
 
-    def _configure(self, source: Path, labels: list[str]) -> BertConfig:
-        task = self.settings.task
-        regression = task == "regression" or (task == "auto" and are_fractions(labels))
-        names = ["LABEL_0"] if regression else name_labels(labels)
-        known = [*BertConfig.from_pretrained(source).id2label.values()]
-        names = known if sorted(known) == sorted(names) else names
-        return BertConfig.from_pretrained(
-            source,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            problem_type="regression" if regression else "single_label_classification",
-        )
+    def _configure(self, source: Path, labels: dict[str, Any]) -> BertConfig:
+        names, known = labels.get("id2label"), BertConfig.from_pretrained(source).id2label
+        if names is not None and sorted(known.values()) == sorted(names.values()):
+            labels = labels | {"id2label": known}
+        if self.settings.dropout is not None:
+            labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.settings.dropout)
+        return BertConfig.from_pretrained(source, **labels)
 
     def _choose_metric(self) -> str:
-        known = REGRESSION if is_regression(self.config) else CLASSIFICATION
+        known = self.task.metrics
         metric = (self.settings.metric_for_best_model or known[0]).removeprefix("eval_")
         if metric not in known:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)} in this task, got {metric!r}")
         return metric
 
-    def _featurize(self, table: Table, columns: Columns, split: str) -> Features:
-        length = sequence_length(self.settings.max_seq_length, self.config)
-        labelled = split != "test" or columns.label in table.columns
-        labels = encode_labels(table, columns.label, label_numbers(self.config)) if labelled else None
-        features = featurize(table, columns, self.tokenizer, length, labels)
-        if features.cut:
-            logger.warning("%s: cut %d of %d texts to %d tokens", table.path, features.cut, len(features), length)
-        return features
-
-    def _build_model(self, source: Path) -> BertForSequenceClassification:
-        model = BertForSequenceClassification(self.config)
+    def _build_model(self, source: Path) -> BertPreTrainedModel:
+        model = self.task.model(self.config)
         if not self.settings.random_init:
             weights = checkpoint.read_weights(source)
-            if BertConfig.from_pretrained(source).id2label != self.config.id2label:
-                # A classifier of other labels knows nothing of these.
-                weights = {key: value for key, value in weights.items() if not key.startswith("classifier.")}
+            own = BertConfig.from_pretrained(source)
+            other_head = self.task.model.__name__ not in own.extra.get("architectures", [])
+            if other_head or own.id2label != self.config.id2label:  # a head for something else knows nothing of this
+                weights = {key: value for key, value in weights.items() if not key.startswith(self.task.head)}
             checkpoint.load_weights(model, weights, self.settings.model_name_or_path)
         return model.train()
 
-    def _batches(self) -> Iterator[np.ndarray]:
-        sequences, settings = len(self.features["train"]), self.settings
-        return chain.from_iterable(
-            shuffled_batches(sequences, settings.per_device_train_batch_size, settings.seed, epoch) for epoch in count()
-        )
+    def _class_weights(self) -> Tensor | None:
+        if self.settings.class_weights == "none":
+            return None
+        labels = self.features["train"].labels.get("labels")
+        if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
+            raise ValueError("class_weights are for tasks in which an example, or a word, has one label of several")
+        counts = np.bincount(labels[labels >= 0], minlength=self.config.num_labels).clip(min=1)
+        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32, device=self.device)
+
+    def rows_of_steps(self) -> Iterator[np.ndarray]:
+        """Which examples each step takes, without end."""
+        examples, size = len(self.features["train"]), self.examples_per_step
+        return chain.from_iterable(shuffled_batches(examples, size, self.settings.seed, epoch) for epoch in count())
 
     def _train_step(self, rows: np.ndarray) -> None:
-        settings, clock = self.settings, time.perf_counter()
-        rate = settings.learning_rate * schedule("linear", self.step / self.steps, settings.warmup_ratio)
-        batch = self.features["train"].batch(rows, self.device)
-        with autocast(self.device, self.precision):
-            loss = self.model(**batch).loss
-        loss.backward()
-        set_learning_rate(self.optimizers, rate)
-        norm = step_if_finite(self.model, self.optimizers, settings.max_grad_norm, loss.detach())
+        settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
+        size = settings.per_device_train_batch_size
+        passes = (rows[start : start + size] for start in range(0, len(rows), size))
+        parts = (part for some in passes for part in within_budget(features, some, settings.tokens_per_batch))
+        batches = list(map(features.batch, parts))
+        total = sum(map(self._weight, batches))
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            moved = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            with autocast(self.device, self.precision):
+                part = self._loss(moved, total)
+            part.backward()
+            loss += part.detach()
+        set_learning_rate(
+            self.optimizers,
+            settings.learning_rate * schedule("linear", self.step / self.steps, settings.warmup_ratio),
+        )
+        norm = step_if_finite(self.model, self.optimizers, settings.max_grad_norm, loss)
         if norm.isfinite():
             self.skipped_in_a_row = 0
             self.losses.append(loss.item())
         else:
             self.skipped_in_a_row += 1
         self.step += 1
-        self.tokens += batch["input_ids"].shape[1]
+        self.tokens += int(features.lengths[rows].sum())
         self.seconds += time.perf_counter() - clock
+
+    def _weight(self, batch: dict[str, Tensor]) -> float:
+        """What a batch counts in its step's mean: its labels, or their weights."""
+        if self.weights is None:
+            return labels_in(batch)
+        labels = batch["labels"]
+        return self.weights.cpu()[labels[labels >= 0]].sum().item()
+
+    def _loss(self, batch: dict[str, Tensor], total: float) -> Tensor:
+        """A batch's part of its step's mean loss."""
+        if self.weights is None:
+            return self.model(**batch, num_items_in_batch=total).loss
+        labels = batch.pop("labels").flatten()
+        logits = self.model(**batch).logits.flatten(0, -2).float()
+        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum") / total
 
     def _report(self, bar: tqdm) -> None:
         speed = self.tokens / self.seconds
@@ -248,24 +276,27 @@ class Finetuning:
         if "validation" not in self.features:
             self._save()
             return
-        logits, metrics = self._predict("validation")
+        outputs, metrics = self._predict("validation")
         self.journal.write(step=self.step, epoch=self.epoch, **metrics)
         bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
-        score = sign * metrics[f"eval_{self.metric}"], -metrics["eval_loss"]  # the loss decides between equals
-        if score > self.best_score:
-            self.best_score, self.best_metrics, self.validations_without_better = score, metrics, 0
+        loss = metrics.get("eval_loss", 0.0)  # it decides between equals
+        if (sign * metrics[f"eval_{self.metric}"], -loss) > self.best_score:
+            self.best_score = sign * metrics[f"eval_{self.metric}"], -loss
+            self.best_metrics, self.validations_without_better = metrics, 0
             self._save()
-            write_predictions(self.folder / "predictions_validation.tsv", logits, self.config)
+            self._write("validation", outputs)
         else:
             self.validations_without_better += 1
 
-    def _predict(self, split: str) -> tuple[np.ndarray, dict[str, float]]:
-        features = self.features[split]
-        logits = predict_logits(self.model, features, self.settings.eval_tokens, self.precision)
-        metrics = {} if features.labels is None else measure(logits, features.labels)
+    def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
+        outputs = predict_outputs(self.task, self.model, self.features[split])
+        metrics = self.task.measure(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
-        return logits, {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _write(self, split: str, outputs) -> None:
+        self.task.write(self.folder, split, self.examples[split], self.features[split], outputs)
 
     def _save(self) -> None:
         self.model.save_pretrained(self.folder)
@@ -282,15 +313,18 @@ class Finetuning:
             "epoch": self.epoch,
             "best_step": self.best_step,
             **self.best_metrics,
-            "train_samples": len(self.features["train"]),
+            "train_samples": len(self.examples["train"]),
             "train_loss": sum(self.losses) / max(len(self.losses), 1),
             "train_runtime": self.seconds,
             "train_tokens_per_second": self.tokens / self.seconds,
         }
+        if self.task.bad.count:
+            results["bad_rows"] = self.task.bad.count
+            print(f"{self.task.bad.count} rows could not be used and were left out")
         if "test" in self.features:
             checkpoint.load_weights(self.model, checkpoint.read_weights(self.folder), str(self.folder))
-            logits, metrics = self._predict("test")
-            write_predictions(self.folder / "predictions_test.tsv", logits, self.config)
+            outputs, metrics = self._predict("test")
+            self._write("test", outputs)
             results |= metrics
         write_results(self.folder / "all_results.json", results)
         return results

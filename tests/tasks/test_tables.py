@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bertfast.tasks.tables import read_table
+from bertfast.tasks.tables import BadRows, read_table
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -38,7 +38,8 @@ def test_tsv_and_jsonl_hold_the_same_rows(tmp_path, compression, end):
         ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 fields where the header has 2"),
         ("a.tsv", "sentence\tlabel\n", "holds no rows"),
         ("a.tsv", "", "holds no rows"),
-        ("a.csv", "sentence,label\n", "unknown kind; known are .tsv"),
+        ("a.csv", 'sentence,label\n"one, and",1\ntwo\n', "line 3: 1 fields where the header has 2"),
+        ("a.odt", "sentence,label\n", "unknown kind; known are .tsv"),
         ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON"),
         ("a.jsonl", '["x"]\n', "line 1: not an object"),
         (
@@ -71,3 +72,17 @@ def test_sst2(shared_data):
     assert len(table) == 872
     assert table.texts("sentence")[0] == "one long string of cliches ."
     assert set(table.column("label")) == {"0", "1"}
+
+
+def test_csv_has_quotes_and_lines_within_them(tmp_path):
+    table = read_table(written(tmp_path, "a.csv.gz", '\ufeffsentence,label\n"a, ""b""\nc",1\nd,0\n'))
+    assert table.texts("sentence") == ['a, "b"\nc', "d"]
+    assert table.lines == [3, 4]
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
+    bad = BadRows("skip")
+    table = read_table(written(tmp_path, "a.tsv", "sentence\tlabel\none\t1\ntwo\nthree\t0\n"), bad=bad)
+    assert (table.texts("sentence"), bad.count) == (["one", "three"], 1)
+    table = read_table(written(tmp_path, "a.jsonl", '{"text": "x"}\n{"text"\n'), bad=bad)
+    assert (len(table), bad.count) == (1, 2)

