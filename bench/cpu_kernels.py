@@ -42,7 +42,7 @@ from report import plot, read, short, summary
 
 from bertfast import compiled
 from bertfast.memory import keep_freed_memory
-from bertfast.training.precision import multiplies_bf16
+from bertfast.precision import multiplies_bf16
 
 OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/*.py") if path.stem != "conftest")
 PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch's

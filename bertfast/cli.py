@@ -18,9 +18,17 @@ COMMANDS = {
     "demo": ("demo", "DemoSettings", "demo", "pre-train, fine-tune and ask a BERT of your own, in minutes"),
     "prepare": ("data.prepare", "PrepareSettings", "prepare", "turn text into token shards"),
     "pretrain": ("training.pretrain", "PretrainSettings", "pretrain", "pre-train on text: masked LM, sentence pairs"),
-    "finetune": ("training.finetune", "FinetuneSettings", "finetune", "fine-tune on labelled sentences or pairs"),
+    "finetune": (
+        "training.finetune",
+        "FinetuneSettings",
+        "finetune",
+        "fine-tune on sentences, choices, answers or tags",
+    ),
     "evaluate": ("training.evaluate", "EvaluateSettings", "evaluate", "score a model on labelled data or on text"),
-    "predict": ("training.predict", "PredictSettings", "predict", "label texts with a fine-tuned model"),
+    "predict": ("training.predict", "PredictSettings", "predict", "answers of a fine-tuned model, as JSON lines"),
+    "sweep": ("training.sweep", "SweepSettings", "sweep", "fine-tune with many settings and seeds, and keep the best"),
+    "reproduce": ("reproduce", "ReproduceSettings", "reproduce", "the paper's tables, with models and data at hand"),
+    "features": ("tasks.extract", "ExtractSettings", "extract", "write what a model's layers hold of texts to disk"),
     "fill-mask": ("tasks.fill_mask", "FillMaskSettings", "fill_mask_command", "name the best words for each [MASK]"),
     "doctor": ("doctor", "DoctorSettings", "doctor", "say what this machine has, and what runs on it"),
 }
@@ -60,9 +68,9 @@ def parse(command: str, settings_class: type, arguments: list[str]):
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config":
-            flags += _flags_of(next(rest, None))
+            flags += _flags_in(next(rest, None))
         elif argument.startswith("--config="):
-            flags += _flags_of(argument.removeprefix("--config="))
+            flags += _flags_in(argument.removeprefix("--config="))
         else:
             flags.append(argument)
     return tyro.cli(
@@ -70,13 +78,18 @@ def parse(command: str, settings_class: type, arguments: list[str]):
     )
 
 
-def _flags_of(path: str | None) -> list[str]:
+def _flags_in(path: str | None) -> list[str]:
     """A YAML file's entries as the flags they stand for, so that both are checked alike."""
     if path is None or not Path(path).is_file():
         raise FileNotFoundError(f"--config wants a YAML file, and {path} is none")
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold `name: value` lines")
+    return flags_of(entries)
+
+
+def flags_of(entries: dict) -> list[str]:
+    """Names and values as the flags they stand for."""
     flags = []
     for name, value in entries.items():
         if isinstance(value, bool):

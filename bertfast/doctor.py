@@ -14,7 +14,7 @@ from bertfast import compiled
 from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import choose, why_not
-from bertfast.training.precision import choose_device, choose_precision, multiplies_bf16
+from bertfast.precision import choose_device, choose_precision, multiplies_bf16
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

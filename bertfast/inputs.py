@@ -79,11 +79,12 @@ def pack(
     positions: int,
     training: bool = False,
     pooled: bool = True,
+    pool_last: bool = False,
 ) -> tuple[Packed, Layout]:
     """Pack a padded batch [B, L] at its attended places, or take a packed one [1, T] with `cu_seq_lens_q` as it is.
 
     `positions` is how many the model knows. `pooled` says that column 0 of every row will be read, also where it is
-    masked out.
+    masked out. `pool_last`: a sequence's last token speaks for it, as where a model reads from left to right.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -121,7 +122,7 @@ def pack(
         token_type_ids=pack_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
         position_ids=pack_or(position_ids, "position_ids", columns),
         sequences=sequences,
-        first=sequences.first.index_copy(0, rows, places),
+        first=(sequences.last if pool_last else sequences.first).index_copy(0, rows, places),
         guests=tuple(guests),
         identity=identity,
     )

@@ -109,6 +109,11 @@ class Sequences:
         return self.cu_seqlens[:-1].long().clamp(max=self.tokens - 1)
 
     @cached_property
+    def last(self) -> Tensor:
+        """int64 [S]: the place of each sequence's last token; an empty one names some other place."""
+        return (self.cu_seqlens[1:] - 1).long().clamp(min=0)
+
+    @cached_property
     def token_number(self) -> Tensor:
         """int64 [T]: the number of the sequence that each place belongs to."""
         return self.numbers[self.token_index] if self.numbers.numel() else torch.zeros_like(self.position)

@@ -22,3 +22,29 @@ def unwritten_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A model, with the heads of pre-training, that has learned nothing yet."""
+    # Here, since the kernels' tests also run where there are no tokenizers.
+    from sentiment import FILLERS
+
+    from bertfast import BertConfig, BertForPreTraining
+    from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    tokenizer = train_tokenizer([" ".join([*FILLERS, "good", "bad"])] * 20, 256)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    BertForPreTraining(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder

@@ -14,6 +14,7 @@ FLOORS = {
     "dropout": 0,
     "inference": 0,
     "memory": 0,
+    "precision": 0,
     "sequences": 0,
     "reference": 0,
     "ops": 1,
@@ -30,6 +31,7 @@ FLOORS = {
     "training": 4,
     "demo": 5,
     "doctor": 5,
+    "reproduce": 5,
     "cli": 5,
     "": 6,  # the package itself, which says what is public
 }
@@ -43,6 +45,7 @@ WITHIN = {
     ("modules", "inputs"),
     ("models", "checkpoint"),
     ("training", "tasks"),
+    ("reproduce", "cli"),
 }
 
 

@@ -31,8 +31,8 @@ from torch import Tensor
 import bertfast
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.memory import keep_freed_memory
+from bertfast.precision import multiplies_bf16
 from bertfast.tasks.tables import read_table
-from bertfast.training.precision import multiplies_bf16
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import DATA, DEVICE, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result

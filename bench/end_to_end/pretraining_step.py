@@ -34,10 +34,10 @@ from bertfast.data.samples import Outline, Sampling, plan_samples
 from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
 from bertfast.memory import keep_freed_memory
+from bertfast.precision import multiplies_bf16
 from bertfast.sequences import Sequences
 from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
-from bertfast.training.precision import multiplies_bf16
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import DATA, DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result

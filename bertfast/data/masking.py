@@ -28,7 +28,12 @@ class Masked(NamedTuple):
 
 
 def mask_counts(maskable: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """int64: how many of so many maskable tokens are masked, the rounded share and at least one of any."""
+    """int64: how many of so many maskable tokens are masked, the rounded share and at least one of any.
+
+    Left to right, all of them and [SEP] are to be predicted.
+    """
+    if sampling.objective == "ltr":
+        return maskable + 1
     counts = np.rint(sampling.mlm_probability * maskable).astype(np.int64)
     return np.minimum(np.maximum(counts, 1), maskable)
 
@@ -50,8 +55,12 @@ class Masker:
         """Mask samples of `lengths` [S], numbered from `first_number` on, that lie end to end in `token_ids` int64 [T].
 
         A masked token becomes [MASK], a random ordinary token or stays. With whole words, a word that no longer fits
-        into the number to be masked is left alone, so that there may be fewer; a lone one that is too long is cut.
+        into the number to be masked is left alone, so that there may be fewer; a lone one that is too long is cut. Left
+        to right nothing is hidden, and every place but a sample's last is asked about the token behind it.
         """
+        if self.sampling.objective == "ltr":
+            rows = np.setdiff1d(np.arange(len(token_ids)), np.cumsum(lengths) - 1)
+            return Masked(token_ids, rows, token_ids[rows + 1])
         present = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [S, L]
         maskable = np.zeros_like(present)
         maskable[present] = (token_ids != self.special.cls) & (token_ids != self.special.sep)

@@ -24,13 +24,13 @@ class Capacity(NamedTuple):
     masked: int
 
     @classmethod
-    def for_samples(cls, tokens: int, mean_length: float, mlm_probability: float) -> Capacity:
+    def for_samples(cls, tokens: int, mean_length: float, share: float) -> Capacity:
         """Room that bins of `tokens` practically never outgrow when samples have this length on average.
 
-        [CLS] and [SEP] are never masked, so the share of all tokens is enough even though counts are rounded.
+        [CLS] and [SEP] are never masked, so `share` of all tokens is enough even though counts are rounded.
         """
         sequences = 1.25 * tokens / mean_length + 8
-        return cls(tokens, _multiple_of_8(sequences), _multiple_of_8(mlm_probability * tokens))
+        return cls(tokens, _multiple_of_8(sequences), _multiple_of_8(share * tokens))
 
 
 def pack(lengths: np.ndarray, masked: np.ndarray, capacity: Capacity) -> np.ndarray:
@@ -91,7 +91,7 @@ class Epochs:
         self.outline, self.sampling, self.seed = outline, sampling, seed
         samples = self._samples(0)
         mean_length = samples.lengths(sampling).mean()
-        self.capacity = Capacity.for_samples(tokens_per_bin, mean_length, sampling.mlm_probability)
+        self.capacity = Capacity.for_samples(tokens_per_bin, mean_length, sampling.predicted_share)
         self._bins_before, self._samples_before = [0], [0]  # of each epoch planned so far, and of the next
         self._kept: dict[int, Epoch] = {}
         self._keep(0, samples)

@@ -25,7 +25,8 @@ class Sampling:
 
     Attributes:
         max_seq_length: Longest sample in tokens, [CLS] and [SEP] included.
-        objective: Sentence pairs for masked LM and next-sentence prediction, or whole sentences for masked LM alone.
+        objective: Sentence pairs for masked LM and next-sentence prediction; whole sentences for masked LM alone, or
+            for a model that reads from left to right and predicts every next token (ltr).
         short_seq_probability: Share of the samples that aim at a random length from 2 tokens on.
         mlm_probability: Share of a sample's tokens that are to be predicted.
         mask_replace_prob: Share of those that [MASK] replaces.
@@ -34,7 +35,7 @@ class Sampling:
     """
 
     max_seq_length: int = 128
-    objective: Literal["mlm+nsp", "mlm"] = "mlm+nsp"
+    objective: Literal["mlm+nsp", "mlm", "ltr"] = "mlm+nsp"
     short_seq_probability: float = 0.1
     mlm_probability: float = 0.15
     mask_replace_prob: float = 0.8
@@ -44,8 +45,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_seq_length < 5:
             raise ValueError(f"max_seq_length must be at least 5 (a pair of tokens), got {self.max_seq_length}")
-        if self.objective not in ("mlm+nsp", "mlm"):
-            raise ValueError(f'objective must be "mlm+nsp" or "mlm", got {self.objective!r}')
+        if self.objective not in ("mlm+nsp", "mlm", "ltr"):
+            raise ValueError(f'objective must be "mlm+nsp", "mlm" or "ltr", got {self.objective!r}')
         for name in ("short_seq_probability", "mlm_probability", "mask_replace_prob", "random_replace_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -59,6 +60,11 @@ class Sampling:
     def pairs(self) -> bool:
         """Whether a sample is a pair of segments, [CLS] A [SEP] B [SEP], and not one, [CLS] A [SEP]."""
         return self.objective == "mlm+nsp"
+
+    @property
+    def predicted_share(self) -> float:
+        """Of a sample's tokens, how many are to be predicted at most."""
+        return 1.0 if self.objective == "ltr" else self.mlm_probability
 
     @property
     def room(self) -> int:

@@ -96,6 +96,7 @@ class BertPreTrainedModel(nn.Module):
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=pooled,
+            pool_last=bool(self.config.extra.get("pool_last")),
         )
 
     def _encode(

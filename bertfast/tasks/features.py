@@ -28,6 +28,7 @@ class Features:
         cut: how many sequences were cut to the greatest length.
         labels: what a model learns from, by the name of its argument: [E, …], or [T] where each token has a label.
             Integers of -100 count as none.
+        inputs: what else it is given, by the name of its argument: [T, …].
         choices: sequences of each example.
     """
 
@@ -36,6 +37,7 @@ class Features:
     starts: np.ndarray
     cut: int = 0
     labels: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
     choices: int = 1
 
     def __len__(self) -> int:
@@ -57,7 +59,7 @@ class Features:
             "token_type_ids": self.token_type_ids[places][None].astype(np.int64),
             "cu_seq_lens_q": np.concatenate([[0], ends]).astype(np.int32),
         }
-        for name, values in self.labels.items():
+        for name, values in (self.labels | self.inputs).items():
             arrays[name] = values[places][None] if len(values) == len(self.token_ids) else values[rows]
         batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
         return batch | ({"num_choices": self.choices} if self.choices > 1 else {})

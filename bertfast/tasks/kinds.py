@@ -27,9 +27,11 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         if settings.task not in KINDS:
             raise ValueError(f"there is no task {settings.task!r}; there are auto, {', '.join(KINDS)}")
         return KINDS[settings.task](settings)
-    if config is not None:
-        for kind in (SentenceTask, ChoiceTask, SpanTask, TagTask):
-            if kind.model.__name__ in config.extra.get("architectures", []):
-                return kind(settings)
+    for kind in (SentenceTask, ChoiceTask, SpanTask, TagTask) if config is not None else ():
+        for model in filter(None, (kind.model, kind.of_features)):
+            if model.__name__ in config.extra.get("architectures", []):
+                task = kind(settings)
+                task.model = model
+                return task
     suffixes = Path(file).suffixes[-2:] if file is not None else []
     return next((kind for suffix, kind in _BY_SUFFIX.items() if suffix in suffixes), SentenceTask)(settings)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from bertfast.data.corpus import read_lines
 from bertfast.data.tokenizer import special_tokens
 from bertfast.models import BertForTokenClassification
+from bertfast.models.feature_based import BertFeaturesForTokenClassification
 from bertfast.reference import IGNORED
 from bertfast.tasks.features import Features
 from bertfast.tasks.metrics import confusion
@@ -58,6 +59,7 @@ class TagTask(Task):
     """Which tag each word has."""
 
     model = BertForTokenClassification
+    of_features = BertFeaturesForTokenClassification
     head = "classifier."
     metrics = ("f1", "precision", "recall", "accuracy")
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,10 +17,10 @@ from torch import Tensor
 from bertfast.config import BertConfig
 from bertfast.models import BertPreTrainedModel
 from bertfast.outputs import ModelOutput
+from bertfast.precision import Precision
 from bertfast.tasks.features import Features
 from bertfast.tasks.tables import BadRows, OnBadRows
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Outputs = Sequence[np.ndarray]
 """Of each example, what its model's head gives: float32 [labels], or [tokens, labels] where each token has its own."""
 Confusion = tuple[list[str], np.ndarray]
@@ -81,7 +81,8 @@ class Task(ABC):
     training file is read; where one exists already, `know` tells the labels it was trained with.
     """
 
-    model: ClassVar[type[BertPreTrainedModel]]
+    model: type[BertPreTrainedModel]
+    of_features: ClassVar[type[BertPreTrainedModel] | None] = None  # the same on an encoder that does not learn
     head: ClassVar[str]  # begins the names of the weights without which answers mean nothing
     metrics: tuple[str, ...]  # names of measures, the one that decides first; "loss" among them falls
 

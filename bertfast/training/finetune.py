@@ -6,9 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -21,8 +22,9 @@ from bertfast import checkpoint
 from bertfast.config import BertConfig
 from bertfast.data.tokenizer import save_tokenizer
 from bertfast.models import BertPreTrainedModel
+from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED
-from bertfast.tasks.features import labels_in, shuffled_batches, within_budget
+from bertfast.tasks.features import Features, batches_by_length, labels_in, shuffled_batches, within_budget
 from bertfast.tasks.kinds import choose_task
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
@@ -31,7 +33,6 @@ from bertfast.training.evaluate import write_results
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
-from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.predict import predict_outputs
 from bertfast.training.schedule import schedule, set_learning_rate
 
@@ -48,6 +49,12 @@ class FinetuneSettings(TaskSettings):
         output_dir: Folder for the best model, metrics.jsonl, all_results.json and the predictions.
         validation_file: The same for validation; none: the last model counts as the best.
         test_file: The same to predict on with the best model; its labels, if there are any, are only for metrics.
+        strategy: fine-tuning teaches the whole model; feature-based leaves it as it is, and teaches a BiLSTM that reads
+            its layers (tags of words alone).
+        feature_layers: Which of them: embeddings, second-to-last, last, sum-last-four, concat-last-four or sum-all;
+            sums are weighted, and the weights learned.
+        lstm_size: Of each direction of the BiLSTM.
+        lstm_layers: Of the BiLSTM.
         random_init: Take only configuration and tokenizer from the model, and start from random weights.
         class_weights: balanced: an example counts as much more as its label is rarer.
         per_device_train_batch_size: Examples of a forward and backward pass.
@@ -71,6 +78,10 @@ class FinetuneSettings(TaskSettings):
     output_dir: str
     validation_file: str | None = None
     test_file: str | None = None
+    strategy: Literal["fine-tuning", "feature-based"] = "fine-tuning"
+    feature_layers: str = "concat-last-four"
+    lstm_size: int = 768
+    lstm_layers: int = 2
     random_init: bool = False
     class_weights: Literal["none", "balanced"] = "none"
     per_device_train_batch_size: int = 32
@@ -125,6 +136,10 @@ class Finetuning:
         self.device = choose_device(settings.device)
         self.precision = choose_precision(self.device, settings.precision)
         self.task = choose_task(settings, file=settings.train_file)
+        if settings.strategy == "feature-based":
+            if self.task.of_features is None:
+                raise ValueError("the strategy feature-based is for tags of words")
+            self.task.model = self.task.of_features
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         files = {split: path for split, path in files.items() if path is not None}
         examples = {split: self.task.read(path, labelled=split != "test") for split, path in files.items()}
@@ -143,6 +158,8 @@ class Finetuning:
                 logger.warning("%s: cut %d of %d texts to %d tokens", files[split], features.cut, sequences, length)
         torch.manual_seed(settings.seed)
         self.model = self._build_model(source).to(self.device)
+        if settings.strategy == "feature-based":
+            self.features = {split: self._with_inputs(some) for split, some in self.features.items()}
         self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
         self.weights = self._class_weights()
         self.examples_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -181,6 +198,8 @@ class Finetuning:
             labels = labels | {"id2label": known}
         if self.settings.dropout is not None:
             labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.settings.dropout)
+        if self.settings.strategy == "feature-based":
+            labels |= {name: getattr(self.settings, name) for name in ("feature_layers", "lstm_size", "lstm_layers")}
         return BertConfig.from_pretrained(source, **labels)
 
     def _choose_metric(self) -> str:
@@ -200,6 +219,20 @@ class Finetuning:
                 weights = {key: value for key, value in weights.items() if not key.startswith(self.task.head)}
             checkpoint.load_weights(model, weights, self.settings.model_name_or_path)
         return model.train()
+
+    def _with_inputs(self, features: Features) -> Features:
+        """With what the encoder gives for every token, fp32 [T, layers, H], which does not change: on disk."""
+        shape = (len(features.token_ids), len(self.model.numbers), self.config.hidden_size)
+        file = TemporaryFile()  # noqa: SIM115 - gone when the run is
+        found = np.memmap(file, np.float32, "w+", shape=shape)
+        for rows in batches_by_length(features, self.settings.eval_tokens):
+            batch = features.batch(rows, self.device)
+            inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
+            with autocast(self.device, self.precision):
+                computed = self.model.features(**inputs)[0].float().cpu().numpy()
+            for row, part in zip(rows, np.split(computed, inputs["cu_seq_lens_q"][1:-1].cpu()), strict=True):
+                found[features.starts[row] : features.starts[row + 1]] = part
+        return replace(features, inputs={"features": found})
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weights == "none":

@@ -12,7 +12,7 @@ from bertfast.config import BertConfig
 from bertfast.data.batches import Batch
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
-from bertfast.training.precision import half
+from bertfast.precision import half
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Records what a function launches; returns the tensor in which its result will lie, and what replays it all."""

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from bertfast import checkpoint
 from bertfast.config import BertConfig
 from bertfast.models import BertPreTrainedModel
+from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.tasks.kinds import choose_task
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.task import Outputs, Task, TaskSettings
-from bertfast.training.precision import autocast, choose_device, choose_precision
 
 _LINES_AT_A_TIME = 1000
 

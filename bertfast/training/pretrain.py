@@ -26,6 +26,7 @@ from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
 from bertfast.encoder import PretrainingLoss
 from bertfast.models import BertForPreTraining
+from bertfast.precision import Precision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
@@ -34,7 +35,6 @@ from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers
-from bertfast.training.precision import Precision, choose_precision, half
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import ScheduleName, schedule
 from bertfast.training.start import starting_config, starting_model
@@ -229,6 +229,8 @@ class Pretraining:
         config = starting_config(
             start, settings.preset, settings.config_overrides, settings.dropout, settings.max_positions
         )
+        if settings.sampling.objective == "ltr":
+            config.is_decoder, config.extra["pool_last"] = True, True  # [CLS] sees nothing but itself
         longest = max(settings.sampling.max_seq_length, settings.second_phase_length)
         if longest > config.max_position_embeddings:
             raise ValueError(

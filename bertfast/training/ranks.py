@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bertfast.training.precision import choose_device
+from bertfast.precision import choose_device
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(hours=6)  # of those who wait while the first rank prepares text

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForPreTraining
+from bertfast.precision import autocast
 from bertfast.training.graph import Recorder, Replayed
 from bertfast.training.optimizer import step_if_finite
-from bertfast.training.precision import autocast
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import set_learning_rate
 

@@ -19,8 +19,8 @@ from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, special_tokens
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForMaskedLM, BertForPreTraining, BertPreTrainedModel
+from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.pretrained import open_model, sequence_length
-from bertfast.training.precision import autocast, choose_device, choose_precision
 from bertfast.training.ranks import Ranks
 
 

@@ -140,3 +140,14 @@ def test_nothing_to_mask_is_no_error(special):
     masked = Masker(special, NO_CONTINUATION, Sampling(), seed=0)(token_ids, lengths, 0)
     assert masked.rows.size == 0
     assert (masked.token_ids == token_ids).all()
+
+
+def test_from_left_to_right_every_token_but_the_last_is_asked_about_the_next(special):
+    token_ids, lengths = many(special)
+    sampling = Sampling(objective="ltr")
+    masked = Masker(special, NO_CONTINUATION, sampling, seed=0)(token_ids, lengths, 0)
+    assert (masked.token_ids == token_ids).all()
+    ends = np.cumsum(lengths) - 1
+    assert not np.isin(masked.rows, ends).any()
+    assert masked.rows.size == token_ids.size - lengths.size == mask_counts(lengths - 2, sampling).sum()
+    assert (masked.labels == token_ids[masked.rows + 1]).all()

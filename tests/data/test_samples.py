@@ -186,7 +186,7 @@ def test_shards_without_text_are_refused(make_shards):
     ("settings", "message"),
     [
         ({"max_seq_length": 4}, "max_seq_length must be at least 5"),
-        ({"objective": "nsp"}, 'objective must be "mlm+nsp" or "mlm"'),
+        ({"objective": "nsp"}, 'objective must be "mlm+nsp", "mlm" or "ltr"'),
         ({"mlm_probability": 1.5}, "mlm_probability must lie between 0 and 1, got 1.5"),
         ({"short_seq_probability": -0.1}, "short_seq_probability must lie"),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "must add up to at most 1"),

@@ -7,9 +7,9 @@ from bertfast import BertConfig, BertForPreTraining
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode
 from bertfast.inputs import Packed
+from bertfast.precision import autocast
 from bertfast.sequences import Sequences
 from bertfast.training.footprint import Footprint, activations, available_memory, footprint
-from bertfast.training.precision import autocast
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
 CPU = torch.device("cpu")

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from bertfast import BertConfig, BertForPreTraining
-from bertfast.training import precision
+from bertfast import BertConfig, BertForPreTraining, precision
+from bertfast.precision import choose_precision
 from bertfast.training.optimizer import Lamb, Muon, build_optimizers
-from bertfast.training.precision import choose_precision
 from bertfast.training.schedule import schedule, set_learning_rate
 
 

@@ -214,3 +214,19 @@ def test_minutes_end_a_run_by_the_clock_with_the_rate_at_zero(data, tmp_path):
     assert len(rates) > 3
     assert max(rates) <= 1e-2
     assert rates[-1] < max(rates) / 2
+
+
+def test_from_left_to_right_it_learns_to_go_on_and_sees_nothing_ahead(data, tmp_path):
+    sampling = Sampling(max_seq_length=24, objective="ltr")
+    metrics = pretrain(settings_for(tmp_path, data, max_steps=200, dropout=0.0, sampling=sampling))
+    assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5
+    assert "next_sentence_loss" not in metrics
+    model = BertForPreTraining.from_pretrained(tmp_path)
+    assert model.config.is_decoder
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 2]])
+    first, second = model.bert(ids).last_hidden_state
+    torch.testing.assert_close(first[:3], second[:3])
+    assert not torch.allclose(first[3:], second[3:])
+    pooled = model.bert(ids).pooler_output
+    lasts = model.bert.pooler(torch.stack([first[-1], second[-1]]))
+    torch.testing.assert_close(pooled, lasts)

@@ -1,0 +1,155 @@
+"""`bertfast features`: what a model's layers hold of texts, written to disk in parts, so that memory stays flat.
+
+S texts, T tokens, F features.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bertfast import checkpoint
+from bertfast.data.corpus import COMPRESSIONS, read_lines
+from bertfast.models import BertModel
+from bertfast.models.feature_based import LAYERS, chosen_layers
+from bertfast.precision import Precision, autocast, choose_device, choose_precision
+from bertfast.tasks.features import Features, batches_by_length, tokenize
+from bertfast.tasks.pretrained import open_model, sequence_length
+from bertfast.tasks.sentences import Columns
+from bertfast.tasks.tables import read_table
+
+Pool = Literal["cls", "mean", "tokens"]
+LINES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
+
+
+@dataclass(kw_only=True)
+class ExtractSettings:
+    """Which features, of which texts.
+
+    Attributes:
+        model_name_or_path: Folder or hub id of a model and its tokenizer.
+        output_dir: Folder for part-00000 and so on; finished parts that are there already are kept.
+        input_file: A .txt file with a text a line, which is read as a stream; or a .tsv, .csv or .jsonl file; none:
+            lines of standard input.
+        text_column: Column of the text; none: sentence, sentence1 or text.
+        text_pair_column: Column of the second text of a pair; none: sentence2, if it is there.
+        pool: What of each text: [CLS]'s features, the mean of its tokens', or those of all tokens.
+        layers: embeddings, second-to-last, last, sum-last-four (their mean), concat-last-four or sum-all.
+        form: Of the parts.
+        texts_per_part: Texts of a part.
+        max_seq_length: Tokens of a text at most, longer ones are cut; none: the positions of the model.
+        eval_tokens: About how many tokens to compute at a time.
+        precision: auto takes bf16 where the device multiplies it natively (and, on a CPU, faster), else fp32.
+        device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
+    """
+
+    model_name_or_path: str
+    output_dir: str
+    input_file: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    pool: Pool = "mean"
+    layers: str = "last"
+    form: Literal["safetensors", "parquet"] = "safetensors"
+    texts_per_part: int = 10_000
+    max_seq_length: int | None = None
+    eval_tokens: int = 8192
+    precision: Precision = "auto"
+    device: str | None = None
+
+    def __post_init__(self):
+        if self.layers not in LAYERS:
+            raise ValueError(f"there are no features {self.layers!r}; there are {', '.join(LAYERS)}")
+        if self.form == "parquet" and self.pool == "tokens":
+            raise ValueError("a table has one row a text: write the features of tokens as safetensors")
+        for name in ("texts_per_part", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+
+
+def extract(settings: ExtractSettings) -> Path:
+    """Write the features of all texts; returns the folder.
+
+    A part holds "features", fp32 [S, F], or with the pool "tokens" [T, F] beside "starts" int64 [S + 1], or a column of
+    lists.
+    """
+    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "")
+    model = model.to(choose_device(settings.device))
+    length = sequence_length(settings.max_seq_length, model.config)
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = _texts(settings)
+    with tqdm(desc="features", unit="text") as bar:
+        for number in range(sys.maxsize):
+            some = list(islice(texts, settings.texts_per_part))
+            if not some:
+                break
+            path = folder / f"part-{number:05}.{settings.form}"
+            if not path.exists():
+                _write(path, compute(model, tokenize(tokenizer, some, length), settings))
+            bar.update(len(some))
+    return folder
+
+
+@torch.no_grad()
+def compute(model: BertModel, features: Features, settings: ExtractSettings) -> dict[str, Tensor]:
+    """The features of tokenized texts, as `extract` writes them."""
+    numbers, side_by_side = chosen_layers(settings.layers, model.config)
+    width = model.config.hidden_size * (len(numbers) if side_by_side else 1)
+    tokens = settings.pool == "tokens"
+    found = torch.empty(len(features.token_ids) if tokens else len(features), width)
+    precision = choose_precision(model.device, settings.precision)
+    only_last = numbers == [model.config.num_hidden_layers]
+    for rows in batches_by_length(features, settings.eval_tokens):
+        with autocast(model.device, precision):
+            outputs = model(**features.batch(rows, model.device), output_hidden_states=not only_last)
+        states = [outputs.last_hidden_state] if only_last else [outputs.hidden_states[number] for number in numbers]
+        states = [state[0].float() for state in states]
+        hidden = (torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)).cpu()
+        lengths = features.lengths[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        if tokens:
+            for row, start, end in zip(rows, starts, starts[1:], strict=False):
+                found[features.starts[row] : features.starts[row + 1]] = hidden[start:end]
+        elif settings.pool == "cls":
+            found[rows] = hidden[starts[:-1]]
+        else:
+            found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
+    return {"features": found} | ({"starts": torch.from_numpy(features.starts)} if tokens else {})
+
+
+def _texts(settings: ExtractSettings) -> Iterator[str | tuple[str, str]]:
+    path = settings.input_file
+    if path is None:
+        return (line.rstrip("\r\n") for line in sys.stdin)
+    if path.endswith(LINES):
+        return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))
+    table = read_table(path)
+    columns = Columns.choose(table, settings.text_column, settings.text_pair_column, None)
+    texts = table.texts(columns.text)
+    return iter(texts if columns.text_pair is None else zip(texts, table.texts(columns.text_pair), strict=True))
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    if path.suffix == ".safetensors":
+        checkpoint.write_tensors(tensors, temporary)
+    else:
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise ImportError("a .parquet file wants `pip install bertfast[parquet]`") from None
+        features = tensors["features"].numpy()
+        lists = pyarrow.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
+        parquet.write_table(pyarrow.table({"features": lists}), temporary)
+    temporary.rename(path)

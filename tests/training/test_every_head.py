@@ -1,0 +1,176 @@
+"""Fine-tuning each kind of model: the losses of a plain loop around transformers, from the shell to the answers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from examples import settings_for, write_examples
+from sentiment import FILLERS
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+
+from bertfast.cli import main
+from bertfast.tasks.features import Features, labels_in
+from bertfast.training.finetune import Finetuning
+from bertfast.training.schedule import schedule
+
+STEPS, BATCH = 50, 4
+
+
+def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """The examples as transformers takes them."""
+    sequences = [row * features.choices + i for row in rows for i in range(features.choices)]
+    spans = [slice(*features.starts[i : i + 2]) for i in sequences]
+
+    def spread(values: np.ndarray, rest: int) -> torch.Tensor:
+        return pad_sequence([torch.from_numpy(values[span].astype(np.int64)) for span in spans], True, rest)
+
+    batch = {"input_ids": spread(features.token_ids, 0), "token_type_ids": spread(features.token_type_ids, 0)}
+    batch["attention_mask"] = spread(np.ones_like(features.token_ids), 0)
+    if features.choices > 1:
+        batch = {name: values.unflatten(0, (-1, features.choices)) for name, values in batch.items()}
+    for name, values in features.labels.items():
+        per_token = len(values) == len(features.token_ids)
+        batch[name] = spread(values, -100) if per_token else torch.from_numpy(values[rows])
+    return batch
+
+
+def their_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    outputs = model(**batch)
+    if "start_logits" not in outputs:
+        return outputs.loss
+    # transformers' softmax counts padding in, where no answer can be; ours does not.
+    absent = batch["attention_mask"] == 0
+    sides = [(outputs.start_logits, batch["start_positions"]), (outputs.end_logits, batch["end_positions"])]
+    return sum(F.cross_entropy(logits.masked_fill(absent, -torch.inf), places) for logits, places in sides) / 2
+
+
+def their_losses(run: Finetuning, folder: Path) -> list[float]:
+    """Of a plain loop around transformers' model, from the same weights and on the same examples."""
+    settings, features = run.settings, run.features["train"]
+    run.model.save_pretrained(folder)
+    model = getattr(transformers, run.task.model.__name__).from_pretrained(folder).train()
+    decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
+    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups, lr=settings.learning_rate), []
+    for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
+        batches = [padded(features, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+        counts = [labels_in(batch) for batch in batches]
+        loss = sum(their_loss(model, batch) * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule("linear", step / run.steps, settings.warmup_ratio)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+KINDS = ["classification", "regression", "multi-label", "choices", "answers", "tags"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_a_plain_loop_around_transformers(kind, accumulation, pretrained, tmp_path):
+    file = write_examples(tmp_path, kind, 48, seed=0)
+    settings = settings_for(
+        kind,
+        pretrained,
+        file,
+        tmp_path / "out",
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=STEPS * BATCH * accumulation / 48,
+        learning_rate=1e-3,
+    )
+    run = Finetuning(settings)
+    assert run.steps == STEPS
+    expected = their_losses(run, tmp_path / "theirs")
+    run.run(lambda step: None)
+    assert run.losses == pytest.approx(expected, abs=1e-4)
+    assert np.mean(run.losses[-10:]) < np.mean(run.losses[:10])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_of_tokens_changes_no_step(kind, pretrained, tmp_path):
+    file, losses = write_examples(tmp_path, kind, 24, seed=0), []
+    for budget in (10**6, 12):
+        settings = settings_for(kind, pretrained, file, tmp_path / str(budget), tokens_per_batch=budget)
+        run = Finetuning(settings)
+        run.run(lambda step: None)
+        losses.append(run.losses)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tmp_path, capsys, monkeypatch):
+    for split, rows in (("train", 400), ("dev", 40)):
+        (tmp_path / split).mkdir()
+        write_examples(tmp_path / split, kind, rows, seed=rows)
+    train, dev = (next((tmp_path / split).iterdir()) for split in ("train", "dev"))
+    named = [] if kind in ("classification", "choices", "answers", "tags") else ["--task", kind]
+    flags = ["--train-file", train, "--validation-file", dev, "--output-dir", tmp_path / "out", *named]
+    flags += ["--per-device-train-batch-size", 16, "--learning-rate", 3e-3, "--num-train-epochs", 6, "--device", "cpu"]
+    assert main(["finetune", "--model-name-or-path", str(pretrained), *map(str, flags)]) == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    first = {"regression": "eval_pearson", "multi-label": "eval_f1_micro", "answers": "eval_f1", "tags": "eval_f1"}
+    wanted = 90 if kind == "answers" else 0.9
+    assert results[first.get(kind, "eval_accuracy")] > wanted
+    capsys.readouterr()
+    place = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu"]
+    checked = ["--validation-file", str(dev), "--output-dir", str(tmp_path / "checked")]
+    assert main(["evaluate", *place, *checked]) == 0
+    again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
+    assert {name: value for name, value in again.items() if name in results} == pytest.approx(
+        {name: value for name, value in results.items() if name in again}, abs=1e-5
+    )
+    assert (tmp_path / "checked" / "confusion.png").exists() == (kind in ("classification", "tags"))
+    written = {path.name: path.read_text() for path in (tmp_path / "checked").glob("*predictions*")}
+    assert written == {path.name: path.read_text() for path in (tmp_path / "out").glob("*predictions*")}
+    capsys.readouterr()
+    assert main(["predict", *place, "--test-file", str(dev)]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 40
+
+
+def test_rarer_labels_count_more(pretrained, tmp_path):
+    """The loss of weighted labels, in one pass or in several, is what torch computes."""
+    file = tmp_path / "a.tsv"
+    rows = [("good", "x")] * 18 + [("bad", "y")] * 6
+    file.write_text(
+        "\n".join(["sentence\tlabel", *(f"{text} {FILLERS[i % 5]}\t{label}" for i, (text, label) in enumerate(rows))])
+    )
+    losses = []
+    for budget in (10**6, 12):
+        settings = settings_for("classification", pretrained, file, tmp_path / str(budget), class_weights="balanced")
+        run = Finetuning(dataclasses.replace(settings, tokens_per_batch=budget))
+        assert run.weights.tolist() == pytest.approx([24 / (2 * 18), 24 / (2 * 6)])
+        first = next(run.rows_of_steps())
+        batch = padded(run.features["train"], first)
+        labels = batch.pop("labels")
+        expected = F.cross_entropy(run.model(**batch).logits, labels, run.weights).item()
+        run.run(lambda step: None)
+        assert run.losses[0] == pytest.approx(expected, abs=1e-6)
+        losses.append(run.losses)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    with pytest.raises(ValueError, match="class_weights are for tasks in which"):
+        Finetuning(
+            settings_for(
+                "regression",
+                pretrained,
+                write_examples(tmp_path, "regression", 8, 0),
+                tmp_path / "out",
+                class_weights="balanced",
+            )
+        )
+
+
+def test_a_task_that_is_not_there_is_named(pretrained, tmp_path):
+    with pytest.raises(ValueError, match="there is no task 'colla'; there are auto, classification"):
+        Finetuning(settings_for("colla", pretrained, tmp_path / "a.tsv", tmp_path / "out"))

@@ -1,0 +1,58 @@
+"""A BiLSTM on an encoder that stays as it is."""
+
+import json
+
+import pytest
+import torch
+from examples import settings_for, write_examples
+
+from bertfast import BertForPreTraining
+from bertfast.cli import main
+from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
+from bertfast.training.finetune import Finetuning
+
+SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tmp_path):
+    file = write_examples(tmp_path, "tags", 12, seed=0)
+    run = Finetuning(settings_for("tags", pretrained, file, tmp_path / "out", feature_layers=layers, **SMALL))
+    features = run.features["train"]
+    batch = features.batch(next(run.rows_of_steps()))
+    run.model.eval()
+    stored = run.model(**batch).logits
+    del batch["features"]
+    torch.testing.assert_close(run.model(**batch).logits, stored, atol=1e-5, rtol=1e-4)
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("bert.") for name in trained)
+
+
+def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_path, capsys):
+    for split, rows in (("train", 240), ("dev", 40)):
+        (tmp_path / split).mkdir()
+        write_examples(tmp_path / split, "tags", rows, seed=rows)
+    dev = str(tmp_path / "dev" / "a.conll")
+    settings = settings_for(
+        "tags", pretrained, tmp_path / "train" / "a.conll", tmp_path / "out", validation_file=dev, **SMALL
+    )
+    results = Finetuning(settings).run(lambda step: None)
+    assert results["eval_f1"] > 0.95
+    model = BertFeaturesForTokenClassification.from_pretrained(tmp_path / "out")
+    before = BertForPreTraining.from_pretrained(pretrained).bert.state_dict()
+    after = model.bert.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    capsys.readouterr()
+    checked = ["--validation-file", dev, "--output-dir", str(tmp_path / "checked")]
+    assert main(["evaluate", "--model-name-or-path", str(tmp_path / "out"), "--device", "cpu", *checked]) == 0
+    again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
+    assert again["eval_f1"] == pytest.approx(results["eval_f1"], abs=1e-6)
+
+
+def test_other_tasks_have_no_such_model(pretrained, tmp_path):
+    file = write_examples(tmp_path, "classification", 8, seed=0)
+    with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
+        Finetuning(settings_for("classification", pretrained, file, tmp_path / "out", **SMALL))
+    model = BertFeaturesForTokenClassification(BertForPreTraining.from_pretrained(pretrained).config)
+    with pytest.raises(ValueError, match="takes packed input alone"):
+        model(torch.tensor([[1, 2]]))
