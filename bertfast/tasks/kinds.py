@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bertfast.config import BertConfig
+from bertfast.models import BertPreTrainedModel
 from bertfast.tasks.choices import ChoiceTask
 from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.sentences import PROBLEMS, SentenceTask
@@ -12,26 +14,33 @@ from bertfast.tasks.spans import SpanTask
 from bertfast.tasks.tags import TagTask
 from bertfast.tasks.task import Task, TaskSettings
 
+FINETUNING_TASK = "finetuning_task"  # a model's configuration names its task by it, as transformers' scripts did
+
 KINDS: dict[str, type[Task]] = {
     **dict.fromkeys([*PROBLEMS, *BENCHMARKS], SentenceTask),
     **dict.fromkeys(["choices", "swag"], ChoiceTask),
     **dict.fromkeys(["answers", "squad", "squad-2"], SpanTask),
     **dict.fromkeys(["tags", "conll", "wnut"], TagTask),
 }
+_BY_MODEL = (SentenceTask, ChoiceTask, SpanTask, TagTask)
 _BY_SUFFIX = {".json": SpanTask, ".conll": TagTask, ".iob": TagTask, ".bio": TagTask, ".csv": ChoiceTask}
 
 
 def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task:
     """The task that `settings` name; else that of the model in `config`, else the one that `file` looks like."""
-    if settings.task != "auto":
-        if settings.task not in KINDS:
-            raise ValueError(f"there is no task {settings.task!r}; there are auto, {', '.join(KINDS)}")
-        return KINDS[settings.task](settings)
-    for kind in (SentenceTask, ChoiceTask, SpanTask, TagTask) if config is not None else ():
-        for model in filter(None, (kind.model, kind.of_features)):
-            if model.__name__ in config.extra.get("architectures", []):
-                task = kind(settings)
-                task.model = model
-                return task
-    suffixes = Path(file).suffixes[-2:] if file is not None else []
-    return next((kind for suffix, kind in _BY_SUFFIX.items() if suffix in suffixes), SentenceTask)(settings)
+    name, trained = settings.task, [] if config is None else config.extra.get("architectures", [])
+    if name == "auto" and config is not None and config.extra.get(FINETUNING_TASK) in KINDS:
+        name = config.extra[FINETUNING_TASK]
+    if name not in ("auto", *KINDS):
+        raise ValueError(f"there is no task {name!r}; there are auto, {', '.join(KINDS)}")
+    of_model = (kind for kind in _BY_MODEL for model in _models(kind) if model.__name__ in trained)
+    suffixes = [] if file is None else Path(file).suffixes[-2:]
+    of_file = (kind for suffix, kind in _BY_SUFFIX.items() if suffix in suffixes)
+    kind = KINDS.get(name) or next(of_model, None) or next(of_file, SentenceTask)
+    task = kind(replace(settings, task=name))
+    task.model = next((model for model in _models(kind) if model.__name__ in trained), kind.model)
+    return task
+
+
+def _models(kind: type[Task]) -> list[type[BertPreTrainedModel]]:
+    return [kind.model, *([] if kind.of_features is None else [kind.of_features])]

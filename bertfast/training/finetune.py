@@ -25,7 +25,7 @@ from bertfast.models import BertPreTrainedModel
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED
 from bertfast.tasks.features import Features, batches_by_length, labels_in, shuffled_batches, within_budget
-from bertfast.tasks.kinds import choose_task
+from bertfast.tasks.kinds import FINETUNING_TASK, choose_task
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.task import TaskSettings
@@ -198,6 +198,8 @@ class Finetuning:
             labels = labels | {"id2label": known}
         if self.settings.dropout is not None:
             labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.settings.dropout)
+        if self.settings.task != "auto":
+            labels |= {FINETUNING_TASK: self.settings.task}
         if self.settings.strategy == "feature-based":
             labels |= {name: getattr(self.settings, name) for name in ("feature_layers", "lstm_size", "lstm_layers")}
         return BertConfig.from_pretrained(source, **labels)
@@ -255,7 +257,7 @@ class Finetuning:
         passes = (rows[start : start + size] for start in range(0, len(rows), size))
         parts = (part for some in passes for part in within_budget(features, some, settings.tokens_per_batch))
         batches = list(map(features.batch, parts))
-        total = sum(map(self._weight, batches))
+        total = sum(map(self._weight, batches)) or 1  # words that no token is left of have no label
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             moved = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}

@@ -174,3 +174,17 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
 def test_a_task_that_is_not_there_is_named(pretrained, tmp_path):
     with pytest.raises(ValueError, match="there is no task 'colla'; there are auto, classification"):
         Finetuning(settings_for("colla", pretrained, tmp_path / "a.tsv", tmp_path / "out"))
+
+
+def test_a_model_knows_the_task_it_was_tuned_for(pretrained, tmp_path):
+    """And reads that benchmark's files without being told again: CoLA's have no header."""
+    train = tmp_path / "train.tsv"
+    train.write_text("".join(f"s\t{i % 2}\t\t{['bad', 'good'][i % 2]} film\n" for i in range(32)))
+    settings = settings_for("cola", pretrained, train, tmp_path / "out", num_train_epochs=1, validation_file=str(train))
+    results = Finetuning(settings).run(lambda step: None)
+    place = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu"]
+    checked = ["--validation-file", str(train), "--output-dir", str(tmp_path / "checked")]
+    assert main(["evaluate", *place, *checked]) == 0
+    again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
+    name = "eval_matthews_correlation"
+    assert again[name] == pytest.approx(results[name])
