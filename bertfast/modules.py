@@ -6,7 +6,11 @@ itself to `bertfast/encoder.py`, which computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from bertfast import encoder
 from bertfast.config import BertConfig
@@ -96,6 +100,20 @@ class BertPooler(nn.Module):
 
     def forward(self, first: Tensor) -> Tensor:
         return encoder.pool(self, first)
+
+
+class BiLSTM(nn.Module):
+    """An LSTM in both directions over each of the sequences that lie end to end: [T, inputs] -> [T, 2 · size]."""
+
+    def __init__(self, inputs: int, size: int, layers: int = 2):
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, size, layers, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        present = [length for length in lengths if length]
+        sequences = pack_sequence(x[: sum(present)].split(present), enforce_sorted=False)
+        rows, _ = pad_packed_sequence(self.lstm(sequences)[0], batch_first=True)
+        return torch.cat([row[:length] for row, length in zip(rows, present, strict=True)])
 
 
 class BertPredictionHeadTransform(nn.Module):

@@ -11,7 +11,7 @@ from bertfast import checkpoint, encoder, reference
 from bertfast.config import BertConfig
 from bertfast.encoder import cross_entropy_sum
 from bertfast.inputs import Layout, Packed, pack
-from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler
+from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler, BiLSTM
 from bertfast.outputs import BaseModelOutput, ModelOutput
 from bertfast.reference import IGNORED
 
@@ -25,8 +25,11 @@ class BertPreTrainedModel(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
+        self.bilstm: BiLSTM | None = None  # between the encoder and a head, where `config.extra` asks for it
 
     def _initialise(self) -> None:
+        if self.config.extra.get("bilstm") and hasattr(self, "bert"):
+            self.bilstm = BiLSTM(self.config.hidden_size, self.config.hidden_size // 2)
         # The paper's released code: truncated normal, at two standard deviations.
         deviation = self.config.initializer_range
         fresh = [child for name, child in self.named_children() if name != "bert"]  # which has initialised itself
@@ -104,6 +107,11 @@ class BertPreTrainedModel(nn.Module):
     ) -> tuple[Tensor, dict]:
         """Hidden states at `rows` [R, H] (None: all, [T, H]), and the records asked for in the caller's layout."""
         bert = getattr(self, "bert", self)
+        if self.bilstm is not None:
+            hidden = encoder.encode(bert, packed)
+            read = self.bilstm(hidden, packed.sequences.lengths)
+            hidden = torch.cat([read, hidden[len(read) :]])  # guests and inert places belong to no sequence
+            return hidden if rows is None else hidden[rows], {}
         want_attentions, want_states = self._wants(record)
         if not (want_attentions or want_states):
             return encoder.encode(bert, packed, rows), {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from bertfast.config import BertConfig
 from bertfast.models.base import BertModel, BertPreTrainedModel, cross_entropy
+from bertfast.modules import BiLSTM
 from bertfast.outputs import HeadOutput
 
 # Which of the embeddings (0) and the layers' outputs (1 …; -1 is the last), and whether they are put side by side.
@@ -47,7 +47,7 @@ class BertFeaturesForTokenClassification(BertPreTrainedModel):
         self.numbers, self.concatenated = chosen_layers(options["feature_layers"], config)
         self.weights = nn.Parameter(torch.zeros(len(self.numbers)))
         size = config.hidden_size * (len(self.numbers) if self.concatenated else 1)
-        self.lstm = nn.LSTM(size, options["lstm_size"], options["lstm_layers"], bidirectional=True)
+        self.reader = BiLSTM(size, options["lstm_size"], options["lstm_layers"])
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(2 * options["lstm_size"], config.num_labels)
         self._initialise()
@@ -77,10 +77,7 @@ class BertFeaturesForTokenClassification(BertPreTrainedModel):
             features = self.features(input_ids=input_ids, token_type_ids=token_type_ids, cu_seq_lens_q=cu_seq_lens_q)
         states = features[0]
         mixed = states.flatten(1) if self.concatenated else (self.weights.softmax(0)[:, None] * states).sum(1)
-        lengths = cu_seq_lens_q.diff().tolist()
-        read, _ = self.lstm(pack_sequence(self.dropout(mixed).split(lengths), enforce_sorted=False))
-        rows, _ = pad_packed_sequence(read, batch_first=True)
-        hidden = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+        hidden = self.reader(self.dropout(mixed), cu_seq_lens_q.diff().tolist())
         logits = self.classifier(self.dropout(hidden))[None]
         loss = None if labels is None else cross_entropy(logits[0], labels[0], others)
         return HeadOutput(loss=loss, logits=logits)

@@ -55,6 +55,7 @@ class FinetuneSettings(TaskSettings):
             sums are weighted, and the weights learned.
         lstm_size: Of each direction of the BiLSTM.
         lstm_layers: Of the BiLSTM.
+        bilstm: Put a BiLSTM of two layers, as wide as the model, between the encoder and the head.
         random_init: Take only configuration and tokenizer from the model, and start from random weights.
         class_weights: balanced: an example counts as much more as its label is rarer.
         per_device_train_batch_size: Examples of a forward and backward pass.
@@ -82,6 +83,7 @@ class FinetuneSettings(TaskSettings):
     feature_layers: str = "concat-last-four"
     lstm_size: int = 768
     lstm_layers: int = 2
+    bilstm: bool = False
     random_init: bool = False
     class_weights: Literal["none", "balanced"] = "none"
     per_device_train_batch_size: int = 32
@@ -200,6 +202,8 @@ class Finetuning:
             labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.settings.dropout)
         if self.settings.task != "auto":
             labels |= {FINETUNING_TASK: self.settings.task}
+        if self.settings.bilstm:
+            labels |= {"bilstm": True}
         if self.settings.strategy == "feature-based":
             labels |= {name: getattr(self.settings, name) for name in ("feature_layers", "lstm_size", "lstm_layers")}
         return BertConfig.from_pretrained(source, **labels)

@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from examples import settings_for, write_examples
 
-from bertfast import BertForPreTraining
+from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.cli import main
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
 from bertfast.training.finetune import Finetuning
+from bertfast.training.predict import predict_outputs
 
 SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2}
 
@@ -56,3 +58,32 @@ def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     model = BertFeaturesForTokenClassification(BertForPreTraining.from_pretrained(pretrained).config)
     with pytest.raises(ValueError, match="takes packed input alone"):
         model(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("kind", ["classification", "choices", "answers", "tags"])
+def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_path):
+    """Packed together or one by one, and again when the model is opened."""
+    file = write_examples(tmp_path, kind, 24, seed=0)
+    settings = settings_for(kind, pretrained, file, tmp_path / "out", bilstm=True, num_train_epochs=8)
+    run = Finetuning(settings)
+    run.run(lambda step: None)
+    assert np.mean(run.losses[-4:]) < np.mean(run.losses[:4])
+    model = type(run.model).from_pretrained(tmp_path / "out")
+    assert model.bilstm is not None
+    outputs = []
+    for budget in (1, 10**6):
+        run.task.settings.eval_tokens = budget
+        outputs.append(predict_outputs(run.task, model, run.features["train"]))
+    for alone, together in zip(*outputs, strict=True):
+        np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
+    config = BertForPreTraining.from_pretrained(pretrained).config
+    config.extra["bilstm"] = True
+    model = BertForSequenceClassification(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [9, 9, 9, 9]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
+    logits = model(ids, mask).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[:1], model(ids[:1]).logits)
