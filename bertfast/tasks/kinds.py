@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bertfast.config import BertConfig
+from bertfast.data.corpus import read_lines
 from bertfast.models import BertPreTrainedModel
 from bertfast.tasks.choices import ChoiceTask
 from bertfast.tasks.glue import BENCHMARKS
@@ -23,7 +24,7 @@ KINDS: dict[str, type[Task]] = {
     **dict.fromkeys(["tags", "conll", "wnut"], TagTask),
 }
 _BY_MODEL = (SentenceTask, ChoiceTask, SpanTask, TagTask)
-_BY_SUFFIX = {".json": SpanTask, ".conll": TagTask, ".iob": TagTask, ".bio": TagTask, ".csv": ChoiceTask}
+_BY_SUFFIX = {".json": SpanTask, ".conll": TagTask, ".iob": TagTask, ".bio": TagTask}
 
 
 def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task:
@@ -34,12 +35,22 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
     if name not in ("auto", *KINDS):
         raise ValueError(f"there is no task {name!r}; there are auto, {', '.join(KINDS)}")
     of_model = (kind for kind in _BY_MODEL for model in _models(kind) if model.__name__ in trained)
-    suffixes = [] if file is None else Path(file).suffixes[-2:]
-    of_file = (kind for suffix, kind in _BY_SUFFIX.items() if suffix in suffixes)
-    kind = KINDS.get(name) or next(of_model, None) or next(of_file, SentenceTask)
+    kind = KINDS.get(name) or next(of_model, None) or _looks_like(file)
     task = kind(replace(settings, task=name))
     task.model = next((model for model in _models(kind) if model.__name__ in trained), kind.model)
     return task
+
+
+def _looks_like(file: str | None) -> type[Task]:
+    path = Path(file or "")
+    for suffix, kind in _BY_SUFFIX.items():
+        if suffix in path.suffixes[-2:]:
+            return kind
+    if path.is_file() and {".csv", ".jsonl"} & {*path.suffixes[-2:]}:
+        first = next((line for _, line in read_lines(path)), "")
+        if "ending0" in first or '"endings"' in first:
+            return ChoiceTask
+    return SentenceTask
 
 
 def _models(kind: type[Task]) -> list[type[BertPreTrainedModel]]:

@@ -8,6 +8,7 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.choices import ChoiceTask
+from bertfast.tasks.kinds import choose_task
 from bertfast.tasks.task import TaskSettings
 
 HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,label"
@@ -79,3 +80,21 @@ def test_codah_is_read_whole(shared_data):
         examples = task().read(str(shared_data / "swag" / f"codah_{split}.csv.gz"), labelled=True)
         assert (len(examples), {len(endings) for endings in examples.endings}) == (count, {4})
     assert len(task().read(str(shared_data / "swag" / "swag_sample.csv"), labelled=True)) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.csv", HEADER, "ChoiceTask"),
+        ("a.jsonl", '{"sent1": "a", "endings": ["b", "c"], "label": 0}', "ChoiceTask"),
+        ("a.csv", "text,label\na,b", "SentenceTask"),
+        ("a.jsonl", '{"text": "a", "label": 0}', "SentenceTask"),
+        ("a.tsv", "text\tlabel", "SentenceTask"),
+        ("a.json", "{}", "SpanTask"),
+        ("a.conll", "a\tO", "TagTask"),
+    ],
+)
+def test_a_task_is_known_by_its_file(name, text, kind, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    assert type(choose_task(TaskSettings(model_name_or_path=""), file=str(path))).__name__ == kind
