@@ -6,7 +6,6 @@ is written anew after each cell, the paper's figures beside ours.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from dataclasses import dataclass, field
@@ -89,8 +88,9 @@ def render(table: dict, cells: dict[tuple[str, str], str], settings: ReproduceSe
         published = [f" ({theirs[name]})" if name in theirs else "" for name in table["columns"]]
         shown = map("".join, zip(ours, published, strict=True))
         lines.append(f"| {row['name']} | " + " | ".join(shown) + " |")
-    made = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(settings)}
-    said = ", ".join(f"{name} {made[name]}" for name in ("scale", "minutes", "learning_rate", "seeds") if made[name])
+    said = f"learning rate {settings.learning_rate:g} where the recipe says no other, seeds {settings.seeds}"
+    if settings.model is None or any("pretrain" in row for row in table["rows"]):
+        said += f"; {settings.scale} models pre-trained for {settings.minutes:g} minutes each"
     return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Made with: {said}.", ""])
 
 
