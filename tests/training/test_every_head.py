@@ -116,7 +116,7 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
     train, dev = (next((tmp_path / split).iterdir()) for split in ("train", "dev"))
     named = [] if kind in ("classification", "choices", "answers", "tags") else ["--task", kind]
     flags = ["--train-file", train, "--validation-file", dev, "--output-dir", tmp_path / "out", *named]
-    flags += ["--per-device-train-batch-size", 16, "--learning-rate", 3e-3, "--num-train-epochs", 6, "--device", "cpu"]
+    flags += ["--per-device-train-batch-size", 16, "--learning-rate", 3e-3, "--num-train-epochs", 12, "--device", "cpu"]
     assert main(["finetune", "--model-name-or-path", str(pretrained), *map(str, flags)]) == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     first = {"regression": "eval_pearson", "multi-label": "eval_f1_micro", "answers": "eval_f1", "tags": "eval_f1"}
@@ -131,8 +131,11 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
         {name: value for name, value in results.items() if name in again}, abs=1e-5
     )
     assert (tmp_path / "checked" / "confusion.png").exists() == (kind in ("classification", "tags"))
-    written = {path.name: path.read_text() for path in (tmp_path / "checked").glob("*predictions*")}
-    assert written == {path.name: path.read_text() for path in (tmp_path / "out").glob("*predictions*")}
+    for path in (tmp_path / "checked").glob("*predictions*"):
+        words, expected = (file.read_text().split() for file in (path, tmp_path / "out" / path.name))
+        assert len(words) == len(expected)
+        for word, other in zip(words, expected, strict=True):  # the last digit may differ between two processes
+            assert word == other or float(word) == pytest.approx(float(other), abs=1e-4)
     capsys.readouterr()
     assert main(["predict", *place, "--test-file", str(dev)]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
