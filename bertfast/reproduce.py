@@ -105,11 +105,12 @@ def _cell(settings: ReproduceSettings, table: dict, row: dict, name: str, folder
         return _ABSENT
     scores = []
     for seed in settings.seeds:
-        own = folder / f"{_plain(row['name'])}-{_plain(name)}-{seed}"
+        own = folder / f"{_plain(row['name'])}-{_plain(column.get('run', name))}-{seed}"  # columns may read one run
         if not (own / "all_results.json").exists():
             flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
             flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
             flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": own}
+            flags["overwrite-output-dir"] = True  # what a run that was stopped has left there
             if settings.epochs is not None:
                 flags["num-train-epochs"] = settings.epochs
             finetune(parse("finetune", FinetuneSettings, flags_of(flags | _where(settings))))

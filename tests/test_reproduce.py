@@ -86,5 +86,7 @@ def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsy
     assert len(times) >= 4
     assert reproduce(settings).read_text() == page
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as if it had been stopped after an epoch
+    assert reproduce(settings).read_text() == page
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
         reproduce(ReproduceSettings(table=9, data=str(data), output_dir=str(tmp_path / "out"), recipes=str(recipes)))
