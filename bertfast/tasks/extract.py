@@ -116,12 +116,11 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
         states = [state[0].float() for state in states]
         hidden = (torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)).cpu()
         lengths = features.lengths[rows]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
         if tokens:
-            for row, start, end in zip(rows, starts, starts[1:], strict=False):
-                found[features.starts[row] : features.starts[row + 1]] = hidden[start:end]
+            for row, part in zip(rows, features.parts(rows, hidden.numpy()), strict=True):
+                found[features.starts[row] : features.starts[row + 1]] = torch.from_numpy(part)
         elif settings.pool == "cls":
-            found[rows] = hidden[starts[:-1]]
+            found[rows] = hidden[np.cumsum(lengths) - lengths]
         else:
             found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
     return {"features": found} | ({"starts": torch.from_numpy(features.starts)} if tokens else {})

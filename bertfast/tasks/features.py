@@ -64,6 +64,10 @@ class Features:
         batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
         return batch | ({"num_choices": self.choices} if self.choices > 1 else {})
 
+    def parts(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+        """What a model gives for the tokens [T, …] of the batch of `rows`, example by example."""
+        return np.split(values, np.cumsum(self.lengths[rows])[:-1])
+
 
 def labels_in(batch: dict[str, Tensor]) -> int:
     """How many labels of a batch count: what its mean loss is a mean over."""

@@ -236,7 +236,7 @@ class Finetuning:
             inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
             with autocast(self.device, self.precision):
                 computed = self.model.features(**inputs)[0].float().cpu().numpy()
-            for row, part in zip(rows, np.split(computed, inputs["cu_seq_lens_q"][1:-1].cpu()), strict=True):
+            for row, part in zip(rows, features.parts(rows, computed), strict=True):
                 found[features.starts[row] : features.starts[row + 1]] = part
         return replace(features, inputs={"features": found})
 

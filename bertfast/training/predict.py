@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -71,8 +70,7 @@ def predict_outputs(task: Task, model: BertPreTrainedModel, features: Features) 
             del batch[name]
         with autocast(model.device, precision):
             logits = task.logits(model(**batch)).float().cpu().numpy()
-        per_token = logits.ndim == 3
-        parts = np.split(logits[0], np.cumsum(features.lengths[rows])[:-1]) if per_token else logits
+        parts = features.parts(rows, logits[0]) if logits.ndim == 3 else logits
         for row, part in zip(rows, parts, strict=True):
             outputs[row] = part
     model.train(training)
