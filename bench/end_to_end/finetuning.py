@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
+    parser.add_argument("--epochs", type=int, help="another number than a task's own, which results are then named by")
     parser.add_argument("--speed", type=int, default=0, metavar="STEPS", help="only time so many of both, in turn")
     parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
@@ -76,19 +77,22 @@ def main() -> None:
             write_result(f"finetuning-speed-{name}", result, arguments.results)
             print(f"{name}: {result['median_ratio']:.2f} x transformers", flush=True)
             continue
+        case, label = CASES[name], name
+        if arguments.epochs is not None:
+            case, label = replace(case, epochs=arguments.epochs), f"{name}-{arguments.epochs}-epochs"
         found = {}
         for side in arguments.sides:
-            file = arguments.output / f"{name}-{side}.json"
+            file = arguments.output / f"{label}-{side}.json"
             if not file.exists():
-                settings = settings_for(CASES[name], arguments, arguments.output / f"{name}-{side}", side == "random")
+                settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random")
                 found[side] = theirs(settings) if side == "theirs" else ours(settings)
                 file.write_text(json.dumps(found[side]), encoding="utf-8")
             found[side] = json.loads(file.read_text(encoding="utf-8"))
             print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
-        result = {"case": vars(CASES[name]), "threads": torch.get_num_threads(), **found}
+        result = {"case": vars(case), "threads": torch.get_num_threads(), **found}
         if {"ours", "theirs"} <= found.keys():
             result["speed"] = found["theirs"]["seconds"] / found["ours"]["seconds"]
-        write_result(f"finetuning-{name}", result, arguments.results)
+        write_result(f"finetuning-{label}", result, arguments.results)
 
 
 def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random: bool) -> FinetuneSettings:
