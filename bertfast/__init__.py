@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         BertLMHeadModel,
         BertModel,
     )
+    from bertfast.patching import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,15 @@ __all__ = [
     "BertForTokenClassification",
     "BertLMHeadModel",
     "BertModel",
+    "patch",
+    "unpatch",
 ]
+
+_HOMES = {"BertConfig": "config", "patch": "patching", "unpatch": "patching"}
 
 
 def __getattr__(name: str):
     # Worker processes that only read text, and `--help`, need not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
-    return getattr(importlib.import_module("bertfast.config" if name == "BertConfig" else "bertfast.models"), name)
+    return getattr(importlib.import_module(f"bertfast.{_HOMES.get(name, 'models')}"), name)

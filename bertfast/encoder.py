@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bertfast import ops, reference
 from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
-from bertfast.inference import prepared
 from bertfast.inputs import Packed
+from bertfast.memory import keep_freed_memory
 from bertfast.reference import IGNORED
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
@@ -50,6 +50,8 @@ def encode(
     `hidden_states` receives what enters the first layer and what leaves each one.
     """
     hidden = embed(model.embeddings, packed, model.config)
+    if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        keep_freed_memory()
     layers = model.encoder.layer
     for index, module in enumerate(layers):
         if hidden_states is not None:
@@ -60,12 +62,11 @@ def encode(
     return hidden if rows is None or len(layers) else hidden[rows]
 
 
-def layer(module: nn.Module, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
+def layer(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
     """One layer: attention over all tokens [T, H], then all that follows, on `rows` alone if given -> [T or R, H]."""
     attention = module.attention
-    config = attention.self.config
     identity = packed.identity
-    context = attend(attention.self, hidden, packed, index)
+    context = attend(attention.self, config, hidden, packed, index)
     if rows is not None:
         context, hidden = context[rows], hidden[rows]
         identity = identity and identity.at(rows)
@@ -78,34 +79,40 @@ def layer(module: nn.Module, hidden: Tensor, packed: Packed, index: int, rows: T
     return _add_layer_norm(module.output, intermediate, hidden, dropout("output"))
 
 
-def attend(module: nn.Module, hidden: Tensor, packed: Packed, index: int) -> Tensor:
+def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int) -> Tensor:
     """A layer's self-attention, projections included but the last: [T, H] -> [T, H]."""
-    qkv = project(module, hidden)
-    arguments = attention_arguments(module, packed, index)
+    qkv = project(module, config, hidden)
+    arguments = attention_arguments(config, packed, index)
     context = ops.attention(qkv, packed.sequences, **arguments)
     if packed.guests:
         context = torch.cat([context[: packed.sequences.used], _attend_guests(qkv, packed, **arguments)])
     return context.flatten(1)
 
 
-def attention_arguments(module: nn.Module, packed: Packed, index: int) -> dict:
+def attention_arguments(config, packed: Packed, index: int) -> dict:
     """What a layer's attention takes besides qkv and sequences."""
-    config = module.config
     dropout = packed.identity and packed.identity.dropout(config.attention_probs_dropout_prob, "attention", index)
     head_dimension = config.hidden_size // config.num_attention_heads
     return {"scale": head_dimension**-0.5, "causal": config.is_decoder, "window": None, "dropout": dropout}
 
 
-def project(module: nn.Module, hidden: Tensor) -> Tensor:
+def project(module: nn.Module, config, hidden: Tensor) -> Tensor:
     """Queries, keys and values of all heads, three parameters in one product: [T, H] -> [T, 3, A, D]."""
     three = (module.query, module.key, module.value)
-    if all(is_plain(linear) for linear in three):
-        weights, biases = [linear.weight for linear in three], [linear.bias for linear in three]
-        weight, bias = prepared(module, weights + biases, lambda: (torch.cat(weights), torch.cat(biases)))
-        qkv = F.linear(hidden, weight, bias)
-    else:
+    compiling = torch.compiler.is_compiling()
+    few = not compiling and len(hidden) < config.hidden_size
+    kept = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or compiling
+    # Whatever has to be copied for one tensor, the smaller is; and without a gradient nothing has to be.
+    if not all(is_plain(linear) for linear in three) or (kept and few):
         qkv = torch.cat([linear(hidden) for linear in three], dim=1)
-    return qkv.unflatten(1, (3, module.config.num_attention_heads, -1))
+    elif kept:
+        weights, biases = [linear.weight for linear in three], [linear.bias for linear in three]
+        qkv = F.linear(hidden, torch.cat(weights), torch.cat(biases))
+    else:
+        qkv = hidden.new_empty(len(hidden), 3 * config.hidden_size)
+        for linear, part in zip(three, qkv.chunk(3, dim=1), strict=True):
+            torch.addmm(linear.bias, hidden, linear.weight.t(), out=part)
+    return qkv.unflatten(1, (3, config.num_attention_heads, -1))
 
 
 def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
@@ -186,13 +193,17 @@ def is_plain(module: nn.Module) -> bool:
 
     A LoRA-wrapped, quantised, parametrised or hooked one is another type, or has hooks, and must be called.
     """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
+    return any(hooks(module)) or "forward" in vars(module)
+
+
+def hooks(module: nn.Module) -> tuple[dict, ...]:
+    """A module's hooks by kind."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> Tensor:

@@ -108,21 +108,26 @@ def pack(
         one_row_for_all = values.shape == (1, layout.shape[1])
         return layout.pack(values.expand(layout.shape) if one_row_for_all else values, name)
 
-    # What guests have of their own: a row that speaks for the sequence, and the position behind its last token.
-    rows = torch.tensor(guests, dtype=torch.int64, device=given.device)
-    places = torch.arange(sequences.used, sequences.used + len(guests), device=given.device)
+    first = sequences.last if pool_last else sequences.first
     identity = None
     if training:
-        number = sequences.token_number.index_copy(0, places, sequences.numbers[rows])
-        position = sequences.position.index_copy(0, places, sequences.cu_seqlens.diff().long()[rows])
-        identity = TokenIdentity(draw_seed(given.device), number, position)
+        identity = TokenIdentity(draw_seed(given.device), sequences.token_number, sequences.position)
+    if guests:  # they have a row that speaks for the sequence, and the position behind its last token
+        rows = torch.tensor(guests, dtype=torch.int64, device=given.device)
+        places = torch.arange(sequences.used, sequences.used + len(guests), device=given.device)
+        first = first.index_copy(0, rows, places)
+        identity = identity and TokenIdentity(
+            identity.seed,
+            identity.sequence_number.index_copy(0, places, sequences.numbers[rows]),
+            identity.position.index_copy(0, places, sequences.cu_seqlens.diff().long()[rows]),
+        )
     packed = Packed(
         token_ids=pack_or(input_ids, "input_ids", None),
         embeddings=pack_or(inputs_embeds, "inputs_embeds", None),
         token_type_ids=pack_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
         position_ids=pack_or(position_ids, "position_ids", columns),
         sequences=sequences,
-        first=(sequences.last if pool_last else sequences.first).index_copy(0, rows, places),
+        first=first,
         guests=tuple(guests),
         identity=identity,
     )
@@ -140,10 +145,13 @@ def _from_mask(given: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Layout
             "masks between pairs of tokens are not supported"
         )
     attended = mask != 0
-    guests = (~attended[:, 0] & pooled).nonzero().squeeze(1)
-    places = torch.cat([attended.flatten().nonzero().squeeze(1), guests * shape[1]])
-    sequences = Sequences.from_lengths(attended.sum(1).tolist(), tokens=len(places), device=given.device)
-    return Layout(shape, places), sequences, guests.tolist()
+    lengths, begins = torch.stack([attended.sum(1), attended[:, 0]]).tolist()  # the device is asked once
+    guests = [row for row, begun in enumerate(begins) if pooled and not begun]
+    places = attended.flatten().nonzero().squeeze(1)
+    if guests:
+        places = torch.cat([places, torch.tensor(guests, device=places.device) * shape[1]])
+    sequences = Sequences.from_lengths(lengths, tokens=len(places), device=given.device)
+    return Layout(shape, places), sequences, guests
 
 
 def _from_cu_seqlens(given: Tensor, mask: Tensor | None, cu_seq_lens: Tensor) -> tuple[Layout, Sequences]:

@@ -38,7 +38,6 @@ class BertSelfAttention(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config = config
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -75,12 +74,13 @@ class BertLayer(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
+        self.config = config
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = DenseLayerNorm(config.intermediate_size, config)
 
     def forward(self, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
-        return encoder.layer(self, hidden, packed, index, rows)
+        return encoder.layer(self, self.config, hidden, packed, index, rows)
 
 
 class BertEncoder(nn.Module):

@@ -12,7 +12,6 @@ FLOORS = {
     "kernels": 0,
     "compiled": 0,
     "dropout": 0,
-    "inference": 0,
     "memory": 0,
     "precision": 0,
     "sequences": 0,
@@ -26,7 +25,8 @@ FLOORS = {
     "modules": 2,
     "checkpoint": 3,
     "models": 3,
-    "patch": 3,
+    "patching": 3,
+    "transformers": 3,
     "tasks": 4,
     "training": 4,
     "demo": 5,
@@ -36,7 +36,6 @@ FLOORS = {
     "": 6,  # the package itself, which says what is public
 }
 WITHIN = {
-    ("inference", "memory"),
     ("compiled", "kernels"),
     ("reference", "dropout"),
     ("reference", "sequences"),
@@ -44,6 +43,7 @@ WITHIN = {
     ("modules", "encoder"),
     ("modules", "inputs"),
     ("models", "checkpoint"),
+    ("transformers", "patching"),
     ("training", "tasks"),
     ("reproduce", "cli"),
 }

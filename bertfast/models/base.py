@@ -123,7 +123,7 @@ class BertPreTrainedModel(nn.Module):
         if want_attentions:
             layers = enumerate(zip(bert.encoder.layer, states, strict=False))
             records["attentions"] = tuple(
-                _attention_record(module.attention.self, state, packed, layout, i) for i, (module, state) in layers
+                _attention_record(module, state, packed, layout, i) for i, (module, state) in layers
             )
         return hidden if rows is None else hidden[rows], records
 
@@ -198,8 +198,8 @@ def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout:
     # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
     if layout.places is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
-    qkv = encoder.project(module, hidden)
-    arguments = encoder.attention_arguments(module, packed, index)
+    qkv = encoder.project(module.attention.self, module.config, hidden)
+    arguments = encoder.attention_arguments(module.config, packed, index)
     rows, columns = layout.shape
     record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
     lengths, used = list(packed.sequences.lengths), packed.sequences.used

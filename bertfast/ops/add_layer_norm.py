@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import Implementation, check, choose, launcher
+from bertfast.ops.choice import Implementation, check, choose, launcher, run
 
 
 def add_layer_norm(
@@ -44,7 +44,7 @@ def add_layer_norm(
     implementation = choose("add_layer_norm", implementation, x)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)
-    return AddLayerNorm.apply(implementation, x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
+    return run(AddLayerNorm, implementation, x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
 
 
 class AddLayerNorm(torch.autograd.Function):

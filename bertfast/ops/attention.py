@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import Implementation, check, choose, launcher
+from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.sequences import Sequences
 
 HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
@@ -60,7 +60,7 @@ def attention(
         return reference.attention(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
     options = (sequences.length_limit, scale, causal, window)
-    return Attention.apply(implementation, qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
+    return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype
+from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
 
 Approximate = Literal["none", "tanh"]
 """The exact GELU of BERT, x · Φ(x), or the tanh formula."""
@@ -28,7 +28,7 @@ def bias_gelu(
     implementation = choose("bias_gelu", implementation, x)
     if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
-    return BiasGelu.apply(implementation, x, bias, approximate)
+    return run(BiasGelu, implementation, x, bias, approximate)
 
 
 def linear_gelu(
@@ -52,7 +52,7 @@ def linear_gelu(
         return reference.linear_gelu(x, weight, bias, approximate)
     dtype = product_dtype(x, weight)
     if chosen == "triton" and (dtype, *weight.mT.shape) in _FUSED:
-        return LinearGelu.apply(x.to(dtype), weight.to(dtype), bias, approximate)
+        return run(LinearGelu, x.to(dtype), weight.to(dtype), bias, approximate)
     # The product may be of another dtype than x, for which the choice is another.
     return bias_gelu(F.linear(x, weight), bias, approximate, implementation=implementation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -48,6 +49,23 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
     if refusal is not None:
         raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
     return requested
+
+
+def run(function: type[torch.autograd.Function], *arguments):
+    """function.apply(*arguments), or its forward alone where no gradient is asked for: a short sentence notices."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return function.forward(_Forgetful(), *arguments)
+
+
+class _Forgetful:
+    """The context of a forward pass that no backward pass will follow."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
 
 
 def launcher(implementation: Implementation, name: str) -> Callable:
@@ -138,13 +156,14 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        wanted = [int(word) if word.isdecimal() else sizes.get(word, word) for word in dimensions.split()]
-        if len(wanted) != tensor.dim() or any(
-            isinstance(want, int) and want != have for want, have in zip(wanted, tensor.shape, strict=True)
+        words = _words(dimensions)
+        if len(words) != tensor.dim() or any(
+            (sizes.get(word, have) if isinstance(word, str) else word) != have
+            for word, have in zip(words, tensor.shape, strict=True)
         ):
-            wanted = ", ".join(map(str, wanted))
+            wanted = ", ".join(str(sizes.get(word, word)) for word in words)
             raise ValueError(f"{operation}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
-        sizes.update(zip(dimensions.split(), tensor.shape, strict=True))
+        sizes.update(zip(words, tensor.shape, strict=True))
         if kind == "floating" and not tensor.is_floating_point():
             raise TypeError(f"{operation}: {name} must be floating point, got {tensor.dtype}")
         if kind == "integer" and tensor.dtype not in (torch.int64, torch.int32):
@@ -152,3 +171,8 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
         device = device or tensor.device
         if tensor.device != device:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")
+
+
+@functools.cache
+def _words(dimensions: str) -> tuple[str | int, ...]:
+    return tuple(int(word) if word.isdecimal() else word for word in dimensions.split())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
-from bertfast.ops.choice import Implementation, check, choose, launcher
+from bertfast.ops.choice import Implementation, check, choose, launcher, run
 
 
 def embed(
@@ -54,7 +54,7 @@ def embed(
     implementation = choose("embed", implementation, word)
     if implementation == "reference":
         return reference.embed(*arguments, dropout, padding_index)
-    return Embed.apply(implementation, *arguments, padding_index, *kernel_arguments(dropout))
+    return run(Embed, implementation, *arguments, padding_index, *kernel_arguments(dropout))
 
 
 class Embed(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, launcher
+from bertfast.ops.choice import Implementation, check, choose, launcher, run
 
 
 def gelu_layer_norm(
@@ -23,7 +23,7 @@ def gelu_layer_norm(
     implementation = choose("gelu_layer_norm", implementation, x)
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
-    return GeluLayerNorm.apply(implementation, x, bias, gamma, beta, eps)
+    return run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)
 
 
 class GeluLayerNorm(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
-from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype
+from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
 
 
 def linear_cross_entropy(
@@ -44,7 +44,7 @@ def linear_cross_entropy(
     implementation = choose("linear_cross_entropy", implementation, hidden, None if hidden.is_cuda else refusal)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    return LinearCrossEntropy.apply(implementation, hidden, rows, weight, bias, labels, wanted, dtype)
+    return run(LinearCrossEntropy, implementation, hidden, rows, weight, bias, labels, wanted, dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,469 @@
+"""`bertfast.patch`: live models of `transformers` give what they gave, and are what they were after `unpatch`."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from helpers import relative_error
+from parity import CASES, PADDINGS, SIZES, assert_parity, attended, double, inputs, models, results, transformers
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize
+
+import bertfast
+
+SEQUENCE = next(case for case in CASES if case.name == "sequence")
+
+
+def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
+    """A model of `transformers` with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**SIZES | changes)
+    return getattr(transformers, name)(config).eval()
+
+
+def batch(padding="right") -> dict[str, torch.Tensor]:
+    return inputs(SEQUENCE, padding)
+
+
+def outputs_of(model, **more):
+    return model(**batch(), **more)
+
+
+def without_padding_in_a_softmax(case, padding, values):
+    """Their softmax over the places of an answer counts padding in, whose logits are of no use to anyone."""
+    if case.name == "question" and padding != "none":
+        return {name: x for name, x in values.items() if not name.endswith("positions")}
+    return values
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, padding):
+    _, theirs = models(case)
+    patched = copy.deepcopy(theirs)
+    bertfast.patch(patched)
+    values, mask = without_padding_in_a_softmax(case, padding, inputs(case, padding)), attended(padding)
+    truth = results(double(theirs), values, mask)
+    assert_parity(results(patched, values, mask), results(theirs, values, mask), truth)
+    assert_parity(
+        results(patched, values, mask, autocast=True),
+        results(theirs, values, mask, autocast=True),
+        truth,
+        torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_outputs_at_attended_places_stay_whatever_the_configuration(seed):
+    chance = random.Random(seed)
+    case, heads, head_dimension = chance.choice(CASES), chance.randint(1, 4), chance.choice([4, 8, 16, 20, 32, 64])
+    changes = {
+        "num_attention_heads": heads,
+        "hidden_size": heads * head_dimension,
+        "intermediate_size": chance.randint(1, 80),
+        "num_hidden_layers": chance.randint(0, 3),
+        "hidden_act": chance.choice(["gelu", "gelu_new", "relu", "silu", "tanh", "mish"]),
+        "hidden_dropout_prob": chance.choice([0.0, 0.1]),
+        "tie_word_embeddings": chance.random() < 0.5,
+        "type_vocab_size": chance.choice([2, 5]),
+        "layer_norm_eps": chance.choice([1e-12, 1e-5]),
+        "use_cache": False,
+    }
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**SIZES | case.changes | changes)
+    theirs = getattr(transformers, case.class_name)(config, **case.arguments).eval()
+    patched = copy.deepcopy(theirs)
+    bertfast.patch(patched)
+    rows, columns = chance.randint(1, 4), chance.randint(1, 16)
+    lengths = torch.tensor([[chance.randint(0, columns)] for _ in range(rows)])
+    mask = {
+        "right": torch.arange(columns) < lengths,
+        "left": torch.arange(columns) >= lengths,
+        "inside": torch.rand(rows, columns) < 0.6,
+        "none": torch.ones(rows, columns, dtype=torch.bool),
+    }[chance.choice(["right", "left", "inside", "none"])]
+    choices = (2,) if case.class_name == "BertForMultipleChoice" else ()
+    values = {
+        "input_ids": torch.randint(SIZES["vocab_size"], (rows, *choices, columns)),
+        "token_type_ids": torch.randint(config.type_vocab_size, (rows, *choices, columns)),
+        "attention_mask": (mask[:, None].repeat(1, 2, 1) if choices else mask).long(),
+    }
+    with torch.no_grad():
+        ours, plain, truth = (dict(model(**values).items()) for model in (patched, theirs, double(theirs)))
+    assert ours.keys() == plain.keys()
+    of_rows = (
+        "pooler_output",
+        "seq_relationship_logits",
+        *(["logits"] if truth.get("logits", mask).dim() == 2 else []),
+    )
+    for name, true in truth.items():
+        # Where a row attends to nothing, their softmax runs over its padding.
+        read = mask.any(1) if name in of_rows else mask
+        if read.any():
+            error, allowed = (relative_error(x[name][read].double(), true[read]) for x in (ours, plain))
+            assert error <= 4 * allowed + 1e-6, f"{name}: {error:.3g}, theirs {allowed:.3g}"
+
+
+def test_what_happens_is_reported():
+    model = live("BertForMaskedLM", num_hidden_layers=3)
+    layers = model.bert.encoder.layer
+    layers[0].attention.self.query = Doubled(layers[0].attention.self.query)
+    layers[1].register_forward_hook(lambda *_: None)
+    layers[1].output.dense.register_forward_hook(lambda *_: None)
+    layers[2].intermediate.intermediate_act_fn = nn.ReLU()
+    report = bertfast.patch(model)
+    assert set(report.fused) == {
+        "BertForMaskedLM",
+        "bert.embeddings",
+        "bert.encoder.layer.0",
+        "cls.predictions.transform",
+    }
+    assert report.left == {
+        "bert.encoder.layer.0.attention.self.query": "Doubled is called as it is",
+        "bert.encoder.layer.1": "a hook watches it",
+        "bert.encoder.layer.2": "its activation is ReLU, not the gelu of the config",
+    }
+    assert "left alone: 3" in str(report)
+    assert "<td>left alone</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
+
+
+class Doubled(nn.Module):
+    """An adapter around a linear layer, like LoRA's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.weight, self.bias = inner.weight, inner.bias
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def adapt(model):
+    query = model.bert.encoder.layer[0].attention.self
+    query.query = Doubled(query.query)
+
+
+def watch(model):
+    model.bert.encoder.layer[1].intermediate.register_forward_hook(lambda module, _, output: output * 1.5)
+
+
+def watch_layer(model):
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1, *arguments[1:]))
+
+
+def watch_encoder(model):
+    model.bert.encoder.register_forward_hook(lambda *_: None)
+
+
+def watch_embeddings(model):
+    model.bert.embeddings.register_forward_hook(lambda module, _, output: output * 0.5)
+
+
+def reparametrise(model):
+    parametrize.register_parametrization(model.bert.encoder.layer[1].output.dense, "weight", Twice())
+
+
+def quantise(model):
+    attention = model.bert.encoder.layer[0].attention
+    attention.output = torch.ao.quantization.quantize_dynamic(attention.output, {nn.Linear}, dtype=torch.qint8)
+
+
+def another_activation(model):
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def another_norm(model):
+    model.bert.encoder.layer[0].output.LayerNorm = nn.Identity()
+
+
+def own_forward(model):
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    dense.forward = lambda x: nn.functional.linear(x, dense.weight)
+
+
+CHANGES = (
+    adapt,
+    watch,
+    watch_layer,
+    watch_encoder,
+    watch_embeddings,
+    reparametrise,
+    quantise,
+    another_activation,
+    another_norm,
+    own_forward,
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # of quantisation, which is deprecated
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_around_a_module_keeps_its_effect(change, when):
+    model, same = live(), live()
+    if when == "after":
+        bertfast.patch(model)
+        outputs_of(model)  # what was found then must not be believed
+    change(model)
+    change(same)
+    if when == "before":
+        bertfast.patch(model)
+    want = outputs_of(same, output_hidden_states=True)
+    torch.testing.assert_close(outputs_of(model).logits, want.logits, rtol=1e-4, atol=1e-5)
+    got = outputs_of(model, output_hidden_states=True).hidden_states
+    mask = batch()["attention_mask"].bool()
+    for ours, theirs in zip(got, want.hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_a_layer_sees_what_it_saw():
+    model = live()
+    bertfast.patch(model)
+    seen = []
+
+    def hook(module, arguments, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).shape)
+
+    handle = model.bert.encoder.layer[0].register_forward_hook(hook)
+    outputs_of(model)
+    handle.remove()
+    outputs_of(model)
+    assert seen == [torch.Size([3, 11, SIZES["hidden_size"]])]
+
+
+def test_the_hooks_that_record_hidden_states_do_not_keep_later_calls_from_the_fast_way(monkeypatch):
+    model = live()
+    bertfast.patch(model)
+    outputs_of(model, output_hidden_states=True)
+    whole = []
+    encode = bertfast.patching.encoder.encode
+    monkeypatch.setattr(bertfast.patching.encoder, "encode", lambda *a: whole.append(1) or encode(*a))
+    outputs_of(model)
+    assert whole == [1]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_dropout_in_another_mode_than_the_model_keeps_it(training):
+    model = live(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    bertfast.patch(model)
+    model.train(training)
+    for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        dropout.train(not training)
+    first, second = outputs_of(model).logits, outputs_of(model).logits
+    assert torch.equal(first, second) == training
+
+
+def test_dropout_is_drawn_anew_at_each_call_and_from_torchs_generator():
+    model = live(hidden_dropout_prob=0.2).train()
+    bertfast.patch(model)
+    torch.manual_seed(5)
+    first, second = outputs_of(model).logits, outputs_of(model).logits
+    torch.manual_seed(5)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, outputs_of(model).logits)
+
+
+def test_unpatching_leaves_what_was_there():
+    model = live("BertForPreTraining")
+    plain = copy.deepcopy(model)
+    kept = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    bertfast.patch(model)
+    names = [*model.state_dict()]
+    assert [(name, p.shape) for name, p in model.named_parameters()] == [
+        (n, p.shape) for n, p in plain.named_parameters()
+    ]
+    bertfast.unpatch(model)
+    assert kept == {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    values = {name: x for name, x in batch().items() if name != "labels"}
+    assert torch.equal(model(**values).prediction_logits, plain(**values).prediction_logits)
+    assert names == [*plain.state_dict()]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_patched_and_on_its_own(copied):
+    model = live()
+    bertfast.patch(model)
+    want = outputs_of(model).logits
+    other = copied(model)
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(3)
+    assert torch.equal(outputs_of(model).logits, want)
+    assert not torch.allclose(outputs_of(other).logits, want)
+    bertfast.unpatch(other)
+    with pytest.raises(ValueError, match="patched already"):
+        bertfast.patch(model)
+
+
+def test_saved_files_are_those_of_the_unpatched(tmp_path):
+    model = live("BertForMaskedLM")
+    model.save_pretrained(tmp_path / "plain")
+    bertfast.patch(model)
+    model.save_pretrained(tmp_path / "patched")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes()
+
+
+def test_attention_weights_come_from_their_own_code():
+    model = live(attn_implementation="eager")
+    want = outputs_of(model, output_attentions=True).attentions
+    bertfast.patch(model)
+    got = outputs_of(model, output_attentions=True).attentions
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_left_to_right_model_generates_the_same_with_its_cache():
+    model = live("BertLMHeadModel", is_decoder=True, max_position_embeddings=32)
+    ask = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(torch.arange(3, 9).view(2, 3), **ask)
+    bertfast.patch(model)
+    assert torch.equal(model.generate(torch.arange(3, 9).view(2, 3), **ask), want)
+
+
+@pytest.mark.parametrize("shape", [(3, 11, 11), (3, 1, 11, 11)])
+def test_a_mask_between_pairs_of_tokens_is_theirs(shape):
+    model = live(attn_implementation="eager")
+    mask = torch.rand(shape) > 0.3
+    values = {
+        "input_ids": batch()["input_ids"],
+        "attention_mask": mask if len(shape) == 3 else (mask.float() - 1) * 1e9,
+    }
+    try:
+        want = model(**values).logits
+    except Exception as error:  # versions differ in the masks that they take
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    bertfast.patch(model)
+    assert torch.equal(model(**values).logits, want)
+
+
+@pytest.mark.parametrize("change", [None, watch, watch_layer])
+def test_packed_input_is_kept_apart(change):
+    model = live("BertModel", seed=3)
+    if change is not None:
+        holder = nn.Module()
+        holder.bert = model
+        change(holder)
+    texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
+    alone = [model(text) for text in texts]
+    bertfast.patch(model)
+    packed = model(
+        torch.cat(texts, 1),
+        position_ids=torch.cat([torch.arange(text.shape[1]) for text in texts])[None],
+        cu_seq_lens_q=torch.tensor([0, 4, 5, 12], dtype=torch.int32),
+        cu_seq_lens_k=torch.tensor([0, 4, 5, 12], dtype=torch.int32),
+        max_length_q=7,
+        max_length_k=7,
+    )
+    want = torch.cat([one.last_hidden_state for one in alone], 1)
+    torch.testing.assert_close(packed.last_hidden_state, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        packed.pooler_output, torch.cat([one.pooler_output for one in alone]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_embeddings_instead_of_words_positions_and_types_of_ones_own():
+    model = live()
+    words = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    positions = torch.arange(11).flip(0)[None]
+    values = {"inputs_embeds": words, "attention_mask": batch()["attention_mask"], "position_ids": positions}
+    want = model(**values).logits
+    bertfast.patch(model)
+    torch.testing.assert_close(model(**values).logits, want, rtol=1e-4, atol=1e-5)
+    arguments = (batch()["input_ids"], batch()["attention_mask"], batch()["token_type_ids"])
+    assert isinstance(model.bert(*arguments, return_dict=False), tuple)
+
+
+def test_more_words_can_be_added():
+    model = live("BertForMaskedLM")
+    bertfast.patch(model)
+    model.resize_token_embeddings(60)
+    ids = torch.tensor([[59, 3, 58]])
+    logits = model(ids).logits
+    assert logits.shape == (1, 3, 60)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    bertfast.unpatch(model)
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of names that version 5 has renamed
+@pytest.mark.parametrize("change", [None, watch_layer])
+def test_computing_layers_again_for_the_backward_pass_changes_no_gradient(change):
+    gradients = []
+    for checkpointed in (False, True):
+        model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        bertfast.patch(model)
+        if change is not None:
+            change(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        outputs_of(model).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_the_same_when_layers_are_computed_again():
+    gradients = []
+    for checkpointed in (False, True):
+        model = live(hidden_dropout_prob=0.3).train()
+        bertfast.patch(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(7)
+        outputs_of(model).loss.backward()
+        gradients.append(model.bert.encoder.layer[0].attention.self.query.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_for_twenty_shapes_at_most_twice():
+    model = live()
+    bertfast.patch(model)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for rows in (2, 3, 5, 8):
+            for columns in (3, 5, 8, 11, 16):
+                values = {"input_ids": torch.randint(53, (rows, columns)), "attention_mask": torch.ones(rows, columns)}
+                values["attention_mask"][0, 2:] = 0
+                torch.testing.assert_close(compiled(**values).logits, model(**values).logits)
+    assert counter.frame_count <= 2
+    broken = torch._dynamo.explain(model)(**values)
+    assert broken.graph_break_count <= 1  # at the encoder, not in it
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (lambda: "bert", TypeError, "takes a torch module"),
+        (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
+        (lambda: bertfast.BertModel(bertfast.BertConfig(**SIZES)), ValueError, "no BertModel of transformers"),
+        (lambda: promising(hidden_size=64), ValueError, "promises hidden_size 64, and the weights have 32"),
+        (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),
+    ],
+)
+def test_bad_input_is_refused_and_left_as_it_is(model, error, words):
+    model = model()
+    kinds = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
+    with pytest.raises(error, match=words):
+        bertfast.patch(model)
+    assert kinds == ([type(module) for module in model.modules()] if kinds else [])
+
+
+def promising(**changes):
+    model = live()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def test_only_what_is_patched_can_be_unpatched():
+    with pytest.raises(ValueError, match="is not patched"):
+        bertfast.unpatch(live())
