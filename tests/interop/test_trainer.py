@@ -1,0 +1,216 @@
+"""`bertfast.transformers` under transformers' Trainer, pipelines and accelerate."""
+
+import copy
+
+import pytest
+import torch
+from parity import SIZES, transformers
+
+import bertfast
+from bertfast import transformers as ours
+
+pytest.importorskip("accelerate", reason="Trainer wants it: the extra `test-trainer`")
+
+ROWS = 16
+HEADS = {
+    "BertForMaskedLM": "tokens",
+    "BertForPreTraining": "tokens and pairs",
+    "BertForTokenClassification": "tokens",
+    "BertForSequenceClassification": "classes",
+    "BertForNextSentencePrediction": "pairs",
+    "BertForMultipleChoice": "choices",
+    "BertForQuestionAnswering": "answers",
+}
+
+
+def samples(kind: str, count: int = ROWS) -> list[dict]:
+    """Samples of different lengths, and with different numbers of labels where tokens have them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    made = []
+    for row in range(count):
+        length = 3 + row % 9
+        own = {"input_ids": 3 + random(50, length), "token_type_ids": random(2, length)}
+        if kind.startswith("tokens"):
+            own["labels"] = random(3, length).masked_fill(random(3, length) > (row % 3), -100)
+            own["labels"][1] = 1
+        if kind == "tokens and pairs":
+            own["next_sentence_label"] = random(2)
+        if kind in ("classes", "pairs", "choices"):
+            own["labels"] = random(2)
+        if kind == "answers":
+            own |= {"start_positions": random(3), "end_positions": random(3)}
+        made.append({name: value.tolist() for name, value in own.items()})
+    return made
+
+
+def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch padded to its longest sample; for choices, each sample twice."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {}
+    for name in rows[0]:
+        if isinstance(rows[0][name], list):
+            fill = -100 if name == "labels" else 0
+            batch[name] = torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
+        else:
+            batch[name] = torch.tensor([row[name] for row in rows])
+    batch["attention_mask"] = torch.tensor([[column < len(row["input_ids"]) for column in range(longest)] for row in rows])
+    batch["attention_mask"] = batch["attention_mask"].long()
+    return batch
+
+
+def doubled(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Each sample as two choices, the second with other words."""
+    batch = padded(rows)
+    labels, words = batch.pop("labels"), batch["input_ids"]
+    batch = {name: torch.stack([x, (x - 1).clamp(min=0) if x is words else x], 1) for name, x in batch.items()}
+    return batch | {"labels": labels}
+
+
+def model_of(name: str, **changes):
+    torch.manual_seed(0)
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    changes = {"num_labels": 2 if name != "BertForTokenClassification" else 3} | changes
+    return getattr(ours, name)(transformers.BertConfig(**SIZES | nothing | changes))
+
+
+def train(model, rows, collator, folder, *, accumulation=1, steps=1, batch=None):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch or ROWS // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_step_is_the_same_however_it_is_accumulated(name, tmp_path):
+    kind = HEADS[name]
+    rows = samples(kind)
+    if name in ("BertForPreTraining", "BertForQuestionAnswering"):
+        # Their loss is a mean of means: the same where each part has as many labels and no padding.
+        rows = [rows[3]] * ROWS
+    collator = doubled if name == "BertForMultipleChoice" else padded
+    steps = []
+    for accumulation in (1, 2, 4, 8):
+        model = model_of(name)
+        before = copy.deepcopy(model.state_dict())
+        train(model, rows, collator, tmp_path, accumulation=accumulation)
+        steps.append({key: value - before[key] for key, value in model.state_dict().items()})
+    for step in steps[1:]:
+        for key, moved in steps[0].items():
+            torch.testing.assert_close(step[key], moved, rtol=1e-3, atol=1e-7, msg=lambda said, key=key: f"{key}: {said}")
+    assert any(moved.abs().max() > 1e-5 for moved in steps[0].values())
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if HEADS[name] in ("tokens", "classes", "pairs")])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_batches_without_padding_give_the_same_step(name, accumulation, tmp_path):
+    rows, steps = samples(HEADS[name]), []
+    for collator in (padded, ours.PaddingFreeCollator()):
+        model = model_of(name)
+        before = copy.deepcopy(model.state_dict())
+        train(model, rows, collator, tmp_path, accumulation=accumulation)
+        steps.append({key: value - before[key] for key, value in model.state_dict().items()})
+    for key, moved in steps[0].items():
+        torch.testing.assert_close(steps[1][key], moved, rtol=1e-3, atol=1e-7)
+
+
+def test_a_batch_without_padding():
+    batch = ours.PaddingFreeCollator()([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4]
+    assert (batch["cu_seq_lens_q"].dtype, batch["max_length_q"]) == (torch.int32, 3)
+    tags = ours.PaddingFreeCollator()([{"input_ids": [5, 6], "labels": [1, -100]}, {"input_ids": [8], "labels": [2]}])
+    assert tags["labels"].tolist() == [[1, -100, 2]]
+    many = [{"input_ids": [5, 6], "labels": [1.0, 0.0]}, {"input_ids": [8, 9], "labels": [0.0, 1.0]}]
+    assert ours.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(ValueError, match="takes padded batches"):
+        ours.PaddingFreeCollator()([{"input_ids": [5], "start_positions": 0, "end_positions": 0}])
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "BertForMultipleChoice"])
+def test_losses_are_those_of_an_unpatched_model(name, tmp_path):
+    rows = samples(HEADS[name])
+    if name == "BertForQuestionAnswering":
+        rows = [row for row in rows if len(row["input_ids"]) == 5] * 8  # their softmax counts padding in
+    model = model_of(name)
+    plain = copy.deepcopy(model)
+    bertfast.unpatch(plain)
+    losses = [train(one, rows, padded, tmp_path, steps=5, batch=4) for one in (model, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_training_lowers_the_loss_and_what_is_saved_is_opened_by_transformers(tmp_path):
+    rows = [{"input_ids": [3 + row % 2] * 4, "labels": row % 2} for row in range(ROWS)]
+    model = model_of("BertForSequenceClassification")
+    losses = train(model, rows, ours.PaddingFreeCollator(), tmp_path, steps=30)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "saved")
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    again = ours.BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    values = padded(rows[:3])
+    values.pop("labels")
+    for other in (opened, again):
+        torch.testing.assert_close(other(**values).logits, model.eval()(**values).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_nine_classes_are_patched_and_of_their_kind(tmp_path):
+    for name in ours.__all__:
+        if not name.startswith("Bert"):
+            continue
+        model = getattr(ours, name)(transformers.BertConfig(**SIZES, is_decoder=name == "BertLMHeadModel"))
+        assert isinstance(model, getattr(transformers, name))
+        with pytest.raises(ValueError, match="patched already"):
+            bertfast.patch(model)
+        model.save_pretrained(tmp_path / name)
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
+        assert config.architectures == [name]
+
+
+def test_pipelines_fill_masks(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    model = model_of("BertForMaskedLM", vocab_size=len(words)).eval()
+    fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    got = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
+    bertfast.unpatch(model)
+    want = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
+    for ours_of, theirs_of in zip(got, want, strict=True):
+        assert [one["token"] for one in ours_of] == [one["token"] for one in theirs_of]
+        assert [one["score"] for one in ours_of] == pytest.approx([one["score"] for one in theirs_of], abs=1e-5)
+
+
+def test_accelerate_splits_no_layer_and_keeps_ties(tmp_path):
+    import accelerate
+
+    model = model_of("BertForMaskedLM")
+    assert set(model._no_split_modules) >= {"BertLayer"}
+    devices = accelerate.infer_auto_device_map(
+        model, max_memory={0: 60_000, "cpu": 10**9}, no_split_module_classes=[*model._no_split_modules]
+    )
+    assert not any(".layer." in name and name.rsplit(".", 1)[1] not in "01" for name in devices)
+    assert accelerate.utils.find_tied_parameters(model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    assert prepared.get_output_embeddings().weight is prepared.get_input_embeddings().weight
