@@ -30,6 +30,15 @@ COMMANDS = {
     "reproduce": ("reproduce", "ReproduceSettings", "reproduce", "the paper's tables, with models and data at hand"),
     "features": ("tasks.extract", "ExtractSettings", "extract", "write what a model's layers hold of texts to disk"),
     "fill-mask": ("tasks.fill_mask", "FillMaskSettings", "fill_mask_command", "name the best words for each [MASK]"),
+    "import": (
+        "original",
+        "ImportSettings",
+        "import_checkpoint",
+        "make a model's folder of Google's TensorFlow checkpoint",
+    ),
+    "export": ("export", "ExportSettings", "export", "write a model for transformers, ONNX or torch.export"),
+    "verify": ("verify", "VerifySettings", "verify", "compare with transformers on one's own model and text"),
+    "bench": ("speedup", "SpeedupSettings", "speedup", "say how much faster one's own model is here, with a picture"),
     "doctor": ("doctor", "DoctorSettings", "doctor", "say what this machine has, and what runs on it"),
 }
 

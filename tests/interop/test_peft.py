@@ -45,7 +45,9 @@ def test_losses_are_the_same_patched_and_unpatched(targets, when):
 
 
 def test_other_kinds_of_adapters():
-    assert losses(TARGETS[0], "after", use_dora=True) == pytest.approx(losses(TARGETS[0], None, use_dora=True), abs=1e-5)
+    assert losses(TARGETS[0], "after", use_dora=True) == pytest.approx(
+        losses(TARGETS[0], None, use_dora=True), abs=1e-5
+    )
 
 
 def test_merged_adapters_are_fused_again():

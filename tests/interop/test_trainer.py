@@ -57,7 +57,9 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
             batch[name] = torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
         else:
             batch[name] = torch.tensor([row[name] for row in rows])
-    batch["attention_mask"] = torch.tensor([[column < len(row["input_ids"]) for column in range(longest)] for row in rows])
+    batch["attention_mask"] = torch.tensor(
+        [[column < len(row["input_ids"]) for column in range(longest)] for row in rows]
+    )
     batch["attention_mask"] = batch["attention_mask"].long()
     return batch
 
@@ -116,7 +118,9 @@ def test_a_step_is_the_same_however_it_is_accumulated(name, tmp_path):
         steps.append({key: value - before[key] for key, value in model.state_dict().items()})
     for step in steps[1:]:
         for key, moved in steps[0].items():
-            torch.testing.assert_close(step[key], moved, rtol=1e-3, atol=1e-7, msg=lambda said, key=key: f"{key}: {said}")
+            torch.testing.assert_close(
+                step[key], moved, rtol=1e-3, atol=1e-7, msg=lambda said, key=key: f"{key}: {said}"
+            )
     assert any(moved.abs().max() > 1e-5 for moved in steps[0].values())
 
 

@@ -19,7 +19,17 @@ def passed(source: Path, folder: Path, *options: str) -> set[str]:
     report = folder / f"report{len(options)}.xml"
     paths = [str(source), str(HERE), str(HERE.parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), f"--junitxml={report}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(TESTS),
+        f"--junitxml={report}",
+        *options,
+    ]
     subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     cases = ElementTree.parse(report).iter("testcase")
     return {case.get("name") for case in cases if not any(child.tag != "properties" for child in case)}

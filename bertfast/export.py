@@ -1,0 +1,172 @@
+"""`bertfast export`: a model for transformers and what reads its folders, for ONNX, or as `torch.export` has it.
+
+A folder is what `transformers` opens strictly, and so what servers of embeddings open. The two graphs are of
+`transformers`' own code, on padded batches of any size and length: they need no library of ours where they run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from bertfast import checkpoint, models
+from bertfast.config import BertConfig
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_OURS_ALONE = ("bilstm", "pool_last", "feature_layers")  # what a config of ours may ask for and theirs does not know
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_OUTPUTS = {
+    "BertModel": ("last_hidden_state", "pooler_output"),
+    "BertForPreTraining": ("prediction_logits", "seq_relationship_logits"),
+    "BertForQuestionAnswering": ("start_logits", "end_logits"),
+}
+
+
+@dataclass
+class ExportSettings:
+    """What to export, and as what.
+
+    Attributes:
+        model_name_or_path: Folder or hub id of a model.
+        output_dir: Folder for the result.
+        to: transformers writes config.json, model.safetensors and the tokenizer; onnx also model.onnx, checked by ONNX
+            Runtime; torch-export also model.pt2.
+    """
+
+    model_name_or_path: Positional[str]
+    output_dir: Positional[str]
+    to: Literal["transformers", "onnx", "torch-export"] = "transformers"
+
+
+def export(settings: ExportSettings) -> Path:
+    """Write what is asked for, check it against the model it is of, and return its path.
+
+    Raises ValueError if `transformers` has no such model, or what was written gives other outputs.
+    """
+    source = checkpoint.resolve(settings.model_name_or_path)
+    kind = _kind(source)
+    folder = Path(settings.output_dir)
+    if folder.exists() and folder.samefile(source):
+        raise ValueError(f"{folder} is the model itself: name another folder")
+    kind.from_pretrained(source).save_pretrained(folder)
+    for name in _TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    theirs = _open_strictly(folder, kind.__name__)
+    if settings.to == "transformers":
+        print(f"{folder} holds a {kind.__name__} that transformers opens")
+        return folder
+    model = _Outputs(theirs, _OUTPUTS.get(kind.__name__, ("logits",))).eval()
+    write = _to_onnx if settings.to == "onnx" else _to_program
+    path, run = write(model, folder, kind is models.BertForMultipleChoice)
+    worst = max(_difference(model, run, _example(theirs.config, *sizes, kind)) for sizes in ((2, 7), (1, 3), (5, 16)))
+    if not worst < 1e-4:
+        raise ValueError(f"{path} gives other outputs than the model, by {worst:.3g}: do not use it")
+    print(f"{path} gives the model's outputs to {worst:.1g}, for batches and lengths of any size")
+    return path
+
+
+class _Outputs(nn.Module):
+    """A model whose arguments and results are tensors."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        return tuple(outputs[name] for name in self.names if outputs.get(name) is not None)
+
+
+def _kind(folder: Path) -> type[models.BertPreTrainedModel]:
+    config = BertConfig.from_pretrained(folder)
+    alone = [name for name in _OURS_ALONE if config.extra.get(name)]
+    if alone:
+        raise ValueError(
+            f"{folder} has {', '.join(alone)}, which transformers does not know: it can be used here alone"
+        )
+    name = next(iter(config.extra.get("architectures") or ["BertModel"]))
+    if name not in models.__all__:
+        raise ValueError(f"{folder} holds a {name}, which is none of {', '.join(models.__all__)}")
+    return getattr(models, name)
+
+
+def _open_strictly(folder: Path, name: str) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("what is exported is checked by transformers: `pip install bertfast[hf]`") from None
+    model, told = getattr(transformers, name).from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"transformers does not open {folder} strictly: {', '.join(map(str, wrong[:5]))}")
+    return model.eval()
+
+
+def _example(config, rows: int, columns: int, kind: type) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch whose rows have different lengths; with two choices each, where the model chooses."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, 2, columns) if kind is models.BertForMultipleChoice else (rows, columns)
+    ids = torch.randint(config.vocab_size, shape, generator=generator)
+    lengths = torch.randint(1, columns + 1, (*shape[:-1], 1), generator=generator)
+    return ids, (torch.arange(columns) < lengths).long(), ids % config.type_vocab_size
+
+
+def _difference(model: nn.Module, run, example: tuple[Tensor, ...]) -> float:
+    with torch.no_grad():
+        return max((a - b).abs().max().item() for a, b in zip(run(*example), model(*example), strict=True))
+
+
+def _dynamic_shapes(model: _Outputs, chooses: bool) -> tuple[dict[int, torch.export.Dim], ...]:
+    rows = torch.export.Dim("batch")
+    columns = torch.export.Dim("length", max=model.model.config.max_position_embeddings)
+    shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if chooses else {0: rows, 1: columns}
+    return (shape,) * len(_INPUTS)
+
+
+def _to_program(model: _Outputs, folder: Path, chooses: bool):
+    kind = models.BertForMultipleChoice if chooses else models.BertModel
+    example = _example(model.model.config, 3, 11, kind)
+    with torch.no_grad():
+        program = torch.export.export(model, example, dynamic_shapes=_dynamic_shapes(model, chooses), strict=False)
+    path = folder / "model.pt2"
+    torch.export.save(program, path)
+    return path, torch.export.load(path).module()
+
+
+def _to_onnx(model: _Outputs, folder: Path, chooses: bool):
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch writes it with
+    except ImportError as error:
+        raise ImportError(f"ONNX wants {error.name}: `pip install bertfast[onnx]`") from None
+    kind = models.BertForMultipleChoice if chooses else models.BertModel
+    example = _example(model.model.config, 3, 11, kind)
+    path = folder / "model.onnx"
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            example,
+            path,
+            input_names=[*_INPUTS],
+            output_names=[name for name, _ in zip(model.names, model(*example), strict=False)],
+            dynamic_shapes=_dynamic_shapes(model, chooses),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feeds = {name: x.numpy() for name, x in zip(_INPUTS, inputs, strict=True)}
+        return [torch.from_numpy(x) for x in session.run(None, feeds)]
+
+    return path, run
