@@ -1,0 +1,106 @@
+"""A live transformers model, patched and not: sentences, paragraphs, one short sentence, Trainer's steps, patching.
+
+    python bench/end_to_end/patched.py MODEL DATA [--rounds N] [--results FOLDER]
+
+MODEL is a folder with a BERT and its tokenizer; DATA holds glue/SST-2/dev.tsv.gz and squad/dev-v1.1.json.gz. Both
+models run in turn, without a gradient where nothing is trained, after their outputs were compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+
+import bertfast
+from bertfast.tasks.tables import read_table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import RESULTS, stopwatch, write_result
+
+BATCH, TOLERANCE = 32, 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    columns = read_table(arguments.data / "glue" / "SST-2" / "dev.tsv.gz").columns
+    sentences = columns["sentence"][: BATCH * 4]
+    articles = json.loads(gzip.decompress((arguments.data / "squad" / "dev-v1.1.json.gz").read_bytes()))["data"]
+    paragraphs = [part["context"] for article in articles for part in article["paragraphs"]][:BATCH]
+    plain = transformers.BertForSequenceClassification.from_pretrained(arguments.model).eval()
+    patched = copy.deepcopy(plain)
+    seconds = stopwatch(lambda: bertfast.patch(patched))
+    result = {"threads": torch.get_num_threads(), "patching_s": seconds}
+    cases = {
+        "sst-2, batches of 32": ([sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)], 1),
+        "squad, batches of 32": ([paragraphs], 0.25),
+        "one sentence of 8 tokens": ([["a truly good and moving film"]], 25),
+    }
+    for name, (texts, share) in cases.items():
+        batches = [
+            tokenizer(some, padding=True, truncation=True, max_length=384, return_tensors="pt") for some in texts
+        ]
+        with torch.no_grad():
+            worst = max((plain(**b).logits - patched(**b).logits).abs().max().item() for b in batches)
+            if not worst < TOLERANCE:
+                raise SystemExit(f"{name}: outputs differ by {worst}, nothing is timed")
+            rounds = max(3, int(arguments.rounds * share))
+            result[name] = in_turn(lambda model, b=batches: [model(**one) for one in b], plain, patched, rounds)
+        result[name]["tokens"] = [
+            batches[0]["input_ids"].shape[1],
+            int(sum(b["attention_mask"].sum() for b in batches)),
+        ]
+        print(name, f"{result[name]['median_ratio']:.2f} x", flush=True)
+    result["trainer, sst-2"] = trainer(plain, patched, tokenizer, columns, arguments.rounds)
+    print("trainer", f"{result['trainer, sst-2']['median_ratio']:.2f} x", flush=True)
+    write_result("patched", result, arguments.results)
+
+
+def in_turn(run, plain, patched, rounds: int) -> dict:
+    """Seconds of both sides, and the median of their ratios, after one uncounted round."""
+    seconds = {"plain_s": [], "patched_s": []}
+    for _ in range(rounds + 1):
+        seconds["plain_s"].append(stopwatch(lambda: run(plain)))
+        seconds["patched_s"].append(stopwatch(lambda: run(patched)))
+    seconds = {name: samples[1:] for name, samples in seconds.items()}
+    return {**seconds, "median_ratio": statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))}
+
+
+def trainer(plain, patched, tokenizer, columns, steps: int) -> dict:
+    """Seconds of Trainer's steps with dynamic padding, in turn, in pieces of as many steps."""
+    texts = zip(columns["sentence"], columns["label"], strict=True)
+    samples = [{**tokenizer(text), "labels": int(label)} for text, label in texts]
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    times = {"plain_s": [], "patched_s": []}
+    with TemporaryDirectory() as folder:
+        for part in range(4):
+            for name, model in (("plain_s", plain), ("patched_s", patched)):
+                settings = transformers.TrainingArguments(
+                    folder, max_steps=steps, per_device_train_batch_size=BATCH, report_to=[], save_strategy="no",
+                    use_cpu=True, disable_tqdm=True, logging_strategy="no", seed=part,
+                )  # fmt: skip
+                loop = transformers.Trainer(model=model, args=settings, train_dataset=samples, data_collator=collator)
+                started = time.perf_counter()
+                loop.train()
+                times[name].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in list(zip(*times.values(), strict=True))[1:]]
+    return {**times, "steps": steps, "median_ratio": statistics.median(ratios)}
+
+
+if __name__ == "__main__":
+    main()
