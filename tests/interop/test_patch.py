@@ -250,6 +250,17 @@ def test_the_hooks_that_record_hidden_states_do_not_keep_later_calls_from_the_fa
     assert whole == [1]
 
 
+def test_a_hook_on_the_encoder_under_a_head_sees_all_of_its_output():
+    model, plain = live(), live()
+    bertfast.patch(model)
+    seen = []
+    for one in (model, plain):
+        one.bert.register_forward_hook(lambda module, arguments, output: seen.append(output.last_hidden_state))
+        outputs_of(one)
+    mask = batch()["attention_mask"].bool()
+    torch.testing.assert_close(seen[0][mask], seen[1][mask], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_dropout_in_another_mode_than_the_model_keeps_it(training):
     model = live(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
