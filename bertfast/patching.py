@@ -154,14 +154,20 @@ class _FusedModel(_Fused):
             training=self.training,
             pooled=self.pooler is not None,
         )
-        if whole and _POOLED_ALONE.get() and not encoder.is_watched(self):
+        # Their pooler reads the first column alone, so it may be given a batch that has no other.
+        of_first = type(self.pooler) is theirs.BertPooler and not encoder.is_watched(self.pooler)
+        if whole and of_first and _POOLED_ALONE.get() and not encoder.is_watched(self):
             first = encoder.encode(self, packed, packed.first)
             unread = first.new_zeros(()).expand(*places.shape, first.shape[1])
             return BaseModelOutputWithPoolingAndCrossAttentions(unread, self.pooler(first[:, None]))
         if whole:
             hidden = encoder.encode(self, packed)
-            # The pooler takes the first column of a padded batch: here each sequence is a batch of its own.
-            pooled = None if self.pooler is None else self.pooler(hidden[packed.first][:, None])
+            pooled = None
+            if of_first:
+                pooled = self.pooler(hidden[packed.first][:, None])
+            elif self.pooler is not None:
+                rows = places if places.places is not None else Layout.of(packed.sequences)
+                pooled = self.pooler(rows.unpack(hidden))
             return BaseModelOutputWithPoolingAndCrossAttentions(places.unpack(hidden), pooled)
         call = _CALL.set((packed, places))
         try:

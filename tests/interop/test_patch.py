@@ -185,6 +185,15 @@ def another_norm(model):
     model.bert.encoder.layer[0].output.LayerNorm = nn.Identity()
 
 
+class LengthPooler(nn.Module):
+    def forward(self, hidden):
+        return hidden[:, 0] * hidden.shape[1]
+
+
+def another_pooler(model):
+    model.bert.pooler = LengthPooler()
+
+
 def own_forward(model):
     dense = model.bert.encoder.layer[1].intermediate.dense
     dense.forward = lambda x: nn.functional.linear(x, dense.weight)
@@ -201,6 +210,7 @@ CHANGES = (
     another_activation,
     another_norm,
     own_forward,
+    another_pooler,
 )
 
 
