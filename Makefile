@@ -1,4 +1,4 @@
-# One command each: `make demo | test | test-all | lint | bench | soak | gpu-check | clean`. Each makes .venv once if it is missing,
+# One command each: `make demo | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it is missing,
 # but for gpu-check, which runs in the environment it finds and installs nothing.
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -86,8 +86,8 @@ test-all: test $(OLDER) $(OLDER_HF)
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)
-	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast bertfast.ops bertfast.patching bertfast.transformers \
-	  bertfast.models bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout '!bertfast.kernels'
+	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast.ops bertfast.models bertfast.patching \
+	  bertfast.transformers bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout
 
 lint: $(READY)
 	$(BIN)/ruff check .
