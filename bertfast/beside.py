@@ -56,9 +56,9 @@ def open_both(name: str, settings: TextSettings) -> Beside:
         raise ImportError("this compares with transformers: `pip install bertfast[hf]`") from None
     folder, device = checkpoint.resolve(name), choose_device(settings.device)
     config = BertConfig.from_pretrained(folder)
-    kind = next((one for one in config.extra.get("architectures") or [] if one in models.__all__), "BertModel")
-    if kind == "BertForMultipleChoice":
-        kind = "BertModel"  # a text alone is no choice
+    kind = models.class_of(config)
+    if kind is models.BertForMultipleChoice:
+        kind = models.BertModel  # a text alone is no choice
     tokenizer = open_tokenizer(folder, config)
     tokenizer.enable_truncation(sequence_length(settings.max_seq_length, config))
     tokenizer.enable_padding()
@@ -72,8 +72,8 @@ def open_both(name: str, settings: TextSettings) -> Beside:
         batches.append(
             {name: torch.tensor([getattr(one, own) for one in encoded], device=device) for name, own in fields.items()}
         )
-    ours = getattr(models, kind).from_pretrained(folder)
-    theirs = getattr(transformers, kind).from_pretrained(folder)
+    ours = kind.from_pretrained(folder)
+    theirs = getattr(transformers, kind.__name__).from_pretrained(folder)
     theirs.load_state_dict(ours.state_dict())  # heads that the checkpoint lacks are random in both
     theirs.config.use_cache = False
     return Beside(ours.to(device), theirs.eval().to(device), batches)

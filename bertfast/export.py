@@ -91,10 +91,7 @@ def _kind(folder: Path) -> type[models.BertPreTrainedModel]:
         raise ValueError(
             f"{folder} has {', '.join(alone)}, which transformers does not know: it can be used here alone"
         )
-    name = next(iter(config.extra.get("architectures") or ["BertModel"]))
-    if name not in models.__all__:
-        raise ValueError(f"{folder} holds a {name}, which is none of {', '.join(models.__all__)}")
-    return getattr(models, name)
+    return models.class_of(config)
 
 
 def _open_strictly(folder: Path, name: str) -> nn.Module:

@@ -6,6 +6,7 @@ outputs are [1, T, ...] and sequence outputs [S, ...]. What is returned at paddi
 logits of answers), and what labels say there is not read. Column 0 is no padding to a pooler, though masked out.
 """
 
+from bertfast.config import BertConfig
 from bertfast.models.base import (
     BertModel,
     BertPreTrainedModel,
@@ -35,3 +36,11 @@ __all__ = [
     "BertModel",
     "BertPreTrainedModel",
 ]
+
+
+def class_of(config: BertConfig) -> type[BertPreTrainedModel]:
+    """The class that a folder's configuration names, `BertModel` where it names none; ValueError if it is not ours."""
+    name = next(iter(config.extra.get("architectures") or ["BertModel"]))
+    if name not in __all__:
+        raise ValueError(f"its config names {name}, which is none of {', '.join(__all__)}")
+    return globals()[name]

@@ -87,4 +87,4 @@ def test_what_transformers_does_not_know_is_refused(tmp_path, capsys):
     config = tmp_path / "plain" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForBirds"]}))
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out")]) == 1
-    assert "holds a BertForBirds" in capsys.readouterr().err
+    assert "its config names BertForBirds" in capsys.readouterr().err
