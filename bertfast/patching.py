@@ -133,6 +133,8 @@ class _FusedModel(_Fused):
     def forward(self, *args, **kwargs):
         arguments = dict(zip(self.arguments, args, strict=False)) | kwargs
         if _only_theirs_can(self, arguments):
+            if arguments.get("cu_seq_lens_q") is not None:  # which theirs passes over, so that sequences would mix
+                raise ValueError("packed input (cu_seq_lens_q) has no attention weights and no cache: give it padded")
             return super().forward(*args, **kwargs)
         outputs = self._run(arguments)
         return_dict = arguments.get("return_dict")
@@ -270,7 +272,7 @@ def _check(model: nn.Module) -> None:
     if not berts:
         raise ValueError(f"there is no BertModel of transformers in this {type(model).__name__}, so nothing to fuse")
     for bert in berts:
-        if type(bert).forward is not theirs.BertModel.forward and type(bert).__init__ is theirs.BertModel.__init__:
+        if type(bert).forward is not theirs.BertModel.forward:
             raise ValueError(f"{type(bert).__name__} has a forward of its own, which packed tokens would pass by")
         config, words = bert.config, bert.get_input_embeddings()
         found = {
@@ -290,6 +292,8 @@ def _tell(report: PatchReport, name: str, bert: nn.Module) -> None:
     """What happens in a BertModel as it is now."""
     reason = _why_not_embeddings(bert.embeddings, bert._bertfast["config"], bert.training)
     _note(report, f"{name}.embeddings", "on packed tokens", reason)
+    if "forward" in vars(bert):
+        report.left[name] = "a forward was set on it, which calls what it was before"
     if encoder.is_watched(bert.encoder):
         report.left[f"{name}.encoder"] = "a hook watches it, so its layers pack and unpack one by one"
     for index, layer in enumerate(bert.encoder.layer):

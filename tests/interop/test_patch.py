@@ -389,6 +389,20 @@ def test_packed_input_is_kept_apart(change):
     )
 
 
+def test_packed_input_is_refused_where_theirs_would_mix_it():
+    model = live("BertModel")
+    bertfast.patch(model)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="give it padded"):
+        model(torch.arange(5)[None], cu_seq_lens_q=starts, output_attentions=True)
+
+
+def test_a_forward_set_on_the_encoder_is_reported():
+    model = live()
+    model.bert.forward = model.bert.forward
+    assert "a forward was set on it" in bertfast.patch(model).left["bert"]
+
+
 def test_embeddings_instead_of_words_positions_and_types_of_ones_own():
     model = live()
     words = model.get_input_embeddings()(batch()["input_ids"]).detach()
@@ -466,6 +480,7 @@ def test_compiled_for_twenty_shapes_at_most_twice():
         (lambda: "bert", TypeError, "takes a torch module"),
         (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
         (lambda: bertfast.BertModel(bertfast.BertConfig(**SIZES)), ValueError, "no BertModel of transformers"),
+        (lambda: Shouting(transformers.BertConfig(**SIZES)), ValueError, "Shouting has a forward of its own"),
         (lambda: promising(hidden_size=64), ValueError, "promises hidden_size 64, and the weights have 32"),
         (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),
     ],
@@ -476,6 +491,11 @@ def test_bad_input_is_refused_and_left_as_it_is(model, error, words):
     with pytest.raises(error, match=words):
         bertfast.patch(model)
     assert kinds == ([type(module) for module in model.modules()] if kinds else [])
+
+
+class Shouting(transformers.BertModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 def promising(**changes):
