@@ -100,7 +100,8 @@ def project(module: nn.Module, config, hidden: Tensor) -> Tensor:
     """Queries, keys and values of all heads, three parameters in one product: [T, H] -> [T, 3, A, D]."""
     three = (module.query, module.key, module.value)
     compiling = torch.compiler.is_compiling()
-    few = not compiling and len(hidden) < config.hidden_size
+    # In half precision three products round apart from the one that a compiler is given.
+    few = not compiling and hidden.dtype == torch.float32 and len(hidden) < config.hidden_size
     kept = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or compiling
     # Whatever has to be copied for one tensor, the smaller is; and without a gradient nothing has to be.
     if not all(is_plain(linear) for linear in three) or (kept and few):
