@@ -385,7 +385,7 @@ def _look_through(bert: nn.Module) -> str | None:
 
 def _why_not_embeddings(module: nn.Module, config, training: bool) -> str | None:
     tables = (module.word_embeddings, module.position_embeddings, module.token_type_embeddings)
-    if _hooked(module, *tables, module.dropout):
+    if _hooked(module, *tables):
         return "a hook watches it"
     if not _is_theirs(module) or any(type(table) is not nn.Embedding for table in tables):
         return "its parts are of another kind"
@@ -414,6 +414,8 @@ def _why_not_layer(layer: nn.Module, config, training: bool) -> str | None:
     activation = middle.intermediate_act_fn
     if config.hidden_act not in ACTIVATIONS or type(activation) is not type(ACT2FN[config.hidden_act]):
         return f"its activation is {type(activation).__name__}, not the {config.hidden_act} of the config"
+    if _hooked(activation):
+        return "a hook watches it"
     return (
         _why_not_norm(close.LayerNorm)
         or _why_not_norm(output.LayerNorm)
@@ -426,8 +428,8 @@ def _why_not_layer(layer: nn.Module, config, training: bool) -> str | None:
 def _why_not_transform(module: nn.Module) -> str | None:
     if type(module.transform_act_fn) is not type(ACT2FN["gelu"]):
         return "its activation is not GELU"
-    if not encoder.is_plain(module.dense):
-        return "its product is not plain"
+    if not encoder.is_plain(module.dense) or _hooked(module.transform_act_fn):
+        return "a part of it is not plain"
     return _why_not_norm(module.LayerNorm)
 
 

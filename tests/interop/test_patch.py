@@ -156,6 +156,11 @@ def watch(model):
     model.bert.encoder.layer[1].intermediate.register_forward_hook(lambda module, _, output: output * 1.5)
 
 
+def watch_activation(model):
+    activation = model.bert.encoder.layer[0].intermediate.intermediate_act_fn
+    activation.register_forward_hook(lambda module, _, output: output * 2)
+
+
 def watch_layer(model):
     model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1, *arguments[1:]))
 
@@ -202,6 +207,7 @@ def own_forward(model):
 CHANGES = (
     adapt,
     watch,
+    watch_activation,
     watch_layer,
     watch_encoder,
     watch_embeddings,
