@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,7 @@ def export(settings: ExportSettings) -> Path:
     """
     source = checkpoint.resolve(settings.model_name_or_path)
     kind = _kind(source)
+    _check_packages(settings.to)
     folder = Path(settings.output_dir)
     if folder.exists() and folder.samefile(source):
         raise ValueError(f"{folder} is the model itself: name another folder")
@@ -63,9 +65,11 @@ def export(settings: ExportSettings) -> Path:
         print(f"{folder} holds a {kind.__name__} that transformers opens")
         return folder
     model = _Outputs(theirs, _OUTPUTS.get(kind.__name__, ("logits",))).eval()
+    chooses = kind is models.BertForMultipleChoice
     write = _to_onnx if settings.to == "onnx" else _to_program
-    path, run = write(model, folder, kind is models.BertForMultipleChoice)
-    worst = max(_difference(model, run, _example(theirs.config, *sizes, kind)) for sizes in ((2, 7), (1, 3), (5, 16)))
+    path, run = write(model, folder, _example(theirs.config, 3, 11, chooses), _dynamic_shapes(theirs.config, chooses))
+    sizes = ((2, 7), (1, 3), (5, 16))
+    worst = max(_difference(model, run, _example(theirs.config, *size, chooses)) for size in sizes)
     if not worst < 1e-4:
         raise ValueError(f"{path} gives other outputs than the model, by {worst:.3g}: do not use it")
     print(f"{path} gives the model's outputs to {worst:.1g}, for batches and lengths of any size")
@@ -94,11 +98,17 @@ def _kind(folder: Path) -> type[models.BertPreTrainedModel]:
     return models.class_of(config)
 
 
+def _check_packages(to: str) -> None:
+    """ImportError where something is missing that writes or checks; before anything is written."""
+    wanted = {"transformers": "hf"} | ({"onnxruntime": "onnx", "onnxscript": "onnx"} if to == "onnx" else {})
+    for name, extra in wanted.items():
+        if find_spec(name) is None:
+            raise ImportError(f"an export to {to} wants {name}: `pip install bertfast[{extra}]`")
+
+
 def _open_strictly(folder: Path, name: str) -> nn.Module:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("what is exported is checked by transformers: `pip install bertfast[hf]`") from None
+    import transformers
+
     model, told = getattr(transformers, name).from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
@@ -108,10 +118,10 @@ def _open_strictly(folder: Path, name: str) -> nn.Module:
     return model.eval()
 
 
-def _example(config, rows: int, columns: int, kind: type) -> tuple[Tensor, Tensor, Tensor]:
+def _example(config, rows: int, columns: int, chooses: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A batch whose rows have different lengths; with two choices each, where the model chooses."""
     generator = torch.Generator().manual_seed(0)
-    shape = (rows, 2, columns) if kind is models.BertForMultipleChoice else (rows, columns)
+    shape = (rows, 2, columns) if chooses else (rows, columns)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     lengths = torch.randint(1, columns + 1, (*shape[:-1], 1), generator=generator)
     return ids, (torch.arange(columns) < lengths).long(), ids % config.type_vocab_size
@@ -122,31 +132,24 @@ def _difference(model: nn.Module, run, example: tuple[Tensor, ...]) -> float:
         return max((a - b).abs().max().item() for a, b in zip(run(*example), model(*example), strict=True))
 
 
-def _dynamic_shapes(model: _Outputs, chooses: bool) -> tuple[dict[int, torch.export.Dim], ...]:
+def _dynamic_shapes(config, chooses: bool) -> tuple[dict[int, torch.export.Dim], ...]:
     rows = torch.export.Dim("batch")
-    columns = torch.export.Dim("length", max=model.model.config.max_position_embeddings)
+    columns = torch.export.Dim("length", max=config.max_position_embeddings)
     shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if chooses else {0: rows, 1: columns}
     return (shape,) * len(_INPUTS)
 
 
-def _to_program(model: _Outputs, folder: Path, chooses: bool):
-    kind = models.BertForMultipleChoice if chooses else models.BertModel
-    example = _example(model.model.config, 3, 11, kind)
+def _to_program(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: tuple):
     with torch.no_grad():
-        program = torch.export.export(model, example, dynamic_shapes=_dynamic_shapes(model, chooses), strict=False)
+        program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
     path = folder / "model.pt2"
     torch.export.save(program, path)
     return path, torch.export.load(path).module()
 
 
-def _to_onnx(model: _Outputs, folder: Path, chooses: bool):
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  what torch writes it with
-    except ImportError as error:
-        raise ImportError(f"ONNX wants {error.name}: `pip install bertfast[onnx]`") from None
-    kind = models.BertForMultipleChoice if chooses else models.BertModel
-    example = _example(model.model.config, 3, 11, kind)
+def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: tuple):
+    import onnxruntime
+
     path = folder / "model.onnx"
     with torch.no_grad():
         torch.onnx.export(
@@ -155,7 +158,7 @@ def _to_onnx(model: _Outputs, folder: Path, chooses: bool):
             path,
             input_names=[*_INPUTS],
             output_names=[name for name, _ in zip(model.names, model(*example), strict=False)],
-            dynamic_shapes=_dynamic_shapes(model, chooses),
+            dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
             verbose=False,

@@ -56,6 +56,9 @@ def import_checkpoint(settings: ImportSettings) -> Path:
     file = Path(settings.config or beside / "bert_config.json")
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: say with --config where the sizes of the model stand")
+    vocabulary = Path(settings.vocab or beside / "vocab.txt")
+    if settings.vocab is not None and not vocabulary.is_file():
+        raise FileNotFoundError(f"there is no {vocabulary}")
     values = json.loads(file.read_text(encoding="utf-8"))
     weights = {
         _renamed(name): torch.from_numpy(np.array(array.T if name.endswith("kernel") else array, order="C"))
@@ -76,11 +79,8 @@ def import_checkpoint(settings: ImportSettings) -> Path:
     checkpoint.load_weights(model, weights, settings.checkpoint)
     folder = Path(settings.output_dir)
     model.save_pretrained(folder)
-    vocabulary = Path(settings.vocab or beside / "vocab.txt")
     if vocabulary.is_file():
         shutil.copyfile(vocabulary, folder / "vocab.txt")
-    elif settings.vocab is not None:
-        raise FileNotFoundError(f"there is no {vocabulary}")
     print(f"{folder} holds a {kind.__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return folder
 

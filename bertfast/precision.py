@@ -26,6 +26,12 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, so that a clock can be read; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; a processor without them is many times slower in bf16."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.beside import TextSettings, open_both, outputs
+from bertfast.pictures import draw
+from bertfast.precision import wait_for
 
 TOLERANCE = 1e-3  # of outputs, beside the largest
 
@@ -58,13 +61,13 @@ def speedup(settings: SpeedupSettings) -> dict[str, float]:
         ratios[what] = statistics.median(theirs / ours for theirs, ours in pairs)
         shown = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates[what].items())
         print(f"{what}: {ratios[what]:.2f} x ({shown})")
-    if _draw(rates, ratios, Path(settings.picture)):
+    if draw(Path(settings.picture), (6, 3), partial(_paint, rates=rates, ratios=ratios)):
         print(f"{settings.picture} shows it")
     return ratios
 
 
 def _seconds(model: nn.Module, batches: list[dict[str, Tensor]], inference: bool) -> float:
-    _wait(batches[0]["input_ids"])
+    wait_for(batches[0]["input_ids"].device)
     started = time.perf_counter()
     for batch in batches:
         with torch.set_grad_enabled(not inference):
@@ -72,24 +75,11 @@ def _seconds(model: nn.Module, batches: list[dict[str, Tensor]], inference: bool
         if not inference:
             found.sum().backward()
             model.zero_grad()
-    _wait(batches[0]["input_ids"])
+    wait_for(batches[0]["input_ids"].device)
     return time.perf_counter() - started
 
 
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def _draw(rates: dict[str, dict[str, float]], ratios: dict[str, float], path: Path) -> bool:
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+def _paint(axes, rates: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
     for number, name in enumerate(next(iter(rates.values()))):
         heights = [own[name] for own in rates.values()]
         axes.barh([place + 0.4 * number for place in range(len(rates))], heights, 0.38, label=name)
@@ -97,6 +87,3 @@ def _draw(rates: dict[str, dict[str, float]], ratios: dict[str, float], path: Pa
     axes.set_yticks([place + 0.2 for place in range(len(rates))], titles)
     axes.set_xlabel("tokens a second")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True

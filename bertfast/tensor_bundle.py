@@ -31,7 +31,7 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
         )
     try:
         entries = {key.decode(): _fields(value) for key, value in _table(index.read_bytes())}
-    except (IndexError, struct.error, UnicodeDecodeError) as error:
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{index} is damaged, or no index of a TensorFlow checkpoint: {error}") from error
     shards = _first(entries.pop("", {}), 1, 1)
     data = []

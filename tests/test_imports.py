@@ -13,6 +13,7 @@ FLOORS = {
     "compiled": 0,
     "dropout": 0,
     "memory": 0,
+    "pictures": 0,
     "precision": 0,
     "sequences": 0,
     "reference": 0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bertfast.pictures import draw
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.task import Confusion, TaskSettings, write_whole
@@ -66,27 +67,20 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
 
 def draw_confusion(table: Confusion, path: Path) -> bool:
     """Draw which labels are taken for which, as shares of each row; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names, counts = table
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = 2.5 + 0.45 * len(names)
-    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in zip(*counts.nonzero(), strict=True):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="label")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+
+    def paint(axes) -> None:
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="predicted", ylabel="label")
+
+    return draw(path, (side, side), paint)
 
 
 def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 
 from bertfast.config import BertConfig
 from bertfast.data.batches import Batch
+from bertfast.precision import wait_for
 
 
 def step_flops(config: BertConfig, batch: Batch) -> int:
@@ -30,14 +31,9 @@ def matrix_rate(
     )
     best, end = float("inf"), time.perf_counter() + budget
     while best == float("inf") or time.perf_counter() < end:
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         torch.nn.functional.linear(x, weight)
-        _wait_for(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return 2 * tokens * hidden * wide / best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

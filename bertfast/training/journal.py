@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bertfast.pictures import draw
+
 Sink = Callable[[dict, int], None]
 """Takes an entry's numbers and its step."""
 
@@ -65,24 +67,17 @@ class Journal:
 
     def plot(self, path: Path, *, unigram_entropy: float | None = None) -> bool:
         """Draw the masked-LM losses over the steps; False where matplotlib (the extra `plots`) is not installed."""
-        try:
-            import matplotlib
-        except ImportError:
-            return False
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         entries = self.entries()
-        for key, style in (("masked_lm_loss", {"linewidth": 1}), ("validation_loss", {"marker": "o"})):
-            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-        if unigram_entropy is not None:
-            axes.axhline(unigram_entropy, linestyle=":", color="gray", label="unigram entropy")
-        axes.set(xlabel="step", ylabel="nats per masked token")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-        return True
+
+        def paint(axes) -> None:
+            for key, style in (("masked_lm_loss", {"linewidth": 1}), ("validation_loss", {"marker": "o"})):
+                points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+            if unigram_entropy is not None:
+                axes.axhline(unigram_entropy, linestyle=":", color="gray", label="unigram entropy")
+            axes.set(xlabel="step", ylabel="nats per masked token")
+            axes.legend()
+            axes.grid(alpha=0.3)
+
+        return draw(path, (8, 4.5), paint)
