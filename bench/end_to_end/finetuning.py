@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
     parser.add_argument("--epochs", type=int, help="another number than a task's own, which results are then named by")
+    parser.add_argument("--rate", type=float, help="another learning rate than a task's own; likewise")
     parser.add_argument("--speed", type=int, default=0, metavar="STEPS", help="only time so many of both, in turn")
     parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
@@ -79,7 +80,9 @@ def main() -> None:
             continue
         case, label = CASES[name], name
         if arguments.epochs is not None:
-            case, label = replace(case, epochs=arguments.epochs), f"{name}-{arguments.epochs}-epochs"
+            case, label = replace(case, epochs=arguments.epochs), f"{label}-{arguments.epochs}-epochs"
+        if arguments.rate is not None:
+            case, label = replace(case, rate=arguments.rate), f"{label}-rate-{arguments.rate:g}"
         found = {}
         for side in arguments.sides:
             file = arguments.output / f"{label}-{side}.json"
