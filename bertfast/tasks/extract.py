@@ -5,6 +5,7 @@ S texts, T tokens, F features.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from bertfast import checkpoint
 from bertfast.data.corpus import COMPRESSIONS, read_lines
 from bertfast.models import BertModel
-from bertfast.models.feature_based import LAYERS, chosen_layers
+from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
 from bertfast.precision import Precision, autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -124,6 +125,36 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
         else:
             found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
     return {"features": found} | ({"starts": torch.from_numpy(features.starts)} if tokens else {})
+
+
+@torch.no_grad()
+def states_on_disk(
+    folder: Path, model: BertFeaturesForTokenClassification, features: Features, precision: str, tokens: int
+) -> np.ndarray:
+    """The hidden states that `model` learns from, fp32 [T, layers, H], mapped from a file in `folder`.
+
+    They are computed, about `tokens` at a time, unless the file is there: its name tells encoder, layers and text.
+    """
+    known = hashlib.sha256(repr([model.numbers, precision]).encode())
+    arrays = (features.token_ids, features.token_type_ids, features.starts)
+    for array in (*(weight.numpy(force=True) for weight in model.bert.state_dict().values()), *arrays):
+        known.update(np.ascontiguousarray(array).view(np.uint8))
+    path = folder / f"{known.hexdigest()[:32]}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        shape = (len(features.token_ids), len(model.numbers), model.config.hidden_size)
+        found = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        for rows in batches_by_length(features, tokens):
+            batch = features.batch(rows, model.device)
+            inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
+            with autocast(model.device, precision):
+                states = model.features(**inputs)[0].float().cpu().numpy()
+            for row, part in zip(rows, features.parts(rows, states), strict=True):
+                found[features.starts[row] : features.starts[row + 1]] = part
+        found.flush()
+        temporary.rename(path)
+    return np.load(path, mmap_mode="r")
 
 
 def _texts(settings: ExtractSettings) -> Iterator[str | tuple[str, str]]:

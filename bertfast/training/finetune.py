@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import BertConfig
-from bertfast.data.tokenizer import save_tokenizer
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from bertfast.models import BertPreTrainedModel
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED
-from bertfast.tasks.features import Features, batches_by_length, labels_in, shuffled_batches, within_budget
+from bertfast.tasks.extract import states_on_disk
+from bertfast.tasks.features import labels_in, shuffled_batches, within_budget
 from bertfast.tasks.kinds import FINETUNING_TASK, choose_task
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
@@ -55,8 +56,12 @@ class FinetuneSettings(TaskSettings):
             sums are weighted, and the weights learned.
         lstm_size: Of each direction of the BiLSTM.
         lstm_layers: Of the BiLSTM.
+        features_dir: Folder for the layers that feature-based reads, which are taken from there if they are known for
+            the same encoder and words; none: they are gone when the run is.
         bilstm: Put a BiLSTM of two layers, as wide as the model, between the encoder and the head.
         random_init: Take only configuration and tokenizer from the model, and start from random weights.
+        init_from_task: Model that another task has taught, to take the encoder from: as MNLI's is a better start for
+            RTE. Its head is left behind.
         class_weights: balanced: an example counts as much more as its label is rarer.
         per_device_train_batch_size: Examples of a forward and backward pass.
         gradient_accumulation_steps: Passes whose gradients make one step.
@@ -83,8 +88,10 @@ class FinetuneSettings(TaskSettings):
     feature_layers: str = "concat-last-four"
     lstm_size: int = 768
     lstm_layers: int = 2
+    features_dir: str | None = None
     bilstm: bool = False
     random_init: bool = False
+    init_from_task: str | None = None
     class_weights: Literal["none", "balanced"] = "none"
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -113,6 +120,10 @@ class FinetuneSettings(TaskSettings):
             raise ValueError(f"num_train_epochs is more than 0, got {self.num_train_epochs}")
         if self.validation_file is None and (self.early_stopping_patience or self.metric_for_best_model):
             raise ValueError("early_stopping_patience and metric_for_best_model need a validation_file")
+        if self.features_dir is not None and self.strategy != "feature-based":
+            raise ValueError("features_dir is for the strategy feature-based, whose encoder does not change")
+        if self.random_init and self.init_from_task is not None:
+            raise ValueError("random_init and init_from_task each say where the weights come from: choose one")
 
 
 def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
@@ -161,7 +172,11 @@ class Finetuning:
         torch.manual_seed(settings.seed)
         self.model = self._build_model(source).to(self.device)
         if settings.strategy == "feature-based":
-            self.features = {split: self._with_inputs(some) for split, some in self.features.items()}
+            self._scratch = TemporaryDirectory()  # gone when the run is
+            kept = Path(settings.features_dir or self._scratch.name)
+            for split, some in self.features.items():
+                states = states_on_disk(kept, self.model, some, self.precision, settings.eval_tokens)
+                self.features[split] = replace(some, inputs={"features": states})
         self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
         self.weights = self._class_weights()
         self.examples_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -216,29 +231,19 @@ class Finetuning:
         return metric
 
     def _build_model(self, source: Path) -> BertPreTrainedModel:
-        model = self.task.model(self.config)
-        if not self.settings.random_init:
-            weights = checkpoint.read_weights(source)
-            own = BertConfig.from_pretrained(source)
-            other_head = self.task.model.__name__ not in own.extra.get("architectures", [])
-            if other_head or own.id2label != self.config.id2label:  # a head for something else knows nothing of this
+        settings, model = self.settings, self.task.model(self.config)
+        if not settings.random_init:
+            name = settings.init_from_task or settings.model_name_or_path
+            start = checkpoint.resolve(name)
+            weights, own = checkpoint.read_weights(start), BertConfig.from_pretrained(start)
+            other_task = settings.init_from_task is not None
+            if other_task and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
+                raise ValueError(f"{name} reads text as other tokens than {source}, whose tokenizer is used")
+            other_task |= self.task.model.__name__ not in own.extra.get("architectures", [])
+            if other_task or own.id2label != self.config.id2label:  # a head for something else knows nothing of this
                 weights = {key: value for key, value in weights.items() if not key.startswith(self.task.head)}
-            checkpoint.load_weights(model, weights, self.settings.model_name_or_path)
+            checkpoint.load_weights(model, weights, name)
         return model.train()
-
-    def _with_inputs(self, features: Features) -> Features:
-        """With what the encoder gives for every token, fp32 [T, layers, H], which does not change: on disk."""
-        shape = (len(features.token_ids), len(self.model.numbers), self.config.hidden_size)
-        file = TemporaryFile()  # noqa: SIM115 - gone when the run is
-        found = np.memmap(file, np.float32, "w+", shape=shape)
-        for rows in batches_by_length(features, self.settings.eval_tokens):
-            batch = features.batch(rows, self.device)
-            inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
-            with autocast(self.device, self.precision):
-                computed = self.model.features(**inputs)[0].float().cpu().numpy()
-            for row, part in zip(rows, features.parts(rows, computed), strict=True):
-                found[features.starts[row] : features.starts[row + 1]] = part
-        return replace(features, inputs={"features": found})
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weights == "none":

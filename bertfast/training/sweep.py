@@ -48,6 +48,8 @@ def sweep(settings: SweepSettings) -> dict:
     """
     folder, combinations, runs = Path(settings.output_dir), [], []
     plain = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(FinetuneSettings)}
+    if settings.strategy == "feature-based" and settings.features_dir is None:
+        plain["features_dir"] = str(folder / "features")
     metric = ""
     for rate, size, epochs in itertools.product(settings.learning_rates, settings.batch_sizes, settings.epochs):
         scores = []

@@ -51,6 +51,26 @@ def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_p
     assert again["eval_f1"] == pytest.approx(results["eval_f1"], abs=1e-6)
 
 
+def test_features_are_computed_once_and_again_for_other_words_or_another_encoder(pretrained, tmp_path, monkeypatch):
+    file, kept = write_examples(tmp_path, "tags", 12, seed=0), tmp_path / "kept"
+
+    def run(**changes) -> Finetuning:
+        settings = SMALL | {"features_dir": str(kept)} | changes
+        return Finetuning(settings_for("tags", pretrained, file, tmp_path / "out", **settings))
+
+    first = run().features["train"].inputs["features"]
+    with monkeypatch.context() as changed:
+        changed.delattr(BertFeaturesForTokenClassification, "features")
+        again = run(lstm_size=8, seed=3).features["train"].inputs["features"]
+    np.testing.assert_array_equal(first, again)
+    run(feature_layers="embeddings")
+    run(random_init=True)
+    (tmp_path / "more").mkdir()
+    file = write_examples(tmp_path / "more", "tags", 13, seed=0)
+    run()
+    assert len([*kept.iterdir()]) == 4
+
+
 def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     file = write_examples(tmp_path, "classification", 8, seed=0)
     with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):

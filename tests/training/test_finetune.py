@@ -154,6 +154,24 @@ def test_a_random_start_forgets_the_checkpoint(pretrained, files, tmp_path):
     assert not torch.isclose(weights[True], trained).any(1).all()
 
 
+def test_another_task_gives_its_encoder_and_keeps_its_head(pretrained, tuned, files, tmp_path):
+    other, _ = tuned  # of the same labels, so that without being told its head would be taken too
+    settings = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], "num_train_epochs": 0.01}
+    still = QUICK | {"learning_rate": 0.0}
+    folder = tmp_path / "out"
+    finetune(FinetuneSettings(**settings, **still, init_from_task=str(other), output_dir=str(folder)))
+    model, start = map(BertForSequenceClassification.from_pretrained, (folder, other))
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in start.state_dict().items() if name.startswith("bert."))
+    assert not torch.equal(model.classifier.weight, start.classifier.weight)
+
+    stranger = tmp_path / "stranger"
+    start.save_pretrained(stranger)
+    save_tokenizer(train_tokenizer([" ".join(FILLERS)], 256), stranger)
+    with pytest.raises(ValueError, match="stranger reads text as other tokens than"):
+        finetune(FinetuneSettings(**settings, **still, init_from_task=str(stranger), output_dir=str(tmp_path / "no")))
+
+
 def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, files, tmp_path):
     # From a finished model, a rate that ruins it: the first validation is the best one.
     folder, _ = tuned
@@ -218,6 +236,9 @@ def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrai
         ({"eval_steps": 0}, "eval_steps is at least 1, got 0"),
         ({"eval_tokens": 0}, "eval_tokens is at least 1, got 0"),
         ({"validation_file": None, "early_stopping_patience": 1}, "need a validation_file"),
+        ({"features_dir": "kept"}, "features_dir is for the strategy feature-based"),
+        ({"random_init": True, "init_from_task": "tuned"}, "choose one"),
+        ({"init_from_task": "./nowhere"}, "nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(pretrained, files, tmp_path, change, message):
