@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 
+from bertfast.products import linear
+
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout: texts that are no part of the project
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
@@ -166,7 +168,7 @@ def matrix_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats:
 
     def multiply() -> None:
         for shape in shapes:
-            torch.nn.functional.linear(*operands[shape])
+            linear(*operands[shape])
 
     return work / min(side_by_side({"products": multiply}, repeats)["products"]).seconds
 

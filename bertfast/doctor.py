@@ -15,6 +15,7 @@ from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import HAS_TRITON, choose, why_not
 from bertfast.precision import choose_device, choose_precision, multiplies_bf16
+from bertfast.products import onednn_is_faster
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +41,7 @@ def doctor(settings: DoctorSettings) -> None:
         "processor": f"{_processor()}; {torch.get_num_threads()} threads, {os.cpu_count()} processors",
         "library": _library(),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
+        "products": f"of fp32 on a CPU by {'oneDNN, which is faster than MKL here' if onednn_is_faster() else 'PyTorch, as it is'}",
         "training": f"on {device} in {_precision(device)}",
     }
     print("\n".join(f"{name:11}{what}" for name, what in facts.items()), end="\n\n")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertfast import ops, reference
+from bertfast import ops, products, reference
 from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
@@ -103,12 +103,15 @@ def project(module: nn.Module, config, hidden: Tensor) -> Tensor:
     # In half precision three products round apart from the one that a compiler is given.
     few = not compiling and hidden.dtype == torch.float32 and len(hidden) < config.hidden_size
     kept = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or compiling
+    kept = kept or products.goes_to_onednn(hidden, module.query.weight)  # which writes to no tensor that it is given
     # Whatever has to be copied for one tensor, the smaller is; and without a gradient nothing has to be.
-    if not all(is_plain(linear) for linear in three) or (kept and few):
+    if not all(is_plain(linear) for linear in three):
         qkv = torch.cat([linear(hidden) for linear in three], dim=1)
+    elif kept and few:
+        qkv = torch.cat([products.linear(hidden, linear.weight, linear.bias) for linear in three], dim=1)
     elif kept:
         weights, biases = [linear.weight for linear in three], [linear.bias for linear in three]
-        qkv = F.linear(hidden, torch.cat(weights), torch.cat(biases))
+        qkv = products.linear(hidden, torch.cat(weights), torch.cat(biases))
     else:
         qkv = hidden.new_empty(len(hidden), 3 * config.hidden_size)
         for linear, part in zip(three, qkv.chunk(3, dim=1), strict=True):
@@ -135,7 +138,7 @@ def transform(module: nn.Module, hidden: Tensor, activation: str) -> Tensor:
     """What the masked-LM head does before the vocabulary: [R, H] -> [R, H]."""
     dense, norm = module.dense, module.LayerNorm
     if activation == "gelu" and is_plain(dense):
-        product = F.linear(hidden, dense.weight)
+        product = products.linear(hidden, dense.weight)
         return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
     normalised = reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
     return normalised.to(norm.weight.dtype)
@@ -209,7 +212,7 @@ def hooks(module: nn.Module) -> tuple[dict, ...]:
 
 def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> Tensor:
     dense, norm = module.dense, module.LayerNorm
-    product, bias = (F.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
+    product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
 
 

@@ -44,13 +44,26 @@ def linear_cross_entropy(
     return loss, correct.sum(), counted.sum(), d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write a b^T to `out`, or add it: a [N, K], b [M, K], out [N, M], all of one dtype."""
+    if add:
+        torch.addmm(out, a, b.mT, out=out)
+    else:
+        torch.mm(a, b.mT, out=out)
+
+
 def multiply_in_chunks(
-    x: Tensor, weight: Tensor, wanted: Sequence[bool], chunk: int, differentiate: Callable[[Tensor, slice], None]
+    x: Tensor,
+    weight: Tensor,
+    wanted: Sequence[bool],
+    chunk: int,
+    differentiate: Callable[[Tensor, slice], None],
+    multiply: Callable[..., None] = multiply,
 ) -> Tensor:
     """d_weight, empty where not wanted; x [R, H], of the dtype of the products, becomes d_x where that is.
 
     `differentiate(padded, some)` turns the logits padded[:, :V] of `some` rows, without bias, into their gradient;
-    behind them `padded` [chunk, C] is zero.
+    behind them `padded` [chunk, C] is zero. `multiply` may be a faster one that does the same.
     """
     x_wanted, weight_wanted, _ = wanted
     rows, vocabulary = len(x), len(weight)
@@ -65,12 +78,12 @@ def multiply_in_chunks(
         padded = buffer[: len(part)]
         logits = padded[:, :vocabulary]
         for block in _blocks(matrix):
-            torch.mm(part, matrix[block].mT, out=logits[:, block])
+            multiply(part, matrix[block], logits[:, block])
         differentiate(padded, some)
         if weight_wanted:
-            _add_product(d_weight, logits.mT, part, first=start == 0)
+            _add_product(multiply, d_weight, logits.mT, part, first=start == 0)
         if x_wanted:
-            torch.mm(logits, matrix, out=part)  # which has been read for the last time
+            multiply(logits, matrix.mT, part)  # which has been read for the last time
     return d_weight
 
 
@@ -84,12 +97,13 @@ def _blocks(matrix: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def _add_product(multiply: Callable[..., None], total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Add a b to `total` of that or a wider dtype; the `first` time write it there."""
     if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        for block in _blocks(a):
+            multiply(a[block], b.mT, total[block], add=not first)
     else:  # on a CPU the library's products are of one dtype: each share is rounded, their sum is not
         for block in _blocks(a):
             share = a[block] @ b

@@ -27,6 +27,7 @@ def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings
         "save_steps": 5,
         "eval_batches": 4,
         "device": "cpu",
+        "precision": "fp32",
     }
     return PretrainSettings(str(folder), **(values | changes))
 

@@ -15,6 +15,7 @@ FLOORS = {
     "memory": 0,
     "pictures": 0,
     "precision": 0,
+    "products": 0,
     "sequences": 0,
     "reference": 0,
     "ops": 1,
@@ -44,6 +45,8 @@ FLOORS = {
 }
 WITHIN = {
     ("compiled", "kernels"),
+    ("products", "kernels"),
+    ("precision", "products"),
     ("reference", "dropout"),
     ("reference", "sequences"),
     ("encoder", "inputs"),

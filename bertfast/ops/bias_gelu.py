@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast import reference
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.products import linear
 
 Approximate = Literal["none", "tanh"]
 """The exact GELU of BERT, x · Φ(x), or the tanh formula."""
@@ -59,7 +59,7 @@ def linear_gelu(
     if chosen == "triton" and (dtype, *weight.mT.shape) in _FUSED:
         return run(LinearGelu, x.to(dtype), weight.to(dtype), bias, approximate)
     # The product may be of another dtype than x, for which the choice is another.
-    return bias_gelu(F.linear(x, weight), bias, approximate, implementation=implementation)
+    return bias_gelu(linear(x, weight), bias, approximate, implementation=implementation)
 
 
 class BiasGelu(torch.autograd.Function):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bertfast import compiled
+from bertfast import compiled, products
 from bertfast.kernels import results
 from bertfast.kernels.logits_in_chunks import linear_cross_entropy, multiply_in_chunks, padded_columns
 from bertfast.ops.choice import HAS_TRITON
@@ -55,7 +55,7 @@ def _in_chunks(
     def differentiate(logits: Tensor, some: slice) -> None:
         kernel(logits[:, :vocabulary], bias, labels[some], losses[some], correct[some], d_bias)
 
-    d_weight = multiply_in_chunks(x, weight, wanted, max(-(-len(x) // chunks), 1), differentiate)
+    d_weight = multiply_in_chunks(x, weight, wanted, max(-(-len(x) // chunks), 1), differentiate, products.multiply)
     return losses, correct, x, d_weight, d_bias if wanted[2] else d_bias[:0]
 
 

@@ -109,11 +109,8 @@ def test_regression(pretrained, tmp_path, capsys):
     header, *rows = rows_of(tmp_path / "out" / "predictions_validation.tsv")
     assert header == ["index", "prediction"]
     capsys.readouterr()
-    predict(
-        PredictSettings(
-            model_name_or_path=str(tmp_path / "out"), test_file=str(tmp_path / "validation.tsv"), device="cpu"
-        )
-    )
+    where = {"model_name_or_path": str(tmp_path / "out"), "device": "cpu", "precision": "fp32"}
+    predict(PredictSettings(**where, test_file=str(tmp_path / "validation.tsv")))
     scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     assert scores == pytest.approx([float(prediction) for _, prediction in rows], abs=1e-4)
 
@@ -192,9 +189,8 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, fil
     assert max(losses) == results["best_step"] + 4 < 40
     # The test file holds the same sentences, and it is the best model that answers.
     assert (tmp_path / "predictions_test.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
-    evaluated = evaluate(
-        EvaluateSettings(model_name_or_path=str(tmp_path), validation_file=files["validation_file"], device="cpu")
-    )
+    where = {"model_name_or_path": str(tmp_path), "device": "cpu", "precision": "fp32"}
+    evaluated = evaluate(EvaluateSettings(**where, validation_file=files["validation_file"]))
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 

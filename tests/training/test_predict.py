@@ -72,7 +72,7 @@ def test_evaluate_agrees_with_fine_tuning(tuned, files, tmp_path, capsys):
 
 def test_predict_answers_a_file_and_standard_input_alike(tuned, files, capsys, monkeypatch):
     folder, _ = tuned
-    settings = {"model_name_or_path": str(folder), "device": "cpu"}
+    settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
     predict(PredictSettings(**settings, test_file=files["test_file"]))
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]

@@ -33,6 +33,7 @@ def flags(data: Path, folder: Path, accumulation: int, *others: str) -> list[str
         "logging-steps": 1,
         "eval-batches": 3,
         "device": "cpu",
+        "precision": "fp32",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(others)
 
