@@ -41,7 +41,7 @@ def doctor(settings: DoctorSettings) -> None:
         "processor": f"{_processor()}; {torch.get_num_threads()} threads, {os.cpu_count()} processors",
         "library": _library(),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
-        "products": f"of fp32 on a CPU by {'oneDNN, which is faster than MKL here' if onednn_is_faster() else 'PyTorch, as it is'}",
+        "products": f"of fp32 on a CPU by {'oneDNN, which is faster here' if onednn_is_faster() else 'MKL'}",
         "training": f"on {device} in {_precision(device)}",
     }
     print("\n".join(f"{name:11}{what}" for name, what in facts.items()), end="\n\n")
