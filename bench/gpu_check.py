@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {
     "kernel tests": (120, 60),
     "CUDA C++ tests": (60, 40),
+    "layout probes": (45, 45),
     "other tests": (30, 0),
     "training": (40, 0),
     "memcheck": (30, 0),
@@ -146,6 +147,8 @@ def parts(folder: Path, fast: bool) -> Iterator[Part]:
     kernel_tests = [python, "tests/kernels/in_parts.py", "--maxfail=3", "-p", "no:cacheprovider"]
     yield Part("kernel tests", kernel_tests, no_gpu)
     yield Part("CUDA C++ tests", kernel_tests, no_gpu, {"BERTFAST_TESTED": "cuda"})
+    # What the emulation takes the instructions to do, asked of the GPU itself.
+    yield Part("layout probes", [*pytest, "tests/emulation/test_probes.py"], no_gpu)
     yield Part("other tests", [*pytest, "--maxfail=5", "tests/ops", "tests/model"], no_gpu)
     # A step in a CUDA graph, among others; the program wants more packages than the model.
     packages = [name for name in ("tokenizers", "tyro", "safetensors") if not find_spec(name)]

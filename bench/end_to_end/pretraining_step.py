@@ -6,14 +6,16 @@ anything is timed the losses must agree without dropout. transformers runs with 
 compiled; on a GPU with its plain attention too; and where a case is in bf16, on a CPU also in its default, fp32. The
 process keeps what it frees, as bertfast's programs do, so that nobody's memory costs page faults.
 
-    python bench/end_to_end/pretraining_step.py [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
+    python bench/end_to_end/pretraining_step.py [CASE …] [--repeats N] [--results FOLDER]
 
-FOLDER of --data has corpus/wikipedia-valid.txt.xz and vocab/bert-base-uncased-vocab.txt.
+`--count-lengths DATA` counts Wikipedia's lengths anew, in DATA/corpus/wikipedia-valid.txt.xz with the vocabulary
+DATA/vocab/bert-base-uncased-vocab.txt, and writes them beside this file, where all other runs find them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import statistics
 import sys
@@ -40,11 +42,12 @@ from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import DATA, DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
+from harness import DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
 
 DROPOUT = 0.1
 MASKED = 0.15
 COMPILING = 600  # seconds at most
+LENGTHS = Path(__file__).with_name("wikipedia_lengths.json")
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ CASES = {
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
 }
 GPU_CASES = {
-    "gpu-base-128": Case("base", 256, 128, torch.bfloat16),
-    "gpu-base-512": Case("base", 64, 512, torch.bfloat16),
-    "gpu-large-512": Case("large", 16, 512, torch.bfloat16),
-    "gpu-large-128": Case("large", 128, 128, torch.bfloat16),
+    "gpu-base-128": Case("base", 256, 128, torch.bfloat16, "wikipedia"),
+    "gpu-base-512": Case("base", 64, 512, torch.bfloat16, "wikipedia"),
+    "gpu-large-512": Case("large", 16, 512, torch.bfloat16, "wikipedia"),
+    "gpu-large-128": Case("large", 128, 128, torch.bfloat16, "wikipedia"),
 }
 TRIAL = {  # to try the program
     "trial": Case("tiny", 4, 32, torch.float32, compiled=False),
-    "trial-wikipedia": Case("tiny", 4, 32, torch.float32, "wikipedia", compiled=False),
+    "trial-wikipedia": Case("tiny", 4, 128, torch.float32, "wikipedia", compiled=False),
 }
 ALL = CASES | GPU_CASES | TRIAL
 
@@ -106,19 +109,22 @@ def main() -> None:
     cases = GPU_CASES if ON_GPU else CASES
     parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--count-lengths", type=Path, metavar="DATA")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(ALL):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    if arguments.count_lengths:
+        LENGTHS.write_text(json.dumps(count_lengths(arguments.count_lengths)) + "\n", encoding="utf-8")
+        return
     keep_freed_memory()
     print("| case | tokens | ours s | other | its s | ratio | wanted | GFLOP/s | of the matrix rate |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in arguments.cases:
-        if reason := refusal(ALL[name], arguments.data):
-            print(f"{name}: {reason}", file=sys.stderr, flush=True)
+        if ALL[name].dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
+            print(f"{name}: left out, this processor multiplies no bf16", file=sys.stderr, flush=True)
             continue
-        result = measure(name, ALL[name], arguments.repeats, arguments.data)
+        result = measure(name, ALL[name], arguments.repeats)
         write_result(f"pretraining_step-{name}", result, arguments.results)
         for other, ratio in result["ratios"].items():
             print(
@@ -132,20 +138,11 @@ def main() -> None:
     print(f"\nwritten to {arguments.results}")
 
 
-def refusal(case: Case, data: Path) -> str | None:
-    """Why a case is left out here, if so."""
-    if case.dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
-        return "left out: this processor multiplies no bf16, and PyTorch's products are many times slower in it"
-    if case.lengths == "wikipedia" and not data.is_dir():
-        return f"left out: there is no text in {data}"
-    return None
-
-
-def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
+def measure(name: str, case: Case, repeats: int) -> dict:
     """Time a case; raises if ours and theirs do not compute the same loss."""
     torch.manual_seed(0)
     config = bertfast.BertConfig.preset(case.preset)
-    lengths = lengths_of(case, data)
+    lengths = lengths_of(case)
     padded, packed = samples(lengths, case.longest, config.vocab_size)
     sides = theirs(case)
 
@@ -245,17 +242,26 @@ def build(case: Case, dropout: float, weights: dict | None = None) -> dict[str, 
     return models
 
 
-def lengths_of(case: Case, data: Path) -> list[int]:
-    """The samples' lengths: evenly spread, or those of the first of Wikipedia's sentence pairs in a random order."""
+def lengths_of(case: Case) -> list[int]:
+    """The samples' lengths: evenly spread, or drawn as those of Wikipedia's sentence pairs are."""
     if case.lengths == "uniform":
         return torch.linspace(case.longest // 4, case.longest, case.sequences).round().int().tolist()
+    counts = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))[str(case.longest)])
+    return np.random.default_rng(0).choice(len(counts), case.sequences, p=counts / counts.sum()).tolist()
+
+
+def count_lengths(data: Path) -> dict[int, list[int]]:
+    """For each longest length how many of Wikipedia's sentence pairs are of 0, 1, 2 … tokens."""
     text, vocabulary = data / "corpus" / "wikipedia-valid.txt.xz", data / "vocab" / "bert-base-uncased-vocab.txt"
     corpus = CorpusSettings([str(text)], tokenizer_name=str(vocabulary), validation_split_percentage=0, processes=1)
+    counts = {}
     with TemporaryDirectory() as folder:
         outline = Outline.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
-    sampling = Sampling(case.longest)
-    planned = plan_samples(outline, sampling, np.random.default_rng(0))
-    return planned.lengths(sampling)[: case.sequences].tolist()
+        for longest in (128, 512):
+            sampling = Sampling(longest)
+            lengths = plan_samples(outline, sampling, np.random.default_rng(0)).lengths(sampling)
+            counts[longest] = np.bincount(lengths, minlength=longest + 1).tolist()
+    return counts
 
 
 def samples(lengths: list[int], longest: int, vocabulary: int) -> tuple[dict, Batch]:

@@ -1,5 +1,6 @@
 // Small kernels that show what the emulation assumes: one product in every layout of its operands, boxes that reach out
-// of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is known beforehand.
+// of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is known beforehand, and on a
+// GPU it must be the same.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -13,6 +14,28 @@ constexpr int DEPTH = 64;
 
 using Bits = py::array_t<uint16_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
+using Ints = py::array_t<int, py::array::c_style>;
+
+// The numbers of an array where a kernel reaches them: on a GPU a copy, which goes back when this ends.
+template <class T>
+struct InReach {
+#if defined(__CUDACC__)
+  explicit InReach(const py::array_t<T, py::array::c_style>& array) : host((T*)array.data()), bytes(array.nbytes()) {
+    if (cudaMalloc(&data, bytes) != cudaSuccess) throw std::bad_alloc();
+    cudaMemcpy(data, host, bytes, cudaMemcpyDefault);
+  }
+  ~InReach() {
+    cudaMemcpy(host, data, bytes, cudaMemcpyDefault);  // once the kernel is done
+    cudaFree(data);
+  }
+  InReach(const InReach&) = delete;
+  T* host;
+  size_t bytes;
+#else
+  explicit InReach(const py::array_t<T, py::array::c_style>& array) : data((T*)array.data()) {}
+#endif
+  T* data = nullptr;
+};
 
 // ---- d [64, N] = a b, each operand as it is or transposed in memory
 
@@ -65,13 +88,15 @@ template <class T, int N, Swizzle SWIZZLE, Major A, Major B, bool IN_REGISTERS =
 Floats multiply_tiles(const Bits& a, const Bits& b) {
   using Memory = Operands<N, SWIZZLE, A, B>;
   Floats d({64, N});
-  const auto map = [](const Bits& x, int rows, int columns, int panel) {
-    return tensor_map<2>({x.data(), {(uint64_t)columns, (uint64_t)rows}, {(uint64_t)columns * 2},
+  const InReach a_there(a), b_there(b);
+  const InReach d_there(d);
+  const auto map = [](const uint16_t* x, int rows, int columns, int panel) {
+    return tensor_map<2>({x, {(uint64_t)columns, (uint64_t)rows}, {(uint64_t)columns * 2},
                           {(uint32_t)panel, (uint32_t)rows}, SWIZZLE});
   };
   launch(multiply_kernel<T, N, SWIZZLE, A, B, IN_REGISTERS>, 1, 128, sizeof(Memory), nullptr,
-         map(a, 64, 64, decltype(Memory::a)::PANEL),
-         map(b, Memory::B_ROWS, Memory::B_COLUMNS, decltype(Memory::b)::PANEL), d.mutable_data());
+         map(a_there.data, 64, 64, decltype(Memory::a)::PANEL),
+         map(b_there.data, Memory::B_ROWS, Memory::B_COLUMNS, decltype(Memory::b)::PANEL), d_there.data);
   return d;
 }
 
@@ -105,11 +130,12 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __gri
 
 Bits box(const Bits& x, int column, int row, int plane) {
   Bits result({3, 4, 8});
+  const InReach there(x), result_there(result);
   const uint64_t rows = (uint64_t)x.shape(1), columns = (uint64_t)x.shape(2);
   launch(box_kernel, 1, 1, sizeof(BoxMemory), nullptr,
-         tensor_map<3>({x.data(), {columns, rows, (uint64_t)x.shape(0)}, {columns * 2, rows * columns * 2}, {8, 4, 3},
+         tensor_map<3>({there.data, {columns, rows, (uint64_t)x.shape(0)}, {columns * 2, rows * columns * 2}, {8, 4, 3},
                         Swizzle::none}),
-         tensor_map<2>({result.data(), {8, 12}, {16}, {8, 12}, Swizzle::none}), column, row, plane);
+         tensor_map<2>({result_there.data, {8, 12}, {16}, {8, 12}, Swizzle::none}), column, row, plane);
   return result;
 }
 
@@ -136,7 +162,8 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
 
 Bits transpose(const Bits& x) {
   Bits y({16, 16});
-  launch(transpose_kernel, 1, 64, 0, nullptr, x.data(), y.mutable_data());
+  const InReach there(x), y_there(y);
+  launch(transpose_kernel, 1, 64, 0, nullptr, there.data, y_there.data);
   return y;
 }
 
@@ -162,7 +189,9 @@ __global__ void multiply_warp_kernel(const uint16_t* a, const uint16_t* b, float
 template <class T>
 Floats multiply_in_a_warp(const Bits& a, const Bits& b) {
   Floats d({16, 8});
-  launch(multiply_warp_kernel<T>, 1, 32, 0, nullptr, a.data(), b.data(), d.mutable_data());
+  const InReach a_there(a), b_there(b);
+  const InReach d_there(d);
+  launch(multiply_warp_kernel<T>, 1, 32, 0, nullptr, a_there.data, b_there.data, d_there.data);
   return d;
 }
 
@@ -177,24 +206,27 @@ __global__ void count_kernel(int* sums, int* elected_threads) {
 }
 
 py::tuple count(int threads) {
-  py::array_t<int> sums(threads);
-  int elected_threads = 0;
-  launch(count_kernel, 1, threads, 0, nullptr, sums.mutable_data(), &elected_threads);
-  return py::make_tuple(sums, elected_threads);
+  Ints sums(threads), elected_threads(1);
+  elected_threads.mutable_at(0) = 0;
+  {
+    const InReach sums_there(sums), elected_there(elected_threads);
+    launch(count_kernel, 1, threads, 0, nullptr, sums_there.data, elected_there.data);
+  }
+  return py::make_tuple(sums, elected_threads.at(0));
 }
 
-PYBIND11_MODULE(probes, module) {
-  const auto either = [&](const char* name, auto function) { module.def(name, function); };
+PYBIND11_MODULE(probes, exported) {
+  const auto either = [&](const char* name, auto function) { exported.def(name, function); };
   either("multiply_16_span32", multiply_either<BFloat16, 16, Swizzle::span32>);
   either("multiply_32_span64", multiply_either<BFloat16, 32, Swizzle::span64>);
   either("multiply_64_none", multiply_either<BFloat16, 64, Swizzle::none>);
   either("multiply_64_span128", multiply_either<Half, 64, Swizzle::span128>);
   either("multiply_128_span64", multiply_either<BFloat16, 128, Swizzle::span64>);
   either("multiply_128_span128", multiply_either<BFloat16, 128, Swizzle::span128>);
-  module.def("multiply_from_registers", multiply_tiles<BFloat16, 64, Swizzle::span128, Major::k, Major::mn, true>);
-  module.def("box", box);
-  module.def("transpose", transpose);
-  module.def("multiply_in_a_warp_bf16", multiply_in_a_warp<BFloat16>);
-  module.def("multiply_in_a_warp_fp16", multiply_in_a_warp<Half>);
-  module.def("count", count);
+  exported.def("multiply_from_registers", multiply_tiles<BFloat16, 64, Swizzle::span128, Major::k, Major::mn, true>);
+  exported.def("box", box);
+  exported.def("transpose", transpose);
+  exported.def("multiply_in_a_warp_bf16", multiply_in_a_warp<BFloat16>);
+  exported.def("multiply_in_a_warp_fp16", multiply_in_a_warp<Half>);
+  exported.def("count", count);
 }

@@ -1,4 +1,4 @@
-"""What the emulation does with the instructions of hopper.cuh, against numpy."""
+"""What the emulation does with the instructions of hopper.cuh, against numpy; where a Hopper is, what that does."""
 
 import numpy as np
 import pytest
@@ -74,5 +74,5 @@ def test_blocks_may_end_within_a_warp(probes):
 
 
 def test_a_launch_that_no_gpu_could_make_fails(probes):
-    with pytest.raises(RuntimeError, match="a block has 1 to 1024 threads"):
+    with pytest.raises(RuntimeError, match=r"a block has 1 to 1024 threads|the launch failed: invalid"):
         probes.count(1025)
