@@ -151,7 +151,8 @@ def padded(batch: Batch) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": batch.token_ids, "token_type_ids": batch.token_type_ids, "labels": labels}
     inputs = {name: layout.unpack(values, IGNORED if name == "labels" else 0)[rows] for name, values in inputs.items()}
     inputs["attention_mask"] = layout.unpack(torch.ones_like(batch.token_ids))[rows]
-    return inputs | {"next_sentence_label": batch.next_sentence_labels[rows]}
+    pairs = batch.next_sentence_labels
+    return inputs if pairs is None else inputs | {"next_sentence_label": pairs[rows]}
 
 
 def mean(values) -> float:
