@@ -5,10 +5,10 @@
         [--preset base] [--rate R] [--results FOLDER]
 
 The first makes ARCHIVE (.tar.xz) of DATA, laid out as the tests' data are: token shards of the books and of N files of
-Wikipedia, and SST-2; it is all that the second needs, on a machine without a network. What FOLDER holds already is not
-run again, so that each side can have a call of its own. Theirs is BertForMaskedLM with PyTorch's attention, compiled,
-in rows padded to the greatest length, trained by PyTorch's fused AdamW. Minutes are those of steps on both sides:
-neither compiling nor validating counts. Both are validated on the same masked tokens.
+Wikipedia with the published vocabulary, and SST-2; it is all that the second needs, on a machine without a network.
+What FOLDER holds already is not run again, so that each side can have a call of its own. Theirs is BertForMaskedLM with
+PyTorch's attention, compiled, in rows padded to the greatest length, trained by PyTorch's fused AdamW. Minutes are
+those of steps on both sides: neither compiling nor validating counts. Both are validated on the same masked tokens.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def pack(data: Path, archive: Path, files: int) -> None:
         [name for name in settings.train_file if ("books" in name) == of_books] for of_books in (1, 0)
     )
     with TemporaryDirectory() as scratch, tarfile.open(archive, "w:xz") as target:
-        chosen = dataclasses.replace(settings, train_file=[*books, *encyclopedia[:files]])
+        vocabulary = str(data / "vocab" / "bert-base-uncased-vocab.txt")
+        train = [*books, *encyclopedia[:files]]
+        chosen = dataclasses.replace(settings, train_file=train, tokenizer_name=vocabulary, vocabulary_size=30_522)
         target.add(prepare(PrepareSettings(scratch, chosen)), "shards")
         target.add(data / "glue" / "SST-2", "sst-2")
     print(f"{archive.stat().st_size / 2**20:.1f} MiB")
