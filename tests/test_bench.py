@@ -1,13 +1,17 @@
 """The benchmarks run at small sizes, and say what they should."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"conftest"}
@@ -182,6 +186,29 @@ def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
     assert result["tokens"] == sum(result["lengths"])
     assert result["ratios"]["transformers-sdpa"] > 0
     assert result["optimizer_s"] > 0
+
+
+def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path):
+    pytest.importorskip("transformers")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"house {i} is old and the river is wide . it was cold ." for i in range(300)))
+    corpus = CorpusSettings([str(text)], vocabulary_size=128, validation_split_percentage=20, processes=1)
+    (tmp_path / "sst-2").mkdir()
+    for split in ("train", "dev"):
+        rows = ["sentence\tlabel", *("the house is old\t1", "it was cold\t0") * 20]
+        (tmp_path / "sst-2" / f"{split}.tsv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    with tarfile.open(tmp_path / "archive.tar.xz", "w:xz") as archive:
+        archive.add(prepare(PrepareSettings(str(tmp_path / "made"), corpus)), "shards")
+        archive.add(tmp_path / "sst-2", "sst-2")
+    options = ("--preset=tiny", "--minutes=0.02", "--tokens=256", f"--output={tmp_path / 'run'}")
+    program("end_to_end/speedrun", str(tmp_path / "archive.tar.xz"), *options, f"--results={tmp_path}")
+    result = json.loads((tmp_path / "speedrun.json").read_text())
+    for side in ("ours", "theirs"):
+        losses = [one["validation_loss"] for one in result[side]["validations"]]
+        assert losses[-1] < losses[0]
+        assert result[side]["tokens_per_second"] > 0
+    assert result["tuned"]["metrics"]["eval_accuracy"] > 0
+    assert not any(str(tmp_path) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
 def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
