@@ -103,8 +103,9 @@ bench: $(LIBRARY) $(RUNTIMES)
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 3
 	$(BIN)/python bench/end_to_end/growth.py
 
-# Hours of it: a run that was stopped goes on, and what is finished is not done again. DATA=FOLDER, SOAKED=FOLDER, and
-# MODEL=FOLDER with a pre-trained BERT to fine-tune, if there is one.
+# Hours of it: a run that was stopped goes on, and what is finished is not done again; tables go to bench/results/tables, of
+# which 5, 6 and 8 compare models that they pre-train themselves. DATA=FOLDER, SOAKED=FOLDER, and MODEL=FOLDER with a
+# pre-trained BERT to fine-tune, if there is one.
 DATA   ?= ../shared/data
 SOAKED ?= build/soak
 MODEL  ?=
@@ -112,7 +113,12 @@ soak: $(LIBRARY)
 	$(BIN)/python bench/end_to_end/curve_parity.py $(DATA) --output $(SOAKED)/parity
 	$(BIN)/python bench/end_to_end/long_run.py $(DATA) --output $(SOAKED)/long
 	$(if $(MODEL),$(BIN)/python bench/end_to_end/finetuning.py $(MODEL) $(DATA) --output $(SOAKED)/tuned)
-	$(if $(MODEL),$(BIN)/bertfast reproduce --table 7 --data $(DATA) --model $(MODEL) --output-dir $(SOAKED)/table-7)
+	mkdir -p bench/results/tables
+	for table in 7 5 8 6 1 2 3 4; do \
+	  case $$table in 5|6|8) model= ;; *) model="$(MODEL:%=--model %)" ;; esac; \
+	  $(BIN)/bertfast reproduce --table $$table --data $(DATA) $$model --output-dir $(SOAKED)/table-$$table \
+	    && cp $(SOAKED)/table-$$table/table-$$table.md bench/results/tables/ || exit; \
+	done
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(FAST),--fast)
