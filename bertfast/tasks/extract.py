@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.data.corpus import COMPRESSIONS, read_lines
+from bertfast.memory import give_freed_memory_back
 from bertfast.models import BertModel
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
 from bertfast.precision import Precision, autocast, choose_device, choose_precision
@@ -97,6 +98,7 @@ def extract(settings: ExtractSettings) -> Path:
             path = folder / f"part-{number:05}.{settings.form}"
             if not path.exists():
                 _write(path, compute(model, tokenize(tokenizer, some, length), settings))
+                give_freed_memory_back()  # or a million texts would take what no part takes
             bar.update(len(some))
     return folder
 
