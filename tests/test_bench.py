@@ -211,6 +211,17 @@ def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path
     assert not any(str(tmp_path) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
+def test_our_side_of_the_run_of_minutes_does_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))
+    for name in ("speedrun", "curve_parity"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import speedrun
+
+    with pytest.raises(SystemExit, match="transformers, which is not installed"):
+        speedrun.theirs(None)
+
+
 def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))

@@ -27,14 +27,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from curve_parity import padded
-from long_run import corpus, fill
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from bertfast.cli import parse
 from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.memory import keep_freed_memory
 from bertfast.pictures import draw
 from bertfast.precision import autocast, wait_for
 from bertfast.reference import IGNORED
@@ -44,10 +43,14 @@ from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))  # of which Python does not think under PYTHONSAFEPATH
+from curve_parity import mean, padded
 from harness import RESULTS, write_result
+from long_run import corpus, fill
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "speedrun.yaml"
 VALIDATIONS = 8  # of a run: one a minute where it is of eight
+MEANS = ("share_of_products", "waited_for_batches")  # over a run's steps
 
 
 def main() -> None:
@@ -68,6 +71,7 @@ def main() -> None:
         return
     if arguments.output is None:
         parser.error("--output says where the runs are kept")
+    keep_freed_memory()  # or theirs would pay page faults on a CPU
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not (arguments.output / "sst-2").exists():  # which is unpacked last
         with tarfile.open(arguments.archive) as archive:
@@ -122,7 +126,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     folder = arguments.output / "ours"
     every = max(round(60 * arguments.minutes / VALIDATIONS / seconds_of_a_step(arguments)), 1)
     settings = settings_for(arguments, **{"output-dir": folder, "eval-steps": every})
-    pretrain(settings)
+    pretrain(dataclasses.replace(settings, resume=True))  # a run that ended, but was not written down, is only read
     entries = Journal(folder, steps_done=sys.maxsize).entries()
     steps = [entry for entry in entries if "masked_lm_loss" in entry]
     validations = [entry for entry in entries if "validation_loss" in entry]
@@ -131,27 +135,29 @@ def ours(arguments: argparse.Namespace) -> dict:
         "steps": validations[-1]["step"],
         "tokens": validations[-1]["step"] * arguments.tokens,
         "tokens_per_second": validations[-1]["step"] * arguments.tokens / seconds,
-        "share_of_products": sum(step["share_of_products"] for step in steps) / max(len(steps), 1),
+        **{name: mean(step[name] for step in steps) for name in MEANS if steps},
         "validations": validations,
         "blanks": fill(folder),
     }
 
 
 def seconds_of_a_step(arguments: argparse.Namespace) -> float:
-    """Of a few, so that validations are as many as wanted."""
+    """Of the later ones of twenty: in the first, kernels are compiled and the step is recorded."""
     with TemporaryDirectory() as folder:
-        settings = settings_for(arguments, **{"output-dir": folder, "minutes": min(0.1, arguments.minutes / 4)})
-        pretrain(settings)
-        last = Journal(Path(folder), steps_done=sys.maxsize).entries()[-1]
-        return last["seconds"] / last["step"]
+        settings = settings_for(arguments, **{"output-dir": folder, "logging-steps": 10})
+        pretrain(dataclasses.replace(settings, minutes=None, max_steps=20))
+        entries = Journal(Path(folder), steps_done=sys.maxsize).entries()
+        return arguments.tokens / [e["tokens_per_second"] for e in entries if "tokens_per_second" in e][-1]
 
 
 def theirs(arguments: argparse.Namespace) -> dict:
     """A loop as one would write it around transformers' model, on the same texts in rows of one length."""
-    import transformers
-
+    try:
+        import transformers
+    except ImportError:
+        raise SystemExit("the side `theirs` wants transformers, which is not installed") from None
     with TemporaryDirectory() as scratch:
-        run = Pretraining(settings_for(arguments, **{"output-dir": scratch}))  # for its batches and its precision
+        run = Pretraining(settings_for(arguments, **{"output-dir": scratch}))  # for its batches and precision
     settings, device, longest = run.settings, run.device, run.settings.sampling.max_seq_length
     values = {name: value for name, value in run.model.config.to_dict().items() if name not in run.model.config.extra}
     torch.manual_seed(settings.seed)
@@ -159,7 +165,7 @@ def theirs(arguments: argparse.Namespace) -> dict:
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
     source = rows_of_steps(run, arguments.tokens // longest, longest)
-    limit, seconds, tokens, validations = 60 * settings.minutes, 0.0, 0, []
+    limit, seconds, waited, tokens, validations = 60 * settings.minutes, 0.0, 0.0, 0, []
 
     def step(rows: dict[str, Tensor], rate: float) -> None:
         for group in optimizer.param_groups:
@@ -170,19 +176,25 @@ def theirs(arguments: argparse.Namespace) -> dict:
         clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        wait_for(device)
 
     with ThreadPoolExecutor(1) as ahead, tqdm(total=limit, desc="transformers", unit="s") as bar:
         step(next(source), 0.0)  # compiles, and learns nothing
         rows = ahead.submit(next, source)
+        wait_for(device)
         for number in count(1):
             started = time.perf_counter()
             now, rows = rows.result(), ahead.submit(next, source)
+            waited += time.perf_counter() - started
             step(now, arguments.rate * schedule("linear", seconds / limit, settings.warmup_ratio))
+            tokens += int(now["attention_mask"].sum())
             spent = time.perf_counter() - started
-            seconds, tokens = seconds + spent, tokens + int(now["attention_mask"].sum())
+            due = seconds + spent >= limit * min(len(validations) + 1, VALIDATIONS) / VALIDATIONS
+            if due:  # otherwise steps are given to the device while it works, as in ours
+                wait_for(device)
+                spent = time.perf_counter() - started
+            seconds += spent
             bar.update(spent)
-            if seconds >= limit * (len(validations) + 1) / VALIDATIONS or seconds >= limit:
+            if due:
                 loss = validation_loss(model, run, longest)
                 validations.append({"step": number, "seconds": seconds, "validation_loss": loss})
             if seconds >= limit:
@@ -192,18 +204,20 @@ def theirs(arguments: argparse.Namespace) -> dict:
         "steps": number,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
+        "waited_for_batches": waited / seconds,
         "validations": validations,
     }
 
 
 def rows_of_steps(run: Pretraining, rows: int, longest: int) -> Iterator[dict[str, Tensor]]:
     """The samples of ours in their order, `rows` of one length at a time: shapes that a compiler sees once."""
-    held = {}
-    for number in count():
-        for name, values in as_rows(run.batches.numbered(number), longest).items():
+    held, pin = {}, run.device.type == "cuda"  # pinned, so that copies to the device wait for nothing
+    while True:
+        for name, values in as_rows(run.loader.next(), longest).items():
             held[name] = torch.cat([held[name], values]) if name in held else values
         while len(held["input_ids"]) >= rows:
-            yield {name: values[:rows] for name, values in held.items()}
+            first = {name: values[:rows] for name, values in held.items()}
+            yield {name: values.pin_memory() for name, values in first.items()} if pin else first
             held = {name: values[rows:] for name, values in held.items()}
 
 
