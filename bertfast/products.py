@@ -59,6 +59,8 @@ def onednn_is_faster() -> bool:
 
 
 class _Linear(torch.autograd.Function):
+    """A product and its gradients, which are products too."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
