@@ -83,16 +83,6 @@ def _tensors_of(holder: Batch | Sequences) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def bins_of_rank(bins_per_step: int, rank: int, ranks: int) -> range:
-    """The bins of each step that rank `rank` of `ranks` computes, one after another."""
-    if bins_per_step % ranks:
-        raise ValueError(
-            f"{bins_per_step} bins a step cannot be shared evenly by {ranks} ranks: "
-            "choose a number of bins that the number of ranks divides"
-        )
-    return range(rank, bins_per_step, ranks)
-
-
 class Batches:
     """The endless row of a run's bins, epoch after epoch, each with new pairs, a new order and new masks.
 

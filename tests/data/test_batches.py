@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bertfast.data.batches import Batches, bins_of_rank
+from bertfast.data.batches import Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Outline, Sampling
 from bertfast.data.shards import Shards
@@ -149,15 +149,10 @@ def test_ranks_together_see_what_one_sees(make_batches):
     for step in range(3):
         bins = {}
         for rank, own in enumerate(ranks):
-            for index in bins_of_rank(BINS_PER_STEP, rank, 2):
+            for index in range(rank, BINS_PER_STEP, 2):
                 bins[index] = own.bin(step, index)
         assert sorted(bins) == list(range(BINS_PER_STEP))
         assert all(same(alone.bin(step, index), batch) for index, batch in bins.items())
-
-
-def test_ranks_must_share_evenly():
-    with pytest.raises(ValueError, match="6 bins a step cannot be shared evenly by 4 ranks"):
-        bins_of_rank(6, 0, 4)
 
 
 def test_consumption_runs_on_over_epochs(make_batches):
