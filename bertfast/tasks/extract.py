@@ -120,8 +120,7 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
         hidden = (torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)).cpu()
         lengths = features.lengths[rows]
         if tokens:
-            for row, part in zip(rows, features.parts(rows, hidden.numpy()), strict=True):
-                found[features.starts[row] : features.starts[row + 1]] = torch.from_numpy(part)
+            _put(found.numpy(), features, rows, hidden.numpy())
         elif settings.pool == "cls":
             found[rows] = hidden[np.cumsum(lengths) - lengths]
         else:
@@ -152,11 +151,16 @@ def states_on_disk(
             inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
             with autocast(model.device, precision):
                 states = model.features(**inputs)[0].float().cpu().numpy()
-            for row, part in zip(rows, features.parts(rows, states), strict=True):
-                found[features.starts[row] : features.starts[row + 1]] = part
+            _put(found, features, rows, states)
         found.flush()
         temporary.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def _put(found: np.ndarray, features: Features, rows: np.ndarray, values: np.ndarray) -> None:
+    """Put what the batch of `rows` gives for its tokens into the places of all tokens [T, …]."""
+    for row, part in zip(rows, features.parts(rows, values), strict=True):
+        found[features.starts[row] : features.starts[row + 1]] = part
 
 
 def _texts(settings: ExtractSettings) -> Iterator[str | tuple[str, str]]:
