@@ -93,8 +93,6 @@ def main() -> None:
             found[side] = json.loads(file.read_text(encoding="utf-8"))
             print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
         result = {"case": vars(case), "threads": torch.get_num_threads(), **found}
-        if {"ours", "theirs"} <= found.keys():
-            result["speed"] = found["theirs"]["seconds"] / found["ours"]["seconds"]
         write_result(f"finetuning-{label}", result, arguments.results)
 
 
