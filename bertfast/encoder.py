@@ -84,8 +84,10 @@ def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int
     qkv = project(module, config, hidden)
     arguments = attention_arguments(config, packed, index)
     context = ops.attention(qkv, packed.sequences, **arguments)
-    if packed.guests:
-        context = torch.cat([context[: packed.sequences.num_tokens], _attend_guests(qkv, packed, **arguments)])
+    if packed.query_only:
+        slots = len(context) - packed.query_only
+        own = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
+        context = torch.cat([context[:slots], own])
     return context.flatten(1)
 
 
@@ -214,18 +216,3 @@ def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> 
     dense, norm = module.dense, module.LayerNorm
     product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
-
-
-def _attend_guests(qkv: Tensor, packed: Packed, *, scale, causal, window, dropout) -> Tensor:
-    # A guest stands before its whole sequence, so a causal one sees nothing.
-    sequences = packed.sequences
-    parts = qkv[: sequences.num_tokens].split(list(sequences.lengths))
-    guests = zip(packed.guests, qkv[sequences.num_tokens :, 0], strict=True)
-    return torch.stack(
-        [
-            reference.attend_from(
-                query, parts[row][:0] if causal else parts[row], sequences.sequence_ids[row], scale, window, dropout
-            )
-            for row, query in guests
-        ]
-    )
