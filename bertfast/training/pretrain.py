@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import Preset
+from bertfast.cuda_graphs import can_capture, cuda_graphs, side_stream
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -30,7 +31,6 @@ from bertfast.precision import Precision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
-from bertfast.training.graph import can_capture, cuda_graphs, side_stream
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from bertfast.cuda_graphs import Capture, GraphRunner
 from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForPreTraining
 from bertfast.precision import autocast
-from bertfast.training.graph import Capture, GraphRunner
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import set_learning_rate
