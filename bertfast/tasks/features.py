@@ -87,11 +87,12 @@ class Features:
             return ModelInputs(arguments)
         tokens = arguments["input_ids"].shape[1]
         slots = bucket(tokens) - tokens
-        for name, value in arguments.items():
-            if isinstance(value, Tensor) and value.shape[:2] == (1, tokens) and name != "cu_seq_lens_q":
-                counts_as_none = name in self.labels and not value.is_floating_point()
-                rest = value.new_full((1, slots, *value.shape[2:]), -100 if counts_as_none else 0)
-                arguments[name] = torch.cat([value, rest], dim=1)
+        per_token = [name for name, x in (self.labels | self.inputs).items() if len(x) == len(self.token_ids)]
+        for name in {"input_ids", "token_type_ids", *per_token} & arguments.keys():
+            value = arguments[name]
+            counts_as_none = name in self.labels and not value.is_floating_point()
+            rest = value.new_full((1, slots, *value.shape[2:]), -100 if counts_as_none else 0)
+            arguments[name] = torch.cat([value, rest], dim=1)
         if not labels:
             empty = ((1 << (len(rows) - 1).bit_length()) - len(rows)) * self.choices
             cu_seqlens = arguments["cu_seq_lens_q"]
