@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def check_below(
@@ -11,7 +12,7 @@ def check_below(
 ) -> None:
     """Raise IndexError at the first of `indices` that is not a row of `table`, which has `size` rows.
 
-    Does nothing on a GPU, with fake tensors, and while `torch.compile` traces.
+    Does nothing on a GPU, while `torch.compile` traces, and in a dispatch mode.
 
     Args:
         operation: Name of the operator, for the message.
@@ -21,7 +22,10 @@ def check_below(
         table: Name of the argument that is indexed.
         negative_is_ignored: Negative indices are allowed, as labels that do not count.
     """
-    if indices.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(indices) or indices.numel() == 0:
+    # A dispatch mode traces or records what is done: fake tensors have no values, and a recorded step reads none.
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return
+    if indices.numel() == 0:
         return
     low, high = (int(x) for x in indices.aminmax())
     if high < size and (low >= 0 or negative_is_ignored):
@@ -33,7 +37,3 @@ def check_below(
         f"{operation}: {name}[{position}] is {int(indices[position])}, but {table} has {size} rows: "
         f"{name} must be in {allowed}"
     )
-
-
-def _is_fake(x: Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor)

@@ -17,16 +17,15 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
     Args:
         rows: int [R], in 0 … T - 1; a row may be named more than once.
         tensors: Each [T, H], floating point. Their gradients share the work on `rows`.
-        implementation: Of the gradient, "triton" or "reference".
+        implementation: Of the gradient: "triton", "cpu" or "reference".
 
     Returns:
         [R, H] for each tensor, in its dtype.
     """
     named = {f"tensors[{i}]": (x, "tokens hidden", "floating") for i, x in enumerate(tensors)}
     check("gather", rows=(rows, "rows", "integer"), **named)
-    no_kernel = None if tensors[0].is_cuda or implementation == "triton" else "there is no kernel of gather"
-    chosen = {choose("gather", implementation, x, no_kernel) for x in tensors}
-    return run(Gather, "reference" if "reference" in chosen else "triton", rows, *tensors)
+    chosen = {choose("gather", implementation, x) for x in tensors}
+    return run(Gather, "reference" if len(chosen) > 1 else chosen.pop(), rows, *tensors)
 
 
 class Gather(torch.autograd.Function):
@@ -66,8 +65,8 @@ class SumByIndex(torch.autograd.Function):
 
 def _sum_by_index(implementation: str, rows: Tensor, tokens: int, *values: Tensor) -> tuple[Tensor, ...]:
     """Return the sum of the values [R, H] at each row [T, H]; half precisions are summed in fp32."""
-    if implementation == "triton":
-        return tuple(launcher("triton", "gather_backward")(rows, values, tokens))
+    if implementation != "reference":
+        return tuple(launcher(implementation, "gather_backward")(rows, values, tokens))
     sums = []
     for x in values:
         total = x.new_zeros((tokens, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))

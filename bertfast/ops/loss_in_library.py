@@ -77,5 +77,8 @@ def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) 
         from bertfast.kernels.sum_by_index import sum_by_index
 
         return sum_by_index(values, index, rows, dtype)
+    if not values.is_cuda:
+        wide = values if values.dtype == dtype != torch.float16 else values.float()
+        return torch.ops.bertfast.cpu_gather_backward(index, [wide], rows)[0].to(dtype)
     total = values.new_zeros((rows, values.shape[1]), dtype=torch.float32)
     return total.index_add_(0, index, values.float()).to(dtype)
