@@ -59,7 +59,7 @@ def encode(
         hidden = module(hidden, packed, index, rows if index == len(layers) - 1 else None)
     if hidden_states is not None:
         hidden_states.append(hidden)
-    return hidden if rows is None or len(layers) else hidden[rows]
+    return hidden if rows is None or len(layers) else ops.gather(rows, hidden)[0]
 
 
 def layer(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def layer(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int,
     identity = packed.identity
     context = attend(attention.self, config, hidden, packed, index)
     if rows is not None:
-        context, hidden = context[rows], hidden[rows]
+        context, hidden = ops.gather(rows, context, hidden)
         identity = identity and identity.at(rows)
 
     def dropout(site: str):
@@ -174,7 +174,7 @@ def pretraining_loss(model: nn.Module, batch: Batch, seed: Tensor | None) -> Pre
     head = model.cls.predictions
     masked_lm, masked_correct, masked = ops.linear_cross_entropy(
         head.transform(hidden[: len(rows)]),
-        torch.arange(len(rows), device=rows.device),
+        None,
         head.decoder.weight,
         head.decoder.bias,
         batch.labels,

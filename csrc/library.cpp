@@ -270,10 +270,11 @@ static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x,
   return {d_x, sums.total()};
 }
 
+// The public operators say this too, before; here it keeps a compiled graph from reading outside of the table.
 static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, "embed: ", name, " holds ", indices[i],
-                    ", its table has ", rows, " rows");
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, name, "[", i, "] is ", indices[i], ", but its table has ",
+                    rows, " rows: it must be in 0 … ", rows - 1);
 }
 
 static std::tuple<Tensor, Tensor, Tensor> embed_forward(
@@ -283,9 +284,9 @@ static std::tuple<Tensor, Tensor, Tensor> embed_forward(
   word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
   const Indices words(token_ids), positions(position_ids), types(token_type_ids);
-  if (token_ids) check_within("token_ids", words, tokens, word.size(0));
-  check_within("position_ids", positions, tokens, position.size(0));
-  check_within("token_type_ids", types, tokens, token_type.size(0));
+  if (token_ids) check_within("embed: token_ids", words, tokens, word.size(0));
+  check_within("embed: position_ids", positions, tokens, position.size(0));
+  check_within("embed: token_type_ids", types, tokens, token_type.size(0));
   Tensor y = torch::stable::new_empty(word, {tokens, hidden});
   Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
   bertfast::embed_forward(
@@ -320,6 +321,20 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   if (padding_index && left_out < 0) left_out += word.size(0);
   Tensor d_word = token_ids ? sum_by_index(d_z, words, word, left_out) : torch::stable::to(d_z, word.scalar_type());
   return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
+}
+
+// The gradient [tokens, H] of x for each d_y [R, H] of y = x[index].
+static std::vector<Tensor> gather_backward(Tensor index, std::vector<Tensor> d_ys, int64_t tokens) {
+  const Indices named(index);
+  check_within("gather: rows", named, index.size(0), tokens);
+  std::vector<Tensor> sums;
+  for (const Tensor& d_y : d_ys) {
+    const Tensor values = in_rows(d_y);
+    sums.push_back(torch::stable::new_empty(values, {tokens, values.size(1)}));
+    bertfast::sum_by_index(
+        {values.size(0), tokens, values.size(1), rows(values), named, -1, rows(sums.back())});
+  }
+  return sums;
 }
 
 // Without gaps, and on a GPU from a multiple of 16 bytes on, where TMA and accesses of 16 bytes find it.
@@ -462,6 +477,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
       "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("cpu_gather_backward(Tensor rows, Tensor[] d_ys, int tokens) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -493,6 +509,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   bertfast::operations::implement<bertfast::Cpu>(library, "cpu_");
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
+  library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
 }
 
 #if defined(BERTFAST_CUDA)

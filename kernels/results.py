@@ -46,6 +46,10 @@ def embed_backward(d_y, word, position, token_type, *_):
     return *tables, word.new_empty((2, word.shape[1]), dtype=torch.float32)
 
 
+def gather_backward(rows, d_ys, tokens):
+    return [d_y.new_empty((tokens, d_y.shape[1])) for d_y in d_ys]
+
+
 def gelu_layer_norm_forward(x, bias, gamma, *_):
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return gamma.new_empty(x.shape), statistics, torch.empty_like(statistics)

@@ -77,6 +77,17 @@ def linear_cross_entropy() -> Tensor:
     return ops.linear_cross_entropy(rows(), read, rows(count=37), vector(37), labels, implementation=KERNELS)[0]
 
 
+def linear_cross_entropy_in_order() -> Tensor:
+    labels = guarded(torch.tensor([36, -100, 0, 4, 8]))
+    return ops.linear_cross_entropy(rows(), None, rows(count=37), vector(37), labels, implementation=KERNELS)[0]
+
+
+def gather() -> Tensor:
+    # Row 0 fills whole blocks of the sorted rows.
+    named = guarded(torch.tensor([4, 0, 2] + [0] * 98))
+    return sum(y.sum() for y in ops.gather(named, rows(), rows(), implementation="triton"))
+
+
 def outside() -> Tensor:
     return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # a bias that is too short
 
@@ -90,6 +101,8 @@ CASES = {
     "gelu_layer_norm": gelu_layer_norm,
     **({"embed": embed} if KERNELS != "cuda" else {}),
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
+    **({"gather": gather} if KERNELS == "triton" else {}),
     "outside": outside,
 }
 
