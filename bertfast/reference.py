@@ -153,11 +153,13 @@ def add_layer_norm(
     beta: Tensor,
     eps: float,
     dropout: Dropout | None,
-) -> Tensor:
-    """LN(residual + dropout(x + bias)) -> [T, H] in the residual's dtype."""
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return LN(residual + dropout(x + bias)), [T, H] in the residual's dtype; with `compute_dtype` also in that."""
     x = _accumulating(x)
     x = drop_hidden(x if bias is None else x + bias, dropout)
-    return layer_norm(x + residual, gamma, beta, eps).to(residual.dtype)
+    y = layer_norm(x + residual, gamma, beta, eps)
+    return y.to(residual.dtype) if compute_dtype is None else (y.to(residual.dtype), y.to(compute_dtype))
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:

@@ -192,34 +192,54 @@ static constexpr auto layer_norm_parts = bertfast::cuda::layer_norm_parts, bias_
 static constexpr int (*layer_norm_parts)(int64_t, int64_t) = nullptr, (*bias_gelu_parts)(int64_t, int64_t) = nullptr;
 #endif
 
+// The dtype of a copy that a kernel writes, or reads the gradient of.
 template <class Device>
-static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(
+static void check_copy(ScalarType dtype) {
+  const bool half = Device::on_gpu && dtype == ScalarType::Half;
+  STD_TORCH_CHECK(half || dtype == ScalarType::BFloat16, "add_layer_norm writes its copy in bfloat16",
+                  Device::on_gpu ? " or float16" : "");
+}
+
+template <class Device>
+static std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
     Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor beta, double eps, OptionalTensor seed,
-    OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+    OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold,
+    std::optional<ScalarType> copy_dtype) {
+  if (copy_dtype) check_copy<Device>(*copy_dtype);
   x = in_rows(x), residual = in_rows(residual);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   Tensor y = torch::stable::new_empty(residual, {tokens, hidden});
+  Tensor copy = copy_dtype ? torch::stable::new_empty(residual, {tokens, hidden}, *copy_dtype)
+                           : torch::stable::new_empty(residual, {0, 0});
   Tensor mean = new_floats(x, {tokens}), rstd = new_floats(x, {tokens});
   RUN(add_layer_norm_forward, x,
       AddLayerNormForward{tokens, hidden, rows(x), rows(residual), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
-                          Mask(seed, number, position, word, threshold), rows(y), floats(mean), floats(rstd)});
-  return {y, mean, rstd};
+                          Mask(seed, number, position, word, threshold), rows(y), copy_dtype ? rows(copy) : Rows{},
+                          floats(mean), floats(rstd)});
+  return {y, mean, rstd, copy};
 }
 
 template <class Device>
 static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
     Tensor d_y, Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor mean, Tensor rstd,
-    OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+    OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold,
+    OptionalTensor d_copy) {
   d_y = in_rows(d_y), x = in_rows(x), residual = in_rows(residual);
+  // A gradient of another type than y's is that of the copy, which comes alone.
+  const bool copy_alone = !d_copy && d_y.scalar_type() != residual.scalar_type();
+  if (d_copy) d_copy = in_rows(*d_copy);
+  if (copy_alone) d_copy = d_y;
+  if (d_copy) check_copy<Device>(d_copy->scalar_type());
   const int64_t tokens = x.size(0), hidden = x.size(1);
   const bool shared = !seed && x.scalar_type() == residual.scalar_type();
   Tensor d_x = shared ? torch::stable::new_empty(x, {0, 0}) : torch::stable::new_empty(x, {tokens, hidden});
   Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden});
   const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
   RUN(add_layer_norm_backward, x,
-      AddLayerNormBackward{tokens, hidden, rows(d_y), rows(x), rows(residual), Dense(bias), Dense(gamma), floats(mean),
-                           floats(rstd), Mask(seed, number, position, word, threshold), shared ? Rows{} : rows(d_x),
-                           rows(d_residual), sums, sums.parts()});
+      AddLayerNormBackward{tokens, hidden, copy_alone ? Rows{} : rows(d_y), d_copy ? rows(*d_copy) : Rows{}, rows(x),
+                           rows(residual), Dense(bias), Dense(gamma), floats(mean), floats(rstd),
+                           Mask(seed, number, position, word, threshold), shared ? Rows{} : rows(d_x), rows(d_residual),
+                           sums, sums.parts()});
   return {d_x, d_residual, sums.total()};
 }
 
@@ -445,10 +465,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
     const auto define = [&](const char* schema) { library.def((device + schema).c_str()); };
     define(
         "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
-        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
+        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, ScalarType? copy_dtype=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
     define(
         "add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
-        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
+        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, Tensor? d_copy=None) "
         "-> (Tensor, Tensor, Tensor)");
     define(
         "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int longest, float scale, bool causal, "

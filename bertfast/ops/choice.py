@@ -68,6 +68,9 @@ class _Forgetful:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 def launcher(implementation: Implementation, name: str) -> Callable:
     """The launcher `name` of an implementation other than the reference, as an operation of torch."""

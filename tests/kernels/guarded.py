@@ -53,6 +53,28 @@ def add_layer_norm() -> Tensor:
     return ops.add_layer_norm(rows(), rows(), vector(), vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
 
 
+def add_layer_norm_pair() -> Tensor:
+    y, copy = ops.add_layer_norm(
+        rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
+        compute_dtype=torch.bfloat16, implementation=KERNELS,
+    )  # fmt: skip
+    weights = rows(), rows(dtype=torch.bfloat16)  # so that both gradients end at a protected page
+    return Weighted.apply(y, weights[0]) + Weighted.apply(copy, weights[1])
+
+
+class Weighted(torch.autograd.Function):
+    """The sum of x · weights as fp32, whose gradient is the very tensor `weights`."""
+
+    @staticmethod
+    def forward(ctx, x, weights):
+        ctx.save_for_backward(weights)
+        return (x.float() * weights.float()).sum()
+
+    @staticmethod
+    def backward(ctx, d_sum):
+        return ctx.saved_tensors[0], None
+
+
 def bias_gelu() -> Tensor:
     return ops.bias_gelu(rows(), vector(), implementation=KERNELS)
 
@@ -96,6 +118,7 @@ CASES = {
     "attention_short": attention([5, 0, 17]),
     "attention_long": attention([3, 130]),
     "add_layer_norm": add_layer_norm,
+    "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
     **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
