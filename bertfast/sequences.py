@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bertfast.kernels.attention_tiles import tile_table
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
@@ -117,6 +119,11 @@ class Sequences:
     def token_number(self) -> Tensor:
         """int64 [T]: the number of the sequence that each place belongs to."""
         return self.numbers[self.token_index] if self.numbers.numel() else torch.zeros_like(self.position)
+
+    @cached_property
+    def tile_table(self) -> Tensor:
+        """int32 [N + 1, 4]: the tiles of the attention kernels, see `bertfast.kernels.attention_tiles.tile_table`."""
+        return tile_table(self.cu_seqlens, self.tokens, self.length_limit)
 
     @property
     def _places(self) -> Tensor:

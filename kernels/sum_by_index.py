@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.rows import cut, load_rows, store_sums, zeros
 
 _BLOCK = 32  # places of a program, which takes one after another
 
 
-@triton.jit
+@kernel
 def sum_runs_kernel(
     values_ptr,  # [N, H]
     index_ptr,  # int [N], sorted
