@@ -58,7 +58,8 @@ def add_layer_norm(
     if compute_dtype is not None and not compute_dtype.is_floating_point:
         raise TypeError(f"add_layer_norm: compute_dtype must be floating point, got {compute_dtype}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
-    implementation = choose("add_layer_norm", implementation, x, _why_no_copy(implementation, x, copy_dtype))
+    refusal = None if copy_dtype is None else _why_no_copy(implementation, x, copy_dtype)
+    implementation = choose("add_layer_norm", implementation, x, refusal)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)
     paired = compute_dtype is not None and compute_dtype.itemsize == 2  # the kernels add gradients of 16-bit copies
@@ -67,11 +68,11 @@ def add_layer_norm(
     return y if paired or compute_dtype is None else (y, y)
 
 
-def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype | None) -> str | None:
-    """Return why the kernels cannot write a copy of this dtype; None if they can, or if there is none to write."""
+def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot write a copy of this dtype; None if they can."""
     on_cpu = implementation == "cpu" or (implementation is None and x.is_cpu)
     known = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
-    if dtype is None or dtype in known:
+    if dtype in known:
         return None
     names = " and ".join(str(each).removeprefix("torch.") for each in known)
     return f"its kernels write copies in {names}, got {dtype}"
