@@ -107,7 +107,7 @@ def add_layer_norm_cases(representative: bool) -> Cases:
         dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
         case = f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}"
         yield case, launch
-        if x_dtype == BRAIN:
+        if x_dtype == BF16:
             yield f"{case}, with a copy", launch_pair
 
 
