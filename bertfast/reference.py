@@ -89,7 +89,7 @@ def query_only_attention(
     """
     if causal:
         return torch.zeros_like(query)
-    _, key, value = to_rows(qkv, sequences).permute(2, 0, 3, 1, 4)
+    key, value = to_rows(qkv[:, 1:], sequences).permute(2, 0, 3, 1, 4)
     bound, lengths = sequences.max_seqlen_bound, sequences.cu_seqlens.diff()[:, None]
     position = torch.arange(bound, device=qkv.device)
     masked = position >= lengths
