@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from bertfast.doctor import driver_version
 from bertfast.products import linear
 
 RESULTS = Path(__file__).parent / "results"
@@ -245,7 +246,7 @@ def _gpu() -> dict:
         "memory_gb": round(properties.total_memory / 1e9),
         "second_level_cache_mb": round(properties.L2_cache_size / 1e6),
         "cuda": torch.version.cuda,
-        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "driver": driver_version(),
     }
 
 

@@ -38,6 +38,8 @@ FLOORS = {
     "verify": 5,
     "speedup": 5,
     "demo": 5,
+    "self_test_problems": 2,
+    "self_test": 3,
     "doctor": 5,
     "reproduce": 5,
     "cli": 5,
