@@ -11,10 +11,12 @@ import argparse
 import ctypes
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -116,6 +118,22 @@ def seconds_of(samples: list[Sample]) -> list[float]:
 def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
     """The median of the pairwise ratios of two functions timed in turn, in one mode of the machine."""
     return statistics.median(a / b for a, b in in_one_mode(slow, fast))
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the code inside after so many seconds (0: never); a call that hangs in C goes on."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], str]:

@@ -76,6 +76,11 @@ class _Check:
     precision: str
     device: torch.device
 
+    @property
+    def words(self) -> set[str]:
+        """The words of its line by which it can be chosen."""
+        return {self.problem.operator, self.implementation, self.precision, *self.problem.shape.split()}
+
     def outcome(self, status: str, **values) -> Outcome:
         problem = self.problem
         return Outcome(
@@ -112,7 +117,7 @@ def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> 
 
     Args:
         devices: Where to check; each device's kernels in turn.
-        only: Words that must all stand in a check's label ("triton", "D=64", …); none: all checks.
+        only: Words that a check's line must all have ("triton", "D=64", …); none: all checks.
         budget: Seconds after which no check begins. A check that is expected to end later does not begin either.
     """
     started, longest = time.monotonic(), 0.0
@@ -157,7 +162,7 @@ def _groups(device: torch.device, only: Sequence[str]) -> Iterator[list[_Check]]
                 for implementation in get_args(Implementation)
                 if _is_offered(implementation, problem.operator, x)
             ]
-            chosen = [check for check in group if set(only) <= set(check.outcome("").label.split())]
+            chosen = [check for check in group if set(only) <= check.words]
             if chosen:
                 yield chosen
 
