@@ -1,17 +1,19 @@
 """Whether a patched model runs packed on the fused kernels, or leaves a call to transformers' own code.
 
 Without fast kernels the packed encoder is the reference: plain PyTorch, whose attention goes sequence by sequence. On a
-GPU that waits for the device and is slower than transformers. On a CPU the measured ratio of its time to transformers'
-(one thread; widths 256 and 768; with and without padding; inference and training) is
+GPU that waits for the device and is slower than transformers. On a CPU its time was measured against transformers' (CPU
+time of one thread, width 256, no padding; inference and training):
 
-- 0.5 to 0.97 in fp32 from 128 slots on, as it computes no padding; up to 1.6 for a single short sequence;
-- 0.9 to 2.8 in bf16 and 0.7 to 1.2 in fp16.
+- fp32, rows of 8 or 16 tokens: 1.16 to 1.24; 128 slots in rows of 32 or 128: 1.04 to 1.08; 512 slots: 0.87 to 0.97,
+  and less with padding, which is not computed (0.5 to 0.7 with a third of it);
+- bf16 up to 2.8 and fp16 up to 1.2, by the clock.
 
-In float64 transformers' code runs too: results are then those of transformers bit for bit.
+In float64 transformers' code runs too: results are then those of transformers, bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,9 @@ from torch import Tensor
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
 
-MIN_SLOTS = 128
+# fp32 on a CPU without kernels: batches with fewer slots (rows x columns) or columns are left to transformers.
+MIN_SLOTS = 512
+MIN_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class _Activations:
 
 
 def why_left_to_transformers(
-    device: torch.device, dtype: torch.dtype, head_dimension: int | None = None, slots: int | None = None
+    device: torch.device, dtype: torch.dtype, head_dimension: int | None = None, shape: tuple[int, int] | None = None
 ) -> str | None:
     """Return why a call runs transformers' own code for want of fast kernels; None: it runs packed.
 
@@ -44,11 +48,11 @@ def why_left_to_transformers(
         device: Of the model's parameters.
         dtype: Of its GEMMs.
         head_dimension: Of its attention; None: there is no attention in the call.
-        slots: Rows times columns of the padded batch; None: not known yet, or packed already.
+        shape: Rows and columns of the padded batch; None: not known yet, or packed already.
     """
     if device.type == "cpu":
         reason = why_not("cpu", "attention", _Activations(device, dtype))
-        if dtype == torch.float32 and (slots is None or slots >= MIN_SLOTS):
+        if dtype == torch.float32 and (shape is None or (math.prod(shape) >= MIN_SLOTS and shape[1] >= MIN_COLUMNS)):
             reason = None
     elif device.type == "cuda":
         reason = why_not("triton", "attention", _Activations(device, dtype))

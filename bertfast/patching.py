@@ -208,8 +208,8 @@ class _FusedTransform(_Fused):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _why_not_transform(self) is not None:
             return super().forward(hidden_states)
-        slots = hidden_states.shape[:-1].numel()
-        if why_left_to_transformers(hidden_states.device, gemm_dtype(hidden_states), slots=slots) is not None:
+        shape = (1, hidden_states.shape[:-1].numel())  # no attention: rows do not matter
+        if why_left_to_transformers(hidden_states.device, gemm_dtype(hidden_states), shape=shape) is not None:
             return super().forward(hidden_states)
         return encoder.transform(self, hidden_states.flatten(0, -2), "gelu").view_as(hidden_states)
 
@@ -351,9 +351,9 @@ def _why_no_kernels(bert: nn.Module, arguments: dict) -> str | None:
     padded = given is not None and arguments.get("cu_seq_lens_q") is None
     # A compiler would compile anew for sizes on the other side of the bound.
     padded = padded and not torch.compiler.is_compiling()
-    slots = given.shape[0] * given.shape[1] if padded else None
+    shape = tuple(given.shape[:2]) if padded else None
     heads = config.hidden_size // config.num_attention_heads
-    return why_left_to_transformers(weight.device, gemm_dtype(weight), heads, slots)
+    return why_left_to_transformers(weight.device, gemm_dtype(weight), heads, shape)
 
 
 def _is_checkpointed(bert: nn.Module) -> bool:

@@ -24,6 +24,7 @@ SEQUENCE = next(case for case in CASES if case.name == "sequence")
 def _small_batches_are_packed(monkeypatch):
     """Also without the compiled library, where they would be left to transformers."""
     monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 0)
+    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", 0)
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
@@ -569,13 +570,16 @@ def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformer
     assert operations_of(model, labels=labels) == operations_of(plain, labels=labels)
 
 
-def test_without_the_library_a_large_batch_in_fp32_is_packed(monkeypatch):
+@pytest.mark.parametrize(("slots", "columns", "is_packed"), [(33, 11, True), (34, 11, False), (33, 12, False)])
+def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
+    """A batch here has 3 rows and 11 columns."""
     monkeypatch.setattr(compiled, "ABSENT", NO_LIBRARY)
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 33)  # as many as a batch has
+    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
+    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", columns)
     plain = live()
     model = copy.deepcopy(plain)
     bertfast.patch(model)
-    assert operations_of(model) != operations_of(plain)
+    assert (operations_of(model) != operations_of(plain)) == is_packed
 
 
 def test_where_a_call_runs_is_decided_at_each_call():
