@@ -5,7 +5,8 @@ Parameters, names and classes, as saving and `isinstance` see them, stay. Each c
 - tokens are packed before the embeddings and unpacked behind the last layer;
 - `transformers`' own loop runs, and each layer that can be fused packs and unpacks for itself: where a layer must be
   left alone, as one that a hook watches, or where hidden states are recorded;
-- `transformers`' own code runs: attention weights, caches, masks between pairs of tokens, cross-attention, export.
+- `transformers`' own code runs: attention weights, caches, masks between pairs of tokens, cross-attention, export; and
+  all of it where the device and dtype of a call have no fast kernels (`bertfast.fast_kernels`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.models.bert import modeling_bert as theirs
 
 from bertfast import encoder
 from bertfast.config import ACTIVATIONS
+from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
 from bertfast.inputs import Layout, Packed, unpad
 from bertfast.reference import IGNORED
 from bertfast.sequences import Sequences
@@ -136,10 +138,18 @@ class _FusedModel(_Fused):
             if arguments.get("cu_seq_lens_q") is not None:  # which theirs passes over, so that sequences would mix
                 raise ValueError("packed input (cu_seq_lens_q) has no attention weights and no cache: give it padded")
             return super().forward(*args, **kwargs)
-        outputs = self._run(arguments)
+        left = _why_no_kernels(self, arguments) is not None
+        if left and arguments.get("cu_seq_lens_q") is None:
+            return super().forward(*args, **kwargs)
+        outputs = self._run_padded(arguments) if left else self._run(arguments)
         return_dict = arguments.get("return_dict")
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if as_dict else outputs.to_tuple()
+
+    def _run_padded(self, arguments: dict) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run packed input through transformers' own code: as a padded batch, whose outputs are packed again."""
+        arguments, layout = _padded(arguments)
+        return _packed_again(super().forward(**arguments | {"return_dict": True}), layout)
 
     @torch.compiler.disable(reason="bertfast's encoder is compiled already, and takes all lengths as they come")
     def _run(self, arguments: dict) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -180,11 +190,7 @@ class _FusedModel(_Fused):
             outputs = super().forward(**own | {"return_dict": True})
         finally:
             _CALL.reset(call)
-        if layout is not None:
-            outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
-        return outputs
+        return outputs if layout is None else _packed_again(outputs, layout)
 
 
 class _FusedLayer(_Fused):
@@ -204,6 +210,9 @@ class _FusedLayer(_Fused):
 class _FusedTransform(_Fused):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _why_not_transform(self) is not None:
+            return super().forward(hidden_states)
+        shape = (1, hidden_states.shape[:-1].numel())  # no attention: rows do not matter
+        if why_left_to_transformers(hidden_states.device, gemm_dtype(hidden_states), shape=shape) is not None:
             return super().forward(hidden_states)
         return encoder.transform(self, hidden_states.flatten(0, -2), "gelu").view_as(hidden_states)
 
@@ -293,6 +302,10 @@ def _check(model: nn.Module) -> None:
 
 def _tell(report: PatchReport, name: str, bert: nn.Module) -> None:
     """What happens in a BertModel as it is now."""
+    missing = _why_no_kernels(bert, {})
+    if missing is not None:
+        report.left[name] = f"left to transformers: {missing}"
+        return
     reason = _why_not_embeddings(bert.embeddings, bert._bertfast["config"], bert.training)
     _note(report, f"{name}.embeddings", "on packed tokens", reason)
     if "forward" in vars(bert):
@@ -332,6 +345,18 @@ def _only_theirs_can(bert: nn.Module, arguments: dict) -> bool:
         # Their loop, computed again for the backward pass, would know nothing of the call it was in.
         or (bert.training and _is_checkpointed(bert) and _why_not_whole(bert) is not None)
     )
+
+
+def _why_no_kernels(bert: nn.Module, arguments: dict) -> str | None:
+    """Why a call with these arguments is left to transformers where the model is now; None: it runs packed."""
+    config, weight = bert._bertfast["config"], next(bert.parameters())
+    given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
+    padded = given is not None and arguments.get("cu_seq_lens_q") is None
+    # A compiler would compile anew for sizes on the other side of the bound.
+    padded = padded and not torch.compiler.is_compiling()
+    shape = tuple(given.shape[:2]) if padded else None
+    heads = config.hidden_size // config.num_attention_heads
+    return why_left_to_transformers(weight.device, gemm_dtype(weight), heads, shape)
 
 
 def _is_checkpointed(bert: nn.Module) -> bool:
@@ -468,6 +493,14 @@ def _changes_nothing(hook, module: nn.Module) -> bool:
         return True
     # Words whose layers are computed again are made to want a gradient, which those that learn do anyway.
     return hook.__name__ == "make_inputs_require_grads" and all(p.requires_grad for p in module.parameters())
+
+
+def _packed_again(outputs, layout: Layout):
+    """Outputs of a padded batch, each [rows, columns, H], as [1, T, H]."""
+    outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
+    return outputs
 
 
 def _padded(arguments: dict) -> tuple[dict, Layout]:

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bertfast.dropout import Dropout
+from bertfast.self_test import error_and_allowed
 from bertfast.sequences import Sequences
 
-ULPS = 8
 Function = Callable[..., Tensor]
 
 
@@ -37,9 +37,7 @@ def assert_as_accurate_as_torch(
     truth = truth.detach().double()
     if truth.numel() == 0:
         return
-    error, allowed = ((x.detach().double() - truth).norm() for x in (ours, theirs))
-    largest = truth.abs().max() if neighbour is None else neighbour.detach().double().norm()
-    allowed = factor * allowed + ULPS * torch.finfo(dtype or ours.dtype).eps * largest
+    error, allowed = error_and_allowed(ours, theirs, truth, dtype or ours.dtype, neighbour, factor)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}; norm {truth.norm():.3g}"
 
 

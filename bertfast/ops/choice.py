@@ -118,13 +118,13 @@ def _cuda_refusal(operation: str, x: Tensor) -> str | None:
 
 def _triton_refusal(x: Tensor) -> str | None:
     if not HAS_TRITON:
-        return "Triton is not installed"
+        return "Triton is not installed: pip install triton"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda:
         return None if x.device.type == "cpu" and _INTERPRETED else f"the tensors are on {x.device}, not on a GPU"
     if torch.version.hip:
-        return "its kernels are for NVIDIA's GPUs"
+        return "its kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     if torch.compiler.is_compiling():  # where no one can ask the GPU, and the compiler has a bound of its own
         return None
     return _too_old(torch.cuda.get_device_capability(x.device))
