@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bertfast import compiled
+from bertfast import compiled, cuda_build
 from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import HAS_TRITON, choose, why_not
@@ -40,6 +40,7 @@ def doctor(settings: DoctorSettings) -> None:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": f"{_processor()}; {torch.get_num_threads()} threads, {os.cpu_count()} processors",
         "library": _library(),
+        **({} if compiled.ABSENT else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
         "products": f"of fp32 on a CPU by {'oneDNN, which is faster here' if onednn_is_faster() else 'MKL'}",
         "training": f"on {device} in {_precision(device)}",
