@@ -45,7 +45,7 @@ $(READY): pyproject.toml setup.py
 $(LIBRARY): $(READY) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# For a machine without compilers: the library with its CUDA kernels, and the probes of GPU layouts for --probes.
+# For a machine without compilers: the library with its CUDA kernels, and the probes of its layouts, BERTFAST_PROBES.
 wheel: $(READY)
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .

@@ -2,8 +2,8 @@
 
     python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
-Of each kernel in the compiled library the table has registers, and Hopper's instructions: wgmma (HGMMA) and loads by TMA
-(UTMALDG), which attention must have on sm_90a. Spilled registers, serialised wgmma and a source that did not compile,
+Of each kernel in the compiled library the table has registers, and Hopper's instructions: wgmma (HGMMA) and loads by
+TMA (UTMALDG), which attention must have on sm_90a. Spilled registers, serialised wgmma and a source that did not build,
 which cost an installation only speed or one operation, are errors here.
 """
 

@@ -2,8 +2,8 @@
 
     python tests/emulation/build_probes.py dist/probes.so
 
-builds it for a GPU, on a machine with nvcc; no machine with a GPU has to have nvcc, and any Python loads it. There,
-`pytest tests/emulation/test_probes.py --probes dist/probes.so` asks the GPU itself.
+builds it for a GPU, where nvcc is. The machine with the GPU needs no nvcc, and any Python loads it: there,
+`BERTFAST_PROBES=dist/probes.so pytest tests/emulation/test_probes.py` asks the GPU itself.
 """
 
 from __future__ import annotations

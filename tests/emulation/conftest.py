@@ -1,10 +1,11 @@
 """Builds the kernels of this folder as the emulation runs them; or takes the probes that were built for a GPU of sm_90.
 
-Where there is such a GPU, `--probes FILE` names a library of `build_probes.py`, and without it nvcc makes one.
+Where there is such a GPU, BERTFAST_PROBES names a library of `build_probes.py`; without it nvcc makes one.
 """
 
 import ctypes
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -12,7 +13,6 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
-import pybind11
 import pytest
 import torch
 
@@ -21,10 +21,6 @@ from build_probes import FOR_CPU, build_for_gpu, compile_source, cuda_toolkit
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--probes", type=Path, help="the probes built for a GPU of sm_90 by build_probes.py")
 
 
 def emulated(name: str, folder: Path, *flags: str) -> Path:
@@ -88,24 +84,25 @@ class Probes:
 
 
 @pytest.fixture(scope="session")
-def probes(request, tmp_path_factory):
+def probes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probes")
-    prebuilt = request.config.getoption("probes", None)
+    prebuilt = os.environ.get("BERTFAST_PROBES")
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if not on_hopper:
         if prebuilt is not None:
             pytest.skip(f"{prebuilt} requires a GPU of sm_90")
         return Probes(emulated("probes", folder))
     if prebuilt is not None:
-        return Probes(prebuilt)
+        return Probes(Path(prebuilt))
     try:
         return Probes(build_for_gpu(folder / "probes.so"))
     except cuda_toolkit.ToolkitError as error:
-        pytest.skip(f"{error}; or build the probes elsewhere, and name them by --probes FILE (see build_probes.py)")
+        pytest.skip(f"{error}; or build the probes elsewhere by build_probes.py, and set BERTFAST_PROBES to the file")
 
 
 @pytest.fixture(scope="session")
 def mistakes(tmp_path_factory):
+    pybind11 = pytest.importorskip("pybind11")
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     spec = importlib.util.spec_from_file_location(
         "mistakes", emulated("mistakes", tmp_path_factory.mktemp("mistakes"), *includes)
