@@ -20,7 +20,11 @@ WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
 WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
 # And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
 EMULATED := build/emulated
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py $(wildcard build_support/*.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+# Two more versions of nvcc: the oldest and the newest that PyPI has. NVCCS=/usr/local/cuda-12.4/bin/nvcc names others.
+OLDEST_CUDA := .venv/cuda-13.0
+NEWEST_CUDA := .venv/cuda-13.5
+NVCCS       ?=
 # Versions of transformers before 5, beside the one of .venv, as OLDER is.
 OLDER_HF := .venv/transformers-4
 # What the tests of imported checkpoints and of published weights want; without them those are skipped.
@@ -30,7 +34,7 @@ PUBLISHED := build/minilm
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test checked emulated test-all lint docs bench soak gpu-check gpu-check-right gpu-check-fast clean
+.PHONY: demo wheel test checked emulated nvccs test-all lint docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -41,6 +45,12 @@ $(READY): pyproject.toml setup.py
 
 $(LIBRARY): $(READY) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# For a machine without compilers: the library with its CUDA kernels, and the probes of its layouts, BERTFAST_PROBES.
+wheel: $(READY)
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
+	$(BIN)/python tests/emulation/build_probes.py dist/probes.so
 
 demo: $(LIBRARY)
 	$(BIN)/bertfast demo
@@ -77,7 +87,16 @@ emulated: $(READY)
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
 	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/kernels/in_parts.py)
 
-test-all: test $(OLDER) $(OLDER_HF)
+$(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
+	$(BIN)/pip install --quiet --target $@ 'cuda-toolkit[crt,cudart,nvcc,nvvm]==$*.*'
+
+nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
+	for nvcc in $(OLDEST_CUDA)/nvidia/cu13/bin/nvcc $(NEWEST_CUDA)/nvidia/cu13/bin/nvcc $(NVCCS); do \
+	  rm -rf build/one-nvcc && NVCC=$$(realpath $$nvcc) $(BIN)/python setup.py --quiet build --build-lib build/one-nvcc \
+	    && PYTHONPATH=$(CURDIR)/build/one-nvcc $(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md || exit; \
+	done
+
+test-all: test nvccs $(OLDER) $(OLDER_HF)
 	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	mkdir -p build

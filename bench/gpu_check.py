@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("check", choices=LIMITS, help="right: the kernels' results; fast: their speed")
     parser.add_argument("--results", type=Path, default=ROOT / "build", help="folder of the tar file (default: build)")
     parser.add_argument("--wheel", type=Path, help="check this wheel and not the checkout")
-    parser.add_argument("--probes", type=Path, help="layout probes that were built ahead, a module for this Python")
+    parser.add_argument("--probes", type=Path, help="probes.so of `make wheel`, the layout probes built ahead")
     arguments = parser.parse_args()
     for name in ("wheel", "probes"):
         path = getattr(arguments, name)
@@ -219,7 +219,7 @@ def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
     yield Part(
         "layout probes",
         [[*pytest, "tests/emulation/test_probes.py"]],
-        no_gpu or nothing or (None if probes else needs("pybind11")),
+        no_gpu or nothing,
         {"BERTFAST_PROBES": probes} if probes else {},
     )
     sanitizer = None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer"

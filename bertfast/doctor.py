@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bertfast import compiled, self_test
+from bertfast import compiled, cuda_build, self_test
 from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import HAS_TRITON, choose, why_not
@@ -91,6 +91,7 @@ def _facts(device: torch.device, devices: list[torch.device]) -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "processor": f"{_processor()}; {torch.get_num_threads()} threads, {os.cpu_count()} processors",
         "library": _library(),
+        **({} if compiled.ABSENT else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
         "driver": f"{driver_version() or 'none'}; torch was built for CUDA {torch.version.cuda}",
         "fp32 GEMM": f"on a CPU by {'oneDNN, which is faster here' if onednn_is_faster() else 'MKL'}",

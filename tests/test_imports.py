@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "bertfast"
 FLOORS = {
     "kernels": 0,
     "compiled": 0,
+    "cuda_build": 0,
     "dropout": 0,
     "memory": 0,
     "pictures": 0,
@@ -49,6 +50,7 @@ FLOORS = {
 }
 WITHIN = {
     ("compiled", "kernels"),
+    ("cuda_build", "compiled"),
     ("products", "kernels"),
     ("precision", "products"),
     ("reference", "dropout"),

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bertfast import compiled
+from bertfast import compiled, cuda_build
 from bertfast.dropout import Dropout
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
@@ -99,21 +99,16 @@ def _cpu_refusal(x: Tensor) -> str | None:
 def _cuda_refusal(operation: str, x: Tensor) -> str | None:
     if compiled.ABSENT is not None:
         return compiled.ABSENT
-    kernel = "cuda_cross_entropy" if operation == "linear_cross_entropy" else f"cuda_{operation}_forward"
-    if not compiled.runs(kernel, x.device):
-        if compiled.runs("cuda_attention_forward", x.device):
-            return f"there is no kernel of {operation}"
-        if not x.is_cuda:
-            return f"the tensors are on {x.device}, not on a GPU"
-        return "the compiled library was built without nvcc, install bertfast again where it is"
+    cross_entropy = operation == "linear_cross_entropy"
+    kernels = ["cross_entropy"] if cross_entropy else [f"{operation}_forward", f"{operation}_backward"]
+    if not all(compiled.runs(f"cuda_{kernel}", x.device) for kernel in kernels):
+        reason = cuda_build.unsupported_reason(operation)
+        return reason or f"the tensors are on {x.device}, not on a GPU"
     if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
         return f"its kernels take {'' if operation == 'attention' else 'float32, '}bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
-    capability = torch.cuda.get_device_capability(x.device)
-    if operation == "attention":
-        return None if capability == (9, 0) else "it wants a GPU of sm_90, this one is sm_{}{}".format(*capability)
-    return _too_old(capability)
+    return cuda_build.unsupported_gpu_reason(operation, x.device)
 
 
 def _triton_refusal(x: Tensor) -> str | None:
