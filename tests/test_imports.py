@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bertfast"
 FLOORS = {
     "kernels": 0,
+    "runtime": 0,
     "compiled": 0,
     "dropout": 0,
     "memory": 0,
@@ -46,6 +47,7 @@ FLOORS = {
 WITHIN = {
     ("compiled", "kernels"),
     ("products", "kernels"),
+    ("products", "runtime"),
     ("precision", "products"),
     ("reference", "dropout"),
     ("reference", "sequences"),

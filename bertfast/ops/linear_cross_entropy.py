@@ -8,6 +8,7 @@ from torch import Tensor
 from bertfast import reference
 from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.runtime.torch_compat import backward_retains_graph
 
 
 def linear_cross_entropy(
@@ -70,7 +71,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _correct, _counted):
         # No second d_weight: what no other pass will ask for is scaled where it is. (A compiler sees to that itself.)
-        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = torch.compiler.is_compiling() or backward_retains_graph()
         scale = torch.mul if kept else Tensor.mul_
         d_hidden, d_weight, d_bias = (
             scale(d, d_loss.to(d.dtype)) if want else None
