@@ -85,7 +85,7 @@ def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int
     arguments = attention_arguments(config, packed, index)
     context = ops.attention(qkv, packed.sequences, **arguments)
     if packed.guests:
-        context = torch.cat([context[: packed.sequences.used], _attend_guests(qkv, packed, **arguments)])
+        context = torch.cat([context[: packed.sequences.num_tokens], _attend_guests(qkv, packed, **arguments)])
     return context.flatten(1)
 
 
@@ -163,7 +163,7 @@ def pretraining_loss(model: nn.Module, batch: Batch, seed: Tensor | None) -> Pre
     `seed` int64 [] is dropout's; None: no dropout.
     """
     sequences = batch.sequences
-    identity = None if seed is None else TokenIdentity(seed, sequences.token_number, sequences.position)
+    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
     packed = Packed(
         batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
     )
@@ -219,12 +219,12 @@ def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> 
 def _attend_guests(qkv: Tensor, packed: Packed, *, scale, causal, window, dropout) -> Tensor:
     # A guest stands before its whole sequence, so a causal one sees nothing.
     sequences = packed.sequences
-    parts = qkv[: sequences.used].split(list(sequences.lengths))
-    guests = zip(packed.guests, qkv[sequences.used :, 0], strict=True)
+    parts = qkv[: sequences.num_tokens].split(list(sequences.lengths))
+    guests = zip(packed.guests, qkv[sequences.num_tokens :, 0], strict=True)
     return torch.stack(
         [
             reference.attend_from(
-                query, parts[row][:0] if causal else parts[row], sequences.numbers[row], scale, window, dropout
+                query, parts[row][:0] if causal else parts[row], sequences.sequence_ids[row], scale, window, dropout
             )
             for row, query in guests
         ]

@@ -21,7 +21,7 @@ class Packed:
         sequences: which token belongs where.
         first: int64 [S], the row that speaks for each sequence: its [CLS].
         guests: sequence of each guest, a token that asks in its sequence without being asked; guests stand at the
-            places `sequences.used`, `sequences.used + 1`, … A padded batch has one where [CLS] is masked out.
+            slots from `sequences.num_tokens` on. A padded batch has one where [CLS] is masked out.
         identity: who the tokens are to dropout; None where nothing is dropped.
     """
 
@@ -40,27 +40,27 @@ class Layout:
     """How the caller's [rows, columns] lie in the packed tokens: at `places` of its flattened form, or all in order."""
 
     shape: tuple[int, int]
-    places: Tensor | None
+    indices: Tensor | None
 
     @classmethod
     def of(cls, sequences: Sequences) -> Layout:
         """One sequence a row, as many columns as the longest has tokens."""
-        places = sequences.token_index * sequences.longest + sequences.position
-        return cls((len(sequences.lengths), sequences.longest), places[: sequences.used])
+        places = sequences.sequence_index * sequences.max_seqlen + sequences.position
+        return cls((len(sequences.lengths), sequences.max_seqlen), places[: sequences.num_tokens])
 
-    def pack(self, values: Tensor, name: str) -> Tensor:
+    def unpad(self, values: Tensor, name: str) -> Tensor:
         """[rows, columns, …] -> [T, …]."""
         if values.shape[:2] != self.shape:
             raise ValueError(f"{name} must begin with shape {list(self.shape)}, got {list(values.shape)}")
         values = values.flatten(0, 1)
-        return values if self.places is None else values[self.places]
+        return values if self.indices is None else values[self.indices]
 
-    def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
+    def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """[T, …] -> [rows, columns, …], `fill` where the caller has padding."""
-        if self.places is None:
+        if self.indices is None:
             return values.unsqueeze(0)
         padded = values.new_full((self.shape[0] * self.shape[1], *values.shape[1:]), fill)
-        return padded.index_copy(0, self.places, values[: len(self.places)]).unflatten(0, self.shape)
+        return padded.index_copy(0, self.indices, values[: len(self.indices)]).unflatten(0, self.shape)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -68,7 +68,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def pack(
+def unpad(
     input_ids: Tensor | None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
@@ -95,37 +95,37 @@ def pack(
         raise ValueError(f"{wanted}, none of them 0, got {list(given.shape)}")
     if cu_seq_lens_q is None:
         layout, sequences, guests = _from_mask(given, attention_mask, pooled)
-        columns, longest = layout.places % layout.shape[1], layout.shape[1]
+        columns, longest = layout.indices % layout.shape[1], layout.shape[1]
     else:
         layout, sequences = _from_cu_seqlens(given, attention_mask, cu_seq_lens_q)
-        columns, longest, guests = sequences.position, sequences.longest, []
+        columns, longest, guests = sequences.position, sequences.max_seqlen, []
     if position_ids is None and longest > positions:
         raise ValueError(f"{longest} tokens in a row are more than the {positions} positions that the model knows")
 
-    def pack_or(values: Tensor | None, name: str, default: Tensor | None) -> Tensor | None:
+    def unpad_or(values: Tensor | None, name: str, default: Tensor | None) -> Tensor | None:
         if values is None:
             return default
         one_row_for_all = values.shape == (1, layout.shape[1])
-        return layout.pack(values.expand(layout.shape) if one_row_for_all else values, name)
+        return layout.unpad(values.expand(layout.shape) if one_row_for_all else values, name)
 
     first = sequences.last if pool_last else sequences.first
     identity = None
     if training:
-        identity = TokenIdentity(draw_seed(given.device), sequences.token_number, sequences.position)
+        identity = TokenIdentity(draw_seed(given.device), sequences.token_sequence_ids, sequences.position)
     if guests:  # they have a row that speaks for the sequence, and the position behind its last token
         rows = torch.tensor(guests, dtype=torch.int64, device=given.device)
-        places = torch.arange(sequences.used, sequences.used + len(guests), device=given.device)
+        places = torch.arange(sequences.num_tokens, sequences.num_tokens + len(guests), device=given.device)
         first = first.index_copy(0, rows, places)
         identity = identity and TokenIdentity(
             identity.seed,
-            identity.sequence_number.index_copy(0, places, sequences.numbers[rows]),
+            identity.sequence_number.index_copy(0, places, sequences.sequence_ids[rows]),
             identity.position.index_copy(0, places, sequences.cu_seqlens.diff().long()[rows]),
         )
     packed = Packed(
-        token_ids=pack_or(input_ids, "input_ids", None),
-        embeddings=pack_or(inputs_embeds, "inputs_embeds", None),
-        token_type_ids=pack_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
-        position_ids=pack_or(position_ids, "position_ids", columns),
+        token_ids=unpad_or(input_ids, "input_ids", None),
+        embeddings=unpad_or(inputs_embeds, "inputs_embeds", None),
+        token_type_ids=unpad_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
+        position_ids=unpad_or(position_ids, "position_ids", columns),
         sequences=sequences,
         first=first,
         guests=tuple(guests),
@@ -150,7 +150,7 @@ def _from_mask(given: Tensor, mask: Tensor | None, pooled: bool) -> tuple[Layout
     places = attended.flatten().nonzero().squeeze(1)
     if guests:
         places = torch.cat([places, torch.tensor(guests, device=places.device) * shape[1]])
-    sequences = Sequences.from_lengths(lengths, tokens=len(places), device=given.device)
+    sequences = Sequences.from_lengths(lengths, capacity=len(places), device=given.device)
     return Layout(shape, places), sequences, guests
 
 
@@ -159,5 +159,5 @@ def _from_cu_seqlens(given: Tensor, mask: Tensor | None, cu_seq_lens: Tensor) ->
         raise ValueError(f"packed input with cu_seq_lens_q must have shape [1, tokens], got {list(given.shape)}")
     if mask is not None and not bool(mask.all()):
         raise ValueError("packed input with cu_seq_lens_q takes no attention_mask: leave the padding out instead")
-    sequences = Sequences.from_cu_seqlens(cu_seq_lens.to(given.device), tokens=given.shape[1])
+    sequences = Sequences.from_cu_seqlens(cu_seq_lens.to(given.device), capacity=given.shape[1])
     return Layout((1, given.shape[1]), None), sequences

@@ -48,10 +48,12 @@ def attention(
 ) -> Tensor:
     """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at inert places."""
     # One split for all: its gradient is one concatenation, where slices would each fill a whole d_qkv.
-    *parts, inert = qkv.split([*sequences.lengths, sequences.tokens - sequences.used])
+    *parts, inert = qkv.split([*sequences.lengths, sequences.capacity - sequences.num_tokens])
     outputs = [
         (probabilities.to(value.dtype) @ value).transpose(0, 1)
-        for probabilities, value in attention_probabilities(parts, sequences.numbers, scale, causal, window, dropout)
+        for probabilities, value in attention_probabilities(
+            parts, sequences.sequence_ids, scale, causal, window, dropout
+        )
     ]
     zero = inert[:, 0].masked_fill(torch.ones_like(inert[:, 0], dtype=torch.bool), 0)  # with a gradient, of zero
     return torch.cat([*outputs, zero])

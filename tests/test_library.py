@@ -30,7 +30,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 def attention(lengths: list[int]) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         sequences = Sequences.from_lengths(lengths)
-        (qkv,) = leaves((sequences.tokens, 3, 2, 32))
+        (qkv,) = leaves((sequences.capacity, 3, 2, 32))
         return both_ways(ops.attention(qkv, sequences, dropout=dropout_over(sequences), implementation="cpu"), [qkv])
 
     return run

@@ -48,9 +48,9 @@ class Batch:
     masked: int
 
     @property
-    def tokens_used(self) -> int:
+    def num_tokens(self) -> int:
         """Places that hold a token."""
-        return self.sequences.used
+        return self.sequences.num_tokens
 
     def to(self, device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -170,9 +170,9 @@ class Batches:
             position_ids=_filled(np.arange(token_ids.size) - np.repeat(starts, lengths), capacity.tokens, 0),
             sequences=Sequences.from_lengths(
                 _filled(lengths, capacity.sequences, 0).tolist(),
-                numbers=torch.arange(first_number, first_number + capacity.sequences),
-                tokens=capacity.tokens,
-                length_limit=self.max_seq_length,
+                sequence_ids=torch.arange(first_number, first_number + capacity.sequences),
+                capacity=capacity.tokens,
+                max_seqlen_bound=self.max_seq_length,
             ),
             masked_rows=_filled(masked.rows, capacity.masked, 0),
             labels=_filled(masked.labels, capacity.masked, IGNORED),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bertfast import checkpoint, encoder, reference
 from bertfast.config import BertConfig
 from bertfast.encoder import cross_entropy_sum
-from bertfast.inputs import Layout, Packed, pack
+from bertfast.inputs import Layout, Packed, unpad
 from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler, BiLSTM
 from bertfast.outputs import BaseModelOutput, ModelOutput
 from bertfast.reference import IGNORED
@@ -86,14 +86,14 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save_weights(self, folder, state_dict)
         self.config.save_pretrained(folder, type(self).__name__)
 
-    def _pack(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:
+    def _unpad(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:
         known = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "num_choices")
         unknown = [name for name, value in others.items() if name not in known and value not in (None, False)]
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} does not take {', '.join(unknown)}; it has no cross-attention and no cache"
             )
-        return pack(
+        return unpad(
             *inputs,
             cu_seq_lens_q=others.get("cu_seq_lens_q"),
             positions=self.config.max_position_embeddings,
@@ -119,7 +119,7 @@ class BertPreTrainedModel(nn.Module):
         hidden = encoder.encode(bert, packed, hidden_states=states)
         records = {}
         if want_states:
-            records["hidden_states"] = tuple(layout.unpack(state) for state in states)
+            records["hidden_states"] = tuple(layout.pad(state) for state in states)
         if want_attentions:
             layers = enumerate(zip(bert.encoder.layer, states, strict=False))
             records["attentions"] = tuple(
@@ -173,10 +173,10 @@ class BertModel(BertPreTrainedModel):
     ) -> BaseModelOutput | tuple:
         """last_hidden_state [B, L, H] and pooler_output [B, H]."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others, pooled=self.pooler is not None)
+        packed, layout = self._unpad(inputs, others, pooled=self.pooler is not None)
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         outputs = BaseModelOutput(
-            last_hidden_state=layout.unpack(hidden),
+            last_hidden_state=layout.pad(hidden),
             pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first]),
             **records,
         )
@@ -196,17 +196,17 @@ def mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
 
 def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout: Layout, index: int) -> Tensor:
     # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
-    if layout.places is None:
+    if layout.indices is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
     qkv = encoder.project(module.attention.self, module.config, hidden)
     arguments = encoder.attention_arguments(module.config, packed, index)
     rows, columns = layout.shape
     record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
-    lengths, used = list(packed.sequences.lengths), packed.sequences.used
-    places = layout.places[:used].split(lengths)
+    lengths, used = list(packed.sequences.lengths), packed.sequences.num_tokens
+    places = layout.indices[:used].split(lengths)
     occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
     parts = qkv[:used].split(lengths)
-    each = reference.attention_probabilities(parts, packed.sequences.numbers, **arguments)
+    each = reference.attention_probabilities(parts, packed.sequences.sequence_ids, **arguments)
     for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
         record[row, :, place[:, None], place] = probabilities.to(record.dtype)
     return record

@@ -53,8 +53,8 @@ def attention(
         qkv=(qkv, "tokens 3 heads head_dimension", "floating"),
         cu_seqlens=(sequences.cu_seqlens, "sequences+1", "integer"),
     )
-    if len(qkv) != sequences.tokens:
-        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.tokens}")
+    if len(qkv) != sequences.capacity:
+        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and window < 0:
@@ -64,8 +64,8 @@ def attention(
     if implementation == "reference":
         return reference.attention(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
-    options = (sequences.length_limit, scale, causal, window)
-    return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.numbers, *options, seed, *mask)
+    options = (sequences.max_seqlen_bound, scale, causal, window)
+    return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, *options, seed, *mask)
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:

@@ -69,7 +69,7 @@ class Replayed:
     def __call__(self, *batch: Batch) -> Tensor:
         if self.record is None:
             return self.function(*map(self._moved, batch))
-        shapes = [(each.sequences.length_limit, *(tensor.shape for tensor in each.tensors())) for each in batch]
+        shapes = [(each.sequences.max_seqlen_bound, *(tensor.shape for tensor in each.tensors())) for each in batch]
         if shapes != self.shapes:
             self.shapes, self.calls, self.batch, self.replay = shapes, 0, None, None
         self.calls += 1

@@ -40,11 +40,11 @@ def dropout(tokens: int = ROWS) -> Dropout:
 
 def attention(lengths: list[int]) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        plain = Sequences.from_lengths(lengths, tokens=sum(lengths) + 2)
-        cu_seqlens, numbers = guarded(plain.cu_seqlens), guarded(plain.numbers)
-        sequences = Sequences(cu_seqlens, numbers, plain.lengths, plain.tokens, plain.length_limit)
-        qkv = guarded(normal(plain.tokens, 3, 1, 32, dtype=torch.bfloat16))
-        return ops.attention(qkv, sequences, dropout=dropout(plain.tokens), implementation=KERNELS)
+        plain = Sequences.from_lengths(lengths, capacity=sum(lengths) + 2)
+        cu_seqlens, sequence_ids = guarded(plain.cu_seqlens), guarded(plain.sequence_ids)
+        sequences = Sequences(cu_seqlens, sequence_ids, plain.lengths, plain.capacity, plain.max_seqlen_bound)
+        qkv = guarded(normal(plain.capacity, 3, 1, 32, dtype=torch.bfloat16))
+        return ops.attention(qkv, sequences, dropout=dropout(plain.capacity), implementation=KERNELS)
 
     return run
 

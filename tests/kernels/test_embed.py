@@ -10,7 +10,7 @@ from bertfast import ops
 from bertfast.dropout import hidden_keep
 from bertfast.sequences import Sequences
 
-SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], tokens=11, device=DEVICE)
+SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], capacity=11, device=DEVICE)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 WORDS, POSITIONS, TYPES = 7, 6, 2
 WIDTHS = [

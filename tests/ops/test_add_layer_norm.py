@@ -11,7 +11,7 @@ from bertfast import ops
 from bertfast.dropout import hidden_keep
 from bertfast.sequences import Sequences
 
-SEQUENCES = Sequences.from_lengths([3, 0, 1], tokens=5)
+SEQUENCES = Sequences.from_lengths([3, 0, 1], capacity=5)
 
 
 def inputs(hidden=6, tokens=5):

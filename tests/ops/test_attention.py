@@ -18,14 +18,16 @@ OPTIONS = [{}, {"causal": True}, {"window": 3}, {"causal": True, "window": 2}, {
 
 
 def packed(lengths=LENGTHS, tokens=None, heads=2, dimension=4, numbers=None):
-    sequences = Sequences.from_lengths(lengths, tokens=tokens, numbers=numbers)
-    return normal(sequences.tokens, 3, heads, dimension), sequences
+    sequences = Sequences.from_lengths(lengths, capacity=tokens, sequence_ids=numbers)
+    return normal(sequences.capacity, 3, heads, dimension), sequences
 
 
 def one_at_a_time(qkv, sequences, *, causal=False, window=None, scale=None, dropout=None):
     """The same by scaled_dot_product_attention; with dropout, by its parts."""
     outputs = []
-    for number, part in zip(sequences.numbers, qkv[: sequences.used].split(list(sequences.lengths)), strict=True):
+    for number, part in zip(
+        sequences.sequence_ids, qkv[: sequences.num_tokens].split(list(sequences.lengths)), strict=True
+    ):
         length = len(part)
         query, key, value = part.permute(1, 2, 0, 3)
         i, j = torch.arange(length)[:, None], torch.arange(length)
@@ -38,7 +40,7 @@ def one_at_a_time(qkv, sequences, *, causal=False, window=None, scale=None, drop
             probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
             output = (probabilities * keep * dropout.scale) @ value
         outputs.append(output.transpose(0, 1))
-    return torch.cat([*outputs, qkv.new_zeros(sequences.tokens - sequences.used, *qkv.shape[2:])])
+    return torch.cat([*outputs, qkv.new_zeros(sequences.capacity - sequences.num_tokens, *qkv.shape[2:])])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,15 +77,17 @@ def test_gradient_is_the_derivative(options, p):
 def test_order_does_not_matter(lengths, inert, data):
     order = data.draw(st.permutations(range(len(lengths))))
     qkv, sequences = packed(lengths, tokens=sum(lengths) + inert)
-    parts = qkv[: sequences.used].split(lengths)
-    permuted = Sequences.from_lengths([lengths[i] for i in order], numbers=list(order), tokens=sequences.tokens)
-    shuffled = torch.cat([*(parts[i] for i in order), qkv[sequences.used :]])
+    parts = qkv[: sequences.num_tokens].split(lengths)
+    permuted = Sequences.from_lengths(
+        [lengths[i] for i in order], sequence_ids=list(order), capacity=sequences.capacity
+    )
+    shuffled = torch.cat([*(parts[i] for i in order), qkv[sequences.num_tokens :]])
 
     def attention(qkv, sequences):
         return ops.attention(qkv, sequences, dropout=dropout_over(sequences))
 
-    straight = attention(qkv, sequences)[: sequences.used].split(lengths)
-    other = attention(shuffled, permuted)[: sequences.used].split(list(permuted.lengths))
+    straight = attention(qkv, sequences)[: sequences.num_tokens].split(lengths)
+    other = attention(shuffled, permuted)[: sequences.num_tokens].split(list(permuted.lengths))
     for place, i in enumerate(order):
         assert torch.equal(other[place], straight[i])
 

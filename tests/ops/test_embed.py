@@ -9,7 +9,7 @@ from bertfast import ops
 from bertfast.dropout import hidden_keep
 from bertfast.sequences import Sequences
 
-SEQUENCES = Sequences.from_lengths([4, 0, 1, 2], tokens=9)
+SEQUENCES = Sequences.from_lengths([4, 0, 1, 2], capacity=9)
 TOKENS = torch.tensor([3, 0, 5, 3, 6, 1, 0, 2, 3])
 TYPES = torch.tensor([0, 0, 1, 1, 0, 0, 1, 0, 0])
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 3])

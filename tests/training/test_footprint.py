@@ -19,22 +19,22 @@ def kept(layers: int, precision: str) -> int:
     """Bytes that a forward pass keeps, but for parameters, a token."""
     model = BertForPreTraining(BertConfig(num_hidden_layers=layers, max_position_embeddings=64, **SIZES)).bert
     sequences = Sequences.from_lengths([64] * 8)
-    ids = torch.arange(sequences.tokens) % 64
-    identity = TokenIdentity(torch.tensor(1), sequences.token_number, sequences.position)
+    ids = torch.arange(sequences.capacity) % 64
+    identity = TokenIdentity(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
     packed = Packed(ids, None, ids % 2, sequences.position, sequences, sequences.first, identity=identity)
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found, alive = {}, []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in owned and sequences.tokens in x.shape and x.is_floating_point():
+        if storage.data_ptr() not in owned and sequences.capacity in x.shape and x.is_floating_point():
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(x)  # or its place would be taken by another
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(CPU, precision):
         encode(model, packed)
-    return sum(found.values()) // sequences.tokens
+    return sum(found.values()) // sequences.capacity
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
