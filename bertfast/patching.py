@@ -152,6 +152,7 @@ class _FusedModel(_Fused):
         packed, places = unpad(
             *(arguments.get(name) for name in _INPUTS),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
+            max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=self.pooler is not None,
@@ -168,8 +169,10 @@ class _FusedModel(_Fused):
             if of_first:
                 pooled = self.pooler(hidden[packed.first][:, None])
             elif self.pooler is not None:
-                rows = places if places.indices is not None else Layout.of(packed.sequences)
-                pooled = self.pooler(rows.pad(hidden))
+                by_row = places
+                if places.indices is None:
+                    by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+                pooled = self.pooler(by_row.pad(hidden))
             return BaseModelOutputWithPoolingAndCrossAttentions(places.pad(hidden), pooled)
         call = _CALL.set((packed, places))
         try:
@@ -470,11 +473,11 @@ def _changes_nothing(hook, module: nn.Module) -> bool:
 def _padded(arguments: dict) -> tuple[dict, Layout]:
     """Packed input [1, T] as a padded batch, a sequence a row, and the layout that packs what comes of it."""
     given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
-    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(given.device), capacity=given.shape[1])
-    layout = Layout.of(sequences)
+    cu_seqlens = arguments["cu_seq_lens_q"].to(given.device)
+    sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=given.shape[1])
+    layout = Layout.of(sequences, sequences.max_seqlen)  # their loop needs the lengths: a GPU is waited for
     own = {name: value for name, value in arguments.items() if name not in _PACKING}
     for name in _INPUTS:
         if own.get(name) is not None:
             own[name] = layout.pad(own[name][0])
-    ones = torch.ones(sequences.num_tokens, dtype=torch.int64, device=given.device)
-    return own | {"attention_mask": layout.pad(ones)}, layout
+    return own | {"attention_mask": layout.pad(sequences.is_token.long())}, layout

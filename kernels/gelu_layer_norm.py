@@ -11,8 +11,10 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
+    STAGES,
     add,
     cut,
     in_rows,
@@ -29,7 +31,7 @@ from bertfast.kernels.rows import (
 )
 
 
-@triton.jit
+@kernel
 def gelu_layer_norm_forward_kernel(
     x_ptr,  # [R, H], rows x_stride apart
     bias_ptr,  # [H]
@@ -56,7 +58,7 @@ def gelu_layer_norm_forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows)
 
 
-@triton.jit
+@kernel
 def gelu_layer_norm_backward_kernel(
     d_y_ptr,  # [R, H], rows d_y_stride apart
     x_ptr,  # as in the forward kernel
@@ -75,7 +77,7 @@ def gelu_layer_norm_backward_kernel(
 ):
     bias, gamma = load_vector(bias_ptr, H, CHUNK, ROWS), load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
-    for tile in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < count
         d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)

@@ -47,8 +47,7 @@ class _LanguageModel(BertPreTrainedModel):
         read = torch.cat([rows, packed.first]) if first else rows
         hidden, records = self._encode(packed, layout, record, read)
         x = head.transform(hidden[: len(rows)])
-        every = torch.arange(len(rows), device=rows.device)
-        total, _, counted = ops.linear_cross_entropy(x, every, head.decoder.weight, head.decoder.bias, labels[rows])
+        total, _, counted = ops.linear_cross_entropy(x, None, head.decoder.weight, head.decoder.bias, labels[rows])
         return total, counted, None, hidden[len(rows) :] if first else None, records
 
 
@@ -84,7 +83,7 @@ class BertForPreTraining(_LanguageModel):
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, layout = self._unpad(inputs, others)
-        labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels")
+        labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, first, records = self._predict(packed, layout, labels, record, first=True)
         next_sentence = self.cls.seq_relationship(self.bert.pooler(first))
@@ -126,7 +125,7 @@ class BertForMaskedLM(_LanguageModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, layout = self._unpad(inputs, others, pooled=False)
         if labels is not None:
-            labels = layout.unpad(self._targets(labels, layout, packed), "labels")
+            labels = layout.unpad(self._targets(labels, layout, packed), "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, _, records = self._predict(packed, layout, labels, record)
         outputs = HeadOutput(
