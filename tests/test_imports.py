@@ -53,6 +53,7 @@ WITHIN = {
     ("reference", "dropout"),
     ("reference", "sequences"),
     ("sequences", "kernels"),
+    ("sequences", "runtime"),
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),

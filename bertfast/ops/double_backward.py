@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def must_be_differentiable() -> bool:
-    """Whether the running backward pass will be differentiated. A compiled one cannot be: PyTorch refuses that itself."""
+    """Return whether the running backward pass must be differentiable itself.
+
+    A compiled one never is: PyTorch refuses second derivatives of it.
+    """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

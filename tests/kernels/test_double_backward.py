@@ -1,5 +1,7 @@
 """Second derivatives of the operators: those of the reference, whatever implementation ran forward."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal
@@ -120,8 +122,8 @@ def test_a_plain_backward_pass_runs_the_kernel(operator, monkeypatch):
     def refuse(*_):
         raise AssertionError("the reference was differentiated")
 
-    for module in ("attention", "add_layer_norm", "embed", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy"):
-        monkeypatch.setattr(f"bertfast.ops.{module}.reference_gradients", refuse)
+    module = import_module(f"bertfast.ops.{operator}")
+    monkeypatch.setattr(module, "reference_gradients", refuse)
     inputs = [x.detach().to(FINEST).requires_grad_() for x in inputs_of(shapes)]
     y = make(KERNELS)(*inputs)
     torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
@@ -137,5 +139,5 @@ def test_torch_func_is_refused_by_kernels_and_works_without(operator):
     leaf = inputs[0].clone().requires_grad_()
     (expected,) = torch.autograd.grad(make("reference")(leaf, *inputs[1:]).square().sum(), leaf)
     torch.testing.assert_close(gradient, expected)
-    with pytest.raises(ValueError, match="torch.func .* work through the reference alone; .*'reference'"):
+    with pytest.raises(ValueError, match=r"torch\.func .* work through the reference alone; .*'reference'"):
         torch.func.grad(lambda x: make(KERNELS)(x, *inputs[1:]).square().sum())(inputs[0].to(FINEST))
