@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bertfast"
 FLOORS = {
     "kernels": 0,
+    "runtime": 0,
     "compiled": 0,
     "cuda_build": 0,
     "dropout": 0,
@@ -52,10 +53,12 @@ WITHIN = {
     ("compiled", "kernels"),
     ("cuda_build", "compiled"),
     ("products", "kernels"),
+    ("products", "runtime"),
     ("precision", "products"),
     ("reference", "dropout"),
     ("reference", "sequences"),
     ("sequences", "kernels"),
+    ("sequences", "runtime"),
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
 def add_layer_norm(
@@ -87,6 +88,7 @@ class AddLayerNorm(torch.autograd.Function):
         forward = launcher(implementation, "add_layer_norm_forward")
         y, mean, rstd, copy = forward(x, residual, bias, gamma, beta, eps, *dropout, copy_dtype)
         *identity, ctx.word, ctx.threshold = dropout
+        ctx.eps, ctx.compute_dtype = eps, copy_dtype or residual.dtype if paired else None
         ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
         if not paired:
             return y
@@ -96,10 +98,19 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y, d_copy=None):
         x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
+        if d_y is None and d_copy is None:
+            return (None,) * 14
+        if must_be_differentiable():
+            dropout = from_kernel_arguments(*identity, ctx.word, ctx.threshold)
+
+            def definition(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+                return reference.add_layer_norm(*arguments, ctx.eps, dropout, ctx.compute_dtype)
+
+            arguments, needs_grad = (x, residual, bias, gamma, beta), ctx.needs_input_grad[3:8]
+            gradients = reference_gradients(definition, arguments, needs_grad, [d_y, d_copy])
+            return None, None, None, *gradients, *[None] * 6
         if d_y is None:
             d_y, d_copy = d_copy, None
-        if d_y is None:
-            return (None,) * 14
         d_x, d_residual, sums = launcher(ctx.implementation, "add_layer_norm_backward")(
             d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold, d_copy
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bertfast import compiled, cuda_build
 from bertfast.dropout import Dropout
+from bertfast.runtime.torch_compat import is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
@@ -79,11 +80,15 @@ def launcher(implementation: Implementation, name: str) -> Callable:
 
 def why_not(implementation: Implementation, operation: str, x: Tensor) -> str | None:
     """Why an implementation cannot run `operation` on tensors like `x`; None if it can."""
+    if implementation == "reference":
+        return None
+    if is_transformed():
+        return "torch.func and forward-mode differentiation work through the reference alone"
     if implementation == "triton":
         return _triton_refusal(x)
     if implementation == "cpu":
         return _cpu_refusal(x)
-    return _cuda_refusal(operation, x) if implementation == "cuda" else None
+    return _cuda_refusal(operation, x)
 
 
 def _cpu_refusal(x: Tensor) -> str | None:
