@@ -47,7 +47,8 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
     refusal = why_not(requested, operation, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
-        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
+        remedy = "pass implementation='reference', which takes any tensors"
+        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; {remedy}")
     return requested
 
 
@@ -108,7 +109,9 @@ def _cuda_refusal(operation: str, x: Tensor) -> str | None:
         return None
     capability = torch.cuda.get_device_capability(x.device)
     if operation == "attention":
-        return None if capability == (9, 0) else "it wants a GPU of sm_90, this one is sm_{}{}".format(*capability)
+        return (
+            None if capability == (9, 0) else "its kernels need a GPU of sm_90, this one is sm_{}{}".format(*capability)
+        )
     return _too_old(capability)
 
 
@@ -127,7 +130,11 @@ def _triton_refusal(x: Tensor) -> str | None:
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:
-    return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    return (
+        None
+        if capability >= (8, 0)
+        else "its kernels need a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    )
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
