@@ -1,7 +1,8 @@
 """Block shapes of the attention kernels: tables by head dimension and bound on the length, by GPU, dtype and dropout.
 
-Every entry compiles without a spill and without serialised wgmma under Triton 3.6, 3.7 and 3.8 for the GPUs it is for
-(`bench/results/compiled_kernels.md`). Which is the fastest, no GPU has measured yet.
+Entries are chosen so that nothing spills and no wgmma is serialised under Triton 3.6, 3.7 and 3.8 on the GPUs they are
+for, which `bench/compiled_kernels.py` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
+Triton 3.8, with 4, 8 or 16 warps. Which shapes are the fastest, no GPU has measured yet.
 """
 
 import triton
