@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
-# The Triton that PyTorch 2.11 comes with, beside the one of .venv: a process that has it on its path uses it.
+# The Tritons that PyTorch 2.11 and 2.14 come with, beside the one of .venv: a process that has one on its path uses it.
 OLDER  := .venv/triton-3.6
+NEWER  := .venv/triton-3.8
 # Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
@@ -58,6 +59,9 @@ demo: $(LIBRARY)
 $(OLDER): $(READY)
 	$(BIN)/pip install --quiet --target $@ triton==3.6.0 'numpy<2.4'
 
+$(NEWER): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.8.0
+
 $(OLDER_HF): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23' \
 	  requests urllib3 charset_normalizer certifi idna
@@ -74,7 +78,7 @@ test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
 	$(BIN)/pytest
 	$(MAKE) checked emulated
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
-	$(BIN)/python bench/compiled_kernels.py --chips 90
+	$(BIN)/python bench/compiled_kernels.py --chips 90 --representative
 	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
 
 checked: $(READY)
@@ -96,13 +100,15 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	    && PYTHONPATH=$(CURDIR)/build/one-nvcc $(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md || exit; \
 	done
 
-test-all: test nvccs $(OLDER) $(OLDER_HF)
+test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
-	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json > bench/results/compiled_kernels.md
+	PYTHONPATH=$(NEWER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.8.json
+	$(BIN)/python bench/compiled_kernels.py --chips 90 --tests
+	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json > bench/results/compiled_kernels.md
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)

@@ -49,7 +49,8 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
     refusal = why_not(requested, operation, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
-        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
+        remedy = "pass implementation='reference', which takes any tensors"
+        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; {remedy}")
     return requested
 
 
@@ -131,7 +132,11 @@ def _triton_refusal(x: Tensor) -> str | None:
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:
-    return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    return (
+        None
+        if capability >= (8, 0)
+        else "its kernels need a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    )
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
