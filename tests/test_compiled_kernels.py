@@ -89,7 +89,7 @@ def run_batches() -> None:
     launch, bf16 = torch.ops.bertfast, torch.bfloat16
     batches = [[1], [16], [17, 15], [100], [300, 1], [500], [512, 512], [2] * 16, [3] * 33, [250, 6, 256]]
     for number, lengths in enumerate(batches):
-        sequences = Sequences.from_lengths(lengths, length_limit=512)
+        sequences = Sequences.from_lengths(lengths, max_seqlen_bound=512)
         # A threshold of 1, of 16 and others; an operation of 0, whose counter word is 0, and others.
         p = (1 / 256, 16 / 256, 0.1)[number % 3]
         dropout = Dropout(p, torch.tensor(5), number, sequences.token_number, sequences.position)
