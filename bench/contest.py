@@ -107,7 +107,7 @@ def in_both_precisions(*cases: Case) -> list[Case]:
 
 def dropout_over(sequences: Sequences, p: float, site: str) -> Dropout | None:
     """The dropout at a site of the model's first layer, or outside the layers, over all tokens."""
-    identity = TokenIdentity(torch.tensor(1 << 40, device=DEVICE), sequences.token_number, sequences.position)
+    identity = TokenIdentity(torch.tensor(1 << 40, device=DEVICE), sequences.token_sequence_ids, sequences.position)
     return identity.dropout(p, site, None if site == "embeddings" else 0)
 
 

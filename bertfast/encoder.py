@@ -43,40 +43,102 @@ def embed(module: nn.Module, packed: Packed, config) -> Tensor:
 
 
 def encode(
-    model: nn.Module, packed: Packed, rows: Tensor | None = None, hidden_states: list[Tensor] | None = None
+    model: nn.Module,
+    packed: Packed,
+    rows: Tensor | None = None,
+    hidden_states: list[Tensor] | None = None,
+    *,
+    residual_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """All layers of a `BertModel` -> [T, H]; or, with `rows` int64 [R], the last layer's output at those alone [R, H].
+    """Run the embeddings and all layers of a `BertModel`.
 
-    `hidden_states` receives what enters the first layer and what leaves each one.
+    Args:
+        model: A module with BERT's attribute names.
+        packed: The tokens.
+        rows: int64 [R]; the last layer computes its output at these alone.
+        hidden_states: Receives what enters the first layer and what leaves each one, [T, H] of the residual stream.
+        residual_dtype: The dtype of the residual stream; None: that of the embeddings.
+
+    Returns:
+        [T, H], or [R, H] with `rows`, in the dtype of the residual stream.
     """
     hidden = embed(model.embeddings, packed, model.config)
+    if residual_dtype is not None:
+        hidden = hidden.to(residual_dtype)
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         keep_freed_memory()
     layers = model.encoder.layer
+    # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
+    copies = gemm_dtype(hidden) is not None
+    takes = [copies and _takes_copy(module) for module in layers]
+    copy = None
     for index, module in enumerate(layers):
         if hidden_states is not None:
             hidden_states.append(hidden)
-        hidden = module(hidden, packed, index, rows if index == len(layers) - 1 else None)
+        last = index == len(layers) - 1
+        arguments = (hidden, packed, index, rows if last else None)
+        if not last and takes[index] and takes[index + 1]:
+            hidden, copy = module(*arguments, copy, True)
+        else:
+            hidden = module(*arguments) if copy is None else module(*arguments, copy)
+            copy = None
     if hidden_states is not None:
         hidden_states.append(hidden)
-    return hidden if rows is None or len(layers) else hidden[rows]
+    return hidden if rows is None or len(layers) else ops.gather(rows, hidden)[0]
 
 
-def layer(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
-    """One layer: attention over all tokens [T, H], then all that follows, on `rows` alone if given -> [T or R, H]."""
+def layer(
+    module: nn.Module,
+    config,
+    hidden: Tensor,
+    packed: Packed,
+    index: int,
+    rows: Tensor | None = None,
+    copy: Tensor | None = None,
+    return_copy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one layer: attention over all tokens, then all that follows.
+
+    Under autocast the residual stream is fp32 and GEMMs read half precision. `add_layer_norm` writes both and its
+    backward pass adds the gradients of both, so that no pass of its own casts or adds activations.
+
+    Args:
+        hidden: [T, H], the residual stream.
+        index: The layer's number, of which dropout depends.
+        rows: int64 [R]; all that follows attention is computed at these tokens alone.
+        copy: [T, H], `hidden` in autocast's dtype, if the layer before has written it.
+        return_copy: Whether to return such a copy of the output too; autocast must be on.
+
+    Returns:
+        [T, H], or [R, H] with `rows`, in the dtype of `hidden`; with `return_copy` a pair of that and its copy.
+    """
     attention = module.attention
     identity = packed.identity
-    context = attend(attention.self, config, hidden, packed, index)
+    dtype = gemm_dtype(hidden)
+    if copy is None and dtype is not None:
+        copy = hidden.to(dtype)
+    inner = attention.self
+    context = attend(inner, config, _gemm_input(hidden, copy, inner.query, inner.key, inner.value), packed, index)
     if rows is not None:
-        context, hidden = context[rows], hidden[rows]
+        context, hidden = ops.gather(rows, context, hidden)
         identity = identity and identity.at(rows)
 
     def dropout(site: str):
         return identity and identity.dropout(config.hidden_dropout_prob, site, index)
 
-    hidden = _add_layer_norm(attention.output, context, hidden, dropout("attention_output"))
-    intermediate = activate(module.intermediate.dense, hidden, config.hidden_act)
-    return _add_layer_norm(module.output, intermediate, hidden, dropout("output"))
+    hidden, copy = _add_layer_norm(attention.output, context, hidden, dropout("attention_output"), dtype)
+    dense = module.intermediate.dense
+    intermediate = activate(dense, _gemm_input(hidden, copy, dense), config.hidden_act)
+    output = _add_layer_norm(module.output, intermediate, hidden, dropout("output"), dtype if return_copy else None)
+    return output if return_copy else output[0]
+
+
+def gemm_dtype(hidden: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast multiplies activations like `hidden`; None where it leaves theirs."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int) -> Tensor:
@@ -84,8 +146,10 @@ def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int
     qkv = project(module, config, hidden)
     arguments = attention_arguments(config, packed, index)
     context = ops.attention(qkv, packed.sequences, **arguments)
-    if packed.guests:
-        context = torch.cat([context[: packed.sequences.used], _attend_guests(qkv, packed, **arguments)])
+    if packed.query_only:
+        slots = len(context) - packed.query_only
+        own = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
+        context = torch.cat([context[:slots], own])
     return context.flatten(1)
 
 
@@ -156,23 +220,29 @@ class PretrainingLoss:
     pairs: Tensor
 
 
-def pretraining_loss(model: nn.Module, batch: Batch, seed: Tensor | None) -> PretrainingLoss:
-    """The losses of a `BertForPreTraining`, or a `BertForMaskedLM`, on a packed batch.
+def pretraining_loss(
+    model: nn.Module, batch: Batch, seed: Tensor | None, *, residual_dtype: torch.dtype | None = None
+) -> PretrainingLoss:
+    """Compute the losses of a `BertForPreTraining`, or a `BertForMaskedLM`, on a packed batch.
 
     No logits are held, and the last layer runs only on the masked tokens and, where there are pairs, [CLS].
-    `seed` int64 [] is dropout's; None: no dropout.
+
+    Args:
+        seed: int64 [], dropout's; None: no dropout.
+        residual_dtype: See `encode`.
     """
     sequences = batch.sequences
-    identity = None if seed is None else TokenIdentity(seed, sequences.token_number, sequences.position)
+    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
     packed = Packed(
         batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
-    hidden = encode(model.bert, packed, rows if labels is None else torch.cat([rows, sequences.first]))
+    read = rows if labels is None else torch.cat([rows, sequences.first])
+    hidden = encode(model.bert, packed, read, residual_dtype=residual_dtype)
     head = model.cls.predictions
     masked_lm, masked_correct, masked = ops.linear_cross_entropy(
         head.transform(hidden[: len(rows)]),
-        torch.arange(len(rows), device=rows.device),
+        None,
         head.decoder.weight,
         head.decoder.bias,
         batch.labels,
@@ -210,22 +280,27 @@ def hooks(module: nn.Module) -> tuple[dict, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def _add_layer_norm(module: nn.Module, x: Tensor, residual: Tensor, dropout) -> Tensor:
+def _takes_copy(module: nn.Module) -> bool:
+    """Return whether a layer is called with, and for, a copy of the residual stream.
+
+    One that is watched is not, so that hooks see the stream alone, nor one whose activations are recomputed, which
+    would keep the copy besides the stream.
+    """
+    return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
+
+
+def _gemm_input(hidden: Tensor, copy: Tensor | None, *linears: nn.Module) -> Tensor:
+    """Return what these linear layers read: the copy, or the stream itself where one of them is not plain."""
+    return copy if copy is not None and all(map(is_plain, linears)) else hidden
+
+
+def _add_layer_norm(
+    module: nn.Module, x: Tensor, residual: Tensor, dropout, compute_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the residual stream behind a projection, and its copy in `compute_dtype` if that is given."""
     dense, norm = module.dense, module.LayerNorm
     product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
-    return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
-
-
-def _attend_guests(qkv: Tensor, packed: Packed, *, scale, causal, window, dropout) -> Tensor:
-    # A guest stands before its whole sequence, so a causal one sees nothing.
-    sequences = packed.sequences
-    parts = qkv[: sequences.used].split(list(sequences.lengths))
-    guests = zip(packed.guests, qkv[sequences.used :, 0], strict=True)
-    return torch.stack(
-        [
-            reference.attend_from(
-                query, parts[row][:0] if causal else parts[row], sequences.numbers[row], scale, window, dropout
-            )
-            for row, query in guests
-        ]
+    output = ops.add_layer_norm(
+        product, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype
     )
+    return output if isinstance(output, tuple) else (output, None)

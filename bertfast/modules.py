@@ -79,8 +79,16 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = DenseLayerNorm(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
-        return encoder.layer(self, self.config, hidden, packed, index, rows)
+    def forward(
+        self,
+        hidden: Tensor,
+        packed: Packed,
+        index: int,
+        rows: Tensor | None = None,
+        copy: Tensor | None = None,
+        return_copy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return encoder.layer(self, self.config, hidden, packed, index, rows, copy, return_copy)
 
 
 class BertEncoder(nn.Module):

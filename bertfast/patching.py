@@ -26,7 +26,7 @@ from transformers.models.bert import modeling_bert as theirs
 
 from bertfast import encoder
 from bertfast.config import ACTIVATIONS
-from bertfast.inputs import Layout, Packed, pack
+from bertfast.inputs import Layout, Packed, unpad
 from bertfast.reference import IGNORED
 from bertfast.sequences import Sequences
 
@@ -149,9 +149,10 @@ class _FusedModel(_Fused):
         layout = None  # of packed input that must be padded for their loop
         if not whole and arguments.get("cu_seq_lens_q") is not None:
             arguments, layout = _padded(arguments)
-        packed, places = pack(
+        packed, places = unpad(
             *(arguments.get(name) for name in _INPUTS),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
+            max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=self.pooler is not None,
@@ -168,9 +169,11 @@ class _FusedModel(_Fused):
             if of_first:
                 pooled = self.pooler(hidden[packed.first][:, None])
             elif self.pooler is not None:
-                rows = places if places.places is not None else Layout.of(packed.sequences)
-                pooled = self.pooler(rows.unpack(hidden))
-            return BaseModelOutputWithPoolingAndCrossAttentions(places.unpack(hidden), pooled)
+                by_row = places
+                if places.indices is None:
+                    by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+                pooled = self.pooler(by_row.pad(hidden))
+            return BaseModelOutputWithPoolingAndCrossAttentions(places.pad(hidden), pooled)
         call = _CALL.set((packed, places))
         try:
             own = {name: value for name, value in arguments.items() if name not in _PACKING}
@@ -178,9 +181,9 @@ class _FusedModel(_Fused):
         finally:
             _CALL.reset(call)
         if layout is not None:
-            outputs.last_hidden_state = layout.pack(outputs.last_hidden_state, "outputs")[None]
+            outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
             if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(layout.pack(x, "outputs")[None] for x in outputs.hidden_states)
+                outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
         return outputs
 
 
@@ -194,8 +197,8 @@ class _FusedLayer(_Fused):
         if call is None or _why_not_layer(self, config, call[0].identity is not None) is not None:
             return super().forward(hidden_states, *args, **kwargs)
         packed, places = call
-        hidden = encoder.layer(self, config, places.pack(hidden_states, "hidden_states"), packed, index)
-        return (places.unpack(hidden),) if _LAYERS_RETURN_TUPLES else places.unpack(hidden)
+        hidden = encoder.layer(self, config, places.unpad(hidden_states, "hidden_states"), packed, index)
+        return (places.pad(hidden),) if _LAYERS_RETURN_TUPLES else places.pad(hidden)
 
 
 class _FusedTransform(_Fused):
@@ -470,11 +473,11 @@ def _changes_nothing(hook, module: nn.Module) -> bool:
 def _padded(arguments: dict) -> tuple[dict, Layout]:
     """Packed input [1, T] as a padded batch, a sequence a row, and the layout that packs what comes of it."""
     given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
-    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(given.device), tokens=given.shape[1])
-    layout = Layout.of(sequences)
+    cu_seqlens = arguments["cu_seq_lens_q"].to(given.device)
+    sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=given.shape[1])
+    layout = Layout.of(sequences, sequences.max_seqlen)  # their loop needs the lengths: a GPU is waited for
     own = {name: value for name, value in arguments.items() if name not in _PACKING}
     for name in _INPUTS:
         if own.get(name) is not None:
-            own[name] = layout.unpack(own[name][0])
-    ones = torch.ones(sequences.used, dtype=torch.int64, device=given.device)
-    return own | {"attention_mask": layout.unpack(ones)}, layout
+            own[name] = layout.pad(own[name][0])
+    return own | {"attention_mask": layout.pad(sequences.is_token.long())}, layout

@@ -78,7 +78,7 @@ def tf32x3_factor(dtype: torch.dtype) -> float:
 def dropout_over(sequences: Sequences, p: float = 0.3, operation: int = 5) -> Dropout:
     """Dropout over the tokens of `sequences`, with a seed of its own."""
     seed = torch.tensor(0x0123_4567_89AB_CDEF, device=sequences.cu_seqlens.device)
-    return Dropout(p, seed, operation, sequences.token_number, sequences.position)
+    return Dropout(p, seed, operation, sequences.token_sequence_ids, sequences.position)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device="cpu") -> Tensor:

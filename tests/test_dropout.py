@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from bertfast.dropout import Dropout, TokenIdentity, attention_keep, hidden_keep, operation_number, philox
+from bertfast.dropout import (
+    Dropout,
+    TokenIdentity,
+    attention_keep,
+    attention_keep_at,
+    hidden_keep,
+    operation_number,
+    philox,
+)
 from bertfast.sequences import Sequences
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
@@ -28,7 +36,7 @@ def plain_philox(counter: list[int], seed: int) -> list[int]:
 
 
 def dropout_of(sequences: Sequences, p: float = 0.3, operation: int = 5, seed: torch.Tensor = SEED) -> Dropout:
-    return Dropout(p, seed, operation, sequences.token_number, sequences.position)
+    return Dropout(p, seed, operation, sequences.token_sequence_ids, sequences.position)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,7 @@ def test_philox_is_the_same_however_many_counters_it_works_on(monkeypatch):
 
 def test_attention_layout_is_the_definition():
     number, operation, heads, length = 9, 11, 3, 37
-    sequences = Sequences.from_lengths([length], numbers=[number])
+    sequences = Sequences.from_lengths([length], sequence_ids=[number])
     dropout = dropout_of(sequences, operation=operation)
     keep = attention_keep(dropout, number, heads, length, range(length))
 
@@ -77,7 +85,7 @@ def test_attention_layout_is_the_definition():
 
 
 def test_hidden_layout_is_the_definition():
-    sequences = Sequences.from_lengths([3, 0, 4], numbers=[8, 2, 5])
+    sequences = Sequences.from_lengths([3, 0, 4], sequence_ids=[8, 2, 5])
     dropout = dropout_of(sequences, operation=7)
     keep = hidden_keep(dropout, 37)
     assert keep.shape == (7, 37)
@@ -92,19 +100,19 @@ def test_masks_follow_the_token_not_its_place():
     masks = {}
     for order in ([0, 1, 2], [2, 0, 1]):
         sequences = Sequences.from_lengths(
-            [lengths[i] for i in order], numbers=[numbers[i] for i in order], tokens=20 if order[0] else None
+            [lengths[i] for i in order], sequence_ids=[numbers[i] for i in order], capacity=20 if order[0] else None
         )
-        whole = hidden_keep(dropout_of(sequences), 24)[: sequences.used].split(list(sequences.lengths))
+        whole = hidden_keep(dropout_of(sequences), 24)[: sequences.num_tokens].split(list(sequences.lengths))
         masks[order[0]] = dict(zip(order, whole, strict=True))
     for i, (length, number) in enumerate(zip(lengths, numbers, strict=True)):
-        alone = hidden_keep(dropout_of(Sequences.from_lengths([length], numbers=[number])), 24)
+        alone = hidden_keep(dropout_of(Sequences.from_lengths([length], sequence_ids=[number])), 24)
         assert torch.equal(masks[0][i], alone), "a micro-batch of one sequence"
         assert torch.equal(masks[2][i], alone), "another order, and inert places"
 
 
 def test_gathered_rows_keep_their_masks():
     sequences = Sequences.from_lengths([5, 2, 9])
-    identity = TokenIdentity(SEED, sequences.token_number, sequences.position)
+    identity = TokenIdentity(SEED, sequences.token_sequence_ids, sequences.position)
     rows = torch.tensor([15, 3, 3, 6])
     of_rows = hidden_keep(identity.at(rows).dropout(0.4, "output", 1), 40)
     assert torch.equal(of_rows, hidden_keep(identity.dropout(0.4, "output", 1), 40)[rows])
@@ -157,10 +165,21 @@ def test_threshold_is_clamped(p, threshold):
 
 def test_nothing_to_drop_is_no_dropout():
     sequences = Sequences.from_lengths([8])
-    assert TokenIdentity(SEED, sequences.token_number, sequences.position).dropout(0.0, "embeddings") is None
+    assert TokenIdentity(SEED, sequences.token_sequence_ids, sequences.position).dropout(0.0, "embeddings") is None
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
 def test_probability_outside_its_range_is_refused(p):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         dropout_of(Sequences.from_lengths([8]), p)
+
+
+def test_masks_of_one_query_per_sequence_are_those_of_the_whole():
+    sequences = Sequences.from_lengths([8, 8, 8, 8], sequence_ids=[5, 1, 70, 2])
+    dropout = dropout_of(sequences)
+    positions = torch.tensor([0, 21, 8, 47])
+    ours = attention_keep_at(dropout, sequences.sequence_ids, 3, 37, positions)
+    assert ours.shape == (4, 3, 37)
+    for row, (number, position) in enumerate(zip(sequences.sequence_ids, positions.tolist(), strict=True)):
+        whole = attention_keep(dropout, number, 3, 37, range(position, position + 1))
+        assert torch.equal(ours[row], whole[:, 0])

@@ -86,7 +86,7 @@ def measure_batches(folder: Path, options: dict, tokens_per_bin: int) -> dict:
         Shards.open(folder), special, continuation, sampling, tokens_per_bin=tokens_per_bin, bins_per_step=1, seed=0
     )
     planned = time.perf_counter()
-    used = [batch.tokens_used for batch in batches.first_epoch(ENOUGH // tokens_per_bin)]
+    used = [batch.num_tokens for batch in batches.first_epoch(ENOUGH // tokens_per_bin)]
     ended = time.perf_counter()
     whole = batches.epochs[0].bins / len(used)  # the plan is for all of the epoch: a share of it is charged
     return {

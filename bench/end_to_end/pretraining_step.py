@@ -177,7 +177,7 @@ def measure(name: str, case: Case, repeats: int) -> dict:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = min(side_by_side({"step": optimizers["ours"].step}, 3)["step"]).seconds
 
-    tokens, masked = packed.sequences.used, packed.masked
+    tokens, masked = packed.sequences.num_tokens, packed.masked
     work = step_flops(config, packed)
     rate = matrix_rate(step_products(config, tokens, masked), case.dtype)
     others = [who for who in models if who != "ours"]

@@ -59,12 +59,12 @@ class AttentionCase(Case):
     @cached_property
     def places(self) -> Tensor:
         """int64 [T]: each token's row in the padded batch."""
-        return self.sequences.token_index * self.sequences.longest + self.sequences.position
+        return self.sequences.sequence_index * self.sequences.max_seqlen + self.sequences.position
 
     @cached_property
     def mask(self) -> Tensor | None:
         """Bool [sequences, 1, 1, longest], where there is a key; None if there is one everywhere."""
-        longest = self.sequences.longest
+        longest = self.sequences.max_seqlen
         lengths = torch.tensor(self.lengths, device=DEVICE)
         attended = torch.arange(longest, device=DEVICE) < lengths[:, None]
         return None if min(self.lengths) == longest else attended[:, None, None]
@@ -97,7 +97,7 @@ def ours_without_dropout(case: AttentionCase):
 
 def padded(case: AttentionCase, function: Callable[..., Tensor]) -> Contender:
     """A function of queries, keys and values, each [sequences, heads, longest, D]."""
-    rows, longest = len(case.lengths) * case.sequences.longest, case.sequences.longest
+    rows, longest = len(case.lengths) * case.sequences.max_seqlen, case.sequences.max_seqlen
 
     def enter(qkv: Tensor) -> Sequence[Tensor]:
         batch = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, case.places, qkv).unflatten(0, (-1, longest))
@@ -147,7 +147,7 @@ def varlen(case: AttentionCase) -> Contender:
     needs_gpu("varlen_attn")
     _without_dropout(case, "varlen_attn")
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
-    starts, longest = case.sequences.cu_seqlens, case.sequences.longest
+    starts, longest = case.sequences.cu_seqlens, case.sequences.max_seqlen
     return Contender(
         lambda query, key, value: varlen_attn(query, key, value, starts, starts, longest, longest),
         lambda qkv: [x.contiguous() for x in qkv.unbind(1)],
@@ -156,7 +156,7 @@ def varlen(case: AttentionCase) -> Contender:
 
 def flex(case: AttentionCase) -> Contender:
     _without_dropout(case, "FlexAttention")
-    document = case.sequences.token_index
+    document = case.sequences.sequence_index
     mask = create_block_mask(
         lambda _batch, _head, query, key: document[query] == document[key],
         B=None,

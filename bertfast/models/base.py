@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bertfast import checkpoint, encoder, reference
 from bertfast.config import BertConfig
 from bertfast.encoder import cross_entropy_sum
-from bertfast.inputs import Layout, Packed, pack
+from bertfast.inputs import Layout, Packed, unpad
 from bertfast.modules import BertEmbeddings, BertEncoder, BertPooler, BiLSTM
 from bertfast.outputs import BaseModelOutput, ModelOutput
 from bertfast.reference import IGNORED
@@ -68,6 +68,11 @@ class BertPreTrainedModel(nn.Module):
         """What the parameters are."""
         return next(self.parameters()).dtype
 
+    @property
+    def copies_lengths_to_host(self) -> bool:
+        """Whether a pass needs the sequences' lengths on the host, and waits for the device: an LSTM does."""
+        return any(isinstance(module, BiLSTM) for module in self.modules())
+
     @classmethod
     def from_pretrained(cls, name: str | Path, *, config: BertConfig | None = None, **changes) -> BertPreTrainedModel:
         """Read a model from a folder or a hub id, in evaluation mode. `changes` override entries of its config.
@@ -86,16 +91,17 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save_weights(self, folder, state_dict)
         self.config.save_pretrained(folder, type(self).__name__)
 
-    def _pack(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:
+    def _unpad(self, inputs: tuple, others: dict, *, pooled: bool = True) -> tuple[Packed, Layout]:
         known = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "num_choices")
         unknown = [name for name, value in others.items() if name not in known and value not in (None, False)]
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} does not take {', '.join(unknown)}; it has no cross-attention and no cache"
             )
-        return pack(
+        return unpad(
             *inputs,
             cu_seq_lens_q=others.get("cu_seq_lens_q"),
+            max_length_q=others.get("max_length_q"),
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=pooled,
@@ -109,8 +115,8 @@ class BertPreTrainedModel(nn.Module):
         bert = getattr(self, "bert", self)
         if self.bilstm is not None:
             hidden = encoder.encode(bert, packed)
-            read = self.bilstm(hidden, packed.sequences.lengths)
-            hidden = torch.cat([read, hidden[len(read) :]])  # guests and inert places belong to no sequence
+            read = self.bilstm(hidden, packed.sequences.lengths)  # which copies the lengths to the host
+            hidden = torch.cat([read, hidden[len(read) :]])  # query-only tokens and padding slots are in no sequence
             return hidden if rows is None else hidden[rows], {}
         want_attentions, want_states = self._wants(record)
         if not (want_attentions or want_states):
@@ -119,7 +125,7 @@ class BertPreTrainedModel(nn.Module):
         hidden = encoder.encode(bert, packed, hidden_states=states)
         records = {}
         if want_states:
-            records["hidden_states"] = tuple(layout.unpack(state) for state in states)
+            records["hidden_states"] = tuple(layout.pad(state) for state in states)
         if want_attentions:
             layers = enumerate(zip(bert.encoder.layer, states, strict=False))
             records["attentions"] = tuple(
@@ -173,10 +179,10 @@ class BertModel(BertPreTrainedModel):
     ) -> BaseModelOutput | tuple:
         """last_hidden_state [B, L, H] and pooler_output [B, H]."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others, pooled=self.pooler is not None)
+        packed, layout = self._unpad(inputs, others, pooled=self.pooler is not None)
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         outputs = BaseModelOutput(
-            last_hidden_state=layout.unpack(hidden),
+            last_hidden_state=layout.pad(hidden),
             pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first]),
             **records,
         )
@@ -195,18 +201,16 @@ def mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
 
 
 def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout: Layout, index: int) -> Tensor:
-    # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
-    if layout.places is None:
+    # Recomputed from the layer's input, dropout and all: masks are functions, so the values are the same.
+    if layout.indices is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
+    sequences = packed.sequences
     qkv = encoder.project(module.attention.self, module.config, hidden)
     arguments = encoder.attention_arguments(module.config, packed, index)
-    rows, columns = layout.shape
-    record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
-    lengths, used = list(packed.sequences.lengths), packed.sequences.used
-    places = layout.places[:used].split(lengths)
-    occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
-    parts = qkv[:used].split(lengths)
-    each = reference.attention_probabilities(parts, packed.sequences.numbers, **arguments)
-    for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
-        record[row, :, place[:, None], place] = probabilities.to(record.dtype)
-    return record
+    probabilities, _ = reference.attention_probabilities(qkv, sequences, **arguments)  # [B, A, L, L], by position
+    # The position in its sequence, from 1, of each of the caller's columns [B, L]; 0 where there is no token.
+    order = layout.pad(torch.where(sequences.is_token, sequences.position + 1, 0))
+    attended, position = order > 0, (order - 1).clamp(min=0)
+    record = probabilities.gather(2, position[:, None, :, None].expand_as(probabilities))
+    record = record.gather(3, position[:, None, None, :].expand_as(probabilities))
+    return torch.where(attended[:, None, :, None] & attended[:, None, None, :], record, 0).to(qkv.dtype)

@@ -47,8 +47,7 @@ class _LanguageModel(BertPreTrainedModel):
         read = torch.cat([rows, packed.first]) if first else rows
         hidden, records = self._encode(packed, layout, record, read)
         x = head.transform(hidden[: len(rows)])
-        every = torch.arange(len(rows), device=rows.device)
-        total, _, counted = ops.linear_cross_entropy(x, every, head.decoder.weight, head.decoder.bias, labels[rows])
+        total, _, counted = ops.linear_cross_entropy(x, None, head.decoder.weight, head.decoder.bias, labels[rows])
         return total, counted, None, hidden[len(rows) :] if first else None, records
 
 
@@ -83,8 +82,8 @@ class BertForPreTraining(_LanguageModel):
         seq_relationship_logits [B, 2].
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others)
-        labels = None if labels is None or next_sentence_label is None else layout.pack(labels, "labels")
+        packed, layout = self._unpad(inputs, others)
+        labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, first, records = self._predict(packed, layout, labels, record, first=True)
         next_sentence = self.cls.seq_relationship(self.bert.pooler(first))
@@ -93,7 +92,7 @@ class BertForPreTraining(_LanguageModel):
             loss = mean(total, counted, {}) + cross_entropy(next_sentence, next_sentence_label, {})
         outputs = PreTrainingOutput(
             loss=loss,
-            prediction_logits=None if logits is None else layout.unpack(logits),
+            prediction_logits=None if logits is None else layout.pad(logits),
             seq_relationship_logits=next_sentence,
             **records,
         )
@@ -124,14 +123,14 @@ class BertForMaskedLM(_LanguageModel):
     ) -> HeadOutput | tuple:
         """labels [B, L] (-100: ignored) give the loss; logits [B, L, V], absent in training mode with labels."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others, pooled=False)
+        packed, layout = self._unpad(inputs, others, pooled=False)
         if labels is not None:
-            labels = layout.pack(self._targets(labels, layout, packed), "labels")
+            labels = layout.unpad(self._targets(labels, layout, packed), "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, _, records = self._predict(packed, layout, labels, record)
         outputs = HeadOutput(
             loss=None if labels is None else mean(total, counted, others),
-            logits=None if logits is None else layout.unpack(logits),
+            logits=None if logits is None else layout.pad(logits),
             **records,
         )
         return self._returned(outputs, return_dict)
@@ -147,7 +146,7 @@ class BertLMHeadModel(BertForMaskedLM):
     @staticmethod
     def _targets(labels: Tensor, layout: Layout, packed: Packed) -> Tensor:
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        if layout.places is None:
+        if layout.indices is None:
             ends = packed.sequences.cu_seqlens[1:].long() - 1
             following = following.index_fill(1, ends.clamp(min=0), IGNORED)
         return following
@@ -176,7 +175,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         **others,
     ) -> HeadOutput | tuple:
         """labels [B]: 0 where B follows A, 1 where it is random; logits [B, 2]."""
-        packed, layout = self._pack((input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), others)
+        packed, layout = self._unpad((input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), others)
         pooled, records = self._pooled_output(packed, layout, (output_attentions, output_hidden_states))
         logits = self.cls.seq_relationship(pooled)
         loss = None if labels is None else cross_entropy(logits, labels, others)

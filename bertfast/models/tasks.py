@@ -40,7 +40,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
         The loss follows `config.problem_type`, which the first labels decide where it is not set.
         """
-        packed, layout = self._pack((input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), others)
+        packed, layout = self._unpad((input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), others)
         pooled, records = self._pooled_output(packed, layout, (output_attentions, output_hidden_states))
         logits = self._classify(pooled, packed.identity and packed.identity.at(packed.first))
         loss = None if labels is None else self._loss(logits, labels, others)
@@ -63,7 +63,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         else:
             total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         # A mean over rows and columns; `num_items_in_batch` counts rows.
-        return mean(total / self.num_labels, torch.tensor(len(logits), device=logits.device), others)
+        return mean(total / self.num_labels, labels.new_full((), len(logits)), others)
 
 
 class BertForMultipleChoice(BertPreTrainedModel):
@@ -99,7 +99,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
             inputs = tuple(None if values is None else values.flatten(0, 1) for values in inputs)
         elif choices is None:
             raise ValueError("packed input to BertForMultipleChoice wants num_choices, the number of sequences a row")
-        packed, layout = self._pack(inputs, others)
+        packed, layout = self._unpad(inputs, others)
         pooled, records = self._pooled_output(packed, layout, (output_attentions, output_hidden_states))
         logits = self._classify(pooled, packed.identity and packed.identity.at(packed.first)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, others)
@@ -131,11 +131,11 @@ class BertForTokenClassification(BertPreTrainedModel):
     ) -> HeadOutput | tuple:
         """labels [B, L] (-100: ignored); logits [B, L, labels]."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others, pooled=False)
+        packed, layout = self._unpad(inputs, others, pooled=False)
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         logits = self._classify(hidden, packed.identity)
-        loss = None if labels is None else cross_entropy(logits, layout.pack(labels, "labels"), others)
-        return self._returned(HeadOutput(loss=loss, logits=layout.unpack(logits), **records), return_dict)
+        loss = None if labels is None else cross_entropy(logits, layout.unpad(labels, "labels", fill=IGNORED), others)
+        return self._returned(HeadOutput(loss=loss, logits=layout.pad(logits), **records), return_dict)
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
@@ -166,14 +166,17 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         The softmax is over the tokens that are there; Hugging Face's counts padding in.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packed, layout = self._pack(inputs, others, pooled=False)
+        packed, layout = self._unpad(inputs, others, pooled=False)
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         logits = self.qa_outputs(hidden)
         lowest = torch.finfo(logits.dtype).min
-        start, end = layout.unpack(logits, fill=lowest).unbind(-1)
+        start, end = layout.pad(logits, fill=lowest).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            rows = (layout if layout.places is not None else Layout.of(packed.sequences)).unpack(logits, fill=lowest)
+            by_row = layout
+            if layout.indices is None:
+                by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+            rows = by_row.pad(logits, fill=lowest)
             answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1).clamp(min=0)
             length = rows.shape[1]
             pointed_at = rows.gather(1, answers.clamp(max=length - 1)[:, None]).squeeze(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops import attention_fallback
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.sequences import Sequences
 
@@ -53,20 +54,24 @@ def attention(
         qkv=(qkv, "tokens 3 heads head_dimension", "floating"),
         cu_seqlens=(sequences.cu_seqlens, "sequences+1", "integer"),
     )
-    if len(qkv) != sequences.tokens:
-        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.tokens}")
+    if len(qkv) != sequences.capacity:
+        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
-    implementation = choose("attention", implementation, qkv, _refusal(qkv, scale))
-    if implementation == "reference":
-        return reference.attention(qkv, sequences, scale, causal, window, dropout)
+    requested = implementation
+    implementation = choose("attention", requested, qkv, _refusal(qkv, scale))
+    if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory
+        compute = reference.attention if requested == "reference" else attention_fallback.attention
+        return compute(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
     table = sequences.tile_table if implementation == "triton" else None
-    options = (sequences.length_limit, scale, causal, window)
-    return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.numbers, table, *options, seed, *mask)
+    options = (sequences.max_seqlen_bound, scale, causal, window)
+    return run(
+        Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, table, *options, seed, *mask
+    )
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:

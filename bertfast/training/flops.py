@@ -18,7 +18,7 @@ def step_flops(config: BertConfig, batch: Batch) -> int:
     parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
     squares = sum(length**2 for length in batch.sequences.lengths)
     head = hidden * (hidden + config.vocab_size)
-    return 6 * parameters * batch.tokens_used + 12 * layers * hidden * squares + 6 * head * batch.masked
+    return 6 * parameters * batch.num_tokens + 12 * layers * hidden * squares + 6 * head * batch.masked
 
 
 def matrix_rate(

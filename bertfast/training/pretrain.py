@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import Preset
+from bertfast.cuda_graphs import can_capture, cuda_graphs, side_stream
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -26,11 +27,10 @@ from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
 from bertfast.encoder import PretrainingLoss
 from bertfast.models import BertForPreTraining
-from bertfast.precision import Precision, choose_precision, half
+from bertfast.precision import Precision, ResidualPrecision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
-from bertfast.training.graph import can_record, cuda_graph, side_stream
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
@@ -101,6 +101,8 @@ class PretrainSettings:
         seed: Decides weights, samples, masks and dropout.
         precision: fp32, or bf16 or fp16 products with fp32 weights, fp16's loss scaled; auto: bf16 where the device
             multiplies it natively and, on a CPU, faster.
+        residual_precision: Precision of the residual stream between GEMMs in bf16. bf16 moves less memory than fp32,
+            and each addition to the stream is rounded to 8 bits.
         checkpoint_layers: Layers, from the first on, whose activations are made again in the backward pass.
         shard: Each rank keeps a part of every parameter, gradient and optimizer state.
         device: Such as "cpu" or "cuda:0"; none: a GPU if there is one, under torchrun one for each process.
@@ -112,7 +114,7 @@ class PretrainSettings:
         save_total_limit: Checkpoints to keep, besides the one with the best validation loss.
         resume: Go on from the newest whole checkpoint in output_dir.
         sigterm_exit_code: What the program returns after a SIGTERM, for schedulers.
-        cuda_graph: On one GPU, replay the step from a CUDA graph, recorded after its first few times.
+        cuda_graph: On one GPU, replay the step from a CUDA graph, captured after its first few times.
         deterministic: Forbid PyTorch's operations that may differ from run to run on a GPU.
         check_replay: Compute every so manieth step twice and compare the gradients' bits; 0: never.
         replay: Compute this step again from the checkpoint before it, say what it gives, and write nothing.
@@ -147,6 +149,7 @@ class PretrainSettings:
     dropout: float = 0.1
     seed: int = 42
     precision: Precision = "auto"
+    residual_precision: ResidualPrecision = "fp32"
     checkpoint_layers: int = 0
     shard: bool = False
     device: str | None = None
@@ -224,6 +227,11 @@ class Pretraining:
         self.saved = self.ranks.agree(self.ranks.first(self._checkpoint_to_resume))
         if self.saved is not None:  # where "auto" chose, it is not asked again
             self.precision = read_progress(self.saved)[1]["settings"]["precision"]
+        if settings.residual_precision == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
+                "add --precision bf16, or leave --residual-precision out"
+            )
         torch.manual_seed(settings.seed)
         start = None if settings.init_from is None else checkpoint.resolve(settings.init_from)
         config = starting_config(
@@ -254,16 +262,18 @@ class Pretraining:
             config,
             optimizer=settings.optimizer,
             precision=self.precision,
+            residual_precision=settings.residual_precision,
             tokens=settings.tokens_per_batch,
             checkpointed=settings.checkpoint_layers,
             ranks=self.ranks.count if settings.shard else 1,
         )
         self.footprint.check(available_memory(self.device))
         self._plan_batches()
-        objective = self.ranks.share(Objective(self.model), layers, settings.shard)
+        residual_dtype = torch.bfloat16 if settings.residual_precision == "bf16" else None
+        objective = self.ranks.share(Objective(self.model, residual_dtype), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         # Several ranks meet in the backward pass, whose messages are not recorded.
-        records = settings.cuda_graph and self.ranks.count == 1 and can_record(config, self.precision, self.device)
+        captures = settings.cuda_graph and self.ranks.count == 1 and can_capture(config, self.precision, self.device)
         self.train_step = TrainStep(
             objective,
             build_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas),
@@ -271,7 +281,7 @@ class Pretraining:
             precision=self.precision,
             seed=torch.tensor(settings.seed, device=self.device),
             max_grad_norm=settings.max_grad_norm,
-            record=cuda_graph if records else None,
+            capture=cuda_graphs() if captures else None,
         )
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds, self.validation_loss, self.usual_loss = 0.0, None, None
@@ -388,7 +398,7 @@ class Pretraining:
         """Stop the run if the step does not give the same bits twice: then the machine cannot be trusted."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         before = [self.train_step.sums.clone(), *(p.grad.clone() for p in parameters)]
-        self.model.zero_grad(set_to_none=not self.train_step.records)
+        self.model.zero_grad(set_to_none=not self.train_step.captures)
         again = [self.train_step.gradients(self.batches_of_step, masked, pairs), *(p.grad for p in parameters)]
         if self.ranks.any(not all(map(torch.equal, before, again))):
             raise RunStopped(

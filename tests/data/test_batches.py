@@ -67,7 +67,7 @@ def test_samples_lie_whole_and_rightly_labelled_in_their_places(make_batches, pr
     pairs, longest = batches.pairs, settings.get("max_seq_length", 128)
     for batch in batches.first_epoch(limit=12):
         samples = segments(batch, special)
-        used, count = batch.tokens_used, len(samples)
+        used, count = batch.num_tokens, len(samples)
         assert max(batch.sequences.lengths) <= longest
         assert batch.token_ids[used:].eq(special.pad).all()
         assert batch.sequences.lengths[count:].count(0) == len(batch.sequences.lengths) - count
@@ -101,12 +101,13 @@ def test_labels_do_not_leak(make_batches, special):
         assert rows.unique().numel() == batch.masked
         assert batch.labels[: batch.masked].gt(special.mask).all()
         assert batch.labels[batch.masked :].eq(-100).all()
-        assert not rest.any()
+        assert batch.masked_rows.unique().numel() == len(batch.masked_rows), "unused ones name distinct other slots"
+        assert (rest < len(batch.token_ids)).all()
         hidden += batch.token_ids[rows].eq(special.mask).sum().item()
         asked += batch.masked
         assert batch.token_ids.eq(special.mask).sum() == batch.token_ids[rows].eq(special.mask).sum()
     assert abs(hidden / asked - 0.8) < 5 * np.sqrt(0.16 / asked)
-    assert 0.14 < asked / sum(batch.tokens_used for batch in batches) < 0.15
+    assert 0.14 < asked / sum(batch.num_tokens for batch in batches) < 0.15
 
 
 def test_masks_are_those_of_the_samples_numbers(make_batches):
@@ -114,10 +115,10 @@ def test_masks_are_those_of_the_samples_numbers(make_batches):
     for step in (0, batches.steps_per_epoch + 1):
         batch = batches.bin(step, 2)
         lengths = np.array([length for length in batch.sequences.lengths if length])
-        token_ids = original(batch)[: batch.tokens_used].numpy()
-        masked = batches.masker(token_ids, lengths, batch.sequences.numbers[0].item())
+        token_ids = original(batch)[: batch.num_tokens].numpy()
+        masked = batches.masker(token_ids, lengths, batch.sequences.sequence_ids[0].item())
         assert masked.rows.tolist() == batch.masked_rows[: batch.masked].tolist()
-        assert masked.token_ids.tolist() == batch.token_ids[: batch.tokens_used].tolist()
+        assert masked.token_ids.tolist() == batch.token_ids[: batch.num_tokens].tolist()
 
 
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
@@ -163,7 +164,7 @@ def test_consumption_runs_on_over_epochs(make_batches):
     for bin_number in range(expected_bins):
         batch = batches.bin(*divmod(bin_number, BINS_PER_STEP))
         count = sum(length > 0 for length in batch.sequences.lengths)
-        assert batch.sequences.numbers[:count].tolist() == list(range(number, number + count))
+        assert batch.sequences.sequence_ids[:count].tolist() == list(range(number, number + count))
         assert [tensor.shape for tensor in batch.tensors()] == shapes
         number += count
     assert number == batches.epochs[3].samples_before
@@ -249,7 +250,7 @@ def encyclopedia(shared_data, tmp_path_factory):
 @pytest.mark.parametrize("tokens_per_bin", [4096, 16384])
 def test_bins_of_real_text_are_98_percent_full(encyclopedia, tokens_per_bin, objective):
     batches = encyclopedia(tokens_per_bin, max_seq_length=512, objective=objective)
-    used = [batch.tokens_used for batch in batches.first_epoch()]
+    used = [batch.num_tokens for batch in batches.first_epoch()]
     assert len(used) > 20
     assert np.mean(sorted(used)[1:]) / tokens_per_bin >= 0.98  # all but the bin that the text ends in
 

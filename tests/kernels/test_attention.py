@@ -21,7 +21,7 @@ LENGTHS = {
 
 
 def layout(lengths, inert=3, **options) -> Sequences:
-    return Sequences.from_lengths(lengths, tokens=sum(lengths) + inert, device=DEVICE, **options)
+    return Sequences.from_lengths(lengths, capacity=sum(lengths) + inert, device=DEVICE, **options)
 
 
 def attend(qkv, sequences, p=0.0, implementation=KERNELS, **options):
@@ -30,7 +30,7 @@ def attend(qkv, sequences, p=0.0, implementation=KERNELS, **options):
 
 
 def inputs(sequences, heads=2, head_dimension=32, dtype=torch.float64):
-    return normal(sequences.tokens, 3, heads, head_dimension, dtype=dtype, device=DEVICE)
+    return normal(sequences.capacity, 3, heads, head_dimension, dtype=dtype, device=DEVICE)
 
 
 def compare(sequences, dtype=FINEST, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
@@ -80,21 +80,21 @@ def test_a_long_sequence():
 
 def test_a_limit_beyond_the_lengths_changes_nothing_but_the_kernels():
     """As in a run whose batches all run the same kernels."""
-    compare(layout([5, 32, 0, 1], length_limit=512), p=0.3)
+    compare(layout([5, 32, 0, 1], max_seqlen_bound=512), p=0.3)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # either side of groups and tiles
 def test_mask_is_the_definition_bit_for_bit(length):
     """Uniform probabilities and a value that names its key show which were kept; so do gradients and their queries."""
-    sequences = layout([2, length], numbers=[3, 1 << 31])
+    sequences = layout([2, length], sequence_ids=[3, 1 << 31])
     dropout = dropout_over(sequences)
     expected = attention_keep(dropout, 1 << 31, 2, length, range(length))
     own = torch.arange(2, 2 + length, device=DEVICE)
     for first in range(0, length, 128):
         some = torch.arange(first, min(first + 128, length), device=DEVICE)
-        identity = torch.zeros(sequences.tokens, 2, 128, dtype=FINEST, device=DEVICE)
+        identity = torch.zeros(sequences.capacity, 2, 128, dtype=FINEST, device=DEVICE)
         identity[2 + some, :, some - first] = 1
-        qkv = torch.zeros(sequences.tokens, 3, 2, 128, dtype=FINEST, device=DEVICE)
+        qkv = torch.zeros(sequences.capacity, 3, 2, 128, dtype=FINEST, device=DEVICE)
         qkv[:, 2] = identity
         qkv.requires_grad_()
         o = attend(qkv, sequences, 0.3)
@@ -121,8 +121,8 @@ def test_what_is_no_number_stays_in_its_sequence(options):
     clean = inputs(sequences, 1, dtype=FINEST).detach()
     spoilt = clean.clone()
     spoilt[40:110] = math.nan
-    spoilt[sequences.used :] = math.nan
-    others = torch.cat([torch.arange(40), torch.arange(110, sequences.tokens)]).to(DEVICE)
+    spoilt[sequences.num_tokens :] = math.nan
+    others = torch.cat([torch.arange(40), torch.arange(110, sequences.capacity)]).to(DEVICE)
     for ours, theirs in zip(
         both_ways(spoilt, sequences, 0.3, **options), both_ways(clean, sequences, 0.3, **options), strict=True
     ):
@@ -134,7 +134,7 @@ def test_what_is_no_number_stays_in_its_sequence(options):
 def test_inert_places_are_zero(lengths, inert):
     sequences = layout(lengths, inert)
     for result in both_ways(inputs(sequences, dtype=FINEST), sequences, 0.3):
-        assert torch.equal(result[sequences.used :], torch.zeros_like(result[sequences.used :]))
+        assert torch.equal(result[sequences.num_tokens :], torch.zeros_like(result[sequences.num_tokens :]))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
@@ -149,11 +149,11 @@ def test_a_sequence_does_not_depend_on_its_place():
     lengths, numbers = [5, 150, 33], [7, 11, 2]
     qkv = inputs(layout(lengths, 0), dtype=FINEST).detach().split(lengths)
     alone = [
-        both_ways(x, layout([len(x)], 0, numbers=[number], length_limit=150))[0]
+        both_ways(x, layout([len(x)], 0, sequence_ids=[number], max_seqlen_bound=150))[0]
         for x, number in zip(qkv, numbers, strict=True)
     ]
     for order in permutations(range(3)):
-        sequences = layout([lengths[i] for i in order], 0, numbers=[numbers[i] for i in order])
+        sequences = layout([lengths[i] for i in order], 0, sequence_ids=[numbers[i] for i in order])
         together = both_ways(torch.cat([qkv[i] for i in order]), sequences)[0]
         assert torch.equal(together, torch.cat([alone[i] for i in order]))
 
@@ -165,7 +165,7 @@ def test_tokens_may_lie_apart_and_gradients_be_expanded():
     assert torch.equal(attend(apart, sequences), attend(dense, sequences))
     dense.requires_grad_()
     expanded = torch.autograd.grad(attend(dense, sequences).sum(), dense)[0]
-    ones = torch.ones(sequences.tokens, 2, 32, dtype=FINEST, device=DEVICE)
+    ones = torch.ones(sequences.capacity, 2, 32, dtype=FINEST, device=DEVICE)
     assert torch.equal(expanded, torch.autograd.grad(attend(dense, sequences), dense, ones)[0])
 
 

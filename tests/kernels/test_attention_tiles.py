@@ -22,7 +22,7 @@ def block_kernel(tile_ptr, tiles, found_ptr, BLOCK: tl.constexpr, BLOCKS: tl.con
 
 def blocks_of(sequences: Sequences, block: int) -> list[tuple[int, int, int, int]]:
     """(sequence, start, length, first row) of every block, in the order of the programs."""
-    table, blocks = sequences.tile_table, blocks_per_tile(block, sequences.length_limit)
+    table, blocks = sequences.tile_table, blocks_per_tile(block, sequences.max_seqlen_bound)
     programs = (len(table) - 1) * blocks + PADDING_PROGRAMS
     found = torch.empty(programs, 4, dtype=torch.int64, device=DEVICE)
     block_kernel[(programs,)](table, len(table) - 1, found, BLOCK=block, BLOCKS=blocks)
@@ -33,7 +33,7 @@ def blocks_of(sequences: Sequences, block: int) -> list[tuple[int, int, int, int
 @pytest.mark.parametrize("lengths", [[5, 300, 0, 128, 129, 1], [17, 3, 0], [1] * 40, [0, 0], []])
 def test_every_row_has_one_block_and_the_longest_sequences_come_first(lengths, block):
     padding = 40
-    sequences = Sequences.from_lengths(lengths, tokens=sum(lengths) + padding, device=DEVICE)
+    sequences = Sequences.from_lengths(lengths, capacity=sum(lengths) + padding, device=DEVICE)
     starts = sequences.cu_seqlens.tolist()
     found = blocks_of(sequences, block)
     rows = [(s, starts[s], length, row) for s, length in enumerate(lengths) for row in range(0, length, block)]

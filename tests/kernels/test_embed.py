@@ -10,7 +10,7 @@ from bertfast import ops
 from bertfast.dropout import hidden_keep
 from bertfast.sequences import Sequences
 
-SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], tokens=11, device=DEVICE)
+SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], capacity=11, device=DEVICE)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 WORDS, POSITIONS, TYPES = 7, 6, 2
 WIDTHS = [
@@ -69,6 +69,21 @@ def test_is_as_accurate_as_the_definition(dtypes, p):
 @pytest.mark.parametrize("tokens", [1, 4, 5, 100])  # less than a tile of rows, a tile, more than one; several rounds
 def test_any_number_of_tokens(tokens):
     compare(inputs(32), FLOAT, dropout=dropout_over(Sequences.from_lengths([tokens], device=DEVICE)), ids=ids(tokens))
+
+
+@pytest.mark.parametrize("types", [1, 2, 3])  # of up to two, the gradients are summed without being sorted
+def test_any_number_of_token_types(types):
+    word, position, _, gamma, beta = inputs(96)
+    tables = [word, position, normal(types, 96, device=DEVICE), gamma, beta]
+    token_ids, _, position_ids = ids(70)
+    type_ids = torch.arange(70, device=DEVICE) // 4 % types
+    compare(tables, FLOAT, ids=(token_ids, type_ids, position_ids))
+
+
+def test_padding_index_may_count_from_the_end():
+    parameters = leaves(96)
+    embed(KERNELS, padding_index=5 - WORDS)(*parameters).square().sum().backward()
+    assert (parameters[0].grad == 0).all(1).nonzero().flatten().tolist() == [5, WORDS - 1]  # the last is never used
 
 
 def test_padding_word_gets_no_gradient():

@@ -40,8 +40,8 @@ def choose(monkeypatch):
 
 
 def batch(lengths, masked=(1, 4, 6)) -> Batch:
-    sequences = Sequences.from_lengths(lengths, tokens=sum(lengths) + 3, length_limit=32, device=DEVICE)
-    ids = torch.arange(sequences.tokens, device=DEVICE) * 7 % 53
+    sequences = Sequences.from_lengths(lengths, capacity=sum(lengths) + 3, max_seqlen_bound=32, device=DEVICE)
+    ids = torch.arange(sequences.capacity, device=DEVICE) * 7 % 53
     return Batch(
         token_ids=ids,
         token_type_ids=ids % 2,
@@ -100,7 +100,7 @@ def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(choose, b
     def run(lengths, encoder) -> list[torch.Tensor]:
         made = batch(lengths)
         sequences = made.sequences
-        identity = TokenIdentity(seed, sequences.token_number, sequences.position)
+        identity = TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
         packed = Packed(
             made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, identity=identity
         )

@@ -24,7 +24,7 @@ def batch(inert: int = 0, *, pairs: bool = True) -> Batch:
         return torch.cat([torch.randint(high, (size,), generator=generator), torch.full((inert,), rest)])
 
     used = sum(LENGTHS)
-    sequences = Sequences.from_lengths(LENGTHS + [0] * inert, tokens=used + inert)
+    sequences = Sequences.from_lengths(LENGTHS + [0] * inert, capacity=used + inert)
     return Batch(
         token_ids=random(53, used, 0),
         token_type_ids=random(2, used, 0),
@@ -49,7 +49,7 @@ def full_loss(model, batch: Batch, train: bool) -> torch.Tensor:
         labels=labels[None],
         next_sentence_label=batch.next_sentence_labels,
     )
-    assert outputs.prediction_logits.shape[:2] == (1, batch.sequences.tokens)
+    assert outputs.prediction_logits.shape[:2] == (1, batch.sequences.capacity)
     return outputs.loss
 
 
@@ -130,7 +130,7 @@ def test_the_whole_is_the_sum_of_its_parts():
             token_ids=whole.token_ids[start:end],
             token_type_ids=whole.token_type_ids[start:end],
             position_ids=whole.position_ids[start:end],
-            sequences=Sequences.from_lengths([end - start], numbers=[number]),
+            sequences=Sequences.from_lengths([end - start], sequence_ids=[number]),
             masked_rows=whole.masked_rows[here] - start,
             labels=whole.labels[here],
             next_sentence_labels=whole.next_sentence_labels[number : number + 1],

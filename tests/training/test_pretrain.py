@@ -41,6 +41,22 @@ def test_it_learns_the_language(data, tmp_path):
     assert metrics["validation_perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
 
 
+def test_a_bf16_residual_stream_learns_and_goes_on_where_it_was_stopped(data, tmp_path):
+    options = {"precision": "bf16", "residual_precision": "bf16"}
+    pretrain(settings_for(tmp_path / "once", data, **options))
+    with pytest.raises(RunStopped):
+        pretrain(settings_for(tmp_path / "twice", data, **options), signal_at(7))
+    pretrain(settings_for(tmp_path / "twice", data, resume=True, **options))
+    assert losses(tmp_path / "twice") == losses(tmp_path / "once")
+    assert losses(tmp_path / "once")[-1] < losses(tmp_path / "once")[0]
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_bf16_residual_stream_needs_gemms_in_bf16(data, tmp_path):
+    with pytest.raises(ValueError, match=r"--residual-precision bf16 goes with --precision bf16.*precision is fp32"):
+        pretrain(settings_for(tmp_path, data, precision="fp32", residual_precision="bf16"))
+
+
 def test_the_result_opens_in_transformers_with_every_weight(finished, data):
     theirs, info = transformers.BertForPreTraining.from_pretrained(finished, output_loading_info=True)
     assert not info["missing_keys"]
