@@ -182,6 +182,13 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")
 
 
-@functools.cache
 def _words(dimensions: str) -> tuple[str | int, ...]:
+    # torch.compile warns of cached functions, and calls this only once anyway.
+    return _split(dimensions) if torch.compiler.is_compiling() else _cached_split(dimensions)
+
+
+def _split(dimensions: str) -> tuple[str | int, ...]:
     return tuple(int(word) if word.isdecimal() else word for word in dimensions.split())
+
+
+_cached_split = functools.cache(_split)
