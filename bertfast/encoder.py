@@ -18,6 +18,7 @@ from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
 from bertfast.memory import keep_freed_memory
 from bertfast.reference import IGNORED
+from bertfast.runtime.torch_compat import autocast_dtype
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 _PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
@@ -135,10 +136,7 @@ def layer(
 
 def gemm_dtype(hidden: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast multiplies activations like `hidden`; None where it leaves theirs."""
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
 
 
 def attend(module: nn.Module, config, hidden: Tensor, packed: Packed, index: int) -> Tensor:
@@ -166,7 +164,7 @@ def project(module: nn.Module, config, hidden: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()
     # In half precision three products round apart from the one that a compiler is given.
     few = not compiling and hidden.dtype == torch.float32 and len(hidden) < config.hidden_size
-    kept = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or compiling
+    kept = torch.is_grad_enabled() or autocast_dtype(hidden.device) is not None or compiling
     kept = kept or products.goes_to_onednn(hidden, module.query.weight)  # which writes to no tensor that it is given
     # Whatever has to be copied for one tensor, the smaller is; and without a gradient nothing has to be.
     if not all(is_plain(linear) for linear in three):

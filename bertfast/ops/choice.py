@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bertfast import compiled, cuda_build
 from bertfast.dropout import Dropout
-from bertfast.runtime.torch_compat import is_transformed
+from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
@@ -56,9 +56,21 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
 
 def run(function: type[torch.autograd.Function], *arguments):
     """function.apply(*arguments), or its forward alone where no gradient is asked for: a short sentence notices."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(arguments))
+    if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_Forgetful(), *arguments)
+
+
+def _distinct(arguments: tuple) -> list:
+    # torch.compile does not trace a Function of which two arguments are one tensor.
+    result: list = []
+    for argument in arguments:
+        if isinstance(argument, Tensor) and any(argument is other for other in result):
+            argument = argument.view_as(argument)
+        result.append(argument)
+    return result
 
 
 class _Forgetful:
@@ -141,9 +153,7 @@ def _too_old(capability: tuple[int, int]) -> str | None:
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that PyTorch would multiply these in: autocast's where that is on, else their own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return torch.promote_types(x.dtype, weight.dtype)
+    return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
 
 
 def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:
