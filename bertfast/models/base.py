@@ -49,6 +49,11 @@ class BertPreTrainedModel(nn.Module):
             predictions.decoder.weight = self.get_input_embeddings().weight
             predictions.bias = predictions.decoder.bias
 
+    @property
+    def base_model(self) -> BertModel:
+        """The encoder."""
+        return getattr(self, "bert", self)
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The word embeddings."""
         return getattr(self, "bert", self).embeddings.word_embeddings
@@ -137,7 +142,7 @@ class BertPreTrainedModel(nn.Module):
     ) -> tuple[Tensor, dict]:
         """What the pooler says of every sequence [S, H]; the last layer then runs on [CLS] alone."""
         first, records = self._encode(packed, layout, record, packed.first)
-        return self.bert.pooler(first), records
+        return self.bert.pooler(first[:, None]), records
 
     def _classify(self, x: Tensor, identity) -> Tensor:
         """dropout and the task's linear layer: [R, H] -> [R, labels]."""
@@ -159,6 +164,10 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self._initialise()
 
+    def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
+        """Return the modules that `bertfast.encoder.encode` calls."""
+        return self.embeddings, self.encoder.layer
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -177,7 +186,7 @@ class BertModel(BertPreTrainedModel):
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         outputs = BaseModelOutput(
             last_hidden_state=layout.pad(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first]),
+            pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first][:, None]),
             **records,
         )
         return self._returned(outputs, return_dict)
@@ -198,15 +207,16 @@ def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout:
     # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
     if layout.indices is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
-    qkv = encoder.project(module.attention.self, module.config, hidden)
-    arguments = encoder.attention_arguments(module.config, packed, index)
+    parts = module.parts()
+    qkv = encoder.project(parts, hidden)
+    arguments = encoder.attention_arguments(parts, qkv.shape[3], packed, index)
     rows, columns = layout.shape
     record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
     lengths, used = list(packed.sequences.lengths), packed.sequences.num_tokens
     places = layout.indices[:used].split(lengths)
     occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
-    parts = qkv[:used].split(lengths)
-    each = reference.attention_probabilities(parts, packed.sequences.sequence_ids, **arguments)
+    split = qkv[:used].split(lengths)
+    each = reference.attention_probabilities(split, packed.sequences.sequence_ids, **arguments)
     for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
         record[row, :, place[:, None], place] = probabilities.to(record.dtype)
     return record
