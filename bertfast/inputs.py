@@ -62,6 +62,11 @@ class Layout:
         padded = values.new_full((self.shape[0] * self.shape[1], *values.shape[1:]), fill)
         return padded.index_copy(0, self.indices, values[: len(self.indices)]).unflatten(0, self.shape)
 
+    def slots(self) -> Tensor:
+        """int64 [rows · columns]: where in the packed tokens each element of the flattened input is, -1 at padding."""
+        slots = self.indices.new_full((self.shape[0] * self.shape[1],), -1)
+        return slots.index_copy(0, self.indices, torch.arange(len(self.indices), device=slots.device))
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """A seed for dropout from torch's generator: int64 [], replayed with it by activation checkpointing."""

@@ -30,7 +30,7 @@ def pretrained(tmp_path_factory) -> Path:
     # Here, since the kernels' tests also run where there are no tokenizers.
     from sentiment import FILLERS
 
-    from bertfast import BertConfig, BertForPreTraining
+    from bertfast.models import BertConfig, BertForPreTraining
     from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 
     folder = tmp_path_factory.mktemp("pretrained")

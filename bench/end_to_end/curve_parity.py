@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bertfast import BertConfig, BertForPreTraining
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import bertfast
+import bertfast.models
 from bertfast import products
 
-CONFIG = bertfast.BertConfig(
+CONFIG = bertfast.models.BertConfig(
     vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
 )
 IDS = torch.arange(24).view(2, 12)
@@ -17,7 +17,7 @@ IDS = torch.arange(24).view(2, 12)
 
 def test_no_weights_are_copied_where_no_gradient_is_asked_for(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # which takes no part of a tensor to write to
-    model = bertfast.BertModel(CONFIG).eval()
+    model = bertfast.models.BertModel(CONFIG).eval()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
         model(IDS)
     assert not any(event.name == "aten::cat" for event in profile.events())
@@ -25,7 +25,7 @@ def test_no_weights_are_copied_where_no_gradient_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [24, 96])  # fewer and more than the hidden width
 def test_what_is_computed_without_a_gradient_is_what_is_computed_with_one(tokens):
-    model = bertfast.BertModel(CONFIG).eval()
+    model = bertfast.models.BertModel(CONFIG).eval()
     ids = torch.arange(tokens).view(-1, 12) % 50
     with torch.inference_mode():
         inferred = model(ids).last_hidden_state
@@ -33,7 +33,7 @@ def test_what_is_computed_without_a_gradient_is_what_is_computed_with_one(tokens
 
 
 def test_packed_input_gives_the_same_rows():
-    model = bertfast.BertModel(CONFIG).eval()
+    model = bertfast.models.BertModel(CONFIG).eval()
     with torch.inference_mode():
         padded = model(IDS).last_hidden_state
         starts = torch.tensor([0, 12, 24], dtype=torch.int32)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bertfast import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from bertfast.models import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 from bertfast.tasks.fill_mask import FillMaskSettings, fill_mask, fill_mask_command
 

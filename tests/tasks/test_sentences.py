@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertfast import BertConfig
+from bertfast.models import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.features import Features
 from bertfast.tasks.sentences import Columns, SentenceTask, are_fractions, label_numbers, name_labels

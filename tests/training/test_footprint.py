@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bertfast import BertConfig, BertForPreTraining
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode
 from bertfast.inputs import Packed

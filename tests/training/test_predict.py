@@ -10,7 +10,7 @@ import pytest
 import torch
 from sentiment import FILLERS, rows_of
 
-from bertfast import BertForSequenceClassification
+from bertfast.models import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.sentences import SentenceTask

@@ -12,7 +12,8 @@ from runs import STEPS, assert_same_weights, entries, losses, settings_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bertfast import BertConfig, BertForPreTraining, checkpoint
+from bertfast import checkpoint
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
