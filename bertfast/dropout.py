@@ -162,3 +162,28 @@ def attention_keep(dropout: Dropout, number, heads: int, keys: int, queries: ran
     tiles = pairs.permute(0, 1, 5, 2, 7, 3, 6, 4).reshape(*number.shape, heads, 16 * rows, 8 * columns)
     start = queries.start - 16 * first
     return tiles.view(torch.uint8)[..., start : start + len(queries), :keys] >= dropout.threshold
+
+
+def attention_keep_at(dropout: Dropout, sequence_ids: Tensor, heads: int, keys: int, positions: Tensor) -> Tensor:
+    """Return which probabilities of one query per sequence are kept: bool [S, heads, keys].
+
+    Row s equals `attention_keep(dropout, sequence_ids[s], heads, keys, range(i, i + 1))` for i = positions[s].
+
+    Args:
+        sequence_ids: int64 [S].
+        positions: int64 [S], the query's position in each sequence.
+    """
+    device = dropout.seed.device
+    key, query = torch.arange(keys, device=device), positions[:, None, None]
+    # Group and byte of query i and key j in the counter, as this module's docstring says.
+    word = dropout.word + torch.arange(heads, device=device)[:, None]
+    key_groups = torch.arange(4 * -(-keys // 16), device=device)
+    octets = philox((key_groups, _group(query), sequence_ids[:, None, None], word), dropout.seed)
+    byte = 8 * ((query >> 3) & 1) + 4 * ((key >> 3) & 1) + 2 * (query & 1) + (key & 1)  # [S, 1, keys]
+    octets = octets[:, :, _group(key)]  # [S, heads, keys, 16]
+    index = byte[..., None].expand(*octets.shape[:-1], 1)
+    return octets.gather(3, index).squeeze(3) >= dropout.threshold
+
+
+def _group(position: Tensor) -> Tensor:
+    return (position >> 4) * 4 + ((position >> 1) & 3)

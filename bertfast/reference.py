@@ -8,20 +8,17 @@ T tokens, H hidden, A heads, D head dimension, R gathered rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.dropout import Dropout, attention_keep, hidden_keep
+from bertfast.dropout import Dropout, attention_keep, attention_keep_at, hidden_keep
 from bertfast.sequences import Sequences
 
 IGNORED = -100  # the label of a row that does not count
 
 _LOGITS = 1 << 24  # elements of logits that exist at a time
-_DRAWS = 1 << 24  # elements of attention masks that are drawn at a time
 
 
 def embed(
@@ -46,94 +43,104 @@ def embed(
 def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at inert places."""
-    # One split for all: its gradient is one concatenation, where slices would each fill a whole d_qkv.
-    *parts, inert = qkv.split([*sequences.lengths, sequences.capacity - sequences.num_tokens])
-    outputs = [
-        (probabilities.to(value.dtype) @ value).transpose(0, 1)
-        for probabilities, value in attention_probabilities(
-            parts, sequences.sequence_ids, scale, causal, window, dropout
-        )
-    ]
-    zero = inert[:, 0].masked_fill(torch.ones_like(inert[:, 0], dtype=torch.bool), 0)  # with a gradient, of zero
-    return torch.cat([*outputs, zero])
+    """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at padding slots.
+
+    The memory it takes grows with S · max_seqlen_bound²; `bertfast.ops.attention_fallback` computes the same in less.
+    """
+    probabilities, value = attention_probabilities(qkv, sequences, scale, causal, window, dropout)
+    context = (probabilities.to(value.dtype) @ value).transpose(1, 2)
+    return to_slots(context, sequences)
 
 
 def attention_probabilities(
-    parts: list[Tensor],
-    numbers: Tensor,
+    qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """Compute all probabilities, dropout applied -> ([S, A, N, N], values [S, A, N, D]), N being max_seqlen_bound.
+
+    Position i attends to position j where j <= i if `causal`, and |i - j| <= window if there is one. Rows of positions
+    that a sequence does not have hold anything finite; its columns of such positions are zero.
+    """
+    query, key, value = to_rows(qkv, sequences).permute(2, 0, 3, 1, 4)
+    bound = sequences.max_seqlen_bound
+    present = torch.arange(bound, device=qkv.device) < sequences.cu_seqlens.diff()[:, None]  # [S, N]
+    masked = ~present[:, None, :]
+    outside = not_attended(bound, causal, window, qkv.device)
+    masked = masked if outside is None else masked | outside
+    # Absent queries attend to everything: a softmax over nothing would be NaN, and so would its gradient.
+    masked = (masked & present[:, :, None])[:, None]
+    heads = qkv.shape[2]
+    keep = None if dropout is None else attention_keep(dropout, sequences.sequence_ids, heads, bound, range(bound))
+    return masked_softmax(query, key, scale, masked, keep, dropout), value
+
+
+def query_only_attention(
+    query: Tensor,
+    qkv: Tensor,
+    sequences: Sequences,
     scale: float,
     causal: bool,
     window: int | None,
     dropout: Dropout | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each sequence of L > 0 tokens in turn: its probabilities [A, L, L], dropout applied, and its values [A, L, D].
-
-    `parts` are the sequences' qkv [L, 3, A, D], `numbers` int64 [S] their numbers. Position i sees position j where
-    j <= i if `causal`, and |i - j| <= window if there is one.
-    """
-    keeps = [None] * len(parts) if dropout is None else _attention_keeps(dropout, parts, numbers)
-    for part, keep in zip(parts, keeps, strict=True):
-        if len(part) == 0:
-            continue
-        query, key, value = part.permute(1, 2, 0, 3)
-        hidden = _invisible(len(part), causal, window, part.device)
-        yield _probabilities(query, key, scale, hidden, keep, dropout), value
-
-
-def attend_from(
-    query: Tensor, part: Tensor, number: Tensor, scale: float, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    """Attention of one guest that is a query of a sequence without being a key of it -> [A, D].
+    """Attention of one query-only token per sequence, which is a query without being a key -> [S, A, D].
 
-    `query` is [A, D], `part` the sequence's own qkv [L, 3, A, D]; the guest draws its dropout as position L.
+    `query` is [S, A, D]. The token stands before its whole sequence: `causal`, it attends to nothing, which gives zero,
+    as an empty sequence does. It draws its dropout at the position behind the last token.
     """
-    key, value = part[:, 1:].permute(1, 2, 0, 3)
-    distance = torch.arange(len(part), device=part.device)
-    hidden = None if window is None else distance > window
-    guest = range(len(part), len(part) + 1)
-    keep = None if dropout is None else attention_keep(dropout, number, len(query), len(part), guest)
-    return (_probabilities(query[:, None], key, scale, hidden, keep, dropout).to(value.dtype) @ value)[:, 0]
+    if causal:
+        return torch.zeros_like(query)
+    _, key, value = to_rows(qkv, sequences).permute(2, 0, 3, 1, 4)
+    bound, lengths = sequences.max_seqlen_bound, sequences.cu_seqlens.diff()[:, None]
+    position = torch.arange(bound, device=qkv.device)
+    masked = position >= lengths
+    masked = masked if window is None else masked | (position > window)
+    masked = masked & (lengths > 0)  # all values of an empty sequence are zero
+    keep = None
+    if dropout is not None:
+        keep = attention_keep_at(dropout, sequences.sequence_ids, query.shape[1], bound, lengths[:, 0].long())
+        keep = keep[:, :, None]
+    probabilities = masked_softmax(query[:, :, None], key, scale, masked[:, None, None], keep, dropout)
+    return (probabilities.to(value.dtype) @ value)[:, :, 0]
 
 
-def _attention_keeps(dropout: Dropout, parts: list[Tensor], numbers: Tensor) -> list[Tensor | None]:
-    # Sequences of as many 16 x 16 tiles are drawn together: for short ones the calls cost more than the numbers.
-    keeps: list[Tensor | None] = [None] * len(parts)
-    alike = defaultdict(list)
-    for index, part in enumerate(parts):
-        if len(part):
-            alike[-(-len(part) // 16)].append(index)
-    for tiles, members in alike.items():
-        heads = parts[members[0]].shape[2]
-        at_once = max(_DRAWS // (heads * (16 * tiles) ** 2), 1)
-        for start in range(0, len(members), at_once):
-            some = members[start : start + at_once]
-            drawn = attention_keep(dropout, numbers[some], heads, 16 * tiles, range(16 * tiles))
-            for index, keep in zip(some, drawn, strict=True):
-                keeps[index] = keep[:, : len(parts[index]), : len(parts[index])]
-    return keeps
+def to_rows(x: Tensor, sequences: Sequences) -> Tensor:
+    """Gather packed values [T, …] into one row per sequence [S, max_seqlen_bound, …], zero behind its last token."""
+    position = torch.arange(sequences.max_seqlen_bound, device=x.device)
+    index = sequences.cu_seqlens[:-1, None] + position
+    # Absent positions read a row of zeros behind the last slot, whatever, NaN too, other slots hold.
+    index = torch.where(position < sequences.cu_seqlens.diff()[:, None], index, len(x))
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
 
 
-def _invisible(length: int, causal: bool, window: int | None, device) -> Tensor | None:
+def to_slots(rows: Tensor, sequences: Sequences) -> Tensor:
+    """Put rows [S, max_seqlen_bound, …] back into packed slots [T, …], zero at padding slots."""
+    count, bound, *shape = rows.shape
+    index = sequences.sequence_index * bound + sequences.position
+    index = torch.where(sequences.is_token, index, count * bound)
+    return torch.cat([rows.flatten(0, 1), rows.new_zeros(1, *shape)])[index]
+
+
+def not_attended(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys (columns) a query (row) of the same sequence may not attend to, bool [L, L]; None: it may all.
+
+    It may always attend to itself.
+    """
     if not causal and window is None:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
-    return hidden if window is None else hidden | (distance.abs() > window)
+    masked = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    return masked if window is None else masked | (distance.abs() > window)
 
 
-def _probabilities(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    hidden: Tensor | None,
-    keep: Tensor | None,
-    dropout: Dropout | None,
+def masked_softmax(
+    query: Tensor, key: Tensor, scale: float, masked: Tensor | None, keep: Tensor | None, dropout: Dropout | None
 ) -> Tensor:
-    # Q K^T · scale with the scale inside the product, before its result is rounded.
-    scores = _accumulating(torch.baddbmm(query.new_zeros(1), query, key.mT, beta=0, alpha=scale))
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -math.inf)
+    """dropout(softmax(Q K^T · scale)) where not `masked`, [..., Q, D] and [..., K, D] -> [..., Q, K], fp32 at least."""
+    # The scale goes into the GEMM, before its result is rounded.
+    flat = torch.baddbmm(query.new_zeros(1), query.flatten(0, -3), key.flatten(0, -3).mT, beta=0, alpha=scale)
+    scores = _accumulating(flat.unflatten(0, query.shape[:-2]))
+    if masked is not None:
+        scores = scores.masked_fill(masked, -math.inf)
     probabilities = scores.softmax(-1)
     return probabilities if keep is None else probabilities * _factors(keep, dropout, probabilities.dtype)
 

@@ -2,17 +2,38 @@
 
 Packed tokens lie end to end in one dimension of `capacity` slots; sequence `s` occupies the slots
 `cu_seqlens[s] … cu_seqlens[s + 1] - 1`. Slots from `cu_seqlens[-1]` on are padding slots: they belong to no sequence.
+
+The host knows sizes and bounds only; lengths stay on the device. So no batch waits for a GPU, a CUDA graph captured for
+one batch serves others of its shape, and a compiler traces the packed path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class cached_property:  # noqa: N801  named as the one of functools
+    """As `functools.cached_property`, whose lock torch.compile does not trace before Python 3.12.
+
+    While a compiler traces nothing is kept: it finds what is computed twice.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        value = self.function(instance)
+        if not torch.compiler.is_compiling():
+            vars(instance)[self.function.__name__] = value
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,99 +43,142 @@ class Sequences:
     Attributes:
         cu_seqlens: int32 [S + 1] on the activations' device; starts at 0, never decreases.
         sequence_ids: int64 [S] on the same device; each sequence's id in the run, an RNG coordinate of dropout.
-        lengths: the S lengths, on the host.
-        capacity: slots of a packed activation, padding slots included.
+        capacity: slots of a packed activation (T), padding slots included.
         max_seqlen_bound: no sequence is longer, nor is any in another batch of the run. Kernels are chosen by it, so
             that all batches run the same ones, and a CUDA graph captured for one batch serves them all.
     """
 
     cu_seqlens: Tensor
     sequence_ids: Tensor
-    lengths: tuple[int, ...]
     capacity: int
     max_seqlen_bound: int
 
     @classmethod
     def from_lengths(
         cls,
-        lengths,
+        lengths: Iterable[int] | Tensor,
         *,
-        sequence_ids=None,
+        sequence_ids: Tensor | Iterable[int] | None = None,
         capacity: int | None = None,
         max_seqlen_bound: int | None = None,
-        device=None,
+        device: torch.device | str | None = None,
     ) -> Sequences:
-        """Sequences of the given lengths (host integers, 0 allowed), with ids 0, 1, … or `sequence_ids` [S].
+        """Divide slots into sequences of the given lengths; see `from_cu_seqlens`.
 
-        `capacity` (default: the sum of the lengths) leaves padding slots at the end; `max_seqlen_bound` defaults to
-        the greatest length.
+        Args:
+            lengths: host integers or an integer tensor [S]; 0 is allowed.
+            device: of the result; default: that of a tensor, else the CPU.
         """
-        lengths = tuple(int(length) for length in lengths)
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"sequence lengths must not be negative, got {min(lengths)}")
-        total = sum(lengths)
-        capacity = total if capacity is None else capacity
-        if total > capacity:
-            raise ValueError(f"the sequences hold {total} tokens, more than the {capacity} slots they are packed into")
-        max_seqlen = max(lengths, default=0)
-        max_seqlen_bound = max_seqlen if max_seqlen_bound is None else max_seqlen_bound
-        if max_seqlen > max_seqlen_bound:
-            raise ValueError(f"a sequence of {max_seqlen} tokens is longer than the limit of {max_seqlen_bound}")
-        if capacity >= 2**31:
-            raise ValueError(f"a packed batch holds fewer than 2**31 tokens, got {capacity}")
-        sequence_ids = torch.arange(len(lengths)) if sequence_ids is None else torch.as_tensor(sequence_ids)
-        if sequence_ids.shape != (len(lengths),):
+        if not isinstance(lengths, Tensor):
+            lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64)
+        if lengths.dim() != 1 or lengths.is_floating_point():
             raise ValueError(
-                f"{len(lengths)} sequences need as many sequence ids, got shape {tuple(sequence_ids.shape)}"
+                f"lengths must be integers of shape [sequences], got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
-        cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return cls(cu_seqlens.to(device), sequence_ids.to(device, torch.int64), lengths, capacity, max_seqlen_bound)
+        require((lengths >= 0).all(), "sequence lengths must not be negative", lengths.min)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+        options = {"sequence_ids": sequence_ids, "capacity": capacity, "max_seqlen_bound": max_seqlen_bound}
+        sequences = cls.from_cu_seqlens(cu_seqlens, **options)
+        return sequences if device is None else sequences.to(device)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, *, sequence_ids=None, capacity: int | None = None) -> Sequences:
-        """Sequences from `cu_seqlens` [S + 1], an integer tensor as variable-length attention takes it elsewhere.
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens: Tensor,
+        *,
+        sequence_ids: Tensor | Iterable[int] | None = None,
+        capacity: int | None = None,
+        max_seqlen_bound: int | None = None,
+    ) -> Sequences:
+        """Divide slots into sequences by `cu_seqlens`, as variable-length attention takes it elsewhere.
 
-        Copies it to the host, which waits for the device: build once per batch.
+        On a GPU nothing is copied to the host: what is wrong with the values is a device-side assertion there.
+
+        Args:
+            cu_seqlens: integer tensor [S + 1].
+            sequence_ids: integers [S]; default: 0, 1, …
+            capacity: number of slots; those behind the last sequence are padding slots. Default: no padding slots, for
+                which the values of `cu_seqlens` must be on the CPU.
+            max_seqlen_bound: see the class. Default: the greatest length on the CPU, `capacity` elsewhere, which makes
+                kernels prepare for one sequence that long.
+
+        Raises:
+            ValueError: the shapes or, on the CPU, the values do not fit; `capacity` is missing for a GPU's tensor.
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens must be an integer tensor of shape [sequences + 1], "
                 f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
             )
-        starts = cu_seqlens.tolist()
-        if starts[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {starts[0]}")
-        lengths = [end - start for start, end in pairwise(starts)]
-        if any(length < 0 for length in lengths):
-            raise ValueError("cu_seqlens must never decrease")
-        return cls.from_lengths(lengths, sequence_ids=sequence_ids, capacity=capacity, device=cu_seqlens.device)
+        on_host = is_readable(cu_seqlens)
+        if capacity is None and not on_host:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: give capacity, the number of packed slots")
+        require(cu_seqlens[0] == 0, "cu_seqlens must start at 0", lambda: cu_seqlens[0])
+        lengths = cu_seqlens.diff()
+        require((lengths >= 0).all(), "cu_seqlens must never decrease: a length is negative", lengths.min)
+        capacity = int(cu_seqlens[-1]) if capacity is None else capacity
+        if capacity >= 2**31:
+            raise ValueError(f"a packed batch holds fewer than 2**31 tokens, got {capacity}")
+        rule = f"the sequences hold more tokens than the {capacity} slots they are packed into"
+        require(cu_seqlens[-1] <= capacity, rule, lambda: cu_seqlens[-1])
+        if max_seqlen_bound is None:
+            max_seqlen_bound = max(lengths.tolist(), default=0) if on_host else capacity
+        rule = f"no sequence may be longer than max_seqlen_bound, {max_seqlen_bound} tokens"
+        require((lengths <= max_seqlen_bound).all(), rule, lengths.max)
+        count, device = len(cu_seqlens) - 1, cu_seqlens.device
+        ids = torch.arange(count, device=device) if sequence_ids is None else torch.as_tensor(sequence_ids)
+        if ids.shape != (count,):
+            raise ValueError(f"{count} sequences need as many sequence ids, got shape {tuple(ids.shape)}")
+        return cls(cu_seqlens.to(torch.int32), ids.to(device, torch.int64), capacity, max_seqlen_bound)
+
+    def __len__(self) -> int:
+        """The number of sequences, empty ones included."""
+        return len(self.sequence_ids)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether `lengths` can be read without waiting for a device."""
+        return is_readable(self.cu_seqlens)
 
     @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The S lengths on the host. Copies `cu_seqlens` from a GPU and waits for it."""
+        return tuple(self.cu_seqlens.diff().tolist())
+
+    @property
     def max_seqlen(self) -> int:
-        """Length of the longest sequence, 0 if there is none."""
+        """Length of the longest sequence, 0 if there is none; read on the host, see `lengths`."""
         return max(self.lengths, default=0)
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
-        """Number of slots that belong to a sequence."""
+        """Number of slots that belong to a sequence; read on the host, see `lengths`."""
         return sum(self.lengths)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """bool [T]: whether a slot belongs to a sequence."""
+        return self._slots < self.cu_seqlens[-1]
 
     @cached_property
     def sequence_index(self) -> Tensor:
         """int64 [T]: index of the sequence that each slot belongs to; padding slots name the last one."""
-        last = max(self.sequence_ids.numel() - 1, 0)
-        return torch.searchsorted(self.cu_seqlens[1:], self._slots, right=True).clamp(max=last)
+        return torch.searchsorted(self.cu_seqlens[1:], self._slots, right=True).clamp(max=max(len(self) - 1, 0))
 
     @cached_property
     def position(self) -> Tensor:
         """int64 [T]: each slot's position in its sequence; 0 at padding slots."""
-        slots = self._slots
-        return torch.where(slots < self.cu_seqlens[-1], slots - self.cu_seqlens[self.sequence_index], 0).long()
+        return torch.where(self.is_token, self._slots - self.cu_seqlens[self.sequence_index], 0).long()
 
     @cached_property
     def first(self) -> Tensor:
-        """int64 [S]: the slot of each sequence's first token; an empty one names some other slot."""
-        return self.cu_seqlens[:-1].long().clamp(max=self.capacity - 1)
+        """int64 [S]: the slot of each sequence's first token; an empty one names some other slot.
+
+        Empty sequences name different slots: gathering one row many times would serialise the gradient's scatter.
+        """
+        start = self.cu_seqlens[:-1].long()
+        other = torch.arange(len(self), device=start.device) % max(self.capacity, 1)
+        return torch.where(self.cu_seqlens.diff() > 0, start, other)
 
     @cached_property
     def last(self) -> Tensor:
@@ -124,20 +188,13 @@ class Sequences:
     @cached_property
     def token_sequence_ids(self) -> Tensor:
         """int64 [T]: id of the sequence that each slot belongs to."""
-        if self.sequence_ids.numel() == 0:
-            return torch.zeros_like(self.position)
-        return self.sequence_ids[self.sequence_index]
+        return self.sequence_ids[self.sequence_index] if len(self) else torch.zeros_like(self.position)
 
     @property
     def _slots(self) -> Tensor:
-        # What follows is computed on the device from cu_seqlens, so that a captured step holds for other lengths.
         return torch.arange(self.capacity, dtype=torch.int32, device=self.cu_seqlens.device)
 
-    def without_lengths(self) -> Sequences:
-        """Return the same sequences without host lengths, which must not be read while a step is captured."""
-        return replace(self, lengths=_Unknown())
-
-    def to(self, device, non_blocking: bool = False) -> Sequences:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """Return the same sequences with their tensors on `device`."""
         return replace(
             self,
@@ -146,10 +203,34 @@ class Sequences:
         )
 
 
-class _Unknown(tuple):
-    """Lengths that the host does not know."""
+def is_readable(x: Tensor) -> bool:
+    """Whether the host can read a tensor's values without waiting: a plain CPU tensor, not one that is traced."""
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
-    def _asked(self, *arguments):
-        raise RuntimeError("a step that is recorded for other batches asked for the lengths of this one")
 
-    __iter__ = __len__ = __getitem__ = _asked
+def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:
+    """Require a bool tensor [] to be true without waiting for a device.
+
+    Args:
+        rule: the sentence of the error, which goes on with what there is instead.
+        value: called for that, an integer tensor [].
+
+    Raises:
+        ValueError: it is false and on the CPU. On a GPU a device-side assertion fails instead, when it runs.
+    """
+    if is_readable(condition):
+        if not condition:
+            raise ValueError(f"{rule}, got {int(value())}")
+    elif condition.device.type != "meta" and not torch.compiler.is_compiling():
+        torch._assert_async(condition, rule)
+
+
+def bucket(count: int) -> int:
+    """Round a number of tokens up to one of few sizes, at most 12.5 % larger: graphs are captured by size.
+
+    The sizes are 8 … 15 times a power of two, from 64 on; a count of 0 stays 0.
+    """
+    if count == 0:
+        return 0
+    step = max(1 << max((count - 1).bit_length() - 4, 0), 8)
+    return max(-(-count // step) * step, 64)

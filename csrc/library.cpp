@@ -436,11 +436,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
         "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
         "-> (Tensor, Tensor, Tensor)");
     define(
-        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int longest, float scale, bool causal, "
+        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, SymInt longest, float scale, bool causal, "
         "int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
     define(
         "attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
-        "int longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
+        "SymInt longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
     define("bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
     define("bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
     define(

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from bertfast.dropout import Dropout, TokenIdentity, attention_keep, hidden_keep, operation_number, philox
+from bertfast.dropout import (
+    Dropout,
+    TokenIdentity,
+    attention_keep,
+    attention_keep_at,
+    hidden_keep,
+    operation_number,
+    philox,
+)
 from bertfast.sequences import Sequences
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
@@ -164,3 +172,14 @@ def test_nothing_to_drop_is_no_dropout():
 def test_probability_outside_its_range_is_refused(p):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         dropout_of(Sequences.from_lengths([8]), p)
+
+
+def test_masks_of_one_query_per_sequence_are_those_of_the_whole():
+    sequences = Sequences.from_lengths([8, 8, 8, 8], sequence_ids=[5, 1, 70, 2])
+    dropout = dropout_of(sequences)
+    positions = torch.tensor([0, 21, 8, 47])
+    ours = attention_keep_at(dropout, sequences.sequence_ids, 3, 37, positions)
+    assert ours.shape == (4, 3, 37)
+    for row, (number, position) in enumerate(zip(sequences.sequence_ids, positions.tolist(), strict=True)):
+        whole = attention_keep(dropout, number, 3, 37, range(position, position + 1))
+        assert torch.equal(ours[row], whole[:, 0])

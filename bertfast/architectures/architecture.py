@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
-from operator import attrgetter
 from types import ModuleType
 
 from torch import nn
@@ -35,6 +33,9 @@ class Architecture:
         head: Paths from a model to its masked-LM head: "containers", what must not be hooked, "transform", which is
             called, "decoder", whose parameters are read, and "next_sentence", which is called.
         pretraining_output: Name in `module` of what the model with both heads returns.
+        modeling: The module of that name.
+        layer_linears, layer_dropouts: Paths from a layer to its linear layers, and to its dropouts.
+        layer_containers: Paths of the modules between a layer and its parts, which are not called.
     """
 
     model_type: str
@@ -47,52 +48,46 @@ class Architecture:
     transform: Mapping[str, str]
     head: Mapping[str, str | tuple[str, ...]]
     pretraining_output: str
+    modeling: ModuleType = field(init=False)
+    layer_linears: tuple[str, ...] = field(init=False)
+    layer_dropouts: tuple[str, ...] = field(init=False)
+    layer_containers: tuple[str, ...] = field(init=False)
 
-    @cached_property
-    def modeling(self) -> ModuleType:
-        """The module of transformers with the family's classes."""
-        return import_module(self.module)
+    def __post_init__(self):
+        # Set here and not when first read, as a compiler may trace that.
+        parts = [path.split(".")[:-1] for path in self.layer.values() if path is not None]
+        containers = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
+        derived = {
+            "modeling": import_module(self.module),
+            "layer_linears": tuple(self.layer[name] for name in _LINEARS),
+            "layer_dropouts": tuple(self.layer[name] for name in _DROPOUTS),
+            "layer_containers": tuple(containers),
+            "_layer_paths": [(name, path and path.split(".")) for name, path in self.layer.items()],
+            "_embedding_paths": [(name, path.split(".")) for name, path in self.embedding.items()],
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def embedding_parts(self, module: nn.Module) -> EmbeddingParts:
         """Read the parts of an embeddings module."""
-        *tables, norm, dropout = self._read_embedding(module)
-        return EmbeddingParts(*tables, norm, dropout.p)
+        values = {name: read(module, path) for name, path in self._embedding_paths}
+        values["dropout"] = values["dropout"].p
+        return EmbeddingParts(**values)
 
     def layer_parts(self, module: nn.Module) -> LayerParts:
         """Read the parts of a layer, and the options that they hold now."""
-        values = dict(zip(self._layer_names, self._read_layer(module), strict=True))
+        values = {name: path and read(module, path) for name, path in self._layer_paths}
         values["activation"] = activation_name(values["activation"])
         for name in _DROPOUTS:
             values[name] = values[name].p
-        return LayerParts(**{"scale": None} | values)
+        return LayerParts(**values)
 
-    @cached_property
-    def layer_linears(self) -> tuple[str, ...]:
-        """Paths from a layer to its linear layers."""
-        return tuple(self.layer[name] for name in _LINEARS)
 
-    @cached_property
-    def layer_dropouts(self) -> tuple[str, ...]:
-        """Paths from a layer to its dropouts, the one of the attention weights first."""
-        return tuple(self.layer[name] for name in _DROPOUTS)
-
-    @cached_property
-    def layer_containers(self) -> tuple[str, ...]:
-        """Paths of the modules between a layer and its parts, which are read and not called."""
-        parts = [path.split(".")[:-1] for path in self.layer.values() if path is not None]
-        return tuple(dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)))
-
-    @cached_property
-    def _layer_names(self) -> tuple[str, ...]:
-        return tuple(entry.name for entry in fields(LayerParts) if self.layer[entry.name] is not None)
-
-    @cached_property
-    def _read_layer(self) -> attrgetter:
-        return attrgetter(*(self.layer[name] for name in self._layer_names))
-
-    @cached_property
-    def _read_embedding(self) -> attrgetter:
-        return attrgetter(*(self.embedding[entry.name] for entry in fields(EmbeddingParts)))
+def read(module: nn.Module, path: Sequence[str]):
+    """Read an attribute by its path of names, as `operator.attrgetter`, which a compiler does not trace."""
+    for name in path:
+        module = getattr(module, name)
+    return module
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -27,11 +27,12 @@ class Batch:
     """One packed bin; T, S and M, the room for tokens, sequences and masked tokens, are the same for all bins of a run.
 
     Attributes:
-        token_ids: int64 [T], masked; [PAD] in inert places.
+        token_ids: int64 [T], masked; [PAD] in padding slots.
         token_type_ids: int64 [T], 0 for [CLS] A [SEP], 1 for B [SEP].
-        position_ids: int64 [T], positions in the sequence; 0 in inert places.
+        position_ids: int64 [T], positions in the sequence; 0 in padding slots.
         sequences: S sequences, the unused ones empty, numbered by the samples consumed since the run began.
-        masked_rows: int64 [M], the place of each masked token, ascending; 0 where unused.
+        masked_rows: int64 [M], the slot of each masked token, ascending; where unused, other slots, each once:
+            gathering one row many times would serialise the gradient's scatter.
         labels: int64 [M], its original token; -100 where unused.
         next_sentence_labels: int64 [S], 0 where B follows A, 1 where it is from another document, -100 where unused;
             None where samples are not pairs.
@@ -49,7 +50,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Places that hold a token."""
+        """Number of slots that hold a token."""
         return self.sequences.num_tokens
 
     def to(self, device, non_blocking: bool = False) -> Batch:
@@ -60,18 +61,13 @@ class Batch:
         """The same batch in pinned host memory, from where `to(device, non_blocking=True)` does not wait."""
         return self._each(Tensor.pin_memory)
 
-    def fill(self, other: Batch) -> None:
-        """Put another batch of the run where this one's tensors are; what the host knows of this one stays."""
-        for own, new in zip(self.tensors(), other.tensors(), strict=True):
-            own.copy_(new, non_blocking=True)
-
-    def for_any_lengths(self) -> Batch:
-        """The same batch, from which the lengths on the host must not be read."""
-        return replace(self, sequences=self.sequences.without_lengths())
-
     def tensors(self) -> list[Tensor]:
-        """All tensors of the batch."""
+        """Return all tensors of the batch."""
         return [*_tensors_of(self).values(), *_tensors_of(self.sequences).values()]
+
+    def options(self) -> tuple[int, ...]:
+        """Return the integers, besides shapes, on which the operations of a step depend."""
+        return (self.sequences.max_seqlen_bound,)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         sequences = replace(self.sequences, **{name: change(x) for name, x in _tensors_of(self.sequences).items()})
@@ -174,7 +170,7 @@ class Batches:
                 capacity=capacity.tokens,
                 max_seqlen_bound=self.max_seq_length,
             ),
-            masked_rows=_filled(masked.rows, capacity.masked, 0),
+            masked_rows=_filled(masked.rows, capacity.masked, _other_slots(masked.rows, capacity.tokens)),
             labels=_filled(masked.labels, capacity.masked, IGNORED),
             next_sentence_labels=_filled(samples.random_second, capacity.sequences, IGNORED) if self.pairs else None,
             masked=masked.rows.size,
@@ -200,8 +196,16 @@ class Batches:
         return token_ids, token_type_ids, lengths.reshape(-1, segments).sum(1)
 
 
-def _filled(values: np.ndarray, size: int, rest: int) -> Tensor:
-    """int64 [size]: `values`, then `rest` in every place left."""
-    result = np.full(size, rest, np.int64)
+def _filled(values: np.ndarray, size: int, rest: int | np.ndarray) -> Tensor:
+    """int64 [size]: `values`, then `rest`, an integer or the first of several, in every slot left."""
+    result = np.empty(size, np.int64)
     result[: values.size] = values
+    result[values.size :] = np.resize(rest, size - values.size)
     return torch.from_numpy(result)
+
+
+def _other_slots(rows: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the slots below `capacity` that are not among `rows`, ascending; all of them if none is left."""
+    free = np.ones(capacity, bool)
+    free[rows] = False
+    return np.flatnonzero(free) if free.any() else np.arange(capacity)

@@ -51,8 +51,10 @@ def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Ten
     qkv = project(parts, hidden)
     arguments = attention_arguments(parts, qkv.shape[3], packed, index)
     context = ops.attention(qkv, packed.sequences, **arguments)
-    if packed.guests:
-        context = torch.cat([context[: packed.sequences.num_tokens], _attend_guests(qkv, packed, **arguments)])
+    if packed.query_only:
+        slots = len(context) - packed.query_only
+        own = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
+        context = torch.cat([context[:slots], own])
     return context.flatten(1)
 
 
@@ -105,18 +107,3 @@ def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
 def _add_layer_norm(dense: nn.Module, norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout) -> Tensor:
     product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
-
-
-def _attend_guests(qkv: Tensor, packed: Packed, *, scale, causal, window, dropout) -> Tensor:
-    # A guest stands before its whole sequence, so a causal one sees nothing.
-    sequences = packed.sequences
-    parts = qkv[: sequences.num_tokens].split(list(sequences.lengths))
-    guests = zip(packed.guests, qkv[sequences.num_tokens :, 0], strict=True)
-    return torch.stack(
-        [
-            reference.attend_from(
-                query, parts[row][:0] if causal else parts[row], sequences.sequence_ids[row], scale, window, dropout
-            )
-            for row, query in guests
-        ]
-    )

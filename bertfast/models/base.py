@@ -101,6 +101,7 @@ class BertPreTrainedModel(nn.Module):
         return unpad(
             *inputs,
             cu_seq_lens_q=others.get("cu_seq_lens_q"),
+            max_length_q=others.get("max_length_q"),
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=pooled,
@@ -114,8 +115,8 @@ class BertPreTrainedModel(nn.Module):
         bert = getattr(self, "bert", self)
         if self.bilstm is not None:
             hidden = encoder.encode(bert, packed)
-            read = self.bilstm(hidden, packed.sequences.lengths)
-            hidden = torch.cat([read, hidden[len(read) :]])  # guests and inert places belong to no sequence
+            read = self.bilstm(hidden, packed.sequences.lengths)  # which copies the lengths to the host
+            hidden = torch.cat([read, hidden[len(read) :]])  # query-only tokens and padding slots are in no sequence
             return hidden if rows is None else hidden[rows], {}
         want_attentions, want_states = self._wants(record)
         if not (want_attentions or want_states):
@@ -204,19 +205,17 @@ def mean(total: Tensor, counted: Tensor, others: dict) -> Tensor:
 
 
 def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout: Layout, index: int) -> Tensor:
-    # Computed again from the layer's input, dropout and all: masks are functions, so the numbers are the same.
+    # Recomputed from the layer's input, dropout and all: masks are functions, so the values are the same.
     if layout.indices is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
+    sequences = packed.sequences
     parts = module.parts()
     qkv = encoder.project(parts, hidden)
     arguments = encoder.attention_arguments(parts, qkv.shape[3], packed, index)
-    rows, columns = layout.shape
-    record = qkv.new_zeros(rows, qkv.shape[2], columns, columns)
-    lengths, used = list(packed.sequences.lengths), packed.sequences.num_tokens
-    places = layout.indices[:used].split(lengths)
-    occupied = [(row, place % columns) for row, place in enumerate(places) if len(place)]
-    split = qkv[:used].split(lengths)
-    each = reference.attention_probabilities(split, packed.sequences.sequence_ids, **arguments)
-    for (row, place), (probabilities, _) in zip(occupied, each, strict=True):
-        record[row, :, place[:, None], place] = probabilities.to(record.dtype)
-    return record
+    probabilities, _ = reference.attention_probabilities(qkv, sequences, **arguments)  # [B, A, L, L], by position
+    # The position in its sequence, from 1, of each of the caller's columns [B, L]; 0 where there is no token.
+    order = layout.pad(torch.where(sequences.is_token, sequences.position + 1, 0))
+    attended, position = order > 0, (order - 1).clamp(min=0)
+    record = probabilities.gather(2, position[:, None, :, None].expand_as(probabilities))
+    record = record.gather(3, position[:, None, None, :].expand_as(probabilities))
+    return torch.where(attended[:, None, :, None] & attended[:, None, None, :], record, 0).to(qkv.dtype)

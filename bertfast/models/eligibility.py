@@ -7,7 +7,7 @@ sentence's end for the report. None of them knows a model family: an `Architectu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from operator import attrgetter
 
 import torch
@@ -22,6 +22,21 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inpu
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _KNOWN = {*INPUTS, *PACKING, "return_dict", "use_cache", "output_hidden_states", "num_items_in_batch"}
 HOOKED = "a hook watches it"
+
+
+def decided_when_traced(decide: Callable) -> Callable:
+    """Have a compiler take a decision as a constant.
+
+    It guards nothing then but what it guards anyway: the modules that it traces, their modes and their options. As in
+    all of torch.compile, hooks that come later are not seen.
+    """
+    as_constant = torch.compiler.assume_constant_result(decide)
+
+    @wraps(decide)
+    def decided(*args):
+        return as_constant(*args) if torch.compiler.is_compiling() else decide(*args)
+
+    return decided
 
 
 def call_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | None:
@@ -104,10 +119,9 @@ def _options(encoder: nn.Module) -> tuple:
     return getattr(config, "is_decoder", False), name, _attention_function(encoder.architecture, name)
 
 
+@decided_when_traced
 def whole_unsupported_reason(encoder: nn.Module) -> str | None:
     """Why tokens cannot stay packed from the embeddings of a fused encoder to its last layer."""
-    if torch.compiler.is_compiling():
-        return _unsupported_reason_as_constant(encoder)
     snapshot = vars(encoder).get("_bertfast_snapshot")
     if snapshot is not None and snapshot.still_holds(encoder):
         return None
@@ -127,9 +141,6 @@ def _look_through(encoder: nn.Module) -> str | None:
         reason = reason or (HOOKED if is_hooked(layer) else None)
         reason = reason or layer_unsupported_reason(architecture, encoder.config, layer, training)
     return reason
-
-
-_unsupported_reason_as_constant = torch.compiler.assume_constant_result(_look_through)
 
 
 def encoder_unsupported_reason(encoder: nn.Module) -> str | None:
@@ -226,9 +237,12 @@ def transform_unsupported_reason(
     return _norm_unsupported_reason(norm)
 
 
+@decided_when_traced
 def head_unsupported_reason(model: nn.Module, is_read: Callable[[nn.Module], bool] = is_plain) -> str | None:
     """Why the loss of a masked-LM head cannot be computed without its logits."""
     architecture = model.architecture
+    if is_watched(model.base_model):  # it is not called as a module then
+        return "a hook watches the encoder"
     containers = [attrgetter(path)(model) for path in architecture.head["containers"]]
     transform, decoder = attrgetter(architecture.head["transform"], architecture.head["decoder"])(model)
     if is_hooked(*containers, transform, decoder):
@@ -238,6 +252,14 @@ def head_unsupported_reason(model: nn.Module, is_read: Callable[[nn.Module], boo
     return None if is_read(decoder) else f"the product with the vocabulary is {type(decoder).__name__}"
 
 
+@decided_when_traced
+def can_pool_alone(model: nn.Module) -> bool:
+    """Whether a head that reads the pooled output alone can have its encoder compute nothing else."""
+    base = model.base_model
+    return model.passes_keywords and _is_fused(base) and not is_watched(base) and runs_family_forward(model)
+
+
+@decided_when_traced
 def pooler_unsupported_reason(encoder: nn.Module) -> str | None:
     """Why a pooler must be given more than the rows that it reads."""
     pooler = encoder.pooler

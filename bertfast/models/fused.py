@@ -23,6 +23,7 @@ from transformers import modeling_outputs
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from bertfast import encoder as functions
+from bertfast.architectures import read
 from bertfast.inputs import Layout, Packed, unpad
 from bertfast.models import eligibility, registry
 from bertfast.models.eligibility import INPUTS, PACKING
@@ -106,7 +107,8 @@ class FusedEncoder(FusedModel):
 
     def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
         """Return the embeddings and the layers: see `bertfast.encoder.PackedModel`."""
-        return attrgetter(self.architecture.embeddings, self.architecture.layers)(self)
+        paths = self.architecture.embeddings, self.architecture.layers
+        return tuple(read(self, path.split(".")) for path in paths)
 
     def forward(self, *args, **kwargs):
         pooled_only = kwargs.pop(_POOLED_ONLY, False)
@@ -158,6 +160,7 @@ class FusedEncoder(FusedModel):
             positions,
             arguments.get("inputs_embeds"),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
+            max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
             training=self.training,
             pooled=self.pooler is not None,
@@ -176,8 +179,10 @@ class FusedEncoder(FusedModel):
         if of_first:
             pooled = self.pooler(hidden[packed.first][:, None])
         elif self.pooler is not None:
-            rows = layout if layout.indices is not None else Layout.of(packed.sequences)
-            pooled = self.pooler(rows.pad(hidden))
+            by_row = layout
+            if layout.indices is None:
+                by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+            pooled = self.pooler(by_row.pad(hidden))
         return BaseModelOutputWithPoolingAndCrossAttentions(layout.pad(hidden), pooled)
 
     def _run_loop(self, forward, arguments: dict) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -232,9 +237,7 @@ class FusedPooled(FusedMean):
     """A head that reads nothing of the encoder but its pooled output, so that the last layer runs on [CLS] alone."""
 
     def forward(self, *args, **kwargs):
-        base = self.base_model
-        can = self.passes_keywords and isinstance(base, FusedEncoder) and not functions.is_watched(base)
-        if can and eligibility.runs_family_forward(self):
+        if eligibility.can_pool_alone(self):
             kwargs[_POOLED_ONLY] = True
         return super().forward(*args, **kwargs)
 
@@ -260,7 +263,7 @@ class FusedPreTraining(FusedHead):
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
             return super().forward(*args, **kwargs)
         loss, first = _masked_lm_loss(self, arguments, first=True)
-        logits = attrgetter(self.architecture.head["next_sentence"])(self)(functions.pooled(self, first))
+        logits = read(self, self.architecture.head["next_sentence"].split("."))(functions.pooled(self, first))
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
         kind = getattr(self.architecture.modeling, self.architecture.pretraining_output)
         return _returned(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
@@ -276,7 +279,6 @@ def _loss_needs_no_logits(model: FusedHead, arguments: dict, labels: tuple[str, 
     own = {name: x for name, x in arguments.items() if name not in labels}
     return (
         isinstance(base, FusedEncoder)
-        and not functions.is_watched(base)
         and eligibility.call_unsupported_reason(base, own) is None
         and eligibility.whole_unsupported_reason(base) is None
         and eligibility.head_unsupported_reason(model) is None
@@ -308,11 +310,11 @@ def _returned(model: nn.Module, arguments: dict, outputs):
 def _padded(arguments: dict) -> tuple[dict, Layout]:
     """Turn packed input [1, T] into a padded batch, one sequence per row, and the layout that unpads its outputs."""
     given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
-    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(given.device), capacity=given.shape[1])
-    layout = Layout.of(sequences)
+    cu_seqlens = arguments["cu_seq_lens_q"].to(given.device)
+    sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=given.shape[1])
+    layout = Layout.of(sequences, sequences.max_seqlen)  # transformers' loop needs the lengths: this waits for a GPU
     own = {name: value for name, value in arguments.items() if name not in PACKING}
     for name in INPUTS:
         if own.get(name) is not None:
             own[name] = layout.pad(own[name][0])
-    ones = torch.ones(sequences.num_tokens, dtype=torch.int64, device=given.device)
-    return own | {"attention_mask": layout.pad(ones)}, layout
+    return own | {"attention_mask": layout.pad(sequences.is_token.long())}, layout

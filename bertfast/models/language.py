@@ -84,7 +84,7 @@ class BertForPreTraining(_LanguageModel):
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, layout = self._unpad(inputs, others)
-        labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels")
+        labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, first, records = self._predict(packed, layout, labels, record, first=True)
         next_sentence = self.cls.seq_relationship(self.bert.pooler(first[:, None]))
@@ -126,7 +126,7 @@ class BertForMaskedLM(_LanguageModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, layout = self._unpad(inputs, others, pooled=False)
         if labels is not None:
-            labels = layout.unpad(self._targets(labels, layout, packed), "labels")
+            labels = layout.unpad(self._targets(labels, layout, packed), "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, _, records = self._predict(packed, layout, labels, record)
         outputs = HeadOutput(

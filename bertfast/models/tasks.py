@@ -63,7 +63,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         else:
             total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         # A mean over rows and columns; `num_items_in_batch` counts rows.
-        return mean(total / self.num_labels, torch.tensor(len(logits), device=logits.device), others)
+        return mean(total / self.num_labels, labels.new_full((), len(logits)), others)
 
 
 class BertForMultipleChoice(BertPreTrainedModel):
@@ -134,7 +134,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         packed, layout = self._unpad(inputs, others, pooled=False)
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         logits = self._classify(hidden, packed.identity)
-        loss = None if labels is None else cross_entropy(logits, layout.unpad(labels, "labels"), others)
+        loss = None if labels is None else cross_entropy(logits, layout.unpad(labels, "labels", fill=IGNORED), others)
         return self._returned(HeadOutput(loss=loss, logits=layout.pad(logits), **records), return_dict)
 
 
@@ -173,7 +173,10 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start, end = layout.pad(logits, fill=lowest).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            rows = (layout if layout.indices is not None else Layout.of(packed.sequences)).pad(logits, fill=lowest)
+            by_row = layout
+            if layout.indices is None:
+                by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+            rows = by_row.pad(logits, fill=lowest)
             answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1).clamp(min=0)
             length = rows.shape[1]
             pointed_at = rows.gather(1, answers.clamp(max=length - 1)[:, None]).squeeze(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops import attention_fallback
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.sequences import Sequences
 
@@ -60,9 +61,11 @@ def attention(
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
-    implementation = choose("attention", implementation, qkv, _refusal(qkv, scale))
-    if implementation == "reference":
-        return reference.attention(qkv, sequences, scale, causal, window, dropout)
+    requested = implementation
+    implementation = choose("attention", requested, qkv, _refusal(qkv, scale))
+    if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory
+        compute = reference.attention if requested == "reference" else attention_fallback.attention
+        return compute(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
     options = (sequences.max_seqlen_bound, scale, causal, window)
     return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, *options, seed, *mask)

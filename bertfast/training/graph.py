@@ -1,37 +1,63 @@
-"""Functions that a CUDA graph replays: one launch in place of hundreds."""
+"""CUDA graphs: functions of a batch, captured once for each shape and replayed: one launch instead of hundreds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bertfast.config import BertConfig
-from bertfast.data.batches import Batch
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
 from bertfast.precision import half
 
-Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Records what a function launches; returns the tensor in which its result will lie, and what replays it all."""
+Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+"""Captures what a function launches; returns the tensor in which its result will lie, and what replays it all."""
 
-EAGER = 3  # calls before a function is recorded, in which its kernels are compiled and libraries take their workspaces
+WARMUP_CALLS = 3  # calls before a capture, in which kernels are compiled and libraries allocate their workspaces
+MAX_GRAPHS = 16  # of one runner; they share their memory, but each keeps its batch and its nodes
 
 
-def cuda_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Record `function` on the current stream, which must not be the default one. Recording does not run it."""
+class StaticBatch(Protocol):
+    """What a runner asks of a batch."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> StaticBatch:
+        """Return the batch on a device, which is not waited for."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return all of its tensors, in the same order for all batches."""
+
+    def options(self) -> Hashable:
+        """Return what else, besides the tensors' shapes, decides which operations run."""
+
+
+def cuda_graph(function: Callable[[], Tensor], pool) -> tuple[Tensor, Callable[[], None]]:
+    """Capture `function` on the current stream, which must not be the default one. Capturing does not run it."""
     graph = torch.cuda.CUDAGraph()
     # A thread that pins batches meanwhile may allocate.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
         result = function()
     return result, graph.replay
 
 
-def can_record(config: BertConfig, precision: str, device: torch.device) -> bool:
-    """Whether a step of such a model can be recorded: on a GPU with kernels for its attention, which plain PyTorch
-    computes sequence by sequence."""
+def cuda_graphs() -> Capture:
+    """Return what captures CUDA graphs that share one memory pool.
+
+    Replays must not overlap, and what one returns is to be read, or copied, before another is replayed.
+    """
+    return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+
+
+def can_capture(config: BertConfig, precision: str, device: torch.device) -> bool:
+    """Return whether a model's passes can be captured: on a GPU with kernels for its attention.
+
+    Plain PyTorch's takes too much memory to keep for a graph.
+    """
     if device.type != "cuda" or config.hidden_size // config.num_attention_heads not in HEAD_DIMENSIONS:
         return False
     return why_not("triton", "attention", torch.empty(0, dtype=half(precision), device=device)) is None
@@ -39,7 +65,7 @@ def can_record(config: BertConfig, precision: str, device: torch.device) -> bool
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream of a GPU that can be recorded; the default one cannot."""
+    """Work on a stream of a GPU that can be captured; the default one cannot."""
     if device.type != "cuda":
         yield
         return
@@ -50,39 +76,62 @@ def side_stream(device: torch.device) -> Iterator[None]:
     default.wait_stream(stream)
 
 
-class Replayed:
-    """A function of a batch, or of nothing, that is recorded after a few calls and replayed from then on.
+class GraphRunner:
+    """A function of a batch, or of nothing, captured after a few calls for each shape and replayed from then on.
+
+    A shape that is seen too rarely, or once `max_graphs` shapes are captured, runs eagerly.
 
     Args:
         function: Reads of the batch only what is on the device, and returns a tensor; that of a replay is overwritten
             by the next.
         device: Where batches go.
-        record: None: the function is called every time.
-
-    Batches of other shapes, those of a second phase, are recorded anew.
+        capture: None: the function is called every time.
+        max_graphs: How many shapes are captured at most.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, record: Recorder | None):
-        self.function, self.device, self.record = function, device, record
-        self.shapes, self.calls, self.batch, self.replay = None, 0, None, None
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device: torch.device,
+        capture: Capture | None,
+        max_graphs: int = MAX_GRAPHS,
+    ):
+        self.function, self.device, self.capture, self.max_graphs = function, device, capture, max_graphs
+        self.calls: Counter[Hashable] = Counter()
+        self.graphs: dict[Hashable, _Graph] = {}
 
-    def __call__(self, *batch: Batch) -> Tensor:
-        if self.record is None:
+    def __call__(self, *batch: StaticBatch) -> Tensor:
+        """Run the function on a batch, which may lie on the host."""
+        if self.capture is None:
             return self.function(*map(self._moved, batch))
-        shapes = [(each.sequences.max_seqlen_bound, *(tensor.shape for tensor in each.tensors())) for each in batch]
-        if shapes != self.shapes:
-            self.shapes, self.calls, self.batch, self.replay = shapes, 0, None, None
-        self.calls += 1
-        if self.calls <= EAGER:
-            return self.function(*map(self._moved, batch))
-        if self.replay is None:
-            self.batch = tuple(each.for_any_lengths() for each in map(self._moved, batch))
-            self.result, self.replay = self.record(lambda: self.function(*self.batch))
-        else:
-            for own, new in zip(self.batch, batch, strict=True):
-                own.fill(new)
+        shape = tuple((each.options(), *((x.shape, x.dtype) for x in each.tensors())) for each in batch)
+        graph = self.graphs.get(shape)
+        if graph is not None:
+            graph.fill(batch)
+            return graph()
+        self.calls[shape] += 1
+        moved = tuple(map(self._moved, batch))
+        if self.calls[shape] <= WARMUP_CALLS or len(self.graphs) >= self.max_graphs:
+            return self.function(*moved)
+        graph = self.graphs[shape] = _Graph(self.function, moved, self.capture)
+        return graph()
+
+    def _moved(self, batch: StaticBatch) -> StaticBatch:
+        return batch.to(self.device, non_blocking=True)
+
+
+class _Graph:
+    """A function captured on one batch, whose tensors others are copied into."""
+
+    def __init__(self, function: Callable[..., Tensor], batch: tuple[StaticBatch, ...], capture: Capture):
+        self.batch = batch
+        self.result, self.replay = capture(lambda: function(*batch))
+
+    def fill(self, batch: tuple[StaticBatch, ...]) -> None:
+        for static, new in zip(self.batch, batch, strict=True):
+            for target, source in zip(static.tensors(), new.tensors(), strict=True):
+                target.copy_(source, non_blocking=True)
+
+    def __call__(self) -> Tensor:
         self.replay()
         return self.result
-
-    def _moved(self, batch: Batch) -> Batch:
-        return batch.to(self.device, non_blocking=True)

@@ -30,7 +30,7 @@ from bertfast.precision import Precision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
-from bertfast.training.graph import can_record, cuda_graph, side_stream
+from bertfast.training.graph import can_capture, cuda_graphs, side_stream
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
@@ -112,7 +112,7 @@ class PretrainSettings:
         save_total_limit: Checkpoints to keep, besides the one with the best validation loss.
         resume: Go on from the newest whole checkpoint in output_dir.
         sigterm_exit_code: What the program returns after a SIGTERM, for schedulers.
-        cuda_graph: On one GPU, replay the step from a CUDA graph, recorded after its first few times.
+        cuda_graph: On one GPU, replay the step from a CUDA graph, captured after its first few times.
         deterministic: Forbid PyTorch's operations that may differ from run to run on a GPU.
         check_replay: Compute every so manieth step twice and compare the gradients' bits; 0: never.
         replay: Compute this step again from the checkpoint before it, say what it gives, and write nothing.
@@ -263,7 +263,7 @@ class Pretraining:
         objective = self.ranks.share(Objective(self.model), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         # Several ranks meet in the backward pass, whose messages are not recorded.
-        records = settings.cuda_graph and self.ranks.count == 1 and can_record(config, self.precision, self.device)
+        captures = settings.cuda_graph and self.ranks.count == 1 and can_capture(config, self.precision, self.device)
         self.train_step = TrainStep(
             objective,
             build_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas),
@@ -271,7 +271,7 @@ class Pretraining:
             precision=self.precision,
             seed=torch.tensor(settings.seed, device=self.device),
             max_grad_norm=settings.max_grad_norm,
-            record=cuda_graph if records else None,
+            capture=cuda_graphs() if captures else None,
         )
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds, self.validation_loss, self.usual_loss = 0.0, None, None
@@ -388,7 +388,7 @@ class Pretraining:
         """Stop the run if the step does not give the same bits twice: then the machine cannot be trusted."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         before = [self.train_step.sums.clone(), *(p.grad.clone() for p in parameters)]
-        self.model.zero_grad(set_to_none=not self.train_step.records)
+        self.model.zero_grad(set_to_none=not self.train_step.captures)
         again = [self.train_step.gradients(self.batches_of_step, masked, pairs), *(p.grad for p in parameters)]
         if self.ranks.any(not all(map(torch.equal, before, again))):
             raise RunStopped(

@@ -14,7 +14,7 @@ from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForPreTraining
 from bertfast.precision import autocast
-from bertfast.training.graph import Recorder, Replayed
+from bertfast.training.graph import Capture, GraphRunner
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import set_learning_rate
@@ -33,7 +33,7 @@ class Objective(nn.Module):
 
 
 class TrainStep:
-    """A step on static shapes, each of its halves recorded in a graph where `record` is given.
+    """A step on static shapes, each of its halves captured in a graph where `capture` is given.
 
     Args:
         objective: An `Objective`, shared by the ranks.
@@ -42,7 +42,7 @@ class TrainStep:
         precision: fp32, bf16 or fp16; with the last, `scaler` is the loss's.
         seed: int64 [], dropout's.
         max_grad_norm: Gradients are scaled down to this norm; 0: never.
-        record: See `Replayed`.
+        capture: See `GraphRunner`.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class TrainStep:
         precision: str,
         seed: Tensor,
         max_grad_norm: float,
-        record: Recorder | None = None,
+        capture: Capture | None = None,
     ):
         self.objective, self.optimizers, self.ranks = objective, optimizers, ranks
         self.precision, self.seed, self.max_grad_norm = precision, seed, max_grad_norm
         self.scaler = GradScaler(ranks.device.type) if precision == "fp16" else None
         self.counts = torch.ones(2, device=ranks.device)
         self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-        self.records = record is not None
-        self._accumulate = Replayed(self._accumulate_eagerly, ranks.device, record)
-        self._update = Replayed(self._update_eagerly, ranks.device, record)
+        self.captures = capture is not None
+        self._accumulate = GraphRunner(self._accumulate_eagerly, ranks.device, capture)
+        self._update = GraphRunner(self._update_eagerly, ranks.device, capture)
 
     def gradients(self, batches: Sequence[Batch], masked: int, pairs: int) -> Tensor:
         """Leave the gradients of the step's batches, of all ranks, on the parameters.
@@ -97,5 +97,5 @@ class TrainStep:
 
     def _update_eagerly(self) -> Tensor:
         return step_if_finite(
-            self.objective, self.optimizers, self.max_grad_norm, self.sums, self.scaler, keep_gradients=self.records
+            self.objective, self.optimizers, self.max_grad_norm, self.sums, self.scaler, keep_gradients=self.captures
         )

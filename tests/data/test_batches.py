@@ -101,7 +101,8 @@ def test_labels_do_not_leak(make_batches, special):
         assert rows.unique().numel() == batch.masked
         assert batch.labels[: batch.masked].gt(special.mask).all()
         assert batch.labels[batch.masked :].eq(-100).all()
-        assert not rest.any()
+        assert batch.masked_rows.unique().numel() == len(batch.masked_rows), "unused ones name distinct other slots"
+        assert (rest < len(batch.token_ids)).all()
         hidden += batch.token_ids[rows].eq(special.mask).sum().item()
         asked += batch.masked
         assert batch.token_ids.eq(special.mask).sum() == batch.token_ids[rows].eq(special.mask).sum()

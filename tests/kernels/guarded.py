@@ -42,7 +42,7 @@ def attention(lengths: list[int]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         plain = Sequences.from_lengths(lengths, capacity=sum(lengths) + 2)
         cu_seqlens, sequence_ids = guarded(plain.cu_seqlens), guarded(plain.sequence_ids)
-        sequences = Sequences(cu_seqlens, sequence_ids, plain.lengths, plain.capacity, plain.max_seqlen_bound)
+        sequences = Sequences(cu_seqlens, sequence_ids, plain.capacity, plain.max_seqlen_bound)
         qkv = guarded(normal(plain.capacity, 3, 1, 32, dtype=torch.bfloat16))
         return ops.attention(qkv, sequences, dropout=dropout(plain.capacity), implementation=KERNELS)
 

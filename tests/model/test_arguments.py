@@ -62,7 +62,10 @@ def test_initialisation_is_the_papers(case):
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, r"position_ids must begin with shape \[2, 5\], got \[2, 3\]"),
         ({"input_ids": torch.ones(1, 17).long()}, "17 tokens in a row are more than the 16 positions"),
         ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5])}, r"must have shape \[1, tokens\], got \[2, 5\]"),
-        ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6])}, "hold 6 tokens, more than the 5 slots"),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6])},
+            "more tokens than the 5 slots",
+        ),
         ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([1, 5])}, "must start at 0, got 1"),
         (
             {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 5]), "attention_mask": torch.zeros(1, 5)},

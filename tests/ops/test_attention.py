@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from helpers import compare_with_torch, dropout_over, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
-from bertfast import ops
+from bertfast import ops, reference
+from bertfast import sequences as sequences_module
 from bertfast.dropout import attention_keep
+from bertfast.ops import attention_fallback
 from bertfast.sequences import Sequences
 
 LENGTHS = [5, 0, 1, 19, 7]  # an empty sequence, a single token, more than one tile of 16
@@ -167,3 +170,114 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="fewer than 256 heads, got 256"):
         ops.attention(many, sequences, dropout=dropout_over(sequences))
     assert ops.attention(many, sequences).shape == (5, 256, 1)
+
+
+# The definition, and what stands in for it where no kernel is.
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """As on a GPU, where the host reads no values: the fallback runs the definition on a few sequences at a time."""
+    monkeypatch.setattr(sequences_module, "is_readable", lambda x: False)
+    monkeypatch.setattr(attention_fallback, "_SCORES", 2 * 19**2 * 2)  # two sequences of LENGTHS
+
+
+@pytest.mark.parametrize("p", [0, 0.4])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_definition_is_what_torch_computes(options, p):
+    qkv, sequences = packed(tokens=40)
+    dropout = dropout_over(sequences, p) if p else None
+    weights = normal(40, 2, 4, seed=1).detach()
+    results = []
+    for function in (
+        lambda: ops.attention(qkv, sequences, implementation="reference", dropout=dropout, **options),
+        lambda: one_at_a_time(qkv, sequences, dropout=dropout, **options),
+    ):
+        output = function()
+        results.append((output, *torch.autograd.grad(output, qkv, weights)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_definition_has_a_second_derivative(options):
+    qkv, sequences = packed([3, 0, 1], tokens=6, heads=1, dimension=2)
+    dropout = dropout_over(sequences, 0.4)
+
+    def definition(qkv):
+        return ops.attention(qkv, sequences, implementation="reference", dropout=dropout, **options)
+
+    assert torch.autograd.gradgradcheck(definition, [qkv])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_on_a_device_the_fallback_is_as_accurate_as_torch(options, dtype, on_a_device):
+    qkv, sequences = packed(tokens=40, dimension=20)
+    assert len(sequences) > attention_fallback._SCORES // (2 * 19**2), "in several chunks"
+    compare_with_torch(
+        lambda qkv: attention_fallback.attention(
+            qkv, sequences, options.get("scale", 20**-0.5), options.get("causal", False), options.get("window"), None
+        ),
+        lambda qkv: one_at_a_time(qkv, sequences, **options),
+        [qkv],
+        dtype,
+    )
+
+
+def test_on_a_device_the_fallback_draws_the_same_dropout(monkeypatch):
+    qkv, sequences = packed(tokens=40)
+    arguments = (qkv, sequences, 0.5, False, None, dropout_over(sequences, 0.4))
+    by_length = attention_fallback.attention(*arguments)
+    monkeypatch.setattr(sequences_module, "is_readable", lambda x: False)
+    monkeypatch.setattr(attention_fallback, "_SCORES", 1)
+    torch.testing.assert_close(attention_fallback.attention(*arguments), by_length)
+
+
+@pytest.mark.parametrize("spoilt", [slice(0, 5), slice(32, 40)], ids=["another sequence", "padding slots"])
+def test_nan_does_not_leak_between_sequences_in_the_definition(spoilt):
+    qkv, sequences = packed(tokens=40)
+    other = qkv.detach().clone()
+    other[spoilt] = math.nan
+    other.requires_grad_()
+    weights = torch.ones(40, 2, 4, dtype=qkv.dtype)
+    weights[spoilt] = math.nan
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[spoilt] = False
+    outputs = [ops.attention(x, sequences, implementation="reference") for x in (qkv, other)]
+    assert torch.equal(outputs[0][kept], outputs[1][kept])
+    gradients = [torch.autograd.grad(o, x, weights)[0] for o, x in zip(outputs, (qkv, other), strict=True)]
+    assert torch.equal(gradients[0][kept], gradients[1][kept])
+    assert gradients[0][kept].isfinite().all()
+
+
+def test_the_definition_takes_fake_tensors():
+    with FakeTensorMode():
+        cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+        sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=7, max_seqlen_bound=4)
+        qkv = torch.randn(7, 3, 2, 5, requires_grad=True)
+        output = ops.attention(qkv, sequences, dropout=dropout_over(sequences))
+        output.sum().backward()
+        assert (output.shape, qkv.grad.shape) == ((7, 2, 5), (7, 3, 2, 5))
+
+
+@pytest.mark.parametrize("p", [0, 0.4])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_query_only_token_attends_without_being_attended_to(window, p):
+    qkv, sequences = packed(tokens=40)
+    dropout = dropout_over(sequences, p) if p else None
+    query = normal(len(LENGTHS), 2, 4)
+    ours = reference.query_only_attention(query, qkv, sequences, 0.5, False, window, dropout)
+    for row, part in enumerate(qkv[:32].split(LENGTHS)):
+        key, value = part[:, 1:].permute(1, 2, 0, 3)
+        scores = (query[row][:, None] @ key.mT * 0.5).masked_fill(torch.arange(len(part)) > (window or 99), -math.inf)
+        probabilities = scores.softmax(-1)
+        if dropout is not None:
+            last = range(len(part), len(part) + 1)
+            probabilities = probabilities * attention_keep(dropout, row, 2, len(part), last) * dropout.scale
+        torch.testing.assert_close(ours[row], (probabilities @ value)[:, 0])
+    assert torch.equal(ours[1], torch.zeros_like(ours[1])), "an empty sequence gives zero"
+    causal = reference.query_only_attention(query, qkv, sequences, 0.5, True, window, dropout)
+    assert torch.equal(causal, torch.zeros_like(causal))
+    gradients = torch.autograd.grad(ours.sum(), (query, qkv))
+    assert all(x.isfinite().all() for x in gradients)
