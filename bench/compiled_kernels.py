@@ -120,8 +120,19 @@ def add_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 residual, x, residual, vector, vector, statistics, statistics, *dropout
             )
 
+        # What a layer runs under autocast: the output with its copy, and the gradients of both.
+        def launch_pair(x=x, residual=residual, vector=vector, statistics=statistics, dropout=dropout) -> None:
+            copy = None if x.dtype == residual.dtype else x.dtype  # without a stream in fp32 it is the output itself
+            torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout, copy)
+            torch.ops.bertfast.triton_add_layer_norm_backward(
+                residual, x, residual, vector, vector, statistics, statistics, *dropout, x
+            )
+
         dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
-        yield f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}", launch
+        case = f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}"
+        yield case, launch
+        if x_dtype == BRAIN:
+            yield f"{case}, with a copy", launch_pair
 
 
 def bias_gelu_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -161,7 +172,7 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         dropout = _hidden_dropout(64) if dropped else (None, None, None, 0, 0)
 
         def launch(table=table, vector=vector, ids=ids, statistics=statistics, dropout=dropout) -> None:
-            inputs = (table, table, table, ids, ids, ids, vector)
+            inputs = (table, table, table[:2], ids, ids, ids, vector)
             torch.ops.bertfast.triton_embed_forward(*inputs, vector, 1e-12, *dropout)
             torch.ops.bertfast.triton_embed_backward(table, *inputs, statistics, statistics, 0, *dropout)
 

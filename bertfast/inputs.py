@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.dropout import TokenIdentity
-from bertfast.sequences import Sequences, bucket, require
+from bertfast.sequences import Sequences, bucket, is_readable, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def unpad(
     needs_query_only = None
     if cu_seq_lens_q is not None:
         bound = max_length_q if isinstance(max_length_q, int) else None
-        if bound is None and cu_seq_lens_q.device.type != "cpu":
+        if bound is None and not is_readable(cu_seq_lens_q):
             bound = given.shape[1] if position_ids is not None else min(given.shape[1], positions)
         layout, sequences = _from_cu_seqlens(given, attention_mask, cu_seq_lens_q, bound)
         columns, longest = sequences.position, sequences.max_seqlen_bound

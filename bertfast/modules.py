@@ -80,8 +80,16 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = DenseLayerNorm(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
-        return encoder.layer(self.parts(), hidden, packed, index, rows)
+    def forward(
+        self,
+        hidden: Tensor,
+        packed: Packed,
+        index: int,
+        rows: Tensor | None = None,
+        copy: Tensor | None = None,
+        return_copy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return encoder.layer(self.parts(), hidden, packed, index, rows, copy, return_copy)
 
     def parts(self) -> encoder.LayerParts:
         """Return the layer's modules and options."""

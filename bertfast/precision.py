@@ -14,6 +14,7 @@ from bertfast.products import linear
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ResidualPrecision = Literal["fp32", "bf16"]
 
 
 def choose_device(name: str | None = None) -> torch.device:

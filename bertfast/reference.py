@@ -153,11 +153,13 @@ def add_layer_norm(
     beta: Tensor,
     eps: float,
     dropout: Dropout | None,
-) -> Tensor:
-    """LN(residual + dropout(x + bias)) -> [T, H] in the residual's dtype."""
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return LN(residual + dropout(x + bias)), [T, H] in the residual's dtype; with `compute_dtype` also in that."""
     x = _accumulating(x)
     x = drop_hidden(x if bias is None else x + bias, dropout)
-    return layer_norm(x + residual, gamma, beta, eps).to(residual.dtype)
+    y = layer_norm(x + residual, gamma, beta, eps)
+    return y.to(residual.dtype) if compute_dtype is None else (y.to(residual.dtype), y.to(compute_dtype))
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -176,12 +178,13 @@ def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: f
 
 
 def linear_cross_entropy_forward(
-    hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
     """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 [], *gradients).
 
-    The gradients are those of the loss for (hidden [T, H], weight [V, H], bias [V]), None where not `wanted`: with a
-    chunk's logits at hand they cost two products, later also the first one again.
+    Without `rows` all rows of hidden are read in order. A label outside of the vocabulary makes the loss NaN. The
+    gradients are those of the loss for (hidden [T, H], weight [V, H], bias [V]), None where not `wanted`: with a
+    chunk's logits at hand they cost two GEMMs, later also the first one again.
     """
     loss = _accumulating(hidden.new_zeros(()))
     correct = labels.new_zeros(())
@@ -189,14 +192,17 @@ def linear_cross_entropy_forward(
         torch.zeros_like(x, dtype=loss.dtype) if want else None
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
+    if rows is None:
+        rows = torch.arange(len(labels), device=labels.device)
     chunk = max(_LOGITS // weight.shape[0], 1)
     for some, label in zip(rows.split(chunk), labels.split(chunk), strict=True):
         counted = label >= 0
         x = hidden[some].masked_fill(~counted[:, None], 0)  # an unused place may hold anything, NaN too
         logits = _accumulating(F.linear(x, weight, bias))
-        target = label.clamp(min=0).long()[:, None]
+        target = label.clamp(0, len(weight) - 1).long()[:, None]
         logsumexp = logits.logsumexp(1, keepdim=True)
-        loss += ((logsumexp - logits.gather(1, target)).squeeze(1) * counted).sum()
+        losses = (logsumexp - logits.gather(1, target)).squeeze(1) * counted
+        loss += losses.masked_fill(label >= len(weight), math.nan).sum()
         correct += ((logits.argmax(1) == label) & counted).sum()
         if not any(wanted):
             continue

@@ -11,29 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Value = TypeVar("Value")
 
-class cached_property:  # noqa: N801  named as the one of functools
-    """As `functools.cached_property`, whose lock torch.compile does not trace before Python 3.12.
 
-    While a compiler traces nothing is kept: it finds what is computed twice.
-    """
+class _CachedProperty(Generic[Value]):
+    """Compute a property once: `functools.cached_property` takes a lock, which `torch.compile` cannot trace."""
 
-    def __init__(self, function: Callable[[Any], Any]):
-        self.function, self.__doc__ = function, function.__doc__
+    def __init__(self, compute: Callable[[Sequences], Value]):
+        self.compute, self.__doc__ = compute, compute.__doc__
 
-    def __get__(self, instance, owner=None):
-        if instance is None:
+    def __get__(self, sequences: Sequences | None, owner: type | None = None) -> Value:
+        if sequences is None:
             return self
-        value = self.function(instance)
-        if not torch.compiler.is_compiling():
-            vars(instance)[self.function.__name__] = value
-        return value
+        if torch.compiler.is_compiling():
+            return self.compute(sequences)
+        # Found here, it is not looked for in the class again.
+        return sequences.__dict__.setdefault(self.compute.__name__, self.compute(sequences))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +139,7 @@ class Sequences:
         """Whether `lengths` can be read without waiting for a device."""
         return is_readable(self.cu_seqlens)
 
-    @cached_property
+    @_CachedProperty
     def lengths(self) -> tuple[int, ...]:
         """The S lengths on the host. Copies `cu_seqlens` from a GPU and waits for it."""
         return tuple(self.cu_seqlens.diff().tolist())
@@ -155,22 +154,22 @@ class Sequences:
         """Number of slots that belong to a sequence; read on the host, see `lengths`."""
         return sum(self.lengths)
 
-    @cached_property
+    @_CachedProperty
     def is_token(self) -> Tensor:
         """bool [T]: whether a slot belongs to a sequence."""
         return self._slots < self.cu_seqlens[-1]
 
-    @cached_property
+    @_CachedProperty
     def sequence_index(self) -> Tensor:
         """int64 [T]: index of the sequence that each slot belongs to; padding slots name the last one."""
         return torch.searchsorted(self.cu_seqlens[1:], self._slots, right=True).clamp(max=max(len(self) - 1, 0))
 
-    @cached_property
+    @_CachedProperty
     def position(self) -> Tensor:
         """int64 [T]: each slot's position in its sequence; 0 at padding slots."""
         return torch.where(self.is_token, self._slots - self.cu_seqlens[self.sequence_index], 0).long()
 
-    @cached_property
+    @_CachedProperty
     def first(self) -> Tensor:
         """int64 [S]: the slot of each sequence's first token; an empty one names some other slot.
 
@@ -180,12 +179,12 @@ class Sequences:
         other = torch.arange(len(self), device=start.device) % max(self.capacity, 1)
         return torch.where(self.cu_seqlens.diff() > 0, start, other)
 
-    @cached_property
+    @_CachedProperty
     def last(self) -> Tensor:
         """int64 [S]: the slot of each sequence's last token; an empty one names some other slot."""
         return (self.cu_seqlens[1:] - 1).long().clamp(min=0)
 
-    @cached_property
+    @_CachedProperty
     def token_sequence_ids(self) -> Tensor:
         """int64 [T]: id of the sequence that each slot belongs to."""
         return self.sequence_ids[self.sequence_index] if len(self) else torch.zeros_like(self.position)

@@ -12,12 +12,14 @@ struct AddLayerNormForward {
   float eps;
   HiddenDropout dropout;
   Rows y;              // [T, H], of residual's type
+  Rows copy;           // [T, H], y rounded to 16 bits, bf16 on a CPU; no data where none is asked for
   float *mean, *rstd;  // [T], of z
 };
 
 struct AddLayerNormBackward {
   int64_t tokens, hidden;
-  Rows d_y, x, residual;     // [T, H]; d_y is of residual's type
+  Rows d_y, d_copy;          // [T, H], of y's and the copy's types; one of them may have no data
+  Rows x, residual;          // [T, H]
   Vector bias, gamma;        // [H]
   const float *mean, *rstd;  // [T]
   HiddenDropout dropout;

@@ -192,34 +192,54 @@ static constexpr auto layer_norm_parts = bertfast::cuda::layer_norm_parts, bias_
 static constexpr int (*layer_norm_parts)(int64_t, int64_t) = nullptr, (*bias_gelu_parts)(int64_t, int64_t) = nullptr;
 #endif
 
+// The dtype of a copy that a kernel writes, or reads the gradient of.
 template <class Device>
-static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(
+static void check_copy(ScalarType dtype) {
+  const bool half = Device::on_gpu && dtype == ScalarType::Half;
+  STD_TORCH_CHECK(half || dtype == ScalarType::BFloat16, "add_layer_norm writes its copy in bfloat16",
+                  Device::on_gpu ? " or float16" : "");
+}
+
+template <class Device>
+static std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
     Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor beta, double eps, OptionalTensor seed,
-    OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+    OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold,
+    std::optional<ScalarType> copy_dtype) {
+  if (copy_dtype) check_copy<Device>(*copy_dtype);
   x = in_rows(x), residual = in_rows(residual);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   Tensor y = torch::stable::new_empty(residual, {tokens, hidden});
+  Tensor copy = copy_dtype ? torch::stable::new_empty(residual, {tokens, hidden}, *copy_dtype)
+                           : torch::stable::new_empty(residual, {0, 0});
   Tensor mean = new_floats(x, {tokens}), rstd = new_floats(x, {tokens});
   RUN(add_layer_norm_forward, x,
       AddLayerNormForward{tokens, hidden, rows(x), rows(residual), Dense(bias), Dense(gamma), Dense(beta), (float)eps,
-                          Mask(seed, number, position, word, threshold), rows(y), floats(mean), floats(rstd)});
-  return {y, mean, rstd};
+                          Mask(seed, number, position, word, threshold), rows(y), copy_dtype ? rows(copy) : Rows{},
+                          floats(mean), floats(rstd)});
+  return {y, mean, rstd, copy};
 }
 
 template <class Device>
 static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
     Tensor d_y, Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor mean, Tensor rstd,
-    OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold) {
+    OptionalTensor seed, OptionalTensor number, OptionalTensor position, int64_t word, int64_t threshold,
+    OptionalTensor d_copy) {
   d_y = in_rows(d_y), x = in_rows(x), residual = in_rows(residual);
+  // A gradient of another type than y's is that of the copy, which comes alone.
+  const bool copy_alone = !d_copy && d_y.scalar_type() != residual.scalar_type();
+  if (d_copy) d_copy = in_rows(*d_copy);
+  if (copy_alone) d_copy = d_y;
+  if (d_copy) check_copy<Device>(d_copy->scalar_type());
   const int64_t tokens = x.size(0), hidden = x.size(1);
   const bool shared = !seed && x.scalar_type() == residual.scalar_type();
   Tensor d_x = shared ? torch::stable::new_empty(x, {0, 0}) : torch::stable::new_empty(x, {tokens, hidden});
   Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden});
   const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
   RUN(add_layer_norm_backward, x,
-      AddLayerNormBackward{tokens, hidden, rows(d_y), rows(x), rows(residual), Dense(bias), Dense(gamma), floats(mean),
-                           floats(rstd), Mask(seed, number, position, word, threshold), shared ? Rows{} : rows(d_x),
-                           rows(d_residual), sums, sums.parts()});
+      AddLayerNormBackward{tokens, hidden, copy_alone ? Rows{} : rows(d_y), d_copy ? rows(*d_copy) : Rows{}, rows(x),
+                           rows(residual), Dense(bias), Dense(gamma), floats(mean), floats(rstd),
+                           Mask(seed, number, position, word, threshold), shared ? Rows{} : rows(d_x), rows(d_residual),
+                           sums, sums.parts()});
   return {d_x, d_residual, sums.total()};
 }
 
@@ -270,10 +290,11 @@ static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x,
   return {d_x, sums.total()};
 }
 
+// The public operators say this too, before; here it keeps a compiled graph from reading outside of the table.
 static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, "embed: ", name, " holds ", indices[i],
-                    ", its table has ", rows, " rows");
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, name, "[", i, "] is ", indices[i], ", but its table has ",
+                    rows, " rows: it must be in 0 … ", rows - 1);
 }
 
 static std::tuple<Tensor, Tensor, Tensor> embed_forward(
@@ -283,9 +304,9 @@ static std::tuple<Tensor, Tensor, Tensor> embed_forward(
   word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
   const Indices words(token_ids), positions(position_ids), types(token_type_ids);
-  if (token_ids) check_within("token_ids", words, tokens, word.size(0));
-  check_within("position_ids", positions, tokens, position.size(0));
-  check_within("token_type_ids", types, tokens, token_type.size(0));
+  if (token_ids) check_within("embed: token_ids", words, tokens, word.size(0));
+  check_within("embed: position_ids", positions, tokens, position.size(0));
+  check_within("embed: token_type_ids", types, tokens, token_type.size(0));
   Tensor y = torch::stable::new_empty(word, {tokens, hidden});
   Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
   bertfast::embed_forward(
@@ -320,6 +341,20 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   if (padding_index && left_out < 0) left_out += word.size(0);
   Tensor d_word = token_ids ? sum_by_index(d_z, words, word, left_out) : torch::stable::to(d_z, word.scalar_type());
   return {d_word, sum_by_index(d_z, positions, position), sum_by_index(d_z, types, token_type), sums};
+}
+
+// The gradient [tokens, H] of x for each d_y [R, H] of y = x[index].
+static std::vector<Tensor> gather_backward(Tensor index, std::vector<Tensor> d_ys, int64_t tokens) {
+  const Indices named(index);
+  check_within("gather: rows", named, index.size(0), tokens);
+  std::vector<Tensor> sums;
+  for (const Tensor& d_y : d_ys) {
+    const Tensor values = in_rows(d_y);
+    sums.push_back(torch::stable::new_empty(values, {tokens, values.size(1)}));
+    bertfast::sum_by_index(
+        {values.size(0), tokens, values.size(1), rows(values), named, -1, rows(sums.back())});
+  }
+  return sums;
 }
 
 // Without gaps, and on a GPU from a multiple of 16 bytes on, where TMA and accesses of 16 bytes find it.
@@ -430,10 +465,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
     const auto define = [&](const char* schema) { library.def((device + schema).c_str()); };
     define(
         "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
-        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) -> (Tensor, Tensor, Tensor)");
+        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, ScalarType? copy_dtype=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
     define(
         "add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
-        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold) "
+        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, Tensor? d_copy=None) "
         "-> (Tensor, Tensor, Tensor)");
     define(
         "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, SymInt longest, float scale, bool causal, "
@@ -462,6 +498,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
       "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("cpu_gather_backward(Tensor rows, Tensor[] d_ys, int tokens) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -493,6 +530,7 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   bertfast::operations::implement<bertfast::Cpu>(library, "cpu_");
   library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
   library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
+  library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
 }
 
 #if defined(BERTFAST_CUDA)

@@ -13,6 +13,7 @@ from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
+    STAGES,
     add,
     cut,
     in_rows,
@@ -40,6 +41,7 @@ def add_layer_norm_forward_kernel(
     number_ptr,  # int [T], the tokens' sequences
     position_ptr,  # int [T]
     y_ptr,  # [T, H]
+    copy_ptr,  # [T, H], y in the dtype that the next GEMM reads; None: no copy
     mean_ptr,  # fp32 [T]
     rstd_ptr,  # fp32 [T]
     tokens,
@@ -63,7 +65,10 @@ def add_layer_norm_forward_kernel(
     z = add(residual, x)
     mean, rstd = layer_norm_statistics(z, eps, H, CHUNK)
     gamma, beta = load_vector(gamma_ptr, H, CHUNK, ROWS), load_vector(beta_ptr, H, CHUNK, ROWS)
-    store_rows(y_ptr, row * H, rows, layer_norm_apply(z, mean, rstd, gamma, beta), H, CHUNK)
+    y = layer_norm_apply(z, mean, rstd, gamma, beta)
+    store_rows(y_ptr, row * H, rows, y, H, CHUNK)
+    if copy_ptr is not None:
+        store_rows(copy_ptr, row * H, rows, y, H, CHUNK)
     tl.store(mean_ptr + row, mean, mask=rows)
     tl.store(rstd_ptr + row, rstd, mask=rows)
 
@@ -71,6 +76,7 @@ def add_layer_norm_forward_kernel(
 @triton.jit
 def add_layer_norm_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
+    d_copy_ptr,  # [T, H], rows d_copy_stride apart: the copy's gradient, added to d_y; None: nothing to add
     x_ptr,  # as in the forward kernel
     residual_ptr,
     bias_ptr,
@@ -85,6 +91,7 @@ def add_layer_norm_backward_kernel(
     sums_ptr,  # fp32 [programs, 3, H]: each program's share of d_gamma, d_beta and d_bias
     tokens,
     d_y_stride,
+    d_copy_stride,
     x_stride,
     residual_stride,
     word,
@@ -95,10 +102,12 @@ def add_layer_norm_backward_kernel(
 ):
     gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < tokens
         d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)
+        if d_copy_ptr is not None:
+            d_y = add(d_y, load_rows(d_copy_ptr, row * d_copy_stride, rows, H, CHUNK))
         x = load_rows(x_ptr, row * x_stride, rows, H, CHUNK)
         residual = load_rows(residual_ptr, row * residual_stride, rows, H, CHUNK)
         mean, rstd = tl.load(mean_ptr + row, mask=rows, other=0.0), tl.load(rstd_ptr + row, mask=rows, other=0.0)
@@ -135,17 +144,23 @@ def add_layer_norm_forward(
     position: Tensor | None,
     word: int,
     threshold: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [T, H] in residual's dtype, mean and 1 / deviation of z, fp32 [T]); without `seed` nothing is dropped."""
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y [T, H] in residual's dtype, mean and 1 / deviation of z, fp32 [T], and y in `copy_dtype`.
+
+    Without `copy_dtype` the copy comes empty; without `seed` nothing is dropped.
+    """
     x, residual = in_rows(x), in_rows(residual)
-    y, mean, rstd = results.add_layer_norm_forward(x, residual)
+    y, mean, rstd, copy = results.add_layer_norm_forward(
+        x, residual, bias, gamma, beta, eps, seed, number, position, word, threshold, copy_dtype
+    )
     tokens, hidden = x.shape
     constants = cut(hidden, x, residual)
     add_layer_norm_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
-        x, residual, bias, gamma, beta, seed, number, position, y, mean, rstd,
+        x, residual, bias, gamma, beta, seed, number, position, y, None if copy_dtype is None else copy, mean, rstd,
         tokens, x.stride(0), residual.stride(0), eps, word, threshold, **constants,
     )  # fmt: skip
-    return y, mean, rstd
+    return y, mean, rstd, copy
 
 
 @operation
@@ -162,8 +177,14 @@ def add_layer_norm_backward(
     position: Tensor | None,
     word: int,
     threshold: int,
+    d_copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_x, d_residual, fp32 [3, H] of d_gamma, d_beta and d_bias); d_x comes empty where it is d_residual itself."""
+    """Return d_x, d_residual and fp32 [3, H] of d_gamma, d_beta and d_bias; d_x comes empty where it is d_residual.
+
+    `d_copy` [T, H] is added to `d_y` in registers. Where the copy alone has a gradient, that is `d_y`.
+    """
+    d_copy = None if d_copy is None else in_rows(d_copy)
+    d_copy_stride = 0 if d_copy is None else d_copy.stride(0)
     d_y, x, residual = in_rows(d_y), in_rows(x), in_rows(residual)
     d_x, d_residual, _ = results.add_layer_norm_backward(d_y, x, residual, bias, gamma, mean, rstd, seed)
     tokens, hidden = x.shape
@@ -171,8 +192,8 @@ def add_layer_norm_backward(
     programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     add_layer_norm_backward_kernel[(programs,)](
-        d_y, x, residual, bias, gamma, mean, rstd, seed, number, position,
+        d_y, d_copy, x, residual, bias, gamma, mean, rstd, seed, number, position,
         d_x if d_x.numel() else None, d_residual, sums,
-        tokens, d_y.stride(0), x.stride(0), residual.stride(0), word, threshold, **constants,
+        tokens, d_y.stride(0), d_copy_stride, x.stride(0), residual.stride(0), word, threshold, **constants,
     )  # fmt: skip
     return d_x, d_residual, sums.sum(0)

@@ -1,7 +1,8 @@
 """y = dropout(LN(z)), z = word[token] + token_type[type] + position[position], and its gradients.
 
-One kernel forward. Backward, one makes the gradient of z, having gathered z again, and `kernels/sum_by_index.py` sums
-it into the three tables. T tokens, H hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
+One kernel forward. Backward, one recomputes z and writes its gradient; where there are at most two types, it sums that
+of each type in registers as it sums those of gamma and beta. `kernels/sum_by_index.py` sums the gradient of z into the
+other tables, with one sort for all of them. T tokens, H hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
 """
 
 import torch
@@ -27,7 +28,9 @@ from bertfast.kernels.rows import (
     summing_programs,
     zeros,
 )
-from bertfast.kernels.sum_by_index import sum_by_index
+from bertfast.kernels.sum_by_index import group_by_index, sum_groups
+
+_TYPES_IN_REGISTERS = 2  # of more token types, the sums would spill
 
 
 @triton.jit
@@ -89,7 +92,7 @@ def embed_backward_kernel(
     number_ptr,
     place_ptr,
     d_z_ptr,  # [T, H]
-    sums_ptr,  # fp32 [programs, 2, H]: each program's share of d_gamma and d_beta
+    sums_ptr,  # fp32 [programs, 2 + TYPES, H]: each program's share of d_gamma, d_beta and the types' gradients
     tokens,
     d_y_stride,
     word_stride,
@@ -97,12 +100,16 @@ def embed_backward_kernel(
     token_type_stride,
     dropout_word,
     threshold,
+    TYPES: tl.constexpr,  # token types whose gradients are summed here; 0: none are
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
+    type_sums = ()  # the chunks of type 0, then those of type 1
+    for _ in tl.static_range(TYPES):
+        type_sums = type_sums + zeros(H, CHUNK, ROWS)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < tokens
@@ -118,9 +125,34 @@ def embed_backward_kernel(
         d_z, d_gamma = layer_norm_differentiate(d_y, z, mean, rstd, gamma, H)
         store_rows(d_z_ptr, row * H, rows, d_z, H, CHUNK)
         gamma_sums, beta_sums = add(gamma_sums, d_gamma), add(beta_sums, d_y)
-    sums_ptr += tl.program_id(0).to(tl.int64) * 2 * H
+        if TYPES > 0:
+            token_type = tl.load(token_type_ids_ptr + row, mask=rows, other=-1)
+            type_sums = _add_to_types(type_sums, d_z, token_type, TYPES)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (2 + TYPES) * H
     store_sums(sums_ptr, gamma_sums, H, CHUNK)
     store_sums(sums_ptr + H, beta_sums, H, CHUNK)
+    for i in tl.static_range(TYPES):
+        store_sums(sums_ptr + (2 + i) * H, _chunks_of_type(type_sums, i, TYPES), H, CHUNK)
+
+
+@triton.jit
+def _add_to_types(type_sums, d_z, token_type, TYPES: tl.constexpr):
+    """Add each row of `d_z`, chunks [ROWS, CHUNK], to the sums of its `token_type` [ROWS, 1]."""
+    result = ()
+    for i in tl.static_range(TYPES):
+        own = _chunks_of_type(type_sums, i, TYPES)
+        for c in tl.static_range(len(own)):
+            result = result + (own[c] + tl.where(token_type == i, d_z[c], 0.0),)
+    return result
+
+
+@triton.jit
+def _chunks_of_type(type_sums, i: tl.constexpr, TYPES: tl.constexpr):
+    count: tl.constexpr = len(type_sums) // TYPES
+    chunks = ()
+    for c in tl.static_range(count):
+        chunks = chunks + (type_sums[i * count + c],)
+    return chunks
 
 
 @triton.jit
@@ -211,17 +243,21 @@ def embed_backward(
     # As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
     widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
     d_z = d_y.new_empty(d_y.shape, dtype=widest)
-    sums = d_y.new_empty((programs, 2, hidden), dtype=torch.float32)
+    types = len(token_type) if len(token_type) <= _TYPES_IN_REGISTERS else 0
+    sums = d_y.new_empty((programs, 2 + types, hidden), dtype=torch.float32)
     embed_backward_kernel[(programs,)](
         d_y, *tables, token_ids, token_type_ids, position_ids, gamma, mean, rstd, seed, number, place, d_z, sums,
-        tokens, d_y.stride(0), *(table.stride(0) for table in tables), dropout_word, threshold, **constants,
+        tokens, d_y.stride(0), *(table.stride(0) for table in tables), dropout_word, threshold,
+        TYPES=types, **constants,
     )  # fmt: skip
-    d_position = sum_by_index(d_z, position_ids, len(position), position.dtype)
-    d_token_type = sum_by_index(d_z, token_type_ids, len(token_type), token_type.dtype)
-    if token_ids is None:
-        d_word = d_z.to(word.dtype)
-    else:
-        d_word = sum_by_index(d_z, token_ids, len(word), word.dtype)
-        if padding_index is not None:
-            d_word[padding_index] = 0
-    return d_word, d_position, d_token_type, sums.sum(0)
+    indexed = [] if token_ids is None else [(word, token_ids)]
+    indexed += [(position, position_ids)] + ([] if types else [(token_type, token_type_ids)])
+    groups = group_by_index([index for _, index in indexed], [len(table) for table, _ in indexed])
+    # A negative padding index counts from the end, as in `torch.nn.Embedding`.
+    zero_row = -1 if token_ids is None or padding_index is None else padding_index % len(word)
+    sizes = [(len(table), table.dtype) for table, _ in indexed]
+    gradients = iter(sum_groups(d_z, groups, sizes, zero_row))
+    d_word = d_z.to(word.dtype) if token_ids is None else next(gradients)
+    d_position = next(gradients)
+    d_token_type = sums[:, 2:].sum(0).to(token_type.dtype) if types else next(gradients)
+    return d_word, d_position, d_token_type, sums[:, :2].sum(0)

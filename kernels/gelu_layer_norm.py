@@ -13,6 +13,7 @@ from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
+    STAGES,
     add,
     cut,
     in_rows,
@@ -75,7 +76,7 @@ def gelu_layer_norm_backward_kernel(
 ):
     bias, gamma = load_vector(bias_ptr, H, CHUNK, ROWS), load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
-    for tile in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < count
         d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)

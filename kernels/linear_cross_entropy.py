@@ -1,7 +1,7 @@
 """Cross entropy of the rows of hidden W^T + bias that have a label, its gradients beside it, in chunks of logits.
 
-Between the library's products one kernel reads a chunk's logits for the loss and one turns them into their gradient.
-The chunk is of a size that stays in the second-level cache.
+Between the library's GEMMs one kernel reads a chunk's logits for the loss and one turns them into their gradient. A
+chunk's logits take at most 256 MiB, or 1,024 rows where these are more: all logits never exist at a time.
 
 R rows, C columns of logits: the vocabulary's, and then some where the bias is -inf and the logits 0, so that no pass
 need know where the vocabulary ends; see logits_in_chunks.py.
@@ -16,12 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels.logits_in_chunks import linear_cross_entropy, multiply_in_chunks, padded_columns
+from bertfast.kernels.logits_in_chunks import (
+    equal_chunk,
+    linear_cross_entropy,
+    most_rows_on_gpu,
+    multiply_in_chunks,
+    padded_columns,
+)
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import summing_programs
 from bertfast.kernels.sum_by_index import sum_by_index
 
-_CACHED = 40 << 20  # bytes of a chunk of logits, of the 50 MB of second-level cache of an H100
 _ROWS, _BLOCK = 32, 64  # rows and columns of a tile; C is a multiple of these columns, so they need no mask
 _NOWHERE = tl.constexpr(1 << 30)  # a column behind all others
 _LANES = 512  # of a row: four of 16 bytes for each thread of four warps
@@ -37,15 +42,16 @@ def cross_entropy_kernel(
     losses_ptr,  # fp32 [R], written
     correct_ptr,  # bool [R], written: whether the label's is the first of the largest logits
     columns,  # C
+    vocab_size,  # V
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * columns
     label = tl.minimum(tl.maximum(tl.load(labels_ptr + row), -1), columns).to(tl.int32)
-    there = label < columns  # a label outside of the vocabulary makes the loss no number
-    target = tl.load(logits_ptr + tl.maximum(label, 0), mask=there, other=float("nan")).to(tl.float32)
-    target += tl.load(bias_ptr + tl.maximum(label, 0), mask=there, other=0.0)
+    known = label < vocab_size  # a label outside of the vocabulary makes the loss NaN
+    target = tl.load(logits_ptr + tl.maximum(label, 0), mask=known, other=float("nan")).to(tl.float32)
+    target += tl.load(bias_ptr + tl.maximum(label, 0), mask=known, other=0.0)
     # Each lane has its own maximum and sum, and the lanes meet once. They start from a logit: -inf - -inf is no number.
     lane = tl.arange(0, LANES) * WIDTH
     within = tl.arange(0, WIDTH)
@@ -119,7 +125,7 @@ def cross_entropy_gradient_kernel(
 @operation
 def linear_cross_entropy_forward(
     hidden: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
@@ -134,7 +140,7 @@ def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: 
     """(losses fp32 [R], correct bool [R], d_x in x's memory, d_weight, d_bias), the last two empty where not wanted."""
     rows, vocabulary = len(x), len(weight)
     columns = padded_columns(vocabulary)
-    chunk = _rows_of_chunk(columns * x.element_size())
+    chunk = equal_chunk(rows, most_rows_on_gpu(columns * x.element_size()))
     padded_bias = F.pad(bias.float(), (0, columns - vocabulary), value=-math.inf)
     losses, correct = x.new_empty(rows, dtype=torch.float32), torch.empty_like(labels, dtype=torch.bool)
     largest, scale = torch.empty_like(losses), torch.empty_like(losses)
@@ -145,7 +151,7 @@ def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: 
     def differentiate(logits: Tensor, some: slice) -> None:
         statistics = labels[some], largest[some], scale[some]
         cross_entropy_kernel[(len(logits),)](
-            logits, padded_bias, *statistics, losses[some], correct[some], columns,
+            logits, padded_bias, *statistics, losses[some], correct[some], columns, vocabulary,
             LANES=_LANES, WIDTH=16 // x.element_size(), num_warps=4,
         )  # fmt: skip
         if any(wanted):
@@ -156,12 +162,3 @@ def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: 
     d_weight = multiply_in_chunks(x, weight, wanted, chunk, differentiate)
     d_bias = sums.sum(0)[:vocabulary] if wanted[2] else bias.new_empty(0)
     return losses, correct, x, d_weight, d_bias
-
-
-def _rows_of_chunk(row: int) -> int:
-    """Rows of logits in a chunk, of `row` bytes each: what the cache holds, in whole tiles of a product.
-
-    Below 512 the gradient of the weight, fetched once a chunk, costs more than the cache saves; then it is 1,024.
-    """
-    cached = _CACHED // row // 128 * 128
-    return cached if cached >= 512 else 1024

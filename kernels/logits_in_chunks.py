@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 64  # what C is a multiple of
+_GPU_BYTES = 256 << 20  # of a chunk of logits on a GPU, the bound on the memory that logits take there
+_GEMM_ROWS = 128  # rows of a GEMM's tile
 _ROUNDINGS = 8  # chunks whose shares of d_weight may each be rounded: the error is then twice that of one rounding
 _ON_CPU = 1024  # rows of the weight in a product: MKL gets through them 1.4 times as fast as through all at once
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
@@ -30,16 +32,22 @@ def linear_cross_entropy(
     """(loss fp32 [], correct and counted int64 [], d_hidden [T, H], d_weight [V, H], d_bias [V]), products in `dtype`.
 
     The gradients are those of the loss, each in the dtype of what it is of; where not `wanted` they come empty.
+    Without `rows`, all rows of hidden are read in order, R = T, and nothing is gathered, sorted or summed.
 
     `in_chunks` makes of x [R, H], weight, bias, labels int64 [R] and `wanted` the losses and how many are correct, for
     each row or summed, d_x, d_weight and d_bias; `sum_by_index` makes d_hidden of d_x, rows, T and its dtype.
     """
     labels = labels.long().contiguous()
     counted = labels >= 0
-    x = hidden.index_select(0, rows).masked_fill_(~counted[:, None], 0).to(dtype)  # an unused place may hold anything
+    # A row without a label may hold anything, NaN too. The copy is also what d_x overwrites.
+    x = (hidden if rows is None else hidden.index_select(0, rows)).masked_fill(~counted[:, None], 0).to(dtype)
     losses, correct, d_x, d_weight, d_bias = in_chunks(x, weight, bias, labels, wanted)
-    # Made when the memory of the logits is free again.
-    d_hidden = sum_by_index(d_x, rows, len(hidden), hidden.dtype) if wanted[0] else hidden.new_empty(0)
+    if not wanted[0]:
+        d_hidden = hidden.new_empty(0)
+    elif rows is None:
+        d_hidden = d_x.to(hidden.dtype)
+    else:
+        d_hidden = sum_by_index(d_x, rows, len(hidden), hidden.dtype)
     loss = losses.sum(dtype=torch.float32)
     return loss, correct.sum(), counted.sum(), d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
@@ -85,6 +93,24 @@ def multiply_in_chunks(
         if x_wanted:
             multiply(logits, matrix.mT, part)  # which has been read for the last time
     return d_weight
+
+
+def most_rows_on_gpu(row: int) -> int:
+    """Return the most rows of a chunk of logits on a GPU, of `row` bytes each: what fits in 256 MiB, 1,024 to 4,096.
+
+    Each chunk reads and writes all of d_weight, so few chunks are faster even where their logits do not stay in L2.
+    """
+    return min(max(_GPU_BYTES // row // _GEMM_ROWS * _GEMM_ROWS, 1024), 4096)
+
+
+def equal_chunk(rows: int, most: int, multiple: int = _GEMM_ROWS) -> int:
+    """Return the rows of a chunk if `rows` are cut into the fewest chunks of at most `most`, all of about one size.
+
+    The result is a `multiple` where `most` allows it.
+    """
+    chunks = max(-(-rows // most), 1)
+    chunk = max(-(-rows // chunks), 1)
+    return min(-(-chunk // multiple) * multiple, most)
 
 
 def padded_columns(vocabulary: int) -> int:

@@ -17,6 +17,7 @@ from bertfast.kernels.device import processors
 _CHUNKS = (2048, 1024, 512, 256, 128)
 _ONE_WARP = 1024  # the most columns that one warp takes alone
 _PROGRAMS_PER_PROCESSOR = 4  # of a kernel that sums over rows
+STAGES = tl.constexpr(3)  # of such a kernel's loop: the rows of two later tiles are on their way to shared memory
 
 
 def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -266,3 +267,17 @@ def test_ratios_are_taken_in_one_mode_of_the_machine(other, monkeypatch):
     else:
         assert harness.seconds_of(mixed) == [2.0, 2.0, 9.0]
     assert harness.median_ratio(mixed, mixed) == 1
+
+
+def test_what_a_bf16_residual_stream_costs_is_measured(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    text = "\n\n".join(f"The {n}th sentence of a text.\nAnother one follows it, {n} times." for n in range(200))
+    for split in ("train", "valid"):
+        with lzma.open(tmp_path / "corpus" / f"wikitext2-detok-{split}.txt.xz", "wt", encoding="utf-8") as file:
+            file.write(text)
+    program("end_to_end/residual_precision", str(tmp_path), "--steps=3", "--seeds=1", f"--results={tmp_path}")
+    result = json.loads((tmp_path / "residual_precision.json").read_text())
+    fp32, bf16 = (result["runs"][stream]["1"] for stream in ("fp32", "bf16"))
+    assert len(fp32["losses"]) == len(bf16["losses"]) == 3
+    assert fp32["losses"] != bf16["losses"]
+    assert result["bf16_minus_fp32"]["end"] == [pytest.approx(bf16["end"] - fp32["end"])]

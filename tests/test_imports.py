@@ -21,6 +21,7 @@ FLOORS = {
     "ops": 1,
     "config": 1,
     "data": 1,
+    "cuda_graphs": 2,
     "inputs": 2,
     "outputs": 2,
     "encoder": 2,

@@ -1,5 +1,6 @@
 """The compiled library as a whole: threads, what `torch.compile` is told, symbols, and files that are broken."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -46,6 +47,13 @@ def add_layer_norm() -> list[Tensor]:
     return both_ways(ops.add_layer_norm(*x, 1e-12, DROPOUT, implementation="cpu"), x)
 
 
+def add_layer_norm_pair() -> list[Tensor]:
+    x = leaves((TOKENS, 96), (TOKENS, 96), (96,), (96,), (96,))
+    pair = ops.add_layer_norm(*x, 1e-12, DROPOUT, compute_dtype=torch.bfloat16, implementation="cpu")
+    gradients = [normal(*y.shape, dtype=y.dtype, seed=9).detach() for y in pair]
+    return [*(y.detach() for y in pair), *torch.autograd.grad(pair, x, gradients)]
+
+
 def bias_gelu() -> list[Tensor]:
     x = leaves((TOKENS, 96), (96,))
     return both_ways(ops.bias_gelu(*x, implementation="cpu"), x)
@@ -75,6 +83,7 @@ CASES = {
     "attention_long": attention([400]),
     "attention_short": attention([30, 0, 7, 1, 25] * 8),
     "add_layer_norm": add_layer_norm,
+    "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
     "gelu_layer_norm": gelu_layer_norm,
     "embed": embed,
@@ -105,12 +114,12 @@ class Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = {}
+        self.calls = {}  # name: list of (operation, arguments)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.namespace == "bertfast":
             plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-            self.calls[function.overloadpacket.__name__] = function, plain
+            self.calls.setdefault(function.overloadpacket.__name__, []).append((function, plain))
         return function(*arguments, **(keywords or {}))
 
 
@@ -122,7 +131,7 @@ def test_every_operation_is_what_torch_compile_is_told():
     defined = {name.removeprefix("bertfast::") for name in torch._C._dispatch_get_all_op_names()}
     inner = {"cpu_cross_entropy"}  # a part of another
     assert set(mode.calls) | inner == {name for name in defined if name.startswith("cpu_")}
-    for function, arguments in mode.calls.values():
+    for function, arguments in itertools.chain(*mode.calls.values()):
         torch.library.opcheck(function, arguments)
 
 

@@ -24,8 +24,8 @@ class PaddingFreeCollator:
 
     Returns:
         Of a call: input_ids and, where the samples have them, token_type_ids and labels of tokens, all int64 [1, T];
-        labels of sequences [S] or [S, labels]; next_sentence_label int64 [S]; position_ids int64 [1, T]; cu_seq_lens_q and cu_seq_lens_k
-        int32 [S + 1]; max_length_q and max_length_k.
+        labels of sequences [S] or [S, labels]; next_sentence_label int64 [S]; position_ids int64 [1, T];
+        cu_seq_lens_q and cu_seq_lens_k int32 [S + 1]; max_length_q and max_length_k.
     """
 
     tokenizer: Any = None
@@ -48,7 +48,7 @@ class PaddingFreeCollator:
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
         longest = int(lengths.max())
         batch: dict[str, Tensor | int] = {
-            name: torch.cat([torch.as_tensor(row[name])[mask] for row, mask in zip(samples, attended, strict=True)])[None]
+            name: _joined([torch.as_tensor(sample[name]) for sample in samples], attended)
             for name in ("input_ids", "token_type_ids")
             if name in samples[0]
         }
@@ -64,5 +64,9 @@ class PaddingFreeCollator:
     def _labels(self, labels: list[Tensor], attended: list[Tensor]) -> Tensor:
         fits = all(own.dim() and len(own) == len(mask) for own, mask in zip(labels, attended, strict=True))
         if fits if self.of_tokens is None else self.of_tokens:
-            return torch.cat([own[mask] for own, mask in zip(labels, attended, strict=True)])[None]
+            return _joined(labels, attended)
         return torch.stack(labels)
+
+
+def _joined(values: list[Tensor], attended: list[Tensor]) -> Tensor:
+    return torch.cat([own[mask] for own, mask in zip(values, attended, strict=True)])[None]

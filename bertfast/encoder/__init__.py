@@ -19,7 +19,7 @@ from bertfast.encoder.heads import (
     token_classification_loss,
     token_logits,
 )
-from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, layer, project
+from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, gemm_dtype, layer, project
 from bertfast.encoder.linear import hooks, is_linear, is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, LayerParts, PackedHead, PackedModel
 
@@ -36,6 +36,7 @@ __all__ = [
     "cross_entropy_sum",
     "embed",
     "encode",
+    "gemm_dtype",
     "hooks",
     "is_linear",
     "is_plain",

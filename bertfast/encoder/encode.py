@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bertfast import ops, products, reference
-from bertfast.encoder.layer import activate
-from bertfast.encoder.linear import is_plain
+from bertfast.encoder.layer import activate, gemm_dtype
+from bertfast.encoder.linear import is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.inputs import Packed
 from bertfast.memory import keep_freed_memory
@@ -34,7 +34,12 @@ def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
 
 
 def encode(
-    model: PackedModel, packed: Packed, rows: Tensor | None = None, hidden_states: list[Tensor] | None = None
+    model: PackedModel,
+    packed: Packed,
+    rows: Tensor | None = None,
+    hidden_states: list[Tensor] | None = None,
+    *,
+    residual_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Run the embeddings and all layers on packed tokens.
 
@@ -42,23 +47,45 @@ def encode(
         model: The encoder; its embeddings and layers are called as modules, so that FSDP2 and activation
             checkpointing see them.
         packed: The batch.
-        rows: int64 [R]; if given, the last layer runs on these rows alone behind its attention.
-        hidden_states: Receives what enters the first layer and what leaves each one, [T, H] each.
+        rows: int64 [R]; if given, the last layer computes its output at these alone.
+        hidden_states: Receives what enters the first layer and what leaves each one, [T, H] of the residual stream.
+        residual_dtype: The dtype of the residual stream; None: that of the embeddings.
 
     Returns:
-        [T, H], or [R, H] with `rows`.
+        [T, H], or [R, H] with `rows`, in the dtype of the residual stream.
     """
     embeddings, layers = model.packed_modules()
     hidden = embeddings(packed)
+    if residual_dtype is not None:
+        hidden = hidden.to(residual_dtype)
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         keep_freed_memory()
+    # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
+    copies = gemm_dtype(hidden) is not None
+    takes = [copies and _takes_copy(module) for module in layers]
+    copy = None
     for index, module in enumerate(layers):
         if hidden_states is not None:
             hidden_states.append(hidden)
-        hidden = module(hidden, packed, index, rows if index == len(layers) - 1 else None)
+        last = index == len(layers) - 1
+        arguments = (hidden, packed, index, rows if last else None)
+        if not last and takes[index] and takes[index + 1]:
+            hidden, copy = module(*arguments, copy, True)
+        else:
+            hidden = module(*arguments) if copy is None else module(*arguments, copy)
+            copy = None
     if hidden_states is not None:
         hidden_states.append(hidden)
-    return hidden if rows is None or len(layers) else hidden[rows]
+    return hidden if rows is None or len(layers) else ops.gather(rows, hidden)[0]
+
+
+def _takes_copy(module: nn.Module) -> bool:
+    """Return whether a layer is called with, and for, a copy of the residual stream.
+
+    One that is watched is not, so that hooks see the stream alone, nor one whose activations are recomputed, which
+    would keep the copy besides the stream.
+    """
+    return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
 
 
 def pool(module: nn.Module, first: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class PretrainingLoss:
     pairs: Tensor
 
 
-def pretraining_loss(model: PackedHead, batch: Batch, seed: Tensor | None) -> PretrainingLoss:
+def pretraining_loss(
+    model: PackedHead, batch: Batch, seed: Tensor | None, *, residual_dtype: torch.dtype | None = None
+) -> PretrainingLoss:
     """Compute the losses of masked LM, and of next sentence where the batch has pairs.
 
     The last layer runs only on the masked tokens and [CLS], and logits are never materialised.
@@ -47,6 +49,7 @@ def pretraining_loss(model: PackedHead, batch: Batch, seed: Tensor | None) -> Pr
         model: With `cls`, and where the batch has pairs a pooler.
         batch: Of a fixed number of tokens, sequences and masked tokens.
         seed: int64 [], dropout's; None: no dropout.
+        residual_dtype: See `encode`.
     """
     sequences = batch.sequences
     identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
@@ -54,7 +57,8 @@ def pretraining_loss(model: PackedHead, batch: Batch, seed: Tensor | None) -> Pr
         batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
-    hidden = encode(model.base_model, packed, rows if labels is None else torch.cat([rows, sequences.first]))
+    read = rows if labels is None else torch.cat([rows, sequences.first])
+    hidden = encode(model.base_model, packed, read, residual_dtype=residual_dtype)
     masked_lm, masked_correct, masked = masked_lm_loss(model, hidden[: len(rows)], batch.labels)
     if labels is None:
         zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
@@ -77,9 +81,8 @@ def masked_lm_loss(model: PackedHead, hidden: Tensor, labels: Tensor) -> tuple[T
         The sum of the cross entropies (fp32 at least), how many rows predict their label, and how many have one.
     """
     decoder = model.cls.predictions.decoder
-    rows = torch.arange(len(labels), device=labels.device)
     hidden = model.cls.predictions.transform(hidden)
-    return ops.linear_cross_entropy(hidden, rows, decoder.weight, decoder.bias, labels)
+    return ops.linear_cross_entropy(hidden, None, decoder.weight, decoder.bias, labels)
 
 
 def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tens
 def multiple_choice_loss(
     model: PackedHead, packed: Packed, labels: Tensor, num_items: Count, *, num_choices: int
 ) -> Tensor:
-    """Compute the cross entropy between the choices: sequences come choice by choice, labels are int64 [S / choices]."""
+    """Compute the cross entropy between choices: one sequence each, in order; labels are int64 [S / choices]."""
     return cross_entropy_sum(sequence_logits(model, packed).view(-1, num_choices), labels) / num_items
 
 

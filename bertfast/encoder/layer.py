@@ -21,29 +21,56 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 _PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
 
 
-def layer(parts: LayerParts, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None = None) -> Tensor:
-    """Run a layer: attention over all tokens [T, H], then all that follows.
+def layer(
+    parts: LayerParts,
+    hidden: Tensor,
+    packed: Packed,
+    index: int,
+    rows: Tensor | None = None,
+    copy: Tensor | None = None,
+    return_copy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one layer: attention over all tokens, then all that follows.
+
+    Under autocast the residual stream is fp32 and GEMMs read half precision. `add_layer_norm` writes both and its
+    backward pass adds the gradients of both, so that no pass of its own casts or adds activations.
 
     Args:
         parts: The layer's modules and options.
-        hidden: [T, H], what the layer before it gave.
+        hidden: [T, H], the residual stream.
         packed: The batch.
-        index: Number of the layer, from which its dropout draws.
-        rows: int64 [R]; if given, what follows attention runs on these rows alone.
+        index: The layer's number, an RNG coordinate of its dropout.
+        rows: int64 [R]; all that follows attention is computed at these tokens alone.
+        copy: [T, H], `hidden` in autocast's dtype, if the layer before has written it.
+        return_copy: Whether to return such a copy of the output too; autocast must be on.
 
     Returns:
-        [T, H], or [R, H] with `rows`.
+        [T, H], or [R, H] with `rows`, in the dtype of `hidden`; with `return_copy` a pair of that and its copy.
     """
     identity = packed.identity
-    context = attend(parts, hidden, packed, index)
+    dtype = gemm_dtype(hidden)
+    if copy is None and dtype is not None:
+        copy = hidden.to(dtype)
+    context = attend(parts, _gemm_input(hidden, copy, parts.query, parts.key, parts.value), packed, index)
     if rows is not None:
-        context, hidden = context[rows], hidden[rows]
+        context, hidden = ops.gather(rows, context, hidden)
         identity = identity and identity.at(rows)
     dropout = identity and identity.dropout(parts.attention_output_dropout, "attention_output", index)
-    hidden = _add_layer_norm(parts.attention_dense, parts.attention_norm, context, hidden, dropout)
-    intermediate = activate(parts.intermediate_dense, hidden, parts.activation)
+    hidden, copy = _add_layer_norm(parts.attention_dense, parts.attention_norm, context, hidden, dropout, dtype)
+    dense = parts.intermediate_dense
+    intermediate = activate(dense, _gemm_input(hidden, copy, dense), parts.activation)
     dropout = identity and identity.dropout(parts.output_dropout, "output", index)
-    return _add_layer_norm(parts.output_dense, parts.output_norm, intermediate, hidden, dropout)
+    dtype = dtype if return_copy else None
+    output = _add_layer_norm(parts.output_dense, parts.output_norm, intermediate, hidden, dropout, dtype)
+    return output if return_copy else output[0]
+
+
+def gemm_dtype(hidden: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast multiplies activations like `hidden`; None where it leaves theirs."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Tensor:
@@ -104,6 +131,17 @@ def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
     return F.gelu(dense(x), approximate=approximate)
 
 
-def _add_layer_norm(dense: nn.Module, norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout) -> Tensor:
+def _gemm_input(hidden: Tensor, copy: Tensor | None, *linears: nn.Module) -> Tensor:
+    """Return what these linear layers read: the copy, or the stream itself where one of them is not plain."""
+    return copy if copy is not None and all(map(is_plain, linears)) else hidden
+
+
+def _add_layer_norm(
+    dense: nn.Module, norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout, compute_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the residual stream behind a projection, and its copy in `compute_dtype` if that is given."""
     product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
-    return ops.add_layer_norm(product, residual, bias, norm.weight, norm.bias, norm.eps, dropout)
+    output = ops.add_layer_norm(
+        product, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype
+    )
+    return output if isinstance(output, tuple) else (output, None)

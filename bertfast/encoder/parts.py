@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
-
-from bertfast.inputs import Packed
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True, eq=False)

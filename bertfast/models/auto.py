@@ -39,9 +39,7 @@ def _fused(model: nn.Module) -> nn.Module:
     if is_supported(model):
         patch(model)
     else:
-        logger.warning(
-            "bertfast does not fuse %s: it runs transformers' own code, unchanged", type(model).__name__
-        )
+        logger.warning("bertfast does not fuse %s: it runs transformers' own code, unchanged", type(model).__name__)
     return model
 
 

@@ -73,6 +73,11 @@ class BertPreTrainedModel(nn.Module):
         """What the parameters are."""
         return next(self.parameters()).dtype
 
+    @property
+    def copies_lengths_to_host(self) -> bool:
+        """Whether a pass needs the sequences' lengths on the host, and waits for the device: an LSTM does."""
+        return any(isinstance(module, BiLSTM) for module in self.modules())
+
     @classmethod
     def from_pretrained(cls, name: str | Path, *, config: BertConfig | None = None, **changes) -> BertPreTrainedModel:
         """Read a model from a folder or a hub id, in evaluation mode. `changes` override entries of its config.

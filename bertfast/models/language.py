@@ -47,8 +47,7 @@ class _LanguageModel(BertPreTrainedModel):
         read = torch.cat([rows, packed.first]) if first else rows
         hidden, records = self._encode(packed, layout, record, read)
         x = head.transform(hidden[: len(rows)])
-        every = torch.arange(len(rows), device=rows.device)
-        total, _, counted = ops.linear_cross_entropy(x, every, head.decoder.weight, head.decoder.bias, labels[rows])
+        total, _, counted = ops.linear_cross_entropy(x, None, head.decoder.weight, head.decoder.bias, labels[rows])
         return total, counted, None, hidden[len(rows) :] if first else None, records
 
 

@@ -1,4 +1,4 @@
-"""`bertfast.patch(model)`: fuse a live model of transformers in place; `unpatch` undoes it, `report` says what is fused.
+"""`bertfast.patch(model)`: fuse a live model of transformers in place; `unpatch` undoes it, `report` describes it.
 
 Parameters, names and classes, as saving and `isinstance` see them, stay.
 """

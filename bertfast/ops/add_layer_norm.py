@@ -24,18 +24,27 @@ def add_layer_norm(
     eps: float,
     dropout: Dropout | None = None,
     *,
+    compute_dtype: torch.dtype | None = None,
     implementation: Implementation | None = None,
-) -> Tensor:
-    """LN(residual + dropout(x + bias)) (post-norm: Vaswani et al., 2017, section 3.1).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return LN(residual + dropout(x + bias)) (post-norm: Vaswani et al., 2017, section 3.1).
 
     Args:
-        x: [T, H], floating point: a product whose bias has not been added, or has if `bias` is None.
+        x: [T, H], floating point: the output of a GEMM, without its bias unless `bias` is None.
         residual: [T, H], of x's dtype or a wider one.
         bias, gamma, beta: [H].
-        eps: used in fp32 (1e-12 is 0 in fp16).
+        eps: Used in fp32 (1e-12 is 0 in fp16).
+        dropout: Applied to x + bias; None: no dropout.
+        compute_dtype: The dtype in which the next GEMM reads the output, such as autocast's. If given, a copy in it
+            is returned too, written by the same kernel; the gradients of output and copy are added in registers.
 
     Returns:
-        [T, H] in residual's dtype.
+        [T, H] in residual's dtype; with `compute_dtype` a pair of that and a copy [T, H] in `compute_dtype`, both
+        rounded from the same fp32 values. They share memory where the dtypes are equal.
+
+    Raises:
+        TypeError: An argument has a dtype that is not supported.
+        ValueError: Shapes or devices do not agree, or `implementation` cannot run these tensors.
     """
     check(
         "add_layer_norm",
@@ -46,31 +55,55 @@ def add_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    implementation = choose("add_layer_norm", implementation, x)
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise TypeError(f"add_layer_norm: compute_dtype must be floating point, got {compute_dtype}")
+    copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
+    implementation = choose("add_layer_norm", implementation, x, _why_no_copy(implementation, x, copy_dtype))
     if implementation == "reference":
-        return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout)
-    return run(AddLayerNorm, implementation, x, residual, bias, gamma, beta, eps, *kernel_arguments(dropout))
+        return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)
+    paired = compute_dtype is not None and compute_dtype.itemsize == 2  # the kernels add gradients of 16-bit copies
+    drop = kernel_arguments(dropout)
+    y = run(AddLayerNorm, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *drop)
+    return y if paired or compute_dtype is None else (y, y)
+
+
+def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype | None) -> str | None:
+    """Return why the kernels cannot write a copy of this dtype; None if they can, or if there is none to write."""
+    on_cpu = implementation == "cpu" or (implementation is None and x.is_cpu)
+    known = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
+    if dtype is None or dtype in known:
+        return None
+    names = " and ".join(str(each).removeprefix("torch.") for each in known)
+    return f"its kernels write copies in {names}, got {dtype}"
 
 
 class AddLayerNorm(torch.autograd.Function):
     """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, implementation, x, residual, bias, gamma, beta, eps, *dropout):
+    def forward(ctx, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *dropout):
         ctx.implementation = implementation
         forward = launcher(implementation, "add_layer_norm_forward")
-        y, mean, rstd = forward(x, residual, bias, gamma, beta, eps, *dropout)
+        y, mean, rstd, copy = forward(x, residual, bias, gamma, beta, eps, *dropout, copy_dtype)
         *identity, ctx.word, ctx.threshold = dropout
         ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
-        return y
+        if not paired:
+            return y
+        ctx.set_materialize_grads(False)  # an absent gradient is None, not zeros to be written and read
+        return y, y.detach() if copy_dtype is None else copy
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx, d_y, d_copy=None):
         x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
+        if d_y is None:
+            d_y, d_copy = d_copy, None
+        if d_y is None:
+            return (None,) * 14
         d_x, d_residual, sums = launcher(ctx.implementation, "add_layer_norm_backward")(
-            d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold
+            d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold, d_copy
         )
         d_x = d_x if d_x.shape == x.shape else d_residual
         d_gamma, d_beta, d_bias = sums
         d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return None, d_x, d_residual, d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None, *[None] * 5
+        parameters = d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype)
+        return None, None, None, d_x, d_residual, *parameters, None, *[None] * 5

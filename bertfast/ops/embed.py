@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 
 
@@ -29,7 +30,7 @@ def embed(
 
     Args:
         token_ids: int [T]; None if `word` already is the embedded tokens [T, H].
-        token_type_ids, position_ids: int [T]. Indices are not checked here: that would wait for the device.
+        token_type_ids, position_ids: int [T].
         word, position, token_type: [V, H], [positions, H], [types, H], floating point.
         gamma, beta: [H], of the LayerNorm.
         eps: of the LayerNorm, used in fp32.
@@ -37,6 +38,10 @@ def embed(
 
     Returns:
         [T, H] in word's dtype.
+
+    Raises:
+        IndexError: An index is outside of its table, on a CPU. On a GPU that is not checked: it would wait for the
+            device.
     """
     check(
         "embed",
@@ -52,6 +57,11 @@ def embed(
     )
     arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
     implementation = choose("embed", implementation, word)
+    if implementation in ("reference", "cpu"):
+        if token_ids is not None:
+            check_below("embed", "token_ids", token_ids, len(word), "word")
+        check_below("embed", "token_type_ids", token_type_ids, len(token_type), "token_type")
+        check_below("embed", "position_ids", position_ids, len(position), "position")
     if implementation == "reference":
         return reference.embed(*arguments, dropout, padding_index)
     return run(Embed, implementation, *arguments, padding_index, *kernel_arguments(dropout))

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
+from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
@@ -23,13 +24,17 @@ def linear_cross_entropy(
 
     Args:
         hidden: [T, H], floating point.
-        rows: int64 [R], the rows of hidden that are read; a row may be named more than once.
+        rows: int [R], the rows of hidden that are read; a row may be named more than once. None: all rows in order,
+            R = T, which is faster than naming them.
         weight: [V, H]; bias: [V].
-        labels: int64 [R], in 0 … V - 1; a negative one (-100) makes its row inert. No label at all: loss 0.
+        labels: int [R], in 0 … V - 1; the row of a negative one (-100) does not count. Without any label the loss is 0.
 
     Returns:
         The sum of the losses (fp32, or float64 from float64; differentiable), the number of rows whose largest logit
         is the label, and the number of labels: three 0-dimensional tensors, the last two int64.
+
+    Raises:
+        IndexError: A label is V or more, on a CPU. On a GPU, where a check would wait for the device, the loss is NaN.
     """
     check(
         "linear_cross_entropy",
@@ -37,7 +42,7 @@ def linear_cross_entropy(
         rows=(rows, "rows", "integer"),
         weight=(weight, "vocabulary hidden", "floating"),
         bias=(bias, "vocabulary", "floating"),
-        labels=(labels, "rows", "integer"),
+        labels=(labels, "tokens" if rows is None else "rows", "integer"),
     )
     dtype = product_dtype(hidden, weight)
     refusal = "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
@@ -57,6 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, implementation, hidden, rows, weight, bias, labels, wanted, dtype):
         inputs = (hidden, rows, weight, bias, labels, wanted)
         if implementation == "reference":
+            check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
             loss, correct, counted, *gradients = reference.linear_cross_entropy_forward(*inputs)
         else:
             loss, correct, counted, *gradients = launcher(implementation, "linear_cross_entropy_forward")(

@@ -10,24 +10,31 @@ from torch import Tensor
 
 from bertfast import compiled, products
 from bertfast.kernels import results
-from bertfast.kernels.logits_in_chunks import linear_cross_entropy, multiply_in_chunks, padded_columns
+from bertfast.kernels.logits_in_chunks import (
+    equal_chunk,
+    linear_cross_entropy,
+    most_rows_on_gpu,
+    multiply_in_chunks,
+    padded_columns,
+)
+from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import HAS_TRITON
 
-# Bytes of logits in a chunk: on a CPU fewer rows make slower products and more of them no faster ones, and on a GPU it
-# stays in the second-level cache (50 MB of an H100).
-_CHUNK = 40 << 20
+_CPU_BYTES = 40 << 20  # of a chunk of logits on a CPU: fewer rows make slower GEMMs, and more of them no faster ones
 
 
 def _define(implementation: str) -> None:
     def linear_cross_entropy_forward(
         hidden: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         labels: Tensor,
         wanted: Sequence[bool],
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if implementation == "cpu":
+            check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
         in_chunks = partial(_in_chunks, implementation=implementation)
         return linear_cross_entropy(hidden, rows, weight, bias, labels, wanted, dtype, in_chunks, _sum_by_index)
 
@@ -47,21 +54,21 @@ def _in_chunks(
     """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty if not wanted."""
     kernel = getattr(torch.ops.bertfast, f"{implementation}_cross_entropy")
     vocabulary = len(weight)
-    most = _rows_of_chunk(padded_columns(vocabulary) * x.element_size())
-    chunks = max(-(-len(x) // most), 1)
+    most = _most_rows(padded_columns(vocabulary) * x.element_size(), implementation)
+    chunk = equal_chunk(len(x), most, 1) if implementation == "cpu" else equal_chunk(len(x), most)
     losses, correct = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(labels)
     d_bias = x.new_zeros(vocabulary if any(wanted) else 0, dtype=torch.float32)
 
     def differentiate(logits: Tensor, some: slice) -> None:
         kernel(logits[:, :vocabulary], bias, labels[some], losses[some], correct[some], d_bias)
 
-    d_weight = multiply_in_chunks(x, weight, wanted, max(-(-len(x) // chunks), 1), differentiate, products.multiply)
+    d_weight = multiply_in_chunks(x, weight, wanted, chunk, differentiate, products.multiply)
     return losses, correct, x, d_weight, d_bias if wanted[2] else d_bias[:0]
 
 
-def _rows_of_chunk(row: int) -> int:
-    """The most rows of logits in a chunk, of `row` bytes each."""
-    return max(_CHUNK // row, 1)
+def _most_rows(row: int, implementation: str) -> int:
+    """Return the most rows of a chunk of logits, of `row` bytes each."""
+    return max(_CPU_BYTES // row, 1) if implementation == "cpu" else most_rows_on_gpu(row)
 
 
 def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -70,5 +77,8 @@ def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) 
         from bertfast.kernels.sum_by_index import sum_by_index
 
         return sum_by_index(values, index, rows, dtype)
+    if not values.is_cuda:
+        wide = values if values.dtype == dtype != torch.float16 else values.float()
+        return torch.ops.bertfast.cpu_gather_backward(index, [wide], rows)[0].to(dtype)
     total = values.new_zeros((rows, values.shape[1]), dtype=torch.float32)
     return total.index_add_(0, index, values.float()).to(dtype)

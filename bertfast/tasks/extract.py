@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bertfast import checkpoint
+from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.corpus import COMPRESSIONS, read_lines
 from bertfast.memory import give_freed_memory_back
 from bertfast.models import BertModel
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
 from bertfast.precision import Precision, autocast, choose_device, choose_precision
-from bertfast.tasks.features import Features, batches_by_length, tokenize
+from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sentences import Columns
 from bertfast.tasks.tables import read_table
@@ -50,6 +51,7 @@ class ExtractSettings:
         texts_per_part: Texts of a part.
         max_seq_length: Tokens of a text at most, longer ones are cut; none: the positions of the model.
         eval_tokens: About how many tokens to compute at a time.
+        cuda_graph: On a GPU, fill batches up to few shapes and replay those that come often from CUDA graphs.
         precision: auto takes bf16 where the device multiplies it natively (and, on a CPU, faster), else fp32.
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
@@ -65,6 +67,7 @@ class ExtractSettings:
     texts_per_part: int = 10_000
     max_seq_length: int | None = None
     eval_tokens: int = 8192
+    cuda_graph: bool = True
     precision: Precision = "auto"
     device: str | None = None
 
@@ -112,19 +115,27 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
     found = torch.empty(len(features.token_ids) if tokens else len(features), width)
     precision = choose_precision(model.device, settings.precision)
     only_last = numbers == [model.config.num_hidden_layers]
-    for rows in batches_by_length(features, settings.eval_tokens):
+
+    def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
-            outputs = model(**features.batch(rows, model.device), output_hidden_states=not only_last)
+            outputs = model(**inputs.arguments, output_hidden_states=not only_last)
         states = [outputs.last_hidden_state] if only_last else [outputs.hidden_states[number] for number in numbers]
         states = [state[0].float() for state in states]
-        hidden = (torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)).cpu()
-        lengths = features.lengths[rows]
-        if tokens:
-            _put(found.numpy(), features, rows, hidden.numpy())
-        elif settings.pool == "cls":
-            found[rows] = hidden[np.cumsum(lengths) - lengths]
-        else:
-            found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
+        return torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)
+
+    capture = capture_for(model, precision, enabled=settings.cuda_graph)
+    runner = GraphRunner(forward, model.device, capture)
+    with side_stream(model.device):
+        for rows in batches_by_length(features, settings.eval_tokens):
+            lengths = features.lengths[rows]
+            inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
+            hidden = runner(inputs)[: lengths.sum()].cpu()
+            if tokens:
+                _put(found.numpy(), features, rows, hidden.numpy())
+            elif settings.pool == "cls":
+                found[rows] = hidden[np.cumsum(lengths) - lengths]
+            else:
+                found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
     return {"features": found} | ({"starts": torch.from_numpy(features.starts)} if tokens else {})
 
 

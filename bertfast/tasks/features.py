@@ -5,14 +5,17 @@ E examples, each of one sequence or, where there are choices, of several; S sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from bertfast.sequences import bucket
 
 _TEXTS_AT_A_TIME = 10_000  # tokenized together: the tokenizer's objects are many times as large as the ids
 
@@ -48,6 +51,11 @@ class Features:
         """int64 [E], tokens of each example."""
         return np.diff(self.starts[:: self.choices])
 
+    @cached_property
+    def max_seqlen(self) -> int:
+        """Length of the longest sequence."""
+        return int(np.diff(self.starts).max(initial=0))
+
     def batch(self, rows: np.ndarray, device: torch.device | None = None) -> dict[str, Tensor]:
         """The examples at `rows` (int [R]) as packed input of a model, with their labels where there are some."""
         sequences = (rows[:, None] * self.choices + np.arange(self.choices)).ravel()
@@ -64,9 +72,63 @@ class Features:
         batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
         return batch | ({"num_choices": self.choices} if self.choices > 1 else {})
 
+    def model_inputs(self, rows: np.ndarray, *, labels: bool = True, bucketed: bool = False) -> ModelInputs:
+        """Build the packed input of the examples at `rows` (int [R]) on the host.
+
+        Args:
+            labels: with the labels, where there are some.
+            bucketed: fill it up to one of few shapes: tokens with padding slots and, without labels, examples with
+                empty sequences, to a power of two. What a model gives for those means nothing.
+        """
+        arguments = self.batch(rows)
+        if not labels:
+            arguments = {name: value for name, value in arguments.items() if name not in self.labels}
+        if not bucketed:
+            return ModelInputs(arguments)
+        tokens = arguments["input_ids"].shape[1]
+        slots = bucket(tokens) - tokens
+        per_token = [name for name, x in (self.labels | self.inputs).items() if len(x) == len(self.token_ids)]
+        for name in {"input_ids", "token_type_ids", *per_token} & arguments.keys():
+            value = arguments[name]
+            counts_as_none = name in self.labels and not value.is_floating_point()
+            rest = value.new_full((1, slots, *value.shape[2:]), -100 if counts_as_none else 0)
+            arguments[name] = torch.cat([value, rest], dim=1)
+        if not labels:
+            empty = ((1 << (len(rows) - 1).bit_length()) - len(rows)) * self.choices
+            cu_seqlens = arguments["cu_seq_lens_q"]
+            arguments["cu_seq_lens_q"] = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty)])
+        return ModelInputs(arguments | {"max_length_q": self.max_seqlen})
+
     def parts(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
-        """What a model gives for the tokens [T, …] of the batch of `rows`, example by example."""
-        return np.split(values, np.cumsum(self.lengths[rows])[:-1])
+        """Split what a model gives for the tokens [T, …] of the batch of `rows` by example, without padding slots."""
+        return np.split(values, np.cumsum(self.lengths[rows]))[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """The arguments of a model's forward: tensors, and integers that are the same for all batches of a shape."""
+
+    arguments: dict[str, Tensor | int]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> ModelInputs:
+        """Return the same with its tensors on a device."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ModelInputs:
+        """Return the same in pinned host memory, from where `to(device, non_blocking=True)` does not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """Return its tensors."""
+        return [value for value in self.arguments.values() if isinstance(value, Tensor)]
+
+    def options(self) -> tuple:
+        """Return the names of its tensors, and its integers."""
+        return tuple((name, None if isinstance(value, Tensor) else value) for name, value in self.arguments.items())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
+        changed = {name: change(x) if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
+        return ModelInputs(changed)
 
 
 def labels_in(batch: dict[str, Tensor]) -> int:

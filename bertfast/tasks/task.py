@@ -47,6 +47,7 @@ class TaskSettings:
         n_best: Answers that are written down for each question.
         on_bad_rows: What to do with rows that cannot be used.
         eval_tokens: About how many tokens to compute at a time when nothing is learned.
+        cuda_graph: On a GPU, fill batches up to few shapes and replay those that come often from CUDA graphs.
         precision: auto takes bf16 where the device multiplies it natively (and, on a CPU, faster), else fp32.
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
@@ -65,6 +66,7 @@ class TaskSettings:
     n_best: int = 20
     on_bad_rows: OnBadRows = "stop"
     eval_tokens: int = 8192
+    cuda_graph: bool = True
     precision: Precision = "auto"
     device: str | None = None
 

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import BertConfig
+from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from bertfast.models import BertPreTrainedModel
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED
 from bertfast.tasks.extract import states_on_disk
-from bertfast.tasks.features import labels_in, shuffled_batches, within_budget
+from bertfast.tasks.features import ModelInputs, labels_in, shuffled_batches, within_budget
 from bertfast.tasks.kinds import FINETUNING_TASK, choose_task
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
@@ -132,7 +133,9 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
     Leaves in `output_dir` a folder that transformers' class of the same name opens. RunStopped after Ctrl-C, or if the
     loss stays without a finite gradient; the best model so far is kept.
     """
-    return Finetuning(settings).run(on_step)
+    run = Finetuning(settings)
+    with side_stream(run.device):
+        return run.run(on_step)
 
 
 class Finetuning:
@@ -178,14 +181,27 @@ class Finetuning:
                 states = states_on_disk(kept, self.model, some, self.precision, settings.eval_tokens)
                 self.features[split] = replace(some, inputs={"features": states})
         self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
-        self.weights = self._class_weights()
+        self._prepare_steps()
         self.examples_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = max(round(settings.num_train_epochs * self.steps_per_epoch), 1)
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
         self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
         self.losses: list[float] = []
+        self.pending: list[Tensor] = []  # of steps that were started: see `_update_eagerly`
+        # A GPU is asked how steps went as rarely as they are logged: whoever asks waits for all that it was given.
+        self.steps_per_read = settings.logging_steps if self.device.type == "cuda" else 1
         self.tokens, self.seconds = 0, 0.0
+
+    def _prepare_steps(self) -> None:
+        """Set up what steps compute on; captured steps read it where it is."""
+        self.host_weights = self._class_weights()
+        self.weights = None if self.host_weights is None else self.host_weights.to(self.device)
+        self.items = torch.ones((), device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self.capture = capture_for(self.model, self.precision, enabled=self.settings.cuda_graph)
+        self._accumulate = GraphRunner(self._accumulate_eagerly, self.device, self.capture)
+        self._update = GraphRunner(self._update_eagerly, self.device, self.capture)
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """The loop, and what follows from the best model."""
@@ -252,7 +268,7 @@ class Finetuning:
         if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
             raise ValueError("class_weights are for tasks in which an example, or a word, has one label of several")
         counts = np.bincount(labels[labels >= 0], minlength=self.config.num_labels).clip(min=1)
-        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32, device=self.device)
+        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
         """Which examples each step takes, without end."""
@@ -260,50 +276,73 @@ class Finetuning:
         return chain.from_iterable(shuffled_batches(examples, size, self.settings.seed, epoch) for epoch in count())
 
     def train_step(self, rows: np.ndarray) -> None:
-        """A step of the optimizers on these examples."""
+        """Start a step of the optimizers on these examples, without waiting for the device."""
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
         size = settings.per_device_train_batch_size
         passes = (rows[start : start + size] for start in range(0, len(rows), size))
         parts = (part for some in passes for part in within_budget(features, some, settings.tokens_per_batch))
-        batches = list(map(features.batch, parts))
-        total = sum(map(self._weight, batches)) or 1  # words that no token is left of have no label
-        loss = torch.zeros((), device=self.device)
+        batches = [features.model_inputs(part, bucketed=self.capture is not None) for part in parts]
+        items = sum(self._weight(batch.arguments) for batch in batches)
+        self.items.fill_(items or 1)  # words that no token is left of have no label
+        self.loss.zero_()
         for batch in batches:
-            moved = {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-            with autocast(self.device, self.precision):
-                part = self._loss(moved, total)
-            part.backward()
-            loss += part.detach()
+            self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
         set_learning_rate(
             self.optimizers,
             settings.learning_rate * schedule("linear", self.step / self.steps, settings.warmup_ratio),
         )
-        norm = step_if_finite(self.model, self.optimizers, settings.max_grad_norm, loss)
-        if norm.isfinite():
-            self.skipped_in_a_row = 0
-            self.losses.append(loss.item())
-        else:
-            self.skipped_in_a_row += 1
+        self.pending.append(self._update().clone())  # a replay overwrites what the last one returned
         self.step += 1
         self.tokens += int(features.lengths[rows].sum())
         self.seconds += time.perf_counter() - clock
 
-    def _weight(self, batch: dict[str, Tensor]) -> float:
+    def _accumulate_eagerly(self, batch: ModelInputs) -> Tensor:
+        """Add a batch's gradients to the parameters' and its loss to the step's, which is returned."""
+        with autocast(self.device, self.precision):
+            loss = self._loss(batch.arguments)
+        loss.backward()
+        return self.loss.add_(loss.detach())
+
+    def _update_eagerly(self) -> Tensor:
+        """Take the optimizers' step; returns [2]: the loss, and the gradients' norm, NaN where the step was skipped."""
+        keep = self.capture is not None
+        norm = step_if_finite(self.model, self.optimizers, self.settings.max_grad_norm, self.loss, keep_gradients=keep)
+        return torch.stack([self.loss, norm.to(self.loss.dtype)])
+
+    def _read_pending(self) -> None:
+        """Learn how the steps since the last call went; waits for the device."""
+        clock = time.perf_counter()
+        results = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        for loss, norm in results:
+            if math.isfinite(norm):
+                self.skipped_in_a_row = 0
+                self.losses.append(loss)
+            else:
+                self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
+                break
+        self.seconds += time.perf_counter() - clock
+
+    def _weight(self, batch: dict[str, Tensor | int]) -> float:
         """What a batch counts in its step's mean: its labels, or their weights."""
-        if self.weights is None:
+        if self.host_weights is None:
             return labels_in(batch)
         labels = batch["labels"]
-        return self.weights.cpu()[labels[labels >= 0]].sum().item()
+        return self.host_weights[labels[labels >= 0]].sum().item()
 
-    def _loss(self, batch: dict[str, Tensor], total: float) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor | int]) -> Tensor:
         """A batch's part of its step's mean loss."""
         if self.weights is None:
-            return self.model(**batch, num_items_in_batch=total).loss
-        labels = batch.pop("labels").flatten()
-        logits = self.model(**batch).logits.flatten(0, -2).float()
-        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum") / total
+            return self.model(**batch, num_items_in_batch=self.items).loss
+        labels = batch["labels"].flatten()
+        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        logits = logits.flatten(0, -2).float()
+        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum") / self.items
 
     def _report(self, bar: tqdm) -> None:
+        if self.step % self.steps_per_read == 0:
+            self._read_pending()
         speed = self.tokens / self.seconds
         recent = self.losses[-self.settings.logging_steps :]
         loss = sum(recent) / max(len(recent), 1)
@@ -318,6 +357,7 @@ class Finetuning:
         return self.step / self.steps_per_epoch
 
     def _validate(self, bar: tqdm) -> None:
+        self._read_pending()
         if "validation" not in self.features:
             self._save()
             return
@@ -354,6 +394,7 @@ class Finetuning:
         raise RunStopped(f"{reason}; the best model so far, that of step {self.best_step}, is in {self.folder}")
 
     def _finish(self) -> dict[str, float]:
+        self._read_pending()
         results = {
             "epoch": self.epoch,
             "best_step": self.best_step,

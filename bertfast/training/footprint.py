@@ -53,29 +53,39 @@ class Footprint:
 
 
 def footprint(
-    model: nn.Module, config: BertConfig, *, optimizer: str, precision: str, tokens: int, checkpointed: int, ranks: int
+    model: nn.Module,
+    config: BertConfig,
+    *,
+    optimizer: str,
+    precision: str,
+    tokens: int,
+    checkpointed: int,
+    ranks: int,
+    residual_precision: str = "fp32",
 ) -> Footprint:
     """The memory of a run; `ranks` is how many share each parameter (1: none do)."""
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
     states = _STATES[optimizer] * size
-    per_token = config.num_hidden_layers * activations(config, precision)
+    of_layer = activations(config, precision, residual_precision)
+    layer_input = config.hidden_size * (2 if residual_precision == "bf16" else 4)
     spared = min(checkpointed, config.num_hidden_layers)
-    per_token -= spared * (activations(config, precision) - 4 * config.hidden_size)  # a layer's input stays
-    per_token += activations(config, precision) if spared else 0  # one at a time is made again
+    per_token = (config.num_hidden_layers - spared) * of_layer + spared * layer_input
+    per_token += of_layer if spared else 0  # one layer at a time is recomputed
     return Footprint(size, size, states, per_token, tokens)
 
 
-def activations(config: BertConfig, precision: str) -> int:
-    """Bytes that a layer keeps of a token for its backward pass.
+def activations(config: BertConfig, precision: str, residual_precision: str = "fp32") -> int:
+    """Return the bytes that a layer keeps of a token for its backward pass.
 
-    Under autocast what enters a product is kept in 16 bits, and the residual stream in fp32.
+    Under autocast what enters a GEMM is kept in 16 bits, and besides it the residual stream if that is fp32.
     """
     hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     lse, statistics = 4 * heads, 4 * 4
     if precision == "fp32":
         # Its input, qkv, the context, both products that LayerNorm reads, what lies between, the wide product and GELU.
         return 4 * (hidden + 3 * hidden + hidden + 2 * hidden + hidden + 2 * wide) + lse + statistics
-    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + 2 * wide) + 4 * 2 * hidden + lse + statistics
+    stream = 4 * 2 * hidden if residual_precision == "fp32" else 0  # in bf16 it is what enters the GEMMs
+    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + 2 * wide) + stream + lse + statistics
 
 
 def available_memory(device: torch.device) -> int | None:

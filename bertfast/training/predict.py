@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from bertfast import checkpoint
 from bertfast.config import BertConfig
+from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.models import BertPreTrainedModel
 from bertfast.precision import autocast, choose_device, choose_precision
-from bertfast.tasks.features import Features, batches_by_length
+from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.kinds import choose_task
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.task import Outputs, Task, TaskSettings
@@ -64,15 +66,20 @@ def predict_outputs(task: Task, model: BertPreTrainedModel, features: Features) 
     training, precision = model.training, choose_precision(model.device, task.settings.precision)
     model.eval()
     outputs: list[Any] = [None] * len(features)
-    for rows in batches_by_length(features, task.settings.eval_tokens):
-        batch = features.batch(rows, model.device)
-        for name in features.labels:
-            del batch[name]
+
+    def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
-            logits = task.logits(model(**batch)).float().cpu().numpy()
-        parts = features.parts(rows, logits[0]) if logits.ndim == 3 else logits
-        for row, part in zip(rows, parts, strict=True):
-            outputs[row] = part
+            return task.logits(model(**inputs.arguments)).float()
+
+    capture = capture_for(model, precision, enabled=task.settings.cuda_graph)
+    runner = GraphRunner(forward, model.device, capture)
+    with side_stream(model.device):
+        for rows in batches_by_length(features, task.settings.eval_tokens):
+            inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
+            logits = runner(inputs).clone().cpu().numpy()  # a replay overwrites what the last one returned
+            parts = features.parts(rows, logits[0]) if logits.ndim == 3 else logits[: len(rows)]
+            for row, part in zip(rows, parts, strict=True):
+                outputs[row] = part
     model.train(training)
     return outputs
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bertfast import checkpoint
 from bertfast.config import Preset
+from bertfast.cuda_graphs import can_capture, cuda_graphs, side_stream
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -26,11 +27,10 @@ from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
 from bertfast.encoder import PretrainingLoss
 from bertfast.models import BertForPreTraining
-from bertfast.precision import Precision, choose_precision, half
+from bertfast.precision import Precision, ResidualPrecision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
 from bertfast.training.footprint import available_memory, footprint
-from bertfast.training.graph import can_capture, cuda_graphs, side_stream
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
@@ -101,6 +101,8 @@ class PretrainSettings:
         seed: Decides weights, samples, masks and dropout.
         precision: fp32, or bf16 or fp16 products with fp32 weights, fp16's loss scaled; auto: bf16 where the device
             multiplies it natively and, on a CPU, faster.
+        residual_precision: Precision of the residual stream between GEMMs in bf16. bf16 moves less memory than fp32,
+            and each addition to the stream is rounded to 8 bits.
         checkpoint_layers: Layers, from the first on, whose activations are made again in the backward pass.
         shard: Each rank keeps a part of every parameter, gradient and optimizer state.
         device: Such as "cpu" or "cuda:0"; none: a GPU if there is one, under torchrun one for each process.
@@ -147,6 +149,7 @@ class PretrainSettings:
     dropout: float = 0.1
     seed: int = 42
     precision: Precision = "auto"
+    residual_precision: ResidualPrecision = "fp32"
     checkpoint_layers: int = 0
     shard: bool = False
     device: str | None = None
@@ -224,6 +227,11 @@ class Pretraining:
         self.saved = self.ranks.agree(self.ranks.first(self._checkpoint_to_resume))
         if self.saved is not None:  # where "auto" chose, it is not asked again
             self.precision = read_progress(self.saved)[1]["settings"]["precision"]
+        if settings.residual_precision == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
+                "add --precision bf16, or leave --residual-precision out"
+            )
         torch.manual_seed(settings.seed)
         start = None if settings.init_from is None else checkpoint.resolve(settings.init_from)
         config = starting_config(
@@ -254,13 +262,15 @@ class Pretraining:
             config,
             optimizer=settings.optimizer,
             precision=self.precision,
+            residual_precision=settings.residual_precision,
             tokens=settings.tokens_per_batch,
             checkpointed=settings.checkpoint_layers,
             ranks=self.ranks.count if settings.shard else 1,
         )
         self.footprint.check(available_memory(self.device))
         self._plan_batches()
-        objective = self.ranks.share(Objective(self.model), layers, settings.shard)
+        residual_dtype = torch.bfloat16 if settings.residual_precision == "bf16" else None
+        objective = self.ranks.share(Objective(self.model, residual_dtype), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         # Several ranks meet in the backward pass, whose messages are not recorded.
         captures = settings.cuda_graph and self.ranks.count == 1 and can_capture(config, self.precision, self.device)

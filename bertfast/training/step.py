@@ -10,25 +10,30 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from bertfast.cuda_graphs import Capture, GraphRunner
 from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models import BertForPreTraining
 from bertfast.precision import autocast
-from bertfast.training.graph import Capture, GraphRunner
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import set_learning_rate
 
 
 class Objective(nn.Module):
-    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through."""
+    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through.
 
-    def __init__(self, model: BertForPreTraining):
+    Args:
+        model: The model that is trained.
+        residual_dtype: The dtype of the residual stream; None: that of the embeddings.
+    """
+
+    def __init__(self, model: BertForPreTraining, residual_dtype: torch.dtype | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.residual_dtype = model, residual_dtype
 
     def forward(self, batch: Batch, seed: Tensor | None) -> tuple[Tensor, ...]:
-        loss = pretraining_loss(self.model, batch, seed)
+        loss = pretraining_loss(self.model, batch, seed, residual_dtype=self.residual_dtype)
         return tuple(getattr(loss, entry.name) for entry in dataclasses.fields(loss))
 
 

@@ -18,13 +18,16 @@ static void forward(const AddLayerNormForward& a) {
       const X* const x = row<X>(a.x, token);
       const R* const residual = row<R>(a.residual, token);
       R* const y = row<R>(a.y, token);
+      BFloat16* const copy = a.copy.data ? row<BFloat16>(a.copy, token) : nullptr;
       mask.draw(token);
       const LayerNorm norm = statistics(a.hidden, a.eps, z, [&](int64_t column, int count) {
         const Floats sum = load_columns(x + column, count) + load(bias + column);
         return mask.add(column, sum, load_columns(residual + column, count));
       });
       across(a.hidden, [&](int64_t column, int count) {
-        store_columns(y + column, norm(load(z + column)) * load(gamma + column) + load(beta + column), count);
+        const Floats out = norm(load(z + column)) * load(gamma + column) + load(beta + column);
+        store_columns(y + column, out, count);
+        if (copy) store_columns(copy + column, out, count);
       });
       a.mean[token] = norm.mean, a.rstd[token] = norm.rstd;
     }
@@ -42,7 +45,9 @@ static void backward(const AddLayerNormBackward& a) {
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma);
     for (int64_t token = first; token < end; ++token) {
       const X* const x = row<X>(a.x, token);
-      const R *const residual = row<R>(a.residual, token), *const d_y = row<R>(a.d_y, token);
+      const R* const residual = row<R>(a.residual, token);
+      const R* const d_y = a.d_y.data ? row<R>(a.d_y, token) : nullptr;
+      const BFloat16* const d_copy = a.d_copy.data ? row<BFloat16>(a.d_copy, token) : nullptr;
       X* const d_x = a.d_x.data ? row<X>(a.d_x, token) : nullptr;
       R* const d_residual = row<R>(a.d_residual, token);
       mask.draw(token);
@@ -52,7 +57,11 @@ static void backward(const AddLayerNormBackward& a) {
             const Floats sum = load_columns(x + column, count) + load(bias + column);
             return mask.add(column, sum, load_columns(residual + column, count));
           },
-          [&](int64_t column, int count) { return load_columns(d_y + column, count); },
+          [&](int64_t column, int count) {
+            Floats d = d_y ? load_columns(d_y + column, count) : Floats{};
+            if (d_copy) d += load_columns(d_copy + column, count);
+            return d;
+          },
           [&](int64_t column, int count, Floats d_z) {
             store_columns(d_residual + column, d_z, count);
             const Floats d = mask(column, d_z);

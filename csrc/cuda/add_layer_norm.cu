@@ -17,6 +17,40 @@ DEVICE void add(const Team& team, const HiddenMask& mask, const typename Team::R
   }
 }
 
+// Writes y to the row of a copy in 16 bits.
+template <bool WHOLE, class Team>
+DEVICE void store_copy(const Team& team, const Rows& copy, int64_t token, const typename Team::Row& y) {
+  if (copy.type == Type::bfloat16)
+    team.template store<WHOLE>(row<BFloat16>(copy, token), y);
+  else
+    team.template store<WHOLE>(row<Half>(copy, token), y);
+}
+
+// Adds a row of 16-bit numbers to d, a stretch at a time: a whole row would take registers of its own.
+template <bool WHOLE, class C, class Team>
+DEVICE void add_row(const Team& team, const C* row, typename Team::Row& d) {
+  UNROLL for (int i = 0; i < Team::STRETCHES; ++i) {
+    float x[8];
+    load_8<WHOLE>(row, team.column(i), team.columns(), x);
+    UNROLL for (int j = 0; j < 8; ++j) d[i][j] += x[j];
+  }
+}
+
+// The sum of the gradients of y and of its copy, of which one may be absent.
+template <class R, bool WHOLE, class Team>
+DEVICE void load_gradient(const Team& team, const AddLayerNormBackward& a, int64_t token, typename Team::Row& d) {
+  if (a.d_y.data != nullptr)
+    team.template load<WHOLE>(row<R>(a.d_y, token), d);
+  else
+    UNROLL for (int i = 0; i < Team::STRETCHES; ++i)
+      UNROLL for (int j = 0; j < 8; ++j) d[i][j] = 0;
+  if (a.d_copy.data == nullptr) return;
+  if (a.d_copy.type == Type::bfloat16)
+    add_row<WHOLE>(team, row<BFloat16>(a.d_copy, token), d);
+  else
+    add_row<WHOLE>(team, row<Half>(a.d_copy, token), d);
+}
+
 template <class X, class R, class Shape>
 __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add_layer_norm_forward_kernel(const AddLayerNormForward a) {
   const typename Shape::Team team((int)a.hidden);
@@ -30,6 +64,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add
     team.normalise(z, a.eps, mean, rstd);
     team.scale_and_shift(z, gamma, beta);
     team.template store<Shape::whole>(row<R>(a.y, token), z);
+    if (a.copy.data != nullptr) store_copy<Shape::whole>(team, a.copy, token, z);
     if (team.column(0) == 0) a.mean[token] = mean, a.rstd[token] = rstd;
   }
 }
@@ -42,7 +77,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add
   for (int64_t token = team.first_row(); token < a.tokens; token += team.step()) {
     team.template load<Shape::whole>(row<X>(a.x, token), z);
     team.template load<Shape::whole>(row<R>(a.residual, token), residual);
-    team.template load<Shape::whole>(row<R>(a.d_y, token), d_y);
+    load_gradient<R, Shape::whole>(team, a, token, d_y);
     const HiddenMask mask(a.dropout, token);
     add(team, mask, bias, z, residual);
     team.differentiate(z, d_y, gamma, a.mean[token], a.rstd[token], d_gamma, d_beta);
@@ -70,7 +105,8 @@ int layer_norm_parts(int64_t rows, int64_t columns) {
 }
 
 void add_layer_norm_forward(const AddLayerNormForward& a, Stream stream) {
-  const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.y, a.hidden);
+  const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.y, a.hidden) &&
+                     is_whole(a.copy, a.hidden);
   with_types(a.x.type, a.residual.type, [&]<class X, class R>(X, R) {
     with_shape(a.hidden, whole, [&]<class Shape>(Shape shape) {
       launch(add_layer_norm_forward_kernel<X, R, Shape>, row_blocks(a.tokens, shape), Shape::Team::BLOCK, 0, stream, a);
@@ -80,7 +116,7 @@ void add_layer_norm_forward(const AddLayerNormForward& a, Stream stream) {
 
 void add_layer_norm_backward(const AddLayerNormBackward& a, Stream stream) {
   const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.d_y, a.hidden) &&
-                     is_whole(a.d_x, a.hidden) && is_whole(a.d_residual, a.hidden);
+                     is_whole(a.d_copy, a.hidden) && is_whole(a.d_x, a.hidden) && is_whole(a.d_residual, a.hidden);
   with_types(a.x.type, a.residual.type, [&]<class X, class R>(X, R) {
     with_shape(a.hidden, whole, [&]<class Shape>(Shape) {
       launch(add_layer_norm_backward_kernel<X, R, Shape>, a.parts, Shape::Team::BLOCK, 0, stream, a);

@@ -464,6 +464,41 @@ def test_dropout_is_the_same_when_layers_are_computed_again():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_change_no_bit_under_autocast(reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = live().train()
+        bertfast.patch(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = outputs_of(model).loss
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_hidden_states_under_autocast_are_the_fp32_stream(watched):
+    """In `transformers`' loop, which records them, as where a layer that is watched runs `transformers`' own code."""
+    states = []
+    for patched in (False, True):
+        model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        if patched:
+            bertfast.patch(model)
+        if watched:
+            model.bert.encoder.layer[1].intermediate.register_forward_hook(lambda module, _, output: output * 1.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            states.append(outputs_of(model, output_hidden_states=True).hidden_states)
+    mask = batch()["attention_mask"].bool()
+    for own, fused in zip(*states, strict=True):
+        assert fused.dtype == own.dtype == torch.float32
+        assert relative_error(fused[mask], own[mask]) < 0.02
+
+
 def test_compiled_for_twenty_shapes_at_most_twice():
     model = live()
     bertfast.patch(model)
@@ -486,7 +521,11 @@ def test_compiled_for_twenty_shapes_at_most_twice():
     [
         (lambda: "bert", TypeError, "takes a torch module"),
         (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
-        (lambda: bertfast.models.BertModel(bertfast.models.BertConfig(**SIZES)), ValueError, "no BertModel of transformers"),
+        (
+            lambda: bertfast.models.BertModel(bertfast.models.BertConfig(**SIZES)),
+            ValueError,
+            "no BertModel of transformers",
+        ),
         (lambda: Shouting(transformers.BertConfig(**SIZES)), ValueError, "Shouting has a forward of its own"),
         (lambda: promising(hidden_size=64), ValueError, "promises hidden_size 64, and the weights have 32"),
         (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),

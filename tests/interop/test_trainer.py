@@ -143,7 +143,9 @@ def test_a_batch_without_padding():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4]
     assert (batch["cu_seq_lens_q"].dtype, batch["max_length_q"]) == (torch.int32, 3)
-    tags = bertfast.PaddingFreeCollator()([{"input_ids": [5, 6], "labels": [1, -100]}, {"input_ids": [8], "labels": [2]}])
+    tags = bertfast.PaddingFreeCollator()(
+        [{"input_ids": [5, 6], "labels": [1, -100]}, {"input_ids": [8], "labels": [2]}]
+    )
     assert tags["labels"].tolist() == [[1, -100, 2]]
     many = [{"input_ids": [5, 6], "labels": [1.0, 0.0]}, {"input_ids": [8, 9], "labels": [0.0, 1.0]}]
     assert bertfast.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]

@@ -22,7 +22,8 @@ if INTERPRETED:
 
 collect_ignore = [] if KERNELS == "cuda" else ["test_cuda.py"]
 if KERNELS != "triton":
-    collect_ignore += ["test_attention_tiles.py", "test_linear_gelu.py", "test_sum_by_index.py"]  # only Triton has them
+    only_triton = ("attention_tiles", "gather", "linear_gelu", "sum_by_index")
+    collect_ignore += [f"test_{name}.py" for name in only_triton]
     if KERNELS == "cuda":
         collect_ignore.append("test_embed.py")
     if compiled.ABSENT is not None:

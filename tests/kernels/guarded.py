@@ -53,6 +53,28 @@ def add_layer_norm() -> Tensor:
     return ops.add_layer_norm(rows(), rows(), vector(), vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
 
 
+def add_layer_norm_pair() -> Tensor:
+    y, copy = ops.add_layer_norm(
+        rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
+        compute_dtype=torch.bfloat16, implementation=KERNELS,
+    )  # fmt: skip
+    weights = rows(), rows(dtype=torch.bfloat16)  # so that both gradients end at a protected page
+    return Weighted.apply(y, weights[0]) + Weighted.apply(copy, weights[1])
+
+
+class Weighted(torch.autograd.Function):
+    """The sum of x · weights as fp32, whose gradient is the very tensor `weights`."""
+
+    @staticmethod
+    def forward(ctx, x, weights):
+        ctx.save_for_backward(weights)
+        return (x.float() * weights.float()).sum()
+
+    @staticmethod
+    def backward(ctx, d_sum):
+        return ctx.saved_tensors[0], None
+
+
 def bias_gelu() -> Tensor:
     return ops.bias_gelu(rows(), vector(), implementation=KERNELS)
 
@@ -77,6 +99,17 @@ def linear_cross_entropy() -> Tensor:
     return ops.linear_cross_entropy(rows(), read, rows(count=37), vector(37), labels, implementation=KERNELS)[0]
 
 
+def linear_cross_entropy_in_order() -> Tensor:
+    labels = guarded(torch.tensor([36, -100, 0, 4, 8]))
+    return ops.linear_cross_entropy(rows(), None, rows(count=37), vector(37), labels, implementation=KERNELS)[0]
+
+
+def gather() -> Tensor:
+    # Row 0 fills whole blocks of the sorted rows.
+    named = guarded(torch.tensor([4, 0, 2] + [0] * 98))
+    return sum(y.sum() for y in ops.gather(named, rows(), rows(), implementation="triton"))
+
+
 def outside() -> Tensor:
     return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # a bias that is too short
 
@@ -85,11 +118,14 @@ CASES = {
     "attention_short": attention([5, 0, 17]),
     "attention_long": attention([3, 130]),
     "add_layer_norm": add_layer_norm,
+    "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
     **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
     **({"embed": embed} if KERNELS != "cuda" else {}),
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
+    **({"gather": gather} if KERNELS == "triton" else {}),
     "outside": outside,
 }
 

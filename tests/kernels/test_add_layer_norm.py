@@ -52,6 +52,107 @@ def test_is_as_accurate_as_the_definition(hidden, dtypes, p):
     compare(inputs(hidden), dtypes, dropout_over(SEQUENCES, p) if p else None)
 
 
+def pair_of(implementation, dropout=None, compute_dtype=BRAIN):
+    """Output and copy of the inputs; of float64 ones, which give the truth, in float64."""
+
+    def function(x, residual, bias, gamma, beta):
+        exact = x.dtype == torch.float64
+        return ops.add_layer_norm(
+            x, residual, bias, gamma, beta, 1e-12, dropout,
+            compute_dtype=torch.float64 if exact else compute_dtype,
+            implementation="reference" if exact else implementation,
+        )  # fmt: skip
+
+    return function
+
+
+def compare_pairs(inputs, dtypes, dropout=None, compute_dtype=BRAIN):
+    ours, theirs = (pair_of(implementation, dropout, compute_dtype) for implementation in (KERNELS, "reference"))
+    compare_with_torch(ours, theirs, inputs, dtypes, compute_dtype)
+
+
+@pytest.mark.parametrize("hidden", WIDTHS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT]],
+    ids=["fp32", "bf16", "autocast"],
+)
+def test_pair_is_as_accurate_as_the_definition(hidden, dtypes):
+    compare_pairs(inputs(hidden), dtypes, dropout_over(SEQUENCES))
+
+
+@with_half
+def test_pair_in_half_precision():
+    compare_pairs(inputs(96), [HALF, FLOAT, FLOAT, FLOAT, FLOAT], dropout_over(SEQUENCES), HALF)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_pairs_of_any_number_of_tokens(tokens):
+    compare_pairs(inputs(256, tokens), [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT])
+
+
+def autocast_inputs(hidden, tokens=11):
+    x, *others = (x.float().detach() for x in inputs(hidden, tokens))
+    return [x.requires_grad_() for x in (x.bfloat16(), *others)]
+
+
+@pytest.mark.parametrize("hidden", [50, 768, 1500])
+def test_the_copy_does_not_change_the_output_and_is_its_rounding(hidden):
+    arguments = [x.detach() for x in autocast_inputs(hidden)]
+    y, copy = pair_of(KERNELS)(*arguments)
+    assert torch.equal(y, kernel(*arguments))
+    assert torch.equal(copy, y.bfloat16())
+
+
+@pytest.mark.parametrize("hidden", [50, 768])
+def test_an_absent_gradient_is_a_gradient_of_zeros(hidden):
+    arguments = autocast_inputs(hidden)
+    d_y = normal(11, hidden, dtype=FLOAT, device=DEVICE).detach()
+    for place, gradient in enumerate((d_y, d_y.bfloat16())):
+        pair = pair_of(KERNELS)(*arguments)
+        both = [torch.zeros_like(x) for x in pair]
+        both[place] = gradient
+        alone = torch.autograd.grad(pair[place], arguments, gradient, retain_graph=True)
+        for a, b in zip(alone, torch.autograd.grad(pair, arguments, both), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_gradients_of_a_pair_may_lie_apart():
+    arguments = autocast_inputs(96)
+    gradients = [normal(11, 2, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BRAIN)]
+    apart, dense = ([f(x) for x in gradients] for f in (lambda x: x[:, 0], lambda x: x[:, 0].contiguous()))
+    transposed = [x.t().contiguous().t() for x in dense]
+    results = [
+        torch.autograd.grad(pair_of(KERNELS)(*arguments), arguments, each) for each in (dense, apart, transposed)
+    ]
+    for dense_result, *others in zip(*results, strict=True):
+        assert all(torch.equal(dense_result, other) for other in others)
+
+
+def test_no_tokens_make_an_empty_pair():
+    arguments = autocast_inputs(96, 0)
+    y, copy = pair_of(KERNELS)(*arguments)
+    assert (y.shape, copy.shape, copy.dtype) == ((0, 96), (0, 96), BRAIN)
+    (y.sum() + copy.sum()).backward()
+    assert torch.equal(arguments[3].grad, torch.zeros_like(arguments[3]))
+
+
+@pytest.mark.parametrize("spoilt", ["x", "d_y", "d_copy"])
+def test_nan_does_not_leak_between_rows_of_a_pair(spoilt):
+    others = torch.arange(11, device=DEVICE) != 3
+    results = []
+    for value in (0.5, math.nan):
+        arguments = autocast_inputs(96)
+        gradients = [normal(11, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BRAIN)]
+        with torch.no_grad():
+            {"x": arguments[0], "d_y": gradients[0], "d_copy": gradients[1]}[spoilt][3] = value
+        pair = pair_of(KERNELS)(*arguments)
+        results.append([*pair, *torch.autograd.grad(pair, arguments[:2], gradients)])
+    for whole, with_nan in zip(*results, strict=True):
+        assert torch.equal(with_nan[others], whole[others])
+    assert results[1][-1][3].isnan().all()
+
+
 @with_half
 def test_half_precision():
     compare(inputs(96), HALF, dropout_over(SEQUENCES))

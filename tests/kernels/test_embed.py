@@ -71,6 +71,21 @@ def test_any_number_of_tokens(tokens):
     compare(inputs(32), FLOAT, dropout=dropout_over(Sequences.from_lengths([tokens], device=DEVICE)), ids=ids(tokens))
 
 
+@pytest.mark.parametrize("types", [1, 2, 3])  # of up to two, the gradients are summed without being sorted
+def test_any_number_of_token_types(types):
+    word, position, _, gamma, beta = inputs(96)
+    tables = [word, position, normal(types, 96, device=DEVICE), gamma, beta]
+    token_ids, _, position_ids = ids(70)
+    type_ids = torch.arange(70, device=DEVICE) // 4 % types
+    compare(tables, FLOAT, ids=(token_ids, type_ids, position_ids))
+
+
+def test_padding_index_may_count_from_the_end():
+    parameters = leaves(96)
+    embed(KERNELS, padding_index=5 - WORDS)(*parameters).square().sum().backward()
+    assert (parameters[0].grad == 0).all(1).nonzero().flatten().tolist() == [5, WORDS - 1]  # the last is never used
+
+
 def test_padding_word_gets_no_gradient():
     compare(inputs(96), FLOAT, padding_index=0)
     parameters = leaves(96)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, LargestTensor, compare_with_torch, normal, of_triton
+from helpers import DEVICE, KERNELS, LargestTensor, compare_with_torch, normal
 
 from bertfast import ops
+from bertfast.kernels.logits_in_chunks import equal_chunk, most_rows_on_gpu
 
 if KERNELS == "triton":
     from bertfast.kernels import linear_cross_entropy as kernels
@@ -32,7 +33,8 @@ def loss(implementation, count):
 @pytest.fixture
 def in_chunks(monkeypatch):
     """Call it with the most rows of a chunk."""
-    return lambda rows: monkeypatch.setattr(kernels, "_rows_of_chunk", lambda _: rows)
+    name = "most_rows_on_gpu" if KERNELS == "triton" else "_most_rows"
+    return lambda rows: monkeypatch.setattr(kernels, name, lambda *_: rows)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])  # eight chunks; a last one that is smaller; one
@@ -65,7 +67,15 @@ def test_all_logits_never_exist(wanted, in_chunks):
     assert (chunk - 1) * vocabulary <= largest.elements <= chunk * vocabulary
 
 
-@of_triton
-def test_a_chunk_stays_in_the_cache():
-    assert kernels._rows_of_chunk(30_528 * 2) == 640  # 39 MB
-    assert kernels._rows_of_chunk(250_048 * 2) == 1024  # too wide for it
+@pytest.mark.parametrize(
+    ("vocab_size", "size", "rows"),
+    [(1024, 2, 4096), (30_528, 2, 4096), (30_528, 4, 2176), (250_048, 2, 1024)],  # 8, 239 and 254 MiB; 1,024 is least
+)
+def test_chunks_on_a_gpu_bound_their_memory(vocab_size, size, rows):
+    assert most_rows_on_gpu(vocab_size * size) == rows
+    assert rows * vocab_size * size <= 256 << 20 or rows == 1024
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(0, 128), (5, 128), (4096, 4096), (5000, 2560), (8193, 2816)])
+def test_chunks_are_of_equal_size(rows, chunk):
+    assert equal_chunk(rows, 4096) == chunk

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import compare_with_torch, dropout_over, normal
 
-from bertfast import ops
+from bertfast import compiled, ops
 from bertfast.dropout import hidden_keep
 from bertfast.sequences import Sequences
 
@@ -79,6 +79,95 @@ def test_no_tokens():
     assert torch.equal(arguments[3].grad, torch.zeros(6, dtype=torch.float64))
 
 
+def paired(x, residual, bias, gamma, beta, dropout=None, compute_dtype=torch.bfloat16):
+    return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout, compute_dtype=compute_dtype)
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_the_copy_is_the_output_in_another_dtype_and_leaves_it_as_it_is(residual_dtype, compute_dtype, implementation):
+    x, residual, *rest = (x.detach().float() for x in inputs(48))
+    arguments = (x.bfloat16(), residual.to(residual_dtype), *rest, 1e-12, dropout_over(SEQUENCES))
+    if compute_dtype not in (residual_dtype, torch.bfloat16):
+        implementation = "reference"  # the fallback for copies that no kernel writes here
+    alone = ops.add_layer_norm(*arguments, implementation=implementation)
+    y, copy = ops.add_layer_norm(*arguments, compute_dtype=compute_dtype, implementation=implementation)
+    assert (y.dtype, copy.dtype) == (residual_dtype, compute_dtype)
+    assert torch.equal(y, alone)
+    if residual_dtype in (torch.float32, compute_dtype):  # else the copy is rounded from what y was rounded from
+        assert torch.equal(copy, y.to(compute_dtype))
+
+
+@pytest.mark.parametrize("read", [(0, 1), (0,), (1,)], ids=["both", "output alone", "copy alone"])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_output_and_copy_are_added(read, residual_dtype):
+    """Whichever of the two is read, the gradients are those of the sum of what reads them."""
+    weights = [normal(5, 48, seed=seed).detach() for seed in (6, 7)]
+    gradients = []
+    for truth in (True, False):
+        arguments = [x.detach().to(torch.float64 if truth else torch.float32) for x in inputs(48)]
+        if not truth:
+            arguments[0], arguments[1] = arguments[0].bfloat16(), arguments[1].to(residual_dtype)
+        arguments = [x.requires_grad_() for x in arguments]
+        outputs = paired(*arguments, compute_dtype=torch.float64 if truth else torch.bfloat16)
+        loss = sum((outputs[place].double() * weights[place]).sum() for place in read)
+        gradients.append(torch.autograd.grad(loss, arguments))
+    for exact, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), exact, rtol=0.05, atol=0.05)
+
+
+class WithoutGradient(torch.autograd.Function):
+    """x, to which it passes no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_y):
+        return None
+
+
+def test_no_gradient_of_output_and_copy_is_no_gradient_of_the_inputs():
+    arguments = [x.detach().float().requires_grad_() for x in inputs(48)]
+    y, copy = paired(*arguments)
+    (WithoutGradient.apply(y).sum() + WithoutGradient.apply(copy).sum()).backward()
+    assert all(x.grad is None for x in arguments)
+
+
+def test_pair_gradient_is_the_derivative():
+    dropout = dropout_over(SEQUENCES, 0.4)
+    assert torch.autograd.gradcheck(lambda *x: paired(*x, dropout, torch.float64), inputs())
+
+
+def test_no_tokens_make_an_empty_copy():
+    arguments = [x.detach().float().requires_grad_() for x in inputs(tokens=0)]
+    y, copy = paired(*arguments)
+    assert copy.shape == (0, 6)
+    assert copy.dtype == torch.bfloat16
+    (y.sum() + copy.sum()).backward()
+    assert torch.equal(arguments[3].grad, torch.zeros(6))
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_pair_compiles_without_a_graph_break(compute_dtype, residual_dtype):
+    def both(*arguments):
+        y, copy = paired(*arguments, compute_dtype=compute_dtype)
+        return y.float().sin() + 2 * copy.float()
+
+    results = []
+    for function in (both, torch.compile(both, backend="aot_eager", fullgraph=True)):
+        arguments = [x.detach().float() for x in inputs(48)]
+        arguments[0], arguments[1] = arguments[0].bfloat16(), arguments[1].to(residual_dtype)
+        arguments = [x.requires_grad_() for x in arguments]
+        output = function(*arguments)
+        results.append([output, *torch.autograd.grad(output.square().sum(), arguments)])
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+
+
 def test_wrong_arguments_are_refused():
     x, residual, bias, gamma, beta = inputs()
     with pytest.raises(ValueError, match=r"add_layer_norm: residual must have shape \[5, 6\], got \[4, 6\]"):
@@ -89,5 +178,14 @@ def test_wrong_arguments_are_refused():
         ours(x.long(), residual, bias, gamma, beta)
     with pytest.raises(ValueError, match="beta is on meta, the other tensors are on cpu"):
         ours(x, residual, bias, gamma, beta.to("meta"))
+    with pytest.raises(TypeError, match=r"add_layer_norm: compute_dtype must be floating point, got torch\.int8"):
+        paired(x, residual, bias, gamma, beta, compute_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"dropout.sequence_number must have shape \[5\], got \[7\]"):
         ours(x, residual, bias, gamma, beta, dropout_over(Sequences.from_lengths([7])))
+
+
+@pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT))
+def test_a_copy_that_kernels_cannot_write_is_refused_if_they_are_requested():
+    arguments = [x.detach().float() for x in inputs()]
+    with pytest.raises(ValueError, match=r"no 'cpu' implementation here: its kernels write copies in bfloat16, got to"):
+        ops.add_layer_norm(*arguments, 1e-12, compute_dtype=torch.float16, implementation="cpu")

@@ -82,6 +82,20 @@ def test_no_tokens():
     assert torch.equal(word.grad, torch.zeros_like(word))
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_an_index_outside_of_its_table_is_named(implementation, wrong):
+    tables = [x.float() for x in parameters()]
+    tokens = TOKENS.clone()
+    tokens[4] = wrong
+    with pytest.raises(IndexError, match=rf"^embed: token_ids\[4\] is {wrong}, but word has 7 rows: token_ids"):
+        ops.embed(tokens, TYPES, POSITIONS, *tables, 1e-12, implementation=implementation)
+    with pytest.raises(IndexError, match=r"^embed: position_ids\[3\] is 6, but position has 6 rows"):
+        ops.embed(TOKENS, TYPES, POSITIONS * 2, *tables, 1e-12, implementation=implementation)
+    with pytest.raises(IndexError, match=r"^embed: token_type_ids\[2\] is 2, but token_type has 2 rows"):
+        ops.embed(TOKENS, TYPES * 2, POSITIONS, *tables, 1e-12, implementation=implementation)
+
+
 def test_wrong_arguments_are_refused():
     word, position, token_type, gamma, beta = parameters()
     rest = (word, position, token_type, gamma, beta, 1e-12)

@@ -128,10 +128,43 @@ def test_int32_indices_do_too():
     assert torch.equal(ours(*inputs(), ROWS.int(), LABELS.int()), ours(*inputs()))
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_a_label_outside_of_the_vocabulary_is_named(implementation):
+    hidden, weight, bias = (x.float() for x in inputs())
+    labels = LABELS.clone()
+    labels[[2, 5]] = 11
+    with pytest.raises(IndexError) as error:
+        ops.linear_cross_entropy(hidden, ROWS, weight, bias, labels, implementation=implementation)
+    assert str(error.value) == (
+        "linear_cross_entropy: labels[2] is 11, but weight has 11 rows: labels must be in 0 … 10, or negative (-100) "
+        "for a row that does not count"
+    )
+
+
+def test_a_label_outside_of_the_vocabulary_makes_the_definition_nan():
+    """As on a GPU, where nothing is checked."""
+    hidden, weight, bias = inputs()
+    loss, *_ = reference.linear_cross_entropy_forward(hidden, ROWS, weight, bias, LABELS + 1, (False,) * 3)
+    assert loss.isnan()
+
+
+def test_without_rows_all_are_read_in_order():
+    arguments = [x.float().detach().requires_grad_() for x in inputs()]
+    labels = torch.cat([LABELS, LABELS[:1]])
+    results = []
+    for rows in (None, torch.arange(8)):
+        loss, correct, counted = ops.linear_cross_entropy(arguments[0], rows, *arguments[1:], labels)
+        results.append([loss, correct, counted, *torch.autograd.grad(loss, arguments)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_wrong_arguments_are_refused():
     hidden, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[7\], got \[6\]"):
         ours(hidden, weight, bias, labels=LABELS[:6])
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[8\], got \[7\]"):
+        ours(hidden, weight, bias, rows=None)
     with pytest.raises(ValueError, match=r"weight must have shape \[vocabulary, 6\], got \[11, 5\]"):
         ours(hidden, weight[:, :5], bias)
     with pytest.raises(TypeError, match="rows must be int64 or int32, got torch"):

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer
 
 from bertfast.data.tokenizer import special_tokens, train_tokenizer
-from bertfast.tasks.features import batches_by_length, shuffled_batches, tokenize, within_budget
+from bertfast.sequences import bucket
+from bertfast.tasks.features import batches_by_length, labels_in, shuffled_batches, tokenize, within_budget
 
 TEXTS = ["a b c d e f", "b", "c d a", "", "f e d c b a"]
 
@@ -113,3 +114,31 @@ def test_a_budget_cuts_rows_where_they_are(tokenizer):
     rows = np.array([4, 1, 2, 3, 0])
     assert [part.tolist() for part in within_budget(features, rows, 10)] == [[4, 1], [2, 3, 0]]
     assert [part.tolist() for part in within_budget(features, rows, 1)] == [[4], [1], [2], [3], [0]]
+
+
+def test_bucketed_inputs_are_the_batch_and_padding_slots(tokenizer):
+    features = tokenize(tokenizer, TEXTS * 4, 64)
+    labels = {"labels": np.arange(len(features.token_ids)), "weights": np.ones(len(features.token_ids), np.float32)}
+    features = replace(features, labels=labels)
+    rows = np.arange(17)
+    plain, padded = (features.model_inputs(rows, bucketed=bucketed).arguments for bucketed in (False, True))
+    tokens = plain["input_ids"].shape[1]
+    assert padded["input_ids"].shape == padded["labels"].shape == (1, bucket(tokens)) != (1, tokens)
+    for name, value in plain.items():
+        assert torch.equal(padded[name][..., : value.shape[-1]], value)
+    rest = {name: set(padded[name][0, tokens:].tolist()) for name in ("input_ids", "labels", "weights")}
+    assert rest == {"input_ids": {0}, "labels": {-100}, "weights": {0.0}}
+    assert torch.equal(padded["cu_seq_lens_q"], plain["cu_seq_lens_q"])
+    assert padded["max_length_q"] == features.lengths.max()
+    assert labels_in(padded) == labels_in(plain)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_without_labels_examples_are_few_numbers_too(tokenizer, choices):
+    features = replace(tokenize(tokenizer, TEXTS * 4, 64), choices=choices, labels={"labels": np.zeros(20 // choices)})
+    for count, slots in ((1, 1), (3, 4), (8, 8), (9, 16)):
+        arguments = features.model_inputs(np.arange(count), labels=False, bucketed=True).arguments
+        assert "labels" not in arguments
+        lengths = arguments["cu_seq_lens_q"].diff().tolist()
+        assert len(lengths) == slots * choices
+        assert not any(lengths[count * choices :])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode
 from bertfast.inputs import Packed
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.precision import autocast
 from bertfast.sequences import Sequences
 from bertfast.training.footprint import Footprint, activations, available_memory, footprint
@@ -15,8 +15,8 @@ SIZES = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 4, "interm
 CPU = torch.device("cpu")
 
 
-def kept(layers: int, precision: str) -> int:
-    """Bytes that a forward pass keeps, but for parameters, a token."""
+def kept(layers: int, precision: str, residual_precision: str) -> int:
+    """Return the bytes that a forward pass keeps of a token, parameters aside."""
     model = BertForPreTraining(BertConfig(num_hidden_layers=layers, max_position_embeddings=64, **SIZES)).bert
     sequences = Sequences.from_lengths([64] * 8)
     ids = torch.arange(sequences.capacity) % 64
@@ -33,15 +33,15 @@ def kept(layers: int, precision: str) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(CPU, precision):
-        encode(model, packed)
+        encode(model, packed, residual_dtype=torch.bfloat16 if residual_precision == "bf16" else None)
     return sum(found.values()) // sequences.capacity
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_layer_keeps_what_is_planned(precision):
-    measured = kept(3, precision) - kept(2, precision)
+@pytest.mark.parametrize("precisions", [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")], ids="-".join)
+def test_a_layer_keeps_what_is_planned(precisions):
+    measured = kept(3, *precisions) - kept(2, *precisions)
     config = BertConfig(num_hidden_layers=1, max_position_embeddings=64, **SIZES)
-    assert activations(config, precision) == pytest.approx(measured, rel=0.15)
+    assert activations(config, *precisions) == pytest.approx(measured, rel=0.15)
 
 
 def test_parameters_gradients_and_states_are_counted():

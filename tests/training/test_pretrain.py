@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bertfast import checkpoint
-from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.training import state
 from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
@@ -40,6 +40,22 @@ def test_it_learns_the_language(data, tmp_path):
     metrics = pretrain(settings_for(tmp_path, data, max_steps=500, dropout=0.0))
     assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5
     assert metrics["validation_perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
+
+
+def test_a_bf16_residual_stream_learns_and_goes_on_where_it_was_stopped(data, tmp_path):
+    options = {"precision": "bf16", "residual_precision": "bf16"}
+    pretrain(settings_for(tmp_path / "once", data, **options))
+    with pytest.raises(RunStopped):
+        pretrain(settings_for(tmp_path / "twice", data, **options), signal_at(7))
+    pretrain(settings_for(tmp_path / "twice", data, resume=True, **options))
+    assert losses(tmp_path / "twice") == losses(tmp_path / "once")
+    assert losses(tmp_path / "once")[-1] < losses(tmp_path / "once")[0]
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_bf16_residual_stream_needs_gemms_in_bf16(data, tmp_path):
+    with pytest.raises(ValueError, match=r"--residual-precision bf16 goes with --precision bf16.*precision is fp32"):
+        pretrain(settings_for(tmp_path, data, precision="fp32", residual_precision="bf16"))
 
 
 def test_the_result_opens_in_transformers_with_every_weight(finished, data):

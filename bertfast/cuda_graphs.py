@@ -36,6 +36,14 @@ class StaticBatch(Protocol):
         """Return what else, besides the tensors' shapes, decides which operations run."""
 
 
+class CapturableModel(Protocol):
+    """What decides whether a model's passes can be captured."""
+
+    config: BertConfig
+    device: torch.device
+    copies_lengths_to_host: bool
+
+
 def cuda_graph(function: Callable[[], Tensor], pool) -> tuple[Tensor, Callable[[], None]]:
     """Capture `function` on the current stream, which must not be the default one. Capturing does not run it."""
     graph = torch.cuda.CUDAGraph()
@@ -61,6 +69,13 @@ def can_capture(config: BertConfig, precision: str, device: torch.device) -> boo
     if device.type != "cuda" or config.hidden_size // config.num_attention_heads not in HEAD_DIMENSIONS:
         return False
     return why_not("triton", "attention", torch.empty(0, dtype=half(precision), device=device)) is None
+
+
+def capture_for(model: CapturableModel, precision: str, *, enabled: bool) -> Capture | None:
+    """Return what captures a model's passes, or None where they run eagerly."""
+    if not enabled or model.copies_lengths_to_host or not can_capture(model.config, precision, model.device):
+        return None
+    return cuda_graphs()
 
 
 @contextmanager

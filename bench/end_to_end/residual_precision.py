@@ -1,0 +1,94 @@
+"""What a residual stream in bf16 costs in loss: `bertfast pretrain` with either stream, from the same weights.
+
+Both sides run on bf16 GEMMs under autocast, with the same samples, masks and dropout; `--residual-precision` alone
+differs. Of each seed the result holds the training losses of all steps, their mean over the last SMOOTHED steps, and
+the validation loss at the end.
+
+    python bench/end_to_end/residual_precision.py [DATA] [--steps 300] [--seeds 1 2] [--preset tiny] [--results FOLDER]
+
+DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
+
+import torch
+from curve_parity import corpus, mean, our_losses
+
+from bertfast.config import Preset
+from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.data.samples import Sampling
+from bertfast.precision import ResidualPrecision
+from bertfast.training.pretrain import Pretraining, PretrainSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import DATA, ON_GPU, RESULTS, write_result
+
+SMOOTHED = 50
+TOKENS, RATE = 1024, 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", default=DATA)
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a run with either stream for each")
+    parser.add_argument("--preset", choices=get_args(Preset), default="tiny", help="size of the model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    arguments = parser.parse_args()
+    if not ON_GPU:
+        torch.set_num_threads(1)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shards = prepare(PrepareSettings(str(folder / "data"), corpus(arguments.data / "corpus")))
+        runs = {
+            stream: {
+                seed: curve(folder, shards, arguments.preset, stream, seed, arguments.steps) for seed in arguments.seeds
+            }
+            for stream in get_args(ResidualPrecision)
+        }
+    differences = {
+        name: [runs["bf16"][seed][name] - runs["fp32"][seed][name] for seed in arguments.seeds]
+        for name in ("end", "validation_loss")
+    }
+    values = {"preset": arguments.preset, "steps": arguments.steps, "tokens_per_batch": TOKENS, "smoothed": SMOOTHED}
+    path = write_result(
+        "residual_precision", {**values, "bf16_minus_fp32": differences, "runs": runs}, arguments.results
+    )
+    for name, each in differences.items():
+        print(f"{name}, bf16 stream minus fp32 stream: {', '.join(f'{x:+.4f}' for x in each)}")
+    print(f"written to {path}")
+
+
+def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision, seed: int, steps: int) -> dict:
+    """Pre-train with one stream; return its training losses, where they end, and the last validation loss."""
+    settings = PretrainSettings(
+        str(folder / f"{stream}-{seed}"),
+        data_dir=str(shards),
+        sampling=Sampling(max_seq_length=128),
+        preset=preset,
+        tokens_per_batch=TOKENS,
+        max_steps=steps,
+        learning_rate=RATE,
+        warmup_ratio=0.1,
+        seed=seed,
+        precision="bf16",
+        residual_precision=stream,
+        logging_steps=1,
+        eval_batches=20,
+        eval_steps=steps,
+        save_steps=steps,
+    )
+    run = Pretraining(settings)
+    losses = our_losses(run)
+    validation = [entry["validation_loss"] for entry in run.journal.entries() if "validation_loss" in entry]
+    return {"end": mean(losses[-SMOOTHED:]), "validation_loss": validation[-1], "losses": losses}
+
+
+if __name__ == "__main__":
+    main()

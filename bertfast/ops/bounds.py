@@ -1,0 +1,39 @@
+"""Checks of indices on a CPU, where reading them costs one pass and no wait for a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def check_below(
+    operation: str, name: str, indices: Tensor, size: int, table: str, *, negative_is_ignored: bool = False
+) -> None:
+    """Raise IndexError at the first of `indices` that is not a row of `table`, which has `size` rows.
+
+    Does nothing on a GPU, while `torch.compile` traces, and in a dispatch mode.
+
+    Args:
+        operation: Name of the operator, for the message.
+        name: Name of the argument that holds the indices.
+        indices: int [N].
+        size: Rows of the table.
+        table: Name of the argument that is indexed.
+        negative_is_ignored: Negative indices are allowed, as labels that do not count.
+    """
+    # A dispatch mode traces or records what is done: fake tensors have no values, and a recorded step reads none.
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return
+    if indices.numel() == 0:
+        return
+    low, high = (int(x) for x in indices.aminmax())
+    if high < size and (low >= 0 or negative_is_ignored):
+        return
+    outside = (indices >= size) if negative_is_ignored else (indices >= size) | (indices < 0)
+    position = int(outside.nonzero()[0])
+    allowed = f"0 … {size - 1}" + (", or negative (-100) for a row that does not count" if negative_is_ignored else "")
+    raise IndexError(
+        f"{operation}: {name}[{position}] is {int(indices[position])}, but {table} has {size} rows: "
+        f"{name} must be in {allowed}"
+    )

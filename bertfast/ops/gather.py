@@ -1,0 +1,74 @@
+"""Rows of activations, gathered; the gradient is a deterministic sum by index.
+
+PyTorch's gradient of `x[rows]` on a GPU sorts the rows once for each tensor and adds duplicates one after another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bertfast.ops.choice import Implementation, check, choose, launcher, run
+
+
+def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None = None) -> tuple[Tensor, ...]:
+    """Return x[rows] of each tensor. All orders of derivatives are deterministic.
+
+    Args:
+        rows: int [R], in 0 … T - 1; a row may be named more than once.
+        tensors: Each [T, H], floating point. Their gradients share the work on `rows`.
+        implementation: Of the gradient: "triton", "cpu" or "reference".
+
+    Returns:
+        [R, H] for each tensor, in its dtype.
+    """
+    named = {f"tensors[{i}]": (x, "tokens hidden", "floating") for i, x in enumerate(tensors)}
+    check("gather", rows=(rows, "rows", "integer"), **named)
+    chosen = {choose("gather", implementation, x) for x in tensors}
+    return run(Gather, "reference" if len(chosen) > 1 else chosen.pop(), rows, *tensors)
+
+
+class Gather(torch.autograd.Function):
+    """tensors -> their `rows`."""
+
+    @staticmethod
+    def forward(ctx, implementation, rows, *tensors):
+        ctx.implementation, ctx.tokens = implementation, tensors[0].shape[0]
+        ctx.save_for_backward(rows)
+        return tuple(x.index_select(0, rows) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *d_ys):
+        (rows,) = ctx.saved_tensors
+        needed = [i for i, needs_grad in enumerate(ctx.needs_input_grad[2:]) if needs_grad]
+        # A compiled graph has no second derivative, and its compiler takes no Function inside of a backward pass.
+        sum_by_index = _sum_by_index if torch.compiler.is_compiling() else SumByIndex.apply
+        sums = sum_by_index(ctx.implementation, rows, ctx.tokens, *(d_ys[i] for i in needed))
+        gradients = dict(zip(needed, sums, strict=True))
+        return None, None, *(gradients.get(i) for i in range(len(d_ys)))
+
+
+class SumByIndex(torch.autograd.Function):
+    """values [R, H] each -> [T, H], the sum of the values whose row it is: the transpose of `Gather`."""
+
+    @staticmethod
+    def forward(ctx, implementation, rows, tokens, *values):
+        ctx.implementation = implementation
+        ctx.save_for_backward(rows)
+        return _sum_by_index(implementation, rows, tokens, *values)
+
+    @staticmethod
+    def backward(ctx, *d_tables):
+        (rows,) = ctx.saved_tensors
+        return None, None, None, *Gather.apply(ctx.implementation, rows, *d_tables)
+
+
+def _sum_by_index(implementation: str, rows: Tensor, tokens: int, *values: Tensor) -> tuple[Tensor, ...]:
+    """Return the sum of the values [R, H] at each row [T, H]; half precisions are summed in fp32."""
+    if implementation != "reference":
+        return tuple(launcher(implementation, "gather_backward")(rows, values, tokens))
+    sums = []
+    for x in values:
+        total = x.new_zeros((tokens, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+        sums.append(total.index_add_(0, rows, x.to(total.dtype)).to(x.dtype))
+    return tuple(sums)
