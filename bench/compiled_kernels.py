@@ -1,11 +1,10 @@
-"""Compile every Triton kernel, in every configuration of its tables, for chips that are not here.
+"""Compile every Triton kernel, in every configuration of its tables, for GPUs that are not here.
 
-Launchers run on CPU tensors with a driver that compiles for the chip and launches nothing, so what is compiled is what
-would run: the same tile shapes, specialised alike. Of each kernel the table has registers, spills, shared memory and
-matrix instructions; one that spills, takes more shared memory than the chip has, or lacks matrix instructions where it
-multiplies, is an error.
+For each kernel the table has registers, spills, shared memory and tensor core instructions. It is a fault if a kernel
+spills, takes more shared memory than the GPU has, lacks tensor core instructions for its matmuls, has its wgmma
+serialised by ptxas, or touches registers of a wgmma in flight; see `ahead_of_time.py` and `sass.py`.
 
-    python bench/compiled_kernels.py [--chips 80 90 100 120] [--output FILE.json]
+    python bench/compiled_kernels.py [--chips 80 90 100 120] [--representative | --tests] [--output FILE.json]
     python bench/compiled_kernels.py --table FILE.json … > bench/results/compiled_kernels.md
 """
 
@@ -14,101 +13,78 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict
+from itertools import islice, product
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
 
-from bertfast.kernels import device
 from bertfast.kernels import results as returned
+from bertfast.kernels.attention_tiles import tile_table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ahead_of_time import CHIPS, Compiled, compile_cases, compile_launches_of_tests
 from harness import origin
 
-CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
-FLOAT, BRAIN = torch.float32, torch.bfloat16
+FLOAT, BF16 = torch.float32, torch.bfloat16
+HIDDEN = (128, 384, 768, 1024, 2048, 4096)
+
+Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel in one configuration for one chip."""
+def cases(representative: bool = False) -> Cases:
+    """(name, what launches it) of every operation and configuration.
 
-    triton: str
-    chip: int
-    kernel: str
-    case: str
-    shape: str
-    warps: int
-    registers: int
-    spills: int
-    shared_memory: int
-    instructions: int
-    matrix_unit: str  # the instruction, "" if there is none
-    matrix_instructions: int
-
-    def faults(self) -> list[str]:
-        """What is wrong with it, in words."""
-        found = []
-        if self.spills:
-            found.append(f"{self.spills} instructions spill registers")
-        multiplies = self.kernel.startswith(("attention", "linear_gelu"))
-        # A warpgroup of Hopper multiplies 64 rows at a time; smaller tiles take the older instruction.
-        wide = self.chip == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
-        if multiplies and (not self.matrix_unit or (wide and self.matrix_unit != "HGMMA")):
-            found.append(f"its products run on {self.matrix_unit or 'no matrix unit'}")
-        if self.shared_memory > CHIPS[self.chip] << 10:
-            found.append(f"{self.shared_memory} bytes of shared memory are more than the chip's {CHIPS[self.chip]} KiB")
-        return found
+    With `representative` they are those that models use most and that tax the compiler most.
+    """
+    yield from attention_cases(representative)
+    yield from add_layer_norm_cases(representative)
+    yield from bias_gelu_cases(representative)
+    yield from gelu_layer_norm_cases(representative)
+    yield from embed_cases(representative)
+    yield from linear_cross_entropy_cases(representative)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, what launches it) of every operation and configuration."""
-    yield from attention_cases()
-    yield from add_layer_norm_cases()
-    yield from bias_gelu_cases()
-    yield from gelu_layer_norm_cases()
-    yield from embed_cases()
-    yield from linear_cross_entropy_cases()
-
-
-def attention_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def attention_cases(representative: bool) -> Cases:
     from bertfast.kernels import attention, attention_backward  # noqa: F401
 
     masks = {"": (False, None), "causal": (True, None), "window": (False, 64)}
-    for head_dimension, dtype, longest, dropped, mask in product(
-        (32, 64, 128), (BRAIN, FLOAT), (32, 64, 128, 512), (False, True), masks
+    for head_dimension, dtype, bound, dropout, mask in product(
+        (32, 64, 128), (BF16, FLOAT), (32, 64, 128, 512), (False, True), masks
     ):
-        if mask and (dropped or longest < 512 or head_dimension != 64):
+        if (mask and bound < 512) or (representative and not _represents(head_dimension, dtype, bound, mask)):
             continue
         qkv = torch.zeros(16, 3, 2, head_dimension, dtype=dtype)
         o, lse = returned.attention_forward(qkv)
-        layout = (torch.tensor([0, 16], dtype=torch.int32), torch.zeros(1, dtype=torch.int64), longest, 0.125)
-        dropout = (torch.zeros((), dtype=torch.int64), 256, 26) if dropped else (None, 0, 0)
+        cu_seqlens = torch.tensor([0, 16], dtype=torch.int32)
+        batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), tile_table(cu_seqlens, 16, bound), bound, 0.125)
+        rng = (torch.zeros((), dtype=torch.int64), 256, 26) if dropout else (None, 0, 0)
 
-        def launch(qkv=qkv, o=o, lse=lse, layout=layout, mask=masks[mask], dropout=dropout) -> None:
-            torch.ops.bertfast.triton_attention_forward(qkv, *layout, *mask, *dropout)
-            torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *layout, *mask, *dropout)
+        def launch(qkv=qkv, o=o, lse=lse, batch=batch, mask=masks[mask], rng=rng) -> None:
+            torch.ops.bertfast.triton_attention_forward(qkv, *batch, *mask, *rng)
+            torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *batch, *mask, *rng)
 
-        words = (_name(dtype), f"D = {head_dimension}", f"to {longest}", mask, "dropout" if dropped else "")
-        yield ", ".join(word for word in words if word), launch
+        parts = (_name(dtype), f"D = {head_dimension}", f"to {bound}", mask, "dropout" if dropout else "")
+        yield ", ".join(part for part in parts if part), launch
 
 
-def add_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def _represents(head_dimension: int, dtype: torch.dtype, bound: int, mask: str) -> bool:
+    if dtype == FLOAT:
+        return head_dimension == 128 and bound == 512 and not mask
+    return bound == 512 or (head_dimension == 64 and bound == 128)
+
+
+def add_layer_norm_cases(representative: bool) -> Cases:
     from bertfast.kernels import add_layer_norm  # noqa: F401, registers the operations
 
     for hidden, (x_dtype, dtype), dropped in product(
-        (128, 384, 768, 1024, 2048, 4096), ((BRAIN, BRAIN), (BRAIN, FLOAT), (FLOAT, FLOAT)), (False, True)
+        (768, 4096) if representative else HIDDEN,
+        ((BF16, FLOAT),) if representative else ((BF16, BF16), (BF16, FLOAT), (FLOAT, FLOAT)),
+        (True,) if representative else (False, True),
     ):
         x, residual = torch.zeros(16, hidden, dtype=x_dtype), torch.zeros(16, hidden, dtype=dtype)
         vector, statistics = torch.zeros(hidden), torch.zeros(16)
@@ -131,14 +107,16 @@ def add_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
         case = f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}"
         yield case, launch
-        if x_dtype == BRAIN:
+        if x_dtype == BF16:
             yield f"{case}, with a copy", launch_pair
 
 
-def bias_gelu_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def bias_gelu_cases(representative: bool) -> Cases:
     from bertfast.kernels import bias_gelu, linear_gelu  # noqa: F401
 
-    for columns, dtype, approximate in product((512, 3072, 4096), (BRAIN, FLOAT), ("none", "tanh")):
+    for columns, dtype, approximate in product(
+        (3072,) if representative else (512, 3072, 4096), (BF16, FLOAT), ("none", "tanh")
+    ):
         x, bias = torch.zeros(16, columns, dtype=dtype), torch.zeros(columns)
         weight = torch.zeros(columns, columns // 4, dtype=dtype)
 
@@ -150,10 +128,10 @@ def bias_gelu_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{_name(dtype)}, {columns} columns{', tanh' if approximate == 'tanh' else ''}", launch
 
 
-def gelu_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def gelu_layer_norm_cases(representative: bool) -> Cases:
     from bertfast.kernels import gelu_layer_norm  # noqa: F401
 
-    for hidden, dtype in product((128, 384, 768, 1024, 2048, 4096), (BRAIN, FLOAT)):
+    for hidden, dtype in product((768, 4096) if representative else HIDDEN, (BF16, FLOAT)):
         x, vector, statistics = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden), torch.zeros(16)
 
         def launch(x=x, vector=vector, statistics=statistics) -> None:
@@ -163,10 +141,14 @@ def gelu_layer_norm_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{_name(dtype)}, H = {hidden}", launch
 
 
-def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def embed_cases(representative: bool) -> Cases:
     from bertfast.kernels import embed  # noqa: F401
 
-    for hidden, dtype, dropped in product((128, 384, 768, 1024, 2048, 4096), (BRAIN, FLOAT), (False, True)):
+    for hidden, dtype, dropped in product(
+        (768, 4096) if representative else HIDDEN,
+        (FLOAT,) if representative else (BF16, FLOAT),
+        (True,) if representative else (False, True),
+    ):
         table, vector = torch.zeros(64, hidden, dtype=dtype), torch.zeros(hidden)
         ids, statistics = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
         dropout = _hidden_dropout(64) if dropped else (None, None, None, 0, 0)
@@ -179,10 +161,10 @@ def embed_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{_name(dtype)}, H = {hidden}{', dropout' if dropped else ''}", launch
 
 
-def linear_cross_entropy_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def linear_cross_entropy_cases(representative: bool) -> Cases:
     from bertfast.kernels import linear_cross_entropy  # noqa: F401
 
-    for vocabulary, dtype in product((1000, 30522, 250_000), (BRAIN, FLOAT)):
+    for vocabulary, dtype in product((30522,) if representative else (1000, 30522, 250_000), (BF16, FLOAT)):
         hidden, weight = torch.zeros(16, 8, dtype=dtype), torch.zeros(vocabulary, 8, dtype=dtype)
         rows = torch.zeros(16, dtype=torch.int64)
 
@@ -199,87 +181,35 @@ def _hidden_dropout(tokens: int) -> tuple:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return {FLOAT: "fp32", BRAIN: "bf16", torch.float16: "fp16"}[dtype]
+    return {FLOAT: "fp32", BF16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-class _Absent:
-    """A driver for a chip that is not here: enough for the compiler."""
-
-    def __init__(self, chip: int):
-        self.chip = chip
-
-    def get_current_device(self) -> int:
-        return self.chip  # a cache of its own for each
-
-    def get_current_stream(self, _device) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.chip, 32)
-
-
-def compile_part(chip: int, part: int, parts: int) -> list[Compiled]:
-    """Every `parts`-th case from `part` on, compiled for a chip."""
-    driver.set_active(_Absent(chip))
-    device.capability = lambda _device: divmod(chip, 10)
-    run = JITFunction.run
-    results, seen = [], set()
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        if compiled.hash not in seen:
-            seen.add(compiled.hash)
-            results.append(_report(compiled, chip, case, options))
-        return compiled
-
-    JITFunction.run = compile_only
-    try:
-        for number, (name, launch) in enumerate(cases()):
-            if number % parts == part:
-                case = name
-                launch()
-    finally:
-        JITFunction.run = run
-    return results
-
-
-def _report(compiled, chip: int, case: str, options: dict) -> Compiled:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
-    counts = Counter(instructions)
-    matrix = Counter({name: count for name, count in counts.items() if "MMA" in name}).most_common(1)
-    unit, products = matrix[0] if matrix else ("", 0)
-    blocks = [
-        str(options[name])
-        for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
-        if name in options
-    ]
-    return Compiled(
-        triton=triton.__version__,
-        chip=chip,
-        kernel=compiled.name.removesuffix("_kernel"),
-        case=case,
-        shape=" x ".join(blocks),
-        warps=compiled.metadata.num_warps,
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        spills=counts["LDL"] + counts["STL"],
-        shared_memory=compiled.metadata.shared,
-        instructions=len(instructions),
-        matrix_unit=unit,
-        matrix_instructions=products,
-    )
+def compile_part(chip: int, part: int, parts: int, which: str) -> list[Compiled]:
+    """Every `parts`-th case from `part` on, compiled for a GPU; `which` is "all", "representative" or "tests"."""
+    if which == "tests":
+        return compile_launches_of_tests(chip, part, parts)
+    return compile_cases(chip, islice(cases(which == "representative"), part, None, parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS), choices=CHIPS)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--representative",
+        action="store_const",
+        dest="which",
+        const="representative",
+        default="all",
+        help="only the configurations that models use most and that tax the compiler most",
+    )
+    which.add_argument(
+        "--tests",
+        action="store_const",
+        dest="which",
+        const="tests",
+        help="instead, what the tests of the kernels launch",
+    )
     parser.add_argument("--output", type=Path, help="write what was compiled, as JSON")
     parser.add_argument("--table", type=Path, nargs="+", help="print a table of such files instead")
     arguments = parser.parse_args()
@@ -287,7 +217,7 @@ def main() -> None:
         print(table([Compiled(**row) for path in arguments.table for row in json.loads(path.read_text())]))
         return
     parts = os.cpu_count() or 1
-    jobs = [(chip, part, parts) for chip in arguments.chips for part in range(parts)]
+    jobs = [(chip, part, parts, arguments.which) for chip in arguments.chips for part in range(parts)]
     with ProcessPoolExecutor(parts) as pool:
         results = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
     if arguments.output:
@@ -300,7 +230,7 @@ def main() -> None:
 
 
 def table(rows: list[Compiled]) -> str:
-    """Markdown: a row a kernel and configuration, a column a chip and version of Triton."""
+    """Return Markdown with a row for each kernel and configuration, a column for each chip and version of Triton."""
     columns = sorted({(row.chip, row.triton) for row in rows})
     found: dict[tuple[str, str], dict[tuple[int, str], Compiled]] = {}
     for row in rows:
@@ -309,10 +239,10 @@ def table(rows: list[Compiled]) -> str:
     lines = [
         "# Every Triton kernel, compiled ahead of time",
         "",
-        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: "
-        "registers / KiB of shared memory / instructions / "
-        "matrix instructions (tile, warps); empty where the code is another case's too. Kernels that spill a register, "
-        "take more shared memory than their chip has, or lack the matrix instructions they should have: "
+        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers / KiB of "
+        "shared memory / instructions / tensor core instructions (block, warps); empty where the code is another "
+        "case's too. Kernels that spill a register, take more shared memory than their chip has, lack tensor core "
+        "instructions, or have wgmma serialised or its registers touched too early: "
         f"{faults} of {len(rows)}.",
         "",
         "| kernel | case | " + " | ".join(f"sm_{chip}, {version}" for chip, version in columns) + " |",
@@ -328,8 +258,8 @@ def _cell(row: Compiled | None) -> str:
     if row is None:  # the same code as another case's
         return ""
     numbers = f"{row.registers} / {row.shared_memory / 1024:.0f} / {row.instructions}"
-    products = f" / {row.matrix_instructions} {row.matrix_unit}" if row.matrix_unit else ""
-    return f"{numbers}{products} ({row.shape}, {row.warps} warps)"
+    matmuls = f" / {row.tensor_core_instructions} {row.tensor_core}" if row.tensor_core else ""
+    return f"{numbers}{matmuls} ({row.shape}, {row.warps} warps)"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertfast.kernels.attention_tiles import tile_table
+
 Value = TypeVar("Value")
 
 
@@ -133,6 +135,11 @@ class Sequences:
     def __len__(self) -> int:
         """The number of sequences, empty ones included."""
         return len(self.sequence_ids)
+
+    @_CachedProperty
+    def tile_table(self) -> Tensor:
+        """int32 [N + 1, 4]: the tiles of the attention kernels, see `bertfast.kernels.attention_tiles.tile_table`."""
+        return tile_table(self.cu_seqlens, self.capacity, self.max_seqlen_bound)
 
     @property
     def on_host(self) -> bool:

@@ -407,9 +407,10 @@ class AttentionCall {
 };
 
 template <class Device>
-static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, int64_t longest,
-                                                    double scale, bool causal, std::optional<int64_t> window,
-                                                    OptionalTensor seed, int64_t word, int64_t threshold) {
+static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers,
+                                                    OptionalTensor /*tile_table*/, int64_t longest, double scale,
+                                                    bool causal, std::optional<int64_t> window, OptionalTensor seed,
+                                                    int64_t word, int64_t threshold) {
   const AttentionCall<Device> call(qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold,
                                    false);
   Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2), qkv.size(3)});
@@ -420,8 +421,8 @@ static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlen
 
 template <class Device>
 static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers,
-                                 int64_t longest, double scale, bool causal, std::optional<int64_t> window,
-                                 OptionalTensor seed, int64_t word, int64_t threshold) {
+                                 OptionalTensor /*tile_table*/, int64_t longest, double scale, bool causal,
+                                 std::optional<int64_t> window, OptionalTensor seed, int64_t word, int64_t threshold) {
   const AttentionCall<Device> call(qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold,
                                    true);
   d_o = dense<Device>(d_o), o = dense<Device>(o);
@@ -472,11 +473,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
         "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, Tensor? d_copy=None) "
         "-> (Tensor, Tensor, Tensor)");
     define(
-        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, SymInt longest, float scale, bool causal, "
-        "int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
+        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, Tensor? tile_table, SymInt longest, "
+        "float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
     define(
         "attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
-        "SymInt longest, float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> Tensor");
+        "Tensor? tile_table, SymInt longest, float scale, bool causal, int? window, Tensor? seed, int word, "
+        "int threshold) -> Tensor");
     define("bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
     define("bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
     define(

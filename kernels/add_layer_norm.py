@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     STAGES,
@@ -30,7 +31,7 @@ from bertfast.kernels.rows import (
 )
 
 
-@triton.jit
+@kernel
 def add_layer_norm_forward_kernel(
     x_ptr,  # [T, H], rows x_stride apart
     residual_ptr,  # [T, H], rows residual_stride apart
@@ -73,7 +74,7 @@ def add_layer_norm_forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows)
 
 
-@triton.jit
+@kernel
 def add_layer_norm_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
     d_copy_ptr,  # [T, H], rows d_copy_stride apart: the copy's gradient, added to d_y; None: nothing to add

@@ -1,9 +1,12 @@
-"""o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and what its two passes share.
+"""o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and what both passes share.
 
-Online softmax in base 2 (Milakov and Gimelshein, 2018; Dao, 2023): the scores' log-sum-exp is kept, from which the
-backward pass (`attention_backward.py`) makes the probabilities again. Nothing T x T exists.
+Online softmax in base 2 (Milakov and Gimelshein, 2018; Dao, 2023). Only the scores' log-sum-exp is kept, from which the
+backward pass (`attention_backward.py`) recomputes the probabilities; no T x T tensor exists.
 
-T tokens, S sequences, A heads, D head dimension. Places beyond cu_seqlens[-1] are inert: zero, like their gradient.
+On Hopper, ptxas runs every wgmma on its own (warning C7510 to C7515) where an accumulator passes from one loop to the
+next, so a kernel has one loop over full blocks of keys and an `if` for the last, masked block.
+
+T slots, S sequences, A heads, D head dimension. Slots beyond cu_seqlens[-1] are padding: zero, like their gradient.
 """
 
 import torch
@@ -13,36 +16,37 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.attention_shapes import shapes
+from bertfast.kernels.attention_tiles import TILE
 from bertfast.kernels.dropout import keep_attention, scale_of
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_SEARCHED = tl.constexpr(1024)  # sequences that a program looks through at a time
-_WIDEST_STRIDE = 1 << 24  # elements between tokens: offsets within a tile stay below 2**31
-_EVERYWHERE = 1 << 30  # a window that hides nothing
+PADDING_PROGRAMS = 32  # for each head, they zero the padding slots
+_MAX_TOKEN_STRIDE = 1 << 24  # elements from a token to the next: offsets within a block stay below 2**31
+_UNLIMITED = 1 << 30  # a window that masks nothing
 
 
 @triton.jit
-def find_tile(cu_ptr, sequences, tokens, slot, BLOCK: tl.constexpr):
-    """What the tile number `slot` is: (sequence, its first token, its length, the tile's first row in it).
+def find_block(tile_ptr, tiles, slot, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The block of rows number `slot`: (sequence, its first token, its length, the block's first row in it).
 
-    Sequence s has the slots from cu[s] // BLOCK + s on, at least as many as tiles: no list of tiles is needed. The
-    number `sequences` stands for the inert places.
+    `tile_ptr` points to a table of `attention_tiles.tile_table`, whose tiles are BLOCKS blocks of BLOCK rows; blocks
+    beyond the table's are those of the padding slots.
     """
-    found = 0
-    for first in range(0, sequences + 1, _SEARCHED):
-        s = first + tl.arange(0, _SEARCHED)
-        start = tl.load(cu_ptr + s, mask=s <= sequences, other=0)
-        found += tl.sum(((s <= sequences) & (start // BLOCK + s <= slot)).to(tl.int32), 0)
-    sequence = found - 1
-    start = tl.load(cu_ptr + sequence)
-    end = tl.load(cu_ptr + sequence + 1, mask=sequence < sequences, other=tokens)
-    return sequence, start.to(tl.int64), end - start, (slot - start // BLOCK - sequence) * BLOCK
+    entry_ptr = tile_ptr + 4 * tl.minimum(slot // BLOCKS, tiles)
+    sequence, start = tl.load(entry_ptr), tl.load(entry_ptr + 1)
+    length, first = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)
+    if slot < tiles * BLOCKS:
+        first += slot % BLOCKS * BLOCK
+    else:
+        first += (slot - tiles * BLOCKS) * BLOCK
+    return sequence, start.to(tl.int64), length, first
 
 
 @triton.jit
-def load_tile(pointer, first, rows, length, stride, D: tl.constexpr, MASKED: tl.constexpr = True):
-    """[rows, D] from row `first` on; zero from `length` on, where something else lies, NaN perhaps."""
+def load_block(pointer, first, rows, length, stride, D: tl.constexpr, MASKED: tl.constexpr = True):
+    """[rows, D] from row `first` on; zero from `length` on, where other tokens lie, which may be NaN."""
     pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, D)[None, :]
     if MASKED:
         return tl.load(pointers, mask=(first + rows < length)[:, None], other=0.0)
@@ -51,163 +55,205 @@ def load_tile(pointer, first, rows, length, stride, D: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
-def store_tile(pointer, first, rows, length, stride, x, D: tl.constexpr):
+def store_block(pointer, first, rows, length, stride, x, D: tl.constexpr):
     """Write [rows, D] from row `first` on, up to `length`, in the pointer's dtype."""
     pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(pointers, x.to(pointer.dtype.element_ty), mask=(first + rows < length)[:, None])
 
 
 @triton.jit
-def visible(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether a query of the sequence sees a key; one is a column and the other a row, either way round."""
-    seen = key < length
+def attention_mask(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether a query attends to a key of its sequence; one is a column and the other a row, either way round."""
+    mask = key < length
     if CAUSAL:
-        seen &= key <= query
+        mask &= key <= query
     if WINDOW:
-        seen &= (query - key <= window) & (key - query <= window)
-    return seen
+        mask &= tl.abs(query - key) <= window
+    return mask
 
 
 @triton.jit
-def keys_of(
-    first,
-    length,
-    window,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+def kv_range(
+    first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """The keys for a block of queries: those that all of it see, from [0] to [1], and those to look at, up to [2]."""
+    """The keys for a block of queries, from [0] to [1]."""
     begin, end = 0, length
     if WINDOW:
         begin = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(first + BLOCK_M + window, length)
     if CAUSAL:
-        end = tl.minimum(first + BLOCK_M, length)
-    seen = begin
-    if not (CAUSAL or WINDOW):
-        seen = length // BLOCK_N * BLOCK_N
-    return begin, seen, end
+        end = tl.minimum(first + BLOCK_M, end)
+    return begin, end
 
 
 @triton.jit
+def _attend(
+    state,  # (o [M, D], m_i [M], l_i [M]): the output so far, and its rows' maximum and sum
+    q,  # [M, D]
+    k_ptr,
+    v_ptr,
+    key,  # first key of the block
+    first,  # first query
+    length,
+    qkv_stride,
+    scale2,
+    window,
+    rng,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """The state after one more block of keys."""
+    o, m_i, l_i = state
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    k = load_block(k_ptr, key, columns, length, qkv_stride, D, MASKED)
+    v = load_block(v_ptr, key, columns, length, qkv_stride, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+    if MASKED:
+        mask = attention_mask((first + rows)[:, None], (key + columns)[None, :], length, window, CAUSAL, WINDOW)
+        s = tl.where(mask, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    if CAUSAL or WINDOW:
+        m_new = tl.where(m_new == float("-inf"), 0.0, m_new)  # all masked so far: -inf less -inf is NaN
+    p = tl.math.exp2(s - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        keep = keep_attention(first, rows[:, None], key, columns[None, :], rng)
+        p = tl.where(keep, p, 0.0)
+    return tl.dot(p.to(v.dtype), v, o * alpha[:, None], input_precision=PRECISION), m_new, l_i
+
+
+@kernel
 def attention_forward_kernel(
     qkv_ptr,  # [T, 3, A, D], tokens qkv_stride apart
-    cu_ptr,  # int32 [S + 1]
-    number_ptr,  # int [S], the sequences' numbers
+    tile_ptr,  # int32 [tiles + 1, 4], see attention_tiles.py
+    sequence_id_ptr,  # int [S]
     seed_ptr,  # int64 []; None: no dropout
     o_ptr,  # [T, A, D]
     lse_ptr,  # fp32 [A, T], log2 of the sum of 2 to the scores · log2(e)
-    sequences,
-    tokens,
+    tiles,
+    capacity,  # T
     heads,
     qkv_stride,
     scale2,  # scale · log2(e)
     window,
-    word,
+    counter,  # dropout's counter word, the head not yet added
     threshold,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
+    BLOCKS: tl.constexpr,  # blocks of queries in a tile
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    PADDING_PROGRAMS: tl.constexpr,
 ):
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads  # heads fastest: neighbours read neighbouring lines
-    sequence, start, length, first = find_tile(cu_ptr, sequences, tokens, tl.program_id(0) // heads, BLOCK_M)
+    slot = tl.program_id(0) // heads
+    sequence, start, length, first = find_block(tile_ptr, tiles, slot, BLOCK_M, BLOCKS)
     if first >= length:
         return
-    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
     o = tl.zeros([BLOCK_M, D], tl.float32)
     o_stride = heads * D
     o_ptr += start * o_stride + head * D
-    if sequence == sequences:
-        store_tile(o_ptr, first, rows, length, o_stride, o, D)
+    if slot >= tiles * BLOCKS:
+        for row in range(first, length, PADDING_PROGRAMS * BLOCK_M):
+            store_block(o_ptr, row, rows, length, o_stride, o, D)
         return
     q_ptr = qkv_ptr + start * qkv_stride + head * D
     k_ptr = q_ptr + heads * D
     v_ptr = k_ptr + heads * D
-    q = load_tile(q_ptr, first, rows, length, qkv_stride, D)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    q = load_block(q_ptr, first, rows, length, qkv_stride, D)
+    rng = (0, 0, 0, 0)
     if DROPOUT:
-        seed, number = tl.load(seed_ptr), tl.load(number_ptr + sequence)
-    bounds = keys_of(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    for part in tl.static_range(CAUSAL or WINDOW, 2):
-        for key in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            k = load_tile(k_ptr, key, columns, length, qkv_stride, D, part)
-            v = load_tile(v_ptr, key, columns, length, qkv_stride, D, part)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-            if part:
-                seen = visible((first + rows)[:, None], (key + columns)[None, :], length, window, CAUSAL, WINDOW)
-                s = tl.where(seen, s, float("-inf"))
-            higher = tl.maximum(highest, tl.max(s, 1))
-            if part:
-                higher = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf less -inf is NaN
-            p = tl.math.exp2(s - higher[:, None])
-            shrink = tl.math.exp2(highest - higher)
-            total = total * shrink + tl.sum(p, 1)
-            if DROPOUT:
-                keep = keep_attention(first, rows[:, None], key, columns[None, :], number, word | head, seed, threshold)
-                p = tl.where(keep, p, 0.0)
-            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
-            highest = higher
-    factor = 1.0 / total
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+    state = (o, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
+    if CAUSAL or WINDOW or PRECISION is not None:  # in fp32 there is no wgmma, and one body takes fewer registers
+        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        for key in tl.range(begin, end, BLOCK_N):
+            state = _attend(
+                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    else:
+        full = length // BLOCK_N * BLOCK_N
+        for key in tl.range(0, full, BLOCK_N):
+            state = _attend(
+                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+        if full != length:
+            state = _attend(
+                state, q, k_ptr, v_ptr, full, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    o, m_i, l_i = state
+    factor = 1.0 / l_i
     if DROPOUT:
         factor *= scale_of(threshold)
-    store_tile(o_ptr, first, rows, length, o_stride, o * factor[:, None], D)
-    lse_ptr += head.to(tl.int64) * tokens + start + first
-    tl.store(lse_ptr + rows, highest + tl.math.log2(total), mask=first + rows < length)
+    store_block(o_ptr, first, rows, length, o_stride, o * factor[:, None], D)
+    lse_ptr += head.to(tl.int64) * capacity + start + first
+    tl.store(lse_ptr + rows, m_i + tl.math.log2(l_i), mask=first + rows < length)
 
 
 @operation
 def attention_forward(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    numbers: Tensor,
-    longest: int,
+    sequence_ids: Tensor,
+    tile_table: Tensor,
+    max_seqlen_bound: int,
     scale: float,
     causal: bool,
     window: int | None,
     seed: Tensor | None,
-    word: int,
+    counter: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
     """(o [T, A, D], log-sum-exp of the scores in base 2, fp32 [A, T]); without `seed` nothing is dropped.
 
-    No sequence is longer than `longest`, by which the tiles are chosen.
+    No sequence is longer than `max_seqlen_bound`, by which the block shapes are chosen. `tile_table` is that of
+    `cu_seqlens`, which itself is not read.
     """
     o, lse = results.attention_forward(qkv)
-    qkv = in_tokens(qkv)
-    tokens, _, heads, _ = qkv.shape
-    sequences = len(cu_seqlens) - 1
-    shape = shapes("forward", qkv, longest)
-    attention_forward_kernel[(slots(tokens, sequences, shape["BLOCK_M"]) * heads,)](
-        qkv, cu_seqlens, numbers, seed, o, lse, sequences, tokens, heads, qkv.stride(0), scale * LOG2_E.value,
-        window_or_all(window), word, threshold, **constants_of(qkv, causal, window), **shape,
+    qkv = dense_tokens(qkv)
+    capacity, _, heads, _ = qkv.shape
+    tiles = len(tile_table) - 1
+    shape = shapes("forward", qkv, max_seqlen_bound, seed is not None)
+    blocks = blocks_per_tile(shape["BLOCK_M"], max_seqlen_bound)
+    attention_forward_kernel[((tiles * blocks + PADDING_PROGRAMS) * heads,)](
+        qkv, tile_table, sequence_ids, seed, o, lse, tiles, capacity, heads, qkv.stride(0), scale * LOG2_E.value,
+        window_or_unlimited(window), counter, threshold,
+        **constants_of(qkv, causal, window), BLOCKS=blocks, PADDING_PROGRAMS=PADDING_PROGRAMS, **shape,
     )  # fmt: skip
     return o, lse
 
 
-def in_tokens(qkv: Tensor) -> Tensor:
+def dense_tokens(qkv: Tensor) -> Tensor:
     # Any distance between tokens, none within one.
     dense = qkv.stride()[1:] == (qkv.shape[2] * qkv.shape[3], qkv.shape[3], 1)
-    return qkv if dense and qkv.stride(0) < _WIDEST_STRIDE else qkv.contiguous()
+    return qkv if dense and qkv.stride(0) < _MAX_TOKEN_STRIDE else qkv.contiguous()
 
 
-def slots(tokens: int, sequences: int, block: int) -> int:
-    # See `find_tile`; the inert places are one more.
-    return tokens // block + sequences + 1
+def blocks_per_tile(block: int, max_seqlen_bound: int) -> int:
+    # No more than sequences within the bound can fill.
+    return triton.cdiv(min(TILE, max(max_seqlen_bound, 1)), block)
 
 
-def window_or_all(window: int | None) -> int:
-    return _EVERYWHERE if window is None else min(window, _EVERYWHERE)
+def window_or_unlimited(window: int | None) -> int:
+    return _UNLIMITED if window is None else min(window, _UNLIMITED)
 
 
 def constants_of(qkv: Tensor, causal: bool, window: int | None) -> dict:
-    # Three products of TF32 parts are as good as one of fp32, and run on the matrix unit.
+    # Three GEMMs of TF32 parts are as accurate as one in fp32, and run on the tensor cores.
     return {
         "D": qkv.shape[3],
         "CAUSAL": causal,

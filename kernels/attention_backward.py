@@ -2,8 +2,8 @@
 
 With P the probabilities, K the mask of dropout, c its scale, d_p = d_o vᵀ and delta the sums of d_o · o (Dao et al.,
 2022, appendix B.2): d_v = c (K P)ᵀ d_o, d_s = P (c K d_p - delta), d_q = d_s k · scale, d_k = d_sᵀ q · scale.
-A short sequence is one program a head, five products from what it holds; a longer one takes two kernels, one over
-queries and one over keys. Nothing is added atomically. T, S, A and D as in `attention.py`.
+A short sequence is one program for each head, with five GEMMs on what it holds; a longer one takes two kernels, one
+over queries and one over keys. There are no atomic operations. T, S, A and D as in `attention.py`.
 """
 
 import torch
@@ -14,32 +14,26 @@ from torch import Tensor
 from bertfast.kernels import results
 from bertfast.kernels.attention import (
     LOG2_E,
+    PADDING_PROGRAMS,
+    attention_mask,
+    blocks_per_tile,
     constants_of,
-    find_tile,
-    in_tokens,
-    keys_of,
-    load_tile,
-    slots,
-    store_tile,
-    visible,
-    window_or_all,
+    dense_tokens,
+    find_block,
+    kv_range,
+    load_block,
+    store_block,
+    window_or_unlimited,
 )
 from bertfast.kernels.attention_shapes import shapes
 from bertfast.kernels.dropout import keep_attention, scale_of
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
-
-_INERT_PROGRAMS = 32  # a head, that zero the gradient of inert places
 
 
 @triton.jit
-def _queries_of(
-    first,
-    length,
-    window,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+def _q_range(
+    first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
     """The queries for a block of keys, from [0] to [1]."""
     begin, end = 0, length
@@ -52,214 +46,258 @@ def _queries_of(
 
 
 @triton.jit
+def _add_d_q(
+    d_q,  # [M, D], the sum so far
+    q,  # [M, D]
+    d_o,  # [M, D]
+    lse,  # [M]
+    delta,  # [M]
+    k_ptr,
+    v_ptr,
+    key,  # first key of the block
+    first,  # first query
+    length,
+    qkv_stride,
+    scale,
+    window,
+    rng,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """d_q with the share of one more block of keys, without the factors c and scale."""
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    k = load_block(k_ptr, key, columns, length, qkv_stride, D, MASKED)
+    v = load_block(v_ptr, key, columns, length, qkv_stride, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+    p = tl.math.exp2(s - lse[:, None])
+    if MASKED:  # masked scores may be infinite here
+        mask = attention_mask((first + rows)[:, None], (key + columns)[None, :], length, window, CAUSAL, WINDOW)
+        p = tl.where(mask, p, 0.0)
+    d_p = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        keep = keep_attention(first, rows[:, None], key, columns[None, :], rng)
+        d_p = tl.where(keep, d_p, 0.0)
+    d_s = p * (d_p - delta[:, None])
+    return tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+
+
+@kernel
 def attention_d_q_kernel(
     qkv_ptr,  # as in the forward kernel
     o_ptr,
     d_o_ptr,  # [T, A, D]
     lse_ptr,
-    cu_ptr,
-    number_ptr,
+    tile_ptr,
+    sequence_id_ptr,
     seed_ptr,
     delta_ptr,  # fp32 [A, T], written for the next kernel: sum of d_o · o, over the scale of dropout
     d_qkv_ptr,  # [T, 3, A, D], of which this writes d_q
-    sequences,
-    tokens,
+    tiles,
+    capacity,
     heads,
     qkv_stride,
     scale,
     window,
-    word,
+    counter,
     threshold,
     shortest,  # shorter sequences are another kernel's
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of queries in a tile
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # d_s is made without the factor c, which comes last.
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
-    sequence, start, length, first = find_tile(cu_ptr, sequences, tokens, tl.program_id(0) // heads, BLOCK_M)
-    if (first >= length) | (length < shortest) | (sequence == sequences):
+    sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_M, BLOCKS)
+    if (first >= length) | (length < shortest):
         return
-    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
     o_stride = heads * D
     d_stride = 3 * o_stride
     q_ptr = qkv_ptr + start * qkv_stride + head * D
     k_ptr = q_ptr + heads * D
     v_ptr = k_ptr + heads * D
-    q = load_tile(q_ptr, first, rows, length, qkv_stride, D)
-    d_o = load_tile(d_o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
-    o = load_tile(o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
-    c = 1.0
+    q = load_block(q_ptr, first, rows, length, qkv_stride, D)
+    d_o = load_block(d_o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
+    o = load_block(o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
+    rng, c = (0, 0, 0, 0), 1.0
     if DROPOUT:
-        seed, number = tl.load(seed_ptr), tl.load(number_ptr + sequence)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
         c = scale_of(threshold)
     inside = first + rows < length
-    statistics = head.to(tl.int64) * tokens + start + first + rows
+    statistics = head.to(tl.int64) * capacity + start + first + rows
     lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
     tl.store(delta_ptr + statistics, delta, mask=inside)
     d_q = tl.zeros([BLOCK_M, D], tl.float32)
-    bounds = keys_of(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    for part in tl.static_range(CAUSAL or WINDOW, 2):
-        for key in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            k = load_tile(k_ptr, key, columns, length, qkv_stride, D, part)
-            v = load_tile(v_ptr, key, columns, length, qkv_stride, D, part)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-            p = tl.math.exp2(s - lse[:, None])
-            if part:  # what is not seen may be infinite here
-                seen = visible((first + rows)[:, None], (key + columns)[None, :], length, window, CAUSAL, WINDOW)
-                p = tl.where(seen, p, 0.0)
-            d_p = tl.dot(d_o, tl.trans(v), input_precision=PRECISION)
-            if DROPOUT:
-                keep = keep_attention(first, rows[:, None], key, columns[None, :], number, word | head, seed, threshold)
-                d_p = tl.where(keep, d_p, 0.0)
-            d_s = p * (d_p - delta[:, None])
-            d_q = tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
-    store_tile(d_qkv_ptr + start * d_stride + head * D, first, rows, length, d_stride, d_q * (scale * c), D)
+    if CAUSAL or WINDOW or PRECISION is not None:  # in fp32 there is no wgmma, and one body takes fewer registers
+        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        for key in tl.range(begin, end, BLOCK_N):
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    else:
+        full = length // BLOCK_N * BLOCK_N
+        for key in tl.range(0, full, BLOCK_N):
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+        if full != length:
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, full, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    # The factor c, left out of d_s, comes last.
+    store_block(d_qkv_ptr + start * d_stride + head * D, first, rows, length, d_stride, d_q * (scale * c), D)
 
 
-@triton.jit
+@kernel
 def attention_d_kv_kernel(
     qkv_ptr,  # as in the kernels before
     d_o_ptr,
     lse_ptr,
     delta_ptr,
-    cu_ptr,
-    number_ptr,
+    tile_ptr,
+    sequence_id_ptr,
     seed_ptr,
     d_qkv_ptr,  # of which this writes d_k and d_v
-    sequences,
-    tokens,
+    tiles,
+    capacity,
     heads,
     qkv_stride,
     scale,
     window,
-    word,
+    counter,
     threshold,
     shortest,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of keys in a tile
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Tiles are keys by queries, so that they are the left operands of d_k and d_v as they are.
+    # Scores are keys by queries, so that they are the left operands of d_k and d_v as they are.
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
-    sequence, start, length, first = find_tile(cu_ptr, sequences, tokens, tl.program_id(0) // heads, BLOCK_N)
-    if (first >= length) | (length < shortest) | (sequence == sequences):
+    sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_N, BLOCKS)
+    if (first >= length) | (length < shortest):
         return
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     o_stride = heads * D
     d_stride = 3 * o_stride
     q_ptr = qkv_ptr + start * qkv_stride + head * D
-    k = load_tile(q_ptr + heads * D, first, rows, length, qkv_stride, D)
-    v = load_tile(q_ptr + 2 * heads * D, first, rows, length, qkv_stride, D)
+    k = load_block(q_ptr + heads * D, first, rows, length, qkv_stride, D)
+    v = load_block(q_ptr + 2 * heads * D, first, rows, length, qkv_stride, D)
     d_o_ptr += start * o_stride + head * D
     c = 1.0
     if DROPOUT:
-        seed, number = tl.load(seed_ptr), tl.load(number_ptr + sequence)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
         c = scale_of(threshold)
     d_k = tl.zeros([BLOCK_N, D], tl.float32)
     d_v = tl.zeros([BLOCK_N, D], tl.float32)
-    begin, end = _queries_of(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    begin, end = _q_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for query in tl.range(begin, end, BLOCK_M):
-        q = load_tile(q_ptr, query, columns, length, qkv_stride, D)
-        d_o = load_tile(d_o_ptr, query, columns, length, o_stride, D)
+        q = load_block(q_ptr, query, columns, length, qkv_stride, D)
+        d_o = load_block(d_o_ptr, query, columns, length, o_stride, D)
         inside = query + columns < length
-        statistics = head.to(tl.int64) * tokens + start + query + columns
+        statistics = head.to(tl.int64) * capacity + start + query + columns
         lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # so that p is 0 beyond the end
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
         if CAUSAL or WINDOW:
-            seen = visible((query + columns)[None, :], (first + rows)[:, None], length, window, CAUSAL, WINDOW)
-            p = tl.where(seen, p, 0.0)
+            mask = attention_mask((query + columns)[None, :], (first + rows)[:, None], length, window, CAUSAL, WINDOW)
+            p = tl.where(mask, p, 0.0)
         if DROPOUT:
-            keep = keep_attention(query, columns[None, :], first, rows[:, None], number, word | head, seed, threshold)
+            keep = keep_attention(query, columns[None, :], first, rows[:, None], rng)
             p = tl.where(keep, p, -p)  # what is dropped is negative from here on, which costs no register
         d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
         d_s = tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
     d_k_ptr = d_qkv_ptr + start * d_stride + (heads + head) * D
-    store_tile(d_k_ptr, first, rows, length, d_stride, d_k * (scale * c), D)
-    store_tile(d_k_ptr + heads * D, first, rows, length, d_stride, d_v * c, D)
+    store_block(d_k_ptr, first, rows, length, d_stride, d_k * (scale * c), D)
+    store_block(d_k_ptr + heads * D, first, rows, length, d_stride, d_v * c, D)
 
 
-@triton.jit
+@kernel
 def attention_backward_short_kernel(
     qkv_ptr,  # as in the kernels before
     o_ptr,
     d_o_ptr,
     lse_ptr,
-    cu_ptr,
-    number_ptr,
+    tile_ptr,
+    sequence_id_ptr,
     seed_ptr,
-    d_qkv_ptr,  # all of it for sequences of at most BLOCK tokens, and the inert places
-    sequences,
-    tokens,
+    d_qkv_ptr,  # all of it for sequences of at most BLOCK tokens, and the padding slots
+    tiles,
+    capacity,
     heads,
     qkv_stride,
     scale,
     window,
-    word,
+    counter,
     threshold,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    INERT_PROGRAMS: tl.constexpr,
+    PADDING_PROGRAMS: tl.constexpr,
 ):
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
-    sequence = tl.program_id(0) // heads
+    slot = tl.program_id(0) // heads
+    sequence, start, length, first = find_block(tile_ptr, tiles, slot, BLOCK, 1)
     rows = tl.arange(0, BLOCK)
     o_stride = heads * D
     d_stride = 3 * o_stride
-    d_q_ptr = d_qkv_ptr + head * D
-    if sequence >= sequences:
-        used = tl.load(cu_ptr + sequences)
+    d_q_ptr = d_qkv_ptr + start * d_stride + head * D
+    if slot >= tiles:
         zero = tl.zeros([BLOCK, D], tl.float32)
-        for first in range(used + (sequence - sequences) * BLOCK, tokens, INERT_PROGRAMS * BLOCK):
+        for row in range(first, length, PADDING_PROGRAMS * BLOCK):
             for part in tl.static_range(3):
-                store_tile(d_q_ptr + part * heads * D, first, rows, tokens, d_stride, zero, D)
+                store_block(d_q_ptr + part * heads * D, row, rows, length, d_stride, zero, D)
         return
-    start = tl.load(cu_ptr + sequence).to(tl.int64)
-    length = tl.load(cu_ptr + sequence + 1) - start.to(tl.int32)
-    if (length == 0) | (length > BLOCK):
+    if (first > 0) | (length == 0) | (length > BLOCK):  # a tile of a longer sequence, or none
         return
     q_ptr = qkv_ptr + start * qkv_stride + head * D
-    q = load_tile(q_ptr, 0, rows, length, qkv_stride, D)
-    k = load_tile(q_ptr + heads * D, 0, rows, length, qkv_stride, D)
-    v = load_tile(q_ptr + 2 * heads * D, 0, rows, length, qkv_stride, D)
-    d_o = load_tile(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
-    statistics = head.to(tl.int64) * tokens + start + rows
+    q = load_block(q_ptr, 0, rows, length, qkv_stride, D)
+    k = load_block(q_ptr + heads * D, 0, rows, length, qkv_stride, D)
+    v = load_block(q_ptr + 2 * heads * D, 0, rows, length, qkv_stride, D)
+    d_o = load_block(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
+    statistics = head.to(tl.int64) * capacity + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
-    p = tl.where(visible(rows[None, :], rows[:, None], length, window, CAUSAL, WINDOW), p, 0.0)
+    p = tl.where(attention_mask(rows[None, :], rows[:, None], length, window, CAUSAL, WINDOW), p, 0.0)
     c = 1.0
     if DROPOUT:
-        seed, number = tl.load(seed_ptr), tl.load(number_ptr + sequence)
-        keep = keep_attention(0, rows[None, :], 0, rows[:, None], number, word | head, seed, threshold)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+        keep = keep_attention(0, rows[None, :], 0, rows[:, None], rng)
         p = tl.where(keep, p, -p)  # as above
         c = scale_of(threshold)
-    d_q_ptr += start * d_stride
     d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
-    store_tile(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
-    o = load_tile(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
+    store_block(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
+    o = load_block(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
     d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
     d_s = (tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])).to(q.dtype)
     d_k = tl.dot(d_s, q, input_precision=PRECISION)
-    store_tile(d_q_ptr + heads * D, 0, rows, length, d_stride, d_k * (scale * c), D)
+    store_block(d_q_ptr + heads * D, 0, rows, length, d_stride, d_k * (scale * c), D)
     d_q = tl.dot(tl.trans(d_s), k, input_precision=PRECISION)
-    store_tile(d_q_ptr, 0, rows, length, d_stride, d_q * (scale * c), D)
+    store_block(d_q_ptr, 0, rows, length, d_stride, d_q * (scale * c), D)
 
 
 @operation
@@ -269,34 +307,38 @@ def attention_backward(
     o: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    numbers: Tensor,
-    longest: int,
+    sequence_ids: Tensor,
+    tile_table: Tensor,
+    max_seqlen_bound: int,
     scale: float,
     causal: bool,
     window: int | None,
     seed: Tensor | None,
-    word: int,
+    counter: int,
     threshold: int,
 ) -> Tensor:
-    """d_qkv [T, 3, A, D]."""
+    """d_qkv [T, 3, A, D]; arguments as in `attention_forward`."""
     d_qkv = results.attention_backward(d_o, qkv)
-    qkv, d_o = in_tokens(qkv), d_o.contiguous()
-    tokens, _, heads, _ = qkv.shape
-    sequences = len(cu_seqlens) - 1
-    sizes = (sequences, tokens, heads, qkv.stride(0), scale, window_or_all(window), word, threshold)
+    qkv, d_o = dense_tokens(qkv), d_o.contiguous()
+    capacity, _, heads, _ = qkv.shape
+    tiles, dropout = len(tile_table) - 1, seed is not None
+    table = (tile_table, sequence_ids, seed)
+    sizes = (tiles, capacity, heads, qkv.stride(0), scale, window_or_unlimited(window), counter, threshold)
     constants = constants_of(qkv, causal, window)
-    short = shapes("short", qkv, longest)
-    attention_backward_short_kernel[((sequences + _INERT_PROGRAMS) * heads,)](
-        qkv, o, d_o, lse, cu_seqlens, numbers, seed, d_qkv, *sizes, **constants, INERT_PROGRAMS=_INERT_PROGRAMS, **short
+    short = shapes("short", qkv, max_seqlen_bound, dropout)
+    attention_backward_short_kernel[((tiles + PADDING_PROGRAMS) * heads,)](
+        qkv, o, d_o, lse, *table, d_qkv, *sizes, **constants, PADDING_PROGRAMS=PADDING_PROGRAMS, **short
     )
-    if longest > short["BLOCK"]:
+    if max_seqlen_bound > short["BLOCK"]:
         delta = torch.empty_like(lse)
-        shape = shapes("d_q", qkv, longest)
-        attention_d_q_kernel[(slots(tokens, sequences, shape["BLOCK_M"]) * heads,)](
-            qkv, o, d_o, lse, cu_seqlens, numbers, seed, delta, d_qkv, *sizes, short["BLOCK"] + 1, **constants, **shape
+        shape = shapes("d_q", qkv, max_seqlen_bound, dropout)
+        blocks = blocks_per_tile(shape["BLOCK_M"], max_seqlen_bound)
+        attention_d_q_kernel[(tiles * blocks * heads,)](
+            qkv, o, d_o, lse, *table, delta, d_qkv, *sizes, short["BLOCK"] + 1, **constants, BLOCKS=blocks, **shape
         )
-        shape = shapes("d_kv", qkv, longest)
-        attention_d_kv_kernel[(slots(tokens, sequences, shape["BLOCK_N"]) * heads,)](
-            qkv, d_o, lse, delta, cu_seqlens, numbers, seed, d_qkv, *sizes, short["BLOCK"] + 1, **constants, **shape
+        shape = shapes("d_kv", qkv, max_seqlen_bound, dropout)
+        blocks = blocks_per_tile(shape["BLOCK_N"], max_seqlen_bound)
+        attention_d_kv_kernel[(tiles * blocks * heads,)](
+            qkv, d_o, lse, delta, *table, d_qkv, *sizes, short["BLOCK"] + 1, **constants, BLOCKS=blocks, **shape
         )
     return d_qkv

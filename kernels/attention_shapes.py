@@ -1,7 +1,7 @@
-"""Tile shapes of the attention kernels: tables by head dimension and longest sequence, by chip and dtype.
+"""Block shapes of the attention kernels: tables by head dimension and bound on the length, by GPU, dtype and dropout.
 
-Every entry compiles without a spill under Triton 3.6 and 3.7, with and without dropout, for the chips it is for
-(`bench/results/compiled_kernels.md`). Which is the fastest a GPU has yet to say.
+Every entry compiles without a spill and without serialised wgmma under Triton 3.6, 3.7 and 3.8 for the GPUs it is for
+(`bench/results/compiled_kernels.md`). Which is the fastest, no GPU has measured yet.
 """
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from bertfast.kernels import device
 
 _ANY = 1 << 31
 
-# kernel: {head dimension: [(longest sequence, queries, keys, warps), …]}, of which the first that is long enough.
+# kernel: {head dimension: [(bound on the length, queries, keys, warps[, most registers]), …]}, of which the first that
+# is long enough.
 _HOPPER = {
     "forward": {
         32: [(32, 32, 32, 4), (128, 64, 64, 4), (_ANY, 128, 64, 8)],
@@ -24,6 +25,11 @@ _HOPPER = {
     },
     "d_q": {32: [(_ANY, 128, 64, 8)], 64: [(_ANY, 128, 64, 8)], 128: [(_ANY, 128, 64, 8)]},
     "d_kv": {32: [(_ANY, 64, 128, 8)], 64: [(_ANY, 64, 128, 8)], 128: [(_ANY, 32, 128, 8)]},
+}
+# A dropout mask takes registers. Here they are bounded so that an SM holds twice as many warps; see bench/LOG.md.
+_HOPPER_DROPOUT = _HOPPER | {
+    "forward": _HOPPER["forward"] | {64: [(32, 32, 32, 4), (128, 64, 64, 4, 128), (_ANY, 128, 64, 8, 128)]},
+    "d_q": _HOPPER["d_q"] | {32: [(_ANY, 64, 64, 4)], 64: [(_ANY, 64, 64, 4)]},
 }
 _OTHER = {
     "forward": {
@@ -42,7 +48,7 @@ _OTHER = {
 # By the major number of the capability; the newer two differ where Triton 3.6 would spill.
 _BLACKWELL = _OTHER | {"forward": _OTHER["forward"] | {64: [(32, 32, 32, 4), (_ANY, 64, 64, 4)]}}
 _BLACKWELL_CONSUMER = _OTHER | {"d_kv": _OTHER["d_kv"] | {64: [(_ANY, 16, 128, 8)]}}
-_BY_MAJOR = {9: _HOPPER, 10: _BLACKWELL, 12: _BLACKWELL_CONSUMER}
+_BY_MAJOR = {10: _BLACKWELL, 12: _BLACKWELL_CONSUMER}
 # fp32 on any chip: products of three TF32 parts want three times the registers.
 _SINGLE = {
     "forward": {32: [(_ANY, 64, 32, 4)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 32, 8)]},
@@ -52,12 +58,23 @@ _SINGLE = {
 }
 
 
-def shapes(kernel: str, qkv: Tensor, longest: int) -> dict[str, int]:
-    """BLOCK_M queries and BLOCK_N keys of a tile, BLOCK of both for "short", and num_warps."""
+def shapes(kernel: str, qkv: Tensor, max_seqlen_bound: int, dropout: bool) -> dict[str, int]:
+    """Return the launch options of a kernel: BLOCK_M queries and BLOCK_N keys, or BLOCK of both for "short", and warps.
+
+    Args:
+        kernel: "forward", "short", "d_q" or "d_kv".
+        qkv: [T, 3, A, D], of which the device, dtype and D matter.
+        max_seqlen_bound: No sequence is longer.
+        dropout: Whether the kernel draws a dropout mask.
+    """
+    major = device.capability(qkv.device)[0]
     if qkv.element_size() == 4:
         table = _SINGLE
+    elif major == 9:
+        table = _HOPPER_DROPOUT if dropout else _HOPPER
     else:
-        table = _BY_MAJOR.get(device.capability(qkv.device)[0], _OTHER)
-    queries, keys, warps = next(shape for limit, *shape in table[kernel][qkv.shape[3]] if longest <= limit)
+        table = _BY_MAJOR.get(major, _OTHER)
+    shape = next(shape for bound, *shape in table[kernel][qkv.shape[3]] if max_seqlen_bound <= bound)
+    queries, keys, warps, *registers = shape
     blocks = {"BLOCK": queries} if kernel == "short" else {"BLOCK_M": queries, "BLOCK_N": keys}
-    return {**blocks, "num_warps": warps}
+    return {**blocks, "num_warps": warps, **({"maxnreg": registers[0]} if registers else {})}

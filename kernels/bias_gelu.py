@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import STAGES, in_rows, summing_programs
 
 _ROWS = 4  # 16 bytes of each are on their way at a time
 
 
-@triton.jit
+@kernel
 def bias_gelu_forward_kernel(
     x_ptr,  # [T, H], rows x_stride apart
     bias_ptr,  # [H]
@@ -35,7 +36,7 @@ def bias_gelu_forward_kernel(
     tl.store(y_ptr + row * H + column, gelu(u, APPROXIMATE).to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@kernel
 def bias_gelu_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
     x_ptr,  # as in the forward kernel

@@ -87,15 +87,16 @@ def scale_of(threshold):
 
 
 @triton.jit
-def keep_attention(first_query, query, first_key, key, number, word, seed, threshold):
+def keep_attention(first_query, query, first_key, key, rng):
     """Which probabilities are kept at queries `first_query` + query and keys `first_key` + key.
 
     The firsts are multiples of 16; `query` and `key` are ranges, one a column and the other a row, either way round.
-    `number` is the sequence's, `word` is operation << 8 | head.
+    `rng` is (seed, the sequence's id, counter word operation << 8 | head, threshold).
     """
+    seed, sequence_id, counter, threshold = rng
     query_group = ((first_query >> 4) << 2) + (((query >> 4) << 2) | ((query >> 1) & 3))
     key_group = ((first_key >> 4) << 2) + (((key >> 4) << 2) | ((key >> 1) & 3))
-    w0, w1, w2, w3 = philox(key_group, query_group, number, word, seed)
+    w0, w1, w2, w3 = philox(key_group, query_group, sequence_id, counter, seed)
     lower, right = (query & 8) != 0, (key & 8) != 0
     chosen = tl.where(lower, tl.where(right, w3, w2), tl.where(right, w1, w0))
     return _kept(chosen, ((query & 1) << 1) | (key & 1), threshold)

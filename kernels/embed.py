@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     add,
@@ -33,7 +34,7 @@ from bertfast.kernels.sum_by_index import group_by_index, sum_groups
 _TYPES_IN_REGISTERS = 2  # of more token types, the sums would spill
 
 
-@triton.jit
+@kernel
 def embed_forward_kernel(
     word_ptr,  # [V, H], or [T, H] without token ids; rows word_stride apart
     position_ptr,  # [positions, H], rows position_stride apart
@@ -76,7 +77,7 @@ def embed_forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows)
 
 
-@triton.jit
+@kernel
 def embed_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
     word_ptr,  # as in the forward kernel

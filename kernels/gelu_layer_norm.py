@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     STAGES,
@@ -30,7 +31,7 @@ from bertfast.kernels.rows import (
 )
 
 
-@triton.jit
+@kernel
 def gelu_layer_norm_forward_kernel(
     x_ptr,  # [R, H], rows x_stride apart
     bias_ptr,  # [H]
@@ -57,7 +58,7 @@ def gelu_layer_norm_forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows)
 
 
-@triton.jit
+@kernel
 def gelu_layer_norm_backward_kernel(
     d_y_ptr,  # [R, H], rows d_y_stride apart
     x_ptr,  # as in the forward kernel

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.logits_in_chunks import (
     equal_chunk,
     linear_cross_entropy,
@@ -32,7 +33,7 @@ _NOWHERE = tl.constexpr(1 << 30)  # a column behind all others
 _LANES = 512  # of a row: four of 16 bytes for each thread of four warps
 
 
-@triton.jit
+@kernel(specialize=("columns",))
 def cross_entropy_kernel(
     logits_ptr,  # [R, C]
     bias_ptr,  # fp32 [C]
@@ -91,7 +92,7 @@ def _exp(x):
     return tl.exp2(1.4426950408889634 * x)
 
 
-@triton.jit
+@kernel(specialize=("columns",))
 def cross_entropy_gradient_kernel(
     logits_ptr,  # [R, C]; becomes the gradient
     bias_ptr,  # as in the first kernel

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import in_rows
 
@@ -19,7 +20,7 @@ _TILES = {
 }
 
 
-@triton.jit
+@kernel
 def linear_gelu_forward_kernel(
     x_ptr,  # [T, H], rows x_stride apart
     weight_ptr,  # [N, H], rows weight_stride apart

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import add, cut, load_rows, store_rows, zeros
 
@@ -26,7 +27,7 @@ _BLOCK = 32  # sorted positions of a block
 _ROWS = 4  # rows of `values` that a program reads at a time; with 8, half as many programs fit on an SM
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel
 def sum_blocks_kernel(
     values_ptr,  # [T, H]
     keys_ptr,  # int32 [N], sorted
@@ -46,7 +47,7 @@ def sum_blocks_kernel(
         store_rows(block_sums_ptr, block * H, True, sums, H, CHUNK)
 
 
-@triton.jit(do_not_specialize=["tokens", "first_row", "zero_row"])
+@kernel
 def sum_groups_kernel(
     values_ptr,  # as in the first kernel
     order_ptr,

@@ -50,6 +50,7 @@ WITHIN = {
     ("precision", "products"),
     ("reference", "dropout"),
     ("reference", "sequences"),
+    ("sequences", "kernels"),
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),

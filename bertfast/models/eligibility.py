@@ -78,15 +78,17 @@ class Snapshot:
 
     def __init__(self, encoder: nn.Module):
         modules = [*encoder.modules()]
-        kinds = [kind for module in modules for kind in hooks(module)]
+        by_kind = [kind for module in modules for kind in hooks(module)]
         self.modules, self.training = modules, encoder.training
-        self.no_hooks = [kind for kind in kinds if not kind]
-        self.harmless_hooks = [(kind, [*kind]) for kind in kinds if kind]
+        self.no_hooks = [kind for kind in by_kind if not kind]
+        self.harmless_hooks = [(kind, [*kind]) for kind in by_kind if kind]
         self.own = [vars(module) for module in modules]
         self.children = [
             (module._modules, name, child) for module in modules for name, child in module._modules.items()
         ]
-        self.forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+        self.counts = [(module._modules, len(module._modules)) for module in modules]
+        kinds = {original_class(type(module)) for module in modules}
+        self.forwards = [(kind, kind.forward) for kind in kinds]
         self.dropouts = [(module, module.p) for module in modules if isinstance(module, nn.Dropout)]
         self.options = _options(encoder)
 
@@ -99,6 +101,7 @@ class Snapshot:
             and all([*kind] == known for kind, known in self.harmless_hooks)
             and not any("forward" in own for own in self.own)
             and all(children.get(name) is child for children, name, child in self.children)
+            and all(len(children) == count for children, count in self.counts)
             and all(module.training == training for module in self.modules)
             and all(dropout.p == p for dropout, p in self.dropouts)
             and all(kind.forward is forward for kind, forward in self.forwards)

@@ -293,9 +293,8 @@ def _masked_lm_loss(model: FusedHead, arguments: dict, first: bool = False) -> t
     labels = arguments["labels"].reshape(-1)
     labelled = (labels != IGNORED).nonzero().squeeze(1)
     rows = labelled if layout.indices is None else layout.slots()[labelled]
-    hidden = functions.encode(
-        base, packed, torch.cat([rows.clamp(min=0), packed.first]) if first else rows.clamp(min=0)
-    )
+    read = rows.clamp(min=0)
+    hidden = functions.encode(base, packed, torch.cat([read, packed.first]) if first else read)
     read = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
     total, _, counted = functions.masked_lm_loss(model, read, labels[labelled])
     items = arguments.get("num_items_in_batch")

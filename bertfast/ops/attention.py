@@ -67,8 +67,11 @@ def attention(
         compute = reference.attention if requested == "reference" else attention_fallback.attention
         return compute(qkv, sequences, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
+    table = sequences.tile_table if implementation == "triton" else None
     options = (sequences.max_seqlen_bound, scale, causal, window)
-    return run(Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, *options, seed, *mask)
+    return run(
+        Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, table, *options, seed, *mask
+    )
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:
@@ -81,15 +84,16 @@ class Attention(torch.autograd.Function):
     """The kernels as one differentiable operation: the scores' log-sum-exp is kept, and everything else made again."""
 
     @staticmethod
-    def forward(ctx, implementation, qkv, cu_seqlens, numbers, longest, scale, causal, window, seed, word, threshold):
-        ctx.implementation = implementation
-        ctx.options, ctx.mask = (longest, scale, causal, window), (word, threshold)
-        o, lse = launcher(implementation, "attention_forward")(qkv, cu_seqlens, numbers, *ctx.options, seed, *ctx.mask)
-        ctx.save_for_backward(qkv, o, lse, cu_seqlens, numbers, seed)
+    def forward(ctx, implementation, qkv, cu_seqlens, sequence_ids, tile_table, *arguments):
+        *options, seed, counter, threshold = arguments
+        ctx.implementation, ctx.options, ctx.rng = implementation, options, (counter, threshold)
+        forward = launcher(implementation, "attention_forward")
+        o, lse = forward(qkv, cu_seqlens, sequence_ids, tile_table, *options, seed, *ctx.rng)
+        ctx.save_for_backward(qkv, o, lse, cu_seqlens, sequence_ids, tile_table, seed)
         return o
 
     @staticmethod
     def backward(ctx, d_o):
         *saved, seed = ctx.saved_tensors
         backward = launcher(ctx.implementation, "attention_backward")
-        return None, backward(d_o, *saved, *ctx.options, seed, *ctx.mask), *[None] * 9
+        return None, backward(d_o, *saved, *ctx.options, seed, *ctx.rng), *[None] * 10

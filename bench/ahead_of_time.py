@@ -1,0 +1,180 @@
+"""Compile what launches Triton kernels for a GPU that is not here, and report on the machine code.
+
+Operators run on CPU tensors with a driver that compiles for the GPU and launches nothing, so that what is compiled is
+what would run, with the specialisations that a JIT compiler makes of the arguments. Another ptxas than Triton's own
+compiles if TRITON_PTXAS_PATH names it, for instance that of a newer CUDA toolkit (for sm_100 and later,
+TRITON_PTXAS_BLACKWELL_PATH).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from bertfast.kernels import device
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sass
+
+CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
+# ptxas's warnings that it runs each wgmma on its own, whatever the reason; C7519 is about the code around them.
+_SERIALISED = re.compile(r"\((C751[0-5])\)")
+_BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in one configuration for one GPU architecture."""
+
+    triton: str
+    chip: int
+    kernel: str
+    case: str
+    shape: str
+    warps: int
+    registers: int
+    spills: int
+    shared_memory: int
+    instructions: int
+    tensor_core: str  # the instruction, "" if there is none
+    tensor_core_instructions: int
+    serialised: list[str] = field(default_factory=list)  # ptxas's codes of warnings
+    hazards: list[str] = field(default_factory=list)
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} instructions spill registers")
+        if self.serialised:
+            found.append(f"ptxas serialises its wgmma ({', '.join(self.serialised)})")
+        found += self.hazards
+        matmuls = self.kernel.startswith(("attention", "linear_gelu"))
+        # A warpgroup of Hopper multiplies 64 rows at a time; smaller blocks take the older instruction.
+        wide = self.chip == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
+        if matmuls and (not self.tensor_core or (wide and self.tensor_core != "HGMMA")):
+            found.append(f"its matmuls run on {self.tensor_core or 'no tensor core'}")
+        if self.shared_memory > CHIPS[self.chip] << 10:
+            found.append(f"{self.shared_memory} bytes of shared memory are more than the chip's {CHIPS[self.chip]} KiB")
+        return found
+
+
+class _Absent:
+    """A driver for a GPU that is not here: enough for the compiler."""
+
+    def __init__(self, chip: int):
+        self.chip = chip
+
+    def get_current_device(self) -> int:
+        return self.chip  # a cache of its own for each
+
+    def get_current_stream(self, _device) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+
+@contextmanager
+def compile_only(chip: int, compiled: Callable[[object, str, dict], None]) -> Iterator[None]:
+    """Make every launch compile for `chip` and do nothing else.
+
+    Args:
+        chip: Compute capability, 90 for sm_90.
+        compiled: Called with each kernel that differs from those before, ptxas's output and the launch's options.
+    """
+    driver.set_active(_Absent(chip))
+    device.capability = lambda _device: divmod(chip, 10)
+    run, seen = JITFunction.run, set()
+
+    def run_without_launch(self, *arguments, grid, warmup, **options):
+        with redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            compiled(kernel, log.getvalue(), options)
+        return kernel
+
+    # What comes from the cache on disk has no output of ptxas.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run_without_launch)
+        patch.setattr(triton.knobs.compilation, "always_compile", True)
+        patch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
+        yield
+
+
+def compile_cases(chip: int, cases: Iterable[tuple[str, Callable[[], None]]]) -> list[Compiled]:
+    """A report on each kernel that the cases (name, launch) launch."""
+    results, case = [], ""
+    with compile_only(chip, lambda kernel, log, options: results.append(_report(kernel, log, options, chip, case))):
+        for case, launch in cases:  # noqa: B007, the report reads it
+            launch()
+    return results
+
+
+def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled]:
+    """A report on each kernel that the tests of the kernels launch, one part of `parts` of them.
+
+    The tests fail, since nothing computes; what they launch until then is compiled.
+    """
+    from bertfast.ops import choice
+
+    choice._INTERPRETED = True  # so that Triton's kernels are launched with CPU tensors
+    results = []
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT), f"--part={part + 1}/{parts}"]
+    ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # runs processes of its own
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        compile_only(chip, lambda *kernel: results.append(_report(*kernel, chip, "a test's launch"))),
+        redirect_stdout(io.StringIO()),
+    ):
+        patch.setenv("BERTFAST_TESTED", "triton")
+        status = pytest.main([*options, *ignored, str(_ROOT / "tests/kernels")])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the tests of the kernels did not run: pytest returned {status!r}")
+    return results
+
+
+def _report(compiled, log: str, options: dict, chip: int, case: str) -> Compiled:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    instructions = sass.parse(code)
+    counts = sass.count(instructions)
+    matmuls = Counter({name: count for name, count in counts.items() if "MMA" in name}).most_common(1)
+    unit, matmul_count = matmuls[0] if matmuls else ("", 0)
+    return Compiled(
+        triton=triton.__version__,
+        chip=chip,
+        kernel=compiled.name.removesuffix("_kernel"),
+        case=case,
+        shape=" x ".join(str(options[name]) for name in _BLOCKS if name in options),
+        warps=compiled.metadata.num_warps,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spills=counts["LDL"] + counts["STL"],
+        shared_memory=compiled.metadata.shared,
+        instructions=len(instructions),
+        tensor_core=unit,
+        tensor_core_instructions=matmul_count,
+        serialised=sorted(set(_SERIALISED.findall(log))),
+        hazards=sass.wgmma_hazards(instructions),
+    )

@@ -1,0 +1,40 @@
+"""The work of the attention kernels: a table of tiles, built on the device once per batch and read by every layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 128
+"""Rows of a tile. Kernels split it into blocks of their own sizes, which divide it."""
+
+
+def tile_table(cu_seqlens: Tensor, capacity: int, max_seqlen_bound: int) -> Tensor:
+    """Cut the sequences of a packed batch into tiles of 128 rows, those of the longest sequences first.
+
+    The longest first, so that the last programs to run are short ones. Everything is computed on the device of
+    `cu_seqlens`, whose values the host does not read: a CUDA graph can capture it, and the result is deterministic.
+
+    Args:
+        cu_seqlens: int32 [S + 1], start of each sequence.
+        capacity: T, slots of a packed activation, padding slots included.
+        max_seqlen_bound: No sequence is longer.
+
+    Returns:
+        int32 [N + 1, 4] of (sequence, its first slot, its length, the tile's first row in the sequence), where N is the
+        most tiles that such a batch can have. Unused entries have a first row that is not below the length. The last
+        entry is (S, first padding slot, number of padding slots, 0).
+    """
+    sequences = cu_seqlens.shape[0] - 1
+    # A sequence has at most ceil(bound / TILE) tiles, and all of them have at most T // TILE full ones and S others.
+    tiles = min(sequences * -(-max_seqlen_bound // TILE), capacity // TILE + sequences)
+    lengths = F.pad(cu_seqlens, (0, 1), value=capacity).diff()  # [S + 1], the number of padding slots last
+    sorted_lengths, order = lengths[:-1].sort(descending=True, stable=True)
+    counts = (sorted_lengths + (TILE - 1)) // TILE
+    ends = counts.cumsum(0, dtype=cu_seqlens.dtype)
+    # Tile t belongs to the sequence whose range [end - count, end) holds t; an unused one, to the last one.
+    tile = torch.arange(tiles, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    rank = torch.searchsorted(ends, tile, right=True).clamp(max=max(sequences - 1, 0))
+    first = (tile - (ends - counts)[rank]) * TILE
+    sequence = F.pad(order[rank], (0, 1), value=sequences)
+    columns = (sequence, cu_seqlens[sequence], lengths[sequence], F.pad(first, (0, 1)))
+    return torch.stack([column.to(torch.int32) for column in columns], 1)
