@@ -500,7 +500,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
       "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
       "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("cpu_gather_backward(Tensor rows, Tensor[] d_ys, int tokens) -> Tensor[]");
+  library.def("cpu_gather_backward(Tensor rows, Tensor[] d_ys, SymInt tokens) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {

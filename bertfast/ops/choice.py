@@ -155,12 +155,14 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
         }
     sizes: dict[str, int] = {}
     device = None
+    # A compiler warns of a cache that it does not see.
+    parse = _words.__wrapped__ if torch.compiler.is_compiling() else _words
     for name, (tensor, dimensions, kind) in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        words = _words(dimensions)
+        words = parse(dimensions)
         if len(words) != tensor.dim() or any(
             (sizes.get(word, have) if isinstance(word, str) else word) != have
             for word, have in zip(words, tensor.shape, strict=True)

