@@ -1,10 +1,12 @@
-# One command each: `make demo | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it is missing,
-# but for gpu-check, which runs in the environment it finds and installs nothing.
+# One command each: `make demo | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it
+# is missing, but for gpu-check and its halves gpu-check-right and gpu-check-fast, which run in the environment they find
+# and install nothing.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
-# The Triton that PyTorch 2.11 comes with, beside the one of .venv: a process that has it on its path uses it.
+# The Tritons that PyTorch 2.11 and 2.14 come with, beside the one of .venv: a process that has one on its path uses it.
 OLDER  := .venv/triton-3.6
+NEWER  := .venv/triton-3.8
 # Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
@@ -19,7 +21,11 @@ WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
 WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
 # And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
 EMULATED := build/emulated
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py $(wildcard build_support/*.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+# Two more versions of nvcc: the oldest and the newest that PyPI has. NVCCS=/usr/local/cuda-12.4/bin/nvcc names others.
+OLDEST_CUDA := .venv/cuda-13.0
+NEWEST_CUDA := .venv/cuda-13.5
+NVCCS       ?=
 # Versions of transformers before 5, beside the one of .venv, as OLDER is.
 OLDER_HF := .venv/transformers-4
 # What the tests of imported checkpoints and of published weights want; without them those are skipped.
@@ -29,7 +35,7 @@ PUBLISHED := build/minilm
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test checked emulated test-all lint docs bench soak gpu-check clean
+.PHONY: demo wheel test checked emulated nvccs test-all lint docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -41,11 +47,20 @@ $(READY): pyproject.toml setup.py
 $(LIBRARY): $(READY) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+# For a machine without compilers: the library with its CUDA kernels, and the probes of its layouts, BERTFAST_PROBES.
+wheel: $(READY)
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
+	$(BIN)/python tests/emulation/build_probes.py dist/probes.so
+
 demo: $(LIBRARY)
 	$(BIN)/bertfast demo
 
 $(OLDER): $(READY)
 	$(BIN)/pip install --quiet --target $@ triton==3.6.0 'numpy<2.4'
+
+$(NEWER): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.8.0
 
 $(OLDER_HF): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23' \
@@ -63,7 +78,7 @@ test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
 	$(BIN)/pytest
 	$(MAKE) checked emulated
 	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
-	$(BIN)/python bench/compiled_kernels.py --chips 90
+	$(BIN)/python bench/compiled_kernels.py --chips 90 --representative
 	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
 
 checked: $(READY)
@@ -76,13 +91,24 @@ emulated: $(READY)
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
 	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/kernels/in_parts.py)
 
-test-all: test $(OLDER) $(OLDER_HF)
+$(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
+	$(BIN)/pip install --quiet --target $@ 'cuda-toolkit[crt,cudart,nvcc,nvvm]==$*.*'
+
+nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
+	for nvcc in $(OLDEST_CUDA)/nvidia/cu13/bin/nvcc $(NEWEST_CUDA)/nvidia/cu13/bin/nvcc $(NVCCS); do \
+	  rm -rf build/one-nvcc && NVCC=$$(realpath $$nvcc) $(BIN)/python setup.py --quiet build --build-lib build/one-nvcc \
+	    && PYTHONPATH=$(CURDIR)/build/one-nvcc $(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md || exit; \
+	done
+
+test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
-	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json > bench/results/compiled_kernels.md
+	PYTHONPATH=$(NEWER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.8.json
+	$(BIN)/python bench/compiled_kernels.py --chips 90 --tests
+	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json > bench/results/compiled_kernels.md
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)
@@ -120,8 +146,19 @@ soak: $(LIBRARY)
 	    && cp $(SOAKED)/table-$$table/table-$$table.md bench/results/tables/ || exit; \
 	done
 
+# Right: the kernels' results, three minutes. Fast: their speed, six. Both, even where the first finds a mistake: the
+# benchmarks time nothing that is wrong.
+GPU_CHECK = $(PYTHON) bench/gpu_check.py $(1) $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') \
+  $(if $(PROBES),--probes '$(PROBES)')
+
+gpu-check-right:
+	$(call GPU_CHECK,right)
+
+gpu-check-fast:
+	$(call GPU_CHECK,fast)
+
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(FAST),--fast)
+	$(call GPU_CHECK,right); right=$$?; $(call GPU_CHECK,fast) && exit $$right
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -3,16 +3,23 @@
 A kernel of `csrc/cpu` is compiled once for each instruction set, of which the library chooses when it is loaded.
 Without a C++ compiler the package is installed without the library and says so: it then runs in plain PyTorch.
 
-    CXX=g++-13         the compiler
-    CXXFLAGS=-O0       its last flags
-    MAX_JOBS=4         how many of it run at a time
+A file of `csrc/cuda` that nvcc cannot compile is left out of the library; `_C.cuda.json` beside it has the reason,
+which `bertfast doctor` shows.
+
+    CXX=g++-13         C++ compiler, also nvcc's
+    CXXFLAGS=-O0       flags appended to the compiler's
+    MAX_JOBS=4         number of compilers that run at a time
     NVCC=/usr/local/cuda/bin/nvcc
-                       CUDA's compiler, which is looked for on the path and in CUDA_HOME; empty: no kernels for GPUs
+                       CUDA compiler; default: that of CUDA_HOME, of PATH, of PyPI's packages (bertfast[cuda-build]) or
+                       of /usr/local/cuda; empty: no CUDA kernels
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
+                       GPU architectures, as PyTorch's extensions take them
     BERTFAST_CHECKED=1 for the tests: gcc's sanitizers watch, and the wide instruction sets are made of AVX2's
     BERTFAST_EMULATED_CUDA=1
                        for the tests: the kernels for GPUs run on a CPU, see tests/emulation
 """
 
+import json
 import os
 import platform
 import shlex
@@ -20,10 +27,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "build_support"))  # which build front ends leave off the path
+import cuda_toolkit
+from cuda_toolkit import Nvcc, ToolkitError
 
 ROOT = Path(__file__).parent
 WIDE = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
@@ -37,13 +49,34 @@ NOT_KERNELS = ("instruction_set.cpp",)
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-# Of CUDA: the chips of each kernel, and flags. A spill, or products that wait for one another, is an error.
-CHIPS, CHIPS_OF = ("80", "90", "100", "120"), {"attention": ("90a",), "attention_backward": ("90a",)}
 NVCC_FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden "
-    "-Xptxas=--warn-on-spills,-Werror -Xfatbin=-compress-all"
+    "-Xptxas=--warn-on-spills -Xfatbin=-compress-all"
 )
+CUDA_RECORD = "_C.cuda.json"  # what became of csrc/cuda, which bertfast/cuda_build.py reads
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+LOG_LIMIT = 20_000  # characters kept of what nvcc says
+LINK_LOG = "link.log"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A file to compile: its object's name, its flags, and with nvcc the GPU architectures."""
+
+    source: Path
+    name: str
+    flags: str
+    architectures: tuple[str, ...] = ()
+
+    @property
+    def object(self) -> Path:
+        return OBJECTS / f"{self.name}.o"
+
+    @property
+    def log(self) -> Path:
+        """What nvcc said."""
+        return OBJECTS / f"{self.name}.o.log"
 
 
 class BuildLibrary(build_ext):
@@ -51,94 +84,207 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
-        nvcc = None if CHECKED or EMULATED_CUDA else _nvcc()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record = target.with_name(CUDA_RECORD)
+        record.unlink(missing_ok=True)
         try:
-            if nvcc is None or not _built(target, nvcc):
-                _build(target, None)
+            if CHECKED or EMULATED_CUDA:
+                _build(target, _units())
+            else:
+                record.write_text(json.dumps(_build_with_cuda(target), indent=2) + "\n", encoding="utf-8")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)  # one of older sources
             if not (CHECKED or EMULATED_CUDA):
-                (ROOT / "bertfast" / target.name).unlink(missing_ok=True)
+                for name in (target.name, CUDA_RECORD):
+                    (ROOT / "bertfast" / name).unlink(missing_ok=True)
             _warn(
                 f"bertfast's compiled library was not built ({error}). bertfast works without it, several times slower "
                 "on a CPU; with a compiler of C++20 (g++ 12, say), install again."
             )
 
-
-def _built(target: Path, nvcc: str) -> bool:
-    """Whether the library was built with the kernels for GPUs; a CUDA compiler that fails does not cost the others."""
-    try:
-        _build(target, nvcc)
-    except subprocess.CalledProcessError:
-        _warn("the kernels for GPUs in CUDA C++ were not built, see above; all else is.")
-        return False
-    return True
+    def copy_extensions_to_source(self):
+        """Copy the record, too, to the source tree, where an editable install has the library."""
+        super().copy_extensions_to_source()
+        record = Path(self.build_lib, "bertfast", CUDA_RECORD)
+        if record.is_file():
+            shutil.copyfile(record, ROOT / "bertfast" / CUDA_RECORD)
 
 
 def _warn(text: str) -> None:
     print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
 
 
-def _build(target: Path, nvcc: str | None) -> None:
-    import ninja
-    from ninja.ninja_syntax import Writer
-    from torch.utils.cpp_extension import include_paths, library_paths
+def _build_with_cuda(target: Path) -> dict:
+    """Build the library with what nvcc can compile of csrc/cuda, and return the record of it.
 
+    Returns:
+        "nvcc": its version; "reason": why there is no CUDA kernel, None if there is one; and by the names of sources
+        "architectures" of those in the library, "missing": the error and all output of others, "slow": what ptxas
+        said of lost speed.
+    """
+    record = {"nvcc": None, "reason": None, "architectures": {}, "missing": {}, "slow": {}}
+    try:
+        nvcc = cuda_toolkit.find_nvcc()
+        record["nvcc"] = nvcc.version
+        requested = cuda_toolkit.architectures(nvcc)
+        units = _units(nvcc, requested)
+        for source in sorted({path.stem for path in CUDA_SOURCES} - {unit.source.stem for unit in units}):
+            error = "it is for sm_90, which TORCH_CUDA_ARCH_LIST leaves out: add 9.0 and install bertfast again"
+            record["missing"][source] = {"error": error, "output": ""}
+        _build(target, _that_compile(units, nvcc, record), nvcc)
+        _warn_of_mismatch(nvcc)
+    except ToolkitError as error:
+        record |= {"reason": str(error), "architectures": {}, "slow": {}}
+        _build(target, _units())
+        _warn(f"the library has no CUDA kernels: {error}")
+    for source, why in record["missing"].items():
+        _warn(f"{source}.cu is not in the library: {why['error']}")
+    for source, lines in record["slow"].items():
+        _warn("\n".join([f"{source}.cu is slower than it should be:", *lines]))
+    return record
+
+
+def _that_compile(units: list[Unit], nvcc: Nvcc, record: dict) -> list[Unit]:
+    """Compile all units, and return those without the CUDA sources that nvcc cannot compile.
+
+    Raises:
+        ToolkitError: It can compile none.
+    """
+    _write_ninja(units, nvcc)
+    _ninja("-k", "0", check=False)  # errors in C++ end the build when it goes on
+    kept = []
+    for unit in units:
+        output = unit.log.read_text(encoding="utf-8", errors="replace") if unit.log.is_file() else ""
+        if unit.source.suffix != ".cu":
+            kept.append(unit)
+        elif not unit.object.is_file():
+            remedy = "set NVCC=/path/to/nvcc to another one and install bertfast again"
+            error = f"nvcc {nvcc.version} failed ({cuda_toolkit.first_error(output)}): {remedy}"
+            record["missing"][unit.source.stem] = {"error": error, "output": output[:LOG_LIMIT]}
+        else:
+            kept.append(unit)
+            record["architectures"][unit.source.stem] = list(unit.architectures)
+            if slow := cuda_toolkit.losses(output):
+                record["slow"][unit.source.stem] = slow
+    if not record["architectures"]:
+        error = cuda_toolkit.first_error(next(iter(record["missing"].values()))["output"])
+        raise ToolkitError(
+            f"nvcc {nvcc.version} compiled no file of csrc/cuda ({error}): set NVCC=/path/to/nvcc to another one, or "
+            "CXX to a C++ compiler that it supports, and install bertfast again"
+        )
+    return kept
+
+
+def _warn_of_mismatch(nvcc: Nvcc) -> None:
+    import torch
+
+    cuda = torch.version.cuda
+    if cuda is not None and int(cuda.split(".")[0]) != nvcc.release[0]:
+        _warn(
+            f"PyTorch was built with CUDA {cuda}, this is nvcc {nvcc.version}: the CUDA kernels will require a driver "
+            f"for CUDA {nvcc.release[0]}. NVCC=/path/to/nvcc chooses another nvcc."
+        )
+
+
+def _build(target: Path, units: list[Unit], nvcc: Nvcc | None = None) -> None:
+    """Compile and link the units.
+
+    Raises:
+        ToolkitError: nvcc cannot link.
+        CalledProcessError: The C++ compiler failed.
+    """
+    _write_ninja(units, nvcc, target)
+    log = OBJECTS / LINK_LOG
+    log.unlink(missing_ok=True)
+    try:
+        _ninja()
+    except subprocess.CalledProcessError:
+        if nvcc is None or not log.is_file():
+            raise
+        error = cuda_toolkit.first_error(log.read_text(encoding="utf-8", errors="replace"))
+        raise ToolkitError(
+            f"nvcc {nvcc.version} cannot link the library ({error}): install its runtime, libcudart_static.a, or set "
+            "NVCC=/path/to/nvcc to another one, and install bertfast again"
+        ) from None
+
+
+def _ninja(*arguments: str, check: bool = True) -> None:
+    import ninja
+
+    jobs = os.environ.get("MAX_JOBS")
+    command = [Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else []), *arguments]
+    subprocess.run(command, cwd=OBJECTS, check=check)
+
+
+def _cxx() -> str:
+    """The C++ compiler, as a shell writes it."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler")
     subprocess.run([*shlex.split(compiler), "--version"], check=True, stdout=subprocess.DEVNULL)
+    return compiler
+
+
+def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = None) -> None:
+    """Write the rules, and the target's if there is one. nvcc, where it is used, also links: it has its runtime."""
+    from ninja.ninja_syntax import Writer
+    from torch.utils.cpp_extension import library_paths
+
+    compiler = _cxx()
     always = f"{FLAGS} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
+    link = f"{compiler} {always} -shared $in -o $out"
     torch_folders = " ".join(shlex.quote(f"-L{path}") for path in library_paths())
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / "build.ninja").open("w") as file:
         rules = Writer(file, width=10**6)
-        compile_command = f"{compiler} -MD -MF $out.d {always} $flags -c $in -o $out"
-        rules.rule("compile", compile_command, depfile="$out.d", deps="gcc", description="$out")
-        link_command = f"{compiler} {always} -shared"
-        if nvcc:  # it knows where its runtime is
-            link_command = f"{nvcc} --cudart=static -shared"
-            compile_command = f"{nvcc} -MD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out"
-            rules.rule("compile_cuda", compile_command, depfile="$out.d", deps="gcc", description="$out")
-        rules.rule("link", f"{link_command} $in -o $out {torch_folders} -ltorch_cpu", description="$out")
+        command = f"{compiler} -MD -MF $out.d {always} $flags -c $in -o $out"
+        rules.rule("compile", command, depfile="$out.d", deps="gcc", description="$out")
+        if nvcc is not None:
+            program = f"{shlex.quote(nvcc.path)} {cuda_toolkit.host_compiler_flag(shlex.split(compiler))}"
+            # An object of an older source must not stand for one that does not compile; what nvcc says is kept.
+            command = f"rm -f $out; {program} -MD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out"
+            rules.rule("compile_cuda", _logged(command, "$out.log"), depfile="$out.d", deps="gcc", description="$out")
+            link = f"{program} --cudart=static -shared $in -o $out"
+        link = f"{link} {torch_folders} -ltorch_cpu"
+        rules.rule("link", link if nvcc is None else _logged(link, LINK_LOG), description="$out")
         objects = []
-        for source, name, flags in _units([*include_paths(), sysconfig.get_path("include")], nvcc is not None):
-            rule = "compile_cuda" if source.suffix == ".cu" and nvcc else "compile"
-            objects += rules.build(f"{name}.o", rule, str(source), variables={"flags": flags})
-        rules.build(str(target), "link", objects)
-    jobs = os.environ.get("MAX_JOBS")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else [])], cwd=OBJECTS, check=True)
+        for unit in units:
+            rule = "compile_cuda" if unit.architectures else "compile"
+            objects += rules.build(f"{unit.name}.o", rule, str(unit.source), variables={"flags": unit.flags})
+        if target is not None:
+            rules.build(str(target), "link", objects)
 
 
-def _nvcc() -> str | None:
-    """CUDA's compiler, if there is one."""
-    asked = os.environ.get("NVCC")
-    if asked is not None:
-        return asked or None
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+def _logged(command: str, log: str) -> str:
+    """The shell command, whose output is shown and kept in a file."""
+    return f"{{ {command}; }} > {log} 2>&1; status=$$?; cat {log}; exit $$status"
 
 
-def _units(include_folders: list[str], with_nvcc: bool) -> list[tuple[Path, str, str]]:
-    """What is compiled: (source, name of the object, flags)."""
-    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in include_folders)
-    cuda = "-DBERTFAST_CUDA" if with_nvcc else "-DBERTFAST_CUDA -DBERTFAST_EMULATED_CUDA" if EMULATED_CUDA else ""
-    kind = ".cuda" if with_nvcc else ".emulated" if EMULATED_CUDA else ""
-    units = [(ROOT / "csrc" / "library.cpp", f"library{kind}", f"{includes} {STABLE_ABI} {cuda}")]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
-        chips = CHIPS_OF.get(source.stem, CHIPS)
-        generated = " ".join(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips)
-        emulated = f"-x c++ -O2 -g1 -Wno-unknown-pragmas -I{shlex.quote(str(ROOT / 'tests' / 'emulation'))}"
-        units.append((source, f"{source.stem}{kind}", generated if with_nvcc else emulated))
+def _units(nvcc: Nvcc | None = None, requested: list[str] | None = None) -> list[Unit]:
+    """What is compiled; of csrc/cuda with nvcc what some requested architecture can run, without it nothing."""
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [*include_paths(), sysconfig.get_path("include")]
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in folders)
+    cuda = "-DBERTFAST_CUDA" if nvcc else "-DBERTFAST_CUDA -DBERTFAST_EMULATED_CUDA" if EMULATED_CUDA else ""
+    kind = ".cuda" if nvcc else ".emulated" if EMULATED_CUDA else ""
+    units = [Unit(ROOT / "csrc" / "library.cpp", f"library{kind}", f"{includes} {STABLE_ABI} {cuda}")]
+    for source in CUDA_SOURCES:
+        if EMULATED_CUDA:
+            emulation = shlex.quote(str(ROOT / "tests" / "emulation"))
+            flags = f"-x c++ -O2 -g1 -Wno-unknown-pragmas -I{emulation}"
+            units.append(Unit(source, f"{source.stem}{kind}", flags))
+        elif nvcc is not None and (chosen := cuda_toolkit.architectures_of(source.stem, requested)):
+            name = f"{source.stem}{kind}-{nvcc.version}"  # objects of several nvcc side by side
+            units.append(Unit(source, name, cuda_toolkit.gencode(chosen), tuple(chosen)))
     sets = EMULATING if CHECKED else INSTRUCTION_SETS
     if platform.machine() not in ("x86_64", "AMD64"):
         sets = {"plain": ""}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         if source.name in NOT_KERNELS:
-            units.append((source, source.stem, "-DBERTFAST_EMULATED" if CHECKED else ""))
+            units.append(Unit(source, source.stem, "-DBERTFAST_EMULATED" if CHECKED else ""))
         else:
-            units += [(source, f"{source.stem}.{name}", f"-DBERTFAST_SET={name} {sets[name]}") for name in sets]
+            units += [Unit(source, f"{source.stem}.{name}", f"-DBERTFAST_SET={name} {sets[name]}") for name in sets]
     return units
 
 

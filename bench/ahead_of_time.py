@@ -149,6 +149,11 @@ def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled
     return results
 
 
+def serialised_wgmma(log: str) -> list[str]:
+    """The codes of ptxas's warnings, in its output, that it serialises wgmma."""
+    return sorted(set(_SERIALISED.findall(log)))
+
+
 def _report(compiled, log: str, options: dict, chip: int, case: str) -> Compiled:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -175,6 +180,6 @@ def _report(compiled, log: str, options: dict, chip: int, case: str) -> Compiled
         instructions=len(instructions),
         tensor_core=unit,
         tensor_core_instructions=matmul_count,
-        serialised=sorted(set(_SERIALISED.findall(log))),
+        serialised=serialised_wgmma(log),
         hazards=sass.wgmma_hazards(instructions),
     )

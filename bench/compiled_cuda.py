@@ -2,8 +2,9 @@
 
     python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
-Of each kernel in the compiled library the table has registers, memory of a thread, and Hopper's instructions: products
-of warpgroups (HGMMA) and loads by TMA (UTMALDG), which attention must have on sm_90a. nvcc refuses spills already.
+Of each kernel in the compiled library the table has registers, and Hopper's instructions: wgmma (HGMMA) and loads by
+TMA (UTMALDG), which attention must have on sm_90a. Spilled registers, serialised wgmma and a source that did not build,
+which cost an installation only speed or one operation, are errors here.
 """
 
 from __future__ import annotations
@@ -15,35 +16,41 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from bertfast import compiled
+from bertfast import compiled, cuda_build
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import origin
 
-CHIPS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_120")
 HOPPER = ("HGMMA", "UTMALDG")  # instructions of which attention has some
 Key = tuple[str, str]  # chip, kernel
 
 
 def main() -> int:
-    if compiled.ABSENT is not None or not compiled.runs("cuda_attention_forward", torch.device("cuda")):
-        print("the library here has no kernels in CUDA C++: nothing to look at", file=sys.stderr)
+    build = cuda_build.BUILD
+    if compiled.ABSENT is not None or build is None or build.nvcc is None:
+        why = compiled.ABSENT or cuda_build.summary()
+        print(f"the library here has no kernels in CUDA C++, nothing to look at: {why}", file=sys.stderr)
         return 0
+    if build.reason is not None:
+        print(cuda_build.summary(), file=sys.stderr)
+        return 1
+    targets = {target.removesuffix("+PTX") for targets in build.architectures.values() for target in targets}
+    chips = tuple(f"sm_{target}" for target in sorted(targets, key=lambda target: (int(target.rstrip("af")), target)))
     used, counted = resources(), instructions()
-    faults = [f"{name} on {chip} spills {spilled} bytes" for (chip, name), (_, spilled) in used.items() if spilled]
+    faults = [f"{source}.cu was not built: {why['error']}" for source, why in build.missing.items()]
+    faults += [f"{source}.cu: {line}" for source, lines in build.slow.items() for line in lines]
+    faults += [f"{name} on {chip} spills {spilled} bytes" for (chip, name), (_, spilled) in used.items() if spilled]
     kernels = readable({name for _, name in used})
-    print(f"Registers of a thread on each chip, and Hopper's instructions; nothing spills. {origin()}\n")
-    print(f"| kernel | {' | '.join((*CHIPS, *HOPPER))} |")
-    print("|---" * (1 + len(CHIPS) + len(HOPPER)) + "|")
+    print(f"Registers of a thread on each GPU architecture, and Hopper's instructions. nvcc {build.nvcc}. {origin()}\n")
+    print(f"| kernel | {' | '.join((*chips, *HOPPER))} |")
+    print("|---" * (1 + len(chips) + len(HOPPER)) + "|")
     for name in sorted(kernels, key=kernels.get):
-        registers = [used.get((chip, name), ("",))[0] for chip in CHIPS]
-        hopper = [sum(counted.get((chip, name), {}).get(word, 0) for chip in CHIPS) for word in HOPPER]
+        registers = [used.get((chip, name), ("",))[0] for chip in chips]
+        hopper = [sum(counted.get((chip, name), {}).get(word, 0) for chip in chips) for word in HOPPER]
         print(f"| {kernels[name]} | {' | '.join(str(count or '') for count in (*registers, *hopper))} |")
         if kernels[name].startswith("attention") and not all(hopper):
             faults.append(f"{kernels[name]} has {dict(zip(HOPPER, hopper, strict=True))}")
-    if missing := set(CHIPS) - {chip for chip, _ in used}:
+    if missing := set(chips) - {chip for chip, _ in used}:
         faults.append(f"there is nothing for {', '.join(sorted(missing))}")
     print("\n".join(faults), file=sys.stderr)
     return int(bool(faults))

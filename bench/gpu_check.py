@@ -1,69 +1,90 @@
-"""Everything that only a GPU can tell, in one command that ends inside nine minutes (with --fast inside three).
+"""What only a GPU can tell, in two commands: whether the kernels are right (3 minutes), and how fast they are (6).
 
-    make gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [FAST=1]
-    python bench/gpu_check.py [--results FOLDER] [--wheel FILE] [--fast]
+    make gpu-check-right | gpu-check-fast | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
+    python bench/gpu_check.py right|fast [--results FOLDER] [--wheel FILE] [--probes FILE]
 
 The environment's own Python and packages are used and nothing is installed; a wheel is unpacked into a temporary
-folder, and without one the checkout is what runs. Each part is stopped at its own limit, so that what was measured is
-always written: FOLDER holds a log of each part, JSON, summary.md and plots. Without a GPU it runs too, at small sizes,
-and says what it skips.
+folder, and without one the checkout is what runs. All results go to one file, FOLDER/gpu-check-right.tar or
+gpu-check-fast.tar, which is replaced after each part and every few seconds, so that an interrupted run leaves all that
+was done. Each part is stopped at its own limit. What a part needs and the machine has not (the compiled library, a
+sanitizer) is skipped and named. Without a GPU both commands run too, at small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import ON_GPU, RESULTS, origin, write_result
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # of harness, which needs the package: imported once that is laid out
 
 ROOT = Path(__file__).parents[1]
-# part: (seconds at most, seconds with --fast); 0: left out
+ON_GPU = torch.cuda.is_available()
+# Seconds that each part may take, in the order in which they run: the most telling first.
 LIMITS = {
-    "kernel tests": (120, 60),
-    "CUDA C++ tests": (60, 40),
-    "layout probes": (45, 45),
-    "other tests": (30, 0),
-    "training": (40, 0),
-    "memcheck": (30, 0),
-    "racecheck": (30, 0),
-    "initcheck": (20, 0),
-    "synccheck": (20, 0),
-    "ceilings": (20, 20),
-    "attention": (90, 40),
-    "add_layer_norm": (40, 20),
-    "bias_gelu": (25, 15),
-    "gelu_layer_norm": (30, 15),
-    "embed": (35, 15),
-    "linear_gelu": (25, 15),
-    "linear_cross_entropy": (40, 25),
-    "operations": (60, 60),  # all of them, where there is no GPU
-    "pretraining step": (170, 0),
-    "report": (15, 15),
+    "right": {
+        "self-test": 75,
+        "graph capture": 30,
+        "CUDA C++ self-test": 20,
+        "layout probes": 10,
+        "memcheck": 25,
+    },
+    "fast": {
+        "ceilings": 15,
+        "pretraining step": 60,
+        "pretraining step, compiled": 90,
+        "attention": 60,
+        "add_layer_norm": 15,
+        "bias_gelu": 15,
+        "gelu_layer_norm": 15,
+        "embed": 15,
+        "linear_cross_entropy": 25,
+        "report": 10,
+    },
 }
-OPERATIONS = [name for name in LIMITS if (ROOT / "bench" / "ops" / f"{name}.py").exists()]
-TOTAL = (505, 145)  # seconds after which no part but the report goes on
+BUDGET = {"right": 180, "fast": 360}  # seconds of a whole command
+RESERVE = 15  # of them to start, and to stop a part that does not end
+CASE_SECONDS = 20  # at most for one implementation of one case
+COMPILE_SECONDS = 35  # at most until torch.compile has compiled transformers' step
 GRACE = 5  # seconds to write what there is, for a part that was interrupted
+PACKING = 5  # seconds between two versions of the tar file
 NO_GPU = "there is no GPU"
+OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embed", "linear_cross_entropy")
+SELF_TEST = """
+import sys
+from bertfast.doctor import DoctorSettings, doctor
+device, seconds, *words = sys.argv[1:]
+raise SystemExit(doctor(DoctorSettings(device=device, check=True, only=tuple(words), seconds=float(seconds))))
+"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the check, and what it finds in its environment; `skip` says why it does not run."""
+    """A part of a check.
+
+    Attributes:
+        name: As in LIMITS.
+        commands: Run at the same time; each has a log of its own.
+        skip: Why the part does not run; None: it runs.
+        environment: Variables of its commands.
+    """
 
     name: str
-    command: list[str]
+    commands: list[list[str]]
     skip: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -80,47 +101,86 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / "gpu-check", help="folder for all that is written")
+    parser.add_argument("check", choices=LIMITS, help="right: the kernels' results; fast: their speed")
+    parser.add_argument("--results", type=Path, default=ROOT / "build", help="folder of the tar file (default: build)")
     parser.add_argument("--wheel", type=Path, help="check this wheel and not the checkout")
-    parser.add_argument("--fast", action="store_true", help="the kernels' tests and the main shapes, in three minutes")
+    parser.add_argument("--probes", type=Path, help="probes.so of `make wheel`, the layout probes built ahead")
     arguments = parser.parse_args()
-    if arguments.wheel and not arguments.wheel.is_file():
-        parser.error(f"there is no wheel {arguments.wheel}")
-    folder = arguments.results.resolve()
+    for name in ("wheel", "probes"):
+        path = getattr(arguments, name)
+        if path and not path.is_file():
+            parser.error(f"--{name}: there is no file {path}")
+    target = arguments.results.resolve() / f"gpu-check-{arguments.check}.tar"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"results cannot be written to {folder}: {error.strerror}")
-    if (folder / "gpu_check.json").exists():  # an earlier check's, which would be mixed with this one's
-        for pattern in ("*.json", "*.log", "*.png", "summary.md"):
-            for file in folder.glob(pattern):
-                file.unlink()
+        parser.error(f"--results: {target.parent} cannot be made: {error.strerror}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # parts inherit it, also where a shell had it ignored
-    print_environment()
-    outcomes, end = [], time.monotonic() + TOTAL[arguments.fast]
-    with TemporaryDirectory() as site:
+    end = time.monotonic() + BUDGET[arguments.check] - RESERVE
+    with TemporaryDirectory() as site, TemporaryDirectory() as folder:
         if arguments.wheel:
             unpack(arguments.wheel, site)
         else:
             lay_out(Path(site, "bertfast"))
-        for part in parts(folder, arguments.fast):
-            limit = LIMITS[part.name][arguments.fast]
-            if part.name != "report":
-                limit = min(limit, end - time.monotonic())
-            outcome = run(part, folder, site, limit)
-            outcomes.append(outcome)
-            print(f"{outcome.name:22}{outcome.seconds:5.0f} s  {outcome.status}: {outcome.last_line}", flush=True)
-            write_result("gpu_check", {"fast": arguments.fast, "parts": [asdict(one) for one in outcomes]}, folder)
-    print("\n" + (folder / "report.log").read_text(encoding="utf-8"))
+        sys.path.insert(0, site)
+        origin = print_environment()
+        probes = str(arguments.probes.resolve()) if arguments.probes else None
+        found = parts(arguments.check, Path(folder), missing_library(), probes)
+        outcomes = run_all(found, arguments.check, Path(folder), site, target, end, origin)
+        report = Path(folder, "report.log")
+        if report.exists():
+            _, _, table = report.read_text(encoding="utf-8").partition("\n##")
+            print("\n##" + table.rpartition("\nsummary.md")[0])
+    print(f"all results are in {target}")
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-def print_environment() -> None:
-    """Say what the check runs on."""
+def run_all(
+    found: Iterator[Part], check: str, folder: Path, site: str, target: Path, end: float, origin: dict
+) -> list[Outcome]:
+    """Run the parts until `end`; after each, say how it ended, and write all that there is to `target`."""
+    outcomes = []
+    for part in found:
+        limit = LIMITS[check][part.name]
+        if part.name != "report":
+            limit = min(limit, end - time.monotonic() - LIMITS[check].get("report", 0))
+        outcome = run(part, folder, site, limit, lambda: pack(folder, target))
+        outcomes.append(outcome)
+        print(f"{outcome.name:27}{outcome.seconds:5.0f} s  {outcome.status}: {outcome.last_line}", flush=True)
+        values = {"origin": origin, "check": check, "parts": [asdict(one) for one in outcomes]}
+        (folder / "gpu_check.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        pack(folder, target)
+    return outcomes
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Write all files of `folder` to the tar file `target`, which is whole at any time."""
+    unfinished = target.with_suffix(".unfinished")
+    with tarfile.open(unfinished, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.add(file, f"{target.stem}/{file.name}")
+    os.replace(unfinished, target)
+
+
+def print_environment() -> dict:
+    """Say what the check runs on, and return it."""
+    from harness import origin
+
     here = origin()
     print(", ".join(f"{name} {value}" for name, value in here.get("gpu", {}).items()) or here["processor"])
     print(f"Python {here['python']}, " + ", ".join(f"{name} {version}" for name, version in here["versions"].items()))
-    print(f"commit {here['commit']}\n", flush=True)
+    print(f"commit {here['commit'] or 'unknown'}\n", flush=True)
+    return here
+
+
+def missing_library() -> str | None:
+    """Why the compiled library's CUDA kernels are not here; None: they are."""
+    from bertfast import compiled
+
+    if compiled.ABSENT is not None:
+        return f"not here: {compiled.ABSENT}"
+    has_kernels = compiled.runs("cuda_bias_gelu_forward", torch.device("cuda"))
+    return None if has_kernels else "not here: the compiled library was built without nvcc"
 
 
 def lay_out(package: Path) -> None:
@@ -140,74 +200,148 @@ def unpack(wheel: Path, site: str) -> None:
         raise SystemExit(f"{wheel} cannot be installed: {installed.stderr.strip()}")
 
 
-def parts(folder: Path, fast: bool) -> Iterator[Part]:
-    """The parts in their order."""
-    python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def parts(check: str, folder: Path, no_library: str | None, probes: str | None) -> Iterator[Part]:
+    """The parts of a check in their order."""
+    yield from right_parts(no_library, probes) if check == "right" else fast_parts(folder)
+
+
+def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
+    """Every kernel against float64, a step in a CUDA graph, CUDA C++, and a sanitizer."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     no_gpu = None if ON_GPU else NO_GPU
-    kernel_tests = [python, "tests/kernels/in_parts.py", "--maxfail=3", "-p", "no:cacheprovider"]
-    yield Part("kernel tests", kernel_tests, no_gpu)
-    yield Part("CUDA C++ tests", kernel_tests, no_gpu, {"BERTFAST_TESTED": "cuda"})
-    # What the emulation takes the instructions to do, asked of the GPU itself.
-    yield Part("layout probes", [*pytest, "tests/emulation/test_probes.py"], no_gpu)
-    yield Part("other tests", [*pytest, "--maxfail=5", "tests/ops", "tests/model"], no_gpu)
-    # A step in a CUDA graph, among others; the program wants more packages than the model.
-    packages = [name for name in ("tokenizers", "tyro", "safetensors") if not find_spec(name)]
-    missing = f"there is no {', '.join(packages)}" if packages else None
-    yield Part("training", [*pytest, "--maxfail=3", "tests/training/test_graph.py"], no_gpu or missing)
-
-    benchmark = None if find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
-    checked = [*pytest, "--shapes=small", "--benchmark-disable", "-k", "bertfast-", "bench/ops/attention.py"]
+    yield Part("self-test", self_tests(LIMITS["right"]["self-test"] - 10))
+    yield Part(
+        "graph capture", [[*pytest, "tests/training/test_graph.py", "-k", "cuda_graph"]], no_gpu or needs("tokenizers")
+    )
+    seconds = LIMITS["right"]["CUDA C++ self-test"] - 5
+    yield Part("CUDA C++ self-test", [self_test("cuda", seconds, "cuda")], no_gpu or no_library)
+    nothing = None if probes or shutil.which("nvcc") else "not here: neither --probes nor nvcc"
+    yield Part(
+        "layout probes",
+        [[*pytest, "tests/emulation/test_probes.py"]],
+        no_gpu or nothing,
+        {"BERTFAST_PROBES": probes} if probes else {},
+    )
     sanitizer = None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer"
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *checked]
-        yield Part(tool, command, no_gpu or sanitizer or benchmark)
-
-    yield Part("ceilings", [python, "bench/harness.py", "--results", str(folder)])
-    shapes = ("main" if fast else "all") if ON_GPU else "small"
-    # On a GPU in a process each, since a broken kernel takes along all that its process was to measure.
-    operations = {name: f"bench/ops/{name}.py" for name in OPERATIONS} if ON_GPU else {"operations": "bench/ops"}
-    for name, files in operations.items():
-        options = [f"--shapes={shapes}", f"--benchmark-json={folder / name}.json"]
-        yield Part(name, [*pytest, *options, files], benchmark)
-
-    step = [python, "bench/end_to_end/pretraining_step.py", "--results", str(folder), *([] if ON_GPU else ["trial"])]
-    yield Part("pretraining step", step, None if find_spec("transformers") else "transformers is not installed")
-    yield Part("report", [python, "bench/report.py", str(folder)])
+    checked = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1"]
+    seconds = LIMITS["right"]["memcheck"] - 5
+    yield Part(
+        "memcheck",
+        [[*checked, *self_test("cuda", seconds, "attention", "triton", "bf16", f"D={d}")] for d in (32, 128)],
+        no_gpu or sanitizer,
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or it would not see where a tensor ends
+    )
 
 
-def run(part: Part, folder: Path, site: str, limit: float) -> Outcome:
-    """Run a part for at most `limit` seconds, its output to FOLDER/NAME.log."""
+def self_test(device: str, seconds: float, *words: str) -> list[str]:
+    """The command that checks the kernels whose checks have all of `words`."""
+    return [sys.executable, "-c", SELF_TEST, device, str(seconds), *words]
+
+
+def self_tests(seconds: float) -> list[list[str]]:
+    """Commands that together check every Triton kernel.
+
+    Compiling takes most of the time and one core of each process; and a kernel that breaks its process does not take
+    the others along.
+    """
+    if not ON_GPU:
+        return [self_test("cpu", seconds, "bias_gelu")]
+    attention = [
+        self_test("cuda", seconds, "attention", "triton", precision, f"D={dimension}")
+        for precision in ("bf16", "fp32", "fp16")
+        for dimension in (64, 32, 128)
+    ]
+    others = [name for name in (*OPERATORS, "linear_gelu") if name != "attention"]
+    return [
+        *attention,
+        *(self_test("cuda", seconds, name, "triton") for name in others),
+        self_test("cuda", seconds, "reference"),
+    ]
+
+
+def fast_parts(folder: Path) -> Iterator[Part]:
+    """Ceilings, a pre-training step, the operators; each with its alternatives."""
+    python, results = sys.executable, ["--results", str(folder)]
+    yield Part("ceilings", [[python, "bench/harness.py", *results]])
+    step = [python, "bench/end_to_end/pretraining_step.py", *results, "--repeats", "5"]
+    cases = ["gpu-base-128", "gpu-base-512"] if ON_GPU else ["trial"]
+    yield Part("pretraining step", [[*step, *cases, "--against", "transformers-sdpa"]], needs("transformers"))
+    compiled = ["--against", "transformers-compile", "--compile-seconds", str(COMPILE_SECONDS), "--suffix", "compiled"]
+    no_gpu = None if ON_GPU else NO_GPU
+    yield Part("pretraining step, compiled", [[*step, *cases, *compiled]], no_gpu or needs("transformers"))
+    benchmark = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--case-seconds={CASE_SECONDS}"]
+    benchmark.append(f"--shapes={'main' if ON_GPU else 'small'}")
+    for name in OPERATORS:
+        # Of the alternatives to attention those that are the fastest elsewhere.
+        chosen = ["-k", "bertfast- or varlen or cudnn"] if name == "attention" and ON_GPU else ["-k", "not definition"]
+        files = [f"--benchmark-json={folder / name}.json", f"bench/ops/{name}.py"]
+        # Without a GPU one of them shows that the program runs; tests/test_bench.py has them all.
+        skip = None if ON_GPU or name == OPERATORS[0] else NO_GPU
+        yield Part(name, [[*benchmark, *chosen, *files]], skip or needs("pytest_benchmark"))
+    yield Part("report", [[python, "bench/report.py", str(folder)]])
+
+
+def needs(package: str) -> str | None:
+    """Why a part that needs a package does not run; None: it is here."""
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def run(part: Part, folder: Path, site: str, limit: float, keep: Callable[[], None] = lambda: None) -> Outcome:
+    """Run a part for at most `limit` seconds, the output of each command to a log in `folder`.
+
+    `keep` is called every few seconds meanwhile.
+    """
     if part.skip or limit <= 0:
-        why = part.skip or ("--fast leaves it out" if limit == 0 else "no time is left")
-        return Outcome(part.name, "skipped", 0.0, why)
+        return Outcome(part.name, "skipped", 0.0, part.skip or "no time is left")
     # Safe path: the checkout's root, where `kernels` is the name of another package, stays out of the way.
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
     environment = os.environ | part.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    if part.command[0] == "compute-sanitizer":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or it would not see where a tensor ends
-    log = folder / f"{part.name.replace(' ', '_')}.log"
+    logs = [folder / f"{part.name.replace(' ', '_')}{'_' * bool(i)}{i or ''}.log" for i in range(len(part.commands))]
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        status = _wait(process, limit)
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for command, log in zip(part.commands, logs, strict=True):
+            output = stack.enter_context(log.open("w", encoding="utf-8"))
+            output.write(f"$ {' '.join(word for word in command if word != SELF_TEST)}\n")
+            output.flush()
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+        statuses = _wait(processes, started + limit, keep)
+    status = next(one for one in ("failed", "stopped at its limit", "passed") if one in statuses)
+    worst = logs[statuses.index(status)].read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in worst.splitlines()[1:] if line.strip()]
     return Outcome(part.name, status, time.monotonic() - started, lines[-1].strip("= ") if lines else "no output")
 
 
-def _wait(process: subprocess.Popen, limit: float) -> str:
+def _wait(processes: Sequence[subprocess.Popen], end: float, keep: Callable[[], None]) -> list[str]:
+    """How each process ended; those that go on at `end` are interrupted, and killed with all they started."""
     try:
-        return "passed" if process.wait(limit) == 0 else "failed"
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then writes what it has
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        return "stopped at its limit"
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            before = time.monotonic()
+            while time.monotonic() < min(end, before + PACKING) and any(
+                process.poll() is None for process in processes
+            ):
+                time.sleep(0.05)
+            keep()
+        stopped = [process for process in processes if process.poll() is None]
+        for process in stopped:
+            process.send_signal(signal.SIGINT)  # pytest then writes what it has
+        grace = time.monotonic() + GRACE
+        for process in stopped:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(grace - time.monotonic(), 0))
+        return [
+            "stopped at its limit" if process in stopped else "failed" if process.returncode else "passed"
+            for process in processes
+        ]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-        process.wait()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import argparse
 import ctypes
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from bertfast.doctor import driver_version
 from bertfast.products import linear
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,6 +118,22 @@ def seconds_of(samples: list[Sample]) -> list[float]:
 def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
     """The median of the pairwise ratios of two functions timed in turn, in one mode of the machine."""
     return statistics.median(a / b for a, b in in_one_mode(slow, fast))
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the code inside after so many seconds (0: never); a call that hangs in C goes on."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], str]:
@@ -245,7 +264,7 @@ def _gpu() -> dict:
         "memory_gb": round(properties.total_memory / 1e9),
         "second_level_cache_mb": round(properties.L2_cache_size / 1e6),
         "cuda": torch.version.cuda,
-        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "driver": driver_version(),
     }
 
 

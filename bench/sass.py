@@ -12,13 +12,14 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)(.*?);")
 _REGISTER = re.compile(r"(?<![A-Z0-9])R(\d+)")
 # Instructions without a general register that they write: their first one is a source.
 _WITHOUT_DESTINATION = re.compile(
     r"(BAR|BRA|BSSY|BSYNC|CCTL|DEPBAR|ELECT|ERRBAR|EXIT|FENCE|FSETP|ISETP|LDGDEPBAR|LDGSTS|MEMBAR|NOP|PLOP3|R2P|R2UR"
     r"|REDUX|S2UR|ST|STG|STL|STS|STSM|SYNCS|VOTEU|WARPGROUP|WARPSYNC|U\w+)\b"
 )
+_MOST_PENDING = 8  # groups that a wait can leave; a loop without any wait ends more and more
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _hazards_after(start: int, instructions: list[Instruction], index: dict[int,
             if fault:
                 found.add((instruction.address, f"{instruction.opcode} {fault} of the wgmma at {wgmma.address:#x}"))
             if instruction.ends_group:
-                ended = 0 if ended is None else ended + 1
+                ended = 0 if ended is None else min(ended + 1, _MOST_PENDING)
             if instruction.target in index:
                 paths.append((index[instruction.target], ended))
             if instruction.always_leaves:

@@ -39,7 +39,7 @@ COMMANDS = {
     "export": ("export", "ExportSettings", "export", "write a model for transformers, ONNX or torch.export"),
     "verify": ("verify", "VerifySettings", "verify", "compare with transformers on one's own model and text"),
     "bench": ("speedup", "SpeedupSettings", "speedup", "say how much faster one's own model is here, with a picture"),
-    "doctor": ("doctor", "DoctorSettings", "doctor", "say what this machine has, and what runs on it"),
+    "doctor": ("doctor", "DoctorSettings", "doctor", "say what this machine has, and check its kernels"),
 }
 
 # Errors whose message is the whole story; anything else is a mistake of ours and shows where it happened.
@@ -47,7 +47,7 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RunStopped)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command. Return the exit status: the command's own if it returns an int."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -61,14 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     module_name, settings_class, function, _ = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{module_name}")
     try:
-        getattr(module, function)(parse(name, getattr(module, settings_class), rest))
+        result = getattr(module, function)(parse(name, getattr(module, settings_class), rest))
     except KeyboardInterrupt:
         print(f"\nbertfast {name}: interrupted; the same command begins where finished work ends", file=sys.stderr)
         return 130
     except EXPECTED as error:
         print(f"bertfast {name}: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def parse(command: str, settings_class: type, arguments: list[str]):

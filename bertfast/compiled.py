@@ -66,7 +66,7 @@ _KERNELS = {  # asked now: torch.compile would trace the question
 
 
 def runs(kernel: str, device: torch.device) -> bool:
-    """Whether the library has a kernel for tensors on such a device: on a GPU, only if it was built with nvcc."""
+    """Return whether the library has a kernel for tensors on such a device; see `cuda_build` for why not on a GPU."""
     return (kernel, device.type) in _KERNELS
 
 

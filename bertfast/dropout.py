@@ -75,6 +75,15 @@ class Dropout:
         return self.operation << 8
 
 
+def from_kernel_arguments(
+    seed: Tensor | None, sequence_number: Tensor | None, position: Tensor | None, word: int, threshold: int
+) -> Dropout | None:
+    """Return the dropout of which `kernel_arguments` are these."""
+    if seed is None:
+        return None
+    return Dropout(threshold / 256, seed, word >> 8, sequence_number, position)
+
+
 def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
     """What a kernel on activations is told: (seed, sequence_number, position, word, threshold), or nothing to drop."""
     if dropout is None or dropout.p == 0:

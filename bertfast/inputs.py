@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.dropout import TokenIdentity
-from bertfast.sequences import Sequences, bucket, is_readable, require
+from bertfast.runtime.torch_compat import is_readable
+from bertfast.sequences import Sequences, bucket, require
 
 
 @dataclass(frozen=True, eq=False)

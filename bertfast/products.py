@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.kernels import logits_in_chunks
+from bertfast.runtime.torch_compat import is_transformed
 
 # oneDNN rounds after each term of a sum, MKL less often: of 3,072 terms its error is 2.2 times MKL's, of 768 1.5 times.
 _DEPTH = 768
@@ -41,7 +42,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 def goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether a product of these is oneDNN's."""
     fp32 = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and a.dim() == 2
-    return fp32 and min(*a.shape, len(b)) >= _LEAST and onednn_is_faster()
+    return fp32 and min(*a.shape, len(b)) >= _LEAST and onednn_is_faster() and not is_transformed()
 
 
 @cache
@@ -69,10 +70,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        d_x = _product(d_y, weight.mT) if wanted[0] else None
-        d_weight = _product(d_y.mT, x.mT) if wanted[1] else None
-        return d_x, d_weight, d_y.sum(0) if wanted[2] else None
+        needs_grad = ctx.needs_input_grad
+        matmul = _Linear.apply if torch.is_grad_enabled() else _product  # differentiable where gradients are recorded
+        d_x = matmul(d_y, weight.mT, None) if needs_grad[0] else None
+        d_weight = matmul(d_y.mT, x.mT, None) if needs_grad[1] else None
+        return d_x, d_weight, d_y.sum(0) if needs_grad[2] else None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

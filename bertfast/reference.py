@@ -18,8 +18,6 @@ from bertfast.sequences import Sequences
 
 IGNORED = -100  # the label of a row that does not count
 
-_LOGITS = 1 << 24  # elements of logits that exist at a time
-
 
 def embed(
     token_ids: Tensor | None,
@@ -89,7 +87,7 @@ def query_only_attention(
     """
     if causal:
         return torch.zeros_like(query)
-    _, key, value = to_rows(qkv, sequences).permute(2, 0, 3, 1, 4)
+    key, value = to_rows(qkv[:, 1:], sequences).permute(2, 0, 3, 1, 4)
     bound, lengths = sequences.max_seqlen_bound, sequences.cu_seqlens.diff()[:, None]
     position = torch.arange(bound, device=qkv.device)
     masked = position >= lengths
@@ -138,7 +136,7 @@ def masked_softmax(
     """dropout(softmax(Q K^T · scale)) where not `masked`, [..., Q, D] and [..., K, D] -> [..., Q, K], fp32 at least."""
     # The scale goes into the GEMM, before its result is rounded.
     flat = torch.baddbmm(query.new_zeros(1), query.flatten(0, -3), key.flatten(0, -3).mT, beta=0, alpha=scale)
-    scores = _accumulating(flat.unflatten(0, query.shape[:-2]))
+    scores = accumulating(flat.unflatten(0, query.shape[:-2]))
     if masked is not None:
         scores = scores.masked_fill(masked, -math.inf)
     probabilities = scores.softmax(-1)
@@ -156,7 +154,7 @@ def add_layer_norm(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return LN(residual + dropout(x + bias)), [T, H] in the residual's dtype; with `compute_dtype` also in that."""
-    x = _accumulating(x)
+    x = accumulating(x)
     x = drop_hidden(x if bias is None else x + bias, dropout)
     y = layer_norm(x + residual, gamma, beta, eps)
     return y.to(residual.dtype) if compute_dtype is None else (y.to(residual.dtype), y.to(compute_dtype))
@@ -164,7 +162,7 @@ def add_layer_norm(
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """gelu(x + bias) -> as x."""
-    return F.gelu(_accumulating(x) + bias, approximate=approximate).to(x.dtype)
+    return F.gelu(accumulating(x) + bias, approximate=approximate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -174,58 +172,31 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Te
 
 def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """LN(gelu(x + bias)), exact GELU -> [R, H] in the parameters' dtype."""
-    return layer_norm(F.gelu(_accumulating(x) + bias), gamma, beta, eps).to(gamma.dtype)
+    return layer_norm(F.gelu(accumulating(x) + bias), gamma, beta, eps).to(gamma.dtype)
 
 
-def linear_cross_entropy_forward(
-    hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
-    """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 [], *gradients).
+def linear_cross_entropy(
+    hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 []).
 
-    Without `rows` all rows of hidden are read in order. A label outside of the vocabulary makes the loss NaN. The
-    gradients are those of the loss for (hidden [T, H], weight [V, H], bias [V]), None where not `wanted`: with a
-    chunk's logits at hand they cost two GEMMs, later also the first one again.
+    Without `rows` all rows of hidden are read in order. A label outside of the vocabulary makes the loss NaN. All
+    logits exist at once; `bertfast.ops.linear_cross_entropy_fallback` computes the same in chunks.
     """
-    loss = _accumulating(hidden.new_zeros(()))
-    correct = labels.new_zeros(())
-    d_hidden, d_weight, d_bias = (
-        torch.zeros_like(x, dtype=loss.dtype) if want else None
-        for x, want in zip((hidden, weight, bias), wanted, strict=True)
-    )
-    if rows is None:
-        rows = torch.arange(len(labels), device=labels.device)
-    chunk = max(_LOGITS // weight.shape[0], 1)
-    for some, label in zip(rows.split(chunk), labels.split(chunk), strict=True):
-        counted = label >= 0
-        x = hidden[some].masked_fill(~counted[:, None], 0)  # an unused place may hold anything, NaN too
-        logits = _accumulating(F.linear(x, weight, bias))
-        target = label.clamp(0, len(weight) - 1).long()[:, None]
-        logsumexp = logits.logsumexp(1, keepdim=True)
-        losses = (logsumexp - logits.gather(1, target)).squeeze(1) * counted
-        loss += losses.masked_fill(label >= len(weight), math.nan).sum()
-        correct += ((logits.argmax(1) == label) & counted).sum()
-        if not any(wanted):
-            continue
-        d_logits = (logits - logsumexp).exp_()
-        d_logits.scatter_add_(1, target, d_logits.new_full((1, 1), -1.0).expand_as(target))
-        d_logits *= counted[:, None]
-        if d_bias is not None:
-            d_bias += d_logits.sum(0)
-        d_logits = d_logits.to(x.dtype)
-        if d_hidden is not None:
-            d_hidden.index_add_(0, some, (d_logits @ weight.to(x.dtype)).to(d_hidden.dtype))
-        if d_weight is not None:
-            d_weight += d_logits.mT @ x
-    gradients = (
-        None if d is None else d.to(x.dtype)
-        for d, x in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
-    )
-    return loss, correct, (labels >= 0).sum(), *gradients
+    counted = labels >= 0
+    x = hidden if rows is None else hidden[rows]
+    x = x.masked_fill(~counted[:, None], 0)  # the row of an unused slot may hold anything, NaN too
+    logits = accumulating(F.linear(x, weight, bias))
+    target = labels.clamp(0, len(weight) - 1).long()[:, None]
+    losses = (logits.logsumexp(1) - logits.gather(1, target).squeeze(1)) * counted
+    loss = losses.masked_fill(labels >= len(weight), math.nan).sum()
+    correct = ((logits.detach().argmax(1) == labels) & counted).sum()
+    return loss, correct, counted.sum()
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) · gamma + beta over the last dimension, in fp32 at least (Ba et al., 2016)."""
-    x = _accumulating(x)
+    x = accumulating(x)
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta.to(x.dtype), eps)
 
@@ -242,6 +213,6 @@ def _factors(keep: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
     return keep.to(dtype).mul_(dropout.scale)
 
 
-def _accumulating(x: Tensor) -> Tensor:
+def accumulating(x: Tensor) -> Tensor:
     # Half precisions are raised to fp32; float64 stays, so that the definitions can be checked in it.
     return x.to(torch.promote_types(x.dtype, torch.float32))

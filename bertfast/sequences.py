@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.kernels.attention_tiles import tile_table
+from bertfast.runtime.torch_compat import is_readable
 
 Value = TypeVar("Value")
 
@@ -207,11 +208,6 @@ class Sequences:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             sequence_ids=self.sequence_ids.to(device, non_blocking=non_blocking),
         )
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether the host can read a tensor's values without waiting: a plain CPU tensor, not one that is traced."""
-    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:

@@ -164,7 +164,8 @@ static float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr())
 template <class Device>
 class Sums {
  public:
-  Sums(const Tensor& x, std::initializer_list<int64_t> shape, int (*count)(int64_t rows, int64_t columns)) {
+  template <class Count>
+  Sums(const Tensor& x, std::initializer_list<int64_t> shape, [[maybe_unused]] Count count) {
     std::vector<int64_t> of_parts = shape;
     if constexpr (Device::on_gpu) {
       Device::launch("parts", x, [&](void*) { parts_ = count(x.size(0), x.size(1)); });
@@ -186,11 +187,8 @@ class Sums {
   Tensor sums_;
 };
 
-#if defined(BERTFAST_CUDA)
-static constexpr auto layer_norm_parts = bertfast::cuda::layer_norm_parts, bias_gelu_parts = bertfast::cuda::bias_gelu_parts;
-#else
-static constexpr int (*layer_norm_parts)(int64_t, int64_t) = nullptr, (*bias_gelu_parts)(int64_t, int64_t) = nullptr;
-#endif
+// How many parts a GPU's kernel sums in. Generic, so that the CPU's code, which never calls it, does not refer to it.
+#define PARTS(operation) [](auto rows, auto columns) { return bertfast::cuda::operation##_parts(rows, columns); }
 
 // The dtype of a copy that a kernel writes, or reads the gradient of.
 template <class Device>
@@ -234,7 +232,7 @@ static std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   const bool shared = !seed && x.scalar_type() == residual.scalar_type();
   Tensor d_x = shared ? torch::stable::new_empty(x, {0, 0}) : torch::stable::new_empty(x, {tokens, hidden});
   Tensor d_residual = torch::stable::new_empty(residual, {tokens, hidden});
-  const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
+  const Sums<Device> sums(x, {3, hidden}, PARTS(add_layer_norm));
   RUN(add_layer_norm_backward, x,
       AddLayerNormBackward{tokens, hidden, copy_alone ? Rows{} : rows(d_y), d_copy ? rows(*d_copy) : Rows{}, rows(x),
                            rows(residual), Dense(bias), Dense(gamma), floats(mean), floats(rstd),
@@ -257,7 +255,7 @@ static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tenso
   d_y = in_rows(d_y), x = in_rows(x);
   const int64_t tokens = x.size(0), columns = x.size(1);
   Tensor d_x = torch::stable::new_empty(x, {tokens, columns});
-  const Sums<Device> d_bias(x, {columns}, bias_gelu_parts);
+  const Sums<Device> d_bias(x, {columns}, PARTS(bias_gelu));
   RUN(bias_gelu_backward, x,
       BiasGeluBackward{tokens, columns, rows(d_y), rows(x), Dense(bias), approximate == "tanh", rows(d_x), d_bias,
                        d_bias.parts()});
@@ -283,7 +281,7 @@ static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x,
   d_y = in_rows(d_y), x = in_rows(x);
   const int64_t count = x.size(0), hidden = x.size(1);
   Tensor d_x = torch::stable::new_empty(x, {count, hidden});
-  const Sums<Device> sums(x, {3, hidden}, layer_norm_parts);
+  const Sums<Device> sums(x, {3, hidden}, PARTS(gelu_layer_norm));
   RUN(gelu_layer_norm_backward, x,
       GeluLayerNormBackward{count, hidden, rows(d_y), rows(x), Dense(bias), Dense(gamma), floats(mean), floats(rstd),
                             rows(d_x), sums, sums.parts()});
@@ -515,15 +513,21 @@ namespace bertfast::operations {
 template <class Device>
 static void implement(auto& library, const std::string& device) {
   const auto implement = [&](const char* name, auto function) { library.impl((device + name).c_str(), function); };
-  implement("add_layer_norm_forward", TORCH_BOX(&add_layer_norm_forward<Device>));
-  implement("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward<Device>));
-  implement("attention_forward", TORCH_BOX(&attention_forward<Device>));
-  implement("attention_backward", TORCH_BOX(&attention_backward<Device>));
-  implement("bias_gelu_forward", TORCH_BOX(&bias_gelu_forward<Device>));
-  implement("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward<Device>));
-  implement("cross_entropy", TORCH_BOX(&cross_entropy<Device>));
-  implement("gelu_layer_norm_forward", TORCH_BOX(&gelu_layer_norm_forward<Device>));
-  implement("gelu_layer_norm_backward", TORCH_BOX(&gelu_layer_norm_backward<Device>));
+// On a GPU only where the kernel's file compiled: its functions are null otherwise, see cuda/kernels.h.
+#define IMPLEMENT(name)                                                        \
+  if constexpr (Device::on_gpu) {                                              \
+    if (bertfast::cuda::name) implement(#name, TORCH_BOX(&name<Device>));      \
+  } else implement(#name, TORCH_BOX(&name<Device>))
+  IMPLEMENT(add_layer_norm_forward);
+  IMPLEMENT(add_layer_norm_backward);
+  IMPLEMENT(attention_forward);
+  IMPLEMENT(attention_backward);
+  IMPLEMENT(bias_gelu_forward);
+  IMPLEMENT(bias_gelu_backward);
+  IMPLEMENT(cross_entropy);
+  IMPLEMENT(gelu_layer_norm_forward);
+  IMPLEMENT(gelu_layer_norm_backward);
+#undef IMPLEMENT
 }
 
 }  // namespace bertfast::operations

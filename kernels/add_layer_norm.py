@@ -15,6 +15,8 @@ from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     STAGES,
+    STAGES_IF_WIDE,
+    WIDE,
     add,
     cut,
     in_rows,
@@ -103,7 +105,8 @@ def add_layer_norm_backward_kernel(
 ):
     gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
+    stages: tl.constexpr = STAGES if H <= WIDE else STAGES_IF_WIDE
+    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=stages):
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < tokens
         d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)

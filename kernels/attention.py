@@ -149,6 +149,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
     BLOCKS: tl.constexpr,  # blocks of queries in a tile
+    SPLIT: tl.constexpr,  # a body without a mask for full blocks of keys, and one for the last block
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,7 +177,7 @@ def attention_forward_kernel(
     if DROPOUT:
         rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
     state = (o, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
-    if CAUSAL or WINDOW or PRECISION is not None:  # in fp32 there is no wgmma, and one body takes fewer registers
+    if CAUSAL or WINDOW or not SPLIT:
         begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
         for key in tl.range(begin, end, BLOCK_N):
             state = _attend(

@@ -111,6 +111,7 @@ def attention_d_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,  # blocks of queries in a tile
+    SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,7 +140,7 @@ def attention_d_q_kernel(
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
     tl.store(delta_ptr + statistics, delta, mask=inside)
     d_q = tl.zeros([BLOCK_M, D], tl.float32)
-    if CAUSAL or WINDOW or PRECISION is not None:  # in fp32 there is no wgmma, and one body takes fewer registers
+    if CAUSAL or WINDOW or not SPLIT:
         begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
         for key in tl.range(begin, end, BLOCK_N):
             d_q = _add_d_q(

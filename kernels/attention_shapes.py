@@ -1,14 +1,17 @@
 """Block shapes of the attention kernels: tables by head dimension and bound on the length, by GPU, dtype and dropout.
 
-Every entry compiles without a spill and without serialised wgmma under Triton 3.6, 3.7 and 3.8 for the GPUs it is for
-(`bench/results/compiled_kernels.md`). Which is the fastest, no GPU has measured yet.
+Entries are chosen so that nothing spills and no wgmma is serialised under Triton 3.6, 3.7 and 3.8 on the GPUs they are
+for, which `bench/compiled_kernels.py` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
+Triton 3.8, with 4, 8 or 16 warps. Which shapes are the fastest, no GPU has measured yet.
 """
 
+import triton
 from torch import Tensor
 
 from bertfast.kernels import device
 
 _ANY = 1 << 31
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # kernel: {head dimension: [(bound on the length, queries, keys, warps[, most registers]), …]}, of which the first that
 # is long enough.
@@ -31,6 +34,8 @@ _HOPPER_DROPOUT = _HOPPER | {
     "forward": _HOPPER["forward"] | {64: [(32, 32, 32, 4), (128, 64, 64, 4, 128), (_ANY, 128, 64, 8, 128)]},
     "d_q": _HOPPER["d_q"] | {32: [(_ANY, 64, 64, 4)], 64: [(_ANY, 64, 64, 4)]},
 }
+if _TRITON >= (3, 8):  # 64 x 128 spills two registers there
+    _HOPPER_DROPOUT["d_kv"] = _HOPPER["d_kv"] | {64: [(_ANY, 32, 128, 8)]}
 _OTHER = {
     "forward": {
         32: [(32, 32, 32, 4), (_ANY, 64, 64, 4)],
@@ -61,6 +66,9 @@ _SINGLE = {
 def shapes(kernel: str, qkv: Tensor, max_seqlen_bound: int, dropout: bool) -> dict[str, int]:
     """Return the launch options of a kernel: BLOCK_M queries and BLOCK_N keys, or BLOCK of both for "short", and warps.
 
+    Kernels that loop over keys also have SPLIT, whether full blocks of keys have a body of their own, without a mask.
+    It takes registers, which fp32 has none left of, nor has D = 128 where both operands of a matmul are in registers.
+
     Args:
         kernel: "forward", "short", "d_q" or "d_kv".
         qkv: [T, 3, A, D], of which the device, dtype and D matter.
@@ -77,4 +85,6 @@ def shapes(kernel: str, qkv: Tensor, max_seqlen_bound: int, dropout: bool) -> di
     shape = next(shape for bound, *shape in table[kernel][qkv.shape[3]] if max_seqlen_bound <= bound)
     queries, keys, warps, *registers = shape
     blocks = {"BLOCK": queries} if kernel == "short" else {"BLOCK_M": queries, "BLOCK_N": keys}
+    if kernel in ("forward", "d_q"):
+        blocks["SPLIT"] = qkv.element_size() < 4 and (major == 9 or qkv.shape[3] < 128)
     return {**blocks, "num_warps": warps, **({"maxnreg": registers[0]} if registers else {})}

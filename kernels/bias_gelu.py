@@ -13,7 +13,7 @@ from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
-from bertfast.kernels.rows import STAGES, in_rows, summing_programs
+from bertfast.kernels.rows import in_rows, summing_programs
 
 _ROWS = 4  # 16 bytes of each are on their way at a time
 
@@ -54,7 +54,7 @@ def bias_gelu_backward_kernel(
     _, column, _ = _tile(0, tokens, H, BLOCK, ROWS)
     bias = _load_bias(bias_ptr, column, H)
     sums = tl.zeros([1, BLOCK], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         row, column, there = _tile(tile, tokens, H, BLOCK, ROWS)
         d_y = tl.load(d_y_ptr + row * d_y_stride + column, mask=there, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0).to(tl.float32)

@@ -17,7 +17,10 @@ from bertfast.kernels.device import processors
 _CHUNKS = (2048, 1024, 512, 256, 128)
 _ONE_WARP = 1024  # the most columns that one warp takes alone
 _PROGRAMS_PER_PROCESSOR = 4  # of a kernel that sums over rows
-STAGES = tl.constexpr(3)  # of such a kernel's loop: the rows of two later tiles are on their way to shared memory
+# Stages of such a kernel's loop: the rows of two later tiles are on their way to shared memory, or of one later tile
+# where rows are so wide that three stages take more shared memory than sm_120 has (99 KiB).
+STAGES, STAGES_IF_WIDE = tl.constexpr(3), tl.constexpr(2)
+WIDE = tl.constexpr(2048)  # columns
 
 
 def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]:

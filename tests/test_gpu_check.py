@@ -1,9 +1,10 @@
-"""`make gpu-check`, on a machine without a GPU: it runs, says what it skips, and keeps its limits."""
+"""`make gpu-check-right` and `gpu-check-fast`, on a machine without a GPU and with few packages."""
 
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,41 +15,118 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu_check
 
 ROOT = gpu_check.ROOT
+# What a GPU machine has not: packages that transformers does not bring along, and a compiled library.
+BARE = """
+import sys
+from functools import partial
+from importlib.machinery import PathFinder
+
+MISSING = {"tyro", "matplotlib", "pybind11", "liger_kernel", "cut_cross_entropy"}
 
 
-def check(*options: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def without_library(original, name, *where):
+    return None if name == "bertfast._C" else original(name, *where)
+
+
+PathFinder.find_spec = partial(without_library, PathFinder.find_spec)
+sys.meta_path.insert(0, Missing)
+"""
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this takes minutes: make gpu-check")
+
+
+def run_check(*options: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or "")}
     command = [sys.executable, "bench/gpu_check.py", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this takes minutes: make gpu-check")
-def test_without_a_gpu_it_runs_what_it_can_and_says_what_it_skips(tmp_path):
-    ran = check("--fast", "--results", str(tmp_path))
+def members(archive: Path) -> dict[str, str]:
+    """The files of a tar file by name."""
+    with tarfile.open(archive) as files:
+        return {Path(one.name).name: files.extractfile(one).read().decode() for one in files.getmembers()}
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A folder for PYTHONPATH in which Python lacks what a GPU machine lacks."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BARE)
+    return folder
+
+
+@no_gpu_here
+@pytest.mark.parametrize("check", gpu_check.LIMITS)
+def test_each_half_runs_in_a_bare_environment_and_leaves_one_tar_file(check, bare, tmp_path):
+    ran = run_check(check, "--results", str(tmp_path / "results"), path=bare)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    result = json.loads((tmp_path / "gpu_check.json").read_text())
-    status = {part["name"]: part["status"] for part in result["parts"]}
-    assert status.keys() == gpu_check.LIMITS.keys() - set(gpu_check.OPERATIONS)
-    for name in ("ceilings", "operations", "report"):
-        assert status[name] == "passed", ran.stdout
-    assert "kernel tests              0 s  skipped: there is no GPU" in ran.stdout
-    summary = (tmp_path / "summary.md").read_text()
-    for section in ("## Parts", "## Ceilings", "## Operations: ours beside the fastest other", "## attention"):
-        assert section in summary
-    *_, row, _, last = ran.stdout.rstrip().splitlines()  # the short table, and where more is
-    assert row.startswith("| linear_gelu |")
-    assert last.endswith(str(tmp_path))
+    assert [file.name for file in (tmp_path / "results").iterdir()] == [f"gpu-check-{check}.tar"]
+    files = members(tmp_path / "results" / f"gpu-check-{check}.tar")
+    parts = {part["name"]: part for part in json.loads(files["gpu_check.json"])["parts"]}
+    assert list(parts) == list(gpu_check.LIMITS[check])
+    run = [name for name, part in parts.items() if part["status"] != "skipped"]
+    if check == "right":
+        assert run == ["self-test"]
+        assert "library    none" in files["self-test.log"]
+        assert "checks passed, 0 were not reached" in files["self-test.log"]
+    else:
+        pytest.importorskip("transformers")
+        assert run == ["ceilings", "pretraining step", "attention", "report"]
+        assert json.loads(files["pretraining_step-trial.json"])["ratios"].keys() == {"transformers-sdpa"}
+        for section in ("## Ceilings", "## One pre-training step", "## attention"):
+            assert section in files["summary.md"]
+    assert all(parts[name]["status"] == "passed" for name in run)
+    assert all(part["last_line"] == "there is no GPU" for name, part in parts.items() if name not in run)
 
 
-def test_with_a_gpu_the_parts_are_those_of_the_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("check", gpu_check.LIMITS)
+def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
-    parts = list(gpu_check.parts(tmp_path, fast=False))
-    assert [part.name for part in parts] == [name for name in gpu_check.LIMITS if name != "operations"]
+    parts = list(gpu_check.parts(check, tmp_path, no_library=None, probes=None))
+    assert [part.name for part in parts] == list(gpu_check.LIMITS[check])
     for part in parts:
         assert part.skip is None, part
-        for argument in part.command:
-            assert not argument.startswith(("bench/", "tests/ops", "tests/model")) or (ROOT / argument).exists(), part
+        for argument in (argument for command in part.commands for argument in command):
+            assert not argument.startswith(("bench/", "tests/")) or (ROOT / argument).exists(), part
+
+
+def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
+    """Each check of Triton's kernels has all words of exactly one command."""
+    from bertfast import self_test
+
+    monkeypatch.setattr(gpu_check, "ON_GPU", True)
+    chosen = [set(command[5:]) for command in gpu_check.self_tests(60)]
+    for problem in self_test.problems(torch.device("cpu")):
+        for precision in ("bf16", "fp32", "fp16"):
+            words = {problem.operator, "triton", precision, *problem.shape.split()}
+            assert sum(some <= words for some in chosen) == 1, words
+
+
+def test_what_is_not_here_is_skipped_and_named(monkeypatch):
+    monkeypatch.setattr(gpu_check, "ON_GPU", True)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    skipped = {part.name: part.skip for part in gpu_check.right_parts("not here: no compiled library", None)}
+    assert skipped["self-test"] is None
+    assert skipped["CUDA C++ self-test"] == "not here: no compiled library"
+    assert skipped["layout probes"] == "not here: neither --probes nor nvcc"
+    assert skipped["memcheck"] == "there is no compute-sanitizer"
+
+
+def test_probes_that_were_built_ahead_need_no_compiler(monkeypatch):
+    monkeypatch.setattr(gpu_check, "ON_GPU", True)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    probes = next(part for part in gpu_check.right_parts(None, "/folder/probes.so") if part.name == "layout probes")
+    assert probes.skip is None
+    assert probes.environment == {"BERTFAST_PROBES": "/folder/probes.so"}
 
 
 def test_a_part_over_its_limit_is_stopped_with_all_it_started_and_keeps_its_output(tmp_path, monkeypatch):
@@ -61,9 +139,9 @@ print("measured", child.pid, flush=True)
 time.sleep(60)
 """
     started = time.monotonic()
-    outcome = gpu_check.run(gpu_check.Part("ceilings", [sys.executable, "-c", code]), tmp_path, "", 2)
+    outcome = gpu_check.run(gpu_check.Part("ceilings", [[sys.executable, "-c", code]]), tmp_path, "", 3)
     assert outcome.status == "stopped at its limit"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 12
     word, child = outcome.last_line.split()
     assert word == "measured"
     until = time.monotonic() + 5
@@ -80,15 +158,40 @@ def running(process: int) -> bool:
         return False
 
 
-def test_no_time_left_and_no_limit_leave_a_part_out(tmp_path):
-    part = gpu_check.Part("memcheck", ["never"])
-    assert gpu_check.run(part, tmp_path, "", 0).status == "skipped"
+def test_a_part_fails_if_one_of_its_commands_does(tmp_path):
+    commands = [[sys.executable, "-c", f"print('number {i}'); raise SystemExit({i})"] for i in range(2)]
+    outcome = gpu_check.run(gpu_check.Part("self-test", commands), tmp_path, "", 60)
+    assert (outcome.status, outcome.last_line) == ("failed", "number 1")
+    assert "number 0" in (tmp_path / "self-test.log").read_text()
+
+
+def test_the_tar_file_holds_what_a_part_has_written_while_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "PACKING", 0.2)
+    folder, target = tmp_path / "work", tmp_path / "gpu-check-right.tar"
+    folder.mkdir()
+    seen = []
+
+    def keep():
+        gpu_check.pack(folder, target)
+        seen.append(members(target)["ceilings.log"])
+
+    code = "import time; print('measured', flush=True); time.sleep(30)"
+    gpu_check.run(gpu_check.Part("ceilings", [[sys.executable, "-c", code]]), folder, "", 3, keep)
+    assert "measured" in seen[-1]
+    assert not target.with_suffix(".unfinished").exists()
+
+
+def test_no_time_left_leaves_a_part_out(tmp_path):
+    part = gpu_check.Part("memcheck", [["never"]])
+    assert gpu_check.run(part, tmp_path, "", 0).last_line == "no time is left"
     assert gpu_check.run(part, tmp_path, "", -3.5).status == "skipped"
 
 
-@pytest.mark.parametrize(("fast", "minutes"), [(False, 9), (True, 3)])
-def test_the_limits_add_up(fast, minutes):
-    assert gpu_check.TOTAL[fast] + gpu_check.LIMITS["report"][fast] + 2 * gpu_check.GRACE < 60 * minutes
+@pytest.mark.parametrize(("check", "minutes"), [("right", 3), ("fast", 6)])
+def test_the_limits_add_up_to_less_than_the_minutes(check, minutes):
+    assert gpu_check.BUDGET[check] == 60 * minutes
+    assert sum(gpu_check.LIMITS[check].values()) + gpu_check.RESERVE <= gpu_check.BUDGET[check]
+    assert gpu_check.RESERVE > 2 * gpu_check.GRACE
 
 
 def test_the_checkout_is_laid_out_as_the_package(tmp_path):
@@ -101,14 +204,15 @@ def test_the_checkout_is_laid_out_as_the_package(tmp_path):
 
 
 def test_bad_input_gets_a_sentence(tmp_path):
-    ran = check("--wheel", str(tmp_path / "none.whl"))
+    ran = run_check("right", "--wheel", str(tmp_path / "none.whl"))
     assert ran.returncode == 2
-    assert "there is no wheel" in ran.stderr
+    assert "--wheel: there is no file" in ran.stderr
     (tmp_path / "broken-0.1-py3-none-any.whl").write_text("no wheel")
-    ran = check("--wheel", str(tmp_path / "broken-0.1-py3-none-any.whl"), "--results", str(tmp_path / "results"))
+    wheel = str(tmp_path / "broken-0.1-py3-none-any.whl")
+    ran = run_check("right", "--wheel", wheel, "--results", str(tmp_path / "results"))
     assert ran.returncode == 1
     assert "broken-0.1-py3-none-any.whl cannot be installed" in ran.stderr
     (tmp_path / "file").touch()
-    ran = check("--results", str(tmp_path / "file"))
+    ran = run_check("fast", "--results", str(tmp_path / "file" / "folder"))
     assert ran.returncode == 2
-    assert "results cannot be written to" in ran.stderr
+    assert "cannot be made" in ran.stderr

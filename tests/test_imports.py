@@ -10,7 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bertfast"
 FLOORS = {
     "kernels": 0,
+    "runtime": 0,
     "compiled": 0,
+    "cuda_build": 0,
     "dropout": 0,
     "memory": 0,
     "pictures": 0,
@@ -22,15 +24,15 @@ FLOORS = {
     "config": 1,
     "data": 1,
     "cuda_graphs": 2,
+    "fast_kernels": 2,
     "inputs": 2,
     "outputs": 2,
     "encoder": 2,
     "modules": 2,
     "tensor_bundle": 0,
+    "architectures": 3,
     "checkpoint": 3,
     "models": 3,
-    "patching": 3,
-    "transformers": 3,
     "tasks": 4,
     "training": 4,
     "original": 4,
@@ -39,6 +41,8 @@ FLOORS = {
     "verify": 5,
     "speedup": 5,
     "demo": 5,
+    "self_test_problems": 2,
+    "self_test": 3,
     "doctor": 5,
     "reproduce": 5,
     "cli": 5,
@@ -46,16 +50,19 @@ FLOORS = {
 }
 WITHIN = {
     ("compiled", "kernels"),
+    ("cuda_build", "compiled"),
     ("products", "kernels"),
+    ("products", "runtime"),
     ("precision", "products"),
     ("reference", "dropout"),
     ("reference", "sequences"),
     ("sequences", "kernels"),
+    ("sequences", "runtime"),
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),
+    ("models", "architectures"),
     ("models", "checkpoint"),
-    ("transformers", "patching"),
     ("training", "tasks"),
     ("reproduce", "cli"),
     ("verify", "beside"),
@@ -64,7 +71,9 @@ WITHIN = {
 
 
 # What has to do with models of `transformers`; all else does without it.
-FOR_TRANSFORMERS = {f"bertfast.{name}" for name in ("patching", "transformers", "export", "beside")}
+OWN = ("auto", "bert", "eligibility", "fused", "patch", "presets", "registry")
+FOR_TRANSFORMERS = {"bertfast.export", "bertfast.beside", *(f"bertfast.models.{name}" for name in OWN)}
+FOR_TRANSFORMERS |= {f"bertfast.architectures{name}" for name in ("", ".architecture", ".bert")}
 
 
 def module_name(path: Path) -> str:

@@ -1,5 +1,6 @@
 """A wheel and an sdist hold what they should, and the wheel works from anywhere."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,11 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fake_nvcc import write_nvcc
 
 ROOT = Path(__file__).parents[1]
 
 
 LIBRARY = "bertfast/_C.abi3.so"
+CUDA_RECORD = "bertfast/_C.cuda.json"
+with_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "bertfast").rglob("*.py")}
 MODULES |= {f"bertfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 
@@ -44,8 +48,11 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def built(tree) -> Path:
-    """A folder with an sdist and a wheel made from it."""
-    run("-m", "build", "--no-isolation", "--outdir", tree.parent, tree, cwd=tree, CXXFLAGS="-O0")
+    """A folder with an sdist and a wheel made from it, where one CUDA source does not compile, and nvcc's calls."""
+    source = tree / "csrc" / "cuda" / "cross_entropy.cu"
+    source.write_text(source.read_text() + "#error a planted mistake\n")
+    environment = {"CXXFLAGS": "-O0", "NVCC": str(write_nvcc(tree.parent)), "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
+    run("-m", "build", "--no-isolation", "--outdir", tree.parent, tree, cwd=tree, **environment)
     return tree.parent
 
 
@@ -56,8 +63,42 @@ def contents(wheel: Path) -> set[str]:
 def test_the_wheel_holds_every_module_and_the_library_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     assert "-cp311-abi3-linux_" in wheel.name
-    library = {LIBRARY} if shutil.which("g++") else set()
+    library = {LIBRARY, CUDA_RECORD} if shutil.which("g++") else set()
     assert contents(wheel) == MODULES | {"bertfast/py.typed"} | library
+
+
+@with_compiler
+def test_a_cuda_source_that_does_not_compile_costs_only_itself(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    record = json.loads((tmp_path / CUDA_RECORD).read_text())
+    assert list(record["missing"]) == ["cross_entropy"]
+    assert "#error a planted mistake" in record["missing"]["cross_entropy"]["output"]
+    architectures = record["architectures"]
+    assert set(architectures) == {"attention", "attention_backward", "add_layer_norm", "bias_gelu", "gelu_layer_norm"}
+    assert architectures["attention"] == ["90a"]
+    assert architectures["bias_gelu"] == ["80", "90+PTX"]
+    code = (
+        "import torch; from bertfast import cuda_build; from bertfast.compiled import runs;"
+        "gpu = torch.device('cuda');"
+        "print(runs('cuda_attention_backward', gpu), runs('cuda_gelu_layer_norm_backward', gpu),"
+        " runs('cuda_cross_entropy', gpu)); print(cuda_build.unsupported_reason('linear_cross_entropy'))"
+    )
+    ran = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    which, why = ran.stdout.splitlines()
+    assert which == "True True False"
+    assert why.startswith("cross_entropy.cu was not built: nvcc 13.0.88 failed (")
+    assert "#error a planted mistake): set NVCC=/path/to/nvcc to another one and install bertfast again" in why
+
+
+@with_compiler
+def test_nvcc_is_given_the_architectures_and_the_host_compiler(built):
+    calls = (built / "calls").read_text().splitlines()
+    compiled = {call.split("-c ")[1].split("/")[-1].split(".")[0]: call for call in calls if " -c " in call}
+    assert "-gencode=arch=compute_90a,code=sm_90a -c" in compiled["attention"]
+    two = "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90] -c"
+    assert two in compiled["bias_gelu"]
+    assert all("-ccbin=" in call for call in calls)
 
 
 def test_without_a_compiler_there_is_no_library_and_the_plain_path(tree, tmp_path):
@@ -80,6 +121,7 @@ def test_the_sdist_holds_what_it_takes_to_build_and_test(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "Makefile", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert "build_support/cuda_toolkit.py" in names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert {"bertfast/reference.py", "tests/helpers.py", "bench/harness.py"} <= names
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import statistics
 import sys
 import time
@@ -42,11 +41,20 @@ from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import DEVICE, ON_GPU, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
+from harness import (
+    DEVICE,
+    ON_GPU,
+    RESULTS,
+    matrix_rate,
+    median_ratio,
+    seconds_of,
+    side_by_side,
+    time_limit,
+    write_result,
+)
 
 DROPOUT = 0.1
 MASKED = 0.15
-COMPILING = 600  # seconds at most
 LENGTHS = Path(__file__).with_name("wikipedia_lengths.json")
 
 
@@ -92,6 +100,9 @@ class Contender:
     default: bool = False
 
 
+SIDES = ("transformers-sdpa", "transformers-compile", "transformers-eager", "transformers-fp32")
+
+
 def theirs(case: Case) -> dict[str, Contender]:
     """What ours stands beside, on this device."""
     sides = {"transformers-sdpa": Contender()}
@@ -109,11 +120,16 @@ def main() -> None:
     cases = GPU_CASES if ON_GPU else CASES
     parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", nargs="+", metavar="NAME", help=f"of {', '.join(SIDES)} (default: all that fit)")
+    parser.add_argument("--compile-seconds", type=int, default=600, help="at most, for torch.compile")
+    parser.add_argument("--suffix", default="", help="is added to the names of the result files")
     parser.add_argument("--count-lengths", type=Path, metavar="DATA")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(ALL):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    if unknown := set(arguments.against or ()) - set(SIDES):
+        parser.error(f"--against: there is no {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
     if arguments.count_lengths:
         LENGTHS.write_text(json.dumps(count_lengths(arguments.count_lengths)) + "\n", encoding="utf-8")
         return
@@ -124,8 +140,15 @@ def main() -> None:
         if ALL[name].dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
             print(f"{name}: left out, this processor multiplies no bf16", file=sys.stderr, flush=True)
             continue
-        result = measure(name, ALL[name], arguments.repeats)
-        write_result(f"pretraining_step-{name}", result, arguments.results)
+        sides = theirs(ALL[name])
+        if arguments.against:
+            sides = {who: side for who, side in sides.items() if who in arguments.against}
+        if not sides:
+            print(f"{name}: left out, nothing of {', '.join(arguments.against)} fits", file=sys.stderr, flush=True)
+            continue
+        result = measure(name, ALL[name], sides, arguments.repeats, arguments.compile_seconds)
+        file = "-".join(filter(None, ["pretraining_step", name, arguments.suffix]))
+        write_result(file, result, arguments.results)
         for other, ratio in result["ratios"].items():
             print(
                 f"| {name} | {result['tokens']} of {result['padded_tokens']} | {result['ours_median_s']:.4f} | {other} "
@@ -138,13 +161,12 @@ def main() -> None:
     print(f"\nwritten to {arguments.results}")
 
 
-def measure(name: str, case: Case, repeats: int) -> dict:
-    """Time a case; raises if ours and theirs do not compute the same loss."""
+def measure(name: str, case: Case, sides: dict[str, Contender], repeats: int, compile_seconds: int) -> dict:
+    """Time a case against `sides`; raises if the losses differ."""
     torch.manual_seed(0)
     config = bertfast.models.BertConfig.preset(case.preset)
     lengths = lengths_of(case)
     padded, packed = samples(lengths, case.longest, config.vocab_size)
-    sides = theirs(case)
 
     def loss(who: str) -> torch.Tensor:
         mixed = case.dtype == torch.bfloat16 and not (who in sides and sides[who].default)
@@ -156,18 +178,18 @@ def measure(name: str, case: Case, repeats: int) -> dict:
         optimizers[who].step()
         models[who].zero_grad(set_to_none=True)
 
-    models = build(case, 0.0)
+    models = build(case, sides, 0.0)
     losses = {who: loss(who).item() for who in models}
     tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
     if max(losses.values()) - min(losses.values()) > tolerance * losses["ours"]:
         raise SystemExit(f"{name}: the losses differ, nothing is timed: {losses}")
 
-    models = build(case, DROPOUT, models["ours"].state_dict())
+    models = build(case, sides, DROPOUT, models["ours"].state_dict())
     optimizers = {who: build_optimizers(model, "adamw", 1e-4, 0.01)[0] for who, model in models.items()}
     compiling, not_run = {}, {}
     for who in [who for who, side in sides.items() if side.compiled]:
         models[who].compile()
-        compiling[who], reason = within(COMPILING, lambda who=who: step(who))
+        compiling[who], reason = within(compile_seconds, lambda who=who: step(who))
         if reason:
             not_run[who] = reason
             del models[who], optimizers[who]
@@ -181,7 +203,7 @@ def measure(name: str, case: Case, repeats: int) -> dict:
     work = step_flops(config, packed)
     rate = matrix_rate(step_products(config, tokens, masked), case.dtype)
     others = [who for who in models if who != "ours"]
-    fastest = min(others, key=medians.get)
+    fastest = min(others, key=medians.get, default=None)
     ratios = {who: median_ratio(seconds[who], seconds["ours"]) for who in others}
     return {
         "case": name,
@@ -198,7 +220,7 @@ def measure(name: str, case: Case, repeats: int) -> dict:
         "optimizer_s": optimizer,
         "fastest_other": fastest,
         "ratios": ratios,
-        "ratio": ratios[fastest],
+        "ratio": ratios.get(fastest),
         "wanted": case.wanted,
         "model_gflop": work / 1e9,
         "gflops": work / medians["ours"] / 1e9,
@@ -210,31 +232,25 @@ def measure(name: str, case: Case, repeats: int) -> dict:
 
 def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | None]:
     """How many seconds a call took, and if it did not succeed within `seconds`, why."""
-
-    def stop(*_) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
     started, reason = time.perf_counter(), None
     try:
-        function()
+        with time_limit(seconds):
+            function()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
     return time.perf_counter() - started, reason
 
 
-def build(case: Case, dropout: float, weights: dict | None = None) -> dict[str, torch.nn.Module]:
+def build(
+    case: Case, sides: dict[str, Contender], dropout: float, weights: dict | None = None
+) -> dict[str, torch.nn.Module]:
     """Our model and theirs in training mode, with the same weights: the given ones, or random ones."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = bertfast.models.BertConfig.preset(case.preset, **options)
     values = {name: value for name, value in config.to_dict().items() if name not in config.extra}
     with DEVICE:
         models = {"ours": bertfast.models.BertForPreTraining(config)}
-        for who, side in theirs(case).items():
+        for who, side in sides.items():
             their_config = transformers.BertConfig(**values, attn_implementation=side.attention)
             models[who] = transformers.BertForPreTraining(their_config)
     for model in models.values():

@@ -193,15 +193,15 @@ CASES = {
         AttentionCase(label="512", lengths=EQUAL[512]),
         AttentionCase(label="512", lengths=EQUAL[512], dropout=0.1),
         AttentionCase(label="128", lengths=EQUAL[128]),
+        AttentionCase(label="128", lengths=EQUAL[128], dropout=0.1),
         AttentionCase(label="2048", lengths=EQUAL[2048]),
+        AttentionCase(label="2048", lengths=EQUAL[2048], dropout=0.1),
     ],
     "rest": [
         AttentionCase(label="mixed", lengths=MIXED),
         AttentionCase(label="mixed", lengths=MIXED, dropout=0.1),
-        AttentionCase(label="128", lengths=EQUAL[128], dropout=0.1),
         AttentionCase(label="512", lengths=EQUAL[512], heads=6, dimension=128),
         AttentionCase(label="512", lengths=EQUAL[512], heads=24, dimension=32),
-        AttentionCase(label="2048", lengths=EQUAL[2048], dropout=0.1),
     ],
 }
 PROVIDERS = {

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from contest import OUR_MASKS, WRONG, calls, checked, extra_memory, measured
-from harness import ON_GPU, ceilings, device_seconds, origin
+from harness import ON_GPU, ceilings, device_seconds, origin, time_limit
 
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
@@ -53,6 +53,8 @@ def pytest_addoption(parser):
         default="all" if ON_GPU else "small",
         help="small: to try the programs, main: what matters most, all (default: all on a GPU, small on a CPU)",
     )
+
+    parser.addoption("--case-seconds", type=int, default=0, help="stop a case after so many seconds (0: never)")
 
 
 def pytest_configure(config):
@@ -122,7 +124,8 @@ def measure(request, benchmark, case, provider, direction):
 
     def run() -> None:
         try:
-            _measure(request.module, benchmark, case, provider, direction)
+            with time_limit(request.config.getoption("--case-seconds")):
+                _measure(request.module, benchmark, case, provider, direction)
         except Exception as error:
             if provider == "bertfast":
                 raise

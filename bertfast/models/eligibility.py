@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bertfast.architectures import Architecture, activation_name
 from bertfast.encoder import hooks, is_plain, is_watched
+from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -71,6 +72,26 @@ def tracing_unsupported_reason(given: Tensor) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms it"
     return None
+
+
+def kernels_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | None:
+    """Why a call is left to transformers for want of fast kernels where the model is now."""
+    if torch.compiler.is_compiling():  # which would compile again for sizes on the other side of a bound
+        return _kernels_reason_of_any_shape(encoder)
+    given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
+    padded = given is not None and arguments.get("cu_seq_lens_q") is None
+    return _kernels_reason(encoder, tuple(given.shape[:2]) if padded else None)
+
+
+def _kernels_reason(encoder: nn.Module, shape: tuple[int, int] | None) -> str | None:
+    weight, config = next(encoder.parameters()), encoder.config
+    head_dimension = config.hidden_size // config.num_attention_heads
+    return why_left_to_transformers(weight.device, gemm_dtype(weight), head_dimension, shape)
+
+
+@decided_when_traced
+def _kernels_reason_of_any_shape(encoder: nn.Module) -> str | None:
+    return _kernels_reason(encoder, None)
 
 
 class Snapshot:

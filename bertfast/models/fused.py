@@ -5,7 +5,8 @@ Each call takes the fastest of three ways:
 - padding is removed before the embeddings and restored behind the last layer;
 - transformers' own loop runs, and each layer that can be fused removes padding and restores it for itself: where a
   layer must be left alone, as one that a hook watches, or where hidden states are recorded;
-- transformers' own code runs: attention weights, caches, masks between pairs of tokens, cross-attention, export.
+- transformers' own code runs: attention weights, caches, masks between pairs of tokens, cross-attention, export; and
+  all of it where the device and dtype of a call have no fast kernels (`bertfast.fast_kernels`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from bertfast import encoder as functions
 from bertfast.architectures import read
+from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
 from bertfast.inputs import Layout, Packed, unpad
 from bertfast.models import eligibility, registry
 from bertfast.models.eligibility import INPUTS, PACKING
@@ -78,6 +80,9 @@ class FusedTransform(registry.Fused):
             return super().forward(hidden_states)
         if eligibility.transform_unsupported_reason(self.architecture, self) is not None:
             return super().forward(hidden_states)
+        shape = (1, hidden_states.shape[:-1].numel())  # there is no attention: rows do not matter
+        if why_left_to_transformers(hidden_states.device, gemm_dtype(hidden_states), shape=shape) is not None:
+            return super().forward(hidden_states)
         paths = self.architecture.transform
         dense, norm = attrgetter(paths["dense"], paths["norm"])(self)
         return functions.transform(dense, norm, hidden_states.flatten(0, -2), "gelu").view_as(hidden_states)
@@ -118,7 +123,12 @@ class FusedEncoder(FusedModel):
             if arguments.get("cu_seq_lens_q") is not None:  # which transformers ignores, so that sequences would mix
                 raise ValueError(f"packed input (cu_seq_lens_q) cannot be taken here, as {reason}: give it padded")
             return super().forward(*args, **kwargs)
-        if whole:
+        if eligibility.kernels_unsupported_reason(self, arguments) is not None:
+            if arguments.get("cu_seq_lens_q") is None:
+                return super().forward(*args, **kwargs)
+            arguments, layout = _padded(arguments)
+            outputs = _packed_again(super().forward(**arguments | {"return_dict": True}), layout)
+        elif whole:
             outputs = self._encode(arguments, pooled_only)
         else:
             outputs = self._run_loop(super().forward, arguments)
@@ -202,11 +212,7 @@ class FusedEncoder(FusedModel):
             outputs = forward(**own | {"return_dict": True})
         finally:
             _CALL.reset(call)
-        if restore is not None:
-            outputs.last_hidden_state = restore.unpad(outputs.last_hidden_state, "outputs")[None]
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(restore.unpad(x, "outputs")[None] for x in outputs.hidden_states)
-        return outputs
+        return outputs if restore is None else _packed_again(outputs, restore)
 
 
 class FusedHead(FusedModel):
@@ -280,6 +286,7 @@ def _loss_needs_no_logits(model: FusedHead, arguments: dict, labels: tuple[str, 
     return (
         isinstance(base, FusedEncoder)
         and eligibility.call_unsupported_reason(base, own) is None
+        and eligibility.kernels_unsupported_reason(base, own) is None
         and eligibility.whole_unsupported_reason(base) is None
         and eligibility.head_unsupported_reason(model) is None
         and (len(labels) == 1 or eligibility.pooler_unsupported_reason(base) is None)
@@ -306,6 +313,14 @@ def _returned(model: nn.Module, arguments: dict, outputs):
     return_dict = arguments.get("return_dict")
     return_dict = model.config.return_dict if return_dict is None else return_dict
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _packed_again(outputs, layout: Layout):
+    """Turn the outputs of a padded batch, each [rows, columns, H], into [1, T, H]."""
+    outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
+    return outputs
 
 
 def _padded(arguments: dict) -> tuple[dict, Layout]:

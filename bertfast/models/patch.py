@@ -96,6 +96,8 @@ def report(module: nn.Module) -> PatchReport:
             found._note(name, "bias, GELU and LayerNorm in one operation", reason)
         elif isinstance(child, FusedMaskedLM | FusedPreTraining):
             reason = eligibility.head_unsupported_reason(child, is_linear)
+            if isinstance(child.base_model, FusedEncoder):
+                reason = reason or eligibility.kernels_unsupported_reason(child.base_model, {})
             found._note(name, "in training, the loss is computed on labelled rows without logits", reason)
         elif isinstance(child, FusedMean):
             found.fused[name] = "a step's loss is one mean over all its accumulated batches"
@@ -116,7 +118,11 @@ def require_packed(model: nn.Module) -> None:
         ValueError: A part of it would have to run transformers' own code; the message has the report.
     """
     encoder = model.base_model
-    broken = not isinstance(encoder, FusedEncoder) or eligibility.whole_unsupported_reason(encoder) is not None
+    broken = (
+        not isinstance(encoder, FusedEncoder)
+        or eligibility.kernels_unsupported_reason(encoder, {}) is not None
+        or eligibility.whole_unsupported_reason(encoder) is not None
+    )
     if broken or (hasattr(model, "cls") and eligibility.head_unsupported_reason(model) is not None):
         raise ValueError(f"this {type(model).__name__} cannot run on packed batches:\n{report(model)}")
 
@@ -147,6 +153,10 @@ def _check(encoder: nn.Module) -> None:
 
 def _report_encoder(found: PatchReport, name: str, encoder: FusedEncoder) -> None:
     architecture, training = encoder.architecture, encoder.training
+    missing = eligibility.kernels_unsupported_reason(encoder, {})
+    if missing is not None:
+        found.left[name] = f"left to transformers: {missing}"
+        return
     embeddings, stack = attrgetter(architecture.embeddings, architecture.stack)(encoder)
     whole = eligibility.encoder_unsupported_reason(encoder)
     reason = whole or eligibility.embeddings_unsupported_reason(architecture, embeddings, training)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
 def add_layer_norm(
@@ -58,7 +59,8 @@ def add_layer_norm(
     if compute_dtype is not None and not compute_dtype.is_floating_point:
         raise TypeError(f"add_layer_norm: compute_dtype must be floating point, got {compute_dtype}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
-    implementation = choose("add_layer_norm", implementation, x, _why_no_copy(implementation, x, copy_dtype))
+    refusal = None if copy_dtype is None else _why_no_copy(implementation, x, copy_dtype)
+    implementation = choose("add_layer_norm", implementation, x, refusal)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)
     paired = compute_dtype is not None and compute_dtype.itemsize == 2  # the kernels add gradients of 16-bit copies
@@ -67,11 +69,11 @@ def add_layer_norm(
     return y if paired or compute_dtype is None else (y, y)
 
 
-def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype | None) -> str | None:
-    """Return why the kernels cannot write a copy of this dtype; None if they can, or if there is none to write."""
+def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot write a copy of this dtype; None if they can."""
     on_cpu = implementation == "cpu" or (implementation is None and x.is_cpu)
     known = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
-    if dtype is None or dtype in known:
+    if dtype in known:
         return None
     names = " and ".join(str(each).removeprefix("torch.") for each in known)
     return f"its kernels write copies in {names}, got {dtype}"
@@ -86,6 +88,7 @@ class AddLayerNorm(torch.autograd.Function):
         forward = launcher(implementation, "add_layer_norm_forward")
         y, mean, rstd, copy = forward(x, residual, bias, gamma, beta, eps, *dropout, copy_dtype)
         *identity, ctx.word, ctx.threshold = dropout
+        ctx.eps, ctx.compute_dtype = eps, copy_dtype or residual.dtype if paired else None
         ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
         if not paired:
             return y
@@ -95,10 +98,19 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y, d_copy=None):
         x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
+        if d_y is None and d_copy is None:
+            return (None,) * 14
+        if must_be_differentiable():
+            dropout = from_kernel_arguments(*identity, ctx.word, ctx.threshold)
+
+            def definition(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+                return reference.add_layer_norm(*arguments, ctx.eps, dropout, ctx.compute_dtype)
+
+            arguments, needs_grad = (x, residual, bias, gamma, beta), ctx.needs_input_grad[3:8]
+            gradients = reference_gradients(definition, arguments, needs_grad, [d_y, d_copy])
+            return None, None, None, *gradients, *[None] * 6
         if d_y is None:
             d_y, d_copy = d_copy, None
-        if d_y is None:
-            return (None,) * 14
         d_x, d_residual, sums = launcher(ctx.implementation, "add_layer_norm_backward")(
             d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold, d_copy
         )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops import attention_fallback
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.sequences import Sequences
 
 HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
@@ -95,5 +96,16 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_o):
         *saved, seed = ctx.saved_tensors
+        if must_be_differentiable():
+            qkv, _, _, cu_seqlens, sequence_ids, _ = saved
+            max_seqlen_bound, *options = ctx.options
+            sequences = Sequences(cu_seqlens, sequence_ids, len(qkv), max_seqlen_bound)
+            coordinates = sequences.token_sequence_ids, sequences.position
+            dropout = from_kernel_arguments(seed, *coordinates, *ctx.rng)
+
+            def definition(qkv: Tensor) -> Tensor:
+                return attention_fallback.attention(qkv, sequences, *options, dropout)
+
+            return None, *reference_gradients(definition, [qkv], [True], [d_o]), *[None] * 10
         backward = launcher(ctx.implementation, "attention_backward")
         return None, backward(d_o, *saved, *ctx.options, seed, *ctx.rng), *[None] * 10

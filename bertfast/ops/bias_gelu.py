@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.products import linear
 
 Approximate = Literal["none", "tanh"]
@@ -74,6 +75,9 @@ class BiasGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, bias = ctx.saved_tensors
+        if must_be_differentiable():
+            arguments = (x, bias, ctx.approximate)
+            return None, *reference_gradients(reference.bias_gelu, arguments, ctx.needs_input_grad[1:], [d_y])
         d_x, d_bias = launcher(ctx.implementation, "bias_gelu_backward")(d_y, x, bias, ctx.approximate)
         return None, d_x, d_bias.to(bias.dtype), None
 
@@ -91,6 +95,9 @@ class LinearGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, weight, bias, product = ctx.saved_tensors
+        if must_be_differentiable():
+            arguments = (x, weight, bias, ctx.approximate)
+            return tuple(reference_gradients(reference.linear_gelu, arguments, ctx.needs_input_grad, [d_y]))
         d_product, d_bias = launcher("triton", "bias_gelu_backward")(d_y, product, bias, ctx.approximate)
         d_x = d_product @ weight if ctx.needs_input_grad[0] else None
         d_weight = d_product.mT @ x if ctx.needs_input_grad[1] else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from bertfast.runtime.torch_compat import is_traced
 
 
 def check_below(
@@ -12,7 +12,7 @@ def check_below(
 ) -> None:
     """Raise IndexError at the first of `indices` that is not a row of `table`, which has `size` rows.
 
-    Does nothing on a GPU, while `torch.compile` traces, and in a dispatch mode.
+    Does nothing on a GPU and while operations are traced or recorded, when values must not be read.
 
     Args:
         operation: Name of the operator, for the message.
@@ -22,10 +22,7 @@ def check_below(
         table: Name of the argument that is indexed.
         negative_is_ignored: Negative indices are allowed, as labels that do not count.
     """
-    # A dispatch mode traces or records what is done: fake tensors have no values, and a recorded step reads none.
-    if indices.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return
-    if indices.numel() == 0:
+    if indices.device.type != "cpu" or is_traced() or indices.numel() == 0:
         return
     low, high = (int(x) for x in indices.aminmax())
     if high < size and (low >= 0 or negative_is_ignored):

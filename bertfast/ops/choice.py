@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bertfast import compiled
+from bertfast import compiled, cuda_build
 from bertfast.dropout import Dropout
+from bertfast.runtime.torch_compat import is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
@@ -48,7 +49,8 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
     refusal = why_not(requested, operation, x) or (None if requested == "reference" else refusal)
     if refusal is not None:
-        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; 'reference' takes any tensors")
+        remedy = "pass implementation='reference', which takes any tensors"
+        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; {remedy}")
     return requested
 
 
@@ -79,11 +81,15 @@ def launcher(implementation: Implementation, name: str) -> Callable:
 
 def why_not(implementation: Implementation, operation: str, x: Tensor) -> str | None:
     """Why an implementation cannot run `operation` on tensors like `x`; None if it can."""
+    if implementation == "reference":
+        return None
+    if is_transformed():
+        return "torch.func and forward-mode differentiation work through the reference alone"
     if implementation == "triton":
         return _triton_refusal(x)
     if implementation == "cpu":
         return _cpu_refusal(x)
-    return _cuda_refusal(operation, x) if implementation == "cuda" else None
+    return _cuda_refusal(operation, x)
 
 
 def _cpu_refusal(x: Tensor) -> str | None:
@@ -99,39 +105,38 @@ def _cpu_refusal(x: Tensor) -> str | None:
 def _cuda_refusal(operation: str, x: Tensor) -> str | None:
     if compiled.ABSENT is not None:
         return compiled.ABSENT
-    kernel = "cuda_cross_entropy" if operation == "linear_cross_entropy" else f"cuda_{operation}_forward"
-    if not compiled.runs(kernel, x.device):
-        if compiled.runs("cuda_attention_forward", x.device):
-            return f"there is no kernel of {operation}"
-        if not x.is_cuda:
-            return f"the tensors are on {x.device}, not on a GPU"
-        return "the compiled library was built without nvcc, install bertfast again where it is"
+    cross_entropy = operation == "linear_cross_entropy"
+    kernels = ["cross_entropy"] if cross_entropy else [f"{operation}_forward", f"{operation}_backward"]
+    if not all(compiled.runs(f"cuda_{kernel}", x.device) for kernel in kernels):
+        reason = cuda_build.unsupported_reason(operation)
+        return reason or f"the tensors are on {x.device}, not on a GPU"
     if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
         return f"its kernels take {'' if operation == 'attention' else 'float32, '}bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
-    capability = torch.cuda.get_device_capability(x.device)
-    if operation == "attention":
-        return None if capability == (9, 0) else "it wants a GPU of sm_90, this one is sm_{}{}".format(*capability)
-    return _too_old(capability)
+    return cuda_build.unsupported_gpu_reason(operation, x.device)
 
 
 def _triton_refusal(x: Tensor) -> str | None:
     if not HAS_TRITON:
-        return "Triton is not installed"
+        return "Triton is not installed: pip install triton"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda:
         return None if x.device.type == "cpu" and _INTERPRETED else f"the tensors are on {x.device}, not on a GPU"
     if torch.version.hip:
-        return "its kernels are for NVIDIA's GPUs"
+        return "its kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     if torch.compiler.is_compiling():  # where no one can ask the GPU, and the compiler has a bound of its own
         return None
     return _too_old(torch.cuda.get_device_capability(x.device))
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:
-    return None if capability >= (8, 0) else "it wants a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    return (
+        None
+        if capability >= (8, 0)
+        else "its kernels need a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
+    )
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

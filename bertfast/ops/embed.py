@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, kernel_arguments
+from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
 def embed(
@@ -79,7 +80,7 @@ class Embed(torch.autograd.Function):
         ctx.implementation = implementation
         y, mean, rstd = launcher(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
         *identity, ctx.word, ctx.threshold = dropout
-        ctx.padding_index = padding_index
+        ctx.padding_index, ctx.eps = padding_index, eps
         ctx.save_for_backward(*inputs, beta, mean, rstd, *identity)
         return y
 
@@ -87,6 +88,17 @@ class Embed(torch.autograd.Function):
     def backward(ctx, d_y):
         *inputs, gamma, beta, mean, rstd, seed, number, place = ctx.saved_tensors
         identity = (seed, number, place, ctx.word, ctx.threshold)
+        if must_be_differentiable():
+            *tables, token_ids, token_type_ids, position_ids = inputs
+            dropout = from_kernel_arguments(*identity)
+
+            def definition(*parameters: Tensor) -> Tensor:
+                ids = token_ids, token_type_ids, position_ids
+                return reference.embed(*ids, *parameters, ctx.eps, dropout, ctx.padding_index)
+
+            needs_grad = ctx.needs_input_grad[4:9]
+            gradients = reference_gradients(definition, (*tables, gamma, beta), needs_grad, [d_y])
+            return *[None] * 4, *gradients, *[None] * 7
         *tables, sums = launcher(ctx.implementation, "embed_backward")(
             d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *identity
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
 def gelu_layer_norm(
@@ -36,7 +37,7 @@ class GeluLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, implementation, x, bias, gamma, beta, eps):
-        ctx.implementation = implementation
+        ctx.implementation, ctx.eps = implementation, eps
         y, mean, rstd = launcher(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
         ctx.save_for_backward(x, bias, gamma, beta, mean, rstd)
         return y
@@ -44,6 +45,9 @@ class GeluLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         x, bias, gamma, beta, mean, rstd = ctx.saved_tensors
+        if must_be_differentiable():
+            arguments = (x, bias, gamma, beta, ctx.eps)
+            return None, *reference_gradients(reference.gelu_layer_norm, arguments, ctx.needs_input_grad[1:], [d_y])
         d_x, sums = launcher(ctx.implementation, "gelu_layer_norm_backward")(d_y, x, bias, gamma, mean, rstd)
         d_gamma, d_beta, d_bias = sums
         return None, d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
+from bertfast.ops import linear_cross_entropy_fallback as fallback
 from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+from bertfast.runtime.torch_compat import backward_retains_graph, is_transformed
 
 
 def linear_cross_entropy(
@@ -46,40 +49,52 @@ def linear_cross_entropy(
     )
     dtype = product_dtype(hidden, weight)
     refusal = "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
-    implementation = choose("linear_cross_entropy", implementation, hidden, None if hidden.is_cuda else refusal)
+    requested = implementation
+    implementation = choose("linear_cross_entropy", requested, hidden, None if hidden.is_cuda else refusal)
+    if implementation == "reference":
+        check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
+        if requested == "reference" or is_transformed():  # else what computes the same in less memory
+            return reference.linear_cross_entropy(hidden, rows, weight, bias, labels)
     # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    return run(LinearCrossEntropy, implementation, hidden, rows, weight, bias, labels, wanted, dtype)
+    needs_grad = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
+    return run(LinearCrossEntropy, implementation, hidden, rows, weight, bias, labels, needs_grad, dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them.
 
-    `dtype` is that of the kernels' products.
+    `dtype` is that of the kernels' GEMMs.
     """
 
     @staticmethod
-    def forward(ctx, implementation, hidden, rows, weight, bias, labels, wanted, dtype):
-        inputs = (hidden, rows, weight, bias, labels, wanted)
+    def forward(ctx, implementation, hidden, rows, weight, bias, labels, needs_grad, dtype):
+        inputs = (hidden, rows, weight, bias, labels)
         if implementation == "reference":
-            check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
-            loss, correct, counted, *gradients = reference.linear_cross_entropy_forward(*inputs)
+            results = fallback.linear_cross_entropy_forward(*inputs, needs_grad)
         else:
-            loss, correct, counted, *gradients = launcher(implementation, "linear_cross_entropy_forward")(
-                *inputs, dtype
-            )
-        ctx.wanted = wanted
-        ctx.save_for_backward(*gradients)
+            results = launcher(implementation, "linear_cross_entropy_forward")(*inputs, needs_grad, dtype)
+        loss, correct, counted, *gradients = results
+        ctx.needs_grad, ctx.dtype = needs_grad, dtype
+        ctx.save_for_backward(*gradients, *inputs)
         ctx.mark_non_differentiable(correct, counted)
         return loss, correct, counted
 
     @staticmethod
     def backward(ctx, d_loss, _correct, _counted):
+        *gradients, hidden, rows, weight, bias, labels = ctx.saved_tensors
+        if must_be_differentiable():
+
+            def definition(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                half = (x.to(ctx.dtype) for x in (weight, bias))  # as autocast had it
+                return reference.linear_cross_entropy(hidden.to(ctx.dtype), rows, *half, labels)[0]
+
+            found = reference_gradients(definition, (hidden, weight, bias), ctx.needs_grad, [d_loss])
+            return None, found[0], None, *found[1:], None, None, None
         # No second d_weight: what no other pass will ask for is scaled where it is. (A compiler sees to that itself.)
-        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = torch.compiler.is_compiling() or backward_retains_graph()
         scale = torch.mul if kept else Tensor.mul_
         d_hidden, d_weight, d_bias = (
-            scale(d, d_loss.to(d.dtype)) if want else None
-            for d, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+            scale(gradient, d_loss.to(gradient.dtype)) if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_grad, strict=True)
         )
         return None, d_hidden, None, d_weight, d_bias, None, None, None

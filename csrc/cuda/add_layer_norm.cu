@@ -98,11 +98,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) add
   team.sum_of_block(d_bias, sums + 2 * a.hidden);
 }
 
-int layer_norm_parts(int64_t rows, int64_t columns) {
-  int parts = 1;
-  with_shape(columns, true, [&](auto shape) { parts = row_blocks(rows, shape); });
-  return parts;
-}
+int add_layer_norm_parts(int64_t rows, int64_t columns) { return backward_blocks(rows, columns); }
 
 void add_layer_norm_forward(const AddLayerNormForward& a, Stream stream) {
   const bool whole = is_whole(a.x, a.hidden) && is_whole(a.residual, a.hidden) && is_whole(a.y, a.hidden) &&

@@ -38,8 +38,9 @@ struct Items {
   bool whole;  // an item is all of a sequence; else BLOCK places, or fewer at its end
 
   static Items of(const AttentionInputs& a, bool whole) {
-    // Where sequence s starts, cu_seqlens[s] / BLOCK + s blocks have passed: enough for all before it.
-    const int64_t blocks = whole ? a.sequences : a.tokens / BLOCK + a.sequences;
+    // Where sequence s starts, cu_seqlens[s] / BLOCK + s blocks have passed: enough for all before it. Without a
+    // sequence there are no items, however many tokens: the bisection would read cu_seqlens behind its end.
+    const int64_t blocks = whole || a.sequences == 0 ? a.sequences : a.tokens / BLOCK + a.sequences;
     return {a.cu_seqlens, a.sequences, a.heads, (int)(blocks * a.heads), whole};
   }
 

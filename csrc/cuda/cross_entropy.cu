@@ -73,8 +73,10 @@ __global__ void __launch_bounds__(LOSS_THREADS) loss_kernel(const CrossEntropy a
   a.softmax[2 * number] = whole.most, a.softmax[2 * number + 1] = label < 0 ? 0.f : 1.f / whole.total;
 }
 
+// A vocabulary of BERT's size gives fewer blocks than a GPU has SMs, so one per SM is enough. Without that bound, ptxas of
+// CUDA 13.2 and later keeps to 64 registers for a second block, and spills on sm_100 and sm_120.
 template <class T, bool WHOLE>
-__global__ void __launch_bounds__(GRADIENT_WARPS * 32) gradient_kernel(const CrossEntropy a) {
+__global__ void __launch_bounds__(GRADIENT_WARPS * 32, 1) gradient_kernel(const CrossEntropy a) {
   SHARED_ARRAY(float, total, GRADIENT_COLUMNS);
   const int columns = (int)a.vocabulary, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   const int column = (int)blockIdx.x * GRADIENT_COLUMNS + lane * 8;

@@ -50,6 +50,8 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) gel
   team.sum_of_block(d_bias, sums + 2 * a.hidden);
 }
 
+int gelu_layer_norm_parts(int64_t rows, int64_t columns) { return backward_blocks(rows, columns); }
+
 void gelu_layer_norm_forward(const GeluLayerNormForward& a, Stream stream) {
   with_types(a.x.type, a.y.type, [&]<class X, class Y>(X, Y) {
     with_shape(a.hidden, is_whole(a.x, a.hidden) && is_whole(a.y, a.hidden), [&]<class Shape>(Shape shape) {

@@ -124,20 +124,32 @@ struct TensorShape {
 
 #if defined(__CUDACC__)  // all else in this file; the emulation has these functions too
 
+// Throws what CUDA says of an error.
+inline void check(cudaError_t error, const char* when) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(when) + ": " + cudaGetErrorString(error));
+}
+
 template <int RANK>
 CUtensorMap tensor_map(const TensorShape<RANK>& shape) {
-  // Asked for when it is needed: the library links no libcuda, and loads where there is no driver.
+  // Looked up when it is needed: the library links no libcuda, and loads where there is no driver.
   void* encode = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-  if (encode == nullptr) throw std::runtime_error("the driver is older than CUDA 12.0 and has no tensor maps");
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const char* const name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &encode, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &encode, cudaEnableDefault, &found);
+#endif
+  check(error, "looking up cuTensorMapEncodeTiled in the driver");
+  if (found != cudaDriverEntryPointSuccess || encode == nullptr)
+    throw std::runtime_error("the driver is older than CUDA 12.0 and has no cuTensorMapEncodeTiled: update the driver");
   constexpr uint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
       &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, RANK, const_cast<void*>(shape.data), shape.sizes, shape.strides, shape.box,
       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, (CUtensorMapSwizzle)shape.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error("no tensor map of such a tensor: CUDA error " + std::to_string(result));
+  check((cudaError_t)result, name);  // the driver's codes are the runtime's
   return map;
 }
 
@@ -147,23 +159,22 @@ CUtensorMap tensor_map(const TensorShape<RANK>& shape) {
 inline int multiprocessors() {
   static thread_local int known[64];
   int device = 0;
-  cudaGetDevice(&device);
-  if (known[device % 64] == 0) cudaDeviceGetAttribute(&known[device % 64], cudaDevAttrMultiProcessorCount, device);
-  return known[device % 64];
+  check(cudaGetDevice(&device), "asking for the current GPU");
+  int& count = known[device % 64];
+  if (count == 0)
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting the SMs of the GPU");
+  return count;
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream stream,
             const Arguments&... arguments) {
-  const auto check = [](cudaError_t error, const char* when) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(when) + cudaGetErrorString(error));
-  };
-  check(cudaGetLastError(), "an error that earlier work on this GPU has left: ");
+  check(cudaGetLastError(), "an error that earlier work on this GPU has left");
   if (blocks == 0) return;
   if (shared_bytes > 48 << 10)  // more has to be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
   kernel<<<blocks, threads, shared_bytes, (cudaStream_t)stream>>>((Parameters)arguments...);
-  check(cudaGetLastError(), "the launch failed: ");
+  check(cudaGetLastError(), "the launch failed");
 }
 
 // ---- Shared memory

@@ -1,4 +1,6 @@
 // The kernels of csrc/cuda, as library.cpp calls them: launches on a stream of PyTorch's. What they throw says why.
+//
+// All are weak symbols: a file that this nvcc cannot compile is left out of the library, and its functions are null.
 #pragma once
 #include "../add_layer_norm.h"
 #include "../attention.h"
@@ -6,20 +8,25 @@
 #include "../cross_entropy.h"
 #include "../gelu_layer_norm.h"
 
+#define MAY_BE_MISSING __attribute__((weak))
+
 namespace bertfast::cuda {
 
 // In how many parts a backward pass sums up over so many rows.
-int layer_norm_parts(int64_t rows, int64_t columns);
-int bias_gelu_parts(int64_t rows, int64_t columns);
+MAY_BE_MISSING int add_layer_norm_parts(int64_t rows, int64_t columns);
+MAY_BE_MISSING int bias_gelu_parts(int64_t rows, int64_t columns);
+MAY_BE_MISSING int gelu_layer_norm_parts(int64_t rows, int64_t columns);
 
-void add_layer_norm_forward(const AddLayerNormForward&, void* stream);
-void add_layer_norm_backward(const AddLayerNormBackward&, void* stream);
-void attention_forward(const AttentionForward&, void* stream);
-void attention_backward(const AttentionBackward&, void* stream);
-void bias_gelu_forward(const BiasGeluForward&, void* stream);
-void bias_gelu_backward(const BiasGeluBackward&, void* stream);
-void cross_entropy(const CrossEntropy&, void* stream);
-void gelu_layer_norm_forward(const GeluLayerNormForward&, void* stream);
-void gelu_layer_norm_backward(const GeluLayerNormBackward&, void* stream);
+MAY_BE_MISSING void add_layer_norm_forward(const AddLayerNormForward&, void* stream);
+MAY_BE_MISSING void add_layer_norm_backward(const AddLayerNormBackward&, void* stream);
+MAY_BE_MISSING void attention_forward(const AttentionForward&, void* stream);
+MAY_BE_MISSING void attention_backward(const AttentionBackward&, void* stream);
+MAY_BE_MISSING void bias_gelu_forward(const BiasGeluForward&, void* stream);
+MAY_BE_MISSING void bias_gelu_backward(const BiasGeluBackward&, void* stream);
+MAY_BE_MISSING void cross_entropy(const CrossEntropy&, void* stream);
+MAY_BE_MISSING void gelu_layer_norm_forward(const GeluLayerNormForward&, void* stream);
+MAY_BE_MISSING void gelu_layer_norm_backward(const GeluLayerNormBackward&, void* stream);
 
 }  // namespace bertfast::cuda
+
+#undef MAY_BE_MISSING

@@ -145,4 +145,11 @@ int row_blocks(int64_t rows, Shape) {
   return (int)(enough < 1 ? 1 : enough < most ? enough : most);
 }
 
+// The blocks of a backward pass, each of which writes its own sums.
+inline int backward_blocks(int64_t rows, int64_t columns) {
+  int blocks = 1;
+  with_shape(columns, true, [&](auto shape) { blocks = row_blocks(rows, shape); });
+  return blocks;
+}
+
 }  // namespace bertfast::cuda

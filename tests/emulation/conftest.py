@@ -1,55 +1,115 @@
-"""Builds the kernels of this folder into modules for Python: as the emulation runs them, and the probes for a GPU of
-sm_90 where there is one."""
+"""Builds the kernels of this folder as the emulation runs them; or takes the probes that were built for a GPU of sm_90.
 
+Where there is such a GPU, BERTFAST_PROBES names a library of `build_probes.py`; without it nvcc makes one.
+"""
+
+import ctypes
 import importlib.util
+import os
 import platform
 import shutil
-import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
+import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from build_probes import FOR_CPU, build_for_gpu, compile_source, cuda_toolkit
+
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-FLAGS = "-x c++ -std=c++20 -O1 -shared -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
-NVCC_FLAGS = "-std=c++20 -O3 -arch=sm_90a --expt-relaxed-constexpr -shared -Xcompiler=-fPIC,-fvisibility=hidden"
 
 
-def emulated(name: str, folder: Path):
-    """The module of `name`.cu on a CPU."""
+def emulated(name: str, folder: Path, *flags: str) -> Path:
+    """The library of `name`.cu for a CPU."""
     if COMPILER is None or platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulation wants g++ on x86-64")
-    return build(name, folder, [COMPILER, *FLAGS.split()])
-
-
-def build(name: str, folder: Path, command: list[str]):
-    """The module of `name`.cu."""
+        pytest.skip("the emulation requires g++ on x86-64")
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    folders = [pybind11.get_include(), sysconfig.get_path("include"), str(HERE), str(HERE.parents[1] / "csrc" / "cuda")]
-    includes = [f"-I{path}" for path in folders]
-    subprocess.run([*command, *includes, str(HERE / f"{name}.cu"), "-o", str(target)], check=True)
-    spec = importlib.util.spec_from_file_location(name, target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return compile_source(HERE / f"{name}.cu", target, [COMPILER, *FOR_CPU.split(), *flags])
+
+
+class Product(ctypes.Structure):
+    """The struct of the same name in probes.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "d")),
+        *((name, ctypes.c_int) for name in ("a_first", "b_first")),
+        *((name, ctypes.c_bool) for name in ("a_transposed", "b_transposed")),
+    ]
+
+
+class Probes:
+    """The functions of probes.cu on numpy's arrays; an error is a RuntimeError."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+
+    def _call(self, name: str, *arguments) -> None:
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        pointers = [x.ctypes.data_as(ctypes.c_void_p) if isinstance(x, np.ndarray) else x for x in arguments]
+        if (error := function(*pointers)) is not None:
+            raise RuntimeError(error.decode())
+
+    def multiply(self, name: str, a, b, columns: int, *, a_first=0, b_first=0, a_transposed=False, b_transposed=False):
+        """The product [64, columns] of rows of a and of b, by the function `multiply_NAME`."""
+        d = np.zeros((64, columns), np.float32)
+        addresses = (x.ctypes.data for x in (a, b, d))
+        product = Product(*addresses, a_first, b_first, a_transposed, b_transposed)
+        self._call(f"multiply_{name}", ctypes.byref(product))
+        return d
+
+    def box(self, x, column: int, row: int, plane: int):
+        y = np.zeros((3, 4, 8), np.uint16)
+        self._call("box", x, y, *x.shape, column, row, plane)
+        return y
+
+    def transpose(self, x):
+        y = np.zeros((16, 16), np.uint16)
+        self._call("transpose", x, y)
+        return y
+
+    def multiply_in_a_warp(self, kind: str, a, b):
+        d = np.zeros((16, 8), np.float32)
+        self._call(f"multiply_in_a_warp_{kind}", a, b, d)
+        return d
+
+    def count(self, threads: int):
+        sums, elected_threads = np.zeros(threads, np.int32), np.zeros(1, np.int32)
+        self._call("count", threads, sums, elected_threads)
+        return sums, int(elected_threads[0])
 
 
 @pytest.fixture(scope="session")
 def probes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probes")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return emulated("probes", folder)
-    if shutil.which("nvcc") is None:
-        pytest.skip("the probes want nvcc beside the GPU")
-    return build("probes", folder, ["nvcc", *NVCC_FLAGS.split()])
+    prebuilt = os.environ.get("BERTFAST_PROBES")
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    if not on_hopper:
+        if prebuilt is not None:
+            pytest.skip(f"{prebuilt} requires a GPU of sm_90")
+        return Probes(emulated("probes", folder))
+    if prebuilt is not None:
+        return Probes(Path(prebuilt))
+    try:
+        return Probes(build_for_gpu(folder / "probes.so"))
+    except cuda_toolkit.ToolkitError as error:
+        pytest.skip(f"{error}; or build the probes elsewhere by build_probes.py, and set BERTFAST_PROBES to the file")
 
 
 @pytest.fixture(scope="session")
 def mistakes(tmp_path_factory):
-    return emulated("mistakes", tmp_path_factory.mktemp("mistakes"))
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    spec = importlib.util.spec_from_file_location(
+        "mistakes", emulated("mistakes", tmp_path_factory.mktemp("mistakes"), *includes)
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(params=[0, 1, 2, 3])

@@ -1,49 +1,60 @@
-// Small kernels that show what the emulation assumes: one product in every layout of its operands, boxes that reach out
-// of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is known beforehand, and on a
-// GPU it must be the same.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
+// Small kernels that show what the emulation assumes: one product in every layout of its operands that attention uses,
+// boxes that reach out of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is known
+// beforehand, and on a GPU it must be the same.
+//
+// The functions have C's interface, so that a library which was built ahead of time serves every Python: arrays are
+// pointers to host memory, and what is returned is an error's text or null.
 #include "hopper.cuh"
 
-namespace py = pybind11;
 using namespace bertfast::cuda;
 using bertfast::BFloat16, bertfast::Half;
 
-constexpr int DEPTH = 64;
+#define EXPORTED extern "C" __attribute__((visibility("default"))) const char*
 
-using Bits = py::array_t<uint16_t, py::array::c_style>;
-using Floats = py::array_t<float, py::array::c_style>;
-using Ints = py::array_t<int, py::array::c_style>;
+// Runs f; the text of what it throws stays until the next call.
+template <class F>
+const char* error_of(const F& f) {
+  static std::string text;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
 
-// The numbers of an array where a kernel reaches them: on a GPU a copy, which goes back when this ends.
+// An array where a kernel reaches it: on a GPU a copy, which goes back when this ends.
 template <class T>
 struct InReach {
 #if defined(__CUDACC__)
-  explicit InReach(const py::array_t<T, py::array::c_style>& array) : host((T*)array.data()), bytes(array.nbytes()) {
-    if (cudaMalloc(&data, bytes) != cudaSuccess) throw std::bad_alloc();
-    cudaMemcpy(data, host, bytes, cudaMemcpyDefault);
+  InReach(T* host, int64_t count) : host(host), bytes(count * sizeof(T)) {
+    check(cudaMalloc(&data, bytes), "memory for a probe");
+    check(cudaMemcpy(data, host, bytes, cudaMemcpyDefault), "copying to the GPU");
   }
-  ~InReach() {
-    cudaMemcpy(host, data, bytes, cudaMemcpyDefault);  // once the kernel is done
+  ~InReach() noexcept(false) {
+    const cudaError_t error = cudaMemcpy(host, data, bytes, cudaMemcpyDefault);  // once the kernel is done
     cudaFree(data);
+    if (std::uncaught_exceptions() == 0) check(error, "a probe");
   }
   InReach(const InReach&) = delete;
   T* host;
   size_t bytes;
 #else
-  explicit InReach(const py::array_t<T, py::array::c_style>& array) : data((T*)array.data()) {}
+  InReach(T* host, int64_t) : data(host) {}
 #endif
   T* data = nullptr;
 };
 
-// ---- d [64, N] = a b, each operand as it is or transposed in memory
+// ---- d [64, N] = a b, each operand as it is or transposed in memory, from a place in a tile that is larger than it
 
-template <int N, Swizzle SWIZZLE, Major A, Major B>
+constexpr int DEPTH = 128;
+constexpr int A_ROWS = 128;  // of which a product takes 64
+
+template <int B_ROWS, Swizzle SWIZZLE, Major A, Major B>
 struct Operands {
-  static constexpr int A_ROWS = 64, B_ROWS = B == Major::k ? N : DEPTH, B_COLUMNS = B == Major::k ? DEPTH : N;
-  Tile<A_ROWS, 64, SWIZZLE> a;
-  Tile<B_ROWS, B_COLUMNS, SWIZZLE> b;
+  Tile<A == Major::k ? A_ROWS : DEPTH, A == Major::k ? DEPTH : A_ROWS, SWIZZLE> a;
+  Tile<B == Major::k ? B_ROWS : DEPTH, B == Major::k ? DEPTH : B_ROWS, SWIZZLE> b;
   uint64_t full;
 };
 
@@ -53,10 +64,10 @@ DEVICE void load_panels(Loaded& tile, const CUtensorMap* map, uint64_t* barrier)
     load_box(tile.bytes + panel * Loaded::PANEL_BYTES, map, barrier, panel * Loaded::PANEL, 0);
 }
 
-template <class T, int N, Swizzle SWIZZLE, Major A, Major B, bool IN_REGISTERS>
+template <class T, int N, class Memory, Major A, Major B, bool IN_REGISTERS>
 __global__ void __launch_bounds__(128)
-    multiply_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, float* d) {
-  using Memory = Operands<N, SWIZZLE, A, B>;
+    multiply_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, int a_first, int b_first,
+                    float* d) {
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
     init(&memory.full, 1);
@@ -70,13 +81,14 @@ __global__ void __launch_bounds__(128)
   float result[N / 2];
   fence_products(result);
   UNROLL for (int depth = 0; depth < DEPTH; depth += 16) {
+    const uint64_t b_slice = memory.b.template slice<B>(depth, b_first);
     if constexpr (IN_REGISTERS) {
       uint32_t fragment[4];
       UNROLL for (int i = 0; i < 4; ++i)
-        memcpy(&fragment[i], memory.a.at(fragment_row(2 * i), depth + fragment_column(2 * i)), 4);
-      multiply<B>(T{}, result, fragment, memory.b.template slice<B>(depth), depth > 0);
+        memcpy(&fragment[i], memory.a.at(a_first + fragment_row(2 * i), depth + fragment_column(2 * i)), 4);
+      multiply<B>(T{}, result, fragment, b_slice, depth > 0);
     } else {
-      multiply<A, B>(T{}, result, memory.a.template slice<A>(depth), memory.b.template slice<B>(depth), depth > 0);
+      multiply<A, B>(T{}, result, memory.a.template slice<A>(depth, a_first), b_slice, depth > 0);
     }
   }
   commit_products();
@@ -84,28 +96,55 @@ __global__ void __launch_bounds__(128)
   UNROLL for (int i = 0; i < N / 2; ++i) d[fragment_row(i) * N + fragment_column(i)] = result[i];
 }
 
-template <class T, int N, Swizzle SWIZZLE, Major A, Major B, bool IN_REGISTERS = false>
-Floats multiply_tiles(const Bits& a, const Bits& b) {
-  using Memory = Operands<N, SWIZZLE, A, B>;
-  Floats d({64, N});
-  const InReach a_there(a), b_there(b);
-  const InReach d_there(d);
+// A product as Python describes it. a is [128, DEPTH] and b [B_ROWS, DEPTH], transposed if so said; of a 64 rows from
+// a_first on are taken, of b N from b_first on.
+struct Product {
+  uint16_t *a, *b;
+  float* d;  // [64, N]
+  int a_first, b_first;
+  bool a_transposed, b_transposed;
+};
+
+template <class T, int N, int B_ROWS, Swizzle SWIZZLE, Major A, Major B, bool IN_REGISTERS = false>
+void multiply_tiles(const Product& product) {
+  using Memory = Operands<B_ROWS, SWIZZLE, A, B>;
+  const InReach a(product.a, A_ROWS * DEPTH), b(product.b, B_ROWS * DEPTH);
+  const InReach d(product.d, 64 * N);
   const auto map = [](const uint16_t* x, int rows, int columns, int panel) {
     return tensor_map<2>({x, {(uint64_t)columns, (uint64_t)rows}, {(uint64_t)columns * 2},
                           {(uint32_t)panel, (uint32_t)rows}, SWIZZLE});
   };
-  launch(multiply_kernel<T, N, SWIZZLE, A, B, IN_REGISTERS>, 1, 128, sizeof(Memory), nullptr,
-         map(a_there.data, 64, 64, decltype(Memory::a)::PANEL),
-         map(b_there.data, Memory::B_ROWS, Memory::B_COLUMNS, decltype(Memory::b)::PANEL), d_there.data);
-  return d;
+  launch(multiply_kernel<T, N, Memory, A, B, IN_REGISTERS>, 1, 128, sizeof(Memory), nullptr,
+         map(a.data, A == Major::k ? A_ROWS : DEPTH, A == Major::k ? DEPTH : A_ROWS, decltype(Memory::a)::PANEL),
+         map(b.data, B == Major::k ? B_ROWS : DEPTH, B == Major::k ? DEPTH : B_ROWS, decltype(Memory::b)::PANEL),
+         product.a_first, product.b_first, d.data);
 }
 
-template <class T, int N, Swizzle SWIZZLE>
-Floats multiply_either(const Bits& a, const Bits& b, bool a_transposed, bool b_transposed) {
-  if (a_transposed && b_transposed) return multiply_tiles<T, N, SWIZZLE, Major::mn, Major::mn>(a, b);
-  if (a_transposed) return multiply_tiles<T, N, SWIZZLE, Major::mn, Major::k>(a, b);
-  if (b_transposed) return multiply_tiles<T, N, SWIZZLE, Major::k, Major::mn>(a, b);
-  return multiply_tiles<T, N, SWIZZLE, Major::k, Major::k>(a, b);
+template <class T, int N, int B_ROWS, Swizzle SWIZZLE>
+void multiply_either(const Product& product) {
+  if (product.a_transposed && product.b_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::mn>(product);
+  else if (product.a_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::k>(product);
+  else if (product.b_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::mn>(product);
+  else multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::k>(product);
+}
+
+// Every width of a product, of a tile and of a swizzle's span that attention uses, and the layout without a swizzle.
+#define PRODUCT(name, ...) \
+  EXPORTED name(const Product* product) { return error_of([&] { multiply_either<__VA_ARGS__>(*product); }); }
+PRODUCT(multiply_16_of_16_span32, BFloat16, 16, 16, Swizzle::span32)
+PRODUCT(multiply_16_of_32_span64, BFloat16, 16, 32, Swizzle::span64)
+PRODUCT(multiply_32_of_32_span64, BFloat16, 32, 32, Swizzle::span64)
+PRODUCT(multiply_32_of_64_span128, BFloat16, 32, 64, Swizzle::span128)
+PRODUCT(multiply_64_of_64_none, BFloat16, 64, 64, Swizzle::none)
+PRODUCT(multiply_64_of_64_span64, BFloat16, 64, 64, Swizzle::span64)
+PRODUCT(multiply_64_of_64_span128, Half, 64, 64, Swizzle::span128)
+PRODUCT(multiply_64_of_128_span128, BFloat16, 64, 128, Swizzle::span128)
+PRODUCT(multiply_128_of_128_span64, BFloat16, 128, 128, Swizzle::span64)
+PRODUCT(multiply_128_of_128_span128, BFloat16, 128, 128, Swizzle::span128)
+#undef PRODUCT
+
+EXPORTED multiply_from_registers(const Product* product) {
+  return error_of([&] { multiply_tiles<BFloat16, 64, 64, Swizzle::span128, Major::k, Major::mn, true>(*product); });
 }
 
 // ---- A box of [Z, Y, X] numbers from a place on, which may lie outside of them in part
@@ -128,15 +167,16 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __gri
   wait_stores<0>();
 }
 
-Bits box(const Bits& x, int column, int row, int plane) {
-  Bits result({3, 4, 8});
-  const InReach there(x), result_there(result);
-  const uint64_t rows = (uint64_t)x.shape(1), columns = (uint64_t)x.shape(2);
-  launch(box_kernel, 1, 1, sizeof(BoxMemory), nullptr,
-         tensor_map<3>({there.data, {columns, rows, (uint64_t)x.shape(0)}, {columns * 2, rows * columns * 2}, {8, 4, 3},
-                        Swizzle::none}),
-         tensor_map<2>({result_there.data, {8, 12}, {16}, {8, 12}, Swizzle::none}), column, row, plane);
-  return result;
+// x [planes, rows, columns] to y [3, 4, 8].
+EXPORTED box(uint16_t* x, uint16_t* y, int planes, int rows, int columns, int column, int row, int plane) {
+  return error_of([&] {
+    const InReach from(x, (int64_t)planes * rows * columns), to(y, 3 * 4 * 8);
+    const uint64_t stride = (uint64_t)columns * 2;
+    launch(box_kernel, 1, 1, sizeof(BoxMemory), nullptr,
+           tensor_map<3>({from.data, {(uint64_t)columns, (uint64_t)rows, (uint64_t)planes}, {stride, rows * stride},
+                          {8, 4, 3}, Swizzle::none}),
+           tensor_map<2>({to.data, {8, 12}, {16}, {8, 12}, Swizzle::none}), column, row, plane);
+  });
 }
 
 // ---- A 16 x 16 matrix transposed: one warp copies it, another, which waits for that alone, turns it
@@ -160,11 +200,11 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   for (int i = lane; i < 256; i += 32) y[i] = turned[i];
 }
 
-Bits transpose(const Bits& x) {
-  Bits y({16, 16});
-  const InReach there(x), y_there(y);
-  launch(transpose_kernel, 1, 64, 0, nullptr, there.data, y_there.data);
-  return y;
+EXPORTED transpose(uint16_t* x, uint16_t* y) {
+  return error_of([&] {
+    const InReach from(x, 256), to(y, 256);
+    launch(transpose_kernel, 1, 64, 0, nullptr, from.data, to.data);
+  });
 }
 
 // ---- [16, 16] times [16, 8] by one warp
@@ -187,13 +227,15 @@ __global__ void multiply_warp_kernel(const uint16_t* a, const uint16_t* b, float
 }
 
 template <class T>
-Floats multiply_in_a_warp(const Bits& a, const Bits& b) {
-  Floats d({16, 8});
-  const InReach a_there(a), b_there(b);
-  const InReach d_there(d);
-  launch(multiply_warp_kernel<T>, 1, 32, 0, nullptr, a_there.data, b_there.data, d_there.data);
-  return d;
+const char* multiply_in_a_warp(uint16_t* a, uint16_t* b, float* d) {
+  return error_of([&] {
+    const InReach a_there(a, 16 * 16), b_there(b, 16 * 8);
+    const InReach d_there(d, 16 * 8);
+    launch(multiply_warp_kernel<T>, 1, 32, 0, nullptr, a_there.data, b_there.data, d_there.data);
+  });
 }
+EXPORTED multiply_in_a_warp_bf16(uint16_t* a, uint16_t* b, float* d) { return multiply_in_a_warp<BFloat16>(a, b, d); }
+EXPORTED multiply_in_a_warp_fp16(uint16_t* a, uint16_t* b, float* d) { return multiply_in_a_warp<Half>(a, b, d); }
 
 // ---- Sums over a block that is no whole number of warps, and the one thread of a warp that is elected
 
@@ -205,28 +247,10 @@ __global__ void count_kernel(int* sums, int* elected_threads) {
   if (threadIdx.x < 32 && elected()) *elected_threads += 1;
 }
 
-py::tuple count(int threads) {
-  Ints sums(threads), elected_threads(1);
-  elected_threads.mutable_at(0) = 0;
-  {
-    const InReach sums_there(sums), elected_there(elected_threads);
+// sums [threads], elected_threads [1].
+EXPORTED count(int threads, int* sums, int* elected_threads) {
+  return error_of([&] {
+    const InReach sums_there(sums, threads), elected_there(elected_threads, 1);
     launch(count_kernel, 1, threads, 0, nullptr, sums_there.data, elected_there.data);
-  }
-  return py::make_tuple(sums, elected_threads.at(0));
-}
-
-PYBIND11_MODULE(probes, exported) {
-  const auto either = [&](const char* name, auto function) { exported.def(name, function); };
-  either("multiply_16_span32", multiply_either<BFloat16, 16, Swizzle::span32>);
-  either("multiply_32_span64", multiply_either<BFloat16, 32, Swizzle::span64>);
-  either("multiply_64_none", multiply_either<BFloat16, 64, Swizzle::none>);
-  either("multiply_64_span128", multiply_either<Half, 64, Swizzle::span128>);
-  either("multiply_128_span64", multiply_either<BFloat16, 128, Swizzle::span64>);
-  either("multiply_128_span128", multiply_either<BFloat16, 128, Swizzle::span128>);
-  exported.def("multiply_from_registers", multiply_tiles<BFloat16, 64, Swizzle::span128, Major::k, Major::mn, true>);
-  exported.def("box", box);
-  exported.def("transpose", transpose);
-  exported.def("multiply_in_a_warp_bf16", multiply_in_a_warp<BFloat16>);
-  exported.def("multiply_in_a_warp_fp16", multiply_in_a_warp<Half>);
-  exported.def("count", count);
+  });
 }

@@ -6,6 +6,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("seed")
 
 BFLOAT16, HALF = "bf16", "fp16"
+DEPTH = 128
 
 
 def numbers(kind: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
@@ -18,30 +19,39 @@ def numbers(kind: str, *shape: int) -> tuple[np.ndarray, np.ndarray]:
     return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+# name of the product, columns, rows of b, where the product's slice of b starts: between panels, or within one
+SLICES = [
+    ("16_of_16_span32", BFLOAT16, 16, 16, 0),
+    ("16_of_32_span64", BFLOAT16, 16, 32, 0),
+    ("16_of_32_span64", BFLOAT16, 16, 32, 16),  # backward's d_q of heads of 32: 32 bytes into a panel of 64
+    ("32_of_32_span64", BFLOAT16, 32, 32, 0),
+    ("32_of_64_span128", BFLOAT16, 32, 64, 0),
+    ("32_of_64_span128", BFLOAT16, 32, 64, 32),  # of heads of 64: 64 bytes into a panel of 128
+    ("64_of_64_none", BFLOAT16, 64, 64, 0),
+    ("64_of_64_span64", BFLOAT16, 64, 64, 0),
+    ("64_of_64_span128", HALF, 64, 64, 0),
+    ("64_of_128_span128", BFLOAT16, 64, 128, 0),
+    ("64_of_128_span128", BFLOAT16, 64, 128, 64),  # of heads of 128: the second panel
+    ("128_of_128_span64", BFLOAT16, 128, 128, 0),
+    ("128_of_128_span128", BFLOAT16, 128, 128, 0),
+]
+
+
 @pytest.mark.parametrize("b_transposed", [False, True])
-@pytest.mark.parametrize("a_transposed", [False, True])
-@pytest.mark.parametrize(
-    ("n", "swizzle", "kind"),
-    [
-        (16, "span32", BFLOAT16),
-        (32, "span64", BFLOAT16),
-        (64, "none", BFLOAT16),
-        (64, "span128", HALF),
-        (128, "span64", BFLOAT16),
-        (128, "span128", BFLOAT16),
-    ],
-)
-def test_products_read_every_layout(probes, n, swizzle, kind, a_transposed, b_transposed):
-    (a, a_values), (b, b_values) = numbers(kind, 64, 64), numbers(kind, n, 64)
+@pytest.mark.parametrize(("a_transposed", "a_first"), [(False, 0), (False, 64), (True, 0), (True, 64)])
+@pytest.mark.parametrize(("name", "kind", "columns", "b_rows", "b_first"), SLICES)
+def test_wgmma_reads_every_layout(probes, name, kind, columns, b_rows, b_first, a_transposed, a_first, b_transposed):
+    (a, a_values), (b, b_values) = numbers(kind, 128, DEPTH), numbers(kind, b_rows, DEPTH)
+    expected = a_values[a_first : a_first + 64] @ b_values[b_first : b_first + columns].T
     a, b = (np.ascontiguousarray(x.T if turn else x) for x, turn in ((a, a_transposed), (b, b_transposed)))
-    d = getattr(probes, f"multiply_{n}_{swizzle}")(a, b, a_transposed, b_transposed)
-    np.testing.assert_allclose(d, a_values @ b_values.T, atol=1e-4)
+    places = {"a_first": a_first, "b_first": b_first, "a_transposed": a_transposed, "b_transposed": b_transposed}
+    np.testing.assert_allclose(probes.multiply(name, a, b, columns, **places), expected, atol=5e-4)
 
 
-def test_products_read_registers(probes):
-    (a, a_values), (b, b_values) = numbers(BFLOAT16, 64, 64), numbers(BFLOAT16, 64, 65)
-    b, b_values = np.ascontiguousarray(b[:, :64]), b_values[:, :64]
-    np.testing.assert_allclose(probes.multiply_from_registers(a, b), a_values @ b_values, atol=1e-4)
+def test_wgmma_reads_its_first_operand_from_registers(probes):
+    (a, a_values), (b, b_values) = numbers(BFLOAT16, 128, DEPTH), numbers(BFLOAT16, DEPTH, 64)
+    d = probes.multiply("from_registers", a, b, 64)
+    np.testing.assert_allclose(d, a_values[:64] @ b_values, atol=5e-4)
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (8, 3, 1), (-8, -1, -2), (12, 4, 4), (16, 0, 0), (0, 0, -3)])
@@ -63,7 +73,7 @@ def test_matrices_are_moved_and_turned(probes):
 @pytest.mark.parametrize("kind", [BFLOAT16, HALF])
 def test_products_of_a_warp(probes, kind):
     (a, a_values), (b, b_values) = numbers(kind, 16, 16), numbers(kind, 16, 8)
-    d = getattr(probes, f"multiply_in_a_warp_{kind}")(a, b)
+    d = probes.multiply_in_a_warp(kind, a, b)
     np.testing.assert_allclose(d, a_values @ b_values, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -11,11 +12,20 @@ from parity import CASES, PADDINGS, SIZES, assert_parity, attended, double, inpu
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
+from bertfast import compiled, fast_kernels
 
 SEQUENCE = next(case for case in CASES if case.name == "sequence")
+
+
+@pytest.fixture(autouse=True)
+def _small_batches_are_packed(monkeypatch):
+    """Also without the compiled library, where they would be left to transformers."""
+    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 0)
+    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", 0)
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
@@ -588,3 +598,111 @@ def promising(**changes):
 def test_only_what_is_patched_can_be_unpatched():
     with pytest.raises(ValueError, match="is not patched"):
         bertfast.unpatch(live())
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of each operation that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def operations_of(model, **changes) -> list[str]:
+    """The operations of a forward and a backward pass over a batch with padding."""
+    values = batch() | changes
+    with Operations() as operations:
+        model(**values).loss.backward()
+    return operations.names
+
+
+NO_LIBRARY = "the compiled library was not built"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "library", "slots"),
+    [
+        (torch.float64, True, 0),
+        (torch.float64, False, 0),
+        (torch.bfloat16, False, 0),
+        (torch.float16, True, 0),
+        (torch.float32, False, 34),  # more than a batch has
+    ],
+)
+def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformers(dtype, library, slots, monkeypatch):
+    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
+    if not library:
+        monkeypatch.setattr(compiled, "ABSENT", NO_LIBRARY)
+    plain = live("BertForMaskedLM").to(dtype)
+    model = copy.deepcopy(plain)
+    bertfast.patch(model)
+    labels = torch.where(batch()["attention_mask"] == 1, batch()["input_ids"], -100)
+    assert operations_of(model, labels=labels) == operations_of(plain, labels=labels)
+
+
+@pytest.mark.parametrize(("slots", "columns", "is_packed"), [(33, 11, True), (34, 11, False), (33, 12, False)])
+def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
+    """A batch here has 3 rows and 11 columns."""
+    monkeypatch.setattr(compiled, "ABSENT", NO_LIBRARY)
+    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
+    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", columns)
+    plain = live()
+    model = copy.deepcopy(plain)
+    bertfast.patch(model)
+    assert (operations_of(model) != operations_of(plain)) == is_packed
+
+
+def test_where_a_call_runs_is_decided_at_each_call():
+    plain = live()
+    model = copy.deepcopy(plain)
+    bertfast.patch(model)
+    assert operations_of(model) != operations_of(plain)
+    assert operations_of(model.double()) == operations_of(plain.double())
+    with torch.autocast("cpu", torch.float16):
+        assert operations_of(model.float()) == operations_of(plain.float())
+
+
+def test_packed_input_is_kept_apart_without_fast_kernels():
+    model = live("BertModel").double()
+    texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
+    alone = [model(text) for text in texts]
+    bertfast.patch(model)
+    packed = model(torch.cat(texts, 1), cu_seq_lens_q=torch.tensor([0, 4, 5, 12]), output_hidden_states=True)
+    want = torch.cat([one.last_hidden_state for one in alone], 1)
+    torch.testing.assert_close(packed.last_hidden_state, want)
+    torch.testing.assert_close(packed.hidden_states[-1], want)
+    torch.testing.assert_close(packed.pooler_output, torch.cat([one.pooler_output for one in alone]))
+
+
+def test_the_report_says_that_a_model_is_left_to_transformers():
+    report = bertfast.patch(live().double())
+    assert set(report.left) == {"bert"}
+    assert report.left["bert"].startswith("left to transformers: no fast kernels for float64 on cpu: ")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "head_dimension", "reason"),
+    [
+        ("cuda", (7, 5), torch.float16, 64, "no fast kernels for float16 on cuda: .* sm_80 or later"),
+        ("cuda", (8, 0), torch.float64, 64, "no fast kernels for float64 on cuda: "),
+        ("cuda", (9, 0), torch.bfloat16, 80, "its heads have 80 columns, the kernels take 32, 64, 128"),
+        ("mps", None, torch.float32, 64, "no fast kernels for float32 on mps: the kernels are for NVIDIA GPUs"),
+        ("cuda", (8, 0), torch.bfloat16, 64, None),
+        ("cuda", (8, 0), torch.bfloat16, None, None),
+    ],
+)
+def test_devices_without_fast_kernels_are_left_to_transformers(
+    device, capability, dtype, head_dimension, reason, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = fast_kernels.why_left_to_transformers(torch.device(device), dtype, head_dimension)
+    assert found is None if reason is None else re.search(reason, found), found
+
+
+def test_rocm_is_left_to_transformers(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in fast_kernels.why_left_to_transformers(torch.device("cuda"), torch.bfloat16, 64)

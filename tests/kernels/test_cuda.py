@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guard_page import guarded
 from helpers import DEVICE, FINEST, KERNELS, normal
 
 from bertfast import ops
@@ -60,3 +61,18 @@ def test_tensors_need_not_be_aligned(offset):
     x, bias = rows(64, torch.bfloat16), rows(64)[0]
     forward = launcher(KERNELS, "bias_gelu_forward")
     assert torch.equal(forward(moved(x), bias, "none"), forward(x, bias, "none"))
+
+
+@pytest.mark.parametrize("max_seqlen_bound", [16, 1024])  # an item is a whole sequence, or a block found by bisection
+def test_no_sequences_read_no_sequence_starts(max_seqlen_bound):
+    unused_slots = Sequences.from_lengths([], capacity=300, max_seqlen_bound=max_seqlen_bound, device=DEVICE)
+    # Behind the one entry of cu_seqlens nothing may be read: int64, as the kernels take it without a copy.
+    starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    if DEVICE == "cpu":
+        starts = guarded(starts)
+    x = normal(300, 3, 2, 32, dtype=FINEST, device=DEVICE).detach()
+    arguments = (starts, unused_slots.numbers, max_seqlen_bound, 0.1, False, None, None, 0, 0)
+    o, lse = launcher(KERNELS, "attention_forward")(x, *arguments)
+    d_x = launcher(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
+    assert not o.any()
+    assert not d_x.any()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, compare_with_torch, normal, under_autocast
+from helpers import DEVICE, compare_with_torch, normal, tf32x3_factor, under_autocast
 
 from bertfast import ops
 from bertfast.kernels.linear_gelu import linear_gelu_forward
@@ -49,7 +49,11 @@ def definition(x, weight, bias, approximate="none"):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_is_as_accurate_as_the_definition(approximate, dtype, shape):
     compare_with_torch(
-        lambda *x: kernel(*x, approximate), lambda *x: definition(*x, approximate), inputs(*shape), dtype
+        lambda *x: kernel(*x, approximate),
+        lambda *x: definition(*x, approximate),
+        inputs(*shape),
+        dtype,
+        factor=tf32x3_factor(dtype),
     )
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import bertfast
+import bertfast.models
 from bertfast import compiled, encoder
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
@@ -39,9 +39,9 @@ class Passes(TorchDispatchMode):
         return result
 
 
-def model(layers: int) -> bertfast.BertModel:
+def model(layers: int) -> bertfast.models.BertModel:
     torch.manual_seed(0)
-    config = bertfast.BertConfig(
+    config = bertfast.models.BertConfig(
         vocab_size=53,
         hidden_size=64,
         num_hidden_layers=layers,
@@ -49,7 +49,7 @@ def model(layers: int) -> bertfast.BertModel:
         intermediate_size=96,
         max_position_embeddings=64,
     )
-    return bertfast.BertModel(config).train()
+    return bertfast.models.BertModel(config).train()
 
 
 def tokens() -> Packed:

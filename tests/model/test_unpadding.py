@@ -6,7 +6,7 @@ from parity import CASES, SIZES, attended, inputs, models
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bertfast
+import bertfast.models
 from bertfast.inputs import Layout, unpad
 from bertfast.sequences import Sequences, bucket
 
@@ -96,7 +96,7 @@ def test_a_padded_batch_waits_for_the_device_once(padding, train, monkeypatch):
 
 
 def test_fake_tensors_pass_through_a_packed_model():
-    model = bertfast.BertForSequenceClassification(bertfast.BertConfig(**SIZES)).train()
+    model = bertfast.models.BertForSequenceClassification(bertfast.models.BertConfig(**SIZES)).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.ones(1, 20, dtype=torch.int64)
         cu_seqlens = torch.tensor([0, 7, 12], dtype=torch.int32)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import LargestTensor, compare_with_torch, normal
 
 from bertfast import ops, reference
+from bertfast.ops import linear_cross_entropy_fallback
 
 ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 1])  # row 0 twice
 LABELS = torch.tensor([3, 0, 10, -100, 5, -100, 3])
@@ -30,15 +31,28 @@ def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(reference, "_LOGITS", 11 * chunk)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 11 * chunk)
     compare_with_torch(ours, composed, inputs(hidden=24), dtype)
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_gradient_is_the_derivative(chunk, monkeypatch):
-    monkeypatch.setattr(reference, "_LOGITS", 11 * chunk)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 11 * chunk)
     assert torch.autograd.gradcheck(ours, inputs())
     assert torch.autograd.gradcheck(lambda *x: 3 * ours(*x), inputs())
+
+
+def test_chunks_give_what_the_definition_gives(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 22)
+    arguments = inputs()
+    results = []
+    for implementation in (None, "reference"):  # in float64 there is no kernel
+        loss, *counts = ops.linear_cross_entropy(
+            arguments[0], ROWS, *arguments[1:], LABELS, implementation=implementation
+        )
+        results.append([loss, *counts, *torch.autograd.grad(loss, arguments)])
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole)
 
 
 def test_counts_what_is_right_and_what_counts():
@@ -55,7 +69,7 @@ def test_counts_what_is_right_and_what_counts():
 
 def test_all_logits_never_exist(monkeypatch):
     tokens, hidden, vocabulary, chunk = 64, 8, 512, 4
-    monkeypatch.setattr(reference, "_LOGITS", chunk * vocabulary)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", chunk * vocabulary)
     arguments = inputs(tokens, hidden, vocabulary)
     rows, labels = torch.arange(tokens), torch.arange(tokens)
     with LargestTensor() as largest:
@@ -144,7 +158,7 @@ def test_a_label_outside_of_the_vocabulary_is_named(implementation):
 def test_a_label_outside_of_the_vocabulary_makes_the_definition_nan():
     """As on a GPU, where nothing is checked."""
     hidden, weight, bias = inputs()
-    loss, *_ = reference.linear_cross_entropy_forward(hidden, ROWS, weight, bias, LABELS + 1, (False,) * 3)
+    loss, *_ = reference.linear_cross_entropy(hidden, ROWS, weight, bias, LABELS + 1)
     assert loss.isnan()
 
 

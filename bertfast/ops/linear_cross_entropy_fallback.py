@@ -1,0 +1,67 @@
+"""The masked-LM loss in plain PyTorch where no kernel takes it: what `bertfast.reference` defines, in chunks of logits.
+
+The gradients are computed with the loss: with a chunk's logits at hand they cost two GEMMs, later a third one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertfast.reference import accumulating
+
+_LOGITS = 1 << 24  # elements of logits that exist at a time
+
+
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Compute `reference.linear_cross_entropy` and its gradients.
+
+    Returns:
+        (loss [], correct int64 [], counted int64 [], *gradients of hidden [T, H], weight [V, H] and bias [V]), None for
+        those that `needs_grad` leaves out.
+    """
+    loss = accumulating(hidden.new_zeros(()))
+    correct = labels.new_zeros(())
+    d_hidden, d_weight, d_bias = (
+        torch.zeros_like(x, dtype=loss.dtype) if needed else None
+        for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
+    )
+    if rows is None:
+        rows = torch.arange(len(labels), device=labels.device)
+    size = max(_LOGITS // weight.shape[0], 1)
+    for chunk, label in zip(rows.split(size), labels.split(size), strict=True):
+        counted = label >= 0
+        x = hidden[chunk].masked_fill(~counted[:, None], 0)  # the row of an unused slot may hold anything, NaN too
+        logits = accumulating(F.linear(x, weight, bias))
+        target = label.clamp(0, len(weight) - 1).long()[:, None]
+        logsumexp = logits.logsumexp(1, keepdim=True)
+        losses = (logsumexp - logits.gather(1, target)).squeeze(1) * counted
+        loss += losses.masked_fill(label >= len(weight), math.nan).sum()
+        correct += ((logits.argmax(1) == label) & counted).sum()
+        if not any(needs_grad):
+            continue
+        d_logits = (logits - logsumexp).exp_()
+        d_logits.scatter_add_(1, target, d_logits.new_full((1, 1), -1.0).expand_as(target))
+        d_logits *= counted[:, None]
+        if d_bias is not None:
+            d_bias += d_logits.sum(0)
+        d_logits = d_logits.to(x.dtype)
+        if d_hidden is not None:
+            d_hidden.index_add_(0, chunk, (d_logits @ weight.to(x.dtype)).to(d_hidden.dtype))
+        if d_weight is not None:
+            d_weight += d_logits.mT @ x
+    gradients = (
+        None if d is None else d.to(x.dtype)
+        for d, x in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
+    )
+    return loss, correct, (labels >= 0).sum(), *gradients

@@ -1,0 +1,37 @@
+"""PyTorch's private interfaces, all in this module. Checked on torch 2.11, 2.13 and 2.14."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` or forward-mode differentiation is active.
+
+    The kernels have no rules for them; operations of PyTorch have. A function that is compiled is never transformed
+    by this definition: `torch.compile` sees the transform itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def backward_retains_graph() -> bool:
+    """Return whether the running backward pass was started with `retain_graph=True`."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_traced() -> bool:
+    """Return whether operations are traced or recorded rather than only run: then the host must not read any values.
+
+    `torch.compile` and transforms of `torch.func` trace; fake tensors and recorders of a step are dispatch modes.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or is_transformed()
+
+
+def is_readable(x: Tensor) -> bool:
+    """Return whether the host can read a tensor's values without waiting: a plain CPU tensor, not a traced one."""
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()

@@ -1,0 +1,143 @@
+"""Second derivatives of the operators: those of the reference, whatever implementation ran forward."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal
+
+from bertfast import ops
+from bertfast.sequences import Sequences
+
+TOKENS, HIDDEN = 11, 48
+IDS = torch.arange(TOKENS, device=DEVICE)
+LABELS = torch.where(IDS % 3 == 1, -100, IDS % 7)
+
+
+def attention(implementation):
+    sequences = Sequences.from_lengths([4, 0, TOKENS - 5], capacity=TOKENS, device=DEVICE)
+    return lambda qkv: ops.attention(
+        qkv, sequences, dropout=dropout_over(sequences), causal=True, implementation=implementation
+    )
+
+
+def add_layer_norm(implementation):
+    dropout = dropout_over(Sequences.from_lengths([TOKENS], device=DEVICE))
+    return lambda *x: ops.add_layer_norm(*x, 1e-12, dropout, implementation=implementation)
+
+
+def embed(implementation):
+    dropout = dropout_over(Sequences.from_lengths([TOKENS], device=DEVICE))
+    return lambda *x: ops.embed(
+        IDS % 5, IDS % 2, IDS, *x, 1e-12, dropout, padding_index=0, implementation=implementation
+    )
+
+
+def bias_gelu(implementation):
+    return lambda *x: ops.bias_gelu(*x, implementation=implementation)
+
+
+def gelu_layer_norm(implementation):
+    return lambda *x: ops.gelu_layer_norm(*x, 1e-12, implementation=implementation)
+
+
+def linear_cross_entropy(implementation):
+    rows = (3 * IDS) % (TOKENS - 1)  # one row twice, one never
+    return lambda *x: ops.linear_cross_entropy(x[0], rows, *x[1:], LABELS, implementation=implementation)[0]
+
+
+# operator: (what makes its function, shapes of its inputs)
+CASES = {
+    "attention": (attention, [(TOKENS, 3, 2, 32)]),
+    "add_layer_norm": (add_layer_norm, [(TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
+    "embed": (embed, [(5, HIDDEN), (TOKENS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)]),
+    "bias_gelu": (bias_gelu, [(TOKENS, HIDDEN), (HIDDEN,)]),
+    "gelu_layer_norm": (gelu_layer_norm, [(TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
+    "linear_cross_entropy": (linear_cross_entropy, [(TOKENS, HIDDEN), (60, HIDDEN), (60,)]),
+}
+if KERNELS == "cuda":  # there is no kernel of it in CUDA C++
+    del CASES["embed"]
+
+of_each_operator = pytest.mark.parametrize("operator", CASES)
+
+
+def first_derivatives(function):
+    """The gradients of the sum of squares, as a function that can be differentiated again."""
+
+    def gradients(*inputs):
+        # Squares, so that the outputs' gradient depends on all inputs, too.
+        return torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+
+    return gradients
+
+
+def inputs_of(shapes):
+    return [normal(*shape, seed=place, device=DEVICE) for place, shape in enumerate(shapes)]
+
+
+@of_each_operator
+def test_second_derivatives_are_as_accurate_as_the_reference(operator):
+    make, shapes = CASES[operator]
+    compare_with_torch(
+        first_derivatives(make(KERNELS)), first_derivatives(make("reference")), inputs_of(shapes), FINEST
+    )
+
+
+@of_each_operator
+def test_a_gradient_penalty_trains_as_with_the_reference(operator):
+    """The loss and the norm of its gradient together: both backward passes meet in one."""
+    make, shapes = CASES[operator]
+
+    def penalised(function):
+        def loss(*inputs):
+            plain = function(*inputs).square().mean()
+            gradients = torch.autograd.grad(plain, inputs, create_graph=True)
+            return plain + sum(gradient.square().sum() for gradient in gradients)
+
+        return loss
+
+    compare_with_torch(penalised(make(KERNELS)), penalised(make("reference")), inputs_of(shapes), FINEST)
+
+
+def test_an_input_computed_from_another_is_not_counted_twice():
+    """The residual of a layer is what its x was computed from; each gets its own share of the gradient."""
+
+    def of_one_input(implementation):
+        operator = add_layer_norm(implementation)
+
+        def function(residual, *parameters):
+            return operator(residual.sin() * residual, residual, *parameters)
+
+        return first_derivatives(function)
+
+    shapes = CASES["add_layer_norm"][1][1:]
+    compare_with_torch(of_one_input(KERNELS), of_one_input("reference"), inputs_of(shapes), FINEST)
+
+
+@of_each_operator
+def test_a_plain_backward_pass_runs_the_kernel(operator, monkeypatch):
+    """Only a pass that is differentiated itself may pay for the reference."""
+    make, shapes = CASES[operator]
+
+    def refuse(*_):
+        raise AssertionError("the reference was differentiated")
+
+    module = import_module(f"bertfast.ops.{operator}")
+    monkeypatch.setattr(module, "reference_gradients", refuse)
+    inputs = [x.detach().to(FINEST).requires_grad_() for x in inputs_of(shapes)]
+    y = make(KERNELS)(*inputs)
+    torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    with pytest.raises(AssertionError, match="was differentiated"):
+        torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+
+
+@of_each_operator
+def test_torch_func_is_refused_by_kernels_and_works_without(operator):
+    make, shapes = CASES[operator]
+    inputs = [x.detach() for x in inputs_of(shapes)]
+    gradient = torch.func.grad(lambda x: make(None)(x, *inputs[1:]).square().sum())(inputs[0])
+    leaf = inputs[0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(make("reference")(leaf, *inputs[1:]).square().sum(), leaf)
+    torch.testing.assert_close(gradient, expected)
+    with pytest.raises(ValueError, match=r"torch\.func .* work through the reference alone; .*'reference'"):
+        torch.func.grad(lambda x: make(KERNELS)(x, *inputs[1:]).square().sum())(inputs[0].to(FINEST))
