@@ -6,7 +6,7 @@ pass. The classes of inner modules are what those of a live model become when it
 
 from __future__ import annotations
 
-from transformers import BertConfig, BertPreTrainedModel, BertTokenizer
+from transformers import BertConfig, BertPreTrainedModel, BertTokenizer, GenerationMixin
 from transformers.models.bert import modeling_bert as original
 
 from bertfast.architectures import BERT
@@ -60,7 +60,7 @@ class BertForMaskedLM(fused.FusedMaskedLM, original.BertForMaskedLM):
 
 
 @register(BERT)
-class BertLMHeadModel(fused.FusedHead, original.BertLMHeadModel):
+class BertLMHeadModel(fused.FusedHead, original.BertLMHeadModel, GenerationMixin):
     """`transformers.BertLMHeadModel`, fused."""
 
 

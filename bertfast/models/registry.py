@@ -59,7 +59,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _complete(kind: type, architecture: Architecture) -> type:
-    kind.mixin, kind.original = kind.__bases__
+    kind.mixin, kind.original = kind.__bases__[:2]
     kind.architecture = architecture
     if hasattr(kind, "arguments"):
         _name_arguments(kind)

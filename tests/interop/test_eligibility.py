@@ -74,6 +74,7 @@ def later_layer(model):
 def more_layers(model):
     torch.manual_seed(9)
     model.bert.encoder.layer.append(modeling_bert.BertLayer(model.config, layer_idx=2).eval())
+    model.config.num_hidden_layers = 3
 
 
 def other_scale(model):
@@ -236,7 +237,11 @@ def test_torch_func_differentiates_what_transformers_computes():
 def test_tensors_without_values_have_the_shapes_of_transformers():
     patched, plain = pair()
     ids = VALUES["input_ids"]
-    assert patched.to("meta")(ids.to("meta")).logits.shape == plain(ids).logits.shape
+    try:
+        want = plain.to("meta")(ids.to("meta")).logits.shape
+    except RuntimeError as error:  # not every version takes them
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    assert patched.to("meta")(ids.to("meta")).logits.shape == want
     with FakeTensorMode():
         fake = live()
         bertfast.patch(fake)

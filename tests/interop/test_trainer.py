@@ -149,8 +149,22 @@ def test_a_batch_without_padding():
     assert tags["labels"].tolist() == [[1, -100, 2]]
     many = [{"input_ids": [5, 6], "labels": [1.0, 0.0]}, {"input_ids": [8, 9], "labels": [0.0, 1.0]}]
     assert bertfast.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
-    with pytest.raises(ValueError, match="takes padded batches"):
+    with pytest.raises(TypeError):
+        bertfast.PaddingFreeCollator(None, False)
+    with pytest.raises(ValueError, match="needs padded batches"):
         bertfast.PaddingFreeCollator()([{"input_ids": [5], "start_positions": 0, "end_positions": 0}])
+
+
+def test_a_batch_without_padding_leaves_out_what_a_mask_does():
+    padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "labels": [-100, 1, 2]}
+    batch = bertfast.PaddingFreeCollator("a tokenizer")(
+        [padded, {"input_ids": [8], "attention_mask": [1], "labels": [3]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 8]]
+    assert batch["labels"].tolist() == [[1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[1, 2, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 3]
+    assert "attention_mask" not in batch
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "BertForMultipleChoice"])
@@ -177,19 +191,6 @@ def test_training_lowers_the_loss_and_what_is_saved_is_opened_by_transformers(tm
     values.pop("labels")
     for other in (opened, again):
         torch.testing.assert_close(other(**values).logits, model.eval()(**values).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_the_nine_classes_are_patched_and_of_their_kind(tmp_path):
-    for name in bertfast.models.bert.__all__:
-        if not name.startswith("Bert"):
-            continue
-        model = getattr(bertfast, name)(transformers.BertConfig(**SIZES, is_decoder=name == "BertLMHeadModel"))
-        assert isinstance(model, getattr(transformers, name))
-        with pytest.raises(ValueError, match="patched already"):
-            bertfast.patch(model)
-        model.save_pretrained(tmp_path / name)
-        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
-        assert config.architectures == [name]
 
 
 def test_pipelines_fill_masks(tmp_path):
