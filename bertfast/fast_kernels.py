@@ -66,6 +66,6 @@ def why_left_to_transformers(
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies activations like `x`: autocast's where that applies."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

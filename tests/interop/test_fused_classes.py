@@ -262,3 +262,10 @@ def test_a_program_is_told_why_a_model_cannot_take_packed_batches(whole):
         model.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.Mish()
         with pytest.raises(ValueError, match=r"cannot run on packed batches:(?s:.*)layer.1: its activation is Mish"):
             require_packed(model)
+
+
+def test_a_model_without_values_is_patched_and_reported():
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(config())
+    report = bertfast.patch(model)
+    assert "no fast kernels for float32 on meta" in report.left["bert"]
