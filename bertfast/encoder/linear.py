@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -21,13 +20,12 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """As `is_plain`, also while the parameters are sharded: FSDP2 gathers them when the module around them runs."""
-    parameters = (nn.Parameter, DTensor)
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in parameters
-        and type(module.bias) in parameters
-        and not is_watched(module)
-    )
+    if type(module) is not nn.Linear or is_watched(module):
+        return False
+    kinds = {type(module.weight), type(module.bias)} - {nn.Parameter}
+    return all(
+        kind.__module__.startswith("torch.distributed.tensor") for kind in kinds
+    )  # DTensor, whose import is slow
 
 
 def is_watched(module: nn.Module) -> bool:
