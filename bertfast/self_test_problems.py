@@ -83,6 +83,8 @@ def _row_problems(shape: str, batch: Sequences, vocab_size: int) -> list[Problem
         _gelu_layer_norm(rows, batch.position.device),
         _linear_gelu(shape, tokens, batch.position.device),
         _add_layer_norm(shape, batch, dropout=False),
+        _add_layer_norm_with_copy(shape, batch),
+        _gather(tokens, rows, batch.position.device),
     ]
 
 
@@ -116,6 +118,36 @@ def _add_layer_norm(shape: str, batch: Sequences, dropout: bool) -> Problem:
         batch.position.device,
         {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
         lambda implementation, *x: ops.add_layer_norm(*x, EPS, mask, implementation=implementation),
+    )
+
+
+def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
+    """As a layer calls it under autocast: the output and its copy for the next GEMM, and the gradients of both."""
+    rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
+
+    def call(implementation: str, x: Tensor, *others: Tensor) -> Tensor:
+        half = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the truth is not rounded
+        y, copy = ops.add_layer_norm(x, *others, EPS, compute_dtype=copy_dtype, implementation=implementation)
+        return torch.cat([y, copy.to(y.dtype)])
+
+    return Problem(
+        "add_layer_norm",
+        f"{shape} H={HIDDEN} copy",
+        batch.position.device,
+        {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
+        call,
+    )
+
+
+def _gather(tokens: int, rows: int, device: torch.device) -> Problem:
+    selected = _integers(device, tokens, rows)  # some rows more than once
+    return Problem(
+        "gather",
+        f"{rows} of {tokens} H={HIDDEN}",
+        device,
+        {"x": (tokens, HIDDEN)},
+        lambda implementation, x: ops.gather(selected, x, implementation=implementation)[0],
     )
 
 

@@ -89,14 +89,14 @@ def run_batches() -> None:
     launch, bf16 = torch.ops.bertfast, torch.bfloat16
     batches = [[1], [16], [17, 15], [100], [300, 1], [500], [512, 512], [2] * 16, [3] * 33, [250, 6, 256]]
     for number, lengths in enumerate(batches):
-        sequences = Sequences.from_lengths(lengths, length_limit=512)
+        sequences = Sequences.from_lengths(lengths, max_seqlen_bound=512)
         # A threshold of 1, of 16 and others; an operation of 0, whose counter word is 0, and others.
         p = (1 / 256, 16 / 256, 0.1)[number % 3]
-        dropout = Dropout(p, torch.tensor(5), number, sequences.token_number, sequences.position)
+        dropout = Dropout(p, torch.tensor(5), number, sequences.token_sequence_ids, sequences.position)
         rng = (dropout.seed, dropout.word, dropout.threshold)
-        qkv = torch.zeros(sequences.tokens, 3, 2, 64, dtype=bf16)
+        qkv = torch.zeros(sequences.capacity, 3, 2, 64, dtype=bf16)
         o, lse = returned.attention_forward(qkv)
-        batch = (sequences.cu_seqlens, sequences.numbers, sequences.tile_table, 512, 0.125, False, None)
+        batch = (sequences.cu_seqlens, sequences.sequence_ids, sequences.tile_table, 512, 0.125, False, None)
         launch.triton_attention_forward(qkv, *batch, *rng)
         launch.triton_attention_backward(o, qkv, o, lse, *batch, *rng)
         x, vector, statistics = qkv.new_zeros(len(qkv), 128), torch.zeros(128), torch.zeros(len(qkv))

@@ -74,7 +74,14 @@ def embed() -> list[Tensor]:
 def linear_cross_entropy() -> list[Tensor]:
     rows = torch.arange(TOKENS) * 7 % TOKENS
     x = leaves((TOKENS, 32), (1000, 32), (1000,))
-    return both_ways(ops.linear_cross_entropy(x[0], rows, *x[1:], rows % 1000, implementation="cpu")[0], x)
+    loss = ops.linear_cross_entropy(x[0], rows, *x[1:], rows % 1000, implementation="cpu")[0]
+    y, *_, d_bias = both_ways(loss, x)
+    return [y, d_bias]  # the other gradients are GEMMs of MKL, which on Intel's processors splits sums among threads
+
+
+def gather() -> list[Tensor]:
+    (x,) = leaves((TOKENS, 96))
+    return both_ways(ops.gather(torch.arange(TOKENS) * 7 % 90, x, implementation="cpu")[0], [x])
 
 
 TOKENS = 700  # several parts of a loop over tokens, none of the same size
@@ -87,6 +94,7 @@ CASES = {
     "bias_gelu": bias_gelu,
     "gelu_layer_norm": gelu_layer_norm,
     "embed": embed,
+    "gather": gather,
     "linear_cross_entropy": linear_cross_entropy,
 }
 
