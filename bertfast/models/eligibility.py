@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bertfast.architectures import Architecture, activation_name
 from bertfast.encoder import hooks, is_plain, is_watched
 from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
+from bertfast.runtime import torch_compat
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -69,7 +70,7 @@ def tracing_unsupported_reason(given: Tensor) -> str | None:
         return "a traced graph is to be free of bertfast"
     if given.is_meta or isinstance(given, FakeTensor):
         return "the tensors hold no values"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch_compat.is_transformed():
         return "torch.func transforms it"
     return None
 
