@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import triton
 
-from bertfast.kernels import results as returned
 from bertfast.kernels.attention_tiles import tile_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,7 +58,7 @@ def attention_cases(representative: bool) -> Cases:
         if (mask and bound < 512) or (representative and not _represents(head_dimension, dtype, bound, mask)):
             continue
         qkv = torch.zeros(16, 3, 2, head_dimension, dtype=dtype)
-        o, lse = returned.attention_forward(qkv)
+        o, lse = qkv.new_zeros(qkv[:, 0].shape), torch.zeros(qkv.shape[2], len(qkv))
         cu_seqlens = torch.tensor([0, 16], dtype=torch.int32)
         batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), tile_table(cu_seqlens, 16, bound), bound, 0.125)
         rng = (torch.zeros((), dtype=torch.int64), 256, 26) if dropout else (None, 0, 0)

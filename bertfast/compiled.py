@@ -16,17 +16,25 @@ from typing import Literal, get_args
 
 import torch
 
-from bertfast.kernels import results
+from bertfast.kernels.contracts import CONTRACTS
+from bertfast.kernels.operation import define
 
 InstructionSet = Literal["plain", "avx2", "avx512", "avx512_bf16"]
 """Any processor's, and those of x86-64: 256 bits; 512; 512 with products of bf16 pairs."""
 
 
+# Only Triton has the first; the second is made of GEMMs and `cross_entropy`, see `bertfast/ops/loss_in_library.py`.
+_WITHOUT_KERNEL = {"linear_gelu_forward", "linear_cross_entropy_forward"}
+
+
 def _load() -> str | None:
-    """Load the library and tell `torch.compile` what its operations return; why not, if that cannot be done."""
+    """Define the library's operations and load their kernels; return why not, if that cannot be done."""
     found = PathFinder.find_spec("bertfast._C", [str(Path(__file__).parent)])  # not that of an editable install
     if found is None:
         return "the compiled library was not built: install bertfast again with a C++20 compiler"
+    for implementation in ("cpu", "cuda"):
+        for name in CONTRACTS.keys() - _WITHOUT_KERNEL:
+            define(implementation, name)
     try:
         if not _is_whole(Path(found.origin)):
             raise ImportError(f"{found.origin} is cut off")
@@ -35,10 +43,6 @@ def _load() -> str | None:
         reason = f"the compiled library does not load, install bertfast again ({error})"
         warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
         return reason
-    for name, result in vars(results).items():
-        for implementation in ("cpu", "cuda"):
-            if callable(result) and hasattr(torch.ops.bertfast, f"{implementation}_{name}"):
-                torch.library.register_fake(f"bertfast::{implementation}_{name}", result)
     return None
 
 

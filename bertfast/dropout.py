@@ -15,6 +15,7 @@ Counters (c0, c1, c2, c3), key = the 64-bit seed, n = sequence number, word = op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,40 @@ class Dropout:
     def word(self) -> int:
         """The last word of the counter, before a head is added."""
         return self.operation << 8
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a seed for dropout from torch's generator: int64 [], replayed with it by activation checkpointing."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_dropout(
+    operation: str, dropout: Dropout | float | None, coordinates: Callable[[], tuple[Tensor, Tensor]], x: Tensor
+) -> Dropout | None:
+    """Return what an operator was given as `dropout`; of a probability, dropout with a seed of its own.
+
+    Args:
+        operation: Name of the operator, for the message.
+        coordinates: Called for a probability: the tokens' (sequence ids, positions), int64 [T] each.
+        x: On whose device the seed is drawn, from torch's generator there.
+
+    Raises:
+        TypeError: It is neither; ValueError: a probability is outside of [0, 1).
+    """
+    if dropout is None or isinstance(dropout, Dropout):
+        return dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(
+            f"{operation}: dropout must be a probability, a bertfast.dropout.Dropout or None, got "
+            f"{type(dropout).__name__}"
+        )
+    return Dropout(dropout, draw_seed(x.device), 0, *coordinates()) if dropout else None
+
+
+def row_coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the RNG coordinates (sequence ids, positions) of rows [T, …] that are one sequence, int64 [T] each."""
+    positions = torch.arange(x.shape[0], device=x.device)
+    return torch.zeros_like(positions), positions
 
 
 def from_kernel_arguments(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
+from bertfast.runtime.torch_compat import autocast_dtype
 
 # fp32 on a CPU without kernels: batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
@@ -66,6 +67,4 @@ def why_left_to_transformers(
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies activations like `x`: autocast's where that applies."""
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype

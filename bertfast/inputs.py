@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.dropout import TokenIdentity
+from bertfast.dropout import TokenIdentity, draw_seed
 from bertfast.runtime.torch_compat import is_readable
 from bertfast.sequences import Sequences, bucket, require
 
@@ -89,11 +89,6 @@ class Layout:
         size = self.shape[0] * self.shape[1]
         slots = self.indices.new_full((size + self.has_padding_slots,), -1)
         return slots.index_copy(0, self.indices, torch.arange(len(self.indices), device=slots.device))[:size]
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """Draw a seed for dropout from torch's generator: int64 [], replayed with it by activation checkpointing."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def unpad(

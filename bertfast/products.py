@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.kernels import logits_in_chunks
-from bertfast.runtime.torch_compat import is_transformed
+from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 # oneDNN rounds after each term of a sum, MKL less often: of 3,072 terms its error is 2.2 times MKL's, of 768 1.5 times.
 _DEPTH = 768
@@ -24,7 +24,7 @@ _LEAST = 16  # rows or columns: a product of fewer is over sooner than oneDNN ha
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias: x [N, K], weight [M, K], bias [M] -> [N, M], as F.linear, autocast and gradients included."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not goes_to_onednn(x, weight):
+    if torch.compiler.is_compiling() or autocast_dtype(x.device) is not None or not goes_to_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 

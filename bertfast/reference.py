@@ -8,12 +8,14 @@ T tokens, H hidden, A heads, D head dimension, R gathered rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.dropout import Dropout, attention_keep, attention_keep_at, hidden_keep
+from bertfast.runtime.torch_compat import autocast_dtype
 from bertfast.sequences import Sequences
 
 IGNORED = -100  # the label of a row that does not count
@@ -197,7 +199,7 @@ def linear_cross_entropy(
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) · gamma + beta over the last dimension, in fp32 at least (Ba et al., 2016)."""
     x = accumulating(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta.to(x.dtype), eps)
 
 

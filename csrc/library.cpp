@@ -1,4 +1,4 @@
-// The compiled library `bertfast._C`: every operation's schema, and the step from tensors to the kernels' pointers.
+// The compiled library `bertfast._C`: the step from tensors to the kernels' pointers.
 //
 // Written on LibTorch's stable ABI alone, so that one build serves all later versions of PyTorch. `bertfast/ops` has
 // checked shapes and devices; here is checked what only the kernels ask for.
@@ -456,49 +456,12 @@ static void use_instruction_set(int64_t set) {
 }  // namespace operations
 }  // namespace bertfast
 
+// The schemas of all other operations are those of kernels/contracts.py, defined by bertfast/compiled.py before this
+// library is loaded.
 STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("instruction_set() -> int");
   library.def("has_instruction_set(int set) -> bool");
   library.def("use_instruction_set(int set) -> ()");
-  for (const std::string device : {"cpu_", "cuda_"}) {
-    const auto define = [&](const char* schema) { library.def((device + schema).c_str()); };
-    define(
-        "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, float eps, "
-        "Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, ScalarType? copy_dtype=None) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-    define(
-        "add_layer_norm_backward(Tensor d_y, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
-        "Tensor rstd, Tensor? seed, Tensor? number, Tensor? position, int word, int threshold, Tensor? d_copy=None) "
-        "-> (Tensor, Tensor, Tensor)");
-    define(
-        "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor numbers, Tensor? tile_table, SymInt longest, "
-        "float scale, bool causal, int? window, Tensor? seed, int word, int threshold) -> (Tensor, Tensor)");
-    define(
-        "attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor numbers, "
-        "Tensor? tile_table, SymInt longest, float scale, bool causal, int? window, Tensor? seed, int word, "
-        "int threshold) -> Tensor");
-    define("bias_gelu_forward(Tensor x, Tensor bias, str approximate) -> Tensor");
-    define("bias_gelu_backward(Tensor d_y, Tensor x, Tensor bias, str approximate) -> (Tensor, Tensor)");
-    define(
-        "cross_entropy(Tensor(a!) logits, Tensor bias, Tensor labels, Tensor(b!) losses, Tensor(c!) correct, "
-        "Tensor(d!) d_bias) -> ()");
-    define(
-        "gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta, float eps) "
-        "-> (Tensor, Tensor, Tensor)");
-    define(
-        "gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean, Tensor rstd) "
-        "-> (Tensor, Tensor)");
-  }
-  library.def(
-      "cpu_embed_forward(Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, Tensor token_type_ids, "
-      "Tensor position_ids, Tensor gamma, Tensor beta, float eps, Tensor? seed, Tensor? number, Tensor? place, "
-      "int dropout_word, int threshold) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "cpu_embed_backward(Tensor d_y, Tensor word, Tensor position, Tensor token_type, Tensor? token_ids, "
-      "Tensor token_type_ids, Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, int? padding_index, "
-      "Tensor? seed, Tensor? number, Tensor? place, int dropout_word, int threshold) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("cpu_gather_backward(Tensor rows, Tensor[] d_ys, SymInt tokens) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {

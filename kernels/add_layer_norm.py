@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -40,9 +39,7 @@ def add_layer_norm_forward_kernel(
     bias_ptr,  # [H], or None
     gamma_ptr,  # [H]
     beta_ptr,  # [H]
-    seed_ptr,  # int64 []; None: no dropout
-    number_ptr,  # int [T], the tokens' sequences
-    position_ptr,  # int [T]
+    rng_ptr,  # (seed int64 [], sequence ids int [T], positions int [T]); seed None: no dropout
     y_ptr,  # [T, H]
     copy_ptr,  # [T, H], y in the dtype that the next GEMM reads; None: no copy
     mean_ptr,  # fp32 [T]
@@ -51,7 +48,7 @@ def add_layer_norm_forward_kernel(
     x_stride,
     residual_stride,
     eps,
-    word,
+    counter_word,
     threshold,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,8 +60,8 @@ def add_layer_norm_forward_kernel(
     residual = load_rows(residual_ptr, row * residual_stride, rows, H, CHUNK)
     if bias_ptr is not None:
         x = add(x, load_vector(bias_ptr, H, CHUNK, ROWS))
-    if seed_ptr is not None:
-        x = multiply(x, hidden_factors(row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H, CHUNK))
+    if rng_ptr[0] is not None:
+        x = multiply(x, hidden_factors(row, rows, rng_ptr, counter_word, threshold, H, CHUNK))
     z = add(residual, x)
     mean, rstd = layer_norm_statistics(z, eps, H, CHUNK)
     gamma, beta = load_vector(gamma_ptr, H, CHUNK, ROWS), load_vector(beta_ptr, H, CHUNK, ROWS)
@@ -86,9 +83,7 @@ def add_layer_norm_backward_kernel(
     gamma_ptr,
     mean_ptr,
     rstd_ptr,
-    seed_ptr,
-    number_ptr,
-    position_ptr,
+    rng_ptr,
     d_x_ptr,  # [T, H]; None where it is d_residual
     d_residual_ptr,  # [T, H]
     sums_ptr,  # fp32 [programs, 3, H]: each program's share of d_gamma, d_beta and d_bias
@@ -97,7 +92,7 @@ def add_layer_norm_backward_kernel(
     d_copy_stride,
     x_stride,
     residual_stride,
-    word,
+    counter_word,
     threshold,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -117,12 +112,12 @@ def add_layer_norm_backward_kernel(
         mean, rstd = tl.load(mean_ptr + row, mask=rows, other=0.0), tl.load(rstd_ptr + row, mask=rows, other=0.0)
         if bias_ptr is not None:
             x = add(x, load_vector(bias_ptr, H, CHUNK, ROWS))
-        if seed_ptr is not None:
-            factors = hidden_factors(row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H, CHUNK)
+        if rng_ptr[0] is not None:
+            factors = hidden_factors(row, rows, rng_ptr, counter_word, threshold, H, CHUNK)
             x = multiply(x, factors)
         d_z, d_gamma = layer_norm_differentiate(d_y, add(residual, x), mean, rstd, gamma, H)
         store_rows(d_residual_ptr, row * H, rows, d_z, H, CHUNK)
-        if seed_ptr is not None:
+        if rng_ptr[0] is not None:
             d_z = multiply(d_z, factors)
         if d_x_ptr is not None:
             store_rows(d_x_ptr, row * H, rows, d_z, H, CHUNK)
@@ -144,27 +139,24 @@ def add_layer_norm_forward(
     beta: Tensor,
     eps: float,
     seed: Tensor | None,
-    number: Tensor | None,
-    position: Tensor | None,
-    word: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
     threshold: int,
     copy_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [T, H] in residual's dtype, mean and 1 / deviation of z, fp32 [T], and y in `copy_dtype`.
-
-    Without `copy_dtype` the copy comes empty; without `seed` nothing is dropped.
-    """
+    *,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Write y [T, H], mean and 1 / deviation of z, fp32 [T], and y in `copy_dtype` if that is given."""
     x, residual = in_rows(x), in_rows(residual)
-    y, mean, rstd, copy = results.add_layer_norm_forward(
-        x, residual, bias, gamma, beta, eps, seed, number, position, word, threshold, copy_dtype
-    )
+    y, mean, rstd, copy = out
     tokens, hidden = x.shape
     constants = cut(hidden, x, residual)
     add_layer_norm_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
-        x, residual, bias, gamma, beta, seed, number, position, y, None if copy_dtype is None else copy, mean, rstd,
-        tokens, x.stride(0), residual.stride(0), eps, word, threshold, **constants,
+        x, residual, bias, gamma, beta, (seed, sequence_ids, positions),
+        y, None if copy_dtype is None else copy, mean, rstd,
+        tokens, x.stride(0), residual.stride(0), eps, counter_word, threshold, **constants,
     )  # fmt: skip
-    return y, mean, rstd, copy
 
 
 @operation
@@ -177,27 +169,29 @@ def add_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     seed: Tensor | None,
-    number: Tensor | None,
-    position: Tensor | None,
-    word: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
     threshold: int,
     d_copy: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_x, d_residual and fp32 [3, H] of d_gamma, d_beta and d_bias; d_x comes empty where it is d_residual.
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write d_x unless it is d_residual, d_residual, and fp32 [3, H] of d_gamma, d_beta and d_bias.
 
     `d_copy` [T, H] is added to `d_y` in registers. Where the copy alone has a gradient, that is `d_y`.
     """
     d_copy = None if d_copy is None else in_rows(d_copy)
     d_copy_stride = 0 if d_copy is None else d_copy.stride(0)
     d_y, x, residual = in_rows(d_y), in_rows(x), in_rows(residual)
-    d_x, d_residual, _ = results.add_layer_norm_backward(d_y, x, residual, bias, gamma, mean, rstd, seed)
+    d_x, d_residual, d_parameters = out
     tokens, hidden = x.shape
     constants = cut(hidden, d_y, x, residual, summing=True)
     programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     add_layer_norm_backward_kernel[(programs,)](
-        d_y, d_copy, x, residual, bias, gamma, mean, rstd, seed, number, position,
+        d_y, d_copy, x, residual, bias, gamma, mean, rstd, (seed, sequence_ids, positions),
         d_x if d_x.numel() else None, d_residual, sums,
-        tokens, d_y.stride(0), d_copy_stride, x.stride(0), residual.stride(0), word, threshold, **constants,
+        tokens, d_y.stride(0), d_copy_stride, x.stride(0), residual.stride(0), counter_word, threshold, **constants,
     )  # fmt: skip
-    return d_x, d_residual, sums.sum(0)
+    torch.sum(sums, 0, out=d_parameters)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.attention_shapes import shapes
 from bertfast.kernels.attention_tiles import TILE
 from bertfast.kernels.dropout import keep_attention, scale_of
@@ -143,7 +142,7 @@ def attention_forward_kernel(
     qkv_stride,
     scale2,  # scale · log2(e)
     window,
-    counter,  # dropout's counter word, the head not yet added
+    counter_word,  # dropout's, the head not yet added
     threshold,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
@@ -175,7 +174,7 @@ def attention_forward_kernel(
     q = load_block(q_ptr, first, rows, length, qkv_stride, D)
     rng = (0, 0, 0, 0)
     if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
     state = (o, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
     if CAUSAL or WINDOW or not SPLIT:
         begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
@@ -216,15 +215,17 @@ def attention_forward(
     causal: bool,
     window: int | None,
     seed: Tensor | None,
-    counter: int,
+    counter_word: int,
     threshold: int,
-) -> tuple[Tensor, Tensor]:
-    """(o [T, A, D], log-sum-exp of the scores in base 2, fp32 [A, T]); without `seed` nothing is dropped.
+    *,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Write o [T, A, D] and the log-sum-exp of the scores in base 2, fp32 [A, T].
 
     No sequence is longer than `max_seqlen_bound`, by which the block shapes are chosen. `tile_table` is that of
     `cu_seqlens`, which itself is not read.
     """
-    o, lse = results.attention_forward(qkv)
+    o, lse = out
     qkv = dense_tokens(qkv)
     capacity, _, heads, _ = qkv.shape
     tiles = len(tile_table) - 1
@@ -232,10 +233,9 @@ def attention_forward(
     blocks = blocks_per_tile(shape["BLOCK_M"], max_seqlen_bound)
     attention_forward_kernel[((tiles * blocks + PADDING_PROGRAMS) * heads,)](
         qkv, tile_table, sequence_ids, seed, o, lse, tiles, capacity, heads, qkv.stride(0), scale * LOG2_E.value,
-        window_or_unlimited(window), counter, threshold,
+        window_or_unlimited(window), counter_word, threshold,
         **constants_of(qkv, causal, window), BLOCKS=blocks, PADDING_PROGRAMS=PADDING_PROGRAMS, **shape,
     )  # fmt: skip
-    return o, lse
 
 
 def dense_tokens(qkv: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.attention import (
     LOG2_E,
     PADDING_PROGRAMS,
@@ -104,7 +103,7 @@ def attention_d_q_kernel(
     qkv_stride,
     scale,
     window,
-    counter,
+    counter_word,
     threshold,
     shortest,  # shorter sequences are another kernel's
     D: tl.constexpr,
@@ -132,7 +131,7 @@ def attention_d_q_kernel(
     o = load_block(o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
     rng, c = (0, 0, 0, 0), 1.0
     if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
         c = scale_of(threshold)
     inside = first + rows < length
     statistics = head.to(tl.int64) * capacity + start + first + rows
@@ -179,7 +178,7 @@ def attention_d_kv_kernel(
     qkv_stride,
     scale,
     window,
-    counter,
+    counter_word,
     threshold,
     shortest,
     D: tl.constexpr,
@@ -205,7 +204,7 @@ def attention_d_kv_kernel(
     d_o_ptr += start * o_stride + head * D
     c = 1.0
     if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
         c = scale_of(threshold)
     d_k = tl.zeros([BLOCK_N, D], tl.float32)
     d_v = tl.zeros([BLOCK_N, D], tl.float32)
@@ -249,7 +248,7 @@ def attention_backward_short_kernel(
     qkv_stride,
     scale,
     window,
-    counter,
+    counter_word,
     threshold,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -285,7 +284,7 @@ def attention_backward_short_kernel(
     p = tl.where(attention_mask(rows[None, :], rows[:, None], length, window, CAUSAL, WINDOW), p, 0.0)
     c = 1.0
     if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter | head, threshold)
+        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
         keep = keep_attention(0, rows[None, :], 0, rows[:, None], rng)
         p = tl.where(keep, p, -p)  # as above
         c = scale_of(threshold)
@@ -315,16 +314,18 @@ def attention_backward(
     causal: bool,
     window: int | None,
     seed: Tensor | None,
-    counter: int,
+    counter_word: int,
     threshold: int,
-) -> Tensor:
-    """d_qkv [T, 3, A, D]; arguments as in `attention_forward`."""
-    d_qkv = results.attention_backward(d_o, qkv)
+    *,
+    out: Tensor,
+) -> None:
+    """Write d_qkv [T, 3, A, D]; arguments as in `attention_forward`."""
+    d_qkv = out
     qkv, d_o = dense_tokens(qkv), d_o.contiguous()
     capacity, _, heads, _ = qkv.shape
     tiles, dropout = len(tile_table) - 1, seed is not None
     table = (tile_table, sequence_ids, seed)
-    sizes = (tiles, capacity, heads, qkv.stride(0), scale, window_or_unlimited(window), counter, threshold)
+    sizes = (tiles, capacity, heads, qkv.stride(0), scale, window_or_unlimited(window), counter_word, threshold)
     constants = constants_of(qkv, causal, window)
     short = shapes("short", qkv, max_seqlen_bound, dropout)
     attention_backward_short_kernel[((tiles + PADDING_PROGRAMS) * heads,)](
@@ -342,4 +343,3 @@ def attention_backward(
         attention_d_kv_kernel[(tiles * blocks * heads,)](
             qkv, d_o, lse, delta, *table, d_qkv, *sizes, short["BLOCK"] + 1, **constants, BLOCKS=blocks, **shape
         )
-    return d_qkv

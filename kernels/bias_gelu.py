@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -81,31 +80,29 @@ def _load_bias(bias_ptr, column, H: tl.constexpr):
 
 
 @operation
-def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """y [T, H] in x's dtype; `approximate` is "none" or "tanh"."""
-    x = in_rows(x)
-    y = results.bias_gelu_forward(x)
+def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str, *, out: Tensor) -> None:
+    """Write y [T, H]."""
+    x, y = in_rows(x), out
     tokens, columns = x.shape
     constants = _cut(columns, x)
     grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"]))
     bias_gelu_forward_kernel[grid](x, bias, y, tokens, x.stride(0), approximate, **constants)
-    return y
 
 
 @operation
-def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """(d_x [T, H] in x's dtype, d_bias fp32 [H])."""
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str, *, out: tuple[Tensor, Tensor]) -> None:
+    """Write d_x [T, H] and d_bias, fp32 [H]."""
     d_y, x = in_rows(d_y), in_rows(x)
+    d_x, d_bias = out
     tokens, columns = x.shape
     constants = _cut(columns, d_y, x)
     tiles, blocks = triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"])
     programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
-    d_x = x.new_empty(x.shape)
     sums = x.new_empty((programs, columns), dtype=torch.float32)
     bias_gelu_backward_kernel[(programs, blocks)](
         d_y, x, bias, d_x, sums, tokens, d_y.stride(0), x.stride(0), approximate, **constants
     )
-    return d_x, sums.sum(0)
+    torch.sum(sums, 0, out=d_bias)
 
 
 def _cut(columns: int, *tensors: Tensor) -> dict[str, int]:

@@ -51,31 +51,30 @@ def _kept(word, byte, threshold):
 
 
 @triton.jit
-def keep_hidden(first, columns, number, position, word, seed, threshold):
+def keep_hidden(first, columns, sequence_id, position, counter_word, seed, threshold):
     """Which activations of tokens [rows, 1] are kept at `first` + columns [1, columns], a multiple of 16 and a range.
 
-    `number` and `position` [rows, 1] are the tokens' identity, `word` is operation << 8.
+    `sequence_id` and `position` [rows, 1] are the tokens' identity, `counter_word` is operation << 8.
     """
-    w0, w1, w2, w3 = philox((first >> 4) + (columns >> 4), position, number, word, seed)
+    w0, w1, w2, w3 = philox((first >> 4) + (columns >> 4), position, sequence_id, counter_word, seed)
     upper, odd = (columns & 8) != 0, (columns & 4) != 0
     return _kept(tl.where(upper, tl.where(odd, w3, w2), tl.where(odd, w1, w0)), columns & 3, threshold)
 
 
 @triton.jit
-def hidden_factors(
-    row, rows, number_ptr, position_ptr, seed_ptr, word, threshold, H: tl.constexpr, CHUNK: tl.constexpr
-):
+def hidden_factors(row, rows, rng_ptr, counter_word, threshold, H: tl.constexpr, CHUNK: tl.constexpr):
     """What dropout multiplies the tokens `row` [rows, 1] by, 0 or the scale, in chunks as `kernels/rows.py` cuts them.
 
-    `rows` masks the tokens that are there; `number_ptr` and `position_ptr` int [T] hold their identity.
+    `rows` masks the tokens that are there; `rng_ptr` points to their RNG coordinates: (seed int64 [], sequence ids
+    int [T], positions int [T]).
     """
-    seed = tl.load(seed_ptr)
-    number = tl.load(number_ptr + row, mask=rows, other=0)
-    position = tl.load(position_ptr + row, mask=rows, other=0)
+    seed = tl.load(rng_ptr[0])
+    sequence_id = tl.load(rng_ptr[1] + row, mask=rows, other=0)
+    position = tl.load(rng_ptr[2] + row, mask=rows, other=0)
     scale = scale_of(threshold)
     factors = ()
     for start in tl.static_range(0, H, CHUNK):
-        keep = keep_hidden(start, tl.arange(0, CHUNK)[None, :], number, position, word, seed, threshold)
+        keep = keep_hidden(start, tl.arange(0, CHUNK)[None, :], sequence_id, position, counter_word, seed, threshold)
         factors = factors + (tl.where(keep, scale, 0.0),)
     return factors
 

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -36,26 +35,18 @@ _TYPES_IN_REGISTERS = 2  # of more token types, the sums would spill
 
 @kernel
 def embed_forward_kernel(
-    word_ptr,  # [V, H], or [T, H] without token ids; rows word_stride apart
-    position_ptr,  # [positions, H], rows position_stride apart
-    token_type_ptr,  # [types, H], rows token_type_stride apart
-    token_ids_ptr,  # int [T], or None
-    token_type_ids_ptr,  # int [T]
-    position_ids_ptr,  # int [T]
+    tables_ptr,  # (word [V, H], or [T, H] without token ids; token_type [types, H]; position [positions, H])
+    ids_ptr,  # (token_ids, token_type_ids, position_ids), int [T] each; token_ids may be None
     gamma_ptr,  # [H]
     beta_ptr,  # [H]
-    seed_ptr,  # int64 []; None: no dropout
-    number_ptr,  # int [T], the tokens' sequences
-    place_ptr,  # int [T], their positions there
+    rng_ptr,  # (seed int64 [], sequence ids int [T], positions int [T]); seed None: no dropout
     y_ptr,  # [T, H]
     mean_ptr,  # fp32 [T]
     rstd_ptr,  # fp32 [T]
     tokens,
-    word_stride,
-    position_stride,
-    token_type_stride,
+    tables_stride,  # from a row to the next, of each table
     eps,
-    dropout_word,
+    counter_word,
     threshold,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,15 +54,12 @@ def embed_forward_kernel(
 ):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     rows = row < tokens
-    z = _gather_all(
-        word_ptr, position_ptr, token_type_ptr, token_ids_ptr, token_type_ids_ptr, position_ids_ptr,
-        word_stride, position_stride, token_type_stride, row, rows, H, CHUNK,
-    )  # fmt: skip
+    z = _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H, CHUNK)
     mean, rstd = layer_norm_statistics(z, eps, H, CHUNK)
     gamma, beta = load_vector(gamma_ptr, H, CHUNK, ROWS), load_vector(beta_ptr, H, CHUNK, ROWS)
     y = layer_norm_apply(z, mean, rstd, gamma, beta)
-    if seed_ptr is not None:
-        y = multiply(y, hidden_factors(row, rows, number_ptr, place_ptr, seed_ptr, dropout_word, threshold, H, CHUNK))
+    if rng_ptr[0] is not None:
+        y = multiply(y, hidden_factors(row, rows, rng_ptr, counter_word, threshold, H, CHUNK))
     store_rows(y_ptr, row * H, rows, y, H, CHUNK)
     tl.store(mean_ptr + row, mean, mask=rows)
     tl.store(rstd_ptr + row, rstd, mask=rows)
@@ -80,26 +68,18 @@ def embed_forward_kernel(
 @kernel
 def embed_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
-    word_ptr,  # as in the forward kernel
-    position_ptr,
-    token_type_ptr,
-    token_ids_ptr,
-    token_type_ids_ptr,
-    position_ids_ptr,
+    tables_ptr,  # as in the forward kernel
+    ids_ptr,
     gamma_ptr,
     mean_ptr,
     rstd_ptr,
-    seed_ptr,
-    number_ptr,
-    place_ptr,
+    rng_ptr,
     d_z_ptr,  # [T, H]
     sums_ptr,  # fp32 [programs, 2 + TYPES, H]: each program's share of d_gamma, d_beta and the types' gradients
     tokens,
     d_y_stride,
-    word_stride,
-    position_stride,
-    token_type_stride,
-    dropout_word,
+    tables_stride,
+    counter_word,
     threshold,
     TYPES: tl.constexpr,  # token types whose gradients are summed here; 0: none are
     H: tl.constexpr,
@@ -115,19 +95,16 @@ def embed_backward_kernel(
         row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         rows = row < tokens
         d_y = load_rows(d_y_ptr, row * d_y_stride, rows, H, CHUNK)
-        z = _gather_all(
-            word_ptr, position_ptr, token_type_ptr, token_ids_ptr, token_type_ids_ptr, position_ids_ptr,
-            word_stride, position_stride, token_type_stride, row, rows, H, CHUNK,
-        )  # fmt: skip
+        z = _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H, CHUNK)
         mean, rstd = tl.load(mean_ptr + row, mask=rows, other=0.0), tl.load(rstd_ptr + row, mask=rows, other=0.0)
-        if seed_ptr is not None:
-            factors = hidden_factors(row, rows, number_ptr, place_ptr, seed_ptr, dropout_word, threshold, H, CHUNK)
+        if rng_ptr[0] is not None:
+            factors = hidden_factors(row, rows, rng_ptr, counter_word, threshold, H, CHUNK)
             d_y = multiply(d_y, factors)
         d_z, d_gamma = layer_norm_differentiate(d_y, z, mean, rstd, gamma, H)
         store_rows(d_z_ptr, row * H, rows, d_z, H, CHUNK)
         gamma_sums, beta_sums = add(gamma_sums, d_gamma), add(beta_sums, d_y)
         if TYPES > 0:
-            token_type = tl.load(token_type_ids_ptr + row, mask=rows, other=-1)
+            token_type = tl.load(ids_ptr[1] + row, mask=rows, other=-1)
             type_sums = _add_to_types(type_sums, d_z, token_type, TYPES)
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 + TYPES) * H
     store_sums(sums_ptr, gamma_sums, H, CHUNK)
@@ -157,25 +134,11 @@ def _chunks_of_type(type_sums, i: tl.constexpr, TYPES: tl.constexpr):
 
 
 @triton.jit
-def _gather_all(
-    word_ptr,
-    position_ptr,
-    token_type_ptr,
-    token_ids_ptr,
-    token_type_ids_ptr,
-    position_ids_ptr,
-    word_stride,
-    position_stride,
-    token_type_stride,
-    row,
-    rows,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H: tl.constexpr, CHUNK: tl.constexpr):
     """The sum of the three embeddings of the tokens `row` [rows, 1], where the mask `rows` has one, in fp32 chunks."""
-    z = _gather(word_ptr, token_ids_ptr, row, rows, word_stride, H, CHUNK)
-    z = add(z, _gather(token_type_ptr, token_type_ids_ptr, row, rows, token_type_stride, H, CHUNK))
-    z = add(z, _gather(position_ptr, position_ids_ptr, row, rows, position_stride, H, CHUNK))
+    z = _gather(tables_ptr[0], ids_ptr[0], row, rows, tables_stride[0], H, CHUNK)
+    for i in tl.static_range(1, 3):
+        z = add(z, _gather(tables_ptr[i], ids_ptr[i], row, rows, tables_stride[i], H, CHUNK))
     return z
 
 
@@ -199,21 +162,22 @@ def embed_forward(
     beta: Tensor,
     eps: float,
     seed: Tensor | None,
-    number: Tensor | None,
-    place: Tensor | None,
-    dropout_word: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
     threshold: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [T, H] in word's dtype, mean and 1 / deviation of z, fp32 [T]); without `seed` nothing is dropped."""
-    y, mean, rstd = results.embed_forward(word, position, token_type, token_ids, token_type_ids)
-    tables = [in_rows(table) for table in (word, position, token_type)]
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write y [T, H], and the mean and 1 / deviation of z, fp32 [T]."""
+    y, mean, rstd = out
+    tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = y.shape
     constants = cut(hidden, *tables)
     embed_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
-        *tables, token_ids, token_type_ids, position_ids, gamma, beta, seed, number, place, y, mean, rstd,
-        tokens, *(table.stride(0) for table in tables), eps, dropout_word, threshold, **constants,
+        tables, (token_ids, token_type_ids, position_ids), gamma, beta, (seed, sequence_ids, positions), y, mean, rstd,
+        tokens, tuple(table.stride(0) for table in tables), eps, counter_word, threshold, **constants,
     )  # fmt: skip
-    return y, mean, rstd
 
 
 @operation
@@ -230,14 +194,14 @@ def embed_backward(
     rstd: Tensor,
     padding_index: int | None,
     seed: Tensor | None,
-    number: Tensor | None,
-    place: Tensor | None,
-    dropout_word: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_word, d_position, d_token_type, fp32 [2, H] of d_gamma and d_beta); the row `padding_index` is zero."""
     d_y = in_rows(d_y)
-    tables = [in_rows(table) for table in (word, position, token_type)]
+    tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = d_y.shape
     constants = cut(hidden, d_y, *tables, summing=True)
     programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), d_y.device)
@@ -247,8 +211,8 @@ def embed_backward(
     types = len(token_type) if len(token_type) <= _TYPES_IN_REGISTERS else 0
     sums = d_y.new_empty((programs, 2 + types, hidden), dtype=torch.float32)
     embed_backward_kernel[(programs,)](
-        d_y, *tables, token_ids, token_type_ids, position_ids, gamma, mean, rstd, seed, number, place, d_z, sums,
-        tokens, d_y.stride(0), *(table.stride(0) for table in tables), dropout_word, threshold,
+        d_y, tables, (token_ids, token_type_ids, position_ids), gamma, mean, rstd, (seed, sequence_ids, positions),
+        d_z, sums, tokens, d_y.stride(0), tuple(table.stride(0) for table in tables), counter_word, threshold,
         TYPES=types, **constants,
     )  # fmt: skip
     indexed = [] if token_ids is None else [(word, token_ids)]

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -116,31 +115,37 @@ def _gelu_derivative(u):
 
 @operation
 def gelu_layer_norm_forward(
-    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [R, H] in gamma's dtype, mean and 1 / deviation of z, fp32 [R])."""
+    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Write y [R, H], and the mean and 1 / deviation of z, fp32 [R]."""
     x = in_rows(x)
-    y, mean, rstd = results.gelu_layer_norm_forward(x, bias, gamma)
+    y, mean, rstd = out
     count, hidden = x.shape
     constants = cut(hidden, x, y)
     gelu_layer_norm_forward_kernel[(triton.cdiv(count, constants["ROWS"]),)](
         x, bias, gamma, beta, y, mean, rstd, count, x.stride(0), eps, **constants
     )
-    return y, mean, rstd
 
 
 @operation
 def gelu_layer_norm_backward(
-    d_y: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(d_x [R, H] in x's dtype, fp32 [3, H] of d_gamma, d_beta and d_bias)."""
+    d_y: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Write d_x [R, H] and fp32 [3, H] of d_gamma, d_beta and d_bias."""
     d_y, x = in_rows(d_y), in_rows(x)
+    d_x, d_parameters = out
     count, hidden = x.shape
     constants = cut(hidden, d_y, x, summing=True)
     programs = summing_programs(triton.cdiv(count, constants["ROWS"]), x.device)
-    d_x = x.new_empty(x.shape)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     gelu_layer_norm_backward_kernel[(programs,)](
         d_y, x, bias, gamma, mean, rstd, d_x, sums, count, d_y.stride(0), x.stride(0), **constants
     )
-    return d_x, sums.sum(0)
+    torch.sum(sums, 0, out=d_parameters)

@@ -130,11 +130,11 @@ def linear_cross_entropy_forward(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `linear_cross_entropy` of logits_in_chunks.py."""
-    return linear_cross_entropy(hidden, rows, weight, bias, labels, wanted, dtype, _in_chunks, sum_by_index)
+    return linear_cross_entropy(hidden, rows, weight, bias, labels, needs_grad, dtype, _in_chunks, sum_by_index)
 
 
 def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels import results
 from bertfast.kernels.gelu import gelu
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -58,14 +57,15 @@ def linear_gelu_forward_kernel(
 
 
 @operation
-def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """(y, x W^T), both [T, N]; x and weight are of one dtype, `approximate` is "none" or "tanh"."""
+def linear_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, approximate: str, *, out: tuple[Tensor, Tensor]
+) -> None:
+    """Write y and x W^T, both [T, N]."""
     x, weight = in_rows(x), in_rows(weight)
-    y, product = results.linear_gelu_forward(x, weight)
+    y, product = out
     tokens, columns = y.shape
     tiles = _TILES[x.element_size()]
     grid = (triton.cdiv(columns, tiles["COLUMNS"]), triton.cdiv(tokens, tiles["ROWS"]))
     linear_gelu_forward_kernel[grid](
         x, weight, bias, y, product, tokens, x.stride(0), weight.stride(0), approximate, x.shape[1], columns, **tiles
     )
-    return y, product

@@ -55,6 +55,7 @@ WITHIN = {
     ("products", "runtime"),
     ("precision", "products"),
     ("reference", "dropout"),
+    ("reference", "runtime"),
     ("reference", "sequences"),
     ("sequences", "kernels"),
     ("sequences", "runtime"),

@@ -148,10 +148,10 @@ def padded(batch: Batch) -> dict[str, torch.Tensor]:
     rows = [row for row, length in enumerate(batch.sequences.lengths) if length]
     labels = torch.full_like(batch.token_ids, IGNORED)
     labels[batch.masked_rows[: batch.masked]] = batch.labels[: batch.masked]
-    layout = Layout.of(batch.sequences)
+    layout = Layout.of(batch.sequences, batch.sequences.max_seqlen)
     inputs = {"input_ids": batch.token_ids, "token_type_ids": batch.token_type_ids, "labels": labels}
-    inputs = {name: layout.unpack(values, IGNORED if name == "labels" else 0)[rows] for name, values in inputs.items()}
-    inputs["attention_mask"] = layout.unpack(torch.ones_like(batch.token_ids))[rows]
+    inputs = {name: layout.pad(values, IGNORED if name == "labels" else 0)[rows] for name, values in inputs.items()}
+    inputs["attention_mask"] = layout.pad(torch.ones_like(batch.token_ids))[rows]
     pairs = batch.next_sentence_labels
     return inputs if pairs is None else inputs | {"next_sentence_label": pairs[rows]}
 

@@ -13,6 +13,7 @@ from bertfast import ops, products, reference
 from bertfast.encoder.linear import is_plain
 from bertfast.encoder.parts import LayerParts
 from bertfast.inputs import Packed
+from bertfast.runtime.torch_compat import autocast_dtype
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
 """The activations of feed-forward layers that run packed, by their names in a configuration."""
@@ -67,10 +68,7 @@ def layer(
 
 def gemm_dtype(hidden: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast multiplies activations like `hidden`; None where it leaves theirs."""
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
 
 
 def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Tensor:
@@ -109,7 +107,7 @@ def _project_at_once(linears: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
     # Whatever has to be copied to make one tensor of three, copy the smaller: the weights, or the results. In half
     # precision three GEMMs round differently from the single one that a compiler is given.
     copy_results = not compiling and hidden.dtype == torch.float32 and len(hidden) < columns
-    differentiable = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type) or compiling
+    differentiable = torch.is_grad_enabled() or autocast_dtype(hidden.device) is not None or compiling
     if not differentiable and not products.goes_to_onednn(hidden, linears[0].weight):  # oneDNN has no `out=`
         qkv = hidden.new_empty(len(hidden), 3 * rows)
         for linear, part in zip(linears, qkv.chunk(3, dim=1), strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
+from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
@@ -23,7 +23,7 @@ def add_layer_norm(
     gamma: Tensor,
     beta: Tensor,
     eps: float,
-    dropout: Dropout | None = None,
+    dropout: Dropout | float | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
     implementation: Implementation | None = None,
@@ -35,7 +35,7 @@ def add_layer_norm(
         residual: [T, H], of x's dtype or a wider one.
         bias, gamma, beta: [H].
         eps: Used in fp32 (1e-12 is 0 in fp16).
-        dropout: Applied to x + bias; None: no dropout.
+        dropout: Applied to x + bias. A probability draws a seed from torch's generator; None: no dropout.
         compute_dtype: The dtype in which the next GEMM reads the output, such as autocast's. If given, a copy in it
             is returned too, written by the same kernel; the gradients of output and copy are added in registers.
 
@@ -47,6 +47,7 @@ def add_layer_norm(
         TypeError: An argument has a dtype that is not supported.
         ValueError: Shapes or devices do not agree, or `implementation` cannot run these tensors.
     """
+    dropout = as_dropout("add_layer_norm", dropout, lambda: row_coordinates(x), x)
     check(
         "add_layer_norm",
         dropout,

@@ -13,42 +13,47 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
+from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops import attention_fallback
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
-from bertfast.sequences import Sequences
+from bertfast.sequences import Sequences, require
 
 HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 
 
 def attention(
     qkv: Tensor,
-    sequences: Sequences,
+    sequences: Sequences | Tensor | list[int] | tuple[int, ...],
     *,
     scale: float | None = None,
     causal: bool = False,
     window: int | None = None,
-    dropout: Dropout | None = None,
+    dropout: Dropout | float | None = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
     """dropout(softmax(Q K^T · scale)) V, each sequence to itself.
 
     Args:
         qkv: [T, 3, A, D], floating point: queries, keys and values.
-        sequences: which of the T places belong to which sequence.
-        scale: of the scores, 1 / sqrt(D) unless given.
-        causal: position i sees no position after it.
-        window: position i sees only positions at most this far away.
-        dropout: of the probabilities; fewer than 256 heads then.
-        implementation: force one; default is the fastest offered.
+        sequences: Which of the T slots belong to which sequence; or `cu_seqlens`, int [S + 1], as variable-length
+            attention takes it elsewhere; or a list of the lengths. The last two must cover all T slots. On a GPU a
+            tensor `cu_seqlens` lets the kernels prepare for one sequence of T tokens: `Sequences` has a bound.
+        scale: Of the scores, 1 / sqrt(D) unless given.
+        causal: Position i attends to no position after it.
+        window: Position i attends only to positions at most this far away.
+        dropout: Of the probabilities; fewer than 256 heads then. A probability draws a seed from torch's generator.
+        implementation: Force one; default is the fastest offered.
 
     Returns:
-        [T, A, D] in qkv's dtype; zero, like the gradient, at places that belong to no sequence.
+        [T, A, D] in qkv's dtype; zero, like the gradient, at slots that belong to no sequence.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option does not fit; the message names it.
     """
+    if not isinstance(sequences, Sequences):
+        sequences = _whole_sequences(sequences, qkv)
+    dropout = as_dropout("attention", dropout, lambda: (sequences.token_sequence_ids, sequences.position), qkv)
     check(
         "attention",
         dropout,
@@ -73,6 +78,25 @@ def attention(
     return run(
         Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, table, *options, seed, *mask
     )
+
+
+def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tensor) -> Sequences:
+    """Return the sequences of `cu_seqlens` or of lengths, which cover all tokens of qkv."""
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"attention: qkv must be a tensor, got {type(qkv).__name__}")
+    if isinstance(sequences, Tensor):
+        result = Sequences.from_cu_seqlens(sequences, capacity=len(qkv))
+    elif isinstance(sequences, (list, tuple)):
+        result = Sequences.from_lengths(sequences, capacity=len(qkv), device=qkv.device)
+    else:
+        raise TypeError(
+            "attention: sequences must be a bertfast.sequences.Sequences, an integer tensor cu_seqlens of shape "
+            f"[sequences + 1] or a list of lengths, got {type(sequences).__name__}"
+        )
+    end = result.cu_seqlens[-1]
+    rule = f"attention: the sequences must hold all {len(qkv)} tokens of qkv (give Sequences where some are padding)"
+    require(end == len(qkv), rule, lambda: end)
+    return result
 
 
 def _refusal(qkv: Tensor, scale: float) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bertfast import compiled, cuda_build
 from bertfast.dropout import Dropout
-from bertfast.runtime.torch_compat import is_transformed
+from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
 """Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
@@ -56,9 +56,21 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
 
 def run(function: type[torch.autograd.Function], *arguments):
     """function.apply(*arguments), or its forward alone where no gradient is asked for: a short sentence notices."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(arguments))
+    if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_Forgetful(), *arguments)
+
+
+def _distinct(arguments: tuple) -> list:
+    # torch.compile does not trace a Function of which two arguments are one tensor.
+    result: list = []
+    for argument in arguments:
+        if isinstance(argument, Tensor) and any(argument is other for other in result):
+            argument = argument.view_as(argument)
+        result.append(argument)
+    return result
 
 
 class _Forgetful:
@@ -141,9 +153,7 @@ def _too_old(capability: tuple[int, int]) -> str | None:
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that PyTorch would multiply these in: autocast's where that is on, else their own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return torch.promote_types(x.dtype, weight.dtype)
+    return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
 
 
 def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:
@@ -160,14 +170,12 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
         }
     sizes: dict[str, int] = {}
     device = None
-    # A compiler warns of a cache that it does not see.
-    parse = _words.__wrapped__ if torch.compiler.is_compiling() else _words
     for name, (tensor, dimensions, kind) in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        words = parse(dimensions)
+        words = _words(dimensions)
         if len(words) != tensor.dim() or any(
             (sizes.get(word, have) if isinstance(word, str) else word) != have
             for word, have in zip(words, tensor.shape, strict=True)
@@ -184,6 +192,13 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")
 
 
-@functools.cache
 def _words(dimensions: str) -> tuple[str | int, ...]:
+    # torch.compile warns of cached functions, and calls this only once anyway.
+    return _split(dimensions) if torch.compiler.is_compiling() else _cached_split(dimensions)
+
+
+def _split(dimensions: str) -> tuple[str | int, ...]:
     return tuple(int(word) if word.isdecimal() else word for word in dimensions.split())
+
+
+_cached_split = functools.cache(_split)

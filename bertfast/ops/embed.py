@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.dropout import Dropout, from_kernel_arguments, kernel_arguments
+from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
@@ -22,7 +22,7 @@ def embed(
     gamma: Tensor,
     beta: Tensor,
     eps: float,
-    dropout: Dropout | None = None,
+    dropout: Dropout | float | None = None,
     *,
     padding_index: int | None = None,
     implementation: Implementation | None = None,
@@ -35,6 +35,7 @@ def embed(
         word, position, token_type: [V, H], [positions, H], [types, H], floating point.
         gamma, beta: [H], of the LayerNorm.
         eps: of the LayerNorm, used in fp32.
+        dropout: Of the output. A probability draws a seed from torch's generator; None: no dropout.
         padding_index: the word whose embedding gets no gradient, as in `torch.nn.Embedding`.
 
     Returns:
@@ -44,6 +45,7 @@ def embed(
         IndexError: An index is outside of its table, on a CPU. On a GPU that is not checked: it would wait for the
             device.
     """
+    dropout = as_dropout("embed", dropout, lambda: row_coordinates(token_type_ids), token_type_ids)
     check(
         "embed",
         dropout,

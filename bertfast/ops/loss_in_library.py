@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bertfast import compiled, products
-from bertfast.kernels import results
 from bertfast.kernels.logits_in_chunks import (
     equal_chunk,
     linear_cross_entropy,
@@ -17,6 +16,7 @@ from bertfast.kernels.logits_in_chunks import (
     multiply_in_chunks,
     padded_columns,
 )
+from bertfast.kernels.operation import operation
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import HAS_TRITON
 
@@ -24,23 +24,13 @@ _CPU_BYTES = 40 << 20  # of a chunk of logits on a CPU: fewer rows make slower G
 
 
 def _define(implementation: str) -> None:
-    def linear_cross_entropy_forward(
-        hidden: Tensor,
-        rows: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        labels: Tensor,
-        wanted: Sequence[bool],
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def linear_cross_entropy_forward(hidden, rows, weight, bias, labels, needs_grad, dtype):
         if implementation == "cpu":
             check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
         in_chunks = partial(_in_chunks, implementation=implementation)
-        return linear_cross_entropy(hidden, rows, weight, bias, labels, wanted, dtype, in_chunks, _sum_by_index)
+        return linear_cross_entropy(hidden, rows, weight, bias, labels, needs_grad, dtype, in_chunks, _sum_by_index)
 
-    torch.library.custom_op(
-        f"bertfast::{implementation}_linear_cross_entropy_forward", linear_cross_entropy_forward, mutates_args=()
-    ).register_fake(results.linear_cross_entropy_forward)
+    operation(linear_cross_entropy_forward, implementation)
 
 
 if compiled.ABSENT is None:

@@ -1,4 +1,4 @@
-"""PyTorch's private interfaces, all in this module. Checked on torch 2.11, 2.13 and 2.14."""
+"""PyTorch's private interfaces, and what its versions and devices differ in. Checked on torch 2.11, 2.13 and 2.14."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ def is_traced() -> bool:
 def is_readable(x: Tensor) -> bool:
     """Return whether the host can read a tensor's values without waiting: a plain CPU tensor, not a traced one."""
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype where it is on; None where it is off, or unknown to the device, as to "meta"."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

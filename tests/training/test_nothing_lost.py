@@ -197,8 +197,8 @@ def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
     loss, calls = train_step.pretraining_loss, iter(range(1000))
 
-    def flipped(*arguments):
-        result = loss(*arguments)
+    def flipped(*arguments, **options):
+        result = loss(*arguments, **options)
         if next(calls) == 9:  # in the second computation of a step of four batches
             result.masked_lm.data += 1e-3
         return result

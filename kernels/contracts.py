@@ -1,0 +1,244 @@
+"""The contract of each operation: its schema, and the shapes, dtypes and devices of what it returns.
+
+One function per operation. Its parameters are the schema of `torch.ops.bertfast.<implementation>_<name>`; its body is
+the fake implementation, by which `torch.compile` and fake tensors know the results, and by which Triton's launchers
+allocate them. The operations of Triton and of the compiled library are all defined from these functions.
+
+Sizes are read by `shape`, which can be symbols, where `len` would make numbers of them. Parameters that several
+operations share:
+
+    seed, sequence_ids, positions    RNG coordinates of dropout, int64 [], int [T] and int [T] (`bertfast/dropout.py`);
+    counter_word, threshold          without a seed nothing is dropped
+    mean, rstd                       statistics of LayerNorm, fp32 [rows]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What all implementations of an operation have in common.
+
+    Attributes:
+        schema: In PyTorch's notation, from "(" on.
+        fake: Takes the operation's arguments and returns empty tensors like its results.
+    """
+
+    schema: str
+    fake: Callable
+
+
+CONTRACTS: dict[str, Contract] = {}
+"""All contracts by the name of their operation."""
+
+
+def contract(function: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Callable:
+    """Enter the decorated function as the contract of the operation of its name, which writes into `mutates`."""
+    if function is None:
+        return lambda function: contract(function, mutates=mutates)
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    CONTRACTS[function.__name__] = Contract(schema, function)
+    return function
+
+
+@contract
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+    copy_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [T, H] in residual's dtype, mean, rstd, and y in `copy_dtype`, empty without that."""
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    copy = residual.new_empty((0, 0) if copy_dtype is None else x.shape, dtype=copy_dtype)
+    return residual.new_empty(x.shape), statistics, torch.empty_like(statistics), copy
+
+
+@contract
+def add_layer_norm_backward(
+    d_y: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+    d_copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x, empty where it is d_residual; d_residual; fp32 [3, H] of d_gamma, d_beta and d_bias."""
+    shared = seed is None and x.dtype == residual.dtype
+    d_x = x.new_empty((0, 0) if shared else x.shape)
+    return d_x, residual.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
+
+
+@contract
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    sequence_ids: Tensor,
+    tile_table: Tensor | None,
+    max_seqlen_bound: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    seed: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """o [T, A, D] and the log-sum-exp of the scores, fp32 [A, T]; `sequence_ids` is int64 [S] here."""
+    tokens, _, heads, head_dimension = qkv.shape
+    return qkv.new_empty((tokens, heads, head_dimension)), qkv.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@contract
+def attention_backward(
+    d_o: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    sequence_ids: Tensor,
+    tile_table: Tensor | None,
+    max_seqlen_bound: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    seed: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> Tensor:
+    """d_qkv [T, 3, A, D]."""
+    return qkv.new_empty(qkv.shape)
+
+
+@contract
+def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """y [T, H] in x's dtype; `approximate` is "none" or "tanh"."""
+    return x.new_empty(x.shape)
+
+
+@contract
+def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """d_x [T, H] in x's dtype and d_bias, fp32 [H]."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
+@contract(mutates=("logits", "losses", "correct", "d_bias"))
+def cross_entropy(
+    logits: Tensor, bias: Tensor, labels: Tensor, losses: Tensor, correct: Tensor, d_bias: Tensor
+) -> None:
+    """The compiled library's part of `linear_cross_entropy_forward`: logits become their gradient in place."""
+
+
+@contract
+def embed_forward(
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    token_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T, H] in word's dtype, mean and rstd."""
+    (tokens,) = token_type_ids.shape
+    statistics = word.new_empty(tokens, dtype=torch.float32)
+    return word.new_empty((tokens, word.shape[1])), statistics, torch.empty_like(statistics)
+
+
+@contract
+def embed_backward(
+    d_y: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    token_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_index: int | None,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_word, of which the row `padding_index` is zero; d_position; d_token_type; fp32 [2, H] of d_gamma and d_beta."""
+    d_word, d_position, d_token_type = (table.new_empty(table.shape) for table in (word, position, token_type))
+    return d_word, d_position, d_token_type, word.new_empty((2, word.shape[1]), dtype=torch.float32)
+
+
+@contract
+def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The gradient [tokens, H] of x for each d_y [R, H] of y = x[rows]."""
+    return [d_y.new_empty((tokens, d_y.shape[1])) for d_y in d_ys]
+
+
+@contract
+def gelu_layer_norm_forward(
+    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [R, H] in gamma's dtype, mean and rstd."""
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return gamma.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@contract
+def gelu_layer_norm_backward(
+    d_y: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d_x [R, H] in x's dtype and fp32 [3, H] of d_gamma, d_beta and d_bias."""
+    return x.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
+
+
+@contract
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """y and x W^T, both [T, N]; x and weight are of one dtype."""
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, torch.empty_like(y)
+
+
+@contract
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    needs_grad: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss fp32 [], correct and counted int64 [], and the gradients of hidden, weight and bias, empty if not needed."""
+    loss, correct = hidden.new_empty((), dtype=torch.float32), labels.new_empty((), dtype=torch.int64)
+    d_hidden, d_weight, d_bias = (
+        x.new_empty(x.shape if needed else 0) for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
+    )
+    return loss, correct, torch.empty_like(correct), d_hidden, d_weight, d_bias
