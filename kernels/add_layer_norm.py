@@ -7,7 +7,6 @@ hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
@@ -132,21 +131,9 @@ def add_layer_norm_backward_kernel(
 
 @operation
 def add_layer_norm_forward(
-    x: Tensor,
-    residual: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    seed: Tensor | None,
-    sequence_ids: Tensor | None,
-    positions: Tensor | None,
-    counter_word: int,
-    threshold: int,
-    copy_dtype: torch.dtype | None = None,
-    *,
-    out: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
+    x, residual, bias, gamma, beta, eps, seed, sequence_ids, positions, counter_word, threshold, copy_dtype=None, *,
+    out,
+):  # fmt: skip
     """Write y [T, H], mean and 1 / deviation of z, fp32 [T], and y in `copy_dtype` if that is given."""
     x, residual = in_rows(x), in_rows(residual)
     y, mean, rstd, copy = out
@@ -161,22 +148,9 @@ def add_layer_norm_forward(
 
 @operation
 def add_layer_norm_backward(
-    d_y: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    sequence_ids: Tensor | None,
-    positions: Tensor | None,
-    counter_word: int,
-    threshold: int,
-    d_copy: Tensor | None = None,
-    *,
-    out: tuple[Tensor, Tensor, Tensor],
-) -> None:
+    d_y, x, residual, bias, gamma, mean, rstd, seed, sequence_ids, positions, counter_word, threshold, d_copy=None,
+    *, out,
+):  # fmt: skip
     """Write d_x unless it is d_residual, d_residual, and fp32 [3, H] of d_gamma, d_beta and d_bias.
 
     `d_copy` [T, H] is added to `d_y` in registers. Where the copy alone has a gradient, that is `d_y`.

@@ -206,20 +206,9 @@ def attention_forward_kernel(
 
 @operation
 def attention_forward(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    sequence_ids: Tensor,
-    tile_table: Tensor,
-    max_seqlen_bound: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    seed: Tensor | None,
-    counter_word: int,
-    threshold: int,
-    *,
-    out: tuple[Tensor, Tensor],
-) -> None:
+    qkv, cu_seqlens, sequence_ids, tile_table, max_seqlen_bound, scale, causal, window, seed, counter_word,
+    threshold, *, out,
+):  # fmt: skip
     """Write o [T, A, D] and the log-sum-exp of the scores in base 2, fp32 [A, T].
 
     No sequence is longer than `max_seqlen_bound`, by which the block shapes are chosen. `tile_table` is that of

@@ -9,7 +9,6 @@ over queries and one over keys. There are no atomic operations. T, S, A and D as
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bertfast.kernels.attention import (
     LOG2_E,
@@ -302,23 +301,9 @@ def attention_backward_short_kernel(
 
 @operation
 def attention_backward(
-    d_o: Tensor,
-    qkv: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    sequence_ids: Tensor,
-    tile_table: Tensor,
-    max_seqlen_bound: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    seed: Tensor | None,
-    counter_word: int,
-    threshold: int,
-    *,
-    out: Tensor,
-) -> None:
+    d_o, qkv, o, lse, cu_seqlens, sequence_ids, tile_table, max_seqlen_bound, scale, causal, window, seed,
+    counter_word, threshold, *, out,
+):  # fmt: skip
     """Write d_qkv [T, 3, A, D]; arguments as in `attention_forward`."""
     d_qkv = out
     qkv, d_o = dense_tokens(qkv), d_o.contiguous()

@@ -80,7 +80,7 @@ def _load_bias(bias_ptr, column, H: tl.constexpr):
 
 
 @operation
-def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str, *, out: Tensor) -> None:
+def bias_gelu_forward(x, bias, approximate, *, out):
     """Write y [T, H]."""
     x, y = in_rows(x), out
     tokens, columns = x.shape
@@ -90,7 +90,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str, *, out: Tensor)
 
 
 @operation
-def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str, *, out: tuple[Tensor, Tensor]) -> None:
+def bias_gelu_backward(d_y, x, bias, approximate, *, out):
     """Write d_x [T, H] and d_bias, fp32 [H]."""
     d_y, x = in_rows(d_y), in_rows(x)
     d_x, d_bias = out

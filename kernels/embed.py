@@ -8,7 +8,6 @@ other tables, with one sort for all of them. T tokens, H hidden; H, CHUNK and RO
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
@@ -152,23 +151,9 @@ def _gather(table_ptr, ids_ptr, row, rows, stride, H: tl.constexpr, CHUNK: tl.co
 
 @operation
 def embed_forward(
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    token_ids: Tensor | None,
-    token_type_ids: Tensor,
-    position_ids: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    seed: Tensor | None,
-    sequence_ids: Tensor | None,
-    positions: Tensor | None,
-    counter_word: int,
-    threshold: int,
-    *,
-    out: tuple[Tensor, Tensor, Tensor],
-) -> None:
+    word, position, token_type, token_ids, token_type_ids, position_ids, gamma, beta, eps, seed, sequence_ids,
+    positions, counter_word, threshold, *, out,
+):  # fmt: skip
     """Write y [T, H], and the mean and 1 / deviation of z, fp32 [T]."""
     y, mean, rstd = out
     tables = tuple(in_rows(table) for table in (word, token_type, position))
@@ -182,23 +167,9 @@ def embed_forward(
 
 @operation
 def embed_backward(
-    d_y: Tensor,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    token_ids: Tensor | None,
-    token_type_ids: Tensor,
-    position_ids: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_index: int | None,
-    seed: Tensor | None,
-    sequence_ids: Tensor | None,
-    positions: Tensor | None,
-    counter_word: int,
-    threshold: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_y, word, position, token_type, token_ids, token_type_ids, position_ids, gamma, mean, rstd, padding_index,
+    seed, sequence_ids, positions, counter_word, threshold,
+):  # fmt: skip
     """(d_word, d_position, d_token_type, fp32 [2, H] of d_gamma and d_beta); the row `padding_index` is zero."""
     d_y = in_rows(d_y)
     tables = tuple(in_rows(table) for table in (word, token_type, position))

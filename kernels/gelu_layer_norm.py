@@ -7,7 +7,6 @@ them.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
@@ -114,9 +113,7 @@ def _gelu_derivative(u):
 
 
 @operation
-def gelu_layer_norm_forward(
-    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, out: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def gelu_layer_norm_forward(x, bias, gamma, beta, eps, *, out):
     """Write y [R, H], and the mean and 1 / deviation of z, fp32 [R]."""
     x = in_rows(x)
     y, mean, rstd = out
@@ -128,16 +125,7 @@ def gelu_layer_norm_forward(
 
 
 @operation
-def gelu_layer_norm_backward(
-    d_y: Tensor,
-    x: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    out: tuple[Tensor, Tensor],
-) -> None:
+def gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd, *, out):
     """Write d_x [R, H] and fp32 [3, H] of d_gamma, d_beta and d_bias."""
     d_y, x = in_rows(d_y), in_rows(x)
     d_x, d_parameters = out

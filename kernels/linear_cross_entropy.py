@@ -124,15 +124,7 @@ def cross_entropy_gradient_kernel(
 
 
 @operation
-def linear_cross_entropy_forward(
-    hidden: Tensor,
-    rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    needs_grad: Sequence[bool],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def linear_cross_entropy_forward(hidden, rows, weight, bias, labels, needs_grad, dtype):
     """See `linear_cross_entropy` of logits_in_chunks.py."""
     return linear_cross_entropy(hidden, rows, weight, bias, labels, needs_grad, dtype, _in_chunks, sum_by_index)
 

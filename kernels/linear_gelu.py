@@ -5,7 +5,6 @@ For that the bare product is stored too, since a GELU cannot be undone. T tokens
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bertfast.kernels.gelu import gelu
 from bertfast.kernels.jit import kernel
@@ -57,9 +56,7 @@ def linear_gelu_forward_kernel(
 
 
 @operation
-def linear_gelu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, approximate: str, *, out: tuple[Tensor, Tensor]
-) -> None:
+def linear_gelu_forward(x, weight, bias, approximate, *, out):
     """Write y and x W^T, both [T, N]."""
     x, weight = in_rows(x), in_rows(weight)
     y, product = out

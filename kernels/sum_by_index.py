@@ -168,7 +168,7 @@ def sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -
 
 
 @operation
-def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[Tensor]:
+def gather_backward(rows, d_ys, tokens):
     """Return the gradient [tokens, H] of x for each d_y [R, H] of y = x[rows], with one sort for all."""
     groups = group_by_index([rows], [tokens])
     return [sum_groups(d_y.contiguous(), groups, [(tokens, d_y.dtype)])[0] for d_y in d_ys]
