@@ -112,8 +112,8 @@ test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)
-	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast.ops bertfast.models bertfast.patching \
-	  bertfast.transformers bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout
+	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast.ops bertfast.models bertfast.models.patch \
+	  bertfast.models.bert bertfast.architectures bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout
 
 lint: $(READY)
 	$(BIN)/ruff check .

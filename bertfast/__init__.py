@@ -6,8 +6,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bertfast.config import BertConfig
-    from bertfast.models import (
+    from bertfast.data.collator import PaddingFreeCollator
+    from bertfast.models.auto import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForNextSentencePrediction,
+        AutoModelForPreTraining,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+    from bertfast.models.bert import (
+        BertConfig,
         BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
@@ -17,12 +29,24 @@ if TYPE_CHECKING:
         BertForTokenClassification,
         BertLMHeadModel,
         BertModel,
+        BertPreTrainedModel,
+        BertTokenizer,
     )
-    from bertfast.patching import patch, unpatch
+    from bertfast.models.patch import patch, report, unpatch
+    from bertfast.models.presets import preset_config
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForPreTraining",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "BertConfig",
     "BertForMaskedLM",
     "BertForMultipleChoice",
@@ -33,15 +57,27 @@ __all__ = [
     "BertForTokenClassification",
     "BertLMHeadModel",
     "BertModel",
+    "BertPreTrainedModel",
+    "BertTokenizer",
+    "PaddingFreeCollator",
     "patch",
+    "preset_config",
+    "report",
     "unpatch",
 ]
 
-_HOMES = {"BertConfig": "config", "patch": "patching", "unpatch": "patching"}
+_MODULES = {
+    "PaddingFreeCollator": "data.collator",
+    "patch": "models.patch",
+    "preset_config": "models.presets",
+    "report": "models.patch",
+    "unpatch": "models.patch",
+}
 
 
 def __getattr__(name: str):
-    # Worker processes that only read text, and `--help`, need not wait for torch.
+    # Programs that need no model, `--help` among them, wait neither for torch nor for transformers.
     if name not in __all__:
         raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bertfast.{_HOMES.get(name, 'models')}"), name)
+    module = _MODULES.get(name, "models.auto" if name.startswith("Auto") else "models.bert")
+    return getattr(importlib.import_module(f"bertfast.{module}"), name)

@@ -84,6 +84,12 @@ class Layout:
         padded = values.new_full((size + self.has_padding_slots, *values.shape[1:]), fill)
         return padded.index_copy(0, self.indices, values)[:size].unflatten(0, self.shape)
 
+    def slots(self) -> Tensor:
+        """int64 [rows · columns]: the slot of each element of the flattened rows and columns, -1 at padding."""
+        size = self.shape[0] * self.shape[1]
+        slots = self.indices.new_full((size + self.has_padding_slots,), -1)
+        return slots.index_copy(0, self.indices, torch.arange(len(self.indices), device=slots.device))[:size]
+
 
 def unpad(
     input_ids: Tensor | None,
@@ -178,19 +184,19 @@ def _from_mask(
         )
     attended = mask != 0
     lengths, starts_masked = attended.sum(1), ~attended[:, 0]
-    if torch.compiler.is_compiling():  # sizes must not depend on values
-        slots, has_query_only, has_padding_slots = size, pooled, True
+    if torch.compiler.is_compiling():  # one graph for any number of tokens, with or without query-only tokens
+        indices, has_query_only, has_padding_slots = attended.flatten().nonzero().squeeze(1), pooled, pooled
     else:
         tokens, any_masked = torch.stack([lengths.sum(), starts_masked.any()]).tolist()  # waits for the device, once
         has_query_only = pooled and bool(any_masked)
         slots = min(bucket(tokens), size) if bucketed else tokens
         has_padding_slots = has_query_only or slots > tokens
-    # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
-    slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)
-    indices = torch.full((slots + 1,), size, device=device)
-    indices = indices.scatter(0, slot, torch.arange(size, device=device))[:slots]
-    if has_padding_slots:
-        indices = torch.where(torch.arange(slots, device=device) < lengths.sum(), indices, size)
+        # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
+        slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)
+        indices = torch.full((slots + 1,), size, device=device)
+        indices = indices.scatter(0, slot, torch.arange(size, device=device))[:slots]
+        if has_padding_slots:
+            indices = torch.where(torch.arange(slots, device=device) < lengths.sum(), indices, size)
     if has_query_only:
         indices = torch.cat([indices, torch.where(starts_masked, ids * columns, size)])
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()

@@ -30,7 +30,8 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
 
     def forward(self, packed: Packed) -> Tensor:
-        return encoder.embed(self, packed, self.config)
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        return encoder.embed(encoder.EmbeddingParts(*tables, self.LayerNorm, self.config.hidden_dropout_prob), packed)
 
 
 class BertSelfAttention(nn.Module):
@@ -88,7 +89,28 @@ class BertLayer(nn.Module):
         copy: Tensor | None = None,
         return_copy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return encoder.layer(self, self.config, hidden, packed, index, rows, copy, return_copy)
+        return encoder.layer(self.parts(), hidden, packed, index, rows, copy, return_copy)
+
+    def parts(self) -> encoder.LayerParts:
+        """Return the layer's modules and options."""
+        config, attention = self.config, self.attention
+        return encoder.LayerParts(
+            query=attention.self.query,
+            key=attention.self.key,
+            value=attention.self.value,
+            attention_dense=attention.output.dense,
+            attention_norm=attention.output.LayerNorm,
+            intermediate_dense=self.intermediate.dense,
+            output_dense=self.output.dense,
+            output_norm=self.output.LayerNorm,
+            activation=config.hidden_act,
+            heads=config.num_attention_heads,
+            scale=None,
+            causal=config.is_decoder,
+            attention_dropout=config.attention_probs_dropout_prob,
+            attention_output_dropout=config.hidden_dropout_prob,
+            output_dropout=config.hidden_dropout_prob,
+        )
 
 
 class BertEncoder(nn.Module):
@@ -107,7 +129,7 @@ class BertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, first: Tensor) -> Tensor:
-        return encoder.pool(self, first)
+        return encoder.pool(self, first[:, 0])
 
 
 class BiLSTM(nn.Module):
@@ -134,7 +156,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return encoder.transform(self, hidden, self.config.hidden_act)
+        return encoder.transform(self.dense, self.LayerNorm, hidden, self.config.hidden_act)
 
 
 class BertLMPredictionHead(nn.Module):

@@ -13,9 +13,10 @@ _LIBRARY = torch.library.Library("bertfast", "FRAGMENT")
 def define(implementation: str, name: str) -> str:
     """Define `torch.ops.bertfast.<implementation>_<name>` by its contract, without a kernel; return its name there."""
     own = f"{implementation}_{name}"
-    # The compiled library takes integers that are known; only Triton's launchers can be given symbols.
     schema = CONTRACTS[name].schema
-    _LIBRARY.define(own + (schema if implementation == "triton" else schema.replace("SymInt", "int")))
+    if implementation != "triton" and torch.__version__ < "2.13":  # symbols through the stable ABI: checked on 2.13
+        schema = schema.replace("SymInt", "int")
+    _LIBRARY.define(own + schema)
     torch.library.register_fake(f"bertfast::{own}", CONTRACTS[name].fake, lib=_LIBRARY)
     return own
 

@@ -30,10 +30,9 @@ FLOORS = {
     "encoder": 2,
     "modules": 2,
     "tensor_bundle": 0,
+    "architectures": 3,
     "checkpoint": 3,
     "models": 3,
-    "patching": 3,
-    "transformers": 3,
     "tasks": 4,
     "training": 4,
     "original": 4,
@@ -63,8 +62,8 @@ WITHIN = {
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),
+    ("models", "architectures"),
     ("models", "checkpoint"),
-    ("transformers", "patching"),
     ("training", "tasks"),
     ("reproduce", "cli"),
     ("verify", "beside"),
@@ -73,7 +72,9 @@ WITHIN = {
 
 
 # What has to do with models of `transformers`; all else does without it.
-FOR_TRANSFORMERS = {f"bertfast.{name}" for name in ("patching", "transformers", "export", "beside")}
+OWN = ("auto", "bert", "eligibility", "fused", "patch", "presets", "registry")
+FOR_TRANSFORMERS = {"bertfast.export", "bertfast.beside", *(f"bertfast.models.{name}" for name in OWN)}
+FOR_TRANSFORMERS |= {f"bertfast.architectures{name}" for name in ("", ".architecture", ".bert")}
 
 
 def module_name(path: Path) -> str:

@@ -22,12 +22,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bertfast import BertConfig, BertForPreTraining
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.inputs import Layout
+from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.reference import IGNORED
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule

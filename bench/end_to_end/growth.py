@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-import bertfast
+import bertfast.models
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import DEVICE, ON_GPU, RESULTS, seconds_of, side_by_side, stopwatch, write_result
@@ -94,9 +94,9 @@ def point(who: str, sequences: int, length: int, preset: str) -> dict:
     torch.manual_seed(0)
     options = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
     options |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = bertfast.BertConfig.preset(preset, **options)
+    config = bertfast.models.BertConfig.preset(preset, **options)
     if who == "ours":
-        model = bertfast.BertModel(config)
+        model = bertfast.models.BertModel(config)
     else:
         import transformers
 

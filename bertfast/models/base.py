@@ -49,6 +49,11 @@ class BertPreTrainedModel(nn.Module):
             predictions.decoder.weight = self.get_input_embeddings().weight
             predictions.bias = predictions.decoder.bias
 
+    @property
+    def base_model(self) -> BertModel:
+        """The encoder."""
+        return getattr(self, "bert", self)
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The word embeddings."""
         return getattr(self, "bert", self).embeddings.word_embeddings
@@ -143,7 +148,7 @@ class BertPreTrainedModel(nn.Module):
     ) -> tuple[Tensor, dict]:
         """What the pooler says of every sequence [S, H]; the last layer then runs on [CLS] alone."""
         first, records = self._encode(packed, layout, record, packed.first)
-        return self.bert.pooler(first), records
+        return self.bert.pooler(first[:, None]), records
 
     def _classify(self, x: Tensor, identity) -> Tensor:
         """dropout and the task's linear layer: [R, H] -> [R, labels]."""
@@ -165,6 +170,10 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self._initialise()
 
+    def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
+        """Return the modules that `bertfast.encoder.encode` calls."""
+        return self.embeddings, self.encoder.layer
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -183,7 +192,7 @@ class BertModel(BertPreTrainedModel):
         hidden, records = self._encode(packed, layout, (output_attentions, output_hidden_states))
         outputs = BaseModelOutput(
             last_hidden_state=layout.pad(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first]),
+            pooler_output=None if self.pooler is None else self.pooler(hidden[packed.first][:, None]),
             **records,
         )
         return self._returned(outputs, return_dict)
@@ -205,8 +214,9 @@ def _attention_record(module: nn.Module, hidden: Tensor, packed: Packed, layout:
     if layout.indices is None:
         raise ValueError("output_attentions wants padded input: packed sequences have no common [length, length]")
     sequences = packed.sequences
-    qkv = encoder.project(module.attention.self, module.config, hidden)
-    arguments = encoder.attention_arguments(module.config, packed, index)
+    parts = module.parts()
+    qkv = encoder.project(parts, hidden)
+    arguments = encoder.attention_arguments(parts, qkv.shape[3], packed, index)
     probabilities, _ = reference.attention_probabilities(qkv, sequences, **arguments)  # [B, A, L, L], by position
     # The position in its sequence, from 1, of each of the caller's columns [B, L]; 0 where there is no token.
     order = layout.pad(torch.where(sequences.is_token, sequences.position + 1, 0))

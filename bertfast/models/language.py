@@ -86,7 +86,7 @@ class BertForPreTraining(_LanguageModel):
         labels = None if labels is None or next_sentence_label is None else layout.unpad(labels, "labels", fill=IGNORED)
         record = (output_attentions, output_hidden_states)
         total, counted, logits, first, records = self._predict(packed, layout, labels, record, first=True)
-        next_sentence = self.cls.seq_relationship(self.bert.pooler(first))
+        next_sentence = self.cls.seq_relationship(self.bert.pooler(first[:, None]))
         loss = None
         if labels is not None:
             loss = mean(total, counted, {}) + cross_entropy(next_sentence, next_sentence_label, {})

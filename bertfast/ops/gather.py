@@ -31,8 +31,10 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
 class Gather(torch.autograd.Function):
     """tensors -> their `rows`."""
 
+    # Without a gradient, torch.compile drops the context where the arguments are one more than the parameters.
     @staticmethod
-    def forward(ctx, implementation, rows, *tensors):
+    def forward(ctx, implementation, rows, first, *others):
+        tensors = (first, *others)
         ctx.implementation, ctx.tokens = implementation, tensors[0].shape[0]
         ctx.save_for_backward(rows)
         return tuple(x.index_select(0, rows) for x in tensors)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from parity import SIZES
 
-import bertfast
+import bertfast.models
 from bertfast.cli import main
 from bertfast.modules import BertPooler
 
@@ -14,7 +14,9 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvw
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    bertfast.BertForSequenceClassification(bertfast.BertConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    bertfast.models.BertForSequenceClassification(bertfast.models.BertConfig(**SIZES)).save_pretrained(
+        tmp_path / "model"
+    )
     (tmp_path / "model" / "vocab.txt").write_text("\n".join(WORDS))
     (tmp_path / "texts.txt").write_text("a b c d e\n\nf\ng h i j k l m n o p q r s t u v w\nx y\n")
     return tmp_path

@@ -7,6 +7,7 @@ import torch
 from parity import CASES, SIZES, transformers
 
 import bertfast
+import bertfast.models
 from bertfast.cli import main
 
 KINDS = [case for case in CASES if case.name in ("model", "masked_lm", "sequence", "choice", "question", "pretraining")]
@@ -14,8 +15,8 @@ KINDS = [case for case in CASES if case.name in ("model", "masked_lm", "sequence
 
 def saved(folder, case, **extra):
     torch.manual_seed(0)
-    config = bertfast.BertConfig(**SIZES | case.changes, extra=extra)
-    model = getattr(bertfast, case.class_name)(config, **case.arguments)
+    config = bertfast.models.BertConfig(**SIZES | case.changes, extra=extra)
+    model = getattr(bertfast.models, case.class_name)(config, **case.arguments)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     return model.eval()

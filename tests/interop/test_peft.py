@@ -5,6 +5,7 @@ import torch
 from parity import SIZES, transformers
 
 import bertfast
+from bertfast.models.eligibility import whole_unsupported_reason
 
 peft = pytest.importorskip("peft", reason="the extra `test-peft`")
 
@@ -59,4 +60,4 @@ def test_merged_adapters_are_fused_again():
     want = adapted(ids).last_hidden_state
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).last_hidden_state, want, rtol=1e-4, atol=1e-5)
-    assert bertfast.patching._why_not_whole(merged) is None
+    assert whole_unsupported_reason(merged) is None

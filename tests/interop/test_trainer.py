@@ -1,4 +1,4 @@
-"""`bertfast.transformers` under transformers' Trainer, pipelines and accelerate."""
+"""The fused classes under transformers' Trainer, pipelines and accelerate."""
 
 import copy
 
@@ -7,7 +7,6 @@ import torch
 from parity import SIZES, transformers
 
 import bertfast
-from bertfast import transformers as ours
 
 pytest.importorskip("accelerate", reason="Trainer wants it: the extra `test-trainer`")
 
@@ -76,7 +75,7 @@ def model_of(name: str, **changes):
     torch.manual_seed(0)
     nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     changes = {"num_labels": 2 if name != "BertForTokenClassification" else 3} | changes
-    return getattr(ours, name)(transformers.BertConfig(**SIZES | nothing | changes))
+    return getattr(bertfast, name)(transformers.BertConfig(**SIZES | nothing | changes))
 
 
 def train(model, rows, collator, folder, *, accumulation=1, steps=1, batch=None):
@@ -128,7 +127,7 @@ def test_a_step_is_the_same_however_it_is_accumulated(name, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_batches_without_padding_give_the_same_step(name, accumulation, tmp_path):
     rows, steps = samples(HEADS[name]), []
-    for collator in (padded, ours.PaddingFreeCollator()):
+    for collator in (padded, bertfast.PaddingFreeCollator()):
         model = model_of(name)
         before = copy.deepcopy(model.state_dict())
         train(model, rows, collator, tmp_path, accumulation=accumulation)
@@ -138,18 +137,34 @@ def test_batches_without_padding_give_the_same_step(name, accumulation, tmp_path
 
 
 def test_a_batch_without_padding():
-    batch = ours.PaddingFreeCollator()([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
+    batch = bertfast.PaddingFreeCollator()([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
     assert batch["labels"].tolist() == [1, 0]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4]
     assert (batch["cu_seq_lens_q"].dtype, batch["max_length_q"]) == (torch.int32, 3)
-    tags = ours.PaddingFreeCollator()([{"input_ids": [5, 6], "labels": [1, -100]}, {"input_ids": [8], "labels": [2]}])
+    tags = bertfast.PaddingFreeCollator()(
+        [{"input_ids": [5, 6], "labels": [1, -100]}, {"input_ids": [8], "labels": [2]}]
+    )
     assert tags["labels"].tolist() == [[1, -100, 2]]
     many = [{"input_ids": [5, 6], "labels": [1.0, 0.0]}, {"input_ids": [8, 9], "labels": [0.0, 1.0]}]
-    assert ours.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
-    with pytest.raises(ValueError, match="takes padded batches"):
-        ours.PaddingFreeCollator()([{"input_ids": [5], "start_positions": 0, "end_positions": 0}])
+    assert bertfast.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(TypeError):
+        bertfast.PaddingFreeCollator(None, False)
+    with pytest.raises(ValueError, match="needs padded batches"):
+        bertfast.PaddingFreeCollator()([{"input_ids": [5], "start_positions": 0, "end_positions": 0}])
+
+
+def test_a_batch_without_padding_leaves_out_what_a_mask_does():
+    padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "labels": [-100, 1, 2]}
+    batch = bertfast.PaddingFreeCollator("a tokenizer")(
+        [padded, {"input_ids": [8], "attention_mask": [1], "labels": [3]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 8]]
+    assert batch["labels"].tolist() == [[1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[1, 2, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 3]
+    assert "attention_mask" not in batch
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "BertForMultipleChoice"])
@@ -167,28 +182,15 @@ def test_losses_are_those_of_an_unpatched_model(name, tmp_path):
 def test_training_lowers_the_loss_and_what_is_saved_is_opened_by_transformers(tmp_path):
     rows = [{"input_ids": [3 + row % 2] * 4, "labels": row % 2} for row in range(ROWS)]
     model = model_of("BertForSequenceClassification")
-    losses = train(model, rows, ours.PaddingFreeCollator(), tmp_path, steps=30)
+    losses = train(model, rows, bertfast.PaddingFreeCollator(), tmp_path, steps=30)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "saved")
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
-    again = ours.BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    again = bertfast.BertForSequenceClassification.from_pretrained(tmp_path / "saved")
     values = padded(rows[:3])
     values.pop("labels")
     for other in (opened, again):
         torch.testing.assert_close(other(**values).logits, model.eval()(**values).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_the_nine_classes_are_patched_and_of_their_kind(tmp_path):
-    for name in ours.__all__:
-        if not name.startswith("Bert"):
-            continue
-        model = getattr(ours, name)(transformers.BertConfig(**SIZES, is_decoder=name == "BertLMHeadModel"))
-        assert isinstance(model, getattr(transformers, name))
-        with pytest.raises(ValueError, match="patched already"):
-            bertfast.patch(model)
-        model.save_pretrained(tmp_path / name)
-        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
-        assert config.architectures == [name]
 
 
 def test_pipelines_fill_masks(tmp_path):

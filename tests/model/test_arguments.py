@@ -7,7 +7,7 @@ import torch
 from parity import CASES, SIZES, inputs, models
 from torch import nn
 
-import bertfast
+import bertfast.models
 from bertfast import encoder
 
 BY_NAME = {case.name: case for case in CASES}
@@ -23,7 +23,7 @@ def model():
 def test_initialisation_is_the_papers(case):
     torch.manual_seed(0)
     sizes = SIZES | case.changes | {"hidden_size": 64, "initializer_range": 0.05}
-    model = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)
+    model = getattr(bertfast.models, case.class_name)(bertfast.models.BertConfig(**sizes), **case.arguments)
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all(), name

@@ -8,7 +8,7 @@ import torch
 from parity import CASES, SIZES, inputs, models, transformers
 from safetensors.torch import load_file, save_file
 
-import bertfast
+import bertfast.models
 
 BY_NAME = {case.name: case for case in CASES}
 MASKED_LM = BY_NAME["masked_lm"]
@@ -67,10 +67,10 @@ def test_theirs_opens_here(case, tmp_path, caplog):
     caplog.clear()
     if case.name == "no_pooler":
         with caplog.at_level(logging.WARNING):
-            ours = bertfast.BertModel.from_pretrained(tmp_path)
+            ours = bertfast.models.BertModel.from_pretrained(tmp_path)
         assert "has no pooler.dense.weight, pooler.dense.bias: newly initialised" in caplog.text
         return
-    ours = getattr(bertfast, case.class_name).from_pretrained(tmp_path)
+    ours = getattr(bertfast.models, case.class_name).from_pretrained(tmp_path)
     assert not caplog.text
     assert not ours.training
     assert_same_numbers(ours, theirs, case)
@@ -88,13 +88,13 @@ def test_shards_are_read(suffix, folder, caplog):
         where |= dict.fromkeys(part, shard)
         (save_file if suffix == "safetensors" else torch.save)({name: weights[name] for name in part}, folder / shard)
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
-    ours = bertfast.BertForMaskedLM.from_pretrained(folder)
+    ours = bertfast.models.BertForMaskedLM.from_pretrained(folder)
     assert not caplog.text
     for name, x in weights.items():
         assert torch.equal(ours.state_dict()[name], x)
     (folder / f"{stem}-00002-of-00002.{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=rf"lacks {stem}-00002-of-00002.{suffix}"):
-        bertfast.BertForMaskedLM.from_pretrained(folder)
+        bertfast.models.BertForMaskedLM.from_pretrained(folder)
 
 
 def test_old_files_are_read(folder, caplog):
@@ -107,7 +107,7 @@ def test_old_files_are_read(folder, caplog):
     assert any("gamma" in name for name in old)
     old["bert.embeddings.position_ids"] = torch.arange(16)[None]
     torch.save(old, folder / "pytorch_model.bin")
-    ours = bertfast.BertForMaskedLM.from_pretrained(folder)
+    ours = bertfast.models.BertForMaskedLM.from_pretrained(folder)
     assert not caplog.text
     assert_same_numbers(ours, models(MASKED_LM)[1], MASKED_LM)
 
@@ -116,11 +116,11 @@ def test_a_pickle_that_holds_more_than_tensors_is_not_run(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"run": print}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds other things than weights"):
-        bertfast.BertForMaskedLM.from_pretrained(folder)
+        bertfast.models.BertForMaskedLM.from_pretrained(folder)
 
 
 def test_missing_and_extra_heads_are_named(folder, caplog):
-    model = bertfast.BertForSequenceClassification.from_pretrained(folder)
+    model = bertfast.models.BertForSequenceClassification.from_pretrained(folder)
     missing, extra = (record.getMessage() for record in caplog.records)
     assert "has no bert.pooler.dense.weight, bert.pooler.dense.bias, classifier.weight, classifier.bias" in missing
     assert "also holds cls.predictions.bias" in extra
@@ -132,12 +132,12 @@ def test_missing_and_extra_heads_are_named(folder, caplog):
 def test_a_bare_encoder_opens_under_a_head_and_the_other_way_round(tmp_path, caplog):
     encoder, _ = models(BY_NAME["no_pooler"])
     encoder.save_pretrained(tmp_path)
-    model = bertfast.BertForTokenClassification.from_pretrained(tmp_path)
+    model = bertfast.models.BertForTokenClassification.from_pretrained(tmp_path)
     assert [record.getMessage().split(" has no ")[1] for record in caplog.records] == [
         "classifier.weight, classifier.bias: newly initialised"
     ]
     model.save_pretrained(tmp_path)
-    again = bertfast.BertModel.from_pretrained(tmp_path)
+    again = bertfast.models.BertModel.from_pretrained(tmp_path)
     for name, x in encoder.state_dict().items():
         assert torch.equal(again.state_dict()[name], x)
 
@@ -146,25 +146,25 @@ def test_a_bare_encoder_opens_under_a_head_and_the_other_way_round(tmp_path, cap
 def test_another_size_is_refused_by_name(folder, key):
     rewrite(folder, lambda weights: weights | {key: weights[key][:-1].contiguous()})
     with pytest.raises(ValueError, match=f"is of another size: its {key} is"):
-        bertfast.BertForMaskedLM.from_pretrained(folder)
+        bertfast.models.BertForMaskedLM.from_pretrained(folder)
 
 
 def test_a_layer_that_the_config_does_not_have_is_named(folder, caplog):
-    bertfast.BertForMaskedLM.from_pretrained(folder, num_hidden_layers=1)
+    bertfast.models.BertForMaskedLM.from_pretrained(folder, num_hidden_layers=1)
     assert "also holds bert.encoder.layer.1." in caplog.text
 
 
 def test_what_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        bertfast.BertModel.from_pretrained(tmp_path / "nothing")
+        bertfast.models.BertModel.from_pretrained(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
-        bertfast.BertModel.from_pretrained(tmp_path)
-    bertfast.BertConfig(**SIZES).save_pretrained(tmp_path)
+        bertfast.models.BertModel.from_pretrained(tmp_path)
+    bertfast.models.BertConfig(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no weights: neither model.safetensors nor pytorch_model.bin"):
-        bertfast.BertModel.from_pretrained(tmp_path)
+        bertfast.models.BertModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"model.safetensors is damaged or holds other things"):
-        bertfast.BertModel.from_pretrained(tmp_path)
+        bertfast.models.BertModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -179,7 +179,7 @@ def test_ties_survive_moving_saving_and_loading(tied, tmp_path):
     assert is_tied(model) == tied
     model.save_pretrained(tmp_path)
     assert ("cls.predictions.decoder.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
-    again = bertfast.BertForPreTraining.from_pretrained(tmp_path)
+    again = bertfast.models.BertForPreTraining.from_pretrained(tmp_path)
     assert is_tied(again) == tied
     assert again.cls.predictions.bias is again.cls.predictions.decoder.bias
     assert len(list(again.parameters())) == len(list(model.parameters()))
@@ -191,7 +191,7 @@ def test_ties_survive_moving_saving_and_loading(tied, tmp_path):
 )
 def test_checkpoints_from_elsewhere(name, class_name, vocabulary, shared_data):
     folder = shared_data / "checkpoint" / name
-    ours = getattr(bertfast, class_name).from_pretrained(folder)
+    ours = getattr(bertfast.models, class_name).from_pretrained(folder)
     theirs = getattr(transformers, class_name).from_pretrained(folder, attn_implementation="eager").eval()
     ids = torch.arange(24).view(2, 12) * 7 % vocabulary
     mask = torch.ones_like(ids)

@@ -5,7 +5,7 @@ import json
 import pytest
 from parity import SIZES, transformers
 
-from bertfast import BertConfig
+from bertfast.models import BertConfig
 
 SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),

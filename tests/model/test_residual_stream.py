@@ -1,5 +1,6 @@
 """Under autocast the residual stream keeps its precision, and layers hand each other the copy that GEMMs read."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import bertfast
+import bertfast.models
 from bertfast import compiled, encoder
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
@@ -39,9 +40,9 @@ class Passes(TorchDispatchMode):
         return result
 
 
-def model(layers: int) -> bertfast.BertModel:
+def model(layers: int) -> bertfast.models.BertModel:
     torch.manual_seed(0)
-    config = bertfast.BertConfig(
+    config = bertfast.models.BertConfig(
         vocab_size=53,
         hidden_size=64,
         num_hidden_layers=layers,
@@ -49,7 +50,7 @@ def model(layers: int) -> bertfast.BertModel:
         intermediate_size=96,
         max_position_embeddings=64,
     )
-    return bertfast.BertModel(config).train()
+    return bertfast.models.BertModel(config).train()
 
 
 def tokens() -> Packed:
@@ -101,7 +102,7 @@ def test_layers_neither_cast_nor_add_activations(layers, residual_dtype):
 
 def test_casts_and_additions_would_be_noticed(monkeypatch):
     """Layers that hand on the stream alone cast it once each way, and add gradients once, between any two."""
-    monkeypatch.setattr(encoder, "_takes_copy", lambda module: False)
+    monkeypatch.setattr(sys.modules["bertfast.encoder.encode"], "_takes_copy", lambda module: False)
     forward, backward = passes(4, None)
     assert forward == ["_to_copy"] * 4
     assert sorted(backward) == ["_to_copy"] * 4 + ["add"] * 4
@@ -109,7 +110,7 @@ def test_casts_and_additions_would_be_noticed(monkeypatch):
 
 def test_handing_on_copies_changes_no_bit(monkeypatch):
     handed_on = results(model(3))
-    monkeypatch.setattr(encoder, "_takes_copy", lambda module: False)
+    monkeypatch.setattr(sys.modules["bertfast.encoder.encode"], "_takes_copy", lambda module: False)
     assert_same_bits(handed_on, results(model(3)))
 
 

@@ -6,7 +6,7 @@ from parity import CASES, SIZES, attended, inputs, models
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bertfast
+import bertfast.models
 from bertfast.inputs import Layout, unpad
 from bertfast.sequences import Sequences, bucket
 
@@ -73,7 +73,7 @@ def test_a_bucket_changes_no_result(padding, train):
             values["input_ids"], mask, values["token_type_ids"], positions=16, training=train, bucketed=bucketed
         )
         hidden = bertfast.encoder.encode(model, packed)
-        outputs = [layout.pad(hidden), model.pooler(hidden[packed.first])]
+        outputs = [layout.pad(hidden), model.pooler(hidden[packed.first][:, None])]
         sum(x.square().sum() for x in outputs).backward()
         results.append([*outputs, *(p.grad.clone() for p in model.parameters())])
     tokens = int(mask.sum())
@@ -96,7 +96,7 @@ def test_a_padded_batch_waits_for_the_device_once(padding, train, monkeypatch):
 
 
 def test_fake_tensors_pass_through_a_packed_model():
-    model = bertfast.BertForSequenceClassification(bertfast.BertConfig(**SIZES)).train()
+    model = bertfast.models.BertForSequenceClassification(bertfast.models.BertConfig(**SIZES)).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.ones(1, 20, dtype=torch.int64)
         cu_seqlens = torch.tensor([0, 7, 12], dtype=torch.int32)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertfast import BertConfig
 from bertfast.data.tokenizer import load_tokenizer, train_tokenizer
+from bertfast.models import BertConfig
 from bertfast.tasks.spans import Questions, SpanTask, normalise, score
 from bertfast.tasks.task import TaskSettings
 

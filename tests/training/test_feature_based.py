@@ -7,8 +7,8 @@ import pytest
 import torch
 from examples import settings_for, write_examples
 
-from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.cli import main
+from bertfast.models import BertForPreTraining, BertForSequenceClassification
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
 from bertfast.training.finetune import Finetuning
 from bertfast.training.predict import predict_outputs

@@ -11,8 +11,8 @@ import pytest
 import torch
 from sentiment import FILLERS, QUICK, rows_of, sentence
 
-from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from bertfast.models import BertForPreTraining, BertForSequenceClassification
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.interrupt import RunStopped

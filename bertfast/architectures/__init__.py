@@ -1,0 +1,6 @@
+"""One adapter per model family: where the packed encoder finds the parts of its models."""
+
+from bertfast.architectures.architecture import Architecture, activation_name, read
+from bertfast.architectures.bert import BERT
+
+__all__ = ["BERT", "Architecture", "activation_name", "read"]

@@ -1,0 +1,59 @@
+"""The packed encoder: plain functions on packed tokens, which read parameters from modules and know no model family.
+
+`layer` is one transformer layer, `encode` the whole encoder, `heads` the outputs and losses of tasks.
+"""
+
+from bertfast.encoder.encode import embed, encode, pool, transform
+from bertfast.encoder.heads import (
+    PretrainingLoss,
+    cross_entropy_sum,
+    masked_lm_logits,
+    masked_lm_loss,
+    multiple_choice_loss,
+    pooled,
+    pretraining_loss,
+    question_answering_loss,
+    sequence_classification_loss,
+    sequence_logits,
+    span_logits,
+    token_classification_loss,
+    token_logits,
+)
+from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, gemm_dtype, layer, project
+from bertfast.encoder.linear import hooks, is_linear, is_plain, is_watched
+from bertfast.encoder.parts import EmbeddingParts, LayerParts, PackedHead, PackedModel
+
+__all__ = [
+    "ACTIVATIONS",
+    "EmbeddingParts",
+    "LayerParts",
+    "PackedHead",
+    "PackedModel",
+    "PretrainingLoss",
+    "activate",
+    "attend",
+    "attention_arguments",
+    "cross_entropy_sum",
+    "embed",
+    "encode",
+    "gemm_dtype",
+    "hooks",
+    "is_linear",
+    "is_plain",
+    "is_watched",
+    "layer",
+    "masked_lm_logits",
+    "masked_lm_loss",
+    "multiple_choice_loss",
+    "pool",
+    "pooled",
+    "pretraining_loss",
+    "project",
+    "question_answering_loss",
+    "sequence_classification_loss",
+    "sequence_logits",
+    "span_logits",
+    "token_classification_loss",
+    "token_logits",
+    "transform",
+]

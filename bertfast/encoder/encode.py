@@ -1,0 +1,102 @@
+"""From packed tokens to the last layer's output, for any model family.
+
+T tokens, R gathered rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bertfast import ops, products, reference
+from bertfast.encoder.layer import activate, gemm_dtype
+from bertfast.encoder.linear import is_plain, is_watched
+from bertfast.encoder.parts import EmbeddingParts, PackedModel
+from bertfast.inputs import Packed
+from bertfast.memory import keep_freed_memory
+
+
+def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
+    """Compute the embeddings of packed tokens -> [T, H]."""
+    return ops.embed(
+        packed.token_ids,
+        packed.token_type_ids,
+        packed.position_ids,
+        parts.words.weight if packed.embeddings is None else packed.embeddings,
+        parts.positions.weight,
+        parts.token_types.weight,
+        parts.norm.weight,
+        parts.norm.bias,
+        parts.norm.eps,
+        packed.identity and packed.identity.dropout(parts.dropout, "embeddings"),
+        padding_index=parts.words.padding_idx,
+    )
+
+
+def encode(
+    model: PackedModel,
+    packed: Packed,
+    rows: Tensor | None = None,
+    hidden_states: list[Tensor] | None = None,
+    *,
+    residual_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Run the embeddings and all layers on packed tokens.
+
+    Args:
+        model: The encoder; its embeddings and layers are called as modules, so that FSDP2 and activation
+            checkpointing see them.
+        packed: The batch.
+        rows: int64 [R]; if given, the last layer computes its output at these alone.
+        hidden_states: Receives what enters the first layer and what leaves each one, [T, H] of the residual stream.
+        residual_dtype: The dtype of the residual stream; None: that of the embeddings.
+
+    Returns:
+        [T, H], or [R, H] with `rows`, in the dtype of the residual stream.
+    """
+    embeddings, layers = model.packed_modules()
+    hidden = embeddings(packed)
+    if residual_dtype is not None:
+        hidden = hidden.to(residual_dtype)
+    if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        keep_freed_memory()
+    # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
+    copies = gemm_dtype(hidden) is not None
+    takes = [copies and _takes_copy(module) for module in layers]
+    copy = None
+    for index, module in enumerate(layers):
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        last = index == len(layers) - 1
+        arguments = (hidden, packed, index, rows if last else None)
+        if not last and takes[index] and takes[index + 1]:
+            hidden, copy = module(*arguments, copy, True)
+        else:
+            hidden = module(*arguments) if copy is None else module(*arguments, copy)
+            copy = None
+    if hidden_states is not None:
+        hidden_states.append(hidden)
+    return hidden if rows is None or len(layers) else ops.gather(rows, hidden)[0]
+
+
+def _takes_copy(module: nn.Module) -> bool:
+    """Return whether a layer is called with, and for, a copy of the residual stream.
+
+    One that is watched is not, so that hooks see the stream alone, nor one whose activations are recomputed, which
+    would keep the copy besides the stream.
+    """
+    return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
+
+
+def pool(module: nn.Module, first: Tensor) -> Tensor:
+    """Compute the pooler on the rows that represent their sequences: [S, H] -> [S, H]."""
+    return torch.tanh(module.dense(first))
+
+
+def transform(dense: nn.Module, norm: nn.LayerNorm, hidden: Tensor, activation: str) -> Tensor:
+    """Compute what the masked-LM head does before the vocabulary: [R, H] -> [R, H]."""
+    if activation == "gelu" and is_plain(dense):
+        product = products.linear(hidden, dense.weight)
+        return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
+    normalised = reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
+    return normalised.to(norm.weight.dtype)

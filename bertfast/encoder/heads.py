@@ -1,0 +1,190 @@
+"""The outputs and losses of task heads on packed batches: what programs call instead of a head's `forward`.
+
+Each function takes a model with a task's head and reads `pooler`, `dropout`, `classifier`, `qa_outputs` or `cls` from
+it; the model must be one that `bertfast.report` shows fused whole. A loss is the sum over the batch's labels divided
+by `num_items`, so that the batches of a step can be accumulated.
+
+T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertfast import ops, reference
+from bertfast.data.batches import Batch
+from bertfast.dropout import TokenIdentity
+from bertfast.encoder.encode import encode
+from bertfast.encoder.parts import PackedHead
+from bertfast.inputs import Packed
+from bertfast.reference import IGNORED
+
+Count = Tensor | float
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainingLoss:
+    """Sums over a batch, and how many they run over; 0-dimensional tensors."""
+
+    masked_lm: Tensor
+    masked_correct: Tensor
+    masked: Tensor
+    next_sentence: Tensor
+    next_sentence_correct: Tensor
+    pairs: Tensor
+
+
+def pretraining_loss(
+    model: PackedHead, batch: Batch, seed: Tensor | None, *, residual_dtype: torch.dtype | None = None
+) -> PretrainingLoss:
+    """Compute the losses of masked LM, and of next sentence where the batch has pairs.
+
+    The last layer runs only on the masked tokens and [CLS], and logits are never materialised.
+
+    Args:
+        model: With `cls`, and where the batch has pairs a pooler.
+        batch: Of a fixed number of tokens, sequences and masked tokens.
+        seed: int64 [], dropout's; None: no dropout.
+        residual_dtype: See `encode`.
+    """
+    sequences = batch.sequences
+    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
+    packed = Packed(
+        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
+    )
+    rows, labels = batch.masked_rows, batch.next_sentence_labels
+    read = rows if labels is None else torch.cat([rows, sequences.first])
+    hidden = encode(model.base_model, packed, read, residual_dtype=residual_dtype)
+    masked_lm, masked_correct, masked = masked_lm_loss(model, hidden[: len(rows)], batch.labels)
+    if labels is None:
+        zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
+        return PretrainingLoss(masked_lm, masked_correct, masked, zero, none, none)
+    logits = model.cls.seq_relationship(pooled(model, hidden[len(rows) :]))
+    next_sentence = cross_entropy_sum(logits, labels)
+    correct, pairs = (logits.argmax(1) == labels).sum(), (labels >= 0).sum()
+    return PretrainingLoss(masked_lm, masked_correct, masked, next_sentence, correct, pairs)
+
+
+def masked_lm_loss(model: PackedHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the masked-LM loss of rows that have labels.
+
+    Args:
+        model: With `cls`.
+        hidden: [R, H], the encoder's output at those rows.
+        labels: int64 [R], -100 where a row does not count.
+
+    Returns:
+        The sum of the cross entropies (fp32 at least), how many rows predict their label, and how many have one.
+    """
+    decoder = model.cls.predictions.decoder
+    hidden = model.cls.predictions.transform(hidden)
+    return ops.linear_cross_entropy(hidden, None, decoder.weight, decoder.bias, labels)
+
+
+def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
+    """Compute the vocabulary's logits at `rows` (int64 [R]) -> [R, V]."""
+    predictions = model.cls.predictions
+    return predictions.decoder(predictions.transform(encode(model.base_model, packed, rows)))
+
+
+def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
+    """Compute what `classifier` says of each sequence, by its pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
+    first = pooled(model, encode(model.base_model, packed, packed.first))
+    return model.classifier(_drop(model, first, packed.identity and packed.identity.at(packed.first)))
+
+
+def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
+    """Compute the loss of `config.problem_type`; where that is not set, the number and dtype of labels decide.
+
+    Args:
+        model: With a pooler and `classifier`.
+        packed: The batch.
+        labels: [S] of classes (int64, -100 ignored) or of values to regress, or [S, labels].
+        num_items: Labels, or rows of them, in the whole step.
+    """
+    logits = sequence_logits(model, packed)
+    problem = model.config.problem_type
+    if problem is None:
+        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem = "regression" if logits.shape[1] == 1 else problem
+    if problem == "single_label_classification":
+        return cross_entropy_sum(logits, labels) / num_items
+    logits = _at_least_fp32(logits)
+    labels = labels.view_as(logits).to(logits.dtype)
+    if problem == "regression":
+        total = F.mse_loss(logits, labels, reduction="sum")
+    else:
+        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return total / logits.shape[1] / num_items  # a mean over rows and columns; `num_items` counts rows
+
+
+def multiple_choice_loss(
+    model: PackedHead, packed: Packed, labels: Tensor, num_items: Count, *, num_choices: int
+) -> Tensor:
+    """Compute the cross entropy between choices: one sequence each, in order; labels are int64 [S / choices]."""
+    return cross_entropy_sum(sequence_logits(model, packed).view(-1, num_choices), labels) / num_items
+
+
+def token_logits(model: PackedHead, packed: Packed) -> Tensor:
+    """Compute what `classifier` says of each token -> [T, labels]."""
+    return model.classifier(_drop(model, encode(model.base_model, packed), packed.identity))
+
+
+def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
+    """Compute the cross entropy of tokens: labels int64 [T], -100 ignored."""
+    return cross_entropy_sum(token_logits(model, packed), labels) / num_items
+
+
+def span_logits(model: PackedHead, packed: Packed) -> Tensor:
+    """Compute what `qa_outputs` says of each token as the start and as the end of the answer -> [T, 2]."""
+    return model.qa_outputs(encode(model.base_model, packed))
+
+
+def question_answering_loss(
+    model: PackedHead, packed: Packed, start_positions: Tensor, end_positions: Tensor, num_items: Count
+) -> Tensor:
+    """Compute the mean cross entropy of an answer's start and end, each a softmax over the sequence's own tokens.
+
+    Args:
+        model: With `qa_outputs`.
+        packed: The batch.
+        start_positions, end_positions: int64 [S], positions in the sequences; ignored where no token is.
+        num_items: Answers in the whole step.
+    """
+    sequences = packed.sequences
+    logits = _at_least_fp32(span_logits(model, packed))
+    starts, lengths = sequences.cu_seqlens[:-1].long(), sequences.cu_seqlens.diff().long()
+    # logsumexp over each sequence [S, 2]; padding slots count as tokens of the last one, and get no weight.
+    slots = torch.arange(len(logits), device=logits.device)
+    scores = logits.masked_fill((slots >= sequences.cu_seqlens[-1])[:, None], float("-inf"))
+    index = sequences.sequence_index[:, None].expand_as(scores)
+    highest = scores.new_full((len(lengths), 2), torch.finfo(scores.dtype).min)
+    highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
+    sums = torch.zeros_like(highest).scatter_add(0, index, (scores - highest.gather(0, index)).exp())
+    normaliser = highest + sums.log()
+    answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1)
+    counts = (answers >= 0) & (answers < lengths[:, None])
+    rows = (starts[:, None] + torch.where(counts, answers, 0)).clamp(max=len(logits) - 1)
+    return torch.where(counts, normaliser - logits.gather(0, rows), 0).sum() / 2 / num_items
+
+
+def pooled(model: PackedHead, first: Tensor) -> Tensor:
+    """Call the pooler on the rows that represent their sequences: [S, H] -> [S, H]."""
+    return model.base_model.pooler(first[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the sum of cross entropies in fp32 at least: logits [R, classes], labels [R], -100 ignored -> []."""
+    return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _drop(model: PackedHead, x: Tensor, identity: TokenIdentity | None) -> Tensor:
+    return reference.drop_hidden(x, identity and identity.dropout(model.dropout.p, "classifier"))
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

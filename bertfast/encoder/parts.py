@@ -1,0 +1,71 @@
+"""What the packed encoder reads from a model: an architecture adapter says where a family keeps these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingParts:
+    """The embedding tables of a model, their LayerNorm, and the dropout probability behind it."""
+
+    words: nn.Embedding
+    positions: nn.Embedding
+    token_types: nn.Embedding
+    norm: nn.LayerNorm
+    dropout: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerParts:
+    """The modules of one post-norm layer, and the options that it was built with.
+
+    Attributes:
+        activation: Name of the feed-forward layer's activation, one of `ACTIVATIONS`.
+        heads: Number of attention heads.
+        scale: Factor of the attention scores; None: 1 / sqrt(head dimension).
+        causal: Whether a position attends to no later one.
+        attention_dropout, attention_output_dropout, output_dropout: Dropout probabilities: of the attention weights,
+            behind the attention's output projection, and behind the feed-forward layer.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_dense: nn.Module
+    attention_norm: nn.LayerNorm
+    intermediate_dense: nn.Module
+    output_dense: nn.Module
+    output_norm: nn.LayerNorm
+    activation: str
+    heads: int
+    scale: float | None
+    causal: bool
+    attention_dropout: float
+    attention_output_dropout: float
+    output_dropout: float
+
+
+class PackedModel(Protocol):
+    """An encoder that takes packed tokens; `bertfast.models` makes one of a model of transformers."""
+
+    pooler: nn.Module | None
+
+    def packed_modules(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return the modules that `encode` calls.
+
+        Returns:
+            The embeddings, called as `embeddings(packed)` -> [T, H], and the layers, each called as
+            `layer(hidden, packed, index, rows)`: see `bertfast.encoder.layer`.
+        """
+        ...
+
+
+class PackedHead(Protocol):
+    """A model with a task's head on a packed encoder; which other modules it has depends on its task."""
+
+    base_model: PackedModel
