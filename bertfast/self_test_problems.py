@@ -30,7 +30,7 @@ class Problem:
         shape: Words that say which shape and options, such as "4x512 D=64 dropout".
         device: Where it runs.
         shapes: The shape of each differentiable input, by name.
-        call: Run the operator: (implementation, *inputs) -> its differentiable output, or several, each of its own dtype.
+        call: Run the operator: (implementation, *inputs) -> its differentiable outputs, of any dtypes.
     """
 
     operator: str
