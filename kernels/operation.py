@@ -23,9 +23,9 @@ def define(implementation: str, name: str) -> str:
 def operation(launcher: Callable, implementation: str = "triton") -> Callable:
     """Register the decorated launcher as `torch.ops.bertfast.<implementation>_<its name>` and return that.
 
-    Its schema and its fake implementation are those of the contract of that name, whose parameters it takes; their types
-    stand there. A launcher with a parameter `out` is given the contract's results, allocated and not yet written, and
-    returns nothing; another returns its own.
+    Its schema and its fake implementation are those of the contract of that name, whose parameters it takes and which
+    has their types. A launcher with a parameter `out` is given the contract's results, allocated and not yet written,
+    and returns nothing; another returns its own.
     """
     fake = CONTRACTS[launcher.__name__].fake
     parameters = [name for name in inspect.signature(launcher).parameters if name != "out"]

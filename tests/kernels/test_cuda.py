@@ -13,7 +13,7 @@ SEQUENCES = Sequences.from_lengths([20, 40], device=DEVICE)
 
 
 def qkv(dtype=FINEST, heads=2, dimension=32):
-    return normal(SEQUENCES.tokens, 3, heads, dimension, dtype=dtype, device=DEVICE).detach()
+    return normal(SEQUENCES.capacity, 3, heads, dimension, dtype=dtype, device=DEVICE).detach()
 
 
 def rows(columns, dtype=torch.float32):
@@ -68,10 +68,10 @@ def test_no_sequences_read_no_sequence_starts(max_seqlen_bound):
     unused_slots = Sequences.from_lengths([], capacity=300, max_seqlen_bound=max_seqlen_bound, device=DEVICE)
     # Behind the one entry of cu_seqlens nothing may be read: int64, as the kernels take it without a copy.
     starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         starts = guarded(starts)
     x = normal(300, 3, 2, 32, dtype=FINEST, device=DEVICE).detach()
-    arguments = (starts, unused_slots.numbers, max_seqlen_bound, 0.1, False, None, None, 0, 0)
+    arguments = (starts, unused_slots.sequence_ids, None, max_seqlen_bound, 0.1, False, None, None, 0, 0)
     o, lse = launcher(KERNELS, "attention_forward")(x, *arguments)
     d_x = launcher(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
     assert not o.any()
