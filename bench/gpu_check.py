@@ -28,6 +28,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+if find_spec("torch") is None:
+    sys.exit(f"{sys.executable} has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # of harness, which needs the package: imported once that is laid out
