@@ -28,6 +28,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+if find_spec("torch") is None:
+    sys.exit(f"{sys.executable} has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # of harness, which needs the package: imported once that is laid out
@@ -175,12 +177,12 @@ def print_environment() -> dict:
 
 def missing_library() -> str | None:
     """Why the compiled library's CUDA kernels are not here; None: they are."""
-    from bertfast import compiled
+    from bertfast import compiled, cuda_build
 
     if compiled.ABSENT is not None:
         return f"not here: {compiled.ABSENT}"
-    has_kernels = compiled.runs("cuda_bias_gelu_forward", torch.device("cuda"))
-    return None if has_kernels else "not here: the compiled library was built without nvcc"
+    reason = cuda_build.unsupported_reason("bias_gelu")
+    return None if reason is None else f"not here: {reason}"
 
 
 def lay_out(package: Path) -> None:

@@ -30,14 +30,14 @@ class Problem:
         shape: Words that say which shape and options, such as "4x512 D=64 dropout".
         device: Where it runs.
         shapes: The shape of each differentiable input, by name.
-        call: Run the operator: (implementation, *inputs) -> the output.
+        call: Run the operator: (implementation, *inputs) -> its differentiable outputs, of any dtypes.
     """
 
     operator: str
     shape: str
     device: torch.device
     shapes: dict[str, tuple[int, ...]]
-    call: Callable[..., Tensor]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
 
     @cached_property
     def inputs(self) -> list[Tensor]:
@@ -125,11 +125,10 @@ def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
     """As a layer calls it under autocast: the output and its copy for the next GEMM, and the gradients of both."""
     rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
 
-    def call(implementation: str, x: Tensor, *others: Tensor) -> Tensor:
+    def call(implementation: str, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the truth is not rounded
-        y, copy = ops.add_layer_norm(x, *others, EPS, compute_dtype=copy_dtype, implementation=implementation)
-        return torch.cat([y, copy.to(y.dtype)])
+        return ops.add_layer_norm(x, *others, EPS, compute_dtype=copy_dtype, implementation=implementation)
 
     return Problem(
         "add_layer_norm",

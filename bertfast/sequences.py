@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Generic, TypeVar
 
 import torch
@@ -72,8 +73,12 @@ class Sequences:
             device: of the result; default: that of a tensor, else the CPU.
         """
         if not isinstance(lengths, Tensor):
-            lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64)
-        if lengths.dim() != 1 or lengths.is_floating_point():
+            # `index` takes any type of integer, and no float: one would be cut off.
+            try:
+                lengths = torch.tensor([index(length) for length in lengths], dtype=torch.int64)
+            except TypeError as error:
+                raise ValueError(f"lengths must be integers of shape [sequences]: {error}") from error
+        if lengths.dim() != 1 or not _is_integer(lengths):
             raise ValueError(
                 f"lengths must be integers of shape [sequences], got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
@@ -97,7 +102,7 @@ class Sequences:
         On a GPU nothing is copied to the host: what is wrong with the values is a device-side assertion there.
 
         Args:
-            cu_seqlens: integer tensor [S + 1].
+            cu_seqlens: int64 or int32 [S + 1].
             sequence_ids: integers [S]; default: 0, 1, …
             capacity: number of slots; those behind the last sequence are padding slots. Default: no padding slots, for
                 which the values of `cu_seqlens` must be on the CPU.
@@ -105,11 +110,15 @@ class Sequences:
                 kernels prepare for one sequence that long.
 
         Raises:
-            ValueError: the shapes or, on the CPU, the values do not fit; `capacity` is missing for a GPU's tensor.
+            TypeError: `cu_seqlens` is no tensor.
+            ValueError: the shapes or dtypes or, on the CPU, the values do not fit; `capacity` is missing for a GPU's
+                tensor.
         """
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be an integer tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"cu_seqlens must be an integer tensor of shape [sequences + 1], "
+                f"cu_seqlens must be an int64 or int32 tensor of shape [sequences + 1], "
                 f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
             )
         on_host = is_readable(cu_seqlens)
@@ -131,6 +140,8 @@ class Sequences:
         ids = torch.arange(count, device=device) if sequence_ids is None else torch.as_tensor(sequence_ids)
         if ids.shape != (count,):
             raise ValueError(f"{count} sequences need as many sequence ids, got shape {tuple(ids.shape)}")
+        if count and not _is_integer(ids):  # an empty list becomes an empty float tensor
+            raise ValueError(f"sequence ids must be integers, got {ids.dtype}")
         return cls(cu_seqlens.to(torch.int32), ids.to(device, torch.int64), capacity, max_seqlen_bound)
 
     def __len__(self) -> int:
@@ -208,6 +219,10 @@ class Sequences:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             sequence_ids=self.sequence_ids.to(device, non_blocking=non_blocking),
         )
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
 def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:

@@ -96,6 +96,27 @@ def test_right_kernels_pass(two_problems, capsys):
     assert f"{len(rows)} of {len(rows)} checks passed, 0 were not reached." in out
 
 
+@pytest.mark.parametrize("precision", self_test.PRECISIONS)
+def test_a_copy_for_the_next_gemm_passes_in_every_precision(precision, capsys):
+    assert main([*CHECK, "--only", "add_layer_norm", "copy", precision]) == 0
+    assert "  passed" in capsys.readouterr().out
+
+
+@needs_library
+def test_an_output_is_held_to_its_own_precision_beside_a_coarser_copy(monkeypatch, capsys):
+    """An fp32 output that is as inexact as its bf16 copy is wrong."""
+    module = sys.modules["bertfast.ops.add_layer_norm"]
+    original = module.launcher
+
+    def inexact(*arguments):
+        y, *rest = original("cpu", "add_layer_norm_forward")(*arguments)
+        return y.bfloat16().to(y.dtype), *rest
+
+    monkeypatch.setattr(module, "launcher", lambda *of: inexact if of[1].endswith("forward") else original(*of))
+    assert main([*CHECK, "--only", "add_layer_norm", "copy", "cpu", "fp32"]) == 1
+    assert "FAILED: output" in capsys.readouterr().out
+
+
 @needs_library
 def test_a_wrong_kernel_fails_and_is_named(two_problems, monkeypatch, capsys):
     plant(monkeypatch, lambda x, bias, approximate: ops.bias_gelu(x, bias, implementation="reference") * 1.02)

@@ -216,3 +216,12 @@ def test_bad_input_gets_a_sentence(tmp_path):
     ran = run_check("fast", "--results", str(tmp_path / "file" / "folder"))
     assert ran.returncode == 2
     assert "cannot be made" in ran.stderr
+
+
+def test_a_python_without_pytorch_is_one_sentence():
+    # -S leaves site-packages out; only the checkout's own folders are on the path.
+    command = [sys.executable, "-S", "bench/gpu_check.py", "right"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert checked.stderr.endswith("has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python\n")

@@ -1,5 +1,6 @@
 """The packed layout: `Sequences`, its checks, what it needs of a device, and buckets of token counts."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -67,7 +68,8 @@ def test_moving_keeps_everything():
     [
         (torch.tensor([1, 2]), "must start at 0, got 1"),
         (torch.tensor([0, 3, 2]), "must never decrease: a length is negative, got -1"),
-        (torch.tensor([0.0, 1.0]), r"integer tensor of shape \[sequences \+ 1\], got torch.float32"),
+        (torch.tensor([0, 200, 100], dtype=torch.uint8), r"int64 or int32 tensor .*, got torch.uint8"),
+        (torch.tensor([0.0, 1.0]), r"int64 or int32 tensor of shape \[sequences \+ 1\], got torch.float32"),
         (torch.tensor([[0, 1]]), r"got torch.int64 of shape \(1, 2\)"),
         (torch.tensor([], dtype=torch.int32), r"of shape \(0,\)"),
         (torch.tensor([0, 9]), "more tokens than the 8 slots they are packed into, got 9"),
@@ -132,3 +134,26 @@ def test_a_bucket_wastes_at_most_an_eighth(count):
 def test_buckets_are_few():
     assert bucket(0) == 0
     assert len({bucket(count) for count in range(1, 65_537)}) <= 90
+
+
+@pytest.mark.parametrize(
+    "lengths", [[2.7, 3.2], torch.tensor([2.0, 3.0]), torch.tensor([True, True]), torch.tensor([2j, 3j])]
+)
+def test_lengths_that_are_no_integers_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be integers of shape \[sequences\]"):
+        Sequences.from_lengths(lengths)
+
+
+def test_integers_of_every_type_are_lengths():
+    lengths = [numpy.int32(2), torch.tensor(3)]
+    assert Sequences.from_lengths(lengths).lengths == (2, 3)
+
+
+def test_sequence_ids_that_are_no_integers_are_refused():
+    with pytest.raises(ValueError, match=r"sequence ids must be integers, got torch\.float32"):
+        Sequences.from_lengths([2, 3], sequence_ids=[0.5, 1.5])
+
+
+def test_cu_seqlens_in_a_list_is_one_sentence():
+    with pytest.raises(TypeError, match="cu_seqlens must be an integer tensor, got list"):
+        Sequences.from_cu_seqlens([0, 3])

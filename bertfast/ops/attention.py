@@ -64,6 +64,8 @@ def attention(
         raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
+    if window is not None and not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"attention: window must be an integer or None, got {type(window).__name__}")
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
 
 
@@ -21,9 +22,16 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
 
     Returns:
         [R, H] for each tensor, in its dtype.
+
+    Raises:
+        TypeError: No tensor is given, or one has a dtype that is not supported.
+        IndexError: A row is negative, or T or more, on a CPU. On a GPU a device-side assertion fails.
     """
+    if not tensors:
+        raise TypeError("gather: give a tensor to gather rows of")
     named = {f"tensors[{i}]": (x, "tokens hidden", "floating") for i, x in enumerate(tensors)}
     check("gather", rows=(rows, "rows", "integer"), **named)
+    check_below("gather", "rows", rows, len(tensors[0]), "tensors[0]")
     chosen = {choose("gather", implementation, x) for x in tensors}
     return run(Gather, "reference" if len(chosen) > 1 else chosen.pop(), rows, *tensors)
 

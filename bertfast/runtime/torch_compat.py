@@ -38,8 +38,9 @@ def is_readable(x: Tensor) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype where it is on; None where it is off, or unknown to the device, as to "meta"."""
+    """Return autocast's dtype where it is on; None where it is off, and on "meta", which has none."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # torch.compile records torch.amp.is_autocast_available in its graph, and would compile one for this question alone.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

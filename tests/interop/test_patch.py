@@ -17,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bertfast
 import bertfast.models.fused
 from bertfast import compiled, fast_kernels
+from bertfast.ops.attention import HEAD_DIMENSIONS
 
 SEQUENCE = next(case for case in CASES if case.name == "sequence")
 
 
 @pytest.fixture(autouse=True)
 def _small_batches_are_packed(monkeypatch):
-    """Also without the compiled library, where they would be left to transformers."""
+    """Also without the compiled library and with heads of other sizes, where they would be left to transformers."""
     monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 0)
     monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", 0)
+    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", range(1, 129))
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
@@ -691,6 +693,11 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
         ("cuda", (8, 0), torch.float64, 64, "no fast kernels for float64 on cuda: "),
         ("cuda", (9, 0), torch.bfloat16, 80, "its heads have 80 columns, the kernels take 32, 64, 128"),
         ("mps", None, torch.float32, 64, "no fast kernels for float32 on mps: the kernels are for NVIDIA GPUs"),
+        pytest.param(
+            *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
+            marks=pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT)),
+        ),
+        ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `fast_kernels`
         ("cuda", (8, 0), torch.bfloat16, 64, None),
         ("cuda", (8, 0), torch.bfloat16, None, None),
     ],
@@ -699,6 +706,7 @@ def test_devices_without_fast_kernels_are_left_to_transformers(
     device, capability, dtype, head_dimension, reason, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", HEAD_DIMENSIONS)
     found = fast_kernels.why_left_to_transformers(torch.device(device), dtype, head_dimension)
     assert found is None if reason is None else re.search(reason, found), found
 

@@ -69,3 +69,14 @@ def test_wrong_arguments_are_refused():
         ops.gather(ROWS, x, implementation="triton")
     with pytest.raises(ValueError, match="its kernels take float32 and bfloat16"):
         ops.gather(ROWS, x, implementation="cpu")
+
+
+@pytest.mark.parametrize("row", [-1, 6])
+def test_a_row_out_of_range_is_named(row):
+    with pytest.raises(IndexError, match=rf"gather: rows\[1\] is {row}, but tensors\[0\] has 6 rows: .* in 0 … 5"):
+        ops.gather(torch.tensor([0, row]), normal(6, 3))
+
+
+def test_no_tensor_is_one_sentence():
+    with pytest.raises(TypeError, match="gather: give a tensor"):
+        ops.gather(ROWS)
