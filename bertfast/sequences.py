@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from operator import index
+from typing import Generic, SupportsIndex, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class Sequences:
             device: of the result; default: that of a tensor, else the CPU.
         """
         if not isinstance(lengths, Tensor):
-            lengths = torch.tensor([int(length) for length in lengths], dtype=torch.int64)
+            lengths = torch.tensor([_integer(length) for length in lengths], dtype=torch.int64)
         if lengths.dim() != 1 or lengths.is_floating_point():
             raise ValueError(
                 f"lengths must be integers of shape [sequences], got {lengths.dtype} of shape {tuple(lengths.shape)}"
@@ -208,6 +209,13 @@ class Sequences:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
             sequence_ids=self.sequence_ids.to(device, non_blocking=non_blocking),
         )
+
+
+def _integer(length: SupportsIndex) -> int:
+    try:
+        return index(length)
+    except TypeError:
+        raise TypeError(f"lengths must be integers, got {length!r}") from None
 
 
 def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:

@@ -8,6 +8,7 @@ Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own o
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -64,9 +65,12 @@ def attention(
         raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:
         raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
-    if window is not None and window < 0:
-        raise ValueError(f"attention: window must not be negative, got {window}")
-    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
+    if window is not None and (not isinstance(window, int) or window < 0):
+        raise ValueError(f"attention: window must be an integer, 0 or more, got {window!r}")
+    if scale is None:
+        scale = 1 / math.sqrt(qkv.shape[3])
+    elif not isinstance(scale, Real):  # a tensor would get no gradient
+        raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}: multiply the queries by it")
     requested = implementation
     implementation = choose("attention", requested, qkv, _refusal(qkv, scale))
     if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory

@@ -156,11 +156,14 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
 
 
-def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:
+def check(
+    operation: str, dropout: Dropout | None = None, *, optional: str = "", **tensors: tuple[Tensor | None, str, str]
+) -> None:
     """Check each named tensor's (value, dimensions, kind), and that all live on one device.
 
     Dimensions are words, or numbers, with a space between; a word means the same size wherever it stands. Kind is
-    "floating" or "integer". A tensor that is None is passed over. `dropout` must know as many tokens as "tokens" says.
+    "floating" or "integer". Only the tensor named `optional` may be None. `dropout` must know as many tokens
+    as "tokens" says.
     """
     if dropout is not None:
         tensors |= {
@@ -173,7 +176,7 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
     # torch.compile warns of cached functions, and calls this only once anyway.
     split = _split if torch.compiler.is_compiling() else _cached_split
     for name, (tensor, dimensions, kind) in tensors.items():
-        if tensor is None:
+        if tensor is None and name == optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")

@@ -49,6 +49,7 @@ def embed(
     check(
         "embed",
         dropout,
+        optional="token_ids",
         token_ids=(token_ids, "tokens", "integer"),
         token_type_ids=(token_type_ids, "tokens", "integer"),
         position_ids=(position_ids, "tokens", "integer"),

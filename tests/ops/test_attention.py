@@ -160,7 +160,7 @@ def test_wrong_arguments_are_refused():
         ValueError, match=r"qkv must have shape \[tokens, 3, heads, head_dimension\], got \[5, 2, 2, 4\]"
     ):
         ops.attention(qkv[:, :2], sequences)
-    with pytest.raises(ValueError, match="window must not be negative, got -1"):
+    with pytest.raises(ValueError, match="window must be an integer, 0 or more, got -1"):
         ops.attention(qkv, sequences, window=-1)
     with pytest.raises(ValueError, match=r"dropout.sequence_number must have shape \[5\], got \[6\]"):
         ops.attention(qkv, sequences, dropout=dropout_over(Sequences.from_lengths([6])))
