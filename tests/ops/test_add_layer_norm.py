@@ -178,7 +178,9 @@ def test_wrong_arguments_are_refused():
         ours(x.long(), residual, bias, gamma, beta)
     with pytest.raises(ValueError, match="beta is on meta, the other tensors are on cpu"):
         ours(x, residual, bias, gamma, beta.to("meta"))
-    with pytest.raises(TypeError, match=r"add_layer_norm: compute_dtype must be a floating-point torch\.dtype, got torch\.int8"):
+    with pytest.raises(
+        TypeError, match=r"add_layer_norm: compute_dtype must be a floating-point torch\.dtype, got torch\.int8"
+    ):
         paired(x, residual, bias, gamma, beta, compute_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"dropout.sequence_number must have shape \[5\], got \[7\]"):
         ours(x, residual, bias, gamma, beta, dropout_over(Sequences.from_lengths([7])))
