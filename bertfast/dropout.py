@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bertfast.runtime.torch_compat import is_transformed
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -161,7 +163,9 @@ def philox(counter: tuple, seed: Tensor) -> Tensor:
     rounds = torch.arange(10, device=device)
     low, high = (((word & _WORD) + rounds * step) & _WORD for word, step in zip((seed, seed >> 32), _WEYL, strict=True))
     keys = list(zip(low.unbind(), high.unbind(), strict=True))
-    out = torch.empty(flat[0].numel(), 4, dtype=torch.int32, device=device)
+    if is_transformed():  # a seed that vmap batches cannot be written into counters that it does not
+        flat = [c + (seed & 0) for c in flat]
+    out = flat[0].new_empty(flat[0].numel(), 4, dtype=torch.int32)
     for start in range(0, len(out), _CHUNK):
         _philox_rounds([c[start : start + _CHUNK].clone() for c in flat], keys, out[start : start + _CHUNK])
     return out.view(torch.uint8).reshape(*shape, 16)

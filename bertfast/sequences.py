@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Generic, TypeVar
+from typing import Generic, SupportsIndex, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +73,7 @@ class Sequences:
             device: of the result; default: that of a tensor, else the CPU.
         """
         if not isinstance(lengths, Tensor):
-            # `index` takes any type of integer, and no float: one would be cut off.
-            try:
-                lengths = torch.tensor([index(length) for length in lengths], dtype=torch.int64)
-            except TypeError as error:
-                raise ValueError(f"lengths must be integers of shape [sequences]: {error}") from error
+            lengths = torch.tensor([_integer(length) for length in lengths], dtype=torch.int64)
         if lengths.dim() != 1 or not _is_integer(lengths):
             raise ValueError(
                 f"lengths must be integers of shape [sequences], got {lengths.dtype} of shape {tuple(lengths.shape)}"
@@ -223,6 +219,13 @@ class Sequences:
 
 def _is_integer(x: Tensor) -> bool:
     return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+
+
+def _integer(length: SupportsIndex) -> int:
+    try:
+        return index(length)
+    except TypeError:
+        raise TypeError(f"lengths must be integers, got {length!r}") from None
 
 
 def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:

@@ -288,7 +288,7 @@ static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x,
   return {d_x, sums.total()};
 }
 
-// The public operators say this too, before; here it keeps a compiled graph from reading outside of the table.
+// The public operator `embed` turns this error into an IndexError.
 static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, name, "[", i, "] is ", indices[i], ", but its table has ",

@@ -59,6 +59,7 @@ WITHIN = {
     ("reference", "sequences"),
     ("sequences", "kernels"),
     ("sequences", "runtime"),
+    ("dropout", "runtime"),
     ("encoder", "inputs"),
     ("modules", "encoder"),
     ("modules", "inputs"),

@@ -140,7 +140,7 @@ def test_buckets_are_few():
     "lengths", [[2.7, 3.2], torch.tensor([2.0, 3.0]), torch.tensor([True, True]), torch.tensor([2j, 3j])]
 )
 def test_lengths_that_are_no_integers_are_refused(lengths):
-    with pytest.raises(ValueError, match=r"lengths must be integers of shape \[sequences\]"):
+    with pytest.raises((TypeError, ValueError), match="lengths must be integers"):
         Sequences.from_lengths(lengths)
 
 

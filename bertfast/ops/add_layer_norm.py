@@ -51,13 +51,14 @@ def add_layer_norm(
     check(
         "add_layer_norm",
         dropout,
+        optional="bias",
         x=(x, "tokens hidden", "floating"),
         residual=(residual, "tokens hidden", "floating"),
         bias=(bias, "hidden", "floating"),
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    if compute_dtype is not None and not getattr(compute_dtype, "is_floating_point", False):
+    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"add_layer_norm: compute_dtype must be a floating-point torch.dtype, got {compute_dtype!r}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
     refusal = None if copy_dtype is None else _why_no_copy(implementation, x, copy_dtype)

@@ -8,6 +8,7 @@ Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own o
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -68,7 +69,10 @@ def attention(
         raise TypeError(f"attention: window must be an integer or None, got {type(window).__name__}")
     if window is not None and window < 0:
         raise ValueError(f"attention: window must not be negative, got {window}")
-    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(qkv.shape[3])
+    elif not isinstance(scale, Real):  # a tensor would get no gradient
+        raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}: multiply the queries by it")
     requested = implementation
     implementation = choose("attention", requested, qkv, _refusal(qkv, scale))
     if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory

@@ -156,11 +156,14 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
 
 
-def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tensor | None, str, str]) -> None:
+def check(
+    operation: str, dropout: Dropout | None = None, *, optional: str = "", **tensors: tuple[Tensor | None, str, str]
+) -> None:
     """Check each named tensor's (value, dimensions, kind), and that all live on one device.
 
     Dimensions are words, or numbers, with a space between; a word means the same size wherever it stands. Kind is
-    "floating" or "integer". A tensor that is None is passed over. `dropout` must know as many tokens as "tokens" says.
+    "floating" or "integer". Only the tensor named `optional` may be None. `dropout` must know as many tokens
+    as "tokens" says.
     """
     if dropout is not None:
         tensors |= {
@@ -170,19 +173,23 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
         }
     sizes: dict[str, int] = {}
     device = None
+    # torch.compile warns of cached functions, and calls this only once anyway.
+    split = _split if torch.compiler.is_compiling() else _cached_split
     for name, (tensor, dimensions, kind) in tensors.items():
-        if tensor is None:
+        if tensor is None and name == optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        words = _words(dimensions)
-        if len(words) != tensor.dim() or any(
-            (sizes.get(word, have) if isinstance(word, str) else word) != have
-            for word, have in zip(words, tensor.shape, strict=True)
-        ):
-            wanted = ", ".join(str(sizes.get(word, word)) for word in words)
-            raise ValueError(f"{operation}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
-        sizes.update(zip(words, tensor.shape, strict=True))
+        words, shape = split(dimensions), tensor.shape
+        fits = len(words) == len(shape)
+        if fits:  # a loop: a generator expression costs more than all else in a call on a few tokens
+            for word, size in zip(words, shape, strict=True):
+                if (sizes.get(word, size) if isinstance(word, str) else word) != size:
+                    fits = False
+        if not fits:
+            expected = ", ".join(str(sizes.get(word, word)) for word in words)
+            raise ValueError(f"{operation}: {name} must have shape [{expected}], got {list(shape)}")
+        sizes.update(zip(words, shape, strict=True))
         if kind == "floating" and not tensor.is_floating_point():
             raise TypeError(f"{operation}: {name} must be floating point, got {tensor.dtype}")
         if kind == "integer" and tensor.dtype not in (torch.int64, torch.int32):
@@ -190,11 +197,6 @@ def check(operation: str, dropout: Dropout | None = None, **tensors: tuple[Tenso
         device = device or tensor.device
         if tensor.device != device:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")
-
-
-def _words(dimensions: str) -> tuple[str | int, ...]:
-    # torch.compile warns of cached functions, and calls this only once anyway.
-    return _split(dimensions) if torch.compiler.is_compiling() else _cached_split(dimensions)
 
 
 def _split(dimensions: str) -> tuple[str | int, ...]:

@@ -49,6 +49,7 @@ def embed(
     check(
         "embed",
         dropout,
+        optional="token_ids",
         token_ids=(token_ids, "tokens", "integer"),
         token_type_ids=(token_type_ids, "tokens", "integer"),
         position_ids=(position_ids, "tokens", "integer"),
@@ -60,14 +61,32 @@ def embed(
     )
     arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
     implementation = choose("embed", implementation, word)
-    if implementation in ("reference", "cpu"):
-        if token_ids is not None:
-            check_below("embed", "token_ids", token_ids, len(word), "word")
-        check_below("embed", "token_type_ids", token_type_ids, len(token_type), "token_type")
-        check_below("embed", "position_ids", position_ids, len(position), "position")
     if implementation == "reference":
+        _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
         return reference.embed(*arguments, dropout, padding_index)
-    return run(Embed, implementation, *arguments, padding_index, *kernel_arguments(dropout))
+    try:
+        return run(Embed, implementation, *arguments, padding_index, *kernel_arguments(dropout))
+    except RuntimeError as error:
+        failure = error
+    # The compiled library checks indices as it reads them, where a check of its own would double the time of a short
+    # call. Its error is a RuntimeError: this one is an IndexError.
+    if implementation == "cpu":
+        _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
+    raise failure
+
+
+def _check_indices(
+    token_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+) -> None:
+    if token_ids is not None:
+        check_below("embed", "token_ids", token_ids, len(word), "word")
+    check_below("embed", "token_type_ids", token_type_ids, len(token_type), "token_type")
+    check_below("embed", "position_ids", position_ids, len(position), "position")
 
 
 class Embed(torch.autograd.Function):

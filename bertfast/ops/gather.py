@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.runtime.torch_compat import is_batched, is_transformed
 
 
 def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None = None) -> tuple[Tensor, ...]:
-    """Return x[rows] of each tensor. All orders of derivatives are deterministic.
+    """Return x[rows] of each tensor. All orders of derivatives are deterministic, except under `torch.func`.
 
     Args:
         rows: int [R], in 0 … T - 1; a row may be named more than once.
@@ -28,11 +29,13 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
         IndexError: A row is negative, or T or more, on a CPU. On a GPU a device-side assertion fails.
     """
     if not tensors:
-        raise TypeError("gather: give a tensor to gather rows of")
+        raise TypeError("gather: no tensor to read rows of: gather(rows, x)")
     named = {f"tensors[{i}]": (x, "tokens hidden", "floating") for i, x in enumerate(tensors)}
     check("gather", rows=(rows, "rows", "integer"), **named)
     check_below("gather", "rows", rows, len(tensors[0]), "tensors[0]")
     chosen = {choose("gather", implementation, x) for x in tensors}
+    if is_transformed():  # `Gather` has no rules for transforms
+        return tuple(x.index_select(0, rows) for x in tensors)
     return run(Gather, "reference" if len(chosen) > 1 else chosen.pop(), rows, *tensors)
 
 
@@ -50,10 +53,13 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_ys):
         (rows,) = ctx.saved_tensors
+        # The kernels take no batch of gradients.
+        batched = any(d_y is not None and is_batched(d_y) for d_y in d_ys)
+        implementation = "reference" if batched else ctx.implementation
         needed = [i for i, needs_grad in enumerate(ctx.needs_input_grad[2:]) if needs_grad]
         # A compiled graph has no second derivative, and its compiler takes no Function inside of a backward pass.
-        sum_by_index = _sum_by_index if torch.compiler.is_compiling() else SumByIndex.apply
-        sums = sum_by_index(ctx.implementation, rows, ctx.tokens, *(d_ys[i] for i in needed))
+        sum_by_index = _sum_by_index if torch.compiler.is_compiling() or batched else SumByIndex.apply
+        sums = sum_by_index(implementation, rows, ctx.tokens, *(d_ys[i] for i in needed))
         gradients = dict(zip(needed, sums, strict=True))
         return None, None, *(gradients.get(i) for i in range(len(d_ys)))
 

@@ -11,7 +11,7 @@ from bertfast.ops import loss_in_library  # noqa: F401  importing it registers i
 from bertfast.ops.bounds import check_below
 from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
-from bertfast.runtime.torch_compat import backward_retains_graph, is_transformed
+from bertfast.runtime.torch_compat import backward_retains_graph, is_batched, is_transformed
 
 
 def linear_cross_entropy(
@@ -41,6 +41,7 @@ def linear_cross_entropy(
     """
     check(
         "linear_cross_entropy",
+        optional="rows",
         hidden=(hidden, "tokens hidden", "floating"),
         rows=(rows, "rows", "integer"),
         weight=(weight, "vocabulary hidden", "floating"),
@@ -91,7 +92,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             found = reference_gradients(definition, (hidden, weight, bias), ctx.needs_grad, [d_loss])
             return None, found[0], None, *found[1:], None, None, None
         # No second d_weight: what no other pass will ask for is scaled where it is. (A compiler sees to that itself.)
-        kept = torch.compiler.is_compiling() or backward_retains_graph()
+        kept = torch.compiler.is_compiling() or backward_retains_graph() or is_batched(d_loss)
         scale = torch.mul if kept else Tensor.mul_
         d_hidden, d_weight, d_bias = (
             scale(gradient, d_loss.to(gradient.dtype)) if needed else None

@@ -11,12 +11,23 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` or forward-mode differentiation is active.
 
-    The kernels have no rules for them; operations of PyTorch have. A function that is compiled is never transformed
-    by this definition: `torch.compile` sees the transform itself.
+    The kernels have no rules for them; operations of PyTorch have. `torch.compile` traces inside of a transform, too:
+    kernels there gave gradients of zero, silently.
     """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the compiler: `torch.compile` calls the function
+# while it traces, and guards the stack of transforms itself.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Return whether a backward pass got a batch of gradients in one: `is_grads_batched=True`, or `vmap` around it."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
 
 
 def backward_retains_graph() -> bool:
@@ -40,7 +51,6 @@ def is_readable(x: Tensor) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return autocast's dtype where it is on; None where it is off, and on "meta", which has none."""
     kind = device.type
-    # torch.compile records torch.amp.is_autocast_available in its graph, and would compile one for this question alone.
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

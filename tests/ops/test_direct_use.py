@@ -89,3 +89,37 @@ def test_other_types_of_dropout_are_named(dropout):
 def test_a_probability_outside_of_its_range_is_refused(dropout):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         list(calls(dropout))
+
+
+@pytest.mark.parametrize("lengths", [[5, 9.5], [5, "9"], [5, None]])
+def test_lengths_that_are_not_integers_are_refused(lengths):
+    """5.9 would pass for 5 otherwise."""
+    with pytest.raises(TypeError, match=f"lengths must be integers, got {lengths[1]!r}"):
+        ops.attention(qkv(), lengths)
+
+
+@pytest.mark.parametrize("window", [-1, 1.5, "1", (1, 1)])
+def test_a_window_that_is_no_count_is_refused(window):
+    with pytest.raises((TypeError, ValueError), match="attention: window must (be an integer|not be negative)"):
+        ops.attention(qkv(), LENGTHS, window=window)
+
+
+def test_a_scale_that_would_get_no_gradient_is_refused():
+    with pytest.raises(TypeError, match="attention: scale must be a number, got Tensor: multiply the queries by it"):
+        ops.attention(qkv(), LENGTHS, scale=torch.tensor(0.5, requires_grad=True))
+
+
+def test_a_missing_tensor_is_named():
+    x = torch.ones(2, 8)
+    with pytest.raises(TypeError, match="bias_gelu: bias must be a tensor, got NoneType"):
+        ops.bias_gelu(x, None)
+    with pytest.raises(TypeError, match="attention: qkv must be a tensor, got NoneType"):
+        ops.attention(None, Sequences.from_lengths(LENGTHS))
+    with pytest.raises(TypeError, match="gather: no tensor to read rows of"):
+        ops.gather(torch.tensor([0]))
+
+
+def test_a_compute_dtype_that_is_no_dtype_is_named():
+    x = torch.ones(2, 8)
+    with pytest.raises(TypeError, match=r"compute_dtype must be a floating-point torch\.dtype, got 'bf16'"):
+        ops.add_layer_norm(x, x, None, x[0], x[0], 1e-12, compute_dtype="bf16")
