@@ -27,7 +27,8 @@ def tile_table(cu_seqlens: Tensor, capacity: int, max_seqlen_bound: int) -> Tens
     sequences = cu_seqlens.shape[0] - 1
     # A sequence has at most ceil(bound / TILE) tiles, and all of them have at most T // TILE full ones and S others.
     tiles = min(sequences * -(-max_seqlen_bound // TILE), capacity // TILE + sequences)
-    lengths = F.pad(cu_seqlens, (0, 1), value=capacity).diff()  # [S + 1], the number of padding slots last
+    # F.pad would make a number of its value, and torch.compile one graph for each.
+    lengths = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), capacity)]).diff()  # [S + 1], of padding slots last
     sorted_lengths, order = lengths[:-1].sort(descending=True, stable=True)
     counts = (sorted_lengths + (TILE - 1)) // TILE
     ends = counts.cumsum(0, dtype=cu_seqlens.dtype)
@@ -35,6 +36,6 @@ def tile_table(cu_seqlens: Tensor, capacity: int, max_seqlen_bound: int) -> Tens
     tile = torch.arange(tiles, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     rank = torch.searchsorted(ends, tile, right=True).clamp(max=max(sequences - 1, 0))
     first = (tile - (ends - counts)[rank]) * TILE
-    sequence = F.pad(order[rank], (0, 1), value=sequences)
+    sequence = torch.cat([order[rank], order.new_full((1,), sequences)])
     columns = (sequence, cu_seqlens[sequence], lengths[sequence], F.pad(first, (0, 1)))
     return torch.stack([column.to(torch.int32) for column in columns], 1)
