@@ -22,12 +22,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.inputs import Layout
-from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.reference import IGNORED
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule
@@ -79,7 +79,7 @@ def corpus(folder: Path) -> CorpusSettings:
 def starting_model(folder: Path, shards: Path) -> Path:
     """Random weights that both sides start from."""
     torch.manual_seed(0)
-    BertForPreTraining(BertConfig.preset("mini", vocab_size=VOCABULARY)).save_pretrained(folder)
+    BertForPreTraining(preset_config("mini", vocab_size=VOCABULARY)).save_pretrained(folder)
     save_tokenizer(load_tokenizer(shards), folder)
     return folder
 

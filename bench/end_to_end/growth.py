@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-import bertfast.models
+import bertfast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import DEVICE, ON_GPU, RESULTS, seconds_of, side_by_side, stopwatch, write_result
@@ -94,13 +94,13 @@ def point(who: str, sequences: int, length: int, preset: str) -> dict:
     torch.manual_seed(0)
     options = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
     options |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = bertfast.models.BertConfig.preset(preset, **options)
+    config = bertfast.preset_config(preset, **options)
     if who == "ours":
-        model = bertfast.models.BertModel(config)
+        model = bertfast.BertModel(config)
     else:
         import transformers
 
-        values = {name: value for name, value in config.to_dict().items() if name not in config.extra}
+        values = config.to_dict()
         model = transformers.BertModel(transformers.BertConfig(**values, attn_implementation="sdpa"))
     model.train()
     ids = torch.randint(config.vocab_size, (sequences, length), device=DEVICE)

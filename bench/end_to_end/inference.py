@@ -28,7 +28,7 @@ import torch
 import transformers
 from torch import Tensor
 
-import bertfast.models
+import bertfast
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.memory import keep_freed_memory
 from bertfast.precision import multiplies_bf16
@@ -98,11 +98,11 @@ def main() -> None:
 def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
     """Time a case; raises if outputs do not agree."""
     torch.manual_seed(0)
-    config = bertfast.models.BertConfig.preset(case.preset)
+    config = bertfast.preset_config(case.preset)
     inputs = padded(token_ids(case.texts, data, config))
     attended = inputs["attention_mask"].bool()
-    ours = getattr(bertfast.models, case.model)(config).eval()
-    values = {key: value for key, value in config.to_dict().items() if key not in config.extra}
+    ours = getattr(bertfast, case.model)(config).eval()
+    values = config.to_dict()
     model = getattr(transformers, case.model)(transformers.BertConfig(**values, attn_implementation="sdpa")).eval()
     model.load_state_dict(ours.state_dict())
 
@@ -154,7 +154,7 @@ def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
     }
 
 
-def token_ids(texts: str, data: Path, config: bertfast.models.BertConfig) -> list[list[int]]:
+def token_ids(texts: str, data: Path, config: bertfast.BertConfig) -> list[list[int]]:
     """The ids of BATCH texts, evenly spread over the file, each cut at LONGEST."""
     if texts == "random":
         return [torch.randint(1000, config.vocab_size, (length,)).tolist() for length in range(4, 4 + BATCH)]
@@ -228,7 +228,7 @@ def exported(model: torch.nn.Module, inputs: dict[str, Tensor], folder: Path) ->
     return path
 
 
-def model_flops(config: bertfast.models.BertConfig, lengths: list[int]) -> int:
+def model_flops(config: bertfast.BertConfig, lengths: list[int]) -> int:
     """2 · encoder parameters · tokens + 4 · layers · H · Σ s²; padding is no work."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)

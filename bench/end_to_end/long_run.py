@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from bertfast import BertForMaskedLM
 from bertfast.cli import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.models import BertForMaskedLM
 from bertfast.tasks.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.journal import Journal

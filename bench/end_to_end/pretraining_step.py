@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 
-import bertfast.models
+import bertfast
 from bertfast.data.batches import Batch
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Outline, Sampling, plan_samples
@@ -164,7 +164,7 @@ def main() -> None:
 def measure(name: str, case: Case, sides: dict[str, Contender], repeats: int, compile_seconds: int) -> dict:
     """Time a case against `sides`; raises if the losses differ."""
     torch.manual_seed(0)
-    config = bertfast.models.BertConfig.preset(case.preset)
+    config = bertfast.preset_config(case.preset)
     lengths = lengths_of(case)
     padded, packed = samples(lengths, case.longest, config.vocab_size)
 
@@ -246,10 +246,10 @@ def build(
 ) -> dict[str, torch.nn.Module]:
     """Our model and theirs in training mode, with the same weights: the given ones, or random ones."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = bertfast.models.BertConfig.preset(case.preset, **options)
-    values = {name: value for name, value in config.to_dict().items() if name not in config.extra}
+    config = bertfast.preset_config(case.preset, **options)
+    values = config.to_dict()
     with DEVICE:
-        models = {"ours": bertfast.models.BertForPreTraining(config)}
+        models = {"ours": bertfast.BertForPreTraining(config)}
         for who, side in sides.items():
             their_config = transformers.BertConfig(**values, attn_implementation=side.attention)
             models[who] = transformers.BertForPreTraining(their_config)

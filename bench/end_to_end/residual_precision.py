@@ -20,9 +20,9 @@ from typing import get_args
 import torch
 from curve_parity import corpus, mean, our_losses
 
-from bertfast.config import Preset
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
+from bertfast.models.presets import Preset
 from bertfast.precision import ResidualPrecision
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 

@@ -158,7 +158,7 @@ def theirs(arguments: argparse.Namespace) -> dict:
     with TemporaryDirectory() as scratch:
         run = Pretraining(settings_for(arguments, **{"output-dir": scratch}))  # for its batches and precision
     settings, device, longest = run.settings, run.device, run.settings.sampling.max_seq_length
-    values = {name: value for name, value in run.model.config.to_dict().items() if name not in run.model.config.extra}
+    values = run.model.config.to_dict()
     torch.manual_seed(settings.seed)
     model = transformers.BertForMaskedLM(transformers.BertConfig(**values, attn_implementation="sdpa")).to(device)
     compiled = torch.compile(model)
