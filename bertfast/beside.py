@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,12 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from bertfast import checkpoint, models
-from bertfast.config import BertConfig
 from bertfast.data.corpus import read_lines
 from bertfast.data.docstrings import docstring_documents
+from bertfast.models.bert import BertForMultipleChoice, BertModel
+from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
+from bertfast.models.own_parts import OwnBertConfig
 from bertfast.precision import choose_device
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 
@@ -49,16 +52,14 @@ class Beside:
 
 
 def open_both(name: str, settings: TextSettings) -> Beside:
-    """Raises ImportError without `transformers`; ValueError if there is no text."""
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("this compares with transformers: `pip install bertfast[hf]`") from None
-    folder, device = checkpoint.resolve(name), choose_device(settings.device)
-    config = BertConfig.from_pretrained(folder)
-    kind = models.class_of(config)
-    if kind is models.BertForMultipleChoice:
-        kind = models.BertModel  # a text alone is no choice
+    """Raises ValueError if there is no text, or the model has parts that transformers does not know."""
+    folder, device = resolve(name), choose_device(settings.device)
+    config = read_config(folder)
+    if isinstance(config, OwnBertConfig):
+        raise ValueError(f"{name} has parts that transformers does not know, so there is nothing to compare with")
+    kind = class_named_by(config)
+    if kind is BertForMultipleChoice:
+        kind = BertModel  # a text alone is no choice
     tokenizer = open_tokenizer(folder, config)
     tokenizer.enable_truncation(sequence_length(settings.max_seq_length, config))
     tokenizer.enable_padding()
@@ -72,9 +73,10 @@ def open_both(name: str, settings: TextSettings) -> Beside:
         batches.append(
             {name: torch.tensor([getattr(one, own) for one in encoded], device=device) for name, own in fields.items()}
         )
-    ours = kind.from_pretrained(folder)
-    theirs = getattr(transformers, kind.__name__).from_pretrained(folder)
-    theirs.load_state_dict(ours.state_dict())  # heads that the checkpoint lacks are random in both
+    ours, missing, unexpected = load(kind, folder, config)
+    report_differences(ours, name, missing, unexpected)
+    theirs = getattr(transformers, kind.__name__)(copy.deepcopy(config))
+    theirs.load_state_dict(ours.state_dict())
     theirs.config.use_cache = False
     return Beside(ours.to(device), theirs.eval().to(device), batches)
 

@@ -9,9 +9,8 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bertfast.config import BertConfig
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
 from bertfast.precision import half
@@ -36,12 +35,21 @@ class StaticBatch(Protocol):
         """Return what else, besides the tensors' shapes, decides which operations run."""
 
 
+class ModelConfig(Protocol):
+    """The sizes that decide it."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+
 class CapturableModel(Protocol):
     """What decides whether a model's passes can be captured."""
 
-    config: BertConfig
+    config: ModelConfig
     device: torch.device
-    copies_lengths_to_host: bool
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the modules that it is made of."""
 
 
 def cuda_graph(function: Callable[[], Tensor], pool) -> tuple[Tensor, Callable[[], None]]:
@@ -61,7 +69,7 @@ def cuda_graphs() -> Capture:
     return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
 
 
-def can_capture(config: BertConfig, precision: str, device: torch.device) -> bool:
+def can_capture(config: ModelConfig, precision: str, device: torch.device) -> bool:
     """Return whether a model's passes can be captured: on a GPU with kernels for its attention.
 
     Plain PyTorch's takes too much memory to keep for a graph.
@@ -73,7 +81,9 @@ def can_capture(config: BertConfig, precision: str, device: torch.device) -> boo
 
 def capture_for(model: CapturableModel, precision: str, *, enabled: bool) -> Capture | None:
     """Return what captures a model's passes, or None where they run eagerly."""
-    if not enabled or model.copies_lengths_to_host or not can_capture(model.config, precision, model.device):
+    # An LSTM needs the sequences' lengths on the host, and waits for the device.
+    waits = any(isinstance(module, nn.LSTM) for module in model.modules())
+    if not enabled or waits or not can_capture(model.config, precision, model.device):
         return None
     return cuda_graphs()
 

@@ -18,7 +18,7 @@ from bertfast.data.corpus import held_out
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.sentences import split_sentences
-from bertfast.models import BertForMaskedLM
+from bertfast.models.bert import BertForMaskedLM
 from bertfast.tasks.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import write_results

@@ -14,13 +14,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from tyro.conf import Positional
 
-from bertfast import checkpoint, models
-from bertfast.config import BertConfig
+from bertfast.models.bert import BertForMultipleChoice
+from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve, save
+from bertfast.models.own_parts import OwnBertConfig
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
-_OURS_ALONE = ("bilstm", "pool_last", "feature_layers")  # what a config of ours may ask for and theirs does not know
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OUTPUTS = {
     "BertModel": ("last_hidden_state", "pooler_output"),
@@ -50,13 +51,15 @@ def export(settings: ExportSettings) -> Path:
 
     Raises ValueError if `transformers` has no such model, or what was written gives other outputs.
     """
-    source = checkpoint.resolve(settings.model_name_or_path)
+    source = resolve(settings.model_name_or_path)
     kind = _kind(source)
     _check_packages(settings.to)
     folder = Path(settings.output_dir)
     if folder.exists() and folder.samefile(source):
         raise ValueError(f"{folder} is the model itself: name another folder")
-    kind.from_pretrained(source).save_pretrained(folder)
+    model, missing, unexpected = load(kind, source)
+    report_differences(model, str(source), missing, unexpected)
+    save(model, folder)
     for name in _TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -65,7 +68,7 @@ def export(settings: ExportSettings) -> Path:
         print(f"{folder} holds a {kind.__name__} that transformers opens")
         return folder
     model = _Outputs(theirs, _OUTPUTS.get(kind.__name__, ("logits",))).eval()
-    chooses = kind is models.BertForMultipleChoice
+    chooses = kind is BertForMultipleChoice
     write = _to_onnx if settings.to == "onnx" else _to_program
     path, run = write(model, folder, _example(theirs.config, 3, 11, chooses), _dynamic_shapes(theirs.config, chooses))
     sizes = ((2, 7), (1, 3), (5, 16))
@@ -88,22 +91,21 @@ class _Outputs(nn.Module):
         return tuple(outputs[name] for name in self.names if outputs.get(name) is not None)
 
 
-def _kind(folder: Path) -> type[models.BertPreTrainedModel]:
-    config = BertConfig.from_pretrained(folder)
-    alone = [name for name in _OURS_ALONE if config.extra.get(name)]
-    if alone:
+def _kind(folder: Path) -> type[PreTrainedModel]:
+    config = read_config(folder)
+    if isinstance(config, OwnBertConfig):
+        alone = [name for name in config.parts if getattr(config, name)]
         raise ValueError(
             f"{folder} has {', '.join(alone)}, which transformers does not know: it can be used here alone"
         )
-    return models.class_of(config)
+    return class_named_by(config)
 
 
 def _check_packages(to: str) -> None:
     """ImportError where something is missing that writes or checks; before anything is written."""
-    wanted = {"transformers": "hf"} | ({"onnxruntime": "onnx", "onnxscript": "onnx"} if to == "onnx" else {})
-    for name, extra in wanted.items():
+    for name in ("onnxruntime", "onnxscript") if to == "onnx" else ():
         if find_spec(name) is None:
-            raise ImportError(f"an export to {to} wants {name}: `pip install bertfast[{extra}]`")
+            raise ImportError(f"an export to {to} requires {name}: `pip install bertfast[onnx]`")
 
 
 def _open_strictly(folder: Path, name: str) -> nn.Module:

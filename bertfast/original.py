@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import BertConfig, PreTrainedModel
 from tyro.conf import Positional
 
-from bertfast import checkpoint, models
-from bertfast.config import BertConfig
+from bertfast.models.bert import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from bertfast.models.files import save
 from bertfast.tensor_bundle import read_tensors
 
 # Their names for parts of a name, in order; a kernel is a matrix of [inputs, outputs], ours is of [outputs, inputs].
@@ -66,19 +67,23 @@ def import_checkpoint(settings: ImportSettings) -> Path:
         if not _OF_TRAINING.search(name)
     }
     kind = _kind(weights)
-    if kind is models.BertModel:
+    if kind is BertModel:
         weights = {name.removeprefix("bert."): value for name, value in weights.items()}
     labels = {"num_labels": len(weights["classifier.bias"])} if "classifier.bias" in weights else {}
-    config = BertConfig.from_dict({name: value for name, value in values.items() if value is not None}, **labels)
+    config = BertConfig(**{name: value for name, value in values.items() if value is not None}, **labels)
     model = kind(config)
     strangers = [name for name in weights if name not in model.state_dict()]
     missing = [name for name in model.state_dict() if name not in weights and "decoder" not in name]
     for names, what in ((strangers, "holds what no BERT has"), (missing, "lacks")):
         if names:
             raise ValueError(f"{settings.checkpoint} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    checkpoint.load_weights(model, weights, settings.checkpoint)
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{settings.checkpoint} is of another size than {file} says: {error}") from error
     folder = Path(settings.output_dir)
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(model, folder)
     if vocabulary.is_file():
         shutil.copyfile(vocabulary, folder / "vocab.txt")
     print(f"{folder} holds a {kind.__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -91,10 +96,10 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _kind(weights: dict[str, torch.Tensor]) -> type[models.BertPreTrainedModel]:
+def _kind(weights: dict[str, torch.Tensor]) -> type[PreTrainedModel]:
     if "classifier.bias" in weights:
-        return models.BertForSequenceClassification
+        return BertForSequenceClassification
     heads = {name.split(".")[1] for name in weights if name.startswith("cls.")}
     if heads == {"predictions"}:
-        return models.BertForMaskedLM
-    return models.BertForPreTraining if heads else models.BertModel
+        return BertForMaskedLM
+    return BertForPreTraining if heads else BertModel

@@ -30,8 +30,8 @@ def pretrained(tmp_path_factory) -> Path:
     # Here, since the kernels' tests also run where there are no tokenizers.
     from sentiment import FILLERS
 
+    from bertfast import BertConfig, BertForPreTraining
     from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
-    from bertfast.models import BertConfig, BertForPreTraining
 
     folder = tmp_path_factory.mktemp("pretrained")
     tokenizer = train_tokenizer([" ".join([*FILLERS, "good", "bad"])] * 20, 256)

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
-import bertfast.models
+import bertfast
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers, the extra `hf`")
 
@@ -69,7 +69,7 @@ def models(case: Case, **changes) -> tuple[nn.Module, nn.Module]:
     theirs = getattr(transformers, case.class_name)(
         transformers.BertConfig(**sizes, attn_implementation="eager", use_cache=False), **case.arguments
     )
-    ours = getattr(bertfast.models, case.class_name)(bertfast.models.BertConfig(**sizes), **case.arguments)
+    ours = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

@@ -131,7 +131,7 @@ def test_the_installed_wheel_imports_from_anywhere(built, tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import bertfast.models as m, bertfast.kernels as k; print(m.BertModel, m.__file__, k.__file__)"
+    code = "import bertfast as m, bertfast.kernels as k; print(m.BertModel, m.__file__, k.__file__)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
     )

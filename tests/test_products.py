@@ -66,7 +66,7 @@ def test_autocast_and_half_precision_stay_pytorch_s(library):
 
 @ONEDNN
 def test_a_model_learns_the_same_with_either(monkeypatch):
-    from bertfast.models import BertConfig, BertForPreTraining
+    from bertfast import BertConfig, BertForPreTraining
 
     config = BertConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
     torch.manual_seed(0)

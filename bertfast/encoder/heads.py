@@ -20,7 +20,7 @@ from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder.encode import encode
 from bertfast.encoder.parts import PackedHead
-from bertfast.inputs import Packed
+from bertfast.inputs import Packed, unpad
 from bertfast.reference import IGNORED
 
 Count = Tensor | float
@@ -36,6 +36,42 @@ class PretrainingLoss:
     next_sentence: Tensor
     next_sentence_correct: Tensor
     pairs: Tensor
+
+
+def pack(
+    model: PackedHead,
+    input_ids: Tensor,
+    cu_seq_lens_q: Tensor,
+    token_type_ids: Tensor | None = None,
+    max_length_q: int | None = None,
+) -> Packed:
+    """Make a packed batch of a task's sequences, with dropout if the model is in training mode.
+
+    Args:
+        model: It says how many positions there are and, by `config.pool_last`, which token is pooled.
+        input_ids, token_type_ids: int64 [1, T].
+        cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
+        max_length_q: Bound on the lengths of the sequences; None: they are read.
+    """
+    packed, _ = unpad(
+        input_ids,
+        token_type_ids=token_type_ids,
+        cu_seq_lens_q=cu_seq_lens_q,
+        max_length_q=max_length_q,
+        positions=model.config.max_position_embeddings,
+        training=model.training,
+        pool_last=getattr(model.config, "pool_last", False),
+    )
+    return packed
+
+
+def _encode(model: PackedHead, packed: Packed, rows: Tensor | None = None) -> Tensor:
+    """Compute what a head reads at `rows`: the encoder's output, or that of a BiLSTM on it."""
+    bilstm = getattr(model, "bilstm", None)
+    if bilstm is None:
+        return encode(model.base_model, packed, rows)
+    hidden = bilstm(encode(model.base_model, packed), packed.sequences.lengths)  # which copies them to the host
+    return hidden if rows is None else hidden[rows]
 
 
 def pretraining_loss(
@@ -88,12 +124,12 @@ def masked_lm_loss(model: PackedHead, hidden: Tensor, labels: Tensor) -> tuple[T
 def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
     """Compute the vocabulary's logits at `rows` (int64 [R]) -> [R, V]."""
     predictions = model.cls.predictions
-    return predictions.decoder(predictions.transform(encode(model.base_model, packed, rows)))
+    return predictions.decoder(predictions.transform(_encode(model, packed, rows)))
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute what `classifier` says of each sequence, by its pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
-    first = pooled(model, encode(model.base_model, packed, packed.first))
+    first = pooled(model, _encode(model, packed, packed.first))
     return model.classifier(_drop(model, first, packed.identity and packed.identity.at(packed.first)))
 
 
@@ -131,7 +167,7 @@ def multiple_choice_loss(
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute what `classifier` says of each token -> [T, labels]."""
-    return model.classifier(_drop(model, encode(model.base_model, packed), packed.identity))
+    return model.classifier(_drop(model, _encode(model, packed), packed.identity))
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -141,7 +177,7 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute what `qa_outputs` says of each token as the start and as the end of the answer -> [T, 2]."""
-    return model.qa_outputs(encode(model.base_model, packed))
+    return model.qa_outputs(_encode(model, packed))
 
 
 def question_answering_loss(

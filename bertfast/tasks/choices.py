@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from bertfast.models import BertForMultipleChoice
-from bertfast.tasks.features import Features, tokenize
+from bertfast.encoder import multiple_choice_loss, sequence_logits
+from bertfast.models.bert import BertForMultipleChoice
+from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.metrics import CLASSIFICATION, measure_classes
 from bertfast.tasks.sentences import softmax
 from bertfast.tasks.tables import Table, read_table
@@ -70,6 +73,15 @@ class ChoiceTask(Task):
         labels = {} if examples.labels is None else {"labels": np.array(examples.labels, np.int64)}
         features = tokenize(tokenizer, pairs, max_length)
         return examples, replace(features, labels=labels, choices=len(examples.endings[0]))
+
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+        """[E, choices]."""
+        return sequence_logits(model, inputs.packed(model)).view(-1, inputs.arguments["num_choices"])
+
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """Cross entropy between an example's choices."""
+        labels, choices = inputs.arguments["labels"], inputs.arguments["num_choices"]
+        return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=choices)
 
     def answers(self, examples: Choices, features: Features, outputs: Outputs) -> Iterator[dict]:
         """{"choice", "ending", "score"}, its probability."""

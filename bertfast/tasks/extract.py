@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast import checkpoint
 from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.corpus import COMPRESSIONS, read_lines
+from bertfast.encoder import encode
 from bertfast.memory import give_freed_memory_back
-from bertfast.models import BertModel
+from bertfast.models.bert import BertModel
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
+from bertfast.models.files import write_tensors
 from bertfast.precision import Precision, autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -118,9 +119,9 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
 
     def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
-            outputs = model(**inputs.arguments, output_hidden_states=not only_last)
-        states = [outputs.last_hidden_state] if only_last else [outputs.hidden_states[number] for number in numbers]
-        states = [state[0].float() for state in states]
+            recorded: list[Tensor] = []
+            last = encode(model, inputs.packed(model), hidden_states=None if only_last else recorded)
+        states = [state.float() for state in ([last] if only_last else [recorded[number] for number in numbers])]
         return torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)
 
     capture = capture_for(model, precision, enabled=settings.cuda_graph)
@@ -147,7 +148,7 @@ def states_on_disk(
 
     They are computed, about `tokens` at a time, unless the file is there: its name tells encoder, layers and text.
     """
-    known = hashlib.sha256(repr([model.numbers, precision]).encode())
+    known = hashlib.sha256(repr([model.layer_indices, precision]).encode())
     arrays = (features.token_ids, features.token_type_ids, features.starts)
     for array in (*(weight.numpy(force=True) for weight in model.bert.state_dict().values()), *arrays):
         known.update(np.ascontiguousarray(array).view(np.uint8))
@@ -155,13 +156,12 @@ def states_on_disk(
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        shape = (len(features.token_ids), len(model.numbers), model.config.hidden_size)
+        shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
         found = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         for rows in batches_by_length(features, tokens):
-            batch = features.batch(rows, model.device)
-            inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "cu_seq_lens_q")}
+            inputs = features.model_inputs(rows, labels=False).to(model.device)
             with autocast(model.device, precision):
-                states = model.features(**inputs)[0].float().cpu().numpy()
+                states = model.features(inputs.packed(model)).float().cpu().numpy()
             _put(found, features, rows, states)
         found.flush()
         temporary.rename(path)
@@ -189,7 +189,7 @@ def _texts(settings: ExtractSettings) -> Iterator[str | tuple[str, str]]:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}")
     if path.suffix == ".safetensors":
-        checkpoint.write_tensors(tensors, temporary)
+        write_tensors(tensors, temporary)
     else:
         try:
             import pyarrow

@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bertfast.encoder import PackedHead, pack
+from bertfast.inputs import Packed
 from bertfast.sequences import bucket
 
 _TEXTS_AT_A_TIME = 10_000  # tokenized together: the tokenizer's objects are many times as large as the ids
@@ -106,13 +108,18 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The arguments of a model's forward: tensors, and integers that are the same for all batches of a shape."""
+    """A packed batch and its labels: tensors, and integers that are the same for all batches of a shape."""
 
     arguments: dict[str, Tensor | int]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ModelInputs:
         """Return the same with its tensors on a device."""
         return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def packed(self, model: PackedHead) -> Packed:
+        """Return what the encoder of a model takes."""
+        names = ("input_ids", "cu_seq_lens_q", "token_type_ids", "max_length_q")
+        return pack(model, *map(self.arguments.get, names))
 
     def pin_memory(self) -> ModelInputs:
         """Return the same in pinned host memory, from where `to(device, non_blocking=True)` does not wait."""

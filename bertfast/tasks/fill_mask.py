@@ -10,7 +10,8 @@ from torch import nn
 from tyro.conf import Positional
 
 from bertfast.data.tokenizer import special_tokens
-from bertfast.models import BertForMaskedLM
+from bertfast.encoder import masked_lm_logits, pack
+from bertfast.models.bert import BertForMaskedLM
 from bertfast.tasks.pretrained import open_model
 
 
@@ -46,7 +47,9 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, top_k: int = 5)
     blanks = [place for place, token in enumerate(ids) if token == special_tokens(tokenizer).mask]
     if not blanks:
         raise ValueError(f"no [MASK] in {text!r}: write [MASK] where a word is to be filled in")
-    logits = model(torch.tensor([ids], device=model.device)).logits[0, blanks]
+    token_ids = torch.tensor([ids], device=model.device)
+    packed = pack(model, token_ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+    logits = masked_lm_logits(model, packed, torch.tensor(blanks, device=model.device))
     # A model may have more embeddings than its tokenizer has tokens; the rest is no word.
     best = logits[:, : tokenizer.get_vocab_size()].float().softmax(1).topk(min(top_k, tokenizer.get_vocab_size()))
     return [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bertfast.config import BertConfig
+from transformers import BertConfig, PreTrainedModel
+
 from bertfast.data.corpus import read_lines
-from bertfast.models import BertPreTrainedModel
 from bertfast.tasks.choices import ChoiceTask
 from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.sentences import PROBLEMS, SentenceTask
@@ -29,9 +29,10 @@ _BY_SUFFIX = {".json": SpanTask, ".conll": TagTask, ".iob": TagTask, ".bio": Tag
 
 def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task:
     """The task that `settings` name; else that of the model in `config`, else the one that `file` looks like."""
-    name, trained = settings.task, [] if config is None else config.extra.get("architectures", [])
-    if name == "auto" and config is not None and config.extra.get(FINETUNING_TASK) in KINDS:
-        name = config.extra[FINETUNING_TASK]
+    name, trained = settings.task, [] if config is None else config.architectures or []
+    known = getattr(config, FINETUNING_TASK, None)
+    if name == "auto" and known in KINDS:
+        name = known
     if name not in ("auto", *KINDS):
         raise ValueError(f"there is no task {name!r}; there are auto, {', '.join(KINDS)}")
     of_model = (kind for kind in _BY_MODEL for model in _models(kind) if model.__name__ in trained)
@@ -53,5 +54,5 @@ def _looks_like(file: str | None) -> type[Task]:
     return SentenceTask
 
 
-def _models(kind: type[Task]) -> list[type[BertPreTrainedModel]]:
+def _models(kind: type[Task]) -> list[type[PreTrainedModel]]:
     return [kind.model, *([] if kind.of_features is None else [kind.of_features])]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from transformers import BertConfig, PreTrainedModel
 
-from bertfast import checkpoint
-from bertfast.config import BertConfig
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.models import BertPreTrainedModel
+from bertfast.models.files import load, read_config, report_differences, resolve
+from bertfast.models.patch import require_packed
 
-HEADS = ("bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
 
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
@@ -26,23 +26,27 @@ def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_model(kind: type[BertPreTrainedModel], name: str, head: str) -> tuple[BertPreTrainedModel, Tokenizer]:
-    """A model in evaluation mode, on the CPU, and its tokenizer.
+def open_model(kind: type[PreTrainedModel], name: str, head: str) -> tuple[PreTrainedModel, Tokenizer]:
+    """Open a model in evaluation mode, on the CPU, and its tokenizer.
 
-    `head` begins the names of the weights without which its answers mean nothing: ValueError if there are none.
+    Args:
+        kind: The model's class.
+        name: Folder or hub id.
+        head: Begins the names of the weights without which its answers mean nothing; "": there are none.
+
+    Raises:
+        ValueError: There are no such weights, or the model cannot run on packed batches.
     """
-    folder = checkpoint.resolve(name)
-    config = BertConfig.from_pretrained(folder)
+    folder = resolve(name)
+    config = read_config(folder)
     tokenizer = open_tokenizer(folder, config)
-    weights = checkpoint.read_weights(folder)
-    if not any(key.startswith(head) for key in weights):
+    model, missing, unexpected = load(kind, folder, config)
+    if head and any(key.startswith(head) for key in missing):
         raise ValueError(f"{name} has no weights {head}…, so it was not trained as a {kind.__name__}")
-    model = kind(config)
     # That a folder also holds heads for something else is no news to who asks for this one.
-    known = model.state_dict().keys()
-    weights = {key: value for key, value in weights.items() if key in known or not key.startswith(HEADS)}
-    checkpoint.load_weights(model, weights, name)
-    return model.eval(), tokenizer
+    report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
+    require_packed(model)
+    return model, tokenizer
 
 
 def sequence_length(wanted: int | None, config: BertConfig) -> int:

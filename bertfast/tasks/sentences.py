@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import BertConfig, PreTrainedModel
 
-from bertfast.config import BertConfig
-from bertfast.models import BertForSequenceClassification
-from bertfast.tasks.features import Features, tokenize
+from bertfast.encoder import sequence_classification_loss, sequence_logits
+from bertfast.models.bert import BertForSequenceClassification
+from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark
 from bertfast.tasks.metrics import (
     CLASSIFICATION,
@@ -162,6 +164,14 @@ class SentenceTask(Task):
             examples, labels = examples.kept(good), {"labels": encoded}
         return examples, replace(tokenize(tokenizer, examples.texts, max_length), labels=labels)
 
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+        """[E, labels]."""
+        return sequence_logits(model, inputs.packed(model))
+
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """That of the kind of problem."""
+        return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
+
     def answers(self, examples: Sentences, features: Features, outputs: Outputs) -> Iterator[dict]:
         """{"label", "score"}, its probability; {"score"} of a regression; {"labels"} with a probability each."""
         names = self.config.id2label
@@ -250,7 +260,7 @@ class SentenceTask(Task):
 def label_numbers(config: BertConfig) -> dict[str, int]:
     """The number of each label by its name, or by itself where labels were never named."""
     unnamed = {str(i): i for i, name in config.id2label.items() if name == f"LABEL_{i}"}
-    return unnamed | config.label2id
+    return unnamed | {name: i for i, name in config.id2label.items()}
 
 
 def name_labels(labels: list[str]) -> list[str]:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bertfast.data.tokenizer import special_tokens
-from bertfast.models import BertForQuestionAnswering
-from bertfast.outputs import ModelOutput
-from bertfast.tasks.features import Features
+from bertfast.encoder import question_answering_loss, span_logits
+from bertfast.models.bert import BertForQuestionAnswering
+from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sentences import softmax
 from bertfast.tasks.task import Outputs, Task, json_lines, write_whole
 
@@ -147,9 +147,14 @@ class SpanTask(Task):
         )
         return replace(examples, windows=windows), features
 
-    def logits(self, outputs: ModelOutput) -> Tensor:
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
         """[1, T, 2]: where an answer starts, and where it ends."""
-        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+        return span_logits(model, inputs.packed(model))[None]
+
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """The mean of both ends' cross entropies."""
+        answers = (inputs.arguments[name] for name in ("start_positions", "end_positions"))
+        return question_answering_loss(model, inputs.packed(model), *answers, items)
 
     def answers(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[dict]:
         """{"answer", "score", its probability among the best, "start", in characters}; "" where there is none."""
@@ -205,7 +210,7 @@ class SpanTask(Task):
 
     @property
     def _may_lack(self) -> bool:
-        return bool(self.config.extra.get(UNANSWERABLE))
+        return bool(getattr(self.config, UNANSWERABLE, False))
 
     def _choice(self, best: list[Candidate], null: Candidate) -> tuple[Candidate, int]:
         """The answer, and its number among the candidates with `null` behind them."""

@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from bertfast.data.corpus import read_lines
 from bertfast.data.tokenizer import special_tokens
-from bertfast.models import BertForTokenClassification
+from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
+from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.feature_based import BertFeaturesForTokenClassification
 from bertfast.reference import IGNORED
-from bertfast.tasks.features import Features
+from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.metrics import confusion
 from bertfast.tasks.sentences import label_numbers
 from bertfast.tasks.task import Confusion, Outputs, Task, TaskSettings, write_whole
@@ -125,6 +128,20 @@ class TagTask(Task):
             {"labels": np.concatenate(labels)} if labels else {},
         )
         return replace(examples, pieces=pieces), features
+
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+        """[1, T, labels]."""
+        if isinstance(model, BertFeaturesForTokenClassification):
+            features = inputs.arguments.get("features")
+            return model.logits(inputs.packed(model), None if features is None else features[0])[None]
+        return token_logits(model, inputs.packed(model))[None]
+
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """Cross entropy of the words' first tokens."""
+        labels = inputs.arguments["labels"]
+        if isinstance(model, BertFeaturesForTokenClassification):
+            return cross_entropy_sum(self.logits(model, inputs)[0], labels) / items
+        return token_classification_loss(model, inputs.packed(model), labels, items)
 
     def answers(self, examples: Tagged, features: Features, outputs: Outputs) -> Iterator[dict]:
         """{"words", "tags", "entities": [{"type", "text", "start", "end"}]}, in words."""

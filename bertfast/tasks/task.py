@@ -13,12 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import BertConfig, PreTrainedModel
 
-from bertfast.config import BertConfig
-from bertfast.models import BertPreTrainedModel
-from bertfast.outputs import ModelOutput
 from bertfast.precision import Precision
-from bertfast.tasks.features import Features
+from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.tables import BadRows, OnBadRows
 
 Outputs = Sequence[np.ndarray]
@@ -83,8 +81,8 @@ class Task(ABC):
     training file is read; where one exists already, `know` tells the labels it was trained with.
     """
 
-    model: type[BertPreTrainedModel]
-    of_features: ClassVar[type[BertPreTrainedModel] | None] = None  # the same on an encoder that does not learn
+    model: type[PreTrainedModel]
+    of_features: ClassVar[type[PreTrainedModel] | None] = None  # the same on an encoder that does not learn
     head: ClassVar[str]  # begins the names of the weights without which answers mean nothing
     metrics: tuple[str, ...]  # names of measures, the one that decides first; "loss" among them falls
 
@@ -108,9 +106,13 @@ class Task(ABC):
     def featurize(self, examples: Any, tokenizer: Tokenizer, max_length: int) -> tuple[Any, Features]:
         """The features of examples, with labels if they have some; and the examples, less what cannot be used."""
 
-    def logits(self, outputs: ModelOutput) -> Tensor:
-        """What of a model's outputs answers are made of: [E, labels], or [1, T, labels]."""
-        return outputs.logits
+    @abstractmethod
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+        """Compute what answers are made of: [E, labels], or [1, T, labels] where each token has its own."""
+
+    @abstractmethod
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """Compute a batch's part of its step's mean loss, which runs over `items` labels."""
 
     @abstractmethod
     def answers(self, examples: Any, features: Features, outputs: Outputs) -> Iterator[dict]:

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import BertConfig, PreTrainedModel
 
-from bertfast import checkpoint
-from bertfast.config import BertConfig
 from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
-from bertfast.models import BertPreTrainedModel
+from bertfast.models.files import load, read_config, report_differences, resolve, save
+from bertfast.models.initialise import initialise
+from bertfast.models.own_parts import class_for
+from bertfast.models.patch import require_packed
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED
 from bertfast.tasks.extract import states_on_disk
@@ -159,7 +161,7 @@ class Finetuning:
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         files = {split: path for split, path in files.items() if path is not None}
         examples = {split: self.task.read(path, labelled=split != "test") for split, path in files.items()}
-        source = checkpoint.resolve(settings.model_name_or_path)
+        source = resolve(settings.model_name_or_path)
         self.config = self._configure(source, self.task.learn_labels(examples["train"]))
         self.task.know(self.config)
         self.metric = self._choose_metric()
@@ -226,7 +228,7 @@ class Finetuning:
         return self._finish()
 
     def _configure(self, source: Path, labels: dict[str, Any]) -> BertConfig:
-        names, known = labels.get("id2label"), BertConfig.from_pretrained(source).id2label
+        names, known = labels.get("id2label"), read_config(source).id2label
         if names is not None and sorted(known.values()) == sorted(names.values()):
             labels = labels | {"id2label": known}
         if self.settings.dropout is not None:
@@ -237,7 +239,7 @@ class Finetuning:
             labels |= {"bilstm": True}
         if self.settings.strategy == "feature-based":
             labels |= {name: getattr(self.settings, name) for name in ("feature_layers", "lstm_size", "lstm_layers")}
-        return BertConfig.from_pretrained(source, **labels)
+        return read_config(source, **labels)
 
     def _choose_metric(self) -> str:
         known = self.task.metrics
@@ -246,20 +248,28 @@ class Finetuning:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)} in this task, got {metric!r}")
         return metric
 
-    def _build_model(self, source: Path) -> BertPreTrainedModel:
-        settings, model = self.settings, self.task.model(self.config)
-        if not settings.random_init:
-            name = settings.init_from_task or settings.model_name_or_path
-            start = checkpoint.resolve(name)
-            weights, own = checkpoint.read_weights(start), BertConfig.from_pretrained(start)
-            other_task = settings.init_from_task is not None
-            if other_task and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
-                raise ValueError(f"{name} reads text as other tokens than {source}, whose tokenizer is used")
-            other_task |= self.task.model.__name__ not in own.extra.get("architectures", [])
-            if other_task or own.id2label != self.config.id2label:  # a head for something else knows nothing of this
-                weights = {key: value for key, value in weights.items() if not key.startswith(self.task.head)}
-            checkpoint.load_weights(model, weights, name)
-        return model.train()
+    def _build_model(self, source: Path) -> PreTrainedModel:
+        if self.settings.random_init:
+            model = class_for(self.task.model, self.config)(self.config)
+            initialise(model)
+        else:
+            model = self._open_model(source)
+        require_packed(model.train())
+        torch.manual_seed(self.settings.seed)  # whatever transformers drew, dropout is the same
+        return model
+
+    def _open_model(self, source: Path) -> PreTrainedModel:
+        name = self.settings.init_from_task or self.settings.model_name_or_path
+        start = resolve(name)
+        own, other_task = read_config(start), self.settings.init_from_task is not None
+        if other_task and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
+            raise ValueError(f"{name} reads text as other tokens than {source}, whose tokenizer is used")
+        other_task |= self.task.model.__name__ not in (own.architectures or [])
+        other_task |= own.id2label != self.config.id2label
+        fresh = (self.task.head,) if other_task else ()  # a head for something else knows nothing of this
+        model, missing, unexpected = load(self.task.model, start, self.config, fresh=fresh)
+        report_differences(model, name, missing, unexpected)
+        return model
 
     def _class_weights(self) -> Tensor | None:
         if self.settings.class_weights == "none":
@@ -299,7 +309,7 @@ class Finetuning:
     def _accumulate_eagerly(self, batch: ModelInputs) -> Tensor:
         """Add a batch's gradients to the parameters' and its loss to the step's, which is returned."""
         with autocast(self.device, self.precision):
-            loss = self._loss(batch.arguments)
+            loss = self._loss(batch)
         loss.backward()
         return self.loss.add_(loss.detach())
 
@@ -331,13 +341,12 @@ class Finetuning:
         labels = batch["labels"]
         return self.host_weights[labels[labels >= 0]].sum().item()
 
-    def _loss(self, batch: dict[str, Tensor | int]) -> Tensor:
+    def _loss(self, batch: ModelInputs) -> Tensor:
         """A batch's part of its step's mean loss."""
         if self.weights is None:
-            return self.model(**batch, num_items_in_batch=self.items).loss
-        labels = batch["labels"].flatten()
-        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        logits = logits.flatten(0, -2).float()
+            return self.task.loss(self.model, batch, self.items)
+        labels = batch.arguments["labels"].flatten()
+        logits = self.task.logits(self.model, batch).flatten(0, -2).float()
         return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum") / self.items
 
     def _report(self, bar: tqdm) -> None:
@@ -384,7 +393,7 @@ class Finetuning:
         self.task.write(self.folder, split, self.examples[split], self.features[split], outputs)
 
     def _save(self) -> None:
-        self.model.save_pretrained(self.folder)
+        save(self.model, self.folder)
         save_tokenizer(self.tokenizer, self.folder)
         self.best_step = self.step
 
@@ -408,7 +417,7 @@ class Finetuning:
             results["bad_rows"] = self.task.bad.count
             print(f"{self.task.bad.count} rows could not be used and were left out")
         if "test" in self.features:
-            checkpoint.load_weights(self.model, checkpoint.read_weights(self.folder), str(self.folder))
+            self.model.load_state_dict(load(type(self.model), self.folder, self.config)[0].state_dict())
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
+from transformers import BertConfig
 
-from bertfast.config import BertConfig
 from bertfast.data.batches import Batch
 from bertfast.precision import wait_for
 from bertfast.products import linear

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
-from bertfast.config import BertConfig
+from transformers import BertConfig
 
 _STATES = {"adamw": 2, "lamb": 2, "muon": 1}  # tensors that an optimizer keeps of a parameter
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from bertfast import checkpoint
-from bertfast.config import BertConfig
 from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
-from bertfast.models import BertPreTrainedModel
+from bertfast.models.files import read_config, resolve
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.kinds import choose_task
@@ -51,9 +50,9 @@ def predict(settings: PredictSettings) -> None:
         sys.stdout.flush()
 
 
-def open_tuned(settings: TaskSettings) -> tuple[Task, BertPreTrainedModel, Tokenizer]:
+def open_tuned(settings: TaskSettings) -> tuple[Task, PreTrainedModel, Tokenizer]:
     """The task that a model was fine-tuned for, the model on its device, and its tokenizer."""
-    config = BertConfig.from_pretrained(checkpoint.resolve(settings.model_name_or_path))
+    config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
     model, tokenizer = open_model(task.model, settings.model_name_or_path, task.head)
     task.know(model.config)
@@ -61,7 +60,7 @@ def open_tuned(settings: TaskSettings) -> tuple[Task, BertPreTrainedModel, Token
 
 
 @torch.no_grad()
-def predict_outputs(task: Task, model: BertPreTrainedModel, features: Features) -> Outputs:
+def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> Outputs:
     """What the head gives for each example, fp32, without dropout; as many tokens at a time as the settings say."""
     training, precision = model.training, choose_precision(model.device, task.settings.precision)
     model.eval()
@@ -69,7 +68,7 @@ def predict_outputs(task: Task, model: BertPreTrainedModel, features: Features) 
 
     def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
-            return task.logits(model(**inputs.arguments)).float()
+            return task.logits(model, inputs).float()
 
     capture = capture_for(model, precision, enabled=task.settings.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)

@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from bertfast import checkpoint
-from bertfast.config import Preset
 from bertfast.cuda_graphs import can_capture, cuda_graphs, side_stream
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -26,7 +24,10 @@ from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, save_tokenizer, special_tokens, tokenizer_hash
 from bertfast.encoder import PretrainingLoss
-from bertfast.models import BertForPreTraining
+from bertfast.models.bert import BertForPreTraining
+from bertfast.models.files import load, resolve, save
+from bertfast.models.patch import require_packed
+from bertfast.models.presets import Preset
 from bertfast.precision import Precision, ResidualPrecision, choose_precision, half
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.flops import matrix_rate, step_flops
@@ -233,12 +234,15 @@ class Pretraining:
                 "add --precision bf16, or leave --residual-precision out"
             )
         torch.manual_seed(settings.seed)
-        start = None if settings.init_from is None else checkpoint.resolve(settings.init_from)
+        start = None if settings.init_from is None else resolve(settings.init_from)
         config = starting_config(
-            start, settings.preset, settings.config_overrides, settings.dropout, settings.max_positions
+            start,
+            settings.preset,
+            settings.config_overrides,
+            settings.dropout,
+            settings.max_positions,
+            causal=settings.sampling.objective == "ltr",
         )
-        if settings.sampling.objective == "ltr":
-            config.is_decoder, config.extra["pool_last"] = True, True  # [CLS] sees nothing but itself
         longest = max(settings.sampling.max_seq_length, settings.second_phase_length)
         if longest > config.max_position_embeddings:
             raise ValueError(
@@ -247,16 +251,19 @@ class Pretraining:
             )
         self._open_data(start)
         config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
-        self.model = starting_model(config, start)
-        if self.saved is not None:
-            checkpoint.load_weights(self.model, checkpoint.read_weights(self.saved), str(self.saved))
-        self.model = self.model.to(self.device).train()
+        if self.saved is None:
+            self.model = starting_model(config, start)
+        else:
+            self.model, _, _ = load(BertForPreTraining, self.saved, config)
+        require_packed(self.model.train())
+        self.model = self.model.to(self.device)
         if not settings.sampling.pairs:  # no loss reaches them
             for unused in (self.model.bert.pooler, self.model.cls.seq_relationship):
                 unused.requires_grad_(False)
         layers = self.model.bert.encoder.layer
         for layer in layers[: settings.checkpoint_layers]:  # dropout is a function: there is no state to restore
-            layer.forward = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(recomputed, use_reentrant=False, preserve_rng_state=False)
         self.footprint = footprint(
             self.model,
             config,
@@ -356,8 +363,7 @@ class Pretraining:
         return losses
 
     def _finish(self, saved: Path, metrics: dict[str, float]) -> None:
-        model = BertForPreTraining.from_pretrained(saved) if self.settings.shard else self.model
-        model.save_pretrained(self.folder)
+        save(load(BertForPreTraining, saved)[0] if self.settings.shard else self.model, self.folder)
         save_tokenizer(self.tokenizer, self.folder)
         if not self.journal.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
             print("No loss.png: that wants `pip install bertfast[plots]`.")

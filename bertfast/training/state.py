@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from bertfast import checkpoint
-from bertfast.models import BertPreTrainedModel
+from bertfast.models.files import save, write_tensors
 from bertfast.training.ranks import Ranks
 
 _PREFIX = "step-"
@@ -27,7 +27,7 @@ _CHECKSUMS = "checksums.json"
 def save_state(
     folder: Path,
     step: int,
-    model: BertPreTrainedModel,
+    model: PreTrainedModel,
     optimizers: list[Optimizer],
     progress: dict,
     keep: int,
@@ -46,8 +46,8 @@ def save_state(
         temporary = folder / f".{target.name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            model.save_pretrained(temporary, weights)
-            checkpoint.write_tensors(tensors, temporary / "optimizer.safetensors")
+            save(model, temporary, weights)
+            write_tensors(tensors, temporary / "optimizer.safetensors")
             state = json.dumps({"step": step, "progress": progress})
             (temporary / "state.json").write_text(state, encoding="utf-8")
             checksums = {file.name: _checksum(file) for file in temporary.iterdir()}

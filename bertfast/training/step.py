@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from bertfast.cuda_graphs import Capture, GraphRunner
 from bertfast.data.batches import Batch
-from bertfast.encoder import PretrainingLoss, pretraining_loss
-from bertfast.models import BertForPreTraining
+from bertfast.encoder import PackedHead, PretrainingLoss, pretraining_loss
 from bertfast.precision import autocast
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.ranks import Ranks
@@ -28,7 +27,7 @@ class Objective(nn.Module):
         residual_dtype: The dtype of the residual stream; None: that of the embeddings.
     """
 
-    def __init__(self, model: BertForPreTraining, residual_dtype: torch.dtype | None = None):
+    def __init__(self, model: PackedHead, residual_dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.residual_dtype = model, residual_dtype
 

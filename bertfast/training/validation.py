@@ -10,23 +10,25 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from bertfast import checkpoint
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, special_tokens
 from bertfast.encoder import PretrainingLoss, pretraining_loss
-from bertfast.models import BertForMaskedLM, BertForPreTraining, BertPreTrainedModel
+from bertfast.models.bert import BertForPreTraining
+from bertfast.models.files import load, resolve
+from bertfast.models.patch import require_packed
 from bertfast.precision import autocast, choose_device, choose_precision
-from bertfast.tasks.pretrained import open_model, sequence_length
+from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.training.ranks import Ranks
 
 
 @torch.no_grad()
 def validate(
-    model: BertPreTrainedModel,
+    model: PreTrainedModel,
     batches: Sequence[Batch],
     precision: str,
     objective: Callable[..., PretrainingLoss] | None = None,
@@ -80,9 +82,13 @@ def evaluate_masked_lm(
 
     Sentence pairs are judged too where the model has a head for them.
     """
-    folder = checkpoint.resolve(name)
-    pairs = any(key.startswith("cls.seq_relationship") for key in checkpoint.read_weights(folder))
-    model, tokenizer = open_model(BertForPreTraining if pairs else BertForMaskedLM, str(folder), "cls.predictions")
+    folder = resolve(name)
+    model, missing, _ = load(BertForPreTraining, folder)
+    if "cls.predictions.transform.dense.weight" in missing:
+        raise ValueError(f"{name} has no weights cls.predictions…, so it was not trained as a BertForMaskedLM")
+    pairs = "cls.seq_relationship.weight" not in missing
+    tokenizer = open_tokenizer(folder, model.config)
+    require_packed(model)
     length = sequence_length(max_seq_length, model.config)
     with TemporaryDirectory() as scratch:
         corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)

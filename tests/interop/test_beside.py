@@ -4,9 +4,8 @@ import pytest
 import torch
 from parity import SIZES
 
-import bertfast.models
+import bertfast
 from bertfast.cli import main
-from bertfast.modules import BertPooler
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -14,9 +13,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvw
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    bertfast.models.BertForSequenceClassification(bertfast.models.BertConfig(**SIZES)).save_pretrained(
-        tmp_path / "model"
-    )
+    bertfast.BertForSequenceClassification(bertfast.BertConfig(**SIZES)).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "vocab.txt").write_text("\n".join(WORDS))
     (tmp_path / "texts.txt").write_text("a b c d e\n\nf\ng h i j k l m n o p q r s t u v w\nx y\n")
     return tmp_path
@@ -40,14 +37,23 @@ def test_a_model_is_verified(folder, capsys):
 
 
 def test_what_differs_is_found(folder, capsys, monkeypatch):
-    plain = BertPooler.forward
-    monkeypatch.setattr(BertPooler, "forward", lambda self, first: plain(self, first) * 1.001)
+    plain = bertfast.BertForSequenceClassification.forward
+
+    def scale_by(factor: float) -> None:
+        def forward(self, *args, **kwargs):
+            outputs = plain(self, *args, **kwargs)
+            outputs.logits = outputs.logits * factor
+            return outputs
+
+        monkeypatch.setattr(bertfast.BertForSequenceClassification, "forward", forward)
+
+    scale_by(1.001)
     assert main(arguments(folder, "verify")) == 1
     told = capsys.readouterr()
     assert "WRONG" in told.out
     assert "outputs in fp32" in told.err
     assert "do not rely on this model here" in told.err
-    monkeypatch.setattr(BertPooler, "forward", lambda self, first: plain(self, first) * 2)
+    scale_by(2)
     assert main(arguments(folder, "bench", "--seconds", "0.1")) == 1
     assert "nothing is timed" in capsys.readouterr().err
 

@@ -7,16 +7,16 @@ import torch
 from parity import CASES, SIZES, transformers
 
 import bertfast
-import bertfast.models
 from bertfast.cli import main
+from bertfast.models import own_parts
 
 KINDS = [case for case in CASES if case.name in ("model", "masked_lm", "sequence", "choice", "question", "pretraining")]
 
 
-def saved(folder, case, **extra):
+def saved(folder, case):
     torch.manual_seed(0)
-    config = bertfast.models.BertConfig(**SIZES | case.changes, extra=extra)
-    model = getattr(bertfast.models, case.class_name)(config, **case.arguments)
+    config = bertfast.BertConfig(**SIZES | case.changes)
+    model = getattr(bertfast, case.class_name)(config, **case.arguments)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     return model.eval()
@@ -78,7 +78,8 @@ def test_a_patched_model_exports_its_plain_code():
 
 def test_what_transformers_does_not_know_is_refused(tmp_path, capsys):
     case = next(case for case in CASES if case.name == "sequence")
-    saved(tmp_path / "model", case, bilstm=True)
+    own = own_parts.OwnBertConfig(**SIZES, bilstm=True)
+    own_parts.BertForSequenceClassification(own).save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
     assert "has bilstm, which transformers does not know" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

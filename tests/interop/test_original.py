@@ -85,7 +85,7 @@ def test_a_checkpoint_of_tensorflow_becomes_a_model(name, tmp_path, capsys):
     assert f"holds a {name} of" in capsys.readouterr().out
     assert (tmp_path / "out" / "vocab.txt").is_file()
     ids = torch.arange(22).view(2, 11)
-    ours = getattr(bertfast.models, name).from_pretrained(tmp_path / "out")
+    ours = getattr(bertfast, name).from_pretrained(tmp_path / "out")
     opened, told = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]

@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICE, KERNELS, assert_as_accurate_as_torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import bertfast.models
+import bertfast
 from bertfast.data.batches import Batch
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode, pretraining_loss
@@ -54,9 +54,9 @@ def batch(lengths, masked=(1, 4, 6)) -> Batch:
     )
 
 
-def model(dtype=DTYPE) -> bertfast.models.BertForPreTraining:
+def model(dtype=DTYPE) -> bertfast.BertForPreTraining:
     torch.manual_seed(0)
-    return bertfast.models.BertForPreTraining(bertfast.models.BertConfig(**SIZES)).to(DEVICE, dtype).train()
+    return bertfast.BertForPreTraining(bertfast.BertConfig(**SIZES)).to(DEVICE, dtype).train()
 
 
 def loss(model, batch, seed) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bertfast.dropout import TokenIdentity, attention_keep, hidden_keep
 from bertfast.inputs import draw_seed
 
-HIDDEN_P, ATTENTION_P, CLASSIFIER_P = 0.2, 0.3, 0.4
+HIDDEN_P, ATTENTION_P = 0.2, 0.3
 SEED = 7
 POOLED = ("BertForSequenceClassification", "BertForMultipleChoice")
 WITH_POOLER = (*POOLED, "BertModel", "BertForPreTraining", "BertForNextSentencePrediction")
@@ -48,10 +48,6 @@ def masks(case, mask: Tensor) -> Iterator[Tensor]:
         yield attention(layer)
         yield hidden(HIDDEN_P, "attention_output", layer)
         yield hidden(HIDDEN_P, "output", layer)
-    if case.class_name in POOLED:
-        yield hidden(CLASSIFIER_P, "classifier")[:, 0]
-    if case.class_name == "BertForTokenClassification":
-        yield hidden(CLASSIFIER_P, "classifier")
 
 
 def with_our_masks(model, case, values, mask, monkeypatch) -> Results:
@@ -59,7 +55,7 @@ def with_our_masks(model, case, values, mask, monkeypatch) -> Results:
     waiting = masks(case, mask)
 
     def dropout(x, p=0.5, training=True, inplace=False):
-        return x * next(waiting).to(x.dtype)
+        return x * next(waiting).to(x.dtype) if p else x
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "dropout", dropout)
@@ -79,7 +75,7 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
         case,
         hidden_dropout_prob=HIDDEN_P,
         attention_probs_dropout_prob=ATTENTION_P,
-        classifier_dropout=CLASSIFIER_P,
+        classifier_dropout=0.0,  # a head's own dropout is PyTorch's; see tests/encoder/test_heads.py
     )
     values, mask = inputs(case, padding), attended(padding)
     if case.name == "question" and padding != "none":  # see test_parity
@@ -94,7 +90,7 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
     our_results = results(ours.train(), values, attended_outputs(case, mask))
     assert_parity(our_results, their_results, truth)
 
-    if "labels" in values and "tokens" in case.targets:
+    if "labels" in values and "tokens" in case.targets and case.class_name != "BertLMHeadModel":
         # Without logits the loss takes another way, on the masked rows alone.
         ours.config.return_logits = False
         torch.manual_seed(SEED)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bertfast.models
+import bertfast
 from bertfast import products
 
-CONFIG = bertfast.models.BertConfig(
+CONFIG = bertfast.BertConfig(
     vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
 )
 IDS = torch.arange(24).view(2, 12)
@@ -32,7 +32,7 @@ class Concatenated(TorchDispatchMode):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_weights_are_concatenated_only_for_a_gradient(gradient, monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # which takes no part of a tensor to write to
-    model = bertfast.models.BertModel(CONFIG).eval()
+    model = bertfast.BertModel(CONFIG).eval()
     with torch.set_grad_enabled(gradient), Concatenated() as concatenated:
         model(torch.arange(96).view(-1, 12) % 50)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -41,7 +41,7 @@ def test_weights_are_concatenated_only_for_a_gradient(gradient, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [24, 96])  # fewer and more than the hidden width
 def test_what_is_computed_without_a_gradient_is_what_is_computed_with_one(tokens):
-    model = bertfast.models.BertModel(CONFIG).eval()
+    model = bertfast.BertModel(CONFIG).eval()
     ids = torch.arange(tokens).view(-1, 12) % 50
     with torch.inference_mode():
         inferred = model(ids).last_hidden_state
@@ -49,7 +49,7 @@ def test_what_is_computed_without_a_gradient_is_what_is_computed_with_one(tokens
 
 
 def test_packed_input_gives_the_same_rows():
-    model = bertfast.models.BertModel(CONFIG).eval()
+    model = bertfast.BertModel(CONFIG).eval()
     with torch.inference_mode():
         padded = model(IDS).last_hidden_state
         starts = torch.tensor([0, 12, 24], dtype=torch.int32)

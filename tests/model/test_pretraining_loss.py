@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from parity import CASES, models
 
 from bertfast import encoder
@@ -38,19 +39,14 @@ def batch(inert: int = 0, *, pairs: bool = True) -> Batch:
 
 
 def full_loss(model, batch: Batch, train: bool) -> torch.Tensor:
-    """The same by `BertForPreTraining.forward` with all its logits."""
-    labels = torch.full_like(batch.token_ids, -100)
-    labels[batch.masked_rows[: batch.masked]] = batch.labels[: batch.masked]
-    model.config.return_logits = True
-    outputs = model.train(train)(
-        batch.token_ids[None],
-        token_type_ids=batch.token_type_ids[None],
-        cu_seq_lens_q=batch.sequences.cu_seqlens,
-        labels=labels[None],
-        next_sentence_label=batch.next_sentence_labels,
+    """The same from the encoder's whole output, by the heads of transformers with all their logits."""
+    packed = encoder.pack(
+        model.train(train), batch.token_ids[None], batch.sequences.cu_seqlens, batch.token_type_ids[None]
     )
-    assert outputs.prediction_logits.shape[:2] == (1, batch.sequences.capacity)
-    return outputs.loss
+    hidden = encoder.encode(model.bert, packed)
+    logits, next_sentence = model.cls(hidden, encoder.pooled(model, hidden[packed.first]))
+    masked_lm = F.cross_entropy(logits[batch.masked_rows[: batch.masked]], batch.labels[: batch.masked])
+    return masked_lm + F.cross_entropy(next_sentence, batch.next_sentence_labels)
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:

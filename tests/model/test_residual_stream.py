@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import bertfast.models
+import bertfast
 from bertfast import compiled, encoder
 from bertfast.dropout import TokenIdentity
 from bertfast.inputs import Packed
@@ -40,9 +40,9 @@ class Passes(TorchDispatchMode):
         return result
 
 
-def model(layers: int) -> bertfast.models.BertModel:
+def model(layers: int) -> bertfast.BertModel:
     torch.manual_seed(0)
-    config = bertfast.models.BertConfig(
+    config = bertfast.BertConfig(
         vocab_size=53,
         hidden_size=64,
         num_hidden_layers=layers,
@@ -50,7 +50,7 @@ def model(layers: int) -> bertfast.models.BertModel:
         intermediate_size=96,
         max_position_embeddings=64,
     )
-    return bertfast.models.BertModel(config).train()
+    return bertfast.BertModel(config).train()
 
 
 def tokens() -> Packed:

@@ -6,7 +6,8 @@ from parity import CASES, SIZES, attended, inputs, models
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bertfast.models
+import bertfast
+from bertfast import encoder
 from bertfast.inputs import Layout, unpad
 from bertfast.sequences import Sequences, bucket
 
@@ -96,13 +97,15 @@ def test_a_padded_batch_waits_for_the_device_once(padding, train, monkeypatch):
 
 
 def test_fake_tensors_pass_through_a_packed_model():
-    model = bertfast.models.BertForSequenceClassification(bertfast.models.BertConfig(**SIZES)).train()
+    model = bertfast.BertForSequenceClassification(bertfast.BertConfig(**SIZES)).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.ones(1, 20, dtype=torch.int64)
         cu_seqlens = torch.tensor([0, 7, 12], dtype=torch.int32)
-        outputs = model(ids, cu_seq_lens_q=cu_seqlens, max_length_q=8, labels=torch.zeros(2, dtype=torch.int64))
-    assert outputs.logits.shape == (2, model.config.num_labels)
-    assert outputs.loss.shape == ()
+        packed = encoder.pack(model, ids, cu_seqlens, max_length_q=8)
+        logits = encoder.sequence_logits(model, packed)
+        loss = encoder.sequence_classification_loss(model, packed, torch.zeros(2, dtype=torch.int64), 2)
+    assert logits.shape == (2, model.config.num_labels)
+    assert loss.shape == ()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

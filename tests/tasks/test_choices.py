@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
-from bertfast.models import BertConfig
 from bertfast.tasks.choices import ChoiceTask
 from bertfast.tasks.kinds import choose_task
 from bertfast.tasks.task import TaskSettings

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bertfast import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
-from bertfast.models import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from bertfast.tasks.fill_mask import FillMaskSettings, fill_mask, fill_mask_command
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat"], 128)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
-from bertfast.models import BertConfig
 from bertfast.tasks.features import Features
 from bertfast.tasks.sentences import Columns, SentenceTask, are_fractions, label_numbers, name_labels
 from bertfast.tasks.tables import Table

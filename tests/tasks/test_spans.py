@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bertfast import BertConfig
 from bertfast.data.tokenizer import load_tokenizer, train_tokenizer
-from bertfast.models import BertConfig
 from bertfast.tasks.spans import Questions, SpanTask, normalise, score
 from bertfast.tasks.task import TaskSettings
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 def task(unanswerable: bool = False, **settings) -> SpanTask:
     own = SpanTask(TaskSettings(model_name_or_path="", **settings))
-    own.know(BertConfig(extra={"unanswerable": unanswerable}))
+    own.know(BertConfig(unanswerable=unanswerable))
     return own
 
 
@@ -188,6 +188,6 @@ def test_every_answer_that_people_gave_is_a_stretch_of_tokens(name, count, share
         values = np.zeros((features.lengths[row], 2), np.float32)
         values[first, 0] = values[last, 1] = 9.0
         outputs.append(values)
-    own.config = BertConfig(extra={"unanswerable": name == "dev-v2.0"})
+    own.config = BertConfig(unanswerable=name == "dev-v2.0")
     measured = own.measure(some, features, outputs)
     assert measured["f1"] > 99.5  # a token may hold more than the answer

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
-from bertfast.models import BertConfig
 from bertfast.tasks.tags import Entity, TagTask, entities, invalid, iob2, scheme_of
 from bertfast.tasks.task import TaskSettings
 

@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from examples import settings_for, write_examples
 
+from bertfast import BertForPreTraining, BertForTokenClassification
 from bertfast.cli import main
-from bertfast.models import BertForPreTraining, BertForSequenceClassification
+from bertfast.encoder import pack, sequence_logits
+from bertfast.models import own_parts
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
+from bertfast.models.files import load, read_config, save
 from bertfast.training.finetune import Finetuning
 from bertfast.training.predict import predict_outputs
 
@@ -21,11 +25,11 @@ def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tm
     file = write_examples(tmp_path, "tags", 12, seed=0)
     run = Finetuning(settings_for("tags", pretrained, file, tmp_path / "out", feature_layers=layers, **SMALL))
     features = run.features["train"]
-    batch = features.batch(next(run.rows_of_steps()))
+    batch = features.model_inputs(next(run.rows_of_steps()))
     run.model.eval()
-    stored = run.model(**batch).logits
-    del batch["features"]
-    torch.testing.assert_close(run.model(**batch).logits, stored, atol=1e-5, rtol=1e-4)
+    stored = run.task.logits(run.model, batch)
+    del batch.arguments["features"]
+    torch.testing.assert_close(run.task.logits(run.model, batch), stored, atol=1e-5, rtol=1e-4)
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert not any(name.startswith("bert.") for name in trained)
 
@@ -75,9 +79,9 @@ def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     file = write_examples(tmp_path, "classification", 8, seed=0)
     with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
         Finetuning(settings_for("classification", pretrained, file, tmp_path / "out", **SMALL))
-    model = BertFeaturesForTokenClassification(BertForPreTraining.from_pretrained(pretrained).config)
-    with pytest.raises(ValueError, match="takes packed input alone"):
-        model(torch.tensor([[1, 2]]))
+    config = read_config(pretrained, feature_layers="last")
+    with pytest.raises(TypeError, match="has parts of bertfast's own, which run on packed batches alone"):
+        BertFeaturesForTokenClassification(config)(torch.tensor([[1, 2]]))
 
 
 @pytest.mark.parametrize("kind", ["classification", "choices", "answers", "tags"])
@@ -99,11 +103,35 @@ def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_pa
 
 
 def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
-    config = BertForPreTraining.from_pretrained(pretrained).config
-    config.extra["bilstm"] = True
-    model = BertForSequenceClassification(config).eval()
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [9, 9, 9, 9]])
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
-    logits = model(ids, mask).logits
-    assert logits.isfinite().all()
-    torch.testing.assert_close(logits[:1], model(ids[:1]).logits)
+    model = own_parts.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 6, 7, 8, 0]])  # and a slot that is in no sequence
+
+    def logits(*starts: int) -> torch.Tensor:
+        return sequence_logits(model, pack(model, ids[:, : max(starts[-1], 4)], torch.tensor(starts)))
+
+    together = sequence_logits(model, pack(model, ids, torch.tensor([0, 4, 7, 7])))
+    assert together.isfinite().all()
+    torch.testing.assert_close(together[:1], logits(0, 4))
+
+
+def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
+    """It would drop their weights otherwise."""
+    config = read_config(pretrained, bilstm=True)
+    save(own_parts.BertForTokenClassification(config), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["bilstm"]
+    for kind in (transformers.AutoModelForTokenClassification, transformers.BertForTokenClassification):
+        with pytest.raises((ValueError, OSError), match=r"does not recognize this architecture|no file named"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
+    model = own_parts.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
+    save(model, tmp_path)
+    (tmp_path / "model.bertfast.safetensors").rename(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "bert"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened, missing, unexpected = load(BertForTokenClassification, tmp_path)
+    assert not missing
+    assert not unexpected
+    for name, value in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name

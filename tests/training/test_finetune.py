@@ -3,18 +3,20 @@
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from examples import settings_for, write_examples
 from sentiment import FILLERS, QUICK, rows_of, sentence
 
+from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from bertfast.models import BertForPreTraining, BertForSequenceClassification
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
 from bertfast.training.interrupt import RunStopped
 from bertfast.training.predict import PredictSettings, predict
 
@@ -281,3 +283,15 @@ def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
         attempt(bare)
     with pytest.raises(ValueError, match="was not trained as a BertForSequenceClassification"):
         predict(PredictSettings(model_name_or_path=str(pretrained)))
+
+
+def test_a_model_that_cannot_run_packed_is_refused_with_the_report(pretrained, tmp_path):
+    """Before the first step, and with a sentence on each part that is left alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(pretrained, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "mish"}
+    (folder / "config.json").write_text(json.dumps(config))
+    file = write_examples(tmp_path, "classification", 8, seed=0)
+    with pytest.raises(ValueError, match=r"cannot run on packed batches:\n[^$]*encoder.layer.0: its activation is"):
+        Finetuning(settings_for("classification", folder, file, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from bertfast import BertConfig, BertForPreTraining
 from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode
 from bertfast.inputs import Packed
-from bertfast.models import BertConfig, BertForPreTraining
 from bertfast.precision import autocast
 from bertfast.sequences import Sequences
 from bertfast.training.footprint import Footprint, activations, available_memory, footprint

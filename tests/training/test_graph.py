@@ -19,11 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bertfast import cuda_graphs, inputs, sequences
+from bertfast import BertModel, cuda_graphs, inputs, sequences
 from bertfast.cuda_graphs import WARMUP_CALLS, GraphRunner
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.models import BertModel
 from bertfast.sequences import Sequences
 from bertfast.tasks import extract as extraction
 from bertfast.tasks.features import tokenize

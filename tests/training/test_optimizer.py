@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bertfast import precision
-from bertfast.models import BertConfig, BertForPreTraining
+from bertfast import BertConfig, BertForPreTraining, precision
 from bertfast.precision import choose_precision
 from bertfast.training.optimizer import Lamb, Muon, build_optimizers
 from bertfast.training.schedule import schedule, set_learning_rate

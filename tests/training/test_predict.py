@@ -10,8 +10,8 @@ import pytest
 import torch
 from sentiment import FILLERS, rows_of
 
+from bertfast import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.models import BertForSequenceClassification
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.sentences import SentenceTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate

@@ -12,11 +12,11 @@ from runs import STEPS, assert_same_weights, entries, losses, settings_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bertfast import checkpoint
+from bertfast import BertConfig, BertForPreTraining, encoder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
-from bertfast.models import BertConfig, BertForPreTraining
+from bertfast.models import files
 from bertfast.training import state
 from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
@@ -111,14 +111,14 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
-    save = checkpoint.save_file
+    save = files.save_file
 
     def full(tensors, path, metadata):
         if "00000010" in str(path) and path.name == "optimizer.safetensors":
             raise SafetensorError("I/O error: No space left on device")  # as the library says it
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         pretrain(settings_for(tmp_path, data))
     folder = tmp_path / "checkpoints"
@@ -238,12 +238,15 @@ def test_from_left_to_right_it_learns_to_go_on_and_sees_nothing_ahead(data, tmp_
     metrics = pretrain(settings_for(tmp_path, data, max_steps=200, dropout=0.0, sampling=sampling))
     assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5
     assert "next_sentence_loss" not in metrics
-    model = BertForPreTraining.from_pretrained(tmp_path)
+    model, *_ = files.load(BertForPreTraining, tmp_path)
     assert model.config.is_decoder
     ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 2]])
     first, second = model.bert(ids).last_hidden_state
     torch.testing.assert_close(first[:3], second[:3])
     assert not torch.allclose(first[3:], second[3:])
-    pooled = model.bert(ids).pooler_output
+    packed = encoder.pack(model, ids.view(1, -1), torch.tensor([0, 5, 10], dtype=torch.int32))
+    pooled = encoder.pooled(model, encoder.encode(model.bert, packed, packed.first))
     lasts = model.bert.pooler(torch.stack([first[-1], second[-1]])[:, None])
     torch.testing.assert_close(pooled, lasts)
+    with pytest.raises(TypeError, match="has parts of bertfast's own, which run on packed batches alone"):
+        model(ids)

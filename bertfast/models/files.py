@@ -1,0 +1,195 @@
+"""Models' folders: finding, opening and saving them, with one sentence for whatever can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BertConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from bertfast.models import bert
+from bertfast.models.initialise import initialise
+from bertfast.models.own_parts import OwnBertConfig, class_for
+
+logger = logging.getLogger("bertfast")
+
+_DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError, ValueError)
+
+
+def resolve(name: str | Path) -> Path:
+    """Return the folder of a model: one that exists, or the local copy of a hub id."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"{name} is not a folder; a model is a folder with config.json and weights")
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files))
+    except Exception as error:  # whatever a network can do wrong, the user named something that is not there
+        raise FileNotFoundError(f"{name} is neither a folder here nor a model that the hub gave: {error}") from error
+
+
+def read_config(folder: str | Path, **changes) -> BertConfig:
+    """Read a model's configuration.
+
+    Args:
+        folder: With `config.json`.
+        changes: Entries to set, also those that `BertConfig` does not know. Parts of ours make it an `OwnBertConfig`.
+
+    Raises:
+        FileNotFoundError: There is no `config.json`.
+        ValueError: It is that of another family.
+    """
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model's folder")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    model_type = values.pop("model_type", "bert")
+    if model_type not in ("bert", OwnBertConfig.model_type):
+        raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT")
+    if "id2label" in changes or "num_labels" in changes:
+        for name in ("id2label", "label2id", "num_labels"):
+            values.pop(name, None)
+    values |= changes
+    if "id2label" in changes:
+        values["label2id"] = {label: number for number, label in values["id2label"].items()}
+        values.pop("num_labels", None)  # their number, which transformers takes from them
+    # Folders from before parts of ours had a type of their own say "bert" and name the part.
+    own = model_type == OwnBertConfig.model_type or any(values.get(part) for part in OwnBertConfig.parts)
+    return (OwnBertConfig if own else BertConfig).from_dict(values)
+
+
+def load(
+    kind: type[PreTrainedModel], name: str | Path, config: BertConfig | None = None, *, fresh: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """Open a model in fp32 and in evaluation mode, on the CPU.
+
+    Args:
+        kind: One of bertfast's classes; with parts of ours in the configuration, its counterpart that has them.
+        name: Folder or hub id.
+        config: The model's; None: that of the folder.
+        fresh: Parameters whose names begin with these are initialised, whatever the checkpoint holds.
+
+    Returns:
+        The model, the names of parameters that the checkpoint lacks, which are initialised as in pre-training, and
+        those of weights that the model does not have.
+
+    Raises:
+        FileNotFoundError: There are no weights.
+        ValueError: They are damaged, or of other sizes.
+    """
+    folder = resolve(name)
+    config = read_config(folder) if config is None else config
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _quiet():  # what is missing is for the caller to judge
+            model, told = class_for(kind, config).from_pretrained(folder, **options)
+    except OSError as error:
+        raise FileNotFoundError(f"the weights of {name} cannot be read: {error}") from error
+    except _DAMAGED as error:
+        raise ValueError(f"{name} is damaged or holds other things than weights: {error}") from error
+    for entry in told["mismatched_keys"]:
+        key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
+        if not (fresh and key.startswith(fresh)):
+            size = list(model.get_parameter(key).shape)
+            raise ValueError(
+                f"{name} is of another size: its {key} is not {size}, as its config.json says: take the config.json "
+                "that belongs to the weights"
+            )
+    missing = [key for key in model.state_dict() if key in {*told["missing_keys"]}]
+    again = [key for key in model.state_dict() if fresh and key.startswith(fresh)]
+    initialise(model, {*missing, *again})
+    return model.eval(), missing, sorted(told["unexpected_keys"])
+
+
+def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:
+    """Warn of what a checkpoint lacks, and of what it holds besides."""
+    if missing:
+        logger.warning("%s has no %s: newly initialised", name, ", ".join(missing))
+    if unexpected:
+        logger.warning("%s also holds %s: not used by %s", name, ", ".join(unexpected), type(model).__name__)
+
+
+def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a model's folder as `save_pretrained` does, but so that each file is there whole or not at all.
+
+    Args:
+        model: The model.
+        folder: Is made if it is missing.
+        weights: The model's state where that is not its own tensors, as when ranks have parts of it.
+
+    Raises:
+        OSError: The disk does not take it; what was saved before is kept.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if weights is not None:
+        weights = {key: value for key, value in weights.items() if key not in _tied(model)}
+    try:
+        with _quiet():
+            model.save_pretrained(temporary, state_dict=weights)
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written, what was saved before is kept: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError where the disk does not take it, as when it is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, what was saved before is kept: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from logging less than errors, and from drawing progress bars."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Return the names of parameters that have another name too, but for the first of each."""
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}
+
+
+def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
+    """Return the class that a folder's configuration names, `BertModel` where it names none.
+
+    Raises:
+        ValueError: It is none of bertfast's.
+    """
+    known = [name for name in bert.__all__ if issubclass(getattr(bert, name), PreTrainedModel)]
+    name = next(iter(config.architectures or ["BertModel"]))
+    if name not in known:
+        raise ValueError(f"its config names {name}, which is none of {', '.join(known)}")
+    return getattr(bert, name)
