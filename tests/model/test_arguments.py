@@ -46,7 +46,7 @@ def test_initialisation_is_the_papers(case):
     ("arguments", "sentence"),
     [
         ({}, "give either input_ids or inputs_embeds"),
-        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 5, 32)}, "and not both"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 5, 64)}, "and not both"),
         ({"input_ids": IDS[0]}, r"input_ids must have shape \[batch, length\], none of them 0, got \[5\]"),
         ({"input_ids": IDS[:, :0]}, r"none of them 0, got \[2, 0\]"),
         (
@@ -85,7 +85,7 @@ def test_packed_positions_stay_within_their_sequences(model):
     """More tokens than positions are no matter, nor are unused places behind the last sequence."""
     ids = torch.ones(1, 40, dtype=torch.int64)
     outputs = model(ids, cu_seq_lens_q=torch.tensor([0, 12, 14]))
-    assert outputs.last_hidden_state.shape == (1, 40, 32)
+    assert outputs.last_hidden_state.shape == (1, 40, 64)
     assert outputs.last_hidden_state.isfinite().all()
 
 
