@@ -46,6 +46,7 @@ CHECKED = os.environ.get("BERTFAST_CHECKED") == "1"
 EMULATED_CUDA = os.environ.get("BERTFAST_EMULATED_CUDA") == "1"
 OBJECTS = ROOT / "build" / ("checked-objects" if CHECKED else "objects")
 NOT_KERNELS = ("instruction_set.cpp",)
+PREFIX_MAP = f"-ffile-prefix-map={shlex.quote(str(ROOT))}/="  # messages name a source, not where it was built
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
 SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -231,7 +232,7 @@ def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = Non
     from torch.utils.cpp_extension import library_paths
 
     compiler = _cxx()
-    always = f"{FLAGS} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
+    always = f"{FLAGS} {PREFIX_MAP} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
     link = f"{compiler} {always} -shared $in -o $out"
     torch_folders = " ".join(shlex.quote(f"-L{path}") for path in library_paths())
     OBJECTS.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,8 @@ class DoctorSettings:
 
 def doctor(settings: DoctorSettings) -> int:
     """Print what is here. Return the exit status: 1 if a kernel is wrong or raised an exception, else 0."""
+    if settings.seconds <= 0:
+        raise ValueError(f"--seconds must be positive, got {settings.seconds:g}: it is the time for all checks")
     device = choose_device(settings.device)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     facts = _facts(device, devices)

@@ -149,7 +149,7 @@ def test_an_exception_in_a_kernel_is_reported_and_the_rest_goes_on(two_problems,
 
 
 def test_checks_beyond_the_time_are_listed_as_not_reached(two_problems, capsys):
-    assert main([*CHECK, "--seconds", "0"]) == 0
+    assert main([*CHECK, "--seconds", "0.000001"]) == 0
     out = capsys.readouterr().out
     assert "NOT REACHED: the time of 0 s is over" in out
     assert "\n0 of " in out
@@ -176,3 +176,9 @@ def test_a_cuda_error_ends_the_self_test(two_problems, monkeypatch):
 def test_words_that_no_check_has_are_one_sentence(two_problems, capsys):
     assert main([*CHECK, "--only", "nonsense"]) == 1
     assert "no check has all words of --only nonsense: run without --only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_no_time_for_checks_is_refused(seconds, capsys):
+    assert main(["doctor", "--check", "--seconds", seconds]) == 1
+    assert f"--seconds must be positive, got {seconds}" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
-from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
@@ -61,7 +61,9 @@ def add_layer_norm(
     if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"add_layer_norm: compute_dtype must be a floating-point torch.dtype, got {compute_dtype!r}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
-    refusal = None if copy_dtype is None else _why_no_copy(implementation, x, copy_dtype)
+    refusal = float64_among(residual, bias, gamma, beta)
+    if refusal is None and copy_dtype is not None:
+        refusal = _why_no_copy(implementation, x, copy_dtype)
     implementation = choose("add_layer_norm", implementation, x, refusal)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.products import linear
 
@@ -31,7 +31,7 @@ def bias_gelu(
     """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
     check("bias_gelu", x=(x, "tokens columns", "floating"), bias=(bias, "columns", "floating"))
     _check_approximate("bias_gelu", approximate)
-    implementation = choose("bias_gelu", implementation, x)
+    implementation = choose("bias_gelu", implementation, x, float64_among(bias))
     if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
     return run(BiasGelu, implementation, x, bias, approximate)

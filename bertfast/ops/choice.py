@@ -54,6 +54,14 @@ def choose(operation: str, requested: Implementation | None, x: Tensor, refusal:
     return requested
 
 
+def float64_among(*tensors: Tensor | None) -> str | None:
+    """Return why no kernel takes these tensors if one is float64, whatever dtype the others have; else None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return "its kernels take no float64"
+    return None
+
+
 def run(function: type[torch.autograd.Function], *arguments):
     """function.apply(*arguments), or its forward alone where no gradient is asked for: a short sentence notices."""
     if torch.compiler.is_compiling():

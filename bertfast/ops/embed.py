@@ -8,7 +8,7 @@ from torch import Tensor
 from bertfast import reference
 from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
@@ -60,7 +60,7 @@ def embed(
         beta=(beta, "hidden", "floating"),
     )
     arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
-    implementation = choose("embed", implementation, word)
+    implementation = choose("embed", implementation, word, float64_among(position, token_type, gamma, beta))
     if implementation == "reference":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
         return reference.embed(*arguments, dropout, padding_index)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 
@@ -26,7 +26,7 @@ def gelu_layer_norm(
         gamma=(gamma, "hidden", "floating"),
         beta=(beta, "hidden", "floating"),
     )
-    implementation = choose("gelu_layer_norm", implementation, x)
+    implementation = choose("gelu_layer_norm", implementation, x, float64_among(bias, gamma, beta))
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
     return run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)

@@ -190,3 +190,15 @@ def test_a_copy_that_kernels_cannot_write_is_refused_if_they_are_requested():
     arguments = [x.detach().float() for x in inputs()]
     with pytest.raises(ValueError, match=r"no 'cpu' implementation here: its kernels write copies in bfloat16, got to"):
         ops.add_layer_norm(*arguments, 1e-12, compute_dtype=torch.float16, implementation="cpu")
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_dtype_that_no_kernel_takes_with_the_others_is_left_to_the_reference(place):
+    arguments = [x.detach().float() for x in inputs()]
+    arguments[place] = arguments[place].double()
+    if place == 0:
+        arguments[1] = arguments[1].double()  # the residual has x's dtype or a wider one
+    expected = ops.add_layer_norm(*arguments, 1e-12, implementation="reference")
+    assert torch.equal(ops.add_layer_norm(*arguments, 1e-12), expected)
+    with pytest.raises(ValueError, match="its kernels take"):
+        ops.add_layer_norm(*arguments, 1e-12, implementation="cpu")
