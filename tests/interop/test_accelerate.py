@@ -88,7 +88,8 @@ def test_a_loop_in_bf16_learns_as_with_transformers_and_its_model_opens_there(na
     values = {key: x[None] for key, x in rows[0].items() if key in ("input_ids", "attention_mask")}
     for ours, theirs in zip(model.eval()(**values).to_tuple(), opened(**values).to_tuple(), strict=True):
         if ours.dim() < 3 and name != "BertForQuestionAnswering":
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+            # accelerate leaves autocast around the forward of the model that it prepared.
+            torch.testing.assert_close(ours.float(), theirs, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])

@@ -568,7 +568,7 @@ def test_compiled_with_graph_breaks_gives_the_same():
         (lambda: "bert", TypeError, "takes a torch module"),
         (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
         (lambda: Shouting(transformers.BertConfig(**SIZES)), ValueError, "Shouting has a forward of its own"),
-        (lambda: promising(hidden_size=64), ValueError, "promises hidden_size 64, and the weights have 32"),
+        (lambda: promising(hidden_size=96), ValueError, "promises hidden_size 96, and the weights have 64"),
         (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),
     ],
 )
