@@ -111,7 +111,7 @@ def test_what_is_damaged_or_does_not_fit_is_refused(tmp_path, capsys):
     assert "lacks: encoder.layer.2." in refused()
     config.write_text(json.dumps(json.loads(kept) | {"num_hidden_layers": 1}))
     assert "holds what no BERT has: encoder.layer.1." in refused()
-    config.write_text(json.dumps(json.loads(kept) | {"hidden_size": 64}))
+    config.write_text(json.dumps(json.loads(kept) | {"hidden_size": 96}))
     assert "is of another size" in refused()
     config.write_text(kept)
     data = tmp_path / "bert_model.ckpt.data-00000-of-00001"
