@@ -1,4 +1,4 @@
-"""PyTorch's private interfaces, and what its versions and devices differ in. Checked on torch 2.11, 2.13 and 2.14."""
+"""PyTorch's private interfaces, and what its versions and devices differ in. Checked on torch 2.13."""
 
 from __future__ import annotations
 
