@@ -75,21 +75,21 @@ $(PUBLISHED): $(READY)
 
 # TRANSFORMERS_SOURCE=FOLDER runs the BERT tests of a source tree of transformers, too, with every model patched.
 test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
-	$(BIN)/pytest
+	$(BIN)/python tests/in_parts.py
 	$(MAKE) checked emulated
-	$(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
+	$(INTERPRET) $(BIN)/python tests/in_parts.py tests/kernels
 	$(BIN)/python bench/compiled_kernels.py --chips 90 --representative
 	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
 
 checked: $(READY)
 	rm -rf $(CHECKED)/bertfast
 	BERTFAST_CHECKED=1 $(BIN)/python setup.py --quiet build --build-lib $(CHECKED)
-	$(if $(shell command -v g++),$(WATCHED) $(BIN)/python tests/kernels/in_parts.py $(WATCHABLE))
+	$(if $(shell command -v g++),$(WATCHED) $(BIN)/python tests/in_parts.py $(WATCHABLE) tests/kernels)
 
 emulated: $(READY)
 	rm -rf $(EMULATED)/bertfast
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
-	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/kernels/in_parts.py)
+	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/in_parts.py tests/kernels)
 
 $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 	$(BIN)/pip install --quiet --target $@ 'cuda-toolkit[crt,cudart,nvcc,nvvm]==$*.*'
@@ -102,7 +102,7 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 
 test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
-	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/kernels/in_parts.py
+	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/in_parts.py tests/kernels
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bertfast.encoder import copy_dtype
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.choice import why_not
-from bertfast.runtime.torch_compat import autocast_dtype
 
 # fp32 on a CPU without kernels: batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
@@ -68,4 +68,4 @@ def why_left_to_transformers(
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies activations like `x`: autocast's where that applies."""
-    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
+    return copy_dtype(x) or x.dtype

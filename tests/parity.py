@@ -4,14 +4,12 @@ import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import pytest
 import torch
+import transformers
 from helpers import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import bertfast
-
-transformers = pytest.importorskip("transformers", reason="parity is with transformers, the extra `hf`")
 
 ROWS, COLUMNS, CHOICES = 3, 11, 2
 # Of the thousands of small gradients that these tests compare, the roundings of a few happen to add up: each may have

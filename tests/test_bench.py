@@ -179,7 +179,6 @@ def test_operations_on_a_cpu_are_timed_in_turn_in_both_precisions(tmp_path):
 
 
 def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
-    pytest.importorskip("transformers")
     program("end_to_end/pretraining_step", "trial-wikipedia", "--repeats=1", f"--results={tmp_path}")
     result = json.loads((tmp_path / "pretraining_step-trial-wikipedia.json").read_text())
     assert len(result["lengths"]) == 4
@@ -190,7 +189,6 @@ def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
 
 
 def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path):
-    pytest.importorskip("transformers")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"house {i} is old and the river is wide . it was cold ." for i in range(300)))
     corpus = CorpusSettings([str(text)], vocabulary_size=128, validation_split_percentage=20, processes=1)
@@ -212,19 +210,7 @@ def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path
     assert not any(str(tmp_path) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
-def test_our_side_of_the_run_of_minutes_does_without_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))
-    for name in ("speedrun", "curve_parity"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import speedrun
-
-    with pytest.raises(SystemExit, match="transformers, which is not installed"):
-        speedrun.theirs(None)
-
-
 def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
-    pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))
     from pretraining_step import within
 
@@ -236,7 +222,6 @@ def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
 
 
 def test_inference_is_timed_beside_what_is_installed(tmp_path):
-    pytest.importorskip("transformers")
     program("end_to_end/inference", "trial", "--repeats=2", f"--results={tmp_path}")
     result = json.loads((tmp_path / "inference-trial.json").read_text())
     assert result["contenders"].keys() >= {"ours", "transformers"}
@@ -244,7 +229,6 @@ def test_inference_is_timed_beside_what_is_installed(tmp_path):
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
-    pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     program("end_to_end/growth", "--longest=128", "--most=1", "--preset=tiny", f"--results={tmp_path}")
     sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]

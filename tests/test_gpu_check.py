@@ -77,7 +77,6 @@ def test_each_half_runs_in_a_bare_environment_and_leaves_one_tar_file(check, bar
         assert "library    none" in files["self-test.log"]
         assert "checks passed, 0 were not reached" in files["self-test.log"]
     else:
-        pytest.importorskip("transformers")
         assert run == ["ceilings", "pretraining step", "attention", "report"]
         assert json.loads(files["pretraining_step-trial.json"])["ratios"].keys() == {"transformers-sdpa"}
         for section in ("## Ceilings", "## One pre-training step", "## attention"):
@@ -88,7 +87,6 @@ def test_each_half_runs_in_a_bare_environment_and_leaves_one_tar_file(check, bar
 
 @pytest.mark.parametrize("check", gpu_check.LIMITS)
 def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
     parts = list(gpu_check.parts(check, tmp_path, no_library=None, probes=None))

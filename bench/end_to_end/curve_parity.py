@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -122,8 +123,6 @@ def our_losses(run: Pretraining) -> list[float]:
 
 def their_losses(settings: PretrainSettings, batches: Batches) -> list[float]:
     """Of a loop as one would write it around transformers' model, on the batches of that run."""
-    import transformers  # here, so that whoever wants `padded` alone can do without
-
     torch.manual_seed(settings.seed)
     drop = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
     model = transformers.BertForPreTraining.from_pretrained(settings.init_from, **drop).train()

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 
 import bertfast
 
@@ -98,8 +99,6 @@ def point(who: str, sequences: int, length: int, preset: str) -> dict:
     if who == "ours":
         model = bertfast.BertModel(config)
     else:
-        import transformers
-
         values = config.to_dict()
         model = transformers.BertModel(transformers.BertConfig(**values, attn_implementation="sdpa"))
     model.train()

@@ -26,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -151,10 +152,6 @@ def seconds_of_a_step(arguments: argparse.Namespace) -> float:
 
 def theirs(arguments: argparse.Namespace) -> dict:
     """A loop as one would write it around transformers' model, on the same texts in rows of one length."""
-    try:
-        import transformers
-    except ImportError:
-        raise SystemExit("the side `theirs` wants transformers, which is not installed") from None
     with TemporaryDirectory() as scratch:
         run = Pretraining(settings_for(arguments, **{"output-dir": scratch}))  # for its batches and precision
     settings, device, longest = run.settings, run.device, run.settings.sampling.max_seq_length

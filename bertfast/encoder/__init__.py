@@ -20,7 +20,7 @@ from bertfast.encoder.heads import (
     token_classification_loss,
     token_logits,
 )
-from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, gemm_dtype, layer, project
+from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, copy_dtype, layer, project
 from bertfast.encoder.linear import hooks, is_linear, is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, LayerParts, PackedHead, PackedModel
 
@@ -34,10 +34,10 @@ __all__ = [
     "activate",
     "attend",
     "attention_arguments",
+    "copy_dtype",
     "cross_entropy_sum",
     "embed",
     "encode",
-    "gemm_dtype",
     "hooks",
     "is_linear",
     "is_plain",

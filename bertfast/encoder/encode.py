@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast import ops, products, reference
-from bertfast.encoder.layer import activate, gemm_dtype
+from bertfast.encoder.layer import activate, copy_dtype
 from bertfast.encoder.linear import is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.inputs import Packed
@@ -61,7 +61,7 @@ def encode(
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         keep_freed_memory()
     # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
-    copies = gemm_dtype(hidden) is not None
+    copies = copy_dtype(hidden) is not None
     takes = [copies and _takes_copy(module) for module in layers]
     copy = None
     for index, module in enumerate(layers):

@@ -49,7 +49,7 @@ def layer(
         [T, H], or [R, H] with `rows`, in the dtype of `hidden`; with `return_copy` a pair of that and its copy.
     """
     identity = packed.identity
-    dtype = gemm_dtype(hidden)
+    dtype = copy_dtype(hidden)
     if copy is None and dtype is not None:
         copy = hidden.to(dtype)
     context = attend(parts, _gemm_input(hidden, copy, parts.query, parts.key, parts.value), packed, index)
@@ -66,8 +66,8 @@ def layer(
     return output if return_copy else output[0]
 
 
-def gemm_dtype(hidden: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast multiplies activations like `hidden`; None where it leaves theirs."""
+def copy_dtype(hidden: Tensor) -> torch.dtype | None:
+    """Return the dtype, autocast's, of the copy of the residual stream that GEMMs read; None: they read the stream."""
     return None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
 
 

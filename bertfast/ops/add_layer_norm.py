@@ -12,8 +12,18 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
-from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
+from bertfast.ops.arguments import Arguments
+from bertfast.ops.choice import Implementation, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+
+_ARGUMENTS = Arguments(
+    "add_layer_norm",
+    x="floating [tokens, hidden]",
+    residual="floating [tokens, hidden]",
+    bias="optional floating [hidden]",
+    gamma="floating [hidden]",
+    beta="floating [hidden]",
+)
 
 
 def add_layer_norm(
@@ -48,16 +58,7 @@ def add_layer_norm(
         ValueError: Shapes or devices do not agree, or `implementation` cannot run these tensors.
     """
     dropout = as_dropout("add_layer_norm", dropout, lambda: row_coordinates(x), x)
-    check(
-        "add_layer_norm",
-        dropout,
-        optional="bias",
-        x=(x, "tokens hidden", "floating"),
-        residual=(residual, "tokens hidden", "floating"),
-        bias=(bias, "hidden", "floating"),
-        gamma=(gamma, "hidden", "floating"),
-        beta=(beta, "hidden", "floating"),
-    )
+    _ARGUMENTS.check(x, residual, bias, gamma, beta, dropout=dropout)
     if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"add_layer_norm: compute_dtype must be a floating-point torch.dtype, got {compute_dtype!r}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype

@@ -16,11 +16,15 @@ from torch import Tensor
 from bertfast import reference
 from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops import attention_fallback
-from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.arguments import Arguments
+from bertfast.ops.choice import Implementation, choose, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.sequences import Sequences, require
 
 HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
+_ARGUMENTS = Arguments(
+    "attention", qkv="floating [tokens, 3, heads, head_dimension]", cu_seqlens="integer [sequences + 1]"
+)
 
 
 def attention(
@@ -55,12 +59,7 @@ def attention(
     if not isinstance(sequences, Sequences):
         sequences = _whole_sequences(sequences, qkv)
     dropout = as_dropout("attention", dropout, lambda: (sequences.token_sequence_ids, sequences.position), qkv)
-    check(
-        "attention",
-        dropout,
-        qkv=(qkv, "tokens 3 heads head_dimension", "floating"),
-        cu_seqlens=(sequences.cu_seqlens, "sequences+1", "integer"),
-    )
+    _ARGUMENTS.check(qkv, sequences.cu_seqlens, dropout=dropout)
     if len(qkv) != sequences.capacity:
         raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:

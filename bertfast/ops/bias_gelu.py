@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, product_dtype, run
+from bertfast.ops.arguments import Arguments
+from bertfast.ops.choice import Implementation, choose, float64_among, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.products import linear
 
@@ -24,12 +25,17 @@ Approximate = Literal["none", "tanh"]
 # file in bench/results shows to be so, and nothing has been measured yet.
 _FUSED: set[tuple[torch.dtype, int, int]] = set()
 
+_BIAS_GELU = Arguments("bias_gelu", x="floating [tokens, columns]", bias="floating [columns]")
+_LINEAR_GELU = Arguments(
+    "linear_gelu", x="floating [tokens, hidden]", weight="floating [columns, hidden]", bias="floating [columns]"
+)
+
 
 def bias_gelu(
     x: Tensor, bias: Tensor, approximate: Approximate = "none", *, implementation: Implementation | None = None
 ) -> Tensor:
     """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
-    check("bias_gelu", x=(x, "tokens columns", "floating"), bias=(bias, "columns", "floating"))
+    _BIAS_GELU.check(x, bias)
     _check_approximate("bias_gelu", approximate)
     implementation = choose("bias_gelu", implementation, x, float64_among(bias))
     if implementation == "reference":
@@ -46,12 +52,7 @@ def linear_gelu(
     implementation: Implementation | None = None,
 ) -> Tensor:
     """gelu(x W^T + bias): x [T, H], weight [columns, H], bias [columns] -> [T, columns], autocast as a product."""
-    check(
-        "linear_gelu",
-        x=(x, "tokens hidden", "floating"),
-        weight=(weight, "columns hidden", "floating"),
-        bias=(bias, "columns", "floating"),
-    )
+    _LINEAR_GELU.check(x, weight, bias)
     _check_approximate("linear_gelu", approximate)
     chosen = choose("bias_gelu", implementation, x)
     if chosen == "reference":

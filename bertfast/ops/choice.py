@@ -1,8 +1,7 @@
-"""What every operation shares: the names of the implementations, and the checks of what it is given."""
+"""What every operation shares: the names of the implementations, and the choice of one."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bertfast import compiled, cuda_build
-from bertfast.dropout import Dropout
 from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
@@ -162,53 +160,3 @@ def _too_old(capability: tuple[int, int]) -> str | None:
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that PyTorch would multiply these in: autocast's where that is on, else their own."""
     return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
-
-
-def check(
-    operation: str, dropout: Dropout | None = None, *, optional: str = "", **tensors: tuple[Tensor | None, str, str]
-) -> None:
-    """Check each named tensor's (value, dimensions, kind), and that all live on one device.
-
-    Dimensions are words, or numbers, with a space between; a word means the same size wherever it stands. Kind is
-    "floating" or "integer". Only the tensor named `optional` may be None. `dropout` must know as many tokens
-    as "tokens" says.
-    """
-    if dropout is not None:
-        tensors |= {
-            "dropout.seed": (dropout.seed, "", "integer"),
-            "dropout.sequence_number": (dropout.sequence_number, "tokens", "integer"),
-            "dropout.position": (dropout.position, "tokens", "integer"),
-        }
-    sizes: dict[str, int] = {}
-    device = None
-    # torch.compile warns of cached functions, and calls this only once anyway.
-    split = _split if torch.compiler.is_compiling() else _cached_split
-    for name, (tensor, dimensions, kind) in tensors.items():
-        if tensor is None and name == optional:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        words, shape = split(dimensions), tensor.shape
-        fits = len(words) == len(shape)
-        if fits:  # a loop: a generator expression costs more than all else in a call on a few tokens
-            for word, size in zip(words, shape, strict=True):
-                if (sizes.get(word, size) if isinstance(word, str) else word) != size:
-                    fits = False
-        if not fits:
-            expected = ", ".join(str(sizes.get(word, word)) for word in words)
-            raise ValueError(f"{operation}: {name} must have shape [{expected}], got {list(shape)}")
-        sizes.update(zip(words, shape, strict=True))
-        if kind == "floating" and not tensor.is_floating_point():
-            raise TypeError(f"{operation}: {name} must be floating point, got {tensor.dtype}")
-        if kind == "integer" and tensor.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{operation}: {name} must be int64 or int32, got {tensor.dtype}")
-        device = device or tensor.device
-        if tensor.device != device:
-            raise ValueError(f"{operation}: {name} is on {tensor.device}, the other tensors are on {device}")
-
-
-def _split(dimensions: str) -> tuple[str | int, ...]:
-    return tuple(int(word) if word.isdecimal() else word for word in dimensions.split())
-
-
-_cached_split = functools.cache(_split)

@@ -7,9 +7,20 @@ from torch import Tensor
 
 from bertfast import reference
 from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
+from bertfast.ops.arguments import Arguments
 from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
+from bertfast.ops.choice import Implementation, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+
+_ROWS = {
+    "position": "floating [positions, hidden]",
+    "token_type": "floating [types, hidden]",
+    "gamma": "floating [hidden]",
+    "beta": "floating [hidden]",
+}
+_IDS = {"token_type_ids": "integer [tokens]", "position_ids": "integer [tokens]"}
+_ARGUMENTS = Arguments("embed", token_ids="integer [tokens]", **_IDS, word="floating [vocabulary, hidden]", **_ROWS)
+_EMBEDDED_ARGUMENTS = Arguments("embed", **_IDS, word="floating [tokens, hidden]", **_ROWS)
 
 
 def embed(
@@ -46,20 +57,12 @@ def embed(
             device.
     """
     dropout = as_dropout("embed", dropout, lambda: row_coordinates(token_type_ids), token_type_ids)
-    check(
-        "embed",
-        dropout,
-        optional="token_ids",
-        token_ids=(token_ids, "tokens", "integer"),
-        token_type_ids=(token_type_ids, "tokens", "integer"),
-        position_ids=(position_ids, "tokens", "integer"),
-        word=(word, "tokens hidden" if token_ids is None else "vocabulary hidden", "floating"),
-        position=(position, "positions hidden", "floating"),
-        token_type=(token_type, "types hidden", "floating"),
-        gamma=(gamma, "hidden", "floating"),
-        beta=(beta, "hidden", "floating"),
-    )
-    arguments = (token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps)
+    tensors = (token_type_ids, position_ids, word, position, token_type, gamma, beta)
+    if token_ids is None:
+        _EMBEDDED_ARGUMENTS.check(*tensors, dropout=dropout)
+    else:
+        _ARGUMENTS.check(token_ids, *tensors, dropout=dropout)
+    arguments = (token_ids, *tensors, eps)
     implementation = choose("embed", implementation, word, float64_among(position, token_type, gamma, beta))
     if implementation == "reference":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)

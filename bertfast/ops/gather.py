@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bertfast.ops.arguments import Arguments
 from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, check, choose, launcher, run
+from bertfast.ops.choice import Implementation, choose, launcher, run
 from bertfast.runtime.torch_compat import is_batched, is_transformed
+
+_ARGUMENTS = Arguments("gather", rows="integer [rows]", tensors="each floating [tokens, hidden]")
 
 
 def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None = None) -> tuple[Tensor, ...]:
@@ -30,8 +33,7 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
     """
     if not tensors:
         raise TypeError("gather: no tensor to read rows of: gather(rows, x)")
-    named = {f"tensors[{i}]": (x, "tokens hidden", "floating") for i, x in enumerate(tensors)}
-    check("gather", rows=(rows, "rows", "integer"), **named)
+    _ARGUMENTS.check(rows, *tensors)
     check_below("gather", "rows", rows, len(tensors[0]), "tensors[0]")
     chosen = {choose("gather", implementation, x) for x in tensors}
     if is_transformed():  # `Gather` has no rules for transforms

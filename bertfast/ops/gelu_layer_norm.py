@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 
 from bertfast import reference
-from bertfast.ops.choice import Implementation, check, choose, float64_among, launcher, run
+from bertfast.ops.arguments import Arguments
+from bertfast.ops.choice import Implementation, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+
+_ARGUMENTS = Arguments(
+    "gelu_layer_norm",
+    x="floating [rows, hidden]",
+    bias="floating [hidden]",
+    gamma="floating [hidden]",
+    beta="floating [hidden]",
+)
 
 
 def gelu_layer_norm(
     x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, implementation: Implementation | None = None
 ) -> Tensor:
     """LN(gelu(x + bias)): x [R, H] floating point; bias, gamma, beta [H] -> [R, H] in gamma's dtype."""
-    check(
-        "gelu_layer_norm",
-        x=(x, "rows hidden", "floating"),
-        bias=(bias, "hidden", "floating"),
-        gamma=(gamma, "hidden", "floating"),
-        beta=(beta, "hidden", "floating"),
-    )
+    _ARGUMENTS.check(x, bias, gamma, beta)
     implementation = choose("gelu_layer_norm", implementation, x, float64_among(bias, gamma, beta))
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)

@@ -8,10 +8,22 @@ from torch import Tensor
 from bertfast import reference
 from bertfast.ops import linear_cross_entropy_fallback as fallback
 from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
+from bertfast.ops.arguments import Arguments
 from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, check, choose, launcher, product_dtype, run
+from bertfast.ops.choice import Implementation, choose, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.runtime.torch_compat import backward_retains_graph, is_batched, is_transformed
+
+_ALL_ROWS, _SOME_ROWS = (
+    Arguments(
+        "linear_cross_entropy",
+        hidden="floating [tokens, hidden]",
+        weight="floating [vocabulary, hidden]",
+        bias="floating [vocabulary]",
+        **of_rows,
+    )
+    for of_rows in ({"labels": "integer [tokens]"}, {"rows": "integer [rows]", "labels": "integer [rows]"})
+)
 
 
 def linear_cross_entropy(
@@ -37,17 +49,14 @@ def linear_cross_entropy(
         is the label, and the number of labels: three 0-dimensional tensors, the last two int64.
 
     Raises:
-        IndexError: A label is V or more, on a CPU. On a GPU, where a check would wait for the device, the loss is NaN.
+        IndexError: A label is V or more, or a row is not one of hidden's, on a CPU. On a GPU, where a check would wait
+            for the device, such a label makes the loss NaN, and such a row fails a device-side assertion.
     """
-    check(
-        "linear_cross_entropy",
-        optional="rows",
-        hidden=(hidden, "tokens hidden", "floating"),
-        rows=(rows, "rows", "integer"),
-        weight=(weight, "vocabulary hidden", "floating"),
-        bias=(bias, "vocabulary", "floating"),
-        labels=(labels, "tokens" if rows is None else "rows", "integer"),
-    )
+    if rows is None:
+        _ALL_ROWS.check(hidden, weight, bias, labels)
+    else:
+        _SOME_ROWS.check(hidden, weight, bias, rows, labels)
+        check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
     dtype = product_dtype(hidden, weight)
     refusal = "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
     requested = implementation

@@ -36,7 +36,7 @@ from bertfast.tasks.task import TaskSettings
 from bertfast.training.evaluate import write_results
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal
-from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, step_if_finite
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, not_finite, step_if_finite
 from bertfast.training.predict import predict_outputs
 from bertfast.training.schedule import schedule, set_learning_rate
 
@@ -190,6 +190,7 @@ class Finetuning:
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
         self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
         self.losses: list[float] = []
+        self.skipped_loss = math.nan  # of the last step that was skipped
         self.pending: list[Tensor] = []  # of steps that were started: see `_update_eagerly`
         # A GPU is asked how steps went as rarely as they are logged: whoever asks waits for all that it was given.
         self.steps_per_read = settings.logging_steps if self.device.type == "cuda" else 1
@@ -220,7 +221,8 @@ class Finetuning:
                 if interrupt.requested:
                     self._stop(f"stopped after step {self.step} of {self.steps}")
                 if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
-                    self._stop(f"{SKIPS_IN_A_ROW} steps in a row had no finite gradient: lower the learning rate")
+                    what = not_finite(self.skipped_loss, self.device)
+                    self._stop(f"{SKIPS_IN_A_ROW} steps in a row were skipped, {what}: lower the learning rate")
                 if self.step % every == 0 or self.step == self.steps:
                     self._validate(bar)
                 if self.validations_without_better == settings.early_stopping_patience:
@@ -330,6 +332,7 @@ class Finetuning:
                 self.losses.append(loss)
             else:
                 self.skipped_in_a_row += 1
+                self.skipped_loss = loss
             if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
                 break
         self.seconds += time.perf_counter() - clock

@@ -86,6 +86,18 @@ def step_if_finite(
     return torch.where(finite, norm, torch.nan)
 
 
+def not_finite(loss: float, device: torch.device) -> str:
+    """Say what is not finite in a step that was skipped, whose loss was read.
+
+    A label outside of the vocabulary raises on a CPU. On a GPU, where a check would wait, it makes the loss NaN.
+    """
+    if math.isfinite(loss):
+        return "a gradient is not finite"
+    if device.type == "cpu" or not math.isnan(loss):
+        return f"the loss is {loss}"
+    return "the loss is NaN, as a label outside of the vocabulary makes it on a GPU: on a CPU an error names the label"
+
+
 class _Skips(Optimizer):
     """An optimizer that does not move where `found_inf` is 1, as the library's fused ones do not."""
 

@@ -35,7 +35,7 @@ from bertfast.training.footprint import available_memory, footprint
 from bertfast.training.interrupt import Interrupt, RunStopped
 from bertfast.training.journal import Journal, tensorboard, wandb
 from bertfast.training.loader import Loader
-from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, not_finite
 from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import ScheduleName, schedule
 from bertfast.training.start import starting_config, starting_model
@@ -605,8 +605,8 @@ class Pretraining:
             self.skipped += 1
             self.skipped_in_a_row += 1
             self._say(
-                f"step {done.step}: the loss or its gradient is not finite; skipped ({self.skipped} so far); "
-                f"--replay {done.step} computes it again"
+                f"step {done.step}: {not_finite(masked_lm + next_sentence, self.device)}; skipped "
+                f"({self.skipped} so far); --replay {done.step} computes it again"
             )
             self._write(step=done.step, skipped=self.skipped, first_batch=done.first_batch)
             if self.skipped_in_a_row == SKIPS_IN_A_ROW:

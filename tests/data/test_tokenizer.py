@@ -5,6 +5,7 @@ import lzma
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer, models
 
 from bertfast.data.tokenizer import (
@@ -140,7 +141,6 @@ def test_what_is_not_there_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "bert-base-cased"])
 def test_ids_equal_those_of_transformers(shared_data, tmp_path, name):
-    transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(shared_data / "vocab" / f"{name}-vocab.txt")
     save_tokenizer(tokenizer, tmp_path)
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path)

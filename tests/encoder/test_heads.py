@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from parity import SIZES, transformers
+import transformers
+from parity import SIZES
 from torch import Tensor, nn
 
 import bertfast

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from parity import SIZES, transformers
+import transformers
+from parity import SIZES
 from torch import nn
 from torch.utils.data import DataLoader
 
 import bertfast
 
-accelerate = pytest.importorskip("accelerate", reason="the extra `test-trainer`")
+accelerate = pytest.importorskip("accelerate")
 
 ROWS, COLUMNS = 12, 9
 MASK = (

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from parity import CASES as PARITY_CASES
-from parity import SIZES, inputs, transformers
+from parity import SIZES, inputs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune, weight_norm

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from parity import CASES, SIZES, transformers
+import transformers
+from parity import CASES, SIZES
 
 import bertfast
 from bertfast.cli import main

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from parity import SIZES, transformers
+import transformers
+from parity import SIZES
 from safetensors import safe_open
 from torch import nn
 

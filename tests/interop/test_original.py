@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity import SIZES, transformers
+import transformers
+from parity import SIZES
 
 import bertfast
 from bertfast.cli import main

@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
+import transformers
 from helpers import relative_error
-from parity import CASES, PADDINGS, SIZES, assert_parity, attended, double, inputs, models, results, transformers
+from parity import CASES, PADDINGS, SIZES, assert_parity, attended, double, inputs, models, results
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from parity import SIZES, transformers
+import transformers
+from parity import SIZES
 
 import bertfast
 from bertfast.models.eligibility import whole_unsupported_reason
 
-peft = pytest.importorskip("peft", reason="the extra `test-peft`")
+peft = pytest.importorskip("peft")
 
 TARGETS = (["query", "value"], ["query", "key", "value", "dense"], ["word_embeddings", "dense"])
 

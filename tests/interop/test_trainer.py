@@ -8,7 +8,7 @@ from parity import SIZES, transformers
 
 import bertfast
 
-pytest.importorskip("accelerate", reason="Trainer wants it: the extra `test-trainer`")
+pytest.importorskip("accelerate", reason="Trainer wants it")
 
 ROWS = 16
 HEADS = {

@@ -30,15 +30,6 @@ if KERNELS != "triton":
         collect_ignore_glob = ["test_*.py"]
 
 
-def pytest_addoption(parser):
-    parser.addoption("--part", default="1/1", help="i/n: every n-th test from the i-th on, for in_parts.py")
-
-
-def pytest_collection_modifyitems(config, items):
-    part, parts = map(int, config.getoption("part", "1/1").split("/"))
-    items[:] = items[part - 1 :: parts]
-
-
 def pytest_generate_tests(metafunc):
     if KERNELS == "cpu" and not metafunc.definition.get_closest_marker("one_instruction_set"):
         metafunc.parametrize("instruction_set", compiled.instruction_sets(), indirect=True)

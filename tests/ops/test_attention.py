@@ -156,9 +156,7 @@ def test_wrong_arguments_are_refused():
     qkv, sequences = packed([3, 2])
     with pytest.raises(ValueError, match="qkv holds 4 tokens, the sequences are packed into 5"):
         ops.attention(qkv[:4], sequences)
-    with pytest.raises(
-        ValueError, match=r"qkv must have shape \[tokens, 3, heads, head_dimension\], got \[5, 2, 2, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"qkv must have shape \[5, 3, 2, 4\], got \[5, 2, 2, 4\]"):
         ops.attention(qkv[:, :2], sequences)
     with pytest.raises(ValueError, match="window must not be negative, got -1"):
         ops.attention(qkv, sequences, window=-1)

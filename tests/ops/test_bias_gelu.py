@@ -57,5 +57,5 @@ def test_wrong_arguments_are_refused():
         ops.bias_gelu(x, bias[:2])
     with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'erf'"):
         ops.bias_gelu(x, bias, "erf")
-    with pytest.raises(ValueError, match=r"linear_gelu: weight must have shape \[columns, 3\], got \[5, 4\]"):
+    with pytest.raises(ValueError, match=r"linear_gelu: weight must have shape \[5, 3\], got \[5, 4\]"):
         ops.linear_gelu(x, normal(5, 4), normal(5))

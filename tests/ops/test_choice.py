@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast import compiled, ops
 from bertfast.ops import choice
-from bertfast.ops.choice import check, choose
+from bertfast.ops.choice import choose
 
 X = normal(4, 3).detach()
 
@@ -82,8 +82,3 @@ def test_reference_can_be_forced_everywhere():
         ops.linear_cross_entropy(X, index, X, X[:, 0], index, implementation="reference")[0],
     ]
     assert all(result.isfinite().all() for result in results)
-
-
-def test_what_is_no_tensor_is_named():
-    with pytest.raises(TypeError, match="x: rows must be a tensor, got list"):
-        check("x", rows=([1, 2], "rows", "integer"))

@@ -103,7 +103,7 @@ def test_wrong_arguments_are_refused():
         ops.embed(TOKENS[:8], TYPES, POSITIONS, *rest)
     with pytest.raises(TypeError, match="token_ids must be int64 or int32, got torch"):
         ops.embed(TOKENS.float(), TYPES, POSITIONS, *rest)
-    with pytest.raises(ValueError, match=r"word must have shape \[9, hidden\], got \[7, 5\]"):
+    with pytest.raises(ValueError, match=r"word must have shape \[9, 5\], got \[7, 5\]"):
         ops.embed(None, TYPES, POSITIONS, *rest)
-    with pytest.raises(ValueError, match=r"position must have shape \[positions, 5\], got \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"position must have shape \[6, 5\], got \[6, 4\]"):
         ops.embed(TOKENS, TYPES, POSITIONS, word, position[:, :4], token_type, gamma, beta, 1e-12)

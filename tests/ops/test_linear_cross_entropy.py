@@ -143,6 +143,15 @@ def test_int32_indices_do_too():
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_a_row_that_hidden_does_not_have_is_named(implementation):
+    hidden, weight, bias = (x.float() for x in inputs())
+    with pytest.raises(
+        IndexError, match=r"rows\[0\] is .*, but hidden has 8 rows: rows must be in"
+    ):
+        ops.linear_cross_entropy(hidden, ROWS + 8, weight, bias, LABELS, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
 def test_a_label_outside_of_the_vocabulary_is_named(implementation):
     hidden, weight, bias = (x.float() for x in inputs())
     labels = LABELS.clone()
@@ -179,7 +188,7 @@ def test_wrong_arguments_are_refused():
         ours(hidden, weight, bias, labels=LABELS[:6])
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[8\], got \[7\]"):
         ours(hidden, weight, bias, rows=None)
-    with pytest.raises(ValueError, match=r"weight must have shape \[vocabulary, 6\], got \[11, 5\]"):
+    with pytest.raises(ValueError, match=r"weight must have shape \[11, 6\], got \[11, 5\]"):
         ours(hidden, weight[:, :5], bias)
     with pytest.raises(TypeError, match="rows must be int64 or int32, got torch"):
         ours(hidden, weight, bias, rows=ROWS > 2)

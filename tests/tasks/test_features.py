@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 
 from bertfast.data.tokenizer import special_tokens, train_tokenizer
@@ -84,7 +85,6 @@ def test_batches_by_length_hold_every_row_within_the_budget(tokenizer, budget):
 
 
 def test_sst2_tokenizes_like_the_reference(shared_data):
-    transformers = pytest.importorskip("transformers")
     from bertfast.data.tokenizer import load_tokenizer
     from bertfast.tasks.tables import read_table
 

@@ -1,11 +1,13 @@
 """Optimizers, schedule and precision."""
 
+import math
+
 import pytest
 import torch
 
 from bertfast import BertConfig, BertForPreTraining, precision
 from bertfast.precision import choose_precision
-from bertfast.training.optimizer import Lamb, Muon, build_optimizers
+from bertfast.training.optimizer import Lamb, Muon, build_optimizers, not_finite
 from bertfast.training.schedule import schedule, set_learning_rate
 
 
@@ -122,3 +124,10 @@ def test_without_native_products_a_processor_trains_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert choose_precision(torch.device("cpu")) == "fp32"
+
+
+def test_a_loss_that_is_nan_on_a_gpu_may_be_a_label_outside_of_the_vocabulary():
+    assert not_finite(2.0, torch.device("cuda")) == "a gradient is not finite"
+    assert not_finite(math.inf, torch.device("cuda")) == "the loss is inf"
+    assert not_finite(math.nan, torch.device("cpu")) == "the loss is nan"
+    assert "a label outside of the vocabulary" in not_finite(math.nan, torch.device("cuda"))

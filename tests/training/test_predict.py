@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentiment import FILLERS, rows_of
 
 from bertfast import BertForSequenceClassification
@@ -24,7 +25,6 @@ def logits_of(model: BertForSequenceClassification, features: Features, tokens: 
 
 
 def test_transformers_opens_it_and_says_the_same(tuned):
-    transformers = pytest.importorskip("transformers")
     folder, _ = tuned
     theirs = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
     assert theirs.config.id2label == {0: "bad", 1: "good"}
