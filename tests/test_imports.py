@@ -45,6 +45,7 @@ FLOORS = {
     "": 6,  # the package itself, which says what is public
 }
 WITHIN = {
+    ("fast_kernels", "encoder"),
     ("compiled", "kernels"),
     ("cuda_build", "compiled"),
     ("products", "kernels"),
