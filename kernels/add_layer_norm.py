@@ -5,9 +5,9 @@ hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
 """
 
 import torch
-import triton
 import triton.language as tl
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -139,7 +139,7 @@ def add_layer_norm_forward(
     y, mean, rstd, copy = out
     tokens, hidden = x.shape
     constants = cut(hidden, x, residual)
-    add_layer_norm_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
+    add_layer_norm_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
         x, residual, bias, gamma, beta, (seed, sequence_ids, positions),
         y, None if copy_dtype is None else copy, mean, rstd,
         tokens, x.stride(0), residual.stride(0), eps, counter_word, threshold, **constants,
@@ -161,7 +161,7 @@ def add_layer_norm_backward(
     d_x, d_residual, d_parameters = out
     tokens, hidden = x.shape
     constants = cut(hidden, d_y, x, residual, summing=True)
-    programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), x.device)
+    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     add_layer_norm_backward_kernel[(programs,)](
         d_y, d_copy, x, residual, bias, gamma, mean, rstd, (seed, sequence_ids, positions),

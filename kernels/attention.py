@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bertfast.kernels.attention_shapes import shapes
 from bertfast.kernels.attention_tiles import TILE
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.dropout import keep_attention, scale_of
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -235,7 +236,7 @@ def dense_tokens(qkv: Tensor) -> Tensor:
 
 def blocks_per_tile(block: int, max_seqlen_bound: int) -> int:
     # No more than sequences within the bound can fill.
-    return triton.cdiv(min(TILE, max(max_seqlen_bound, 1)), block)
+    return ceil_div(min(TILE, max(max_seqlen_bound, 1)), block)
 
 
 def window_or_unlimited(window: int | None) -> int:

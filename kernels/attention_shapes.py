@@ -5,6 +5,8 @@ for, which `bench/compiled_kernels.py` checks. One is known to spill: "short" in
 Triton 3.8, with 4, 8 or 16 warps. Which shapes are the fastest, no GPU has measured yet.
 """
 
+from functools import cache
+
 import triton
 from torch import Tensor
 
@@ -76,15 +78,22 @@ def shapes(kernel: str, qkv: Tensor, max_seqlen_bound: int, dropout: bool) -> di
         dropout: Whether the kernel draws a dropout mask.
     """
     major = device.capability(qkv.device)[0]
-    if qkv.element_size() == 4:
+    return _shapes(kernel, major, qkv.element_size(), qkv.shape[3], max_seqlen_bound, dropout)
+
+
+@cache
+def _shapes(
+    kernel: str, major: int, element_size: int, head_dimension: int, max_seqlen_bound: int, dropout: bool
+) -> dict[str, int]:
+    if element_size == 4:
         table = _SINGLE
     elif major == 9:
         table = _HOPPER_DROPOUT if dropout else _HOPPER
     else:
         table = _BY_MAJOR.get(major, _OTHER)
-    shape = next(shape for bound, *shape in table[kernel][qkv.shape[3]] if max_seqlen_bound <= bound)
+    shape = next(shape for bound, *shape in table[kernel][head_dimension] if max_seqlen_bound <= bound)
     queries, keys, warps, *registers = shape
     blocks = {"BLOCK": queries} if kernel == "short" else {"BLOCK_M": queries, "BLOCK_N": keys}
     if kernel in ("forward", "d_q"):
-        blocks["SPLIT"] = qkv.element_size() < 4 and (major == 9 or qkv.shape[3] < 128)
+        blocks["SPLIT"] = element_size < 4 and (major == 9 or head_dimension < 128)
     return {**blocks, "num_warps": warps, **({"maxnreg": registers[0]} if registers else {})}

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -85,7 +86,7 @@ def bias_gelu_forward(x, bias, approximate, *, out):
     x, y = in_rows(x), out
     tokens, columns = x.shape
     constants = _cut(columns, x)
-    grid = (triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"]))
+    grid = (ceil_div(tokens, _ROWS), ceil_div(columns, constants["BLOCK"]))
     bias_gelu_forward_kernel[grid](x, bias, y, tokens, x.stride(0), approximate, **constants)
 
 
@@ -96,8 +97,8 @@ def bias_gelu_backward(d_y, x, bias, approximate, *, out):
     d_x, d_bias = out
     tokens, columns = x.shape
     constants = _cut(columns, d_y, x)
-    tiles, blocks = triton.cdiv(tokens, _ROWS), triton.cdiv(columns, constants["BLOCK"])
-    programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
+    tiles, blocks = ceil_div(tokens, _ROWS), ceil_div(columns, constants["BLOCK"])
+    programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
     sums = x.new_empty((programs, columns), dtype=torch.float32)
     bias_gelu_backward_kernel[(programs, blocks)](
         d_y, x, bias, d_x, sums, tokens, d_y.stride(0), x.stride(0), approximate, **constants

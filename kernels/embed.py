@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.dropout import hidden_factors
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -159,7 +160,7 @@ def embed_forward(
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = y.shape
     constants = cut(hidden, *tables)
-    embed_forward_kernel[(triton.cdiv(tokens, constants["ROWS"]),)](
+    embed_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
         tables, (token_ids, token_type_ids, position_ids), gamma, beta, (seed, sequence_ids, positions), y, mean, rstd,
         tokens, tuple(table.stride(0) for table in tables), eps, counter_word, threshold, **constants,
     )  # fmt: skip
@@ -175,7 +176,7 @@ def embed_backward(
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = d_y.shape
     constants = cut(hidden, d_y, *tables, summing=True)
-    programs = summing_programs(triton.cdiv(tokens, constants["ROWS"]), d_y.device)
+    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), d_y.device)
     # As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
     widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
     d_z = d_y.new_empty(d_y.shape, dtype=widest)

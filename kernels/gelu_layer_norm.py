@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.gelu import gelu, gelu_derivative
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -119,7 +120,7 @@ def gelu_layer_norm_forward(x, bias, gamma, beta, eps, *, out):
     y, mean, rstd = out
     count, hidden = x.shape
     constants = cut(hidden, x, y)
-    gelu_layer_norm_forward_kernel[(triton.cdiv(count, constants["ROWS"]),)](
+    gelu_layer_norm_forward_kernel[(ceil_div(count, constants["ROWS"]),)](
         x, bias, gamma, beta, y, mean, rstd, count, x.stride(0), eps, **constants
     )
 
@@ -131,7 +132,7 @@ def gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd, *, out):
     d_x, d_parameters = out
     count, hidden = x.shape
     constants = cut(hidden, d_y, x, summing=True)
-    programs = summing_programs(triton.cdiv(count, constants["ROWS"]), x.device)
+    programs = summing_programs(ceil_div(count, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     gelu_layer_norm_backward_kernel[(programs,)](
         d_y, x, bias, gamma, mean, rstd, d_x, sums, count, d_y.stride(0), x.stride(0), **constants

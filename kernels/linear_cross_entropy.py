@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.logits_in_chunks import (
     equal_chunk,
@@ -137,8 +138,8 @@ def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: 
     padded_bias = F.pad(bias.float(), (0, columns - vocabulary), value=-math.inf)
     losses, correct = x.new_empty(rows, dtype=torch.float32), torch.empty_like(labels, dtype=torch.bool)
     largest, scale = torch.empty_like(losses), torch.empty_like(losses)
-    tiles, blocks = triton.cdiv(min(chunk, rows), _ROWS), columns // _BLOCK
-    programs = triton.cdiv(summing_programs(tiles * blocks, x.device), blocks)
+    tiles, blocks = ceil_div(min(chunk, rows), _ROWS), columns // _BLOCK
+    programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
     sums = x.new_zeros((programs, columns), dtype=torch.float32)
 
     def differentiate(logits: Tensor, some: slice) -> None:

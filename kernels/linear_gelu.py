@@ -3,9 +3,9 @@
 For that the bare product is stored too, since a GELU cannot be undone. T tokens, H hidden, N columns.
 """
 
-import triton
 import triton.language as tl
 
+from bertfast.kernels.device import ceil_div
 from bertfast.kernels.gelu import gelu
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
@@ -62,7 +62,7 @@ def linear_gelu_forward(x, weight, bias, approximate, *, out):
     y, product = out
     tokens, columns = y.shape
     tiles = _TILES[x.element_size()]
-    grid = (triton.cdiv(columns, tiles["COLUMNS"]), triton.cdiv(tokens, tiles["ROWS"]))
+    grid = (ceil_div(columns, tiles["COLUMNS"]), ceil_div(tokens, tiles["ROWS"]))
     linear_gelu_forward_kernel[grid](
         x, weight, bias, y, product, tokens, x.stride(0), weight.stride(0), approximate, x.shape[1], columns, **tiles
     )

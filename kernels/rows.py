@@ -7,6 +7,8 @@ so that memory is read and written once and no lane idles. A lane takes 16 bytes
 H columns of a row, CHUNK columns of a chunk, ROWS rows of a tile.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,13 @@ def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]
     the width is no power of two. Where registers run short they are bounded by how many programs are to run at a time:
     by itself the compiler spills one or two to make room for more.
     """
+    return _cut(columns, max(tensor.element_size() for tensor in tensors), summing)
+
+
+@cache
+def _cut(columns: int, element_size: int, summing: bool) -> dict[str, int]:
     warps = 4 if columns <= 2048 else 8
-    warp = 32 * 16 // max(tensor.element_size() for tensor in tensors)
+    warp = 32 * 16 // element_size
     padded = triton.next_power_of_2(columns)
     bounded = summing or columns > 2048
     options = {"num_warps": warps} | ({"maxnreg": 128 if columns <= 1024 else 255} if bounded else {})
