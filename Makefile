@@ -113,7 +113,7 @@ test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 
 docs: $(READY)
 	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast.ops bertfast.models bertfast.models.patch \
-	  bertfast.models.bert bertfast.architectures bertfast.encoder bertfast.reference bertfast.sequences bertfast.dropout
+	  bertfast.models.bert bertfast.architectures bertfast.encoder bertfast.ops.reference bertfast.ops.sequences bertfast.ops.dropout
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden "
     "-Xptxas=--warn-on-spills -Xfatbin=-compress-all"
 )
-CUDA_RECORD = "_C.cuda.json"  # what became of csrc/cuda, which bertfast/cuda_build.py reads
+CUDA_RECORD = "_C.cuda.json"  # what became of csrc/cuda, which bertfast/ops/cuda_build.py reads
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 LOG_LIMIT = 20_000  # characters kept of what nvcc says
 LINK_LOG = "link.log"

@@ -131,9 +131,9 @@ def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled
 
     The tests fail, since nothing computes; what they launch until then is compiled.
     """
-    from bertfast.ops import choice
+    from bertfast.ops import dispatch
 
-    choice._INTERPRETED = True  # so that Triton's kernels are launched with CPU tensors
+    dispatch._INTERPRETED = True  # so that Triton's kernels are launched with CPU tensors
     results = []
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT), f"--part={part + 1}/{parts}"]
     ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # runs processes of its own

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bertfast import compiled, cuda_build
+from bertfast.ops import cuda_build, native
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import origin
@@ -27,8 +27,8 @@ Key = tuple[str, str]  # chip, kernel
 
 def main() -> int:
     build = cuda_build.BUILD
-    if compiled.ABSENT is not None or build is None or build.nvcc is None:
-        why = compiled.ABSENT or cuda_build.summary()
+    if native.ABSENT is not None or build is None or build.nvcc is None:
+        why = native.ABSENT or cuda_build.summary()
         print(f"the library here has no kernels in CUDA C++, nothing to look at: {why}", file=sys.stderr)
         return 0
     if build.reason is not None:
@@ -90,7 +90,7 @@ def cuobjdump(option: str) -> list[str]:
         import triton
 
         program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    ran = subprocess.run([program, option, compiled.path()], capture_output=True, text=True, check=True)
+    ran = subprocess.run([program, option, native.path()], capture_output=True, text=True, check=True)
     return ran.stdout.splitlines()
 
 

@@ -20,8 +20,8 @@ import torch
 from harness import DEVICE, ON_GPU
 from torch import Tensor
 
-from bertfast.dropout import Dropout, TokenIdentity
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import Dropout, TokenIdentity
+from bertfast.ops.sequences import Sequences
 
 OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compiled library has no kernel of some
 # Relative error, by the Frobenius norm, above which a result is no rounding any more; PyTorch's own sums of 4096 rows
@@ -71,7 +71,7 @@ class Case(ABC):
 
     @abstractmethod
     def definition(self, *inputs: Tensor) -> Tensor:
-        """The operation by `bertfast.reference`, in whatever dtype the inputs have."""
+        """The operation by `bertfast.ops.reference`, in whatever dtype the inputs have."""
 
     @abstractmethod
     def work(self, direction: str) -> Work:

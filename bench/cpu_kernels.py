@@ -40,9 +40,9 @@ from harness import (
 )
 from report import plot, read, short, summary
 
-from bertfast import compiled
-from bertfast.memory import keep_freed_memory
-from bertfast.precision import multiplies_bf16
+from bertfast.ops import native
+from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import multiplies_bf16
 
 OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/*.py") if path.stem != "conftest")
 PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch's
@@ -71,7 +71,7 @@ def main() -> int:
             print(operation, case, file=sys.stderr, flush=True)
             runs += measure(module, case, arguments.seconds, not_timed)
     result = {
-        "instruction_set": None if compiled.ABSENT else compiled.instruction_set(),
+        "instruction_set": None if native.ABSENT else native.instruction_set(),
         "rates_gflops": {name: rate / 1e9 for name, rate in rates().items()},
         "benchmarks": runs,
         "not_timed": not_timed,

@@ -68,7 +68,7 @@ NO_GPU = "there is no GPU"
 OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embed", "linear_cross_entropy")
 SELF_TEST = """
 import sys
-from bertfast.doctor import DoctorSettings, doctor
+from bertfast.cli.doctor import DoctorSettings, doctor
 device, seconds, *words = sys.argv[1:]
 raise SystemExit(doctor(DoctorSettings(device=device, check=True, only=tuple(words), seconds=float(seconds))))
 """
@@ -177,10 +177,10 @@ def print_environment() -> dict:
 
 def missing_library() -> str | None:
     """Why the compiled library's CUDA kernels are not here; None: they are."""
-    from bertfast import compiled, cuda_build
+    from bertfast.ops import cuda_build, native
 
-    if compiled.ABSENT is not None:
-        return f"not here: {compiled.ABSENT}"
+    if native.ABSENT is not None:
+        return f"not here: {native.ABSENT}"
     reason = cuda_build.unsupported_reason("bias_gelu")
     return None if reason is None else f"not here: {reason}"
 
@@ -213,7 +213,9 @@ def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
     no_gpu = None if ON_GPU else NO_GPU
     yield Part("self-test", self_tests(LIMITS["right"]["self-test"] - 10))
     yield Part(
-        "graph capture", [[*pytest, "tests/training/test_graph.py", "-k", "cuda_graph"]], no_gpu or needs("tokenizers")
+        "graph capture",
+        [[*pytest, "tests/runtime/test_cuda_graph.py", "-k", "cuda_graph"]],
+        no_gpu or needs("tokenizers"),
     )
     seconds = LIMITS["right"]["CUDA C++ self-test"] - 5
     yield Part("CUDA C++ self-test", [self_test("cuda", seconds, "cuda")], no_gpu or no_library)

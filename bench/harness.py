@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from bertfast.doctor import driver_version
-from bertfast.products import linear
+from bertfast.cli.doctor import driver_version
+from bertfast.ops.matmul import linear
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout: texts that are no part of the project

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bertfast.encoder import copy_dtype
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.choice import why_not
+from bertfast.ops.dispatch import why_not
 
 # fp32 on a CPU without kernels: batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512

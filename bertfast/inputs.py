@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.dropout import TokenIdentity, draw_seed
+from bertfast.ops.dropout import TokenIdentity, draw_seed
+from bertfast.ops.sequences import Sequences, bucket, require
 from bertfast.runtime.torch_compat import is_readable
-from bertfast.sequences import Sequences, bucket, require
 
 
 @dataclass(frozen=True, eq=False)

@@ -431,7 +431,7 @@ static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, T
   return d_qkv;
 }
 
-// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/loss_in_library.py.
+// What `linear_cross_entropy` does with a chunk of logits between its products; see bertfast/ops/linear_cross_entropy_native.py.
 template <class Device>
 static void cross_entropy(Tensor logits, Tensor bias, Tensor labels, Tensor losses, Tensor correct, Tensor d_bias) {
   const int64_t count = logits.size(0), vocabulary = logits.size(1);
@@ -456,7 +456,7 @@ static void use_instruction_set(int64_t set) {
 }  // namespace operations
 }  // namespace bertfast
 
-// The schemas of all other operations are those of kernels/contracts.py, defined by bertfast/compiled.py before this
+// The schemas of all other operations are those of kernels/contracts.py, defined by bertfast/ops/native.py before this
 // library is loaded.
 STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("instruction_set() -> int");

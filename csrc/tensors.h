@@ -28,7 +28,7 @@ struct Vector {
   Type type;
 };
 
-// Of hidden activations; see bertfast/dropout.py.
+// Of hidden activations; see bertfast/ops/dropout.py.
 struct HiddenDropout {
   const uint64_t* seed;
   const int64_t* number;    // [T], the tokens' sequences

@@ -7,7 +7,7 @@ allocate them. The operations of Triton and of the compiled library are all defi
 Sizes are read by `shape`, which can be symbols, where `len` would make numbers of them. Parameters that several
 operations share:
 
-    seed, sequence_ids, positions    RNG coordinates of dropout, int64 [], int [T] and int [T] (`bertfast/dropout.py`);
+    seed, sequence_ids, positions    RNG coordinates of dropout, int64 [], int [T] and int [T] (`ops/dropout.py`);
     counter_word, threshold          without a seed nothing is dropped
     mean, rstd                       statistics of LayerNorm, fp32 [rows]
 """

@@ -1,4 +1,4 @@
-"""Dropout masks inside kernels: the bytes of `bertfast.dropout`, drawn where they are used and never stored.
+"""Dropout masks inside kernels: the bytes of `bertfast.ops.dropout`, drawn where they are used and never stored.
 
 A kernel asks for a mask element by element; elements that share a Philox call ask for the same one, and the compiler
 makes it once for all that one thread holds. For that it must see which are the same: a tile's first row or column stays

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bertfast.dropout import Dropout
-from bertfast.self_test import error_and_allowed
-from bertfast.sequences import Sequences
+from bertfast.cli.self_test import error_and_allowed
+from bertfast.ops.dropout import Dropout
+from bertfast.ops.sequences import Sequences
 
 Function = Callable[..., Tensor]
 

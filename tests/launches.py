@@ -30,9 +30,9 @@ def compile_batches() -> list[ahead_of_time.Compiled]:
 
 def run_batches() -> None:
     """Forward and backward of ten batches: sizes that are 1, divisible by 16 and neither, and every kind of seed."""
-    from bertfast.dropout import Dropout
     from bertfast.kernels import add_layer_norm, attention, attention_backward, bias_gelu  # noqa: F401
-    from bertfast.sequences import Sequences
+    from bertfast.ops.dropout import Dropout
+    from bertfast.ops.sequences import Sequences
 
     launch, bf16 = torch.ops.bertfast, torch.bfloat16
     batches = [[1], [16], [17, 15], [100], [300, 1], [500], [512, 512], [2] * 16, [3] * 33, [250, 6, 256]]

@@ -99,7 +99,7 @@ def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatc
 
 def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
     """Each check of Triton's kernels has all words of exactly one command."""
-    from bertfast import self_test
+    from bertfast.cli import self_test
 
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     chosen = [set(command[5:]) for command in gpu_check.self_tests(60)]

@@ -1,4 +1,4 @@
-"""Imports point downwards, or within a floor where it is said here, and never in a circle."""
+"""Packages import those of lower levels, and modules never in a circle."""
 
 import ast
 import sys
@@ -8,70 +8,25 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bertfast"
-FLOORS = {
-    "kernels": 0,
-    "runtime": 0,
-    "compiled": 0,
-    "cuda_build": 0,
-    "dropout": 0,
-    "memory": 0,
-    "pictures": 0,
-    "precision": 0,
-    "products": 0,
-    "sequences": 0,
-    "reference": 0,
-    "ops": 1,
-    "data": 1,
-    "cuda_graphs": 2,
-    "fast_kernels": 2,
-    "inputs": 2,
-    "encoder": 2,
-    "tensor_bundle": 0,
-    "architectures": 3,
-    "models": 3,
-    "tasks": 4,
-    "training": 4,
-    "original": 4,
-    "export": 4,
-    "beside": 5,
-    "verify": 5,
-    "speedup": 5,
-    "demo": 5,
-    "self_test_problems": 2,
-    "self_test": 3,
-    "doctor": 5,
-    "reproduce": 5,
-    "cli": 5,
-    "": 6,  # the package itself, which says what is public
-}
-WITHIN = {
-    ("fast_kernels", "encoder"),
-    ("compiled", "kernels"),
-    ("cuda_build", "compiled"),
-    ("products", "kernels"),
-    ("products", "runtime"),
-    ("precision", "products"),
-    ("reference", "dropout"),
-    ("reference", "runtime"),
-    ("reference", "sequences"),
-    ("sequences", "kernels"),
-    ("sequences", "runtime"),
-    ("dropout", "runtime"),
-    ("encoder", "inputs"),
-    ("models", "architectures"),
-    ("training", "tasks"),
-    ("reproduce", "cli"),
-    ("verify", "beside"),
-    ("speedup", "beside"),
-}
-
+LEVELS = (  # a package imports those of its own level and of those before
+    ("kernels",),
+    ("data", "ops", "runtime"),
+    ("encoder",),
+    ("architectures",),
+    ("models",),
+    ("tasks",),
+    ("convert", "inference", "training"),
+    ("cli",),
+    ("__main__", ""),  # the package itself, which says what is public
+)
+LEVEL = {package: number for number, packages in enumerate(LEVELS) for package in packages}
 
 # What has to do with models, which are those of `transformers`; all else does without it.
-FOR_TRANSFORMERS = ("models", "architectures", "tasks", "training", "export", "original", "beside")
+FOR_TRANSFORMERS = ("architectures", "models", "tasks", "convert", "inference", "training", "cli")
 
 
 def module_name(path: Path) -> str:
-    """`bertfast.ops.embed` of bertfast/ops/embed.py, `bertfast.ops` of its __init__.py."""
+    """`bertfast.ops.embeddings` of bertfast/ops/embeddings.py, `bertfast.ops` of its __init__.py."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -92,17 +47,15 @@ def imported(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "bertfast"}
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_downwards(module):
-    here = room(module)
     for target in imported(MODULES[module]):
-        there = room(target)
-        allowed = FLOORS[there] < FLOORS[here] or here == there or (here, there) in WITHIN
-        assert allowed, f"{module} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})"
+        message = f"{module} imports {target}, of a higher level: {LEVELS}"
+        assert LEVEL[package(target)] <= LEVEL[package(module)], message
 
 
 def test_imports_form_no_circle():
@@ -114,7 +67,7 @@ def test_the_shipped_package_imports_no_tests_and_transformers_only_where_that_i
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        forbidden = {"tests", "bench", "helpers"} | (set() if room(module) in FOR_TRANSFORMERS else {"transformers"})
+        forbidden = {"tests", "bench", "helpers"} | (set() if package(module) in FOR_TRANSFORMERS else {"transformers"})
         assert not {name.split(".")[0] for name in names} & forbidden, module
 
 

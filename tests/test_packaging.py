@@ -79,7 +79,7 @@ def test_a_cuda_source_that_does_not_compile_costs_only_itself(built, tmp_path):
     assert architectures["attention"] == ["90a"]
     assert architectures["bias_gelu"] == ["80", "90+PTX"]
     code = (
-        "import torch; from bertfast import cuda_build; from bertfast.compiled import runs;"
+        "import torch; from bertfast import cuda_build; from bertfast.ops.native import runs;"
         "gpu = torch.device('cuda');"
         "print(runs('cuda_attention_backward', gpu), runs('cuda_gelu_layer_norm_backward', gpu),"
         " runs('cuda_cross_entropy', gpu)); print(cuda_build.unsupported_reason('linear_cross_entropy'))"
@@ -123,7 +123,7 @@ def test_the_sdist_holds_what_it_takes_to_build_and_test(built):
     assert {"pyproject.toml", "setup.py", "Makefile", "LICENSE", "README.md", "kernels/__init__.py"} <= names
     assert "build_support/cuda_toolkit.py" in names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
-    assert {"bertfast/reference.py", "tests/helpers.py", "bench/harness.py"} <= names
+    assert {"bertfast/ops/reference.py", "tests/helpers.py", "bench/harness.py"} <= names
 
 
 def test_the_installed_wheel_imports_from_anywhere(built, tmp_path):

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from bertfast.tasks.extract import ExtractSettings, extract
+from bertfast.inference.embed import ExtractSettings, extract
 from bertfast.tasks.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -25,7 +25,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bertfast.memory import keep_freed_memory
+from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.training.finetune import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule

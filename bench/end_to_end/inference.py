@@ -30,8 +30,8 @@ from torch import Tensor
 
 import bertfast
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.memory import keep_freed_memory
-from bertfast.precision import multiplies_bf16
+from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import multiplies_bf16
 from bertfast.tasks.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from bertfast import BertForMaskedLM
-from bertfast.cli import parse
+from bertfast.cli.main import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.tasks.fill_mask import fill_mask
+from bertfast.inference.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
-from bertfast.training.journal import Journal
+from bertfast.training.metrics_log import Journal
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from bertfast.data.samples import Sampling
-from bertfast.memory import keep_freed_memory
+from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

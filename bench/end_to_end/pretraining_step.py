@@ -34,9 +34,9 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Outline, Sampling, plan_samples
 from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
-from bertfast.memory import keep_freed_memory
-from bertfast.precision import multiplies_bf16
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
+from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import multiplies_bf16
 from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 

@@ -23,7 +23,7 @@ from curve_parity import corpus, mean, our_losses
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.models.presets import Preset
-from bertfast.precision import ResidualPrecision
+from bertfast.runtime.precision import ResidualPrecision
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -31,14 +31,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bertfast.cli import parse
+from bertfast.cli.main import parse
 from bertfast.data.prepare import PrepareSettings, prepare
-from bertfast.memory import keep_freed_memory
-from bertfast.pictures import draw
-from bertfast.precision import autocast, wait_for
-from bertfast.reference import IGNORED
+from bertfast.ops.reference import IGNORED
+from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.plotting import draw
+from bertfast.runtime.precision import autocast, wait_for
 from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.journal import Journal
+from bertfast.training.metrics_log import Journal
 from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 

@@ -21,8 +21,9 @@ from contest import (
 )
 from torch import Tensor
 
-from bertfast import ops, reference
-from bertfast.dropout import Dropout
+from bertfast import ops
+from bertfast.ops import reference
+from bertfast.ops.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True)

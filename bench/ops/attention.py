@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bertfast import ops, reference
-from bertfast.sequences import Sequences
+from bertfast import ops
+from bertfast.ops import reference
+from bertfast.ops.sequences import Sequences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from contest import OURS, Case, Contender, Work, compiled, definition, in_both_precisions, in_cuda
 from torch import Tensor
 
-from bertfast import ops, reference
+from bertfast import ops
+from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)

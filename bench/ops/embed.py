@@ -22,9 +22,10 @@ from contest import (
 from harness import DEVICE
 from torch import Tensor
 
-from bertfast import ops, reference
-from bertfast.dropout import Dropout
-from bertfast.sequences import Sequences
+from bertfast import ops
+from bertfast.ops import reference
+from bertfast.ops.dropout import Dropout
+from bertfast.ops.sequences import Sequences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from contest import EPS, OURS, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger
 
-from bertfast import ops, reference
+from bertfast import ops
+from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)

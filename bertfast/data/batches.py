@@ -18,8 +18,8 @@ from bertfast.data.packing import Epoch, Epochs
 from bertfast.data.samples import Outline, Samples, Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import SpecialTokens
-from bertfast.reference import IGNORED
-from bertfast.sequences import Sequences
+from bertfast.ops.reference import IGNORED
+from bertfast.ops.sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)

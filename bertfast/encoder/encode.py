@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bertfast import ops, products, reference
+from bertfast import ops
 from bertfast.encoder.layer import activate, copy_dtype
 from bertfast.encoder.linear import is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.inputs import Packed
-from bertfast.memory import keep_freed_memory
+from bertfast.ops import matmul, reference
+from bertfast.runtime.malloc import keep_freed_memory
 
 
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
@@ -96,7 +97,7 @@ def pool(module: nn.Module, first: Tensor) -> Tensor:
 def transform(dense: nn.Module, norm: nn.LayerNorm, hidden: Tensor, activation: str) -> Tensor:
     """Compute what the masked-LM head does before the vocabulary: [R, H] -> [R, H]."""
     if activation == "gelu" and is_plain(dense):
-        product = products.linear(hidden, dense.weight)
+        product = matmul.linear(hidden, dense.weight)
         return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
     normalised = reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
     return normalised.to(norm.weight.dtype)

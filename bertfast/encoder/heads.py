@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import ops, reference
+from bertfast import ops
 from bertfast.data.batches import Batch
-from bertfast.dropout import TokenIdentity
 from bertfast.encoder.encode import encode
 from bertfast.encoder.parts import PackedHead
 from bertfast.inputs import Packed, unpad
-from bertfast.reference import IGNORED
+from bertfast.ops import reference
+from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.reference import IGNORED
 
 Count = Tensor | float
 

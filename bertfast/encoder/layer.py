@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertfast import ops, products, reference
+from bertfast import ops
 from bertfast.encoder.linear import is_plain
 from bertfast.encoder.parts import LayerParts
 from bertfast.inputs import Packed
+from bertfast.ops import matmul, reference
 from bertfast.runtime.torch_compat import autocast_dtype
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
@@ -108,15 +109,15 @@ def _project_at_once(linears: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
     # precision three GEMMs round differently from the single one that a compiler is given.
     copy_results = not compiling and hidden.dtype == torch.float32 and len(hidden) < columns
     differentiable = torch.is_grad_enabled() or autocast_dtype(hidden.device) is not None or compiling
-    if not differentiable and not products.goes_to_onednn(hidden, linears[0].weight):  # oneDNN has no `out=`
+    if not differentiable and not matmul.goes_to_onednn(hidden, linears[0].weight):  # oneDNN has no `out=`
         qkv = hidden.new_empty(len(hidden), 3 * rows)
         for linear, part in zip(linears, qkv.chunk(3, dim=1), strict=True):
             torch.addmm(linear.bias, hidden, linear.weight.t(), out=part)
         return qkv
     if copy_results:
-        return torch.cat([products.linear(hidden, linear.weight, linear.bias) for linear in linears], dim=1)
+        return torch.cat([matmul.linear(hidden, linear.weight, linear.bias) for linear in linears], dim=1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return products.linear(hidden, torch.cat(weights), torch.cat(biases))
+    return matmul.linear(hidden, torch.cat(weights), torch.cat(biases))
 
 
 def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
@@ -138,7 +139,7 @@ def _add_layer_norm(
     dense: nn.Module, norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout, compute_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the residual stream behind a projection, and its copy in `compute_dtype` if that is given."""
-    product, bias = (products.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
+    product, bias = (matmul.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     output = ops.add_layer_norm(
         product, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype
     )

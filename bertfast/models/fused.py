@@ -29,8 +29,8 @@ from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
 from bertfast.inputs import Layout, Packed, unpad
 from bertfast.models import eligibility, registry
 from bertfast.models.eligibility import INPUTS, PACKING
-from bertfast.reference import IGNORED
-from bertfast.sequences import Sequences
+from bertfast.ops.reference import IGNORED
+from bertfast.ops.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
 _POOLED_ONLY = "_bertfast_pooled_only"  # of a call whose caller reads nothing but the pooled output

@@ -3,7 +3,7 @@
 from bertfast.ops.add_layer_norm import add_layer_norm
 from bertfast.ops.attention import attention
 from bertfast.ops.bias_gelu import bias_gelu, linear_gelu
-from bertfast.ops.embed import embed
+from bertfast.ops.embeddings import embed
 from bertfast.ops.gather import gather
 from bertfast.ops.gelu_layer_norm import gelu_layer_norm
 from bertfast.ops.linear_cross_entropy import linear_cross_entropy

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertfast import reference
-from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
+from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.choice import Implementation, choose, float64_among, launcher, run
+from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 
 _ARGUMENTS = Arguments(
     "add_layer_norm",

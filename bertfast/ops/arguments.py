@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bertfast.dropout import Dropout
+from bertfast.ops.dropout import Dropout
 
 _DTYPES = {
     "floating": ("floating point", {torch.float32, torch.bfloat16, torch.float16, torch.float64}),

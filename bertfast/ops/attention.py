@@ -13,13 +13,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from bertfast import reference
-from bertfast.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
-from bertfast.ops import attention_fallback
+from bertfast.ops import attention_fallback, reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.choice import Implementation, choose, launcher, run
+from bertfast.ops.dispatch import Implementation, choose, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
-from bertfast.sequences import Sequences, require
+from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
+from bertfast.ops.sequences import Sequences, require
 
 HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
 _ARGUMENTS = Arguments(
@@ -95,7 +94,7 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
         result = Sequences.from_lengths(sequences, capacity=len(qkv), device=qkv.device)
     else:
         raise TypeError(
-            "attention: sequences must be a bertfast.sequences.Sequences, an integer tensor cu_seqlens of shape "
+            "attention: sequences must be a bertfast.ops.sequences.Sequences, an integer tensor cu_seqlens of shape "
             f"[sequences + 1] or a list of lengths, got {type(sequences).__name__}"
         )
     end = result.cu_seqlens[-1]

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch where no kernel takes it: what `bertfast.reference` defines, in less memory and time.
+"""Attention in plain PyTorch where no kernel takes it: what `bertfast.ops.reference` defines, in less memory and time.
 
 On the CPU, where the host can read lengths, each sequence is computed at its own length. Elsewhere nothing waits for
 the device: the definition runs on some sequences at a time, padded to `max_seqlen_bound`.
@@ -11,9 +11,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from bertfast import reference
-from bertfast.dropout import Dropout, attention_keep
-from bertfast.sequences import Sequences
+from bertfast.ops import reference
+from bertfast.ops.dropout import Dropout, attention_keep
+from bertfast.ops.sequences import Sequences
 
 _DRAWS = 1 << 24  # elements of attention masks that are drawn at a time
 _SCORES = 1 << 26  # elements of scores that are computed at a time

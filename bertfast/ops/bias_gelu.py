@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bertfast import reference
+from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.choice import Implementation, choose, float64_among, launcher, product_dtype, run
+from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
-from bertfast.products import linear
+from bertfast.ops.matmul import linear
 
 Approximate = Literal["none", "tanh"]
 """The exact GELU of BERT, x · Φ(x), or the tanh formula."""

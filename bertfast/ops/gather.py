@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, choose, launcher, run
+from bertfast.ops.dispatch import Implementation, choose, launcher, run
+from bertfast.ops.index_checks import check_below
 from bertfast.runtime.torch_compat import is_batched, is_transformed
 
 _ARGUMENTS = Arguments("gather", rows="integer [rows]", tensors="each floating [tokens, hidden]")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertfast import reference
+from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.choice import Implementation, choose, float64_among, launcher, run
+from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 _ARGUMENTS = Arguments(

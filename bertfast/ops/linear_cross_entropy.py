@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertfast import reference
 from bertfast.ops import linear_cross_entropy_fallback as fallback
-from bertfast.ops import loss_in_library  # noqa: F401  importing it registers its launchers
+from bertfast.ops import (
+    linear_cross_entropy_native,  # noqa: F401  importing it registers its launchers
+    reference,
+)
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.bounds import check_below
-from bertfast.ops.choice import Implementation, choose, launcher, product_dtype, run
+from bertfast.ops.dispatch import Implementation, choose, launcher, product_dtype, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
+from bertfast.ops.index_checks import check_below
 from bertfast.runtime.torch_compat import backward_retains_graph, is_batched, is_transformed
 
 _ALL_ROWS, _SOME_ROWS = (

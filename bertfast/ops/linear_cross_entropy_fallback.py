@@ -1,4 +1,4 @@
-"""The masked-LM loss in plain PyTorch where no kernel takes it: what `bertfast.reference` defines, in chunks of logits.
+"""The masked-LM loss in plain PyTorch where no kernel takes it: the definition in chunks of logits.
 
 The gradients are computed with the loss: with a chunk's logits at hand they cost two GEMMs, later a third one.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.reference import accumulating
+from bertfast.ops.reference import accumulating
 
 _LOGITS = 1 << 24  # elements of logits that exist at a time
 

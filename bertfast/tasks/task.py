@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.precision import Precision
+from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.tables import BadRows, OnBadRows
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bertfast.pictures import draw
+from bertfast.inference.predict import open_tuned, predict_outputs
+from bertfast.runtime.plotting import draw
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.task import Confusion, TaskSettings, write_whole
-from bertfast.training.predict import open_tuned, predict_outputs
 from bertfast.training.validation import evaluate_masked_lm
 
 _LABELS_SHOWN = 30  # in a picture of which are taken for which

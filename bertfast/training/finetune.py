@@ -19,25 +19,25 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
+from bertfast.inference.embed import states_on_disk
+from bertfast.inference.predict import predict_outputs
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.initialise import initialise
 from bertfast.models.own_parts import class_for
 from bertfast.models.patch import require_packed
-from bertfast.precision import autocast, choose_device, choose_precision
-from bertfast.reference import IGNORED
-from bertfast.tasks.extract import states_on_disk
+from bertfast.ops.reference import IGNORED
+from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
+from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import ModelInputs, labels_in, shuffled_batches, within_budget
-from bertfast.tasks.kinds import FINETUNING_TASK, choose_task
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
+from bertfast.tasks.registry import FINETUNING_TASK, choose_task
 from bertfast.tasks.task import TaskSettings
 from bertfast.training.evaluate import write_results
-from bertfast.training.interrupt import Interrupt, RunStopped
-from bertfast.training.journal import Journal
+from bertfast.training.metrics_log import Journal
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, not_finite, step_if_finite
-from bertfast.training.predict import predict_outputs
 from bertfast.training.schedule import schedule, set_learning_rate
 
 logger = logging.getLogger("bertfast")

@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig
 
 from bertfast.data.batches import Batch
-from bertfast.precision import wait_for
-from bertfast.products import linear
+from bertfast.ops.matmul import linear
+from bertfast.runtime.precision import wait_for
 
 
 def step_flops(config: BertConfig, batch: Batch) -> int:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from bertfast.precision import multiplies_bf16
+from bertfast.runtime.precision import multiplies_bf16
 
 OptimizerName = Literal["adamw", "lamb", "muon"]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from bertfast.cuda_graphs import can_capture, cuda_graphs, side_stream
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -28,18 +27,19 @@ from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.models.presets import Preset
-from bertfast.precision import Precision, ResidualPrecision, choose_precision, half
+from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
+from bertfast.runtime.precision import Precision, ResidualPrecision, choose_precision, half
+from bertfast.runtime.signals import Interrupt, RunStopped
+from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.curriculum import Curriculum
+from bertfast.training.distributed import Ranks
 from bertfast.training.flops import matrix_rate, step_flops
-from bertfast.training.footprint import available_memory, footprint
-from bertfast.training.interrupt import Interrupt, RunStopped
-from bertfast.training.journal import Journal, tensorboard, wandb
+from bertfast.training.initial_model import starting_config, starting_model
 from bertfast.training.loader import Loader
+from bertfast.training.memory_estimate import available_memory, footprint
+from bertfast.training.metrics_log import Journal, tensorboard, wandb
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, not_finite
-from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import ScheduleName, schedule
-from bertfast.training.start import starting_config, starting_model
-from bertfast.training.state import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import unigram_entropy, validate
 

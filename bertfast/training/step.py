@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from bertfast.cuda_graphs import Capture, GraphRunner
 from bertfast.data.batches import Batch
 from bertfast.encoder import PackedHead, PretrainingLoss, pretraining_loss
-from bertfast.precision import autocast
+from bertfast.runtime.cuda_graph import Capture, GraphRunner
+from bertfast.runtime.precision import autocast
+from bertfast.training.distributed import Ranks
 from bertfast.training.optimizer import step_if_finite
-from bertfast.training.ranks import Ranks
 from bertfast.training.schedule import set_learning_rate
 
 

@@ -21,9 +21,9 @@ from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve
 from bertfast.models.patch import require_packed
-from bertfast.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
-from bertfast.training.ranks import Ranks
+from bertfast.training.distributed import Ranks
 
 
 @torch.no_grad()

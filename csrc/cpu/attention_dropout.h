@@ -1,4 +1,4 @@
-// The masks of bertfast/dropout.py for a block of attention's probabilities.
+// The masks of bertfast/ops/dropout.py for a block of attention's probabilities.
 #pragma once
 #include "../attention.h"
 #include "vector.h"

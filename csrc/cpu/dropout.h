@@ -1,4 +1,4 @@
-// The masks of bertfast/dropout.py for rows of hidden activations.
+// The masks of bertfast/ops/dropout.py for rows of hidden activations.
 #pragma once
 #include "scratch.h"
 #include "vector.h"

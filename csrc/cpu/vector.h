@@ -248,7 +248,7 @@ INLINE void transpose(Words rows[LANES]) {
   if constexpr (DISTANCE > 1) transpose<DISTANCE / 2>(rows);
 }
 
-// Philox4x32-10 (Salmon et al., 2011), CALLS in each lane; see bertfast/dropout.py. calls[i] are the four words of the
+// Philox4x32-10 (Salmon et al., 2011), CALLS in each lane; see bertfast/ops/dropout.py. calls[i] are the four words of the
 // counters, and then of the numbers, in the lanes' lower halves; the upper ones hold anything.
 template <int CALLS>
 INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {

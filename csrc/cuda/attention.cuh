@@ -139,7 +139,7 @@ DEVICE void clear_unused(T* x, int64_t used, int64_t tokens, int64_t width) {
     x[i] = {};
 }
 
-// Which probabilities of a sequence and a head are kept; see bertfast/dropout.py. Of 16 x 16 of them a thread holds 8,
+// Which probabilities of a sequence and a head are kept; see bertfast/ops/dropout.py. Of 16 x 16 of them a thread holds 8,
 // in one call of Philox, and its neighbour in the fourth next row the rest of that call.
 class AttentionMask {
  public:

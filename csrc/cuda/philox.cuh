@@ -1,4 +1,4 @@
-// The masks of bertfast/dropout.py: Philox4x32-10 (Salmon et al., 2011).
+// The masks of bertfast/ops/dropout.py: Philox4x32-10 (Salmon et al., 2011).
 #pragma once
 #include "numbers.cuh"
 

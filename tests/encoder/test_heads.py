@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import bertfast
 from bertfast import encoder
 from bertfast.data.batches import Batch
-from bertfast.dropout import TokenIdentity
 from bertfast.encoder import heads
 from bertfast.inputs import Packed
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.sequences import Sequences
 
 LENGTHS = [6, 9, 4]
 

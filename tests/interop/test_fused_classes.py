@@ -175,7 +175,12 @@ print(before == state())
 
 @pytest.mark.parametrize(
     "code",
-    ["import bertfast", "import bertfast.ops", "import bertfast.cli", "import bertfast.doctor, bertfast.encoder"],
+    [
+        "import bertfast",
+        "import bertfast.ops",
+        "import bertfast.cli.main",
+        "import bertfast.cli.doctor, bertfast.encoder",
+    ],
 )
 def test_what_needs_no_model_does_without_transformers(code):
     code += "; import sys; print('transformers' in sys.modules)"

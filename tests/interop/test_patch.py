@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
-from bertfast import compiled, fast_kernels
+from bertfast import fast_kernels
+from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
 SEQUENCE = next(case for case in CASES if case.name == "sequence")
@@ -634,7 +635,7 @@ NO_LIBRARY = "the compiled library was not built"
 def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformers(dtype, library, slots, monkeypatch):
     monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
     if not library:
-        monkeypatch.setattr(compiled, "ABSENT", NO_LIBRARY)
+        monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
     plain = live("BertForMaskedLM").to(dtype)
     model = copy.deepcopy(plain)
     bertfast.patch(model)
@@ -645,7 +646,7 @@ def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformer
 @pytest.mark.parametrize(("slots", "columns", "is_packed"), [(33, 11, True), (34, 11, False), (33, 12, False)])
 def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
     """A batch here has 3 rows and 11 columns."""
-    monkeypatch.setattr(compiled, "ABSENT", NO_LIBRARY)
+    monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
     monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
     monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", columns)
     plain = live()
@@ -691,7 +692,7 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
         ("mps", None, torch.float32, 64, "no fast kernels for float32 on mps: the kernels are for NVIDIA GPUs"),
         pytest.param(
             *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
-            marks=pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT)),
+            marks=pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT)),
         ),
         ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `fast_kernels`
         ("cuda", (8, 0), torch.bfloat16, 64, None),

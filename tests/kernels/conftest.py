@@ -11,7 +11,7 @@ import zlib
 import pytest
 from helpers import INTERPRETED, KERNELS
 
-from bertfast import compiled
+from bertfast.ops import native
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else the library refuses to be deterministic
 
@@ -26,13 +26,13 @@ if KERNELS != "triton":
     collect_ignore += [f"test_{name}.py" for name in only_triton]
     if KERNELS == "cuda":
         collect_ignore.append("test_embed.py")
-    if compiled.ABSENT is not None:
+    if native.ABSENT is not None:
         collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_generate_tests(metafunc):
     if KERNELS == "cpu" and not metafunc.definition.get_closest_marker("one_instruction_set"):
-        metafunc.parametrize("instruction_set", compiled.instruction_sets(), indirect=True)
+        metafunc.parametrize("instruction_set", native.instruction_sets(), indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +41,10 @@ def instruction_set(request):
     if not hasattr(request, "param"):
         yield
         return
-    in_use = compiled.instruction_set()
-    compiled.use_instruction_set(request.param)
+    in_use = native.instruction_set()
+    native.use_instruction_set(request.param)
     yield
-    compiled.use_instruction_set(in_use)
+    native.use_instruction_set(in_use)
 
 
 @pytest.fixture(autouse=True)

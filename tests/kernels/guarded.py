@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from guard_page import GuardedMemory, guarded
 from helpers import INTERPRETED, KERNELS, dropout_over, normal
 
-from bertfast import compiled, ops
-from bertfast.dropout import Dropout
+from bertfast import ops
+from bertfast.ops import native
 from bertfast.ops.bias_gelu import LinearGelu
-from bertfast.ops.choice import launcher
-from bertfast.sequences import Sequences
+from bertfast.ops.dispatch import launcher
+from bertfast.ops.dropout import Dropout
+from bertfast.ops.sequences import Sequences
 
 ROWS, HIDDEN = 5, 50  # neither a multiple of a tile
 
@@ -135,9 +136,9 @@ if __name__ == "__main__":
         import interpreter_bf16
 
         interpreter_bf16.repair()
-    for instruction_set in compiled.instruction_sets() if KERNELS == "cpu" else [None]:
+    for instruction_set in native.instruction_sets() if KERNELS == "cpu" else [None]:
         if instruction_set:
-            compiled.use_instruction_set(instruction_set)
+            native.use_instruction_set(instruction_set)
         with GuardedMemory():
             CASES[sys.argv[1]]().sum().backward()
     print("nothing outside was touched")

@@ -8,8 +8,8 @@ import torch
 from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal, tf32x3_factor, with_half
 
 from bertfast import ops
-from bertfast.dropout import attention_keep
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import attention_keep
+from bertfast.ops.sequences import Sequences
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 LENGTHS = {

@@ -9,7 +9,7 @@ from helpers import DEVICE
 from bertfast.kernels.attention import PADDING_PROGRAMS, blocks_per_tile, find_block
 from bertfast.kernels.attention_shapes import _BLACKWELL, _BLACKWELL_CONSUMER, _HOPPER, _HOPPER_DROPOUT, _OTHER, _SINGLE
 from bertfast.kernels.attention_tiles import TILE, tile_table
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
 
 
 @triton.jit

@@ -6,8 +6,8 @@ from guard_page import guarded
 from helpers import DEVICE, FINEST, KERNELS, normal
 
 from bertfast import ops
-from bertfast.ops.choice import launcher
-from bertfast.sequences import Sequences
+from bertfast.ops.dispatch import launcher
+from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([20, 40], device=DEVICE)
 

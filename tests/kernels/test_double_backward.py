@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal
 
 from bertfast import ops
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
 
 TOKENS, HIDDEN = 11, 48
 IDS = torch.arange(TOKENS, device=DEVICE)

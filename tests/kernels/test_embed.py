@@ -7,8 +7,8 @@ import torch
 from helpers import DEVICE, KERNELS, compare_with_torch, dropout_over, normal, with_half
 
 from bertfast import ops
-from bertfast.dropout import hidden_keep
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import hidden_keep
+from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], capacity=11, device=DEVICE)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

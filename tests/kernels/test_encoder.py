@@ -9,10 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import bertfast
 from bertfast.data.batches import Batch
-from bertfast.dropout import TokenIdentity
 from bertfast.encoder import encode, pretraining_loss
 from bertfast.inputs import Packed
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.sequences import Sequences
 
 OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embed", "gelu_layer_norm", "linear_cross_entropy")
 DTYPE = torch.bfloat16 if KERNELS == "cuda" else torch.float32

@@ -8,7 +8,7 @@ from helpers import DEVICE, compare_with_torch, normal
 
 from bertfast import ops
 from bertfast.kernels.contracts import CONTRACTS
-from bertfast.ops.choice import launcher
+from bertfast.ops.dispatch import launcher
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 0, 1], device=DEVICE)

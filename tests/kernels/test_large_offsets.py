@@ -8,7 +8,7 @@ from helpers import DEVICE, KERNELS, dropout_over, normal
 from torch import Tensor
 
 from bertfast import ops
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
 
 DTYPE = torch.bfloat16
 _NORESERVE = 0x4000  # of Linux; the module has no name for it in Python 3.11

@@ -10,7 +10,7 @@ from bertfast.kernels.logits_in_chunks import equal_chunk, most_rows_on_gpu
 if KERNELS == "triton":
     from bertfast.kernels import linear_cross_entropy as kernels
 else:
-    from bertfast.ops import loss_in_library as kernels
+    from bertfast.ops import linear_cross_entropy_native as kernels
 
 OPTIONS = {} if KERNELS == "triton" else {"implementation": KERNELS}
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from parity import CASES, CHOICES, PADDINGS, SIZES, Results, assert_parity, attended, double, inputs, models, results
 from torch import Tensor
 
-from bertfast.dropout import TokenIdentity, attention_keep, hidden_keep
 from bertfast.inputs import draw_seed
+from bertfast.ops.dropout import TokenIdentity, attention_keep, hidden_keep
 
 HIDDEN_P, ATTENTION_P = 0.2, 0.3
 SEED = 7

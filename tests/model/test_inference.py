@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
-from bertfast import products
+from bertfast.ops import matmul
 
 CONFIG = bertfast.BertConfig(
     vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
@@ -31,7 +31,7 @@ class Concatenated(TorchDispatchMode):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_weights_are_concatenated_only_for_a_gradient(gradient, monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # which takes no part of a tensor to write to
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)  # which takes no part of a tensor to write to
     model = bertfast.BertModel(CONFIG).eval()
     with torch.set_grad_enabled(gradient), Concatenated() as concatenated:
         model(torch.arange(96).view(-1, 12) % 50)
@@ -61,7 +61,7 @@ def test_freed_memory_is_kept():
     """What a process still holds of a tensor of 48 MB that it has freed; in one of its own, which this changes."""
     code = """
 import sys, torch
-from bertfast.memory import give_freed_memory_back, keep_freed_memory
+from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory
 kept = sys.argv[1] != "given back" and keep_freed_memory()
 def pages():
     return int(open("/proc/self/statm").read().split()[1])

@@ -11,7 +11,7 @@ from parity import CASES, models
 from bertfast import encoder
 from bertfast.data.batches import Batch
 from bertfast.inputs import draw_seed
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
 
 LENGTHS = [6, 9, 4]
 BY_NAME = {case.name: case for case in CASES}

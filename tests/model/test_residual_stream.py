@@ -12,16 +12,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import bertfast
-from bertfast import compiled, encoder
-from bertfast.dropout import TokenIdentity
+from bertfast import encoder
 from bertfast.inputs import Packed
-from bertfast.sequences import Sequences
+from bertfast.ops import native
+from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.sequences import Sequences
 
 TOKENS = 37  # the size of no other dimension
 FLOAT, HALF = torch.float32, torch.bfloat16
 STREAMS = pytest.mark.parametrize("residual_dtype", [None, HALF], ids=["fp32", "bf16"])
 
-pytestmark = pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT))
+pytestmark = pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
 
 
 class Passes(TorchDispatchMode):

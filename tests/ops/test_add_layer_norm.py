@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from helpers import compare_with_torch, dropout_over, normal
 
-from bertfast import compiled, ops
-from bertfast.dropout import hidden_keep
-from bertfast.sequences import Sequences
+from bertfast import ops
+from bertfast.ops import native
+from bertfast.ops.dropout import hidden_keep
+from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([3, 0, 1], capacity=5)
 
@@ -185,7 +186,7 @@ def test_wrong_arguments_are_refused():
         ours(x, residual, bias, gamma, beta, dropout_over(Sequences.from_lengths([7])))
 
 
-@pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT))
+@pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
 def test_a_copy_that_kernels_cannot_write_is_refused_if_they_are_requested():
     arguments = [x.detach().float() for x in inputs()]
     with pytest.raises(ValueError, match=r"no 'cpu' implementation here: its kernels write copies in bfloat16, got to"):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bertfast.dropout import Dropout
 from bertfast.ops.arguments import Arguments
+from bertfast.ops.dropout import Dropout
 
 OPERATION = Arguments(
     "operation", x="floating [tokens, 3, hidden]", bias="optional floating [hidden]", rows="each integer [tokens]"

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from bertfast import ops, reference
-from bertfast import sequences as sequences_module
-from bertfast.dropout import attention_keep
-from bertfast.ops import attention_fallback
-from bertfast.sequences import Sequences
+from bertfast import ops
+from bertfast.ops import attention_fallback, reference
+from bertfast.ops import sequences as sequences_module
+from bertfast.ops.dropout import attention_keep
+from bertfast.ops.sequences import Sequences
 
 LENGTHS = [5, 0, 1, 19, 7]  # an empty sequence, a single token, more than one tile of 16
 OPTIONS = [{}, {"causal": True}, {"window": 3}, {"causal": True, "window": 2}, {"scale": 0.7}]

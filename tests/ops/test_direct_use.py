@@ -5,8 +5,8 @@ import torch
 from helpers import normal
 
 from bertfast import ops
-from bertfast.dropout import Dropout
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import Dropout
+from bertfast.ops.sequences import Sequences
 
 LENGTHS = [5, 0, 9]
 TOKENS = sum(LENGTHS)

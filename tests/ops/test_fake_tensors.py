@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast import ops
-from bertfast.sequences import Sequences
+from bertfast.ops.sequences import Sequences
 
 TOKENS, HIDDEN, HEADS, DIMENSION = 12, 96, 3, 32
 FLOAT, BF16 = torch.float32, torch.bfloat16

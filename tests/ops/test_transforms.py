@@ -6,8 +6,8 @@ from helpers import normal
 from torch import Tensor
 
 from bertfast import ops
-from bertfast.dropout import Dropout
-from bertfast.sequences import Sequences
+from bertfast.ops.dropout import Dropout
+from bertfast.ops.sequences import Sequences
 
 TOKENS, HIDDEN = 7, 64
 SEQUENCES = Sequences.from_lengths([3, 4])

@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from bertfast.data.tokenizer import special_tokens, train_tokenizer
-from bertfast.sequences import bucket
+from bertfast.ops.sequences import bucket
 from bertfast.tasks.features import batches_by_length, labels_in, shuffled_batches, tokenize, within_budget
 
 TEXTS = ["a b c d e f", "b", "c d a", "", "f e d c b a"]

@@ -11,8 +11,8 @@ from itertools import groupby
 
 import torch.distributed as dist
 
-from bertfast.cli import parse
-from bertfast.training.interrupt import RunStopped
+from bertfast.cli.main import parse
+from bertfast.runtime.signals import RunStopped
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
 dist.init_process_group("gloo")

@@ -14,7 +14,7 @@ from sentiment import FILLERS
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-from bertfast.cli import main
+from bertfast.cli.main import main
 from bertfast.tasks.features import Features, labels_in
 from bertfast.training.finetune import Finetuning
 from bertfast.training.schedule import schedule

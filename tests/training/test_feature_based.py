@@ -9,13 +9,13 @@ import transformers
 from examples import settings_for, write_examples
 
 from bertfast import BertForPreTraining, BertForTokenClassification
-from bertfast.cli import main
+from bertfast.cli.main import main
 from bertfast.encoder import pack, sequence_logits
+from bertfast.inference.predict import predict_outputs
 from bertfast.models import own_parts
 from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
 from bertfast.models.files import load, read_config, save
 from bertfast.training.finetune import Finetuning
-from bertfast.training.predict import predict_outputs
 
 SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2}
 

@@ -16,11 +16,11 @@ from runs import STEPS, assert_same_weights, entries, losses, quietly, settings_
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
+from bertfast.runtime.signals import RunStopped
 from bertfast.training import pretrain as program
 from bertfast.training import step as train_step
-from bertfast.training.interrupt import RunStopped
+from bertfast.training.checkpoint import checkpoints, newest_whole
 from bertfast.training.pretrain import PretrainSettings, pretrain
-from bertfast.training.state import checkpoints, newest_whole
 
 SHORT = {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 4, "eval_batches": 2}
 KINDS = {

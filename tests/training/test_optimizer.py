@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from bertfast import BertConfig, BertForPreTraining, precision
-from bertfast.precision import choose_precision
+from bertfast import BertConfig, BertForPreTraining
+from bertfast.runtime import precision
+from bertfast.runtime.precision import choose_precision
 from bertfast.training.optimizer import Lamb, Muon, build_optimizers, not_finite
 from bertfast.training.schedule import schedule, set_learning_rate
 

@@ -17,10 +17,10 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
 from bertfast.models import files
-from bertfast.training import state
+from bertfast.runtime.signals import RunStopped
+from bertfast.training import checkpoint
 from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.interrupt import RunStopped
 from bertfast.training.pretrain import Pretraining, pretrain
 
 
@@ -123,11 +123,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
         pretrain(settings_for(tmp_path, data))
     folder = tmp_path / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-00000005"]
-    assert state.read_progress(folder / "step-00000005")[0] == 5
+    assert checkpoint.read_progress(folder / "step-00000005")[0] == 5
 
 
 def test_only_the_newest_checkpoints_stay(finished):
-    assert [path.name for path in state.checkpoints(finished / "checkpoints")] == ["step-00000015", "step-00000020"]
+    kept = checkpoint.checkpoints(finished / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000015", "step-00000020"]
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
@@ -144,7 +145,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
         pretrain(settings_for(tmp_path, data, max_steps=100))
     skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
     assert skipped == {7: 1} | {step: step - 9 for step in range(11, 21)}
-    newest = state.checkpoints(tmp_path / "checkpoints")[-1]
+    newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
     assert newest.name == "step-00000010"  # none is written while steps are skipped
     assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bertfast.cli import parse
-from bertfast.demo import DemoSettings, _pretraining
+from bertfast.cli.demo import DemoSettings, _pretraining
+from bertfast.cli.main import parse
 from bertfast.training.pretrain import PretrainSettings, _check
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")}

@@ -1,0 +1,272 @@
+"""Check every kernel that runs on a device against a float64 truth, forward and backward, at BERT's shapes.
+
+`bertfast doctor --check` prints the outcomes. The rule is that of the tests: the error of an output or gradient, by its
+Frobenius norm, is at most twice the reference's own in the same precision, plus a few ulps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from bertfast.cli.self_test_problems import Problem, problems
+from bertfast.ops.dispatch import Implementation, why_not
+from bertfast.runtime.precision import wait_for
+
+ULPS = 8
+# Precision: dtype of the first input (an activation) and of all others, most used first. The mixed one is what
+# the row-wise operators get under autocast.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+}
+ROW_WISE = ("add_layer_norm", "bias_gelu", "gelu_layer_norm")
+# The reference is the baseline of all others; it is itself held to what rounding alone can do (relative error). bf16
+# sums over thousands of rows may err by 5 %.
+REFERENCE_LIMIT = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
+# fp32 attention in Triton multiplies three TF32 parts per operand (tf32x3): about as exact as fp32, but the tensor core
+# truncates where fp32 rounds, so at D = 128 the error sits at the edge of twice PyTorch's.
+TF32X3_FACTOR = 4
+REPEATS = {"cuda": 5, "cpu": 2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one check ended.
+
+    Attributes:
+        operator, implementation, precision, shape, device: What was checked.
+        status: "passed", "failed" (the error is too large), "error" (an exception), "not reached".
+        error, allowed: Of the tensor that is nearest to, or furthest beyond, what is allowed; relative to the norm of
+            its true value. None where nothing was compared.
+        forward_us, backward_us: Median time of a call, by the host's clock, launch included; None if not measured.
+        message: Which tensor is worst, the exception, or why the check was not reached.
+    """
+
+    operator: str
+    implementation: str
+    precision: str
+    shape: str
+    device: str
+    status: str
+    error: float | None = None
+    allowed: float | None = None
+    forward_us: float | None = None
+    backward_us: float | None = None
+    message: str = ""
+
+    @property
+    def label(self) -> str:
+        """What was checked, in one line."""
+        return f"{self.operator} {self.implementation} {self.precision} {self.shape} on {self.device}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    problem: Problem
+    implementation: Implementation
+    precision: str
+    device: torch.device
+
+    @property
+    def words(self) -> set[str]:
+        """The words of its line by which it can be chosen."""
+        return {self.problem.operator, self.implementation, self.precision, *self.problem.shape.split()}
+
+    def outcome(self, status: str, **values) -> Outcome:
+        problem = self.problem
+        return Outcome(
+            problem.operator, self.implementation, self.precision, problem.shape, str(self.device), status, **values
+        )
+
+
+def error_and_allowed(
+    found: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    neighbour: Tensor | None = None,
+    factor: float = 2,
+) -> tuple[float, float]:
+    """Return the Frobenius error of `found` and the largest that the accuracy rule allows.
+
+    Args:
+        found: The result that is judged.
+        baseline: PyTorch's own result in `dtype`, same shape.
+        truth: float64, same shape.
+        dtype: The dtype whose ulps are taken.
+        neighbour: Where the true value is zero, a tensor that it is a difference of; its norm scales the ulps.
+        factor: How many times the baseline's error is allowed.
+    """
+    truth = truth.detach().double()
+    error, own = ((x.detach().double() - truth).norm() for x in (found, baseline))
+    largest = truth.abs().max() if neighbour is None else neighbour.detach().double().norm()
+    return float(error), float(factor * own + ULPS * torch.finfo(dtype).eps * largest)
+
+
+def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> Iterator[Outcome]:
+    """Yield the outcome of each check, the most telling first; those that the time does not reach come last.
+
+    Args:
+        devices: Where to check; each device's kernels in turn.
+        only: Words that a check's line must all have ("triton", "D=64", …); none: all checks.
+        budget: Seconds after which no check begins. A check that is expected to end later does not begin either.
+    """
+    started, longest = time.monotonic(), 0.0
+    stopped = ""
+    for device in devices:
+        for group in [*_groups(device, only)]:  # all of them now: a GPU that has failed answers no question
+            left = budget - (time.monotonic() - started)
+            if not stopped and left < longest:
+                stopped = f"the time of {budget:.0f} s is over"
+            if stopped:
+                yield from (check.outcome("not reached", message=stopped) for check in group)
+                continue
+            before = time.monotonic()
+            for outcome in _run_group(group):
+                yield outcome
+                if outcome.status == "error" and _is_poisoned(device):
+                    stopped = "a CUDA error, after which this process can use the GPU no more; start another one"
+            longest = max(longest, time.monotonic() - before)
+
+
+def _is_poisoned(device: torch.device) -> bool:
+    """Whether an earlier CUDA error makes everything on the device fail."""
+    if device.type != "cuda":
+        return False
+    try:
+        wait_for(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _groups(device: torch.device, only: Sequence[str]) -> Iterator[list[_Check]]:
+    """Yield checks that share a truth and a baseline: one problem in one precision, on each implementation."""
+    every = problems(device)
+    for precision, (dtype, _) in PRECISIONS.items():
+        for problem in every:
+            if precision == "bf16+fp32" and problem.operator not in ROW_WISE:
+                continue
+            x = torch.empty(0, dtype=dtype, device=device)
+            group = [
+                _Check(problem, implementation, precision, device)
+                for implementation in get_args(Implementation)
+                if _is_offered(implementation, problem.operator, x)
+            ]
+            chosen = [check for check in group if set(only) <= check.words]
+            if chosen:
+                yield chosen
+
+
+def _is_offered(implementation: Implementation, operator: str, x: Tensor) -> bool:
+    # linear_gelu is a GEMM and the kernel of bias_gelu.
+    return why_not(implementation, "bias_gelu" if operator == "linear_gelu" else operator, x) is None
+
+
+def _run_group(group: list[_Check]) -> Iterator[Outcome]:
+    problem, precision, device = group[0].problem, group[0].precision, group[0].device
+    first, others = PRECISIONS[precision]
+    try:
+        inputs = [x.to(others if place else first) for place, x in enumerate(problem.inputs)]
+        truth = _results(problem, "reference", [x.double() for x in inputs])
+        baseline = _results(problem, "reference", inputs)
+    except Exception as error:
+        yield from (check.outcome("error", message=f"in the reference: {_one_line(error)}") for check in group)
+        return
+    for check in group:
+        try:
+            yield _compared(check, inputs, baseline, truth)
+        except Exception as error:
+            yield check.outcome("error", message=_one_line(error))
+            if _is_poisoned(device):
+                yield from (
+                    rest.outcome("not reached", message="a CUDA error before it")
+                    for rest in group[group.index(check) + 1 :]
+                )
+                return
+
+
+def _results(problem: Problem, implementation: Implementation, inputs: list[Tensor]) -> list[Tensor]:
+    """The outputs and the gradient of each input, for fixed random gradients of the outputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = _outputs(problem, implementation, leaves)
+    gradients = torch.autograd.grad(outputs, leaves, [*map(_output_gradient, outputs)])
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def _outputs(problem: Problem, implementation: Implementation, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    output = problem.call(implementation, *inputs)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _output_gradient(output: Tensor) -> Tensor:
+    if output.dim() == 0:
+        return torch.ones_like(output)
+    # Values that every dtype represents exactly, so that all precisions differentiate the same sum.
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(-8, 9, output.shape, generator=generator) / 8).to(output.device, output.dtype)
+
+
+def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth: list[Tensor]) -> Outcome:
+    problem, lowest = check.problem, inputs[0].dtype
+    is_reference = check.implementation == "reference"
+    found = baseline if is_reference else _results(problem, check.implementation, inputs)
+    tf32 = check.implementation == "triton" and check.device.type == "cuda" and lowest == torch.float32
+    factor = TF32X3_FACTOR if tf32 and problem.operator == "attention" else 2
+    worst = None
+    outputs = ("output", "copy")[: len(truth) - len(problem.shapes)]
+    names = (*outputs, *(f"gradient of {name}" for name in problem.shapes))
+    for name, ours, own, true in zip(names, found, baseline, truth, strict=True):
+        # A copy for the next GEMM is rounded to a coarser dtype than the inputs'.
+        dtype = max(lowest, own.dtype, key=lambda each: torch.finfo(each).eps)
+        error, allowed = error_and_allowed(ours, own, true, dtype, factor=factor)
+        norm = float(true.norm())
+        if is_reference:
+            allowed = REFERENCE_LIMIT[dtype] * norm
+        # NaN is further beyond than any number.
+        excess = error / allowed if error == error else float("inf")
+        if worst is None or excess > worst[0]:
+            worst = (excess, name, error / norm, allowed / norm)
+    excess, name, error, allowed = worst
+    forward, backward = _times(check, inputs)
+    return check.outcome(
+        "passed" if excess <= 1 else "failed",
+        error=error,
+        allowed=allowed,
+        forward_us=forward,
+        backward_us=backward,
+        message=name,
+    )
+
+
+def _times(check: _Check, inputs: list[Tensor]) -> tuple[float, float]:
+    """Median microseconds of a forward and of a backward pass; everything is compiled by now."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    gradients, samples = None, []
+    for _ in range(REPEATS.get(check.device.type, 1) if check.implementation != "reference" else 1):
+        wait_for(check.device)
+        started = time.perf_counter()
+        outputs = _outputs(check.problem, check.implementation, leaves)
+        wait_for(check.device)
+        between = time.perf_counter()
+        gradients = [*map(_output_gradient, outputs)] if gradients is None else gradients
+        wait_for(check.device)
+        resumed = time.perf_counter()
+        torch.autograd.grad(outputs, leaves, gradients)
+        wait_for(check.device)
+        samples.append((between - started, time.perf_counter() - resumed))
+    return tuple(1e6 * statistics.median(column) for column in zip(*samples, strict=True))
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

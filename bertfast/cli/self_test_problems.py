@@ -1,0 +1,212 @@
+"""The inputs on which `bertfast doctor --check` runs each operator: BERT's shapes, random values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bertfast import ops
+from bertfast.ops.attention import HEAD_DIMENSIONS
+from bertfast.ops.dropout import Dropout, TokenIdentity
+from bertfast.ops.reference import IGNORED
+from bertfast.ops.sequences import Sequences
+
+EPS = 1e-12  # of LayerNorm
+DROPOUT = 0.1
+MASKED = 0.15  # share of the tokens whose label counts
+HIDDEN = 768
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An operator on inputs of one shape.
+
+    Attributes:
+        operator: Name in `bertfast.ops`.
+        shape: Words that say which shape and options, such as "4x512 D=64 dropout".
+        device: Where it runs.
+        shapes: The shape of each differentiable input, by name.
+        call: Run the operator: (implementation, *inputs) -> its differentiable outputs, of any dtypes.
+    """
+
+    operator: str
+    shape: str
+    device: torch.device
+    shapes: dict[str, tuple[int, ...]]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """Normally distributed float64 inputs, the same in each process; a GEMM's weight keeps its output near 1."""
+        generator = torch.Generator().manual_seed(0)
+        values = []
+        for name, shape in self.shapes.items():
+            value = torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if name == "weight" else 1)
+            values.append(value.to(self.device, torch.float64))
+        return values
+
+
+def problems(device: torch.device) -> list[Problem]:
+    """Every operator at BERT's shapes, in the order in which they tell most.
+
+    A GPU gets 2,048 tokens of 768 columns and BERT's vocabulary; a CPU gets less, so that all of it takes less than a
+    minute on two cores, with a vocabulary that leaves the same remainder to every vector width.
+    """
+    lengths = {128: [128] * 16, 512: [512] * 4} if device.type == "cuda" else {128: [128] * 2, 512: [512]}
+    heads_width, vocab_size = (HIDDEN, 30522) if device.type == "cuda" else (256, 4090)
+    batches = [Sequences.from_lengths(some, device=device) for some in lengths.values()]
+    shapes = [f"{len(some)}x{longest}" for longest, some in lengths.items()]
+    result = []
+    for dimension in sorted(HEAD_DIMENSIONS, key=(64, 32, 128).index):
+        for dropout in (True, False):
+            result += [
+                _attention(shape, batch, heads_width // dimension, dimension, dropout)
+                for shape, batch in zip(shapes, batches, strict=True)
+            ]
+        if dimension == 64:  # before the other head dimensions
+            result += _row_problems(shapes[-1], batches[-1], vocab_size)
+    return result
+
+
+def _row_problems(shape: str, batch: Sequences, vocab_size: int) -> list[Problem]:
+    tokens = len(batch.position)
+    rows = max(round(MASKED * tokens), 1)
+    return [
+        _add_layer_norm(shape, batch, dropout=True),
+        _bias_gelu(shape, tokens, batch.position.device),
+        _embed(shape, batch, vocab_size),
+        _linear_cross_entropy(tokens, rows, vocab_size, batch.position.device),
+        _gelu_layer_norm(rows, batch.position.device),
+        _linear_gelu(shape, tokens, batch.position.device),
+        _add_layer_norm(shape, batch, dropout=False),
+        _add_layer_norm_with_copy(shape, batch),
+        _gather(tokens, rows, batch.position.device),
+    ]
+
+
+def _integers(device: torch.device, bound: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(bound)
+    return torch.randint(bound, (size,), generator=generator).to(device)
+
+
+def _dropout(batch: Sequences, site: str, layer: int | None) -> Dropout | None:
+    seed = torch.tensor(0x0123_4567_89AB_CDEF, device=batch.position.device)
+    return TokenIdentity(seed, batch.token_sequence_ids, batch.position).dropout(DROPOUT, site, layer)
+
+
+def _attention(shape: str, batch: Sequences, heads: int, dimension: int, dropout: bool) -> Problem:
+    mask = _dropout(batch, "attention", 0) if dropout else None
+    return Problem(
+        "attention",
+        f"{shape} D={dimension}" + " dropout" * dropout,
+        batch.position.device,
+        {"qkv": (len(batch.position), 3, heads, dimension)},
+        lambda implementation, qkv: ops.attention(qkv, batch, dropout=mask, implementation=implementation),
+    )
+
+
+def _add_layer_norm(shape: str, batch: Sequences, dropout: bool) -> Problem:
+    mask = _dropout(batch, "output", 0) if dropout else None
+    rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
+    return Problem(
+        "add_layer_norm",
+        f"{shape} H={HIDDEN}" + " dropout" * dropout,
+        batch.position.device,
+        {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
+        lambda implementation, *x: ops.add_layer_norm(*x, EPS, mask, implementation=implementation),
+    )
+
+
+def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
+    """As a layer calls it under autocast: the output and its copy for the next GEMM, and the gradients of both."""
+    rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
+
+    def call(implementation: str, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the truth is not rounded
+        return ops.add_layer_norm(x, *others, EPS, compute_dtype=copy_dtype, implementation=implementation)
+
+    return Problem(
+        "add_layer_norm",
+        f"{shape} H={HIDDEN} copy",
+        batch.position.device,
+        {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
+        call,
+    )
+
+
+def _gather(tokens: int, rows: int, device: torch.device) -> Problem:
+    selected = _integers(device, tokens, rows)  # some rows more than once
+    return Problem(
+        "gather",
+        f"{rows} of {tokens} H={HIDDEN}",
+        device,
+        {"x": (tokens, HIDDEN)},
+        lambda implementation, x: ops.gather(selected, x, implementation=implementation)[0],
+    )
+
+
+def _bias_gelu(shape: str, tokens: int, device: torch.device) -> Problem:
+    return Problem(
+        "bias_gelu",
+        f"{shape} H={4 * HIDDEN}",
+        device,
+        {"x": (tokens, 4 * HIDDEN), "bias": (4 * HIDDEN,)},
+        lambda implementation, *x: ops.bias_gelu(*x, implementation=implementation),
+    )
+
+
+def _linear_gelu(shape: str, tokens: int, device: torch.device) -> Problem:
+    return Problem(
+        "linear_gelu",
+        f"{shape} H={HIDDEN}",
+        device,
+        {"x": (tokens, HIDDEN), "weight": (4 * HIDDEN, HIDDEN), "bias": (4 * HIDDEN,)},
+        lambda implementation, *x: ops.linear_gelu(*x, implementation=implementation),
+    )
+
+
+def _gelu_layer_norm(rows: int, device: torch.device) -> Problem:
+    return Problem(
+        "gelu_layer_norm",
+        f"{rows} H={HIDDEN}",
+        device,
+        {"x": (rows, HIDDEN), "bias": (HIDDEN,), "gamma": (HIDDEN,), "beta": (HIDDEN,)},
+        lambda implementation, *x: ops.gelu_layer_norm(*x, EPS, implementation=implementation),
+    )
+
+
+def _embed(shape: str, batch: Sequences, vocab_size: int) -> Problem:
+    device = batch.position.device
+    token_ids = _integers(device, vocab_size, len(batch.position))
+    token_types, mask = token_ids % 2, _dropout(batch, "embeddings", None)
+    tables = {"word": (vocab_size, HIDDEN), "position": (512, HIDDEN), "token_type": (2, HIDDEN)}
+    return Problem(
+        "embed",
+        f"{shape} H={HIDDEN} V={vocab_size} dropout",
+        device,
+        tables | {"gamma": (HIDDEN,), "beta": (HIDDEN,)},
+        lambda implementation, *x: ops.embed(
+            token_ids, token_types, batch.position, *x, EPS, mask, padding_index=0, implementation=implementation
+        ),
+    )
+
+
+def _linear_cross_entropy(tokens: int, rows: int, vocab_size: int, device: torch.device) -> Problem:
+    # Each row of hidden at most once, in random order; every eighth label is ignored.
+    selected = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:rows].to(device)
+    labels = _integers(device, vocab_size, rows)
+    labels[::8] = IGNORED
+    return Problem(
+        "linear_cross_entropy",
+        f"{rows} H={HIDDEN} V={vocab_size}",
+        device,
+        {"hidden": (tokens, HIDDEN), "weight": (vocab_size, HIDDEN), "bias": (vocab_size,)},
+        lambda implementation, hidden, weight, bias: ops.linear_cross_entropy(
+            hidden, selected, weight, bias, labels, implementation=implementation
+        )[0],
+    )

@@ -1,0 +1,1 @@
+"""Prediction, embeddings and mask filling."""

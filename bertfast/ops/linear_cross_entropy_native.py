@@ -1,0 +1,74 @@
+"""The launchers of the loss whose kernel is compiled, on a CPU and in CUDA C++; their products are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bertfast.kernels.logits_in_chunks import (
+    equal_chunk,
+    linear_cross_entropy,
+    most_rows_on_gpu,
+    multiply_in_chunks,
+    padded_columns,
+)
+from bertfast.kernels.operation import operation
+from bertfast.ops import matmul, native
+from bertfast.ops.dispatch import HAS_TRITON
+from bertfast.ops.index_checks import check_below
+
+_CPU_BYTES = 40 << 20  # of a chunk of logits on a CPU: fewer rows make slower GEMMs, and more of them no faster ones
+
+
+def _define(implementation: str) -> None:
+    def linear_cross_entropy_forward(hidden, rows, weight, bias, labels, needs_grad, dtype):
+        if implementation == "cpu":
+            check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
+        in_chunks = partial(_in_chunks, implementation=implementation)
+        return linear_cross_entropy(hidden, rows, weight, bias, labels, needs_grad, dtype, in_chunks, _sum_by_index)
+
+    operation(linear_cross_entropy_forward, implementation)
+
+
+if native.ABSENT is None:
+    for _implementation in ("cpu", "cuda"):
+        _define(_implementation)
+
+
+def _in_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool], *, implementation: str
+) -> tuple[Tensor, ...]:
+    """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty if not wanted."""
+    kernel = getattr(torch.ops.bertfast, f"{implementation}_cross_entropy")
+    vocabulary = len(weight)
+    most = _most_rows(padded_columns(vocabulary) * x.element_size(), implementation)
+    chunk = equal_chunk(len(x), most, 1) if implementation == "cpu" else equal_chunk(len(x), most)
+    losses, correct = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(labels)
+    d_bias = x.new_zeros(vocabulary if any(wanted) else 0, dtype=torch.float32)
+
+    def differentiate(logits: Tensor, some: slice) -> None:
+        kernel(logits[:, :vocabulary], bias, labels[some], losses[some], correct[some], d_bias)
+
+    d_weight = multiply_in_chunks(x, weight, wanted, chunk, differentiate, matmul.multiply)
+    return losses, correct, x, d_weight, d_bias if wanted[2] else d_bias[:0]
+
+
+def _most_rows(row: int, implementation: str) -> int:
+    """Return the most rows of a chunk of logits, of `row` bytes each."""
+    return max(_CPU_BYTES // row, 1) if implementation == "cpu" else most_rows_on_gpu(row)
+
+
+def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of `values` [N, H] that have the same `index`, in fp32 and in one order -> [rows, H]."""
+    if values.is_cuda and HAS_TRITON:  # PyTorch adds atomically there
+        from bertfast.kernels.sum_by_index import sum_by_index
+
+        return sum_by_index(values, index, rows, dtype)
+    if not values.is_cuda:
+        wide = values if values.dtype == dtype != torch.float16 else values.float()
+        return torch.ops.bertfast.cpu_gather_backward(index, [wide], rows)[0].to(dtype)
+    total = values.new_zeros((rows, values.shape[1]), dtype=torch.float32)
+    return total.index_add_(0, index, values.float()).to(dtype)

@@ -1,0 +1,92 @@
+"""The paper's tables on small models and little data, and their recipes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bertfast.cli.main import flags_of, parse
+from bertfast.cli.reproduce import ReproduceSettings, reproduce
+from bertfast.data.prepare import CorpusSettings
+from bertfast.training.finetune import FinetuneSettings
+from bertfast.training.pretrain import PretrainSettings
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "paper"
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_recipes_say_only_what_the_programs_know(number):
+    table = yaml.safe_load((RECIPES / f"table-{number}.yaml").read_text(encoding="utf-8"))
+    for row in table["rows"]:
+        assert set(row.get("paper", {})) <= set(table["columns"])
+        parse("pretrain", PretrainSettings, ["--output-dir", "out", *flags_of(row.get("pretrain", {}))])
+        for column in table["columns"].values():
+            flags = table.get("finetune", {}) | column.get("finetune", {}) | row.get("finetune", {})
+            fixed = ["--model-name-or-path", "m", "--train-file", "t", "--output-dir", "o"]
+            parse("finetune", FinetuneSettings, [*fixed, *flags_of(flags)])
+
+
+def write_data(folder: Path) -> Path:
+    for split, rows in (("train", 24), ("valid", 12)):
+        (folder / "corpus").mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join(f"The film {i} was good. It had a plot.\nThe actor was bad." for i in range(rows))
+        (folder / "corpus" / f"books-{split}.txt").write_text(text)
+    return folder
+
+
+def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsys):
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    column = {"task": "classification", "train-file": "a.tsv", "validation-file": "a.tsv", "metric": "accuracy"}
+    table = {
+        "title": "Table 5: a few",
+        "paper": "of others",
+        "note": "A note.",
+        "finetune": {"num-train-epochs": 1, "per-device-train-batch-size": 8, "max-seq-length": 32},
+        "columns": {
+            "perplexity": {"metric": "perplexity"},
+            "Own": column,
+            "Other": column | {"train-file": "none.tsv"},
+        },
+        "rows": [
+            {"name": "as usual", "paper": {"Own": 90.1}},
+            {"name": "LTR", "pretrain": {"objective": "ltr"}, "paper": {"Own": 80.0, "Other": 70}},
+        ],
+    }
+    (recipes / "table-5.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    data = write_data(tmp_path / "data")
+    rows = [f"the film was {word}\t{word}" for word in ("good", "bad")] * 12
+    (data / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    files = [str(data / "corpus" / f"books-{split}.txt") for split in ("train", "valid")]
+    corpus = CorpusSettings(files[:1], files[1:], vocabulary_size=128, processes=1)
+    monkeypatch.setattr("bertfast.cli.reproduce._corpus", lambda folder: corpus)
+    settings = ReproduceSettings(
+        table=5,
+        data=str(data),
+        output_dir=str(tmp_path / "out"),
+        recipes=str(recipes),
+        scale="tiny",
+        minutes=0.02,
+        tokens_per_batch=256,
+        seeds=[1, 2],
+        device="cpu",
+    )
+    page = reproduce(settings).read_text()
+    cells = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in page.splitlines() if "|" in line
+    }
+    assert float(cells["as usual"][0]) > 1
+    assert cells["as usual"][1].endswith(" (90.1)")
+    assert " ± " in cells["LTR"][1]
+    assert cells["LTR"][2] == "no data (70)"
+    config = json.loads((tmp_path / "out" / "model-objective-ltr" / "config.json").read_text())
+    assert (config["is_decoder"], config["pool_last"]) == (True, True)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    assert len(times) >= 4
+    assert reproduce(settings).read_text() == page
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as if it had been stopped after an epoch
+    assert reproduce(settings).read_text() == page
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        reproduce(ReproduceSettings(table=9, data=str(data), output_dir=str(tmp_path / "out"), recipes=str(recipes)))

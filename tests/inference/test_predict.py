@@ -1,0 +1,85 @@
+"""What a fine-tuned model answers: packed or padded, in a file or line by line, here or in transformers."""
+
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sentiment import FILLERS, rows_of
+
+from bertfast import BertForSequenceClassification
+from bertfast.data.tokenizer import load_tokenizer
+from bertfast.inference.predict import PredictSettings, predict, predict_outputs
+from bertfast.tasks.features import Features, tokenize
+from bertfast.tasks.sequence_classification import SentenceTask
+from bertfast.training.evaluate import EvaluateSettings, evaluate
+
+
+def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
+    settings = PredictSettings(model_name_or_path="", eval_tokens=tokens, precision="fp32")
+    return np.stack(predict_outputs(SentenceTask(settings), model, features))
+
+
+def test_transformers_opens_it_and_says_the_same(tuned):
+    folder, _ = tuned
+    theirs = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    texts = ["the film was good", "a bad plot and a very bad actor"]
+    batch = transformers.BertTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**batch).logits.numpy()
+    ours = BertForSequenceClassification.from_pretrained(folder)
+    features = tokenize(load_tokenizer(folder), texts, 24)
+    np.testing.assert_allclose(logits_of(ours, features), expected, atol=1e-5)
+
+
+def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
+    folder, _ = tuned
+    model = BertForSequenceClassification.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    random_ = random.Random(3)
+    texts = [" ".join(random_.choices([*FILLERS, "good", "bad"], k=random_.randint(1, 20))) for _ in range(17)]
+    features = tokenize(tokenizer, texts, 24)
+    tokenizer.enable_padding()
+    encodings = tokenizer.encode_batch(texts)
+    with torch.no_grad():
+        padded = model(
+            torch.tensor([encoding.ids for encoding in encodings]),
+            torch.tensor([encoding.attention_mask for encoding in encodings]),
+        ).logits.numpy()
+    model.train()  # without dropout all the same, and training goes on with it
+    for tokens in (1, 40, 10_000):
+        np.testing.assert_allclose(logits_of(model, features, tokens), padded, atol=1e-5)
+    assert model.training
+
+
+def test_evaluate_agrees_with_fine_tuning(tuned, files, tmp_path, capsys):
+    folder, results = tuned
+    common = {"model_name_or_path": str(folder), "validation_file": files["validation_file"], "device": "cpu"}
+    metrics = evaluate(EvaluateSettings(**common, precision="fp32", output_dir=str(tmp_path / "new")))
+    assert {name: metrics[name] for name in results if name.startswith("eval_")} == pytest.approx(
+        {name: value for name, value in results.items() if name.startswith("eval_")}, abs=1e-6
+    )
+    assert json.loads((tmp_path / "new" / "eval_results.json").read_text()) == metrics
+    predictions = (tmp_path / "new" / "predictions_validation.tsv").read_text()
+    assert predictions == (folder / "predictions_validation.tsv").read_text()
+    assert "eval_accuracy" in capsys.readouterr().out
+
+
+def test_predict_answers_a_file_and_standard_input_alike(tuned, files, capsys, monkeypatch):
+    folder, _ = tuned
+    settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
+    predict(PredictSettings(**settings, test_file=files["test_file"]))
+    from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))
+    predict(PredictSettings(**settings))
+    from_lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert from_lines == from_file
+    expected = rows_of(folder / "predictions_test.tsv")[1:]
+    assert [answer["label"] for answer in from_file] == [row[1] for row in expected]
+    assert [answer["score"] for answer in from_file] == pytest.approx([max(map(float, row[2:])) for row in expected])

@@ -1,0 +1,85 @@
+"""fp32 products of either library: the same numbers and gradients, whatever the layout, and at most twice the error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bertfast.ops import matmul
+
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=ONEDNN)], ids=["as PyTorch", "oneDNN"])
+def library(request, monkeypatch) -> bool:
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+def relative_error(found, truth) -> float:
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (40, 769, 48), (33, 3072, 100), (1700, 64, 96)])
+def test_outputs_and_gradients_err_at_most_twice_as_much_as_pytorch_s(library, rows, depth, columns):
+    torch.manual_seed(rows)
+    x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
+    d_y = torch.randn(rows, columns)
+
+    def differentiated(linear, dtype) -> list[torch.Tensor]:
+        inputs = [value.to(dtype).requires_grad_() for value in (x, weight, bias)]
+        y = linear(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, d_y.to(dtype))]
+
+    truth = differentiated(F.linear, torch.float64)
+    for ours, theirs, true in zip(
+        differentiated(matmul.linear, torch.float32), differentiated(F.linear, torch.float32), truth, strict=True
+    ):
+        assert relative_error(ours, true) <= 2 * relative_error(theirs, true)
+    with torch.no_grad():
+        assert relative_error(matmul.linear(x, weight, bias), truth[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_product_is_written_or_added_whatever_the_layout(library, add):
+    torch.manual_seed(0)
+    wide, tall = torch.randn(50, 300), torch.randn(300, 60)
+    shared = torch.randn(1, 1).expand(50, 40)
+    for a, b in [
+        (wide[:, 20:120], tall.mT[:, :100]),
+        (wide.mT[40:80], wide.mT[:70]),
+        (wide[::2, ::3], wide[::3, ::3]),
+        (shared, shared),
+        (wide[:3], wide[:20]),  # too small to be worth another library
+    ]:
+        out = torch.randn(len(a), 128)[:, : len(b)]
+        expected = a @ b.mT + (out if add else 0)
+        matmul.multiply(a, b, out, add=add)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_and_half_precision_stay_pytorch_s(library):
+    x, weight = torch.randn(32, 32), torch.randn(32, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matmul.linear(x, weight).dtype == torch.bfloat16
+    assert torch.equal(matmul.linear(x.bfloat16(), weight.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
+
+
+@ONEDNN
+def test_a_model_learns_the_same_with_either(monkeypatch):
+    from bertfast import BertConfig, BertForPreTraining
+
+    config = BertConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
+    torch.manual_seed(0)
+    model = BertForPreTraining(config).train()
+    ids = torch.randint(5, 96, (6, 20))
+    labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
+    found = []
+    for faster in (False, True):
+        monkeypatch.setattr(matmul, "onednn_is_faster", lambda answer=faster: answer)
+        torch.manual_seed(1)
+        loss = model(ids, labels=labels, next_sentence_label=torch.arange(6) % 2).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

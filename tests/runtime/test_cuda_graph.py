@@ -1,0 +1,349 @@
+"""Steps and passes that are captured and replayed, by a recorder that does on a CPU what a CUDA graph does.
+
+It keeps every operation that is launched, with the very tensors it was given, and launches them again in their order;
+what the host decided meanwhile is forgotten. Asking a tensor for its value is an error, as it is while a GPU captures.
+"""
+
+import dataclasses
+import random
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from examples import settings_for as finetuning_settings
+from examples import write_examples
+from runs import assert_same_weights, entries, losses, settings_for
+from sentiment import FILLERS
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bertfast import BertModel, inputs
+from bertfast.data.samples import Sampling
+from bertfast.data.tokenizer import load_tokenizer
+from bertfast.inference import embed as extraction
+from bertfast.inference import predict as prediction
+from bertfast.ops import sequences
+from bertfast.ops.sequences import Sequences
+from bertfast.runtime import cuda_graph
+from bertfast.runtime.cuda_graph import WARMUP_CALLS, GraphRunner
+from bertfast.tasks.features import tokenize
+from bertfast.training import finetune as finetuning
+from bertfast.training import pretrain as program
+from bertfast.training import step as train_step
+from bertfast.training.finetune import Finetuning
+from bertfast.training.pretrain import Pretraining, pretrain
+from bertfast.training.step import TrainStep
+
+aten = torch.ops.aten
+ASKS_THE_DEVICE = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
+READS_MEMORY = (torch.Tensor.tolist, torch.Tensor.numpy)  # of which, on a CPU, no operation tells
+
+
+class NoReads(TorchFunctionMode):
+    """Forbids what copies a tensor's values to the host."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in READS_MEMORY:
+            raise RuntimeError(f"{function.__name__} waits for the device, which is capturing")
+        return function(*args, **(kwargs or {}))
+
+
+class Recording(TorchDispatchMode):
+    """Runs operations and keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.ran = [], False
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in ASKS_THE_DEVICE:
+            raise RuntimeError(f"{operation} waits for the device, which is recording")
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in given]
+        is_view = any(argument.alias_info is not None for argument in operation._schema.returns)
+        if not is_view or operation._schema.is_mutable:
+            self.launches.append((operation, args, kwargs, made))
+        return result
+
+    def replay(self) -> None:
+        if not self.ran:  # it ran while it was recorded, as with CUDA it does not
+            self.ran = True
+            return
+        with torch.no_grad():
+            for operation, args, kwargs, made in self.launches:
+                result = operation(*args, **kwargs)
+                new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                for old, value in zip(made, new if made else [], strict=False):
+                    old.copy_(value)
+
+
+def emulated_graph(function):
+    recording = Recording()
+    with NoReads(), recording:
+        result = function()
+    return result, recording.replay
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """The host reads no lengths, as on a GPU."""
+    for module in (sequences, inputs):
+        monkeypatch.setattr(module, "is_readable", lambda x: False)
+
+
+SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=1,intermediate_size=64,max_position_embeddings=32"
+SHORT = {
+    "config_overrides": SIZES,
+    "max_steps": 12,
+    "save_steps": 4,
+    "gradient_accumulation_steps": 4,
+    "eval_batches": 2,
+}
+KINDS = {
+    "adamw": {"optimizer": "adamw"},
+    "muon": {"optimizer": "muon"},
+    "lamb, recomputed": {"optimizer": "lamb", "checkpoint_layers": 1},
+    "a scaled loss": {"optimizer": "adamw", "precision": "fp16"},
+    "bf16, no pairs": {"precision": "bf16", "sampling": Sampling(max_seq_length=24, objective="mlm")},
+    "ramp, two phases": {
+        "sampling": Sampling(max_seq_length=12),
+        "batch_ramp": 0.5,
+        "second_phase_length": 24,
+        "second_phase_share": 0.5,
+    },
+}
+
+
+def replay_steps(monkeypatch) -> list:
+    """Make runs replay all steps but the first few; what they record is listed."""
+    recorded = []
+
+    def record(function):
+        recorded.append(function)
+        return emulated_graph(function)
+
+    def recording(*arguments, **options):
+        return TrainStep(*arguments, **options | {"capture": record})
+
+    monkeypatch.setattr(program, "TrainStep", recording)
+    return recorded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_is_the_step_to_the_last_bit(kind, data, tmp_path, monkeypatch):
+    if kind == "a scaled loss":  # with products in fp32: in fp16 a CPU has no kernels
+        monkeypatch.setattr(train_step, "autocast", lambda *precision: nullcontext())
+    settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
+    pretrain(settings)
+    recorded = replay_steps(monkeypatch)
+    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "replayed")))
+    assert len(recorded) == (3 if settings.second_phase_length else 2)
+    assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
+    assert_same_weights(tmp_path / "eager", tmp_path / "replayed")
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
+def test_a_step_that_is_not_finite_moves_nothing(optimizer, replayed, data, tmp_path, monkeypatch):
+    """The second step and the seventh."""
+    if replayed:
+        replay_steps(monkeypatch)
+    run = Pretraining(settings_for(tmp_path, data, **SHORT, optimizer=optimizer, warmup_ratio=0))
+    gradients, update, moved = run.train_step.gradients, run.train_step.update, []
+
+    def what_moves() -> list[torch.Tensor]:
+        states = [state for each in run.train_step.optimizers for state in each.state_dict()["state"].values()]
+        return [x.clone() for x in (*run.model.parameters(), *(x for state in states for x in state.values()))]
+
+    def poisoned(*arguments):
+        sums = gradients(*arguments)
+        if run.step in (1, 6):
+            run.model.bert.embeddings.word_embeddings.weight.grad[3, 3] = torch.inf
+        return sums
+
+    def watched(rate):
+        before, norm = what_moves(), update(rate)
+        moved.append(not all(map(torch.equal, before, what_moves())))
+        return norm
+
+    run.train_step.gradients, run.train_step.update = poisoned, watched
+    run.run(lambda step: None)
+    assert moved == [True, False, True, True, True, True, False] + 5 * [True]
+    assert [entry["step"] for entry in entries(tmp_path) if "skipped" in entry] == [2, 7]
+
+
+def test_a_step_without_attention_kernels_does_not_ask_for_lengths(data, tmp_path, monkeypatch, as_on_a_device):
+    """Else those of one batch would stand in the graph for all."""
+    sizes = SIZES.replace("num_attention_heads=1", "num_attention_heads=2")
+    settings = settings_for(tmp_path / "eager", data, **SHORT | {"config_overrides": sizes})
+    pretrain(settings)
+    assert len(replay_steps(monkeypatch)) == 0
+    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "replayed")))
+    assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
+
+
+def test_lengths_on_the_host_are_refused_while_a_step_is_captured():
+    given = Sequences.from_lengths([2, 3])
+    with pytest.raises(RuntimeError, match="tolist waits for the device"):
+        emulated_graph(lambda: torch.tensor(given.lengths))
+
+
+def test_steps_are_read_together_where_the_device_is_not_waited_for(data, tmp_path):
+    """As on a GPU: the same entries as when each is read at once."""
+    for name, unread in (("each", 1), ("together", 5)):
+        run = Pretraining(settings_for(tmp_path / name, data, **SHORT))
+        run.steps_unread = unread
+        run.run(lambda step: None)
+    assert losses(tmp_path / "each") == losses(tmp_path / "together")
+    assert [entry["step"] for entry in entries(tmp_path / "together") if "tflops" in entry] == list(range(1, 13))
+
+
+class Inputs:
+    """A batch of one tensor."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def to(self, device, non_blocking=False):
+        return Inputs(self.x.clone())
+
+    def tensors(self):
+        return [self.x]
+
+    def options(self):
+        return ()
+
+
+def test_a_runner_captures_what_comes_often_and_no_more_than_it_may():
+    captured = []
+
+    def capture(function):
+        captured.append(function)
+        return emulated_graph(function)
+
+    runner = GraphRunner(lambda batch: batch.x * 2, torch.device("cpu"), capture, max_graphs=2)
+    for call in range(WARMUP_CALLS + 4):
+        for size in (1, 2, 3):
+            x = torch.full((size,), float(call))
+            assert torch.equal(runner(Inputs(x)), x * 2)
+        assert len(captured) == (2 if call >= WARMUP_CALLS else 0), "the third shape stays eager"
+    assert len(runner.graphs) == 2
+
+
+FINETUNING = ["classification", "regression", "multi-label", "choices", "answers", "tags"]
+
+
+def capture_passes(monkeypatch, module, capture) -> list:
+    """Make what `module` runs be captured by `capture`; what is captured is listed."""
+    captured = []
+
+    def listed(function):
+        captured.append(function)
+        return capture(function)
+
+    monkeypatch.setattr(module, "capture_for", lambda *arguments, **options: listed)
+    return captured
+
+
+def never(function):
+    raise AssertionError("captured too early")
+
+
+def finetuned(kind, pretrained, folder, **changes) -> Finetuning:
+    folder.mkdir()
+    options = {"per_device_train_batch_size": 12, "num_train_epochs": 3, "learning_rate": 1e-3, "dropout": 0.2}
+    file = write_examples(folder, kind, 60, seed=0)
+    run = Finetuning(finetuning_settings(kind, pretrained, file, folder / "out", **options | changes))
+    run.run(lambda step: None)
+    return run
+
+
+@pytest.mark.parametrize("kind", FINETUNING)
+def test_replayed_fine_tuning_is_bitwise_identical_with_eager(kind, pretrained, tmp_path, monkeypatch, as_on_a_device):
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
+        capture_passes(patch, finetuning, never)
+        eager = finetuned(kind, pretrained, tmp_path / "eager")
+    captured = capture_passes(monkeypatch, finetuning, emulated_graph)
+    replayed = finetuned(kind, pretrained, tmp_path / "replayed")
+    assert len(captured) >= 2, "the gradients and the update"
+    assert len(replayed._accumulate.calls) >= len(captured) - 1
+    assert eager.losses == replayed.losses
+    assert len(set(eager.losses)) == eager.steps
+    assert_same_weights(tmp_path / "eager" / "out", tmp_path / "replayed" / "out")
+
+
+@pytest.mark.parametrize("kind", FINETUNING)
+def test_padding_slots_change_no_step_of_fine_tuning(kind, pretrained, tmp_path, monkeypatch):
+    plain = finetuned(kind, pretrained, tmp_path / "plain")
+    monkeypatch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
+    capture_passes(monkeypatch, finetuning, never)
+    padded = finetuned(kind, pretrained, tmp_path / "padded")
+    assert all(shape[0][1][0][1] % 8 == 0 for shape in padded._accumulate.calls)
+    assert padded.losses == pytest.approx(plain.losses, abs=1e-5)
+
+
+def test_fine_tuning_steps_are_read_together_where_the_device_is_not_waited_for(pretrained, tmp_path):
+    """As on a GPU: the same entries as when each is read at once."""
+    runs = []
+    for name, steps in (("each", 1), ("together", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        file = write_examples(folder, "classification", 60, seed=0)
+        run = Finetuning(finetuning_settings("classification", pretrained, file, folder / "out", logging_steps=4))
+        run.steps_per_read = steps
+        run.run(lambda step: None)
+        runs.append((run.losses, [entry.get("loss") for entry in entries(folder / "out")]))
+    assert runs[0] == runs[1]
+    assert len(runs[0][0]) == run.steps
+
+
+@pytest.mark.parametrize("kind", FINETUNING)
+def test_replayed_predictions_are_bitwise_identical_with_eager(kind, pretrained, tmp_path, monkeypatch, as_on_a_device):
+    run = finetuned(kind, pretrained, tmp_path / "run", num_train_epochs=1, eval_tokens=40)
+    features = run.features["train"]
+    plain = prediction.predict_outputs(run.task, run.model, features)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
+        capture_passes(patch, prediction, never)
+        eager = prediction.predict_outputs(run.task, run.model, features)
+    captured = capture_passes(monkeypatch, prediction, emulated_graph)
+    replayed = prediction.predict_outputs(run.task, run.model, features)
+    assert captured
+    for one, other, without_padding in zip(eager, replayed, plain, strict=True):
+        assert np.array_equal(one, other)
+        np.testing.assert_allclose(one, without_padding, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "tokens"])
+def test_replayed_features_are_bitwise_identical_with_eager(pool, pretrained, tmp_path, monkeypatch, as_on_a_device):
+    options = {"pool": pool, "eval_tokens": 60, "device": "cpu", "precision": "fp32"}
+    settings = extraction.ExtractSettings(model_name_or_path="", output_dir="", **options)
+    model = BertModel.from_pretrained(pretrained)
+    random_ = random.Random(0)
+    texts = [" ".join(random_.choices(FILLERS, k=random_.randint(3, 9))) for _ in range(80)]
+    features = tokenize(load_tokenizer(pretrained), texts, 24)
+    plain = extraction.compute(model, features, settings)["features"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
+        capture_passes(patch, extraction, never)
+        eager = extraction.compute(model, features, settings)["features"]
+    captured = capture_passes(monkeypatch, extraction, emulated_graph)
+    assert torch.equal(extraction.compute(model, features, settings)["features"], eager)
+    assert captured
+    torch.testing.assert_close(eager, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no CUDA graphs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cuda_graph_is_the_step_to_the_last_bit(kind, data, tmp_path):
+    settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind] | {"device": "cuda", "cuda_graph": False})
+    pretrain(settings)
+    replayed = dataclasses.replace(settings, output_dir=str(tmp_path / "replayed"), cuda_graph=True)
+    pretrain(replayed)
+    assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
+    assert_same_weights(tmp_path / "eager", tmp_path / "replayed")

@@ -1,0 +1,193 @@
+"""Labels of sentences and pairs: one, several, or a number; and what the benchmarks' files are like."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertfast import BertConfig
+from bertfast.data.tokenizer import train_tokenizer
+from bertfast.tasks.features import Features
+from bertfast.tasks.sequence_classification import Columns, SentenceTask, are_fractions, label_numbers, name_labels
+from bertfast.tasks.tables import Table
+from bertfast.tasks.task import TaskSettings
+
+
+def table(**columns: list) -> Table:
+    return Table(Path("a.tsv"), columns, list(range(2, 2 + len(next(iter(columns.values()))))))
+
+
+def test_columns_have_their_usual_names():
+    pair = table(idx=["0"], sentence1=["x"], sentence2=["y"], label=["1"])
+    assert Columns.choose(pair, None, None, None) == Columns("sentence1", "sentence2", "label")
+    assert Columns.choose(pair, "idx", None, "sentence1") == Columns("idx", "sentence2", "sentence1")
+    assert Columns.choose(table(text=["x"]), None, None, None) == Columns("text", None, "label")
+    with pytest.raises(ValueError, match="only 'review', 'stars': say with text_column"):
+        Columns.choose(table(review=["x"], stars=["1"]), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "-1"], ["-1", "9", "10"]), (["1", "x"], ["1", "x"])],
+)
+def test_label_names_are_in_order(labels, names):
+    assert name_labels(labels) == names
+
+
+def test_one_label_cannot_be_told_from_others():
+    with pytest.raises(ValueError, match="every label is 'x'"):
+        name_labels(["x", "x"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "fractions"),
+    [(["0.5", "1"], True), (["5.000", "4.750"], True), (["0", "1"], False), (["1.0", "2.0"], False), (["a"], False)],
+)
+def test_numbers_with_a_fraction_are_regressed(labels, fractions):
+    assert are_fractions(labels) == fractions
+
+
+def task(name: str = "auto", **settings) -> SentenceTask:
+    return SentenceTask(TaskSettings(model_name_or_path="", task=name, **settings))
+
+
+def encoded(folder: Path, name: str, text: str, config: BertConfig, **settings):
+    """The examples of a file, their labels as a model is told them, and the task."""
+    path = folder / "rows.tsv"
+    path.write_text(text, encoding="utf-8")
+    own = task(name, **settings)
+    own.know(config)
+    examples, features = own.featurize(own.read(str(path), labelled=True), train_tokenizer(["a b c d"], 64), 32)
+    return examples, features.labels["labels"], own
+
+
+YES_OR_NO = BertConfig(id2label={0: "no", 1: "yes"})
+
+
+def test_labels_are_numbered(tmp_path):
+    _, labels, _ = encoded(tmp_path, "auto", "text\tlabel\na\tno\nb\tyes\nc\tno\n", YES_OR_NO)
+    assert (labels.tolist(), labels.dtype) == ([0, 1, 0], np.int64)
+    _, labels, _ = encoded(tmp_path, "auto", "text\tlabel\na\t0.5\nb\t2\n", BertConfig(num_labels=1))
+    assert (labels.tolist(), labels.dtype) == ([0.5, 2.0], np.float32)
+    sets = BertConfig(id2label={0: "x", 1: "y", 2: "z"}, problem_type="multi_label_classification")
+    _, labels, _ = encoded(tmp_path, "multi-label", "text\tlabel\na\tx,z\nb\t\n", sets)
+    assert (labels.tolist(), labels.dtype) == ([[1, 0, 1], [0, 0, 0]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "message"),
+    [
+        ("a\tno\nb\t2\n", YES_OR_NO, "line 3: the label '2' is none of those known: no, yes$"),
+        ("a\t0\nb\tx\n", BertConfig(num_labels=11), r"known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"),
+        ("a\tno\nb\t\n", YES_OR_NO, "line 3: no label in column 'label'"),
+        ("a\t0.5\nb\tx\n", BertConfig(num_labels=1), "line 3: the label 'x' is not a finite number"),
+        ("a\tnan\nb\t1\n", BertConfig(num_labels=1), "line 2: the label 'nan' is not a finite number"),
+        ("a\tno\nb\n", YES_OR_NO, "line 3: 1 fields where the header has 2"),
+    ],
+)
+def test_bad_rows_are_named_or_left_out_and_counted(rows, config, message, tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.tsv, line \d: ") as caught:
+        encoded(tmp_path, "auto", "text\tlabel\n" + rows, config)
+    assert caught.match(message)
+    examples, labels, own = encoded(tmp_path, "auto", "text\tlabel\n" + rows, config, on_bad_rows="skip")
+    assert len(examples) == len(labels) == own.bad.count == 1
+
+
+def test_labels_of_a_model():
+    assert label_numbers(BertConfig(id2label={0: "no", 1: "yes"})) == {"no": 0, "yes": 1}
+    assert label_numbers(BertConfig(num_labels=2)) == {"0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
+    with pytest.raises(ValueError, match="was trained for regression, not for classification"):
+        task("classification").know(BertConfig(problem_type="regression"))
+
+
+def tsv(*rows: str) -> str:
+    """Lines whose fields have a | between them here."""
+    return "".join(row.replace("|", "\t") + "\n" for row in rows)
+
+
+PAIR, PAIRS = "index|sentence1|sentence2", [("a", "b")]
+PUBLISHED = {
+    "cola": (tsv("gj04|1||a", "gj04|0|*|b"), tsv("index|sentence", "7|a"), ["a", "b"], ["1", "0"]),
+    "mrpc": (
+        tsv("\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", '1|5|6|He "said|so'),
+        tsv("index|#1 ID|#2 ID|#1 String|#2 String", "7|5|6|a|b"),
+        [('He "said', "so")],
+        ["1"],
+    ),
+    "sts-b": (tsv(f"{PAIR}|score", "0|a|b|3.800"), tsv(PAIR, "7|a|b"), PAIRS, ["3.800"]),
+    "mnli": (
+        tsv(f"{PAIR}|label1|gold_label", "0|a|b|neutral|neutral", "1|c|d|neutral|-"),
+        tsv(PAIR, "7|a|b"),
+        PAIRS,
+        ["neutral"],
+    ),
+    "qnli": (
+        tsv("index|question|sentence|label", "0|a|b|entailment"),
+        tsv("index|question|sentence", "7|a|b"),
+        PAIRS,
+        ["entailment"],
+    ),
+    "qqp": (
+        tsv("id|qid1|qid2|question1|question2|is_duplicate", "0|1|2|a|b|0"),
+        tsv("index|question1|question2", "7|a|b"),
+        PAIRS,
+        ["0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_benchmarks_are_read_as_published(name, tmp_path):
+    labelled, unlabelled, texts, labels = PUBLISHED[name]
+    own = task(name)
+    (tmp_path / "train.tsv").write_text(labelled, encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(unlabelled, encoding="utf-8")
+    examples = own.read(str(tmp_path / "train.tsv"), labelled=True)
+    assert (examples.texts, examples.labels) == (texts, labels)
+    test = own.read(str(tmp_path / "test.tsv"), labelled=False)
+    assert (test.labels, test.indices) == (None, ["7"])
+
+
+def test_the_files_that_are_here_have_as_many_rows_as_published(shared_data):
+    counts = {"CoLA": (8551, 1043, 1063), "SST-2": (67349, 872, 1821), "MRPC": (3668, 408, 1725)}
+    for name, expected in (counts | {"STS-B": (5749, 1500, 1379)}).items():
+        own, folder = task(name.lower()), shared_data / "glue" / name
+        splits = ("train", "dev", "test")
+        found = [len(own.read(str(folder / f"{split}.tsv.gz"), labelled=split != "test")) for split in splits]
+        assert tuple(found) == expected
+    assert len(task("qnli").read(str(shared_data / "glue" / "QNLI" / "dev.tsv.gz"), labelled=True)) == 5463
+    assert len(task("mnli").read(str(shared_data / "glue" / "MNLI" / "dev_matched.tsv.gz"), labelled=True)) == 9815
+
+
+def test_a_submission_is_as_the_server_wants_it(tmp_path):
+    own = task("sts-b")
+    own.know(BertConfig(num_labels=1, problem_type="regression"))
+    examples = own.parse(["a\tb", "c\td"])
+    features = own.featurize(examples, train_tokenizer(["a b c d"], 64), 32)[1]
+    own.write(tmp_path, "test", examples, features, [np.array([5.25]), np.array([2.0])])
+    assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t5.000\n1\t2.000\n"
+    own = task("rte")
+    own.know(BertConfig(id2label={0: "entailment", 1: "not_entailment"}))
+    own.write(tmp_path, "test", examples, features, [np.array([0.0, 1.0]), np.array([2.0, 0.0])])
+    assert (tmp_path / "RTE.tsv").read_text() == "index\tprediction\n0\tnot_entailment\n1\tentailment\n"
+    names, counts = own.confusion(examples, replaced(features, [0, 0]), [np.array([0.0, 1.0]), np.array([2.0, 0.0])])
+    assert (names, counts.tolist()) == (["entailment", "not_entailment"], [[1, 1], [0, 0]])
+
+
+def replaced(features: Features, labels: list) -> Features:
+    return replace(features, labels={"labels": np.array(labels)})
+
+
+def test_several_labels_are_answered_and_measured():
+    own = task("multi-label")
+    own.know(BertConfig(id2label={0: "x", 1: "y"}, problem_type="multi_label_classification"))
+    outputs = [np.array([3.0, -3.0]), np.array([-1.0, -1.0])]
+    answers = list(own.answers(None, None, outputs))
+    assert [[*answer["labels"]] for answer in answers] == [["x"], []]
+    features = own.featurize(own.parse(["a", "b"]), train_tokenizer(["a b c d"], 64), 32)[1]
+    measured = own.measure(None, replaced(features, [[1, 0], [1, 0]]), outputs)
+    assert (measured["accuracy"], measured["f1_micro"]) == (0.5, pytest.approx(2 / 3))
+    assert measured["loss"] == pytest.approx(np.log1p(np.exp([-3.0, -3.0, 1.0, -1.0])).mean())
+    assert json.dumps(answers)
