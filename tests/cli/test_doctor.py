@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bertfast import ops
-from bertfast.cli import main, self_test
+from bertfast.cli import self_test
+from bertfast.cli.main import main
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
