@@ -8,6 +8,7 @@ from helpers import DEVICE, KERNELS, assert_as_accurate_as_torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bertfast
+from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder import encode, pretraining_loss
 from bertfast.inputs import Packed
@@ -34,7 +35,7 @@ def choose(monkeypatch):
     def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
             chosen = BESIDE if (name, implementation) == ("embed", "cuda") else implementation
-            monkeypatch.setattr(import_module(f"bertfast.ops.{name}"), "choose", lambda *_, chosen=chosen: chosen)
+            monkeypatch.setattr(import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen)
 
     return everywhere
 
