@@ -7,15 +7,6 @@ import pytest
 import torch
 
 
-def pytest_addoption(parser):
-    parser.addoption("--part", default="1/1", help="i/n: every n-th test from the i-th on, for in_parts.py")
-
-
-def pytest_collection_modifyitems(config, items):
-    part, parts = map(int, config.getoption("part", "1/1").split("/"))
-    items[:] = items[part - 1 :: parts]
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of text, vocabularies and checkpoints beside the repository; without it the test is skipped."""

@@ -35,7 +35,9 @@ def choose(monkeypatch):
     def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
             chosen = BESIDE if (name, implementation) == ("embed", "cuda") else implementation
-            monkeypatch.setattr(import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen)
+            monkeypatch.setattr(
+                import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen
+            )
 
     return everywhere
 
