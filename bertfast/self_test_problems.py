@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bertfast import ops
-from bertfast.dropout import Dropout, TokenIdentity
+from bertfast.dropout import Dropout, RngCoordinates
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.reference import IGNORED
 from bertfast.sequences import Sequences
@@ -95,7 +95,7 @@ def _integers(device: torch.device, bound: int, size: int) -> Tensor:
 
 def _dropout(batch: Sequences, site: str, layer: int | None) -> Dropout | None:
     seed = torch.tensor(0x0123_4567_89AB_CDEF, device=batch.position.device)
-    return TokenIdentity(seed, batch.token_sequence_ids, batch.position).dropout(DROPOUT, site, layer)
+    return RngCoordinates(seed, batch.token_sequence_ids, batch.position).dropout(DROPOUT, site, layer)
 
 
 def _attention(shape: str, batch: Sequences, heads: int, dimension: int, dropout: bool) -> Problem:

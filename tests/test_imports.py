@@ -23,8 +23,6 @@ FLOORS = {
     "ops": 1,
     "data": 1,
     "cuda_graphs": 2,
-    "fast_kernels": 2,
-    "inputs": 2,
     "encoder": 2,
     "tensor_bundle": 0,
     "architectures": 3,
@@ -45,7 +43,6 @@ FLOORS = {
     "": 6,  # the package itself, which says what is public
 }
 WITHIN = {
-    ("fast_kernels", "encoder"),
     ("compiled", "kernels"),
     ("cuda_build", "compiled"),
     ("products", "kernels"),
@@ -57,7 +54,6 @@ WITHIN = {
     ("sequences", "kernels"),
     ("sequences", "runtime"),
     ("dropout", "runtime"),
-    ("encoder", "inputs"),
     ("models", "architectures"),
     ("training", "tasks"),
     ("reproduce", "cli"),

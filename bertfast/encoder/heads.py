@@ -17,10 +17,10 @@ from torch import Tensor
 
 from bertfast import ops, reference
 from bertfast.data.batches import Batch
-from bertfast.dropout import TokenIdentity
+from bertfast.dropout import RngCoordinates
 from bertfast.encoder.encode import encode
 from bertfast.encoder.parts import PackedHead
-from bertfast.inputs import Packed, unpad
+from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.reference import IGNORED
 
 Count = Tensor | float
@@ -88,9 +88,9 @@ def pretraining_loss(
         residual_dtype: See `encode`.
     """
     sequences = batch.sequences
-    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
+    rng = None if seed is None else RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
     packed = Packed(
-        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
+        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, rng=rng
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
     read = rows if labels is None else torch.cat([rows, sequences.first])
@@ -130,7 +130,7 @@ def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute what `classifier` says of each sequence, by its pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
     first = pooled(model, _encode(model, packed, packed.first))
-    return model.classifier(_drop(model, first, packed.identity and packed.identity.at(packed.first)))
+    return model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
 
 
 def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -167,7 +167,7 @@ def multiple_choice_loss(
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute what `classifier` says of each token -> [T, labels]."""
-    return model.classifier(_drop(model, _encode(model, packed), packed.identity))
+    return model.classifier(_drop(model, _encode(model, packed), packed.rng))
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -218,8 +218,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _drop(model: PackedHead, x: Tensor, identity: TokenIdentity | None) -> Tensor:
-    return reference.drop_hidden(x, identity and identity.dropout(model.dropout.p, "classifier"))
+def _drop(model: PackedHead, x: Tensor, rng: RngCoordinates | None) -> Tensor:
+    return reference.drop_hidden(x, rng and rng.dropout(model.dropout.p, "classifier"))
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

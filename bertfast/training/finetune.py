@@ -21,9 +21,9 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.cuda_graphs import GraphRunner, capture_for, side_stream
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
+from bertfast.models.extensions import class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.initialise import initialise
-from bertfast.models.own_parts import class_for
 from bertfast.models.patch import require_packed
 from bertfast.precision import autocast, choose_device, choose_precision
 from bertfast.reference import IGNORED

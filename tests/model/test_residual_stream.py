@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bertfast
 from bertfast import compiled, encoder
-from bertfast.dropout import TokenIdentity
-from bertfast.inputs import Packed
+from bertfast.dropout import RngCoordinates
+from bertfast.encoder.unpadding import Packed
 from bertfast.sequences import Sequences
 
 TOKENS = 37  # the size of no other dimension
@@ -56,8 +56,8 @@ def model(layers: int) -> bertfast.BertModel:
 def tokens() -> Packed:
     sequences = Sequences.from_lengths([20, 17])
     ids = torch.arange(TOKENS) * 7 % 53
-    identity = TokenIdentity(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
-    return Packed(ids, None, ids % 2, sequences.position.clone(), sequences, sequences.first, identity=identity)
+    rng = RngCoordinates(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
+    return Packed(ids, None, ids % 2, sequences.position.clone(), sequences, sequences.first, rng=rng)
 
 
 def autocast():

@@ -145,9 +145,7 @@ def test_int32_indices_do_too():
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 def test_a_row_that_hidden_does_not_have_is_named(implementation):
     hidden, weight, bias = (x.float() for x in inputs())
-    with pytest.raises(
-        IndexError, match=r"rows\[0\] is .*, but hidden has 8 rows: rows must be in"
-    ):
+    with pytest.raises(IndexError, match=r"rows\[0\] is .*, but hidden has 8 rows: rows must be in"):
         ops.linear_cross_entropy(hidden, ROWS + 8, weight, bias, LABELS, implementation=implementation)
 
 

@@ -11,8 +11,8 @@ from examples import settings_for, write_examples
 from bertfast import BertForPreTraining, BertForTokenClassification
 from bertfast.cli import main
 from bertfast.encoder import pack, sequence_logits
-from bertfast.models import own_parts
-from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
+from bertfast.models import extensions
+from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification
 from bertfast.models.files import load, read_config, save
 from bertfast.training.finetune import Finetuning
 from bertfast.training.predict import predict_outputs
@@ -103,7 +103,7 @@ def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_pa
 
 
 def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
-    model = own_parts.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
+    model = extensions.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
     ids = torch.tensor([[5, 6, 7, 8, 6, 7, 8, 0]])  # and a slot that is in no sequence
 
     def logits(*starts: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
 def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
     """It would drop their weights otherwise."""
     config = read_config(pretrained, bilstm=True)
-    save(own_parts.BertForTokenClassification(config), tmp_path)
+    save(extensions.BertForTokenClassification(config), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["bilstm"]
     for kind in (transformers.AutoModelForTokenClassification, transformers.BertForTokenClassification):
         with pytest.raises((ValueError, OSError), match=r"does not recognize this architecture|no file named"):
@@ -125,7 +125,7 @@ def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
 
 
 def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
-    model = own_parts.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
+    model = extensions.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
     save(model, tmp_path)
     (tmp_path / "model.bertfast.safetensors").rename(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "bert"}

@@ -214,9 +214,7 @@ def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrai
     broken = lambda parameters, norm: torch.tensor(float("nan"))  # noqa: E731
     monkeypatch.setattr("bertfast.training.optimizer.clip_grad_norm_", broken)
     settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
-    with pytest.raises(
-        RunStopped, match="10 steps in a row were skipped, a gradient is not finite: lower"
-    ):
+    with pytest.raises(RunStopped, match="10 steps in a row were skipped, a gradient is not finite: lower"):
         finetune(settings)
     kept = BertForSequenceClassification.from_pretrained(tmp_path).bert.state_dict()
     before = BertForPreTraining.from_pretrained(pretrained).bert.state_dict()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.dropout import TokenIdentity, draw_seed
+from bertfast.dropout import RngCoordinates, draw_seed
 from bertfast.runtime.torch_compat import is_readable
 from bertfast.sequences import Sequences, bucket, require
 
@@ -29,7 +29,7 @@ class Packed:
         query_only: number of slots at the end, behind those of the sequences, for query-only tokens: S, one for each
             sequence, or 0. A query-only token attends to its sequence without being attended to; it is the [CLS] of a
             padded row whose mask leaves it out. Slots of sequences that need none are padding slots.
-        identity: the tokens' RNG coordinates, for dropout; None where nothing is dropped.
+        rng: the tokens' RNG coordinates, for dropout; None where nothing is dropped.
     """
 
     token_ids: Tensor | None
@@ -39,7 +39,7 @@ class Packed:
     sequences: Sequences
     first: Tensor
     query_only: int = 0
-    identity: TokenIdentity | None = None
+    rng: RngCoordinates | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,18 +153,18 @@ def unpad(
         sequences=sequences,
         first=first,
         query_only=0 if needs_query_only is None else len(sequences),
-        identity=_identity(sequences, needs_query_only is not None) if training else None,
+        rng=_rng_coordinates(sequences, needs_query_only is not None) if training else None,
     )
     return packed, layout
 
 
-def _identity(sequences: Sequences, has_query_only: bool) -> TokenIdentity:
+def _rng_coordinates(sequences: Sequences, has_query_only: bool) -> RngCoordinates:
     ids, position = sequences.token_sequence_ids, sequences.position
     if has_query_only:  # they have the position behind their sequence's last token
         rest = sequences.capacity - len(sequences)
         ids = torch.cat([ids[:rest], sequences.sequence_ids])
         position = torch.cat([position[:rest], sequences.cu_seqlens.diff().long()])
-    return TokenIdentity(draw_seed(ids.device), ids, position)
+    return RngCoordinates(draw_seed(ids.device), ids, position)
 
 
 def _from_mask(
