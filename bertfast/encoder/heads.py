@@ -28,7 +28,7 @@ Count = Tensor | float
 
 @dataclass(frozen=True, eq=False)
 class PretrainingLoss:
-    """Sums over a batch, and how many they run over; 0-dimensional tensors."""
+    """Sums over a batch, and the number of labels in each; 0-dimensional tensors."""
 
     masked_lm: Tensor
     masked_correct: Tensor
@@ -48,7 +48,7 @@ def pack(
     """Make a packed batch of a task's sequences, with dropout if the model is in training mode.
 
     Args:
-        model: It says how many positions there are and, by `config.pool_last`, which token is pooled.
+        model: Its configuration has the number of positions, and by `pool_last` the token that is pooled.
         input_ids, token_type_ids: int64 [1, T].
         cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
         max_length_q: Bound on the lengths of the sequences; None: they are read.
@@ -83,8 +83,8 @@ def pretraining_loss(
 
     Args:
         model: With `cls`, and where the batch has pairs a pooler.
-        batch: Of a fixed number of tokens, sequences and masked tokens.
-        seed: int64 [], dropout's; None: no dropout.
+        batch: The batch, with a fixed number of tokens, sequences and masked tokens.
+        seed: int64 [], the seed of dropout; None: no dropout.
         residual_dtype: See `encode`.
     """
     sequences = batch.sequences
@@ -128,7 +128,7 @@ def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `classifier` says of each sequence, by its pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
+    """Compute the logits of `classifier` for each sequence's pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
     first = pooled(model, _encode(model, packed, packed.first))
     return model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
 
@@ -166,7 +166,7 @@ def multiple_choice_loss(
 
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `classifier` says of each token -> [T, labels]."""
+    """Compute the logits of `classifier` for each token -> [T, labels]."""
     return model.classifier(_drop(model, _encode(model, packed), packed.rng))
 
 
@@ -176,7 +176,7 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `qa_outputs` says of each token as the start and as the end of the answer -> [T, 2]."""
+    """Compute the logits of `qa_outputs` for each token as the start and the end of the answer -> [T, 2]."""
     return model.qa_outputs(_encode(model, packed))
 
 
@@ -198,10 +198,10 @@ def question_answering_loss(
     slots = torch.arange(len(logits), device=logits.device)
     scores = logits.masked_fill((slots >= sequences.cu_seqlens[-1])[:, None], float("-inf"))
     index = sequences.sequence_index[:, None].expand_as(scores)
-    highest = scores.new_full((len(lengths), 2), torch.finfo(scores.dtype).min)
-    highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
-    sums = torch.zeros_like(highest).scatter_add(0, index, (scores - highest.gather(0, index)).exp())
-    normaliser = highest + sums.log()
+    maxima = scores.new_full((len(lengths), 2), torch.finfo(scores.dtype).min)
+    maxima = maxima.scatter_reduce(0, index, scores.detach(), "amax")
+    sums = torch.zeros_like(maxima).scatter_add(0, index, (scores - maxima.gather(0, index)).exp())
+    normaliser = maxima + sums.log()
     answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1)
     counts = (answers >= 0) & (answers < lengths[:, None])
     rows = (starts[:, None] + torch.where(counts, answers, 0)).clamp(max=len(logits) - 1)

@@ -34,7 +34,7 @@ def layer(
     """Run one layer: attention over all tokens, then all that follows.
 
     Under autocast the residual stream is fp32 and GEMMs read half precision. `add_layer_norm` writes both and its
-    backward pass adds the gradients of both, so that no pass of its own casts or adds activations.
+    backward pass adds the gradients of both, so that casting and adding activations need no passes of their own.
 
     Args:
         parts: The layer's modules and options.
@@ -78,13 +78,13 @@ def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Ten
     context = ops.attention(qkv, packed.sequences, **arguments)
     if packed.query_only:
         slots = len(context) - packed.query_only
-        own = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
-        context = torch.cat([context[:slots], own])
+        query_only = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
+        context = torch.cat([context[:slots], query_only])
     return context.flatten(1)
 
 
 def attention_arguments(parts: LayerParts, head_dimension: int, packed: Packed, index: int) -> dict:
-    """Return what a layer's attention takes besides qkv and sequences."""
+    """Return the keyword arguments of a layer's attention."""
     dropout = packed.rng and packed.rng.dropout(parts.attention_dropout, "attention", index)
     scale = head_dimension**-0.5 if parts.scale is None else parts.scale
     return {"scale": scale, "causal": parts.causal, "window": None, "dropout": dropout}

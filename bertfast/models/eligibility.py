@@ -2,17 +2,21 @@
 
 A function `…_unsupported_reason` returns None where the packed encoder computes what the module would, and else a
 sentence for the report. No function knows a model family: an `Architecture` says where the parts are.
+
+A compiler takes decisions as constants. Its graph is guarded only by what it guards anyway: the modules that it traces,
+their modes and their options. As everywhere in torch.compile, hooks that are registered later are not seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial, wraps
+from functools import cache, partial
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import assume_constant_result
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bertfast.architectures import Architecture, activation_name
@@ -34,21 +38,6 @@ _PLAIN: dict[str, tuple[type[nn.Module], Callable[..., bool]]] = {
     ),
     "norm": (nn.LayerNorm, lambda norm: norm.weight is not None and norm.bias is not None),
 }
-
-
-def _decided_when_traced(decide: Callable) -> Callable:
-    """Have a compiler take a decision as a constant.
-
-    The compiled graph is guarded only by what the compiler guards anyway: the modules that it traces, their modes and
-    their options. As everywhere in torch.compile, hooks that are registered later are not seen.
-    """
-    as_constant = torch.compiler.assume_constant_result(decide)
-
-    @wraps(decide)
-    def decided(*args):
-        return as_constant(*args) if torch.compiler.is_compiling() else decide(*args)
-
-    return decided
 
 
 def main_input(arguments: dict) -> Tensor | None:
@@ -100,7 +89,7 @@ def kernels_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | Non
     return _kernels_unsupported_reason(encoder, shape)
 
 
-@_decided_when_traced
+@assume_constant_result
 def _kernels_unsupported_reason(encoder: nn.Module, shape: tuple[int, int] | None) -> str | None:
     weight, config = next(encoder.parameters()), encoder.config
     head_dimension = config.hidden_size // config.num_attention_heads
@@ -142,7 +131,7 @@ class Snapshot:
         return type(None), ()
 
 
-@_decided_when_traced
+@assume_constant_result
 def whole_unsupported_reason(encoder: nn.Module) -> str | None:
     """Return why tokens cannot stay packed from the embeddings of a fused encoder to its last layer."""
     snapshot = vars(encoder).get("_bertfast_snapshot")
@@ -243,7 +232,7 @@ def transform_unsupported_reason(transform: nn.Module, is_read: Callable[[nn.Mod
     return reason or (None if is_read(dense) else f"its dense is a {type(dense).__name__}, not a plain Linear")
 
 
-@_decided_when_traced
+@assume_constant_result
 def head_unsupported_reason(model: nn.Module, is_read: Callable[[nn.Module], bool] = is_plain) -> str | None:
     """Return why the loss of a masked-LM head cannot be computed without its logits; see above for `is_read`."""
     paths = model.architecture.head
@@ -257,7 +246,7 @@ def head_unsupported_reason(model: nn.Module, is_read: Callable[[nn.Module], boo
     return reason or (None if is_read(decoder) else f"its decoder is a {type(decoder).__name__}, not a plain Linear")
 
 
-@_decided_when_traced
+@assume_constant_result
 def pooler_unsupported_reason(encoder: nn.Module) -> str | None:
     """Return why a pooler must be given more than the rows that transformers' pooler reads."""
     if encoder.pooler is None:
@@ -265,7 +254,7 @@ def pooler_unsupported_reason(encoder: nn.Module) -> str | None:
     return _module_unsupported_reason(encoder, [("pooler", "container")], encoder.training)
 
 
-@_decided_when_traced
+@assume_constant_result
 def can_pool_alone(model: nn.Module) -> bool:
     """Return whether the encoder of a head that reads only its pooled output need not compute anything else."""
     encoder = model.base_model

@@ -81,22 +81,17 @@ class FusedTransform(registry.Fused):
 
 
 class FusedModel(registry.Fused):
-    """A model whose inner modules are fused when it is made, and whose arguments are known by name.
+    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name.
 
     Attributes:
-        arguments: The names of the arguments of the original's `forward`.
-        passes_keywords: Whether that hands keywords that it does not know to the encoder.
+        passes_keywords: Whether the original's `forward` passes on keywords that it does not know to the encoder.
     """
 
-    arguments: ClassVar[tuple[str, ...]] = ()
     passes_keywords: ClassVar[bool] = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         registry.fuse(self)
-
-    def _named(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self.arguments, args, strict=False)) | kwargs
 
 
 class FusedEncoder(FusedModel):
@@ -107,9 +102,8 @@ class FusedEncoder(FusedModel):
         paths = self.architecture.embeddings, self.architecture.layers
         return tuple(read(self, path.split(".")) for path in paths)
 
-    def forward(self, *args, **kwargs):
-        pooled_only = kwargs.pop(_POOLED_ONLY, False)
-        arguments = self._named(args, kwargs)
+    def forward(self, **arguments):
+        pooled_only = arguments.pop(_POOLED_ONLY, False)
         is_packed = arguments.get("cu_seq_lens_q") is not None
         reason = eligibility.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
@@ -122,7 +116,7 @@ class FusedEncoder(FusedModel):
                 return _returned(self, arguments, self._encode(arguments, pooled_only))
             layers = self._layers_in_loop()
         if not layers and not is_packed:
-            return super().forward(*args, **kwargs)
+            return super().forward(**arguments)
         return _returned(self, arguments, self._run_loop(super().forward, arguments, layers))
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
@@ -195,9 +189,9 @@ class FusedMeanLoss(FusedModel):
     # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide.
     accepts_loss_kwargs = True
 
-    def forward(self, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
-        outputs = super().forward(*args, **kwargs)
-        labels = self._named(args, kwargs).get("labels")
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **arguments):
+        outputs = super().forward(**arguments)
+        labels = arguments.get("labels")
         if num_items_in_batch is None or labels is None:
             return outputs
         counted = (labels != IGNORED).sum()
@@ -212,19 +206,18 @@ class FusedMeanLoss(FusedModel):
 class FusedPooled(FusedMeanLoss):
     """A head that reads only the pooled output of the encoder, so that the last layer runs on [CLS] alone."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, **arguments):
         if eligibility.can_pool_alone(self):
-            kwargs[_POOLED_ONLY] = True
-        return super().forward(*args, **kwargs)
+            arguments[_POOLED_ONLY] = True
+        return super().forward(**arguments)
 
 
 class FusedMaskedLM(FusedMeanLoss):
     """The masked-LM head: in training its loss is computed on labelled rows, and there are no logits."""
 
-    def forward(self, *args, **kwargs):
-        arguments = self._named(args, kwargs)
+    def forward(self, **arguments):
         if not _loss_needs_no_logits(self, arguments, ("labels",)):
-            return super().forward(*args, **kwargs)
+            return super().forward(**arguments)
         loss, _ = _masked_lm_loss(self, arguments)
         return _returned(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
 
@@ -234,10 +227,9 @@ class FusedPreTraining(FusedModel):
 
     accepts_loss_kwargs = False  # means of tokens and of pairs: one number of items cannot serve both
 
-    def forward(self, *args, **kwargs):
-        arguments = self._named(args, kwargs)
+    def forward(self, **arguments):
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
-            return super().forward(*args, **kwargs)
+            return super().forward(**arguments)
         loss, first = _masked_lm_loss(self, arguments, first=True)
         logits = read(self, self.architecture.head["next_sentence"].split("."))(functions.pooled(self, first))
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))

@@ -16,7 +16,7 @@ In float64 transformers' own code runs too: results are then bitwise identical w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,18 +28,6 @@ from bertfast.ops.choice import why_not
 # In fp32 on a CPU without kernels, batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
 MIN_COLUMNS = 32
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """What `why_not` asks of a tensor. A tensor itself would be an operation in the graph of torch.compile."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
 
 
 def unsupported_reason(
@@ -58,7 +46,9 @@ def unsupported_reason(
         return None
     reason = "the kernels run on CPUs and on NVIDIA GPUs from sm_80 on"
     if device.type in ("cpu", "cuda"):
-        reason = why_not("cpu" if device.type == "cpu" else "triton", "attention", _Activations(device, dtype))
+        # All that is asked of activations; a tensor would be an operation in the graph of torch.compile.
+        activations = SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda")
+        reason = why_not("cpu" if device.type == "cpu" else "triton", "attention", activations)
         if reason is None and head_dimension not in (None, *HEAD_DIMENSIONS):
             sizes = ", ".join(map(str, HEAD_DIMENSIONS))
             reason = f"its heads have {head_dimension} columns, the kernels take {sizes}"

@@ -29,7 +29,7 @@ class Fused:
             cls.architecture = architecture
             cls.mixin, cls.original = cls.__bases__[:2]
             _FUSED[cls.original] = cls
-            if hasattr(cls, "arguments"):
+            if hasattr(cls, "passes_keywords"):
                 _name_arguments(cls)
 
 
@@ -82,13 +82,19 @@ def _restore(original: type) -> nn.Module:
 
 
 def _name_arguments(kind: type) -> None:
-    """Give a model's fused class the signature of its original's `forward`, which Trainer reads, and keep the names."""
+    """Give a model's fused class a `forward` that passes on all arguments by name.
 
-    @functools.wraps(kind.original.forward)
+    It has the signature of the original's `forward`, which Trainer reads.
+    """
+    original_forward = kind.original.forward
+    parameters = [*signature(original_forward).parameters.values()][1:]
+    names = [x.name for x in parameters if x.kind is Parameter.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(original_forward)
     def forward(self, *args, **kwargs):
-        return super(kind, self).forward(*args, **kwargs)
+        if len(args) > len(names):  # a user's forward takes arguments that have no name
+            return original_forward(self, *args, **kwargs)
+        return super(kind, self).forward(**dict(zip(names, args, strict=False)) | kwargs)
 
-    parameters = signature(kind.original.forward).parameters
     kind.forward = forward
-    kind.arguments = tuple(parameters)[1:]
-    kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
+    kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters)

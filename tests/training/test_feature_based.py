@@ -80,7 +80,7 @@ def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
         Finetuning(settings_for("classification", pretrained, file, tmp_path / "out", **SMALL))
     config = read_config(pretrained, feature_layers="last")
-    with pytest.raises(TypeError, match="has parts of bertfast's own, which run on packed batches alone"):
+    with pytest.raises(TypeError, match="has extensions that run only on packed batches"):
         BertFeaturesForTokenClassification(config)(torch.tensor([[1, 2]]))
 
 
