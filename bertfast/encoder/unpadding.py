@@ -1,7 +1,7 @@
 """Remove padding from the input of a Hugging Face BERT, and restore it in what the encoder computes.
 
-Unpadding waits for a GPU once, for the number of tokens. Under `torch.compile` it does not: that number is a size of the
-graph then.
+Unpadding waits for a GPU once, for the number of tokens. Under `torch.compile` it does not: that number is a size that
+the graph leaves open.
 """
 
 from __future__ import annotations

@@ -100,23 +100,27 @@ class Snapshot:
     """The state of an encoder that could run packed whole; a call compares with it instead of deciding again."""
 
     def __init__(self, encoder: nn.Module):
-        self.modules = [*encoder.modules()]
-        self.dropouts = [module for module in self.modules if isinstance(module, nn.Dropout)]
-        self.classes = [*{original_class(type(module)) for module in self.modules}]
-        self.tables = [table for module in self.modules for table in (module._modules, *hooks(module))]
+        modules = [*encoder.modules()]
+        self.attributes = [vars(module) for module in modules]
+        self.dropouts = [vars(module) for module in modules if isinstance(module, nn.Dropout)]
+        self.classes = [*{original_class(type(module)) for module in modules}]
+        tables = [table for module in modules for table in (module._modules, *hooks(module))]
+        self.empty_tables = [table for table in tables if not table]  # most of them, and quicker to compare
+        self.tables = [table for table in tables if table]
         self.known_tables = [{**table} for table in self.tables]
         self.known_state = self._state(encoder)
 
     def still_holds(self, encoder: nn.Module) -> bool:
         """Return whether all that the decision depends on is what it was."""
-        return self.tables == self.known_tables and self.known_state == self._state(encoder)
+        is_same = self.tables == self.known_tables and self.known_state == self._state(encoder)
+        return is_same and not any(self.empty_tables)
 
     def _state(self, encoder: nn.Module) -> tuple:
         config = encoder.config
         return (
-            [module.training for module in self.modules],
-            ["forward" in module.__dict__ for module in self.modules],
-            [dropout.p for dropout in self.dropouts],
+            [attributes["training"] for attributes in self.attributes],
+            ["forward" in attributes for attributes in self.attributes],
+            [dropout["p"] for dropout in self.dropouts],
             [kind.forward for kind in self.classes],
             getattr(config, "is_decoder", False),
             config._attn_implementation,

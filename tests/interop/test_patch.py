@@ -465,6 +465,20 @@ def test_computing_layers_again_for_the_backward_pass_changes_no_gradient(change
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_recomputed_layers_with_hidden_states_change_no_gradient():
+    """transformers' own loop records the states, and its layers are recomputed when the call is over."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        bertfast.patch(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        outputs_of(model, output_hidden_states=True).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_is_the_same_when_layers_are_computed_again():
     gradients = []
     for checkpointed in (False, True):
