@@ -235,7 +235,7 @@ class Pair(nn.Module):
 def test_a_tree_of_which_one_encoder_is_patched_is_completed():
     pair = Pair()
     bertfast.patch(pair.one)
-    assert bertfast.report(pair).left == {"two": "it is not patched: bertfast.patch fuses it"}
+    assert bertfast.report(pair).left == {"two": "it is not patched: call bertfast.patch to fuse it"}
     assert not bertfast.patch(pair).left
     torch.testing.assert_close(pair.one(IDS).last_hidden_state, pair.two(IDS).last_hidden_state)
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
-from bertfast import fast_kernels
+from bertfast.models import kernel_support
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
@@ -27,9 +27,9 @@ SEQUENCE = next(case for case in CASES if case.name == "sequence")
 @pytest.fixture(autouse=True)
 def _small_batches_are_packed(monkeypatch):
     """Also without the compiled library and with heads of other sizes, where they would be left to transformers."""
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 0)
-    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", 0)
-    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", range(1, 129))
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", 0)
+    monkeypatch.setattr(kernel_support, "MIN_COLUMNS", 0)
+    monkeypatch.setattr(kernel_support, "HEAD_DIMENSIONS", range(1, 129))
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
@@ -138,11 +138,11 @@ def test_what_happens_is_reported():
     }
     assert report.left == {
         "bert.encoder.layer.0.attention.self.query": "Doubled is called as it is",
-        "bert.encoder.layer.1": "a hook watches it",
+        "bert.encoder.layer.1": "a hook or a forward was set on it",
         "bert.encoder.layer.2": "its activation is Mish",
     }
-    assert "left alone: 3" in str(report)
-    assert "<td>left alone</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
+    assert "left to transformers: 3" in str(report)
+    assert "<td>left to transformers</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
 
 
 class Doubled(nn.Module):
@@ -414,7 +414,7 @@ def test_packed_input_is_refused_where_theirs_would_mix_it():
     model = live("BertModel")
     bertfast.patch(model)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="give it padded"):
+    with pytest.raises(ValueError, match="pass it padded"):
         model(torch.arange(5)[None], cu_seq_lens_q=starts, output_attentions=True)
 
 
@@ -460,6 +460,20 @@ def test_computing_layers_again_for_the_backward_pass_changes_no_gradient(change
         if checkpointed:
             model.gradient_checkpointing_enable()
         outputs_of(model).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_layers_with_hidden_states_change_no_gradient():
+    """transformers' own loop records the states, and its layers are recomputed when the call is over."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        bertfast.patch(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        outputs_of(model, output_hidden_states=True).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
@@ -570,8 +584,8 @@ def test_compiled_with_graph_breaks_gives_the_same():
         (lambda: "bert", TypeError, "takes a torch module"),
         (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
         (lambda: Shouting(transformers.BertConfig(**SIZES)), ValueError, "Shouting has a forward of its own"),
-        (lambda: promising(hidden_size=96), ValueError, "promises hidden_size 96, and the weights have 64"),
-        (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),
+        (lambda: promising(hidden_size=96), ValueError, "has hidden_size 96, and the weights have 64"),
+        (lambda: promising(max_position_embeddings=99), ValueError, "has max_position_embeddings 99"),
     ],
 )
 def test_bad_input_is_refused_and_left_as_it_is(model, error, words):
@@ -633,7 +647,7 @@ NO_LIBRARY = "the compiled library was not built"
     ],
 )
 def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformers(dtype, library, slots, monkeypatch):
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
     if not library:
         monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
     plain = live("BertForMaskedLM").to(dtype)
@@ -647,8 +661,8 @@ def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformer
 def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
     """A batch here has 3 rows and 11 columns."""
     monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
-    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", columns)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
+    monkeypatch.setattr(kernel_support, "MIN_COLUMNS", columns)
     plain = live()
     model = copy.deepcopy(plain)
     bertfast.patch(model)
@@ -680,7 +694,7 @@ def test_packed_input_is_kept_apart_without_fast_kernels():
 def test_the_report_says_that_a_model_is_left_to_transformers():
     report = bertfast.patch(live().double())
     assert set(report.left) == {"bert"}
-    assert report.left["bert"].startswith("left to transformers: no fast kernels for float64 on cpu: ")
+    assert report.left["bert"].startswith("no fast kernels for float64 on cpu: ")
 
 
 @pytest.mark.parametrize(
@@ -689,12 +703,18 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
         ("cuda", (7, 5), torch.float16, 64, "no fast kernels for float16 on cuda: .* sm_80 or later"),
         ("cuda", (8, 0), torch.float64, 64, "no fast kernels for float64 on cuda: "),
         ("cuda", (9, 0), torch.bfloat16, 80, "its heads have 80 columns, the kernels take 32, 64, 128"),
-        ("mps", None, torch.float32, 64, "no fast kernels for float32 on mps: the kernels are for NVIDIA GPUs"),
+        (
+            "mps",
+            None,
+            torch.float32,
+            64,
+            "no fast kernels for float32 on mps: the kernels run on CPUs and on NVIDIA GPUs",
+        ),
         pytest.param(
             *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
             marks=pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT)),
         ),
-        ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `fast_kernels`
+        ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `kernel_support`
         ("cuda", (8, 0), torch.bfloat16, 64, None),
         ("cuda", (8, 0), torch.bfloat16, None, None),
     ],
@@ -703,11 +723,11 @@ def test_devices_without_fast_kernels_are_left_to_transformers(
     device, capability, dtype, head_dimension, reason, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", HEAD_DIMENSIONS)
-    found = fast_kernels.why_left_to_transformers(torch.device(device), dtype, head_dimension)
+    monkeypatch.setattr(kernel_support, "HEAD_DIMENSIONS", HEAD_DIMENSIONS)
+    found = kernel_support.unsupported_reason(torch.device(device), dtype, head_dimension)
     assert found is None if reason is None else re.search(reason, found), found
 
 
 def test_rocm_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "NVIDIA" in fast_kernels.why_left_to_transformers(torch.device("cuda"), torch.bfloat16, 64)
+    assert "NVIDIA" in kernel_support.unsupported_reason(torch.device("cuda"), torch.bfloat16, 64)
