@@ -59,6 +59,8 @@ CASES = (
     Case("token", "BertForTokenClassification", targets=("token_classes",)),
     Case("question", "BertForQuestionAnswering", {"num_labels": 2}, targets=("starts", "ends")),
 )
+BY_CLASS = {case.class_name: case for case in reversed(CASES)}
+"""The first case of each of the nine classes."""
 
 
 def models(case: Case, **changes) -> tuple[nn.Module, nn.Module]:
@@ -121,6 +123,14 @@ def inputs(case: Case, padding: str) -> dict[str, Tensor]:
     if case.class_name == "BertForMultipleChoice":
         values = {name: torch.stack([x, x.flip(0)], 1) for name, x in values.items()}
     return values | dict(targets[target] for target in case.targets)
+
+
+def separable(case: Case) -> dict[str, Tensor]:
+    """What a forward call takes, with labels in the first two rows and in the last, which processes may share."""
+    if case.name != "question":
+        return inputs(case, "left")
+    values = inputs(case, "none")  # transformers' softmax over the places of an answer counts padding in
+    return values | {"start_positions": values["end_positions"]}
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,17 @@ def kernels_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | Non
 
 
 def _kernels_reason(encoder: nn.Module, shape: tuple[int, int] | None) -> str | None:
-    weight, config = next(encoder.parameters()), encoder.config
+    weight, config = _any_weight(encoder), encoder.config
     head_dimension = config.hidden_size // config.num_attention_heads
     return why_left_to_transformers(weight.device, gemm_dtype(weight), head_dimension, shape)
+
+
+def _any_weight(encoder: nn.Module) -> Tensor:
+    """Return a parameter, or in a replica that DataParallel made, which has none, the tensor in place of one."""
+    weight = next(encoder.parameters(), None)
+    if weight is not None:
+        return weight
+    return next(x for module in encoder.modules() for x in getattr(module, "_former_parameters", {}).values())
 
 
 @decided_when_traced
@@ -142,6 +150,12 @@ def _options(encoder: nn.Module) -> tuple:
     config = encoder.config
     name = config._attn_implementation
     return getattr(config, "is_decoder", False), name, _attention_function(encoder.architecture, name)
+
+
+@decided_when_traced
+def has_dropout(encoder: nn.Module) -> bool:
+    """Whether training drops anything; if not, no seed is drawn, and torch's generator gives others what it gave."""
+    return any(module.p for module in encoder.modules() if isinstance(module, nn.Dropout))
 
 
 @decided_when_traced

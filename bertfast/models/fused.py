@@ -172,7 +172,7 @@ class FusedEncoder(FusedModel):
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
-            training=self.training,
+            training=self.training and eligibility.has_dropout(self),
             pooled=self.pooler is not None,
         )
 

@@ -312,6 +312,18 @@ def test_dropout_is_drawn_anew_at_each_call_and_from_torchs_generator():
     assert torch.equal(first, outputs_of(model).logits)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_without_dropout_training_leaves_torchs_generator_to_others(watched):
+    """As shuffling and masking, which draw from it, would else differ from those in a run with `transformers`."""
+    model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    bertfast.patch(model)
+    if watched:
+        watch_layer(model)
+    before = torch.get_rng_state()
+    outputs_of(model).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unpatching_leaves_what_was_there():
     model = live("BertForPreTraining")
     plain = copy.deepcopy(model)
