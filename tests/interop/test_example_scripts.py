@@ -142,7 +142,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def data_of(task: Task, checkpoint: Path) -> tuple[list[dict], Callable]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    return task.features(tokenizer, texts()), task.collator(tokenizer)
+    collate = task.collator(tokenizer)
+    # A dataset gives a new dictionary each time, which some collators change.
+    return task.features(tokenizer, texts()), lambda rows: collate([dict(row) for row in rows])
 
 
 def opened(library, prefix: str, task: Task, checkpoint: Path) -> nn.Module:
