@@ -33,6 +33,7 @@ from bertfast.reference import IGNORED
 from bertfast.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
+_HEADS_DROP_KEYWORDS = _LAYERS_RETURN_TUPLES  # or refuse them, so that none reaches the encoder
 _POOLED_ONLY = "_bertfast_pooled_only"  # of a call whose caller reads nothing but the pooled output
 
 
@@ -46,6 +47,7 @@ class _Call:
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("bertfast_call", default=None)
+_PACKING: ContextVar[dict | None] = ContextVar("bertfast_packing", default=None)
 
 
 class FusedEmbeddings(registry.Fused):
@@ -117,6 +119,8 @@ class FusedEncoder(FusedModel):
 
     def forward(self, *args, **kwargs):
         pooled_only = kwargs.pop(_POOLED_ONLY, False)
+        if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
+            kwargs |= _PACKING.get() or {}
         arguments = self._named(args, kwargs)
         reason, whole = self._unsupported_reasons(arguments)
         if reason is not None:
@@ -217,6 +221,18 @@ class FusedEncoder(FusedModel):
 
 class FusedHead(FusedModel):
     """A model with a task's head, whose own code runs on a fused encoder."""
+
+    def forward(self, *args, **kwargs):
+        packing = {name: kwargs.pop(name) for name in PACKING if _HEADS_DROP_KEYWORDS and name in kwargs}
+        if not packing:
+            return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise ValueError("packed input (cu_seq_lens_q) to a compiled head needs transformers 5: give it padded")
+        call = _PACKING.set(packing)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _PACKING.reset(call)
 
 
 class FusedMean(FusedHead):
