@@ -52,7 +52,7 @@ class BertForMaskedLM(fused.FusedMaskedLM, original.BertForMaskedLM, architectur
     """`transformers.BertForMaskedLM`, fused; in training with labels, `logits` is None."""
 
 
-class BertLMHeadModel(fused.FusedModel, original.BertLMHeadModel, GenerationMixin, architecture=BERT):
+class BertLMHeadModel(fused.FusedHead, original.BertLMHeadModel, GenerationMixin, architecture=BERT):
     """`transformers.BertLMHeadModel`, fused."""
 
 
@@ -72,5 +72,5 @@ class BertForTokenClassification(fused.FusedMeanLoss, original.BertForTokenClass
     """`transformers.BertForTokenClassification`, fused."""
 
 
-class BertForQuestionAnswering(fused.FusedModel, original.BertForQuestionAnswering, architecture=BERT):
+class BertForQuestionAnswering(fused.FusedHead, original.BertForQuestionAnswering, architecture=BERT):
     """`transformers.BertForQuestionAnswering`, fused."""

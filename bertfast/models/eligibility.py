@@ -91,9 +91,23 @@ def kernels_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | Non
 
 @assume_constant_result
 def _kernels_unsupported_reason(encoder: nn.Module, shape: tuple[int, int] | None) -> str | None:
-    weight, config = next(encoder.parameters()), encoder.config
+    weight, config = _any_weight(encoder), encoder.config
     head_dimension = config.hidden_size // config.num_attention_heads
     return kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight), head_dimension, shape)
+
+
+def _any_weight(encoder: nn.Module) -> Tensor:
+    """Return a parameter, or the tensor in place of one in a replica that DataParallel made, which has none."""
+    weight = next(encoder.parameters(), None)
+    if weight is not None:
+        return weight
+    return next(x for module in encoder.modules() for x in getattr(module, "_former_parameters", {}).values())
+
+
+@assume_constant_result
+def has_dropout(encoder: nn.Module) -> bool:
+    """Return whether training drops anything; if not, no seed is drawn and torch's generator stays as it is."""
+    return any(module.p for module in encoder.modules() if isinstance(module, nn.Dropout))
 
 
 class Snapshot:

@@ -32,11 +32,14 @@ from bertfast.ops.reference import IGNORED
 from bertfast.ops.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
+_HEADS_DROP_KEYWORDS = _LAYERS_RETURN_TUPLES  # or refuse them, so that none reaches the encoder
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
 # While transformers' own loop runs: the packed tokens of the call, their layout, and the index of each layer that takes
 # them.
 _CALL: ContextVar[tuple[Packed, Layout, dict[nn.Module, int]] | None] = ContextVar("bertfast_call", default=None)
+# While a head runs that drops keywords: the arguments that say where the sequences of its packed input start.
+_PACKING: ContextVar[dict | None] = ContextVar("bertfast_packing", default=None)
 
 
 class FusedEmbeddings(registry.Fused):
@@ -104,6 +107,8 @@ class FusedEncoder(FusedModel):
 
     def forward(self, **arguments):
         pooled_only = arguments.pop(_POOLED_ONLY, False)
+        if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
+            arguments |= _PACKING.get() or {}
         is_packed = arguments.get("cu_seq_lens_q") is not None
         reason = eligibility.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
@@ -145,7 +150,7 @@ class FusedEncoder(FusedModel):
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
-            training=self.training,
+            training=self.training and eligibility.has_dropout(self),
             pooled=self.pooler is not None,
         )
 
@@ -183,7 +188,23 @@ class FusedEncoder(FusedModel):
         return outputs if caller_layout is None else _packed_again(outputs, caller_layout)
 
 
-class FusedMeanLoss(FusedModel):
+class FusedHead(FusedModel):
+    """A model with a task's head, which runs transformers' own code on a fused encoder."""
+
+    def forward(self, **arguments):
+        packing = {name: arguments.pop(name) for name in PACKING if _HEADS_DROP_KEYWORDS and name in arguments}
+        if not packing:
+            return super().forward(**arguments)
+        if torch.compiler.is_compiling():
+            raise ValueError("packed input (cu_seq_lens_q) to a compiled head requires transformers 5: pass it padded")
+        call = _PACKING.set(packing)
+        try:
+            return super().forward(**arguments)
+        finally:
+            _PACKING.reset(call)
+
+
+class FusedMeanLoss(FusedHead):
     """A head whose loss is the mean over a batch's labels, or over a whole step's if `num_items_in_batch` is passed."""
 
     # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide.
@@ -222,7 +243,7 @@ class FusedMaskedLM(FusedMeanLoss):
         return _returned(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
 
 
-class FusedPreTraining(FusedModel):
+class FusedPreTraining(FusedHead):
     """Both heads of pre-training: in training the masked-LM loss is computed on labelled rows, without logits."""
 
     accepts_loss_kwargs = False  # means of tokens and of pairs: one number of items cannot serve both

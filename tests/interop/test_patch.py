@@ -313,6 +313,18 @@ def test_dropout_is_drawn_anew_at_each_call_and_from_torchs_generator():
     assert torch.equal(first, outputs_of(model).logits)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_without_dropout_training_leaves_torchs_generator_to_others(watched):
+    """As shuffling and masking, which draw from it, would else differ from those in a run with `transformers`."""
+    model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    bertfast.patch(model)
+    if watched:
+        watch_layer(model)
+    before = torch.get_rng_state()
+    outputs_of(model).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unpatching_leaves_what_was_there():
     model = live("BertForPreTraining")
     plain = copy.deepcopy(model)
@@ -731,3 +743,15 @@ def test_devices_without_fast_kernels_are_left_to_transformers(
 def test_rocm_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "NVIDIA" in kernel_support.unsupported_reason(torch.device("cuda"), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForTokenClassification", "BertLMHeadModel"])
+def test_packed_input_to_a_head_is_kept_apart(name):
+    """Before version 5 these heads of `transformers` drop or refuse the arguments that say where sequences start."""
+    model = live(name, is_decoder=name == "BertLMHeadModel", use_cache=False)
+    texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
+    alone = [model(text).logits for text in texts]
+    bertfast.patch(model)
+    packed = model(torch.cat(texts, 1), cu_seq_lens_q=torch.tensor([0, 4, 5, 12]), max_length_q=7).logits
+    want = torch.cat(alone, 0 if name == "BertForNextSentencePrediction" else 1)
+    torch.testing.assert_close(packed, want, rtol=1e-4, atol=1e-5)
