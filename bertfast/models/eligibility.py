@@ -96,6 +96,17 @@ def _kernels_unsupported_reason(encoder: nn.Module, shape: tuple[int, int] | Non
     return kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight), head_dimension, shape)
 
 
+def is_short(arguments: dict) -> bool:
+    """Return whether a call has so few tokens, and no padding, that transformers' own code is at least as fast."""
+    tokens = main_input(arguments)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens.device.type != "cpu":
+        return False
+    if tokens.shape[0] * tokens.shape[1] >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
+        return False
+    mask = arguments.get("attention_mask")
+    return mask is None or bool(mask.all())
+
+
 def _any_weight(encoder: nn.Module) -> Tensor:
     """Return a parameter, or the tensor in place of one in a replica that DataParallel made, which has none."""
     weight = next(encoder.parameters(), None)

@@ -113,6 +113,8 @@ class FusedEncoder(FusedModel):
         reason = eligibility.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
+        if reason is None and not is_packed and eligibility.is_short(arguments):
+            return super().forward(**arguments)
         layers = {}
         if reason is None and eligibility.kernels_unsupported_reason(self, arguments) is None:
             states = arguments.get("output_hidden_states")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
-from bertfast.models import kernel_support
+from bertfast.models import fused, kernel_support
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
@@ -534,9 +534,9 @@ def test_hidden_states_under_autocast_are_the_fp32_stream(watched):
         with torch.autocast("cpu", torch.bfloat16):
             states.append(outputs_of(model, output_hidden_states=True).hidden_states)
     mask = batch()["attention_mask"].bool()
-    for own, fused in zip(*states, strict=True):
-        assert fused.dtype == own.dtype == torch.float32
-        assert relative_error(fused[mask], own[mask]) < 0.02
+    for own, ours in zip(*states, strict=True):
+        assert ours.dtype == own.dtype == torch.float32
+        assert relative_error(ours[mask], own[mask]) < 0.02
 
 
 COMPILED = {
@@ -755,3 +755,23 @@ def test_packed_input_to_a_head_is_kept_apart(name):
     packed = model(torch.cat(texts, 1), cu_seq_lens_q=torch.tensor([0, 4, 5, 12]), max_length_q=7).logits
     want = torch.cat(alone, 0 if name == "BertForNextSentencePrediction" else 1)
     torch.testing.assert_close(packed, want, rtol=1e-4, atol=1e-5)
+
+
+def test_short_inference_without_padding_is_left_to_transformers(monkeypatch):
+    model = live("BertModel")
+    patched = copy.deepcopy(model)
+    bertfast.patch(patched)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS_WITHOUT_PADDING", 128)
+    calls, encode = [], fused.functions.encode
+    monkeypatch.setattr(fused.functions, "encode", lambda *args: calls.append(args) or encode(*args))
+    ids, mask = torch.randint(53, (1, 8)), torch.ones(1, 8)
+    with torch.no_grad():
+        output = patched(ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(output, model(ids, attention_mask=mask).last_hidden_state)
+        assert torch.equal(output, patched(ids).last_hidden_state)
+        assert not calls
+        patched(ids, attention_mask=mask.index_fill(1, torch.tensor([7]), 0))
+        patched(ids.expand(16, 8))
+        assert len(calls) == 2
+    patched(ids)
+    assert len(calls) == 3
