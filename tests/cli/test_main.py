@@ -1,8 +1,15 @@
-"""The command line: flags, YAML files, and what is said when they are wrong."""
+"""The command line: flags, YAML files, recipes by name, and the messages for invalid input."""
+
+import importlib.metadata
+import subprocess
+import sys
 
 import pytest
+import yaml
 
+import bertfast
 from bertfast.cli.main import COMMANDS, main, parse
+from bertfast.cli.recipes import recipe_names, recipes_folder
 from bertfast.training.pretrain import PretrainSettings
 
 
@@ -31,6 +38,67 @@ def test_an_unknown_name_is_refused_and_the_nearest_one_named(given, tmp_path, c
         main(["pretrain", *arguments])
     assert stopped.value.code == 2
     assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_a_recipe_is_found_by_its_name_and_flags_after_it_win():
+    settings = parse("pretrain", PretrainSettings, ["--config", "fast", "--output-dir", "x", "--max-steps", "9"])
+    recipe = yaml.safe_load((recipes_folder() / "fast.yaml").read_text())
+    assert settings.sampling.mlm_probability == recipe["mlm-probability"]
+    assert settings.max_steps == 9 != recipe["max-steps"]
+
+
+def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fast").write_text("output_dir: x\nmax_steps: 5\n")
+    settings = parse("pretrain", PretrainSettings, ["--config=fast"])
+    assert (settings.output_dir, settings.max_steps) == ("x", 5)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "fastest"], ["--config=recipes/none.yaml"]])
+def test_an_unknown_config_is_refused_and_the_recipes_are_named(arguments, capsys):
+    assert main(["pretrain", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "no such file or recipe" in error
+    assert all(name in error for name in recipe_names())
+
+
+def test_config_without_a_value_is_refused(capsys):
+    assert main(["pretrain", "--config"]) == 1
+    assert "--config requires a YAML file or the name of a recipe" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package_metadata(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bertfast {bertfast.__version__}\n"
+    assert importlib.metadata.version("bertfast") == bertfast.__version__
+
+
+def test_python_m_bertfast_is_the_command_line():
+    for arguments, status, text in (
+        (["--version"], 0, f"bertfast {bertfast.__version__}\n"),
+        (["pretran"], 2, "bertfast: unknown command 'pretran'; did you mean 'pretrain'?\n"),
+    ):
+        ran = subprocess.run([sys.executable, "-m", "bertfast", *arguments], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout + ran.stderr) == (status, text)
+
+
+def test_help_lists_every_command_without_importing_torch_or_transformers():
+    code = (
+        "import sys; from bertfast.cli.main import main; main(['--help']); "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *help_lines, imported = ran.stdout.splitlines()
+    commands = help_lines[help_lines.index("Commands:") + 1 :]
+    summaries = dict(line.split(maxsplit=1) for line in commands[: len(COMMANDS)])
+    assert summaries == {name: command.summary for name, command in COMMANDS.items()}
+    assert max(map(len, help_lines)) <= 100
+    assert imported == "set()"
+
+
+def test_dir_lists_every_public_name_and_only_names_that_exist():
+    assert {*bertfast.__all__, "__version__"} <= set(dir(bertfast))
+    assert all(hasattr(bertfast, name) for name in dir(bertfast))
 
 
 def test_an_unknown_command_is_refused_and_the_nearest_one_named(capsys):
