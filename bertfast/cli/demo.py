@@ -59,7 +59,7 @@ def demo(settings: DemoSettings) -> dict[str, float]:
     """Run it and print what came out; returns the figures."""
     folder = Path(settings.output_dir)
     print("1. Text: the documentation of the Python packages installed here.")
-    corpus = CorpusSettings(vocabulary_size=4096, validation_split_percentage=HELD_OUT)
+    corpus = CorpusSettings(vocab_size=4096, validation_split_percentage=HELD_OUT)
     data = prepare(PrepareSettings(str(folder / "data"), corpus))
 
     model = folder / "model"

@@ -153,7 +153,7 @@ def _model(settings: ReproduceSettings, row: dict, folder: Path) -> str:
 def _corpus(folder: Path) -> CorpusSettings:
     files = {split: sorted(folder.glob(f"*-{split}*.txt.xz")) for split in ("train", "valid")}
     chosen = {split: [str(file) for file in some if "wikitext" not in file.name] for split, some in files.items()}
-    return CorpusSettings(chosen["train"], chosen["valid"], vocabulary_size=16_384)
+    return CorpusSettings(chosen["train"], chosen["valid"], vocab_size=16_384)
 
 
 def _where(settings: ReproduceSettings) -> dict[str, str]:

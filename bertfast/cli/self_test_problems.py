@@ -54,8 +54,8 @@ class Problem:
 def problems(device: torch.device) -> list[Problem]:
     """Return every operator at BERT's shapes, the most informative problems first.
 
-    GPUs get 2,048 tokens of 768 columns and BERT's vocabulary. CPUs get less, so that all checks take less than a minute
-    on two cores; their vocabulary leaves the same remainder for every vector width as BERT's.
+    GPUs get 2,048 tokens of 768 columns and BERT's vocabulary. CPUs get less, so that all checks take less than a
+    minute on two cores; their vocabulary leaves the same remainder for every vector width as BERT's.
     """
     lengths = {128: [128] * 16, 512: [512] * 4} if device.type == "cuda" else {128: [128] * 2, 512: [512]}
     heads_width, vocab_size = (HIDDEN, 30522) if device.type == "cuda" else (256, 4090)

@@ -59,7 +59,7 @@ def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsy
     rows = [f"the film was {word}\t{word}" for word in ("good", "bad")] * 12
     (data / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
     files = [str(data / "corpus" / f"books-{split}.txt") for split in ("train", "valid")]
-    corpus = CorpusSettings(files[:1], files[1:], vocabulary_size=128, processes=1)
+    corpus = CorpusSettings(files[:1], files[1:], vocab_size=128, processes=1)
     monkeypatch.setattr("bertfast.cli.reproduce._corpus", lambda folder: corpus)
     settings = ReproduceSettings(
         table=5,
