@@ -123,7 +123,7 @@ def _add_layer_norm(shape: str, batch: Sequences, dropout: bool) -> Problem:
 
 
 def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
-    """The call of a layer under autocast: an output and its copy for the next GEMM, with gradients of both."""
+    """Call it as a layer does under autocast: an output and its copy for the next GEMM, with gradients of both."""
     rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
 
     def call(implementation: str, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

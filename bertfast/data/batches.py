@@ -142,21 +142,21 @@ class Batches:
             )
         return self.nth_bin(step * self.bins_per_step + index)
 
-    def nth_bin(self, number: int) -> Batch:
-        """Return bin `number` of the endless sequence, counted from 0."""
-        epoch = self.epochs.of_bin(number)
-        return self._assemble(epoch, number - epoch.bins_before)
+    def nth_bin(self, index: int) -> Batch:
+        """Return bin `index` of the endless sequence, counted from 0."""
+        epoch = self.epochs.of_bin(index)
+        return self._assemble(epoch, index - epoch.bins_before)
 
     def first_epoch(self, limit: int | None = None) -> Iterator[Batch]:
         """Yield at most `limit` bins of the first epoch: of held-out shards, a fixed validation set."""
         epoch = self.epochs[0]
-        for number in range(epoch.bins if limit is None else min(limit, epoch.bins)):
-            yield self._assemble(epoch, number)
+        for index in range(epoch.bins if limit is None else min(limit, epoch.bins)):
+            yield self._assemble(epoch, index)
 
-    def _assemble(self, epoch: Epoch, number: int) -> Batch:
-        """Return bin `number` of `epoch`, counted from 0."""
+    def _assemble(self, epoch: Epoch, index: int) -> Batch:
+        """Return bin `index` of `epoch`, counted from 0."""
         capacity = self.epochs.capacity
-        rows = slice(*epoch.bin_starts[number : number + 2].tolist())
+        rows = slice(*epoch.bin_starts[index : index + 2].tolist())
         first_number = epoch.samples_before + rows.start
         samples = epoch.samples.take(rows)
         token_ids, token_type_ids, lengths = self._tokens_of(samples)

@@ -116,37 +116,37 @@ class Epochs:
         self._cached: dict[int, Epoch] = {}
         self._plan(0, samples)
 
-    def __getitem__(self, number: int) -> Epoch:
-        """Return epoch `number`, counted from 0."""
-        for needed in (*range(len(self._bins_before) - 1, number), number):
+    def __getitem__(self, index: int) -> Epoch:
+        """Return epoch `index`, counted from 0."""
+        for needed in (*range(len(self._bins_before) - 1, index), index):
             if needed not in self._cached:
                 self._plan(needed, self._samples(needed))
-        return self._cached[number]
+        return self._cached[index]
 
-    def of_bin(self, number: int) -> Epoch:
-        """Return the epoch that contains bin `number` of the run, counted from 0."""
-        while number >= self._bins_before[-1]:
+    def of_bin(self, index: int) -> Epoch:
+        """Return the epoch that contains bin `index` of the run, counted from 0."""
+        while index >= self._bins_before[-1]:
             self[len(self._bins_before) - 1]  # plans the next epoch
-        return self[bisect_right(self._bins_before, number) - 1]
+        return self[bisect_right(self._bins_before, index) - 1]
 
-    def _samples(self, number: int) -> Samples:
-        return plan_samples(self.boundaries, self.sampling, np.random.default_rng([self.seed, number]))
+    def _samples(self, index: int) -> Samples:
+        return plan_samples(self.boundaries, self.sampling, np.random.default_rng([self.seed, index]))
 
-    def _plan(self, number: int, samples: Samples) -> None:
+    def _plan(self, index: int, samples: Samples) -> None:
         """Pack the samples of an epoch, and cache it."""
         lengths, text = samples.lengths(self.sampling), samples.first_length + samples.second_length
         bins = pack(lengths, mask_counts(text, self.sampling), self.capacity)
         bin_starts = np.concatenate([[0], np.cumsum(np.bincount(bins))])
         samples = samples.take(np.argsort(bins, kind="stable"))  # in the order of the bins
-        epoch = Epoch(samples, bin_starts, self._bins_before[number], self._samples_before[number])
-        if number == len(self._bins_before) - 1:
+        epoch = Epoch(samples, bin_starts, self._bins_before[index], self._samples_before[index])
+        if index == len(self._bins_before) - 1:
             self._bins_before.append(epoch.bins_before + epoch.bins)
             self._samples_before.append(epoch.samples_before + bins.size)
         if len(self._cached) == 2:
             del self._cached[next(iter(self._cached))]
-        self._cached[number] = epoch
+        self._cached[index] = epoch
 
 
-def _multiple_of_8(number: float) -> int:
+def _multiple_of_8(value: float) -> int:
     """Round up to a multiple of 8, which GEMM kernels are fastest with; at least 8."""
-    return max(ceil(number / 8), 1) * 8
+    return max(ceil(value / 8), 1) * 8

@@ -44,7 +44,7 @@ WORD = re.compile(r"(?<![\w.])[A-Za-z][a-z]*(?:['-][a-z]+)*(?![\w(])")
 
 
 def prose_paragraphs(docstring: str) -> list[str]:
-    """The paragraphs of English prose in `docstring`, each one line, markup removed."""
+    """Return the paragraphs of English prose in a docstring, each as a single line without markup."""
     paragraphs = (_prose(" ".join(block)) for block in _text_blocks(inspect.cleandoc(docstring).splitlines()))
     return [paragraph for paragraph in paragraphs if paragraph]
 

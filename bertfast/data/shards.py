@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -64,12 +65,13 @@ class PartWriter:
         self.dtypes = {"tokens": token_ids, "sentence_starts": np.dtype("<i8"), "document_starts": np.dtype("<i8")}
         self.origin = origin
         self.documents = self.sentences = self.tokens = 0
+        self.files: dict[str, BinaryIO] = {}
+        self.digests = {name: hashlib.sha256() for name in FILES}
 
     def __enter__(self) -> PartWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)  # left behind by a run that was killed
         self.temporary.mkdir(parents=True)
         self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in FILES}
-        self.digests = {name: hashlib.sha256() for name in FILES}
         self._append("sentence_starts", [0])
         self._append("document_starts", [0])
         return self
