@@ -77,7 +77,7 @@ class PrepareSettings:
     Attributes:
         output_dir: Folder for the shards and the tokenizer; finished parts in it are kept.
         corpus: Which text to use, and how to tokenize it.
-        part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then use merge.
+        part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then pass --merge.
         merge: Only combine the finished parts of all machines.
     """
 

@@ -13,7 +13,7 @@ from bertfast.cli.recipes import recipe_names, recipes_folder
 from bertfast.training.pretrain import PretrainSettings
 
 
-def test_flags_take_either_dash_and_lists(tmp_path):
+def test_flags_accept_dashes_underscores_and_lists():
     arguments = ["--output-dir", "x", "--train_file", "a", "b", "--max-seq-length", "64", "--resume"]
     settings = parse("pretrain", PretrainSettings, arguments)
     assert settings.corpus.train_file == ["a", "b"]
@@ -21,7 +21,7 @@ def test_flags_take_either_dash_and_lists(tmp_path):
     assert settings.resume
 
 
-def test_a_yaml_file_holds_the_same_names_and_flags_after_it_win(tmp_path):
+def test_a_yaml_file_uses_flag_names_and_later_flags_override_it(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nlearning_rate: 1e-3\ntrain_file: [a, b]\nwhole_word: true\nmax_steps: 7\n")
     settings = parse("pretrain", PretrainSettings, ["--config", str(path), "--max-steps", "9", "--no-whole-word"])
@@ -30,7 +30,7 @@ def test_a_yaml_file_holds_the_same_names_and_flags_after_it_win(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["flag", "yaml"])
-def test_an_unknown_name_is_refused_and_the_nearest_one_named(given, tmp_path, capsys):
+def test_an_unknown_flag_is_refused_and_the_closest_one_suggested(given, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nlearning_rat: 1\n")
     arguments = ["--config", str(path)] if given == "yaml" else ["--output-dir", "x", "--learning-rat", "1"]
@@ -40,14 +40,14 @@ def test_an_unknown_name_is_refused_and_the_nearest_one_named(given, tmp_path, c
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def test_a_recipe_is_found_by_its_name_and_flags_after_it_win():
+def test_a_recipe_is_found_by_name_and_later_flags_override_it():
     settings = parse("pretrain", PretrainSettings, ["--config", "fast", "--output-dir", "x", "--max-steps", "9"])
     recipe = yaml.safe_load((recipes_folder() / "fast.yaml").read_text())
     assert settings.sampling.mlm_probability == recipe["mlm-probability"]
     assert settings.max_steps == 9 != recipe["max-steps"]
 
 
-def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
+def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fast").write_text("output_dir: x\nmax_steps: 5\n")
     settings = parse("pretrain", PretrainSettings, ["--config=fast"])
@@ -55,7 +55,7 @@ def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [["--config", "fastest"], ["--config=recipes/none.yaml"]])
-def test_an_unknown_config_is_refused_and_the_recipes_are_named(arguments, capsys):
+def test_an_unknown_config_is_refused_and_the_recipes_are_listed(arguments, capsys):
     assert main(["pretrain", *arguments]) == 1
     error = capsys.readouterr().err
     assert "no such file or recipe" in error
@@ -101,12 +101,12 @@ def test_dir_lists_every_public_name_and_only_names_that_exist():
     assert all(hasattr(bertfast, name) for name in dir(bertfast))
 
 
-def test_an_unknown_command_is_refused_and_the_nearest_one_named(capsys):
+def test_an_unknown_command_is_refused_and_the_closest_one_suggested(capsys):
     assert main(["pretran"]) == 2
     assert "'pretrain'" in capsys.readouterr().err
 
 
-def test_an_error_is_one_sentence(tmp_path, capsys):
+def test_a_user_error_is_printed_as_one_line(tmp_path, capsys):
     assert main(["prepare", "--output-dir", str(tmp_path), "--train-file", str(tmp_path / "nothing.txt")]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("bertfast prepare: ")
@@ -121,7 +121,7 @@ def test_every_command_explains_each_of_its_flags(command, capsys):
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "(required)" in text or "(default:" in text
-    # A flag without a word on what it does shows its default right behind its type.
+    # A flag without a description would show its default right after its type.
     assert "STR (default" not in text
     assert "INT (default" not in text
     assert "FLOAT (default" not in text
