@@ -1,4 +1,4 @@
-"""bertfast: pre-train, fine-tune and run a BERT on packed tokens and fused kernels."""
+"""bertfast: pre-train, fine-tune and run BERT-style encoders without padding, on fused kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bertfast.models.patch import patch, report, unpatch
     from bertfast.models.presets import preset_config
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml reads the package's version from this line
 
 __all__ = [
     "AutoModel",
@@ -75,8 +75,12 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str):
-    # Programs that need no model, `--help` among them, wait neither for torch nor for transformers.
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> object:
+    # Public names are imported on first use, so that `bertfast --help` imports neither torch nor transformers.
     if name not in __all__:
         raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
     module = _MODULES.get(name, "models.auto" if name.startswith("Auto") else "models.bert")

@@ -105,5 +105,5 @@ def data(corpus, tmp_path_factory) -> Path:
     from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
     folder = tmp_path_factory.mktemp("shards")
-    settings = CorpusSettings([str(corpus)], vocabulary_size=128, validation_split_percentage=20, processes=1)
+    settings = CorpusSettings([str(corpus)], vocab_size=128, validation_split_percentage=20, processes=1)
     return prepare(PrepareSettings(str(folder), settings))

@@ -191,7 +191,7 @@ def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
 def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"house {i} is old and the river is wide . it was cold ." for i in range(300)))
-    corpus = CorpusSettings([str(text)], vocabulary_size=128, validation_split_percentage=20, processes=1)
+    corpus = CorpusSettings([str(text)], vocab_size=128, validation_split_percentage=20, processes=1)
     (tmp_path / "sst-2").mkdir()
     for split in ("train", "dev"):
         rows = ["sentence\tlabel", *("the house is old\t1", "it was cold\t0") * 20]

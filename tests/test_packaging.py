@@ -20,6 +20,8 @@ CUDA_RECORD = "bertfast/_C.cuda.json"
 with_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "bertfast").rglob("*.py")}
 MODULES |= {f"bertfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+RECIPES = {f"bertfast/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
+PURE = MODULES | RECIPES | {"bertfast/py.typed"}  # all but the compiled library
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,11 @@ def contents(wheel: Path) -> set[str]:
     return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_the_wheel_holds_every_module_and_the_library_and_nothing_else(built):
+def test_the_wheel_holds_every_module_recipe_and_the_library_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     assert "-cp311-abi3-linux_" in wheel.name
     library = {LIBRARY, CUDA_RECORD} if shutil.which("g++") else set()
-    assert contents(wheel) == MODULES | {"bertfast/py.typed"} | library
+    assert contents(wheel) == PURE | library
 
 
 @with_compiler
@@ -79,7 +81,7 @@ def test_a_cuda_source_that_does_not_compile_costs_only_itself(built, tmp_path):
     assert architectures["attention"] == ["90a"]
     assert architectures["bias_gelu"] == ["80", "90+PTX"]
     code = (
-        "import torch; from bertfast import cuda_build; from bertfast.ops.native import runs;"
+        "import torch; from bertfast.ops import cuda_build; from bertfast.ops.native import runs;"
         "gpu = torch.device('cuda');"
         "print(runs('cuda_attention_backward', gpu), runs('cuda_gelu_layer_norm_backward', gpu),"
         " runs('cuda_cross_entropy', gpu)); print(cuda_build.unsupported_reason('linear_cross_entropy'))"
@@ -109,10 +111,11 @@ def test_without_a_compiler_there_is_no_library_and_the_plain_path(tree, tmp_pat
     assert not (tree / LIBRARY).exists()
     run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, cwd=tree, **environment)
     (wheel,) = tmp_path.glob("*.whl")
-    assert contents(wheel) == MODULES | {"bertfast/py.typed"}
+    assert contents(wheel) == PURE
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from bertfast import compiled, ops; import torch; x = torch.ones(2, 3); ops.bias_gelu(x, x[0]); "
-    ran = run("-c", code + "print(compiled.ABSENT)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    code = "from bertfast import ops; from bertfast.ops import native; "
+    code += "import torch; x = torch.ones(2, 3); ops.bias_gelu(x, x[0]); "
+    ran = run("-c", code + "print(native.ABSENT)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert ran.stdout == "the compiled library was not built: install bertfast again with a C++20 compiler\n"
 
 
@@ -137,3 +140,18 @@ def test_the_installed_wheel_imports_from_anywhere(built, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count(str(site)) == 2
+
+
+def test_the_installed_wheel_has_one_version_and_finds_recipes_by_name(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import importlib.metadata, bertfast, bertfast.cli.recipes as r; from bertfast.cli.main import parse;"
+        "from bertfast.training.pretrain import PretrainSettings as S;"
+        "print(importlib.metadata.version('bertfast') == bertfast.__version__, r.recipes_folder());"
+        "print([parse('pretrain', S, ['--config', n, '--output-dir', 'x']).output_dir for n in r.recipe_names()])"
+    )
+    ran = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    version, output_dirs = ran.stdout.splitlines()
+    assert version == f"True {tmp_path / 'site' / 'bertfast' / 'recipes'}"
+    assert output_dirs == str(["x"] * len(list((ROOT / "recipes").glob("*.yaml"))))

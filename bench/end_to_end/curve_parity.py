@@ -74,7 +74,7 @@ def main() -> None:
 def corpus(folder: Path) -> CorpusSettings:
     """WikiText-2, with a vocabulary of its own."""
     train, valid = (str(folder / f"wikitext2-detok-{split}.txt.xz") for split in ("train", "valid"))
-    return CorpusSettings([train], [valid], vocabulary_size=VOCABULARY)
+    return CorpusSettings([train], [valid], vocab_size=VOCABULARY)
 
 
 def starting_model(folder: Path, shards: Path) -> Path:

@@ -84,7 +84,7 @@ def corpus(folder: Path) -> CorpusSettings:
     """Wikipedia and books, with a vocabulary of their own."""
     train = [*sorted(folder.glob("wikipedia-train-*.txt.xz")), folder / "books-train.txt.xz"]
     valid = [folder / "wikipedia-valid.txt.xz", folder / "books-valid.txt.xz"]
-    return CorpusSettings(list(map(str, train)), list(map(str, valid)), vocabulary_size=16_384)
+    return CorpusSettings(list(map(str, train)), list(map(str, valid)), vocab_size=16_384)
 
 
 def fill(folder: Path) -> dict[str, list[tuple[str, float]]]:

@@ -31,7 +31,7 @@ import transformers
 import bertfast
 from bertfast.data.batches import Batch
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.samples import Outline, Sampling, plan_samples
+from bertfast.data.samples import CorpusBoundaries, Sampling, plan_samples
 from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
 from bertfast.ops.sequences import Sequences
@@ -272,7 +272,7 @@ def count_lengths(data: Path) -> dict[int, list[int]]:
     corpus = CorpusSettings([str(text)], tokenizer_name=str(vocabulary), validation_split_percentage=0, processes=1)
     counts = {}
     with TemporaryDirectory() as folder:
-        outline = Outline.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
+        outline = CorpusBoundaries.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
         for longest in (128, 512):
             sampling = Sampling(longest)
             lengths = plan_samples(outline, sampling, np.random.default_rng(0)).lengths(sampling)

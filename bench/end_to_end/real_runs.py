@@ -47,7 +47,7 @@ def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
     wikitext, tuned = folder / "wikitext2", folder / "sst2"
     pretrain = f"""pretrain --output-dir {wikitext}
         --train-file {corpus}/wikitext2-detok-train.txt.xz --validation-file {corpus}/wikitext2-detok-valid.txt.xz
-        --vocabulary-size 8192 --preset tiny --max-seq-length 128 --tokens-per-batch 2048 --num-train-epochs 3
+        --vocab-size 8192 --preset tiny --max-seq-length 128 --tokens-per-batch 2048 --num-train-epochs 3
         --optimizer muon --learning-rate 4e-3 --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0"""
     finetune = f"""finetune --model-name-or-path {wikitext} --output-dir {tuned}
         --train-file {sst2}/train.tsv.gz --validation-file {sst2}/dev.tsv.gz

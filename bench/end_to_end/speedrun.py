@@ -100,7 +100,7 @@ def pack(data: Path, archive: Path, files: int) -> None:
     with TemporaryDirectory() as scratch, tarfile.open(archive, "w:xz") as target:
         vocabulary = str(data / "vocab" / "bert-base-uncased-vocab.txt")
         train = [*books, *encyclopedia[:files]]
-        chosen = dataclasses.replace(settings, train_file=train, tokenizer_name=vocabulary, vocabulary_size=30_522)
+        chosen = dataclasses.replace(settings, train_file=train, tokenizer_name=vocabulary, vocab_size=30_522)
         target.add(prepare(PrepareSettings(scratch, chosen)), "shards")
         target.add(data / "glue" / "SST-2", "sst-2")
     print(f"{archive.stat().st_size / 2**20:.1f} MiB")

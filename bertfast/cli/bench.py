@@ -1,4 +1,4 @@
-"""`bertfast bench MODEL`: how much faster a model of one's own is than in `transformers`, on this machine and text."""
+"""`bertfast bench MODEL`: the speedup of a model over `transformers`, on this machine and on given text."""
 
 from __future__ import annotations
 
@@ -7,83 +7,119 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from bertfast.cli.compare import TextSettings, open_both, outputs
+from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
 from bertfast.runtime.plotting import draw
 from bertfast.runtime.precision import wait_for
 
-TOLERANCE = 1e-3  # of outputs, beside the largest
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TOLERANCE = 1e-3  # largest difference of an output, relative to the largest absolute value (at least 1)
 
 
 @dataclass
-class SpeedupSettings(TextSettings):
-    """Which model, on which texts.
+class BenchSettings(TextSettings):
+    """Which model to measure, on which texts.
 
     Attributes:
-        model_name_or_path: Folder or hub id of a BERT and its tokenizer.
-        seconds: About how long to measure.
-        picture: Where the picture goes.
+        model_name_or_path: Folder or hub id of a BERT model and its tokenizer.
+        seconds: Approximate duration of the measurement in seconds.
+        plot: PNG file for the plot.
     """
 
     model_name_or_path: Positional[str]
     seconds: float = 30.0
-    picture: str = "speed.png"
+    plot: str = "speed.png"
 
 
-def speedup(settings: SpeedupSettings) -> dict[str, float]:
-    """Print and draw tokens a second of both, without and with a backward pass; returns the ratios by name.
+def bench(settings: BenchSettings) -> dict[str, float]:
+    """Measure, print and plot the throughput of bertfast and transformers.
 
-    Both run in turn, in fp32 and with `transformers`' own choice of attention, after their outputs were compared.
+    The two are measured alternately, in fp32 and with transformers' default attention implementation, once their
+    outputs have been found equal.
+
+    Returns:
+        The speedup by measurement, "inference" and "forward and backward".
+
+    Raises:
+        ValueError: The outputs differ, or there is nothing to compare (see `open_both`).
     """
     both = open_both(settings.model_name_or_path, settings)
-    sides = {"transformers": both.theirs, "bertfast": both.ours}
+    _check_outputs(both)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in both.batches)
     rates, ratios = {}, {}
-    with torch.no_grad():
-        for batch in both.batches:
-            for (name, ours), theirs in zip(
-                outputs(both.ours, batch).items(), outputs(both.theirs, batch).values(), strict=True
-            ):
-                if not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1):
-                    raise ValueError(f"{name} differs from transformers', so nothing is timed: see bertfast verify")
-    for what in ("inference", "forward and backward"):
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        end = time.perf_counter() + settings.seconds / 2
-        while not seconds["bertfast"] or time.perf_counter() < end:
-            for name, model in sides.items():
-                seconds[name].append(_seconds(model, both.batches, what == "inference"))
-        rates[what] = {name: tokens / statistics.median(samples) for name, samples in seconds.items()}
+    for mode in ("inference", "forward and backward"):
+        seconds = _measure(both, settings.seconds / 2, inference=mode == "inference")
+        rates[mode] = {name: tokens / statistics.median(samples) for name, samples in seconds.items()}
         pairs = zip(seconds["transformers"], seconds["bertfast"], strict=True)
-        ratios[what] = statistics.median(theirs / ours for theirs, ours in pairs)
-        shown = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates[what].items())
-        print(f"{what}: {ratios[what]:.2f} x ({shown})")
-    if draw(Path(settings.picture), (6, 3), partial(_paint, rates=rates, ratios=ratios)):
-        print(f"{settings.picture} shows it")
+        ratios[mode] = statistics.median(hf / bertfast for hf, bertfast in pairs)
+        shown = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates[mode].items())
+        print(f"{mode}: {ratios[mode]:.2f}x ({shown})")
+    if draw(Path(settings.plot), (6, 3), partial(_plot, title=_title(settings, both), rates=rates, ratios=ratios)):
+        print(f"plot written to {settings.plot}")
     return ratios
 
 
+def _check_outputs(both: Comparison) -> None:
+    """Raise ValueError if any output differs by more than TOLERANCE."""
+    with torch.no_grad():
+        for batch in both.batches:
+            results, hf = outputs(both.bertfast, batch), outputs(both.hf, batch)
+            for (name, value), hf_value in zip(results.items(), hf.values(), strict=True):
+                # Not `>`: the comparison must also fail for NaN.
+                if not (value - hf_value).abs().max() <= TOLERANCE * hf_value.abs().max().clamp(min=1):
+                    raise ValueError(
+                        f"{name} differs from transformers, so nothing is timed: run `bertfast verify` on this model"
+                    )
+
+
+def _measure(both: Comparison, duration: float, inference: bool) -> dict[str, list[float]]:
+    """Return the seconds of each pass over all batches, by library, of passes that alternate for `duration` seconds."""
+    models = {"transformers": both.hf, "bertfast": both.bertfast}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    end = time.perf_counter() + duration
+    while not seconds["bertfast"] or time.perf_counter() < end:
+        for name, model in models.items():
+            seconds[name].append(_seconds(model, both.batches, inference))
+    return seconds
+
+
 def _seconds(model: nn.Module, batches: list[dict[str, Tensor]], inference: bool) -> float:
-    wait_for(batches[0]["input_ids"].device)
+    """Return the wall time of a pass over all batches."""
+    device = batches[0]["input_ids"].device
+    wait_for(device)
     started = time.perf_counter()
     for batch in batches:
         with torch.set_grad_enabled(not inference):
-            found = model(**batch)[0]
+            first_output = model(**batch)[0]
         if not inference:
-            found.sum().backward()
+            first_output.sum().backward()
             model.zero_grad()
-    wait_for(batches[0]["input_ids"].device)
+    wait_for(device)
     return time.perf_counter() - started
 
 
-def _paint(axes, rates: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
-    for number, name in enumerate(next(iter(rates.values()))):
-        heights = [own[name] for own in rates.values()]
-        axes.barh([place + 0.4 * number for place in range(len(rates))], heights, 0.38, label=name)
-    titles = [f"{what}\n{ratios[what]:.2f} x" for what in rates]
-    axes.set_yticks([place + 0.2 for place in range(len(rates))], titles)
-    axes.set_xlabel("tokens a second")
+def _title(settings: BenchSettings, both: Comparison) -> str:
+    device = both.batches[0]["input_ids"].device
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return f"{Path(settings.model_name_or_path).name} ({hardware}, fp32)"
+
+
+def _plot(axes: Axes, title: str, rates: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
+    """Draw one group of horizontal bars per measurement, one bar per library."""
+    for bar, name in enumerate(next(iter(rates.values()))):
+        throughputs = [of_mode[name] for of_mode in rates.values()]
+        axes.barh([group + 0.4 * bar for group in range(len(rates))], throughputs, 0.38, label=name)
+    labels = [f"{mode}\n{ratios[mode]:.2f}x" for mode in rates]
+    axes.set_yticks([group + 0.2 for group in range(len(rates))], labels)
+    axes.set_title(title)
+    axes.set_xlabel("throughput (tokens/s)")
     axes.legend()

@@ -1,4 +1,4 @@
-"""A model of one's own beside the same one in `transformers`, on batches of one's own text."""
+"""The same model in bertfast and in `transformers`, and padded batches of text to compare them on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bertfast.data.corpus import read_lines
@@ -22,16 +23,20 @@ from bertfast.models.files import class_named_by, load, read_config, report_diff
 from bertfast.runtime.precision import choose_device
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 
+# transformers' argument: attribute of a `tokenizers.Encoding`
+_ENCODING_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+
 
 @dataclass(kw_only=True)
 class TextSettings:
-    """Which texts, and where.
+    """Which texts to run a model on, and where.
 
     Attributes:
-        input_file: A text a line; "-": lines of standard input; none: the documentation of the Python packages here.
-        texts: How many of them.
-        per_device_batch_size: Texts at a time.
-        max_seq_length: Tokens of a text at most, longer ones are cut; none: the positions of the model.
+        input_file: Text file with one text per line; "-": standard input; none: the docstrings of the installed Python
+            packages.
+        texts: Number of texts.
+        per_device_batch_size: Texts per batch.
+        max_seq_length: Maximum sequence length in tokens, longer texts are truncated; none: the model's maximum.
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
 
@@ -43,56 +48,83 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Both models in evaluation mode, with the same weights, and padded batches for either."""
+class Comparison:
+    """One model in both libraries, in evaluation mode and with the same weights.
 
-    ours: nn.Module
-    theirs: nn.Module
+    Attributes:
+        bertfast: The model of bertfast.
+        hf: The model of transformers.
+        batches: Padded inputs for either: input_ids, attention_mask and token_type_ids, int64 [rows, columns].
+    """
+
+    bertfast: nn.Module
+    hf: nn.Module
     batches: list[dict[str, Tensor]]
 
 
-def open_both(name: str, settings: TextSettings) -> Beside:
-    """Raises ValueError if there is no text, or the model has parts that transformers does not know."""
+def open_both(name: str, settings: TextSettings) -> Comparison:
+    """Open a model in both libraries and tokenize the texts.
+
+    Args:
+        name: Folder or hub id of the model.
+        settings: Texts and device.
+
+    Raises:
+        ValueError: There is no text, or the model has parts that transformers does not have.
+    """
     folder, device = resolve(name), choose_device(settings.device)
     config = read_config(folder)
     if isinstance(config, ExtendedBertConfig):
-        raise ValueError(f"{name} has parts that transformers does not know, so there is nothing to compare with")
-    kind = class_named_by(config)
-    if kind is BertForMultipleChoice:
-        kind = BertModel  # a text alone is no choice
+        raise ValueError(f"{name} has parts that transformers does not have, so there is nothing to compare with")
+    model_class = class_named_by(config)
+    if model_class is BertForMultipleChoice:
+        model_class = BertModel  # multiple choice takes several texts per example, and these are single ones
     tokenizer = open_tokenizer(folder, config)
     tokenizer.enable_truncation(sequence_length(settings.max_seq_length, config))
     tokenizer.enable_padding()
-    texts = [*islice(filter(None, map(str.strip, _texts(settings.input_file))), settings.texts)]
-    if not texts:
-        raise ValueError(f"there is no text in {settings.input_file}: give it a text a line")
-    batches = []
-    for first in range(0, len(texts), settings.per_device_batch_size):
-        encoded = tokenizer.encode_batch(texts[first : first + settings.per_device_batch_size])
-        fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        batches.append(
-            {name: torch.tensor([getattr(one, own) for one in encoded], device=device) for name, own in fields.items()}
-        )
-    ours, missing, unexpected = load(kind, folder, config)
-    report_differences(ours, name, missing, unexpected)
-    theirs = getattr(transformers, kind.__name__)(copy.deepcopy(config))
-    theirs.load_state_dict(ours.state_dict())
-    theirs.config.use_cache = False
-    return Beside(ours.to(device), theirs.eval().to(device), batches)
+    batches = _batches(tokenizer, settings, device)
+    fused, missing, unexpected = load(model_class, folder, config)
+    report_differences(fused, name, missing, unexpected)
+    hf = getattr(transformers, model_class.__name__)(copy.deepcopy(config))
+    hf.load_state_dict(fused.state_dict())
+    hf.config.use_cache = False
+    return Comparison(fused.to(device), hf.eval().to(device), batches)
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | None = None) -> dict[str, Tensor]:
-    """What a model gives for a batch, zero at padding."""
+    """Return a model's output tensors for a batch by name; outputs of tokens, [rows, columns, …], are 0 at padding.
+
+    Args:
+        model: A model of either library.
+        batch: Its arguments.
+        autocast: dtype to autocast to; None: no autocast.
+    """
     mask = batch["attention_mask"].bool()
     with nullcontext() if autocast is None else torch.autocast(mask.device.type, autocast):
-        found = model(**batch)
+        results = model(**batch)
     return {
         name: value.masked_fill(~mask.view(*mask.shape, *[1] * (value.dim() - 2)), 0)
         if value.shape[:2] == mask.shape
         else value
-        for name, value in found.items()
+        for name, value in results.items()
         if isinstance(value, Tensor)
     }
+
+
+def _batches(tokenizer: Tokenizer, settings: TextSettings, device: torch.device) -> list[dict[str, Tensor]]:
+    texts = [*islice(filter(None, map(str.strip, _texts(settings.input_file))), settings.texts)]
+    if not texts:
+        raise ValueError(f"--input-file {settings.input_file} holds no text: it needs one text per line")
+    batches = []
+    for first in range(0, len(texts), settings.per_device_batch_size):
+        encodings = tokenizer.encode_batch(texts[first : first + settings.per_device_batch_size])
+        batches.append(
+            {
+                name: torch.tensor([getattr(encoding, field) for encoding in encodings], device=device)
+                for name, field in _ENCODING_FIELDS.items()
+            }
+        )
+    return batches
 
 
 def _texts(file: str | None) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""`bertfast demo`: a BERT of one's own in minutes, on a plain CPU and without a download.
+"""`bertfast demo`: pre-train and fine-tune a small BERT in a few minutes on a CPU, without a download.
 
-Pre-trains a small model on the documentation of the installed Python packages, fine-tunes it to tell which package a
-sentence documents, from the pre-trained weights and from random ones, and lets it fill in blanks.
+Pre-trains on the docstrings of the installed Python packages, fine-tunes a classifier that predicts which package a
+sentence documents, once from the pre-trained weights and once from scratch, and predicts masked tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
-HELD_OUT = 4  # percent of the modules, kept from both kinds of training
-PACKAGES = 10  # to tell apart: those with most to say
-SENTENCES = 1000  # of each package to learn from, at most
-WORDS = 8  # in a sentence at least, so that there is something to go by
+HELD_OUT = 4  # percent of the modules, held out from pre-training and fine-tuning
+PACKAGES = 10  # classes of the classifier: the packages with the most sentences
+SENTENCES = 1000  # maximum number of training sentences per package
+WORDS = 8  # minimum number of words per sentence; shorter ones rarely identify a package
 
-BLANKS = (
+MASKED_TEXTS = (
     "Returns True [MASK] the object is a string, and False otherwise.",
     "Return the number [MASK] elements in the list.",
     "The name of the [MASK] to read from.",
@@ -42,12 +42,12 @@ BLANKS = (
 
 @dataclass
 class DemoSettings:
-    """Where the demo works, and how long it pre-trains.
+    """Where the demo writes its files, and how long it pre-trains.
 
     Attributes:
-        output_dir: Folder for all that it makes; what is finished there is not done again.
-        minutes: Length of the pre-training.
-        seed: Decides everything random.
+        output_dir: Folder for all files; finished steps in it are not repeated.
+        minutes: Duration of pre-training in minutes.
+        seed: Seed of all random numbers.
     """
 
     output_dir: str = "demo"
@@ -56,10 +56,10 @@ class DemoSettings:
 
 
 def demo(settings: DemoSettings) -> dict[str, float]:
-    """Run it and print what came out; returns the figures."""
+    """Run the demo, print its results, and return them by name."""
     folder = Path(settings.output_dir)
-    print("1. Text: the documentation of the Python packages installed here.")
-    corpus = CorpusSettings(vocabulary_size=4096, validation_split_percentage=HELD_OUT)
+    print("1. Text: the docstrings of the installed Python packages.")
+    corpus = CorpusSettings(vocab_size=4096, validation_split_percentage=HELD_OUT)
     data = prepare(PrepareSettings(str(folder / "data"), corpus))
 
     model = folder / "model"
@@ -68,32 +68,42 @@ def demo(settings: DemoSettings) -> dict[str, float]:
         print("2. Pre-training: masked LM and next-sentence prediction.")
         pretrained = pretrain(_pretraining(settings, data, model))
         print("3. Fine-tuning: which package does this sentence document?")
-        scores = {name: _finetune(settings, model, folder / name, train, validation) for name in ("tuned", "untaught")}
+        scores = {
+            name: _finetune(settings, model, folder / name, train, validation) for name in ("finetuned", "from-scratch")
+        }
     except RunStopped as stopped:
-        raise RunStopped(f"{str(stopped).partition(':')[0]}: the same command goes on with the demo") from None
+        raise RunStopped(f"{str(stopped).partition(':')[0]}: run the same command again to continue the demo") from None
 
-    print("\n4. Five blanks, each with the five words it likes best.")
-    filler, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")
-    for text in BLANKS:
-        words = ", ".join(f"{word} {probability:.0%}" for word, probability in fill_mask(filler, tokenizer, text)[0])
-        print(f"   {text}\n      {words}")
+    print("\n4. Masked tokens: the five most likely predictions for each.")
+    masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")
+    for text in MASKED_TEXTS:
+        predictions = fill_mask(masked_lm, tokenizer, text)[0]
+        print(f"   {text}\n      " + ", ".join(f"{token} {probability:.0%}" for token, probability in predictions))
 
-    ahead = pretrained["unigram_entropy"] - pretrained["validation_loss"]
+    gain = pretrained["unigram_entropy"] - pretrained["validation_loss"]
     print(
-        f"\n5. On text it never saw, the loss is {pretrained['validation_loss']:.2f} nats a blank; the frequency of "
-        f"words alone gives {pretrained['unigram_entropy']:.2f}, {ahead:.2f} more.\n"
-        f"   It tells the package of {scores['tuned']:.1%} of the sentences; "
-        f"fine-tuned from a random start, of {scores['untaught']:.1%}.\n"
+        f"\n5. Validation loss: {pretrained['validation_loss']:.2f} nats per masked token, {gain:.2f} less than the "
+        f"unigram baseline of {pretrained['unigram_entropy']:.2f}.\n"
+        f"   Classification accuracy: {scores['finetuned']:.1%}; trained from scratch: {scores['from-scratch']:.1%}.\n"
         f"   Model: {model}. Metrics: {model / 'metrics.jsonl'}. Plot: {model / 'loss.png'}."
     )
-    results = {**pretrained, "accuracy": scores["tuned"], "accuracy_from_random_start": scores["untaught"]}
+    results = {**pretrained, "accuracy": scores["finetuned"], "accuracy_from_scratch": scores["from-scratch"]}
     write_results(folder / "results.json", results)
     return results
 
 
 def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Sentences labelled with their package, as JSON lines: (to learn from, to validate on, of other modules)."""
-    sentences = {split: defaultdict(list) for split in (False, True)}  # is it held out: package: sentences
+    """Write sentences labelled with their package as JSON lines.
+
+    Args:
+        corpus: The file that `gather_docstrings` wrote.
+        folder: Folder for the two files.
+        seed: Seed of the choice of sentences.
+
+    Returns:
+        The training file and the validation file, which has sentences of other modules.
+    """
+    sentences = {split: defaultdict(list) for split in (False, True)}  # whether held out: package: sentences
     with corpus.open(encoding="utf-8") as file:
         for line in file:
             module = json.loads(line)
@@ -108,14 +118,14 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
         paths.append(folder / f"{'validation' if split else 'train'}.jsonl")
         with paths[-1].open("w", encoding="utf-8") as file:
             for package in packages:
-                own = sentences[split][package]
-                for index in generator.permutation(len(own))[:limit]:
-                    file.write(json.dumps({"text": own[index], "label": package}) + "\n")
+                texts = sentences[split][package]
+                for index in generator.permutation(len(texts))[:limit]:
+                    file.write(json.dumps({"text": texts[index], "label": package}) + "\n")
     return paths[0], paths[1]
 
 
 def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSettings:
-    # Muon leaves the plateau of word frequencies within a minute, where AdamW stays for all four (bench/LOG.md).
+    # Muon beats the unigram baseline within a minute; AdamW stays on its plateau for all four (bench/LOG.md).
     return PretrainSettings(
         output_dir=str(model),
         data_dir=str(data),
@@ -144,7 +154,7 @@ def _finetune(settings: DemoSettings, model: Path, output: Path, train: Path, va
             train_file=str(train),
             validation_file=str(validation),
             output_dir=str(output),
-            random_init=output.name == "untaught",
+            random_init=output.name == "from-scratch",
             max_seq_length=64,
             num_train_epochs=2,
             learning_rate=5e-4,

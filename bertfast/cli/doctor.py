@@ -1,10 +1,11 @@
-"""`bertfast doctor`: what this machine has, what runs on it by default and why, and whether its kernels are right."""
+"""`bertfast doctor`: report hardware, versions and the kernels that run by default, and test the kernels."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -23,18 +24,30 @@ from bertfast.ops.matmul import onednn_is_faster
 from bertfast.runtime.precision import choose_device, choose_precision, multiplies_bf16
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PACKAGES = (
+    "bertfast",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "onnxruntime",
+    "numpy",
+)
 
 
 @dataclass(kw_only=True)
 class DoctorSettings:
-    """What to look at.
+    """What to report and check.
 
     Attributes:
-        device: Device to look at, cpu, cuda, cuda:1, …; none: what training would use, and with `check` the CPU too.
-        check: Run every kernel that runs here, forward and backward, and compare it with a float64 truth.
-        only: With `check`, run only the checks whose line holds all of these words, such as: attention triton D=64.
-        seconds: With `check`, begin no check after this many seconds; the output lists what was not reached.
-        json: Print one JSON object in place of text.
+        device: Device to report on, cpu, cuda, cuda:1, …; none: the default device of training, and with `--check` the
+            CPU as well.
+        check: Run every available kernel, forward and backward, and compare it with a float64 truth.
+        only: With `--check`, run only the checks whose line contains all of these words, such as attention D=64.
+        seconds: With `--check`, time limit in seconds; checks that do not start in time are listed as not reached.
+        json: Print one JSON object instead of text.
     """
 
     device: str | None = None
@@ -44,29 +57,67 @@ class DoctorSettings:
     json: bool = False
 
 
+@dataclass(frozen=True)
+class Dispatch:
+    """What runs each operator by default.
+
+    Attributes:
+        operators: Implementation by operator and by device and dtype, such as "cpu fp32".
+        fallback_reasons: By device and dtype, why the reference runs in place of the kernels; only where it does.
+        head_dimensions: Head dimensions that the attention kernels support; the reference runs all others.
+    """
+
+    operators: dict[str, dict[str, str]]
+    fallback_reasons: dict[str, str]
+    head_dimensions: tuple[int, ...]
+
+
 def doctor(settings: DoctorSettings) -> int:
-    """Print what is here. Return the exit status: 1 if a kernel is wrong or raised an exception, else 0."""
+    """Print the report.
+
+    Returns:
+        The exit status: 1 if a check failed or raised an exception, else 0.
+    """
     if settings.seconds <= 0:
-        raise ValueError(f"--seconds must be positive, got {settings.seconds:g}: it is the time for all checks")
+        raise ValueError(f"--seconds must be positive, got {settings.seconds:g}: it is the time limit of all checks")
     device = choose_device(settings.device)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    facts = _facts(device, devices)
+    environment = _environment(device, devices)
     if not settings.json:
-        print("\n".join(f"{name:11}{what}" for name, what in facts.items()), end="\n\n", flush=True)
-    if settings.check:
-        return _check(settings, device, facts)
-    if settings.json:
-        print(json.dumps({"environment": facts}, indent=1))
+        print("\n".join(f"{name:11}{text}" for name, text in environment.items()), end="\n\n", flush=True)
+        if settings.check:
+            return _exit_status(_check(settings, device))
+        _print_dispatch(_dispatch(devices), _suggestions(device))
         return 0
-    print("\n".join(_table(devices)))
-    advice = _advice(device)
-    if advice:
-        print("\nFaster would be:", *advice, sep="\n  ")
-    return 0
+    report = {
+        "versions": versions(),
+        "environment": environment,
+        **asdict(_dispatch(devices)),
+        "suggestions": _suggestions(device),
+    }
+    outcomes = _check(settings, device) if settings.check else []
+    if settings.check:
+        report["checks"] = [asdict(outcome) for outcome in outcomes]
+    print(json.dumps(report, indent=1))
+    return _exit_status(outcomes)
 
 
-def _check(settings: DoctorSettings, device: torch.device, facts: dict[str, str]) -> int:
-    """Run the self-test, print each outcome as it comes, and return the exit status."""
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, of the packages that matter here, and of nvcc; None where one is not installed.
+
+    "nvcc" is the compiler that a build would find; "nvcc_of_build" is the one that compiled the native library.
+    """
+    built = cuda_build.BUILD
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "nvcc": nvcc_version(),
+        "nvcc_of_build": built.nvcc if built is not None else None,
+    }
+
+
+def _check(settings: DoctorSettings, device: torch.device) -> list[self_test.Outcome]:
+    """Run the self-test; without `--json`, print each outcome as it comes, and a summary."""
     devices = [device] if settings.device or device.type == "cpu" else [device, torch.device("cpu")]
     outcomes = []
     for outcome in self_test.run(devices, settings.only, settings.seconds):
@@ -77,27 +128,29 @@ def _check(settings: DoctorSettings, device: torch.device, facts: dict[str, str]
         outcomes.append(outcome)
     if not outcomes:
         words = " ".join(settings.only)
-        raise ValueError(f"no check has all words of --only {words}: run without --only, whose lines show the words")
-    if settings.json:
-        print(json.dumps({"environment": facts, "checks": [asdict(each) for each in outcomes]}, indent=1))
-    else:
+        raise ValueError(f"no check contains all words of --only {words}: run without --only to list the checks")
+    if not settings.json:
         print("\n" + _verdict(outcomes))
+    return outcomes
+
+
+def _exit_status(outcomes: Sequence[self_test.Outcome]) -> int:
     return int(any(outcome.status in ("failed", "error") for outcome in outcomes))
 
 
-def _facts(device: torch.device, devices: list[torch.device]) -> dict[str, str]:
-    """What a bug report needs to say of the machine."""
-    packages = ("bertfast", "torch", "triton", "transformers", "numpy")
+def _environment(device: torch.device, devices: list[torch.device]) -> dict[str, str]:
+    """Return what a bug report should say about the machine."""
+    packages = {name: found for name, found in versions().items() if name not in ("python", "nvcc_of_build")}
     return {
-        "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
+        "versions": ", ".join(f"{name} {found or 'not installed'}" for name, found in packages.items()),
         "commit": _commit(),
         "Python": f"{platform.python_version()} on {platform.platform()}",
-        "processor": f"{_processor()}; {torch.get_num_threads()} threads, {os.cpu_count()} processors",
+        "CPU": f"{_cpu_model()}; {torch.get_num_threads()} threads, {os.cpu_count()} logical CPUs",
         "library": _library(),
         **({} if native.ABSENT else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
         "driver": f"{driver_version() or 'none'}; torch was built for CUDA {torch.version.cuda}",
-        "fp32 GEMM": f"on a CPU by {'oneDNN, which is faster here' if onednn_is_faster() else 'MKL'}",
+        "fp32 GEMM": f"{'oneDNN (faster on this CPU)' if onednn_is_faster() else 'MKL'} on the CPU",
         "training": f"on {device} in {_precision(device)}",
     }
 
@@ -109,8 +162,8 @@ _HEADING = (
 
 
 def _row(outcome: self_test.Outcome) -> str:
-    """A line of the table: errors are relative, times in microseconds."""
-    numbers = [
+    """Return a line of the table: errors are relative, times in microseconds."""
+    columns = [
         " " * width if value is None else f"{value:{width}{form}}"
         for value, width, form in (
             (outcome.error, 8, ".1e"),
@@ -121,70 +174,79 @@ def _row(outcome: self_test.Outcome) -> str:
     ]
     result = outcome.status if outcome.status == "passed" else f"{outcome.status.upper()}: {outcome.message}"
     kernels = f"{outcome.operator:21}{outcome.implementation:10}{outcome.precision:10}{outcome.shape:30}"
-    return kernels + "".join(numbers) + f"  {result}"
+    return kernels + "".join(columns) + f"  {result}"
 
 
 def _verdict(outcomes: Sequence[self_test.Outcome]) -> str:
-    """How many checks passed, and which did not."""
+    """Return a summary: how many checks passed, and which ones did not."""
     count = Counter(outcome.status for outcome in outcomes)
     lines = [f"{count['passed']} of {len(outcomes)} checks passed, {count['not reached']} were not reached."]
-    wrong = [outcome for outcome in outcomes if outcome.status in ("failed", "error")]
-    if wrong:
-        lines.append(f"{len(wrong)} went wrong; please report them with all of this output:")
-        lines += [f"  {outcome.label}: {outcome.status}: {outcome.message}" for outcome in wrong]
+    failed = [outcome for outcome in outcomes if outcome.status in ("failed", "error")]
+    if failed:
+        lines.append(f"{len(failed)} failed; please report them with all of this output:")
+        lines += [f"  {outcome.label}: {outcome.status}: {outcome.message}" for outcome in failed]
     return "\n".join(lines)
 
 
-def _advice(device: torch.device) -> list[str]:
-    """What would make it faster here."""
-    advice = []
+def _suggestions(device: torch.device) -> list[str]:
+    """Return what would make this machine faster."""
+    found = []
     if native.ABSENT is not None:
-        advice.append("the compiled library: install bertfast again where a C++ compiler is")
+        found.append("install a C++20 compiler and reinstall bertfast: its native library has the kernels for CPUs")
     if device.type == "cuda":
         if not HAS_TRITON:
-            advice.append("Triton, whose kernels are the GPU's: pip install triton")
-        return advice
+            found.append("install Triton, which runs the kernels on GPUs: pip install triton")
+        return found
     if torch.get_num_threads() < (os.cpu_count() or 1) // 2:
-        advice.append(f"more threads: OMP_NUM_THREADS or a limit leaves {torch.get_num_threads()} of {os.cpu_count()}")
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()}"
+        found.append(f"use more threads: OMP_NUM_THREADS or another limit allows {threads}")
     if native.ABSENT is None and native.instruction_set() == "plain":
-        advice.append("a processor with AVX2 or AVX-512, whose vectors the kernels use")
-    advice.append("a GPU of sm_80 or later" if not torch.cuda.is_available() else "the GPU that is here: --device cuda")
-    return advice
+        found.append("use a CPU with AVX2 or AVX-512, for which the kernels are vectorised")
+    found.append("use the GPU: --device cuda" if torch.cuda.is_available() else "use a GPU of sm_80 or later")
+    return found
 
 
 def _commit() -> str:
-    """The commit of a checkout, or of an installation from a repository."""
+    """Return the commit of a checkout, or of an installation from a repository."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
-        return _answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+        return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
     try:
         source = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         source = {}
-    return source.get("vcs_info", {}).get("commit_id", "unknown: this is neither a checkout nor installed from one")
+    return source.get("vcs_info", {}).get("commit_id", "unknown: neither a checkout nor installed from one")
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver, empty if there is none."""
-    return _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    """Return the version of NVIDIA's driver, empty if there is none."""
+    return _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
-def _answer(*command: str) -> str:
-    """The output of a program, empty if there is no such program."""
+def nvcc_version() -> str | None:
+    """Return the version of the nvcc that NVCC, CUDA_HOME or PATH names; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = os.environ.get("NVCC") or (str(Path(home, "bin", "nvcc")) if home else "nvcc")
+    release = re.search(r"release [\d.]+, V([\d.]+)", _output_of(nvcc, "--version"))
+    return release and release[1]
+
+
+def _output_of(*command: str) -> str:
+    """Return the standard output of a program, empty if there is no such program."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _processor() -> str:
+def _cpu_model() -> str:
     description = Path("/proc/cpuinfo")
     lines = description.read_text().splitlines() if description.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -207,23 +269,32 @@ def _gpu(device: torch.device) -> str:
 def _precision(device: torch.device) -> str:
     chosen = choose_precision(device)
     if not multiplies_bf16(device):
-        return f"{chosen}: it has no instructions for products of bf16"
-    return chosen if device.type == "cuda" else f"{chosen}: measured, the faster one here"
+        return f"{chosen}: this CPU has no bf16 matmul instructions"
+    return chosen if device.type == "cuda" else f"{chosen}: the faster one on this CPU, as measured"
 
 
-def _table(devices: list[torch.device]) -> list[str]:
-    """The operations, a line each, with what runs them by default; then why it is not the kernels, where it is not."""
+def _dispatch(devices: list[torch.device]) -> Dispatch:
     columns = {
         f"{device} {name}": torch.empty(0, dtype=dtype, device=device)
         for device in devices
         for name, dtype in _DTYPES.items()
     }
-    rows = [[name, *(choose(name, None, x) for x in columns.values())] for name in OPERATIONS]
-    rows.insert(0, ["operation", *columns])
-    lines = [f"{name:22}" + "".join(f"{word:12}" for word in words).rstrip() for name, *words in rows]
-    lines.append(f"attention with heads of other sizes than {', '.join(map(str, HEAD_DIMENSIONS))}: reference")
-    for column, x in columns.items():
-        refusal = why_not("triton" if x.is_cuda else "cpu", "attention", x)
-        if refusal is not None:
-            lines.append(f"{column}: reference, which is plain PyTorch: {refusal}")
-    return lines
+    reasons = {column: why_not("triton" if x.is_cuda else "cpu", "attention", x) for column, x in columns.items()}
+    return Dispatch(
+        {name: {column: choose(name, None, x) for column, x in columns.items()} for name in OPERATIONS},
+        {column: reason for column, reason in reasons.items() if reason is not None},
+        tuple(HEAD_DIMENSIONS),
+    )
+
+
+def _print_dispatch(dispatch: Dispatch, suggestions: list[str]) -> None:
+    """Print one line per operator with its implementations, then why the reference runs, then the suggestions."""
+    rows = {"operator": next(iter(dispatch.operators.values())).keys()}  # the heading
+    rows |= {name: implementations.values() for name, implementations in dispatch.operators.items()}
+    lines = [f"{name:22}" + "".join(f"{cell:12}" for cell in cells).rstrip() for name, cells in rows.items()]
+    dimensions = ", ".join(map(str, dispatch.head_dimensions))
+    lines.append(f"attention with a head dimension other than {dimensions}: reference")
+    lines += [f"{column}: reference (plain PyTorch): {why}" for column, why in dispatch.fallback_reasons.items()]
+    if suggestions:
+        lines += ["", "To make it faster:", *(f"  {suggestion}" for suggestion in suggestions)]
+    print("\n".join(lines))

@@ -1,95 +1,156 @@
-"""`bertfast COMMAND …`: one dataclass of settings a command gives its flags, its YAML file and its help."""
+"""`bertfast COMMAND …`: the flags, the YAML entries and the help of a command come from one dataclass of settings."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 import yaml
 
+from bertfast.cli.recipes import find_config, recipe_names
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.signals import RunStopped
 
-# command: (module, settings, function, what it does)
+Settings = TypeVar("Settings")
+
+
+class Command(NamedTuple):
+    """Where a command is implemented; it is imported only when it runs.
+
+    Attributes:
+        module: Module below `bertfast`.
+        settings: Name of the dataclass of its settings.
+        function: Name of the function that takes the settings; if it returns an int, that is the exit status.
+        summary: What the command does, for `bertfast --help`.
+    """
+
+    module: str
+    settings: str
+    function: str
+    summary: str
+
+
 COMMANDS = {
-    "demo": ("cli.demo", "DemoSettings", "demo", "pre-train, fine-tune and ask a BERT of your own, in minutes"),
-    "prepare": ("data.prepare", "PrepareSettings", "prepare", "turn text into token shards"),
-    "pretrain": ("training.pretrain", "PretrainSettings", "pretrain", "pre-train on text: masked LM, sentence pairs"),
-    "finetune": (
-        "training.finetune",
-        "FinetuneSettings",
-        "finetune",
-        "fine-tune on sentences, choices, answers or tags",
+    "demo": Command(
+        "cli.demo", "DemoSettings", "demo", "Pre-train, fine-tune and query a small BERT in a few minutes."
     ),
-    "evaluate": ("training.evaluate", "EvaluateSettings", "evaluate", "score a model on labelled data or on text"),
-    "predict": ("inference.predict", "PredictSettings", "predict", "answers of a fine-tuned model, as JSON lines"),
-    "sweep": ("training.sweep", "SweepSettings", "sweep", "fine-tune with many settings and seeds, and keep the best"),
-    "reproduce": (
+    "prepare": Command("data.prepare", "PrepareSettings", "prepare", "Tokenize text into memory-mapped shards."),
+    "pretrain": Command(
+        "training.pretrain",
+        "PretrainSettings",
+        "pretrain",
+        "Pre-train with masked LM and, optionally, next-sentence prediction.",
+    ),
+    "finetune": Command(
+        "training.finetune", "FinetuneSettings", "finetune", "Fine-tune a pre-trained model on a labelled task."
+    ),
+    "evaluate": Command(
+        "training.evaluate", "EvaluateSettings", "evaluate", "Evaluate a model on labelled data or on plain text."
+    ),
+    "predict": Command(
+        "inference.predict", "PredictSettings", "predict", "Write a fine-tuned model's predictions as JSON lines."
+    ),
+    "sweep": Command(
+        "training.sweep",
+        "SweepSettings",
+        "sweep",
+        "Fine-tune over a grid of hyperparameters and seeds, and keep the best model.",
+    ),
+    "reproduce": Command(
         "cli.reproduce",
         "ReproduceSettings",
         "reproduce",
-        "the paper's tables, with models and data at hand",
+        "Reproduce a table of the BERT paper with your own data.",
     ),
-    "features": ("inference.embed", "ExtractSettings", "extract", "write what a model's layers hold of texts to disk"),
-    "fill-mask": (
+    "features": Command(
+        "inference.embed", "ExtractSettings", "extract", "Write token or sentence embeddings of texts to disk."
+    ),
+    "fill-mask": Command(
         "inference.fill_mask",
         "FillMaskSettings",
         "fill_mask_command",
-        "name the best words for each [MASK]",
+        "Predict the likeliest tokens for each [MASK].",
     ),
-    "import": (
-        "convert.import_tf",
-        "ImportSettings",
-        "import_checkpoint",
-        "make a model's folder of Google's TensorFlow checkpoint",
+    "import": Command(
+        "convert.import_tf", "ImportSettings", "import_checkpoint", "Convert a TensorFlow checkpoint of Google's BERT."
     ),
-    "export": ("convert.export", "ExportSettings", "export", "write a model for transformers, ONNX or torch.export"),
-    "verify": ("cli.verify", "VerifySettings", "verify", "compare with transformers on one's own model and text"),
-    "bench": ("cli.bench", "SpeedupSettings", "speedup", "say how much faster one's own model is here, with a picture"),
-    "doctor": ("cli.doctor", "DoctorSettings", "doctor", "say what this machine has, and check its kernels"),
+    "export": Command(
+        "convert.export", "ExportSettings", "export", "Export a model to Hugging Face format, ONNX or torch.export."
+    ),
+    "verify": Command(
+        "cli.verify", "VerifySettings", "verify", "Check a model's outputs and gradients against transformers."
+    ),
+    "bench": Command(
+        "cli.bench", "BenchSettings", "bench", "Measure and plot a model's speedup over transformers on this machine."
+    ),
+    "doctor": Command(
+        "cli.doctor", "DoctorSettings", "doctor", "Report hardware, versions and kernels; --check tests the kernels."
+    ),
 }
 
-# Errors whose message is the whole story; anything else is a mistake of ours and shows where it happened.
-EXPECTED = (ValueError, TypeError, OSError, ImportError, RunStopped)
+# Errors whose message tells the user what to do. Anything else is a bug of this program and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RunStopped)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Return the exit status: the command's own if it returns an int."""
+    """Run a command.
+
+    Args:
+        arguments: The command line without the program's name; None: that of this process.
+
+    Returns:
+        The exit status: the command's own if it returns an int, else 0; 1 after an error of the user's, 2 for an
+        unknown command, 130 after an interrupt.
+    """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
         return 0
+    if name == "--version":
+        print(f"bertfast {importlib.import_module('bertfast').__version__}")
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"bertfast: there is no command {name!r}; {hint}", file=sys.stderr)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"bertfast: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    keep_freed_memory()  # a command is a process of its own, which makes tensors of the same sizes over and over
-    module_name, settings_class, function, _ = COMMANDS[name]
-    module = importlib.import_module(f"bertfast.{module_name}")
+    keep_freed_memory()  # a command allocates tensors of the same sizes over and over
+    command = COMMANDS[name]
+    module = importlib.import_module(f"bertfast.{command.module}")
     try:
-        result = getattr(module, function)(parse(name, getattr(module, settings_class), rest))
+        result = getattr(module, command.function)(parse(name, getattr(module, command.settings), rest))
     except KeyboardInterrupt:
-        print(f"\nbertfast {name}: interrupted; the same command begins where finished work ends", file=sys.stderr)
+        print(
+            f"\nbertfast {name}: interrupted; run the same command again to continue after the last finished step",
+            file=sys.stderr,
+        )
         return 130
-    except EXPECTED as error:
+    except USER_ERRORS as error:
         print(f"bertfast {name}: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     return result if isinstance(result, int) else 0
 
 
-def parse(command: str, settings_class: type, arguments: list[str]):
-    """Settings from flags, and from the YAML files that `--config` names; what stands further right wins."""
+def parse(command: str, settings_class: type[Settings], arguments: list[str]) -> Settings:
+    """Return the settings of a command from its arguments.
+
+    Args:
+        command: Name of the command, for help and messages.
+        settings_class: Dataclass of its settings.
+        arguments: Flags with their values. `--config` inserts the entries of a YAML file or of an installed recipe in
+            its place; of a flag given more than once, the last value counts.
+    """
     flags = []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config":
-            flags += _flags_in(next(rest, None))
+            flags += _config_flags(next(rest, None))
         elif argument.startswith("--config="):
-            flags += _flags_in(argument.removeprefix("--config="))
+            flags += _config_flags(argument.removeprefix("--config="))
         else:
             flags.append(argument)
     return tyro.cli(
@@ -97,18 +158,19 @@ def parse(command: str, settings_class: type, arguments: list[str]):
     )
 
 
-def _flags_in(path: str | None) -> list[str]:
-    """A YAML file's entries as the flags they stand for, so that both are checked alike."""
-    if path is None or not Path(path).is_file():
-        raise FileNotFoundError(f"--config wants a YAML file, and {path} is none")
-    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+def _config_flags(name: str | None) -> list[str]:
+    """Return a YAML file's entries as flags, so that files and command lines are validated alike."""
+    if name is None:
+        raise ValueError("--config requires a YAML file or the name of a recipe")
+    path = find_config(name)
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold `name: value` lines")
+        raise ValueError(f"--config {name}: {path} must hold `name: value` lines")
     return flags_of(entries)
 
 
-def flags_of(entries: dict) -> list[str]:
-    """Names and values as the flags they stand for."""
+def flags_of(entries: Mapping[str, Any]) -> list[str]:
+    """Return names and values as command-line flags: True as `--name`, False as `--no-name`, a list as many values."""
     flags = []
     for name, value in entries.items():
         if isinstance(value, bool):
@@ -120,13 +182,15 @@ def flags_of(entries: dict) -> list[str]:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, (*_, what) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: bertfast COMMAND [--config FILE.yaml] [--flag value …]",
+            "usage: bertfast COMMAND [--config FILE.yaml | RECIPE] [--flag value …]",
+            "       bertfast --version",
             "",
-            *lines,
+            "Commands:",
+            *(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()),
             "",
-            "bertfast COMMAND --help lists the flags of a command; a YAML file holds the same names.",
+            "`bertfast COMMAND --help` lists a command's flags; a YAML file uses the same names.",
+            f"Recipes for `bertfast pretrain`: {', '.join(recipe_names())}.",
         ]
     )

@@ -1,7 +1,7 @@
-"""`bertfast reproduce`: the tables of the paper (Devlin et al., 2019) with models and data that one has.
+"""`bertfast reproduce`: reproduce the tables of the BERT paper (Devlin et al., 2019) with your own models and data.
 
-A recipe says what a table's rows pre-train and its cells fine-tune. What is finished is not done again, and the table
-is written anew after each cell, the paper's figures beside ours.
+A recipe defines which models the rows of a table pre-train and which tasks its cells fine-tune on. Finished runs are
+not repeated, and the table, which also shows the figures of the paper, is rewritten after each cell.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from bertfast.cli.main import flags_of, parse
+from bertfast.cli.recipes import recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.tasks.task import write_whole
 from bertfast.training.finetune import FinetuneSettings, finetune
@@ -24,28 +25,29 @@ _ABSENT = "no data"
 
 @dataclass(kw_only=True)
 class ReproduceSettings:
-    """Which table, from what.
+    """Which table to reproduce, and from what.
 
     Attributes:
-        table: Its number in the paper: 1 GLUE, 2 and 3 SQuAD, 4 SWAG, 5 ablation, 6 sizes, 7 names, 8 masking.
+        table: Number of the table in the paper: 1 GLUE, 2 and 3 SQuAD, 4 SWAG, 5 pre-training tasks, 6 model sizes,
+            7 named entities, 8 masking.
         data: Folder with glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/ and corpus/.
-        output_dir: Folder for models, runs and the table; what is there already is not done again.
-        recipes: Folder of table-N.yaml.
-        model: A model for the rows that pre-train as usual; none: pre-train one.
-        scale: Size of the models to pre-train.
-        minutes: How long to pre-train each.
-        tokens_per_batch: Of pre-training.
-        learning_rate: Of fine-tuning; small models take more than the paper's.
-        epochs: Of fine-tuning; none: the recipe's.
-        seeds: Restarts of each fine-tuning, whose mean and spread are shown.
-        only: Names of the columns to do now; none: all.
+        output_dir: Folder for models, runs and the table; finished runs in it are not repeated.
+        recipes: Folder with table-N.yaml; none: the recipes installed with bertfast.
+        model: Model for the rows with the default pre-training; none: pre-train one.
+        scale: Preset of the models to pre-train.
+        minutes: Duration of each pre-training run in minutes.
+        tokens_per_batch: Tokens per batch in pre-training.
+        learning_rate: Peak learning rate of fine-tuning; small models need a higher one than those of the paper.
+        epochs: Epochs of fine-tuning; none: as in the recipe.
+        seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
+        only: Columns to fill in; none: all.
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
 
     table: int
     data: str
     output_dir: str
-    recipes: str = "recipes/paper"
+    recipes: str | None = None
     model: str | None = None
     scale: str = "small"
     minutes: float = 5.0
@@ -58,10 +60,18 @@ class ReproduceSettings:
 
 
 def reproduce(settings: ReproduceSettings) -> Path:
-    """Do what is left of a table; returns the Markdown file that holds it."""
-    recipe = Path(settings.recipes, f"table-{settings.table}.yaml")
+    """Run what is missing of a table.
+
+    Returns:
+        The Markdown file of the table.
+
+    Raises:
+        FileNotFoundError: There is no recipe of this table.
+    """
+    recipes = Path(settings.recipes) if settings.recipes is not None else recipes_folder() / "paper"
+    recipe = recipes / f"table-{settings.table}.yaml"
     if not recipe.is_file():
-        raise FileNotFoundError(f"there is no recipe {recipe}: say with recipes where the folder is")
+        raise FileNotFoundError(f"there is no recipe {recipe}: choose another --table, or the folder with --recipes")
     table = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,23 +89,23 @@ def reproduce(settings: ReproduceSettings) -> Path:
 
 
 def render(table: dict, cells: dict[tuple[str, str], str], settings: ReproduceSettings) -> str:
-    """The table as Markdown: each cell ours, and the paper's in brackets."""
-    lines = [f"# {table['title']}", "", f"Ours (the paper's, {table['paper']}).", ""]
+    """Return the table as Markdown; each cell shows our result and, in parentheses, that of the paper."""
+    lines = [f"# {table['title']}", "", f"bertfast (in parentheses: the paper, {table['paper']}).", ""]
     lines += ["| | " + " | ".join(table["columns"]) + " |", "|---" * (len(table["columns"]) + 1) + "|"]
     for row in table["rows"]:
-        theirs = row.get("paper", {})
-        ours = [cells.get((row["name"], name), "") for name in table["columns"]]
-        published = [f" ({theirs[name]})" if name in theirs else "" for name in table["columns"]]
-        shown = map("".join, zip(ours, published, strict=True))
+        paper = row.get("paper", {})
+        results = [cells.get((row["name"], name), "") for name in table["columns"]]
+        published = [f" ({paper[name]})" if name in paper else "" for name in table["columns"]]
+        shown = map("".join, zip(results, published, strict=True))
         lines.append(f"| {row['name']} | " + " | ".join(shown) + " |")
-    said = f"learning rate {settings.learning_rate:g} where the recipe says no other, seeds {settings.seeds}"
+    used = f"learning rate {settings.learning_rate:g} unless the recipe sets one, seeds {settings.seeds}"
     if settings.model is None or any("pretrain" in row for row in table["rows"]):
-        said += f"; {settings.scale} models pre-trained for {settings.minutes:g} minutes each"
-    return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Made with: {said}.", ""])
+        used += f"; {settings.scale} models pre-trained for {settings.minutes:g} minutes each"
+    return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Settings: {used}.", ""])
 
 
 def _cell(settings: ReproduceSettings, table: dict, row: dict, name: str, folder: Path) -> str:
-    """What stands in a cell, done now or before."""
+    """Return the text of a cell, after the runs that it still needs."""
     column = table["columns"][name]
     if column.get("metric") == "perplexity":
         last = Path(_model(settings, row, folder), "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
@@ -105,29 +115,30 @@ def _cell(settings: ReproduceSettings, table: dict, row: dict, name: str, folder
         return _ABSENT
     scores = []
     for seed in settings.seeds:
-        own = folder / f"{_plain(row['name'])}-{_plain(column.get('run', name))}-{seed}"  # columns may read one run
-        if not (own / "all_results.json").exists():
+        # Several columns may show metrics of the same run.
+        run = folder / f"{_plain(row['name'])}-{_plain(column.get('run', name))}-{seed}"
+        if not (run / "all_results.json").exists():
             flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
             flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
-            flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": own}
-            flags["overwrite-output-dir"] = True  # what a run that was stopped has left there
+            flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
+            flags["overwrite-output-dir"] = True  # files of an interrupted run
             if settings.epochs is not None:
                 flags["num-train-epochs"] = settings.epochs
             finetune(parse("finetune", FinetuneSettings, flags_of(flags | _where(settings))))
-        results = json.loads((own / "all_results.json").read_text(encoding="utf-8"))
+        results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
         scores.append(results[f"eval_{column['metric']}"] * column.get("times", 100))
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.1f}{spread}"
 
 
 def _model(settings: ReproduceSettings, row: dict, folder: Path) -> str:
-    """The folder of a row's model, pre-trained now or before."""
+    """Return the folder of a row's model, after pre-training it if it does not exist."""
     changes = row.get("pretrain", {})
     if settings.model is not None and not changes:
         return settings.model
-    name = _plain(" ".join(f"{flag} {value}" for flag, value in changes.items())) or "usual"
-    own = folder / f"model-{name}"
-    if not (own / "config.json").exists():
+    name = _plain(" ".join(f"{flag} {value}" for flag, value in changes.items())) or "default"
+    model = folder / f"model-{name}"
+    if not (model / "config.json").exists():
         shards = prepare(PrepareSettings(str(folder / "shards"), _corpus(Path(settings.data, "corpus"))))
         flags = {
             "preset": settings.scale,
@@ -142,18 +153,18 @@ def _model(settings: ReproduceSettings, row: dict, folder: Path) -> str:
             "eval-batches": 20,
             "eval-steps": 10**6,
             "data-dir": shards,
-            "output-dir": own,
+            "output-dir": model,
             "resume": True,
             **changes,
         }
         pretrain(parse("pretrain", PretrainSettings, flags_of(flags | _where(settings))))
-    return str(own)
+    return str(model)
 
 
 def _corpus(folder: Path) -> CorpusSettings:
     files = {split: sorted(folder.glob(f"*-{split}*.txt.xz")) for split in ("train", "valid")}
-    chosen = {split: [str(file) for file in some if "wikitext" not in file.name] for split, some in files.items()}
-    return CorpusSettings(chosen["train"], chosen["valid"], vocabulary_size=16_384)
+    chosen = {split: [str(file) for file in found if "wikitext" not in file.name] for split, found in files.items()}
+    return CorpusSettings(chosen["train"], chosen["valid"], vocab_size=16_384)
 
 
 def _where(settings: ReproduceSettings) -> dict[str, str]:
@@ -161,5 +172,5 @@ def _where(settings: ReproduceSettings) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A name that a folder can have."""
+    """Return a name that is valid for a folder."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")

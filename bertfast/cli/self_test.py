@@ -1,7 +1,7 @@
 """Check every kernel that runs on a device against a float64 truth, forward and backward, at BERT's shapes.
 
-`bertfast doctor --check` prints the outcomes. The rule is that of the tests: the error of an output or gradient, by its
-Frobenius norm, is at most twice the reference's own in the same precision, plus a few ulps.
+`bertfast doctor --check` prints the outcomes. The rule is that of the tests: the Frobenius norm of the error of an
+output or gradient is at most twice that of the reference in the same precision, plus a few ulps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bertfast.ops.dispatch import Implementation, why_not
 from bertfast.runtime.precision import wait_for
 
 ULPS = 8
-# Precision: dtype of the first input (an activation) and of all others, most used first. The mixed one is what
-# the row-wise operators get under autocast.
+# Precision: dtypes of the first input (an activation) and of all others; the most used first. The row-wise operators
+# get the mixed one under autocast.
 PRECISIONS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
@@ -29,26 +29,26 @@ PRECISIONS = {
     "fp16": (torch.float16, torch.float16),
 }
 ROW_WISE = ("add_layer_norm", "bias_gelu", "gelu_layer_norm")
-# The reference is the baseline of all others; it is itself held to what rounding alone can do (relative error). bf16
-# sums over thousands of rows may err by 5 %.
+# Largest relative error of the reference, which is the baseline of all others: what rounding alone can cause. A bf16
+# sum over thousands of rows can be off by 5 %.
 REFERENCE_LIMIT = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
-# fp32 attention in Triton multiplies three TF32 parts per operand (tf32x3): about as exact as fp32, but the tensor core
-# truncates where fp32 rounds, so at D = 128 the error sits at the edge of twice PyTorch's.
+# fp32 attention in Triton multiplies three TF32 parts per operand (tf32x3): about as accurate as fp32, but tensor cores
+# truncate where fp32 rounds, so at D = 128 the error is close to twice that of PyTorch.
 TF32X3_FACTOR = 4
 REPEATS = {"cuda": 5, "cpu": 2}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one check ended.
+    """The outcome of one check.
 
     Attributes:
         operator, implementation, precision, shape, device: What was checked.
-        status: "passed", "failed" (the error is too large), "error" (an exception), "not reached".
-        error, allowed: Of the tensor that is nearest to, or furthest beyond, what is allowed; relative to the norm of
-            its true value. None where nothing was compared.
-        forward_us, backward_us: Median time of a call, by the host's clock, launch included; None if not measured.
-        message: Which tensor is worst, the exception, or why the check was not reached.
+        status: "passed", "failed" (the error is too large), "error" (an exception) or "not reached".
+        error, allowed: Error and largest allowed error of the tensor with the largest ratio of the two, relative to the
+            norm of its true value; None if nothing was compared.
+        forward_us, backward_us: Median wall time of a call in microseconds, launch included; None if not measured.
+        message: The tensor with the largest ratio, the exception, or why the check was not reached.
     """
 
     operator: str
@@ -65,7 +65,7 @@ class Outcome:
 
     @property
     def label(self) -> str:
-        """What was checked, in one line."""
+        """Return what was checked, in one line."""
         return f"{self.operator} {self.implementation} {self.precision} {self.shape} on {self.device}"
 
 
@@ -78,7 +78,7 @@ class _Check:
 
     @property
     def words(self) -> set[str]:
-        """The words of its line by which it can be chosen."""
+        """Return the words of its line by which `--only` selects it."""
         return {self.problem.operator, self.implementation, self.precision, *self.problem.shape.split()}
 
     def outcome(self, status: str, **values) -> Outcome:
@@ -99,34 +99,35 @@ def error_and_allowed(
     """Return the Frobenius error of `found` and the largest that the accuracy rule allows.
 
     Args:
-        found: The result that is judged.
+        found: The result to judge.
         baseline: PyTorch's own result in `dtype`, same shape.
         truth: float64, same shape.
         dtype: The dtype whose ulps are taken.
-        neighbour: Where the true value is zero, a tensor that it is a difference of; its norm scales the ulps.
-        factor: How many times the baseline's error is allowed.
+        neighbour: For a truth that cancels to zero, one of the tensors that it is the difference of: its norm scales
+            the ulps.
+        factor: Allowed multiple of the baseline's error.
     """
     truth = truth.detach().double()
-    error, own = ((x.detach().double() - truth).norm() for x in (found, baseline))
+    error, baseline_error = ((x.detach().double() - truth).norm() for x in (found, baseline))
     largest = truth.abs().max() if neighbour is None else neighbour.detach().double().norm()
-    return float(error), float(factor * own + ULPS * torch.finfo(dtype).eps * largest)
+    return float(error), float(factor * baseline_error + ULPS * torch.finfo(dtype).eps * largest)
 
 
 def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> Iterator[Outcome]:
-    """Yield the outcome of each check, the most telling first; those that the time does not reach come last.
+    """Yield the outcome of each check, the most informative first; those beyond the time limit come last.
 
     Args:
-        devices: Where to check; each device's kernels in turn.
-        only: Words that a check's line must all have ("triton", "D=64", …); none: all checks.
-        budget: Seconds after which no check begins. A check that is expected to end later does not begin either.
+        devices: Devices whose kernels are checked, one after the other.
+        only: Words that a check's line must all contain ("triton", "D=64", …); none: all checks.
+        budget: Time limit in seconds: no check starts that is expected to end later.
     """
     started, longest = time.monotonic(), 0.0
     stopped = ""
     for device in devices:
-        for group in [*_groups(device, only)]:  # all of them now: a GPU that has failed answers no question
+        for group in [*_groups(device, only)]:  # a list: after a CUDA error, the GPU cannot be queried any more
             left = budget - (time.monotonic() - started)
             if not stopped and left < longest:
-                stopped = f"the time of {budget:.0f} s is over"
+                stopped = f"the time limit of {budget:.0f} s is over"
             if stopped:
                 yield from (check.outcome("not reached", message=stopped) for check in group)
                 continue
@@ -134,12 +135,12 @@ def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> 
             for outcome in _run_group(group):
                 yield outcome
                 if outcome.status == "error" and _is_poisoned(device):
-                    stopped = "a CUDA error, after which this process can use the GPU no more; start another one"
+                    stopped = "an earlier CUDA error made the GPU unusable for this process; run it in a new process"
             longest = max(longest, time.monotonic() - before)
 
 
 def _is_poisoned(device: torch.device) -> bool:
-    """Whether an earlier CUDA error makes everything on the device fail."""
+    """Return whether an earlier CUDA error makes every call on the device fail."""
     if device.type != "cuda":
         return False
     try:
@@ -150,25 +151,25 @@ def _is_poisoned(device: torch.device) -> bool:
 
 
 def _groups(device: torch.device, only: Sequence[str]) -> Iterator[list[_Check]]:
-    """Yield checks that share a truth and a baseline: one problem in one precision, on each implementation."""
-    every = problems(device)
+    """Yield groups of checks with the same truth and baseline: one problem and precision, every implementation."""
+    all_problems = problems(device)
     for precision, (dtype, _) in PRECISIONS.items():
-        for problem in every:
+        for problem in all_problems:
             if precision == "bf16+fp32" and problem.operator not in ROW_WISE:
                 continue
             x = torch.empty(0, dtype=dtype, device=device)
             group = [
                 _Check(problem, implementation, precision, device)
                 for implementation in get_args(Implementation)
-                if _is_offered(implementation, problem.operator, x)
+                if _is_available(implementation, problem.operator, x)
             ]
-            chosen = [check for check in group if set(only) <= check.words]
-            if chosen:
-                yield chosen
+            selected = [check for check in group if set(only) <= check.words]
+            if selected:
+                yield selected
 
 
-def _is_offered(implementation: Implementation, operator: str, x: Tensor) -> bool:
-    # linear_gelu is a GEMM and the kernel of bias_gelu.
+def _is_available(implementation: Implementation, operator: str, x: Tensor) -> bool:
+    # linear_gelu is a GEMM followed by the kernel of bias_gelu.
     return why_not(implementation, "bias_gelu" if operator == "linear_gelu" else operator, x) is None
 
 
@@ -176,7 +177,7 @@ def _run_group(group: list[_Check]) -> Iterator[Outcome]:
     problem, precision, device = group[0].problem, group[0].precision, group[0].device
     first, others = PRECISIONS[precision]
     try:
-        inputs = [x.to(others if place else first) for place, x in enumerate(problem.inputs)]
+        inputs = [x.to(others if index else first) for index, x in enumerate(problem.inputs)]
         truth = _results(problem, "reference", [x.double() for x in inputs])
         baseline = _results(problem, "reference", inputs)
     except Exception as error:
@@ -189,14 +190,14 @@ def _run_group(group: list[_Check]) -> Iterator[Outcome]:
             yield check.outcome("error", message=_one_line(error))
             if _is_poisoned(device):
                 yield from (
-                    rest.outcome("not reached", message="a CUDA error before it")
+                    rest.outcome("not reached", message="an earlier CUDA error made the GPU unusable")
                     for rest in group[group.index(check) + 1 :]
                 )
                 return
 
 
 def _results(problem: Problem, implementation: Implementation, inputs: list[Tensor]) -> list[Tensor]:
-    """The outputs and the gradient of each input, for fixed random gradients of the outputs."""
+    """Return the outputs, and the gradient of each input for fixed random gradients of the outputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = _outputs(problem, implementation, leaves)
     gradients = torch.autograd.grad(outputs, leaves, [*map(_output_gradient, outputs)])
@@ -225,15 +226,14 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
     worst = None
     outputs = ("output", "copy")[: len(truth) - len(problem.shapes)]
     names = (*outputs, *(f"gradient of {name}" for name in problem.shapes))
-    for name, ours, own, true in zip(names, found, baseline, truth, strict=True):
-        # A copy for the next GEMM is rounded to a coarser dtype than the inputs'.
-        dtype = max(lowest, own.dtype, key=lambda each: torch.finfo(each).eps)
-        error, allowed = error_and_allowed(ours, own, true, dtype, factor=factor)
+    for name, result, expected, true in zip(names, found, baseline, truth, strict=True):
+        # The copy for the next GEMM may have a lower precision than the inputs.
+        dtype = max(lowest, expected.dtype, key=lambda each: torch.finfo(each).eps)
+        error, allowed = error_and_allowed(result, expected, true, dtype, factor=factor)
         norm = float(true.norm())
         if is_reference:
             allowed = REFERENCE_LIMIT[dtype] * norm
-        # NaN is further beyond than any number.
-        excess = error / allowed if error == error else float("inf")
+        excess = error / allowed if error == error else float("inf")  # NaN exceeds every limit
         if worst is None or excess > worst[0]:
             worst = (excess, name, error / norm, allowed / norm)
     excess, name, error, allowed = worst
@@ -249,7 +249,7 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
 
 
 def _times(check: _Check, inputs: list[Tensor]) -> tuple[float, float]:
-    """Median microseconds of a forward and of a backward pass; everything is compiled by now."""
+    """Return the median times of a forward and a backward pass in microseconds; all kernels are compiled by now."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     gradients, samples = None, []
     for _ in range(REPEATS.get(check.device.type, 1) if check.implementation != "reference" else 1):

@@ -1,4 +1,4 @@
-"""The inputs on which `bertfast doctor --check` runs each operator: BERT's shapes, random values."""
+"""The inputs of `bertfast doctor --check`: each operator at BERT's shapes, on random values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bertfast.ops.sequences import Sequences
 
 EPS = 1e-12  # of LayerNorm
 DROPOUT = 0.1
-MASKED = 0.15  # share of the tokens whose label counts
+MASKED = 0.15  # share of the tokens that have a label
 HIDDEN = 768
 
 
@@ -27,10 +27,11 @@ class Problem:
 
     Attributes:
         operator: Name in `bertfast.ops`.
-        shape: Words that say which shape and options, such as "4x512 D=64 dropout".
-        device: Where it runs.
+        shape: Shape and options, such as "4x512 D=64 dropout": 4 sequences of 512 tokens, head dimension 64.
+        device: Device of the inputs.
         shapes: The shape of each differentiable input, by name.
-        call: Run the operator: (implementation, *inputs) -> its differentiable outputs, of any dtypes.
+        call: Function (implementation, *inputs) that runs the operator and returns its differentiable outputs, of any
+            dtypes.
     """
 
     operator: str
@@ -41,7 +42,7 @@ class Problem:
 
     @cached_property
     def inputs(self) -> list[Tensor]:
-        """Normally distributed float64 inputs, the same in each process; a GEMM's weight keeps its output near 1."""
+        """Return normally distributed float64 inputs, equal in every process; GEMM weights keep outputs of order 1."""
         generator = torch.Generator().manual_seed(0)
         values = []
         for name, shape in self.shapes.items():
@@ -51,15 +52,15 @@ class Problem:
 
 
 def problems(device: torch.device) -> list[Problem]:
-    """Every operator at BERT's shapes, in the order in which they tell most.
+    """Return every operator at BERT's shapes, the most informative problems first.
 
-    A GPU gets 2,048 tokens of 768 columns and BERT's vocabulary; a CPU gets less, so that all of it takes less than a
-    minute on two cores, with a vocabulary that leaves the same remainder to every vector width.
+    GPUs get 2,048 tokens of 768 columns and BERT's vocabulary. CPUs get less, so that all checks take less than a
+    minute on two cores; their vocabulary leaves the same remainder for every vector width as BERT's.
     """
     lengths = {128: [128] * 16, 512: [512] * 4} if device.type == "cuda" else {128: [128] * 2, 512: [512]}
     heads_width, vocab_size = (HIDDEN, 30522) if device.type == "cuda" else (256, 4090)
-    batches = [Sequences.from_lengths(some, device=device) for some in lengths.values()]
-    shapes = [f"{len(some)}x{longest}" for longest, some in lengths.items()]
+    batches = [Sequences.from_lengths(batch_lengths, device=device) for batch_lengths in lengths.values()]
+    shapes = [f"{len(batch_lengths)}x{length}" for length, batch_lengths in lengths.items()]
     result = []
     for dimension in sorted(HEAD_DIMENSIONS, key=(64, 32, 128).index):
         for dropout in (True, False):
@@ -122,7 +123,7 @@ def _add_layer_norm(shape: str, batch: Sequences, dropout: bool) -> Problem:
 
 
 def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
-    """As a layer calls it under autocast: the output and its copy for the next GEMM, and the gradients of both."""
+    """Call it as a layer does under autocast: an output and its copy for the next GEMM, with gradients of both."""
     rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
 
     def call(implementation: str, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
 
 
 def _gather(tokens: int, rows: int, device: torch.device) -> Problem:
-    selected = _integers(device, tokens, rows)  # some rows more than once
+    selected = _integers(device, tokens, rows)  # repeated rows occur
     return Problem(
         "gather",
         f"{rows} of {tokens} H={HIDDEN}",
@@ -197,7 +198,7 @@ def _embed(shape: str, batch: Sequences, vocab_size: int) -> Problem:
 
 
 def _linear_cross_entropy(tokens: int, rows: int, vocab_size: int, device: torch.device) -> Problem:
-    # Each row of hidden at most once, in random order; every eighth label is ignored.
+    # Every row of `hidden` is selected at most once, in random order; every eighth label is ignored.
     selected = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:rows].to(device)
     labels = _integers(device, vocab_size, rows)
     labels[::8] = IGNORED

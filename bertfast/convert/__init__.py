@@ -1,1 +1,1 @@
-"""Conversion between checkpoint and model formats."""
+"""Conversion between checkpoint formats: export, and import of TensorFlow checkpoints."""

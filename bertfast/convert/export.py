@@ -1,7 +1,8 @@
-"""`bertfast export`: a model for transformers and what reads its folders, for ONNX, or as `torch.export` has it.
+"""`bertfast export`: write a model in Hugging Face format, as an ONNX graph or as a `torch.export` program.
 
-A folder is what `transformers` opens strictly, and so what servers of embeddings open. The two graphs are of
-`transformers`' own code, on padded batches of any size and length: they need no library of ours where they run.
+The folder can be loaded by `transformers` and by everything that reads its format, such as embedding servers. Graphs
+are traced from the code of `transformers`, on padded batches of any size and length, so running them does not require
+bertfast.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _OUTPUTS = {
 
 @dataclass
 class ExportSettings:
-    """What to export, and as what.
+    """What to export, and to which format.
 
     Attributes:
         model_name_or_path: Folder or hub id of a model.
-        output_dir: Folder for the result.
-        to: transformers writes config.json, model.safetensors and the tokenizer; onnx also model.onnx, checked by ONNX
-            Runtime; torch-export also model.pt2.
+        output_dir: Folder to write to.
+        to: transformers: config.json, model.safetensors and the tokenizer; onnx: also model.onnx, checked with ONNX
+            Runtime; torch-export: also model.pt2.
     """
 
     model_name_or_path: Positional[str]
@@ -47,40 +48,46 @@ class ExportSettings:
 
 
 def export(settings: ExportSettings) -> Path:
-    """Write what is asked for, check it against the model it is of, and return its path.
+    """Export a model and compare the outputs of the result with those of the model.
 
-    Raises ValueError if `transformers` has no such model, or what was written gives other outputs.
+    Returns:
+        The folder or, for a graph, its file.
+
+    Raises:
+        ValueError: `transformers` has no such model, or the outputs differ.
+        ImportError: A package is missing that the export requires.
     """
     source = resolve(settings.model_name_or_path)
-    kind = _kind(source)
+    model_class = _model_class(source)
     _check_packages(settings.to)
     folder = Path(settings.output_dir)
     if folder.exists() and folder.samefile(source):
-        raise ValueError(f"{folder} is the model itself: name another folder")
-    model, missing, unexpected = load(kind, source)
+        raise ValueError(f"{folder} is the folder of the model: name another folder")
+    model, missing, unexpected = load(model_class, source)
     report_differences(model, str(source), missing, unexpected)
     save(model, folder)
     for name in _TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    theirs = _open_strictly(folder, kind.__name__)
+    hf = _open_strictly(folder, model_class.__name__)
     if settings.to == "transformers":
-        print(f"{folder} holds a {kind.__name__} that transformers opens")
+        print(f"{folder} holds a {model_class.__name__} that transformers can load")
         return folder
-    model = _Outputs(theirs, _OUTPUTS.get(kind.__name__, ("logits",))).eval()
-    chooses = kind is BertForMultipleChoice
+    model = _Outputs(hf, _OUTPUTS.get(model_class.__name__, ("logits",))).eval()
+    multiple_choice = model_class is BertForMultipleChoice
     write = _to_onnx if settings.to == "onnx" else _to_program
-    path, run = write(model, folder, _example(theirs.config, 3, 11, chooses), _dynamic_shapes(theirs.config, chooses))
+    example = _example(hf.config, 3, 11, multiple_choice)
+    path, run = write(model, folder, example, _dynamic_shapes(hf.config, multiple_choice))
     sizes = ((2, 7), (1, 3), (5, 16))
-    worst = max(_difference(model, run, _example(theirs.config, *size, chooses)) for size in sizes)
+    worst = max(_difference(model, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
     if not worst < 1e-4:
-        raise ValueError(f"{path} gives other outputs than the model, by {worst:.3g}: do not use it")
-    print(f"{path} gives the model's outputs to {worst:.1g}, for batches and lengths of any size")
+        raise ValueError(f"the outputs of {path} differ from those of the model by up to {worst:.3g}: do not use it")
+    print(f"{path} gives the outputs of the model to within {worst:.1g}, for any batch size and sequence length")
     return path
 
 
 class _Outputs(nn.Module):
-    """A model whose arguments and results are tensors."""
+    """A model with positional tensor arguments that returns a tuple of the named outputs that it has."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]):
         super().__init__()
@@ -91,39 +98,45 @@ class _Outputs(nn.Module):
         return tuple(outputs[name] for name in self.names if outputs.get(name) is not None)
 
 
-def _kind(folder: Path) -> type[PreTrainedModel]:
+def _model_class(folder: Path) -> type[PreTrainedModel]:
     config = read_config(folder)
     if isinstance(config, ExtendedBertConfig):
-        alone = [name for name in config.extensions if getattr(config, name)]
+        unsupported = [name for name in config.extensions if getattr(config, name)]
         raise ValueError(
-            f"{folder} has {', '.join(alone)}, which transformers does not know: it can be used here alone"
+            f"{folder} has {', '.join(unsupported)}, which transformers does not have: so only bertfast can run it"
         )
     return class_named_by(config)
 
 
 def _check_packages(to: str) -> None:
-    """ImportError where something is missing that writes or checks; before anything is written."""
+    """Raise ImportError if a package is missing, before anything is written."""
     for name in ("onnxruntime", "onnxscript") if to == "onnx" else ():
         if find_spec(name) is None:
             raise ImportError(f"an export to {to} requires {name}: `pip install bertfast[onnx]`")
 
 
 def _open_strictly(folder: Path, name: str) -> nn.Module:
+    """Load a model with transformers, and raise ValueError unless all of its weights match."""
     import transformers
 
-    model, told = getattr(transformers, name).from_pretrained(
+    model, info = getattr(transformers, name).from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
-    wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"transformers does not open {folder} strictly: {', '.join(map(str, wrong[:5]))}")
+    mismatches = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if mismatches:
+        raise ValueError(
+            f"transformers does not find the weights it expects in {folder}: {', '.join(map(str, mismatches[:5]))}"
+        )
     return model.eval()
 
 
-def _example(config, rows: int, columns: int, chooses: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch whose rows have different lengths; with two choices each, where the model chooses."""
+def _example(config, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input_ids, attention_mask and token_type_ids int64 [rows, columns] of rows with different lengths.
+
+    For multiple choice they are [rows, 2, columns].
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (rows, 2, columns) if chooses else (rows, columns)
+    shape = (rows, 2, columns) if multiple_choice else (rows, columns)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     lengths = torch.randint(1, columns + 1, (*shape[:-1], 1), generator=generator)
     return ids, (torch.arange(columns) < lengths).long(), ids % config.type_vocab_size
@@ -134,10 +147,10 @@ def _difference(model: nn.Module, run, example: tuple[Tensor, ...]) -> float:
         return max((a - b).abs().max().item() for a, b in zip(run(*example), model(*example), strict=True))
 
 
-def _dynamic_shapes(config, chooses: bool) -> tuple[dict[int, torch.export.Dim], ...]:
+def _dynamic_shapes(config, multiple_choice: bool) -> tuple[dict[int, torch.export.Dim], ...]:
     rows = torch.export.Dim("batch")
     columns = torch.export.Dim("length", max=config.max_position_embeddings)
-    shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if chooses else {0: rows, 1: columns}
+    shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if multiple_choice else {0: rows, 1: columns}
     return (shape,) * len(_INPUTS)
 
 

@@ -1,7 +1,7 @@
-"""Packed batches of a fixed budget of tokens: bin `index` of step `step`, a pure function of the seed.
+"""Packed batches with a fixed token budget; each is a pure function of (seed, step, index).
 
-Bins follow one another over all epochs without end and a step takes the next `bins_per_step` of them. Samples are
-numbered as the bins consume them.
+The bins of all epochs form one endless sequence, of which each step takes the next `bins_per_step`. Samples are
+numbered in the order in which the bins consume them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bertfast.data.masking import Masker
 from bertfast.data.packing import Epoch, Epochs
-from bertfast.data.samples import Outline, Samples, Sampling
+from bertfast.data.samples import CorpusBoundaries, Samples, Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import SpecialTokens
 from bertfast.ops.reference import IGNORED
@@ -24,19 +24,19 @@ from bertfast.ops.sequences import Sequences
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One packed bin; T, S and M, the room for tokens, sequences and masked tokens, are the same for all bins of a run.
+    """One packed bin with T token slots, S sequence slots and M masked-token slots, equal for all bins of a run.
 
     Attributes:
-        token_ids: int64 [T], masked; [PAD] in padding slots.
+        token_ids: int64 [T], after masking; [PAD] in padding slots.
         token_type_ids: int64 [T], 0 for [CLS] A [SEP], 1 for B [SEP].
-        position_ids: int64 [T], positions in the sequence; 0 in padding slots.
-        sequences: S sequences, the unused ones empty, numbered by the samples consumed since the run began.
-        masked_rows: int64 [M], the slot of each masked token, ascending; where unused, other slots, each once:
-            gathering one row many times would serialise the gradient's scatter.
-        labels: int64 [M], its original token; -100 where unused.
-        next_sentence_labels: int64 [S], 0 where B follows A, 1 where it is from another document, -100 where unused;
-            None where samples are not pairs.
-        masked: how many of the M are used (known to the host).
+        position_ids: int64 [T], positions within the sequence; 0 in padding slots.
+        sequences: S sequences, unused ones empty; sequence ids count the samples consumed since the run began.
+        masked_rows: int64 [M], the slot of each masked token, ascending; unused entries name distinct other slots,
+            because gathering one row many times would serialise the scatter of the gradient.
+        labels: int64 [M], the original token ids; -100 in unused slots.
+        next_sentence_labels: int64 [S], 0 if B follows A, 1 if it is from another document, -100 in unused slots; None
+            if samples are not sentence pairs.
+        masked: Number of masked tokens, at most M, known to the host.
     """
 
     token_ids: Tensor
@@ -50,28 +50,28 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of slots that hold a token."""
+        """Number of token slots in use."""
         return self.sequences.num_tokens
 
     def to(self, device, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in pinned host memory, from where `to(device, non_blocking=True)` does not wait."""
-        return self._each(Tensor.pin_memory)
+        """Return the batch in pinned host memory, which `to(device, non_blocking=True)` copies asynchronously."""
+        return self._map(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors of the batch."""
+        """Return all tensors of the batch, those of its sequences included."""
         return [*_tensors_of(self).values(), *_tensors_of(self.sequences).values()]
 
     def options(self) -> tuple[int, ...]:
-        """Return the integers, besides shapes, on which the operations of a step depend."""
+        """Return the integers, besides shapes, that the operations of a step depend on."""
         return (self.sequences.max_seqlen_bound,)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        sequences = replace(self.sequences, **{name: change(x) for name, x in _tensors_of(self.sequences).items()})
-        return replace(self, **{name: change(x) for name, x in _tensors_of(self).items()}, sequences=sequences)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        sequences = replace(self.sequences, **{name: function(x) for name, x in _tensors_of(self.sequences).items()})
+        return replace(self, **{name: function(x) for name, x in _tensors_of(self).items()}, sequences=sequences)
 
 
 def _tensors_of(holder: Batch | Sequences) -> dict[str, Tensor]:
@@ -80,23 +80,25 @@ def _tensors_of(holder: Batch | Sequences) -> dict[str, Tensor]:
 
 
 class Batches:
-    """The endless row of a run's bins, epoch after epoch, each with new pairs, a new order and new masks.
+    """The endless sequence of a run's bins: each epoch has new sentence pairs, a new order and new masks.
 
     Args:
         shards: The corpus.
         special: The tokenizer's special tokens.
-        continuation: bool [V], the tokens that go on with a word.
+        continuation: bool [V], True for tokens that continue a word ("##…").
         sampling: How samples are cut and masked.
-        tokens_per_bin: T, the places of a bin.
-        bins_per_step: How many bins make a step of the optimizer, over all ranks.
-        seed: An integer of 64 bits, from 0 on, that decides everything random here.
+        tokens_per_bin: T, the token slots of a bin.
+        bins_per_step: Bins per optimizer step, over all ranks.
+        seed: Integer from 0 to 2**64 - 1 that determines everything random here.
 
     Attributes:
-        epochs: The plan behind the bins, with their `capacity`.
-        steps_per_epoch: Steps that see all of the first epoch; later ones differ a little, as pairs do.
+        epochs: The epochs that the bins are taken from, with their `capacity`.
+        steps_per_epoch: Steps of the first epoch; later epochs differ slightly, as their sentence pairs do.
 
-    Raises ValueError where the arguments do not fit together. Planning an epoch takes about a second for 50 million
-    tokens; a run that resumes plans all epochs before that step once more.
+    Raises:
+        ValueError: The arguments contradict each other.
+
+    Planning an epoch takes about a second per 50 million tokens. A resumed run plans all earlier epochs again.
     """
 
     def __init__(
@@ -113,51 +115,51 @@ class Batches:
         if tokens_per_bin < sampling.max_seq_length:
             raise ValueError(
                 f"a bin of {tokens_per_bin} tokens cannot hold a sample of {sampling.max_seq_length}: "
-                "raise tokens_per_bin or lower max_seq_length"
+                "raise --tokens-per-batch or lower --max-seq-length"
             )
         if bins_per_step < 1:
-            raise ValueError(f"a step takes at least one bin, got {bins_per_step}")
+            raise ValueError(f"a step needs at least one bin, got {bins_per_step}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"the seed must be at least 0 and below 2**64, got {seed}")
-        if len(continuation) != shards.vocabulary_size:
+        if len(continuation) != shards.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(continuation)} tokens and the shards in {shards.folder} were made with "
-                f"{shards.vocabulary_size}: prepare the text again with this tokenizer"
+                f"{shards.vocab_size}: run `bertfast prepare` again with this tokenizer"
             )
         self.special, self.pairs, self.bins_per_step = special, sampling.pairs, bins_per_step
         self.max_seq_length = sampling.max_seq_length
         self.masker = Masker(special, continuation, sampling, seed)
-        self.tokens = [part.tokens.view(np.ndarray) for part in shards.parts]  # quicker to slice than a memmap
+        self.tokens = [part.tokens.view(np.ndarray) for part in shards.parts]  # slices faster than a memmap
         self.part_starts = np.cumsum([0, *(tokens.size for tokens in self.tokens)])
-        self.epochs = Epochs(Outline.of(shards), sampling, tokens_per_bin, seed)
+        self.epochs = Epochs(CorpusBoundaries.of(shards), sampling, tokens_per_bin, seed)
         self.steps_per_epoch = -(-self.epochs[0].bins // bins_per_step)
 
     def bin(self, step: int, index: int) -> Batch:
-        """Bin `index` of step `step`, both from 0: the same in whatever order and on whatever rank it is asked for."""
+        """Return bin `index` of step `step`, both counted from 0, independently of earlier calls and of the rank."""
         if step < 0 or not 0 <= index < self.bins_per_step:
             raise ValueError(
-                f"step {step} has no bin {index}: steps count from 0, their bins to {self.bins_per_step - 1}"
+                f"step {step} has no bin {index}: steps count from 0, their bins from 0 to {self.bins_per_step - 1}"
             )
-        return self.numbered(step * self.bins_per_step + index)
+        return self.nth_bin(step * self.bins_per_step + index)
 
-    def numbered(self, number: int) -> Batch:
-        """Bin `number` of the endless row, from 0."""
-        epoch = self.epochs.of_bin(number)
-        return self._assemble(epoch, number - epoch.bins_before)
+    def nth_bin(self, index: int) -> Batch:
+        """Return bin `index` of the endless sequence, counted from 0."""
+        epoch = self.epochs.of_bin(index)
+        return self._assemble(epoch, index - epoch.bins_before)
 
     def first_epoch(self, limit: int | None = None) -> Iterator[Batch]:
-        """The first epoch's bins, at most `limit`: of held-out shards, a validation set that is the same every time."""
+        """Yield at most `limit` bins of the first epoch: of held-out shards, a fixed validation set."""
         epoch = self.epochs[0]
-        for number in range(epoch.bins if limit is None else min(limit, epoch.bins)):
-            yield self._assemble(epoch, number)
+        for index in range(epoch.bins if limit is None else min(limit, epoch.bins)):
+            yield self._assemble(epoch, index)
 
-    def _assemble(self, epoch: Epoch, number: int) -> Batch:
-        """Bin `number` of `epoch`, from 0."""
+    def _assemble(self, epoch: Epoch, index: int) -> Batch:
+        """Return bin `index` of `epoch`, counted from 0."""
         capacity = self.epochs.capacity
-        rows = slice(*epoch.bin_starts[number : number + 2].tolist())
+        rows = slice(*epoch.bin_starts[index : index + 2].tolist())
         first_number = epoch.samples_before + rows.start
         samples = epoch.samples.take(rows)
-        token_ids, token_type_ids, lengths = self._texts(samples)
+        token_ids, token_type_ids, lengths = self._tokens_of(samples)
         starts = np.cumsum(lengths) - lengths
         masked = self.masker(token_ids, lengths, first_number)
         return Batch(
@@ -176,8 +178,14 @@ class Batches:
             masked=masked.rows.size,
         )
 
-    def _texts(self, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 token ids [T], token types [T] and lengths [S] of [CLS] A [SEP] B [SEP], or [CLS] A [SEP], in a row."""
+    def _tokens_of(self, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tokens of samples, [CLS] A [SEP] B [SEP] or [CLS] A [SEP], end to end.
+
+        Returns:
+            Token ids int64 [T], token types int64 [T] and sequence lengths int64 [S].
+        """
+        # Per segment, in the order A0, B0, A1, B1, … (or A0, A1, …): starts in the corpus, tokens of text, and lengths
+        # with the special tokens, [SEP] after every segment and [CLS] before the first one of each sample.
         segments = 2 if self.pairs else 1
         starts = np.stack([samples.first_start, samples.second_start][:segments], 1).ravel()
         texts = np.stack([samples.first_length, samples.second_length][:segments], 1).ravel().astype(np.int64)
@@ -188,16 +196,17 @@ class Batches:
         token_ids = np.empty(ends[-1], np.int64)
         token_ids[(ends - lengths)[::segments]] = self.special.cls
         token_ids[ends - 1] = self.special.sep
+        # One row per segment: its part of the corpus, its start there, its tokens, and its first slot in the bin.
         parts = np.searchsorted(self.part_starts, starts, side="right") - 1
         table = np.stack([parts, starts - self.part_starts[parts], texts, ends - 1 - texts], 1)
-        for part, start, text, place in table.tolist():
-            token_ids[place : place + text] = self.tokens[part][start : start + text]
+        for part, start, text, slot in table.tolist():
+            token_ids[slot : slot + text] = self.tokens[part][start : start + text]
         token_type_ids = np.repeat(np.arange(ends.size) % segments, lengths)
         return token_ids, token_type_ids, lengths.reshape(-1, segments).sum(1)
 
 
 def _filled(values: np.ndarray, size: int, rest: int | np.ndarray) -> Tensor:
-    """int64 [size]: `values`, then `rest`, an integer or the first of several, in every slot left."""
+    """Return int64 [size]: `values`, then `rest`, an integer or the first of several, in the remaining slots."""
     result = np.empty(size, np.int64)
     result[: values.size] = values
     result[values.size :] = np.resize(rest, size - values.size)

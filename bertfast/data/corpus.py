@@ -1,7 +1,8 @@
-"""Text files as streams of documents; a document is a list of paragraphs, each one line.
+"""Read text files as streams of documents; a document is a list of paragraphs, each a single line.
 
-`.txt` holds one paragraph a line with a blank line between documents; `.jsonl` one document a line, in a field whose
-lines are paragraphs; both also compressed (`.gz`, `.xz`, `.zst`). `.parquet` holds one document a row, like a field.
+`.txt`: one paragraph per line, and a blank line between documents. `.jsonl`: one document per line, in a field whose
+lines are paragraphs. Both may be compressed (`.gz`, `.xz`, `.zst`). `.parquet`: one document per row, in a column whose
+lines are paragraphs.
 """
 
 from __future__ import annotations
@@ -18,25 +19,30 @@ from typing import BinaryIO
 
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(f"{form}{compression}" for form in (".txt", ".jsonl") for compression in COMPRESSIONS), ".parquet")
-LONGEST_DOCUMENT = 1_000_000  # characters; a longer text goes on as another document, so that memory stays bounded
+MAX_DOCUMENT_CHARACTERS = 1_000_000  # longer documents of .txt files are split, which bounds memory
 
 
 def find_files(inputs: Iterable[Path | str]) -> list[Path]:
-    """The corpus files among `inputs`, files and folders (searched to any depth), in a fixed order.
+    """Return the text files that `inputs` name, in a fixed order and without duplicates.
 
-    Raises FileNotFoundError for what is not there and ValueError for what is no text.
+    Args:
+        inputs: Files, and folders that are searched recursively.
+
+    Raises:
+        FileNotFoundError: One of them does not exist.
+        ValueError: A file has an unknown suffix, or a folder has no text file.
     """
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
             if not found:
-                raise ValueError(f"the folder {path} holds no text: looked for {', '.join(SUFFIXES)}")
+                raise ValueError(f"the folder {path} holds no text: the file types are {', '.join(SUFFIXES)}")
             files += found
         elif not path.exists():
-            raise FileNotFoundError(f"there is no text at {path}")
+            raise FileNotFoundError(f"there is no file or folder {path}")
         elif not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} is of an unknown kind; known are {', '.join(SUFFIXES)}")
+            raise ValueError(f"{path} is of an unknown file type: use one of {', '.join(SUFFIXES)}")
         else:
             files.append(path)
     return list(dict.fromkeys(file.resolve() for file in files))
@@ -45,10 +51,15 @@ def find_files(inputs: Iterable[Path | str]) -> list[Path]:
 def read_documents(
     path: Path, text_column: str = "text", progress: Callable[[int], None] = lambda position: None
 ) -> Iterator[list[str]]:
-    """Stream the documents of one corpus file, each a list of paragraphs that are not empty.
+    """Yield the documents of a text file, each a list of non-empty paragraphs.
 
-    `text_column` is the field of `.jsonl` and `.parquet` that holds the text. `progress` is called at each document
-    with the bytes of the file read so far. Raises ValueError, naming file and line, at what cannot be read.
+    Args:
+        path: A file of one of SUFFIXES.
+        text_column: Field of `.jsonl` and column of `.parquet` files that holds the text.
+        progress: Called with the number of bytes of the file read so far.
+
+    Raises:
+        ValueError: Something cannot be read, or there is no text; the message names file and line.
     """
     if path.suffix == ".parquet":
         documents = _rows(path, text_column, progress)
@@ -67,16 +78,20 @@ def read_documents(
 
 
 def held_out(paragraphs: list[str], percentage: float) -> bool:
-    """Whether a document is for validation: decided by its text alone, so equal documents stay together."""
+    """Return whether a document is for validation, decided by a hash of its text, so equal documents stay together."""
     digest = hashlib.blake2b("\n".join(paragraphs).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < percentage / 100 * 2**64
 
 
 def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
-    """Number, from 1 on, and text of each line of a text file, compressed or not, its end included.
+    """Yield (line number from 1, line including its end) of a text file.
 
-    `progress` is called at each line with the bytes of the file read so far. Raises ValueError, naming file and line,
-    at what cannot be read.
+    Args:
+        path: A text file, compressed or not.
+        progress: Called with the number of bytes of the file read so far.
+
+    Raises:
+        ValueError: A line is not UTF-8, or the compressed file is damaged; the message names file and line.
     """
     number = 0
     with path.open("rb") as raw, _decompressed(path, raw) as stream:
@@ -87,14 +102,14 @@ def read_lines(path: Path, progress: Callable[[int], None] = lambda position: No
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
             raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
-        except Exception as error:  # every compression has its own kinds
+        except Exception as error:  # each decompressor raises exceptions of its own
             raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
 
 
 def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:
     document, characters = [], 0
     for _, line in read_lines(path, progress):
-        if not line.strip() or characters > LONGEST_DOCUMENT:
+        if not line.strip() or characters > MAX_DOCUMENT_CHARACTERS:
             yield document
             document, characters = [], 0
         document.append(line)
@@ -103,7 +118,11 @@ def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[li
 
 
 def json_object(path: Path, number: int, line: str, example: str) -> dict:
-    """The object in a line of a .jsonl file; ValueError, naming file and line, where it is none like `example`."""
+    """Parse line `number` of the .jsonl file `path`.
+
+    Raises:
+        ValueError: It is not a JSON object; the message names file and line, and shows `example`.
+    """
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -121,9 +140,11 @@ def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> I
         text = record.get(text_column)
         if not isinstance(text, str):
             fields = ", ".join(record) or "none"
-            raise ValueError(f"{path}, line {number}: no field {text_column!r} with a text (fields here: {fields})")
+            raise ValueError(
+                f"{path}, line {number}: no text in a field {text_column!r} (fields: {fields}); see --text-column"
+            )
         if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{path}, line {number}: half a surrogate pair in {text_column!r}, which is no character")
+            raise ValueError(f"{path}, line {number}: unpaired surrogate in field {text_column!r}")
         yield text.splitlines()
 
 
@@ -132,19 +153,21 @@ def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iter
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ImportError(f'{path}: reading Parquet needs pyarrow; run pip install "bertfast[parquet]"') from None
+        raise ImportError(f'{path}: reading Parquet requires pyarrow; run pip install "bertfast[parquet]"') from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is damaged or not Parquet ({error})") from None
     if text_column not in file.schema_arrow.names:
-        raise ValueError(f"{path}: no column {text_column!r} (columns here: {', '.join(file.schema_arrow.names)})")
+        raise ValueError(
+            f"{path}: no column {text_column!r} (columns: {', '.join(file.schema_arrow.names)}); see --text-column"
+        )
     row = 0
     for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
         for text in batch.column(0).to_pylist():
             row += 1
             if not isinstance(text, str):
-                raise ValueError(f"{path}, row {row}: column {text_column!r} holds {text!r} where a text is wanted")
+                raise ValueError(f"{path}, row {row}: column {text_column!r} holds {text!r}, not a text")
             progress(path.stat().st_size * row // file.metadata.num_rows)
             yield text.splitlines()
 
@@ -160,13 +183,13 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """What Zstandard frames hold; unlike the library's own reader it notices that the last one is cut off."""
+    """The content of Zstandard frames; unlike the library's own reader, it detects a truncated last frame."""
 
     def __init__(self, path: Path, raw: BinaryIO):
         try:
             import zstandard
         except ImportError:
-            raise ImportError(f'{path}: reading .zst needs zstandard; run pip install "bertfast[zstd]"') from None
+            raise ImportError(f'{path}: reading .zst requires zstandard; run pip install "bertfast[zstd]"') from None
         self.new_frame = zstandard.ZstdDecompressor().decompressobj
         self.raw, self.frame, self.content = raw, None, b""
 
@@ -178,7 +201,7 @@ class _ZstandardFrames(io.RawIOBase):
             compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
             if not compressed:
                 if self.frame and not self.frame.eof:
-                    raise EOFError("the file is cut off")
+                    raise EOFError("the file is truncated")
                 return 0
             if self.frame is None or self.frame.eof:
                 self.frame = self.new_frame()

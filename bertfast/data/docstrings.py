@@ -1,4 +1,4 @@
-"""The corpus that is always there: the documentation strings of Python and the packages installed beside it."""
+"""The default corpus: the docstrings of Python and of the installed packages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from tqdm import tqdm
 
 from bertfast.data.prose import prose_paragraphs
 
-STANDARD_LIBRARY = "python"  # as a package's name
-# Folders whose documentation is of tests, or of a copy of another package.
+STANDARD_LIBRARY = "python"  # the package name of its modules
+# Folders with tests, or with copies of other packages.
 SKIPPED = frozenset(
     {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "_vendor", "_vendored", "vendor"}
 )
 
 
 def gather_docstrings(path: Path, processes: int | None = None) -> Path:
-    """Write the default corpus to `path`, a `.jsonl` file, unless it is there already; returns `path`.
+    """Write the default corpus to `path` unless the file exists.
 
-    Each line is one module: {"package": "torch", "module": "torch.nn.functional", "text": paragraphs, one a line}.
+    Args:
+        path: A `.jsonl` file. Each line is one module, with "package" ("torch"), "module" ("torch.nn.functional") and
+            "text", whose lines are paragraphs.
+        processes: Number of processes; None: one per CPU core.
+
+    Returns:
+        `path`.
     """
     if not path.exists():
         temporary = path.with_name(f".{path.name}.partial")
@@ -40,16 +46,16 @@ def gather_docstrings(path: Path, processes: int | None = None) -> Path:
 
 
 def docstring_documents(processes: int | None = None) -> Iterator[tuple[str, str, list[str]]]:
-    """Stream (package, module, paragraphs of prose) of every installed module that has some, with a progress bar.
+    """Yield (package, module, paragraphs of prose) for every installed module with prose, showing a progress bar.
 
-    The order depends on nothing but names, and of paragraphs that repeat only the first is kept. No module is imported.
+    The order depends on names alone, and only the first copy of a repeated paragraph is kept. No module is imported.
     """
     modules = sorted(set(_modules()))
     context = multiprocessing.get_context("spawn")
     seen = set()
     with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
         found = pool.map(module_paragraphs, [path for _, _, path in modules], chunksize=16)
-        bar = tqdm(zip(modules, found, strict=True), "documentation", len(modules), unit="module")
+        bar = tqdm(zip(modules, found, strict=True), "docstrings", len(modules), unit="module")
         for (package, module, _), paragraphs in bar:
             new = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
             seen.update(new)
@@ -58,7 +64,7 @@ def docstring_documents(processes: int | None = None) -> Iterator[tuple[str, str
 
 
 def module_paragraphs(path: Path) -> list[str]:
-    """The paragraphs of prose in the documentation strings of one source file, in their order there."""
+    """Return the paragraphs of prose in the docstrings of a source file, in order."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return []
@@ -66,14 +72,14 @@ def module_paragraphs(path: Path) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # a template, or a file for another Python
+    except (SyntaxError, ValueError):  # a template, or a file for another Python version
         return []
     docstrings = (ast.get_docstring(node, clean=False) for node in _documented(tree))
     return [paragraph for docstring in docstrings if docstring for paragraph in prose_paragraphs(docstring)]
 
 
 def _documented(node: ast.AST) -> Iterator[ast.AST]:
-    """The modules, classes and functions below a node, in their order; `ast.walk` would also visit every expression."""
+    """Yield the modules, classes and functions below a node in order; `ast.walk` would also visit all expressions."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield node
     for block in ("body", "handlers", "orelse", "finalbody"):
@@ -82,7 +88,7 @@ def _documented(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _modules() -> Iterator[tuple[str, str, Path]]:
-    """(package, module, path) of the source files of the standard library and of every installed distribution."""
+    """Yield (package, module, path) for the source files of the standard library and of all installed distributions."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [(library, path.relative_to(library)) for path in library.rglob("*.py")]
     for distribution in importlib.metadata.distributions():

@@ -1,4 +1,4 @@
-"""Which samples share a bin, epoch after epoch: a fixed budget of tokens, of sequences and of masked tokens."""
+"""Packing of samples into bins with fixed budgets of tokens, sequences and masked tokens, epoch after epoch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from bertfast.data.masking import mask_counts
-from bertfast.data.samples import Outline, Samples, Sampling, plan_samples
+from bertfast.data.samples import CorpusBoundaries, Samples, Sampling, plan_samples
 
-# Bins that are open at a time: more fill better, fewer keep the samples closer to the order given.
+# Number of bins that are open at the same time: more are filled better, fewer preserve the order of the samples better.
 OPEN_BINS = 16
 
 
 class Capacity(NamedTuple):
-    """What a bin has room for, in tokens, sequences and masked tokens."""
+    """Slots of a bin: for tokens, sequences and masked tokens."""
 
     tokens: int
     sequences: int
@@ -25,48 +25,59 @@ class Capacity(NamedTuple):
 
     @classmethod
     def for_samples(cls, tokens: int, mean_length: float, share: float) -> Capacity:
-        """Room that bins of `tokens` practically never outgrow when samples have this length on average.
+        """Return a capacity whose sequence and masked-token slots practically never run out before the tokens do.
 
-        [CLS] and [SEP] are never masked, so `share` of all tokens is enough even though counts are rounded.
+        Args:
+            tokens: Token slots of a bin.
+            mean_length: Mean length of the samples in tokens.
+            share: Largest share of a sample's tokens that is masked. [CLS] and [SEP] are never masked, so this share of
+                all tokens suffices although the counts per sample are rounded.
         """
         sequences = 1.25 * tokens / mean_length + 8
         return cls(tokens, _multiple_of_8(sequences), _multiple_of_8(share * tokens))
 
 
 def pack(lengths: np.ndarray, masked: np.ndarray, capacity: Capacity) -> np.ndarray:
-    """int64 [N]: the bin, from 0, of each sample of `lengths` [N] tokens, `masked` [N] of them masked.
+    """Assign samples to bins: first fit, with at most OPEN_BINS open bins.
 
-    A sample goes to the first open bin that has room for it; where none has, a new one opens and the oldest closes.
-    So nothing is left out, gaps are filled by the short samples that come along, and the order stays nearly the same.
-    A sample must fit into an empty bin.
+    A sample goes to the first open bin that it fits into; if there is none, a new bin is opened and the oldest one is
+    closed. So no sample is dropped, short samples fill gaps, and the order is nearly preserved.
+
+    Args:
+        lengths: int64 [N], tokens of each sample; each fits into an empty bin.
+        masked: int64 [N], masked tokens of each sample.
+        capacity: Slots of a bin.
+
+    Returns:
+        int64 [N], the bin of each sample, counted from 0.
     """
     bins = np.empty(lengths.size, np.int64)
     numbers = count()
-    opened = []  # a bin each: [free tokens, free sequences, free masked tokens, number]
-    for sample, (length, hidden) in enumerate(zip(lengths.tolist(), masked.tolist(), strict=True)):
-        for free in opened:
-            if length <= free[0] and free[1] and hidden <= free[2]:
+    open_bins = []  # per bin: [free token slots, free sequence slots, free masked-token slots, number]
+    for sample, (length, num_masked) in enumerate(zip(lengths.tolist(), masked.tolist(), strict=True)):
+        for free in open_bins:
+            if length <= free[0] and free[1] and num_masked <= free[2]:
                 break
         else:
-            if len(opened) == OPEN_BINS:
-                del opened[0]
+            if len(open_bins) == OPEN_BINS:
+                del open_bins[0]
             free = [*capacity, next(numbers)]
-            opened.append(free)
+            open_bins.append(free)
         free[0] -= length
         free[1] -= 1
-        free[2] -= hidden
+        free[2] -= num_masked
         bins[sample] = free[3]
     return bins
 
 
 class Epoch(NamedTuple):
-    """One pass over the corpus, its samples in the order of the bins.
+    """One pass over the corpus, with the samples in the order of the bins.
 
     Attributes:
         samples: N samples.
         bin_starts: int64 [bins + 1]; bin `i` holds samples `bin_starts[i]` to `bin_starts[i + 1]`.
-        bins_before: bins of all earlier epochs.
-        samples_before: samples of all earlier epochs.
+        bins_before: Number of bins of all earlier epochs.
+        samples_before: Number of samples of all earlier epochs.
     """
 
     samples: Samples
@@ -76,56 +87,66 @@ class Epoch(NamedTuple):
 
     @property
     def bins(self) -> int:
-        """How many bins the epoch fills; the last one is as full as the samples left for it."""
+        """Number of bins; the last one may be only partly filled."""
         return self.bin_starts.size - 1
 
 
 class Epochs:
-    """The epochs of a run, each with new pairs in a new order, packed into bins of one capacity.
+    """The epochs of a run, each with new sentence pairs in a new order, packed into bins of the same capacity.
 
-    Epochs are planned when they are asked for, with all before them, since only their counts say where one begins; the
-    two planned last are kept, so that walking over the end of one plans nothing twice.
+    An epoch is planned on first access, after all epochs before it, because their counts determine its first bin. The
+    two planned last are cached, so crossing the boundary of two epochs plans nothing twice.
+
+    Args:
+        boundaries: The sentences and documents of the corpus.
+        sampling: How samples are cut and masked.
+        tokens_per_bin: Token slots of a bin.
+        seed: Seed of the run.
+
+    Attributes:
+        capacity: Slots of every bin, from the first epoch's mean sample length.
     """
 
-    def __init__(self, outline: Outline, sampling: Sampling, tokens_per_bin: int, seed: int):
-        self.outline, self.sampling, self.seed = outline, sampling, seed
+    def __init__(self, boundaries: CorpusBoundaries, sampling: Sampling, tokens_per_bin: int, seed: int):
+        self.boundaries, self.sampling, self.seed = boundaries, sampling, seed
         samples = self._samples(0)
         mean_length = samples.lengths(sampling).mean()
-        self.capacity = Capacity.for_samples(tokens_per_bin, mean_length, sampling.predicted_share)
-        self._bins_before, self._samples_before = [0], [0]  # of each epoch planned so far, and of the next
-        self._kept: dict[int, Epoch] = {}
-        self._keep(0, samples)
+        self.capacity = Capacity.for_samples(tokens_per_bin, mean_length, sampling.max_predicted_share)
+        self._bins_before, self._samples_before = [0], [0]  # by epoch; the last entry is that of the next one to plan
+        self._cached: dict[int, Epoch] = {}
+        self._plan(0, samples)
 
-    def __getitem__(self, number: int) -> Epoch:
-        """Epoch `number`, from 0."""
-        for needed in (*range(len(self._bins_before) - 1, number), number):
-            if needed not in self._kept:
-                self._keep(needed, self._samples(needed))
-        return self._kept[number]
+    def __getitem__(self, index: int) -> Epoch:
+        """Return epoch `index`, counted from 0."""
+        for needed in (*range(len(self._bins_before) - 1, index), index):
+            if needed not in self._cached:
+                self._plan(needed, self._samples(needed))
+        return self._cached[index]
 
-    def of_bin(self, number: int) -> Epoch:
-        """The epoch that holds the run's bin `number`, from 0."""
-        while number >= self._bins_before[-1]:
-            self[len(self._bins_before) - 1]
-        return self[bisect_right(self._bins_before, number) - 1]
+    def of_bin(self, index: int) -> Epoch:
+        """Return the epoch that contains bin `index` of the run, counted from 0."""
+        while index >= self._bins_before[-1]:
+            self[len(self._bins_before) - 1]  # plans the next epoch
+        return self[bisect_right(self._bins_before, index) - 1]
 
-    def _samples(self, number: int) -> Samples:
-        return plan_samples(self.outline, self.sampling, np.random.default_rng([self.seed, number]))
+    def _samples(self, index: int) -> Samples:
+        return plan_samples(self.boundaries, self.sampling, np.random.default_rng([self.seed, index]))
 
-    def _keep(self, number: int, samples: Samples) -> None:
+    def _plan(self, index: int, samples: Samples) -> None:
+        """Pack the samples of an epoch, and cache it."""
         lengths, text = samples.lengths(self.sampling), samples.first_length + samples.second_length
         bins = pack(lengths, mask_counts(text, self.sampling), self.capacity)
         bin_starts = np.concatenate([[0], np.cumsum(np.bincount(bins))])
-        samples = samples.take(np.argsort(bins, kind="stable"))
-        epoch = Epoch(samples, bin_starts, self._bins_before[number], self._samples_before[number])
-        if number == len(self._bins_before) - 1:
+        samples = samples.take(np.argsort(bins, kind="stable"))  # in the order of the bins
+        epoch = Epoch(samples, bin_starts, self._bins_before[index], self._samples_before[index])
+        if index == len(self._bins_before) - 1:
             self._bins_before.append(epoch.bins_before + epoch.bins)
             self._samples_before.append(epoch.samples_before + bins.size)
-        if len(self._kept) == 2:
-            del self._kept[next(iter(self._kept))]
-        self._kept[number] = epoch
+        if len(self._cached) == 2:
+            del self._cached[next(iter(self._cached))]
+        self._cached[index] = epoch
 
 
-def _multiple_of_8(number: float) -> int:
-    """The next multiple of 8, which matrix products like."""
-    return max(ceil(number / 8), 1) * 8
+def _multiple_of_8(value: float) -> int:
+    """Round up to a multiple of 8, which GEMM kernels are fastest with; at least 8."""
+    return max(ceil(value / 8), 1) * 8

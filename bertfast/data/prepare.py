@@ -1,7 +1,7 @@
-"""Text to token shards: `prepare` writes a folder with a tokenizer, `train` and `validation`.
+"""`bertfast prepare`: tokenize text into a folder with a tokenizer and the shards of `train` and `validation`.
 
-Each file of the corpus becomes one part of either split, on its own: in any order, in several processes or on several
-machines (`part`), and not again while neither the file nor the tokenizer changes.
+Each file of the corpus becomes one part of each split, independently of other files: in any order, in several processes
+or on several machines (`--part`). Finished parts are kept as long as neither the file nor the tokenizer changes.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, w
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 
 SPLITS = ("train", "validation")
-TOKENIZER_ORIGIN = "tokenizer_origin.json"  # what the tokenizer in the folder was trained on, if it was
-VOCABULARY_TEXT = 300_000_000  # characters to train a vocabulary on, shared among the files; more changes little
-BATCH = 500_000  # characters tokenized at a time
+TOKENIZER_ORIGIN = "tokenizer_origin.json"  # what the tokenizer in the folder was trained on
+# Characters to train a vocabulary on, divided equally among the files; more text hardly changes the vocabulary.
+MAX_VOCABULARY_CHARACTERS = 300_000_000
+BATCH_CHARACTERS = 500_000  # text tokenized in one call
 
 
 @dataclass
 class CorpusSettings:
-    """Which text, and how it becomes tokens.
+    """Which text to use, and how to tokenize it.
 
     Attributes:
-        train_file: Text files and folders, "-" for standard input; none: the documentation of the installed packages.
-        validation_file: Text files and folders to validate on; none: a fixed share of the training documents.
-        validation_split_percentage: That share, in percent.
-        text_column: Field of .jsonl and .parquet files that holds the text.
-        tokenizer_name: A vocab.txt, a tokenizer.json or a folder of one; none: train a vocabulary on the text.
-        vocabulary_size: Size of the vocabulary to train, rounded up to a multiple of 64.
-        cased: Whether the vocabulary to train tells capital letters from small ones.
-        processes: How many files to work on at the same time; none: as many as there are cores.
+        train_file: Text files and folders, or "-" for standard input; none: the docstrings of the installed packages.
+        validation_file: Text files and folders for validation; none: hold out a part of the training documents.
+        validation_split_percentage: Percentage of the training documents to hold out.
+        text_column: Field of .jsonl files, or column of .parquet files, that holds the text.
+        tokenizer_name: A vocab.txt, a tokenizer.json or a folder with either; none: train a vocabulary on the text.
+        vocab_size: Size of the vocabulary to train, rounded up to a multiple of 64.
+        cased: Whether the vocabulary to train distinguishes upper and lower case.
+        processes: Number of files to process at the same time; none: one per CPU core.
     """
 
     train_file: list[str] = field(default_factory=list)
@@ -53,30 +54,31 @@ class CorpusSettings:
     validation_split_percentage: float = 5
     text_column: str = "text"
     tokenizer_name: str | None = None
-    vocabulary_size: int = 30_528
+    vocab_size: int = 30_528
     cased: bool = False
     processes: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.validation_split_percentage < 100:
             raise ValueError(
-                f"validation_split_percentage is from 0 to below 100, got {self.validation_split_percentage}"
+                "--validation-split-percentage must be at least 0 and less than 100, "
+                f"got {self.validation_split_percentage}"
             )
-        if self.vocabulary_size < 64:
-            raise ValueError(f"vocabulary_size is at least 64, got {self.vocabulary_size}")
+        if self.vocab_size < 64:
+            raise ValueError(f"--vocab-size must be at least 64, got {self.vocab_size}")
         if self.processes is not None and self.processes < 1:
-            raise ValueError(f"processes is at least 1, got {self.processes}")
+            raise ValueError(f"--processes must be at least 1, got {self.processes}")
 
 
 @dataclass
 class PrepareSettings:
-    """What to prepare, and where.
+    """What to prepare, and where to write it.
 
     Attributes:
-        output_dir: Folder for the shards and the tokenizer; finished parts already there are kept.
-        corpus: Which text, and how it becomes tokens.
-        part: "i/n" does every n-th file from the i-th on (i from 1 to n); when all are done, merge.
-        merge: Only join what all parts have done.
+        output_dir: Folder for the shards and the tokenizer; finished parts in it are kept.
+        corpus: Which text to use, and how to tokenize it.
+        part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then pass --merge.
+        merge: Only combine the finished parts of all machines.
     """
 
     output_dir: str
@@ -87,18 +89,18 @@ class PrepareSettings:
     def __post_init__(self):
         if self.part is not None:
             if self.merge:
-                raise ValueError("part and merge do not go together: merge when all parts are done")
+                raise ValueError("--part and --merge are mutually exclusive: pass --merge when all parts are finished")
             numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
             if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-                raise ValueError(f'part is like "1/4", "2/4", … "4/4", got {self.part!r}')
+                raise ValueError(f"--part must be i/n with 1 ≤ i ≤ n, such as 1/4, got {self.part!r}")
             files = self.corpus.train_file
             if self.corpus.tokenizer_name is None or not files or "-" in files:
-                raise ValueError("part needs a tokenizer_name and files in train_file, the same for every part")
+                raise ValueError("--part requires --tokenizer-name and files in --train-file, the same for every part")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the corpus, the share of it that is held out for validation, and the tokenizer it meets."""
+    """One file of the corpus, the percentage of it that is held out for validation, and the tokenizer's hash."""
 
     path: Path
     held_out_percentage: float
@@ -107,16 +109,16 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The name of its part in either split."""
+        """Name of the file's part in each split."""
         return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
 
     @property
     def bytes(self) -> int:
-        """The size of the file as it is on disk."""
+        """Size of the file on disk."""
         return self.path.stat().st_size
 
     def origin(self) -> dict:
-        """All that its parts depend on: while it stays the same, they need not be made again."""
+        """Return everything that the parts depend on; while it is unchanged, they are up to date."""
         return {
             "path": str(self.path),
             "bytes": self.bytes,
@@ -127,15 +129,20 @@ class Source:
         }
 
     def is_finished(self, folder: Path) -> bool:
-        """Whether both of its parts are there and still true."""
+        """Return whether both parts exist and are up to date."""
         return all(part_origin(folder / split, self.name) == self.origin() for split in SPLITS)
 
 
 def prepare(settings: PrepareSettings) -> Path:
-    """Write the tokenizer and the shards that `settings` ask for; returns the folder.
+    """Write a tokenizer and the shards of both splits.
 
-    `folder/train` and `folder/validation` are then for `Shards.open`; validation may hold no documents. With
-    `settings.part`, only that part of the files is done and the manifests are left to a last run with `merge`.
+    With `settings.part`, only that part of the files is processed, and a last run with `merge` writes the manifests.
+
+    Returns:
+        The folder. `Shards.open` opens its subfolders `train` and `validation`; the latter may have no documents.
+
+    Raises:
+        ValueError: The settings contradict each other, a file cannot be read, or no document is left for training.
     """
     corpus = settings.corpus
     folder = Path(settings.output_dir)
@@ -144,7 +151,7 @@ def prepare(settings: PrepareSettings) -> Path:
     train = _training_files(corpus, folder, processes)
     validation = find_files(corpus.validation_file)
     if both := set(train) & set(validation):
-        raise ValueError(f"{min(both)} is given both for training and for validation")
+        raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
     percentage = 0 if validation else corpus.validation_split_percentage
 
     if corpus.tokenizer_name is None:
@@ -153,29 +160,36 @@ def prepare(settings: PrepareSettings) -> Path:
     else:
         tokenizer = load_tokenizer(corpus.tokenizer_name)
         _save_tokenizer(tokenizer, folder, origin=None)
-    identity = tokenizer_hash(tokenizer)
+    tokenizer_digest = tokenizer_hash(tokenizer)
 
     files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
-    sources = [Source(path, share, corpus.text_column, identity) for path, share in files]
+    sources = [Source(path, share, corpus.text_column, tokenizer_digest) for path, share in files]
     if settings.part is not None:
         first, step = map(int, settings.part.split("/"))
         sources = sources[first - 1 :: step]
     unfinished = [source for source in sources if not source.is_finished(folder)]
     if settings.merge and unfinished:
-        raise ValueError(f"{len(unfinished)} of {len(sources)} files are not done, such as {unfinished[0].path}")
+        raise ValueError(f"{len(unfinished)} of {len(sources)} files are not finished, such as {unfinished[0].path}")
     _prepare_sources(unfinished, tokenizer, folder, processes)
     if settings.part is None:
         for split in SPLITS:
             names = [source.name for source in sources]
             size = tokenizer.get_vocab_size()
-            write_manifest(folder / split, names, vocabulary_size=size, tokenizer_hash=identity)
+            write_manifest(folder / split, names, vocab_size=size, tokenizer_hash=tokenizer_digest)
         if not Shards.open(folder / "train").documents:
-            raise ValueError("no document is left for training: give more text or a smaller validation share")
+            raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
     return folder
 
 
 def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None]) -> None:
-    """Write the two parts of one file; `progress` is called with the bytes read since its last call."""
+    """Write the two parts of one file.
+
+    Args:
+        source: The file.
+        tokenizer: The tokenizer, which is changed to treat special tokens in the text as text.
+        folder: Folder of the splits.
+        progress: Called with the number of bytes read since its last call.
+    """
     tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
     dtype, position = token_dtype(tokenizer.get_vocab_size()), 0
 
@@ -191,24 +205,25 @@ def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: C
             sentences = [[s for paragraph in document for s in split_sentences(paragraph)] for document in batch]
             flat = [sentence for document in sentences for sentence in document]
             encoded = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-            for document, own in zip(batch, sentences, strict=True):
+            for document, its_sentences in zip(batch, sentences, strict=True):
                 part = validation if held_out(document, source.held_out_percentage) else train
-                part.add([next(encoded).ids for _ in own])
+                part.add([next(encoded).ids for _ in its_sentences])
 
 
 def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+    """Group documents so that a group has a little more than BATCH_CHARACTERS."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
         characters += sum(map(len, document))
-        if characters > BATCH:
+        if characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     yield batch
 
 
 def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> list[Path]:
-    """The files to train on; what is not in a file yet, standard input or documentation, is put into one."""
+    """Return the training files; standard input and docstrings are first written to files in `folder`."""
     if not corpus.train_file:
         return find_files([gather_docstrings(folder / "docstrings.jsonl", processes)])
     inputs = []
@@ -222,13 +237,13 @@ def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> lis
 
 
 def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float, folder: Path) -> None:
-    """Leave a vocabulary trained on `files` in `folder`, unless the one there was trained on just that."""
+    """Train a vocabulary on `files` and save it in `folder`, unless the one in it was trained on the same input."""
     record = folder / TOKENIZER_ORIGIN
     origin = {
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "held_out_percentage": percentage,
         "text_column": corpus.text_column,
-        "vocabulary_size": corpus.vocabulary_size,
+        "vocab_size": corpus.vocab_size,
         "cased": corpus.cased,
     }
     if record.exists() and json.loads(record.read_text()) == origin:
@@ -236,7 +251,7 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: floa
 
     def texts() -> Iterator[str]:
         for path in tqdm(files, desc="vocabulary", unit="file"):
-            budget = VOCABULARY_TEXT // len(files)
+            budget = MAX_VOCABULARY_CHARACTERS // len(files)
             for document in read_documents(path, corpus.text_column):
                 if not held_out(document, percentage):
                     yield from document
@@ -244,12 +259,12 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: floa
                 if budget < 0:
                     break
 
-    _save_tokenizer(train_tokenizer(texts(), corpus.vocabulary_size, cased=corpus.cased), folder, origin)
+    _save_tokenizer(train_tokenizer(texts(), corpus.vocab_size, cased=corpus.cased), folder, origin)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, origin: dict | None) -> None:
     record = folder / TOKENIZER_ORIGIN
-    record.unlink(missing_ok=True)  # first: never may the record of one tokenizer stand beside another
+    record.unlink(missing_ok=True)  # first, so that the record never describes another tokenizer
     save_tokenizer(tokenizer, folder)
     if origin is not None:
         record.write_text(json.dumps(origin, indent=1))
@@ -264,7 +279,7 @@ def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, 
             for source in sources:
                 prepare_file(source, tokenizer, folder, bar.update)
             return
-        context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
+        context = multiprocessing.get_context("spawn")  # forked processes would lack the tokenizer's threads
         counter = context.Value("q", 0)
         threads = max(1, (os.cpu_count() or 1) // processes)
         with ProcessPoolExecutor(processes, context, _start_worker, (counter, threads)) as pool:
@@ -280,7 +295,7 @@ def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, 
                 raise
 
 
-_bytes_read = None  # in a worker process: what all of them have read
+_bytes_read = None  # in a worker process: shared counter of the bytes that all workers have read
 
 
 def _start_worker(counter, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The prose in a documentation string: what remains without code, tables, signatures and markup."""
+"""Extract the prose of a docstring: what remains without code, tables, signatures and markup."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bertfast.data.sentences import split_sentences
 FENCE = re.compile(r"```|~~~")
 DIRECTIVE = re.compile(r"\.\. +([\w-]+)::|\.\. ")
 PROSE_DIRECTIVES = ("note", "warning", "tip", "hint", "important", "caution", "attention", "danger", "admonition")
-RULER = re.compile(r"([^\w\s])\1{2,}|[-=+|~\s]{3,}")  # under a title, or around a table
+RULER = re.compile(r"([^\w\s])\1{2,}|[-=+|~\s]{3,}")  # underlines of titles, borders of tables
 CITATIONS = ("references", "reference", "see also", "bibliography")
-PARAMETER = re.compile(r"[\w.*`, ]+ : ")  # NumPy's style, a line of its own: "name : type"
-# What begins an item of a list, or a parameter in the styles of Sphinx and Google; not part of the sentence.
+PARAMETER = re.compile(r"[\w.*`, ]+ : ")  # NumPy style, on a line of its own: "name : type"
+# The start of a list item, or of a parameter in Sphinx or Google style, which is not part of the sentence.
 ITEM = re.compile(
     r"(?:[-*+•]|\(?\d+[.)]|\(?[a-zA-Z]\))\s+"
     r"|:\w[^:`]*:\s+"
@@ -33,7 +33,7 @@ MARKUP = [
     (re.compile(r"(?<![\w*])(\*{1,2})(\w[^*]*?)\1(?![\w*])"), r"\2"),  # *emphasis* and **more of it**
     (re.compile(r"</?\w[^<>]*>"), ""),  # <Tag>
     (re.compile(r"\s+"), " "),
-    (re.compile(r" (?=[,.;](?: |$))"), ""),  # before a mark, where markup has gone
+    (re.compile(r" (?=[,.;](?: |$))"), ""),  # a space before punctuation, left by removed markup
 ]
 NOT_PROSE = re.compile(r"\w+://|www\.|[\\{}|^`]|>>>|==|:=|->|=>|\b\w+\([^)]*=|\w\[[^]]*\]|\s=\s|@\w+\.")
 FUNCTION_WORD = re.compile(
@@ -44,16 +44,16 @@ WORD = re.compile(r"(?<![\w.])[A-Za-z][a-z]*(?:['-][a-z]+)*(?![\w(])")
 
 
 def prose_paragraphs(docstring: str) -> list[str]:
-    """The paragraphs of English prose in `docstring`, each one line, markup removed."""
+    """Return the paragraphs of English prose in a docstring, each as a single line without markup."""
     paragraphs = (_prose(" ".join(block)) for block in _text_blocks(inspect.cleandoc(docstring).splitlines()))
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _text_blocks(lines: list[str]) -> Iterator[list[str]]:
-    """Groups of stripped lines that make a paragraph, a list item or a parameter; literal blocks are left out."""
+    """Yield the stripped lines of each paragraph, list item or parameter description; literal blocks are skipped."""
     block: list[str] = []
     block_indent = 0
-    literal_indent = None  # within what is literal as long as it is deeper than this
+    literal_indent = None  # inside a literal block while lines are indented deeper than this
     fenced = doctest = cited = False
     for line in lines:
         text = line.strip()
@@ -94,7 +94,7 @@ def _text_blocks(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _prose(text: str) -> str:
-    """The sentences of one block that read as English, without markup and the name of a list item."""
+    """Return the English sentences of a block, without markup and without the label of a list item."""
     while item := ITEM.match(text):
         text = text[item.end() :]
     for pattern, replacement in MARKUP:

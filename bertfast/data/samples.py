@@ -1,9 +1,9 @@
-"""Which stretches of the corpus make a sample: sentence pairs as in BERT's paper, or runs of whole sentences.
+"""Samples for pre-training: sentence pairs as in the BERT paper, or runs of whole sentences.
 
-An epoch is planned at once, as arrays, from the boundaries alone: all documents are walked side by side, one sample
-a document a round, and no token is read. After section 3.1 and appendix A.2 of Devlin et al., "BERT: Pre-training of
-Deep Bidirectional Transformers for Language Understanding", and the `create_pretraining_data` released with it; unlike
-there, each sample (not each document) is deliberately short with the same probability.
+An epoch is planned at once with arrays, from the sentence and document boundaries alone: all documents are processed in
+parallel, one sample per document and round, and no token is read. Follows section 3.1 and appendix A.2 of Devlin et
+al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", and the script
+`create_pretraining_data.py` released with it, except that short samples are drawn per sample, not per document.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from bertfast.data.shards import Shards
 
-# A longer document is walked in stretches of this many sentences, so that one huge file cannot make endless rounds.
-STRETCH_SENTENCES = 1024
+# A longer document is processed in chunks of this many sentences, which bounds the number of rounds.
+CHUNK_SENTENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Sampling:
     """How samples are cut from the corpus and masked.
 
     Attributes:
-        max_seq_length: Longest sample in tokens, [CLS] and [SEP] included.
-        objective: Sentence pairs for masked LM and next-sentence prediction; whole sentences for masked LM alone, or
-            for a model that reads from left to right and predicts every next token (ltr).
-        short_seq_probability: Share of the samples that aim at a random length from 2 tokens on.
-        mlm_probability: Share of a sample's tokens that are to be predicted.
-        mask_replace_prob: Share of those that [MASK] replaces.
-        random_replace_prob: Share of those that a random token replaces; the rest stay as they are.
-        whole_word: Mask all pieces of a word or none.
+        max_seq_length: Maximum sequence length in tokens, including [CLS] and [SEP].
+        objective: mlm+nsp: masked LM and next-sentence prediction on sentence pairs; mlm: masked LM on runs of whole
+            sentences; ltr: causal (left-to-right) LM on runs of whole sentences.
+        short_seq_probability: Fraction of samples with a random target length of at least 2 tokens.
+        mlm_probability: Fraction of a sample's tokens to predict.
+        mask_replace_prob: Fraction of the tokens to predict that are replaced by [MASK].
+        random_replace_prob: Fraction of the tokens to predict that are replaced by a random token; the rest are kept.
+        whole_word: Mask either all pieces of a word or none.
     """
 
     max_seq_length: int = 128
@@ -44,48 +44,51 @@ class Sampling:
 
     def __post_init__(self):
         if self.max_seq_length < 5:
-            raise ValueError(f"max_seq_length must be at least 5 (a pair of tokens), got {self.max_seq_length}")
+            raise ValueError(
+                f"--max-seq-length must be at least 5, a pair of one-token texts, got {self.max_seq_length}"
+            )
         if self.objective not in ("mlm+nsp", "mlm", "ltr"):
-            raise ValueError(f'objective must be "mlm+nsp", "mlm" or "ltr", got {self.objective!r}')
+            raise ValueError(f"--objective must be mlm+nsp, mlm or ltr, got {self.objective!r}")
         for name in ("short_seq_probability", "mlm_probability", "mask_replace_prob", "random_replace_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must lie between 0 and 1, got {getattr(self, name)}")
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise ValueError(
-                "mask_replace_prob and random_replace_prob must add up to at most 1, "
+                "--mask-replace-prob and --random-replace-prob must add up to at most 1, "
                 f"got {self.mask_replace_prob} and {self.random_replace_prob}"
             )
 
     @property
     def pairs(self) -> bool:
-        """Whether a sample is a pair of segments, [CLS] A [SEP] B [SEP], and not one, [CLS] A [SEP]."""
+        """Whether samples are pairs of segments, [CLS] A [SEP] B [SEP], not single ones, [CLS] A [SEP]."""
         return self.objective == "mlm+nsp"
 
     @property
-    def predicted_share(self) -> float:
-        """Of a sample's tokens, how many are to be predicted at most."""
+    def max_predicted_share(self) -> float:
+        """Largest fraction of a sample's tokens to predict."""
         return 1.0 if self.objective == "ltr" else self.mlm_probability
 
     @property
-    def room(self) -> int:
-        """Tokens of text that a sample has room for beside [CLS] and [SEP]."""
+    def max_text_tokens(self) -> int:
+        """Maximum number of a sample's tokens that are not [CLS] or [SEP]."""
         return self.max_seq_length - (3 if self.pairs else 2)
 
 
-class Outline(NamedTuple):
-    """The corpus without its tokens; all parts count as laid end to end.
+class CorpusBoundaries(NamedTuple):
+    """Where sentences and documents start in the corpus, which is all parts of the shards end to end.
 
     Attributes:
-        sentence_starts: int64 [sentences + 1], places of tokens.
-        document_starts: int64 [documents + 1], sentences.
+        sentence_starts: int64 [sentences + 1], token positions; the last entry is the number of tokens.
+        document_starts: int64 [documents + 1], sentence indices; the last entry is the number of sentences.
     """
 
     sentence_starts: np.ndarray
     document_starts: np.ndarray
 
     @classmethod
-    def of(cls, shards: Shards) -> Outline:
-        """The outline of all parts, in memory: 8 bytes a sentence."""
+    def of(cls, shards: Shards) -> CorpusBoundaries:
+        """Read the boundaries of all parts into memory, 8 bytes per sentence."""
         parts = shards.parts
         return cls(
             _end_to_end([part.sentence_starts for part in parts]), _end_to_end([part.document_starts for part in parts])
@@ -93,14 +96,14 @@ class Outline(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Samples as places in the corpus, one a row: A is the first segment, B the second.
+    """Samples as token ranges of the corpus, one per row: A is the first segment, B the second.
 
     Attributes:
-        first_start: int64 [N], the place of A's first token.
-        first_length: int32 [N], tokens.
-        second_start: int64 [N], the same for B.
-        second_length: int32 [N]; 0 where samples are not pairs.
-        random_second: bool [N], whether B is from another document and does not follow A.
+        first_start: int64 [N], position of A's first token in the corpus.
+        first_length: int32 [N], tokens of A.
+        second_start: int64 [N], position of B's first token.
+        second_length: int32 [N], tokens of B; 0 if samples are not pairs.
+        random_second: bool [N], whether B is from another document instead of following A.
     """
 
     first_start: np.ndarray
@@ -110,102 +113,129 @@ class Samples(NamedTuple):
     random_second: np.ndarray
 
     def take(self, rows) -> Samples:
-        """The samples in `rows`, a slice or an array of indices."""
+        """Return the samples in `rows`, a slice or an array of indices."""
         return Samples(*(column[rows] for column in self))
 
     def lengths(self, sampling: Sampling) -> np.ndarray:
-        """int64 [N]: tokens of each sample, [CLS] and [SEP] included."""
-        special = sampling.max_seq_length - sampling.room
+        """Return the tokens of each sample, including [CLS] and [SEP], as int64 [N]."""
+        special = sampling.max_seq_length - sampling.max_text_tokens
         return self.first_length.astype(np.int64) + self.second_length + special
 
 
-def plan_samples(outline: Outline, sampling: Sampling, generator: np.random.Generator) -> Samples:
-    """One epoch of samples in a random order; each document is in it from its first sentence to its last."""
-    if outline.document_starts.size < 2:
-        raise ValueError("the shards hold no text: there is nothing to make samples from")
-    samples = (_pairs if sampling.pairs else _runs)(outline, sampling, generator)
+def plan_samples(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.random.Generator) -> Samples:
+    """Plan one epoch: samples in random order that cover every document from its first sentence to its last.
+
+    Args:
+        boundaries: The sentences and documents of the corpus.
+        sampling: How samples are cut.
+        generator: Source of all randomness.
+
+    Raises:
+        ValueError: There is no text, or only one document for next-sentence prediction.
+    """
+    if boundaries.document_starts.size < 2:
+        raise ValueError("the shards hold no text: run `bertfast prepare` on files with text")
+    samples = (_pairs if sampling.pairs else _runs)(boundaries, sampling, generator)
     return samples.take(generator.permutation(samples.first_start.size))
 
 
-def _pairs(outline: Outline, sampling: Sampling, generator: np.random.Generator) -> Samples:
-    starts, document_starts = outline
+def _pairs(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.random.Generator) -> Samples:
+    """Return sentence pairs, half of them with a random B; see `plan_samples`."""
+    starts, document_starts = boundaries
     documents = document_starts.size - 1
     if documents < 2:
         raise ValueError(
-            "next-sentence prediction wants at least two documents and the shards hold one: "
-            "separate documents by a blank line, or choose the objective mlm"
+            "next-sentence prediction requires at least two documents and the shards hold one: "
+            "separate documents by a blank line, or pass --objective mlm"
         )
-    document, sentence, stop = _stretches(document_starts)
+    # One entry per chunk that is not used up: its document, its next sentence, and the sentence after its last.
+    document, sentence, stop = _chunks(document_starts)
     rounds = []
     while sentence.size:
+        # A pair takes sentences [sentence, end), as many as the target needs, and A ends before sentence `split`.
         target = _targets(sentence.size, sampling, generator)
         end = np.minimum(np.searchsorted(starts, starts[sentence] + target), stop)
         split = sentence + 1 + generator.integers(0, np.maximum(end - sentence - 1, 1))
 
-        # B of another document: from a random sentence on, as much as A leaves of the target, a sentence at least.
+        # Random B: starts at a random sentence of another document; as long as A leaves of the target, at least one
+        # sentence.
         random = (split == end) | (generator.random(sentence.size) < 0.5)
         other = generator.integers(0, documents - 1, sentence.size)
-        other += other >= document
+        other += other >= document  # uniform over all documents but `document`
         other_sentence = generator.integers(document_starts[other], document_starts[other + 1])
-        wanted = np.maximum(target - (starts[split] - starts[sentence]), 1)
-        other_end = np.searchsorted(starts, starts[other_sentence] + wanted)
+        remaining = np.maximum(target - (starts[split] - starts[sentence]), 1)
+        other_end = np.searchsorted(starts, starts[other_sentence] + remaining)
         other_end = np.minimum(other_end, document_starts[other + 1])
 
         first = starts[sentence]
         second = starts[np.where(random, other_sentence, split)]
         second_end = starts[np.where(random, other_end, end)]
         rounds.append((first, starts[split] - first, second, second_end - second, random))
-        # What the true B would have been is put back, to be used next.
+        # The sentences that a random B displaced are put back and start the next pair.
         sentence = np.where(random, split, end)
-        left = sentence < stop
-        document, sentence, stop = document[left], sentence[left], stop[left]
-    return _cut_pairs(*map(np.concatenate, zip(*rounds, strict=True)), sampling.room, generator)
+        unfinished = sentence < stop
+        document, sentence, stop = document[unfinished], sentence[unfinished], stop[unfinished]
+    return _cut_pairs(*map(np.concatenate, zip(*rounds, strict=True)), sampling.max_text_tokens, generator)
 
 
-def _cut_pairs(first_start, first_length, second_start, second_length, random, room: int, generator) -> Samples:
-    """Cut the longer segment, token by token at a random end, until both fit into `room` (here in closed form)."""
-    first_kept = np.minimum(first_length, np.maximum((room + 1) // 2, room - second_length))
-    second_kept = np.minimum(second_length, room - first_kept)
+def _cut_pairs(
+    first_start: np.ndarray,
+    first_length: np.ndarray,
+    second_start: np.ndarray,
+    second_length: np.ndarray,
+    random: np.ndarray,
+    max_tokens: int,
+    generator: np.random.Generator,
+) -> Samples:
+    """Truncate pairs to `max_tokens`: the longer segment loses one token at a random end until both fit.
+
+    In closed form: the kept lengths are those of that loop, and the tokens cut at the front are binomially distributed.
+    """
+    first_kept = np.minimum(first_length, np.maximum((max_tokens + 1) // 2, max_tokens - second_length))
+    second_kept = np.minimum(second_length, max_tokens - first_kept)
     first_start = first_start + generator.binomial(first_length - first_kept, 0.5)
     second_start = second_start + generator.binomial(second_length - second_kept, 0.5)
     return Samples(first_start, first_kept.astype(np.int32), second_start, second_kept.astype(np.int32), random)
 
 
-def _runs(outline: Outline, sampling: Sampling, generator: np.random.Generator) -> Samples:
-    """As many whole sentences of one document as the target holds; one that is too long goes on in the next sample."""
-    starts, document_starts = outline
-    _, sentence, stop = _stretches(document_starts)
-    place, stop = starts[sentence], starts[stop]
+def _runs(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.random.Generator) -> Samples:
+    """Return runs of whole sentences of one document up to the target; longer sentences continue in the next sample."""
+    starts, document_starts = boundaries
+    _, sentence, stop = _chunks(document_starts)
+    # One entry per chunk that is not used up: the positions of its next token and of the token after its last.
+    position, stop = starts[sentence], starts[stop]
     rounds = []
-    while place.size:
-        target = place + _targets(place.size, sampling, generator)
+    while position.size:
+        # `end` is the last sentence boundary up to the target, else that of the first sentence, cut to the maximum.
+        target = position + _targets(position.size, sampling, generator)
         last_whole = starts[np.searchsorted(starts, target, side="right") - 1]
-        one_sentence = starts[np.searchsorted(starts, place, side="right")]
-        end = np.minimum(np.maximum(last_whole, one_sentence), np.minimum(place + sampling.room, stop))
-        rounds.append((place, end - place))
-        left = end < stop
-        place, stop = end[left], stop[left]
+        one_sentence = starts[np.searchsorted(starts, position, side="right")]
+        end = np.minimum(np.maximum(last_whole, one_sentence), np.minimum(position + sampling.max_text_tokens, stop))
+        rounds.append((position, end - position))
+        unfinished = end < stop
+        position, stop = end[unfinished], stop[unfinished]
     start, length = map(np.concatenate, zip(*rounds, strict=True))
     nothing = np.zeros_like(length, np.int32)
     return Samples(start, length.astype(np.int32), start, nothing, nothing.astype(bool))
 
 
 def _targets(count: int, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
-    """int64 [count]: how many tokens of text each sample aims at."""
+    """Return the target length of each sample in tokens of text, int64 [count]."""
     short = generator.random(count) < sampling.short_seq_probability
-    return np.where(short, generator.integers(2, sampling.room + 1, count), sampling.room)
+    return np.where(short, generator.integers(2, sampling.max_text_tokens + 1, count), sampling.max_text_tokens)
 
 
-def _stretches(document_starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, first sentence, sentence behind the last) of every stretch to be walked, all int64."""
-    counts = -(-np.diff(document_starts) // STRETCH_SENTENCES)
+def _chunks(document_starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (document, first sentence, sentence after the last) of every chunk, int64 arrays of the same size."""
+    counts = -(-np.diff(document_starts) // CHUNK_SENTENCES)
     document = np.repeat(np.arange(counts.size), counts)
+    # within: index of each chunk in its document.
     within = np.arange(document.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    sentence = document_starts[document] + within * STRETCH_SENTENCES
-    return document, sentence, np.minimum(sentence + STRETCH_SENTENCES, document_starts[document + 1])
+    sentence = document_starts[document] + within * CHUNK_SENTENCES
+    return document, sentence, np.minimum(sentence + CHUNK_SENTENCES, document_starts[document + 1])
 
 
 def _end_to_end(starts: list[np.ndarray]) -> np.ndarray:
-    """One array of starts from those of each part: the last entry of one is where the next begins."""
+    """Concatenate the starts of parts, shifted so that each part starts where the one before it ends."""
     ends = np.cumsum([0, *(int(part[-1]) for part in starts)])
     return np.concatenate([*(part[:-1] + end for part, end in zip(starts, ends, strict=False)), ends[-1:]])

@@ -1,8 +1,8 @@
 """Split English paragraphs into sentences by rules, fast enough for a corpus.
 
-A sentence ends at a full stop, an exclamation or a question mark, with the quotes and brackets that close behind it,
-where white space and something other than a small letter follow. A full stop may also belong to its word; the patterns
-below, in lower case and without the last stop, say to which.
+A sentence ends at a full stop, an exclamation mark or a question mark, with any closing quotes and brackets, if white
+space and something other than a lower-case letter follow. Full stops of abbreviations do not count: the patterns below
+match the abbreviations, in lower case and without their last stop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BEFORE_A_NUMBER = re.compile(
     "no|nos|vol|vols|fig|figs|eq|eqs|sec|ch|p|pp|pg|art|approx|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec"
 )
 ANYWHERE = re.compile(r"jr|sr|inc|ltd|co|corp|bros|etc|al|u\.s|u\.k|u\.n|u\.s\.a|d\.c|a\.m|p\.m|b\.c|a\.d|ph\.d")
-# Words that open a sentence far more often than they go on with it after one of the last kind or after an initial.
+# Words that, after one of ANYWHERE or an initial, start a new sentence far more often than they continue one.
 OPENING_WORD = re.compile(
     "The|An?|In|On|At|Its?|He|She|They|We|You|I|His|Her|Their|This|That|These|Those|There|As|By|For|From|If|When|"
     "While|After|Before|But|And|However|Although|Since|During|With|Some|Many|Most|Other|To"
@@ -28,7 +28,7 @@ OPENING_WORD = re.compile(
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph, stripped; together they hold every word of it, in order."""
+    """Return the sentences of a paragraph, stripped; together they contain all of its words in order."""
     sentences, start = [], 0
     for end in END.finditer(paragraph):
         if paragraph[end.start()] == "." and _belongs_to_word(paragraph, start, end):
@@ -40,7 +40,7 @@ def split_sentences(paragraph: str) -> list[str]:
 
 
 def _belongs_to_word(paragraph: str, start: int, end: re.Match) -> bool:
-    """Whether the full stop at `end` is part of the word before it; the sentence began at `start`."""
+    """Return whether the full stop at `end` is part of an abbreviation; the sentence starts at `start`."""
     word = paragraph[max(start, paragraph.rfind(" ", start, end.start()) + 1) : end.start()].lstrip(OPENING)
     following = end[2]
     if (len(word) == 1 and word.isupper()) or ANYWHERE.fullmatch(word.lower()):

@@ -1,13 +1,13 @@
-"""Token shards: documents of sentences of token ids, memory-mapped, with a manifest that says what they are.
+"""Token shards: memory-mapped documents, each a list of sentences of token ids, with a manifest.
 
-A shards folder holds `manifest.json` and one folder a part, usually one part for each file of the corpus:
+A shards folder holds `manifest.json` and one folder per part, usually one part per file of the corpus:
 
     tokens.bin            token ids end to end, uint16 or uint32, without [CLS] and [SEP]
-    sentence_starts.bin   int64 offsets into the tokens, one a sentence and the number of tokens
-    document_starts.bin   int64 offsets into the sentences, one a document and the number of sentences
-    part.json             counts, dtype, checksums and where the part came from
+    sentence_starts.bin   int64 offsets into the tokens, one per sentence, and the number of tokens
+    document_starts.bin   int64 offsets into the sentences, one per document, and the number of sentences
+    part.json             counts, dtype, checksums and origin of the part
 
-All numbers are little-endian. A part is written under a temporary name and renamed, so one that is there is whole.
+All numbers are little-endian. A part is written under a temporary name and renamed, so existing parts are complete.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-FORMAT = "bertfast shards 1"
+FORMAT = "bertfast shards 2"
 FILES = ("tokens", "sentence_starts", "document_starts")
 
 
-def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
-    return np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the narrower of uint16 and uint32 that represents every token id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,15 @@ class Part:
 
 
 class PartWriter:
-    """Writes one part, a document at a time; use as a context manager.
+    """Context manager that writes one part, document by document.
 
-    The part appears as `folder/name` when the block ends well, replacing one that was there, and not at all otherwise.
-    `origin` is any JSON value kept in `part.json`: what the part was made from.
+    When the block ends without an exception, the part replaces `folder/name`; otherwise nothing changes.
+
+    Args:
+        folder: The shards folder.
+        name: Name of the part.
+        dtype: dtype of the token ids, see `token_dtype`.
+        origin: Any JSON value, stored in `part.json`: what the part is made from.
     """
 
     def __init__(self, folder: Path | str, name: str, dtype: np.dtype | type, origin=None):
@@ -59,18 +65,19 @@ class PartWriter:
         self.dtypes = {"tokens": token_ids, "sentence_starts": np.dtype("<i8"), "document_starts": np.dtype("<i8")}
         self.origin = origin
         self.documents = self.sentences = self.tokens = 0
+        self.files: dict[str, BinaryIO] = {}
+        self.digests = {name: hashlib.sha256() for name in FILES}
 
     def __enter__(self) -> PartWriter:
-        shutil.rmtree(self.temporary, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self.temporary, ignore_errors=True)  # left behind by a run that was killed
         self.temporary.mkdir(parents=True)
         self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in FILES}
-        self.digests = {name: hashlib.sha256() for name in FILES}
         self._append("sentence_starts", [0])
         self._append("document_starts", [0])
         return self
 
     def add(self, document: Sequence[Sequence[int]]) -> None:
-        """Append a document, one sequence of token ids a sentence; empty sentences and empty documents are dropped."""
+        """Append a document, a sequence of token ids per sentence; empty sentences and documents are dropped."""
         sentences = [sentence for sentence in document if len(sentence)]
         if not sentences:
             return
@@ -107,27 +114,27 @@ class PartWriter:
 
 
 def write_part(folder: Path | str, name: str, documents: Iterable[Sequence[Sequence[int]]], dtype=np.uint16) -> None:
-    """Write `documents`, each a sequence of sentences of token ids, as the part `folder/name`."""
+    """Write `documents`, each a sequence of sentences, which are sequences of token ids, as the part `folder/name`."""
     with PartWriter(folder, name, dtype) as part:
         for document in documents:
             part.add(document)
 
 
 def part_origin(folder: Path | str, name: str):
-    """What the finished part `folder/name` was made from, None if there is no such part."""
+    """Return the origin of the finished part `folder/name`; None if there is no such part."""
     try:
         return json.loads((Path(folder) / name / "part.json").read_text())["origin"]
     except FileNotFoundError:
         return None
 
 
-def write_manifest(folder: Path | str, names: Iterable[str], *, vocabulary_size: int, tokenizer_hash: str) -> None:
-    """Declare the finished parts `names` one shards folder, in that order."""
+def write_manifest(folder: Path | str, names: Iterable[str], *, vocab_size: int, tokenizer_hash: str) -> None:
+    """Write the manifest of a shards folder, which consists of the finished parts `names` in that order."""
     folder = Path(folder)
     parts = [{"name": name} | json.loads((folder / name / "part.json").read_text()) for name in names]
     manifest = {
         "format": FORMAT,
-        "vocabulary_size": vocabulary_size,
+        "vocab_size": vocab_size,
         "tokenizer_hash": tokenizer_hash,
         **{count: sum(part[count] for part in parts) for count in ("documents", "sentences", "tokens")},
         "parts": parts,
@@ -139,41 +146,61 @@ def write_manifest(folder: Path | str, names: Iterable[str], *, vocabulary_size:
 
 @dataclass(frozen=True)
 class Shards:
-    """A folder of token shards, opened for reading; `parts` are those that hold documents."""
+    """A folder of token shards, opened for reading.
+
+    Attributes:
+        folder: The folder.
+        parts: Its parts that hold documents.
+        documents, sentences, tokens: Counts over all parts.
+        vocab_size: Size of the tokenizer's vocabulary.
+        tokenizer_hash: See `bertfast.data.tokenizer.tokenizer_hash`.
+    """
 
     folder: Path
     parts: list[Part]
     documents: int
     sentences: int
     tokens: int
-    vocabulary_size: int
+    vocab_size: int
     tokenizer_hash: str
 
     @classmethod
     def open(cls, folder: Path | str, tokenizer_hash: str | None = None) -> Shards:
-        """Map the shards in `folder`; with `tokenizer_hash`, only if they were made with that tokenizer.
+        """Memory-map the shards in `folder`.
 
-        Raises FileNotFoundError where there are none and ValueError, naming the file, where they are not as declared.
+        Args:
+            folder: A folder that `bertfast prepare` wrote.
+            tokenizer_hash: If given, shards of any other tokenizer are refused.
+
+        Raises:
+            FileNotFoundError: There are no shards.
+            ValueError: They are damaged, of another format, or of another tokenizer.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
         if tokenizer_hash not in (None, manifest["tokenizer_hash"]):
             raise ValueError(
-                f"the shards in {folder} were made with another tokenizer "
-                f"({manifest['tokenizer_hash'][:12]}, not {tokenizer_hash[:12]}); prepare the text again with this one"
+                f"the shards in {folder} were made with another tokenizer ({manifest['tokenizer_hash'][:12]}, not "
+                f"{tokenizer_hash[:12]}): run `bertfast prepare` again with this one"
             )
         parts = [_open_part(folder / part["name"], part) for part in manifest["parts"] if part["documents"]]
         counts = {count: manifest[count] for count in ("documents", "sentences", "tokens")}
-        return cls(folder, parts, **counts, **{key: manifest[key] for key in ("vocabulary_size", "tokenizer_hash")})
+        return cls(folder, parts, **counts, **{key: manifest[key] for key in ("vocab_size", "tokenizer_hash")})
 
     def verify(self) -> None:
-        """Read everything and compare checksums; a ValueError names the first damaged file."""
+        """Read all files and compare their checksums.
+
+        Raises:
+            ValueError: A file is damaged.
+        """
         for part in _read_manifest(self.folder)["parts"]:
             for name, checksum in part["checksums"].items():
                 path = self.folder / part["name"] / f"{name}.bin"
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-                        raise ValueError(f"{path} is damaged: its checksum is not the manifest's; prepare it again")
+                        raise ValueError(
+                            f"{path} is damaged: its checksum differs from the manifest's; run `bertfast prepare` again"
+                        )
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -189,7 +216,7 @@ def _read_manifest(folder: Path) -> dict:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise ValueError(
-            f"{path} says format {found!r} where {FORMAT!r} is wanted: it is of another program or version"
+            f"{path} has format {found!r}, not {FORMAT!r}: it is from another version; run `bertfast prepare` again"
         )
     return manifest
 
@@ -203,11 +230,13 @@ def _open_part(folder: Path, description: dict) -> Part:
             raise FileNotFoundError(f"{path} is missing, though the manifest lists it; run `bertfast prepare` again")
         if path.stat().st_size != count * dtype.itemsize:
             raise ValueError(
-                f"{path} is damaged: it has {path.stat().st_size} bytes where {count * dtype.itemsize} are declared; "
-                "prepare it again"
+                f"{path} is damaged: it has {path.stat().st_size} bytes instead of {count * dtype.itemsize}; "
+                "run `bertfast prepare` again"
             )
         arrays.append(np.memmap(path, dtype, mode="r"))
     part = Part(*arrays)
     if part.sentence_starts[-1] != counts[0] or part.document_starts[-1] != description["sentences"]:
-        raise ValueError(f"{folder} is damaged: its boundaries do not end where its tokens do; prepare it again")
+        raise ValueError(
+            f"{folder} is damaged: its boundaries do not end at its last token; run `bertfast prepare` again"
+        )
     return part

@@ -1,6 +1,6 @@
-"""WordPiece vocabularies: train one, take an existing one, keep it where `transformers` finds it too.
+"""WordPiece tokenizers: training, loading and saving, in the files that `transformers` uses.
 
-A tokenizer is a `tokenizers.Tokenizer`; nothing here wraps it.
+A tokenizer is a plain `tokenizers.Tokenizer`.
 """
 
 from __future__ import annotations
@@ -28,33 +28,45 @@ class SpecialTokens:
     mask: int
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int, *, cased: bool = False) -> Tokenizer:
-    """Train WordPiece on `texts`; `vocabulary_size` is rounded up to a multiple of 64, which matrix units like.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = False) -> Tokenizer:
+    """Train a WordPiece vocabulary.
 
-    Where the texts do not yield so many pieces, [unused] tokens fill the vocabulary. Ids do not depend on the order of
-    the texts.
+    Args:
+        texts: The training texts. Token ids do not depend on their order.
+        vocab_size: Rounded up to a multiple of 64, for efficient GEMMs; [unused] tokens fill up the vocabulary if the
+            texts yield fewer pieces.
+        cased: Whether to keep upper case and accents.
+
+    Raises:
+        ValueError: The texts are empty.
     """
-    vocabulary_size = -(-vocabulary_size // 64) * 64
-    # Every character also has a continuation; more than a quarter of the vocabulary for single characters is a waste.
-    alphabet = min(1000, vocabulary_size // 8)
+    vocab_size = -(-vocab_size // 64) * 64
+    # Every character takes two entries, one of them as a continuation; a quarter of the vocabulary is the limit.
+    alphabet = min(1000, vocab_size // 8)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size, limit_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+        vocab_size=vocab_size, limit_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
-    trained = _wordpiece({}, cased)  # which knows no special token, so that "[MASK]" in a text is text
+    trained = _wordpiece({}, cased)  # without special tokens, so that "[MASK]" in a text is treated as text
     trained.train_from_iterator(texts, trainer)
-    # The trainer numbers pieces differently at each run, so the order is made here.
+    # The trainer numbers the pieces differently in each run, so they are sorted.
     pieces = sorted(set(trained.get_vocab()) - set(SPECIAL_TOKENS))
     if not pieces:
         raise ValueError("there is no text to train a vocabulary on")
-    unused = [f"[unused{i}]" for i in range(vocabulary_size - len(SPECIAL_TOKENS) - len(pieces))]
+    unused = [f"[unused{i}]" for i in range(vocab_size - len(SPECIAL_TOKENS) - len(pieces))]
     return _wordpiece({token: i for i, token in enumerate([*SPECIAL_TOKENS, *unused, *pieces])}, cased)
 
 
 def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
-    """Open a `vocab.txt`, a `tokenizer.json`, or a folder with either, as `transformers.BertTokenizer` would.
+    """Load a tokenizer as `transformers.BertTokenizer` would.
 
-    `tokenizer_config.json` in the same folder says whether the vocabulary is cased, unless `cased` does. For a bare
-    vocabulary that nothing says it of, one with capital letters in it is cased.
+    Args:
+        path: A `vocab.txt`, a `tokenizer.json`, or a folder with either.
+        cased: Whether the vocabulary is cased; None: as `tokenizer_config.json` in the same folder says, else whether
+            the vocabulary contains upper-case letters.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a WordPiece tokenizer with BERT's special tokens.
     """
     path = Path(path)
     if path.is_dir():
@@ -63,15 +75,15 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
             raise FileNotFoundError(f"the folder {path} holds neither a tokenizer.json nor a vocab.txt")
         path = path / names[0]
     if not path.exists():
-        raise FileNotFoundError(f"there is no tokenizer at {path}: give a vocab.txt, a tokenizer.json or their folder")
+        raise FileNotFoundError(f"there is no tokenizer at {path}: name a vocab.txt, a tokenizer.json or their folder")
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_vocabulary(path)
     except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
     if not isinstance(tokenizer.model, models.WordPiece):
-        raise ValueError(f"{path} holds a {type(tokenizer.model).__name__} model where BERT wants WordPiece")
+        raise ValueError(f"{path} holds a {type(tokenizer.model).__name__} model, but BERT requires WordPiece")
     if len(tokenizer.get_vocab()) != 1 + max(tokenizer.get_vocab().values(), default=-1):
-        raise ValueError(f"the ids in {path} have gaps; number its tokens 0, 1, …")
+        raise ValueError(f"the token ids in {path} have gaps: they must be 0, 1, 2, …")
     _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -93,29 +105,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """The ids of the special tokens; ValueError for a vocabulary that lacks one."""
+    """Return the ids of the special tokens.
+
+    Raises:
+        ValueError: The vocabulary lacks one.
+    """
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
-        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which BERT needs")
+        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which BERT requires")
     return SpecialTokens(**{token[1:-1].lower(): i for token, i in ids.items()})
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Hexadecimal SHA-256 of all that decides which ids a text gets."""
+    """Return the hexadecimal SHA-256 of everything that determines the token ids of a text."""
     state = json.loads(tokenizer.to_str())
     state["model"].pop("vocab")
-    decisive = [_tokens(tokenizer), state["model"], state["normalizer"], state["pre_tokenizer"]]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    state_parts = [_tokens(tokenizer), state["model"], state["normalizer"], state["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(state_parts, sort_keys=True).encode()).hexdigest()
 
 
 def continuation_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """bool [vocabulary]: True for the tokens that continue a word ("##…")."""
+    """Return bool [V], True for the tokens that continue a word ("##…")."""
     prefix = tokenizer.model.continuing_subword_prefix
     return np.array([token.startswith(prefix) for token in _tokens(tokenizer)])
 
 
-NORMALIZER_OPTIONS = {  # tokenizer_config.json's names: the normalizer's
+NORMALIZER_OPTIONS = {  # name in tokenizer_config.json: attribute of the normalizer
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
@@ -123,7 +139,7 @@ NORMALIZER_OPTIONS = {  # tokenizer_config.json's names: the normalizer's
 
 
 def _tokens(tokenizer: Tokenizer) -> list[str]:
-    """Every token in the order of its id."""
+    """Return all tokens in the order of their ids."""
     vocabulary = tokenizer.get_vocab()
     return sorted(vocabulary, key=vocabulary.get)
 
@@ -140,7 +156,9 @@ def _wordpiece(vocabulary: dict[str, int], cased: bool) -> Tokenizer:
 
 
 def _from_vocabulary(path: Path) -> Tokenizer:
-    with path.open(encoding="utf-8") as file:  # a token may hold characters that str.splitlines splits at
+    with path.open(
+        encoding="utf-8"
+    ) as file:  # not str.splitlines, which also splits at characters that tokens may contain
         lines = [line.rstrip("\n") for line in file]
     vocabulary = {token: i for i, token in enumerate(lines)}
     if len(vocabulary) != len(lines):
@@ -150,7 +168,7 @@ def _from_vocabulary(path: Path) -> Tokenizer:
 
 
 def _configure(tokenizer: Tokenizer, config: Path, cased: bool | None) -> None:
-    """Set the normalizer's options as `config` and `cased` have them."""
+    """Set the normalizer's options from the file `config`, if it exists, and `cased`, if it is given."""
     options = json.loads(config.read_text()) if config.exists() else {}
     if cased is not None:
         options["do_lower_case"] = not cased

@@ -250,7 +250,7 @@ class Pretraining:
                 "lower it, or raise max_positions"
             )
         self._open_data(start)
-        config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
+        config.vocab_size = max(config.vocab_size, self.train.vocab_size) if start else self.train.vocab_size
         if self.saved is None:
             self.model = starting_model(config, start)
         else:
@@ -650,7 +650,7 @@ def _places(curriculum: Curriculum, step: int, rank: int) -> Iterator[tuple[int,
 
 def _batch_at(first: Batches, second: Batches | None, place: tuple[int, int]) -> Batch:
     phase, number = place
-    return (second if phase else first).numbered(number)
+    return (second if phase else first).nth_bin(number)
 
 
 def _check(settings: PretrainSettings) -> None:

@@ -67,9 +67,9 @@ def validate(
 
 def unigram_entropy(train: Shards, batches: Iterable[Batch]) -> float:
     """Nats per masked token of the best guess that looks at no context: the training text's word frequencies."""
-    counts = np.ones(train.vocabulary_size)
+    counts = np.ones(train.vocab_size)
     for part in train.parts:
-        counts += np.bincount(part.tokens, minlength=train.vocabulary_size)
+        counts += np.bincount(part.tokens, minlength=train.vocab_size)
     surprise = -np.log(counts / counts.sum())
     labels = np.concatenate([batch.labels[: batch.masked].numpy() for batch in batches])
     return float(surprise[labels].mean())

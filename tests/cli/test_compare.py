@@ -1,4 +1,4 @@
-"""`bertfast verify` and `bertfast bench` on a model of one's own."""
+"""`bertfast verify` and `bertfast bench` compare a model with the same one in transformers."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def arguments(folder, command, *more):
     return [command, str(folder / "model"), "--input-file", str(folder / "texts.txt"), "--device", "cpu", *more]
 
 
-def test_a_model_is_verified(folder, capsys):
+def test_verify_passes_for_a_correct_model(folder, capsys):
     assert main(arguments(folder, "verify", "--per-device-batch-size", "2")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [
@@ -33,15 +33,15 @@ def test_a_model_is_verified(folder, capsys):
         ["bf16", "gradients"],
     ]
     assert all(line.endswith(" ok") for line in lines[:4])
-    assert lines[4].endswith("is as accurate here as in transformers, on 4 texts.")
+    assert lines[4].endswith("is as accurate in bertfast as in transformers, on 4 texts.")
 
 
-def test_what_differs_is_found(folder, capsys, monkeypatch):
-    plain = bertfast.BertForSequenceClassification.forward
+def test_outputs_that_differ_from_transformers_fail_verify_and_bench(folder, capsys, monkeypatch):
+    original = bertfast.BertForSequenceClassification.forward
 
     def scale_by(factor: float) -> None:
         def forward(self, *args, **kwargs):
-            outputs = plain(self, *args, **kwargs)
+            outputs = original(self, *args, **kwargs)
             outputs.logits = outputs.logits * factor
             return outputs
 
@@ -49,26 +49,26 @@ def test_what_differs_is_found(folder, capsys, monkeypatch):
 
     scale_by(1.001)
     assert main(arguments(folder, "verify")) == 1
-    told = capsys.readouterr()
-    assert "WRONG" in told.out
-    assert "outputs in fp32" in told.err
-    assert "do not rely on this model here" in told.err
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out
+    assert "outputs in fp32" in printed.err
+    assert "do not use this model with bertfast on this machine" in printed.err
     scale_by(2)
     assert main(arguments(folder, "bench", "--seconds", "0.1")) == 1
     assert "nothing is timed" in capsys.readouterr().err
 
 
-def test_speed_is_told_and_drawn(folder, capsys):
+def test_bench_prints_speedups_and_writes_a_plot(folder, capsys):
     pytest.importorskip("matplotlib")
-    picture = folder / "speed.png"
-    assert main(arguments(folder, "bench", "--seconds", "0.2", "--picture", str(picture))) == 0
-    told = capsys.readouterr().out
-    assert "inference: " in told
-    assert "forward and backward: " in told
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plot = folder / "speed.png"
+    assert main(arguments(folder, "bench", "--seconds", "0.2", "--plot", str(plot))) == 0
+    printed = capsys.readouterr().out
+    assert "inference: " in printed
+    assert "forward and backward: " in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_text_is_one_sentence(folder, capsys):
+def test_an_input_file_without_text_is_refused(folder, capsys):
     (folder / "texts.txt").write_text("\n")
     assert main(arguments(folder, "verify")) == 1
-    assert "there is no text in" in capsys.readouterr().err
+    assert "holds no text: it needs one text per line" in capsys.readouterr().err

@@ -1,23 +1,25 @@
-"""`bertfast doctor` tells what is so, and its self-test finds kernels that are wrong."""
+"""`bertfast doctor` reports the machine as it is, and its self-test finds incorrect kernels."""
 
+import importlib.metadata
 import json
 import sys
 
 import pytest
 import torch
 
+import bertfast
 from bertfast import ops
 from bertfast.cli import self_test
 from bertfast.cli.main import main
-from bertfast.ops import native
+from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
 needs_library = pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
 
 
 @pytest.fixture
-def told(capsys, monkeypatch):
-    """Call it for what the command prints: its facts by name, and the lines that follow them."""
+def report(capsys, monkeypatch):
+    """Return a function that runs the command and returns its facts by name and the lines after them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
     def run() -> tuple[dict[str, str], list[str]]:
@@ -29,8 +31,8 @@ def told(capsys, monkeypatch):
 
 
 @needs_library
-def test_names_the_library_and_what_runs_each_operation(told):
-    facts, table = told()
+def test_the_report_names_the_library_and_the_implementation_of_each_operator(report):
+    facts, table = report()
     assert torch.__version__ in facts["versions"]
     assert facts["library"].startswith(f"{native.path()}; instruction sets plain")
     assert facts["library"].endswith(f"{native.instruction_set()} in use")
@@ -38,24 +40,58 @@ def test_names_the_library_and_what_runs_each_operation(told):
     assert [line.split() for line in table[1 : len(ops.__all__) + 1]] == [[name, "cpu", "cpu"] for name in ops.__all__]
 
 
-def test_says_why_there_are_no_kernels(told, monkeypatch):
+def test_the_report_says_why_the_reference_runs(report, monkeypatch):
     monkeypatch.setattr(native, "ABSENT", "the compiled library was not built")
-    facts, table = told()
+    facts, table = report()
     assert facts["library"] == "none: the compiled library was not built"
     assert table[1].split() == [ops.__all__[0], "reference", "reference"]
-    because = "reference, which is plain PyTorch: the compiled library was not built"
+    because = "reference (plain PyTorch): the compiled library was not built"
     assert f"cpu fp32: {because}" in table
     assert f"cpu bf16: {because}" in table
     assert table[-3:] == [
-        "Faster would be:",
-        "  the compiled library: install bertfast again where a C++ compiler is",
-        "  a GPU of sm_80 or later",
+        "To make it faster:",
+        "  install a C++20 compiler and reinstall bertfast: its native library has the kernels for CPUs",
+        "  use a GPU of sm_80 or later",
     ]
 
 
-def test_a_device_that_is_not_here_is_one_sentence(capsys):
+def test_an_unavailable_device_is_refused(capsys):
     assert main(["doctor", "--device", "nonsense"]) == 1
-    assert capsys.readouterr().err.startswith("bertfast doctor: device 'nonsense' is not to be had here")
+    assert capsys.readouterr().err.startswith("bertfast doctor: device 'nonsense' is not ")
+
+
+def test_json_holds_everything_that_the_text_reports(report, capsys):
+    facts, table = report()
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name.split()[0] for name in found["environment"]} == set(facts)
+    assert found["operators"].keys() == set(ops.__all__)
+    rows = {line.split()[0]: line.split()[1:] for line in table[1 : len(ops.__all__) + 1]}
+    assert {name: [*each.values()] for name, each in found["operators"].items()} == rows
+    assert found["head_dimensions"] == list(HEAD_DIMENSIONS)
+    assert set(found["suggestions"]) <= {line.strip() for line in table}
+    for column, reason in found["fallback_reasons"].items():
+        assert f"{column}: reference (plain PyTorch): {reason}" in table
+
+
+def test_json_holds_the_versions_of_packages_and_nvcc(capsys, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setattr(cuda_build, "BUILD", None)
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    versions = json.loads(capsys.readouterr().out)["versions"]
+    assert (versions["nvcc"], versions["nvcc_of_build"]) == ("13.1.80", None)
+    assert versions["bertfast"] == bertfast.__version__
+    for name in ("torch", "triton", "transformers", "tokenizers", "peft", "accelerate", "onnxruntime", "numpy"):
+        try:
+            assert versions[name] == importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            assert versions[name] is None
+    monkeypatch.setenv("NVCC", str(tmp_path / "absent"))
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["nvcc"] is None
 
 
 CHECK = ["doctor", "--check", "--device", "cpu"]
@@ -63,17 +99,17 @@ CHECK = ["doctor", "--check", "--device", "cpu"]
 
 @pytest.fixture
 def two_problems(monkeypatch):
-    """A self-test of two operators, which takes no time."""
-    everything = self_test.problems
+    """Reduce the self-test to two operators, which take no time."""
+    all_problems = self_test.problems
 
-    def some(device):
-        return [problem for problem in everything(device) if problem.operator in ("bias_gelu", "gelu_layer_norm")]
+    def selected(device):
+        return [problem for problem in all_problems(device) if problem.operator in ("bias_gelu", "gelu_layer_norm")]
 
-    monkeypatch.setattr(self_test, "problems", some)
+    monkeypatch.setattr(self_test, "problems", selected)
 
 
 def plant(monkeypatch, kernel):
-    """Let `kernel` run in place of every forward kernel of bias_gelu."""
+    """Replace every forward kernel of bias_gelu by `kernel`."""
     module = sys.modules["bertfast.ops.bias_gelu"]
     original = module.launcher
     monkeypatch.setattr(module, "launcher", lambda *of: kernel if of[1].endswith("forward") else original(*of))
@@ -88,7 +124,7 @@ def test_every_operator_is_checked_with_every_head_dimension():
             assert {f"{length} D={dimension}", f"{length} D={dimension} dropout"} <= set(attention)
 
 
-def test_right_kernels_pass(two_problems, capsys):
+def test_correct_kernels_pass(two_problems, capsys):
     assert main(CHECK) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
@@ -99,14 +135,14 @@ def test_right_kernels_pass(two_problems, capsys):
 
 
 @pytest.mark.parametrize("precision", self_test.PRECISIONS)
-def test_a_copy_for_the_next_gemm_passes_in_every_precision(precision, capsys):
+def test_the_copy_for_the_next_gemm_passes_in_every_precision(precision, capsys):
     assert main([*CHECK, "--only", "add_layer_norm", "copy", precision]) == 0
     assert "  passed" in capsys.readouterr().out
 
 
 @needs_library
-def test_an_output_is_held_to_its_own_precision_beside_a_coarser_copy(monkeypatch, capsys):
-    """An fp32 output that is as inexact as its bf16 copy is wrong."""
+def test_an_output_is_judged_in_its_own_dtype_next_to_a_lower_precision_copy(monkeypatch, capsys):
+    """An fp32 output with the error of its bf16 copy must fail."""
     module = sys.modules["bertfast.ops.add_layer_norm"]
     original = module.launcher
 
@@ -120,7 +156,7 @@ def test_an_output_is_held_to_its_own_precision_beside_a_coarser_copy(monkeypatc
 
 
 @needs_library
-def test_a_wrong_kernel_fails_and_is_named(two_problems, monkeypatch, capsys):
+def test_an_incorrect_kernel_fails_and_is_named(two_problems, monkeypatch, capsys):
     plant(monkeypatch, lambda x, bias, approximate: ops.bias_gelu(x, bias, implementation="reference") * 1.02)
     assert main(CHECK) == 1
     out = capsys.readouterr().out
@@ -130,37 +166,37 @@ def test_a_wrong_kernel_fails_and_is_named(two_problems, monkeypatch, capsys):
 
 
 @needs_library
-def test_nan_of_a_kernel_fails(two_problems, monkeypatch, capsys):
+def test_nan_in_an_output_fails(two_problems, monkeypatch, capsys):
     plant(monkeypatch, lambda x, bias, approximate: torch.full_like(x, torch.nan))
     assert main([*CHECK, "--only", "bias_gelu", "cpu", "fp32"]) == 1
     assert "FAILED: output" in capsys.readouterr().out
 
 
 @needs_library
-def test_an_exception_in_a_kernel_is_reported_and_the_rest_goes_on(two_problems, monkeypatch, capsys):
+def test_an_exception_in_a_kernel_is_reported_and_the_other_checks_run(two_problems, monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("no such instruction\nat line 3")
 
     plant(monkeypatch, broken)
     assert main([*CHECK, "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
-    broken_ones = [check for check in checks if check["status"] == "error"]
-    assert {(check["operator"], check["implementation"]) for check in broken_ones} == {("bias_gelu", "cpu")}
-    assert broken_ones[0]["message"] == "RuntimeError: no such instruction"
-    assert {check["status"] for check in checks if check not in broken_ones} == {"passed"}
+    errors = [check for check in checks if check["status"] == "error"]
+    assert {(check["operator"], check["implementation"]) for check in errors} == {("bias_gelu", "cpu")}
+    assert errors[0]["message"] == "RuntimeError: no such instruction"
+    assert {check["status"] for check in checks if check not in errors} == {"passed"}
 
 
-def test_checks_beyond_the_time_are_listed_as_not_reached(two_problems, capsys):
+def test_checks_beyond_the_time_limit_are_listed_as_not_reached(two_problems, capsys):
     assert main([*CHECK, "--seconds", "0.000001"]) == 0
     out = capsys.readouterr().out
-    assert "NOT REACHED: the time of 0 s is over" in out
+    assert "NOT REACHED: the time limit of 0 s is over" in out
     assert "\n0 of " in out
     assert " 0 were not reached" not in out
 
 
 @needs_library
 def test_a_cuda_error_ends_the_self_test(two_problems, monkeypatch):
-    """After an illegal access every call fails; checks of this process then say nothing about their kernels."""
+    """After an illegal access every CUDA call of the process fails, whatever the kernel."""
 
     def broken(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -175,12 +211,12 @@ def test_a_cuda_error_ends_the_self_test(two_problems, monkeypatch):
     assert "CUDA error" in outcomes[-1].message
 
 
-def test_words_that_no_check_has_are_one_sentence(two_problems, capsys):
+def test_words_that_match_no_check_are_refused(two_problems, capsys):
     assert main([*CHECK, "--only", "nonsense"]) == 1
-    assert "no check has all words of --only nonsense: run without --only" in capsys.readouterr().err
+    assert "no check contains all words of --only nonsense: run without --only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1"])
-def test_no_time_for_checks_is_refused(seconds, capsys):
+def test_a_time_limit_that_is_not_positive_is_refused(seconds, capsys):
     assert main(["doctor", "--check", "--seconds", seconds]) == 1
     assert f"--seconds must be positive, got {seconds}" in capsys.readouterr().err

@@ -1,12 +1,19 @@
-"""The command line: flags, YAML files, and what is said when they are wrong."""
+"""The command line: flags, YAML files, recipes by name, and the messages for invalid input."""
+
+import importlib.metadata
+import subprocess
+import sys
 
 import pytest
+import yaml
 
+import bertfast
 from bertfast.cli.main import COMMANDS, main, parse
+from bertfast.cli.recipes import recipe_names, recipes_folder
 from bertfast.training.pretrain import PretrainSettings
 
 
-def test_flags_take_either_dash_and_lists(tmp_path):
+def test_flags_accept_dashes_underscores_and_lists():
     arguments = ["--output-dir", "x", "--train_file", "a", "b", "--max-seq-length", "64", "--resume"]
     settings = parse("pretrain", PretrainSettings, arguments)
     assert settings.corpus.train_file == ["a", "b"]
@@ -14,7 +21,7 @@ def test_flags_take_either_dash_and_lists(tmp_path):
     assert settings.resume
 
 
-def test_a_yaml_file_holds_the_same_names_and_flags_after_it_win(tmp_path):
+def test_a_yaml_file_uses_flag_names_and_later_flags_override_it(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nlearning_rate: 1e-3\ntrain_file: [a, b]\nwhole_word: true\nmax_steps: 7\n")
     settings = parse("pretrain", PretrainSettings, ["--config", str(path), "--max-steps", "9", "--no-whole-word"])
@@ -23,7 +30,7 @@ def test_a_yaml_file_holds_the_same_names_and_flags_after_it_win(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["flag", "yaml"])
-def test_an_unknown_name_is_refused_and_the_nearest_one_named(given, tmp_path, capsys):
+def test_an_unknown_flag_is_refused_and_the_closest_one_suggested(given, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nlearning_rat: 1\n")
     arguments = ["--config", str(path)] if given == "yaml" else ["--output-dir", "x", "--learning-rat", "1"]
@@ -33,12 +40,73 @@ def test_an_unknown_name_is_refused_and_the_nearest_one_named(given, tmp_path, c
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def test_an_unknown_command_is_refused_and_the_nearest_one_named(capsys):
+def test_a_recipe_is_found_by_name_and_later_flags_override_it():
+    settings = parse("pretrain", PretrainSettings, ["--config", "fast", "--output-dir", "x", "--max-steps", "9"])
+    recipe = yaml.safe_load((recipes_folder() / "fast.yaml").read_text())
+    assert settings.sampling.mlm_probability == recipe["mlm-probability"]
+    assert settings.max_steps == 9 != recipe["max-steps"]
+
+
+def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fast").write_text("output_dir: x\nmax_steps: 5\n")
+    settings = parse("pretrain", PretrainSettings, ["--config=fast"])
+    assert (settings.output_dir, settings.max_steps) == ("x", 5)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "fastest"], ["--config=recipes/none.yaml"]])
+def test_an_unknown_config_is_refused_and_the_recipes_are_listed(arguments, capsys):
+    assert main(["pretrain", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "no such file or recipe" in error
+    assert all(name in error for name in recipe_names())
+
+
+def test_config_without_a_value_is_refused(capsys):
+    assert main(["pretrain", "--config"]) == 1
+    assert "--config requires a YAML file or the name of a recipe" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package_metadata(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bertfast {bertfast.__version__}\n"
+    assert importlib.metadata.version("bertfast") == bertfast.__version__
+
+
+def test_python_m_bertfast_is_the_command_line():
+    for arguments, status, text in (
+        (["--version"], 0, f"bertfast {bertfast.__version__}\n"),
+        (["pretran"], 2, "bertfast: unknown command 'pretran'; did you mean 'pretrain'?\n"),
+    ):
+        ran = subprocess.run([sys.executable, "-m", "bertfast", *arguments], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout + ran.stderr) == (status, text)
+
+
+def test_help_lists_every_command_without_importing_torch_or_transformers():
+    code = (
+        "import sys; from bertfast.cli.main import main; main(['--help']); "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *help_lines, imported = ran.stdout.splitlines()
+    commands = help_lines[help_lines.index("Commands:") + 1 :]
+    summaries = dict(line.split(maxsplit=1) for line in commands[: len(COMMANDS)])
+    assert summaries == {name: command.summary for name, command in COMMANDS.items()}
+    assert max(map(len, help_lines)) <= 100
+    assert imported == "set()"
+
+
+def test_dir_lists_every_public_name_and_only_names_that_exist():
+    assert {*bertfast.__all__, "__version__"} <= set(dir(bertfast))
+    assert all(hasattr(bertfast, name) for name in dir(bertfast))
+
+
+def test_an_unknown_command_is_refused_and_the_closest_one_suggested(capsys):
     assert main(["pretran"]) == 2
     assert "'pretrain'" in capsys.readouterr().err
 
 
-def test_an_error_is_one_sentence(tmp_path, capsys):
+def test_a_user_error_is_printed_as_one_line(tmp_path, capsys):
     assert main(["prepare", "--output-dir", str(tmp_path), "--train-file", str(tmp_path / "nothing.txt")]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("bertfast prepare: ")
@@ -53,7 +121,7 @@ def test_every_command_explains_each_of_its_flags(command, capsys):
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "(required)" in text or "(default:" in text
-    # A flag without a word on what it does shows its default right behind its type.
+    # A flag without a description would show its default right after its type.
     assert "STR (default" not in text
     assert "INT (default" not in text
     assert "FLOAT (default" not in text

@@ -1,4 +1,4 @@
-"""The paper's tables on small models and little data, and their recipes."""
+"""Reproduction of the paper's tables, with small models and little data, and their recipes."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,17 @@ import pytest
 import yaml
 
 from bertfast.cli.main import flags_of, parse
+from bertfast.cli.recipes import recipes_folder
 from bertfast.cli.reproduce import ReproduceSettings, reproduce
 from bertfast.data.prepare import CorpusSettings
 from bertfast.training.finetune import FinetuneSettings
 from bertfast.training.pretrain import PretrainSettings
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "paper"
+RECIPES = recipes_folder() / "paper"
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_recipes_say_only_what_the_programs_know(number):
+def test_recipes_use_valid_flags_and_columns(number):
     table = yaml.safe_load((RECIPES / f"table-{number}.yaml").read_text(encoding="utf-8"))
     for row in table["rows"]:
         assert set(row.get("paper", {})) <= set(table["columns"])
@@ -35,7 +36,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsys):
+def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     column = {"task": "classification", "train-file": "a.tsv", "validation-file": "a.tsv", "metric": "accuracy"}
@@ -59,7 +60,7 @@ def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsy
     rows = [f"the film was {word}\t{word}" for word in ("good", "bad")] * 12
     (data / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
     files = [str(data / "corpus" / f"books-{split}.txt") for split in ("train", "valid")]
-    corpus = CorpusSettings(files[:1], files[1:], vocabulary_size=128, processes=1)
+    corpus = CorpusSettings(files[:1], files[1:], vocab_size=128, processes=1)
     monkeypatch.setattr("bertfast.cli.reproduce._corpus", lambda folder: corpus)
     settings = ReproduceSettings(
         table=5,
@@ -86,7 +87,8 @@ def test_a_table_is_made_cell_by_cell_and_not_twice(tmp_path, monkeypatch, capsy
     assert len(times) >= 4
     assert reproduce(settings).read_text() == page
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
-    (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as if it had been stopped after an epoch
+    (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as after an interrupted run
     assert reproduce(settings).read_text() == page
-    with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        reproduce(ReproduceSettings(table=9, data=str(data), output_dir=str(tmp_path / "out"), recipes=str(recipes)))
+    for folder in (str(recipes), None):
+        with pytest.raises(FileNotFoundError, match="there is no recipe"):
+            reproduce(ReproduceSettings(table=9, data=str(data), output_dir=str(tmp_path / "out"), recipes=folder))

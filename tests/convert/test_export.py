@@ -1,4 +1,4 @@
-"""What `bertfast export` writes is opened by others, and gives what the model gives."""
+"""`bertfast export`: other libraries load the result, and its outputs are those of the model."""
 
 import json
 
@@ -24,10 +24,10 @@ def saved(folder, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.arguments], ids=str)
-def test_a_folder_for_transformers(case, tmp_path, capsys):
+def test_transformers_loads_an_exported_folder(case, tmp_path, capsys):
     model = saved(tmp_path / "model", case)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
-    assert f"holds a {case.class_name} that transformers opens" in capsys.readouterr().out
+    assert f"holds a {case.class_name} that transformers can load" in capsys.readouterr().out
     opened = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     ids = torch.arange(12).view(2, 6)
     base = getattr(model, "bert", model)
@@ -38,51 +38,51 @@ def test_a_folder_for_transformers(case, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", KINDS, ids=str)
-def test_a_program_of_torch_export(case, tmp_path, capsys):
+def test_torch_export_gives_the_outputs_of_the_model(case, tmp_path, capsys):
     saved(tmp_path / "model", case)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "torch-export"]) == 0
-    assert "for batches and lengths of any size" in capsys.readouterr().out
+    assert "for any batch size and sequence length" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.pt2").is_file()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", KINDS, ids=str)
-def test_onnx_is_checked_by_its_runtime(case, tmp_path, capsys):
+def test_onnx_runtime_gives_the_outputs_of_the_model(case, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx`")
     model = saved(tmp_path / "model", case)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "onnx"]) == 0
-    assert "for batches and lengths of any size" in capsys.readouterr().out
+    assert "for any batch size and sequence length" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     shape = (4, 3, 9) if case.class_name == "BertForMultipleChoice" else (4, 9)
     ids = torch.randint(53, shape)
     feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     with torch.no_grad():
-        want = model(**feeds)
+        expected = model(**feeds)
     for output in session.get_outputs():
-        (got,) = session.run([output.name], {name: x.numpy() for name, x in feeds.items()})
-        torch.testing.assert_close(torch.from_numpy(got), want[output.name], rtol=1e-3, atol=1e-4)
+        (result,) = session.run([output.name], {name: x.numpy() for name, x in feeds.items()})
+        torch.testing.assert_close(torch.from_numpy(result), expected[output.name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_patched_model_exports_its_plain_code():
+def test_torch_export_of_a_patched_model_traces_transformers_code():
     model = transformers.BertModel(transformers.BertConfig(**SIZES, attn_implementation="eager")).eval()
     ids = torch.arange(12).view(2, 6)
-    want = model(ids).last_hidden_state
+    expected = model(ids).last_hidden_state
     bertfast.patch(model)
     rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns", max=16)
     shapes = {"input_ids": {0: rows, 1: columns}}
     with torch.no_grad():
         program = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
     assert not any("bertfast" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(input_ids=ids).last_hidden_state, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(program.module()(input_ids=ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_transformers_does_not_know_is_refused(tmp_path, capsys):
+def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     case = next(case for case in CASES if case.name == "sequence")
     own = extensions.ExtendedBertConfig(**SIZES, bilstm=True)
     extensions.BertForSequenceClassification(own).save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
-    assert "has bilstm, which transformers does not know" in capsys.readouterr().err
+    assert "has bilstm, which transformers does not have" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     saved(tmp_path / "plain", case)
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "plain")]) == 1

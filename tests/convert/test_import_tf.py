@@ -1,4 +1,4 @@
-"""Google's original checkpoints, as TensorFlow writes them, become models; and what is damaged is refused."""
+"""`bertfast import` converts checkpoints that TensorFlow wrote, and refuses damaged ones."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import bertfast
 from bertfast.cli.main import main
 from bertfast.convert.tensor_bundle import read_tensors
 
-# TensorFlow is in an environment of its own: it and what it wants may not meet what the tests want.
+# TensorFlow has an environment of its own, because its requirements conflict with those of the tests.
 TENSORFLOW = Path(os.environ.get("TENSORFLOW_PYTHON", Path("build", "tensorflow", "bin", "python").absolute()))
 needs_tensorflow = pytest.mark.skipif(not TENSORFLOW.exists(), reason="`make build/tensorflow` installs TensorFlow")
 WRITE = """
@@ -34,10 +34,10 @@ with graph.as_default(), tf.compat.v1.Session() as session:
 
 
 def original_name(name: str) -> tuple[str, bool]:
-    """What Google calls a parameter of ours, and whether it is the other way round."""
+    """Return the TensorFlow name of a PyTorch parameter, and whether it is transposed."""
     name = name.replace(".layer.", ".layer_")
     name = name.removesuffix(".weight") if "_embeddings" in name else name
-    for ours, theirs in (
+    for pytorch, tensorflow in (
         ("cls.predictions.bias", "cls.predictions.output_bias"),
         ("cls.seq_relationship.weight", "cls.seq_relationship.output_weights"),
         ("cls.seq_relationship.bias", "cls.seq_relationship.output_bias"),
@@ -46,19 +46,19 @@ def original_name(name: str) -> tuple[str, bool]:
         ("LayerNorm.weight", "LayerNorm.gamma"),
         ("LayerNorm.bias", "LayerNorm.beta"),
     ):
-        name = name.replace(ours, theirs)
-    turned = name.endswith(".weight")
-    return (name.removesuffix("weight") + "kernel" if turned else name).replace(".", "/"), turned
+        name = name.replace(pytorch, tensorflow)
+    transposed = name.endswith(".weight")
+    return (name.removesuffix("weight") + "kernel" if transposed else name).replace(".", "/"), transposed
 
 
 def write_checkpoint(model: torch.nn.Module, folder: Path) -> str:
-    """A checkpoint with the weights of a model of `transformers`, and what training adds; its name."""
+    """Write a checkpoint with the weights of a transformers model and training state, and return its prefix."""
     tensors = {"global_step": np.int64(7)}
     for name, parameter in model.named_parameters():
         if "decoder" not in name:
-            own, turned = original_name(name)
-            tensors[own] = parameter.detach().T.numpy() if turned else parameter.detach().numpy()
-            tensors[f"{own}/adam_m"] = np.zeros(parameter.shape, np.float32)
+            original, transposed = original_name(name)
+            tensors[original] = parameter.detach().T.numpy() if transposed else parameter.detach().numpy()
+            tensors[f"{original}/adam_m"] = np.zeros(parameter.shape, np.float32)
     np.savez(folder / "tensors.npz", **tensors)
     prefix = str(folder / "bert_model.ckpt")
     ran = subprocess.run(
@@ -75,27 +75,27 @@ def write_checkpoint(model: torch.nn.Module, folder: Path) -> str:
 @pytest.mark.parametrize(
     "name", ["BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification", "BertModel"]
 )
-def test_a_checkpoint_of_tensorflow_becomes_a_model(name, tmp_path, capsys):
+def test_a_tensorflow_checkpoint_is_converted_to_the_class_of_its_heads(name, tmp_path, capsys):
     torch.manual_seed(0)
-    # Long enough that the index has several blocks, and keys that share their beginnings.
-    theirs = getattr(transformers, name)(transformers.BertConfig(**SIZES | {"num_hidden_layers": 12})).eval()
-    prefixed = torch.nn.ModuleDict({"bert": theirs}) if name == "BertModel" else theirs
-    prefixed.config = theirs.config
+    # Large enough that the index has several blocks, and keys with shared prefixes.
+    hf = getattr(transformers, name)(transformers.BertConfig(**SIZES | {"num_hidden_layers": 12})).eval()
+    prefixed = torch.nn.ModuleDict({"bert": hf}) if name == "BertModel" else hf
+    prefixed.config = hf.config
     prefix = write_checkpoint(prefixed, tmp_path)
     assert main(["import", prefix, str(tmp_path / "out")]) == 0
     assert f"holds a {name} of" in capsys.readouterr().out
     assert (tmp_path / "out" / "vocab.txt").is_file()
     ids = torch.arange(22).view(2, 11)
-    ours = getattr(bertfast, name).from_pretrained(tmp_path / "out")
-    opened, told = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    for got in (ours(ids), opened(ids)):
-        torch.testing.assert_close(got[0], theirs(ids)[0], rtol=1e-4, atol=1e-5)
+    converted = getattr(bertfast, name).from_pretrained(tmp_path / "out")
+    opened, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for result in (converted(ids), opened(ids)):
+        torch.testing.assert_close(result[0], hf(ids)[0], rtol=1e-4, atol=1e-5)
 
 
 @needs_tensorflow
-def test_what_is_damaged_or_does_not_fit_is_refused(tmp_path, capsys):
+def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     model = transformers.BertModel(transformers.BertConfig(**SIZES))
     prefixed = torch.nn.ModuleDict({"bert": model})
     prefixed.config = model.config
@@ -109,24 +109,34 @@ def test_what_is_damaged_or_does_not_fit_is_refused(tmp_path, capsys):
     config = tmp_path / "bert_config.json"
     kept = config.read_text()
     config.write_text(json.dumps(json.loads(kept) | {"num_hidden_layers": 3}))
-    assert "lacks: encoder.layer.2." in refused()
+    assert "lacks weights: encoder.layer.2." in refused()
     config.write_text(json.dumps(json.loads(kept) | {"num_hidden_layers": 1}))
-    assert "holds what no BERT has: encoder.layer.1." in refused()
+    assert "has unexpected weights: encoder.layer.1." in refused()
     config.write_text(json.dumps(json.loads(kept) | {"hidden_size": 96}))
-    assert "is of another size" in refused()
+    assert "do not have the shapes that" in refused()
     config.write_text(kept)
     data = tmp_path / "bert_model.ckpt.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:-100])
-    assert "it is damaged" in refused()
+    assert "the data file is damaged" in refused()
     data.unlink()
-    assert "which is not beside it" in refused()
+    assert "is missing, although" in refused()
     index = tmp_path / "bert_model.ckpt.index"
     index.write_bytes(index.read_bytes()[:-20])
-    assert "is damaged, or no index" in refused()
+    assert "is damaged or not the index" in refused()
     config.unlink()
-    assert "say with --config" in refused()
+    assert "with --bert-config" in refused()
 
 
-def test_a_checkpoint_that_is_not_there_is_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="without its ending"):
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="without its suffix"):
         read_tensors(tmp_path / "bert_model.ckpt")
+
+
+def test_the_config_of_the_model_can_be_in_another_folder(tmp_path, capsys):
+    arguments = ["import", str(tmp_path / "bert_model.ckpt"), str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "name the model's bert_config.json with --bert-config" in capsys.readouterr().err
+    config = tmp_path / "elsewhere.json"
+    config.write_text(json.dumps({"hidden_size": 64}))
+    assert main([*arguments, "--bert-config", str(config)]) == 1
+    assert "name a TensorFlow checkpoint without its suffix" in capsys.readouterr().err

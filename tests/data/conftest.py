@@ -1,4 +1,4 @@
-"""Corpora whose every token tells where it comes from."""
+"""Corpora in which a token's id gives its position in the corpus."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ FIRST_ORDINARY = 5
 
 
 def numbered_shards(*parts: list[list[int]]) -> Shards:
-    """Shards in memory from sentence lengths by document by part; the token in place i of the corpus is i + 5."""
-    opened, place = [], 0
+    """Make shards in memory from sentence lengths per document and part; the token at corpus position i is i + 5."""
+    opened, position = [], 0
     for documents in parts:
         sentence_starts = np.cumsum([0, *(length for document in documents for length in document)])
         document_starts = np.cumsum([0, *(len(document) for document in documents)])
-        tokens = np.arange(place, place + sentence_starts[-1], dtype=np.uint32) + FIRST_ORDINARY
+        tokens = np.arange(position, position + sentence_starts[-1], dtype=np.uint32) + FIRST_ORDINARY
         opened.append(Part(tokens, sentence_starts, document_starts))
-        place += tokens.size
+        position += tokens.size
     return Shards(
         folder=Path("numbered"),
         parts=opened,
         documents=sum(map(len, parts)),
         sentences=sum(len(document) for documents in parts for document in documents),
-        tokens=place,
-        vocabulary_size=place + FIRST_ORDINARY,
+        tokens=position,
+        vocab_size=position + FIRST_ORDINARY,
         tokenizer_hash="",
     )
 
@@ -46,7 +46,7 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def prose() -> Shards:
-    """Some 100,000 tokens in three parts with sentences and documents as uneven as those of an encyclopedia."""
+    """About 100,000 tokens in three parts, with sentence and document lengths distributed as in an encyclopedia."""
     generator = np.random.default_rng(7)
     return numbered_shards(
         *(

@@ -1,4 +1,4 @@
-"""Every form of text gives the same documents, and what cannot be read is refused with file and line."""
+"""All file types give the same documents, and invalid input is refused with file and line."""
 
 import gzip
 import json
@@ -27,18 +27,18 @@ def read(path, content, text_column="text"):
 
 
 @pytest.mark.parametrize("compression", corpus.COMPRESSIONS)
-def test_text_and_json_lines_compressed_or_not(tmp_path, compression):
+def test_text_and_json_lines_with_any_compression_give_the_same_documents(tmp_path, compression):
     assert read(tmp_path / f"a.txt{compression}", compress(TEXT, compression)) == DOCUMENTS
     assert read(tmp_path / f"a.jsonl{compression}", compress(JSON_LINES, compression), "body") == DOCUMENTS
 
 
-def test_parquet(tmp_path):
+def test_parquet_gives_the_same_documents(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"body": ["\n".join(document) for document in DOCUMENTS]}), path)
     assert list(read_documents(path, "body")) == DOCUMENTS
-    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' \(columns here: body\)"):
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text' \(columns: body\); see --text-column"):
         list(read_documents(path))
     parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: column 'text' holds None"):
@@ -48,18 +48,18 @@ def test_parquet(tmp_path):
         list(read_documents(path))
 
 
-def test_windows_lines_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
+def test_line_endings_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
     content = "\ufeff\r\n\r\n" + TEXT.replace("\n", "\r\n").replace("\r\n\r\n", "\r\n \t\r\n\r\n") + "\r\n\r\n"
     assert read(tmp_path / "a.txt", content) == DOCUMENTS
 
 
-def test_a_file_of_several_compressed_frames_is_read_to_its_end_or_refused(tmp_path):
+def test_several_zstandard_frames_are_read_completely_and_truncation_is_detected(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     lines = "".join(f"line {i} with {i * i} in it\n" for i in range(20_000))
     frames = zstandard.compress(lines.encode()) + zstandard.compress(b"more\n")
     [document] = read(tmp_path / "a.txt.zst", frames)
     assert document == [*lines.splitlines(), "more"]
-    with pytest.raises(ValueError, match=r"a\.txt\.zst: cannot be read beyond line \d{4} \(the file is cut off\)"):
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: cannot be read beyond line \d{4} \(the file is truncated\)"):
         read(tmp_path / "a.txt.zst", frames[: len(frames) // 2])
 
 
@@ -73,8 +73,8 @@ def test_progress_reaches_the_size_of_the_file(tmp_path):
         assert positions[-1] == path.stat().st_size
 
 
-def test_a_document_without_end_is_cut_so_that_memory_stays_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+def test_a_very_long_document_is_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_CHARACTERS", 100)
     documents = read(tmp_path / "a.txt", "ten chars\n" * 100)
     assert sum(map(len, documents)) == 100
     assert max(map(len, documents)) <= 12
@@ -89,9 +89,13 @@ def test_a_document_without_end_is_cut_so_that_memory_stays_bounded(tmp_path, mo
         ("a.jsonl", '{"text": " "}\n', r"a\.jsonl holds no text"),
         ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: not an object"),
-        ("a.jsonl", '{"text": "x"}\n{"body": "x", "id": 1}\n', r"line 2: no field 'text' .*fields here: body, id"),
-        ("a.jsonl", '{"text": null}\n', r"line 1: no field 'text' with a text"),
-        ("a.jsonl", '{"text": "\\ud83d"}\n', r"line 1: half a surrogate pair"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"body": "x", "id": 1}\n',
+            r"line 2: no text in a field 'text' \(fields: body, id\); see --text-column",
+        ),
+        ("a.jsonl", '{"text": null}\n', r"line 1: no text in a field 'text'"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', r"line 1: unpaired surrogate in field 'text'"),
         ("a.txt.gz", gzip.compress(TEXT.encode() * 99)[:-20], r"a\.txt\.gz: cannot be read beyond line"),
         ("a.txt.xz", lzma.compress(TEXT.encode() * 99)[:-40], r"a\.txt\.xz: cannot be read beyond line"),
         ("a.txt.gz", TEXT, r"a\.txt\.gz: cannot be read beyond line 0"),
@@ -99,29 +103,29 @@ def test_a_document_without_end_is_cut_so_that_memory_stays_bounded(tmp_path, mo
         ("a.txt.zst", TEXT, r"a\.txt\.zst: cannot be read beyond line 0"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, message):
+def test_invalid_input_is_refused_with_file_and_line(tmp_path, name, content, message):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name, content)
 
 
-def test_folders_are_searched_and_files_come_in_a_fixed_order(tmp_path):
+def test_folders_are_searched_recursively_in_a_fixed_order(tmp_path):
     for name in ("b/z.txt", "b/a.jsonl.gz", "a.txt.xz", "notes.md", "b/c/d.parquet"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in find_files([tmp_path, tmp_path / "a.txt.xz"])]
     assert found == ["a.txt.xz", "b/a.jsonl.gz", "b/c/d.parquet", "b/z.txt"]
-    with pytest.raises(ValueError, match=r"notes\.md is of an unknown kind"):
+    with pytest.raises(ValueError, match=r"notes\.md is of an unknown file type"):
         find_files([tmp_path / "notes.md"])
-    with pytest.raises(FileNotFoundError, match=r"no text at .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent"):
         find_files([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no text"):
         find_files([tmp_path / "empty"])
 
 
-def test_the_held_out_share_is_fixed_and_grows_with_the_percentage():
+def test_the_validation_split_is_fixed_and_grows_with_the_percentage():
     documents = [[f"document {i}", "and its text"] for i in range(4000)]
     ten = {i for i, document in enumerate(documents) if held_out(document, 10)}
     twenty = {i for i, document in enumerate(documents) if held_out(document, 20)}
@@ -144,7 +148,7 @@ def test_the_held_out_share_is_fixed_and_grows_with_the_percentage():
         ["Acme Inc. Limited grew.", "Ärzte kamen.", "E.g. This, i.e. That."],
     ],
 )
-def test_sentences_are_split_where_they_end(sentences):
+def test_paragraphs_are_split_at_sentence_ends(sentences):
     assert split_sentences("  ".join(sentences)) == sentences
 
 

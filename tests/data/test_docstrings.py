@@ -1,4 +1,4 @@
-"""The default corpus is prose, without duplicates, in an order that depends on nothing."""
+"""The default corpus is prose without duplicates, in an order that depends on names alone."""
 
 import ast
 import json
@@ -79,7 +79,7 @@ Where the \\alpha of \\(x\\) is the rate of change.
 """
 
 
-def test_numpy_style_leaves_its_sentences():
+def test_numpy_style_docstrings_yield_their_sentences():
     assert prose_paragraphs(NUMPY_STYLE) == [
         "Return the sum of the array, see sum and the manual.",
         "More in and in this important paragraph, which goes on.",
@@ -89,7 +89,7 @@ def test_numpy_style_leaves_its_sentences():
     ]
 
 
-def test_google_and_sphinx_style_leave_their_sentences():
+def test_google_and_sphinx_style_docstrings_yield_their_sentences():
     assert prose_paragraphs(GOOGLE_STYLE) == [
         "Build the thing in one call.",
         "The size of the thing, counted in units.",
@@ -104,11 +104,11 @@ def test_google_and_sphinx_style_leave_their_sentences():
     "text",
     ["", "foo(a, b=1) -> the int", "x, y, z", "Parameters:", "1 2 3 4 5 of the 6 7 8", "NAME_OF_THE CONSTANT_IN_A C_D"],
 )
-def test_what_is_no_prose_leaves_nothing(text):
+def test_text_that_is_not_prose_yields_nothing(text):
     assert prose_paragraphs(text) == []
 
 
-def test_a_module_gives_its_docstrings_in_order_without_being_imported(tmp_path):
+def test_docstrings_of_a_module_come_in_order_without_importing_it(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         '"""The docstring of the module."""\n'
@@ -123,7 +123,7 @@ def test_a_module_gives_its_docstrings_in_order_without_being_imported(tmp_path)
         '        """The docstring of the handler."""\n'
     )
     assert module_paragraphs(path) == [
-        f"The docstring of the {place}." for place in ("module", "class", "function", "handler")
+        f"The docstring of the {owner}." for owner in ("module", "class", "function", "handler")
     ]
     path.write_text('print """of another Python"""')
     assert module_paragraphs(path) == []
@@ -131,7 +131,7 @@ def test_a_module_gives_its_docstrings_in_order_without_being_imported(tmp_path)
 
 @pytest.fixture(scope="module")
 def documents():
-    """The documents of parts of two installed packages and of the standard library."""
+    """The documents of some modules of two installed packages and of the standard library."""
     with pytest.MonkeyPatch.context() as patch:
         chosen = ("numpy.lib.", "tqdm.", "asyncio.")
         modules = [module for module in docstrings._modules() if module[1].startswith(chosen)]
@@ -139,7 +139,7 @@ def documents():
         return list(docstring_documents(processes=2))
 
 
-def test_documents_come_sorted_with_their_package(documents):
+def test_documents_are_sorted_and_name_their_package(documents):
     names = [(package, module) for package, module, _ in documents]
     assert names == sorted(set(names))
     assert {package for package, _ in names} == {"numpy", "tqdm", "python"}
@@ -147,8 +147,8 @@ def test_documents_come_sorted_with_their_package(documents):
     assert not [module for _, module in names if ".tests." in module]
 
 
-def test_no_paragraph_comes_twice_and_all_read_as_prose(documents):
-    paragraphs = [paragraph for _, _, own in documents for paragraph in own]
+def test_paragraphs_are_unique_and_prose(documents):
+    paragraphs = [paragraph for _, _, document in documents for paragraph in document]
     assert len(paragraphs) == len(set(paragraphs)) > 800
     assert not [p for p in paragraphs if re.search(r"\n|>>>|::|``|https?:|\\|  ", p)]
     assert sum(map(len, paragraphs)) > 80_000
@@ -156,7 +156,7 @@ def test_no_paragraph_comes_twice_and_all_read_as_prose(documents):
     assert sum(p[-1] in '.!?")' for p in paragraphs) > 0.7 * len(paragraphs)
 
 
-def test_the_corpus_is_written_once_and_read_as_json_lines(tmp_path, monkeypatch):
+def test_the_corpus_is_written_once_as_json_lines(tmp_path, monkeypatch):
     found = [("a", "a.b", ["One paragraph of it.", "Another é of it."]), ("c", "c", ["The last of it."])]
     monkeypatch.setattr(docstrings, "docstring_documents", lambda processes: iter(found))
     path = gather_docstrings(tmp_path / "docstrings.jsonl")
@@ -167,7 +167,7 @@ def test_the_corpus_is_written_once_and_read_as_json_lines(tmp_path, monkeypatch
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_every_package_and_the_standard_library_are_found():
+def test_installed_packages_and_the_standard_library_are_found():
     modules = {module: (package, path) for package, module, path in docstrings._modules()}
     assert modules["ast"] == ("python", Path(ast.__file__))
     assert modules["torch.nn.functional"][0] == "torch"

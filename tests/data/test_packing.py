@@ -1,10 +1,10 @@
-"""Packing loses no sample, keeps within a bin's capacity, fills it, and keeps the order nearly as it was."""
+"""Packing drops no sample, respects and fills the capacity of bins, and nearly preserves the order."""
 
 import numpy as np
 import pytest
 
 from bertfast.data.packing import OPEN_BINS, Capacity, Epochs, pack
-from bertfast.data.samples import Outline, Sampling
+from bertfast.data.samples import CorpusBoundaries, Sampling
 
 
 @pytest.mark.parametrize(
@@ -21,19 +21,19 @@ def test_no_capacity_is_exceeded_and_every_sample_has_a_bin(capacity, scarce):
     assert loads[scarce].mean() > 0.95 * capacity[scarce]
 
 
-def test_order_stays_nearly_as_given():
+def test_the_order_is_nearly_preserved():
     lengths = np.random.default_rng(0).integers(5, 129, 3000)
-    place = np.argsort(np.argsort(pack(lengths, np.ones(3000, int), Capacity(512, 100, 100)), kind="stable"))
-    assert np.abs(place - np.arange(3000)).mean() < 10 * OPEN_BINS
+    rank = np.argsort(np.argsort(pack(lengths, np.ones(3000, int), Capacity(512, 100, 100)), kind="stable"))
+    assert np.abs(rank - np.arange(3000)).mean() < 10 * OPEN_BINS
 
 
-def test_equal_samples_fill_bins_wholly():
+def test_samples_of_equal_length_fill_bins_completely():
     bins = pack(np.full(1000, 64), np.full(1000, 9), Capacity(512, 8, 72))
     assert (np.bincount(bins) == 8).all()
 
 
-def test_epochs_number_their_bins_and_samples_on(prose):
-    epochs = Epochs(Outline.of(prose), Sampling(), 4096, seed=0)
+def test_bins_and_samples_are_numbered_across_epochs(prose):
+    epochs = Epochs(CorpusBoundaries.of(prose), Sampling(), 4096, seed=0)
     bins = samples = 0
     for number in range(5):
         epoch = epochs[number]
@@ -44,30 +44,30 @@ def test_epochs_number_their_bins_and_samples_on(prose):
         assert epoch.bin_starts[-1] == epoch.samples.first_start.size
 
 
-def test_an_epoch_is_the_same_however_it_is_reached(prose):
-    walked = Epochs(Outline.of(prose), Sampling(), 4096, seed=0)
+def test_an_epoch_does_not_depend_on_the_order_of_access(prose):
+    walked = Epochs(CorpusBoundaries.of(prose), Sampling(), 4096, seed=0)
     visited = [walked[number] for number in (0, 1, 2, 3, 1)]
-    leapt = Epochs(Outline.of(prose), Sampling(), 4096, seed=0)
+    fresh = Epochs(CorpusBoundaries.of(prose), Sampling(), 4096, seed=0)
     for epoch, number in zip(visited[::-1], (1, 3, 2, 1, 0), strict=True):
-        other = leapt[number]
+        other = fresh[number]
         assert (other.bins_before, other.samples_before) == (epoch.bins_before, epoch.samples_before)
         assert (other.bin_starts == epoch.bin_starts).all()
         assert all((a == b).all() for a, b in zip(other.samples, epoch.samples, strict=True))
-    assert len(leapt._kept) == 2, "old epochs are let go"
+    assert len(fresh._cached) == 2, "older epochs are dropped from the cache"
 
 
 def test_each_epoch_has_new_pairs(prose):
-    epochs = Epochs(Outline.of(prose), Sampling(), 4096, seed=0)
+    epochs = Epochs(CorpusBoundaries.of(prose), Sampling(), 4096, seed=0)
     first, second = (set(zip(*(column.tolist() for column in epochs[n].samples[:4]), strict=True)) for n in (0, 1))
     assert len(first & second) < 0.2 * len(first)
 
 
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
 @pytest.mark.parametrize("sentences", [[8], [3, 9], [30, 9, 14]])
-def test_bins_are_full_whatever_the_documents(make_shards, objective, sentences):
-    """Where documents are far shorter than a sample may be, there is room for as many sequences as fill a bin."""
+def test_bins_are_full_for_all_document_lengths(make_shards, objective, sentences):
+    """Even for documents far shorter than a sample, the sequence slots suffice to fill a bin."""
     shards = make_shards([sentences] * 4000)
     sampling = Sampling(max_seq_length=512, objective=objective)
-    epoch = Epochs(Outline.of(shards), sampling, 4096, seed=0)[0]
-    used = np.add.reduceat(epoch.samples.lengths(sampling), epoch.bin_starts[:-1])
-    assert np.sort(used)[1:].mean() / 4096 > 0.98
+    epoch = Epochs(CorpusBoundaries.of(shards), sampling, 4096, seed=0)[0]
+    num_tokens = np.add.reduceat(epoch.samples.lengths(sampling), epoch.bin_starts[:-1])
+    assert np.sort(num_tokens)[1:].mean() / 4096 > 0.98

@@ -1,4 +1,4 @@
-"""Preparation: text in, shards out; the same however it is spread, and nothing is done twice."""
+"""`bertfast prepare`: the shards do not depend on processes and parts, and finished work is kept."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    """A folder with a tokenizer of 256 tokens."""
+    """A folder with a tokenizer whose vocabulary has 256 tokens."""
     lines = (line for seed in range(3) for document in make_documents(seed, 40) for line in document)
     save_tokenizer(train_tokenizer(lines, 256), tmp_path / "vocabulary")
     return str(tmp_path / "vocabulary")
@@ -49,7 +49,7 @@ def vocabulary(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Prepare into tmp_path/NAME with one process unless told otherwise."""
+    """Return a function that prepares into tmp_path/NAME, by default with one process."""
 
     def run(name, *train, part=None, merge=False, **corpus):
         corpus = CorpusSettings(train_file=[str(path) for path in train], **({"processes": 1} | corpus))
@@ -59,7 +59,7 @@ def run(tmp_path):
 
 
 def read(folder, split):
-    """The documents of one split as text, a list of sentences each."""
+    """Return the documents of a split as lists of sentences."""
     tokenizer, shards = load_tokenizer(folder), Shards.open(folder / split)
     shards.verify()
     return [
@@ -73,7 +73,7 @@ def read(folder, split):
 
 
 def content(folder):
-    """Every file of the shards with its bytes."""
+    """Return the bytes of every file of the shards by name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for split in preparation.SPLITS
@@ -86,7 +86,7 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
 
 
-def test_every_sentence_of_every_document_arrives_in_one_of_the_splits(texts, vocabulary, run):
+def test_every_sentence_is_in_exactly_one_split(texts, vocabulary, run):
     folder = run("out", texts, tokenizer_name=vocabulary, validation_split_percentage=20)
     train, validation = read(folder, "train"), read(folder, "validation")
     expected = [
@@ -100,14 +100,14 @@ def test_every_sentence_of_every_document_arrives_in_one_of_the_splits(texts, vo
     assert train == kept
 
 
-def test_processes_and_parts_change_nothing(texts, vocabulary, run):
+def test_shards_do_not_depend_on_processes_and_parts(texts, vocabulary, run):
     alone = run("alone", texts, tokenizer_name=vocabulary)
     together = run("together", texts, tokenizer_name=vocabulary, processes=2)
     for part in ("2/2", "1/2"):
         parts = run("parts", texts, tokenizer_name=vocabulary, part=part)
         assert not (parts / "train" / "manifest.json").exists()
         if part == "2/2":
-            with pytest.raises(ValueError, match=r"\d of 3 files are not done, such as .*txt"):
+            with pytest.raises(ValueError, match=r"\d of 3 files are not finished, such as .*txt"):
                 run("parts", texts, tokenizer_name=vocabulary, merge=True)
     finished = modified(parts)
     assert len(finished) == 6
@@ -116,7 +116,7 @@ def test_processes_and_parts_change_nothing(texts, vocabulary, run):
     assert content(alone) == content(together) == content(parts)
 
 
-def test_only_what_changed_is_done_again(texts, vocabulary, run):
+def test_only_changed_files_are_processed_again(texts, vocabulary, run):
     folder = run("out", texts, tokenizer_name=vocabulary)
     before = modified(folder)
     run("out", texts, tokenizer_name=vocabulary)
@@ -132,7 +132,7 @@ def test_only_what_changed_is_done_again(texts, vocabulary, run):
     assert not [path for path, time in modified(folder).items() if time == before[path]]
 
 
-def test_an_interrupted_run_is_continued(texts, vocabulary, run, monkeypatch):
+def test_an_interrupted_run_continues(texts, vocabulary, run, monkeypatch):
     whole = run("whole", texts, tokenizer_name=vocabulary)
 
     def interrupted(source, *rest, original=preparation.prepare_file):
@@ -152,33 +152,33 @@ def test_an_interrupted_run_is_continued(texts, vocabulary, run, monkeypatch):
     assert content(folder) == content(whole)
 
 
-def test_validation_files_replace_the_split(texts, vocabulary, run):
+def test_validation_files_replace_the_held_out_documents(texts, vocabulary, run):
     folder = run("out", texts / "0.txt", validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
     assert {document[0].split()[1] for document in read(folder, "train")} == {"0"}
     assert {document[0].split()[1] for document in read(folder, "validation")} == {"2"}
     assert Shards.open(folder / "train").documents == Shards.open(folder / "validation").documents == 40
-    with pytest.raises(ValueError, match=r"2\.txt is given both for training and for validation"):
+    with pytest.raises(ValueError, match=r"2\.txt is both in --train-file and in --validation-file"):
         run("out", texts, validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
 
 
-def test_a_vocabulary_is_trained_where_none_is_given_and_not_twice(texts, vocabulary, run, monkeypatch):
-    folder = run("out", texts, vocabulary_size=200)
+def test_a_vocabulary_is_trained_once_if_no_tokenizer_is_given(texts, vocabulary, run, monkeypatch):
+    folder = run("out", texts, vocab_size=200)
     shards = Shards.open(folder / "train")
-    assert shards.vocabulary_size == load_tokenizer(folder).get_vocab_size() == 256
+    assert shards.vocab_size == load_tokenizer(folder).get_vocab_size() == 256
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "train_tokenizer", None)
-        run("out", texts, vocabulary_size=200)
+        run("out", texts, vocab_size=200)
     run("out", texts, tokenizer_name=vocabulary)
-    run("out", texts, vocabulary_size=100)
-    assert Shards.open(folder / "train").vocabulary_size == 128
+    run("out", texts, vocab_size=100)
+    assert Shards.open(folder / "train").vocab_size == 128
     run("out", texts, tokenizer_name=vocabulary)
-    run("out", texts, vocabulary_size=100)
-    assert Shards.open(folder / "train").vocabulary_size == 128
-    run("out", texts, vocabulary_size=200, cased=True)
+    run("out", texts, vocab_size=100)
+    assert Shards.open(folder / "train").vocab_size == 128
+    run("out", texts, vocab_size=200, cased=True)
     assert Shards.open(folder / "train").tokenizer_hash != shards.tokenizer_hash
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path, vocabulary, run):
+def test_special_tokens_in_the_text_are_tokenized_as_text(tmp_path, vocabulary, run):
     (tmp_path / "a.txt").write_text("one [MASK] two [SEP] three\n")
     folder = run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=0)
     [part] = Shards.open(folder / "train").parts
@@ -187,7 +187,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, vocabulary, run):
     assert Shards.open(folder / "validation").parts == []
 
 
-def test_standard_input_is_a_file_like_any_other(texts, vocabulary, run, monkeypatch):
+def test_standard_input_gives_the_same_shards_as_a_file(texts, vocabulary, run, monkeypatch):
     text = (texts / "0.txt").read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     assert read(run("piped", "-", tokenizer_name=vocabulary), "train") == read(
@@ -195,39 +195,39 @@ def test_standard_input_is_a_file_like_any_other(texts, vocabulary, run, monkeyp
     )
 
 
-def test_without_text_the_documentation_is_prepared(run, monkeypatch):
+def test_docstrings_are_the_default_text(run, monkeypatch):
     def gather(path, processes):
         records = [{"package": "a", "text": "\n".join(document)} for document in make_documents(0, 9)]
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return path
 
     monkeypatch.setattr(preparation, "gather_docstrings", gather)
-    folder = run("out", vocabulary_size=128, validation_split_percentage=0)
+    folder = run("out", vocab_size=128, validation_split_percentage=0)
     assert len(read(folder, "train")) == 9
 
 
 @pytest.mark.parametrize(
     ("corpus", "part", "message"),
     [
-        ({"validation_split_percentage": 100}, None, "validation_split_percentage is"),
-        ({"validation_split_percentage": -1}, None, "validation_split_percentage is"),
-        ({"vocabulary_size": 5}, None, "vocabulary_size is at least 64"),
-        ({"processes": 0}, None, "processes is at least 1"),
-        ({"tokenizer_name": "t", "train_file": ["f"]}, "0/2", 'part is like "1/4"'),
-        ({"tokenizer_name": "t", "train_file": ["f"]}, "3/2", 'part is like "1/4"'),
-        ({"tokenizer_name": "t", "train_file": ["f"]}, "1", 'part is like "1/4"'),
-        ({"train_file": ["f"]}, "1/2", "part needs a tokenizer_name and files"),
-        ({"tokenizer_name": "t"}, "1/2", "part needs a tokenizer_name and files"),
-        ({"tokenizer_name": "t", "train_file": ["-"]}, "1/2", "part needs a tokenizer_name and files"),
+        ({"validation_split_percentage": 100}, None, "--validation-split-percentage must be"),
+        ({"validation_split_percentage": -1}, None, "--validation-split-percentage must be"),
+        ({"vocab_size": 5}, None, "--vocab-size must be at least 64"),
+        ({"processes": 0}, None, "--processes must be at least 1"),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "0/2", "--part must be i/n"),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "3/2", "--part must be i/n"),
+        ({"tokenizer_name": "t", "train_file": ["f"]}, "1", "--part must be i/n"),
+        ({"train_file": ["f"]}, "1/2", "--part requires --tokenizer-name and files"),
+        ({"tokenizer_name": "t"}, "1/2", "--part requires --tokenizer-name and files"),
+        ({"tokenizer_name": "t", "train_file": ["-"]}, "1/2", "--part requires --tokenizer-name and files"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(corpus, part, message):
+def test_invalid_settings_are_refused(corpus, part, message):
     with pytest.raises(ValueError, match=message):
         PrepareSettings("out", CorpusSettings(**corpus), part)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_file_is_refused_by_name_and_the_others_are_kept(texts, vocabulary, run, processes):
+def test_an_invalid_file_is_refused_by_name_and_finished_parts_are_kept(texts, vocabulary, run, processes):
     (texts / "2.txt").write_bytes(b"good line\nbad \xff\n")
     with pytest.raises(ValueError, match=r"2\.txt, line 2: not UTF-8"):
         run("out", texts, tokenizer_name=vocabulary, processes=processes)
@@ -235,7 +235,7 @@ def test_a_bad_file_is_refused_by_name_and_the_others_are_kept(texts, vocabulary
     assert sorted(path.name[:5] for path in train.iterdir()) == ["0.txt", "1.txt"]
 
 
-def test_nothing_left_for_training_is_refused(tmp_path, vocabulary, run):
+def test_an_empty_training_split_is_refused(tmp_path, vocabulary, run):
     (tmp_path / "a.txt").write_text("one\n")
     with pytest.raises(ValueError, match="no document is left for training"):
         run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=99.999)

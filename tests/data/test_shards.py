@@ -1,4 +1,4 @@
-"""Shards hold what was written, are whole or absent, and a damaged or foreign folder is refused by name."""
+"""Shards are written completely or not at all; damaged shards and other formats are refused by name."""
 
 import json
 
@@ -15,7 +15,7 @@ def folder(tmp_path):
     write_part(tmp_path, "a", DOCUMENTS[:2])
     write_part(tmp_path, "empty", [])
     write_part(tmp_path, "b", DOCUMENTS[2:])
-    write_manifest(tmp_path, ["a", "empty", "b"], vocabulary_size=64, tokenizer_hash="f" * 64)
+    write_manifest(tmp_path, ["a", "empty", "b"], vocab_size=64, tokenizer_hash="f" * 64)
     return tmp_path
 
 
@@ -30,27 +30,27 @@ def read_back(shards):
     ]
 
 
-def test_documents_come_back_as_written(folder):
+def test_documents_are_read_as_written(folder):
     shards = Shards.open(folder)
     assert read_back(shards) == DOCUMENTS
     assert (shards.documents, shards.sentences, shards.tokens) == (3, 6, 12)
-    assert (shards.vocabulary_size, shards.tokenizer_hash) == (64, "f" * 64)
+    assert (shards.vocab_size, shards.tokenizer_hash) == (64, "f" * 64)
     assert shards.parts[0].tokens.dtype == np.uint16
     shards.verify()
 
 
 def test_empty_sentences_and_documents_are_dropped(tmp_path):
     write_part(tmp_path, "a", [[[], [1, 2], []], [[], []], [], [[3]]])
-    write_manifest(tmp_path, ["a"], vocabulary_size=64, tokenizer_hash="")
+    write_manifest(tmp_path, ["a"], vocab_size=64, tokenizer_hash="")
     assert read_back(Shards.open(tmp_path)) == [[[1, 2]], [[3]]]
 
 
-@pytest.mark.parametrize(("vocabulary_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_ids_take_the_narrowest_dtype_that_holds_them(tmp_path, vocabulary_size, dtype):
-    assert token_dtype(vocabulary_size) == dtype
-    write_part(tmp_path, "a", [[[vocabulary_size - 1]]], token_dtype(vocabulary_size))
-    write_manifest(tmp_path, ["a"], vocabulary_size=vocabulary_size, tokenizer_hash="")
-    assert read_back(Shards.open(tmp_path)) == [[[vocabulary_size - 1]]]
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_token_ids_are_stored_in_the_narrowest_dtype(tmp_path, vocab_size, dtype):
+    assert token_dtype(vocab_size) == dtype
+    write_part(tmp_path, "a", [[[vocab_size - 1]]], token_dtype(vocab_size))
+    write_manifest(tmp_path, ["a"], vocab_size=vocab_size, tokenizer_hash="")
+    assert read_back(Shards.open(tmp_path)) == [[[vocab_size - 1]]]
 
 
 def test_an_interrupted_part_leaves_the_previous_one_in_place(tmp_path):
@@ -62,19 +62,19 @@ def test_an_interrupted_part_leaves_the_previous_one_in_place(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_part(tmp_path, "a", documents())
-    write_manifest(tmp_path, ["a"], vocabulary_size=64, tokenizer_hash="")
+    write_manifest(tmp_path, ["a"], vocab_size=64, tokenizer_hash="")
     assert read_back(Shards.open(tmp_path)) == DOCUMENTS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "manifest.json"]
 
 
-def test_a_part_remembers_its_origin(tmp_path):
+def test_a_part_stores_its_origin(tmp_path):
     with PartWriter(tmp_path, "a", np.uint16, origin={"path": "x"}):
         pass
     assert part_origin(tmp_path, "a") == {"path": "x"}
     assert part_origin(tmp_path, "b") is None
 
 
-def test_another_tokenizer_is_refused(folder):
+def test_shards_of_another_tokenizer_are_refused(folder):
     Shards.open(folder, "f" * 64)
     with pytest.raises(ValueError, match="another tokenizer"):
         Shards.open(folder, "0" * 64)
@@ -85,15 +85,15 @@ def test_a_folder_without_manifest_is_refused_by_name(tmp_path):
         Shards.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "another"}'])
-def test_a_foreign_manifest_is_refused_by_name(folder, content):
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "bertfast shards 1"}'])
+def test_an_invalid_manifest_is_refused_by_name(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="manifest"):
         Shards.open(folder)
 
 
 @pytest.mark.parametrize("name", ["tokens", "sentence_starts", "document_starts"])
-def test_damage_is_refused_by_name(folder, name):
+def test_damaged_files_are_refused_by_name(folder, name):
     path = folder / "b" / f"{name}.bin"
     whole = path.read_bytes()
 
@@ -110,14 +110,14 @@ def test_damage_is_refused_by_name(folder, name):
         Shards.open(folder)
 
 
-def test_parts_that_disagree_with_themselves_are_refused(folder):
+def test_inconsistent_boundaries_are_refused(folder):
     starts = folder / "b" / "sentence_starts.bin"
     starts.write_bytes((np.fromfile(starts, "<i8") + 1).tobytes())
     with pytest.raises(ValueError, match="boundaries"):
         Shards.open(folder)
 
 
-def test_the_manifest_can_be_read_by_people(folder):
+def test_the_manifest_is_readable_json(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [part["name"] for part in manifest["parts"]] == ["a", "empty", "b"]
     assert manifest["documents"] == 3

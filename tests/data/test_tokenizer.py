@@ -1,4 +1,4 @@
-"""Vocabularies: trained ones cover their text, existing ones give the ids that `transformers` gives."""
+"""Trained vocabularies cover their text; loaded tokenizers give the token ids that `transformers` gives."""
 
 import json
 import lzma
@@ -30,14 +30,14 @@ def write_vocabulary(path, *pieces, special=SPECIAL_TOKENS):
     return path
 
 
-@pytest.mark.parametrize(("asked", "given"), [(128, 128), (100, 128), (64, 64)])
-def test_a_trained_vocabulary_has_a_multiple_of_64_tokens(asked, given):
-    tokenizer = train_tokenizer(TEXTS, asked)
-    assert tokenizer.get_vocab_size() == given
-    assert sorted(tokenizer.get_vocab().values()) == list(range(given))
+@pytest.mark.parametrize(("requested", "actual"), [(128, 128), (100, 128), (64, 64)])
+def test_the_size_of_a_trained_vocabulary_is_rounded_up_to_a_multiple_of_64(requested, actual):
+    tokenizer = train_tokenizer(TEXTS, requested)
+    assert tokenizer.get_vocab_size() == actual
+    assert sorted(tokenizer.get_vocab().values()) == list(range(actual))
 
 
-def test_a_vocabulary_larger_than_the_text_yields_is_filled_up():
+def test_unused_tokens_fill_up_a_vocabulary_larger_than_the_text_yields():
     tokenizer = train_tokenizer(TEXTS, 1024)
     assert tokenizer.get_vocab_size() == 1024
     assert "[unused0]" in tokenizer.get_vocab()
@@ -49,23 +49,23 @@ def test_training_is_reproducible_and_independent_of_the_order_of_the_texts():
     assert len(hashes) == 1
 
 
-def test_special_tokens_in_the_text_do_not_enter_the_pieces():
+def test_special_tokens_in_the_training_text_do_not_become_pieces():
     tokenizer = train_tokenizer([*TEXTS, "[MASK] and [SEP] [MASK]"] * 9, 256)
     assert not [t for t in tokenizer.get_vocab() if any(map(str.isupper, t)) and t not in SPECIAL_TOKENS]
 
 
-def test_cased_keeps_capitals_and_uncased_does_not():
+def test_only_a_cased_vocabulary_keeps_upper_case():
     cased, uncased = (train_tokenizer(TEXTS, 256, cased=cased) for cased in (True, False))
     assert ids(cased, "The") != ids(cased, "the")
     assert ids(uncased, "The") == ids(uncased, "the")
 
 
-def test_no_text_is_refused():
+def test_training_on_empty_texts_is_refused():
     with pytest.raises(ValueError, match="no text to train"):
         train_tokenizer([" ", ""], 256)
 
 
-def test_special_tokens_and_continuations():
+def test_ids_of_special_tokens_and_continuations():
     tokenizer = train_tokenizer(TEXTS, 128)
     special = special_tokens(tokenizer)
     assert (special.pad, special.unk, special.cls, special.sep, special.mask) == (0, 1, 2, 3, 4)
@@ -76,7 +76,7 @@ def test_special_tokens_and_continuations():
 
 
 @pytest.mark.parametrize("cased", [True, False])
-def test_saved_and_opened_again_nothing_changes(tmp_path, cased):
+def test_saving_and_loading_preserves_the_tokenizer(tmp_path, cased):
     tokenizer = train_tokenizer(TEXTS, 256, cased=cased)
     save_tokenizer(tokenizer, tmp_path)
     paths = (tmp_path, tmp_path / "tokenizer.json", tmp_path / "vocab.txt")
@@ -85,7 +85,7 @@ def test_saved_and_opened_again_nothing_changes(tmp_path, cased):
     assert tokenizer_hash(load_tokenizer(tmp_path / "vocab.txt", cased=cased)) == tokenizer_hash(tokenizer)
 
 
-def test_the_hash_tells_apart_what_gives_other_ids(tmp_path):
+def test_the_hash_differs_if_token_ids_differ(tmp_path):
     same = write_vocabulary(tmp_path / "a.txt", "a", "b")
     order = write_vocabulary(tmp_path / "b.txt", "b", "a")
     hashes = {tokenizer_hash(load_tokenizer(*args)) for args in [(same,), (order,)]}
@@ -93,7 +93,7 @@ def test_the_hash_tells_apart_what_gives_other_ids(tmp_path):
     assert len(hashes) == 3
 
 
-def test_case_follows_argument_then_configuration_then_vocabulary(tmp_path):
+def test_casing_is_decided_by_argument_then_config_then_vocabulary(tmp_path):
     path = write_vocabulary(tmp_path / "vocab.txt", "Word", "word")
     assert ids(load_tokenizer(path), "Word") == [5]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
@@ -101,7 +101,7 @@ def test_case_follows_argument_then_configuration_then_vocabulary(tmp_path):
     assert ids(load_tokenizer(tmp_path, cased=True), "Word") == [5]
 
 
-def test_truncation_and_padding_of_a_saved_tokenizer_are_dropped(tmp_path):
+def test_truncation_and_padding_of_a_saved_tokenizer_are_disabled(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 256)
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
@@ -109,7 +109,7 @@ def test_truncation_and_padding_of_a_saved_tokenizer_are_dropped(tmp_path):
     assert 3 < len(ids(load_tokenizer(tmp_path), TEXTS[0])) < 50
 
 
-def test_a_vocabulary_without_mask_is_refused(tmp_path):
+def test_a_vocabulary_without_mask_token_is_refused(tmp_path):
     path = write_vocabulary(tmp_path / "vocab.txt", "a", special=SPECIAL_TOKENS[:4])
     with pytest.raises(ValueError, match=r"no \[MASK\]"):
         load_tokenizer(path)
@@ -119,12 +119,12 @@ def test_a_vocabulary_without_mask_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("vocab.txt", "[PAD]\na\na\n", "repeated"),
-        ("vocab.txt", b"\xff\xfe", "is no tokenizer"),
-        ("tokenizer.json", "{}", "is no tokenizer"),
+        ("vocab.txt", b"\xff\xfe", "is not a tokenizer"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "holds a BPE model"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, message):
+def test_files_that_are_not_a_wordpiece_tokenizer_are_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as refusal:
@@ -132,7 +132,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, messag
     assert str(path) in str(refusal.value)
 
 
-def test_what_is_not_there_is_refused_by_name(tmp_path):
+def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither a tokenizer\.json nor a vocab\.txt"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
@@ -140,17 +140,17 @@ def test_what_is_not_there_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "bert-base-cased"])
-def test_ids_equal_those_of_transformers(shared_data, tmp_path, name):
+def test_token_ids_equal_those_of_transformers(shared_data, tmp_path, name):
     tokenizer = load_tokenizer(shared_data / "vocab" / f"{name}-vocab.txt")
     save_tokenizer(tokenizer, tmp_path)
-    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    hf = transformers.BertTokenizer.from_pretrained(tmp_path)
     original = transformers.BertTokenizer(
         str(shared_data / "vocab" / f"{name}-vocab.txt"), do_lower_case=name.endswith("uncased")
     )
     with lzma.open(shared_data / "corpus" / "wikipedia-train-00.txt.xz", "rt", encoding="utf-8") as file:
         lines = [next(file).strip()[:300] for _ in range(10_000)]
-    ours = [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-    assert theirs(lines, add_special_tokens=False)["input_ids"] == ours
-    assert original(lines, add_special_tokens=False)["input_ids"] == ours
-    assert special_tokens(tokenizer).mask == theirs.mask_token_id
-    assert theirs("one", "two")["input_ids"] == tokenizer.encode("one", "two").ids
+    expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
+    assert hf(lines, add_special_tokens=False)["input_ids"] == expected
+    assert original(lines, add_special_tokens=False)["input_ids"] == expected
+    assert special_tokens(tokenizer).mask == hf.mask_token_id
+    assert hf("one", "two")["input_ids"] == tokenizer.encode("one", "two").ids

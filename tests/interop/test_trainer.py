@@ -149,7 +149,7 @@ def test_a_batch_without_padding():
     )
     assert tags["labels"].tolist() == [[1, -100, 2]]
     many = [{"input_ids": [5, 6], "labels": [1.0, 0.0]}, {"input_ids": [8, 9], "labels": [0.0, 1.0]}]
-    assert bertfast.PaddingFreeCollator(of_tokens=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
+    assert bertfast.PaddingFreeCollator(token_labels=False)(many)["labels"].tolist() == [[1, 0], [0, 1]]
     with pytest.raises(TypeError):
         bertfast.PaddingFreeCollator(None, False)
     with pytest.raises(ValueError, match="needs padded batches"):

@@ -220,7 +220,7 @@ def test_what_cannot_be_is_said_before_any_work(data, tmp_path, changes, message
 
 
 def test_shards_of_another_tokenizer_are_refused(finished, corpus, tmp_path):
-    foreign = CorpusSettings([str(corpus)], vocabulary_size=64, validation_split_percentage=20, processes=1)
+    foreign = CorpusSettings([str(corpus)], vocab_size=64, validation_split_percentage=20, processes=1)
     data = prepare(PrepareSettings(str(tmp_path / "data"), foreign))
     with pytest.raises(ValueError, match="another tokenizer"):
         pretrain(settings_for(tmp_path / "run", data, init_from=str(finished), config_overrides=""))
