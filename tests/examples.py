@@ -14,11 +14,13 @@ def write_examples(folder: Path, kind: str, rows: int, seed: int) -> Path:
     random_ = random.Random(seed)
     texts = [sentence(random_, random_.choice(["good", "bad"])) for _ in range(rows)]
     texts = [" ".join(text.split()[: random_.randint(4, 6)]) + f" {random_.choice(['good', 'bad'])}" for text in texts]
-    path = folder / {"choices": "a.csv", "answers": "a.json", "tags": "a.conll"}.get(kind, "a.tsv")
-    if kind == "choices":
+    path = folder / {"multiple-choice": "a.csv", "question-answering": "a.json", "token-classification": "a.conll"}.get(
+        kind, "a.tsv"
+    )
+    if kind == "multiple-choice":
         lines = [f'"{text}","the film was good","the film was bad",{int("good" in text)}' for text in texts]
         path.write_text("\n".join(["sent1,ending0,ending1,label", *lines]))
-    elif kind == "answers":
+    elif kind == "question-answering":
         asked = [
             {
                 "context": text,
@@ -27,13 +29,13 @@ def write_examples(folder: Path, kind: str, rows: int, seed: int) -> Path:
             for i, text in enumerate(texts)
         ]
         path.write_text(json.dumps({"data": [{"paragraphs": asked}]}))
-    elif kind == "tags":
+    elif kind == "token-classification":
         tags = {"good": "B-GOOD", "bad": "B-BAD"}
         sentences = ["\n".join(f"{word}\t{tags.get(word, 'O')}" for word in text.split()) for text in texts]
         path.write_text("\n\n".join(sentences) + "\n")
     else:
         labels = {
-            "classification": lambda text: ["bad", "good"]["good" in text],
+            "sequence-classification": lambda text: ["bad", "good"]["good" in text],
             "regression": lambda text: f"{0.5 + text.split().count('good')}",
             "multi-label": lambda text: ",".join(word for word in ("good", "bad") if word in text),
         }[kind]

@@ -22,10 +22,15 @@ COMMANDS = {
         "training.finetune",
         "FinetuneSettings",
         "finetune",
-        "fine-tune on sentences, choices, answers or tags",
+        "fine-tune for classification, multiple choice or question answering",
     ),
     "evaluate": ("training.evaluate", "EvaluateSettings", "evaluate", "score a model on labelled data or on text"),
-    "predict": ("inference.predict", "PredictSettings", "predict", "answers of a fine-tuned model, as JSON lines"),
+    "predict": (
+        "inference.predict",
+        "PredictSettings",
+        "predict",
+        "print predictions of a fine-tuned model as JSON lines",
+    ),
     "sweep": ("training.sweep", "SweepSettings", "sweep", "fine-tune with many settings and seeds, and keep the best"),
     "reproduce": (
         "cli.reproduce",
@@ -33,7 +38,7 @@ COMMANDS = {
         "reproduce",
         "the paper's tables, with models and data at hand",
     ),
-    "features": ("inference.embed", "ExtractSettings", "extract", "write what a model's layers hold of texts to disk"),
+    "embed": ("inference.embed", "EmbedSettings", "embed", "write embeddings of texts to disk"),
     "fill-mask": (
         "inference.fill_mask",
         "FillMaskSettings",
