@@ -36,18 +36,18 @@ def test_each_mask_gets_its_most_probable_tokens(model):
     positions = (ids[0] == TOKENIZER.token_to_id("[MASK]")).nonzero().squeeze(1)
     with torch.no_grad():
         probabilities = model(ids).logits[0, positions, :128].softmax(1)
-    for words, expected in zip(predictions, probabilities, strict=True):
-        assert [p for _, p in words] == sorted((p for _, p in words), reverse=True)
-        assert sum(p for _, p in words) == pytest.approx(1, abs=1e-5)
-        assert {word: pytest.approx(float(expected[TOKENIZER.token_to_id(word)])) for word, _ in words} == dict(words)
+    for tokens, expected in zip(predictions, probabilities, strict=True):
+        assert [p for _, p in tokens] == sorted((p for _, p in tokens), reverse=True)
+        assert sum(p for _, p in tokens) == pytest.approx(1, abs=1e-5)
+        assert {t: pytest.approx(float(expected[TOKENIZER.token_to_id(t)])) for t, _ in tokens} == dict(tokens)
 
 
 def test_most_probable_token_comes_first_and_unused_ids_are_not_predicted(model):
     with torch.no_grad():
         model.cls.predictions.bias[TOKENIZER.token_to_id("cat")] = 20
         model.cls.predictions.bias[135] = 30  # beyond the tokenizer's vocabulary
-    [[(word, probability)]] = fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=1)
-    assert (word, round(probability, 3)) == ("cat", 1.0)
+    [[(token, probability)]] = fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=1)
+    assert (token, round(probability, 3)) == ("cat", 1.0)
 
 
 def test_command_prints_the_predictions(model, tmp_path, capsys):
@@ -55,8 +55,8 @@ def test_command_prints_the_predictions(model, tmp_path, capsys):
     save_tokenizer(TOKENIZER, tmp_path)
     fill_mask_command(FillMaskSettings(str(tmp_path), "the [MASK] sat", top_k=3))
     printed = capsys.readouterr().out
-    for word, _ in fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=3)[0]:
-        assert f"  {word}\n" in printed
+    for token, _ in fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=3)[0]:
+        assert f"  {token}\n" in printed
     assert len(printed.splitlines()) == 2 + 3
 
 

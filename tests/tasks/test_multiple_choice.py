@@ -36,8 +36,8 @@ def test_swag_files_are_read_in_their_published_format(tmp_path):
     assert batch["input_ids"][0].tolist() == [token for ids in expected for token in ids]
     outputs = [np.array([0.0, 0.0, 3.0]), np.array([0.0, 2.0, 0.0])]
     assert task.compute_metrics(examples, features, outputs)["accuracy"] == 0.5
-    answers = list(task.predictions(examples, features, outputs))
-    assert answers[0]["ending"] == "c g"
+    predictions = list(task.predictions(examples, features, outputs))
+    assert predictions[0]["ending"] == "c g"
     task.write_predictions(tmp_path, "dev", examples, features, outputs)
     assert (tmp_path / "predictions_dev.tsv").read_text().splitlines()[1].startswith("0\t2\t")
 

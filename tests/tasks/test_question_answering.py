@@ -41,7 +41,7 @@ def entry(name: str, *answers: tuple[str, int], question: str = "who", **rest) -
 
 
 @pytest.mark.parametrize(
-    ("answer", "golds", "exact", "f1"),
+    ("answer", "gold", "exact", "f1"),
     [
         ("the Cat.", ["a cat"], 1, 1),  # articles, case, punctuation
         ("black cat", ["cat", "dog"], 0, 2 / 3),
@@ -54,8 +54,8 @@ def entry(name: str, *answers: tuple[str, int], question: str = "who", **rest) -
         ("U.S.", ["us"], 1, 1),
     ],
 )
-def test_answer_scores_are_those_of_the_official_scripts(answer, golds, exact, f1):
-    assert answer_scores(answer, golds) == (exact, pytest.approx(f1))
+def test_answer_scores_are_those_of_the_official_scripts(answer, gold, exact, f1):
+    assert answer_scores(answer, gold) == (exact, pytest.approx(f1))
 
 
 def test_normalize_answer_removes_case_punctuation_and_articles():

@@ -192,10 +192,10 @@ def test_multi_label_predictions_and_metrics():
     task = task_for("multi-label")
     task.set_config(BertConfig(id2label={0: "x", 1: "y"}, problem_type="multi_label_classification"))
     outputs = [np.array([3.0, -3.0]), np.array([-1.0, -1.0])]
-    answers = list(task.predictions(None, None, outputs))
-    assert [[*answer["labels"]] for answer in answers] == [["x"], []]
+    predictions = list(task.predictions(None, None, outputs))
+    assert [[*prediction["labels"]] for prediction in predictions] == [["x"], []]
     features = task.featurize(task.parse_lines(["a", "b"]), train_tokenizer(["a b c d"], 64), 32)[1]
     measured = task.compute_metrics(None, with_labels(features, [[1, 0], [1, 0]]), outputs)
     assert (measured["accuracy"], measured["f1_micro"]) == (0.5, pytest.approx(2 / 3))
     assert measured["loss"] == pytest.approx(np.log1p(np.exp([-3.0, -3.0, 1.0, -1.0])).mean())
-    assert json.dumps(answers)
+    assert json.dumps(predictions)

@@ -142,9 +142,9 @@ def test_first_tokens_have_the_tags_and_segments_are_joined(max_length, tokenize
     assert (labels == -100).sum() >= 2 * len(features) + 3  # [CLS], [SEP] and the further tokens of words
     predicted = [["B-PER", "I-PER", "O", "O", "B-LOC", "O"], ["B-LOC"]]
     outputs = outputs_for(task, examples, features, predicted)
-    answers = list(task.predictions(examples, features, outputs))
-    assert [answer["tags"] for answer in answers] == predicted
-    assert answers[0]["entities"][0] == {"type": "PER", "text": "ann understanding", "start": 0, "end": 2}
+    predictions = list(task.predictions(examples, features, outputs))
+    assert [prediction["tags"] for prediction in predictions] == predicted
+    assert predictions[0]["entities"][0] == {"type": "PER", "text": "ann understanding", "start": 0, "end": 2}
     measured = task.compute_metrics(examples, features, outputs)
     assert (measured["precision"], measured["recall"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert measured["accuracy"] == pytest.approx(6 / 7)
@@ -167,7 +167,10 @@ def test_word_without_tokens_is_predicted_as_outside(tokenizer):
     task = task_for()
     examples, features = task.featurize(task.parse_lines(["ann \u200b rome", ""]), tokenizer, 16)
     outputs = outputs_for(task, examples, features, [["B-PER", "B-LOC", "B-LOC"], []])
-    assert [answer["tags"] for answer in task.predictions(examples, features, outputs)] == [["B-PER", "O", "B-LOC"], []]
+    assert [prediction["tags"] for prediction in task.predictions(examples, features, outputs)] == [
+        ["B-PER", "O", "B-LOC"],
+        [],
+    ]
 
 
 def test_wnut_has_the_published_number_of_sentences(shared_data):
