@@ -42,7 +42,7 @@ class EmbedSettings:
 
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
-        output_dir: Folder for part-00000 and so on. Existing parts are kept, so that an interrupted run can go on.
+        output_dir: Folder for part-00000 and so on. Existing parts are kept, so that an interrupted run can resume.
         input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none: lines of
             standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
@@ -54,7 +54,7 @@ class EmbedSettings:
         max_seq_length: Maximum tokens per text; longer ones are truncated. None: the model's number of positions.
         eval_tokens: Approximate tokens per batch.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
-        precision: auto uses bf16 if the device supports it natively (on a CPU: and it is faster), else fp32.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
         device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
     """
 

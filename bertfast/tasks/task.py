@@ -47,7 +47,7 @@ class TaskSettings:
         on_bad_rows: Stop at the first row that cannot be used, or skip and count such rows.
         eval_tokens: Approximate tokens per batch in evaluation and prediction.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
-        precision: auto uses bf16 if the device supports it natively (on a CPU: and it is faster), else fp32.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
         device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
     """
 

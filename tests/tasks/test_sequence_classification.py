@@ -51,7 +51,7 @@ def test_a_single_label_raises():
     ("labels", "fractions"),
     [(["0.5", "1"], True), (["5.000", "4.750"], True), (["0", "1"], False), (["1.0", "2.0"], False), (["a"], False)],
 )
-def test_has_fractions(labels, fractions):
+def test_only_numbers_that_are_not_all_integers_have_fractions(labels, fractions):
     assert has_fractions(labels) == fractions
 
 
