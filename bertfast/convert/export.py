@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from tyro.conf import Positional
 
 from bertfast.models.bert import BertForMultipleChoice
+from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve, save
-from bertfast.models.own_parts import OwnBertConfig
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -93,8 +93,8 @@ class _Outputs(nn.Module):
 
 def _kind(folder: Path) -> type[PreTrainedModel]:
     config = read_config(folder)
-    if isinstance(config, OwnBertConfig):
-        alone = [name for name in config.parts if getattr(config, name)]
+    if isinstance(config, ExtendedBertConfig):
+        alone = [name for name in config.extensions if getattr(config, name)]
         raise ValueError(
             f"{folder} has {', '.join(alone)}, which transformers does not know: it can be used here alone"
         )

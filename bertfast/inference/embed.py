@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bertfast.data.corpus import COMPRESSIONS, read_lines
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
-from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
+from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
 from bertfast.models.files import write_tensors
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
@@ -112,7 +112,7 @@ def embed(settings: EmbedSettings) -> Path:
 @torch.no_grad()
 def compute_embeddings(model: BertModel, features: Features, settings: EmbedSettings) -> dict[str, Tensor]:
     """Compute the embeddings of tokenized texts, as `embed` writes them."""
-    layers, concatenated = chosen_layers(settings.layers, model.config)
+    layers, concatenated = select_layers(settings.layers, model.config)
     size = model.config.hidden_size * (len(layers) if concatenated else 1)
     per_token = settings.pooling == "none"
     embeddings = torch.empty(len(features.token_ids) if per_token else len(features), size)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
-from bertfast.models.feature_based import LAYERS, chosen_layers
+from bertfast.models.extensions import LAYERS, select_layers
 
 TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot"]
 
@@ -41,7 +41,7 @@ def test_embeddings_are_transformers_hidden_states(layers, pooling, pretrained, 
     rows = torch.cat([part["embeddings"] for part in found])
     expected = []
     for states in hf_hidden_states(pretrained):
-        indices, concatenated = chosen_layers(layers, transformers.BertConfig.from_pretrained(pretrained))
+        indices, concatenated = select_layers(layers, transformers.BertConfig.from_pretrained(pretrained))
         chosen = [states[index] for index in indices]
         state = torch.cat(chosen, 1) if concatenated else torch.stack(chosen).mean(0)
         expected.append({"mean": state.mean(0, keepdim=True), "cls": state[:1], "none": state}[pooling])

@@ -11,8 +11,8 @@ import bertfast
 from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder import encode, pretraining_loss
-from bertfast.inputs import Packed
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.encoder.unpadding import Packed
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
 OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embed", "gelu_layer_norm", "linear_cross_entropy")
@@ -104,9 +104,9 @@ def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(choose, b
     def run(lengths, encoder) -> list[torch.Tensor]:
         made = batch(lengths)
         sequences = made.sequences
-        identity = TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
+        rng = RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
         packed = Packed(
-            made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, identity=identity
+            made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, rng=rng
         )
         hidden = encoder(ours, packed)
         parameters = [x for name, x in ours.named_parameters() if "pooler" not in name]

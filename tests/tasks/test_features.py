@@ -91,7 +91,7 @@ def test_sst2_is_tokenized_as_by_transformers(shared_data):
     vocabulary = shared_data / "vocab" / "bert-base-uncased-vocab.txt"
     texts = read_table(shared_data / "glue" / "SST-2" / "dev.tsv.gz").texts("sentence")[:200]
     features = tokenize(load_tokenizer(vocabulary), texts, 32)
-    expected = transformers.BertTokenizer(vocab=str(vocabulary))(texts, truncation=True, max_length=32)["input_ids"]
+    expected = transformers.BertTokenizer(str(vocabulary))(texts, truncation=True, max_length=32)["input_ids"]
     assert [features.token_ids[slice(*features.cu_seqlens[i : i + 2])].tolist() for i in range(200)] == expected
 
 
