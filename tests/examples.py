@@ -1,4 +1,4 @@
-"""Files of each kind of task that a tiny model learns in seconds, and how it is taught."""
+"""Training files of each task that a tiny model learns in seconds, and settings to fine-tune it."""
 
 import json
 import random
@@ -9,34 +9,35 @@ from sentiment import QUICK, sentence
 from bertfast.training.finetune import FinetuneSettings
 
 
-def write_examples(folder: Path, kind: str, rows: int, seed: int) -> Path:
-    """A file that a tiny model can learn: what is asked for is where "good" or "bad" stands."""
+def write_examples(folder: Path, task: str, rows: int, seed: int) -> Path:
+    """Write a file whose labels depend on whether, or where, a text contains "good" or "bad"."""
     random_ = random.Random(seed)
     texts = [sentence(random_, random_.choice(["good", "bad"])) for _ in range(rows)]
     texts = [" ".join(text.split()[: random_.randint(4, 6)]) + f" {random_.choice(['good', 'bad'])}" for text in texts]
-    path = folder / {"choices": "a.csv", "answers": "a.json", "tags": "a.conll"}.get(kind, "a.tsv")
-    if kind == "choices":
+    suffixes = {"multiple-choice": "csv", "question-answering": "json", "token-classification": "conll"}
+    path = folder / f"a.{suffixes.get(task, 'tsv')}"
+    if task == "multiple-choice":
         lines = [f'"{text}","the film was good","the film was bad",{int("good" in text)}' for text in texts]
         path.write_text("\n".join(["sent1,ending0,ending1,label", *lines]))
-    elif kind == "answers":
-        asked = [
+    elif task == "question-answering":
+        paragraphs = [
             {
                 "context": text,
                 "qas": [{"id": str(i), "question": "what film", "answers": [answer(text)], "is_impossible": False}],
             }
             for i, text in enumerate(texts)
         ]
-        path.write_text(json.dumps({"data": [{"paragraphs": asked}]}))
-    elif kind == "tags":
+        path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    elif task == "token-classification":
         tags = {"good": "B-GOOD", "bad": "B-BAD"}
         sentences = ["\n".join(f"{word}\t{tags.get(word, 'O')}" for word in text.split()) for text in texts]
         path.write_text("\n\n".join(sentences) + "\n")
     else:
         labels = {
-            "classification": lambda text: ["bad", "good"]["good" in text],
+            "sequence-classification": lambda text: ["bad", "good"]["good" in text],
             "regression": lambda text: f"{0.5 + text.split().count('good')}",
             "multi-label": lambda text: ",".join(word for word in ("good", "bad") if word in text),
-        }[kind]
+        }[task]
         path.write_text("\n".join(["sentence\tlabel", *(f"{text}\t{labels(text)}" for text in texts)]))
     return path
 
@@ -46,9 +47,9 @@ def answer(text: str) -> dict:
     return {"text": word, "answer_start": text.index(word)}
 
 
-def settings_for(kind: str, model: Path, file: Path, folder: Path, **changes) -> FinetuneSettings:
+def settings_for(task: str, model: Path, file: Path, folder: Path, **changes) -> FinetuneSettings:
     values = {"dropout": 0.0, "tokens_per_batch": 10**6, "logging_steps": 1} | QUICK | changes
     values.setdefault("num_train_epochs", 3)
     return FinetuneSettings(
-        model_name_or_path=str(model), task=kind, train_file=str(file), output_dir=str(folder), **values
+        model_name_or_path=str(model), task=task, train_file=str(file), output_dir=str(folder), **values
     )

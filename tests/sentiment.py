@@ -1,4 +1,4 @@
-"""A task that a tiny model learns in seconds: is the sentence with "good" in it, or the one with "bad"?"""
+"""A sentiment task that a tiny model learns in seconds: does the sentence contain "good" or "bad"?"""
 
 import random
 from pathlib import Path
@@ -8,16 +8,16 @@ QUICK = {"per_device_train_batch_size": 16, "learning_rate": 3e-3, "device": "cp
 
 
 def sentence(random_: random.Random, *words: str) -> str:
-    """Words in order at random places among fillers."""
-    places = sorted(random_.sample(range(6), len(words)))
+    """Return a sentence with `words`, in order, at random positions among fillers."""
+    positions = sorted(random_.sample(range(6), len(words)))
     parts = random_.choices(FILLERS, k=6)
-    for place, word in zip(places, words, strict=True):
-        parts[place] = word
+    for position, word in zip(positions, words, strict=True):
+        parts[position] = word
     return " ".join(parts)
 
 
 def write_sentiment(path: Path, rows: int, *, seed: int) -> Path:
-    """Sentences with "good" or "bad" in them, and which of both as the label."""
+    """Write a .tsv file of sentences that contain "good" or "bad", which is also the label."""
     random_ = random.Random(seed)
     labels = [random_.choice(["bad", "good"]) for _ in range(rows)]
     lines = [f"{i}\t{sentence(random_, label)}\t{label}" for i, label in enumerate(labels)]
@@ -26,5 +26,5 @@ def write_sentiment(path: Path, rows: int, *, seed: int) -> Path:
 
 
 def rows_of(path: Path) -> list[list[str]]:
-    """The fields of every line of a .tsv file."""
+    """Return the fields of each line of a .tsv file."""
     return [line.split("\t") for line in path.read_text().splitlines()]

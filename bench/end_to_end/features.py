@@ -1,4 +1,4 @@
-"""`bertfast features` beside sentence-transformers on the same sentences: seconds, in turn, and memory by their number.
+"""`bertfast embed` vs sentence-transformers on the same sentences: seconds, in turn, and memory by their number.
 
     python bench/end_to_end/features.py MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
 
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from bertfast.inference.embed import ExtractSettings, extract
+from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.tasks.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -63,8 +63,8 @@ def main() -> None:
 def ours(model: Path, file: Path, folder: Path) -> torch.Tensor:
     """Into parts of safetensors; returns the first."""
     where = {"model_name_or_path": str(model), "input_file": str(file), "output_dir": str(folder)}
-    settings = ExtractSettings(**where, pool="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
-    return load_file(extract(settings) / "part-00000.safetensors")["features"]
+    settings = EmbedSettings(**where, pooling="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
+    return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
 
 
 def theirs(model: Path, file: Path, folder: Path) -> torch.Tensor:

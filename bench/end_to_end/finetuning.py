@@ -145,11 +145,13 @@ def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndar
     """transformers' model with the same head, and a step as one would write it: (its number, the examples) -> loss."""
     settings = run.settings
     torch.manual_seed(settings.seed)
-    kind = getattr(transformers, run.task.model.__name__)
-    labels = {} if run.task.model.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
+    kind = getattr(transformers, run.task.model_class.__name__)
+    labels = (
+        {} if run.task.model_class.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
+    )
     model = kind.from_pretrained(settings.model_name_or_path, problem_type=run.config.problem_type, **labels)
     model.load_state_dict(
-        {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head)}, strict=False
+        {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head_prefix)}, strict=False
     )
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
     groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -180,7 +182,9 @@ def theirs(settings: FinetuneSettings) -> dict:
         losses.append(train(step, rows))
         seconds += time.perf_counter() - started
         if (step + 1) % run.steps_per_epoch == 0 or step + 1 == run.steps:
-            metrics = run.task.measure(run.examples["validation"], run.features["validation"], outputs(run, model))
+            metrics = run.task.compute_metrics(
+                run.examples["validation"], run.features["validation"], outputs(run, model)
+            )
             if best is None or metrics[run.metric] > best[run.metric]:
                 best = metrics
     return {"metrics": best, "seconds": seconds, "train_loss": float(np.mean(losses))}
@@ -215,9 +219,9 @@ def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
     batch["attention_mask"] = present.long()
     for name in features.labels:
         batch[name] = spread(packed[name], -100) if packed[name].shape == packed["input_ids"].shape else packed[name]
-    if features.choices > 1:
+    if features.num_choices > 1:
         texts = ("input_ids", "token_type_ids", "attention_mask")
-        batch |= {name: batch[name].unflatten(0, (-1, features.choices)) for name in texts}
+        batch |= {name: batch[name].unflatten(0, (-1, features.num_choices)) for name in texts}
     return batch
 
 

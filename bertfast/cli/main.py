@@ -66,8 +66,8 @@ COMMANDS = {
         "reproduce",
         "Reproduce a table of the BERT paper with your own data.",
     ),
-    "features": Command(
-        "inference.embed", "ExtractSettings", "extract", "Write token or sentence embeddings of texts to disk."
+    "embed": Command(
+        "inference.embed", "EmbedSettings", "embed", "Write token or sentence embeddings of texts to disk."
     ),
     "fill-mask": Command(
         "inference.fill_mask",

@@ -16,7 +16,7 @@ import yaml
 from bertfast.cli.main import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.tasks.task import write_whole
+from bertfast.tasks.task import write_atomically
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
@@ -81,7 +81,7 @@ def reproduce(settings: ReproduceSettings) -> Path:
     for row in table["rows"]:
         for name in columns:
             cells[row["name"], name] = _cell(settings, table, row, name, folder)
-            write_whole(page, render(table, cells, settings))
+            write_atomically(page, render(table, cells, settings))
             if cells[row["name"], name] != _ABSENT:
                 print(f"{row['name']}, {name}: {cells[row['name'], name]}", flush=True)
     print(page.read_text(encoding="utf-8"))

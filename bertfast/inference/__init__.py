@@ -1,1 +1,1 @@
-"""Prediction, embeddings and mask filling."""
+"""Inference: predictions of fine-tuned models, embeddings and masked-token prediction."""

@@ -1,6 +1,6 @@
-"""`bertfast features`: what a model's layers hold of texts, written to disk in parts, so that memory stays flat.
+"""`bertfast embed`: embeddings of texts, written to disk in parts so that memory use stays constant.
 
-S texts, T tokens, F features.
+Shapes: S texts, T packed tokens, H hidden size, D embedding size (H, or a multiple if layers are concatenated).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,31 +30,32 @@ from bertfast.tasks.features import Features, ModelInputs, batches_by_length, to
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sequence_classification import Columns
 from bertfast.tasks.tables import read_table
+from bertfast.tasks.task import require_positive
 
-Pool = Literal["cls", "mean", "tokens"]
-LINES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
+Pooling = Literal["cls", "mean", "none"]
+_TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
 
 
 @dataclass(kw_only=True)
-class ExtractSettings:
-    """Which features, of which texts.
+class EmbedSettings:
+    """Texts to embed, the model, and the output.
 
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
-        output_dir: Folder for part-00000 and so on; finished parts that are there already are kept.
-        input_file: A .txt file with a text a line, which is read as a stream; or a .tsv, .csv or .jsonl file; none:
-            lines of standard input.
+        output_dir: Folder for part-00000 and so on. Existing parts are kept, so that an interrupted run can resume.
+        input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none: lines of
+            standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair; none: sentence2, if it is there.
-        pool: What of each text: [CLS]'s features, the mean of its tokens', or those of all tokens.
-        layers: embeddings, second-to-last, last, sum-last-four (their mean), concat-last-four or sum-all.
-        form: Of the parts.
-        texts_per_part: Texts of a part.
-        max_seq_length: Tokens of a text at most, longer ones are cut; none: the positions of the model.
-        eval_tokens: About how many tokens to compute at a time.
-        cuda_graph: On a GPU, fill batches up to few shapes and replay those that come often from CUDA graphs.
-        precision: auto takes bf16 where the device multiplies it natively (and, on a CPU, faster), else fp32.
-        device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
+        text_pair_column: Column of the second text of a pair; none: sentence2 if there is one.
+        pooling: mean: average over all tokens; cls: the [CLS] token; none: one embedding per token.
+        layers: Hidden states to use: embeddings, second-to-last, last, mean-last-four, concat-last-four or mean-all.
+        output_format: safetensors, or parquet (one row per text).
+        texts_per_part: Texts per output file.
+        max_seq_length: Maximum tokens per text; longer ones are truncated. None: the model's number of positions.
+        eval_tokens: Approximate tokens per batch.
+        cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
+        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
     """
 
     model_name_or_path: str
@@ -62,9 +63,9 @@ class ExtractSettings:
     input_file: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
-    pool: Pool = "mean"
+    pooling: Pooling = "mean"
     layers: str = "last"
-    form: Literal["safetensors", "parquet"] = "safetensors"
+    output_format: Literal["safetensors", "parquet"] = "safetensors"
     texts_per_part: int = 10_000
     max_seq_length: int | None = None
     eval_tokens: int = 8192
@@ -74,55 +75,56 @@ class ExtractSettings:
 
     def __post_init__(self):
         if self.layers not in LAYERS:
-            raise ValueError(f"there are no features {self.layers!r}; there are {', '.join(LAYERS)}")
-        if self.form == "parquet" and self.pool == "tokens":
-            raise ValueError("a table has one row a text: write the features of tokens as safetensors")
-        for name in ("texts_per_part", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+            raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
+        if self.output_format == "parquet" and self.pooling == "none":
+            raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
+        require_positive(self, "texts_per_part", "eval_tokens")
 
 
-def extract(settings: ExtractSettings) -> Path:
-    """Write the features of all texts; returns the folder.
+def embed(settings: EmbedSettings) -> Path:
+    """Write the embeddings of all texts.
 
-    A part holds "features", fp32 [S, F], or with the pool "tokens" [T, F] beside "starts" int64 [S + 1], or a column of
-    lists.
+    Each part holds `embeddings`, fp32 [S, D]; with pooling "none", fp32 [T, D], and `cu_seqlens`, int64 [S + 1], where
+    the tokens of each text start, and T. Parquet files have one column `embeddings` of lists.
+
+    Returns:
+        The output folder.
     """
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "")
     model = model.to(choose_device(settings.device))
-    length = sequence_length(settings.max_seq_length, model.config)
+    max_length = sequence_length(settings.max_seq_length, model.config)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     texts = _texts(settings)
-    with tqdm(desc="features", unit="text") as bar:
-        for number in range(sys.maxsize):
-            some = list(islice(texts, settings.texts_per_part))
-            if not some:
+    with tqdm(desc="embed", unit="text") as bar:
+        for part in count():
+            chunk = list(islice(texts, settings.texts_per_part))
+            if not chunk:
                 break
-            path = folder / f"part-{number:05}.{settings.form}"
+            path = folder / f"part-{part:05}.{settings.output_format}"
             if not path.exists():
-                _write(path, compute(model, tokenize(tokenizer, some, length), settings))
-                give_freed_memory_back()  # or a million texts would take what no part takes
-            bar.update(len(some))
+                _write(path, compute_embeddings(model, tokenize(tokenizer, chunk, max_length), settings))
+                give_freed_memory_back()  # else memory use grows with the number of parts
+            bar.update(len(chunk))
     return folder
 
 
 @torch.no_grad()
-def compute(model: BertModel, features: Features, settings: ExtractSettings) -> dict[str, Tensor]:
-    """The features of tokenized texts, as `extract` writes them."""
-    numbers, side_by_side = select_layers(settings.layers, model.config)
-    width = model.config.hidden_size * (len(numbers) if side_by_side else 1)
-    tokens = settings.pool == "tokens"
-    found = torch.empty(len(features.token_ids) if tokens else len(features), width)
+def compute_embeddings(model: BertModel, features: Features, settings: EmbedSettings) -> dict[str, Tensor]:
+    """Compute the embeddings of tokenized texts, as `embed` writes them."""
+    layers, concatenated = select_layers(settings.layers, model.config)
+    size = model.config.hidden_size * (len(layers) if concatenated else 1)
+    per_token = settings.pooling == "none"
+    embeddings = torch.empty(len(features.token_ids) if per_token else len(features), size)
     precision = choose_precision(model.device, settings.precision)
-    only_last = numbers == [model.config.num_hidden_layers]
+    only_last = layers == [model.config.num_hidden_layers]
 
     def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
-            recorded: list[Tensor] = []
-            last = encode(model, inputs.packed(model), hidden_states=None if only_last else recorded)
-        states = [state.float() for state in ([last] if only_last else [recorded[number] for number in numbers])]
-        return torch.cat(states, 1) if side_by_side else torch.stack(states).mean(0)
+            hidden_states: list[Tensor] = []
+            last = encode(model, inputs.packed(model), hidden_states=None if only_last else hidden_states)
+        chosen = [state.float() for state in ([last] if only_last else [hidden_states[layer] for layer in layers])]
+        return torch.cat(chosen, 1) if concatenated else torch.stack(chosen).mean(0)
 
     capture = capture_for(model, precision, enabled=settings.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
@@ -130,55 +132,64 @@ def compute(model: BertModel, features: Features, settings: ExtractSettings) -> 
         for rows in batches_by_length(features, settings.eval_tokens):
             lengths = features.lengths[rows]
             inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
-            hidden = runner(inputs)[: lengths.sum()].cpu()
-            if tokens:
-                _put(found.numpy(), features, rows, hidden.numpy())
-            elif settings.pool == "cls":
-                found[rows] = hidden[np.cumsum(lengths) - lengths]
+            hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots
+            if per_token:
+                _scatter_tokens(embeddings.numpy(), features, rows, hidden.numpy())
+            elif settings.pooling == "cls":
+                embeddings[rows] = hidden[np.cumsum(lengths) - lengths]  # the first token of each text
             else:
-                found[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
-    return {"features": found} | ({"starts": torch.from_numpy(features.starts)} if tokens else {})
+                embeddings[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
+    return {"embeddings": embeddings} | ({"cu_seqlens": torch.from_numpy(features.cu_seqlens)} if per_token else {})
 
 
 @torch.no_grad()
-def states_on_disk(
+def cached_hidden_states(
     folder: Path, model: BertFeaturesForTokenClassification, features: Features, precision: str, tokens: int
 ) -> np.ndarray:
-    """The hidden states that `model` learns from, fp32 [T, layers, H], mapped from a file in `folder`.
+    """Return the hidden states that `model` trains on, computed once and memory-mapped from a file.
 
-    They are computed, about `tokens` at a time, unless the file is there: its name tells encoder, layers and text.
+    Args:
+        folder: Folder of the cache. The name of a file is a hash of the encoder's weights, the layers, the precision
+            and the token ids.
+        model: The feature-based model.
+        features: Tokenized sentences.
+        precision: Precision of the encoder.
+        tokens: Approximate tokens per batch.
+
+    Returns:
+        fp32 [T, layers, H].
     """
-    known = hashlib.sha256(repr([model.layer_indices, precision]).encode())
-    arrays = (features.token_ids, features.token_type_ids, features.starts)
+    cache_key = hashlib.sha256(repr([model.layer_indices, precision]).encode())
+    arrays = (features.token_ids, features.token_type_ids, features.cu_seqlens)
     for array in (*(weight.numpy(force=True) for weight in model.bert.state_dict().values()), *arrays):
-        known.update(np.ascontiguousarray(array).view(np.uint8))
-    path = folder / f"{known.hexdigest()[:32]}.npy"
+        cache_key.update(np.ascontiguousarray(array).view(np.uint8))
+    path = folder / f"{cache_key.hexdigest()[:32]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
-        found = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        hidden_states = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         for rows in batches_by_length(features, tokens):
             inputs = features.model_inputs(rows, labels=False).to(model.device)
             with autocast(model.device, precision):
                 states = model.features(inputs.packed(model)).float().cpu().numpy()
-            _put(found, features, rows, states)
-        found.flush()
+            _scatter_tokens(hidden_states, features, rows, states)
+        hidden_states.flush()
         temporary.rename(path)
     return np.load(path, mmap_mode="r")
 
 
-def _put(found: np.ndarray, features: Features, rows: np.ndarray, values: np.ndarray) -> None:
-    """Put what the batch of `rows` gives for its tokens into the places of all tokens [T, …]."""
-    for row, part in zip(rows, features.parts(rows, values), strict=True):
-        found[features.starts[row] : features.starts[row + 1]] = part
+def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, values: np.ndarray) -> None:
+    """Write the values of the tokens of the batch of `rows` into those of all tokens, `out` [T, …]."""
+    for row, part in zip(rows, features.split_by_example(rows, values), strict=True):
+        out[features.cu_seqlens[row] : features.cu_seqlens[row + 1]] = part
 
 
-def _texts(settings: ExtractSettings) -> Iterator[str | tuple[str, str]]:
+def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
     path = settings.input_file
     if path is None:
         return (line.rstrip("\r\n") for line in sys.stdin)
-    if path.endswith(LINES):
+    if path.endswith(_TEXT_SUFFIXES):
         return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))
     table = read_table(path)
     columns = Columns.choose(table, settings.text_column, settings.text_pair_column, None)
@@ -195,8 +206,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise ImportError("a .parquet file wants `pip install bertfast[parquet]`") from None
-        features = tensors["features"].numpy()
-        lists = pyarrow.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
-        parquet.write_table(pyarrow.table({"features": lists}), temporary)
+            raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`") from None
+        embeddings = tensors["embeddings"].numpy()
+        lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
+        parquet.write_table(pyarrow.table({"embeddings": lists}), temporary)
     temporary.rename(path)

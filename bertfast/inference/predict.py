@@ -1,4 +1,4 @@
-"""`bertfast predict`: the answers of a fine-tuned model, from a file or line by line."""
+"""`bertfast predict`: predictions of a fine-tuned model for a file or for lines of standard input."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import Outputs, Task, TaskSettings
 
-_LINES_AT_A_TIME = 1000
+_LINES_PER_CHUNK = 1000
 
 
 @dataclass(kw_only=True)
 class PredictSettings(TaskSettings):
-    """What to predict, and with which model.
+    """Input and model of `bertfast predict`.
 
     Attributes:
-        test_file: A file as in fine-tuning; none: standard input, where a line is a text, two with a tab between, the
-            words of a sentence, or a JSON object with a question or choices.
+        test_file: A file as for fine-tuning; none: standard input, where each line is a text, a pair of texts separated
+            by a tab, a sentence of words separated by spaces, or a JSON object with a question or with choices.
     """
 
     test_file: str | None = None
 
 
 def predict(settings: PredictSettings) -> None:
-    """Print a JSON object for each text, sentence, question or row, with the answer and its probability."""
-    task, model, tokenizer = open_tuned(settings)
+    """Print one JSON object per example, with the prediction and its probability."""
+    task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, model.config)
-    parts = _from_lines(task) if settings.test_file is None else [task.read(settings.test_file, labelled=False)]
-    for examples in parts:
+    chunks = _from_lines(task) if settings.test_file is None else [task.read(settings.test_file, labelled=False)]
+    for examples in chunks:
         examples, features = task.featurize(examples, tokenizer, length)
         outputs = predict_outputs(task, model, features)
-        for answer in task.answers(examples, features, outputs):
-            print(json.dumps(answer, ensure_ascii=False))
+        for prediction in task.predictions(examples, features, outputs):
+            print(json.dumps(prediction, ensure_ascii=False))
         sys.stdout.flush()
 
 
-def open_tuned(settings: TaskSettings) -> tuple[Task, PreTrainedModel, Tokenizer]:
-    """The task that a model was fine-tuned for, the model on its device, and its tokenizer."""
+def open_finetuned(settings: TaskSettings) -> tuple[Task, PreTrainedModel, Tokenizer]:
+    """Return the task that a model was fine-tuned for, the model on its device, and its tokenizer."""
     config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
-    model, tokenizer = open_model(task.model, settings.model_name_or_path, task.head)
-    task.know(model.config)
+    model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix)
+    task.set_config(model.config)
     return task, model.to(choose_device(settings.device)), tokenizer
 
 
 @torch.no_grad()
 def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> Outputs:
-    """What the head gives for each example, fp32, without dropout; as many tokens at a time as the settings say."""
+    """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
     training, precision = model.training, choose_precision(model.device, task.settings.precision)
     model.eval()
     outputs: list[Any] = [None] * len(features)
@@ -75,8 +75,9 @@ def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> O
     with side_stream(model.device):
         for rows in batches_by_length(features, task.settings.eval_tokens):
             inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
-            logits = runner(inputs).clone().cpu().numpy()  # a replay overwrites what the last one returned
-            parts = features.parts(rows, logits[0]) if logits.ndim == 3 else logits[: len(rows)]
+            logits = runner(inputs).clone().cpu().numpy()  # the next replay overwrites the runner's result
+            # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.
+            parts = features.split_by_example(rows, logits[0]) if logits.ndim == 3 else logits[: len(rows)]
             for row, part in zip(rows, parts, strict=True):
                 outputs[row] = part
     model.train(training)
@@ -84,6 +85,6 @@ def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> O
 
 
 def _from_lines(task: Task) -> Iterator[Any]:
-    some = 1 if sys.stdin.isatty() else _LINES_AT_A_TIME  # at a terminal each line is answered when it comes
-    while lines := [line.rstrip("\r\n") for line in islice(sys.stdin, some)]:
-        yield task.parse(lines)
+    chunk_size = 1 if sys.stdin.isatty() else _LINES_PER_CHUNK  # at a terminal, respond to each line
+    while lines := [line.rstrip("\r\n") for line in islice(sys.stdin, chunk_size)]:
+        yield task.parse_lines(lines)

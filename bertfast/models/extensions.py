@@ -28,9 +28,9 @@ LAYERS = {
     "embeddings": ([0], False),
     "second-to-last": ([-2], False),
     "last": ([-1], False),
-    "sum-last-four": ([-4, -3, -2, -1], False),
+    "mean-last-four": ([-4, -3, -2, -1], False),
     "concat-last-four": ([-4, -3, -2, -1], True),
-    "sum-all": (None, False),
+    "mean-all": (None, False),
 }
 
 

@@ -1,4 +1,4 @@
-"""The columns, measures and submissions of the benchmarks of sentences and pairs (Wang et al., 2019), as published."""
+"""File layouts, metrics and submission files of GLUE (Wang et al., 2019) and SNLI, as published."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark's files are laid out, and how answers to it are judged and sent in.
+    """File layout, metrics and submission format of a benchmark.
 
     Attributes:
-        text, pair, label: names of columns.
-        metrics: measures, the one that decides first.
-        header: the columns of files of labelled rows whose first line is a row already.
-        submission: the file that the server wants, with the columns index and prediction.
-        unlabelled: a label that says that there is none: such rows are no part of the data.
-        regression: labels are numbers.
+        text: Column of the text.
+        pair: Column of the second text; None: single texts.
+        label: Column of the label.
+        metrics: Names of metrics; the first selects the best model.
+        header: Column names of labelled files that have no header line; None: they have one.
+        submission: Name of the file that the evaluation server accepts (columns index and prediction), without .tsv.
+        unlabelled: Label of rows without a gold label, which are dropped.
+        regression: Whether labels are real numbers.
     """
 
     text: str

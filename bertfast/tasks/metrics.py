@@ -1,4 +1,4 @@
-"""How good answers are, by the measures of GLUE (Wang et al., 2019), which scikit-learn and SciPy compute."""
+"""Metrics of GLUE (Wang et al., 2019), computed by scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy", "loss")
 
 
 def require_libraries() -> None:
-    """Raise ImportError, with what to do, where scikit-learn or SciPy is missing: before any work rather than after."""
+    """Raise ImportError, with the command to run, if scikit-learn or SciPy is missing; call it before any work."""
     for library in ("sklearn", "scipy"):
         try:
             importlib.import_module(library)
@@ -20,11 +20,16 @@ def require_libraries() -> None:
             raise ImportError('metrics need scikit-learn and SciPy; run pip install "bertfast[eval]"') from None
 
 
-def measure_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of logits [E, labels] against classes int [E].
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of single-label classification.
 
-    f1 is label 1's where there are two labels, else the mean over labels. A measure that is not defined is 0. The loss
-    is the mean cross entropy in nats.
+    Args:
+        logits: float [E, labels].
+        labels: int [E].
+
+    Returns:
+        The values of `CLASSIFICATION`. f1 is that of label 1 if there are two labels, else the macro average. An
+        undefined metric is 0. The loss is the mean cross-entropy in nats.
     """
     from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -41,21 +46,38 @@ def measure_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of numbers [E] against numbers [E]; the correlation with a constant is 0, the loss a mean square."""
+def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of regression.
+
+    Args:
+        predictions: float [E].
+        labels: float [E].
+
+    Returns:
+        The values of `REGRESSION`. A correlation with a constant is 0; the loss is the mean squared error.
+    """
     from scipy.stats import pearsonr, spearmanr
 
-    scores, labels = scores.astype(np.float64), labels.astype(np.float64)
-    defined = np.ptp(scores) > 0 and np.ptp(labels) > 0
+    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
+    defined = np.ptp(predictions) > 0 and np.ptp(labels) > 0
     return {
-        "pearson": float(pearsonr(scores, labels).statistic) if defined else 0.0,
-        "spearmanr": float(spearmanr(scores, labels).statistic) if defined else 0.0,
-        "loss": float(np.square(scores - labels).mean()),
+        "pearson": float(pearsonr(predictions, labels).statistic) if defined else 0.0,
+        "spearmanr": float(spearmanr(predictions, labels).statistic) if defined else 0.0,
+        "loss": float(np.square(predictions - labels).mean()),
     }
 
 
-def measure_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The metrics of logits [E, labels], each above 0 or not, against 0 and 1; accuracy counts whole sets."""
+def multi_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of multi-label classification, where a label is predicted if its logit is above 0.
+
+    Args:
+        logits: float [E, labels].
+        labels: [E, labels] of 0 and 1.
+
+    Returns:
+        The values of `MULTI_LABEL`. accuracy is the share of examples whose label sets match exactly; the loss is the
+        mean binary cross-entropy in nats.
+    """
     from sklearn.metrics import f1_score
 
     logits, labels = logits.astype(np.float64), labels.astype(np.int64)
@@ -69,6 +91,6 @@ def measure_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, count: int) -> np.ndarray:
-    """int64 [count, count]: how often the row's label was taken for the column's."""
-    return np.bincount(labels * count + predictions, minlength=count * count).reshape(count, count)
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return int64 [num_labels, num_labels]: how many examples have the row's label and the column's prediction."""
+    return np.bincount(labels * num_labels + predictions, minlength=num_labels**2).reshape(num_labels, num_labels)

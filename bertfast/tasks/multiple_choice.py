@@ -1,4 +1,4 @@
-"""A text and several ways in which it may go on, one of them right: SWAG (Zellers et al., 2018) and its like."""
+"""Multiple choice: which of several endings continues a text, as in SWAG (Zellers et al., 2018) and CODAH."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from transformers import PreTrainedModel
 from bertfast.encoder import multiple_choice_loss, sequence_logits
 from bertfast.models.bert import BertForMultipleChoice
 from bertfast.tasks.features import Features, ModelInputs, tokenize
-from bertfast.tasks.metrics import CLASSIFICATION, measure_classes
+from bertfast.tasks.metrics import CLASSIFICATION, classification_metrics
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tables import Table, read_table
 from bertfast.tasks.task import Outputs, Task, json_lines, write_rows
 
-_WANTED = '{"sent1": "…", "sent2": "…", "endings": ["…", "…"]}'
+_LINE_EXAMPLE = '{"sent1": "…", "sent2": "…", "endings": ["…", "…"]}'
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
-    """Texts, the ways in which each may go on (equally many), and where it is known the number of the right one."""
+class MultipleChoiceExamples:
+    """Texts and their candidate endings.
+
+    Attributes:
+        texts: The first text of each example.
+        endings: Candidate endings of each example, the same number for all.
+        labels: Index of the correct ending of each example; None: unknown.
+    """
 
     texts: list[str]
     endings: list[list[str]]
@@ -35,91 +41,101 @@ class Choices:
         return len(self.texts)
 
 
-class ChoiceTask(Task):
-    """Which of several endings is right: a score for each pair of the text and an ending."""
+class MultipleChoiceTask(Task):
+    """Multiple choice: one score for each pair of the text and an ending."""
 
-    model = BertForMultipleChoice
-    head = "classifier."
+    model_class = BertForMultipleChoice
+    head_prefix = "classifier."
     metrics = tuple(name for name in CLASSIFICATION if name in ("accuracy", "loss"))
 
-    def read(self, path: str, *, labelled: bool) -> Choices:
-        """A table with sent1, perhaps sent2, with which endings begin, label, and ending0 and so on; or JSONL with a
-        list of endings."""
-        table = read_table(path, bad=self.bad)
-        first, second = table.texts("sent1"), table.columns.get("sent2", [""] * len(table))
-        endings, label = _endings(table), table.columns.get("label") if not labelled else table.column("label")
-        texts, kept, labels = [], [], []
+    def read(self, path: str, *, labelled: bool) -> MultipleChoiceExamples:
+        """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
+        ending1, … or, in JSONL, a list endings."""
+        table = read_table(path, bad=self.bad_rows)
+        first_texts, second_texts = table.texts("sent1"), table.columns.get("sent2", [""] * len(table))
+        rows_of_endings = _endings(table)
+        label_column = table.column("label") if labelled else table.columns.get("label")
+        texts, endings, labels = [], [], []
         for row in range(len(table)):
-            count = len(endings[row])
+            count = len(rows_of_endings[row])
             problem = None
-            if count < 2 or count != len(endings[0]):
-                problem = f"{count} endings where the first row has {len(endings[0])}; there must be two at least"
-            elif label is not None and not (str(label[row]).isdecimal() and int(label[row]) < count):
-                problem = f"the label {label[row]!r} is none of 0 to {count - 1}"
+            if count < 2 or count != len(rows_of_endings[0]):
+                problem = f"{count} endings where the first row has {len(rows_of_endings[0])}; at least two are needed"
+            elif label_column is not None:
+                label = label_column[row]
+                if not (str(label).isdecimal() and int(label) < count):
+                    problem = f"the label {label!r} is not in 0 to {count - 1}"
             if problem is not None:
-                self.bad.add(f"{table.where(row)}: {problem}")
+                self.bad_rows.add(f"{table.where(row)}: {problem}")
                 continue
-            texts.append(first[row])
-            kept.append([" ".join(filter(None, (second[row], ending))) for ending in endings[row]])
-            labels.append(label is not None and int(label[row]))
+            texts.append(first_texts[row])
+            endings.append([" ".join(filter(None, (second_texts[row], ending))) for ending in rows_of_endings[row]])
+            labels.append(label_column is not None and int(label_column[row]))
         if not texts:
-            raise ValueError(f"{path} holds no row that can be used")
-        return Choices(texts, kept, labels if label is not None else None)
+            raise ValueError(f"{path} has no usable rows")
+        return MultipleChoiceExamples(texts, endings, labels if label_column is not None else None)
 
-    def featurize(self, examples: Choices, tokenizer: Tokenizer, max_length: int) -> tuple[Choices, Features]:
-        """A pair of the text and each ending."""
+    def featurize(
+        self, examples: MultipleChoiceExamples, tokenizer: Tokenizer, max_length: int
+    ) -> tuple[MultipleChoiceExamples, Features]:
+        """Tokenize each pair of the text and an ending."""
         rows = zip(examples.texts, examples.endings, strict=True)
         pairs = [(text, ending) for text, endings in rows for ending in endings]
         labels = {} if examples.labels is None else {"labels": np.array(examples.labels, np.int64)}
         features = tokenize(tokenizer, pairs, max_length)
-        return examples, replace(features, labels=labels, choices=len(examples.endings[0]))
+        return examples, replace(features, labels=labels, num_choices=len(examples.endings[0]))
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
-        """[E, choices]."""
+        """Compute logits [E, choices]."""
         return sequence_logits(model, inputs.packed(model)).view(-1, inputs.arguments["num_choices"])
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
-        """Cross entropy between an example's choices."""
-        labels, choices = inputs.arguments["labels"], inputs.arguments["num_choices"]
-        return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=choices)
+        """Compute the cross-entropy over each example's choices."""
+        labels, num_choices = inputs.arguments["labels"], inputs.arguments["num_choices"]
+        return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=num_choices)
 
-    def answers(self, examples: Choices, features: Features, outputs: Outputs) -> Iterator[dict]:
-        """{"choice", "ending", "score"}, its probability."""
+    def predictions(self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs) -> Iterator[dict]:
+        """Yield {"choice", "ending", "score"}: the index, its ending and its probability."""
         for endings, logits in zip(examples.endings, outputs, strict=True):
             choice = int(logits.argmax())
             yield {"choice": choice, "ending": endings[choice], "score": float(softmax(logits)[choice])}
 
-    def measure(self, examples: Choices, features: Features, outputs: Outputs) -> dict[str, float]:
-        """Accuracy and loss."""
+    def compute_metrics(
+        self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs
+    ) -> dict[str, float]:
+        """Compute accuracy and loss."""
         if examples.labels is None:
             return {}
-        measured = measure_classes(np.stack(outputs), features.labels["labels"])
-        return {name: measured[name] for name in self.metrics}
+        values = classification_metrics(np.stack(outputs), features.labels["labels"])
+        return {name: values[name] for name in self.metrics}
 
-    def write(self, folder: Path, split: str, examples: Choices, features: Features, outputs: Outputs) -> None:
-        """predictions_SPLIT.tsv: index, prediction and the probability of each choice."""
-        header = ["index", "prediction", *(f"ending{i}" for i in range(features.choices))]
+    def write_predictions(
+        self, folder: Path, split: str, examples: MultipleChoiceExamples, features: Features, outputs: Outputs
+    ) -> None:
+        """Write predictions_SPLIT.tsv: index, prediction and the probability of each choice."""
+        header = ["index", "prediction", *(f"ending{i}" for i in range(features.num_choices))]
         rows = (
             [index, int(logits.argmax()), *(f"{score:.6g}" for score in softmax(logits))]
             for index, logits in enumerate(outputs)
         )
         write_rows(folder / f"predictions_{split}.tsv", header, rows)
 
-    def parse(self, lines: Sequence[str]) -> Choices:
-        """A JSON object a line."""
-        rows = json_lines(lines, _WANTED)
+    def parse_lines(self, lines: Sequence[str]) -> MultipleChoiceExamples:
+        """Parse one JSON object per line."""
+        rows = json_lines(lines, _LINE_EXAMPLE)
         if not all(isinstance(row.get("sent1"), str) and isinstance(row.get("endings"), list) for row in rows):
-            raise ValueError(f"each line of standard input must be an object such as {_WANTED}")
+            raise ValueError(f"each line of standard input must be an object such as {_LINE_EXAMPLE}")
         endings = [[" ".join(filter(None, (row.get("sent2"), end))) for end in row["endings"]] for row in rows]
         if len(set(map(len, endings))) != 1:
-            raise ValueError("all lines of standard input must have equally many endings")
-        return Choices([row["sent1"] for row in rows], endings, None)
+            raise ValueError("all lines of standard input must have the same number of endings")
+        return MultipleChoiceExamples([row["sent1"] for row in rows], endings, None)
 
 
 def _endings(table: Table) -> list[list[str]]:
+    """Return the endings of each row, from the column `endings` or from the columns ending0, ending1, …"""
     if "endings" in table.columns:
         return table.column("endings")
     names = sorted((name for name in table.columns if re.fullmatch(r"ending\d+", name)), key=lambda name: int(name[6:]))
     if not names:
-        table.column("ending0")  # raises, naming the columns that are there
+        table.column("ending0")  # raises, naming the columns of the file
     return [list(row) for row in zip(*(table.column(name) for name in names), strict=True)]

@@ -1,4 +1,4 @@
-"""A model and the tokenizer it was trained with, opened together and checked against each other."""
+"""Opening a model together with its tokenizer, and checking that they match."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
 
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
-    """The tokenizer in a model's folder; ValueError if it knows more tokens than the model."""
+    """Open the tokenizer in a model's folder; ValueError if its vocabulary is larger than the model's."""
     tokenizer = load_tokenizer(folder)
-    tokens = tokenizer.get_vocab_size()
-    if tokens > config.vocab_size:
+    vocab_size = tokenizer.get_vocab_size()
+    if vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} knows {tokens} tokens and the model {config.vocab_size}: "
+            f"the tokenizer in {folder} has {vocab_size} tokens, but the model's vocab_size is {config.vocab_size}: "
             "they do not belong together"
         )
     return tokenizer
 
 
-def open_model(kind: type[PreTrainedModel], name: str, head: str) -> tuple[PreTrainedModel, Tokenizer]:
+def open_model(model_class: type[PreTrainedModel], name: str, head_prefix: str) -> tuple[PreTrainedModel, Tokenizer]:
     """Open a model in evaluation mode, on the CPU, and its tokenizer.
 
     Args:
-        kind: The model's class.
+        model_class: The model's class.
         name: Folder or hub id.
-        head: Begins the names of the weights without which its answers mean nothing; "": there are none.
+        head_prefix: Prefix of the names of the weights without which its predictions are meaningless; "": none.
 
     Raises:
         ValueError: There are no such weights, or the model cannot run on packed batches.
@@ -40,20 +40,26 @@ def open_model(kind: type[PreTrainedModel], name: str, head: str) -> tuple[PreTr
     folder = resolve(name)
     config = read_config(folder)
     tokenizer = open_tokenizer(folder, config)
-    model, missing, unexpected = load(kind, folder, config)
-    if head and any(key.startswith(head) for key in missing):
-        raise ValueError(f"{name} has no weights {head}…, so it was not trained as a {kind.__name__}")
-    # That a folder also holds heads for something else is no news to who asks for this one.
+    model, missing, unexpected = load(model_class, folder, config)
+    if head_prefix and any(key.startswith(head_prefix) for key in missing):
+        raise ValueError(f"{name} has no weights {head_prefix}…, so it was not trained as a {model_class.__name__}")
+    # Checkpoints often contain heads of other tasks: not worth a warning.
     report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
     require_packed(model)
     return model, tokenizer
 
 
-def sequence_length(wanted: int | None, config: BertConfig) -> int:
-    """The most tokens a sequence may have: what is wanted, by default as many as the model has positions."""
+def sequence_length(max_seq_length: int | None, config: BertConfig) -> int:
+    """Return the maximum tokens per sequence: the setting, or by default the model's number of positions.
+
+    Raises:
+        ValueError: The setting is below 4 or exceeds the model's positions.
+    """
     positions = config.max_position_embeddings
-    if wanted is None:
+    if max_seq_length is None:
         return positions
-    if not 4 <= wanted <= positions:
-        raise ValueError(f"max_seq_length must be from 4 to {positions}, the positions of the model; got {wanted}")
-    return wanted
+    if not 4 <= max_seq_length <= positions:
+        raise ValueError(
+            f"--max-seq-length must be from 4 to {positions} (the model's number of positions), got {max_seq_length}"
+        )
+    return max_seq_length

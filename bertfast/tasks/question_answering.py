@@ -1,16 +1,15 @@
-"""Questions whose answers stand in a text: SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016, 2018).
+"""Extractive question answering: SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016, 2018) and files in their format.
 
-A text that is too long for one sequence is asked about in windows that overlap. Answers are stretches of the text as it
-is written. W windows, T tokens.
+A context that is too long for one sequence is split into overlapping windows, each with the question in front. Answers
+are substrings of the context, character by character.
+
+Shapes: W windows (one sequence each), T packed tokens.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import re
-import string
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,20 +26,22 @@ from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sequence_classification import softmax
-from bertfast.tasks.task import Outputs, Task, json_lines, write_whole
+from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
+from bertfast.tasks.task import Outputs, Task, json_lines, write_atomically
 
-UNANSWERABLE = "unanswerable"  # a model's configuration says by it whether some questions have no answer
-_WANTED = '{"question": "…", "context": "…"}'
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
+_LINE_EXAMPLE = '{"question": "…", "context": "…"}'
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a text.
+    """A question about a context.
 
     Attributes:
-        answers: (text, where it starts in the context, in characters) of each, as people gave them; empty: unknown, or
-            there is none.
+        id: Identifier in the file.
+        question: The question.
+        context: The text that may contain the answer.
+        answers: Gold answers as (text, start in the context in characters); empty: unknown, or unanswerable.
     """
 
     id: str
@@ -51,23 +52,30 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Where a sequence stands in a context: its tokens from `first` on, behind `prefix` of question and specials.
+    """The part of a context that one sequence contains.
 
     Attributes:
-        question: the number of its question.
-        offsets: int64 [n, 2], where each of its tokens of the context starts and ends in characters.
-        best: bool [n], whether no other window shows more of what surrounds a token.
+        question: Index of its question.
+        prefix: Number of tokens before the context: [CLS], the question and [SEP].
+        offsets: int64 [n, 2], start and end in characters of each of the n context tokens.
+        max_context: bool [n], whether no other window has more context around a token (SQuAD's "max context").
     """
 
     question: int
     prefix: int
     offsets: np.ndarray
-    best: np.ndarray
+    max_context: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """Questions, and the windows in which they are asked; `labelled` says whether their answers are known."""
+    """Questions and, after `featurize`, their windows.
+
+    Attributes:
+        questions: The questions.
+        labelled: Whether the gold answers are known.
+        windows: One for each sequence of the features; those of a question are adjacent.
+    """
 
     questions: list[Question]
     labelled: bool
@@ -79,66 +87,73 @@ class Questions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stretch of a context that may be the answer; the empty one says that there is none."""
+    """A candidate answer, empty for "no answer"; `start` is in characters."""
 
     text: str
     score: float
     start: int
 
 
-class SpanTask(Task):
-    """Where the answer to a question starts and ends."""
+class QuestionAnsweringTask(Task):
+    """Extractive question answering: the start and end of the answer in the context."""
 
-    model = BertForQuestionAnswering
-    head = "qa_outputs."
+    model_class = BertForQuestionAnswering
+    head_prefix = "qa_outputs."
     metrics = ("f1", "exact_match")
 
     def read(self, path: str, *, labelled: bool) -> Questions:
-        """A file in the form of SQuAD, compressed or not."""
-        questions, known = [], labelled
+        """Read a file in SQuAD's format, optionally compressed by gzip; see `Task.read`."""
+        questions, has_answers = [], labelled
         for entry, context in _entries(Path(path)):
-            given = tuple((answer["text"], answer["answer_start"]) for answer in entry.get("answers", []))
-            wrong = next((text for text, start in given if context[start : start + len(text)] != text), None)
-            if wrong is not None:
-                self.bad.add(f"{path}, question {entry['id']}: the answer {wrong!r} does not stand where it should")
-            elif labelled and not given and not entry.get("is_impossible"):
-                self.bad.add(f"{path}, question {entry['id']}: there is no answer, and it is not said to have none")
+            answers = tuple((answer["text"], answer["answer_start"]) for answer in entry.get("answers", []))
+            misplaced = next((text for text, start in answers if context[start : start + len(text)] != text), None)
+            if misplaced is not None:
+                problem = f"the answer {misplaced!r} is not in the context at its answer_start"
+                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}")
+            elif labelled and not answers and not entry.get("is_impossible"):
+                problem = "there is no answer, but is_impossible is not true"
+                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}")
             else:
-                known |= bool(given)
-                questions.append(Question(entry["id"], entry["question"], context, given))
+                has_answers |= bool(answers)
+                questions.append(Question(entry["id"], entry["question"], context, answers))
         if not questions:
-            raise ValueError(f"{path} holds no question that can be used")
-        return Questions(questions, known)
+            raise ValueError(f"{path} has no usable questions")
+        return Questions(questions, has_answers)
 
-    def learn_labels(self, examples: Questions) -> dict[str, Any]:
-        """Whether some questions have no answer."""
+    def label_config(self, examples: Questions) -> dict[str, Any]:
+        """Return whether there are unanswerable questions."""
         return {UNANSWERABLE: any(not question.answers for question in examples.questions)}
 
     def featurize(self, examples: Questions, tokenizer: Tokenizer, max_length: int) -> tuple[Questions, Features]:
-        """A sequence for each window, with the tokens that an answer starts and ends with, or 0 where it shows none."""
-        special, windows, sequences, answers = special_tokens(tokenizer), [], [], []
+        """Tokenize each window of each question as one sequence: [CLS] question [SEP] context [SEP].
+
+        Returns:
+            The questions with windows, and the features. Labels are the first and last token of the answer, int64 [W],
+            or 0 ([CLS]) in windows that do not contain it whole.
+        """
         texts = list(dict.fromkeys(text for q in examples.questions for text in (q.question, q.context)))
-        encoded = dict(zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True))
-        for number, question in enumerate(examples.questions):
-            asked = encoded[question.question].ids[: min(self.settings.max_query_length, max_length // 2)]
-            encoding = encoded[question.context]
-            offsets, prefix = np.array(encoding.offsets, np.int64).reshape(-1, 2), len(asked) + 2
-            room = max_length - prefix - 1
-            spans = _window_spans(len(offsets), room, min(self.settings.doc_stride, room))
-            best = _best_windows(spans, len(offsets))
-            answer = _token_span(offsets, question.answers[0]) if examples.labelled and question.answers else None
-            for place, (first, last) in enumerate(spans):
-                windows.append(Window(number, prefix, offsets[first:last], best[first:last] == place))
-                sequences.append(([special.cls, *asked, special.sep], [*encoding.ids[first:last], special.sep]))
-                within = answer is not None and first <= answer[0] and answer[1] < last
-                answers.append([place - first + prefix for place in answer] if within else [0, 0])
-        lengths = [len(first) + len(second) for first, second in sequences]
+        encodings = dict(zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True))
+        special = special_tokens(tokenizer)
+        windows: list[Window] = []
+        sequences: list[tuple[list[int], list[int]]] = []  # of each window: question and context, with special tokens
+        answers: list[tuple[int, int]] = []
+        for index, question in enumerate(examples.questions):
+            max_query_length = min(self.settings.max_query_length, max_length // 2)
+            prefix = [special.cls, *encodings[question.question].ids[:max_query_length], special.sep]
+            context = encodings[question.context]
+            spans, added = self._windows(index, context, len(prefix), max_length)
+            windows += added
+            sequences += [(prefix, [*context.ids[first:last], special.sep]) for first, last in spans]
+            gold = question.answers[0] if examples.labelled and question.answers else None
+            answers += _answer_positions(gold, context, spans, len(prefix))
         labels = {}
         if examples.labelled:
             starts, ends = np.array(answers, np.int64).T
             labels = {"start_positions": starts, "end_positions": ends}
+        # Both parts of all sequences in order, [2 W]; their types alternate.
         parts = [part for pair in sequences for part in pair]
         types = np.tile(np.array([0, 1], np.uint8), len(sequences))
+        lengths = [len(first) + len(second) for first, second in sequences]
         features = Features(
             np.array([token for part in parts for token in part], np.int32),
             np.repeat(types, [len(part) for part in parts]),
@@ -148,98 +163,123 @@ class SpanTask(Task):
         return replace(examples, windows=windows), features
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
-        """[1, T, 2]: where an answer starts, and where it ends."""
+        """Compute start and end logits [1, T, 2]."""
         return span_logits(model, inputs.packed(model))[None]
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
-        """The mean of both ends' cross entropies."""
-        answers = (inputs.arguments[name] for name in ("start_positions", "end_positions"))
-        return question_answering_loss(model, inputs.packed(model), *answers, items)
+        """Compute the mean of the cross-entropies of start and end."""
+        positions = (inputs.arguments[name] for name in ("start_positions", "end_positions"))
+        return question_answering_loss(model, inputs.packed(model), *positions, items)
 
-    def answers(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[dict]:
-        """{"answer", "score", its probability among the best, "start", in characters}; "" where there is none."""
+    def predictions(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[dict]:
+        """Yield {"answer", "score", "start"}: the text ("" for no answer), its probability among the n best, and its
+        start in characters."""
         for best, null in self._candidates(examples, outputs):
-            scores = softmax(np.array([candidate.score for candidate in (*best, *([null] if self._may_lack else []))]))
-            answer, index = self._choice(best, null)
-            yield {"answer": answer.text, "score": float(scores[index]), "start": answer.start}
+            considered = [*best, *([null] if self._may_abstain else [])]
+            probabilities = softmax(np.array([candidate.score for candidate in considered]))
+            answer, index = self._choose(best, null)
+            yield {"answer": answer.text, "score": float(probabilities[index]), "start": answer.start}
 
-    def measure(self, examples: Questions, features: Features, outputs: Outputs) -> dict[str, float]:
-        """exact_match and f1 in percent as the official scripts have them; with questions that have no answer, also of
-        each kind apart, and with the best threshold."""
+    def compute_metrics(self, examples: Questions, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute exact_match and f1 in percent; if there are unanswerable questions, also HasAns_*, NoAns_* and the
+        best threshold on the no-answer score."""
         if not examples.labelled:
             return {}
         candidates = list(self._candidates(examples, outputs))
-        golds = [[text for text, _ in question.answers] for question in examples.questions]
-        chosen = [self._choice(best, null)[0].text for best, null in candidates]
-        scores = np.array([score(text, gold) for text, gold in zip(chosen, golds, strict=True)])
-        measured = {"exact_match": 100 * scores[:, 0].mean(), "f1": 100 * scores[:, 1].mean()}
-        without = np.array([not gold for gold in golds])
-        if without.any():
-            for name, rows in (("HasAns", ~without), ("NoAns", without)):
-                if rows.any():
-                    exact, f1 = 100 * scores[rows].mean(0)
-                    measured |= {f"{name}_exact": exact, f"{name}_f1": f1}
-            best = np.array([score(best[0].text, gold)[1] for (best, _), gold in zip(candidates, golds, strict=True)])
+        gold = [[text for text, _ in question.answers] for question in examples.questions]
+        chosen = [self._choose(best, null)[0].text for best, null in candidates]
+        scores = np.array([answer_scores(text, answers) for text, answers in zip(chosen, gold, strict=True)])
+        unanswerable = np.array([not answers for answers in gold])
+        values = mean_scores(scores, unanswerable)
+        if unanswerable.any():
+            pairs = zip(candidates, gold, strict=True)
+            best_f1 = np.array([answer_scores(best[0].text, answers)[1] for (best, _), answers in pairs])
             differences = np.array([null.score - best[0].score for best, null in candidates])
-            measured |= _best_threshold(best, without, differences)
-        return {name: float(value) for name, value in measured.items()}
+            values |= best_threshold(best_f1, unanswerable, differences)
+        return {name: float(value) for name, value in values.items()}
 
-    def write(self, folder: Path, split: str, examples: Questions, features: Features, outputs: Outputs) -> None:
-        """predictions_SPLIT.json as the official scripts read it, nbest_SPLIT.json and, where questions may have no
+    def write_predictions(
+        self, folder: Path, split: str, examples: Questions, features: Features, outputs: Outputs
+    ) -> None:
+        """Write predictions_SPLIT.json for the official scripts, nbest_SPLIT.json and, if the model may predict no
         answer, null_odds_SPLIT.json."""
-        predictions, n_best, odds = {}, {}, {}
+        answers, n_best, null_odds = {}, {}, {}
         for question, (best, null) in zip(examples.questions, self._candidates(examples, outputs), strict=True):
-            predictions[question.id] = self._choice(best, null)[0].text
-            shown = sorted([*best, *([null] if self._may_lack else [])], key=lambda candidate: -candidate.score)
-            scores = softmax(np.array([candidate.score for candidate in shown]))
+            answers[question.id] = self._choose(best, null)[0].text
+            considered = [*best, *([null] if self._may_abstain else [])]
+            considered.sort(key=lambda candidate: -candidate.score)
+            probabilities = softmax(np.array([candidate.score for candidate in considered]))
             n_best[question.id] = [
                 {"text": candidate.text, "probability": float(p), "score": candidate.score, "start": candidate.start}
-                for candidate, p in zip(shown, scores, strict=True)
+                for candidate, p in zip(considered, probabilities, strict=True)
             ]
-            odds[question.id] = null.score - best[0].score
-        files = {"predictions": predictions, "nbest": n_best} | ({"null_odds": odds} if self._may_lack else {})
+            null_odds[question.id] = null.score - best[0].score
+        files = {"predictions": answers, "nbest": n_best} | ({"null_odds": null_odds} if self._may_abstain else {})
         for name, values in files.items():
-            write_whole(folder / f"{name}_{split}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+            text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+            write_atomically(folder / f"{name}_{split}.json", text)
 
-    def parse(self, lines: Sequence[str]) -> Questions:
-        """A JSON object a line."""
-        rows = json_lines(lines, _WANTED)
+    def parse_lines(self, lines: Sequence[str]) -> Questions:
+        """Parse one JSON object per line."""
+        rows = json_lines(lines, _LINE_EXAMPLE)
         if not all(isinstance(row.get("question"), str) and isinstance(row.get("context"), str) for row in rows):
-            raise ValueError(f"each line of standard input must be an object such as {_WANTED}")
+            raise ValueError(f"each line of standard input must be an object such as {_LINE_EXAMPLE}")
         return Questions([Question(str(i), row["question"], row["context"]) for i, row in enumerate(rows)], False)
 
     @property
-    def _may_lack(self) -> bool:
+    def _may_abstain(self) -> bool:
         return bool(getattr(self.config, UNANSWERABLE, False))
 
-    def _choice(self, best: list[Candidate], null: Candidate) -> tuple[Candidate, int]:
-        """The answer, and its number among the candidates with `null` behind them."""
-        if self._may_lack and null.score - best[0].score > self.settings.null_score_diff_threshold:
+    def _windows(
+        self, question: int, context: Encoding, prefix: int, max_length: int
+    ) -> tuple[list[tuple[int, int]], list[Window]]:
+        """Return the windows of one question's context, as (first, end) tokens and as `Window`."""
+        offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
+        room = max_length - prefix - 1  # for tokens of the context, before the last [SEP]
+        spans = _window_spans(len(offsets), room, min(self.settings.doc_stride, room))
+        best = _max_context_windows(spans, len(offsets))
+        windows = [
+            Window(question, prefix, offsets[first:last], best[first:last] == index)
+            for index, (first, last) in enumerate(spans)
+        ]
+        return spans, windows
+
+    def _choose(self, best: list[Candidate], null: Candidate) -> tuple[Candidate, int]:
+        """Return the predicted answer and its index in [*best, null]."""
+        if self._may_abstain and null.score - best[0].score > self.settings.null_score_diff_threshold:
             return null, len(best)
         return best[0], 0
 
     def _candidates(self, examples: Questions, outputs: Outputs) -> Iterator[tuple[list[Candidate], Candidate]]:
-        """Of each question, the best stretches, the best first, and that there is no answer."""
-        numbers = [window.question for window in examples.windows]
-        bounds = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if a != b), len(numbers)]
+        """Yield the n best answers of each question, best first, and the candidate "no answer"."""
+        # Windows of a question are adjacent: bounds[q] to bounds[q + 1] are those of question q.
+        of_window = [window.question for window in examples.windows]
+        bounds = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(of_window)) if a != b), len(of_window)]
         for question, (first, last) in zip(examples.questions, pairwise(bounds), strict=True):
-            found, null = [], np.inf
+            candidates, null_score = [], np.inf
             for window, logits in zip(examples.windows[first:last], outputs[first:last], strict=True):
-                null = min(null, float(logits[0].sum()))
-                found += self._stretches(window, logits, question.context)
-            found.sort(key=lambda candidate: -candidate.score)
-            different = {candidate.text: candidate for candidate in reversed(found)}  # the best of each text
-            best = sorted(different.values(), key=lambda candidate: -candidate.score)[: self.settings.n_best]
-            yield best or [Candidate("", null, 0)], Candidate("", null, 0)
+                null_score = min(null_score, float(logits[0].sum()))  # [CLS]
+                candidates += self._candidates_of_window(window, logits, question.context)
+            candidates.sort(key=lambda candidate: -candidate.score)
+            distinct = {candidate.text: candidate for candidate in reversed(candidates)}  # best-scored of each text
+            best = sorted(distinct.values(), key=lambda candidate: -candidate.score)[: self.settings.n_best]
+            yield best or [Candidate("", null_score, 0)], Candidate("", null_score, 0)
 
-    def _stretches(self, window: Window, logits: np.ndarray, context: str) -> list[Candidate]:
-        count = len(window.offsets)
-        start, end = logits[window.prefix : window.prefix + count].astype(np.float64).T
-        starts = np.argsort(-np.where(window.best, start, -np.inf), kind="stable")[: self.settings.n_best]
+    def _candidates_of_window(self, window: Window, logits: np.ndarray, context: str) -> list[Candidate]:
+        """Return the n best answers of one window.
+
+        Args:
+            window: The window, of n context tokens.
+            logits: float32 [tokens of the sequence, 2].
+            context: The whole context.
+        """
+        start, end = logits[window.prefix : window.prefix + len(window.offsets)].astype(np.float64).T
+        starts = np.argsort(-np.where(window.max_context, start, -np.inf), kind="stable")[: self.settings.n_best]
         ends = np.argsort(-end, kind="stable")[: self.settings.n_best]
-        length = ends[None] - starts[:, None] + 1
-        fits = (length > 0) & (length <= self.settings.max_answer_length) & window.best[starts][:, None]
-        scores = np.where(fits, start[starts][:, None] + end[ends][None], -np.inf)
+        # Score matrix [starts, ends], -inf where the span is empty, too long, or has more context in another window.
+        lengths = ends[None] - starts[:, None] + 1
+        valid = (lengths > 0) & (lengths <= self.settings.max_answer_length) & window.max_context[starts][:, None]
+        scores = np.where(valid, start[starts][:, None] + end[ends][None], -np.inf)
         order = np.argsort(-scores, axis=None, kind="stable")[: self.settings.n_best]
         candidates = []
         for i, j in zip(*np.unravel_index(order, scores.shape), strict=True):
@@ -249,42 +289,8 @@ class SpanTask(Task):
         return candidates
 
 
-def normalise(text: str) -> str:
-    """As the official scripts compare answers: small letters, no punctuation, no articles, single spaces."""
-    text = text.lower().translate(_PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def score(answer: str, golds: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1 of words) of an answer, the best over those that people gave; none: right is to say none."""
-    golds = [gold for gold in golds if normalise(gold)] or [""]
-    return max(_same(answer, gold) for gold in golds), max(_f1(answer, gold) for gold in golds)
-
-
-def _same(answer: str, gold: str) -> float:
-    return float(normalise(answer) == normalise(gold))
-
-
-def _f1(answer: str, gold: str) -> float:
-    words, wanted = normalise(answer).split(), normalise(gold).split()
-    if not words or not wanted:
-        return float(words == wanted)
-    common = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * common / (len(words) + len(wanted))
-
-
-def _best_threshold(f1: np.ndarray, without: np.ndarray, differences: np.ndarray) -> dict[str, float]:
-    """The threshold on null's lead with the best mean F1, and that: answers of `f1` up to it, none beyond."""
-    order = np.argsort(differences, kind="stable")
-    gains = np.where(without, -1.0, f1)[order]  # of answering rather than not, where not answering is all that is known
-    totals = without.sum() + np.concatenate([[0], np.cumsum(gains)])
-    best = int(totals.argmax())
-    threshold = differences[order[best - 1]] if best else differences.min() - 1
-    return {"best_f1": 100 * totals[best] / len(f1), "best_f1_thresh": threshold}
-
-
 def _entries(path: Path) -> Iterator[tuple[dict, str]]:
-    """(question with its answers, context) of a file."""
+    """Yield (entry of `qas`, context) of a file in SQuAD's format."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     opened = gzip.open if path.suffix == ".gz" else open
@@ -296,38 +302,62 @@ def _entries(path: Path) -> Iterator[tuple[dict, str]]:
                 for entry in paragraph["qas"]:
                     yield entry, paragraph["context"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not in the form of SQuAD, {{'data': [{{'paragraphs': …}}]}}: {error!r}") from None
+        raise ValueError(f"{path} is not in SQuAD's format, {{'data': [{{'paragraphs': …}}]}}: {error!r}") from None
 
 
-def _window_spans(tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
-    """First and last token, the last not included, of the windows that a context of `tokens` is cut into."""
+def _window_spans(num_tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
+    """Return (first, end) tokens, end exclusive, of the windows of a context of `num_tokens` tokens.
+
+    Args:
+        num_tokens: Length of the context.
+        room: Context tokens that fit into a window.
+        stride: Tokens between the starts of two windows.
+    """
     if room < 1:
-        raise ValueError("max_seq_length leaves no room for a text behind a question: raise it")
+        raise ValueError("--max-seq-length leaves no room for a context after the question: increase it")
     spans, first = [], 0
     while True:
-        last = min(first + room, tokens)
+        last = min(first + room, num_tokens)
         spans.append((first, last))
-        if last == tokens:
+        if last == num_tokens:
             return spans
         first += stride
 
 
-def _best_windows(spans: list[tuple[int, int]], tokens: int) -> np.ndarray:
-    """int64 [tokens]: the window that shows most of what surrounds each token, on its poorer side first."""
-    places = np.arange(tokens)
-    surroundings = [
+def _max_context_windows(spans: list[tuple[int, int]], num_tokens: int) -> np.ndarray:
+    """Return int64 [num_tokens]: the window in which each token has the most context on its shorter side.
+
+    As in SQuAD's reference code, longer windows win ties by a bonus of 0.01 per token.
+    """
+    positions = np.arange(num_tokens)
+    context_sizes = [
         np.where(
-            (places >= first) & (places < last),
-            np.minimum(places - first, last - 1 - places) + 0.01 * (last - first),
+            (positions >= first) & (positions < last),
+            np.minimum(positions - first, last - 1 - positions) + 0.01 * (last - first),
             -np.inf,
         )
         for first, last in spans
     ]
-    return np.argmax(surroundings, axis=0)
+    return np.argmax(context_sizes, axis=0)
+
+
+def _answer_positions(
+    answer: tuple[str, int] | None, context: Encoding, spans: list[tuple[int, int]], prefix: int
+) -> list[tuple[int, int]]:
+    """Return the answer's first and last position in each window's sequence, (0, 0) if it is not whole in it."""
+    offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
+    tokens = None if answer is None else _token_span(offsets, answer)
+    if tokens is None:
+        return [(0, 0)] * len(spans)
+    start, end = tokens
+    return [
+        (start - first + prefix, end - first + prefix) if first <= start and end < last else (0, 0)
+        for first, last in spans
+    ]
 
 
 def _token_span(offsets: np.ndarray, answer: tuple[str, int]) -> tuple[int, int] | None:
-    """The first and last token of an answer, those that it splits included; None where there are no tokens of it."""
+    """Return the first and last token that overlap an answer (text, start in characters); None if none does."""
     text, start = answer
-    inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
-    return (int(inside[0]), int(inside[-1])) if inside.size else None
+    overlapping = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
+    return (int(overlapping[0]), int(overlapping[-1])) if overlapping.size else None

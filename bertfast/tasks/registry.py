@@ -1,4 +1,4 @@
-"""Which kind of task it is: by its name, by what its file looks like, or by the model that was trained for it."""
+"""Tasks by name, by the class of a fine-tuned model, or by the format of a file."""
 
 from __future__ import annotations
 
@@ -9,50 +9,64 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.corpus import read_lines
 from bertfast.tasks.glue import BENCHMARKS
-from bertfast.tasks.multiple_choice import ChoiceTask
-from bertfast.tasks.question_answering import SpanTask
-from bertfast.tasks.sequence_classification import PROBLEMS, SentenceTask
+from bertfast.tasks.multiple_choice import MultipleChoiceTask
+from bertfast.tasks.question_answering import QuestionAnsweringTask
+from bertfast.tasks.sequence_classification import PROBLEM_TYPES, SequenceClassificationTask
 from bertfast.tasks.task import Task, TaskSettings
-from bertfast.tasks.token_classification import TagTask
+from bertfast.tasks.token_classification import TokenClassificationTask
 
-FINETUNING_TASK = "finetuning_task"  # a model's configuration names its task by it, as transformers' scripts did
+FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
-KINDS: dict[str, type[Task]] = {
-    **dict.fromkeys([*PROBLEMS, *BENCHMARKS], SentenceTask),
-    **dict.fromkeys(["choices", "swag"], ChoiceTask),
-    **dict.fromkeys(["answers", "squad", "squad-2"], SpanTask),
-    **dict.fromkeys(["tags", "conll", "wnut"], TagTask),
+TASKS: dict[str, type[Task]] = {
+    **dict.fromkeys([*PROBLEM_TYPES, *BENCHMARKS], SequenceClassificationTask),
+    **dict.fromkeys(["multiple-choice", "swag"], MultipleChoiceTask),
+    **dict.fromkeys(["question-answering", "squad", "squad-2"], QuestionAnsweringTask),
+    **dict.fromkeys(["token-classification", "conll", "wnut"], TokenClassificationTask),
 }
-_BY_MODEL = (SentenceTask, ChoiceTask, SpanTask, TagTask)
-_BY_SUFFIX = {".json": SpanTask, ".conll": TagTask, ".iob": TagTask, ".bio": TagTask}
+_TASK_CLASSES = (SequenceClassificationTask, MultipleChoiceTask, QuestionAnsweringTask, TokenClassificationTask)
+_BY_SUFFIX: dict[str, type[Task]] = {
+    ".json": QuestionAnsweringTask,
+    **dict.fromkeys([".conll", ".iob", ".bio"], TokenClassificationTask),
+}
 
 
 def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task:
-    """The task that `settings` name; else that of the model in `config`, else the one that `file` looks like."""
-    name, trained = settings.task, [] if config is None else config.architectures or []
-    known = getattr(config, FINETUNING_TASK, None)
-    if name == "auto" and known in KINDS:
-        name = known
-    if name not in ("auto", *KINDS):
-        raise ValueError(f"there is no task {name!r}; there are auto, {', '.join(KINDS)}")
-    of_model = (kind for kind in _BY_MODEL for model in _models(kind) if model.__name__ in trained)
-    kind = KINDS.get(name) or next(of_model, None) or _looks_like(file)
-    task = kind(replace(settings, task=name))
-    task.model = next((model for model in _models(kind) if model.__name__ in trained), kind.model)
+    """Return the task that `settings.task` names; if that is "auto", the model's, else the one the file looks like.
+
+    Args:
+        settings: Settings of the command.
+        file: A labelled file.
+        config: Configuration of a fine-tuned model.
+
+    Raises:
+        ValueError: There is no task of that name.
+    """
+    name, architectures = settings.task, [] if config is None else config.architectures or []
+    task_of_model = getattr(config, FINETUNING_TASK, None)
+    if name == "auto" and task_of_model in TASKS:
+        name = task_of_model
+    if name not in ("auto", *TASKS):
+        raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
+    by_architecture = (cls for cls in _TASK_CLASSES for model in _models(cls) if model.__name__ in architectures)
+    task_class = TASKS.get(name) or next(by_architecture, None) or _by_file(file)
+    task = task_class(replace(settings, task=name))
+    models = _models(task_class)
+    task.model_class = next((model for model in models if model.__name__ in architectures), task_class.model_class)
     return task
 
 
-def _looks_like(file: str | None) -> type[Task]:
+def _by_file(file: str | None) -> type[Task]:
     path = Path(file or "")
-    for suffix, kind in _BY_SUFFIX.items():
+    for suffix, task_class in _BY_SUFFIX.items():
         if suffix in path.suffixes[-2:]:
-            return kind
+            return task_class
     if path.is_file() and {".csv", ".jsonl"} & {*path.suffixes[-2:]}:
-        first = next((line for _, line in read_lines(path)), "")
-        if "ending0" in first or '"endings"' in first:
-            return ChoiceTask
-    return SentenceTask
+        first_line = next((line for _, line in read_lines(path)), "")
+        if "ending0" in first_line or '"endings"' in first_line:
+            return MultipleChoiceTask
+    return SequenceClassificationTask
 
 
-def _models(kind: type[Task]) -> list[type[PreTrainedModel]]:
-    return [kind.model, *([] if kind.of_features is None else [kind.of_features])]
+def _models(task_class: type[Task]) -> list[type[PreTrainedModel]]:
+    feature_based = task_class.feature_based_model
+    return [task_class.model_class, *([] if feature_based is None else [feature_based])]

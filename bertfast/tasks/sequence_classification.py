@@ -1,6 +1,6 @@
-"""Sentences and pairs of sentences: one label each, several, or a number.
+"""Sequence classification of texts and pairs of texts: single-label, multi-label or regression.
 
-E examples.
+Shapes: E examples.
 """
 
 from __future__ import annotations
@@ -19,34 +19,32 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
+from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark
-from bertfast.tasks.metrics import (
-    CLASSIFICATION,
-    MULTI_LABEL,
-    REGRESSION,
-    confusion,
-    measure_classes,
-    measure_numbers,
-    measure_sets,
-)
+from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bertfast.tasks.tables import BadRows, Table, read_table
-from bertfast.tasks.task import Confusion, Outputs, Task, TaskSettings, write_rows
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, TaskSettings, write_rows
 
 TEXT_COLUMNS = ("sentence", "sentence1", "text")
 TEXT_PAIR_COLUMN = "sentence2"
 LABEL_COLUMN = "label"
-SEPARATOR = ","  # of the labels of a text that has several, where they are one field
+LABEL_SEPARATOR = ","  # of several labels in one field
 
-CLASSES, NUMBERS, SETS = "single_label_classification", "regression", "multi_label_classification"
-PROBLEMS = {"classification": CLASSES, "regression": NUMBERS, "multi-label": SETS}
-METRICS = {CLASSES: CLASSIFICATION, NUMBERS: REGRESSION, SETS: MULTI_LABEL}
-_NAMES_SHOWN = 10
+# Values of `problem_type` in a model's configuration.
+SINGLE_LABEL, REGRESSION, MULTI_LABEL = "single_label_classification", "regression", "multi_label_classification"
+PROBLEM_TYPES = {"sequence-classification": SINGLE_LABEL, "regression": REGRESSION, "multi-label": MULTI_LABEL}
+METRICS = {
+    SINGLE_LABEL: task_metrics.CLASSIFICATION,
+    REGRESSION: task_metrics.REGRESSION,
+    MULTI_LABEL: task_metrics.MULTI_LABEL,
+}
+_MAX_LABELS_SHOWN = 10  # in error messages
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what."""
+    """Names of the columns of a table."""
 
     text: str
     text_pair: str | None
@@ -54,13 +52,17 @@ class Columns:
 
     @classmethod
     def choose(cls, table: Table, text: str | None, text_pair: str | None, label: str | None) -> Columns:
-        """The columns named; for those that are None the usual names, where the table has them."""
+        """Return the named columns; for those that are None, the default names if the table has them.
+
+        Raises:
+            ValueError: `text` is None and the table has none of `TEXT_COLUMNS`.
+        """
         if text is None:
             text = next((name for name in TEXT_COLUMNS if name in table.columns), None)
         if text is None:
             raise ValueError(
                 f"{table.path} has none of the columns {', '.join(TEXT_COLUMNS)}, only "
-                f"{', '.join(map(repr, table.columns))}: say with text_column which of them holds the text"
+                f"{', '.join(map(repr, table.columns))}: name the text column with --text-column"
             )
         if text_pair is None and TEXT_PAIR_COLUMN in table.columns:
             text_pair = TEXT_PAIR_COLUMN
@@ -68,12 +70,14 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Sentences:
-    """Texts, or pairs of texts, and where they are known their labels as they are written.
+class TextExamples:
+    """Texts or pairs of texts, with labels if they are known.
 
     Attributes:
-        where: says of each example the file and line.
-        indices: the index that a benchmark's file gives each, else its number from 0.
+        texts: The texts, or pairs of texts.
+        labels: Labels as written in the file (lists of them if multi-label); None: unknown.
+        where: File and line of each example.
+        indices: Index of each example in a benchmark's test file, else its number from 0.
     """
 
     texts: list[str] | list[tuple[str, str]]
@@ -84,43 +88,47 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def kept(self, rows: Sequence[int]) -> Sentences:
-        """Some of them."""
+    def select(self, rows: Sequence[int]) -> TextExamples:
+        """Return the examples at `rows`."""
         labels = None if self.labels is None else [self.labels[row] for row in rows]
         rest = ([values[row] for row in rows] for values in (self.where, self.indices))
-        return Sentences([self.texts[row] for row in rows], labels, *rest)
+        return TextExamples([self.texts[row] for row in rows], labels, *rest)
 
 
-class SentenceTask(Task):
-    """A label, several, or a number for each text or pair."""
+class SequenceClassificationTask(Task):
+    """Sequence classification.
 
-    model = BertForSequenceClassification
-    head = "classifier."
+    Attributes:
+        benchmark: The GLUE task that the settings name, if any.
+        columns: Names of the text, text-pair and label columns; None: default names.
+        problem_type: `SINGLE_LABEL`, `REGRESSION` or `MULTI_LABEL`; None until labels or a model are known.
+    """
+
+    model_class = BertForSequenceClassification
+    head_prefix = "classifier."
 
     def __init__(self, settings: TaskSettings):
         super().__init__(settings)
-        given = (settings.text_column, settings.text_pair_column, settings.label_column)
         self.benchmark: Benchmark | None = BENCHMARKS.get(settings.task)
+        self.columns = (settings.text_column, settings.text_pair_column, settings.label_column)
+        self.problem_type = PROBLEM_TYPES.get(settings.task)
         if self.benchmark is not None:
-            usual = (self.benchmark.text, self.benchmark.pair, self.benchmark.label)
-            given = tuple(own or name for own, name in zip(given, usual, strict=True))
-        self.columns = given
-        self.problem = PROBLEMS.get(settings.task)
-        if self.benchmark is not None:
-            self.problem = NUMBERS if self.benchmark.regression else CLASSES
+            defaults = (self.benchmark.text, self.benchmark.pair, self.benchmark.label)
+            self.columns = tuple(name or default for name, default in zip(self.columns, defaults, strict=True))
+            self.problem_type = REGRESSION if self.benchmark.regression else SINGLE_LABEL
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those of the benchmark, or of the kind of problem."""
-        known = METRICS[self.problem]
+        """Metrics of the benchmark first, then those of the problem type."""
+        of_problem = METRICS[self.problem_type]
         if self.benchmark is None:
-            return known
-        return (*self.benchmark.metrics, *(name for name in known if name not in self.benchmark.metrics))
+            return of_problem
+        return (*self.benchmark.metrics, *(name for name in of_problem if name not in self.benchmark.metrics))
 
-    def read(self, path: str, *, labelled: bool) -> Sentences:
-        """Of a .tsv, .csv or .jsonl file."""
+    def read(self, path: str, *, labelled: bool) -> TextExamples:
+        """Read a .tsv, .csv or .jsonl file; see `Task.read`."""
         header = self.benchmark.header if self.benchmark is not None and labelled else None
-        table = read_table(path, header=header, bad=self.bad)
+        table = read_table(path, header=header, bad=self.bad_rows)
         columns = Columns.choose(table, *self.columns)
         if labelled and self.benchmark is not None and self.benchmark.unlabelled is not None:
             label = table.column(columns.label)
@@ -129,150 +137,166 @@ class SentenceTask(Task):
         if columns.text_pair is not None:
             texts = list(zip(texts, table.texts(columns.text_pair), strict=True))
         where = [table.where(row) for row in range(len(table))]
-        known = labelled or columns.label in table.columns
-        labels = self._labels(table.column(columns.label), columns.label, where) if known else None
+        has_labels = labelled or columns.label in table.columns
+        labels = self._labels(table.column(columns.label), columns.label, where) if has_labels else None
         indices = table.columns.get("index", [str(row) for row in range(len(table))])
-        sentences = Sentences(texts, labels, where, indices)
+        examples = TextExamples(texts, labels, where, indices)
         if labels is None:
-            return sentences
-        return sentences.kept([row for row, label in enumerate(labels) if label is not None])
+            return examples
+        return examples.select([row for row, label in enumerate(labels) if label is not None])
 
-    def learn_labels(self, examples: Sentences) -> dict[str, Any]:
-        """How many there are, and their names."""
+    def label_config(self, examples: TextExamples) -> dict[str, Any]:
+        """Return the number of labels, their names and the problem type."""
         labels = examples.labels
-        if self.problem is None:
-            self.problem = NUMBERS if are_fractions(labels) else CLASSES
-        if self.problem == NUMBERS:
+        if self.problem_type is None:
+            self.problem_type = REGRESSION if has_fractions(labels) else SINGLE_LABEL
+        if self.problem_type == REGRESSION:
             names = ["LABEL_0"]
+        elif self.problem_type == MULTI_LABEL:
+            names = sorted_labels([name for label in labels for name in label])
         else:
-            names = name_labels([name for label in labels for name in label] if self.problem == SETS else labels)
-        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "problem_type": self.problem}
+            names = sorted_labels(labels)
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "problem_type": self.problem_type}
 
-    def know(self, config: BertConfig) -> None:
-        """Labels and their numbers."""
-        super().know(config)
-        known = config.problem_type or (NUMBERS if config.num_labels == 1 else CLASSES)
-        if self.problem not in (None, known):
-            raise ValueError(f"the model was trained for {known.replace('_', ' ')}, not for {self.settings.task}")
-        self.problem = known
+    def set_config(self, config: BertConfig) -> None:
+        """Use the labels and the problem type of a model's configuration; see `Task.set_config`."""
+        super().set_config(config)
+        of_model = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
+        if self.problem_type not in (None, of_model):
+            raise ValueError(f"the model was trained for {of_model.replace('_', ' ')}, not for {self.settings.task}")
+        self.problem_type = of_model
 
-    def featurize(self, examples: Sentences, tokenizer: Tokenizer, max_length: int) -> tuple[Sentences, Features]:
-        """One sequence each."""
+    def featurize(self, examples: TextExamples, tokenizer: Tokenizer, max_length: int) -> tuple[TextExamples, Features]:
+        """Tokenize each text or pair as one sequence; see `Task.featurize`."""
         labels = {}
         if examples.labels is not None:
-            encoded, good = self._encode(examples)
-            examples, labels = examples.kept(good), {"labels": encoded}
+            encoded, usable = self._encode_labels(examples)
+            examples, labels = examples.select(usable), {"labels": encoded}
         return examples, replace(tokenize(tokenizer, examples.texts, max_length), labels=labels)
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
-        """[E, labels]."""
+        """Compute logits [E, labels]."""
         return sequence_logits(model, inputs.packed(model))
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
-        """That of the kind of problem."""
+        """Compute the loss of the problem type: cross-entropy, binary cross-entropy or squared error."""
         return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
 
-    def answers(self, examples: Sentences, features: Features, outputs: Outputs) -> Iterator[dict]:
-        """{"label", "score"}, its probability; {"score"} of a regression; {"labels"} with a probability each."""
+    def predictions(self, examples: TextExamples, features: Features, outputs: Outputs) -> Iterator[dict]:
+        """Yield {"label", "score"} with its probability; {"score"} of a regression; {"labels"} with a probability for
+        each predicted label if multi-label."""
         names = self.config.id2label
         for logits in outputs:
-            if self.problem == NUMBERS:
+            if self.problem_type == REGRESSION:
                 yield {"score": float(logits[0])}
-            elif self.problem == SETS:
-                scores = 1 / (1 + np.exp(-logits))
+            elif self.problem_type == MULTI_LABEL:
+                scores = _sigmoid(logits)
                 yield {"labels": {names[i]: float(scores[i]) for i in np.flatnonzero(scores > 0.5)}}
             else:
                 scores = softmax(logits)
                 yield {"label": names[int(scores.argmax())], "score": float(scores.max())}
 
-    def measure(self, examples: Sentences, features: Features, outputs: Outputs) -> dict[str, float]:
-        """Those of the benchmark, or of the kind of problem."""
+    def compute_metrics(self, examples: TextExamples, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute the metrics of the problem type."""
         if "labels" not in features.labels:
             return {}
         labels, logits = features.labels["labels"], np.stack(outputs)
-        if self.problem == NUMBERS:
-            return measure_numbers(logits[:, 0], labels)
-        return (measure_sets if self.problem == SETS else measure_classes)(logits, labels)
+        if self.problem_type == REGRESSION:
+            return regression_metrics(logits[:, 0], labels)
+        return (multi_label_metrics if self.problem_type == MULTI_LABEL else classification_metrics)(logits, labels)
 
-    def write(self, folder: Path, split: str, examples: Sentences, features: Features, outputs: Outputs) -> None:
-        """predictions_SPLIT.tsv: index, prediction and the probability of each label; and a benchmark's submission."""
-        names = [] if self.problem == NUMBERS else [self.config.id2label[i] for i in range(self.config.num_labels)]
-        predictions, rows = [], []
-        for index, answer, logits in zip(
-            examples.indices, self.answers(examples, features, outputs), outputs, strict=True
+    def write_predictions(
+        self, folder: Path, split: str, examples: TextExamples, features: Features, outputs: Outputs
+    ) -> None:
+        """Write predictions_SPLIT.tsv (index, prediction, probability of each label) and the test set's submission."""
+        regression = self.problem_type == REGRESSION
+        names = [] if regression else [self.config.id2label[i] for i in range(self.config.num_labels)]
+        values, rows = [], []
+        for index, prediction, logits in zip(
+            examples.indices, self.predictions(examples, features, outputs), outputs, strict=True
         ):
-            if self.problem == NUMBERS:
-                prediction, scores = f"{answer['score']:.6g}", []
-            elif self.problem == SETS:
-                prediction, scores = SEPARATOR.join(answer["labels"]), 1 / (1 + np.exp(-logits))
+            if regression:
+                value, scores = f"{prediction['score']:.6g}", []
+            elif self.problem_type == MULTI_LABEL:
+                value, scores = LABEL_SEPARATOR.join(prediction["labels"]), _sigmoid(logits)
             else:
-                prediction, scores = answer["label"], softmax(logits)
-            predictions.append(prediction)
-            rows.append([index, prediction, *(f"{score:.6g}" for score in scores)])
+                value, scores = prediction["label"], softmax(logits)
+            values.append(value)
+            rows.append([index, value, *(f"{score:.6g}" for score in scores)])
         write_rows(folder / f"predictions_{split}.tsv", ["index", "prediction", *names], rows)
         if split == "test" and self.benchmark is not None and self.benchmark.submission is not None:
-            if self.problem == NUMBERS:  # the server takes scores from 0 to 5
-                predictions = [f"{min(max(float(value), 0), 5):.3f}" for value in predictions]
-            sent = zip(examples.indices, predictions, strict=True)
-            write_rows(folder / f"{self.benchmark.submission}.tsv", ["index", "prediction"], sent)
+            if regression:  # the evaluation server accepts scores from 0 to 5
+                values = [f"{min(max(float(value), 0), 5):.3f}" for value in values]
+            submitted = zip(examples.indices, values, strict=True)
+            write_rows(folder / f"{self.benchmark.submission}.tsv", ["index", "prediction"], submitted)
 
-    def confusion(self, examples: Sentences, features: Features, outputs: Outputs) -> Confusion | None:
-        """Of labels that exclude each other."""
-        if self.problem != CLASSES or "labels" not in features.labels:
+    def confusion_matrix(self, examples: TextExamples, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
+        """Return the confusion matrix of single-label classification; see `Task.confusion_matrix`."""
+        if self.problem_type != SINGLE_LABEL or "labels" not in features.labels:
             return None
         names = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        return names, confusion(features.labels["labels"], np.stack(outputs).argmax(1), len(names))
+        predictions = np.stack(outputs).argmax(1)
+        return names, task_metrics.confusion_matrix(features.labels["labels"], predictions, len(names))
 
-    def parse(self, lines: Sequence[str]) -> Sentences:
-        """A text a line, the two of a pair with a tab between."""
+    def parse_lines(self, lines: Sequence[str]) -> TextExamples:
+        """Parse one text per line, or a pair separated by a tab."""
         parts = [line.split("\t", 1) for line in lines]
         texts = [tuple(part) if len(part) == 2 else part[0] for part in parts]
-        return Sentences(texts, None, [""] * len(texts), list(map(str, range(len(texts)))))
+        return TextExamples(texts, None, [""] * len(texts), list(map(str, range(len(texts)))))
 
     def _labels(self, values: list, column: str, where: list[str]) -> list:
-        """As they are written; None in bad rows."""
+        """Return labels as strings (lists of them if multi-label); None for bad rows."""
         labels = []
-        for value, place in zip(values, where, strict=True):
-            if self.problem == SETS:
-                names = value if isinstance(value, list) else (value or "").split(SEPARATOR)
+        for value, location in zip(values, where, strict=True):
+            if self.problem_type == MULTI_LABEL:
+                names = value if isinstance(value, list) else (value or "").split(LABEL_SEPARATOR)
                 labels.append([str(name).strip() for name in names if str(name).strip()])
             elif value is None or value == "":
-                self.bad.add(f"{place}: no label in column {column!r}")
+                self.bad_rows.add(f"{location}: no label in column {column!r}")
                 labels.append(None)
             else:
                 labels.append(value if isinstance(value, str) else json.dumps(value))
         return labels
 
-    def _encode(self, examples: Sentences) -> tuple[np.ndarray, list[int]]:
-        """The labels of good rows, int64 [E], float32 [E] of numbers or float32 [E, labels] of sets; and those rows."""
-        numbers = label_numbers(self.config)
-        encoded, good = [], []
+    def _encode_labels(self, examples: TextExamples) -> tuple[np.ndarray, list[int]]:
+        """Encode labels as the model's targets.
+
+        Returns:
+            Targets of usable rows: int64 [E], float32 [E] (regression) or float32 [E, labels] (multi-label); and the
+            indices of those rows.
+        """
+        ids = label_to_id(self.config)
+        targets, usable = [], []
         for row, label in enumerate(examples.labels):
-            value = _encoded(label, numbers, self.problem, examples.where[row], self.bad)
-            if value is not None:
-                encoded.append(value)
-                good.append(row)
-        if not good:
-            raise ValueError("no row with a label that can be used is left")
-        return np.array(encoded, np.int64 if self.problem == CLASSES else np.float32), good
+            target = _encode_label(label, ids, self.problem_type, examples.where[row], self.bad_rows)
+            if target is not None:
+                targets.append(target)
+                usable.append(row)
+        if not usable:
+            raise ValueError("no row has a usable label")
+        return np.array(targets, np.int64 if self.problem_type == SINGLE_LABEL else np.float32), usable
 
 
-def label_numbers(config: BertConfig) -> dict[str, int]:
-    """The number of each label by its name, or by itself where labels were never named."""
+def label_to_id(config: BertConfig) -> dict[str, int]:
+    """Return the id of each label by its name; labels without names (LABEL_3) are also found as "3"."""
     unnamed = {str(i): i for i, name in config.id2label.items() if name == f"LABEL_{i}"}
     return unnamed | {name: i for i, name in config.id2label.items()}
 
 
-def name_labels(labels: list[str]) -> list[str]:
-    """The different labels in order: by value if all are whole numbers, else by the alphabet."""
+def sorted_labels(labels: list[str]) -> list[str]:
+    """Return the distinct labels, sorted by value if all are integers, else alphabetically.
+
+    Raises:
+        ValueError: There is only one distinct label.
+    """
     names = set(labels)
     if len(names) < 2:
-        raise ValueError(f"every label is {labels[0]!r}; to classify, there must be two different ones")
+        raise ValueError(f"every label is {labels[0]!r}; classification needs at least two different labels")
     return sorted(names, key=int if all(name.removeprefix("-").isdecimal() for name in names) else None)
 
 
-def are_fractions(labels: list[str]) -> bool:
-    """Whether the labels are numbers, and not all whole ones."""
+def has_fractions(labels: list[str]) -> bool:
+    """Return whether all labels are numbers, and at least one is not an integer."""
     try:
         return not all(float(label).is_integer() for label in labels)
     except ValueError:
@@ -280,26 +304,33 @@ def are_fractions(labels: list[str]) -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Of the last dimension."""
+    """Compute the softmax over the last dimension."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
 
 
-def _encoded(label, numbers: dict[str, int], problem: str, where: str, bad: BadRows):
-    if problem == NUMBERS:
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+def _encode_label(label, ids: dict[str, int], problem_type: str, where: str, bad: BadRows):
+    """Return the target of one label: a number, an id, or float32 [labels] of 0 and 1; None for a bad row."""
+    if problem_type == REGRESSION:
         try:
             value = float(label)
         except ValueError:
             value = math.nan
         if math.isfinite(value):
             return value
-        return bad.add(f"{where}: the label {label!r} is not a finite number, which a regression wants")
-    for name in label if problem == SETS else [label]:
-        if name not in numbers:
-            known = ", ".join([*numbers][:_NAMES_SHOWN]) + (", …" if len(numbers) > _NAMES_SHOWN else "")
-            return bad.add(f"{where}: the label {name!r} is none of those known: {known}")
-    if problem == CLASSES:
-        return numbers[label]
-    present = np.zeros(max(numbers.values()) + 1, np.float32)
-    present[[numbers[name] for name in label]] = 1
-    return present
+        bad.add(f"{where}: the label {label!r} is not a finite number, which regression requires")
+        return None
+    for name in label if problem_type == MULTI_LABEL else [label]:
+        if name not in ids:
+            known = ", ".join([*ids][:_MAX_LABELS_SHOWN]) + (", …" if len(ids) > _MAX_LABELS_SHOWN else "")
+            bad.add(f"{where}: unknown label {name!r}; known labels: {known}")
+            return None
+    if problem_type == SINGLE_LABEL:
+        return ids[label]
+    multi_hot = np.zeros(max(ids.values()) + 1, np.float32)
+    multi_hot[[ids[name] for name in label]] = 1
+    return multi_hot

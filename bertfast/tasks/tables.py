@@ -1,4 +1,4 @@
-"""Rows of a task: TSV with no quoting, CSV with quoting, or JSONL with an object a line, each also compressed."""
+"""Tables of labelled data: TSV (no quoting), CSV (quoted) or JSONL (one object per line), optionally compressed."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from typing import Literal
 
 from bertfast.data.corpus import COMPRESSIONS, json_object, read_lines
 
-FORMS = (".tsv", ".csv", ".jsonl")
-SUFFIXES = tuple(f"{form}{compression}" for form in FORMS for compression in COMPRESSIONS)
+FORMATS = (".tsv", ".csv", ".jsonl")
+SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
 
 OnBadRows = Literal["stop", "skip"]
-_SHOWN = 3  # bad rows that are shown before they are only counted
+_MAX_WARNINGS = 3  # further bad rows are only counted
 
 logger = logging.getLogger("bertfast")
 
 
 class BadRows:
-    """What becomes of rows that cannot be used: an error at the first, or all are left out and counted."""
+    """Rows that cannot be used: raise at the first, or skip and count them.
 
-    def __init__(self, do: OnBadRows = "stop"):
-        self.do, self.count = do, 0
+    Attributes:
+        action: "stop" or "skip".
+        count: Number of rows skipped.
+    """
 
-    def add(self, what: str) -> None:
-        """Take note of a bad row; ValueError where none is to be skipped."""
-        if self.do == "stop":
-            raise ValueError(what)
+    def __init__(self, action: OnBadRows = "stop"):
+        self.action, self.count = action, 0
+
+    def add(self, problem: str) -> None:
+        """Count a bad row and warn about it; ValueError if the action is "stop"."""
+        if self.action == "stop":
+            raise ValueError(problem)
         self.count += 1
-        if self.count <= _SHOWN:
-            logger.warning("left out: %s", what)
+        if self.count <= _MAX_WARNINGS:
+            logger.warning("skipped: %s", problem)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +47,9 @@ class Table:
     """The rows of a file, column by column.
 
     Attributes:
-        path: the file.
-        columns: {name: its value in each row}; strings, or in JSONL whatever stands there, None where nothing does.
-        lines: the line that each row stands on, from 1 on.
+        path: The file.
+        columns: Values of each row by column name: strings, or JSON values (None if missing) in JSONL.
+        lines: Line number of each row, from 1.
     """
 
     path: Path
@@ -55,11 +60,11 @@ class Table:
         return len(self.lines)
 
     def where(self, row: int) -> str:
-        """The file and line of a row, for messages."""
+        """Return the file and line of a row, for messages."""
         return f"{self.path}, line {self.lines[row]}"
 
     def column(self, name: str) -> list:
-        """The values of a column; ValueError, naming those that are there, if it is not."""
+        """Return the values of a column; ValueError, naming the columns of the file, if there is none of that name."""
         if name not in self.columns:
             near = get_close_matches(name, self.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -67,45 +72,52 @@ class Table:
         return self.columns[name]
 
     def texts(self, name: str) -> list[str]:
-        """The values of a column of text; ValueError if one is something else, or if there is no text in any."""
+        """Return the values of a text column; ValueError if one is not a string, or if all are blank."""
         texts = self.column(name)
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"{self.where(row)}: column {name!r} holds {json.dumps(text)} where a text is wanted")
+                raise ValueError(f"{self.where(row)}: column {name!r} holds {json.dumps(text)}, not a text")
         if not any(map(str.strip, texts)):
             raise ValueError(f"{self.path} holds no text in its column {name!r}")
         return texts
 
-    def rows(self, kept: Iterable[int]) -> Table:
-        """Some of the rows."""
-        kept = list(kept)
-        columns = {name: [values[row] for row in kept] for name, values in self.columns.items()}
-        return Table(self.path, columns, [self.lines[row] for row in kept])
+    def rows(self, indices: Iterable[int]) -> Table:
+        """Return a table of the rows at `indices`."""
+        indices = list(indices)
+        columns = {name: [values[row] for row in indices] for name, values in self.columns.items()}
+        return Table(self.path, columns, [self.lines[row] for row in indices])
 
 
 def read_table(path: Path | str, *, header: Sequence[str] | None = None, bad: BadRows | None = None) -> Table:
-    """Read a .tsv, .csv or .jsonl file, compressed or not; FileNotFoundError or ValueError where that cannot be done.
+    """Read a .tsv, .csv or .jsonl file, optionally compressed.
 
-    `header` names the columns of a file whose first line is a row already; `bad` is told of rows that are no such.
+    Args:
+        path: The file.
+        header: Column names of a file without a header line.
+        bad: Collects malformed rows; None: raise at the first.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The suffix is unknown, the file has no rows, or a row is malformed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} is of an unknown kind; known are {', '.join(SUFFIXES)}")
-    form = next(form for form in FORMS if form in path.suffixes[-2:])
+        raise ValueError(f"{path} has an unknown file type; use one of {', '.join(SUFFIXES)}")
+    suffix = next(suffix for suffix in FORMATS if suffix in path.suffixes[-2:])
     bad = bad or BadRows()
-    if form == ".jsonl":
+    if suffix == ".jsonl":
         table = _read_jsonl(path, bad)
     else:
-        table = _read_fields(path, _tsv_rows(path) if form == ".tsv" else _csv_rows(path), header, bad)
+        table = _read_fields(path, _tsv_rows(path) if suffix == ".tsv" else _csv_rows(path), header, bad)
     if not len(table):
         raise ValueError(f"{path} holds no rows")
     return table
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, without their ends, and without the mark that some editors put before the first."""
+    """Yield numbered non-empty lines without line ends and byte-order mark."""
     stripped = ((number, line.rstrip("\r\n").removeprefix("\ufeff")) for number, line in read_lines(path))
     return ((number, line) for number, line in stripped if line)
 

@@ -1,4 +1,4 @@
-"""What each kind of task brings to fine-tuning, evaluation and prediction, and the settings that they share."""
+"""The interface of a task (reading, featurising, loss, metrics, predictions), and the settings that all tasks share."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.tables import BadRows, OnBadRows
 
 Outputs = Sequence[np.ndarray]
-"""Of each example, what its model's head gives: float32 [labels], or [tokens, labels] where each token has its own."""
-Confusion = tuple[list[str], np.ndarray]
-"""Names of the labels, and int64 [labels, labels]: how often the row's was taken for the column's."""
+"""Logits of each example: float32 [labels], or [tokens, labels] if each token has its own."""
+ConfusionMatrix = tuple[list[str], np.ndarray]
+"""Names of the labels, and int64 [labels, labels]: examples by true label (row) and predicted label (column)."""
 
 
 @dataclass(kw_only=True)
 class TaskSettings:
-    """What all commands on labelled data have in common.
+    """Settings that all commands on labelled data share.
 
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
-        task: auto: what the file looks like; classification, regression or multi-label of texts or pairs; choices;
-            answers to questions; tags of words; or a task of GLUE, SWAG, SQuAD or CoNLL by its name.
+        task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
+            question-answering, token-classification, or the name of a data set of GLUE, SWAG, SQuAD or CoNLL;
+            auto: inferred from the model, else from the file.
         text_column: Column of the text; none: the task's, else sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair; none: the task's, else sentence2, if it is there.
+        text_pair_column: Column of the second text of a pair; none: the task's, else sentence2 if there is one.
         label_column: Column of the label; none: the task's, else label.
-        tag_column: Column of a word's tag in lines of words, from 0; the last is -1.
-        max_seq_length: Tokens of a sequence at most, longer ones are cut or read in parts; none: the model's positions.
-        doc_stride: Tokens from one part of a long text that is asked about to the next.
-        max_query_length: Tokens of a question at most.
-        max_answer_length: Tokens of an answer at most.
-        null_score_diff_threshold: A question is left unanswered if that scores higher than the best answer by this.
-        n_best: Answers that are written down for each question.
-        on_bad_rows: What to do with rows that cannot be used.
-        eval_tokens: About how many tokens to compute at a time when nothing is learned.
-        cuda_graph: On a GPU, fill batches up to few shapes and replay those that come often from CUDA graphs.
-        precision: auto takes bf16 where the device multiplies it natively (and, on a CPU, faster), else fp32.
-        device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
+        tag_column: Column of a word's tag in token-classification files, counted from 0; -1 is the last.
+        max_seq_length: Maximum tokens per sequence; longer inputs are truncated or split. None: the model's positions.
+        doc_stride: Tokens between the starts of two windows of a long context in question answering.
+        max_query_length: Maximum tokens of a question.
+        max_answer_length: Maximum tokens of an answer.
+        null_score_diff_threshold: Predict no answer if its score exceeds the best answer's by more than this.
+        n_best: Answers per question in nbest_SPLIT.json.
+        on_bad_rows: Stop at the first row that cannot be used, or skip and count such rows.
+        eval_tokens: Approximate tokens per batch in evaluation and prediction.
+        cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
+        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
     """
 
     model_name_or_path: str
@@ -69,74 +70,108 @@ class TaskSettings:
     device: str | None = None
 
     def __post_init__(self):
-        for name in ("eval_tokens", "doc_stride", "max_query_length", "max_answer_length", "n_best"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        require_positive(self, "eval_tokens", "doc_stride", "max_query_length", "max_answer_length", "n_best")
 
 
 class Task(ABC):
-    """A kind of task: from files to features, and from a model's outputs to answers and measures.
+    """A kind of task: from files to features, and from a model's logits to predictions and metrics.
 
-    Examples are whatever `read` returns, with a length. Where a model is fine-tuned, `learn_labels` comes after the
-    training file is read; where one exists already, `know` tells the labels it was trained with.
+    Examples are whatever `read` returns; they have a length. For fine-tuning, call `label_config` after reading the
+    training file; for a fine-tuned model, call `set_config` with its configuration.
+
+    Attributes:
+        model_class: Class of the model to open; a fine-tuned model may replace it.
+        feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
+        head_prefix: Prefix of the names of the head's weights, without which predictions are meaningless.
+        metrics: Names of metrics; the first selects the best model. "loss" is better lower, all others higher.
     """
 
-    model: type[PreTrainedModel]
-    of_features: ClassVar[type[PreTrainedModel] | None] = None  # the same on an encoder that does not learn
-    head: ClassVar[str]  # begins the names of the weights without which answers mean nothing
-    metrics: tuple[str, ...]  # names of measures, the one that decides first; "loss" among them falls
+    model_class: type[PreTrainedModel]
+    feature_based_model: ClassVar[type[PreTrainedModel] | None] = None
+    head_prefix: ClassVar[str]
+    metrics: tuple[str, ...]
 
     def __init__(self, settings: TaskSettings):
-        self.settings, self.bad = settings, BadRows(settings.on_bad_rows)
+        self.settings, self.bad_rows = settings, BadRows(settings.on_bad_rows)
         self.config: BertConfig | None = None
 
     @abstractmethod
     def read(self, path: str, *, labelled: bool) -> Any:
-        """The examples of a file. Without `labelled` labels may be missing, and what there are is kept."""
+        """Read the examples of a file.
 
-    def learn_labels(self, examples: Any) -> dict[str, Any]:
-        """What the training examples say of a model's configuration: how many labels there are, and their names."""
+        Args:
+            path: The file.
+            labelled: Whether each example must have a label. If False, labels may be missing; existing ones are kept.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is malformed, or a row cannot be used and `on_bad_rows` is "stop".
+        """
+
+    def label_config(self, examples: Any) -> dict[str, Any]:
+        """Return the entries of a model's configuration that follow from the training examples, such as `id2label`."""
         return {}
 
-    def know(self, config: BertConfig) -> None:
-        """Take labels from a model's configuration."""
+    def set_config(self, config: BertConfig) -> None:
+        """Use the labels of a model's configuration.
+
+        Raises:
+            ValueError: The model was trained for another kind of problem than the settings name.
+        """
         self.config = config
 
     @abstractmethod
     def featurize(self, examples: Any, tokenizer: Tokenizer, max_length: int) -> tuple[Any, Features]:
-        """The features of examples, with labels if they have some; and the examples, less what cannot be used."""
+        """Tokenize examples.
+
+        Args:
+            examples: What `read` or `parse_lines` returned.
+            tokenizer: The model's tokenizer.
+            max_length: Maximum tokens per sequence, special tokens included.
+
+        Returns:
+            The examples without those that cannot be used, and their features, with labels if the examples have any.
+        """
 
     @abstractmethod
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
-        """Compute what answers are made of: [E, labels], or [1, T, labels] where each token has its own."""
+        """Compute logits [E, labels], or [1, T, labels] if each token has its own."""
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
-        """Compute a batch's part of its step's mean loss, which runs over `items` labels."""
+        """Compute a batch's contribution to the mean loss of its optimizer step, which is over `items` labels."""
 
     @abstractmethod
-    def answers(self, examples: Any, features: Features, outputs: Outputs) -> Iterator[dict]:
-        """What the model says of each example, as `bertfast predict` prints it."""
+    def predictions(self, examples: Any, features: Features, outputs: Outputs) -> Iterator[dict]:
+        """Yield the prediction for each example, as `bertfast predict` prints it."""
 
     @abstractmethod
-    def measure(self, examples: Any, features: Features, outputs: Outputs) -> dict[str, float]:
-        """The metrics; nothing where the examples have no labels."""
+    def compute_metrics(self, examples: Any, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute the metrics; empty if the examples have no labels."""
 
     @abstractmethod
-    def write(self, folder: Path, split: str, examples: Any, features: Features, outputs: Outputs) -> None:
-        """Write predictions into `folder`, in the form that the benchmark wants where it has one."""
+    def write_predictions(self, folder: Path, split: str, examples: Any, features: Features, outputs: Outputs) -> None:
+        """Write predictions into `folder`, in the benchmark's submission format if it has one."""
 
     @abstractmethod
-    def parse(self, lines: Sequence[str]) -> Any:
-        """Examples from lines of standard input."""
+    def parse_lines(self, lines: Sequence[str]) -> Any:
+        """Return examples from lines of standard input."""
 
-    def confusion(self, examples: Any, features: Features, outputs: Outputs) -> Confusion | None:
-        """Which labels are taken for which; None where that says nothing."""
+    def confusion_matrix(self, examples: Any, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
+        """Return the confusion matrix; None if the task has none or the examples have no labels."""
         return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+def require_positive(settings: Any, *names: str) -> None:
+    """Raise ValueError, naming the flag, unless each of the named settings is at least 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file by renaming a complete temporary file, so that readers never see a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
@@ -146,11 +181,11 @@ def write_whole(path: Path, text: str) -> None:
 def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
     """Write a .tsv file."""
     lines = ["\t".join(header), *("\t".join(map(str, row)) for row in rows)]
-    write_whole(path, "\n".join(lines) + "\n")
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
-def json_lines(lines: Sequence[str], wanted: str) -> list[dict]:
-    """Objects of lines from standard input, such as `wanted`."""
+def json_lines(lines: Sequence[str], example: str) -> list[dict]:
+    """Parse lines of standard input, each a JSON object; ValueError, showing `example`, if one is not."""
     objects = []
     for number, line in enumerate(lines, 1):
         try:
@@ -158,6 +193,6 @@ def json_lines(lines: Sequence[str], wanted: str) -> list[dict]:
         except json.JSONDecodeError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError(f"line {number} of standard input is not an object such as {wanted}")
+            raise ValueError(f"line {number} of standard input is not a JSON object such as {example}")
         objects.append(value)
     return objects

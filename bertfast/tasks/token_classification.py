@@ -1,7 +1,9 @@
-"""A tag for each word: names (CoNLL-2003, WNUT-17), parts of speech and the like, a word a line.
+"""Token classification: a tag for each word, as in named entity recognition (CoNLL-2003, WNUT-17) and POS tagging.
 
-The first token of a word has its tag, the others none. Sentences that are too long are read in parts, and put together
-again.
+The first token of a word has its tag; the others are ignored. Sentences that are too long for one sequence are split
+between words, and their predictions are joined.
+
+Shapes: T packed tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,284 +24,274 @@ from bertfast.encoder import cross_entropy_sum, token_classification_loss, token
 from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.extensions import BertFeaturesForTokenClassification
 from bertfast.ops.reference import IGNORED
+from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
-from bertfast.tasks.metrics import confusion
-from bertfast.tasks.sequence_classification import label_numbers
-from bertfast.tasks.task import Confusion, Outputs, Task, TaskSettings, write_whole
+from bertfast.tasks.sequence_classification import label_to_id
+from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, write_atomically
 
-OUTSIDE = "O"
-DOCUMENT = "-DOCSTART-"
-_OTHER_LETTERS = {"L": "E", "U": "S"}  # BILOU's: BIOES's
+DOCUMENT_START = "-DOCSTART-"
 
 
-class Entity(NamedTuple):
-    """Words `start` to `end`, the last not included, of a kind."""
+class Segment(NamedTuple):
+    """The part of a sentence that one sequence contains.
 
-    kind: str
-    start: int
-    end: int
+    Attributes:
+        sentence: Index of the sentence.
+        words: int64 [n], indices of the words that begin in this part.
+        positions: int64 [n], position of each of those words' first token in the sequence.
+    """
+
+    sentence: int
+    words: np.ndarray
+    positions: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Tagged:
-    """Sentences as words, and where they are known the tag of each word.
+class TaggedSentences:
+    """Sentences as lists of words, with a tag for each word if they are known.
 
     Attributes:
-        where: says of each sentence the file and line.
-        pieces: of each sequence of the features, (sentence, its words' numbers, the places of their first tokens).
+        words: Words of each sentence.
+        tags: Tags of each sentence; None: unknown.
+        where: File and line of each sentence.
+        segments: After `featurize`, one for each sequence of the features.
     """
 
     words: list[list[str]]
     tags: list[list[str]] | None
     where: list[str]
-    pieces: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.words)
 
+    def select(self, rows: Sequence[int]) -> TaggedSentences:
+        """Return the sentences at `rows`."""
+        tags = None if self.tags is None else [self.tags[row] for row in rows]
+        return TaggedSentences([self.words[row] for row in rows], tags, [self.where[row] for row in rows])
 
-class TagTask(Task):
-    """Which tag each word has."""
 
-    model = BertForTokenClassification
-    of_features = BertFeaturesForTokenClassification
-    head = "classifier."
+class TokenClassificationTask(Task):
+    """Token classification: one tag for each word."""
+
+    model_class = BertForTokenClassification
+    feature_based_model = BertFeaturesForTokenClassification
+    head_prefix = "classifier."
     metrics = ("f1", "precision", "recall", "accuracy")
 
-    def __init__(self, settings: TaskSettings):
-        super().__init__(settings)
-        self.scheme: str | None = None
+    def read(self, path: str, *, labelled: bool) -> TaggedSentences:
+        """Read a CoNLL file: one word per line with its tag in a column, an empty line between sentences.
 
-    def read(self, path: str, *, labelled: bool) -> Tagged:
-        """Lines of a word, other columns and its tag, an empty line between sentences; -DOCSTART- is no sentence."""
+        IOB1 is converted to IOB2, and BILOU to BIOES. -DOCSTART- lines are skipped. See `Task.read`.
+        """
         sentences = list(self._sentences(Path(path), labelled))
         if not sentences:
-            raise ValueError(f"{path} holds no sentences")
+            raise ValueError(f"{path} has no sentences")
         words, tags, where = (list(column) for column in zip(*sentences, strict=True))
         if not all(map(len, tags)):
-            return Tagged(words, None, where)
-        scheme = scheme_of(tags)
-        kept, proper = [], []
+            return TaggedSentences(words, None, where)
+        scheme = detect_scheme(tags)
+        usable, converted = [], []
         for row, sentence in enumerate(tags):
-            problem = invalid(sentence, scheme)
+            problem = tag_error(sentence, scheme)
             if problem is not None:
-                self.bad.add(f"{where[row]}: {problem}")
+                self.bad_rows.add(f"{where[row]}: {problem}")
                 continue
-            kept.append(row)
-            proper.append(iob2(sentence) if scheme == "IOB1" else [_letter(tag) for tag in sentence])
-        return Tagged([words[row] for row in kept], proper, [where[row] for row in kept])
+            usable.append(row)
+            converted.append(iob1_to_iob2(sentence) if scheme == "IOB1" else list(map(bioes_tag, sentence)))
+        return replace(TaggedSentences(words, None, where).select(usable), tags=converted)
 
-    def learn_labels(self, examples: Tagged) -> dict[str, Any]:
-        """The tags."""
+    def label_config(self, examples: TaggedSentences) -> dict[str, Any]:
+        """Return the number of tags and their names, O first."""
         names = sorted({tag for sentence in examples.tags for tag in sentence}, key=lambda tag: (tag != OUTSIDE, tag))
         if len(names) < 2:
-            raise ValueError(f"every tag is {names[0]!r}; to tell words apart, there must be two different ones")
+            raise ValueError(f"every tag is {names[0]!r}; classification needs at least two different tags")
         return {"num_labels": len(names), "id2label": dict(enumerate(names))}
 
-    def featurize(self, examples: Tagged, tokenizer: Tokenizer, max_length: int) -> tuple[Tagged, Features]:
-        """A sequence for each sentence, or for each part of one that is too long."""
-        special, numbers = special_tokens(tokenizer), label_numbers(self.config)
+    def featurize(
+        self, examples: TaggedSentences, tokenizer: Tokenizer, max_length: int
+    ) -> tuple[TaggedSentences, Features]:
+        """Tokenize each sentence, or each segment of a sentence that is too long, as one sequence.
+
+        Returns:
+            The sentences with segments, and the features. Labels are int64 [T], -100 except at the first token of each
+            word. `num_truncated` counts words that are longer than a sequence.
+        """
+        special, ids_of_tags = special_tokens(tokenizer), label_to_id(self.config)
         if examples.tags is not None:
-            good = [row for row in range(len(examples)) if self._known(examples, row, numbers)]
-            columns = (examples.words, examples.tags, examples.where)
-            examples = Tagged(*([column[row] for row in good] for column in columns))
-        ids, labels, lengths, pieces, cut = [], [], [], [], 0
-        for sentence, encoding in enumerate(
-            tokenizer.encode_batch(examples.words, is_pretokenized=True, add_special_tokens=False)
-        ):
-            of_token = np.array(encoding.word_ids, np.int64)
-            first_of_word = np.flatnonzero(np.diff(of_token, prepend=-1))
-            for start, end in _parts(first_of_word, len(of_token), max_length - 2):
-                cut += end - start > max_length - 2
-                end = min(end, start + max_length - 2)
-                firsts = first_of_word[(first_of_word >= start) & (first_of_word < end)]
-                pieces.append((sentence, of_token[firsts], firsts - start + 1))
-                ids += [special.cls, *encoding.ids[start:end], special.sep]
+            rows = range(len(examples))
+            examples = examples.select([row for row in rows if self._is_usable(examples, row, ids_of_tags)])
+        room = max_length - 2  # for tokens between [CLS] and [SEP]
+        token_ids: list[int] = []
+        lengths: list[int] = []
+        labels: list[np.ndarray] = []
+        segments: list[Segment] = []
+        num_truncated = 0
+        encodings = tokenizer.encode_batch(examples.words, is_pretokenized=True, add_special_tokens=False)
+        for sentence, encoding in enumerate(encodings):
+            for start, end, words, positions in _segments(encoding, room):
+                num_truncated += end - start > room
+                end = min(end, start + room)
+                token_ids += [special.cls, *encoding.ids[start:end], special.sep]
                 lengths.append(end - start + 2)
+                segments.append(Segment(sentence, words, positions))
                 if examples.tags is not None:
-                    tags = np.full(lengths[-1], IGNORED, np.int64)
-                    tags[firsts - start + 1] = [numbers[examples.tags[sentence][word]] for word in of_token[firsts]]
-                    labels.append(tags)
+                    targets = np.full(lengths[-1], IGNORED, np.int64)
+                    targets[positions] = [ids_of_tags[examples.tags[sentence][word]] for word in words]
+                    labels.append(targets)
         features = Features(
-            np.array(ids, np.int32),
-            np.zeros(len(ids), np.uint8),
+            np.array(token_ids, np.int32),
+            np.zeros(len(token_ids), np.uint8),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            cut,
+            num_truncated,
             {"labels": np.concatenate(labels)} if labels else {},
         )
-        return replace(examples, pieces=pieces), features
+        return replace(examples, segments=segments), features
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
-        """[1, T, labels]."""
+        """Compute logits [1, T, labels]."""
         if isinstance(model, BertFeaturesForTokenClassification):
             features = inputs.arguments.get("features")
             return model.logits(inputs.packed(model), None if features is None else features[0])[None]
         return token_logits(model, inputs.packed(model))[None]
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
-        """Cross entropy of the words' first tokens."""
+        """Compute the cross-entropy at the first token of each word."""
         labels = inputs.arguments["labels"]
         if isinstance(model, BertFeaturesForTokenClassification):
             return cross_entropy_sum(self.logits(model, inputs)[0], labels) / items
         return token_classification_loss(model, inputs.packed(model), labels, items)
 
-    def answers(self, examples: Tagged, features: Features, outputs: Outputs) -> Iterator[dict]:
-        """{"words", "tags", "entities": [{"type", "text", "start", "end"}]}, in words."""
-        for words, tags in zip(examples.words, self._tags(examples, outputs), strict=True):
+    def predictions(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> Iterator[dict]:
+        """Yield {"words", "tags", "entities": [{"type", "text", "start", "end"}]}, positions in words."""
+        for words, tags in zip(examples.words, self._predicted_tags(examples, outputs), strict=True):
             found = [
-                {"type": one.kind, "text": " ".join(words[one.start : one.end]), "start": one.start, "end": one.end}
-                for one in entities(tags)
+                {"type": kind, "text": " ".join(words[start:end]), "start": start, "end": end}
+                for kind, start, end in entities(tags)
             ]
             yield {"words": words, "tags": tags, "entities": found}
 
-    def measure(self, examples: Tagged, features: Features, outputs: Outputs) -> dict[str, float]:
-        """precision, recall and f1 of whole entities, as conlleval has them, and the share of words with their tag."""
+    def compute_metrics(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute precision, recall and F1 of whole entities as conlleval does, and the accuracy of words' tags."""
         if examples.tags is None:
             return {}
-        predicted = self._tags(examples, outputs)
-        pairs = list(zip(examples.tags, predicted, strict=True))
-        wanted, found = ([{*entities(sentence)} for sentence in column] for column in (examples.tags, predicted))
-        right = sum(len(a & b) for a, b in zip(wanted, found, strict=True))
-        precision, recall = (right / max(sum(map(len, sets)), 1) for sets in (found, wanted))
+        predicted = self._predicted_tags(examples, outputs)
+        gold_entities, predicted_entities = (
+            [{*entities(tags)} for tags in sentences] for sentences in (examples.tags, predicted)
+        )
+        num_correct = sum(len(a & b) for a, b in zip(gold_entities, predicted_entities, strict=True))
+        precision, recall = (
+            num_correct / max(sum(map(len, sentences)), 1) for sentences in (predicted_entities, gold_entities)
+        )
+        pairs = zip(examples.tags, predicted, strict=True)
         return {
             "precision": precision,
             "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if right else 0.0,
-            "accuracy": float(np.mean([a == b for tags, others in pairs for a, b in zip(tags, others, strict=True)])),
+            "f1": 2 * precision * recall / (precision + recall) if num_correct else 0.0,
+            "accuracy": float(np.mean([a == b for gold, tags in pairs for a, b in zip(gold, tags, strict=True)])),
         }
 
-    def write(self, folder: Path, split: str, examples: Tagged, features: Features, outputs: Outputs) -> None:
-        """predictions_SPLIT.conll: a word, its tag where it is known, and the one predicted."""
+    def write_predictions(
+        self, folder: Path, split: str, examples: TaggedSentences, features: Features, outputs: Outputs
+    ) -> None:
+        """Write predictions_SPLIT.conll: word, true tag if known, and predicted tag."""
         lines = []
-        for row, (words, predicted) in enumerate(zip(examples.words, self._tags(examples, outputs), strict=True)):
+        for row, (words, predicted) in enumerate(
+            zip(examples.words, self._predicted_tags(examples, outputs), strict=True)
+        ):
             columns = [words, *([] if examples.tags is None else [examples.tags[row]]), predicted]
             lines += ["\t".join(line) for line in zip(*columns, strict=True)] + [""]
-        write_whole(folder / f"predictions_{split}.conll", "\n".join(lines) + "\n")
+        write_atomically(folder / f"predictions_{split}.conll", "\n".join(lines) + "\n")
 
-    def confusion(self, examples: Tagged, features: Features, outputs: Outputs) -> Confusion | None:
-        """Of words' tags."""
+    def confusion_matrix(
+        self, examples: TaggedSentences, features: Features, outputs: Outputs
+    ) -> ConfusionMatrix | None:
+        """Return the confusion matrix of words' tags; see `Task.confusion_matrix`."""
         if examples.tags is None:
             return None
-        numbers = label_numbers(self.config)
-        wanted, found = (
-            np.array([numbers[tag] for sentence in column for tag in sentence])
-            for column in (examples.tags, self._tags(examples, outputs))
+        ids_of_tags = label_to_id(self.config)
+        gold, predicted = (
+            np.array([ids_of_tags[tag] for tags in sentences for tag in tags])
+            for sentences in (examples.tags, self._predicted_tags(examples, outputs))
         )
         names = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        return names, confusion(wanted, found, len(names))
+        return names, task_metrics.confusion_matrix(gold, predicted, len(names))
 
-    def parse(self, lines: Sequence[str]) -> Tagged:
-        """Words with spaces between them, a sentence a line."""
-        return Tagged([line.split() for line in lines], None, [""] * len(lines))
+    def parse_lines(self, lines: Sequence[str]) -> TaggedSentences:
+        """Parse one sentence per line, words separated by white space."""
+        return TaggedSentences([line.split() for line in lines], None, [""] * len(lines))
 
     def _sentences(self, path: Path, labelled: bool) -> Iterator[tuple[list[str], list[str], str]]:
+        """Yield (words, tags, location) of each sentence; tags are empty if any is missing."""
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        words, tags, where, broken, column = [], [], "", None, self.settings.tag_column
-        for number, line in (*read_lines(path), (0, "")):
+        words, tags, where, problem, column = [], [], "", None, self.settings.tag_column
+        for number, line in (*read_lines(path), (0, "")):  # an empty line after the last sentence
             fields = line.split()
-            if fields and fields[0] != DOCUMENT:
+            if fields and fields[0] != DOCUMENT_START:
                 where = where or f"{path}, line {number}"
                 words.append(fields[0])
                 if len(fields) > 1 and -len(fields) <= column < len(fields):
                     tags.append(fields[column])
-                elif labelled and broken is None:
-                    broken = f"{path}, line {number}: {len(fields)} columns, of which none is the tag"
+                elif labelled and problem is None:
+                    problem = f"{path}, line {number}: no tag in column {column} of {len(fields)}"
                 continue
-            if broken is not None:
-                self.bad.add(broken)
+            if problem is not None:
+                self.bad_rows.add(problem)
             elif words:
                 yield words, tags if len(tags) == len(words) else [], where
-            words, tags, where, broken = [], [], "", None
+            words, tags, where, problem = [], [], "", None
 
-    def _known(self, examples: Tagged, row: int, numbers: dict[str, int]) -> bool:
-        odd = next((tag for tag in examples.tags[row] if tag not in numbers), None)
-        if odd is not None:
-            self.bad.add(f"{examples.where[row]}: the tag {odd!r} is none of those known: {', '.join(numbers)}")
-        return odd is None
+    def _is_usable(self, examples: TaggedSentences, row: int, known: dict[str, int]) -> bool:
+        """Return whether all tags of a sentence are known; if not, it is a bad row."""
+        unknown = next((tag for tag in examples.tags[row] if tag not in known), None)
+        if unknown is not None:
+            self.bad_rows.add(f"{examples.where[row]}: unknown tag {unknown!r}; known tags: {', '.join(known)}")
+        return unknown is None
 
-    def _tags(self, examples: Tagged, outputs: Outputs) -> list[list[str]]:
-        """Of each sentence's words; of those that no token is left of, the first label, O where there is one."""
+    def _predicted_tags(self, examples: TaggedSentences, outputs: Outputs) -> list[list[str]]:
+        """Return the predicted tag of each word; label 0 (O if there is an O) for words without a token."""
         names = self.config.id2label
         tags = [[names[0]] * len(words) for words in examples.words]
-        for (sentence, words, places), logits in zip(examples.pieces, outputs, strict=True):
-            for word, label in zip(words.tolist(), logits[places].argmax(1).tolist(), strict=True):
+        for (sentence, words, positions), logits in zip(examples.segments, outputs, strict=True):
+            for word, label in zip(words.tolist(), logits[positions].argmax(1).tolist(), strict=True):
                 tags[sentence][word] = names[label]
         return tags
 
 
-def entities(tags: Sequence[str]) -> list[Entity]:
-    """The entities that tags in IOB2 or BIOES mark, read leniently: an I or E that continues none begins one."""
-    found, kind, start = [], None, 0
-    for place, tag in enumerate([*tags, OUTSIDE]):
-        letter, _, own = tag.partition("-")
-        goes_on = letter in ("I", "E") and own == kind
-        if kind is not None and not goes_on:
-            found.append(Entity(kind, start, place))
-            kind = None
-        if letter in ("B", "S", "I", "E") and own and not goes_on:
-            kind, start = own, place
-        if letter in ("S", "E") and kind is not None:
-            found.append(Entity(kind, start, place + 1))
-            kind = None
-    return found
+def _segments(encoding: Encoding, room: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Yield the segments of a sentence, each of as many words as fit, and at least one segment.
+
+    Args:
+        encoding: Tokens of the sentence's words, without special tokens.
+        room: Maximum tokens per segment; only a single word may exceed it.
+
+    Returns:
+        First and end token (exclusive) of each segment; int64 [n], indices of the words that begin in its first `room`
+        tokens; and int64 [n], the positions of their first tokens in the sequence, where [CLS] is 0.
+    """
+    word_ids = np.array(encoding.word_ids, np.int64)
+    num_tokens = len(word_ids)
+    first_tokens = np.flatnonzero(np.diff(word_ids, prepend=-1))
+    for start, end in _segment_spans(first_tokens, num_tokens, room):
+        in_segment = first_tokens[(first_tokens >= start) & (first_tokens < min(end, start + room))]
+        yield start, end, word_ids[in_segment], in_segment - start + 1
 
 
-def scheme_of(sentences: Sequence[Sequence[str]]) -> str | None:
-    """IOB1, IOB2 or BIOES, whichever the tags are in; None: they mark no entities."""
-    tags = {tag for sentence in sentences for tag in sentence}
-    letters = {tag[0] for tag in tags if tag[1:2] == "-"}
-    if not letters or not all(tag == OUTSIDE or tag[1:2] == "-" for tag in tags) or letters - set("BIOESLU"):
-        return None
-    if letters & set("ESLU"):
-        return "BIOES"
-    begun_by_i, first_by_b = (
-        any(not _follows_its_kind(sentence, place) for sentence in sentences for place in _places(sentence, letter))
-        for letter in "IB"
-    )
-    return "IOB1" if begun_by_i and not first_by_b else "IOB2"
+def _segment_spans(first_tokens: np.ndarray, num_tokens: int, room: int) -> list[tuple[int, int]]:
+    """Return (start, end) tokens of segments that end between words; at least one.
 
-
-def invalid(tags: Sequence[str], scheme: str | None) -> str | None:
-    """What is wrong with a sentence's tags; None: nothing."""
-    if scheme in (None, "IOB1"):
-        return None
-    previous = OUTSIDE
-    for tag in [*map(_letter, tags), OUTSIDE]:
-        letter, before = tag[0], previous[0]
-        if letter in "IE" and not (before in "BI" and previous[1:] == tag[1:]):
-            return f"the tag {tag!r} follows {previous!r}, and continues nothing ({scheme})"
-        if scheme == "BIOES" and before in "BI" and letter not in "IE":
-            return f"the tag {previous!r} is not continued ({scheme})"
-        previous = tag
-    return None
-
-
-def iob2(tags: Sequence[str]) -> list[str]:
-    """IOB1, where B stands only between two entities of a kind, as IOB2, where every entity begins with it."""
-    return [
-        "B" + tag[1:] if tag[0] == "I" and not _follows_its_kind(tags, place) else tag for place, tag in enumerate(tags)
-    ]
-
-
-def _letter(tag: str) -> str:
-    return _OTHER_LETTERS.get(tag[0], tag[0]) + tag[1:] if tag[1:2] == "-" else tag
-
-
-def _places(tags: Sequence[str], letter: str) -> Iterator[int]:
-    return (place for place, tag in enumerate(tags) if tag[0] == letter)
-
-
-def _follows_its_kind(tags: Sequence[str], place: int) -> bool:
-    return place > 0 and tags[place - 1][1:] == tags[place][1:] and tags[place - 1] != OUTSIDE
-
-
-def _parts(first_of_word: np.ndarray, tokens: int, room: int) -> list[tuple[int, int]]:
-    """Stretches of a sentence's tokens, as many words in each as there is room for; at least one."""
-    parts, start = [], 0
-    ends = np.append(first_of_word[1:], tokens)
-    for end, following in zip(ends, np.append(ends[1:], tokens), strict=True):
-        if end == tokens or following - start > room:
-            parts.append((start, int(end)))
+    Args:
+        first_tokens: int64 [words], index of each word's first token.
+        num_tokens: Tokens of the sentence.
+        room: Maximum tokens per segment; only a single word may exceed it.
+    """
+    spans, start = [], 0
+    word_ends = np.append(first_tokens[1:], num_tokens)
+    next_word_ends = np.append(word_ends[1:], num_tokens)
+    for end, next_end in zip(word_ends, next_word_ends, strict=True):
+        if end == num_tokens or next_end - start > room:
+            spans.append((start, int(end)))
             start = int(end)
-    return parts or [(0, 0)]
+    return spans or [(0, 0)]

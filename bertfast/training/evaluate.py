@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bertfast.inference.predict import open_tuned, predict_outputs
+from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.runtime.plotting import draw
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
-from bertfast.tasks.task import Confusion, TaskSettings, write_whole
+from bertfast.tasks.task import ConfusionMatrix, TaskSettings, write_atomically
 from bertfast.training.validation import evaluate_masked_lm
 
 _LABELS_SHOWN = 30  # in a picture of which are taken for which
@@ -44,28 +44,28 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
 
 def write_results(path: Path, metrics: dict) -> None:
     """Write metrics as JSON, in a folder that is made if it is missing."""
-    write_whole(path, json.dumps(metrics, indent=2) + "\n")
+    write_atomically(path, json.dumps(metrics, indent=2) + "\n")
 
 
 def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
     require_libraries()
-    task, model, tokenizer = open_tuned(settings)
+    task, model, tokenizer = open_finetuned(settings)
     examples = task.read(settings.validation_file, labelled=True)
     length = sequence_length(settings.max_seq_length, model.config)
     examples, features = task.featurize(examples, tokenizer, length)
     outputs = predict_outputs(task, model, features)
-    metrics = task.measure(examples, features, outputs)
+    metrics = task.compute_metrics(examples, features, outputs)
     if settings.output_dir is not None:
         folder = Path(settings.output_dir)
-        task.write(folder, "validation", examples, features, outputs)
-        table = task.confusion(examples, features, outputs)
+        task.write_predictions(folder, "validation", examples, features, outputs)
+        table = task.confusion_matrix(examples, features, outputs)
         if table is not None and len(table[0]) <= _LABELS_SHOWN and not draw_confusion(table, folder / "confusion.png"):
             print("No confusion.png: that wants `pip install bertfast[plots]`.")
-    left_out = {"bad_rows": task.bad.count} if task.bad.count else {}
+    left_out = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
     return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | left_out
 
 
-def draw_confusion(table: Confusion, path: Path) -> bool:
+def draw_confusion(table: ConfusionMatrix, path: Path) -> bool:
     """Draw which labels are taken for which, as shares of each row; False where matplotlib is not installed."""
     names, counts = table
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
-from bertfast.inference.embed import states_on_disk
+from bertfast.inference.embed import cached_hidden_states
 from bertfast.inference.predict import predict_outputs
 from bertfast.models.extensions import class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
@@ -30,7 +30,7 @@ from bertfast.ops.reference import IGNORED
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import ModelInputs, labels_in, shuffled_batches, within_budget
+from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches, within_budget
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
@@ -55,7 +55,7 @@ class FinetuneSettings(TaskSettings):
         test_file: The same to predict on with the best model; its labels, if there are any, are only for metrics.
         strategy: fine-tuning teaches the whole model; feature-based leaves it as it is, and teaches a BiLSTM that reads
             its layers (tags of words alone).
-        feature_layers: Which of them: embeddings, second-to-last, last, sum-last-four, concat-last-four or sum-all;
+        feature_layers: Which of them: embeddings, second-to-last, last, mean-last-four, concat-last-four or mean-all;
             sums are weighted, and the weights learned.
         lstm_size: Of each direction of the BiLSTM.
         lstm_layers: Of the BiLSTM.
@@ -155,15 +155,15 @@ class Finetuning:
         self.precision = choose_precision(self.device, settings.precision)
         self.task = choose_task(settings, file=settings.train_file)
         if settings.strategy == "feature-based":
-            if self.task.of_features is None:
+            if self.task.feature_based_model is None:
                 raise ValueError("the strategy feature-based is for tags of words")
-            self.task.model = self.task.of_features
+            self.task.model_class = self.task.feature_based_model
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         files = {split: path for split, path in files.items() if path is not None}
         examples = {split: self.task.read(path, labelled=split != "test") for split, path in files.items()}
         source = resolve(settings.model_name_or_path)
-        self.config = self._configure(source, self.task.learn_labels(examples["train"]))
-        self.task.know(self.config)
+        self.config = self._configure(source, self.task.label_config(examples["train"]))
+        self.task.set_config(self.config)
         self.metric = self._choose_metric()
         self.tokenizer = open_tokenizer(source, self.config)
         length = sequence_length(settings.max_seq_length, self.config)
@@ -171,16 +171,18 @@ class Finetuning:
         for split, some in examples.items():
             self.examples[split], features = self.task.featurize(some, self.tokenizer, length)
             self.features[split] = features
-            if features.cut:
-                sequences = len(features.starts) - 1
-                logger.warning("%s: cut %d of %d texts to %d tokens", files[split], features.cut, sequences, length)
+            if features.num_truncated:
+                sequences = len(features.cu_seqlens) - 1
+                logger.warning(
+                    "%s: cut %d of %d texts to %d tokens", files[split], features.num_truncated, sequences, length
+                )
         torch.manual_seed(settings.seed)
         self.model = self._build_model(source).to(self.device)
         if settings.strategy == "feature-based":
             self._scratch = TemporaryDirectory()  # gone when the run is
             kept = Path(settings.features_dir or self._scratch.name)
             for split, some in self.features.items():
-                states = states_on_disk(kept, self.model, some, self.precision, settings.eval_tokens)
+                states = cached_hidden_states(kept, self.model, some, self.precision, settings.eval_tokens)
                 self.features[split] = replace(some, inputs={"features": states})
         self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
         self._prepare_steps()
@@ -252,7 +254,7 @@ class Finetuning:
 
     def _build_model(self, source: Path) -> PreTrainedModel:
         if self.settings.random_init:
-            model = class_for(self.task.model, self.config)(self.config)
+            model = class_for(self.task.model_class, self.config)(self.config)
             initialise(model)
         else:
             model = self._open_model(source)
@@ -266,10 +268,10 @@ class Finetuning:
         own, other_task = read_config(start), self.settings.init_from_task is not None
         if other_task and tokenizer_hash(load_tokenizer(start)) != tokenizer_hash(self.tokenizer):
             raise ValueError(f"{name} reads text as other tokens than {source}, whose tokenizer is used")
-        other_task |= self.task.model.__name__ not in (own.architectures or [])
+        other_task |= self.task.model_class.__name__ not in (own.architectures or [])
         other_task |= own.id2label != self.config.id2label
-        fresh = (self.task.head,) if other_task else ()  # a head for something else knows nothing of this
-        model, missing, unexpected = load(self.task.model, start, self.config, fresh=fresh)
+        fresh = (self.task.head_prefix,) if other_task else ()  # a head for something else knows nothing of this
+        model, missing, unexpected = load(self.task.model_class, start, self.config, fresh=fresh)
         report_differences(model, name, missing, unexpected)
         return model
 
@@ -340,7 +342,7 @@ class Finetuning:
     def _weight(self, batch: dict[str, Tensor | int]) -> float:
         """What a batch counts in its step's mean: its labels, or their weights."""
         if self.host_weights is None:
-            return labels_in(batch)
+            return count_labels(batch)
         labels = batch["labels"]
         return self.host_weights[labels[labels >= 0]].sum().item()
 
@@ -388,12 +390,12 @@ class Finetuning:
 
     def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
         outputs = predict_outputs(self.task, self.model, self.features[split])
-        metrics = self.task.measure(self.examples[split], self.features[split], outputs)
+        metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _write(self, split: str, outputs) -> None:
-        self.task.write(self.folder, split, self.examples[split], self.features[split], outputs)
+        self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)
 
     def _save(self) -> None:
         save(self.model, self.folder)
@@ -416,9 +418,9 @@ class Finetuning:
             "train_runtime": self.seconds,
             "train_tokens_per_second": self.tokens / self.seconds,
         }
-        if self.task.bad.count:
-            results["bad_rows"] = self.task.bad.count
-            print(f"{self.task.bad.count} rows could not be used and were left out")
+        if self.task.bad_rows.count:
+            results["bad_rows"] = self.task.bad_rows.count
+            print(f"{self.task.bad_rows.count} rows could not be used and were left out")
         if "test" in self.features:
             self.model.load_state_dict(load(type(self.model), self.folder, self.config)[0].state_dict())
             outputs, metrics = self._predict("test")

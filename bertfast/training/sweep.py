@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bertfast.tasks.task import write_whole
+from bertfast.tasks.task import write_atomically
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import FinetuneSettings, Finetuning
 
@@ -81,7 +81,7 @@ def sweep(settings: SweepSettings) -> dict:
     best = max(runs, key=lambda run: sign * run[0])[1]
     results = {"metric": metric, "best": best, "combinations": combinations}
     write_results(folder / "sweep.json", results)
-    write_whole(folder / "sweep.md", table(results))
+    write_atomically(folder / "sweep.md", table(results))
     print(table(results))
     return results
 

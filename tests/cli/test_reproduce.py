@@ -39,7 +39,12 @@ def write_data(folder: Path) -> Path:
 def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    column = {"task": "classification", "train-file": "a.tsv", "validation-file": "a.tsv", "metric": "accuracy"}
+    column = {
+        "task": "sequence-classification",
+        "train-file": "a.tsv",
+        "validation-file": "a.tsv",
+        "metric": "accuracy",
+    }
     table = {
         "title": "Table 5: a few",
         "paper": "of others",

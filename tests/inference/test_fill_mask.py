@@ -1,4 +1,4 @@
-"""Blanks are filled with what the model holds likeliest there."""
+"""Masked-token prediction by the model's probabilities."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TOKENIZER = train_tokenizer(["the cat sat on the mat"], 128)
 
 @pytest.fixture
 def config() -> BertConfig:
-    # More embeddings than tokens, as in checkpoints that were padded to a round number.
+    # vocab_size is rounded up beyond the tokenizer's vocabulary.
     return BertConfig(
         vocab_size=140,
         hidden_size=16,
@@ -29,43 +29,43 @@ def model(config) -> BertForMaskedLM:
     return BertForMaskedLM(config).eval()
 
 
-def test_each_blank_gets_its_best_words(model):
-    blanks = fill_mask(model, TOKENIZER, "the [MASK] sat on the [MASK]", top_k=128)
-    assert len(blanks) == 2
+def test_each_mask_gets_its_most_probable_tokens(model):
+    predictions = fill_mask(model, TOKENIZER, "the [MASK] sat on the [MASK]", top_k=128)
+    assert len(predictions) == 2
     ids = torch.tensor([TOKENIZER.encode("the [MASK] sat on the [MASK]").ids])
-    places = (ids[0] == TOKENIZER.token_to_id("[MASK]")).nonzero().squeeze(1)
+    positions = (ids[0] == TOKENIZER.token_to_id("[MASK]")).nonzero().squeeze(1)
     with torch.no_grad():
-        probabilities = model(ids).logits[0, places, :128].softmax(1)
-    for words, expected in zip(blanks, probabilities, strict=True):
-        assert [p for _, p in words] == sorted((p for _, p in words), reverse=True)
-        assert sum(p for _, p in words) == pytest.approx(1, abs=1e-5)
-        assert {word: pytest.approx(float(expected[TOKENIZER.token_to_id(word)])) for word, _ in words} == dict(words)
+        probabilities = model(ids).logits[0, positions, :128].softmax(1)
+    for tokens, expected in zip(predictions, probabilities, strict=True):
+        assert [p for _, p in tokens] == sorted((p for _, p in tokens), reverse=True)
+        assert sum(p for _, p in tokens) == pytest.approx(1, abs=1e-5)
+        assert {t: pytest.approx(float(expected[TOKENIZER.token_to_id(t)])) for t, _ in tokens} == dict(tokens)
 
 
-def test_a_word_the_model_is_sure_of_comes_first(model):
+def test_most_probable_token_comes_first_and_unused_ids_are_not_predicted(model):
     with torch.no_grad():
         model.cls.predictions.bias[TOKENIZER.token_to_id("cat")] = 20
-        model.cls.predictions.bias[135] = 30  # no token has this number
-    [[(word, probability)]] = fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=1)
-    assert (word, round(probability, 3)) == ("cat", 1.0)
+        model.cls.predictions.bias[135] = 30  # beyond the tokenizer's vocabulary
+    [[(token, probability)]] = fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=1)
+    assert (token, round(probability, 3)) == ("cat", 1.0)
 
 
-def test_the_command_prints_them(model, tmp_path, capsys):
+def test_command_prints_the_predictions(model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     save_tokenizer(TOKENIZER, tmp_path)
     fill_mask_command(FillMaskSettings(str(tmp_path), "the [MASK] sat", top_k=3))
     printed = capsys.readouterr().out
-    for word, _ in fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=3)[0]:
-        assert f"  {word}\n" in printed
+    for token, _ in fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=3)[0]:
+        assert f"  {token}\n" in printed
     assert len(printed.splitlines()) == 2 + 3
 
 
-def test_a_text_that_cannot_be_filled(model, config, tmp_path):
+def test_invalid_input_raises(model, config, tmp_path):
     with pytest.raises(ValueError, match=r"no \[MASK\] in 'the cat'"):
         fill_mask(model, TOKENIZER, "the cat")
-    with pytest.raises(ValueError, match="22 tokens, more than the 12 positions"):
+    with pytest.raises(ValueError, match="22 tokens, more than the model's 12 positions"):
         fill_mask(model, TOKENIZER, "[MASK] " * 20)
-    with pytest.raises(ValueError, match="top_k is at least 1"):
+    with pytest.raises(ValueError, match="--top-k must be at least 1, got 0"):
         FillMaskSettings("x", "[MASK]", top_k=0)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     save_tokenizer(TOKENIZER, tmp_path)

@@ -1,4 +1,4 @@
-"""What a fine-tuned model answers: packed or padded, in a file or line by line, here or in transformers."""
+"""Predictions of a fine-tuned model: packed or padded, from a file or standard input, and in transformers."""
 
 import io
 import json
@@ -15,29 +15,29 @@ from bertfast import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.predict import PredictSettings, predict, predict_outputs
 from bertfast.tasks.features import Features, tokenize
-from bertfast.tasks.sequence_classification import SentenceTask
+from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 
 
 def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
     settings = PredictSettings(model_name_or_path="", eval_tokens=tokens, precision="fp32")
-    return np.stack(predict_outputs(SentenceTask(settings), model, features))
+    return np.stack(predict_outputs(SequenceClassificationTask(settings), model, features))
 
 
-def test_transformers_opens_it_and_says_the_same(tuned):
+def test_transformers_opens_the_model_and_agrees(tuned):
     folder, _ = tuned
-    theirs = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
-    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    hf_model = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    assert hf_model.config.id2label == {0: "bad", 1: "good"}
     texts = ["the film was good", "a bad plot and a very bad actor"]
     batch = transformers.BertTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = theirs(**batch).logits.numpy()
-    ours = BertForSequenceClassification.from_pretrained(folder)
+        expected = hf_model(**batch).logits.numpy()
+    model = BertForSequenceClassification.from_pretrained(folder)
     features = tokenize(load_tokenizer(folder), texts, 24)
-    np.testing.assert_allclose(logits_of(ours, features), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(model, features), expected, atol=1e-5)
 
 
-def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
+def test_packed_predictions_equal_padded_ones_at_any_batch_size(tuned):
     folder, _ = tuned
     model = BertForSequenceClassification.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
@@ -51,13 +51,13 @@ def test_packed_predictions_are_the_padded_ones_in_any_batch(tuned):
             torch.tensor([encoding.ids for encoding in encodings]),
             torch.tensor([encoding.attention_mask for encoding in encodings]),
         ).logits.numpy()
-    model.train()  # without dropout all the same, and training goes on with it
+    model.train()  # predict_outputs disables dropout, and restores the mode
     for tokens in (1, 40, 10_000):
         np.testing.assert_allclose(logits_of(model, features, tokens), padded, atol=1e-5)
     assert model.training
 
 
-def test_evaluate_agrees_with_fine_tuning(tuned, files, tmp_path, capsys):
+def test_evaluate_agrees_with_finetune(tuned, files, tmp_path, capsys):
     folder, results = tuned
     common = {"model_name_or_path": str(folder), "validation_file": files["validation_file"], "device": "cpu"}
     metrics = evaluate(EvaluateSettings(**common, precision="fp32", output_dir=str(tmp_path / "new")))
@@ -70,7 +70,7 @@ def test_evaluate_agrees_with_fine_tuning(tuned, files, tmp_path, capsys):
     assert "eval_accuracy" in capsys.readouterr().out
 
 
-def test_predict_answers_a_file_and_standard_input_alike(tuned, files, capsys, monkeypatch):
+def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, capsys, monkeypatch):
     folder, _ = tuned
     settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
     predict(PredictSettings(**settings, test_file=files["test_file"]))

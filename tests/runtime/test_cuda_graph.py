@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bertfast import BertModel, inputs
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.inference import embed as extraction
+from bertfast.inference import embed as embedding
 from bertfast.inference import predict as prediction
 from bertfast.ops import sequences
 from bertfast.ops.sequences import Sequences
@@ -234,7 +234,14 @@ def test_a_runner_captures_what_comes_often_and_no_more_than_it_may():
     assert len(runner.graphs) == 2
 
 
-FINETUNING = ["classification", "regression", "multi-label", "choices", "answers", "tags"]
+FINETUNING = [
+    "sequence-classification",
+    "regression",
+    "multi-label",
+    "multiple-choice",
+    "question-answering",
+    "token-classification",
+]
 
 
 def capture_passes(monkeypatch, module, capture) -> list:
@@ -293,8 +300,10 @@ def test_fine_tuning_steps_are_read_together_where_the_device_is_not_waited_for(
     for name, steps in (("each", 1), ("together", 4)):
         folder = tmp_path / name
         folder.mkdir()
-        file = write_examples(folder, "classification", 60, seed=0)
-        run = Finetuning(finetuning_settings("classification", pretrained, file, folder / "out", logging_steps=4))
+        file = write_examples(folder, "sequence-classification", 60, seed=0)
+        run = Finetuning(
+            finetuning_settings("sequence-classification", pretrained, file, folder / "out", logging_steps=4)
+        )
         run.steps_per_read = steps
         run.run(lambda step: None)
         runs.append((run.losses, [entry.get("loss") for entry in entries(folder / "out")]))
@@ -319,21 +328,23 @@ def test_replayed_predictions_are_bitwise_identical_with_eager(kind, pretrained,
         np.testing.assert_allclose(one, without_padding, atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "tokens"])
-def test_replayed_features_are_bitwise_identical_with_eager(pool, pretrained, tmp_path, monkeypatch, as_on_a_device):
-    options = {"pool": pool, "eval_tokens": 60, "device": "cpu", "precision": "fp32"}
-    settings = extraction.ExtractSettings(model_name_or_path="", output_dir="", **options)
+@pytest.mark.parametrize("pooling", ["cls", "mean", "none"])
+def test_replayed_embeddings_are_bitwise_identical_with_eager(
+    pooling, pretrained, tmp_path, monkeypatch, as_on_a_device
+):
+    options = {"pooling": pooling, "eval_tokens": 60, "device": "cpu", "precision": "fp32"}
+    settings = embedding.EmbedSettings(model_name_or_path="", output_dir="", **options)
     model = BertModel.from_pretrained(pretrained)
     random_ = random.Random(0)
     texts = [" ".join(random_.choices(FILLERS, k=random_.randint(3, 9))) for _ in range(80)]
     features = tokenize(load_tokenizer(pretrained), texts, 24)
-    plain = extraction.compute(model, features, settings)["features"]
+    plain = embedding.compute_embeddings(model, features, settings)["embeddings"]
     with monkeypatch.context() as patch:
         patch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
-        capture_passes(patch, extraction, never)
-        eager = extraction.compute(model, features, settings)["features"]
-    captured = capture_passes(monkeypatch, extraction, emulated_graph)
-    assert torch.equal(extraction.compute(model, features, settings)["features"], eager)
+        capture_passes(patch, embedding, never)
+        eager = embedding.compute_embeddings(model, features, settings)["embeddings"]
+    captured = capture_passes(monkeypatch, embedding, emulated_graph)
+    assert torch.equal(embedding.compute_embeddings(model, features, settings)["embeddings"], eager)
     assert captured
     torch.testing.assert_close(eager, plain, atol=1e-5, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Choices among endings, in the files of SWAG and in one's own."""
+"""Multiple choice: SWAG's files, and JSON lines."""
 
 import json
 
@@ -7,94 +7,94 @@ import pytest
 
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
-from bertfast.tasks.multiple_choice import ChoiceTask
+from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import TaskSettings
 
 HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,label"
 
 
-def task(**settings) -> ChoiceTask:
-    own = ChoiceTask(TaskSettings(model_name_or_path="", **settings))
-    own.know(BertConfig())
-    return own
+def task_for(**settings) -> MultipleChoiceTask:
+    task = MultipleChoiceTask(TaskSettings(model_name_or_path="", **settings))
+    task.set_config(BertConfig())
+    return task
 
 
-def test_swag_is_read_as_published(tmp_path):
+def test_swag_files_are_read_in_their_published_format(tmp_path):
     path = tmp_path / "swag.csv"
     path.write_text(f'{HEADER}\n0,v,1,"a b, c","a b,",c,gold,d,"e, f",g,2\n1,v,1,a,a b,,gold,d,e,f,0\n')
-    own = task()
-    examples = own.read(str(path), labelled=True)
+    task = task_for()
+    examples = task.read(str(path), labelled=True)
     assert examples.texts == ["a b,", "a b"]
     assert examples.endings == [["c d", "c e, f", "c g"], ["d", "e", "f"]]
     assert examples.labels == [2, 0]
     tokenizer = train_tokenizer(["a b c d e f g"], 64)
-    _, features = own.featurize(examples, tokenizer, 32)
-    assert (len(features), features.choices) == (2, 3)
+    _, features = task.featurize(examples, tokenizer, 32)
+    assert (len(features), features.num_choices) == (2, 3)
     batch = features.batch(np.array([1]))
     expected = [tokenizer.encode("a b", ending).ids for ending in ("d", "e", "f")]
     assert batch["input_ids"][0].tolist() == [token for ids in expected for token in ids]
     outputs = [np.array([0.0, 0.0, 3.0]), np.array([0.0, 2.0, 0.0])]
-    assert own.measure(examples, features, outputs)["accuracy"] == 0.5
-    answers = list(own.answers(examples, features, outputs))
-    assert answers[0]["ending"] == "c g"
-    own.write(tmp_path, "dev", examples, features, outputs)
+    assert task.compute_metrics(examples, features, outputs)["accuracy"] == 0.5
+    predictions = list(task.predictions(examples, features, outputs))
+    assert predictions[0]["ending"] == "c g"
+    task.write_predictions(tmp_path, "dev", examples, features, outputs)
     assert (tmp_path / "predictions_dev.tsv").read_text().splitlines()[1].startswith("0\t2\t")
 
 
-def test_any_number_of_endings_in_json_lines(tmp_path):
+def test_json_lines_may_have_any_number_of_endings(tmp_path):
     rows = [{"sent1": "a", "endings": ["b", "c"], "label": 1}, {"sent1": "d", "endings": ["e", "f"], "label": "0"}]
-    path = tmp_path / "own.jsonl"
+    path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert task().read(str(path), labelled=True).labels == [1, 0]
+    assert task_for().read(str(path), labelled=True).labels == [1, 0]
     lines = [json.dumps({name: row[name] for name in ("sent1", "endings")}) for row in rows]
-    assert task().parse(lines).endings == [["b", "c"], ["e", "f"]]
+    assert task_for().parse_lines(lines).endings == [["b", "c"], ["e", "f"]]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"sent1": "a", "endings": ["b"], "label": 0}, "line 2: 1 endings where the first row has 2"),
-        ({"sent1": "a", "endings": ["b", "c"], "label": 2}, "line 2: the label 2 is none of 0 to 1"),
+        ({"sent1": "a", "endings": ["b", "c"], "label": 2}, "line 2: the label 2 is not in 0 to 1"),
     ],
 )
-def test_bad_rows_are_named_or_left_out(row, message, tmp_path):
-    path = tmp_path / "own.jsonl"
+def test_bad_rows_are_reported_or_skipped(row, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"sent1": "a", "endings": ["b", "c"], "label": 1}) + "\n" + json.dumps(row))
     with pytest.raises(ValueError, match=message):
-        task().read(str(path), labelled=True)
-    own = task(on_bad_rows="skip")
-    assert (len(own.read(str(path), labelled=True)), own.bad.count) == (1, 1)
+        task_for().read(str(path), labelled=True)
+    task = task_for(on_bad_rows="skip")
+    assert (len(task.read(str(path), labelled=True)), task.bad_rows.count) == (1, 1)
 
 
-def test_lines_that_are_no_choices_are_refused():
-    with pytest.raises(ValueError, match="line 1 of standard input is not an object"):
-        task().parse(["a b c"])
+def test_malformed_lines_raise():
+    with pytest.raises(ValueError, match="line 1 of standard input is not a JSON object"):
+        task_for().parse_lines(["a b c"])
     with pytest.raises(ValueError, match="must be an object such as"):
-        task().parse(['{"text": "a"}'])
+        task_for().parse_lines(['{"text": "a"}'])
 
 
-def test_codah_is_read_whole(shared_data):
+def test_codah_has_the_published_number_of_rows(shared_data):
     counts = {"train": 1665, "dev": 556, "test": 555}
     for split, count in counts.items():
-        examples = task().read(str(shared_data / "swag" / f"codah_{split}.csv.gz"), labelled=True)
+        examples = task_for().read(str(shared_data / "swag" / f"codah_{split}.csv.gz"), labelled=True)
         assert (len(examples), {len(endings) for endings in examples.endings}) == (count, {4})
-    assert len(task().read(str(shared_data / "swag" / "swag_sample.csv"), labelled=True)) == 11
+    assert len(task_for().read(str(shared_data / "swag" / "swag_sample.csv"), labelled=True)) == 11
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "kind"),
+    ("name", "text", "task_class"),
     [
-        ("a.csv", HEADER, "ChoiceTask"),
-        ("a.jsonl", '{"sent1": "a", "endings": ["b", "c"], "label": 0}', "ChoiceTask"),
-        ("a.csv", "text,label\na,b", "SentenceTask"),
-        ("a.jsonl", '{"text": "a", "label": 0}', "SentenceTask"),
-        ("a.tsv", "text\tlabel", "SentenceTask"),
-        ("a.json", "{}", "SpanTask"),
-        ("a.conll", "a\tO", "TagTask"),
+        ("a.csv", HEADER, "MultipleChoiceTask"),
+        ("a.jsonl", '{"sent1": "a", "endings": ["b", "c"], "label": 0}', "MultipleChoiceTask"),
+        ("a.csv", "text,label\na,b", "SequenceClassificationTask"),
+        ("a.jsonl", '{"text": "a", "label": 0}', "SequenceClassificationTask"),
+        ("a.tsv", "text\tlabel", "SequenceClassificationTask"),
+        ("a.json", "{}", "QuestionAnsweringTask"),
+        ("a.conll", "a\tO", "TokenClassificationTask"),
     ],
 )
-def test_a_task_is_known_by_its_file(name, text, kind, tmp_path):
+def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     path = tmp_path / name
     path.write_text(text)
-    assert type(choose_task(TaskSettings(model_name_or_path=""), file=str(path))).__name__ == kind
+    assert type(choose_task(TaskSettings(model_name_or_path=""), file=str(path))).__name__ == task_class

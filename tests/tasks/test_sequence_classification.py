@@ -1,4 +1,4 @@
-"""Labels of sentences and pairs: one, several, or a number; and what the benchmarks' files are like."""
+"""Sequence classification: labels of each problem type, and the files of GLUE as published."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,13 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.features import Features
-from bertfast.tasks.sequence_classification import Columns, SentenceTask, are_fractions, label_numbers, name_labels
+from bertfast.tasks.sequence_classification import (
+    Columns,
+    SequenceClassificationTask,
+    has_fractions,
+    label_to_id,
+    sorted_labels,
+)
 from bertfast.tasks.tables import Table
 from bertfast.tasks.task import TaskSettings
 
@@ -19,12 +25,12 @@ def table(**columns: list) -> Table:
     return Table(Path("a.tsv"), columns, list(range(2, 2 + len(next(iter(columns.values()))))))
 
 
-def test_columns_have_their_usual_names():
+def test_columns_default_to_common_names():
     pair = table(idx=["0"], sentence1=["x"], sentence2=["y"], label=["1"])
     assert Columns.choose(pair, None, None, None) == Columns("sentence1", "sentence2", "label")
     assert Columns.choose(pair, "idx", None, "sentence1") == Columns("idx", "sentence2", "sentence1")
     assert Columns.choose(table(text=["x"]), None, None, None) == Columns("text", None, "label")
-    with pytest.raises(ValueError, match="only 'review', 'stars': say with text_column"):
+    with pytest.raises(ValueError, match="only 'review', 'stars': name the text column with --text-column"):
         Columns.choose(table(review=["x"], stars=["1"]), None, None, None)
 
 
@@ -32,41 +38,41 @@ def test_columns_have_their_usual_names():
     ("labels", "names"),
     [(["b", "a", "b"], ["a", "b"]), (["10", "9", "-1"], ["-1", "9", "10"]), (["1", "x"], ["1", "x"])],
 )
-def test_label_names_are_in_order(labels, names):
-    assert name_labels(labels) == names
+def test_sorted_labels_sort_integers_by_value(labels, names):
+    assert sorted_labels(labels) == names
 
 
-def test_one_label_cannot_be_told_from_others():
+def test_a_single_label_raises():
     with pytest.raises(ValueError, match="every label is 'x'"):
-        name_labels(["x", "x"])
+        sorted_labels(["x", "x"])
 
 
 @pytest.mark.parametrize(
     ("labels", "fractions"),
     [(["0.5", "1"], True), (["5.000", "4.750"], True), (["0", "1"], False), (["1.0", "2.0"], False), (["a"], False)],
 )
-def test_numbers_with_a_fraction_are_regressed(labels, fractions):
-    assert are_fractions(labels) == fractions
+def test_only_numbers_that_are_not_all_integers_have_fractions(labels, fractions):
+    assert has_fractions(labels) == fractions
 
 
-def task(name: str = "auto", **settings) -> SentenceTask:
-    return SentenceTask(TaskSettings(model_name_or_path="", task=name, **settings))
+def task_for(name: str = "auto", **settings) -> SequenceClassificationTask:
+    return SequenceClassificationTask(TaskSettings(model_name_or_path="", task=name, **settings))
 
 
 def encoded(folder: Path, name: str, text: str, config: BertConfig, **settings):
-    """The examples of a file, their labels as a model is told them, and the task."""
+    """Return the examples of a file, their encoded labels, and the task."""
     path = folder / "rows.tsv"
     path.write_text(text, encoding="utf-8")
-    own = task(name, **settings)
-    own.know(config)
-    examples, features = own.featurize(own.read(str(path), labelled=True), train_tokenizer(["a b c d"], 64), 32)
-    return examples, features.labels["labels"], own
+    task = task_for(name, **settings)
+    task.set_config(config)
+    examples, features = task.featurize(task.read(str(path), labelled=True), train_tokenizer(["a b c d"], 64), 32)
+    return examples, features.labels["labels"], task
 
 
 YES_OR_NO = BertConfig(id2label={0: "no", 1: "yes"})
 
 
-def test_labels_are_numbered(tmp_path):
+def test_labels_are_encoded_by_problem_type(tmp_path):
     _, labels, _ = encoded(tmp_path, "auto", "text\tlabel\na\tno\nb\tyes\nc\tno\n", YES_OR_NO)
     assert (labels.tolist(), labels.dtype) == ([0, 1, 0], np.int64)
     _, labels, _ = encoded(tmp_path, "auto", "text\tlabel\na\t0.5\nb\t2\n", BertConfig(num_labels=1))
@@ -79,31 +85,31 @@ def test_labels_are_numbered(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "config", "message"),
     [
-        ("a\tno\nb\t2\n", YES_OR_NO, "line 3: the label '2' is none of those known: no, yes$"),
-        ("a\t0\nb\tx\n", BertConfig(num_labels=11), r"known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"),
+        ("a\tno\nb\t2\n", YES_OR_NO, "line 3: unknown label '2'; known labels: no, yes$"),
+        ("a\t0\nb\tx\n", BertConfig(num_labels=11), r"known labels: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"),
         ("a\tno\nb\t\n", YES_OR_NO, "line 3: no label in column 'label'"),
         ("a\t0.5\nb\tx\n", BertConfig(num_labels=1), "line 3: the label 'x' is not a finite number"),
         ("a\tnan\nb\t1\n", BertConfig(num_labels=1), "line 2: the label 'nan' is not a finite number"),
         ("a\tno\nb\n", YES_OR_NO, "line 3: 1 fields where the header has 2"),
     ],
 )
-def test_bad_rows_are_named_or_left_out_and_counted(rows, config, message, tmp_path):
+def test_bad_rows_are_reported_or_skipped_and_counted(rows, config, message, tmp_path):
     with pytest.raises(ValueError, match=r"rows\.tsv, line \d: ") as caught:
         encoded(tmp_path, "auto", "text\tlabel\n" + rows, config)
     assert caught.match(message)
-    examples, labels, own = encoded(tmp_path, "auto", "text\tlabel\n" + rows, config, on_bad_rows="skip")
-    assert len(examples) == len(labels) == own.bad.count == 1
+    examples, labels, task = encoded(tmp_path, "auto", "text\tlabel\n" + rows, config, on_bad_rows="skip")
+    assert len(examples) == len(labels) == task.bad_rows.count == 1
 
 
-def test_labels_of_a_model():
-    assert label_numbers(BertConfig(id2label={0: "no", 1: "yes"})) == {"no": 0, "yes": 1}
-    assert label_numbers(BertConfig(num_labels=2)) == {"0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
-    with pytest.raises(ValueError, match="was trained for regression, not for classification"):
-        task("classification").know(BertConfig(problem_type="regression"))
+def test_label_to_id_of_named_and_unnamed_labels():
+    assert label_to_id(BertConfig(id2label={0: "no", 1: "yes"})) == {"no": 0, "yes": 1}
+    assert label_to_id(BertConfig(num_labels=2)) == {"0": 0, "1": 1, "LABEL_0": 0, "LABEL_1": 1}
+    with pytest.raises(ValueError, match="was trained for regression, not for sequence-classification"):
+        task_for("sequence-classification").set_config(BertConfig(problem_type="regression"))
 
 
 def tsv(*rows: str) -> str:
-    """Lines whose fields have a | between them here."""
+    """Return TSV lines from rows with | between fields."""
     return "".join(row.replace("|", "\t") + "\n" for row in rows)
 
 
@@ -139,55 +145,57 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_benchmarks_are_read_as_published(name, tmp_path):
+def test_benchmarks_are_read_in_their_published_format(name, tmp_path):
     labelled, unlabelled, texts, labels = PUBLISHED[name]
-    own = task(name)
+    task = task_for(name)
     (tmp_path / "train.tsv").write_text(labelled, encoding="utf-8")
     (tmp_path / "test.tsv").write_text(unlabelled, encoding="utf-8")
-    examples = own.read(str(tmp_path / "train.tsv"), labelled=True)
+    examples = task.read(str(tmp_path / "train.tsv"), labelled=True)
     assert (examples.texts, examples.labels) == (texts, labels)
-    test = own.read(str(tmp_path / "test.tsv"), labelled=False)
+    test = task.read(str(tmp_path / "test.tsv"), labelled=False)
     assert (test.labels, test.indices) == (None, ["7"])
 
 
-def test_the_files_that_are_here_have_as_many_rows_as_published(shared_data):
+def test_glue_files_have_the_published_number_of_rows(shared_data):
     counts = {"CoLA": (8551, 1043, 1063), "SST-2": (67349, 872, 1821), "MRPC": (3668, 408, 1725)}
     for name, expected in (counts | {"STS-B": (5749, 1500, 1379)}).items():
-        own, folder = task(name.lower()), shared_data / "glue" / name
+        task, folder = task_for(name.lower()), shared_data / "glue" / name
         splits = ("train", "dev", "test")
-        found = [len(own.read(str(folder / f"{split}.tsv.gz"), labelled=split != "test")) for split in splits]
+        found = [len(task.read(str(folder / f"{split}.tsv.gz"), labelled=split != "test")) for split in splits]
         assert tuple(found) == expected
-    assert len(task("qnli").read(str(shared_data / "glue" / "QNLI" / "dev.tsv.gz"), labelled=True)) == 5463
-    assert len(task("mnli").read(str(shared_data / "glue" / "MNLI" / "dev_matched.tsv.gz"), labelled=True)) == 9815
+    assert len(task_for("qnli").read(str(shared_data / "glue" / "QNLI" / "dev.tsv.gz"), labelled=True)) == 5463
+    assert len(task_for("mnli").read(str(shared_data / "glue" / "MNLI" / "dev_matched.tsv.gz"), labelled=True)) == 9815
 
 
-def test_a_submission_is_as_the_server_wants_it(tmp_path):
-    own = task("sts-b")
-    own.know(BertConfig(num_labels=1, problem_type="regression"))
-    examples = own.parse(["a\tb", "c\td"])
-    features = own.featurize(examples, train_tokenizer(["a b c d"], 64), 32)[1]
-    own.write(tmp_path, "test", examples, features, [np.array([5.25]), np.array([2.0])])
+def test_submissions_have_the_format_of_the_evaluation_server(tmp_path):
+    task = task_for("sts-b")
+    task.set_config(BertConfig(num_labels=1, problem_type="regression"))
+    examples = task.parse_lines(["a\tb", "c\td"])
+    features = task.featurize(examples, train_tokenizer(["a b c d"], 64), 32)[1]
+    task.write_predictions(tmp_path, "test", examples, features, [np.array([5.25]), np.array([2.0])])
     assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t5.000\n1\t2.000\n"
-    own = task("rte")
-    own.know(BertConfig(id2label={0: "entailment", 1: "not_entailment"}))
-    own.write(tmp_path, "test", examples, features, [np.array([0.0, 1.0]), np.array([2.0, 0.0])])
+    task = task_for("rte")
+    task.set_config(BertConfig(id2label={0: "entailment", 1: "not_entailment"}))
+    task.write_predictions(tmp_path, "test", examples, features, [np.array([0.0, 1.0]), np.array([2.0, 0.0])])
     assert (tmp_path / "RTE.tsv").read_text() == "index\tprediction\n0\tnot_entailment\n1\tentailment\n"
-    names, counts = own.confusion(examples, replaced(features, [0, 0]), [np.array([0.0, 1.0]), np.array([2.0, 0.0])])
+    names, counts = task.confusion_matrix(
+        examples, with_labels(features, [0, 0]), [np.array([0.0, 1.0]), np.array([2.0, 0.0])]
+    )
     assert (names, counts.tolist()) == (["entailment", "not_entailment"], [[1, 1], [0, 0]])
 
 
-def replaced(features: Features, labels: list) -> Features:
+def with_labels(features: Features, labels: list) -> Features:
     return replace(features, labels={"labels": np.array(labels)})
 
 
-def test_several_labels_are_answered_and_measured():
-    own = task("multi-label")
-    own.know(BertConfig(id2label={0: "x", 1: "y"}, problem_type="multi_label_classification"))
+def test_multi_label_predictions_and_metrics():
+    task = task_for("multi-label")
+    task.set_config(BertConfig(id2label={0: "x", 1: "y"}, problem_type="multi_label_classification"))
     outputs = [np.array([3.0, -3.0]), np.array([-1.0, -1.0])]
-    answers = list(own.answers(None, None, outputs))
-    assert [[*answer["labels"]] for answer in answers] == [["x"], []]
-    features = own.featurize(own.parse(["a", "b"]), train_tokenizer(["a b c d"], 64), 32)[1]
-    measured = own.measure(None, replaced(features, [[1, 0], [1, 0]]), outputs)
+    predictions = list(task.predictions(None, None, outputs))
+    assert [[*prediction["labels"]] for prediction in predictions] == [["x"], []]
+    features = task.featurize(task.parse_lines(["a", "b"]), train_tokenizer(["a b c d"], 64), 32)[1]
+    measured = task.compute_metrics(None, with_labels(features, [[1, 0], [1, 0]]), outputs)
     assert (measured["accuracy"], measured["f1_micro"]) == (0.5, pytest.approx(2 / 3))
     assert measured["loss"] == pytest.approx(np.log1p(np.exp([-3.0, -3.0, 1.0, -1.0])).mean())
-    assert json.dumps(answers)
+    assert json.dumps(predictions)

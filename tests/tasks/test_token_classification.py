@@ -1,4 +1,4 @@
-"""Tags of words: schemes, entities, long sentences, and files as the benchmarks publish them."""
+"""Token classification: tag schemes, entities, long sentences, and CoNLL files."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ import pytest
 
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
+from bertfast.tasks.tag_schemes import Entity, detect_scheme, entities, iob1_to_iob2, tag_error
 from bertfast.tasks.task import TaskSettings
-from bertfast.tasks.token_classification import Entity, TagTask, entities, invalid, iob2, scheme_of
+from bertfast.tasks.token_classification import TokenClassificationTask
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -18,10 +19,10 @@ def tokenizer():
     return train_tokenizer(["ann bob lives in rome new york un der stand ing"] * 20, 256)
 
 
-def task(**settings) -> TagTask:
-    own = TagTask(TaskSettings(model_name_or_path="", **settings))
-    own.know(BertConfig(id2label=dict(enumerate(NAMES))))
-    return own
+def task_for(**settings) -> TokenClassificationTask:
+    task = TokenClassificationTask(TaskSettings(model_name_or_path="", **settings))
+    task.set_config(BertConfig(id2label=dict(enumerate(NAMES))))
+    return task
 
 
 def write(path: Path, *sentences: str) -> str:
@@ -35,7 +36,7 @@ def write(path: Path, *sentences: str) -> str:
     [
         ("O B-PER I-PER O", [Entity("PER", 1, 3)]),
         ("B-PER B-PER I-PER", [Entity("PER", 0, 1), Entity("PER", 1, 3)]),
-        ("B-PER I-LOC", [Entity("PER", 0, 1), Entity("LOC", 1, 2)]),  # leniently, as conlleval reads it
+        ("B-PER I-LOC", [Entity("PER", 0, 1), Entity("LOC", 1, 2)]),  # a stray I begins an entity, as in conlleval
         ("I-PER I-PER O I-LOC", [Entity("PER", 0, 2), Entity("LOC", 3, 4)]),
         ("S-PER B-LOC I-LOC E-LOC E-PER", [Entity("PER", 0, 1), Entity("LOC", 1, 4), Entity("PER", 4, 5)]),
         ("S-PER S-PER", [Entity("PER", 0, 1), Entity("PER", 1, 2)]),
@@ -43,7 +44,7 @@ def write(path: Path, *sentences: str) -> str:
         ("NOUN VERB", []),
     ],
 )
-def test_entities_of_tags(tags, found):
+def test_entities_are_found_in_tags(tags, found):
     assert entities(tags.split()) == found
 
 
@@ -59,12 +60,12 @@ def test_entities_of_tags(tags, found):
         (["O O"], None),
     ],
 )
-def test_schemes_are_told_apart(sentences, scheme):
-    assert scheme_of([sentence.split() for sentence in sentences]) == scheme
+def test_scheme_is_detected(sentences, scheme):
+    assert detect_scheme([sentence.split() for sentence in sentences]) == scheme
 
 
-def test_iob1_becomes_iob2():
-    assert iob2(["I-PER", "I-PER", "B-PER", "O", "I-LOC", "I-PER"]) == [
+def test_iob1_is_converted_to_iob2():
+    assert iob1_to_iob2(["I-PER", "I-PER", "B-PER", "O", "I-LOC", "I-PER"]) == [
         "B-PER",
         "I-PER",
         "B-PER",
@@ -75,103 +76,106 @@ def test_iob1_becomes_iob2():
 
 
 @pytest.mark.parametrize(
-    ("tags", "scheme", "what"),
+    ("tags", "scheme", "expected"),
     [
-        ("O I-PER", "IOB2", "'I-PER' follows 'O', and continues nothing"),
-        ("B-PER I-LOC", "IOB2", "'I-LOC' follows 'B-PER'"),
+        ("O I-PER", "IOB2", "'I-PER' after 'O' continues no entity"),
+        ("B-PER I-LOC", "IOB2", "'I-LOC' after 'B-PER'"),
         ("B-PER O", "BIOES", "'B-PER' is not continued"),
         ("B-PER", "BIOES", "'B-PER' is not continued"),
-        ("S-PER E-PER", "BIOES", "'E-PER' follows 'S-PER'"),
+        ("S-PER E-PER", "BIOES", "'E-PER' after 'S-PER'"),
         ("B-PER I-PER O B-LOC", "IOB2", None),
         ("B-PER I-PER E-PER S-LOC O", "BIOES", None),
         ("NOUN VERB", None, None),
     ],
 )
-def test_tags_that_cannot_be_are_known(tags, scheme, what):
-    problem = invalid(tags.split(), scheme)
-    assert problem is None if what is None else what in problem
+def test_invalid_tags_are_detected(tags, scheme, expected):
+    problem = tag_error(tags.split(), scheme)
+    assert problem is None if expected is None else expected in problem
 
 
-def test_files_are_read_as_published(tmp_path):
+def test_conll_files_are_read_in_their_published_format(tmp_path):
     path = tmp_path / "conll.txt"
     path.write_text("-DOCSTART- -X- O O\n\nAnn NNP I-NP I-PER\nlives VBZ I-VP O\n\n\nRome NNP I-NP I-LOC\n")
-    own = task()
-    examples = own.read(str(path), labelled=True)
+    task = task_for()
+    examples = task.read(str(path), labelled=True)
     assert examples.words == [["Ann", "lives"], ["Rome"]]
     assert examples.tags == [["B-PER", "O"], ["B-LOC"]]  # IOB1 in the file
-    assert task(tag_column=1).read(str(path), labelled=True).tags == [["NNP", "VBZ"], ["NNP"]]
-    assert own.read(write(tmp_path / "words.conll", "Ann lives"), labelled=False).tags is None
-    assert own.learn_labels(examples)["id2label"] == {0: "O", 1: "B-LOC", 2: "B-PER"}
+    assert task_for(tag_column=1).read(str(path), labelled=True).tags == [["NNP", "VBZ"], ["NNP"]]
+    assert task.read(write(tmp_path / "words.conll", "Ann lives"), labelled=False).tags is None
+    assert task.label_config(examples)["id2label"] == {0: "O", 1: "B-LOC", 2: "B-PER"}
 
 
-def test_bad_sentences_are_named_or_left_out(tmp_path):
+def test_bad_sentences_are_reported_or_skipped(tmp_path):
     path = write(tmp_path / "a.conll", "Ann/B-PER", "Bob/O Rome/I-LOC", "lives", "Rome/B-LOC")
-    with pytest.raises(ValueError, match=r"a\.conll, line 6: 1 columns, of which none is the tag"):
-        task().read(path, labelled=True)
-    own = task(on_bad_rows="skip")
-    assert own.read(path, labelled=True).words == [["Ann"], ["Rome"]]
-    assert own.bad.count == 2
-    own = task()
-    odd = own.read(write(tmp_path / "b.conll", "Ann/B-PER Acme/B-ORG"), labelled=True)
-    with pytest.raises(ValueError, match=r"line 1: the tag 'B-ORG' is none of those known: O, B-PER"):
-        own.featurize(odd, train_tokenizer(["ann acme"], 64), 32)
+    with pytest.raises(ValueError, match=r"a\.conll, line 6: no tag in column -1 of 1"):
+        task_for().read(path, labelled=True)
+    task = task_for(on_bad_rows="skip")
+    assert task.read(path, labelled=True).words == [["Ann"], ["Rome"]]
+    assert task.bad_rows.count == 2
+    task = task_for()
+    examples = task.read(write(tmp_path / "b.conll", "Ann/B-PER Acme/B-ORG"), labelled=True)
+    with pytest.raises(ValueError, match=r"line 1: unknown tag 'B-ORG'; known tags: O, B-PER"):
+        task.featurize(examples, train_tokenizer(["ann acme"], 64), 32)
 
 
-def outputs_for(own: TagTask, examples, features, tags: list[list[str]]) -> list[np.ndarray]:
-    """Logits that say these tags at the first token of each word, and something else at all others."""
+def outputs_for(task: TokenClassificationTask, examples, features, tags: list[list[str]]) -> list[np.ndarray]:
+    """Logits that predict these tags at the first token of each word, and another tag at all other tokens."""
     outputs = []
-    for (sentence, words, places), length in zip(examples.pieces, features.lengths, strict=True):
+    for (sentence, words, positions), length in zip(examples.segments, features.lengths, strict=True):
         logits = np.full((length, len(NAMES)), 0.0)
         logits[:, 4] = 1.0
-        logits[places] = np.eye(len(NAMES))[[NAMES.index(tags[sentence][word]) for word in words]]
+        logits[positions] = np.eye(len(NAMES))[[NAMES.index(tags[sentence][word]) for word in words]]
         outputs.append(logits)
     return outputs
 
 
 @pytest.mark.parametrize("max_length", [32, 7])
-def test_the_first_token_of_a_word_has_its_tag_and_parts_are_put_together(max_length, tokenizer, tmp_path):
-    own = task()
+def test_first_tokens_have_the_tags_and_segments_are_joined(max_length, tokenizer, tmp_path):
+    task = task_for()
     sentences = ["ann/B-PER understanding/I-PER lives/O in/O new/B-LOC york/I-LOC", "rome/B-LOC"]
-    examples = own.read(write(tmp_path / "a.conll", *sentences), labelled=True)
-    examples, features = own.featurize(examples, tokenizer, max_length)
+    examples = task.read(write(tmp_path / "a.conll", *sentences), labelled=True)
+    examples, features = task.featurize(examples, tokenizer, max_length)
     assert (features.lengths <= max_length).all()
     assert (len(features) > 2) == (max_length == 7)
     labels = features.labels["labels"]
     assert [NAMES[label] for label in labels[labels >= 0]] == [tag for tags in examples.tags for tag in tags]
-    assert (labels == -100).sum() >= 2 * len(features) + 3  # [CLS], [SEP], and what goes on with a word
+    assert (labels == -100).sum() >= 2 * len(features) + 3  # [CLS], [SEP] and the further tokens of words
     predicted = [["B-PER", "I-PER", "O", "O", "B-LOC", "O"], ["B-LOC"]]
-    outputs = outputs_for(own, examples, features, predicted)
-    answers = list(own.answers(examples, features, outputs))
-    assert [answer["tags"] for answer in answers] == predicted
-    assert answers[0]["entities"][0] == {"type": "PER", "text": "ann understanding", "start": 0, "end": 2}
-    measured = own.measure(examples, features, outputs)
+    outputs = outputs_for(task, examples, features, predicted)
+    predictions = list(task.predictions(examples, features, outputs))
+    assert [prediction["tags"] for prediction in predictions] == predicted
+    assert predictions[0]["entities"][0] == {"type": "PER", "text": "ann understanding", "start": 0, "end": 2}
+    measured = task.compute_metrics(examples, features, outputs)
     assert (measured["precision"], measured["recall"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert measured["accuracy"] == pytest.approx(6 / 7)
-    own.write(tmp_path, "dev", examples, features, outputs)
+    task.write_predictions(tmp_path, "dev", examples, features, outputs)
     assert (tmp_path / "predictions_dev.conll").read_text().splitlines()[5] == "york\tI-LOC\tO"
-    names, counts = own.confusion(examples, features, outputs)
+    names, counts = task.confusion_matrix(examples, features, outputs)
     assert counts[names.index("I-LOC"), names.index("O")] == 1
     assert counts.sum() == 7
 
 
-def test_a_word_that_is_longer_than_a_sequence_is_cut(tokenizer):
-    own = task()
-    examples, features = own.featurize(own.parse(["understanding ann"]), tokenizer, 4)
-    assert features.cut == 1
-    assert [words.tolist() for _, words, _ in examples.pieces] == [[0], [1]]
+def test_word_longer_than_a_sequence_is_truncated(tokenizer):
+    task = task_for()
+    examples, features = task.featurize(task.parse_lines(["understanding ann"]), tokenizer, 4)
+    assert features.num_truncated == 1
+    assert [words.tolist() for _, words, _ in examples.segments] == [[0], [1]]
     assert (features.lengths <= 4).all()
 
 
-def test_a_word_of_which_nothing_is_left_is_outside(tokenizer):
-    own = task()
-    examples, features = own.featurize(own.parse(["ann \u200b rome", ""]), tokenizer, 16)
-    outputs = outputs_for(own, examples, features, [["B-PER", "B-LOC", "B-LOC"], []])
-    assert [answer["tags"] for answer in own.answers(examples, features, outputs)] == [["B-PER", "O", "B-LOC"], []]
+def test_word_without_tokens_is_predicted_as_outside(tokenizer):
+    task = task_for()
+    examples, features = task.featurize(task.parse_lines(["ann \u200b rome", ""]), tokenizer, 16)
+    outputs = outputs_for(task, examples, features, [["B-PER", "B-LOC", "B-LOC"], []])
+    assert [prediction["tags"] for prediction in task.predictions(examples, features, outputs)] == [
+        ["B-PER", "O", "B-LOC"],
+        [],
+    ]
 
 
-def test_wnut_is_read_whole(shared_data):
+def test_wnut_has_the_published_number_of_sentences(shared_data):
     counts = {"train": 3394, "dev": 1009, "test": 1287}
     for split, count in counts.items():
-        examples = task().read(str(shared_data / "wnut17" / f"{split}.conll.gz"), labelled=True)
+        examples = task_for().read(str(shared_data / "wnut17" / f"{split}.conll.gz"), labelled=True)
         assert len(examples) == count
-        assert scheme_of(examples.tags) == "IOB2"
+        assert detect_scheme(examples.tags) == "IOB2"

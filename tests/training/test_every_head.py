@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 from bertfast.cli.main import main
-from bertfast.tasks.features import Features, labels_in
+from bertfast.tasks.features import Features, count_labels
 from bertfast.training.finetune import Finetuning
 from bertfast.training.schedule import schedule
 
@@ -24,16 +24,16 @@ STEPS, BATCH = 50, 4
 
 def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
     """The examples as transformers takes them."""
-    sequences = [row * features.choices + i for row in rows for i in range(features.choices)]
-    spans = [slice(*features.starts[i : i + 2]) for i in sequences]
+    sequences = [row * features.num_choices + i for row in rows for i in range(features.num_choices)]
+    spans = [slice(*features.cu_seqlens[i : i + 2]) for i in sequences]
 
     def spread(values: np.ndarray, rest: int) -> torch.Tensor:
         return pad_sequence([torch.from_numpy(values[span].astype(np.int64)) for span in spans], True, rest)
 
     batch = {"input_ids": spread(features.token_ids, 0), "token_type_ids": spread(features.token_type_ids, 0)}
     batch["attention_mask"] = spread(np.ones_like(features.token_ids), 0)
-    if features.choices > 1:
-        batch = {name: values.unflatten(0, (-1, features.choices)) for name, values in batch.items()}
+    if features.num_choices > 1:
+        batch = {name: values.unflatten(0, (-1, features.num_choices)) for name, values in batch.items()}
     for name, values in features.labels.items():
         per_token = len(values) == len(features.token_ids)
         batch[name] = spread(values, -100) if per_token else torch.from_numpy(values[rows])
@@ -54,13 +54,13 @@ def their_losses(run: Finetuning, folder: Path) -> list[float]:
     """Of a plain loop around transformers' model, from the same weights and on the same examples."""
     settings, features = run.settings, run.features["train"]
     run.model.save_pretrained(folder)
-    model = getattr(transformers, run.task.model.__name__).from_pretrained(folder).train()
+    model = getattr(transformers, run.task.model_class.__name__).from_pretrained(folder).train()
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
     groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer, losses = torch.optim.AdamW(groups, lr=settings.learning_rate), []
     for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
         batches = [padded(features, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-        counts = [labels_in(batch) for batch in batches]
+        counts = [count_labels(batch) for batch in batches]
         loss = sum(their_loss(model, batch) * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
         loss.backward()
         clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -72,7 +72,14 @@ def their_losses(run: Finetuning, folder: Path) -> list[float]:
     return losses
 
 
-KINDS = ["classification", "regression", "multi-label", "choices", "answers", "tags"]
+KINDS = [
+    "sequence-classification",
+    "regression",
+    "multi-label",
+    "multiple-choice",
+    "question-answering",
+    "token-classification",
+]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -114,15 +121,20 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
         (tmp_path / split).mkdir()
         write_examples(tmp_path / split, kind, rows, seed=rows)
     train, dev = (next((tmp_path / split).iterdir()) for split in ("train", "dev"))
-    named = [] if kind in ("classification", "choices", "answers", "tags") else ["--task", kind]
+    named = ["--task", kind] if kind in ("regression", "multi-label") else []
     flags = ["--train-file", train, "--validation-file", dev, "--output-dir", tmp_path / "out", *named]
-    epochs = 24 if kind == "choices" else 12
+    epochs = 24 if kind == "multiple-choice" else 12
     flags += ["--per-device-train-batch-size", 16, "--learning-rate", 3e-3, "--num-train-epochs", epochs]
     flags += ["--device", "cpu", "--precision", "fp32"]  # else the faster precision is measured, and runs differ
     assert main(["finetune", "--model-name-or-path", str(pretrained), *map(str, flags)]) == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    first = {"regression": "eval_pearson", "multi-label": "eval_f1_micro", "answers": "eval_f1", "tags": "eval_f1"}
-    wanted = 90 if kind == "answers" else 0.9
+    first = {
+        "regression": "eval_pearson",
+        "multi-label": "eval_f1_micro",
+        "question-answering": "eval_f1",
+        "token-classification": "eval_f1",
+    }
+    wanted = 90 if kind == "question-answering" else 0.9
     assert results[first.get(kind, "eval_accuracy")] > wanted
     capsys.readouterr()
     place = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu", "--precision", "fp32"]
@@ -132,7 +144,9 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
     assert {name: value for name, value in again.items() if name in results} == pytest.approx(
         {name: value for name, value in results.items() if name in again}, abs=1e-5
     )
-    assert (tmp_path / "checked" / "confusion.png").exists() == (kind in ("classification", "tags"))
+    assert (tmp_path / "checked" / "confusion.png").exists() == (
+        kind in ("sequence-classification", "token-classification")
+    )
     for path in (tmp_path / "checked").glob("*predictions*"):
         words, expected = (file.read_text().split() for file in (path, tmp_path / "out" / path.name))
         assert len(words) == len(expected)
@@ -153,7 +167,9 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
     )
     losses = []
     for budget in (10**6, 12):
-        settings = settings_for("classification", pretrained, file, tmp_path / str(budget), class_weights="balanced")
+        settings = settings_for(
+            "sequence-classification", pretrained, file, tmp_path / str(budget), class_weights="balanced"
+        )
         run = Finetuning(dataclasses.replace(settings, tokens_per_batch=budget))
         assert run.weights.tolist() == pytest.approx([24 / (2 * 18), 24 / (2 * 6)])
         first = next(run.rows_of_steps())
@@ -177,7 +193,7 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
 
 
 def test_a_task_that_is_not_there_is_named(pretrained, tmp_path):
-    with pytest.raises(ValueError, match="there is no task 'colla'; there are auto, classification"):
+    with pytest.raises(ValueError, match="there is no task 'colla'; choose --task from auto, sequence-classification"):
         Finetuning(settings_for("colla", pretrained, tmp_path / "a.tsv", tmp_path / "out"))
 
 

@@ -22,8 +22,10 @@ SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "l
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tmp_path):
-    file = write_examples(tmp_path, "tags", 12, seed=0)
-    run = Finetuning(settings_for("tags", pretrained, file, tmp_path / "out", feature_layers=layers, **SMALL))
+    file = write_examples(tmp_path, "token-classification", 12, seed=0)
+    run = Finetuning(
+        settings_for("token-classification", pretrained, file, tmp_path / "out", feature_layers=layers, **SMALL)
+    )
     features = run.features["train"]
     batch = features.model_inputs(next(run.rows_of_steps()))
     run.model.eval()
@@ -37,10 +39,15 @@ def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tm
 def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_path, capsys):
     for split, rows in (("train", 240), ("dev", 40)):
         (tmp_path / split).mkdir()
-        write_examples(tmp_path / split, "tags", rows, seed=rows)
+        write_examples(tmp_path / split, "token-classification", rows, seed=rows)
     dev = str(tmp_path / "dev" / "a.conll")
     settings = settings_for(
-        "tags", pretrained, tmp_path / "train" / "a.conll", tmp_path / "out", validation_file=dev, **SMALL
+        "token-classification",
+        pretrained,
+        tmp_path / "train" / "a.conll",
+        tmp_path / "out",
+        validation_file=dev,
+        **SMALL,
     )
     results = Finetuning(settings).run(lambda step: None)
     assert results["eval_f1"] > 0.95
@@ -56,11 +63,11 @@ def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_p
 
 
 def test_features_are_computed_once_and_again_for_other_words_or_another_encoder(pretrained, tmp_path, monkeypatch):
-    file, kept = write_examples(tmp_path, "tags", 12, seed=0), tmp_path / "kept"
+    file, kept = write_examples(tmp_path, "token-classification", 12, seed=0), tmp_path / "kept"
 
     def run(**changes) -> Finetuning:
         settings = SMALL | {"features_dir": str(kept)} | changes
-        return Finetuning(settings_for("tags", pretrained, file, tmp_path / "out", **settings))
+        return Finetuning(settings_for("token-classification", pretrained, file, tmp_path / "out", **settings))
 
     first = run().features["train"].inputs["features"]
     with monkeypatch.context() as changed:
@@ -70,21 +77,23 @@ def test_features_are_computed_once_and_again_for_other_words_or_another_encoder
     run(feature_layers="embeddings")
     run(random_init=True)
     (tmp_path / "more").mkdir()
-    file = write_examples(tmp_path / "more", "tags", 13, seed=0)
+    file = write_examples(tmp_path / "more", "token-classification", 13, seed=0)
     run()
     assert len([*kept.iterdir()]) == 4
 
 
 def test_other_tasks_have_no_such_model(pretrained, tmp_path):
-    file = write_examples(tmp_path, "classification", 8, seed=0)
+    file = write_examples(tmp_path, "sequence-classification", 8, seed=0)
     with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
-        Finetuning(settings_for("classification", pretrained, file, tmp_path / "out", **SMALL))
+        Finetuning(settings_for("sequence-classification", pretrained, file, tmp_path / "out", **SMALL))
     config = read_config(pretrained, feature_layers="last")
     with pytest.raises(TypeError, match="has extensions that run only on packed batches"):
         BertFeaturesForTokenClassification(config)(torch.tensor([[1, 2]]))
 
 
-@pytest.mark.parametrize("kind", ["classification", "choices", "answers", "tags"])
+@pytest.mark.parametrize(
+    "kind", ["sequence-classification", "multiple-choice", "question-answering", "token-classification"]
+)
 def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_path):
     """Packed together or one by one, and again when the model is opened."""
     file = write_examples(tmp_path, kind, 24, seed=0)

@@ -226,13 +226,13 @@ def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrai
     [
         ({"text_column": "sentense"}, "no column 'sentense', only .*; did you mean 'sentence'"),
         ({"label_column": "labels"}, "no column 'labels', only .*; did you mean 'label'"),
-        ({"max_seq_length": 25}, "from 4 to 24, the positions of the model; got 25"),
+        ({"max_seq_length": 25}, "from 4 to 24 \\(the model's number of positions\\), got 25"),
         ({"metric_for_best_model": "f2"}, "one of accuracy, f1, matthews_correlation, loss in this task, got 'f2'"),
         ({"task": "regression"}, "line 2: the label '(good|bad)' is not a finite number"),
         ({"train_file": "missing.tsv"}, "there is no file missing.tsv"),
         ({"num_train_epochs": 0}, "num_train_epochs is more than 0, got 0"),
         ({"eval_steps": 0}, "eval_steps is at least 1, got 0"),
-        ({"eval_tokens": 0}, "eval_tokens is at least 1, got 0"),
+        ({"eval_tokens": 0}, "--eval-tokens must be at least 1, got 0"),
         ({"validation_file": None, "early_stopping_patience": 1}, "need a validation_file"),
         ({"features_dir": "kept"}, "features_dir is for the strategy feature-based"),
         ({"random_init": True, "init_from_task": "tuned"}, "choose one"),
@@ -250,7 +250,7 @@ def test_a_label_that_training_never_showed_is_named(pretrained, files, tmp_path
     odd = tmp_path / "odd.tsv"
     odd.write_text("sentence\tlabel\ngood film\tgood\nso so\tneutral\n")
     settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK
-    with pytest.raises(ValueError, match=r"odd\.tsv, line 3: the label 'neutral' is none of those known: bad, good"):
+    with pytest.raises(ValueError, match=r"odd\.tsv, line 3: unknown label 'neutral'; known labels: bad, good"):
         finetune(FinetuneSettings(**settings | {"validation_file": str(odd)}))
 
 
@@ -274,7 +274,9 @@ def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds neither a tokenizer\.json nor a vocab\.txt"):
         attempt(bare)
     save_tokenizer(train_tokenizer([" ".join(FILLERS)], 320), bare)
-    with pytest.raises(ValueError, match="knows 320 tokens and the model 256: they do not belong together"):
+    with pytest.raises(
+        ValueError, match="has 320 tokens, but the model's vocab_size is 256: they do not belong together"
+    ):
         attempt(bare)
     save_tokenizer(load_tokenizer(pretrained), bare)
     config = json.loads((bare / "config.json").read_text())
@@ -291,7 +293,7 @@ def test_a_model_that_cannot_run_packed_is_refused_with_the_report(pretrained, t
     shutil.copytree(pretrained, folder)
     config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "mish"}
     (folder / "config.json").write_text(json.dumps(config))
-    file = write_examples(tmp_path, "classification", 8, seed=0)
+    file = write_examples(tmp_path, "sequence-classification", 8, seed=0)
     with pytest.raises(ValueError, match=r"cannot run on packed batches:\n[^$]*encoder.layer.0: its activation is"):
-        Finetuning(settings_for("classification", folder, file, tmp_path / "out"))
+        Finetuning(settings_for("sequence-classification", folder, file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from bertfast.training.sweep import SweepSettings, sweep
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
-    file = str(write_examples(folder, "classification", 48, seed=0))
+    file = str(write_examples(folder, "sequence-classification", 48, seed=0))
     values = QUICK | {"learning_rates": [1e-2, 1e-5], "batch_sizes": [16], "epochs": [1.0], "seeds": [1, 2]} | changes
     return SweepSettings(
         model_name_or_path=str(pretrained),
