@@ -1,20 +1,20 @@
 // How fast one core multiplies blocks of 64³ that lie in its cache, which bounds attention. See `harness.block_rate`.
 #define BERTFAST_SET native
-#include "../csrc/cpu/block_product.h"
+#include "../csrc/cpu/block_matmul.h"
 
 using namespace bertfast::native;
 
 template <class F>
 static void multiply(int times) {
-  constexpr int SIZE = 64, DEPTH = SIZE / NUMBERS<F>;
+  constexpr int SIZE = 64, DEPTH = SIZE / ELEMENTS<F>;
   alignas(64) static F a[SIZE * DEPTH], b[DEPTH * SIZE];
   alignas(64) static float c[SIZE * SIZE];
-  for (int i = 0; i < times; ++i) product<DEPTH, 1, SIZE>(a, b, DEPTH, c, SIZE, SIZE / LANES, {false});
+  for (int i = 0; i < times; ++i) matmul<DEPTH, 1, SIZE>(a, b, DEPTH, c, SIZE, SIZE / LANES, {false});
 }
 
 extern "C" void multiply_blocks(bool bf16, int times) {
   if (bf16)
-    multiply<Factor<bertfast::BFloat16>>(times);
+    multiply<Operand<bertfast::BFloat16>>(times);
   else
-    multiply<Factor<float>>(times);
+    multiply<Operand<float>>(times);
 }

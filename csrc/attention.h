@@ -5,47 +5,48 @@
 
 namespace bertfast {
 
-constexpr int ATTENTION_BLOCK = 64;  // queries, and keys, that are worked on at a time: a multiple of 16
+constexpr int ATTENTION_BLOCK = 64;  // queries, and keys, of a block of scores: a multiple of 16
 
-// Some heads of a sequence, and which of its queries and keys: all, or in a long one a part of either.
+// A range of heads of one sequence, and the ranges of its queries and keys: all of both, or part of one in a long
+// sequence.
 struct AttentionTask {
   int64_t start;  // the sequence's first token
   int sequence, length;
   int first_head, end_head;
-  int first_query, end_query;
-  int first_key, end_key;
+  int q_begin, q_end;
+  int kv_begin, kv_end;
 
-  bool all_queries() const { return end_query - first_query == length; }
-  bool all_keys() const { return end_key - first_key == length; }
+  bool all_queries() const { return q_end - q_begin == length; }
+  bool all_keys() const { return kv_end - kv_begin == length; }
 };
 
 struct AttentionDropout {
   const uint64_t* seed;
-  const int64_t* number;  // [S], the sequences'
-  uint32_t word;
-  int threshold;  // 0: nothing is dropped
+  const int64_t* sequence_ids;  // [S]
+  uint32_t counter_word;
+  int threshold;  // of 256; 0: no dropout
 };
 
 struct AttentionInputs {
-  int64_t tokens;
-  int heads, head_dimension;
-  int sequences, longest;     // longest: no sequence has more tokens
-  const int64_t* cu_seqlens;  // [sequences + 1]
-  const void* qkv;  // [T, 3, A, D]
-  Type type;        // of all but the statistics
-  int64_t stride;   // elements from a token of qkv to the next
+  int64_t capacity;  // T, padding slots included
+  int heads, head_dim;
+  int sequences, max_seqlen_bound;  // no sequence is longer than the bound
+  const int64_t* cu_seqlens;        // [sequences + 1]
+  const void* qkv;                  // [T, 3, A, D]
+  Type type;                        // of every tensor except the statistics
+  int64_t stride;                   // elements from one token of qkv to the next
   float scale;
   bool causal;
   int window;
   AttentionDropout dropout;
-  // On a CPU alone: the work as the threads take it, and how many tokens belong to a sequence.
+  // CPU only: the tasks in the order in which threads take them, and the number of slots that hold a token.
   const AttentionTask* tasks;
-  int64_t task_count, used;
+  int64_t task_count, num_tokens;
 };
 
 struct AttentionForward : AttentionInputs {
-  void* o;     // [T, A, D]
-  // [A, T], log2 of the mean over the sequence of 2 to the scores · log2(e): near 0, where a sum's would lose digits.
+  void* o;  // [T, A, D]
+  // [A, T], log2 of the mean of exp(score) over the sequence: close to 0, where the log of the sum would lose digits.
   float* lse;
 };
 
@@ -53,7 +54,7 @@ struct AttentionBackward : AttentionInputs {
   const void *d_o, *o;  // [T, A, D]
   const float* lse;
   void* d_qkv;   // [T, 3, A, D]
-  float* delta;  // [A, T], on a GPU: room for the sums of d_o · o
+  float* delta;  // [A, T], GPU only: scratch for the row sums of d_o · o
 };
 
 }  // namespace bertfast

@@ -9,18 +9,18 @@ struct BiasGeluForward {
   int64_t tokens, columns;
   Rows x;       // [T, columns]
   Vector bias;  // [columns]
-  bool tanh;    // GELU's tanh formula
+  bool tanh;    // the tanh approximation of GELU
   Rows y;       // [T, columns], of x's type
 };
 
 struct BiasGeluBackward {
   int64_t tokens, columns;
-  Rows d_y, x;  // [T, columns], of one type
+  Rows d_y, x;  // [T, columns], of the same type
   Vector bias;  // [columns]
   bool tanh;
   Rows d_x;       // [T, columns], of x's type
-  float* d_bias;  // [parts, columns], over as many parts of the rows; 1 on a CPU
-  int parts;
+  float* d_bias;  // [parts, columns], partial sums
+  int parts;      // 1 on a CPU
 };
 
 }  // namespace bertfast

@@ -1,4 +1,4 @@
-// The loss of a chunk of logits, and the logits' gradient in their place.
+// Cross entropy of a chunk of logits, and the gradient of the logits in place.
 #pragma once
 #include "cpu/instruction_set.h"
 #include "tensors.h"
@@ -6,14 +6,14 @@
 namespace bertfast {
 
 struct CrossEntropy {
-  int64_t rows, vocabulary;
-  Rows logits;            // [R, V], without the bias; where a gradient is wanted, it takes their place
+  int64_t rows, vocab_size;
+  Rows logits;            // [R, V], without the bias; overwritten by the gradient if d_bias is given
   Vector bias;            // [V]
-  const int64_t* labels;  // [R]; negative: the row has none, and may hold anything
-  float* losses;          // [R], 0 where there is no label
-  int64_t* correct;       // [R], 1 where the label's is the first of the largest logits
-  float* d_bias;          // [V], to which the gradient's columns are added; null: no gradient is wanted
-  float* softmax;         // [R, 2], on a GPU: room for what is known of a row between the kernels
+  const int64_t* labels;  // [R]; negative: ignored, and the row may hold anything
+  float* losses;          // [R], 0 for ignored rows
+  int64_t* correct;       // [R], 1 if the label is the first argmax of the logits
+  float* d_bias;          // [V], accumulates the column sums of the gradient; null: no gradient
+  float* softmax;         // [R, 2], GPU only: scratch, row maximum and 1 / sum of exponentials
 };
 
 }  // namespace bertfast

@@ -5,11 +5,11 @@
 
 namespace bertfast {
 
-// Indices are within their tables.
+// Indices have been checked to be within their tables.
 struct Embeddings {
   int64_t tokens, hidden;
-  Rows word, position, token_type;  // [V, H], or [T, H] without token ids; [positions, H]; [types, H]
-  const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; the first may be null
+  Rows word, position, token_type;  // [V, H], or [T, H] if token_ids is null; [positions, H]; [types, H]
+  const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; token_ids may be null
 };
 
 struct EmbedForward {
@@ -31,12 +31,12 @@ struct EmbedBackward {
   float* sums;  // [2, H]: d_gamma and d_beta
 };
 
-// The gradient of a table of embeddings: each of its rows is the sum of the values' rows that have its index.
+// The gradient of an embedding table: table[r] = sum of values[n] over all n with index[n] = r.
 struct SumByIndex {
   int64_t count, rows, hidden;
   Rows values;           // [count, H]
   const int64_t* index;  // [count]
-  int64_t left_out;      // the row that is zero whatever its values; -1: there is none
+  int64_t zero_row;      // table row that is set to zero; -1: none
   Rows table;            // [rows, H]
 };
 

@@ -21,8 +21,8 @@ struct GeluLayerNormBackward {
   Vector bias, gamma;        // [H]
   const float *mean, *rstd;  // [R]
   Rows d_x;                  // [R, H], of x's type
-  float* sums;               // [parts, 3, H]: d_gamma, d_beta and d_bias
-  int parts;                 // over as many parts of the rows; 1 on a CPU
+  float* sums;               // [parts, 3, H]: partial sums of d_gamma, d_beta and d_bias
+  int parts;                 // 1 on a CPU
 };
 
 }  // namespace bertfast

@@ -1,1 +1,1 @@
-"""Triton kernels of bertfast, one operation a file."""
+"""Triton kernels of bertfast, one operation per file."""

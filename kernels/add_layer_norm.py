@@ -1,7 +1,7 @@
-"""y = LN(z), z = residual + dropout(x + bias), and its gradients: one kernel each way.
+"""y = LN(z), z = residual + dropout(x + bias), and its gradients: one kernel forward, one backward.
 
-z is not stored: the backward pass makes it again from x and residual, which saves a write and a rounding. T tokens, H
-hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
+z is not stored: the backward pass recomputes it from x and residual, which saves a write and a rounding. T tokens, H
+hidden size; H, CHUNK and ROWS as in `kernels/rows.py`.
 """
 
 import torch
@@ -16,7 +16,6 @@ from bertfast.kernels.rows import (
     STAGES_IF_WIDE,
     WIDE,
     add,
-    cut,
     in_rows,
     layer_norm_apply,
     layer_norm_differentiate,
@@ -24,6 +23,7 @@ from bertfast.kernels.rows import (
     load_rows,
     load_vector,
     multiply,
+    row_config,
     store_rows,
     store_sums,
     summing_programs,
@@ -83,9 +83,9 @@ def add_layer_norm_backward_kernel(
     mean_ptr,
     rstd_ptr,
     rng_ptr,
-    d_x_ptr,  # [T, H]; None where it is d_residual
+    d_x_ptr,  # [T, H]; None if it equals d_residual
     d_residual_ptr,  # [T, H]
-    sums_ptr,  # fp32 [programs, 3, H]: each program's share of d_gamma, d_beta and d_bias
+    sums_ptr,  # fp32 [programs, 3, H]: each program's partial sums of d_gamma, d_beta and d_bias
     tokens,
     d_y_stride,
     d_copy_stride,
@@ -134,11 +134,11 @@ def add_layer_norm_forward(
     x, residual, bias, gamma, beta, eps, seed, sequence_ids, positions, counter_word, threshold, copy_dtype=None, *,
     out,
 ):  # fmt: skip
-    """Write y [T, H], mean and 1 / deviation of z, fp32 [T], and y in `copy_dtype` if that is given."""
+    """Write y [T, H], mean and rstd of z, fp32 [T], and y in `copy_dtype` if that is given."""
     x, residual = in_rows(x), in_rows(residual)
     y, mean, rstd, copy = out
     tokens, hidden = x.shape
-    constants = cut(hidden, x, residual)
+    constants = row_config(hidden, x, residual)
     add_layer_norm_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
         x, residual, bias, gamma, beta, (seed, sequence_ids, positions),
         y, None if copy_dtype is None else copy, mean, rstd,
@@ -151,16 +151,16 @@ def add_layer_norm_backward(
     d_y, x, residual, bias, gamma, mean, rstd, seed, sequence_ids, positions, counter_word, threshold, d_copy=None,
     *, out,
 ):  # fmt: skip
-    """Write d_x unless it is d_residual, d_residual, and fp32 [3, H] of d_gamma, d_beta and d_bias.
+    """Write d_x unless it equals d_residual, d_residual, and fp32 [3, H] of d_gamma, d_beta and d_bias.
 
-    `d_copy` [T, H] is added to `d_y` in registers. Where the copy alone has a gradient, that is `d_y`.
+    `d_copy` [T, H] is added to `d_y` in registers. If only the copy has a gradient, it is passed as `d_y`.
     """
     d_copy = None if d_copy is None else in_rows(d_copy)
     d_copy_stride = 0 if d_copy is None else d_copy.stride(0)
     d_y, x, residual = in_rows(d_y), in_rows(x), in_rows(residual)
     d_x, d_residual, d_parameters = out
     tokens, hidden = x.shape
-    constants = cut(hidden, d_y, x, residual, summing=True)
+    constants = row_config(hidden, d_y, x, residual, summing=True)
     programs = summing_programs(ceil_div(tokens, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     add_layer_norm_backward_kernel[(programs,)](

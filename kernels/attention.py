@@ -1,10 +1,10 @@
-"""o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and what both passes share.
+"""o = dropout(softmax(q kᵀ · scale)) v within each sequence of a packed batch, and helpers of both passes.
 
 Online softmax in base 2 (Milakov and Gimelshein, 2018; Dao, 2023). Only the scores' log-sum-exp is kept, from which the
 backward pass (`attention_backward.py`) recomputes the probabilities; no T x T tensor exists.
 
-On Hopper, ptxas runs every wgmma on its own (warning C7510 to C7515) where an accumulator passes from one loop to the
-next, so a kernel has one loop over full blocks of keys and an `if` for the last, masked block.
+On Hopper, ptxas serialises every wgmma (warnings C7510 to C7515) if an accumulator is carried from one loop to another,
+so a kernel has one loop over full blocks of keys and an `if` for the last, masked block.
 
 T slots, S sequences, A heads, D head dimension. Slots beyond cu_seqlens[-1] are padding: zero, like their gradient.
 """
@@ -22,17 +22,17 @@ from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-PADDING_PROGRAMS = 32  # for each head, they zero the padding slots
-_MAX_TOKEN_STRIDE = 1 << 24  # elements from a token to the next: offsets within a block stay below 2**31
+PADDING_PROGRAMS = 32  # per head, which zero the padding slots
+_MAX_TOKEN_STRIDE = 1 << 24  # elements from one token to the next: offsets within a block stay below 2**31
 _UNLIMITED = 1 << 30  # a window that masks nothing
 
 
 @triton.jit
 def find_block(tile_ptr, tiles, slot, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """The block of rows number `slot`: (sequence, its first token, its length, the block's first row in it).
+    """Return block `slot`: (sequence, its first token, its length, the block's first row in the sequence).
 
-    `tile_ptr` points to a table of `attention_tiles.tile_table`, whose tiles are BLOCKS blocks of BLOCK rows; blocks
-    beyond the table's are those of the padding slots.
+    `tile_ptr` points to a table of `attention_tiles.tile_table`, whose tiles are BLOCKS blocks of BLOCK rows. Blocks
+    after those of the last tile belong to the padding slots.
     """
     entry_ptr = tile_ptr + 4 * tl.minimum(slot // BLOCKS, tiles)
     sequence, start = tl.load(entry_ptr), tl.load(entry_ptr + 1)
@@ -46,7 +46,7 @@ def find_block(tile_ptr, tiles, slot, BLOCK: tl.constexpr, BLOCKS: tl.constexpr)
 
 @triton.jit
 def load_block(pointer, first, rows, length, stride, D: tl.constexpr, MASKED: tl.constexpr = True):
-    """[rows, D] from row `first` on; zero from `length` on, where other tokens lie, which may be NaN."""
+    """Load [rows, D] from row `first` on; rows from `length` on, of other sequences and possibly NaN, become zero."""
     pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, D)[None, :]
     if MASKED:
         return tl.load(pointers, mask=(first + rows < length)[:, None], other=0.0)
@@ -56,14 +56,14 @@ def load_block(pointer, first, rows, length, stride, D: tl.constexpr, MASKED: tl
 
 @triton.jit
 def store_block(pointer, first, rows, length, stride, x, D: tl.constexpr):
-    """Write [rows, D] from row `first` on, up to `length`, in the pointer's dtype."""
+    """Store [rows, D] from row `first` on, up to `length`, in the pointer's dtype."""
     pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(pointers, x.to(pointer.dtype.element_ty), mask=(first + rows < length)[:, None])
 
 
 @triton.jit
 def attention_mask(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether a query attends to a key of its sequence; one is a column and the other a row, either way round."""
+    """Return the mask of queries that attend to keys of their sequence; one is a column and the other a row."""
     mask = key < length
     if CAUSAL:
         mask &= key <= query
@@ -76,7 +76,7 @@ def attention_mask(query, key, length, window, CAUSAL: tl.constexpr, WINDOW: tl.
 def kv_range(
     first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """The keys for a block of queries, from [0] to [1]."""
+    """Return (begin, end) of the keys that a block of queries attends to."""
     begin, end = 0, length
     if WINDOW:
         begin = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
@@ -88,7 +88,7 @@ def kv_range(
 
 @triton.jit
 def _attend(
-    state,  # (o [M, D], m_i [M], l_i [M]): the output so far, and its rows' maximum and sum
+    state,  # (o [M, D], m_i [M], l_i [M]): output, row maximum and row sum so far
     q,  # [M, D]
     k_ptr,
     v_ptr,
@@ -108,7 +108,7 @@ def _attend(
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """The state after one more block of keys."""
+    """Return the state after one more block of keys."""
     o, m_i, l_i = state
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     k = load_block(k_ptr, key, columns, length, qkv_stride, D, MASKED)
@@ -119,7 +119,7 @@ def _attend(
         s = tl.where(mask, s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1))
     if CAUSAL or WINDOW:
-        m_new = tl.where(m_new == float("-inf"), 0.0, m_new)  # all masked so far: -inf less -inf is NaN
+        m_new = tl.where(m_new == float("-inf"), 0.0, m_new)  # all masked so far: -inf - -inf is NaN
     p = tl.math.exp2(s - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
@@ -143,20 +143,20 @@ def attention_forward_kernel(
     qkv_stride,
     scale2,  # scale · log2(e)
     window,
-    counter_word,  # dropout's, the head not yet added
+    counter_word,  # of dropout, without the head
     threshold,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
     BLOCKS: tl.constexpr,  # blocks of queries in a tile
-    SPLIT: tl.constexpr,  # a body without a mask for full blocks of keys, and one for the last block
+    SPLIT: tl.constexpr,  # a loop body without a mask for full blocks of keys, and one for the last block
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     PADDING_PROGRAMS: tl.constexpr,
 ):
     DROPOUT: tl.constexpr = seed_ptr is not None
-    head = tl.program_id(0) % heads  # heads fastest: neighbours read neighbouring lines
+    head = tl.program_id(0) % heads  # heads fastest: neighbouring programs read neighbouring cache lines
     slot = tl.program_id(0) // heads
     sequence, start, length, first = find_block(tile_ptr, tiles, slot, BLOCK_M, BLOCKS)
     if first >= length:
@@ -212,8 +212,8 @@ def attention_forward(
 ):  # fmt: skip
     """Write o [T, A, D] and the log-sum-exp of the scores in base 2, fp32 [A, T].
 
-    No sequence is longer than `max_seqlen_bound`, by which the block shapes are chosen. `tile_table` is that of
-    `cu_seqlens`, which itself is not read.
+    No sequence is longer than `max_seqlen_bound`, which selects the block shapes. `tile_table` is computed from
+    `cu_seqlens`, which is not read here.
     """
     o, lse = out
     qkv = dense_tokens(qkv)
@@ -229,13 +229,13 @@ def attention_forward(
 
 
 def dense_tokens(qkv: Tensor) -> Tensor:
-    # Any distance between tokens, none within one.
+    # Tokens may be any distance apart; each token's elements must be contiguous.
     dense = qkv.stride()[1:] == (qkv.shape[2] * qkv.shape[3], qkv.shape[3], 1)
     return qkv if dense and qkv.stride(0) < _MAX_TOKEN_STRIDE else qkv.contiguous()
 
 
 def blocks_per_tile(block: int, max_seqlen_bound: int) -> int:
-    # No more than sequences within the bound can fill.
+    # A sequence within the bound has no more blocks in a tile.
     return ceil_div(min(TILE, max(max_seqlen_bound, 1)), block)
 
 

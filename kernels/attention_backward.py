@@ -1,8 +1,8 @@
 """The gradients of attention: d_q, d_k and d_v of each sequence, from q, k, v, o and the scores' log-sum-exp.
 
-With P the probabilities, K the mask of dropout, c its scale, d_p = d_o vᵀ and delta the sums of d_o · o (Dao et al.,
+With P the probabilities, K the dropout mask, c its scale, d_p = d_o vᵀ and delta the sums of d_o · o (Dao et al.,
 2022, appendix B.2): d_v = c (K P)ᵀ d_o, d_s = P (c K d_p - delta), d_q = d_s k · scale, d_k = d_sᵀ q · scale.
-A short sequence is one program for each head, with five GEMMs on what it holds; a longer one takes two kernels, one
+A short sequence is one program per head, with five matmuls on tiles that it holds; longer ones take two kernels, one
 over queries and one over keys. There are no atomic operations. T, S, A and D as in `attention.py`.
 """
 
@@ -33,7 +33,7 @@ from bertfast.kernels.operation import operation
 def _q_range(
     first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """The queries for a block of keys, from [0] to [1]."""
+    """Return (begin, end) of the queries that attend to a block of keys."""
     begin, end = 0, length
     if WINDOW:
         begin = tl.maximum(first - window, 0)
@@ -68,7 +68,7 @@ def _add_d_q(
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """d_q with the share of one more block of keys, without the factors c and scale."""
+    """Return d_q plus the contribution of one more block of keys, without the factors c and scale."""
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     k = load_block(k_ptr, key, columns, length, qkv_stride, D, MASKED)
     v = load_block(v_ptr, key, columns, length, qkv_stride, D, MASKED)
@@ -94,7 +94,7 @@ def attention_d_q_kernel(
     tile_ptr,
     sequence_id_ptr,
     seed_ptr,
-    delta_ptr,  # fp32 [A, T], written for the next kernel: sum of d_o · o, over the scale of dropout
+    delta_ptr,  # fp32 [A, T], written for the next kernel: row sum of d_o · o, divided by the dropout scale
     d_qkv_ptr,  # [T, 3, A, D], of which this writes d_q
     tiles,
     capacity,
@@ -104,7 +104,7 @@ def attention_d_q_kernel(
     window,
     counter_word,
     threshold,
-    shortest,  # shorter sequences are another kernel's
+    min_length,  # shorter sequences belong to another kernel
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,7 +117,7 @@ def attention_d_q_kernel(
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_M, BLOCKS)
-    if (first >= length) | (length < shortest):
+    if (first >= length) | (length < min_length):
         return
     rows = tl.arange(0, BLOCK_M)
     o_stride = heads * D
@@ -157,7 +157,7 @@ def attention_d_q_kernel(
                 d_q, q, d_o, lse, delta, k_ptr, v_ptr, full, first, length, qkv_stride, scale, window, rng,
                 D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
             )  # fmt: skip
-    # The factor c, left out of d_s, comes last.
+    # The factor c, left out of d_s, is applied last.
     store_block(d_qkv_ptr + start * d_stride + head * D, first, rows, length, d_stride, d_q * (scale * c), D)
 
 
@@ -179,7 +179,7 @@ def attention_d_kv_kernel(
     window,
     counter_word,
     threshold,
-    shortest,
+    min_length,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,11 +188,11 @@ def attention_d_kv_kernel(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Scores are keys by queries, so that they are the left operands of d_k and d_v as they are.
+    # Scores are transposed, [keys, queries], so that they are the left operands of d_k and d_v without a transpose.
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_N, BLOCKS)
-    if (first >= length) | (length < shortest):
+    if (first >= length) | (length < min_length):
         return
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     o_stride = heads * D
@@ -213,7 +213,7 @@ def attention_d_kv_kernel(
         d_o = load_block(d_o_ptr, query, columns, length, o_stride, D)
         inside = query + columns < length
         statistics = head.to(tl.int64) * capacity + start + query + columns
-        lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # so that p is 0 beyond the end
+        lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # p is 0 beyond the sequence's end
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
         p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
         if CAUSAL or WINDOW:
@@ -221,7 +221,7 @@ def attention_d_kv_kernel(
             p = tl.where(mask, p, 0.0)
         if DROPOUT:
             keep = keep_attention(query, columns[None, :], first, rows[:, None], rng)
-            p = tl.where(keep, p, -p)  # what is dropped is negative from here on, which costs no register
+            p = tl.where(keep, p, -p)  # the sign bit holds the dropout mask from here on, which takes no register
         d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
         d_s = tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
@@ -240,7 +240,7 @@ def attention_backward_short_kernel(
     tile_ptr,
     sequence_id_ptr,
     seed_ptr,
-    d_qkv_ptr,  # all of it for sequences of at most BLOCK tokens, and the padding slots
+    d_qkv_ptr,  # written for sequences of at most BLOCK tokens, and zeroed for the padding slots
     tiles,
     capacity,
     heads,
@@ -270,7 +270,7 @@ def attention_backward_short_kernel(
             for part in tl.static_range(3):
                 store_block(d_q_ptr + part * heads * D, row, rows, length, d_stride, zero, D)
         return
-    if (first > 0) | (length == 0) | (length > BLOCK):  # a tile of a longer sequence, or none
+    if (first > 0) | (length == 0) | (length > BLOCK):  # a tile of a longer sequence, or unused
         return
     q_ptr = qkv_ptr + start * qkv_stride + head * D
     q = load_block(q_ptr, 0, rows, length, qkv_stride, D)
@@ -285,7 +285,7 @@ def attention_backward_short_kernel(
     if DROPOUT:
         rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
         keep = keep_attention(0, rows[None, :], 0, rows[:, None], rng)
-        p = tl.where(keep, p, -p)  # as above
+        p = tl.where(keep, p, -p)  # the sign bit holds the dropout mask
         c = scale_of(threshold)
     d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
     store_block(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)

@@ -1,8 +1,8 @@
 """Block shapes of the attention kernels: tables by head dimension and bound on the length, by GPU, dtype and dropout.
 
-Entries are chosen so that nothing spills and no wgmma is serialised under Triton 3.6, 3.7 and 3.8 on the GPUs they are
-for, which `bench/compiled_kernels.py` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
-Triton 3.8, with 4, 8 or 16 warps. Which shapes are the fastest, no GPU has measured yet.
+Entries are chosen so that no register spills and no wgmma is serialised under Triton 3.6, 3.7 and 3.8 on their GPUs,
+which `bench/compiled_kernels.py` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
+Triton 3.8, with 4, 8 or 16 warps. The entries have not been tuned on a GPU.
 """
 
 from functools import cache
@@ -15,8 +15,8 @@ from bertfast.kernels import device
 _ANY = 1 << 31
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
-# kernel: {head dimension: [(bound on the length, queries, keys, warps[, most registers]), …]}, of which the first that
-# is long enough.
+# kernel: {head dimension: [(bound on the length, queries, keys, warps[, maxnreg]), …]}; the first entry with a
+# bound of at least max_seqlen_bound is used.
 _HOPPER = {
     "forward": {
         32: [(32, 32, 32, 4), (128, 64, 64, 4), (_ANY, 128, 64, 8)],
@@ -31,7 +31,7 @@ _HOPPER = {
     "d_q": {32: [(_ANY, 128, 64, 8)], 64: [(_ANY, 128, 64, 8)], 128: [(_ANY, 128, 64, 8)]},
     "d_kv": {32: [(_ANY, 64, 128, 8)], 64: [(_ANY, 64, 128, 8)], 128: [(_ANY, 32, 128, 8)]},
 }
-# A dropout mask takes registers. Here they are bounded so that an SM holds twice as many warps; see bench/LOG.md.
+# A dropout mask takes registers. maxnreg is set so that an SM holds twice as many warps; see bench/LOG.md.
 _HOPPER_DROPOUT = _HOPPER | {
     "forward": _HOPPER["forward"] | {64: [(32, 32, 32, 4), (128, 64, 64, 4, 128), (_ANY, 128, 64, 8, 128)]},
     "d_q": _HOPPER["d_q"] | {32: [(_ANY, 64, 64, 4)], 64: [(_ANY, 64, 64, 4)]},
@@ -52,11 +52,11 @@ _OTHER = {
     "d_q": {32: [(_ANY, 128, 64, 8)], 64: [(_ANY, 128, 64, 8)], 128: [(_ANY, 128, 32, 8)]},
     "d_kv": {32: [(_ANY, 32, 128, 8)], 64: [(_ANY, 32, 128, 8)], 128: [(_ANY, 32, 64, 8)]},
 }
-# By the major number of the capability; the newer two differ where Triton 3.6 would spill.
+# By the major compute capability; Blackwell differs where Triton 3.6 would spill.
 _BLACKWELL = _OTHER | {"forward": _OTHER["forward"] | {64: [(32, 32, 32, 4), (_ANY, 64, 64, 4)]}}
 _BLACKWELL_CONSUMER = _OTHER | {"d_kv": _OTHER["d_kv"] | {64: [(_ANY, 16, 128, 8)]}}
 _BY_MAJOR = {10: _BLACKWELL, 12: _BLACKWELL_CONSUMER}
-# fp32 on any chip: products of three TF32 parts want three times the registers.
+# fp32 on any GPU architecture: GEMMs of three TF32 parts require three times the registers.
 _SINGLE = {
     "forward": {32: [(_ANY, 64, 32, 4)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 32, 8)]},
     "short": {32: [(_ANY, 32, 32, 8)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 16, 8)]},
@@ -68,8 +68,8 @@ _SINGLE = {
 def shapes(kernel: str, qkv: Tensor, max_seqlen_bound: int, dropout: bool) -> dict[str, int]:
     """Return the launch options of a kernel: BLOCK_M queries and BLOCK_N keys, or BLOCK of both for "short", and warps.
 
-    Kernels that loop over keys also have SPLIT, whether full blocks of keys have a body of their own, without a mask.
-    It takes registers, which fp32 has none left of, nor has D = 128 where both operands of a matmul are in registers.
+    Kernels that loop over keys also have SPLIT: whether full blocks of keys have a loop body of their own, without a
+    mask. It takes registers, too many for fp32, and for D = 128 if both operands of a matmul are in registers.
 
     Args:
         kernel: "forward", "short", "d_q" or "d_kv".

@@ -1,17 +1,17 @@
-"""The work of the attention kernels: a table of tiles, built on the device once per batch and read by every layer."""
+"""The tile table of the attention kernels, built on the device once per batch and read by every layer."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
-"""Rows of a tile. Kernels split it into blocks of their own sizes, which divide it."""
+"""Rows of a tile. The block sizes of the kernels divide it."""
 
 
 def tile_table(cu_seqlens: Tensor, capacity: int, max_seqlen_bound: int) -> Tensor:
-    """Cut the sequences of a packed batch into tiles of 128 rows, those of the longest sequences first.
+    """Split the sequences of a packed batch into tiles of 128 rows, those of the longest sequences first.
 
-    The longest first, so that the last programs to run are short ones. Everything is computed on the device of
+    The longest come first, so that the last programs to run are short. Everything is computed on the device of
     `cu_seqlens`, whose values the host does not read: a CUDA graph can capture it, and the result is deterministic.
 
     Args:
@@ -21,13 +21,13 @@ def tile_table(cu_seqlens: Tensor, capacity: int, max_seqlen_bound: int) -> Tens
 
     Returns:
         int32 [N + 1, 4] of (sequence, its first slot, its length, the tile's first row in the sequence), where N is the
-        most tiles that such a batch can have. Unused entries have a first row that is not below the length. The last
+        maximum number of tiles of such a batch. Unused entries have a first row that is not below the length. The last
         entry is (S, first padding slot, number of padding slots, 0).
     """
     sequences = cu_seqlens.shape[0] - 1
     # A sequence has at most ceil(bound / TILE) tiles, and all of them have at most T // TILE full ones and S others.
     tiles = min(sequences * -(-max_seqlen_bound // TILE), capacity // TILE + sequences)
-    # F.pad would make a number of its value, and torch.compile one graph for each.
+    # F.pad would turn capacity into a Python number, and torch.compile would build a graph for each value.
     lengths = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), capacity)]).diff()  # [S + 1], of padding slots last
     sorted_lengths, order = lengths[:-1].sort(descending=True, stable=True)
     counts = (sorted_lengths + (TILE - 1)) // TILE

@@ -1,6 +1,6 @@
-"""y = gelu(u), u = x + bias, and its gradients: one kernel each way, as fast as memory allows.
+"""y = gelu(u), u = x + bias, and its gradients: one kernel forward, one backward, both bound by memory bandwidth.
 
-A tile is a block of columns of several rows; the backward pass makes u again, and its programs walk down the rows of
+A tile is a block of columns of several rows. The backward pass recomputes u; its programs iterate over the rows of
 their columns, whose sum is d_bias. T tokens, H columns; BLOCK columns and ROWS rows of a tile.
 """
 
@@ -15,7 +15,7 @@ from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import in_rows, summing_programs
 
-_ROWS = 4  # 16 bytes of each are on their way at a time
+_ROWS = 4  # of a tile: loads of 16 bytes in flight per lane
 
 
 @kernel
@@ -30,10 +30,10 @@ def bias_gelu_forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row, column, there = _tile(tl.program_id(0), tokens, H, BLOCK, ROWS)
-    x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
+    row, column, mask = _tile(tl.program_id(0), tokens, H, BLOCK, ROWS)
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     u = x + _load_bias(bias_ptr, column, H)
-    tl.store(y_ptr + row * H + column, gelu(u, APPROXIMATE).to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + row * H + column, gelu(u, APPROXIMATE).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -42,7 +42,7 @@ def bias_gelu_backward_kernel(
     x_ptr,  # as in the forward kernel
     bias_ptr,
     d_x_ptr,  # [T, H]
-    sums_ptr,  # fp32 [programs, H]: each program's share of d_bias
+    sums_ptr,  # fp32 [programs, H]: each program's partial sum of d_bias
     tokens,
     d_y_stride,
     x_stride,
@@ -55,18 +55,18 @@ def bias_gelu_backward_kernel(
     bias = _load_bias(bias_ptr, column, H)
     sums = tl.zeros([1, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row, column, there = _tile(tile, tokens, H, BLOCK, ROWS)
-        d_y = tl.load(d_y_ptr + row * d_y_stride + column, mask=there, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
+        row, column, mask = _tile(tile, tokens, H, BLOCK, ROWS)
+        d_y = tl.load(d_y_ptr + row * d_y_stride + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
         d_x = d_y * gelu_derivative(x + bias, APPROXIMATE)
-        tl.store(d_x_ptr + row * H + column, d_x.to(d_x_ptr.dtype.element_ty), mask=there)
-        sums += tl.sum(d_x, 0, keep_dims=True)  # a lane has its columns of every row
+        tl.store(d_x_ptr + row * H + column, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        sums += tl.sum(d_x, 0, keep_dims=True)  # a lane holds the same columns of every row
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * H + column, sums, mask=column < H)
 
 
 @triton.jit
 def _tile(tile, tokens, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """(row int64 [rows, 1], column [1, columns], mask) of the tile-th rows of this program's block of columns."""
+    """Return (row int64 [ROWS, 1], column [1, BLOCK], mask) of the tile-th group of rows and the program's columns."""
     row = (tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     if H % BLOCK == 0:
@@ -85,7 +85,7 @@ def bias_gelu_forward(x, bias, approximate, *, out):
     """Write y [T, H]."""
     x, y = in_rows(x), out
     tokens, columns = x.shape
-    constants = _cut(columns, x)
+    constants = _tile_config(columns, x)
     grid = (ceil_div(tokens, _ROWS), ceil_div(columns, constants["BLOCK"]))
     bias_gelu_forward_kernel[grid](x, bias, y, tokens, x.stride(0), approximate, **constants)
 
@@ -96,7 +96,7 @@ def bias_gelu_backward(d_y, x, bias, approximate, *, out):
     d_y, x = in_rows(d_y), in_rows(x)
     d_x, d_bias = out
     tokens, columns = x.shape
-    constants = _cut(columns, d_y, x)
+    constants = _tile_config(columns, d_y, x)
     tiles, blocks = ceil_div(tokens, _ROWS), ceil_div(columns, constants["BLOCK"])
     programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
     sums = x.new_empty((programs, columns), dtype=torch.float32)
@@ -106,8 +106,8 @@ def bias_gelu_backward(d_y, x, bias, approximate, *, out):
     torch.sum(sums, 0, out=d_bias)
 
 
-def _cut(columns: int, *tensors: Tensor) -> dict[str, int]:
-    """H, BLOCK, ROWS and num_warps for tiles of these tensors: a lane takes 16 bytes of a row, no row has two lanes."""
+def _tile_config(columns: int, *tensors: Tensor) -> dict[str, int]:
+    """Return H, BLOCK, ROWS and num_warps: a lane loads 16 bytes of each row of a tile."""
     lane = 16 // max(tensor.element_size() for tensor in tensors)
     padded = triton.next_power_of_2(columns)
     block = next((size for size in (1024, 512, 256, 128) if columns % size == 0), min(padded, 1024))

@@ -1,14 +1,13 @@
-"""The contract of each operation: its schema, and the shapes, dtypes and devices of what it returns.
+"""The contract of each operation: its schema, and the shapes, dtypes and devices of its results.
 
 One function per operation. Its parameters are the schema of `torch.ops.bertfast.<implementation>_<name>`; its body is
-the fake implementation, by which `torch.compile` and fake tensors know the results, and by which Triton's launchers
-allocate them. The operations of Triton and of the compiled library are all defined from these functions.
+the fake implementation, which `torch.compile` and fake tensors run to infer the results, and with which Triton's
+launchers allocate them. The operations of Triton and of the compiled library are all defined from these functions.
 
-Sizes are read by `shape`, which can be symbols, where `len` would make numbers of them. Parameters that several
-operations share:
+Sizes are read from `shape`, which keeps them symbolic; `len` would return Python numbers. Shared parameters:
 
     seed, sequence_ids, positions    RNG coordinates of dropout, int64 [], int [T] and int [T] (`ops/dropout.py`);
-    counter_word, threshold          without a seed nothing is dropped
+    counter_word, threshold          without a seed there is no dropout
     mean, rstd                       statistics of LayerNorm, fp32 [rows]
 """
 
@@ -23,11 +22,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Contract:
-    """What all implementations of an operation have in common.
+    """Schema and fake implementation of an operation, common to all its implementations.
 
     Attributes:
-        schema: In PyTorch's notation, from "(" on.
-        fake: Takes the operation's arguments and returns empty tensors like its results.
+        schema: In PyTorch's notation, without the name.
+        fake: Takes the operation's arguments and returns uninitialised tensors like its results.
     """
 
     schema: str
@@ -146,7 +145,7 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -
 def cross_entropy(
     logits: Tensor, bias: Tensor, labels: Tensor, losses: Tensor, correct: Tensor, d_bias: Tensor
 ) -> None:
-    """The compiled library's part of `linear_cross_entropy_forward`: logits become their gradient in place."""
+    """The compiled library's kernel in `linear_cross_entropy_forward`: replaces logits by their gradient in place."""
 
 
 @contract

@@ -1,4 +1,4 @@
-"""What launchers compute on the host: properties of a GPU, and how many programs a grid has."""
+"""Host-side helpers of the launchers: properties of a GPU, and grid sizes."""
 
 from functools import cache
 
@@ -7,16 +7,16 @@ import torch
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; a CPU, where kernels are interpreted, stands in for Hopper."""
+    """Return the compute capability of a GPU; (9, 0) for a CPU, where kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+def sm_count(device: torch.device) -> int:
+    """Return the number of SMs of a GPU; 1 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up. `triton.cdiv`, made for kernels too, takes a microsecond on the host."""
+    """Return a / b, rounded up. `triton.cdiv`, which also serves kernels, takes a microsecond on the host."""
     return -(-a // b)

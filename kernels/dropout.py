@@ -1,20 +1,20 @@
-"""Dropout masks inside kernels: the bytes of `bertfast.ops.dropout`, drawn where they are used and never stored.
+"""Dropout masks inside kernels: the random bytes of `bertfast.ops.dropout`, generated on the fly and never stored.
 
-A kernel asks for a mask element by element; elements that share a Philox call ask for the same one, and the compiler
-makes it once for all that one thread holds. For that it must see which are the same: a tile's first row or column stays
-apart from the plain range within the tile, and is a multiple of 16.
+A mask is computed element by element. Elements that share a Philox call compute the same one, and the compiler merges
+the calls of a thread's elements by common-subexpression elimination. For that it must recognise them as equal: a tile's
+first row or column is kept separate from the range within the tile, and is a multiple of 16.
 """
 
 import triton
 import triton.language as tl
 
-# One instruction for both halves of a product; LLVM makes two of the portable form, which the interpreter needs.
+# One instruction for both halves of the product; LLVM emits two for the portable form, which the interpreter needs.
 _WIDE_MULTIPLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _multiply_wide(a, factor: tl.constexpr):
-    """The high and the low 32 bits of a · factor, uint32."""
+    """Return the high and low 32 bits of a · factor, uint32."""
     if _WIDE_MULTIPLY:
         return tl.inline_asm_elementwise(
             "{.reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t;}",
@@ -31,7 +31,7 @@ def _multiply_wide(a, factor: tl.constexpr):
 
 @triton.jit
 def philox(c0, c1, c2, c3, seed):
-    """Philox4x32-10 (Salmon et al., 2011): four words of the counter, broadcast as they meet, to four of output."""
+    """Philox4x32-10 (Salmon et al., 2011): return four random words for four counter words, which broadcast."""
     key = seed.to(tl.uint64)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
@@ -46,15 +46,18 @@ def philox(c0, c1, c2, c3, seed):
 
 @triton.jit
 def _kept(word, byte, threshold):
-    """Whether byte 0 … 3 of a 32-bit word is at least the threshold."""
-    return (word << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(tl.uint32)  # the bytes below cannot matter
+    """Return whether byte 0 … 3 of a 32-bit word is at least the threshold."""
+    return (word << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(
+        tl.uint32
+    )  # the lower bytes cannot change the comparison
 
 
 @triton.jit
 def keep_hidden(first, columns, sequence_id, position, counter_word, seed, threshold):
-    """Which activations of tokens [rows, 1] are kept at `first` + columns [1, columns], a multiple of 16 and a range.
+    """Return the mask [rows, columns] of kept activations at columns `first` + `columns`.
 
-    `sequence_id` and `position` [rows, 1] are the tokens' identity, `counter_word` is operation << 8.
+    `first` is a multiple of 16 and `columns` [1, columns] a range; `sequence_id` and `position` [rows, 1] are RNG
+    coordinates of the tokens, and `counter_word` is operation << 8.
     """
     w0, w1, w2, w3 = philox((first >> 4) + (columns >> 4), position, sequence_id, counter_word, seed)
     upper, odd = (columns & 8) != 0, (columns & 4) != 0
@@ -63,9 +66,9 @@ def keep_hidden(first, columns, sequence_id, position, counter_word, seed, thres
 
 @triton.jit
 def hidden_factors(row, rows, rng_ptr, counter_word, threshold, H: tl.constexpr, CHUNK: tl.constexpr):
-    """What dropout multiplies the tokens `row` [rows, 1] by, 0 or the scale, in chunks as `kernels/rows.py` cuts them.
+    """Return the dropout factors of the tokens `row` [rows, 1], 0 or the scale, in chunks as in `kernels/rows.py`.
 
-    `rows` masks the tokens that are there; `rng_ptr` points to their RNG coordinates: (seed int64 [], sequence ids
+    `rows` masks the tokens in bounds; `rng_ptr` points to their RNG coordinates: (seed int64 [], sequence ids
     int [T], positions int [T]).
     """
     seed = tl.load(rng_ptr[0])
@@ -81,21 +84,23 @@ def hidden_factors(row, rows, rng_ptr, counter_word, threshold, H: tl.constexpr,
 
 @triton.jit
 def scale_of(threshold):
-    """What kept elements are multiplied by, 256 / (256 - threshold), correctly rounded."""
+    """Return the scale of kept elements, 256 / (256 - threshold), correctly rounded."""
     return tl.math.div_rn(256.0, 256.0 - threshold)
 
 
 @triton.jit
 def keep_attention(first_query, query, first_key, key, rng):
-    """Which probabilities are kept at queries `first_query` + query and keys `first_key` + key.
+    """Return the mask of kept probabilities at queries `first_query` + `query` and keys `first_key` + `key`.
 
-    The firsts are multiples of 16; `query` and `key` are ranges, one a column and the other a row, either way round.
+    `first_query` and `first_key` are multiples of 16; `query` and `key` are ranges, one a column and the other a row.
     `rng` is (seed, the sequence's id, counter word operation << 8 | head, threshold).
     """
     seed, sequence_id, counter, threshold = rng
+    # A Philox call covers 4 x 4 elements of a 16 x 16 block: rows and columns with equal bits 1 and 2. Bit 3 of query
+    # and key selects the word, and bit 0 of both the byte.
     query_group = ((first_query >> 4) << 2) + (((query >> 4) << 2) | ((query >> 1) & 3))
     key_group = ((first_key >> 4) << 2) + (((key >> 4) << 2) | ((key >> 1) & 3))
     w0, w1, w2, w3 = philox(key_group, query_group, sequence_id, counter, seed)
     lower, right = (query & 8) != 0, (key & 8) != 0
-    chosen = tl.where(lower, tl.where(right, w3, w2), tl.where(right, w1, w0))
-    return _kept(chosen, ((query & 1) << 1) | (key & 1), threshold)
+    word = tl.where(lower, tl.where(right, w3, w2), tl.where(right, w1, w0))
+    return _kept(word, ((query & 1) << 1) | (key & 1), threshold)

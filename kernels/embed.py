@@ -2,7 +2,7 @@
 
 One kernel forward. Backward, one recomputes z and writes its gradient; where there are at most two types, it sums that
 of each type in registers as it sums those of gamma and beta. `kernels/sum_by_index.py` sums the gradient of z into the
-other tables, with one sort for all of them. T tokens, H hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts them.
+other tables, with one sort for all of them. T tokens, H hidden size; H, CHUNK and ROWS as in `kernels/rows.py`.
 """
 
 import torch
@@ -15,7 +15,6 @@ from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     add,
-    cut,
     in_rows,
     layer_norm_apply,
     layer_norm_differentiate,
@@ -23,6 +22,7 @@ from bertfast.kernels.rows import (
     load_rows,
     load_vector,
     multiply,
+    row_config,
     store_rows,
     store_sums,
     summing_programs,
@@ -30,7 +30,7 @@ from bertfast.kernels.rows import (
 )
 from bertfast.kernels.sum_by_index import group_by_index, sum_groups
 
-_TYPES_IN_REGISTERS = 2  # of more token types, the sums would spill
+_TYPES_IN_REGISTERS = 2  # the sums of more token types would spill
 
 
 @kernel
@@ -75,7 +75,7 @@ def embed_backward_kernel(
     rstd_ptr,
     rng_ptr,
     d_z_ptr,  # [T, H]
-    sums_ptr,  # fp32 [programs, 2 + TYPES, H]: each program's share of d_gamma, d_beta and the types' gradients
+    sums_ptr,  # fp32 [programs, 2 + TYPES, H]: each program's partial sums of d_gamma, d_beta and the types' gradients
     tokens,
     d_y_stride,
     tables_stride,
@@ -118,9 +118,9 @@ def _add_to_types(type_sums, d_z, token_type, TYPES: tl.constexpr):
     """Add each row of `d_z`, chunks [ROWS, CHUNK], to the sums of its `token_type` [ROWS, 1]."""
     result = ()
     for i in tl.static_range(TYPES):
-        own = _chunks_of_type(type_sums, i, TYPES)
-        for c in tl.static_range(len(own)):
-            result = result + (own[c] + tl.where(token_type == i, d_z[c], 0.0),)
+        sums = _chunks_of_type(type_sums, i, TYPES)
+        for c in tl.static_range(len(sums)):
+            result = result + (sums[c] + tl.where(token_type == i, d_z[c], 0.0),)
     return result
 
 
@@ -135,7 +135,7 @@ def _chunks_of_type(type_sums, i: tl.constexpr, TYPES: tl.constexpr):
 
 @triton.jit
 def _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of the three embeddings of the tokens `row` [rows, 1], where the mask `rows` has one, in fp32 chunks."""
+    """Return the sum of the three embeddings of the tokens `row` [rows, 1], masked by `rows`, in fp32 chunks."""
     z = _gather(tables_ptr[0], ids_ptr[0], row, rows, tables_stride[0], H, CHUNK)
     for i in tl.static_range(1, 3):
         z = add(z, _gather(tables_ptr[i], ids_ptr[i], row, rows, tables_stride[i], H, CHUNK))
@@ -144,7 +144,7 @@ def _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H: tl.constexpr, 
 
 @triton.jit
 def _gather(table_ptr, ids_ptr, row, rows, stride, H: tl.constexpr, CHUNK: tl.constexpr):
-    """The rows of a table that the tokens `row` [rows, 1] name, in fp32 chunks; their own rows without ids."""
+    """Return table[ids[row]] of the tokens `row` [rows, 1], in fp32 chunks; table[row] without ids."""
     if ids_ptr is not None:
         row = tl.load(ids_ptr + row, mask=rows, other=0).to(tl.int64)
     return load_rows(table_ptr, row * stride, rows, H, CHUNK)
@@ -155,11 +155,11 @@ def embed_forward(
     word, position, token_type, token_ids, token_type_ids, position_ids, gamma, beta, eps, seed, sequence_ids,
     positions, counter_word, threshold, *, out,
 ):  # fmt: skip
-    """Write y [T, H], and the mean and 1 / deviation of z, fp32 [T]."""
+    """Write y [T, H], and mean and rstd of z, fp32 [T]."""
     y, mean, rstd = out
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = y.shape
-    constants = cut(hidden, *tables)
+    constants = row_config(hidden, *tables)
     embed_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
         tables, (token_ids, token_type_ids, position_ids), gamma, beta, (seed, sequence_ids, positions), y, mean, rstd,
         tokens, tuple(table.stride(0) for table in tables), eps, counter_word, threshold, **constants,
@@ -171,13 +171,13 @@ def embed_backward(
     d_y, word, position, token_type, token_ids, token_type_ids, position_ids, gamma, mean, rstd, padding_index,
     seed, sequence_ids, positions, counter_word, threshold,
 ):  # fmt: skip
-    """(d_word, d_position, d_token_type, fp32 [2, H] of d_gamma and d_beta); the row `padding_index` is zero."""
+    """Return (d_word, d_position, d_token_type, fp32 [2, H] of d_gamma and d_beta); row `padding_index` is zero."""
     d_y = in_rows(d_y)
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = d_y.shape
-    constants = cut(hidden, d_y, *tables, summing=True)
+    constants = row_config(hidden, d_y, *tables, summing=True)
     programs = summing_programs(ceil_div(tokens, constants["ROWS"]), d_y.device)
-    # As autograd has it: in the dtype of the sum of the three, which is fp32 where one of them is.
+    # As in autograd: the dtype of the sum of the three embeddings, fp32 if any of them is.
     widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
     d_z = d_y.new_empty(d_y.shape, dtype=widest)
     types = len(token_type) if len(token_type) <= _TYPES_IN_REGISTERS else 0

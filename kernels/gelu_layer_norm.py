@@ -1,7 +1,6 @@
-"""y = LN(z), z = gelu(x + bias), exact GELU, and its gradients: one kernel each way.
+"""y = LN(z), z = gelu(x + bias), exact GELU, and its gradients: one kernel forward, one backward.
 
-z is not stored: the backward pass makes it again from x. R rows, H hidden; H, CHUNK and ROWS as `kernels/rows.py` cuts
-them.
+z is not stored: the backward pass recomputes it from x. R rows, H hidden size; CHUNK and ROWS as in `kernels/rows.py`.
 """
 
 import torch
@@ -17,7 +16,6 @@ from bertfast.kernels.rows import (
     STAGES_IF_WIDE,
     WIDE,
     add,
-    cut,
     in_rows,
     layer_norm_apply,
     layer_norm_differentiate,
@@ -25,6 +23,7 @@ from bertfast.kernels.rows import (
     load_rows,
     load_vector,
     multiply,
+    row_config,
     store_rows,
     store_sums,
     summing_programs,
@@ -68,7 +67,7 @@ def gelu_layer_norm_backward_kernel(
     mean_ptr,
     rstd_ptr,
     d_x_ptr,  # [R, H]
-    sums_ptr,  # fp32 [programs, 3, H]: each program's share of d_gamma, d_beta and d_bias
+    sums_ptr,  # fp32 [programs, 3, H]: each program's partial sums of d_gamma, d_beta and d_bias
     count,
     d_y_stride,
     x_stride,
@@ -97,7 +96,7 @@ def gelu_layer_norm_backward_kernel(
 
 @triton.jit
 def _gelu(u):
-    """GELU, of chunks."""
+    """Return the GELU of chunks."""
     z = ()
     for c in tl.static_range(len(u)):
         z = z + (gelu(u[c], "none"),)
@@ -106,7 +105,7 @@ def _gelu(u):
 
 @triton.jit
 def _gelu_derivative(u):
-    """The derivative of GELU, of chunks."""
+    """Return the derivative of GELU of chunks."""
     derivative = ()
     for c in tl.static_range(len(u)):
         derivative = derivative + (gelu_derivative(u[c], "none"),)
@@ -115,11 +114,11 @@ def _gelu_derivative(u):
 
 @operation
 def gelu_layer_norm_forward(x, bias, gamma, beta, eps, *, out):
-    """Write y [R, H], and the mean and 1 / deviation of z, fp32 [R]."""
+    """Write y [R, H], and mean and rstd of z, fp32 [R]."""
     x = in_rows(x)
     y, mean, rstd = out
     count, hidden = x.shape
-    constants = cut(hidden, x, y)
+    constants = row_config(hidden, x, y)
     gelu_layer_norm_forward_kernel[(ceil_div(count, constants["ROWS"]),)](
         x, bias, gamma, beta, y, mean, rstd, count, x.stride(0), eps, **constants
     )
@@ -131,7 +130,7 @@ def gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd, *, out):
     d_y, x = in_rows(d_y), in_rows(x)
     d_x, d_parameters = out
     count, hidden = x.shape
-    constants = cut(hidden, d_y, x, summing=True)
+    constants = row_config(hidden, d_y, x, summing=True)
     programs = summing_programs(ceil_div(count, constants["ROWS"]), x.device)
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     gelu_layer_norm_backward_kernel[(programs,)](

@@ -1,4 +1,4 @@
-"""How a kernel is compiled: `triton.jit` without the specialisations that would compile anew for each batch."""
+"""`triton.jit` without the specialisations that would recompile a kernel for each batch."""
 
 import inspect
 from collections.abc import Callable
@@ -10,14 +10,13 @@ import triton.language as tl
 def kernel(function: Callable | None = None, *, specialize: tuple[str, ...] = ()) -> Callable:
     """Compile the decorated function as a Triton kernel that serves batches of all sizes.
 
-    Left to itself, Triton compiles a kernel again for an integer argument that is 1, or that is divisible by 16 where
-    another was not: numbers of tokens and of sequences would do that every few batches, and an integer of 1 becomes a
-    Python int, which has no methods of a tensor. Strides profit from it, by wider loads, and are the same for all
-    batches.
+    By default Triton recompiles a kernel if an integer argument is 1, or if its divisibility by 16 changes: the number
+    of tokens or sequences would cause that every few batches, and a 1 becomes a Python int, which lacks a tensor's
+    methods. Strides benefit from specialisation, by wider loads, and are the same for all batches.
 
     Args:
-        function: The kernel. Parameters named `…_ptr` and `…_stride` are specialised on, and constants are constants.
-        specialize: Further parameters to specialise on: those that tensors' rows are apart under another name.
+        function: The kernel. Triton specialises on its parameters named `…_ptr` and `…_stride`, and its constexpr ones.
+        specialize: Further parameters to specialise on: row strides under another name.
     """
     if function is None:
         return lambda function: kernel(function, specialize=specialize)

@@ -1,8 +1,8 @@
-"""What the row kernels share: rows in chunks of registers, LayerNorm of a row each way, and sums over all rows.
+"""Shared by the row kernels: rows as chunks of registers, LayerNorm forward and backward, and sums over rows.
 
-A row of 768 is no power of two. It is held as a tuple of chunks [rows, chunk], the widest power of two that divides it,
-so that memory is read and written once and no lane idles. A lane takes 16 bytes of the widest dtype at a time; up to
-1,024 columns a warp has rows of its own, and sums over a row need neither shared memory nor a barrier.
+768 is not a power of two. A row is a tuple of chunks [ROWS, CHUNK], CHUNK the widest power of two that divides it, so
+that memory is read and written once and no lane idles. A lane accesses 16 bytes of the widest dtype at a time; up to
+1,024 columns a row belongs to one warp, and sums over a row need neither shared memory nor a barrier.
 
 H columns of a row, CHUNK columns of a chunk, ROWS rows of a tile.
 """
@@ -14,29 +14,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bertfast.kernels.device import processors
+from bertfast.kernels.device import sm_count
 
 _CHUNKS = (2048, 1024, 512, 256, 128)
-_ONE_WARP = 1024  # the most columns that one warp takes alone
-_PROGRAMS_PER_PROCESSOR = 4  # of a kernel that sums over rows
-# Stages of such a kernel's loop: the rows of two later tiles are on their way to shared memory, or of one later tile
-# where rows are so wide that three stages take more shared memory than sm_120 has (99 KiB).
+_ONE_WARP = 1024  # maximum columns of a row that one warp holds
+_PROGRAMS_PER_SM = 4  # of a kernel that sums over rows
+# Pipeline stages of such a kernel's loop: the rows of the next two tiles are being copied to shared memory, or of the
+# next one if rows are so wide that three stages exceed the shared memory of sm_120 (99 KiB).
 STAGES, STAGES_IF_WIDE = tl.constexpr(3), tl.constexpr(2)
 WIDE = tl.constexpr(2048)  # columns
 
 
-def cut(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]:
-    """How rows of `columns` of these tensors are cut: H, CHUNK, ROWS and the launch options of a kernel.
+def row_config(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]:
+    """Return H, CHUNK, ROWS and the launch options of a kernel for rows of `columns` of these tensors.
 
-    A kernel that is `summing` over rows keeps a sum of every column, so all its warps share a row, and lanes idle where
-    the width is no power of two. Where registers run short they are bounded by how many programs are to run at a time:
-    by itself the compiler spills one or two to make room for more.
+    A kernel that is `summing` over rows keeps a sum of every column, so all its warps share a row, and lanes idle if
+    the width is not a power of two. maxnreg is set where registers are scarce: by default the compiler spills one or
+    two registers to fit more programs on an SM.
     """
-    return _cut(columns, max(tensor.element_size() for tensor in tensors), summing)
+    return _row_config(columns, max(tensor.element_size() for tensor in tensors), summing)
 
 
 @cache
-def _cut(columns: int, element_size: int, summing: bool) -> dict[str, int]:
+def _row_config(columns: int, element_size: int, summing: bool) -> dict[str, int]:
     warps = 4 if columns <= 2048 else 8
     warp = 32 * 16 // element_size
     padded = triton.next_power_of_2(columns)
@@ -51,18 +51,18 @@ def _cut(columns: int, element_size: int, summing: bool) -> dict[str, int]:
 
 
 def summing_programs(tiles: int, device: torch.device) -> int:
-    """Programs that share the tiles of a kernel which sums over rows: as many as run at a time."""
-    return max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(device)), 1)
+    """Return the number of programs of a kernel that sums over rows: as many as are resident on the GPU."""
+    return max(min(tiles, _PROGRAMS_PER_SM * sm_count(device)), 1)
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x [rows, columns] with no gap between columns and any between rows: itself, or a copy."""
+    """Return x [rows, columns] if its rows are contiguous, else a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 @triton.jit
 def inside(rows, start: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
-    """Mask of the chunk from column `start`: `rows` [rows, 1], and the columns too where the chunk sticks out."""
+    """Return the mask of the chunk from column `start`: `rows` [rows, 1], and the column bound where it is needed."""
     if start + CHUNK <= H:
         return rows
     else:
@@ -71,7 +71,7 @@ def inside(rows, start: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, offset, rows, H: tl.constexpr, CHUNK: tl.constexpr):
-    """The rows at `offset` [rows, 1], where the mask `rows` has one, in fp32 chunks; zero elsewhere."""
+    """Load the rows at `offset` [rows, 1], masked by `rows`, as fp32 chunks; masked elements are zero."""
     chunks = ()
     for start in tl.static_range(0, H, CHUNK):
         columns = start + tl.arange(0, CHUNK)[None, :]
@@ -82,7 +82,7 @@ def load_rows(pointer, offset, rows, H: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_vector(pointer, H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """One vector [H] for each row of a tile, in fp32 chunks: every lane reads what its own columns need."""
+    """Load a vector [H], repeated for each row of a tile, as fp32 chunks: every lane loads its own columns."""
     return load_rows(pointer, tl.zeros([ROWS, 1], tl.int32), tl.full([ROWS, 1], True, tl.int1), H, CHUNK)
 
 
@@ -97,7 +97,7 @@ def store_rows(pointer, offset, rows, chunks, H: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def zeros(H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """fp32 zeros in chunks, to sum into."""
+    """Return accumulators: chunks of fp32 zeros."""
     chunks = ()
     for _ in tl.static_range(0, H, CHUNK):
         chunks = chunks + (tl.zeros([ROWS, CHUNK], tl.float32),)
@@ -106,7 +106,7 @@ def zeros(H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def add(a, b):
-    """a + b, of chunks."""
+    """Return a + b, of chunks."""
     chunks = ()
     for c in tl.static_range(len(a)):
         chunks = chunks + (a[c] + b[c],)
@@ -115,7 +115,7 @@ def add(a, b):
 
 @triton.jit
 def multiply(a, b):
-    """a · b, of chunks."""
+    """Return a · b, of chunks."""
     chunks = ()
     for c in tl.static_range(len(a)):
         chunks = chunks + (a[c] * b[c],)
@@ -124,7 +124,7 @@ def multiply(a, b):
 
 @triton.jit
 def row_sums(chunks):
-    """The sum of each row, [rows, 1]: chunks first, so that lanes meet once."""
+    """Return the sum of each row, [rows, 1]: over chunks first, so that there is one reduction over lanes."""
     total = chunks[0]
     for c in tl.static_range(1, len(chunks)):
         total += chunks[c]
@@ -141,7 +141,7 @@ def store_sums(pointer, sums, H: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def layer_norm_statistics(z, eps, H: tl.constexpr, CHUNK: tl.constexpr):
-    """Mean and 1 / sqrt(variance + eps) of each row, [rows, 1]; the variance from differences, which do not cancel."""
+    """Return mean and rstd of each row, [rows, 1]; the variance from differences, without cancellation."""
     mean = row_sums(z) / H
     squares = ()
     for start in tl.static_range(0, H, CHUNK):
@@ -152,7 +152,7 @@ def layer_norm_statistics(z, eps, H: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def layer_norm_apply(z, mean, rstd, gamma, beta):
-    """(z - mean) · rstd · gamma + beta."""
+    """Return (z - mean) · rstd · gamma + beta."""
     y = ()
     for c in tl.static_range(len(z)):
         y = y + ((z[c] - mean) * rstd * gamma[c] + beta[c],)
@@ -161,10 +161,10 @@ def layer_norm_apply(z, mean, rstd, gamma, beta):
 
 @triton.jit
 def layer_norm_differentiate(d_y, z, mean, rstd, gamma, H: tl.constexpr):
-    """(d_z, d_gamma) of each row, d_gamma not yet summed over rows; d_beta is the sum of d_y.
+    """Return (d_z, d_gamma) of each row, d_gamma not yet summed over rows; d_beta is the sum of d_y.
 
-    With n = (z - mean) · rstd and g = d_y · gamma, zero outside: d_z = rstd · (g - mean(g) - n · mean(g · n)) (Ba et
-    al., 2016).
+    With n = (z - mean) · rstd and g = d_y · gamma, zero out of bounds: d_z = rstd · (g - mean(g) - n · mean(g · n)) (Ba
+    et al., 2016).
     """
     normalised = ()
     for c in tl.static_range(len(z)):

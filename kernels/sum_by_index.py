@@ -7,8 +7,8 @@ positions before and after the whole blocks of its group to the sums of these. S
 n / _BLOCK + 2 · _BLOCK row reads in one program, in two launches. Nothing is added atomically, no launch depends on
 the indices, and each table row is written once, zeros included.
 
-The gradient that PyTorch has for an embedding sorts too, but adds atomically where tokens are many and rows few, as
-those of positions and of types are, unless `torch.use_deterministic_algorithms` forbids it (its pull request 172454).
+PyTorch's embedding gradient sorts too, but uses atomic additions if there are many tokens and few rows, as for
+positions and token types, unless `torch.use_deterministic_algorithms` forbids it (PyTorch pull request 172454).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
-from bertfast.kernels.rows import add, cut, load_rows, store_rows, zeros
+from bertfast.kernels.rows import add, load_rows, row_config, store_rows, zeros
 
 _BLOCK = 32  # sorted positions of a block
 _ROWS = 4  # rows of `values` that a program reads at a time; with 8, half as many programs fit on an SM
@@ -95,7 +95,7 @@ def _add_ordered_rows(
 
 @triton.jit
 def _column_sums(chunks):
-    """The sum of each column over a tile's rows: chunks [ROWS, CHUNK] -> [1, CHUNK]."""
+    """Return the sum of each column over a tile's rows: chunks [ROWS, CHUNK] -> [1, CHUNK]."""
     sums = ()
     for c in tl.static_range(len(chunks)):
         sums = sums + (tl.sum(chunks[c], 0, keep_dims=True),)
@@ -107,8 +107,8 @@ class Groups:
     """The rows of `values` grouped by index, for one or more tables.
 
     Attributes:
-        keys: int32 [N], sorted: the indices, those of each table behind all of the tables before it.
-        order: int64 [N], the place of each key in the concatenated indices.
+        keys: int32 [N], sorted: the indices, offset by the rows of all tables before theirs.
+        order: int64 [N], the position of each key in the concatenated indices.
         starts: int32 [rows + 1], the sorted position at which each row's group starts, over the rows of all tables.
     """
 
@@ -121,8 +121,8 @@ def group_by_index(indices: Sequence[Tensor], rows: Sequence[int]) -> Groups:
     """Group by one or more indices, each int [T] with values below its number of `rows`, with one sort."""
     keys = torch.empty((len(indices), len(indices[0])), dtype=torch.int32, device=indices[0].device)
     first_row = 0
-    for own_keys, index, count in zip(keys, indices, rows, strict=True):
-        torch.add(index, first_row, out=own_keys)
+    for table_keys, index, count in zip(keys, indices, rows, strict=True):
+        torch.add(index, first_row, out=table_keys)
         first_row += count
     keys, order = keys.flatten().sort(stable=True)
     all_rows = torch.arange(first_row + 1, dtype=torch.int32, device=keys.device)
@@ -144,7 +144,7 @@ def sum_groups(
         One [rows, H] for each table.
     """
     tokens, hidden = values.shape
-    constants = cut(hidden, values, summing=True)
+    constants = row_config(hidden, values, summing=True)
     constants |= {"ROWS": max(_ROWS, constants["ROWS"]), "BLOCK": _BLOCK}
     blocks = len(groups.keys) // _BLOCK
     block_sums = values.new_empty((blocks, hidden), dtype=torch.float32)

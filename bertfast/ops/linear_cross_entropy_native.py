@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bertfast.kernels.logits_in_chunks import (
     equal_chunk,
+    gradients_in_chunks,
     linear_cross_entropy,
-    most_rows_on_gpu,
-    multiply_in_chunks,
+    max_rows_on_gpu,
     padded_columns,
 )
 from bertfast.kernels.operation import operation
@@ -39,26 +39,26 @@ if native.ABSENT is None:
 
 
 def _in_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: Sequence[bool], *, implementation: str
+    x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, needs_grad: Sequence[bool], *, implementation: str
 ) -> tuple[Tensor, ...]:
-    """(losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias), the last two empty if not wanted."""
+    """Return (losses fp32 [R], correct int64 [R], d_x in x's memory, d_weight, d_bias); empty if not needed."""
     kernel = getattr(torch.ops.bertfast, f"{implementation}_cross_entropy")
-    vocabulary = len(weight)
-    most = _most_rows(padded_columns(vocabulary) * x.element_size(), implementation)
-    chunk = equal_chunk(len(x), most, 1) if implementation == "cpu" else equal_chunk(len(x), most)
+    vocab_size = len(weight)
+    max_rows = _max_rows(padded_columns(vocab_size) * x.element_size(), implementation)
+    chunk = equal_chunk(len(x), max_rows, 1) if implementation == "cpu" else equal_chunk(len(x), max_rows)
     losses, correct = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(labels)
-    d_bias = x.new_zeros(vocabulary if any(wanted) else 0, dtype=torch.float32)
+    d_bias = x.new_zeros(vocab_size if any(needs_grad) else 0, dtype=torch.float32)
 
-    def differentiate(logits: Tensor, some: slice) -> None:
-        kernel(logits[:, :vocabulary], bias, labels[some], losses[some], correct[some], d_bias)
+    def differentiate(logits: Tensor, chunk_rows: slice) -> None:
+        kernel(logits[:, :vocab_size], bias, labels[chunk_rows], losses[chunk_rows], correct[chunk_rows], d_bias)
 
-    d_weight = multiply_in_chunks(x, weight, wanted, chunk, differentiate, matmul.multiply)
-    return losses, correct, x, d_weight, d_bias if wanted[2] else d_bias[:0]
+    d_weight = gradients_in_chunks(x, weight, needs_grad, chunk, differentiate, matmul.multiply)
+    return losses, correct, x, d_weight, d_bias if needs_grad[2] else d_bias[:0]
 
 
-def _most_rows(row: int, implementation: str) -> int:
-    """Return the most rows of a chunk of logits, of `row` bytes each."""
-    return max(_CPU_BYTES // row, 1) if implementation == "cpu" else most_rows_on_gpu(row)
+def _max_rows(row: int, implementation: str) -> int:
+    """Return the maximum rows of a chunk of logits, of `row` bytes each."""
+    return max(_CPU_BYTES // row, 1) if implementation == "cpu" else max_rows_on_gpu(row)
 
 
 def _sum_by_index(values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

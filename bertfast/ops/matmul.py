@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write a b^T to `out`, or add it: a [N, K], b [M, K], out [N, M], all of one dtype."""
     if not goes_to_onednn(a, b):
-        logits_in_chunks.multiply(a, b, out, add=add)
+        logits_in_chunks.matmul_nt(a, b, out, add=add)
     elif add:
         out += _product(a, b)
     else:

@@ -11,7 +11,7 @@ static void forward(const AddLayerNormForward& a) {
     thread_local Scratch floats, bytes;
     HiddenMask mask(a.dropout, a.hidden, bytes);
     const int64_t width = padded(a.hidden);
-    float* const bias = floats.room<float>(4 * width);
+    float* const bias = floats.reserve<float>(4 * width);
     float *const gamma = bias + width, *const beta = gamma + width, *const z = beta + width;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma), widen(a.beta, a.hidden, beta);
     for (int64_t token = first; token < end; ++token) {
@@ -24,7 +24,7 @@ static void forward(const AddLayerNormForward& a) {
         const Floats sum = load_columns(x + column, count) + load(bias + column);
         return mask.add(column, sum, load_columns(residual + column, count));
       });
-      across(a.hidden, [&](int64_t column, int count) {
+      for_each_vector(a.hidden, [&](int64_t column, int count) {
         const Floats out = norm(load(z + column)) * load(gamma + column) + load(beta + column);
         store_columns(y + column, out, count);
         if (copy) store_columns(copy + column, out, count);
@@ -40,8 +40,8 @@ static void backward(const AddLayerNormBackward& a) {
   sum_over_rows<3>(a.tokens, a.hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
     thread_local Scratch floats, bytes;
     HiddenMask mask(a.dropout, a.hidden, bytes);
-    float* const bias = floats.room<float>(4 * width);
-    float *const gamma = bias + width, *const room = gamma + width;
+    float* const bias = floats.reserve<float>(4 * width);
+    float *const gamma = bias + width, *const reserve = gamma + width;
     widen(a.bias, a.hidden, bias), widen(a.gamma, a.hidden, gamma);
     for (int64_t token = first; token < end; ++token) {
       const X* const x = row<X>(a.x, token);
@@ -52,7 +52,7 @@ static void backward(const AddLayerNormBackward& a) {
       R* const d_residual = row<R>(a.d_residual, token);
       mask.draw(token);
       differentiate(
-          LayerNorm{a.mean[token], a.rstd[token]}, a.hidden, gamma, sums, sums + width, room,
+          LayerNorm{a.mean[token], a.rstd[token]}, a.hidden, gamma, sums, sums + width, reserve,
           [&](int64_t column, int count) {
             const Floats sum = load_columns(x + column, count) + load(bias + column);
             return mask.add(column, sum, load_columns(residual + column, count));

@@ -5,99 +5,101 @@
 
 namespace bertfast::BERTFAST_SET {
 
-// What is known of a block of queries so far: online softmax (Milakov and Gimelshein, 2018).
-struct Statistics {
-  alignas(64) float highest[BLOCK], total[BLOCK], shrink[BLOCK];  // shrink: what the sums so far are multiplied by
+// Online softmax of a block of queries (Milakov and Gimelshein, 2018): row maximum and sum of the exponentials so far.
+struct SoftmaxState {
+  alignas(64) float m_i[BLOCK], l_i[BLOCK], alpha[BLOCK];  // alpha: the factor that rescales the output so far
 };
 
-// Scores become probabilities, up to a factor for each query: factors [keys / NUMBERS, BLOCK] in their place.
+// Replace scores by unnormalised probabilities, as operands [keys / ELEMENTS, BLOCK], and update the state.
 template <class F, bool DROPOUT>
-static void soften(float* scores, int keys, int queries, float scale, const DropoutBlock& mask, int threshold,
-                   Statistics& known) {
+static void online_softmax(float* scores, int keys, int queries, float scale, const DropoutBlock& dropout_mask,
+                           int threshold, SoftmaxState& state) {
   for (int column = 0; column < queries; column += LANES) {
     float* const s = scores + column;
-    const Floats before = load(known.highest + column);
-    Floats highest[2] = {before, before};
+    const Floats m_i = load(state.m_i + column);
+    Floats m_new[2] = {m_i, m_i};
     for (int key = 0; key < keys; key += 2)
-      UNROLL for (int i = 0; i < 2; ++i) highest[i] = maximum(highest[i], load(s + (key + i) * BLOCK));
-    highest[0] = maximum(highest[0], highest[1]);
-    store(known.highest + column, highest[0]);
-    // Nothing seen yet: -infinity less -infinity is no number.
-    const Floats reference = highest[0] == -__builtin_inff() ? splat(0.f) : highest[0];
-    const Floats offset = reference * scale, shrink = exp2((before - reference) * scale);
-    Floats total[2] = {load(known.total + column) * shrink, {}};
+      UNROLL_FOR (int i = 0; i < 2; ++i) m_new[i] = maximum(m_new[i], load(s + (key + i) * BLOCK));
+    m_new[0] = maximum(m_new[0], m_new[1]);
+    store(state.m_i + column, m_new[0]);
+    // All keys so far are masked: -inf - -inf is NaN.
+    const Floats reference = m_new[0] == -__builtin_inff() ? splat(0.f) : m_new[0];
+    const Floats offset = reference * scale, alpha = exp2((m_i - reference) * scale);
+    Floats l_i[2] = {load(state.l_i + column) * alpha, {}};
     for (int key = 0; key < keys; key += 2) {
       Floats p[2];
-      UNROLL for (int i = 0; i < 2; ++i) {
+      UNROLL_FOR (int i = 0; i < 2; ++i) {
         p[i] = exp2(load(s + (key + i) * BLOCK) * scale - offset);
-        total[i] += p[i];
+        l_i[i] += p[i];
       }
       if constexpr (DROPOUT) {
-        Mask kept[2];
-        mask.kept(key, column, threshold, kept[0], kept[1]);
-        UNROLL for (int i = 0; i < 2; ++i) p[i] = where(kept[i], p[i]);
+        LaneMask kept[2];
+        dropout_mask.kept(key, column, threshold, kept[0], kept[1]);
+        UNROLL_FOR (int i = 0; i < 2; ++i) p[i] = where(kept[i], p[i]);
       }
-      if constexpr (NUMBERS<F> == 2) store((uint32_t*)s + key / 2 * BLOCK, join(p[0], p[1]));
-      else UNROLL for (int i = 0; i < 2; ++i) store(s + (key + i) * BLOCK, p[i]);
+      if constexpr (ELEMENTS<F> == 2) store((uint32_t*)s + key / 2 * BLOCK, pack_bf16_pairs(p[0], p[1]));
+      else
+        UNROLL_FOR (int i = 0; i < 2; ++i) store(s + (key + i) * BLOCK, p[i]);
     }
-    store(known.total + column, total[0] + total[1]);
-    store(known.shrink + column, shrink);
+    store(state.l_i + column, l_i[0] + l_i[1]);
+    store(state.alpha + column, alpha);
   }
 }
 
 template <class T, int D>
 static void attend(const AttentionForward& a, const AttentionTask& task, int head) {
-  using F = Factor<T>;
-  constexpr int N = NUMBERS<F>;
-  const Sight sight{a.causal, a.window};
-  const int first_key = sight.first_key(task.first_query), end_key = sight.end_key(task.end_query, task.length);
-  const int keys = end_key - first_key;
+  using F = Operand<T>;
+  constexpr int N = ELEMENTS<F>;
+  const AttentionMask mask{a.causal, a.window};
+  const int kv_begin = mask.kv_begin(task.q_begin), kv_end = mask.kv_end(task.q_end, task.length);
+  const int keys = kv_end - kv_begin;
   const T* const query_rows = (const T*)a.qkv + task.start * a.stride + head * D;
-  const T* const key_rows = query_rows + a.heads * D + first_key * a.stride;
+  const T* const key_rows = query_rows + a.heads * D + kv_begin * a.stride;
 
   thread_local Scratch scratch;
-  thread_local DropoutBlock mask;
-  float* const scores = scratch.room<float>(BLOCK * BLOCK + 2 * (BLOCK + even(keys)) * D);
+  thread_local DropoutBlock dropout_mask;
+  float* const scores = scratch.reserve<float>(BLOCK * BLOCK + 2 * (BLOCK + even(keys)) * D);
   float* const sums = scores + BLOCK * BLOCK;
   F *const q = (F*)(sums + BLOCK * D), *const k = q + BLOCK * D, *const v = k + even(keys) * D;
   pack_rows<D>(key_rows, a.stride, keys, even(keys), k);
   pack_stacked<D>(key_rows + a.heads * D, a.stride, keys, even(keys), v);
 
-  const float scale = a.scale * LOG2_E, kept = 256.f / (256 - a.dropout.threshold);
-  for (int query = task.first_query; query < task.end_query; query += BLOCK) {
-    const int queries = block_at(query, task.end_query), columns = registers(queries);
+  const float scale = a.scale * LOG2_E, dropout_scale = 256.f / (256 - a.dropout.threshold);
+  for (int query = task.q_begin; query < task.q_end; query += BLOCK) {
+    const int queries = block_at(query, task.q_end), columns = registers(queries);
     pack_columns<D>(query_rows + query * a.stride, a.stride, queries, q);
-    Statistics known;
-    for (int i = 0; i < BLOCK; ++i) known.highest[i] = -__builtin_inff(), known.total[i] = 0;
-    const int begin = sight.first_key(query), end = sight.end_key(query + queries, task.length);
+    SoftmaxState state;
+    for (int i = 0; i < BLOCK; ++i) state.m_i[i] = -__builtin_inff(), state.l_i[i] = 0;
+    const int begin = mask.kv_begin(query), end = mask.kv_end(query + queries, task.length);
     for (int key = begin; key < end; key += BLOCK) {
-      const int some = block_at(key, end);
-      product<D / N, 1, BLOCK>(k + (key - first_key) * (D / N), q, D / N, scores, even(some), columns, {true});
-      sight.hide(scores, query, queries, key, some);
+      const int block_keys = block_at(key, end);
+      matmul<D / N, 1, BLOCK>(k + (key - kv_begin) * (D / N), q, D / N, scores, even(block_keys), columns, {true});
+      mask.apply(scores, query, queries, key, block_keys);
       if (a.dropout.threshold) {
-        mask.draw(a.dropout, task.sequence, head, query, queries, key, some);
-        soften<F, true>(scores, even(some), queries, scale, mask, a.dropout.threshold, known);
+        dropout_mask.draw(a.dropout, task.sequence, head, query, queries, key, block_keys);
+        online_softmax<F, true>(scores, even(block_keys), queries, scale, dropout_mask, a.dropout.threshold, state);
       } else {
-        soften<F, false>(scores, even(some), queries, scale, mask, 0, known);
+        online_softmax<F, false>(scores, even(block_keys), queries, scale, dropout_mask, 0, state);
       }
-      product<1, BLOCK, D>((const F*)scores, v + (key - first_key) / N * D, (some + N - 1) / N, sums, even(queries),
-                           D / LANES, {key == begin, known.shrink});
+      matmul<1, BLOCK, D>((const F*)scores, v + (key - kv_begin) / N * D, (block_keys + N - 1) / N, sums, even(queries),
+                          D / LANES, {key == begin, state.alpha});
     }
+    // From here on alpha holds the normalisation of the output, and l_i the log-sum-exp relative to the mean.
     for (int column = 0; column < queries; column += LANES) {
-      const Floats total = load(known.total + column);
-      store(known.shrink + column, kept / total);
-      store(known.total + column, load(known.highest + column) * scale + log2(total / (float)task.length));
+      const Floats l_i = load(state.l_i + column);
+      store(state.alpha + column, dropout_scale / l_i);
+      store(state.l_i + column, load(state.m_i + column) * scale + log2(l_i / (float)task.length));
     }
     const int64_t token = task.start + query;
-    write_rows<D>(sums, queries, known.shrink, (T*)a.o + (token * a.heads + head) * D, a.heads * D);
-    std::memcpy(a.lse + head * a.tokens + token, known.total, queries * sizeof(float));
+    write_rows<D>(sums, queries, state.alpha, (T*)a.o + (token * a.heads + head) * D, a.heads * D);
+    std::memcpy(a.lse + head * a.capacity + token, state.l_i, queries * sizeof(float));
   }
 }
 
 void attention_forward(const AttentionForward& a) {
   with_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
-    clear(a.o, a.used * a.heads * D * sizeof(T), a.tokens * a.heads * D * sizeof(T));
-    each(a.task_count, [&](int64_t index) {
+    clear(a.o, a.num_tokens * a.heads * D * sizeof(T), a.capacity * a.heads * D * sizeof(T));
+    for_each(a.task_count, [&](int64_t index) {
       const AttentionTask& task = a.tasks[index];
       for (int head = task.first_head; head < task.end_head; ++head) attend<T, D>(a, task, head);
     });

@@ -1,8 +1,8 @@
-// What attention's passes share. Blocks of scores are [keys, queries], with the queries in the lanes, so that what is
-// known of a query, as the maximum and the sum of its probabilities are, is known lane by lane.
+// Shared by attention's forward and backward pass. Blocks of scores are transposed, [keys, queries], with queries in
+// the lanes, so that each lane keeps the row maximum and row sum of its own query.
 #pragma once
 #include "../attention.h"
-#include "block_product.h"
+#include "block_matmul.h"
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
@@ -15,66 +15,67 @@ INLINE int even(int count) { return (count + 1) / 2 * 2; }
 INLINE int registers(int count) { return (count + LANES - 1) / LANES; }
 INLINE int block_at(int first, int end) { return end - first < BLOCK ? end - first : BLOCK; }
 
-// Which keys are seen from where.
-struct Sight {
+// Causal and sliding-window mask.
+struct AttentionMask {
   bool causal;
   int window;
 
-  // The keys for a block of queries: from a block's first on.
-  int first_key(int first_query) const { return first_query > window ? (first_query - window) / BLOCK * BLOCK : 0; }
-  int end_key(int end_query, int length) const {
-    if (causal) return end_query;
-    return length - end_query > window ? end_query + window : length;
+  // Range of keys that the queries q_begin … q_end - 1 attend to; begins at a multiple of BLOCK.
+  int kv_begin(int q_begin) const { return q_begin > window ? (q_begin - window) / BLOCK * BLOCK : 0; }
+  int kv_end(int q_end, int length) const {
+    if (causal) return q_end;
+    return length - q_end > window ? q_end + window : length;
   }
 
-  bool is_whole(int query, int queries, int key, int keys) const {
+  // Whether no score of the block is masked.
+  bool is_full_block(int query, int queries, int key, int keys) const {
     if (causal && key + keys - 1 > query) return false;
     return query + queries - 1 - key <= window && key + keys - 1 - query <= window;
   }
 
-  // The scores of what is not seen become -infinity, as do those of the key that makes their number even.
-  void hide(float* scores, int query, int queries, int key, int keys) const {
-    const Floats nothing = splat(-__builtin_inff());
+  // Set masked scores to -inf, and those of the padding key that makes an odd number of keys even.
+  void apply(float* scores, int query, int queries, int key, int keys) const {
+    const Floats masked = splat(-__builtin_inff());
     if (keys % 2)
-      for (int column = 0; column < queries; column += LANES) store(scores + keys * BLOCK + column, nothing);
-    if (is_whole(query, queries, key, keys)) return;
+      for (int column = 0; column < queries; column += LANES) store(scores + keys * BLOCK + column, masked);
+    if (is_full_block(query, queries, key, keys)) return;
     for (int column = 0; column < queries; column += LANES) {
-      const Ints own = (Ints)lane_numbers() + (query + column);
+      const Ints q = (Ints)lane_ids() + (query + column);
       for (int row = 0; row < keys; ++row) {
         float* const p = scores + row * BLOCK + column;
-        const Ints behind = own - (key + row);  // how far the key is
-        const Ints seen = (behind <= window) & (behind >= (causal ? 0 : -window));
-        store(p, seen ? load(p) : nothing);
+        const Ints distance = q - (key + row);
+        const Ints attended = (distance <= window) & (distance >= (causal ? 0 : -window));
+        store(p, attended ? load(p) : masked);
       }
     }
   }
 };
 
-// A head's part of one token: the factors in LANES · NUMBERS<F> elements.
+// LANES operands, which are LANES · ELEMENTS<F> adjacent elements of a token's head.
 template <class F, class T>
-INLINE auto load_factors(const T* p) {
-  if constexpr (NUMBERS<F> == 2) return load((const uint32_t*)p);
+INLINE auto load_operand(const T* p) {
+  if constexpr (ELEMENTS<F> == 2) return load((const uint32_t*)p);
   else return load(p);
 }
 
-// [count, D] with `stride` elements between rows becomes factors [count, D / NUMBERS], further rows up to `padded` zero.
+// Pack [count, D], rows `stride` elements apart, as operands [padded, D / ELEMENTS]; rows from `count` on are zero.
 template <int D, class F, class T>
 static void pack_rows(const T* x, int64_t stride, int count, int padded, F* out) {
-  constexpr int WIDTH = D / NUMBERS<F>;
+  constexpr int WIDTH = D / ELEMENTS<F>;
   for (int row = 0; row < count; ++row)
-    UNROLL for (int column = 0; column < WIDTH; column += LANES)
-      store(out + row * WIDTH + column, load_factors<F>(x + row * stride + column * NUMBERS<F>));
+    UNROLL_FOR (int column = 0; column < WIDTH; column += LANES)
+      store(out + row * WIDTH + column, load_operand<F>(x + row * stride + column * ELEMENTS<F>));
   std::memset(out + count * WIDTH, 0, (padded - count) * WIDTH * sizeof(F));
 }
 
-// ... becomes factors of neighbouring rows [padded / NUMBERS, D].
+// Pack the same as operands [padded / ELEMENTS, D], each a pair of adjacent rows in bf16.
 template <int D, class F, class T>
 static void pack_stacked(const T* x, int64_t stride, int count, int padded, F* out) {
-  if constexpr (NUMBERS<F> == 1) {
+  if constexpr (ELEMENTS<F> == 1) {
     pack_rows<D>(x, stride, count, padded, out);
   } else {
     for (int row = 0; row < padded; row += 2)
-      UNROLL for (int column = 0; column < D; column += LANES) {
+      UNROLL_FOR (int column = 0; column < D; column += LANES) {
         const uint16_t* const p = (const uint16_t*)(x + row * stride + column);
         const Words first = row < count ? load_words(p) : Words{};
         const Words second = row + 1 < count ? load_words(p + stride) : Words{};
@@ -83,28 +84,29 @@ static void pack_stacked(const T* x, int64_t stride, int count, int padded, F* o
   }
 }
 
-// ... becomes its transpose, factors [D / NUMBERS, BLOCK], zero beyond `count` as far as registers reach.
+// Pack the transpose as operands [D / ELEMENTS, BLOCK], in tiles of LANES x LANES; zero from `count` to a multiple of
+// LANES.
 template <int D, class F, class T>
 static void pack_columns(const T* x, int64_t stride, int count, F* out) {
   for (int row = 0; row < count; row += LANES)
-    for (int column = 0; column < D / NUMBERS<F>; column += LANES) {
+    for (int column = 0; column < D / ELEMENTS<F>; column += LANES) {
       Words tile[LANES];
-      UNROLL for (int i = 0; i < LANES; ++i)
-        tile[i] = row + i < count ? (Words)load_factors<F>(x + (row + i) * stride + column * NUMBERS<F>) : Words{};
+      UNROLL_FOR (int i = 0; i < LANES; ++i)
+        tile[i] = row + i < count ? (Words)load_operand<F>(x + (row + i) * stride + column * ELEMENTS<F>) : Words{};
       transpose(tile);
-      UNROLL for (int i = 0; i < LANES; ++i) store((uint32_t*)out + (column + i) * BLOCK + row, tile[i]);
+      UNROLL_FOR (int i = 0; i < LANES; ++i) store((uint32_t*)out + (column + i) * BLOCK + row, tile[i]);
     }
 }
 
-// Rows [count, D], each times its factor, rounded into a tensor.
+// Write x [count, D], each row times its factor, in the dtype of `out`.
 template <int D, class T>
 static void write_rows(const float* x, int count, const float* factors, T* out, int64_t stride) {
   for (int row = 0; row < count; ++row)
-    UNROLL for (int column = 0; column < D; column += LANES)
+    UNROLL_FOR (int column = 0; column < D; column += LANES)
       store(out + row * stride + column, load(x + row * D + column) * factors[row]);
 }
 
-// Zeroes a tensor from `first` bytes on.
+// Zero a tensor of `size` bytes from byte `first` on.
 static void clear(void* tensor, int64_t first, int64_t size) {
   constexpr int64_t PART = 1 << 16;
   parallel((size - first + PART - 1) / PART, 1, [&](int64_t part, int64_t end) {
@@ -113,11 +115,11 @@ static void clear(void* tensor, int64_t first, int64_t size) {
   });
 }
 
-// f(T{}, D) with the type of a tensor's elements and a constant for its head dimension.
+// Call f(T{}, integral_constant D) with the element type and head dimension.
 template <class F>
 INLINE void with_shape(const AttentionInputs& a, const F& f) {
   with_type(a.type, [&]<class T>(T x) {
-    switch (a.head_dimension) {
+    switch (a.head_dim) {
       case 32: return f(x, std::integral_constant<int, 32>{});
       case 64: return f(x, std::integral_constant<int, 64>{});
       default: return f(x, std::integral_constant<int, 128>{});

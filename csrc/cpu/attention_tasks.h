@@ -1,4 +1,4 @@
-// How attention's work is cut for the threads. What it computes has the same bits however it is cut.
+// How attention is split into tasks for the threads. Results are bitwise identical for every split.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -7,8 +7,8 @@
 
 namespace bertfast {
 
-// The longest first, for threads that each take the next. Tasks are short against all the work: several heads where
-// sequences are short, and parts where one head of a sequence would last longer than the others keep the threads busy.
+// Return the tasks, longest first, for threads that each take the next one. A task is several heads of a short
+// sequence, or part of one head where a whole head would outlast the other threads' work.
 inline std::vector<AttentionTask> attention_tasks(const int64_t* cu_seqlens, int sequences, int heads, int64_t window,
                                                   int threads, bool backward) {
   std::vector<AttentionTask> whole;
@@ -18,30 +18,31 @@ inline std::vector<AttentionTask> attention_tasks(const int64_t* cu_seqlens, int
     if (length > 0) whole.push_back({start, sequence, length, 0, heads, 0, length, 0, length});
   }
   std::stable_sort(whole.begin(), whole.end(), [](const auto& a, const auto& b) { return a.length > b.length; });
-  const auto work = [&](const AttentionTask& task) {  // of a head
+  const auto work = [&](const AttentionTask& task) {  // scores of one head, computed or padded
     return (double)task.length * (std::min<double>(task.length, 2.0 * window) + ATTENTION_BLOCK);
   };
-  double share = 0;  // of a thread
-  for (const AttentionTask& task : whole) share += heads * work(task) / threads;
+  double work_per_thread = 0;
+  for (const AttentionTask& task : whole) work_per_thread += heads * work(task) / threads;
 
-  // A part of the backward pass is either of the queries or of the keys, and both make the scores: 7 products for 5.
-  const double longest = backward ? share * 7 / 5 : share / 4;
+  // A part of the backward pass covers a range of queries or of keys, and both recompute the scores: 7 matmuls for 5.
+  const double max_work = backward ? work_per_thread * 7 / 5 : work_per_thread / 4;
   std::vector<AttentionTask> tasks;
   for (const AttentionTask& task : whole) {
-    const int together = std::clamp((int)(share / 32 / work(task)), 1, heads);
+    const int heads_per_task = std::clamp((int)(work_per_thread / 32 / work(task)), 1, heads);
     const int blocks = (task.length + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK;
-    const bool split = threads > 1 && blocks > 2 && work(task) > longest;
-    const int size = ATTENTION_BLOCK * (split ? std::clamp((int)(blocks * share / 16 / work(task)), 2, blocks) : blocks);
-    for (int head = 0; head < heads; head += together) {
+    const bool split = threads > 1 && blocks > 2 && work(task) > max_work;
+    const int split_blocks = split ? std::clamp((int)(blocks * work_per_thread / 16 / work(task)), 2, blocks) : blocks;
+    const int size = ATTENTION_BLOCK * split_blocks;
+    for (int head = 0; head < heads; head += heads_per_task) {
       AttentionTask part = task;
-      part.first_head = head, part.end_head = std::min(head + together, heads);
+      part.first_head = head, part.end_head = std::min(head + heads_per_task, heads);
       for (int first = 0; first < task.length; first += size) {
-        part.first_query = first, part.end_query = std::min(first + size, task.length);
+        part.q_begin = first, part.q_end = std::min(first + size, task.length);
         tasks.push_back(part);
       }
-      part.first_query = 0, part.end_query = task.length;
+      part.q_begin = 0, part.q_end = task.length;
       for (int first = 0; backward && split && first < task.length; first += size) {
-        part.first_key = first, part.end_key = std::min(first + size, task.length);
+        part.kv_begin = first, part.kv_end = std::min(first + size, task.length);
         tasks.push_back(part);
       }
     }

@@ -9,12 +9,12 @@ template <class T, bool TANH>
 static void forward(const BiasGeluForward& a) {
   parallel(a.tokens, 16, [&](int64_t first, int64_t end) {
     thread_local Scratch floats;
-    float* const bias = floats.room<float>(padded(a.columns));
+    float* const bias = floats.reserve<float>(padded(a.columns));
     widen(a.bias, a.columns, bias);
     for (int64_t token = first; token < end; ++token) {
       const T* const x = row<T>(a.x, token);
       T* const y = row<T>(a.y, token);
-      across(a.columns, [&](int64_t column, int count) {
+      for_each_vector(a.columns, [&](int64_t column, int count) {
         store_columns(y + column, gelu<TANH>(load_columns(x + column, count) + load(bias + column)).value, count);
       });
     }
@@ -25,12 +25,12 @@ template <class T, bool TANH>
 static void backward(const BiasGeluBackward& a) {
   sum_over_rows<1>(a.tokens, a.columns, a.d_bias, [&](int64_t first, int64_t end, float* sums) {
     thread_local Scratch floats;
-    float* const bias = floats.room<float>(padded(a.columns));
+    float* const bias = floats.reserve<float>(padded(a.columns));
     widen(a.bias, a.columns, bias);
     for (int64_t token = first; token < end; ++token) {
       const T *const d_y = row<T>(a.d_y, token), *const x = row<T>(a.x, token);
       T* const d_x = row<T>(a.d_x, token);
-      across(a.columns, [&](int64_t column, int count) {
+      for_each_vector(a.columns, [&](int64_t column, int count) {
         const Floats slope = gelu<TANH>(load_columns(x + column, count) + load(bias + column)).slope;
         const Floats d = load_columns(d_y + column, count) * slope;
         store_columns(d_x + column, d, count);

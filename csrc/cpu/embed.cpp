@@ -5,12 +5,12 @@
 
 namespace bertfast::BERTFAST_SET {
 
-// What is added to a token's word.
+// out = position embedding + token-type embedding of a token, in fp32.
 static inline void position_and_type(const Embeddings& from, int64_t token, float* out) {
   with_types(from.position.type, from.token_type.type, [&]<class P, class Y>(P, Y) {
     const P* const position = row<P>(from.position, from.position_ids[token]);
     const Y* const type = row<Y>(from.token_type, from.token_type_ids[token]);
-    across(from.hidden, [&](int64_t column, int count) {
+    for_each_vector(from.hidden, [&](int64_t column, int count) {
       store(out + column, load_columns(type + column, count) + load_columns(position + column, count));
     });
   });
@@ -27,18 +27,18 @@ static void forward(const EmbedForward& a) {
   parallel(a.from.tokens, 16, [&](int64_t first, int64_t end) {
     thread_local Scratch floats, bytes;
     HiddenMask mask(a.dropout, hidden, bytes);
-    float* const gamma = floats.room<float>(3 * width);
+    float* const gamma = floats.reserve<float>(3 * width);
     float *const beta = gamma + width, *const z = beta + width;
     widen(a.gamma, hidden, gamma), widen(a.beta, hidden, beta);
     for (int64_t token = first; token < end; ++token) {
-      const W* const words = word<W>(a.from, token);
+      const W* const word_row = word<W>(a.from, token);
       W* const y = row<W>(a.y, token);
       mask.draw(token);
       position_and_type(a.from, token, z);
       const LayerNorm norm = statistics(hidden, a.eps, z, [&](int64_t column, int count) {
-        return load_columns(words + column, count) + load(z + column);
+        return load_columns(word_row + column, count) + load(z + column);
       });
-      across(hidden, [&](int64_t column, int count) {
+      for_each_vector(hidden, [&](int64_t column, int count) {
         const Floats normal = norm(load(z + column)) * load(gamma + column) + load(beta + column);
         store_columns(y + column, mask(column, normal), count);
       });
@@ -53,46 +53,45 @@ static void backward(const EmbedBackward& a) {
   sum_over_rows<2>(a.from.tokens, hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
     thread_local Scratch floats, bytes;
     HiddenMask mask(a.dropout, hidden, bytes);
-    float* const gamma = floats.room<float>(4 * width);
-    float *const others = gamma + width, *const room = others + width;
+    float* const gamma = floats.reserve<float>(4 * width);
+    float *const others = gamma + width, *const buffer = others + width;
     widen(a.gamma, hidden, gamma);
     for (int64_t token = first; token < end; ++token) {
-      const W *const words = word<W>(a.from, token), *const d_y = row<W>(a.d_y, token);
+      const W *const word_row = word<W>(a.from, token), *const d_y = row<W>(a.d_y, token);
       Z* const d_z = row<Z>(a.d_z, token);
       mask.draw(token);
       position_and_type(a.from, token, others);
       differentiate(
-          LayerNorm{a.mean[token], a.rstd[token]}, hidden, gamma, sums, sums + width, room,
-          [&](int64_t column, int count) { return load_columns(words + column, count) + load(others + column); },
+          LayerNorm{a.mean[token], a.rstd[token]}, hidden, gamma, sums, sums + width, buffer,
+          [&](int64_t column, int count) { return load_columns(word_row + column, count) + load(others + column); },
           [&](int64_t column, int count) { return mask(column, load_columns(d_y + column, count)); },
           [&](int64_t column, int count, Floats d) { store_columns(d_z + column, d, count); });
     }
   });
 }
 
-// Many rows may share an index, and then more than one thread must sum them: every full PIECE of a run of equal indices
-// is summed first. Pieces do not overlap, so that the place / PIECE where one begins is its own.
+// If many values share an index, several threads must sum them: every full piece of PIECE sorted positions with equal
+// indices is summed first. Pieces do not overlap, so position / PIECE of a piece's begin is unique and numbers its sum.
 constexpr int64_t PIECE = 128;
 
-// The values in the order of their indices, equal ones in the order they have: those of row r have the places begin[r]
-// to begin[r + 1].
+// The values sorted by index (stable counting sort): those of row r are value[begin[r]] … value[begin[r + 1] - 1].
 struct Order {
   int64_t *begin, *value;
-  int64_t *piece, pieces;  // where each piece begins
+  int64_t *piece, pieces;  // sorted position at which each piece begins, and their number
 };
 
 static inline Order sort(const SumByIndex& a, Scratch& memory) {
-  int64_t* const begin = memory.room<int64_t>(a.rows + 2 + a.count + a.count / PIECE);
+  int64_t* const begin = memory.reserve<int64_t>(a.rows + 2 + a.count + a.count / PIECE);
   Order sorted{begin, begin + a.rows + 2, begin + a.rows + 2 + a.count, 0};
   std::memset(begin, 0, (a.rows + 2) * sizeof(int64_t));
   for (int64_t i = 0; i < a.count; ++i)
-    if (a.index[i] != a.left_out) ++begin[a.index[i] + 2];
+    if (a.index[i] != a.zero_row) ++begin[a.index[i] + 2];
   for (int64_t row = 0; row < a.rows; ++row) begin[row + 2] += begin[row + 1];
   for (int64_t i = 0; i < a.count; ++i)
-    if (a.index[i] != a.left_out) sorted.value[begin[a.index[i] + 1]++] = i;
+    if (a.index[i] != a.zero_row) sorted.value[begin[a.index[i] + 1]++] = i;
   for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t place = begin[row]; place + PIECE <= begin[row + 1]; place += PIECE)
-      sorted.piece[sorted.pieces++] = place;
+    for (int64_t position = begin[row]; position + PIECE <= begin[row + 1]; position += PIECE)
+      sorted.piece[sorted.pieces++] = position;
   return sorted;
 }
 
@@ -101,36 +100,40 @@ static void sum(const SumByIndex& a) {
   static thread_local Scratch indices, floats;
   const Order sorted = sort(a, indices);
   const int64_t width = padded(a.hidden);
-  float* const pieces = floats.room<float>((a.count / PIECE + 1) * width);
+  float* const pieces = floats.reserve<float>((a.count / PIECE + 1) * width);
   const auto add_values = [&](int64_t first, int64_t end, float* total) {
-    for (int64_t place = first; place < end; ++place) {
-      const V* const value = row<V>(a.values, sorted.value[place]);
-      across(a.hidden, [&](int64_t column, int count) { add_to(total + column, load_columns(value + column, count)); });
+    for (int64_t position = first; position < end; ++position) {
+      const V* const value = row<V>(a.values, sorted.value[position]);
+      for_each_vector(a.hidden,
+                      [&](int64_t column, int count) { add_to(total + column, load_columns(value + column, count)); });
     }
   };
-  each(sorted.pieces, [&](int64_t number) {
-    const int64_t place = sorted.piece[number];
-    float* const total = pieces + place / PIECE * width;
+  for_each(sorted.pieces, [&](int64_t index) {
+    const int64_t position = sorted.piece[index];
+    float* const total = pieces + position / PIECE * width;
     std::memset(total, 0, width * sizeof(float));
-    add_values(place, place + PIECE, total);
+    add_values(position, position + PIECE, total);
   });
   constexpr int64_t BLOCK = 16;
-  each((a.rows + BLOCK - 1) / BLOCK, [&](int64_t block) {
+  for_each((a.rows + BLOCK - 1) / BLOCK, [&](int64_t block) {
     thread_local Scratch memory;
-    float* const total = memory.room<float>(width);
-    for (int64_t number = block * BLOCK; number < a.rows && number < (block + 1) * BLOCK; ++number) {
-      int64_t place = sorted.begin[number];
-      const int64_t end = sorted.begin[number + 1];
-      T* const out = row<T>(a.table, number);
-      if (place == end) {
+    float* const total = memory.reserve<float>(width);
+    for (int64_t index = block * BLOCK; index < a.rows && index < (block + 1) * BLOCK; ++index) {
+      int64_t position = sorted.begin[index];
+      const int64_t end = sorted.begin[index + 1];
+      T* const out = row<T>(a.table, index);
+      if (position == end) {
         std::memset(out, 0, a.hidden * sizeof(T));
         continue;
       }
       std::memset(total, 0, width * sizeof(float));
-      for (; place + PIECE <= end; place += PIECE)
-        across(width, [&](int64_t column, int) { add_to(total + column, load(pieces + place / PIECE * width + column)); });
-      add_values(place, end, total);
-      across(a.hidden, [&](int64_t column, int count) { store_columns(out + column, load(total + column), count); });
+      for (; position + PIECE <= end; position += PIECE)
+        for_each_vector(width, [&](int64_t column, int) {
+          add_to(total + column, load(pieces + position / PIECE * width + column));
+        });
+      add_values(position, end, total);
+      for_each_vector(a.hidden,
+                      [&](int64_t column, int count) { store_columns(out + column, load(total + column), count); });
     }
   });
 }

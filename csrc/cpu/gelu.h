@@ -1,18 +1,19 @@
 // GELU (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside.
 //
-// Either takes one exponential and one division, and its derivative the same two.
+// Each takes one exponential and one division, which the derivative shares.
 #pragma once
 #include "vector.h"
 
 namespace bertfast::BERTFAST_SET {
 
-// A distribution at x that is symmetric about 0: what lies beyond |x|, which neither cancels nor overflows.
+// A distribution symmetric about 0, at x: the tail probability beyond |x|, free of cancellation and overflow, and the
+// density.
 struct Distribution {
   Floats tail, density;
 };
 
-// The standard normal one: the tail is density · t · series(t), t = 1 / (1 + 0.26 |x|), as in formula 26.2.17 of
-// Abramowitz and Stegun (1964), with a series fitted to a relative error of 2.5e-8.
+// The standard normal distribution: the tail is density · t · series(t), t = 1 / (1 + 0.26 |x|), as in formula 26.2.17
+// of Abramowitz and Stegun (1964), with a series fitted to a relative error of 2.5e-8.
 INLINE Distribution normal(Floats x) {
   const Floats density = exp2(x * x * -0.7213475204444817f - 1.3257480647361593f);  // e^(-x² / 2) / sqrt(2 π)
   const Floats t = 1.f / (absolute(x) * 0.26f + 1.f);
@@ -36,8 +37,8 @@ struct Curve {
   Floats value, slope;
 };
 
-// GELU at u and its derivative there. The value is no bare product, which the compiler might or might not fuse with
-// what it is added to next, where forward and backward pass must agree.
+// GELU and its derivative at u. The value is written as a difference, not as a single product, which the compiler might
+// fuse with a later addition in one pass and not in the other; forward and backward pass must agree bitwise.
 template <bool TANH>
 INLINE Curve gelu(Floats u) {
   Distribution at;

@@ -30,7 +30,7 @@ bool is_supported(InstructionSet set) {
 
 static InstructionSet best() {
 #if defined(BERTFAST_EMULATED)
-  constexpr InstructionSet DOWNWARDS[] = {InstructionSet::avx2};  // the emulated ones only by name
+  constexpr InstructionSet DOWNWARDS[] = {InstructionSet::avx2};  // emulated sets are used only on request
 #else
   constexpr InstructionSet DOWNWARDS[] = {InstructionSet::avx512_bf16, InstructionSet::avx512, InstructionSet::avx2};
 #endif

@@ -1,39 +1,38 @@
-// Which instructions the kernels use: every kernel is compiled once for each set, and the best that the processor has
-// is chosen when the library is loaded.
+// CPU dispatch: every kernel is compiled once for each instruction set, and the best one that the CPU supports is
+// chosen when the library is loaded.
 #pragma once
 
 namespace bertfast {
 
 enum class InstructionSet { plain, avx2, avx512, avx512_bf16 };
 
-bool is_supported(InstructionSet set);  // by this processor, and compiled into this library
+bool is_supported(InstructionSet set);  // by this CPU, and compiled into this library
 InstructionSet instruction_set();       // the one in use
 void use(InstructionSet set);           // it must be supported
 
 }  // namespace bertfast
 
-// Declares a kernel, which is compiled once for each set in a namespace of its own, and the function that calls the one
-// in use.
+// Declare a kernel, compiled once for each set in a namespace of its own, and the function that dispatches to it.
 #if defined(__x86_64__)
-#define BERTFAST_KERNEL(name, Arguments)                       \
-  namespace bertfast::plain { void name(const Arguments&); }   \
-  namespace bertfast::avx2 { void name(const Arguments&); }    \
-  namespace bertfast::avx512 { void name(const Arguments&); }  \
-  namespace bertfast::avx512_bf16 { void name(const Arguments&); } \
-  namespace bertfast {                                         \
-  inline void name(const Arguments& arguments) {               \
-    switch (instruction_set()) {                               \
-      case InstructionSet::plain: return plain::name(arguments);   \
-      case InstructionSet::avx2: return avx2::name(arguments);     \
-      case InstructionSet::avx512: return avx512::name(arguments); \
+#define BERTFAST_KERNEL(name, Arguments)                                     \
+  namespace bertfast::plain { void name(const Arguments&); }                 \
+  namespace bertfast::avx2 { void name(const Arguments&); }                  \
+  namespace bertfast::avx512 { void name(const Arguments&); }                \
+  namespace bertfast::avx512_bf16 { void name(const Arguments&); }           \
+  namespace bertfast {                                                       \
+  inline void name(const Arguments& arguments) {                             \
+    switch (instruction_set()) {                                             \
+      case InstructionSet::plain: return plain::name(arguments);             \
+      case InstructionSet::avx2: return avx2::name(arguments);               \
+      case InstructionSet::avx512: return avx512::name(arguments);           \
       case InstructionSet::avx512_bf16: return avx512_bf16::name(arguments); \
-    }                                                          \
-  }                                                            \
+    }                                                                        \
+  }                                                                          \
   }
 #else
-#define BERTFAST_KERNEL(name, Arguments)                     \
-  namespace bertfast::plain { void name(const Arguments&); } \
-  namespace bertfast {                                       \
+#define BERTFAST_KERNEL(name, Arguments)                                   \
+  namespace bertfast::plain { void name(const Arguments&); }               \
+  namespace bertfast {                                                     \
   inline void name(const Arguments& arguments) { plain::name(arguments); } \
   }
 #endif

@@ -1,4 +1,4 @@
-// Work is spread over PyTorch's own threads: a pool of ours would fight its workers, which spin between operations.
+// Work runs on PyTorch's own threads: a second pool would compete with its workers, which spin between operations.
 #pragma once
 #include <cstdint>
 
@@ -11,16 +11,17 @@ void run_parts(int64_t count, int64_t grain, Part part, void* context);  // in l
 
 namespace BERTFAST_SET {
 
-// f(first, end) over parts of 0 … count, each of at least `grain`; what it computes must not depend on how it is cut.
+// Call f(first, end) for ranges that cover 0 … count - 1, each at least `grain` long. Results must not depend on the
+// split.
 template <class F>
 static inline void parallel(int64_t count, int64_t grain, const F& f) {
   const Part part = [](int64_t first, int64_t end, void* context) { (*static_cast<const F*>(context))(first, end); };
   if (count > 0) run_parts(count, grain, part, const_cast<F*>(&f));
 }
 
-// f(task) for each of 0 … count, every thread taking the next when it has done one: for tasks of unequal length.
+// Call f(task) for each of 0 … count - 1, scheduled dynamically: for tasks of unequal length.
 template <class F>
-static inline void each(int64_t count, const F& f) {
+static inline void for_each(int64_t count, const F& f) {
   int64_t next = 0;
   const int64_t workers = threads() < count ? threads() : count;
   parallel(workers, 1, [&](int64_t first, int64_t end) {

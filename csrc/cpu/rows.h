@@ -1,6 +1,6 @@
-// What the kernels on rows share: vectors in fp32, LayerNorm's statistics, and sums over rows.
+// Shared by the row kernels: vectors in fp32, LayerNorm, and sums over rows.
 //
-// Buffers have room for H rounded up to whole registers, of which the last lanes are zero.
+// Buffers hold H elements rounded up to whole registers; the lanes beyond H are zero.
 #pragma once
 #include "parallel.h"
 #include "scratch.h"
@@ -11,21 +11,21 @@ namespace bertfast::BERTFAST_SET {
 INLINE int64_t padded(int64_t hidden) { return (hidden + LANES - 1) / LANES * LANES; }
 
 template <class T>
-INLINE T* row(const Rows& x, int64_t number) {
-  return (T*)x.data + number * x.stride;
+INLINE T* row(const Rows& x, int64_t index) {
+  return (T*)x.data + index * x.stride;
 }
 
-// f(column, count) for each register of a row: `count` is LANES but at its end.
+// Call f(column, count) for each register of a row; `count` is LANES, or less at the row's end.
 template <class F>
-INLINE void across(int64_t hidden, const F& f) {
+INLINE void for_each_vector(int64_t hidden, const F& f) {
   int64_t column = 0;
   for (; column + 4 * LANES <= hidden; column += 4 * LANES)
-    UNROLL for (int i = 0; i < 4; ++i) f(column + i * LANES, LANES);
+    UNROLL_FOR (int i = 0; i < 4; ++i) f(column + i * LANES, LANES);
   for (; column + LANES <= hidden; column += LANES) f(column, LANES);
   if (column < hidden) f(column, (int)(hidden - column));
 }
 
-// A sum of registers in four parts that take turns, so that no addition waits for the one before.
+// A sum of registers in four rotating accumulators, which hides the latency of the additions.
 class Sum {
  public:
   [[gnu::always_inline]] void operator+=(Floats x) {
@@ -48,9 +48,9 @@ INLINE void store_columns(T* p, Floats x, int count) {
   count == LANES ? store(p, x) : store(p, x, count);
 }
 
-// A parameter in fp32, zero beyond its end; zero all over where there is none.
+// Convert a parameter to fp32, zero beyond its end; all zeros if it is absent.
 static inline void widen(const Vector& vector, int64_t hidden, float* out) {
-  across(hidden, [&](int64_t column, int count) {
+  for_each_vector(hidden, [&](int64_t column, int count) {
     Floats x{};
     if (vector.data != nullptr)
       x = vector.type == Type::float32 ? load_columns((const float*)vector.data + column, count)
@@ -66,43 +66,43 @@ struct LayerNorm {
   [[gnu::always_inline]] Floats operator()(Floats z) const { return (z - mean) * rstd; }
 };
 
-// Keeps a row in `z`, of which make(column, count) has the registers, zero beyond its end; statistics in two passes.
+// Store the row that compute(column, count) returns in `z`, and return its mean and rstd, computed in two passes.
 template <class F>
-INLINE LayerNorm statistics(int64_t hidden, float eps, float* z, const F& make) {
+INLINE LayerNorm statistics(int64_t hidden, float eps, float* z, const F& compute) {
   Sum sum, squares;
-  across(hidden, [&](int64_t column, int count) {
-    const Floats made = make(column, count);
-    store(z + column, made), sum += made;
+  for_each_vector(hidden, [&](int64_t column, int count) {
+    const Floats value = compute(column, count);
+    store(z + column, value), sum += value;
   });
   const float mean = sum.total() / hidden;
-  across(hidden, [&](int64_t column, int count) {
+  for_each_vector(hidden, [&](int64_t column, int count) {
     Floats centred = load(z + column) - mean;
-    if (count < LANES) centred = lane_numbers() < splat((uint32_t)count) ? centred : splat(0.f);
+    if (count < LANES) centred = lane_ids() < splat((uint32_t)count) ? centred : splat(0.f);
     squares += centred * centred;
   });
   return {mean, 1 / __builtin_sqrtf(squares.total() / hidden + eps)};
 }
 
-// The gradient of y = LN(z): z(column, count) and d_y(column, count) have registers of theirs, of which d_y is zero
-// beyond the row's end, and d_z(column, count, gradient) takes those of z's. `room` has two rows.
+// Gradient of y = LN(z) for one row. z(column, count) and d_y(column, count) return registers, d_y zero beyond the
+// row's end; d_z(column, count, gradient) receives the gradient of z. `buffer` holds two rows.
 template <class Z, class DY, class DZ>
 INLINE void differentiate(const LayerNorm& norm, int64_t hidden, const float* gamma, float* gamma_sums,
-                          float* beta_sums, float* room, const Z& z, const DY& d_y, const DZ& d_z) {
-  float *const normal = room, *const weighted = room + padded(hidden);
+                          float* beta_sums, float* buffer, const Z& z, const DY& d_y, const DZ& d_z) {
+  float *const normal = buffer, *const weighted = buffer + padded(hidden);
   Sum sum, projection;
-  across(hidden, [&](int64_t column, int count) {
+  for_each_vector(hidden, [&](int64_t column, int count) {
     const Floats n = norm(z(column, count)), d = d_y(column, count), w = d * load(gamma + column);
     store(normal + column, n), store(weighted + column, w);
     sum += w, projection += w * n;
     add_to(gamma_sums + column, d * n), add_to(beta_sums + column, d);
   });
   const float offset = sum.total() / hidden, slope = projection.total() / hidden;
-  across(hidden, [&](int64_t column, int count) {
+  for_each_vector(hidden, [&](int64_t column, int count) {
     d_z(column, count, (load(weighted + column) - (load(normal + column) * slope + offset)) * norm.rstd);
   });
 }
 
-// f(X{}, R{}) with the C++ types of two tensors.
+// Call f with the C++ element type of a tensor, or of two.
 template <class F>
 INLINE void with_type(Type type, const F& f) {
   type == Type::float32 ? f(float{}) : f(BFloat16{});
@@ -113,25 +113,26 @@ INLINE void with_types(Type x, Type r, const F& f) {
   with_type(x, [&]<class X>(X x) { with_type(r, [&]<class R>(R r) { f(x, r); }); });
 }
 
-// f(first, end, sums) for parts of `rows` rows, which add to N sums of a row each, zero at first and padded(hidden)
-// apart; `out` [N, hidden] is the sum over all. The parts follow from the number of rows alone, and so do the bits.
+// Sum over rows: call f(first, end, sums) for slots of `rows` rows; each adds to its own `sums`, N rows padded(hidden)
+// apart, zero at first. `out` [N, hidden] is the sum over all slots. Slots depend on the number of rows only, so
+// results are bitwise identical for any number of threads.
 template <int N, class F>
 static inline void sum_over_rows(int64_t rows, int64_t hidden, float* out, const F& f) {
   static thread_local Scratch memory;
   const int64_t slots = rows < 64 ? 1 : rows < 64 * 32 ? rows / 32 : 64, width = padded(hidden), size = N * width;
-  float* const shares = memory.room<float>(slots * size);
+  float* const partial_sums = memory.reserve<float>(slots * size);
   parallel(slots, 1, [&](int64_t first, int64_t end) {
     for (int64_t slot = first; slot < end; ++slot) {
-      std::memset(shares + slot * size, 0, size * sizeof(float));
-      f(rows * slot / slots, rows * (slot + 1) / slots, shares + slot * size);
+      std::memset(partial_sums + slot * size, 0, size * sizeof(float));
+      f(rows * slot / slots, rows * (slot + 1) / slots, partial_sums + slot * size);
     }
   });
   parallel(size / LANES, 64, [&](int64_t first, int64_t end) {
-    for (int64_t place = first * LANES; place < end * LANES; place += LANES) {
+    for (int64_t offset = first * LANES; offset < end * LANES; offset += LANES) {
       Floats total{};
-      for (int64_t slot = 0; slot < slots; ++slot) total += load(shares + slot * size + place);
-      const int64_t column = place % width, left = hidden - column;
-      store_columns(out + place / width * hidden + column, total, left < LANES ? (int)left : LANES);
+      for (int64_t slot = 0; slot < slots; ++slot) total += load(partial_sums + slot * size + offset);
+      const int64_t column = offset % width, left = hidden - column;
+      store_columns(out + offset / width * hidden + column, total, left < LANES ? (int)left : LANES);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Memory of a thread, kept between calls: fresh pages cost more than what is written to them.
+// Thread-local memory that is kept between calls: page faults of fresh memory cost more than the writes.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -12,9 +12,9 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
-  // Room for `count` elements, aligned to 64 bytes, that holds anything.
+  // Return uninitialised memory for `count` elements, aligned to 64 bytes.
   template <class T>
-  T* room(int64_t count) {
+  T* reserve(int64_t count) {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
       std::free(memory_);

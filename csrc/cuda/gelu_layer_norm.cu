@@ -7,63 +7,65 @@
 namespace bertfast::cuda {
 
 template <class X, class Y, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) gelu_layer_norm_forward_kernel(const GeluLayerNormForward a) {
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+    gelu_layer_norm_forward_kernel(const GeluLayerNormForward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, beta, z;
   team.load(a.bias, bias), team.load(a.gamma, gamma), team.load(a.beta, beta);
   for (int64_t token = team.first_row(); token < a.count; token += team.step()) {
-    team.template load<Shape::whole>(row<X>(a.x, token), z);
-    UNROLL for (int i = 0; i < Shape::Team::STRETCHES; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) z[i][j] = gelu(z[i][j] + bias[i][j], false).value;
+    team.template load<Shape::aligned>(row<X>(a.x, token), z);
+    UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = gelu(z[i][j] + bias[i][j], false).value;
     float mean, rstd;
     team.normalise(z, a.eps, mean, rstd);
     team.scale_and_shift(z, gamma, beta);
-    team.template store<Shape::whole>(row<Y>(a.y, token), z);
+    team.template store<Shape::aligned>(row<Y>(a.y, token), z);
     if (team.column(0) == 0) a.mean[token] = mean, a.rstd[token] = rstd;
   }
 }
 
 template <class X, class Y, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::RESIDENT) gelu_layer_norm_backward_kernel(const GeluLayerNormBackward a) {
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+    gelu_layer_norm_backward_kernel(const GeluLayerNormBackward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, z, slope, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
   team.load(a.bias, bias), team.load(a.gamma, gamma);
   for (int64_t token = team.first_row(); token < a.count; token += team.step()) {
-    team.template load<Shape::whole>(row<X>(a.x, token), z);
-    team.template load<Shape::whole>(row<Y>(a.d_y, token), d_y);
-    UNROLL for (int i = 0; i < Shape::Team::STRETCHES; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) {
+    team.template load<Shape::aligned>(row<X>(a.x, token), z);
+    team.template load<Shape::aligned>(row<Y>(a.d_y, token), d_y);
+    UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) {
         const Curve curve = gelu(z[i][j] + bias[i][j], false);
         z[i][j] = curve.value, slope[i][j] = curve.slope;
       }
     team.differentiate(z, d_y, gamma, a.mean[token], a.rstd[token], d_gamma, d_beta);
-    UNROLL for (int i = 0; i < Shape::Team::STRETCHES; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) {
+    UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) {
         z[i][j] *= slope[i][j];
-        if (team.has(i, j)) d_bias[i][j] += z[i][j];
+        if (team.has_column(i, j)) d_bias[i][j] += z[i][j];
       }
-    team.template store<Shape::whole>(row<X>(a.d_x, token), z);
+    team.template store<Shape::aligned>(row<X>(a.d_x, token), z);
   }
   float* const sums = a.sums + (int64_t)blockIdx.x * 3 * a.hidden;
-  team.sum_of_block(d_gamma, sums);
-  team.sum_of_block(d_beta, sums + a.hidden);
-  team.sum_of_block(d_bias, sums + 2 * a.hidden);
+  team.store_block_sum(d_gamma, sums);
+  team.store_block_sum(d_beta, sums + a.hidden);
+  team.store_block_sum(d_bias, sums + 2 * a.hidden);
 }
 
 int gelu_layer_norm_parts(int64_t rows, int64_t columns) { return backward_blocks(rows, columns); }
 
 void gelu_layer_norm_forward(const GeluLayerNormForward& a, Stream stream) {
   with_types(a.x.type, a.y.type, [&]<class X, class Y>(X, Y) {
-    with_shape(a.hidden, is_whole(a.x, a.hidden) && is_whole(a.y, a.hidden), [&]<class Shape>(Shape shape) {
+    with_row_shape(a.hidden, is_aligned(a.x, a.hidden) && is_aligned(a.y, a.hidden), [&]<class Shape>(Shape shape) {
       launch(gelu_layer_norm_forward_kernel<X, Y, Shape>, row_blocks(a.count, shape), Shape::Team::BLOCK, 0, stream, a);
     });
   });
 }
 
 void gelu_layer_norm_backward(const GeluLayerNormBackward& a, Stream stream) {
-  const bool whole = is_whole(a.x, a.hidden) && is_whole(a.d_y, a.hidden) && is_whole(a.d_x, a.hidden);
+  const bool aligned = is_aligned(a.x, a.hidden) && is_aligned(a.d_y, a.hidden) && is_aligned(a.d_x, a.hidden);
   with_types(a.x.type, a.d_y.type, [&]<class X, class Y>(X, Y) {
-    with_shape(a.hidden, whole, [&]<class Shape>(Shape) {
+    with_row_shape(a.hidden, aligned, [&]<class Shape>(Shape) {
       launch(gelu_layer_norm_backward_kernel<X, Y, Shape>, a.parts, Shape::Team::BLOCK, 0, stream, a);
     });
   });

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda, as library.cpp calls them: launches on a stream of PyTorch's. What they throw says why.
+// The kernels of csrc/cuda: each function launches on a PyTorch stream and throws std::runtime_error with the reason.
 //
 // All are weak symbols: a file that this nvcc cannot compile is left out of the library, and its functions are null.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace bertfast::cuda {
 
-// In how many parts a backward pass sums up over so many rows.
+// The number of partial sums of a backward pass over [rows, columns].
 MAY_BE_MISSING int add_layer_norm_parts(int64_t rows, int64_t columns);
 MAY_BE_MISSING int bias_gelu_parts(int64_t rows, int64_t columns);
 MAY_BE_MISSING int gelu_layer_norm_parts(int64_t rows, int64_t columns);

@@ -1,21 +1,21 @@
-// LayerNorm over rows that stay in registers. A row is a team's, of WARPS warps, whose threads hold 8 columns of each of
-// COUNT stretches of it; teams take rows in turn until none is left. What a backward pass sums up over rows stays in
-// registers too, which is what bounds COUNT.
+// LayerNorm over rows that stay in registers. A row belongs to a team of WARPS warps, whose threads hold COUNT chunks
+// of 8 columns each; teams iterate over the rows. The sums over rows of a backward pass stay in registers too, which is
+// what limits COUNT.
 #pragma once
-#include "numbers.cuh"
+#include "load_store.cuh"
 
 namespace bertfast::cuda {
 
-constexpr int ROW_THREADS = 128;  // of a block, unless a team has more
-constexpr int WIDEST = 4096;    // columns of a row
+constexpr int ROW_THREADS = 128;   // of a block, unless a team has more
+constexpr int MAX_COLUMNS = 4096;  // of a row
 
 template <int WARPS, int COUNT>
 class Team {
  public:
   static constexpr int THREADS = 32 * WARPS, TEAMS = THREADS < ROW_THREADS ? ROW_THREADS / THREADS : 1;
   static constexpr int BLOCK = TEAMS * THREADS;
-  static constexpr int RESIDENT = COUNT == 1 ? 512 / BLOCK : 1;  // blocks that a multiprocessor has registers for
-  static constexpr int STRETCHES = COUNT;
+  static constexpr int BLOCKS_PER_SM = COUNT == 1 ? 512 / BLOCK : 1;  // limited by registers
+  static constexpr int CHUNKS = COUNT;
   using Row = float[COUNT][8];
 
   DEVICE Team(int columns) : columns_(columns), thread_((int)threadIdx.x % THREADS) {}
@@ -24,131 +24,132 @@ class Team {
   DEVICE int64_t step() const { return (int64_t)gridDim.x * TEAMS; }
   DEVICE int column(int i) const { return (i * THREADS + thread_) * 8; }
   DEVICE int columns() const { return columns_; }
-  DEVICE bool has(int i, int j) const { return column(i) + j < columns_; }
+  DEVICE bool has_column(int i, int j) const { return column(i) + j < columns_; }
 
-  template <bool WHOLE, class T>
+  template <bool ALIGNED, class T>
   DEVICE void load(const T* row, Row& x) const {
-    UNROLL for (int i = 0; i < COUNT; ++i) load_8<WHOLE>(row, column(i), columns_, x[i]);
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) load_8<ALIGNED>(row, column(i), columns_, x[i]);
   }
-  template <bool WHOLE, class T>
+  template <bool ALIGNED, class T>
   DEVICE void store(T* row, const Row& x) const {
-    UNROLL for (int i = 0; i < COUNT; ++i) store_8<WHOLE>(row, column(i), columns_, x[i]);
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) store_8<ALIGNED>(row, column(i), columns_, x[i]);
   }
 
-  // A vector's numbers, those of a vector that is not there `missing`.
+  // Load a vector; an absent one is filled with `missing`.
   DEVICE void load(Vector from, Row& x, float missing = 0) const {
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) x[i][j] = from.data && has(i, j) ? widen(from, column(i) + j) : missing;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = from.data && has_column(i, j) ? widen(from, column(i) + j) : missing;
   }
 
-  // The sums of x and y over the team, in every thread of it.
-  DEVICE void add_up(float& x, float& y) const {
-    UNROLL for (int lanes = 16; lanes > 0; lanes /= 2) {
+  // Replace x and y by their sums over the team, in all of its threads.
+  DEVICE void reduce_sum(float& x, float& y) const {
+    UNROLL_FOR (int lanes = 16; lanes > 0; lanes /= 2) {
       x += __shfl_xor_sync(~0u, x, lanes);
       y += __shfl_xor_sync(~0u, y, lanes);
     }
     if constexpr (WARPS > 1) {
       SHARED_ARRAY(float2, parts, BLOCK / 32);
       const int warp = (int)threadIdx.x / 32, team = warp / WARPS;
-      meet(1 + team, THREADS);  // the parts of the last time have been read
+      named_barrier_sync(1 + team, THREADS);  // the previous call's parts have been read
       if (threadIdx.x % 32 == 0) parts[warp] = {x, y};
-      meet(1 + team, THREADS);
+      named_barrier_sync(1 + team, THREADS);
       x = y = 0;
-      UNROLL for (int i = 0; i < WARPS; ++i) x += parts[team * WARPS + i].x, y += parts[team * WARPS + i].y;
+      UNROLL_FOR (int i = 0; i < WARPS; ++i) x += parts[team * WARPS + i].x, y += parts[team * WARPS + i].y;
     }
   }
 
-  // z becomes (z - mean) / deviation.
+  // z = (z - mean) · rstd; the variance is computed from differences, in a second pass over registers.
   DEVICE void normalise(Row& z, float eps, float& mean, float& rstd) const {
-    float sum = 0, squares = 0, nothing = 0;
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) sum += z[i][j];  // columns that are not there are 0
-    add_up(sum, nothing);
+    float sum = 0, squares = 0, unused = 0;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) sum += z[i][j];  // columns beyond the row's end are 0
+    reduce_sum(sum, unused);
     mean = sum / (float)columns_;
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) {
-        const float d = has(i, j) ? z[i][j] - mean : 0.f;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) {
+        const float d = has_column(i, j) ? z[i][j] - mean : 0.f;
         squares += d * d;
       }
-    add_up(squares, nothing);
+    reduce_sum(squares, unused);
     rstd = 1.f / sqrtf(squares / (float)columns_ + eps);
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) z[i][j] = (z[i][j] - mean) * rstd;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = (z[i][j] - mean) * rstd;
   }
 
   DEVICE void scale_and_shift(Row& z, const Row& gamma, const Row& beta) const {
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) z[i][j] = z[i][j] * gamma[i][j] + beta[i][j];
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = z[i][j] * gamma[i][j] + beta[i][j];
   }
 
-  // Of y = z' gamma + beta, z' the normalised z, which becomes z's gradient; gamma's and beta's are added to theirs.
+  // Gradient of y = LN(z): z becomes d_z, and d_gamma and d_beta accumulate. With n the normalised z and g = d_y ·
+  // gamma, d_z = rstd · (g - mean(g) - n · mean(g · n)).
   DEVICE void differentiate(Row& z, const Row& d_y, const Row& gamma, float mean, float rstd, Row& d_gamma,
                             Row& d_beta) const {
-    float along_1 = 0, along_z = 0;
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) {
+    float mean_g = 0, mean_gz = 0;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) {
         z[i][j] = (z[i][j] - mean) * rstd;
-        const float d = d_y[i][j] * gamma[i][j];  // 0 where there is no column
-        along_1 += d, along_z += d * z[i][j];
+        const float d = d_y[i][j] * gamma[i][j];  // 0 beyond the row's end
+        mean_g += d, mean_gz += d * z[i][j];
         d_gamma[i][j] += d_y[i][j] * z[i][j], d_beta[i][j] += d_y[i][j];
       }
-    add_up(along_1, along_z);
-    along_1 /= (float)columns_, along_z /= (float)columns_;
-    UNROLL for (int i = 0; i < COUNT; ++i)
-      UNROLL for (int j = 0; j < 8; ++j) z[i][j] = rstd * (d_y[i][j] * gamma[i][j] - along_1 - z[i][j] * along_z);
+    reduce_sum(mean_g, mean_gz);
+    mean_g /= (float)columns_, mean_gz /= (float)columns_;
+    UNROLL_FOR (int i = 0; i < COUNT; ++i)
+      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = rstd * (d_y[i][j] * gamma[i][j] - mean_g - z[i][j] * mean_gz);
   }
 
-  // Writes the block's sum of x to out [columns], its teams one after another.
-  DEVICE void sum_of_block(Row& x, float* out) const {
+  // Write the sum of x over the block's teams, added one after another, to out [columns].
+  DEVICE void store_block_sum(Row& x, float* out) const {
     if constexpr (TEAMS > 1) {
       SHARED_ARRAY(float, total, COUNT * THREADS * 8);
       for (int team = 0; team < TEAMS; ++team) {
         __syncthreads();
         if ((int)threadIdx.x / THREADS != team) continue;
-        UNROLL for (int i = 0; i < COUNT; ++i)
-          UNROLL for (int j = 0; j < 8; ++j) {
-            float& place = total[column(i) + j];
-            place = x[i][j] += team == 0 ? 0.f : place;
+        UNROLL_FOR (int i = 0; i < COUNT; ++i)
+          UNROLL_FOR (int j = 0; j < 8; ++j) {
+            float& sum = total[column(i) + j];
+            sum = x[i][j] += team == 0 ? 0.f : sum;
           }
       }
       if ((int)threadIdx.x / THREADS != TEAMS - 1) return;
     }
-    UNROLL for (int i = 0; i < COUNT; ++i) store_8<false>(out, column(i), columns_, x[i]);
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) store_8<false>(out, column(i), columns_, x[i]);
   }
 
  private:
   const int columns_, thread_;
 };
 
-template <int WARPS, int COUNT, bool WHOLE>
+template <int WARPS, int COUNT, bool ALIGNED>
 struct RowShape {
   using Team = cuda::Team<WARPS, COUNT>;
-  static constexpr bool whole = WHOLE;  // see load_8
+  static constexpr bool aligned = ALIGNED;  // see load_8
 };
 
-// f(the smallest RowShape that holds a row); `whole` says whether all rows are.
+// Call f with the smallest RowShape that holds a row; `aligned` says whether all rows are ALIGNED.
 template <class F>
-void with_shape(int64_t columns, bool whole, const F& f) {
-  if (columns > WIDEST) throw std::runtime_error("rows have at most 4096 columns");
-  if (!whole) return f(RowShape<8, 2, false>{});
+void with_row_shape(int64_t columns, bool aligned, const F& f) {
+  if (columns > MAX_COLUMNS) throw std::runtime_error("rows have at most 4096 columns");
+  if (!aligned) return f(RowShape<8, 2, false>{});
   if (columns <= 256) return f(RowShape<1, 1, true>{});
   if (columns <= 768) return f(RowShape<3, 1, true>{});
   if (columns <= 1024) return f(RowShape<4, 1, true>{});
   f(RowShape<8, 2, true>{});
 }
 
-// As many blocks as stay on the GPU, or fewer if these have no rows.
+// As many blocks as are resident on the GPU, or fewer if there are fewer rows.
 template <class Shape>
 int row_blocks(int64_t rows, Shape) {
-  const int64_t enough = (rows + Shape::Team::TEAMS - 1) / Shape::Team::TEAMS;
-  const int64_t most = (int64_t)multiprocessors() * Shape::Team::RESIDENT;
-  return (int)(enough < 1 ? 1 : enough < most ? enough : most);
+  const int64_t needed = (rows + Shape::Team::TEAMS - 1) / Shape::Team::TEAMS;
+  const int64_t resident = (int64_t)sm_count() * Shape::Team::BLOCKS_PER_SM;
+  return (int)(needed < 1 ? 1 : needed < resident ? needed : resident);
 }
 
-// The blocks of a backward pass, each of which writes its own sums.
+// The number of blocks of a backward pass, each of which writes its own partial sums.
 inline int backward_blocks(int64_t rows, int64_t columns) {
   int blocks = 1;
-  with_shape(columns, true, [&](auto shape) { blocks = row_blocks(rows, shape); });
+  with_row_shape(columns, true, [&](auto shape) { blocks = row_blocks(rows, shape); });
   return blocks;
 }
 

@@ -1,4 +1,4 @@
-// Where threads meet: barriers of a block, exchanges within a warp, and mbarriers.
+// Where threads sync: barriers of a block, exchanges within a warp, and mbarriers.
 #pragma once
 #include "shared_memory.h"
 
@@ -8,11 +8,11 @@ inline void arrive(Barrier& barrier, uint32_t needed, const char* what) {
   may_switch();
   if (barrier.arrived == 0) barrier.needed = needed, barrier.what = what;
   if (barrier.needed != needed || strcmp(barrier.what, what) != 0)
-    fail("%s for %u threads meets %s for %u", what, needed, barrier.what, barrier.needed);
+    fail("%s for %u threads is also used as %s for %u", what, needed, barrier.what, barrier.needed);
   if (++barrier.arrived == needed) barrier.arrived = 0, ++barrier.generation;
 }
 
-inline void meet(Barrier& barrier, uint32_t needed, const char* what, int number = 0) {
+inline void sync(Barrier& barrier, uint32_t needed, const char* what, int number = 0) {
   const uint32_t goal = barrier.generation + 1;
   arrive(barrier, needed, what);
   if (barrier.generation < goal)
@@ -38,7 +38,7 @@ class Exchange {
     memcpy(slots_[lane()], &mine, sizeof mine);
     const size_t lanes = block->fibers.size() - current->number / 32 * 32;
     if (lanes < 32) mask &= (1u << lanes) - 1;
-    meet(warp.barrier, (uint32_t)__builtin_popcount(mask), what);
+    sync(warp.barrier, (uint32_t)__builtin_popcount(mask), what);
   }
 
   T operator[](int from) const {

@@ -1,4 +1,4 @@
-// What is known of the block that runs. One block runs at a time, and its threads take turns on fibers.
+// State of the running block. One block runs at a time, and its threads take turns on fibers.
 #pragma once
 #include <array>
 #include <cstdarg>
@@ -45,9 +45,9 @@ struct TensorMap {
   uint32_t box[5], rank, span;
 
   uint32_t rows() const {
-    uint32_t product = 1;
-    for (uint32_t i = 1; i < rank; ++i) product *= box[i];
-    return product;
+    uint32_t count = 1;
+    for (uint32_t i = 1; i < rank; ++i) count *= box[i];
+    return count;
   }
   uint32_t box_bytes() const { return rows() * box[0] * (uint32_t)strides[0]; }
 };
@@ -72,10 +72,10 @@ struct CommitGroups {
   bool idle() const { return open.empty() && committed.empty(); }
 };
 
-using Result = std::vector<float>;      // 64 x N of a product under way: element (m, n) at [n * 64 + m]
+using Result = std::vector<float>;      // 64 x N of a wgmma in flight: element (m, n) at [n * 64 + m]
 using Operand = std::vector<uint16_t>;  // of depth 16: element (mn, k) at [k * extent + mn]
 
-struct Product {
+struct Wgmma {
   uint64_t descriptor_a, descriptor_b;
   bool a_in_registers, a_transposed, b_transposed, adds;
   float (*widen)(uint16_t);
@@ -85,16 +85,16 @@ struct Product {
 };
 
 struct Warpgroup {
-  std::deque<Product> products;
+  std::deque<Wgmma> wgmmas;
   uint32_t multiplied = 0, completed = 0;
 };
 
-// A thread's share of a result under way.
+// A thread's share of a result in flight.
 struct Owned {
   float* registers;
   int count;
   std::shared_ptr<Result> result;
-  uint32_t last;  // product that adds to it
+  uint32_t last;  // wgmma that adds to it
 };
 
 struct Fiber {
@@ -107,7 +107,7 @@ struct Fiber {
   std::string waits_for;
   CommitGroups copies, stores;
   bool fenced = false;  // since its registers could last be used
-  uint32_t issued = 0;  // products
+  uint32_t issued = 0;  // wgmmas
   std::vector<uint32_t> committed;
   std::vector<Owned> owned;
   int registers = 0;  // that it has asked for

@@ -31,7 +31,7 @@ def emulated(name: str, folder: Path, *flags: str) -> Path:
     return compile_source(HERE / f"{name}.cu", target, [COMPILER, *FOR_CPU.split(), *flags])
 
 
-class Product(ctypes.Structure):
+class MatmulArguments(ctypes.Structure):
     """The struct of the same name in probes.cu."""
 
     _fields_ = [
@@ -54,12 +54,12 @@ class Probes:
         if (error := function(*pointers)) is not None:
             raise RuntimeError(error.decode())
 
-    def multiply(self, name: str, a, b, columns: int, *, a_first=0, b_first=0, a_transposed=False, b_transposed=False):
-        """The product [64, columns] of rows of a and of b, by the function `multiply_NAME`."""
+    def wgmma(self, name: str, a, b, columns: int, *, a_first=0, b_first=0, a_transposed=False, b_transposed=False):
+        """Return [64, columns], the matmul of rows of a and of b, computed by the probe `wgmma_NAME`."""
         d = np.zeros((64, columns), np.float32)
         addresses = (x.ctypes.data for x in (a, b, d))
-        product = Product(*addresses, a_first, b_first, a_transposed, b_transposed)
-        self._call(f"multiply_{name}", ctypes.byref(product))
+        arguments = MatmulArguments(*addresses, a_first, b_first, a_transposed, b_transposed)
+        self._call(f"wgmma_{name}", ctypes.byref(arguments))
         return d
 
     def box(self, x, column: int, row: int, plane: int):
@@ -72,9 +72,9 @@ class Probes:
         self._call("transpose", x, y)
         return y
 
-    def multiply_in_a_warp(self, kind: str, a, b):
+    def mma(self, kind: str, a, b):
         d = np.zeros((16, 8), np.float32)
-        self._call(f"multiply_in_a_warp_{kind}", a, b, d)
+        self._call(f"mma_{kind}", a, b, d)
         return d
 
     def count(self, threads: int):

@@ -61,7 +61,7 @@ void for_each_element(const TensorMap& map, const std::array<int, 5>& place, uin
 inline void check_no_load(uint32_t begin, uint32_t bytes, const char* who) {
   for (const Load& load : block->loads)
     if (begin < load.shared + load.map.box_bytes() && load.shared < begin + bytes)
-      fail("%s touches shared+%u while a TMA load to it is under way", who, begin);
+      fail("%s touches shared+%u while a TMA load to it is in flight", who, begin);
 }
 
 inline void begin_load(void* to, const TensorMap& map, const void* barrier, const std::array<int, 5>& place) {

@@ -1,6 +1,7 @@
-// CUDA on a CPU, so that kernels can be tested where there is no GPU: hopper.cuh includes this for any compiler but nvcc.
+// CUDA on a CPU, so that kernels can be tested where there is no GPU: hopper.cuh includes this for any compiler but
+// nvcc.
 //
-// It is against the program wherever it may be: see launch.h, products.h and copies.h. Not noticed are races of plain
+// It is against the program wherever it may be: see launch.h, wgmma.h and copies.h. Not noticed are races of plain
 // reads and writes, and a first operand in registers that is overwritten too early. The functions below are those of
 // hopper.cuh, which says what they do. One launch at a time in a process; no clusters, no thread-block grids of two
 // dimensions.
@@ -9,10 +10,10 @@
 
 #include "launch.h"
 
-#undef UNROLL  // gcc knows another pragma
-#undef UNROLL_SOME
-#define UNROLL
-#define UNROLL_SOME
+#undef UNROLL_FOR  // gcc has another pragma
+#undef UNROLL_SOME_FOR
+#define UNROLL_FOR for
+#define UNROLL_SOME_FOR for
 #define __global__
 #define __device__
 #define __host__
@@ -27,7 +28,7 @@
 
 // For all threads of the block: one that has left the kernel is missing.
 inline void __syncthreads() {
-  emulation::meet(emulation::block->barriers[0], (uint32_t)emulation::block->fibers.size(), "__syncthreads");
+  emulation::sync(emulation::block->barriers[0], (uint32_t)emulation::block->fibers.size(), "__syncthreads");
 }
 inline void __syncwarp(uint32_t mask = ~0u) { emulation::Exchange<int>(0, "__syncwarp", mask); }
 template <class T>
@@ -45,8 +46,10 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   return result;
 }
 
+// clang-format off
 #define SHARED_ARRAY(type, name, count) \
   type* const name = (type*)emulation::shared_array([] { static char place; return &place; }(), sizeof(type) * (count))
+// clang-format on
 
 namespace bertfast::cuda {
 
@@ -62,11 +65,13 @@ CUtensorMap tensor_map(const TensorShape<RANK>& shape) {
   return emulation::encode(shape.data, RANK, shape.sizes, shape.strides, shape.box, (uint32_t)shape.swizzle);
 }
 
-inline int multiprocessors() { return 2; }
+inline int sm_count() { return 2; }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream, const Arguments&... arguments) {
-  emulation::run_grid((uint32_t)blocks, (uint32_t)threads, (uint32_t)shared_bytes, [=] { kernel((Parameters)arguments...); });
+void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, Stream,
+            const Arguments&... arguments) {
+  emulation::run_grid((uint32_t)blocks, (uint32_t)threads, (uint32_t)shared_bytes,
+                      [=] { kernel((Parameters)arguments...); });
 }
 
 template <class T>
@@ -99,9 +104,9 @@ inline void wait(uint64_t* pointer, uint32_t parity) {
   emulation::may_switch();
   emulation::MBarrier& barrier = emulation::mbarrier(pointer);
   while (barrier.phase % 2 == parity)
-    emulation::wait_until(&barrier.phase, barrier.phase + 1,
-                          "the mbarrier at shared+" + std::to_string(shared_address(pointer)) + ", parity " +
-                              std::to_string(parity));
+    emulation::wait_until(
+        &barrier.phase, barrier.phase + 1,
+        "the mbarrier at shared+" + std::to_string(shared_address(pointer)) + ", parity " + std::to_string(parity));
 }
 
 template <class... Coordinates>
@@ -116,17 +121,23 @@ void store_box(const CUtensorMap* map, const void* from, Coordinates... place) {
 
 inline void commit_stores() { current->stores.commit(); }
 template <int PENDING>
-void wait_stores() { current->stores.wait(PENDING); }
+void wait_stores() {
+  current->stores.wait(PENDING);
+}
 
 inline void fence_proxy() { emulation::show_writes(); }
 
 template <int... R>
-void fence_products([[maybe_unused]] float (&... d)[R]) { current->fenced = true; }
+void fence_wgmma([[maybe_unused]] float (&... d)[R]) {
+  current->fenced = true;
+}
 template <int R>
-void pin(float (&)[R]) {}
-inline void commit_products() { current->committed.push_back(current->issued); }
+void keep_in_registers(float (&)[R]) {}
+inline void commit_wgmma() { current->committed.push_back(current->issued); }
 template <int PENDING, int... R>
-void wait_products([[maybe_unused]] float (&... d)[R]) { emulation::wait_products(PENDING); }
+void wait_wgmma([[maybe_unused]] float (&... d)[R]) {
+  emulation::wait_wgmma(PENDING);
+}
 
 inline float widen(BFloat16 x) {
   const uint32_t word = (uint32_t)x.bits << 16;
@@ -142,35 +153,39 @@ inline float widen(Half x) {
 }
 
 template <class T>
-float widen_bits(uint16_t bits) { return widen(T{bits}); }
+float widen_bits(uint16_t bits) {
+  return widen(T{bits});
+}
 
 template <Major A, Major B, class T, int R>
-void multiply(T, float (&d)[R], uint64_t a, uint64_t b, bool add) {
+void wgmma(T, float (&d)[R], uint64_t a, uint64_t b, bool add) {
   emulation::issue(d, R, nullptr, {a, b, false, A == Major::mn, B == Major::mn, add, widen_bits<T>});
 }
 template <Major B, class T, int R>
-void multiply(T, float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool add) {
+void wgmma(T, float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool add) {
   emulation::issue(d, R, a, {0, b, true, false, B == Major::mn, add, widen_bits<T>});
 }
 
 template <int REGISTERS>
-void take_registers() {
+void setmaxnreg_inc() {
   static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
   current->registers = REGISTERS;
 }
 template <int REGISTERS>
-void give_registers() { take_registers<REGISTERS>(); }
-
-inline void meet(int barrier, int threads) {
-  emulation::meet(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier", barrier);
+void setmaxnreg_dec() {
+  setmaxnreg_inc<REGISTERS>();
 }
-inline void report(int barrier, int threads) {
+
+inline void named_barrier_sync(int barrier, int threads) {
+  emulation::sync(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier", barrier);
+}
+inline void named_barrier_arrive(int barrier, int threads) {
   emulation::arrive(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier");
 }
 
 // The chip does not say which lane it is, so the seed does.
-inline bool elected() {
-  emulation::Exchange<int>(0, "elected");
+inline bool elect_one() {
+  emulation::Exchange<int>(0, "elect_one");
   return emulation::lane() == emulation::seed % 32;
 }
 
@@ -198,7 +213,7 @@ inline void store_matrices(void* row, const uint32_t (&r)[4]) {
 
 // Rows lane / 4 and eight below of a and d, columns 2 (lane % 4) and the next, and eight on; b the other way round.
 template <class T>
-void multiply_warp(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void mma(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using Six = std::array<uint32_t, 6>;
   const emulation::Exchange<Six> lanes({a[0], a[1], a[2], a[3], b[0], b[1]}, "mma");
   const auto half = [](uint32_t pair, int which) { return widen(T{(uint16_t)(pair >> which * 16)}); };
@@ -206,7 +221,8 @@ void multiply_warp(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
     const int row = emulation::lane() / 4, below = i / 2, column = emulation::lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
       const int owner = k % 8 / 2, beyond = k / 8;
-      d[i] += half(lanes[row * 4 + owner][below + 2 * beyond], k % 2) * half(lanes[column * 4 + owner][4 + beyond], k % 2);
+      d[i] +=
+          half(lanes[row * 4 + owner][below + 2 * beyond], k % 2) * half(lanes[column * 4 + owner][4 + beyond], k % 2);
     }
   }
 }
@@ -221,7 +237,9 @@ inline void copy_16(void* to, const void* from, int bytes = 16) {
 }
 inline void commit_copies() { current->copies.commit(); }
 template <int PENDING>
-void wait_copies() { current->copies.wait(PENDING); }
+void wait_copies() {
+  current->copies.wait(PENDING);
+}
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 

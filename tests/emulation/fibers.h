@@ -46,9 +46,9 @@ inline void wait_until(const uint32_t* counter, uint32_t goal, std::string what)
 inline void run_kernel() {
   try {
     block->kernel();
-    if (!current->owned.empty()) fail("the kernel ends and has not waited for a product");
-    if (!current->stores.idle()) fail("the kernel ends and has not committed or waited for a TMA store");
-    if (!current->copies.idle()) fail("the kernel ends and has not committed or waited for a copy");
+    if (!current->owned.empty()) fail("the kernel ends without waiting for a wgmma");
+    if (!current->stores.idle()) fail("the kernel ends without committing or waiting for a TMA store");
+    if (!current->copies.idle()) fail("the kernel ends without committing or waiting for a copy");
   } catch (const std::exception& error) {
     block->error = error.what();
   }

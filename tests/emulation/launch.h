@@ -1,12 +1,12 @@
-// A launch: block after block, in each the threads that can run, in order or shuffled; what is asynchronous happens when
-// none can. Every mistake that is noticed ends the launch with a std::runtime_error.
+// A launch: block after block, in each the threads that can run, in order or shuffled; what is asynchronous happens
+// when none can. Every mistake that is noticed ends the launch with a std::runtime_error.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
 
 #include <cstdlib>
 
-#include "products.h"
+#include "wgmma.h"
 
 namespace emulation {
 
@@ -30,12 +30,12 @@ inline std::string deadlock() {
 }
 
 inline void check_end() {
-  if (!block->loads.empty()) fail("the kernel ends while a TMA load is under way");
+  if (!block->loads.empty()) fail("the kernel ends while a TMA load is in flight");
   int registers = 0;
   for (const Fiber& fiber : block->fibers) registers += fiber.registers;
-  if (registers > 65536) fail("setmaxnreg asks for %d registers, a multiprocessor has 65536", registers);
+  if (registers > 65536) fail("setmaxnreg asks for %d registers, an SM has 65536", registers);
   for (uint32_t i = DYNAMIC_START + block->dynamic_bytes; i < guard_start(); ++i)
-    if ((unsigned char)window[i] != POISON) fail("something was written behind the launch's shared memory");
+    if ((unsigned char)window[i] != POISON) fail("a write past the launch's shared memory");
 }
 
 inline void run_block() {
@@ -58,7 +58,7 @@ inline void run_block() {
     current = nullptr;
     if (progress) continue;
     if (seed && random_bits() % 2 && finish_a_load()) continue;
-    if (!complete_a_product() && !finish_a_load()) fail("%s", deadlock().c_str());
+    if (!complete_a_wgmma() && !finish_a_load()) fail("%s", deadlock().c_str());
   }
   check_end();
 }
@@ -100,7 +100,8 @@ inline void run_grid(uint32_t blocks, uint32_t threads, uint32_t dynamic_bytes, 
   seed = text ? atoi(text) : 0;
   random_bits.seed((uint32_t)seed);
   if (threads < 1 || threads > THREADS) throw std::runtime_error("the launch failed: a block has 1 to 1024 threads");
-  if (dynamic_bytes > MOST_SHARED) throw std::runtime_error("the launch failed: a block has at most 227 KiB of shared memory");
+  if (dynamic_bytes > MAX_SHARED_BYTES)
+    throw std::runtime_error("the launch failed: a block has at most 227 KiB of shared memory");
   const FaultHandler handler;
   for (uint32_t i = 0; i < blocks; ++i) {
     block = std::make_unique<Block>();

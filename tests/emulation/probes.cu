@@ -1,6 +1,6 @@
-// Small kernels that show what the emulation assumes: one product in every layout of its operands that attention uses,
-// boxes that reach out of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is known
-// beforehand, and on a GPU it must be the same.
+// Small kernels that show what the emulation assumes: one wgmma in every layout of its operands that attention uses,
+// boxes that reach out of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is
+// known beforehand, and on a GPU it must be the same.
 //
 // The functions have C's interface, so that a library which was built ahead of time serves every Python: arrays are
 // pointers to host memory, and what is returned is an error's text or null.
@@ -24,24 +24,24 @@ const char* error_of(const F& f) {
   }
 }
 
-// An array where a kernel reaches it: on a GPU a copy, which goes back when this ends.
+// An array that a kernel can access: on a GPU a copy, which is copied back at the end of its scope.
 template <class T>
-struct InReach {
+struct DeviceArray {
 #if defined(__CUDACC__)
-  InReach(T* host, int64_t count) : host(host), bytes(count * sizeof(T)) {
+  DeviceArray(T* host, int64_t count) : host(host), bytes(count * sizeof(T)) {
     check(cudaMalloc(&data, bytes), "memory for a probe");
     check(cudaMemcpy(data, host, bytes, cudaMemcpyDefault), "copying to the GPU");
   }
-  ~InReach() noexcept(false) {
+  ~DeviceArray() noexcept(false) {
     const cudaError_t error = cudaMemcpy(host, data, bytes, cudaMemcpyDefault);  // once the kernel is done
     cudaFree(data);
     if (std::uncaught_exceptions() == 0) check(error, "a probe");
   }
-  InReach(const InReach&) = delete;
+  DeviceArray(const DeviceArray&) = delete;
   T* host;
   size_t bytes;
 #else
-  InReach(T* host, int64_t) : data(host) {}
+  DeviceArray(T* host, int64_t) : data(host) {}
 #endif
   T* data = nullptr;
 };
@@ -49,7 +49,7 @@ struct InReach {
 // ---- d [64, N] = a b, each operand as it is or transposed in memory, from a place in a tile that is larger than it
 
 constexpr int DEPTH = 128;
-constexpr int A_ROWS = 128;  // of which a product takes 64
+constexpr int A_ROWS = 128;  // of which a wgmma takes 64
 
 template <int B_ROWS, Swizzle SWIZZLE, Major A, Major B>
 struct Operands {
@@ -66,8 +66,8 @@ DEVICE void load_panels(Loaded& tile, const CUtensorMap* map, uint64_t* barrier)
 
 template <class T, int N, class Memory, Major A, Major B, bool IN_REGISTERS>
 __global__ void __launch_bounds__(128)
-    multiply_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, int a_first, int b_first,
-                    float* d) {
+    matmul_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, int a_first,
+                  int b_first, float* d) {
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
     init(&memory.full, 1);
@@ -79,26 +79,26 @@ __global__ void __launch_bounds__(128)
   __syncthreads();
   wait(&memory.full, 0);
   float result[N / 2];
-  fence_products(result);
-  UNROLL for (int depth = 0; depth < DEPTH; depth += 16) {
+  fence_wgmma(result);
+  UNROLL_FOR (int depth = 0; depth < DEPTH; depth += 16) {
     const uint64_t b_slice = memory.b.template slice<B>(depth, b_first);
     if constexpr (IN_REGISTERS) {
       uint32_t fragment[4];
-      UNROLL for (int i = 0; i < 4; ++i)
+      UNROLL_FOR (int i = 0; i < 4; ++i)
         memcpy(&fragment[i], memory.a.at(a_first + fragment_row(2 * i), depth + fragment_column(2 * i)), 4);
-      multiply<B>(T{}, result, fragment, b_slice, depth > 0);
+      wgmma<B>(T{}, result, fragment, b_slice, depth > 0);
     } else {
-      multiply<A, B>(T{}, result, memory.a.template slice<A>(depth, a_first), b_slice, depth > 0);
+      wgmma<A, B>(T{}, result, memory.a.template slice<A>(depth, a_first), b_slice, depth > 0);
     }
   }
-  commit_products();
-  wait_products<0>(result);
-  UNROLL for (int i = 0; i < N / 2; ++i) d[fragment_row(i) * N + fragment_column(i)] = result[i];
+  commit_wgmma();
+  wait_wgmma<0>(result);
+  UNROLL_FOR (int i = 0; i < N / 2; ++i) d[fragment_row(i) * N + fragment_column(i)] = result[i];
 }
 
-// A product as Python describes it. a is [128, DEPTH] and b [B_ROWS, DEPTH], transposed if so said; of a 64 rows from
-// a_first on are taken, of b N from b_first on.
-struct Product {
+// Arguments of a wgmma probe. a is [128, DEPTH] and b [B_ROWS, DEPTH], transposed if set; the wgmma takes the rows of a
+// from a_first on (64) and those of b from b_first on (N).
+struct MatmulArguments {
   uint16_t *a, *b;
   float* d;  // [64, N]
   int a_first, b_first;
@@ -106,45 +106,48 @@ struct Product {
 };
 
 template <class T, int N, int B_ROWS, Swizzle SWIZZLE, Major A, Major B, bool IN_REGISTERS = false>
-void multiply_tiles(const Product& product) {
+void matmul_tiles(const MatmulArguments& arguments) {
   using Memory = Operands<B_ROWS, SWIZZLE, A, B>;
-  const InReach a(product.a, A_ROWS * DEPTH), b(product.b, B_ROWS * DEPTH);
-  const InReach d(product.d, 64 * N);
+  const DeviceArray a(arguments.a, A_ROWS * DEPTH), b(arguments.b, B_ROWS * DEPTH);
+  const DeviceArray d(arguments.d, 64 * N);
   const auto map = [](const uint16_t* x, int rows, int columns, int panel) {
-    return tensor_map<2>({x, {(uint64_t)columns, (uint64_t)rows}, {(uint64_t)columns * 2},
-                          {(uint32_t)panel, (uint32_t)rows}, SWIZZLE});
+    return tensor_map<2>(
+        {x, {(uint64_t)columns, (uint64_t)rows}, {(uint64_t)columns * 2}, {(uint32_t)panel, (uint32_t)rows}, SWIZZLE});
   };
-  launch(multiply_kernel<T, N, Memory, A, B, IN_REGISTERS>, 1, 128, sizeof(Memory), nullptr,
+  launch(matmul_kernel<T, N, Memory, A, B, IN_REGISTERS>, 1, 128, sizeof(Memory), nullptr,
          map(a.data, A == Major::k ? A_ROWS : DEPTH, A == Major::k ? DEPTH : A_ROWS, decltype(Memory::a)::PANEL),
          map(b.data, B == Major::k ? B_ROWS : DEPTH, B == Major::k ? DEPTH : B_ROWS, decltype(Memory::b)::PANEL),
-         product.a_first, product.b_first, d.data);
+         arguments.a_first, arguments.b_first, d.data);
 }
 
 template <class T, int N, int B_ROWS, Swizzle SWIZZLE>
-void multiply_either(const Product& product) {
-  if (product.a_transposed && product.b_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::mn>(product);
-  else if (product.a_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::k>(product);
-  else if (product.b_transposed) multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::mn>(product);
-  else multiply_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::k>(product);
+void matmul_either(const MatmulArguments& arguments) {
+  if (arguments.a_transposed && arguments.b_transposed)
+    matmul_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::mn>(arguments);
+  else if (arguments.a_transposed) matmul_tiles<T, N, B_ROWS, SWIZZLE, Major::mn, Major::k>(arguments);
+  else if (arguments.b_transposed) matmul_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::mn>(arguments);
+  else matmul_tiles<T, N, B_ROWS, SWIZZLE, Major::k, Major::k>(arguments);
 }
 
-// Every width of a product, of a tile and of a swizzle's span that attention uses, and the layout without a swizzle.
-#define PRODUCT(name, ...) \
-  EXPORTED name(const Product* product) { return error_of([&] { multiply_either<__VA_ARGS__>(*product); }); }
-PRODUCT(multiply_16_of_16_span32, BFloat16, 16, 16, Swizzle::span32)
-PRODUCT(multiply_16_of_32_span64, BFloat16, 16, 32, Swizzle::span64)
-PRODUCT(multiply_32_of_32_span64, BFloat16, 32, 32, Swizzle::span64)
-PRODUCT(multiply_32_of_64_span128, BFloat16, 32, 64, Swizzle::span128)
-PRODUCT(multiply_64_of_64_none, BFloat16, 64, 64, Swizzle::none)
-PRODUCT(multiply_64_of_64_span64, BFloat16, 64, 64, Swizzle::span64)
-PRODUCT(multiply_64_of_64_span128, Half, 64, 64, Swizzle::span128)
-PRODUCT(multiply_64_of_128_span128, BFloat16, 64, 128, Swizzle::span128)
-PRODUCT(multiply_128_of_128_span64, BFloat16, 128, 128, Swizzle::span64)
-PRODUCT(multiply_128_of_128_span128, BFloat16, 128, 128, Swizzle::span128)
-#undef PRODUCT
+// Every width of a wgmma, of a tile and of a swizzle's span that attention uses, and the layout without a swizzle.
+#define PROBE(name, ...)                                              \
+  EXPORTED name(const MatmulArguments* arguments) {                   \
+    return error_of([&] { matmul_either<__VA_ARGS__>(*arguments); }); \
+  }
+PROBE(wgmma_16_of_16_span32, BFloat16, 16, 16, Swizzle::span32)
+PROBE(wgmma_16_of_32_span64, BFloat16, 16, 32, Swizzle::span64)
+PROBE(wgmma_32_of_32_span64, BFloat16, 32, 32, Swizzle::span64)
+PROBE(wgmma_32_of_64_span128, BFloat16, 32, 64, Swizzle::span128)
+PROBE(wgmma_64_of_64_none, BFloat16, 64, 64, Swizzle::none)
+PROBE(wgmma_64_of_64_span64, BFloat16, 64, 64, Swizzle::span64)
+PROBE(wgmma_64_of_64_span128, Half, 64, 64, Swizzle::span128)
+PROBE(wgmma_64_of_128_span128, BFloat16, 64, 128, Swizzle::span128)
+PROBE(wgmma_128_of_128_span64, BFloat16, 128, 128, Swizzle::span64)
+PROBE(wgmma_128_of_128_span128, BFloat16, 128, 128, Swizzle::span128)
+#undef PROBE
 
-EXPORTED multiply_from_registers(const Product* product) {
-  return error_of([&] { multiply_tiles<BFloat16, 64, 64, Swizzle::span128, Major::k, Major::mn, true>(*product); });
+EXPORTED wgmma_from_registers(const MatmulArguments* arguments) {
+  return error_of([&] { matmul_tiles<BFloat16, 64, 64, Swizzle::span128, Major::k, Major::mn, true>(*arguments); });
 }
 
 // ---- A box of [Z, Y, X] numbers from a place on, which may lie outside of them in part
@@ -154,8 +157,8 @@ struct BoxMemory {
   uint64_t full;
 };
 
-__global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int x, int y,
-                           int z) {
+__global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int x,
+                           int y, int z) {
   BoxMemory& memory = shared_memory<BoxMemory>();
   init(&memory.full, 1);
   fence_init();
@@ -170,11 +173,14 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __gri
 // x [planes, rows, columns] to y [3, 4, 8].
 EXPORTED box(uint16_t* x, uint16_t* y, int planes, int rows, int columns, int column, int row, int plane) {
   return error_of([&] {
-    const InReach from(x, (int64_t)planes * rows * columns), to(y, 3 * 4 * 8);
+    const DeviceArray from(x, (int64_t)planes * rows * columns), to(y, 3 * 4 * 8);
     const uint64_t stride = (uint64_t)columns * 2;
     launch(box_kernel, 1, 1, sizeof(BoxMemory), nullptr,
-           tensor_map<3>({from.data, {(uint64_t)columns, (uint64_t)rows, (uint64_t)planes}, {stride, rows * stride},
-                          {8, 4, 3}, Swizzle::none}),
+           tensor_map<3>({from.data,
+                          {(uint64_t)columns, (uint64_t)rows, (uint64_t)planes},
+                          {stride, rows * stride},
+                          {8, 4, 3},
+                          Swizzle::none}),
            tensor_map<2>({to.data, {8, 12}, {16}, {8, 12}, Swizzle::none}), column, row, plane);
   });
 }
@@ -189,10 +195,10 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
     copy_16(tile + place, x + place, lane % 16 == 15 ? 0 : 16);  // the last row as zeros
     commit_copies();
     wait_copies<0>();
-    report(3, 64);
+    named_barrier_arrive(3, 64);
     return;
   }
-  meet(3, 64);
+  named_barrier_sync(3, 64);
   uint32_t r[4];
   load_transposed(r, tile + place);
   store_matrices(turned + place, {r[0], r[2], r[1], r[3]});
@@ -202,7 +208,7 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
 
 EXPORTED transpose(uint16_t* x, uint16_t* y) {
   return error_of([&] {
-    const InReach from(x, 256), to(y, 256);
+    const DeviceArray from(x, 256), to(y, 256);
     launch(transpose_kernel, 1, 64, 0, nullptr, from.data, to.data);
   });
 }
@@ -210,7 +216,7 @@ EXPORTED transpose(uint16_t* x, uint16_t* y) {
 // ---- [16, 16] times [16, 8] by one warp
 
 template <class T>
-__global__ void multiply_warp_kernel(const uint16_t* a, const uint16_t* b, float* d) {
+__global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* d) {
   SHARED_ARRAY(uint16_t, tile, 256);
   const int lane = (int)threadIdx.x, place = lane % 16 * 16 + lane / 16 * 8;
   memcpy(tile + place, a + place, 16);
@@ -222,35 +228,35 @@ __global__ void multiply_warp_kernel(const uint16_t* a, const uint16_t* b, float
     b_pairs[i] = b[row * 8 + lane / 4] | (uint32_t)b[(row + 1) * 8 + lane / 4] << 16;
   }
   float sums[4] = {};
-  multiply_warp(T{}, sums, a_pairs, b_pairs);
+  mma(T{}, sums, a_pairs, b_pairs);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
 template <class T>
-const char* multiply_in_a_warp(uint16_t* a, uint16_t* b, float* d) {
+const char* run_mma(uint16_t* a, uint16_t* b, float* d) {
   return error_of([&] {
-    const InReach a_there(a, 16 * 16), b_there(b, 16 * 8);
-    const InReach d_there(d, 16 * 8);
-    launch(multiply_warp_kernel<T>, 1, 32, 0, nullptr, a_there.data, b_there.data, d_there.data);
+    const DeviceArray a_device(a, 16 * 16), b_device(b, 16 * 8);
+    const DeviceArray d_device(d, 16 * 8);
+    launch(mma_kernel<T>, 1, 32, 0, nullptr, a_device.data, b_device.data, d_device.data);
   });
 }
-EXPORTED multiply_in_a_warp_bf16(uint16_t* a, uint16_t* b, float* d) { return multiply_in_a_warp<BFloat16>(a, b, d); }
-EXPORTED multiply_in_a_warp_fp16(uint16_t* a, uint16_t* b, float* d) { return multiply_in_a_warp<Half>(a, b, d); }
+EXPORTED mma_bf16(uint16_t* a, uint16_t* b, float* d) { return run_mma<BFloat16>(a, b, d); }
+EXPORTED mma_fp16(uint16_t* a, uint16_t* b, float* d) { return run_mma<Half>(a, b, d); }
 
-// ---- Sums over a block that is no whole number of warps, and the one thread of a warp that is elected
+// ---- Sums over a block that is no whole number of warps, and the one thread of a warp that elect_one chooses
 
 __global__ void count_kernel(int* sums, int* elected_threads) {
   int x = (int)threadIdx.x;
   for (int lanes = 4; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   __syncthreads();
   sums[threadIdx.x] = x;
-  if (threadIdx.x < 32 && elected()) *elected_threads += 1;
+  if (threadIdx.x < 32 && elect_one()) *elected_threads += 1;
 }
 
 // sums [threads], elected_threads [1].
 EXPORTED count(int threads, int* sums, int* elected_threads) {
   return error_of([&] {
-    const InReach sums_there(sums, threads), elected_there(elected_threads, 1);
-    launch(count_kernel, 1, threads, 0, nullptr, sums_there.data, elected_there.data);
+    const DeviceArray sums_device(sums, threads), elected_device(elected_threads, 1);
+    launch(count_kernel, 1, threads, 0, nullptr, sums_device.data, elected_device.data);
   });
 }

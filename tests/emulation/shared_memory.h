@@ -11,7 +11,7 @@ namespace emulation {
 
 constexpr uint32_t WINDOW = 1 << 18;      // descriptors have addresses of 18 bits
 constexpr uint32_t DYNAMIC_START = 1024;  // the system has the first 1024 bytes
-constexpr uint32_t MOST_SHARED = 227 << 10;
+constexpr uint32_t MAX_SHARED_BYTES = 227 << 10;
 constexpr int POISON = 0xff;
 
 inline char *window, *async_view;
@@ -52,7 +52,7 @@ inline void* shared_array(const void* place, size_t bytes) {
   const auto [entry, is_new] = block->arrays.try_emplace(place, block->shared_end);
   if (is_new) {
     const uint32_t end = entry->second + (uint32_t)(bytes + 15) / 16 * 16;
-    if (end - arrays_start() + block->dynamic_bytes > MOST_SHARED) fail("more than 227 KiB of shared memory");
+    if (end - arrays_start() + block->dynamic_bytes > MAX_SHARED_BYTES) fail("more than 227 KiB of shared memory");
     const uint32_t opened = (entry->second + PAGE - 1) / PAGE * PAGE;
     if (end > opened) open_pages(opened, (end + PAGE - 1) / PAGE * PAGE);
     block->shared_end = end;

@@ -15,26 +15,26 @@ M, N, K = 100, 200, 264
 MESSAGES = {  # None: the result is wrong
     "swizzle_of_descriptor": None,
     "swizzle_of_load": None,
-    "parity": "while a TMA load to it is under way",
-    "no_wait_for_load": "while a TMA load to it is under way",
-    "one_warp_waits_for_load": "while a TMA load to it is under way",
+    "parity": "while a TMA load to it is in flight",
+    "no_wait_for_load": "while a TMA load to it is in flight",
+    "one_warp_waits_for_load": "while a TMA load to it is in flight",
     "no_wait_for_empty_stage": "TMA load|more arrivals",
     "no_arrival": r"deadlock(.|\n)*wait for the mbarrier at shared",
     "too_few_bytes": "TMA load|more arrivals|deadlock",
-    "no_wait_for_product": "has not waited for a product|under way",
-    "no_commit": "under way",
-    "no_fence_of_products": "without fence_products",
-    "release_before_wait": "under way",
-    "late_wait": "under way",
-    "no_fence_of_barriers": "without fence_init",
+    "no_wgmma_wait": "without waiting for a wgmma|in flight",
+    "no_commit": "in flight",
+    "no_wgmma_fence": "without fence_wgmma",
+    "release_before_wait": "in flight",
+    "late_wait": "in flight",
+    "no_fence_init": "without fence_init",
     "tile_at_512_bytes": "must start at a multiple of 8 x 128 bytes",
     "wrong_accumulator": None,
     "too_many_registers": "setmaxnreg asks for",
-    "write_behind_shared_memory": "behind the launch's shared memory",
-    "write_far_behind_shared_memory": r"accesses shared\+\d+, out of bounds",
-    "write_behind_result": "accesses no memory, out of bounds",
-    "no_fence_of_proxy": "written without fence_proxy",
-    "barrier_of_too_many": "deadlock(.|\n)*named barrier 1",
+    "write_past_shared_memory": "past the launch's shared memory",
+    "write_far_past_shared_memory": r"accesses shared\+\d+, out of bounds",
+    "write_past_result": "accesses no memory, out of bounds",
+    "no_fence_proxy": "written without fence_proxy",
+    "barrier_thread_count_too_high": "deadlock(.|\n)*named barrier 1",
     "barrier_overwritten": "was overwritten",
 }
 
@@ -47,7 +47,7 @@ def error(mistakes, mistake: str) -> float:
     """The largest error of the product."""
     a, b = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (M, N))
     c = guarded(torch.zeros(M, N))
-    mistakes.multiply_with(getattr(mistakes.Mistake, mistake), bfloat16(a), bfloat16(b), c.data_ptr())
+    mistakes.matmul_with(getattr(mistakes.Mistake, mistake), bfloat16(a), bfloat16(b), c.data_ptr())
     return float((c.double() - a.double() @ b.double().T).abs().max())
 
 
@@ -72,4 +72,4 @@ def test_a_mistake_is_caught(mistakes, mistake):
 
 def test_the_error_says_where(mistakes):
     with pytest.raises(RuntimeError, match=r"^block \d+, thread \d+: "):
-        error(mistakes, "no_fence_of_products")
+        error(mistakes, "no_wgmma_fence")

@@ -45,12 +45,12 @@ def test_wgmma_reads_every_layout(probes, name, kind, columns, b_rows, b_first, 
     expected = a_values[a_first : a_first + 64] @ b_values[b_first : b_first + columns].T
     a, b = (np.ascontiguousarray(x.T if turn else x) for x, turn in ((a, a_transposed), (b, b_transposed)))
     places = {"a_first": a_first, "b_first": b_first, "a_transposed": a_transposed, "b_transposed": b_transposed}
-    np.testing.assert_allclose(probes.multiply(name, a, b, columns, **places), expected, atol=5e-4)
+    np.testing.assert_allclose(probes.wgmma(name, a, b, columns, **places), expected, atol=5e-4)
 
 
 def test_wgmma_reads_its_first_operand_from_registers(probes):
     (a, a_values), (b, b_values) = numbers(BFLOAT16, 128, DEPTH), numbers(BFLOAT16, DEPTH, 64)
-    d = probes.multiply("from_registers", a, b, 64)
+    d = probes.wgmma("from_registers", a, b, 64)
     np.testing.assert_allclose(d, a_values[:64] @ b_values, atol=5e-4)
 
 
@@ -73,7 +73,7 @@ def test_matrices_are_moved_and_turned(probes):
 @pytest.mark.parametrize("kind", [BFLOAT16, HALF])
 def test_products_of_a_warp(probes, kind):
     (a, a_values), (b, b_values) = numbers(kind, 16, 16), numbers(kind, 16, 8)
-    d = probes.multiply_in_a_warp(kind, a, b)
+    d = probes.mma(kind, a, b)
     np.testing.assert_allclose(d, a_values @ b_values, atol=1e-5)
 
 

@@ -31,5 +31,5 @@ def test_a_launcher_with_other_parameters_than_its_contract_is_refused(monkeypat
         return x * scale
 
     monkeypatch.setitem(CONTRACTS, "planted", Contract("(Tensor x, float scale) -> Tensor", contract))
-    with pytest.raises(TypeError, match=r"planted takes \['scale', 'x'\], its contract \['x', 'scale'\]"):
+    with pytest.raises(TypeError, match=r"planted has the parameters \['scale', 'x'\], its contract \['x', 'scale'\]"):
         operation(planted)

@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICE, KERNELS, LargestTensor, compare_with_torch, normal
 
 from bertfast import ops
-from bertfast.kernels.logits_in_chunks import equal_chunk, most_rows_on_gpu
+from bertfast.kernels.logits_in_chunks import equal_chunk, max_rows_on_gpu
 
 if KERNELS == "triton":
     from bertfast.kernels import linear_cross_entropy as kernels
@@ -17,8 +17,8 @@ OPTIONS = {} if KERNELS == "triton" else {"implementation": KERNELS}
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 
 
-def inputs(vocabulary, tokens=8, hidden=24):
-    return [normal(*shape, device=DEVICE) for shape in ((tokens, hidden), (vocabulary, hidden), (vocabulary,))]
+def inputs(vocab_size, tokens=8, hidden=24):
+    return [normal(*shape, device=DEVICE) for shape in ((tokens, hidden), (vocab_size, hidden), (vocab_size,))]
 
 
 def loss(implementation, count):
@@ -32,8 +32,8 @@ def loss(implementation, count):
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Call it with the most rows of a chunk."""
-    name = "most_rows_on_gpu" if KERNELS == "triton" else "_most_rows"
+    """Call it with the max_rows rows of a chunk."""
+    name = "max_rows_on_gpu" if KERNELS == "triton" else "_max_rows"
     return lambda rows: monkeypatch.setattr(kernels, name, lambda *_: rows)
 
 
@@ -57,14 +57,14 @@ def test_chunks_lose_no_precision(chunks, factor, in_chunks):
     assert errors[1] < factor * errors[0]
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_all_logits_never_exist(wanted, in_chunks):
-    rows, vocabulary, chunk = 64, 512, 12
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_all_logits_never_exist(needs_grad, in_chunks):
+    rows, vocab_size, chunk = 64, 512, 12
     in_chunks(chunk)
-    arguments = [x.float().detach() for x in inputs(vocabulary, rows, 8)]
+    arguments = [x.float().detach() for x in inputs(vocab_size, rows, 8)]
     with LargestTensor() as largest:  # which sees nothing inside an operation
-        kernels._in_chunks(*arguments, torch.arange(rows, device=DEVICE), [wanted] * 3, **OPTIONS)
-    assert (chunk - 1) * vocabulary <= largest.elements <= chunk * vocabulary
+        kernels._in_chunks(*arguments, torch.arange(rows, device=DEVICE), [needs_grad] * 3, **OPTIONS)
+    assert (chunk - 1) * vocab_size <= largest.elements <= chunk * vocab_size
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_all_logits_never_exist(wanted, in_chunks):
     [(1024, 2, 4096), (30_528, 2, 4096), (30_528, 4, 2176), (250_048, 2, 1024)],  # 8, 239 and 254 MiB; 1,024 is least
 )
 def test_chunks_on_a_gpu_bound_their_memory(vocab_size, size, rows):
-    assert most_rows_on_gpu(vocab_size * size) == rows
+    assert max_rows_on_gpu(vocab_size * size) == rows
     assert rows * vocab_size * size <= 256 << 20 or rows == 1024
 
 

@@ -1,4 +1,4 @@
-// Numbers in memory: 8 neighbours of a row at a time, 16 bytes of 16-bit types, as fp32 in registers.
+// Loads and stores of 8 adjacent elements of a row (16 bytes of a 16-bit type), as fp32 in registers.
 #pragma once
 #include "hopper.cuh"
 
@@ -16,7 +16,9 @@ DEVICE float widen(Vector x, int64_t i) {
 
 DEVICE void store(float* p, float x) { *p = x; }
 template <class T>
-DEVICE void store(T* p, float x) { p->bits = (uint16_t)pack(T{}, x, 0.f); }
+DEVICE void store(T* p, float x) {
+  p->bits = (uint16_t)pack(T{}, x, 0.f);
+}
 
 DEVICE float from_bits(uint32_t bits) {
   float x;
@@ -26,12 +28,12 @@ DEVICE float from_bits(uint32_t bits) {
 
 DEVICE void load_8(const float* p, float (&x)[8]) {
   const Words4 words[2] = {((const Words4*)p)[0], ((const Words4*)p)[1]};
-  UNROLL for (int i = 0; i < 8; ++i) x[i] = from_bits(words[i / 4].word[i % 4]);
+  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = from_bits(words[i / 4].word[i % 4]);
 }
 template <class T>
 DEVICE void load_8(const T* p, float (&x)[8]) {
   const Words4 words = *(const Words4*)p;
-  UNROLL for (int i = 0; i < 8; ++i) x[i] = widen(T{(uint16_t)(words.word[i / 2] >> i % 2 * 16)});
+  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = widen(T{(uint16_t)(words.word[i / 2] >> i % 2 * 16)});
 }
 
 DEVICE void store_8(float* p, const float (&x)[8]) {
@@ -42,44 +44,46 @@ DEVICE void store_8(float* p, const float (&x)[8]) {
 template <class T>
 DEVICE void store_8(T* p, const float (&x)[8]) {
   Words4 words;
-  UNROLL for (int i = 0; i < 4; ++i) words.word[i] = pack(T{}, x[2 * i], x[2 * i + 1]);
+  UNROLL_FOR (int i = 0; i < 4; ++i) words.word[i] = pack(T{}, x[2 * i], x[2 * i + 1]);
   *(Words4*)p = words;
 }
 
-// The same of the columns that there are, the others zero, where WHOLE is false: it says that rows are made of whole
-// groups of 8, each at a multiple of 16 bytes.
-template <bool WHOLE, class T>
+// The same with a bound on the columns; elements beyond it are zero, and are not written. ALIGNED: the number of
+// columns is a multiple of 8 and every row is aligned to 16 bytes, so that groups of 8 are accessed as a whole.
+template <bool ALIGNED, class T>
 DEVICE void load_8(const T* row, int column, int columns, float (&x)[8]) {
-  UNROLL for (int i = 0; i < 8; ++i) x[i] = 0;
-  if constexpr (WHOLE) {
+  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = 0;
+  if constexpr (ALIGNED) {
     if (column < columns) load_8(row + column, x);
   } else {
-    UNROLL for (int i = 0; i < 8; ++i)
+    UNROLL_FOR (int i = 0; i < 8; ++i)
       if (column + i < columns) x[i] = widen(row[column + i]);
   }
 }
-template <bool WHOLE, class T>
+template <bool ALIGNED, class T>
 DEVICE void store_8(T* row, int column, int columns, const float (&x)[8]) {
-  if constexpr (WHOLE) {
+  if constexpr (ALIGNED) {
     if (column < columns) store_8(row + column, x);
   } else {
-    UNROLL for (int i = 0; i < 8; ++i)
+    UNROLL_FOR (int i = 0; i < 8; ++i)
       if (column + i < columns) store(row + column + i, x[i]);
   }
 }
 
 template <class T>
-DEVICE T* row(const Rows& x, int64_t number) { return (T*)x.data + number * x.stride; }
+DEVICE T* row(const Rows& x, int64_t index) {
+  return (T*)x.data + index * x.stride;
+}
 
 inline int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
-// Whether rows of so many columns are WHOLE.
-inline bool is_whole(const Rows& x, int64_t columns) {
+// Whether rows of `columns` columns are ALIGNED.
+inline bool is_aligned(const Rows& x, int64_t columns) {
   return x.data == nullptr ||
          (columns % 8 == 0 && (uintptr_t)x.data % 16 == 0 && x.stride * bytes_of(x.type) % 16 == 0);
 }
 
-// f(T{}) with the type of a tensor's numbers.
+// Call f(T{}) with the element type of a tensor.
 template <class F>
 void with_type(Type type, const F& f) {
   switch (type) {
@@ -89,13 +93,13 @@ void with_type(Type type, const F& f) {
   }
 }
 
-// f(X{}, R{}) for x beside a tensor of the same type, or one of 16 bits beside fp32, as autocast makes them.
+// Call f(X{}, R{}) with the element types of x and another tensor: the same, or 16 bits and fp32, as in autocast.
 template <class F>
-void with_types(Type x, Type beside, const F& f) {
-  if (x != beside && beside != Type::float32)
-    throw std::runtime_error("x is of another type than what it meets, which must be of the same or float32");
+void with_types(Type x, Type other, const F& f) {
+  if (x != other && other != Type::float32)
+    throw std::runtime_error("the residual or weights must have the dtype of x, or float32");
   with_type(x, [&]<class X>(X) {
-    if (x == beside) return f(X{}, X{});
+    if (x == other) return f(X{}, X{});
     if constexpr (sizeof(X) == 2) f(X{}, float{});
   });
 }

@@ -1,4 +1,4 @@
-// wgmma: operands are read through their descriptors when the last thread of the warpgroup has issued the product; it
+// wgmma: operands are read through their descriptors when the last thread of the warpgroup has issued the wgmma; it
 // completes when no thread can go on without it, and until it is waited for its results are NaN.
 #pragma once
 #include <algorithm>
@@ -57,88 +57,88 @@ inline Operand read_operand(uint64_t descriptor, bool transposed, int extent) {
   return operand;
 }
 
-inline void multiply(Product& product) {
-  Result& result = *product.result;
+inline void compute(Wgmma& wgmma) {
+  Result& result = *wgmma.result;
   const int columns = (int)result.size() / 64;
-  if (!product.a_in_registers) product.a = read_operand(product.descriptor_a, product.a_transposed, 64);
-  product.b = read_operand(product.descriptor_b, product.b_transposed, columns);
-  if (!product.adds) std::fill(result.begin(), result.end(), 0.f);
+  if (!wgmma.a_in_registers) wgmma.a = read_operand(wgmma.descriptor_a, wgmma.a_transposed, 64);
+  wgmma.b = read_operand(wgmma.descriptor_b, wgmma.b_transposed, columns);
+  if (!wgmma.adds) std::fill(result.begin(), result.end(), 0.f);
   float a[16 * 64];
-  std::transform(product.a.begin(), product.a.end(), a, product.widen);
+  std::transform(wgmma.a.begin(), wgmma.a.end(), a, wgmma.widen);
   for (int column = 0; column < columns; ++column)
     for (int k = 0; k < 16; ++k) {
-      const float b = product.widen(product.b[k * columns + column]);
+      const float b = wgmma.widen(wgmma.b[k * columns + column]);
       for (int row = 0; row < 64; ++row) result[column * 64 + row] += a[k * 64 + row] * b;
     }
 }
 
-// A thread's part of issuing a product: registers d of its result, and those of the first operand if it is there.
-inline void issue(float* d, int count, const uint32_t* a, Product proposed) {
+// A thread's part of issuing a wgmma: registers d of its result, and those of the first operand if it is there.
+inline void issue(float* d, int count, const uint32_t* a, Wgmma proposed) {
   may_switch();
-  if (!current->fenced) fail("wgmma without fence_products since its registers could be used");
+  if (!current->fenced) fail("wgmma without fence_wgmma since its registers could be used");
   Warpgroup& group = block->warpgroups[current->number / 128];
   const uint32_t index = current->issued++;
   auto& owned = current->owned;
   const auto mine = std::find_if(owned.begin(), owned.end(), [&](const Owned& other) { return other.registers == d; });
-  if (index == group.products.size()) {
+  if (index == group.wgmmas.size()) {
     proposed.result = mine != owned.end() ? mine->result : std::make_shared<Result>(128 * count);
     proposed.a.resize(16 * 64);
-    group.products.push_back(proposed);
+    group.wgmmas.push_back(proposed);
   }
-  Product& product = group.products[index];
-  if (product.descriptor_a != proposed.descriptor_a || product.descriptor_b != proposed.descriptor_b ||
-      product.adds != proposed.adds || product.result->size() != 128u * count ||
-      (mine != owned.end() && mine->result != product.result))
-    fail("the threads of a warpgroup issue different products");
+  Wgmma& wgmma = group.wgmmas[index];
+  if (wgmma.descriptor_a != proposed.descriptor_a || wgmma.descriptor_b != proposed.descriptor_b ||
+      wgmma.adds != proposed.adds || wgmma.result->size() != 128u * count ||
+      (mine != owned.end() && mine->result != wgmma.result))
+    fail("the threads of a warpgroup issue different wgmmas");
   if (mine != owned.end()) {
     mine->last = index;
   } else {
-    owned.push_back({d, count, product.result, index});
+    owned.push_back({d, count, wgmma.result, index});
     for (int i = 0; i < count; ++i) {
-      (*product.result)[fragment_offset(i)] = d[i];
+      (*wgmma.result)[fragment_offset(i)] = d[i];
       memcpy(&d[i], &POISON_WORD, 4);
     }
   }
-  for (int i = 0; a && i < 8; ++i) product.a[fragment_offset(i)] = (uint16_t)(a[i / 2] >> (i % 2 * 16));
+  for (int i = 0; a && i < 8; ++i) wgmma.a[fragment_offset(i)] = (uint16_t)(a[i / 2] >> (i % 2 * 16));
   // Looked at by each warp too: one that has not waited for the operands must not be saved by a later one.
   if (lane() == 0) {
-    read_operand(product.descriptor_b, product.b_transposed, count * 2);
-    if (!a) read_operand(product.descriptor_a, product.a_transposed, 64);
+    read_operand(wgmma.descriptor_b, wgmma.b_transposed, count * 2);
+    if (!a) read_operand(wgmma.descriptor_a, wgmma.a_transposed, 64);
   }
-  if (++product.issued_by == 128) {
-    multiply(product);
+  if (++wgmma.issued_by == 128) {
+    compute(wgmma);
     ++group.multiplied;
   }
 }
 
-// Nobody may have changed the operands, or begun a load to them, while the product was under way.
-inline bool complete_a_product() {
+// Nobody may have changed the operands, or begun a load to them, while the wgmma was in flight.
+inline bool complete_a_wgmma() {
   for (Warpgroup& group : block->warpgroups) {
     if (group.completed == group.multiplied) continue;
-    Product& product = group.products[group.completed++];
-    const int columns = (int)product.result->size() / 64;
-    if (product.b != read_operand(product.descriptor_b, product.b_transposed, columns) ||
-        (!product.a_in_registers && product.a != read_operand(product.descriptor_a, product.a_transposed, 64)))
-      fail("an operand of wgmma in shared memory was changed while the product was under way");
-    product.a = product.b = {};
+    Wgmma& wgmma = group.wgmmas[group.completed++];
+    const int columns = (int)wgmma.result->size() / 64;
+    if (wgmma.b != read_operand(wgmma.descriptor_b, wgmma.b_transposed, columns) ||
+        (!wgmma.a_in_registers && wgmma.a != read_operand(wgmma.descriptor_a, wgmma.a_transposed, 64)))
+      fail("an operand of wgmma in shared memory was changed while the wgmma was in flight");
+    wgmma.a = wgmma.b = {};
     return true;
   }
   return false;
 }
 
-inline void wait_products(size_t keep) {
+inline void wait_wgmma(size_t keep) {
   may_switch();
   std::vector<uint32_t>& committed = current->committed;
   if (committed.size() <= keep) return;
-  const uint32_t goal = committed[committed.size() - keep - 1];  // the products before it must be complete
+  const uint32_t goal = committed[committed.size() - keep - 1];  // the wgmmas before it must be complete
   committed.erase(committed.begin(), committed.end() - (ptrdiff_t)keep);
   Warpgroup& group = block->warpgroups[current->number / 128];
-  if (group.completed < goal) wait_until(&group.completed, goal, "wait_products, for all threads to issue");
+  if (group.completed < goal) wait_until(&group.completed, goal, "wait_wgmma, for all threads to issue");
   auto& owned = current->owned;
   const auto give = [&](const Owned& some) {
     if (some.last >= goal) return false;
     for (int i = 0; i < some.count; ++i) {
-      if (memcmp(&some.registers[i], &POISON_WORD, 4)) fail("result d[%d] was written while a product was under way", i);
+      if (memcmp(&some.registers[i], &POISON_WORD, 4)) fail("result d[%d] was written while a wgmma was in flight", i);
       some.registers[i] = (*some.result)[fragment_offset(i)];
     }
     return true;
