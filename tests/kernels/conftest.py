@@ -31,7 +31,7 @@ if KERNELS != "triton":
 
 
 def pytest_generate_tests(metafunc):
-    if KERNELS == "cpu" and not metafunc.reference.get_closest_marker("one_instruction_set"):
+    if KERNELS == "cpu" and not metafunc.definition.get_closest_marker("one_instruction_set"):
         metafunc.parametrize("instruction_set", native.instruction_sets(), indirect=True)
 
 
