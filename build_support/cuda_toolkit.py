@@ -12,9 +12,9 @@ from pathlib import Path
 
 OLDEST_NVCC = (12, 0)  # the first with C++20 and sm_90a; the oldest tested is 12.4
 OLDEST_COMPUTE = 80  # bfloat16 and cp.async
-HOPPER_ONLY = ("attention", "attention_backward")  # sources with instructions of sm_90a
+HOPPER_ONLY = ("attention", "attention_backward")  # sources that require sm_90a
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0"  # PTX of the newest serves later GPUs
-# The names that PyTorch's TORCH_CUDA_ARCH_LIST knows, of GPUs that the kernels run on.
+# Names in PyTorch's TORCH_CUDA_ARCH_LIST of GPUs that the kernels support.
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
@@ -22,13 +22,12 @@ NAMED_ARCHITECTURES = {
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
 FROM_PYPI = "pip install 'cuda-toolkit[crt,cudart,nvcc,nvvm]>=13'"
-# What ptxas says of registers that go through memory, and of wgmma instructions that wait for one another. (C7519, an
-# added warpgroup.arrive, costs nothing.)
+# ptxas messages about register spills and serialised wgmma. (C7519, an added warpgroup.arrive, costs nothing.)
 LOSS_OF_SPEED = re.compile(r"spill|\(C751[0-8]\)|wgmma\.mma_async instructions are serialized", re.IGNORECASE)
 
 
 class ToolkitError(Exception):
-    """There is no nvcc that can be used: why, and what to do."""
+    """There is no usable nvcc: the reason, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def find_nvcc() -> Nvcc:
 
 
 def _candidates():
-    """Yield each place where nvcc may be, None where it is not."""
+    """Yield the candidate paths of nvcc; None for those without one."""
     for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         yield shutil.which("nvcc", path=f"{home}/bin")
     yield shutil.which("nvcc")
@@ -109,10 +108,10 @@ def _output(path: str, option: str) -> str:
 
 
 def architectures(nvcc: Nvcc) -> list[str]:
-    """Return what to compile for, in nvcc's terms: "80", "90a", "120+PTX", ….
+    """Return the target architectures in nvcc's syntax: "80", "90a", "120+PTX", ….
 
-    TORCH_CUDA_ARCH_LIST says it, in PyTorch's syntax. Without it: each of DEFAULT_ARCHITECTURES that nvcc supports, and
-    PTX of the newest, which the driver compiles for later GPUs.
+    TORCH_CUDA_ARCH_LIST selects them, in PyTorch's syntax. Default: each of DEFAULT_ARCHITECTURES that nvcc supports,
+    and PTX of the newest, which the driver compiles for later GPUs.
 
     Raises:
         ToolkitError: The list is malformed, or names none that both nvcc and the kernels support.
@@ -133,7 +132,9 @@ def architectures(nvcc: Nvcc) -> list[str]:
             target = f"{number}{match[3]}"
             found[target] = found.get(target, False) or bool(match[4])
     if not found:
-        supported = ", ".join(f"{one // 10}.{one % 10}" for one in sorted(nvcc.supported) if one >= OLDEST_COMPUTE)
+        supported = ", ".join(
+            f"{target // 10}.{target % 10}" for target in sorted(nvcc.supported) if target >= OLDEST_COMPUTE
+        )
         raise ToolkitError(
             f"of the GPU architectures {text} nvcc {nvcc.version} and the kernels support none: "
             f"set TORCH_CUDA_ARCH_LIST to some of {supported or 'those of a newer nvcc'} and install bertfast again"
@@ -144,7 +145,7 @@ def architectures(nvcc: Nvcc) -> list[str]:
 
 
 def architectures_of(source: str, requested: list[str]) -> list[str]:
-    """Return those that a file of csrc/cuda is compiled for; none where it has instructions that they all lack."""
+    """Return the architectures to compile a file of csrc/cuda for; none if they all lack its instructions."""
     if source not in HOPPER_ONLY:
         return requested
     return ["90a"] if any(target.startswith("90") for target in requested) else []
@@ -169,7 +170,7 @@ def host_compiler_flag(compiler: list[str]) -> str:
 
 
 def losses(output: str) -> list[str]:
-    """Return the lines of a compiler's output that name a loss of speed: spilled registers, serialised wgmma."""
+    """Return the lines of a compiler's output about a loss of speed: spilled registers, serialised wgmma."""
     return [line.strip() for line in output.splitlines() if LOSS_OF_SPEED.search(line)]
 
 

@@ -229,22 +229,26 @@ def attention_forward(
 
 
 def dense_tokens(qkv: Tensor) -> Tensor:
-    # Tokens may be any distance apart; each token's elements must be contiguous.
+    """Return qkv if each token's elements are contiguous, tokens any distance apart, else a contiguous copy."""
     dense = qkv.stride()[1:] == (qkv.shape[2] * qkv.shape[3], qkv.shape[3], 1)
     return qkv if dense and qkv.stride(0) < _MAX_TOKEN_STRIDE else qkv.contiguous()
 
 
 def blocks_per_tile(block: int, max_seqlen_bound: int) -> int:
-    # A sequence within the bound has no more blocks in a tile.
+    """Return the blocks of a tile that sequences within the bound can use."""
     return ceil_div(min(TILE, max(max_seqlen_bound, 1)), block)
 
 
 def window_or_unlimited(window: int | None) -> int:
+    """Return the window, or one that masks nothing."""
     return _UNLIMITED if window is None else min(window, _UNLIMITED)
 
 
 def constants_of(qkv: Tensor, causal: bool, window: int | None) -> dict:
-    # Three GEMMs of TF32 parts are as accurate as one in fp32, and run on the tensor cores.
+    """Return the constants that all kernels have.
+
+    fp32 matmuls are three of TF32 parts: as accurate as fp32, and on the tensor cores.
+    """
     return {
         "D": qkv.shape[3],
         "CAUSAL": causal,

@@ -61,7 +61,7 @@ def add_layer_norm_forward(
     threshold: int,
     copy_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [T, H] in residual's dtype, mean, rstd, and y in `copy_dtype`, empty without that."""
+    """Return y [T, H] in residual's dtype, mean, rstd, and y in `copy_dtype`, empty without that."""
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     copy = residual.new_empty((0, 0) if copy_dtype is None else x.shape, dtype=copy_dtype)
     return residual.new_empty(x.shape), statistics, torch.empty_like(statistics), copy
@@ -83,7 +83,7 @@ def add_layer_norm_backward(
     threshold: int,
     d_copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_x, empty where it is d_residual; d_residual; fp32 [3, H] of d_gamma, d_beta and d_bias."""
+    """Return d_x, empty if it equals d_residual; d_residual; fp32 [3, H] of d_gamma, d_beta and d_bias."""
     shared = seed is None and x.dtype == residual.dtype
     d_x = x.new_empty((0, 0) if shared else x.shape)
     return d_x, residual.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
@@ -103,7 +103,7 @@ def attention_forward(
     counter_word: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """o [T, A, D] and the log-sum-exp of the scores, fp32 [A, T]; `sequence_ids` is int64 [S] here."""
+    """Return o [T, A, D] and the log-sum-exp of the scores, fp32 [A, T]; `sequence_ids` is int64 [S] here."""
     tokens, _, heads, head_dimension = qkv.shape
     return qkv.new_empty((tokens, heads, head_dimension)), qkv.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -125,19 +125,19 @@ def attention_backward(
     counter_word: int,
     threshold: int,
 ) -> Tensor:
-    """d_qkv [T, 3, A, D]."""
+    """Return d_qkv [T, 3, A, D]."""
     return qkv.new_empty(qkv.shape)
 
 
 @contract
 def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """y [T, H] in x's dtype; `approximate` is "none" or "tanh"."""
+    """Return y [T, H] in x's dtype; `approximate` is "none" or "tanh"."""
     return x.new_empty(x.shape)
 
 
 @contract
 def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """d_x [T, H] in x's dtype and d_bias, fp32 [H]."""
+    """Return d_x [T, H] in x's dtype and d_bias, fp32 [H]."""
     return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=torch.float32)
 
 
@@ -165,7 +165,7 @@ def embed_forward(
     counter_word: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [T, H] in word's dtype, mean and rstd."""
+    """Return y [T, H] in word's dtype, mean and rstd."""
     (tokens,) = token_type_ids.shape
     statistics = word.new_empty(tokens, dtype=torch.float32)
     return word.new_empty((tokens, word.shape[1])), statistics, torch.empty_like(statistics)
@@ -190,14 +190,14 @@ def embed_backward(
     counter_word: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_word, of which the row `padding_index` is zero; d_position; d_token_type; fp32 [2, H] of d_gamma and d_beta."""
+    """Return d_word with row `padding_index` zero; d_position; d_token_type; fp32 [2, H] of d_gamma and d_beta."""
     d_word, d_position, d_token_type = (table.new_empty(table.shape) for table in (word, position, token_type))
     return d_word, d_position, d_token_type, word.new_empty((2, word.shape[1]), dtype=torch.float32)
 
 
 @contract
 def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The gradient [tokens, H] of x for each d_y [R, H] of y = x[rows]."""
+    """Return the gradient [tokens, H] of x for each d_y [R, H] of y = x[rows]."""
     return [d_y.new_empty((tokens, d_y.shape[1])) for d_y in d_ys]
 
 
@@ -205,7 +205,7 @@ def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[T
 def gelu_layer_norm_forward(
     x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [R, H] in gamma's dtype, mean and rstd."""
+    """Return y [R, H] in gamma's dtype, mean and rstd."""
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return gamma.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
@@ -214,13 +214,13 @@ def gelu_layer_norm_forward(
 def gelu_layer_norm_backward(
     d_y: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """d_x [R, H] in x's dtype and fp32 [3, H] of d_gamma, d_beta and d_bias."""
+    """Return d_x [R, H] in x's dtype and fp32 [3, H] of d_gamma, d_beta and d_bias."""
     return x.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
 
 
 @contract
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """y and x W^T, both [T, N]; x and weight are of one dtype."""
+    """Return y and x W^T, both [T, N]; x and weight are of one dtype."""
     y = x.new_empty((x.shape[0], weight.shape[0]))
     return y, torch.empty_like(y)
 
@@ -235,7 +235,7 @@ def linear_cross_entropy_forward(
     needs_grad: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss fp32 [], correct and counted int64 [], and the gradients of hidden, weight and bias, empty if not needed."""
+    """Return loss, fp32 []; correct, counted, int64 []; gradients of hidden, weight, bias; empty if not needed."""
     loss, correct = hidden.new_empty((), dtype=torch.float32), labels.new_empty((), dtype=torch.int64)
     d_hidden, d_weight, d_bias = (
         x.new_empty(x.shape if needed else 0) for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)

@@ -63,6 +63,49 @@ static void dot_rows(const T* x, const T* y, int64_t stride, int count, float fa
   }
 }
 
+// The scratch memory of a task: keys and values packed once, queries packed per block, and the gradients so far.
+template <class T, int D>
+struct BackwardBuffers {
+  using F = Operand<T>;
+  float *scores, *d_p, *d_q, *d_k, *d_v;                       // [keys, queries] twice; [queries, D]; [keys, D] twice
+  F *q_columns, *d_o_columns, *q, *d_o, *k_rows, *v_rows, *k;  // operands, packed as their names say
+  Gradients<F> gradients;
+
+  [[gnu::always_inline]] BackwardBuffers(Scratch& scratch, const T* key_rows, const T* value_rows, int64_t stride,
+                                         int keys) {
+    constexpr int N = ELEMENTS<F>;
+    const int padded = even(keys);
+    scores = scratch.reserve<float>((2 + 3 * (N - 1)) * BLOCK * BLOCK + 5 * BLOCK * D + 5 * padded * D);
+    d_p = scores + BLOCK * BLOCK, d_q = d_p + BLOCK * BLOCK, d_k = d_q + BLOCK * D, d_v = d_k + padded * D;
+    q_columns = (F*)(d_v + padded * D), d_o_columns = q_columns + BLOCK * D;
+    q = d_o_columns + BLOCK * D, d_o = q + BLOCK * D;
+    k_rows = d_o + BLOCK * D, v_rows = k_rows + padded * D, k = k_rows;
+    gradients = {(F*)scores, (F*)d_p, (F*)d_p};  // in fp32 they replace scores and d_p
+    pack_rows<D>(key_rows, stride, keys, padded, k_rows);
+    pack_rows<D>(value_rows, stride, keys, padded, v_rows);
+    if constexpr (N == 2) {
+      k = v_rows + padded * D;
+      pack_stacked<D>(key_rows, stride, keys, padded, k);
+      gradients.p_rows = k + padded * D;
+      gradients.d_s_rows = gradients.p_rows + BLOCK * BLOCK;
+      gradients.d_s = gradients.d_s_rows + BLOCK * BLOCK;
+    }
+    std::memset(d_k, 0, 2 * padded * D * sizeof(float));
+  }
+};
+
+// Write x [count, D] times a factor to the tokens from `token` on of part 0 (d_q), 1 (d_k) or 2 (d_v) of d_qkv.
+template <int D, class T>
+static void write_gradient(const AttentionBackward& a, const float* x, int count, float factor, int part, int head,
+                           int64_t token) {
+  alignas(64) float factors[BLOCK];
+  for (float& each : factors) each = factor;
+  const int64_t stride = 3 * a.heads * D;
+  T* const out = (T*)a.d_qkv + ((token * 3 + part) * a.heads + head) * D;
+  for (int first = 0; first < count; first += BLOCK)
+    write_rows<D>(x + first * D, block_at(first, count), factors, out + first * stride, stride);
+}
+
 template <class T, int D>
 static void differentiate(const AttentionBackward& a, const AttentionTask& task, int head) {
   using F = Operand<T>;
@@ -71,41 +114,18 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
   const int mask_begin = mask.kv_begin(task.q_begin), mask_end = mask.kv_end(task.q_end, task.length);
   const int kv_begin = mask_begin > task.kv_begin ? mask_begin : task.kv_begin;
   const int kv_end = mask_end < task.kv_end ? mask_end : task.kv_end;
-  const int keys = kv_end - kv_begin, padded = even(keys);
+  const int keys = kv_end - kv_begin;
   const T* const query_rows = (const T*)a.qkv + task.start * a.stride + head * D;
   const T* const key_rows = query_rows + a.heads * D + kv_begin * a.stride;
   const int64_t o_stride = a.heads * D, o_start = task.start * o_stride + head * D;
 
   thread_local Scratch scratch;
   thread_local DropoutBlock dropout_mask;
-  float* const scores = scratch.reserve<float>((2 + 3 * (N - 1)) * BLOCK * BLOCK + 5 * BLOCK * D + 5 * padded * D);
-  float *const d_p = scores + BLOCK * BLOCK, *const d_q = d_p + BLOCK * BLOCK, *const d_k = d_q + BLOCK * D;
-  float* const d_v = d_k + padded * D;
-  F *const q_columns = (F*)(d_v + padded * D), *const d_o_columns = q_columns + BLOCK * D;
-  F *const q = d_o_columns + BLOCK * D, *const d_o = q + BLOCK * D;
-  F *const k_rows = d_o + BLOCK * D, *const v_rows = k_rows + padded * D, *k = k_rows;
-  Gradients<F> gradients{(F*)scores, (F*)d_p, (F*)d_p};
-  pack_rows<D>(key_rows, a.stride, keys, padded, k_rows);
-  pack_rows<D>(key_rows + a.heads * D, a.stride, keys, padded, v_rows);
-  if constexpr (N == 2) {
-    k = v_rows + padded * D;
-    pack_stacked<D>(key_rows, a.stride, keys, padded, k);
-    gradients.p_rows = k + padded * D;
-    gradients.d_s_rows = gradients.p_rows + BLOCK * BLOCK;
-    gradients.d_s = gradients.d_s_rows + BLOCK * BLOCK;
-  }
-  std::memset(d_k, 0, 2 * padded * D * sizeof(float));
-
+  const BackwardBuffers<T, D> b(scratch, key_rows, key_rows + a.heads * D, a.stride, keys);
   const float scale = a.scale * LOG2_E, dropout_scale = 256.f / (256 - a.dropout.threshold);
   // lse is relative to the mean, so the recomputed probabilities are too large by a factor of the length.
   const float inv_length = 1.f / task.length;
-  alignas(64) float lse[BLOCK], delta[BLOCK], factors[BLOCK];
-  const auto write = [&](const float* x, int count, float factor, int part, int row) {
-    for (float& each : factors) each = factor;
-    T* const out = (T*)a.d_qkv + (((task.start + row) * 3 + part) * a.heads + head) * D;
-    for (int first = 0; first < count; first += BLOCK)
-      write_rows<D>(x + first * D, block_at(first, count), factors, out + first * 3 * o_stride, 3 * o_stride);
-  };
+  alignas(64) float lse[BLOCK], delta[BLOCK];
   for (int query = task.q_begin; query < task.q_end; query += BLOCK) {
     const int queries = block_at(query, task.q_end), columns = registers(queries);
     const int block_begin = mask.kv_begin(query), block_end = mask.kv_end(query + queries, task.length);
@@ -113,42 +133,40 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
     if (begin >= end) continue;
     const T* const q_block = query_rows + query * a.stride;
     const T* const d_o_block = (const T*)a.d_o + o_start + query * o_stride;
-    pack_columns<D>(q_block, a.stride, queries, q_columns);
-    pack_columns<D>(d_o_block, o_stride, queries, d_o_columns);
-    pack_stacked<D>(q_block, a.stride, queries, even(queries), q);
-    pack_stacked<D>(d_o_block, o_stride, queries, even(queries), d_o);
+    pack_columns<D>(q_block, a.stride, queries, b.q_columns);
+    pack_columns<D>(d_o_block, o_stride, queries, b.d_o_columns);
+    pack_stacked<D>(q_block, a.stride, queries, even(queries), b.q);
+    pack_stacked<D>(d_o_block, o_stride, queries, even(queries), b.d_o);
     dot_rows<D>(d_o_block, (const T*)a.o + o_start + query * o_stride, o_stride, queries, 1 / dropout_scale, delta);
     std::memset(lse, 0, sizeof lse);
     std::memcpy(lse, a.lse + head * a.capacity + task.start + query, queries * sizeof(float));
     for (int key = begin; key < end; key += BLOCK) {
-      const int block_keys = block_at(key, end), row = key - kv_begin;
-      matmul<D / N, 1, BLOCK>(k_rows + row * (D / N), q_columns, D / N, scores, even(block_keys), columns, {true});
-      matmul<D / N, 1, BLOCK>(v_rows + row * (D / N), d_o_columns, D / N, d_p, even(block_keys), columns, {true});
-      mask.apply(scores, query, queries, key, block_keys);
+      const int block_keys = block_at(key, end), rows = even(block_keys), row = key - kv_begin;
+      matmul<D / N, 1, BLOCK>(b.k_rows + row * (D / N), b.q_columns, D / N, b.scores, rows, columns, {true});
+      matmul<D / N, 1, BLOCK>(b.v_rows + row * (D / N), b.d_o_columns, D / N, b.d_p, rows, columns, {true});
+      mask.apply(b.scores, query, queries, key, block_keys);
       if (a.dropout.threshold) {
         dropout_mask.draw(a.dropout, task.sequence, head, query, queries, key, block_keys);
-        score_gradients<F, true>(scores, d_p, even(block_keys), queries, scale, lse, delta, dropout_mask,
-                                 a.dropout.threshold, gradients);
+        score_gradients<F, true>(b.scores, b.d_p, rows, queries, scale, lse, delta, dropout_mask, a.dropout.threshold,
+                                 b.gradients);
       } else {
-        score_gradients<F, false>(scores, d_p, even(block_keys), queries, scale, lse, delta, dropout_mask, 0,
-                                  gradients);
+        score_gradients<F, false>(b.scores, b.d_p, rows, queries, scale, lse, delta, dropout_mask, 0, b.gradients);
       }
       if (task.all_queries()) {
-        matmul<BLOCK / N, 1, D>(gradients.p_rows, d_o, (queries + N - 1) / N, d_v + row * D, even(block_keys),
-                                D / LANES, {false});
-        matmul<BLOCK / N, 1, D>(gradients.d_s_rows, q, (queries + N - 1) / N, d_k + row * D, even(block_keys),
-                                D / LANES, {false});
+        const int depth = (queries + N - 1) / N;
+        matmul<BLOCK / N, 1, D>(b.gradients.p_rows, b.d_o, depth, b.d_v + row * D, rows, D / LANES, {false});
+        matmul<BLOCK / N, 1, D>(b.gradients.d_s_rows, b.q, depth, b.d_k + row * D, rows, D / LANES, {false});
       }
       if (task.all_keys())
-        matmul<1, BLOCK, D>(gradients.d_s, k + row / N * D, (block_keys + N - 1) / N, d_q, even(queries), D / LANES,
-                            {key == begin});
+        matmul<1, BLOCK, D>(b.gradients.d_s, b.k + row / N * D, (block_keys + N - 1) / N, b.d_q, even(queries),
+                            D / LANES, {key == begin});
     }
-    if (task.all_keys()) write(d_q, queries, a.scale * dropout_scale * inv_length, 0, query);
+    if (task.all_keys())
+      write_gradient<D, T>(a, b.d_q, queries, a.scale * dropout_scale * inv_length, 0, head, task.start + query);
   }
-  if (task.all_queries()) {
-    write(d_k, keys, a.scale * dropout_scale * inv_length, 1, kv_begin);
-    write(d_v, keys, dropout_scale * inv_length, 2, kv_begin);
-  }
+  if (!task.all_queries()) return;
+  write_gradient<D, T>(a, b.d_k, keys, a.scale * dropout_scale * inv_length, 1, head, task.start + kv_begin);
+  write_gradient<D, T>(a, b.d_v, keys, dropout_scale * inv_length, 2, head, task.start + kv_begin);
 }
 
 void attention_backward(const AttentionBackward& a) {

@@ -4,8 +4,7 @@
 
 namespace bertfast {
 
-// Built with BERTFAST_EMULATED, the wider sets are made of AVX2's instructions, so that their code can be tested on a
-// processor that lacks theirs.
+// With BERTFAST_EMULATED the wider sets are emulated with AVX2, so that their code can be tested on any such CPU.
 bool is_supported(InstructionSet set) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -119,24 +119,10 @@ class KeyConsumer {
         named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
       }
       float p[ROWS / 2], d_s[ROWS / 2];
-      fence_wgmma(p, d_s);
-      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-        wgmma<Major::k, Major::k>(T{}, p, memory_.k.template slice<Major::k>(depth, consumer_ * ROWS),
-                                  q.template slice<Major::k>(depth), depth > 0);
-      commit_wgmma();
-      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-        wgmma<Major::k, Major::k>(T{}, d_s, memory_.v.template slice<Major::k>(depth, consumer_ * ROWS),
-                                  d_o.template slice<Major::k>(depth), depth > 0);
-      commit_wgmma();
-      wait_wgmma<0>(p, d_s);
+      compute_scores(q, d_o, p, d_s);
       uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
       recompute_probabilities(work, mask, dropout_mask, key, query, p, d_s, p_pairs, d_s_pairs);
-      UNROLL_FOR (int column = 0; column < ROWS; column += 16)
-        store_matrices(memory_.d_s.at(consumer_ * ROWS + warp_row() + (int)threadIdx.x % 16,
-                                      column + (int)threadIdx.x % 32 / 16 * 8),
-                       d_s_pairs[column / 16]);
-      fence_proxy();
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      share_score_gradients(d_s_pairs);
       float d_q[D / 4];
       if constexpr (FUSED) fence_wgmma(d_q);
       fence_wgmma(d_k, d_v);
@@ -163,6 +149,31 @@ class KeyConsumer {
     const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
     store_rows(d_k, a_.scale, a_.scale, work.length - row, gradient(work, 1, row), stride());
     store_rows(d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
+  }
+
+  // Compute p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities.
+  DEVICE void compute_scores(const Tile<ROWS, D>& q, const Tile<ROWS, D>& d_o, float (&p)[ROWS / 2],
+                             float (&d_s)[ROWS / 2]) const {
+    fence_wgmma(p, d_s);
+    UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+      wgmma<Major::k, Major::k>(T{}, p, memory_.k.template slice<Major::k>(depth, consumer_ * ROWS),
+                                q.template slice<Major::k>(depth), depth > 0);
+    commit_wgmma();
+    UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+      wgmma<Major::k, Major::k>(T{}, d_s, memory_.v.template slice<Major::k>(depth, consumer_ * ROWS),
+                                d_o.template slice<Major::k>(depth), depth > 0);
+    commit_wgmma();
+    wait_wgmma<0>(p, d_s);
+  }
+
+  // Write the 16-bit d_s to shared memory, and wait until both consumers have.
+  DEVICE void share_score_gradients(const uint32_t (&d_s_pairs)[ROWS / 16][4]) {
+    UNROLL_FOR (int column = 0; column < ROWS; column += 16)
+      store_matrices(memory_.d_s.at(consumer_ * ROWS + warp_row() + (int)threadIdx.x % 16,
+                                    column + (int)threadIdx.x % 32 / 16 * 8),
+                     d_s_pairs[column / 16]);
+    fence_proxy();
+    named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
   }
 
   // Recompute probabilities from scores, and compute d_s = p (d_p - delta); pack both as A operands of wgmma.

@@ -1,4 +1,4 @@
-// Where threads sync: barriers of a block, exchanges within a warp, and mbarriers.
+// Synchronisation of threads: barriers of a block, exchanges within a warp, and mbarriers.
 #pragma once
 #include "shared_memory.h"
 
@@ -26,7 +26,7 @@ inline Barrier& named_barrier(int number, int threads) {
 
 inline int lane() { return current->number % 32; }
 
-// Every lane shows a value and can read the others'. Two sets of slots take turns, so that one barrier is enough.
+// Every lane publishes a value and can read the others'. Two sets of slots alternate, so that one barrier is enough.
 template <class T>
 class Exchange {
  public:
@@ -59,7 +59,7 @@ inline MBarrier& mbarrier(const void* pointer) {
   return found->second;
 }
 
-inline void complete_if_due(MBarrier& barrier) {
+inline void complete_phase_if_done(MBarrier& barrier) {
   if (barrier.missing > 0 || barrier.missing_bytes != 0) return;
   barrier.missing = barrier.arrivals;
   ++barrier.phase;

@@ -25,7 +25,7 @@ namespace emulation {
 
 using Work = std::function<void()>;
 
-// Counts arrivals; `generation` changes when all have arrived, which is what waiting threads watch.
+// Counts arrivals. `generation` increases when all threads have arrived; waiting threads watch it.
 struct Barrier {
   uint32_t generation = 0, arrived = 0, needed = 0;
   const char* what = "";
@@ -38,7 +38,7 @@ struct MBarrier {
   bool shown_to_tma;
 };
 
-// What a tensor map stands for. strides[0] is the size of an element; span that of the swizzle, 16 if there is none.
+// Contents of a tensor map. strides[0] is the element size; span that of the swizzle, 16 if there is none.
 struct TensorMap {
   char* data;
   uint64_t sizes[5], strides[5];
@@ -52,14 +52,14 @@ struct TensorMap {
   uint32_t box_bytes() const { return rows() * box[0] * (uint32_t)strides[0]; }
 };
 
-// A load that TMA has begun, to `shared`, whose bytes arrive at `barrier`.
+// A TMA load in flight to `shared`, whose bytes arrive at `barrier`.
 struct Load {
   TensorMap map;
-  std::array<int, 5> place;
+  std::array<int, 5> origin;
   uint32_t shared, barrier;
 };
 
-// A thread's copies, in the groups it commits them in. They happen as late as a program may let them.
+// A thread's asynchronous copies, in commit groups. They happen as late as possible.
 struct CommitGroups {
   std::vector<Work> open;
   std::deque<std::vector<Work>> committed;
@@ -81,7 +81,7 @@ struct Wgmma {
   float (*widen)(uint16_t);
   std::shared_ptr<Result> result = {};
   Operand a = {}, b = {};  // as they were read
-  int issued_by = 0;       // threads; the operands are read with the last
+  int issued_by = 0;       // threads; the operands are read when the last one issues
 };
 
 struct Warpgroup {
@@ -89,7 +89,7 @@ struct Warpgroup {
   uint32_t multiplied = 0, completed = 0;
 };
 
-// A thread's share of a result in flight.
+// A thread's accumulator registers of a wgmma in flight.
 struct Owned {
   float* registers;
   int count;
@@ -99,18 +99,18 @@ struct Owned {
 
 struct Fiber {
   void* stack_pointer = nullptr;
-  dim3 place;
+  dim3 index;
   int number = 0;
   bool done = false;
-  const uint32_t* watched = nullptr;  // it waits while *watched < goal
+  const uint32_t* watched = nullptr;  // the thread waits while *watched < goal
   uint32_t goal = 0;
   std::string waits_for;
   CommitGroups copies, stores;
-  bool fenced = false;  // since its registers could last be used
+  bool fenced = false;  // whether fence_wgmma was called since the last access to accumulators
   uint32_t issued = 0;  // wgmmas
   std::vector<uint32_t> committed;
   std::vector<Owned> owned;
-  int registers = 0;  // that it has asked for
+  int registers = 0;  // requested by setmaxnreg
 
   bool can_run() const { return !done && (watched == nullptr || *watched >= goal); }
 };
@@ -121,7 +121,7 @@ struct Warp {
 };
 
 struct Block {
-  dim3 place, threads, grid;
+  dim3 index, threads, grid;
   uint32_t dynamic_bytes = 0, shared_end = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -146,7 +146,7 @@ __attribute__((format(printf, 1, 2))) [[noreturn]] inline void fail(const char* 
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   const std::string thread = current ? ", thread " + std::to_string(current->number) : "";
-  throw std::runtime_error("block " + std::to_string(block->place.x) + thread + ": " + text);
+  throw std::runtime_error("block " + std::to_string(block->index.x) + thread + ": " + text);
 }
 
 }  // namespace emulation

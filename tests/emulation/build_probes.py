@@ -1,9 +1,9 @@
-"""Build the probes of probes.cu into a library with C's interface: for a GPU of sm_90, or as the emulation runs them.
+"""Build the probes of probes.cu into a library with a C interface: for a GPU of sm_90, or for the emulation.
 
     python tests/emulation/build_probes.py dist/probes.so
 
-builds it for a GPU, where nvcc is. The machine with the GPU needs no nvcc, and any Python loads it: there,
-`BERTFAST_PROBES=dist/probes.so pytest tests/emulation/test_probes.py` asks the GPU itself.
+builds it for a GPU, with nvcc. The machine with the GPU needs no nvcc, and any Python can load the library:
+`BERTFAST_PROBES=dist/probes.so pytest tests/emulation/test_probes.py` runs the probes on the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOR_GPU = (
 
 
 def build_for_gpu(target: Path) -> Path:
-    """Compile the probes with the nvcc that setup.py would take.
+    """Compile the probes with the nvcc that setup.py would use.
 
     Raises:
         ToolkitError: There is no nvcc.
@@ -37,7 +37,7 @@ def build_for_gpu(target: Path) -> Path:
 
 
 def compile_source(source: Path, target: Path, command: list[str]) -> Path:
-    """Compile a file of this folder into a library."""
+    """Compile a file of this folder into a library, and return its path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([*command, f"-I{HERE}", f"-I{CSRC}", str(source), "-o", str(target)], check=True)
     return target

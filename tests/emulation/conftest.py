@@ -1,6 +1,6 @@
-"""Builds the kernels of this folder as the emulation runs them; or takes the probes that were built for a GPU of sm_90.
+"""Build the kernels of this folder for the emulation, or use probes that were built for a GPU of sm_90.
 
-Where there is such a GPU, BERTFAST_PROBES names a library of `build_probes.py`; without it nvcc makes one.
+On such a GPU, BERTFAST_PROBES names a library of `build_probes.py`; without it nvcc builds one.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ COMPILER = shutil.which("g++")
 
 
 def emulated(name: str, folder: Path, *flags: str) -> Path:
-    """The library of `name`.cu for a CPU."""
+    """Build `name`.cu for a CPU, and return the library."""
     if COMPILER is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the emulation requires g++ on x86-64")
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -42,7 +42,7 @@ class MatmulArguments(ctypes.Structure):
 
 
 class Probes:
-    """The functions of probes.cu on numpy's arrays; an error is a RuntimeError."""
+    """The functions of probes.cu on numpy arrays; errors are raised as RuntimeError."""
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
@@ -114,5 +114,5 @@ def mistakes(tmp_path_factory):
 
 @pytest.fixture(params=[0, 1, 2, 3])
 def seed(request, monkeypatch):
-    """0 runs threads in order, others shuffle them."""
+    """Thread order of the emulation: 0 is in order, others are shuffled."""
     monkeypatch.setenv("BERTFAST_EMULATION_SEED", str(request.param))

@@ -1,10 +1,9 @@
 // CUDA on a CPU, so that kernels can be tested where there is no GPU: hopper.cuh includes this for any compiler but
 // nvcc.
 //
-// It is against the program wherever it may be: see launch.h, wgmma.h and copies.h. Not noticed are races of plain
-// reads and writes, and a first operand in registers that is overwritten too early. The functions below are those of
-// hopper.cuh, which says what they do. One launch at a time in a process; no clusters, no thread-block grids of two
-// dimensions.
+// The emulation is adversarial: see launch.h, wgmma.h and copies.h. It does not detect races of plain reads and writes,
+// nor an A operand in registers that is overwritten too early. The functions below are those of hopper.cuh, where they
+// are documented. One launch at a time per process; no clusters, no two-dimensional grids.
 #pragma once
 #include <cmath>
 
@@ -21,12 +20,12 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-#define threadIdx (emulation::current->place)
-#define blockIdx (emulation::block->place)
+#define threadIdx (emulation::current->index)
+#define blockIdx (emulation::block->index)
 #define blockDim (emulation::block->threads)
 #define gridDim (emulation::block->grid)
 
-// For all threads of the block: one that has left the kernel is missing.
+// Waits for all threads of the block: a thread that has returned from the kernel is missing.
 inline void __syncthreads() {
   emulation::sync(emulation::block->barriers[0], (uint32_t)emulation::block->fibers.size(), "__syncthreads");
 }
@@ -48,7 +47,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 // clang-format off
 #define SHARED_ARRAY(type, name, count) \
-  type* const name = (type*)emulation::shared_array([] { static char place; return &place; }(), sizeof(type) * (count))
+  type* const name = (type*)emulation::shared_array([] { static char key; return &key; }(), sizeof(type) * (count))
 // clang-format on
 
 namespace bertfast::cuda {
@@ -81,7 +80,7 @@ T& shared_memory() {
 }
 
 inline void init(uint64_t* barrier, uint32_t arrivals) {
-  *barrier = emulation::address_of(barrier, 8, 8);  // looked for later: who overwrites the barrier is noticed
+  *barrier = emulation::address_of(barrier, 8, 8);  // checked later, to detect a barrier that was overwritten
   block->mbarriers[(uint32_t)*barrier] = {arrivals, arrivals, 0, 0, false};
 }
 
@@ -95,7 +94,7 @@ inline void arrive_expecting(uint64_t* pointer, uint32_t bytes) {
   if (barrier.missing == 0) fail("more arrivals than the mbarrier at shared+%u has", shared_address(pointer));
   barrier.missing_bytes += bytes;
   --barrier.missing;
-  emulation::complete_if_due(barrier);
+  emulation::complete_phase_if_done(barrier);
 }
 
 inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
@@ -110,13 +109,13 @@ inline void wait(uint64_t* pointer, uint32_t parity) {
 }
 
 template <class... Coordinates>
-void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, Coordinates... place) {
-  emulation::begin_load(to, emulation::tensor_map(map, sizeof...(place)), barrier, {place...});
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, Coordinates... coordinates) {
+  emulation::begin_load(to, emulation::tensor_map(map, sizeof...(coordinates)), barrier, {coordinates...});
 }
 
 template <class... Coordinates>
-void store_box(const CUtensorMap* map, const void* from, Coordinates... place) {
-  emulation::begin_store(emulation::tensor_map(map, sizeof...(place)), from, {place...});
+void store_box(const CUtensorMap* map, const void* from, Coordinates... coordinates) {
+  emulation::begin_store(emulation::tensor_map(map, sizeof...(coordinates)), from, {coordinates...});
 }
 
 inline void commit_stores() { current->stores.commit(); }
@@ -183,7 +182,7 @@ inline void named_barrier_arrive(int barrier, int threads) {
   emulation::arrive(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier");
 }
 
-// The chip does not say which lane it is, so the seed does.
+// Which lane is elected is unspecified on a GPU, so the seed decides.
 inline bool elect_one() {
   emulation::Exchange<int>(0, "elect_one");
   return emulation::lane() == emulation::seed % 32;
@@ -211,7 +210,8 @@ inline void store_matrices(void* row, const uint32_t (&r)[4]) {
     ((uint16_t*)row)[column] = (uint16_t)(fragments[line * 4 + column / 2][matrix] >> (column % 2 * 16));
 }
 
-// Rows lane / 4 and eight below of a and d, columns 2 (lane % 4) and the next, and eight on; b the other way round.
+// A lane holds rows lane / 4 and lane / 4 + 8 of a and d, and columns 2 (lane % 4), the next, and those plus 8 of a; of
+// b the transposed positions.
 template <class T>
 void mma(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using Six = std::array<uint32_t, 6>;
@@ -229,7 +229,7 @@ void mma(T, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 inline void copy_16(void* to, const void* from, int bytes = 16) {
   emulation::address_of(to, 16, 16);
-  if ((uintptr_t)from % 16) fail("a copy from %p, which is no multiple of 16", from);
+  if ((uintptr_t)from % 16) fail("a copy from %p, which is not a multiple of 16", from);
   current->copies.open.push_back([=] {
     memset(to, 0, 16);
     memcpy(to, from, (size_t)bytes);
@@ -243,7 +243,7 @@ void wait_copies() {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
-// To nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t narrow(BFloat16, float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -1,4 +1,4 @@
-// A stack for each thread of a block, and the step from one to another.
+// One stack per thread of a block, and the switch between them.
 #pragma once
 #include <sys/mman.h>
 
@@ -15,8 +15,8 @@ constexpr size_t STACK = 128 << 10;
 
 inline void* scheduler_stack;
 
-// Keeps the registers that a call must keep (System V) on this stack, and goes on where the other one stopped.
-extern "C" void bertfast_switch_stack(void** save_here, void* go_on_at);
+// Save the callee-saved registers (System V) on this stack, and resume the other one.
+extern "C" void bertfast_switch_stack(void** saved_stack, void* resumed_stack);
 asm(R"(
 .weak bertfast_switch_stack
 bertfast_switch_stack:
@@ -30,19 +30,19 @@ bertfast_switch_stack:
 inline void to_scheduler() { bertfast_switch_stack(&current->stack_pointer, scheduler_stack); }
 inline void to_current() { bertfast_switch_stack(&scheduler_stack, current->stack_pointer); }
 
-// Where another thread may come first.
+// A point at which the scheduler may switch to another thread.
 inline void may_switch() {
   if (seed && random_bits() % 4 == 0) to_scheduler();
 }
 
-// The thread waits until *counter reaches the goal.
+// Suspend the thread until *counter reaches the goal.
 inline void wait_until(const uint32_t* counter, uint32_t goal, std::string what) {
   current->watched = counter, current->goal = goal, current->waits_for = std::move(what);
   to_scheduler();
   current->watched = nullptr;
 }
 
-// What a fiber runs.
+// The entry point of a fiber.
 inline void run_kernel() {
   try {
     block->kernel();
@@ -56,12 +56,12 @@ inline void run_kernel() {
   to_scheduler();
 }
 
-// Stacks that end at a page which nobody may touch.
+// Stacks that end at a guard page.
 inline char* stacks() {
   static char* const memory = [] {
-    void* const some = mmap(nullptr, THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    for (uint32_t i = 0; i < THREADS; ++i) mprotect((char*)some + i * STACK, PAGE, PROT_NONE);
-    return (char*)some;
+    void* const pages = mmap(nullptr, THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (uint32_t i = 0; i < THREADS; ++i) mprotect((char*)pages + i * STACK, PAGE, PROT_NONE);
+    return (char*)pages;
   }();
   return memory;
 }
@@ -69,7 +69,7 @@ inline char* stacks() {
 inline void start(Fiber& fiber, uint32_t number) {
   const dim3& threads = block->threads;
   fiber.number = (int)number;
-  fiber.place = {number % threads.x, number / threads.x % threads.y, number / (threads.x * threads.y)};
+  fiber.index = {number % threads.x, number / threads.x % threads.y, number / (threads.x * threads.y)};
   // The first switch pops six registers and returns into run_kernel, at the alignment that a call leaves.
   void** const top = (void**)(stacks() + (number + 1) * STACK);
   top[-2] = (void*)&run_kernel;

@@ -1,5 +1,5 @@
-// A launch: block after block, in each the threads that can run, in order or shuffled; what is asynchronous happens
-// when none can. Every mistake that is noticed ends the launch with a std::runtime_error.
+// A launch: runs block after block, and in each the runnable threads, in order or shuffled; asynchronous operations
+// complete when no thread can run. Every detected mistake ends the launch with a std::runtime_error.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -13,11 +13,11 @@ namespace emulation {
 inline sigjmp_buf jump;
 
 inline std::string deadlock() {
-  std::map<std::string, std::pair<int, std::string>> waiting;  // what for: how many threads, and some of them
+  std::map<std::string, std::pair<int, std::string>> waiting;  // reason: number of threads, and examples
   for (const Fiber& fiber : block->fibers) {
     if (fiber.done) continue;
-    auto& [count, some] = waiting[fiber.waits_for];
-    if (count++ < 4) some += " " + std::to_string(fiber.number);
+    auto& [count, examples] = waiting[fiber.waits_for];
+    if (count++ < 4) examples += " " + std::to_string(fiber.number);
   }
   std::string text = "deadlock";
   for (const auto& [what, who] : waiting)
@@ -63,7 +63,7 @@ inline void run_block() {
   check_end();
 }
 
-// Accesses to what is not there become errors like all others.
+// Turn segmentation faults into errors like all others.
 inline void on_fault(int, siginfo_t* info, void*) {
   const ptrdiff_t offset = (char*)info->si_addr - window;
   const std::string thread = std::to_string(current ? current->number : -1);
@@ -76,8 +76,8 @@ inline void on_fault(int, siginfo_t* info, void*) {
 class FaultHandler {
  public:
   FaultHandler() {
-    const stack_t own = {stack_.data(), 0, stack_.size()};
-    sigaltstack(&own, &previous_stack_);
+    const stack_t handler_stack = {stack_.data(), 0, stack_.size()};
+    sigaltstack(&handler_stack, &previous_stack_);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -105,7 +105,7 @@ inline void run_grid(uint32_t blocks, uint32_t threads, uint32_t dynamic_bytes, 
   const FaultHandler handler;
   for (uint32_t i = 0; i < blocks; ++i) {
     block = std::make_unique<Block>();
-    block->place = {i, 0, 0}, block->threads = {threads}, block->grid = {blocks};
+    block->index = {i, 0, 0}, block->threads = {threads}, block->grid = {blocks};
     block->dynamic_bytes = dynamic_bytes;
     block->kernel = kernel;
     block->fibers.resize(threads), block->warps.resize((threads + 31) / 32);

@@ -1,5 +1,4 @@
-// A matrix product as kernels for Hopper are written, which can be told to make a mistake: c [M, N] = a [M, K] b [N,
-// K]ᵀ.
+// A matmul as Hopper kernels are written, with an optional planted mistake: c [M, N] = a [M, K] b [N, K]ᵀ.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -46,7 +45,7 @@ struct Memory {
 
 __global__ void matmul_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, float* c,
                               int m, int n, int k, Mistake mistake) {
-  const auto is = [&](Mistake some) { return mistake == some; };
+  const auto is = [&](Mistake other) { return mistake == other; };
   Memory& memory = *(Memory*)((char*)&shared_memory<Memory>() + (is(Mistake::tile_at_512_bytes) ? 512 : 0));
   const int blocks_across = (n + COLUMNS - 1) / COLUMNS;
   const int row = (int)blockIdx.x / blocks_across * ROWS, column = (int)blockIdx.x % blocks_across * COLUMNS;
@@ -103,7 +102,7 @@ __global__ void matmul_kernel(const __grid_constant__ CUtensorMap a, const __gri
   }
 }
 
-// c is an address: the caller has its memory end where a write behind it is noticed.
+// c is an address: the caller allocates it in front of a guard page, which detects writes past its end.
 void matmul_with(Mistake mistake, const py::array_t<uint16_t>& a, const py::array_t<uint16_t>& b, uintptr_t c) {
   const int m = (int)a.shape(0), n = (int)b.shape(0), k = (int)a.shape(1);
   const auto map = [&](const py::array_t<uint16_t>& x, uint32_t rows, Swizzle swizzle) {

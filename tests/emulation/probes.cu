@@ -1,5 +1,5 @@
-// Small kernels that show what the emulation assumes: one wgmma in every layout of its operands that attention uses,
-// boxes that reach out of a tensor, moves of matrices, barriers of some of a block's threads. What they compute is
+// Small kernels that check what the emulation assumes: one wgmma in every layout of its operands that attention uses,
+// boxes that exceed a tensor's bounds, ldmatrix and stmatrix, named barriers. What they compute is
 // known beforehand, and on a GPU it must be the same.
 //
 // The functions have C's interface, so that a library which was built ahead of time serves every Python: arrays are
@@ -11,7 +11,7 @@ using bertfast::BFloat16, bertfast::Half;
 
 #define EXPORTED extern "C" __attribute__((visibility("default"))) const char*
 
-// Runs f; the text of what it throws stays until the next call.
+// Run f, and return the text of its exception, valid until the next call, or null.
 template <class F>
 const char* error_of(const F& f) {
   static std::string text;
@@ -46,7 +46,7 @@ struct DeviceArray {
   T* data = nullptr;
 };
 
-// ---- d [64, N] = a b, each operand as it is or transposed in memory, from a place in a tile that is larger than it
+// ---- d [64, N] = a b, each operand plain or transposed in memory, from an offset in a larger tile
 
 constexpr int DEPTH = 128;
 constexpr int A_ROWS = 128;  // of which a wgmma takes 64
@@ -150,7 +150,7 @@ EXPORTED wgmma_from_registers(const MatmulArguments* arguments) {
   return error_of([&] { matmul_tiles<BFloat16, 64, 64, Swizzle::span128, Major::k, Major::mn, true>(*arguments); });
 }
 
-// ---- A box of [Z, Y, X] numbers from a place on, which may lie outside of them in part
+// ---- A box of a tensor [Z, Y, X] at an origin that may be partly out of bounds
 
 struct BoxMemory {
   alignas(128) uint16_t box[3 * 4 * 8];
@@ -185,14 +185,14 @@ EXPORTED box(uint16_t* x, uint16_t* y, int planes, int rows, int columns, int co
   });
 }
 
-// ---- A 16 x 16 matrix transposed: one warp copies it, another, which waits for that alone, turns it
+// ---- A 16 x 16 transpose: one warp copies the matrix, another waits on a named barrier and transposes it
 
 __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   SHARED_ARRAY(uint16_t, tile, 256);
-  SHARED_ARRAY(uint16_t, turned, 256);
-  const int lane = (int)threadIdx.x % 32, place = lane % 16 * 16 + lane / 16 * 8;
+  SHARED_ARRAY(uint16_t, transposed, 256);
+  const int lane = (int)threadIdx.x % 32, offset = lane % 16 * 16 + lane / 16 * 8;
   if (threadIdx.x < 32) {
-    copy_16(tile + place, x + place, lane % 16 == 15 ? 0 : 16);  // the last row as zeros
+    copy_16(tile + offset, x + offset, lane % 16 == 15 ? 0 : 16);  // the last row as zeros
     commit_copies();
     wait_copies<0>();
     named_barrier_arrive(3, 64);
@@ -200,10 +200,10 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   }
   named_barrier_sync(3, 64);
   uint32_t r[4];
-  load_transposed(r, tile + place);
-  store_matrices(turned + place, {r[0], r[2], r[1], r[3]});
+  load_transposed(r, tile + offset);
+  store_matrices(transposed + offset, {r[0], r[2], r[1], r[3]});
   __syncwarp();
-  for (int i = lane; i < 256; i += 32) y[i] = turned[i];
+  for (int i = lane; i < 256; i += 32) y[i] = transposed[i];
 }
 
 EXPORTED transpose(uint16_t* x, uint16_t* y) {
@@ -218,11 +218,11 @@ EXPORTED transpose(uint16_t* x, uint16_t* y) {
 template <class T>
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* d) {
   SHARED_ARRAY(uint16_t, tile, 256);
-  const int lane = (int)threadIdx.x, place = lane % 16 * 16 + lane / 16 * 8;
-  memcpy(tile + place, a + place, 16);
+  const int lane = (int)threadIdx.x, offset = lane % 16 * 16 + lane / 16 * 8;
+  memcpy(tile + offset, a + offset, 16);
   __syncwarp();
   uint32_t a_pairs[4], b_pairs[2];
-  load_matrices(a_pairs, tile + place);
+  load_matrices(a_pairs, tile + offset);
   for (int i = 0; i < 2; ++i) {
     const int row = lane % 4 * 2 + i * 8;
     b_pairs[i] = b[row * 8 + lane / 4] | (uint32_t)b[(row + 1) * 8 + lane / 4] << 16;

@@ -1,7 +1,7 @@
-// A block's shared memory: the system's 1024 bytes, the launch's part, a page that nobody may touch, the arrays.
+// A block's shared memory: 1024 bytes reserved by the system, the dynamic part, a guard page, the static arrays.
 //
-// What nobody has written is NaN. There are two copies: `window` is what threads read and write, `async_view` what TMA
-// and wgmma do, which see a thread's writes after its fence_proxy.
+// It is initialised to NaN. There are two copies: threads access `window`; TMA and wgmma access `async_view`, which
+// receives a thread's writes at its fence_proxy.
 #pragma once
 #include <cstring>
 
@@ -10,7 +10,7 @@
 namespace emulation {
 
 constexpr uint32_t WINDOW = 1 << 18;      // descriptors have addresses of 18 bits
-constexpr uint32_t DYNAMIC_START = 1024;  // the system has the first 1024 bytes
+constexpr uint32_t DYNAMIC_START = 1024;  // the first 1024 bytes are reserved
 constexpr uint32_t MAX_SHARED_BYTES = 227 << 10;
 constexpr int POISON = 0xff;
 
@@ -19,7 +19,7 @@ inline char *window, *async_view;
 inline uint32_t guard_start() { return (DYNAMIC_START + block->dynamic_bytes + PAGE - 1) / PAGE * PAGE; }
 inline uint32_t arrays_start() { return guard_start() + PAGE; }
 
-// The address in shared memory of some bytes, all of which must be the block's.
+// The shared-memory address of `bytes` bytes, all of which must belong to the block.
 inline uint32_t address_of(const void* pointer, uint32_t bytes = 1, uint32_t alignment = 1) {
   const ptrdiff_t offset = (const char*)pointer - window;
   const bool dynamic = offset >= DYNAMIC_START && offset + bytes <= DYNAMIC_START + block->dynamic_bytes;
@@ -47,9 +47,9 @@ inline void prepare_shared_memory() {
   block->shared_end = arrays_start();
 }
 
-// The array that a place in the source declares.
-inline void* shared_array(const void* place, size_t bytes) {
-  const auto [entry, is_new] = block->arrays.try_emplace(place, block->shared_end);
+// The array of a declaration, identified by the address of a static variable.
+inline void* shared_array(const void* declaration, size_t bytes) {
+  const auto [entry, is_new] = block->arrays.try_emplace(declaration, block->shared_end);
   if (is_new) {
     const uint32_t end = entry->second + (uint32_t)(bytes + 15) / 16 * 16;
     if (end - arrays_start() + block->dynamic_bytes > MAX_SHARED_BYTES) fail("more than 227 KiB of shared memory");
@@ -60,7 +60,8 @@ inline void* shared_array(const void* place, size_t bytes) {
   return window + entry->second;
 }
 
-// Shows TMA and wgmma all that was written, by other threads too: who forgets a fence that others issue goes unnoticed.
+// Make all writes visible to TMA and wgmma, those of other threads too: a missing fence goes undetected if another
+// thread issues one.
 inline void show_writes() {
   const auto show = [](uint32_t begin, uint32_t bytes) { memcpy(async_view + begin, window + begin, bytes); };
   show(DYNAMIC_START, block->dynamic_bytes);

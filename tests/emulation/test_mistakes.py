@@ -1,4 +1,4 @@
-"""Mistakes that kernels for Hopper are prone to, each put into a right one and caught by the emulation."""
+"""Typical mistakes in Hopper kernels, each planted in a correct kernel and detected by the emulation."""
 
 import sys
 from pathlib import Path
@@ -44,7 +44,7 @@ def bfloat16(x: torch.Tensor) -> np.ndarray:
 
 
 def error(mistakes, mistake: str) -> float:
-    """The largest error of the product."""
+    """Return the largest error of the matmul."""
     a, b = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (M, N))
     c = guarded(torch.zeros(M, N))
     mistakes.matmul_with(getattr(mistakes.Mistake, mistake), bfloat16(a), bfloat16(b), c.data_ptr())
@@ -56,12 +56,12 @@ def test_all_are_tested(mistakes):
 
 
 @pytest.mark.usefixtures("seed")
-def test_without_a_mistake_the_product_is_right(mistakes):
+def test_without_a_mistake_the_matmul_is_right(mistakes):
     assert error(mistakes, "none") < 1e-3
 
 
 @pytest.mark.parametrize("mistake", MESSAGES)
-def test_a_mistake_is_caught(mistakes, mistake):
+def test_a_mistake_is_detected(mistakes, mistake):
     message = MESSAGES[mistake]
     if message is None:
         assert not error(mistakes, mistake) < 1e-3

@@ -9,19 +9,19 @@ namespace emulation {
 
 constexpr uint32_t POISON_WORD = 0xffffffff;
 
-// Where in a Result a thread's register i is. The eight numbers of a first operand in registers lie alike.
+// The index in a Result of a thread's register i. The eight elements of an A operand in registers have the same layout.
 inline int fragment_offset(int i) {
   const int t = current->number % 128;
   return t % 4 * 128 + t / 4 % 8 + t / 32 * 16 + i % 2 * 64 + i / 2 % 2 * 8 + i / 4 * 512;
 }
 
-// visit(first mn, first k, shared address) for each 16 bytes of an operand of depth 16.
+// Call visit(first mn, first k, shared address) for each 16 bytes of an operand of depth 16.
 template <class Visit>
 void for_each_chunk(uint64_t descriptor, bool transposed, int extent, const Visit& visit) {
   const auto field = [&](int bit) { return (uint32_t)(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   const uint32_t mode = (uint32_t)(descriptor >> 62), span = mode == 0 ? 16 : 256 >> mode;
-  // PTX asks for a base offset where a pattern starts elsewhere, and does not say what exactly it does.
+  // PTX requires a base offset if the pattern is not aligned, without an exact definition of its effect.
   if (descriptor >> 49 & 7 || swizzle(start, span) != start)
     fail("a tile for wgmma at shared+%u: it must start at a multiple of 8 x %u bytes", start, span);
   const auto at = [&](int mn, int k, uint32_t offset) { visit(mn, k, swizzle(start + offset, span) % WINDOW); };
@@ -72,7 +72,7 @@ inline void compute(Wgmma& wgmma) {
     }
 }
 
-// A thread's part of issuing a wgmma: registers d of its result, and those of the first operand if it is there.
+// A thread's part of issuing a wgmma: its accumulator registers d, and those of the A operand if it is in registers.
 inline void issue(float* d, int count, const uint32_t* a, Wgmma proposed) {
   may_switch();
   if (!current->fenced) fail("wgmma without fence_wgmma since its registers could be used");
@@ -100,7 +100,7 @@ inline void issue(float* d, int count, const uint32_t* a, Wgmma proposed) {
     }
   }
   for (int i = 0; a && i < 8; ++i) wgmma.a[fragment_offset(i)] = (uint16_t)(a[i / 2] >> (i % 2 * 16));
-  // Looked at by each warp too: one that has not waited for the operands must not be saved by a later one.
+  // Each warp checks the operands: one that has not waited for them must not be rescued by a later one.
   if (lane() == 0) {
     read_operand(wgmma.descriptor_b, wgmma.b_transposed, count * 2);
     if (!a) read_operand(wgmma.descriptor_a, wgmma.a_transposed, 64);
@@ -111,7 +111,7 @@ inline void issue(float* d, int count, const uint32_t* a, Wgmma proposed) {
   }
 }
 
-// Nobody may have changed the operands, or begun a load to them, while the wgmma was in flight.
+// Complete a wgmma; its operands must not have been changed, nor be the target of a load, while it was in flight.
 inline bool complete_a_wgmma() {
   for (Warpgroup& group : block->warpgroups) {
     if (group.completed == group.multiplied) continue;
@@ -135,15 +135,16 @@ inline void wait_wgmma(size_t keep) {
   Warpgroup& group = block->warpgroups[current->number / 128];
   if (group.completed < goal) wait_until(&group.completed, goal, "wait_wgmma, for all threads to issue");
   auto& owned = current->owned;
-  const auto give = [&](const Owned& some) {
-    if (some.last >= goal) return false;
-    for (int i = 0; i < some.count; ++i) {
-      if (memcmp(&some.registers[i], &POISON_WORD, 4)) fail("result d[%d] was written while a wgmma was in flight", i);
-      some.registers[i] = (*some.result)[fragment_offset(i)];
+  const auto release = [&](const Owned& accumulator) {
+    if (accumulator.last >= goal) return false;
+    for (int i = 0; i < accumulator.count; ++i) {
+      if (memcmp(&accumulator.registers[i], &POISON_WORD, 4))
+        fail("result d[%d] was written while a wgmma was in flight", i);
+      accumulator.registers[i] = (*accumulator.result)[fragment_offset(i)];
     }
     return true;
   };
-  owned.erase(std::remove_if(owned.begin(), owned.end(), give), owned.end());
+  owned.erase(std::remove_if(owned.begin(), owned.end(), release), owned.end());
   current->fenced = false;
 }
 

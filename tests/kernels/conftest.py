@@ -1,8 +1,8 @@
-"""The kernels, run, each against the definition. Which ones depends on the process, and `make test` has one of each.
+"""Tests of the kernels against the reference, one backend per process; `make test` runs all of them.
 
-pytest tests/kernels                        the compiled library's; on a machine with a GPU, Triton's
-TRITON_INTERPRET=1 pytest tests/kernels     Triton's, on a CPU, in its interpreter
-BERTFAST_TESTED=cuda pytest tests/kernels   those in CUDA C++: on a GPU, or on a CPU with a library that emulates them
+pytest tests/kernels                        the compiled library for CPUs; on a machine with a GPU, Triton
+TRITON_INTERPRET=1 pytest tests/kernels     Triton on a CPU, in its interpreter
+BERTFAST_TESTED=cuda pytest tests/kernels   CUDA C++: on a GPU, or on a CPU with the emulated build of the library
 """
 
 import os
@@ -13,7 +13,7 @@ from helpers import INTERPRETED, KERNELS
 
 from bertfast.ops import native
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else the library refuses to be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for deterministic results
 
 if INTERPRETED:
     import interpreter_bf16
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def instruction_set(request):
-    """Tests of the library run with each instruction set that it can use here."""
+    """Run tests of the compiled library with each instruction set that the CPU supports."""
     if not hasattr(request, "param"):
         yield
         return
@@ -49,7 +49,7 @@ def instruction_set(request):
 
 @pytest.fixture(autouse=True)
 def _shuffled(request, monkeypatch):
-    """An emulated GPU runs its threads in another order in each test, and in the same one the next time."""
+    """Seed the emulated GPU's thread order by the test's name: different in each test, and reproducible."""
     monkeypatch.setenv("BERTFAST_EMULATION_SEED", str(zlib.crc32(request.node.nodeid.encode()) % 1000))
 
 

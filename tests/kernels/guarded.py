@@ -1,8 +1,9 @@
-"""Run one operation, forward and backward, on tensors that all end at a protected page.
+"""Run one operation, forward and backward, on tensors that all end at a guard page.
 
     [TRITON_INTERPRET=1] python tests/kernels/guarded.py OPERATION
 
-It crashes if a kernel touches what lies behind one; `outside` is a kernel that does. `test_guard_pages.py` runs it.
+It crashes if a kernel accesses memory past the end of a tensor; `out_of_bounds` is a kernel that does.
+`test_guard_pages.py` runs it.
 """
 
 import sys
@@ -23,7 +24,7 @@ from bertfast.ops.dispatch import launcher
 from bertfast.ops.dropout import Dropout
 from bertfast.ops.sequences import Sequences
 
-ROWS, HIDDEN = 5, 50  # neither a multiple of a tile
+ROWS, HIDDEN = 5, 50  # neither is a multiple of a tile
 
 
 def rows(columns: int = HIDDEN, count: int = ROWS, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +60,7 @@ def add_layer_norm_pair() -> Tensor:
         rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
         compute_dtype=torch.bfloat16, implementation=KERNELS,
     )  # fmt: skip
-    weights = rows(), rows(dtype=torch.bfloat16)  # so that both gradients end at a protected page
+    weights = rows(), rows(dtype=torch.bfloat16)  # so that both gradients end at a guard page
     return Weighted.apply(y, weights[0]) + Weighted.apply(copy, weights[1])
 
 
@@ -107,12 +108,12 @@ def linear_cross_entropy_in_order() -> Tensor:
 
 def gather() -> Tensor:
     # Row 0 fills whole blocks of the sorted rows.
-    named = guarded(torch.tensor([4, 0, 2] + [0] * 98))
-    return sum(y.sum() for y in ops.gather(named, rows(), rows(), implementation="triton"))
+    indices = guarded(torch.tensor([4, 0, 2] + [0] * 98))
+    return sum(y.sum() for y in ops.gather(indices, rows(), rows(), implementation="triton"))
 
 
-def outside() -> Tensor:
-    return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # a bias that is too short
+def out_of_bounds() -> Tensor:
+    return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # the bias is too short
 
 
 CASES = {
@@ -127,7 +128,7 @@ CASES = {
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
     **({"gather": gather} if KERNELS == "triton" else {}),
-    "outside": outside,
+    "out_of_bounds": out_of_bounds,
 }
 
 
@@ -141,4 +142,4 @@ if __name__ == "__main__":
             native.use_instruction_set(instruction_set)
         with GuardedMemory():
             CASES[sys.argv[1]]().sum().backward()
-    print("nothing outside was touched")
+    print("no access out of bounds")

@@ -1,4 +1,4 @@
-"""The kernels of `add_layer_norm`, against the definition."""
+"""The kernels of `add_layer_norm`, against the reference."""
 
 import math
 
@@ -11,16 +11,16 @@ from bertfast.ops.dropout import hidden_keep
 from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], capacity=11, device=DEVICE)
-FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 WIDTHS = [
     1,  # a chunk of one
     50,  # one chunk, masked
-    128,  # several rows a warp
+    128,  # several rows per warp
     384,  # three chunks of 128
     768,  # three of 256
-    1024,  # the widest that one warp takes
+    1024,  # the widest row of one warp
     1500,  # an odd width of several warps
-    4096,  # the widest that is promised
+    4096,  # the widest that is guaranteed
 ]
 
 
@@ -33,27 +33,27 @@ def kernel(x, residual, bias, gamma, beta, dropout=None):
     return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout, implementation=KERNELS)
 
 
-def definition(x, residual, bias, gamma, beta, dropout=None):
+def reference(x, residual, bias, gamma, beta, dropout=None):
     return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout, implementation="reference")
 
 
 def compare(inputs, dtypes, dropout=None):
-    compare_with_torch(lambda *x: kernel(*x, dropout), lambda *x: definition(*x, dropout), inputs, dtypes)
+    compare_with_torch(lambda *x: kernel(*x, dropout), lambda *x: reference(*x, dropout), inputs, dtypes)
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
 @pytest.mark.parametrize(
     "dtypes",
-    [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT]],
+    [FLOAT, BF16, [BF16, FLOAT, FLOAT, FLOAT, FLOAT]],
     ids=["fp32", "bf16", "autocast"],
 )
 @pytest.mark.parametrize("p", [0, 0.3])
-def test_is_as_accurate_as_the_definition(hidden, dtypes, p):
+def test_is_as_accurate_as_the_reference(hidden, dtypes, p):
     compare(inputs(hidden), dtypes, dropout_over(SEQUENCES, p) if p else None)
 
 
-def pair_of(implementation, dropout=None, compute_dtype=BRAIN):
-    """Output and copy of the inputs; of float64 ones, which give the truth, in float64."""
+def pair_of(implementation, dropout=None, compute_dtype=BF16):
+    """Return the function that computes output and copy; for float64 inputs both are in float64."""
 
     def function(x, residual, bias, gamma, beta):
         exact = x.dtype == torch.float64
@@ -66,18 +66,18 @@ def pair_of(implementation, dropout=None, compute_dtype=BRAIN):
     return function
 
 
-def compare_pairs(inputs, dtypes, dropout=None, compute_dtype=BRAIN):
-    ours, theirs = (pair_of(implementation, dropout, compute_dtype) for implementation in (KERNELS, "reference"))
-    compare_with_torch(ours, theirs, inputs, dtypes, compute_dtype)
+def compare_pairs(inputs, dtypes, dropout=None, compute_dtype=BF16):
+    actual, expected = (pair_of(implementation, dropout, compute_dtype) for implementation in (KERNELS, "reference"))
+    compare_with_torch(actual, expected, inputs, dtypes, compute_dtype)
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
 @pytest.mark.parametrize(
     "dtypes",
-    [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT]],
+    [FLOAT, BF16, [BF16, FLOAT, FLOAT, FLOAT, FLOAT]],
     ids=["fp32", "bf16", "autocast"],
 )
-def test_pair_is_as_accurate_as_the_definition(hidden, dtypes):
+def test_pair_is_as_accurate_as_the_reference(hidden, dtypes):
     compare_pairs(inputs(hidden), dtypes, dropout_over(SEQUENCES))
 
 
@@ -88,7 +88,7 @@ def test_pair_in_half_precision():
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_pairs_of_any_number_of_tokens(tokens):
-    compare_pairs(inputs(256, tokens), [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT])
+    compare_pairs(inputs(256, tokens), [BF16, FLOAT, FLOAT, FLOAT, FLOAT])
 
 
 def autocast_inputs(hidden, tokens=11):
@@ -97,7 +97,7 @@ def autocast_inputs(hidden, tokens=11):
 
 
 @pytest.mark.parametrize("hidden", [50, 768, 1500])
-def test_the_copy_does_not_change_the_output_and_is_its_rounding(hidden):
+def test_the_copy_is_the_rounded_output_and_does_not_change_it(hidden):
     arguments = [x.detach() for x in autocast_inputs(hidden)]
     y, copy = pair_of(KERNELS)(*arguments)
     assert torch.equal(y, kernel(*arguments))
@@ -108,18 +108,18 @@ def test_the_copy_does_not_change_the_output_and_is_its_rounding(hidden):
 def test_an_absent_gradient_is_a_gradient_of_zeros(hidden):
     arguments = autocast_inputs(hidden)
     d_y = normal(11, hidden, dtype=FLOAT, device=DEVICE).detach()
-    for place, gradient in enumerate((d_y, d_y.bfloat16())):
+    for index, gradient in enumerate((d_y, d_y.bfloat16())):
         pair = pair_of(KERNELS)(*arguments)
         both = [torch.zeros_like(x) for x in pair]
-        both[place] = gradient
-        alone = torch.autograd.grad(pair[place], arguments, gradient, retain_graph=True)
+        both[index] = gradient
+        alone = torch.autograd.grad(pair[index], arguments, gradient, retain_graph=True)
         for a, b in zip(alone, torch.autograd.grad(pair, arguments, both), strict=True):
             assert torch.equal(a, b)
 
 
-def test_gradients_of_a_pair_may_lie_apart():
+def test_gradients_of_a_pair_may_have_any_stride():
     arguments = autocast_inputs(96)
-    gradients = [normal(11, 2, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BRAIN)]
+    gradients = [normal(11, 2, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BF16)]
     apart, dense = ([f(x) for x in gradients] for f in (lambda x: x[:, 0], lambda x: x[:, 0].contiguous()))
     transposed = [x.t().contiguous().t() for x in dense]
     results = [
@@ -132,20 +132,20 @@ def test_gradients_of_a_pair_may_lie_apart():
 def test_no_tokens_make_an_empty_pair():
     arguments = autocast_inputs(96, 0)
     y, copy = pair_of(KERNELS)(*arguments)
-    assert (y.shape, copy.shape, copy.dtype) == ((0, 96), (0, 96), BRAIN)
+    assert (y.shape, copy.shape, copy.dtype) == ((0, 96), (0, 96), BF16)
     (y.sum() + copy.sum()).backward()
     assert torch.equal(arguments[3].grad, torch.zeros_like(arguments[3]))
 
 
-@pytest.mark.parametrize("spoilt", ["x", "d_y", "d_copy"])
-def test_nan_does_not_leak_between_rows_of_a_pair(spoilt):
+@pytest.mark.parametrize("with_nan", ["x", "d_y", "d_copy"])
+def test_nan_does_not_leak_between_rows_of_a_pair(with_nan):
     others = torch.arange(11, device=DEVICE) != 3
     results = []
     for value in (0.5, math.nan):
         arguments = autocast_inputs(96)
-        gradients = [normal(11, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BRAIN)]
+        gradients = [normal(11, 96, dtype=dtype, seed=8, device=DEVICE).detach() for dtype in (FLOAT, BF16)]
         with torch.no_grad():
-            {"x": arguments[0], "d_y": gradients[0], "d_copy": gradients[1]}[spoilt][3] = value
+            {"x": arguments[0], "d_y": gradients[0], "d_copy": gradients[1]}[with_nan][3] = value
         pair = pair_of(KERNELS)(*arguments)
         results.append([*pair, *torch.autograd.grad(pair, arguments[:2], gradients)])
     for whole, with_nan in zip(*results, strict=True):
@@ -169,7 +169,7 @@ def test_no_bias():
     dropout = dropout_over(SEQUENCES)
     compare_with_torch(
         lambda x, residual, gamma, beta: kernel(x, residual, None, gamma, beta, dropout),
-        lambda x, residual, gamma, beta: definition(x, residual, None, gamma, beta, dropout),
+        lambda x, residual, gamma, beta: reference(x, residual, None, gamma, beta, dropout),
         [x, residual, gamma, beta],
         FLOAT,
     )
@@ -183,7 +183,7 @@ def test_no_tokens():
     assert torch.equal(arguments[3].grad, torch.zeros_like(arguments[3]))
 
 
-def test_mask_is_the_definition_bit_for_bit():
+def test_mask_is_bitwise_identical_to_the_reference():
     """The gradient of x is zero exactly where x is dropped."""
     x, residual, bias, gamma, beta = (x.float().detach() for x in inputs(768))
     x.requires_grad_()
@@ -192,7 +192,7 @@ def test_mask_is_the_definition_bit_for_bit():
     assert torch.equal(x.grad != 0, hidden_keep(dropout, 768))
 
 
-def test_a_row_that_is_no_number_spoils_no_other():
+def test_nan_does_not_leak_between_rows():
     x, residual, *rest = (x.float().detach() for x in inputs(96))
     whole = kernel(x, residual, *rest)
     x[3] = math.nan
@@ -200,20 +200,20 @@ def test_a_row_that_is_no_number_spoils_no_other():
     assert torch.equal(kernel(x, residual, *rest)[others], whole[others])
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_have_any_stride():
     arguments = inputs(96)
     apart = [torch.stack([x, x], 1)[:, 0].float() for x in arguments[:2]]
     vectors = [x.float() for x in arguments[2:]]
     assert torch.equal(kernel(*apart, *vectors), kernel(*(x.contiguous() for x in apart), *vectors))
 
 
-def test_vectors_may_have_gaps():
+def test_vectors_may_be_strided():
     x, residual, *vectors = (x.float().detach() for x in inputs(96))
     spread = [torch.stack([x, x], 1)[:, 0] for x in vectors]
     assert torch.equal(kernel(x, residual, *spread), kernel(x, residual, *vectors))
 
 
-def test_is_the_same_every_time():
+def test_is_bitwise_reproducible():
     results = []
     for _ in range(2):
         arguments = [x.float().detach().requires_grad_() for x in inputs(384)]

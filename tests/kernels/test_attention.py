@@ -1,4 +1,4 @@
-"""The kernels of `attention`, against the definition."""
+"""The kernels of `attention`, against the reference."""
 
 import math
 from itertools import permutations
@@ -11,17 +11,17 @@ from bertfast import ops
 from bertfast.ops.dropout import attention_keep
 from bertfast.ops.sequences import Sequences
 
-HALF, BRAIN = torch.float16, torch.bfloat16
+HALF, BF16 = torch.float16, torch.bfloat16
 LENGTHS = {
-    "short32": [5, 32, 0, 1, 17],  # each tile shape of the tables: all within 32 tokens,
+    "short32": [5, 32, 0, 1, 17],  # one per block shape of the tables: all within 32 tokens,
     "short64": [64, 33, 1],  # within 64,
     "short128": [65, 128, 3],  # within 128,
-    "long": [130, 1, 0, 64, 200],  # and beyond, where short ones have a kernel of their own
+    "long": [130, 1, 0, 64, 200],  # and beyond, where short sequences have a separate kernel
 }
 
 
-def layout(lengths, inert=3, **options) -> Sequences:
-    return Sequences.from_lengths(lengths, capacity=sum(lengths) + inert, device=DEVICE, **options)
+def layout(lengths, padding=3, **options) -> Sequences:
+    return Sequences.from_lengths(lengths, capacity=sum(lengths) + padding, device=DEVICE, **options)
 
 
 def attend(qkv, sequences, p=0.0, implementation=KERNELS, **options):
@@ -43,8 +43,8 @@ def compare(sequences, dtype=FINEST, p=0.0, heads=2, head_dimension=32, qkv=None
     )
 
 
-def both_ways(qkv, sequences, p=0.0, **options):
-    """Output and gradient."""
+def output_and_gradient(qkv, sequences, p=0.0, **options):
+    """Return output and gradient."""
     qkv = qkv.detach().requires_grad_()
     o = attend(qkv, sequences, p, **options)
     d_o = normal(*o.shape, seed=1, dtype=qkv.dtype, device=DEVICE)
@@ -53,8 +53,8 @@ def both_ways(qkv, sequences, p=0.0, **options):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("head_dimension", [32, 64, 128])
-@pytest.mark.parametrize("dtype", [FINEST, BRAIN], ids=["finest", "bf16"])
-def test_is_as_accurate_as_the_definition(lengths, head_dimension, dtype):
+@pytest.mark.parametrize("dtype", [FINEST, BF16], ids=["finest", "bf16"])
+def test_is_as_accurate_as_the_reference(lengths, head_dimension, dtype):
     for p in (0.0, 0.3):
         compare(layout(lengths), dtype, p, 1, head_dimension)
 
@@ -78,36 +78,36 @@ def test_a_long_sequence():
     compare(layout([8192 if DEVICE.type == "cuda" else 1100]), heads=1)
 
 
-def test_a_limit_beyond_the_lengths_changes_nothing_but_the_kernels():
-    """As in a run whose batches all run the same kernels."""
+def test_max_seqlen_bound_changes_only_which_kernels_run():
+    """As in a run whose batches all use the same kernels."""
     compare(layout([5, 32, 0, 1], max_seqlen_bound=512), p=0.3)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # either side of groups and tiles
-def test_mask_is_the_definition_bit_for_bit(length):
-    """Uniform probabilities and a value that names its key show which were kept; so do gradients and their queries."""
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # around the sizes of groups and tiles
+def test_mask_is_bitwise_identical_to_the_reference(length):
+    """With uniform probabilities and one-hot values the output shows which keys were kept, and d_v which queries."""
     sequences = layout([2, length], sequence_ids=[3, 1 << 31])
     dropout = dropout_over(sequences)
     expected = attention_keep(dropout, 1 << 31, 2, length, range(length))
-    own = torch.arange(2, 2 + length, device=DEVICE)
+    slots = torch.arange(2, 2 + length, device=DEVICE)
     for first in range(0, length, 128):
-        some = torch.arange(first, min(first + 128, length), device=DEVICE)
+        keys = torch.arange(first, min(first + 128, length), device=DEVICE)
         identity = torch.zeros(sequences.capacity, 2, 128, dtype=FINEST, device=DEVICE)
-        identity[2 + some, :, some - first] = 1
+        identity[2 + keys, :, keys - first] = 1
         qkv = torch.zeros(sequences.capacity, 3, 2, 128, dtype=FINEST, device=DEVICE)
         qkv[:, 2] = identity
         qkv.requires_grad_()
         o = attend(qkv, sequences, 0.3)
-        kept = (o[own] != 0).permute(1, 0, 2)[..., : len(some)]  # heads, queries, keys
+        kept = (o[slots] != 0).permute(1, 0, 2)[..., : len(keys)]  # heads, queries, keys
         assert torch.equal(kept, expected[:, :, first : first + 128])
-        d_v = torch.autograd.grad(o, qkv, identity)[0][own, 2]
-        assert torch.equal((d_v != 0).permute(1, 2, 0)[:, : len(some)], expected[:, first : first + 128])
+        d_v = torch.autograd.grad(o, qkv, identity)[0][slots, 2]
+        assert torch.equal((d_v != 0).permute(1, 2, 0)[:, : len(keys)], expected[:, first : first + 128])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("lengths", [[40, 30], [40, 150]], ids=["short", "long"])
 def test_scores_far_below_zero(lengths, p):
-    """2 to the power of less than -128 is 0, and of its inverse infinite: tails must be chosen, not multiplied."""
+    """exp2(x) is 0 below -128 and infinite above 128: tails must be selected, not multiplied."""
     sequences = layout(lengths)
     qkv = 0.05 * inputs(sequences, 1, 64).detach()
     qkv[:, 0] += 5
@@ -116,49 +116,51 @@ def test_scores_far_below_zero(lengths, p):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 9}], ids=["all", "causal", "window"])
-def test_what_is_no_number_stays_in_its_sequence(options):
+def test_nan_does_not_leak_between_sequences(options):
     sequences = layout([40, 70, 150, 20])
     clean = inputs(sequences, 1, dtype=FINEST).detach()
-    spoilt = clean.clone()
-    spoilt[40:110] = math.nan
-    spoilt[sequences.num_tokens :] = math.nan
+    with_nan = clean.clone()
+    with_nan[40:110] = math.nan
+    with_nan[sequences.num_tokens :] = math.nan
     others = torch.cat([torch.arange(40), torch.arange(110, sequences.capacity)]).to(DEVICE)
-    for ours, theirs in zip(
-        both_ways(spoilt, sequences, 0.3, **options), both_ways(clean, sequences, 0.3, **options), strict=True
+    for actual, expected in zip(
+        output_and_gradient(with_nan, sequences, 0.3, **options),
+        output_and_gradient(clean, sequences, 0.3, **options),
+        strict=True,
     ):
-        assert torch.equal(ours[others], theirs[others])
+        assert torch.equal(actual[others], expected[others])
 
 
 @pytest.mark.parametrize("lengths", [[5, 20], [5, 200]], ids=["short", "long"])
-@pytest.mark.parametrize("inert", [1, 300])
-def test_inert_places_are_zero(lengths, inert):
-    sequences = layout(lengths, inert)
-    for result in both_ways(inputs(sequences, dtype=FINEST), sequences, 0.3):
+@pytest.mark.parametrize("padding", [1, 300])
+def test_padding_slots_are_zero(lengths, padding):
+    sequences = layout(lengths, padding)
+    for result in output_and_gradient(inputs(sequences, dtype=FINEST), sequences, 0.3):
         assert torch.equal(result[sequences.num_tokens :], torch.zeros_like(result[sequences.num_tokens :]))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-@pytest.mark.parametrize("inert", [0, 5])
-def test_no_tokens(lengths, inert):
-    sequences = layout(lengths, inert)
-    for result in both_ways(inputs(sequences, dtype=FINEST), sequences):
+@pytest.mark.parametrize("padding", [0, 5])
+def test_no_tokens(lengths, padding):
+    sequences = layout(lengths, padding)
+    for result in output_and_gradient(inputs(sequences, dtype=FINEST), sequences):
         assert torch.equal(result, torch.zeros_like(result))
 
 
-def test_a_sequence_does_not_depend_on_its_place():
-    lengths, numbers = [5, 150, 33], [7, 11, 2]
+def test_a_sequence_does_not_depend_on_its_position_in_the_batch():
+    lengths, sequence_ids = [5, 150, 33], [7, 11, 2]
     qkv = inputs(layout(lengths, 0), dtype=FINEST).detach().split(lengths)
     alone = [
-        both_ways(x, layout([len(x)], 0, sequence_ids=[number], max_seqlen_bound=150))[0]
-        for x, number in zip(qkv, numbers, strict=True)
+        output_and_gradient(x, layout([len(x)], 0, sequence_ids=[sequence_id], max_seqlen_bound=150))[0]
+        for x, sequence_id in zip(qkv, sequence_ids, strict=True)
     ]
     for order in permutations(range(3)):
-        sequences = layout([lengths[i] for i in order], 0, sequence_ids=[numbers[i] for i in order])
-        together = both_ways(torch.cat([qkv[i] for i in order]), sequences)[0]
+        sequences = layout([lengths[i] for i in order], 0, sequence_ids=[sequence_ids[i] for i in order])
+        together = output_and_gradient(torch.cat([qkv[i] for i in order]), sequences)[0]
         assert torch.equal(together, torch.cat([alone[i] for i in order]))
 
 
-def test_tokens_may_lie_apart_and_gradients_be_expanded():
+def test_tokens_may_have_any_stride_and_gradients_be_expanded():
     sequences = layout([20, 140])
     dense = inputs(sequences, dtype=FINEST).detach()
     apart = torch.stack([dense, dense], 1)[:, 0]
@@ -169,14 +171,14 @@ def test_tokens_may_lie_apart_and_gradients_be_expanded():
     assert torch.equal(expanded, torch.autograd.grad(attend(dense, sequences), dense, ones)[0])
 
 
-def test_is_the_same_every_time():
+def test_is_bitwise_reproducible():
     sequences = layout([20, 140])
-    qkv = inputs(sequences, dtype=BRAIN)
-    for a, b in zip(both_ways(qkv, sequences, 0.3), both_ways(qkv, sequences, 0.3), strict=True):
+    qkv = inputs(sequences, dtype=BF16)
+    for a, b in zip(output_and_gradient(qkv, sequences, 0.3), output_and_gradient(qkv, sequences, 0.3), strict=True):
         assert torch.equal(a, b)
 
 
-def test_what_the_kernels_do_not_take_is_said():
+def test_unsupported_inputs_are_refused_with_the_reason():
     sequences = layout([4], 0)
     with pytest.raises(ValueError, match="head dimensions of 32, 64 and 128, qkv has 20; pass implementation='ref"):
         attend(inputs(sequences, head_dimension=20, dtype=FINEST), sequences)

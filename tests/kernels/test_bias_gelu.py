@@ -1,4 +1,4 @@
-"""The kernels of `bias_gelu`, alone and after a product, against the definition."""
+"""The kernels of `bias_gelu`, alone and after a GEMM, against the reference."""
 
 import math
 
@@ -8,7 +8,7 @@ from helpers import DEVICE, KERNELS, compare_with_torch, normal, with_half
 
 from bertfast import ops
 
-FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 COLUMNS = [
     1,  # a block of one
     50,  # one block, masked
@@ -26,45 +26,45 @@ def kernel(x, bias, approximate="none"):
     return ops.bias_gelu(x, bias, approximate, implementation=KERNELS)
 
 
-def definition(x, bias, approximate="none"):
+def reference(x, bias, approximate="none"):
     return ops.bias_gelu(x, bias, approximate, implementation="reference")
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN, [BRAIN, FLOAT]], ids=["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16, [BF16, FLOAT]], ids=["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_is_as_accurate_as_the_definition(approximate, dtypes, columns):
+def test_is_as_accurate_as_the_reference(approximate, dtypes, columns):
     compare_with_torch(
-        lambda *x: kernel(*x, approximate), lambda *x: definition(*x, approximate), inputs(columns), dtypes
+        lambda *x: kernel(*x, approximate), lambda *x: reference(*x, approximate), inputs(columns), dtypes
     )
 
 
 @with_half
 def test_half_precision():
-    compare_with_torch(kernel, definition, inputs(96), HALF)
+    compare_with_torch(kernel, reference, inputs(96), HALF)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 33])  # less than a tile of rows, a tile, more than one
 def test_any_number_of_tokens(tokens):
-    compare_with_torch(kernel, definition, inputs(256, tokens), FLOAT)
+    compare_with_torch(kernel, reference, inputs(256, tokens), FLOAT)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_every_argument(approximate):
-    """No point of the curve or of its slope is off by more than an ulp or two of it, or of the slope's own 1."""
+    """Function and derivative are within an ulp or two everywhere, relative to the value or to 1."""
     x = torch.cat([torch.linspace(-12, 12, 4096), torch.tensor([-1e4, -40.0, 0.0, 40.0, 1e4])])
     results = []
-    for function, dtype in ((kernel, FLOAT), (definition, torch.float64)):
+    for function, dtype in ((kernel, FLOAT), (reference, torch.float64)):
         leaf = x.to(DEVICE, dtype)[None].requires_grad_()
         y = function(leaf, torch.zeros_like(leaf[0]), approximate)
         results.append([y.detach(), *torch.autograd.grad(y.sum(), leaf)])
-    for our, true in zip(*results, strict=True):
-        torch.testing.assert_close(our.double(), true, rtol=3e-7, atol=5e-7)
+    for actual, truth in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), truth, rtol=3e-7, atol=5e-7)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN], ids=["fp32", "bf16"])
-def test_after_a_product(dtypes, approximate):
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16], ids=["fp32", "bf16"])
+def test_after_a_gemm(dtypes, approximate):
     def linear_gelu(implementation):
         return lambda *inputs: ops.linear_gelu(*inputs, approximate, implementation=implementation)
 
@@ -72,12 +72,12 @@ def test_after_a_product(dtypes, approximate):
     compare_with_torch(linear_gelu(KERNELS), linear_gelu("reference"), inputs, dtypes)
 
 
-def test_after_a_product_under_autocast():
+def test_after_a_gemm_under_autocast():
     x, weight, bias = (normal(*shape, dtype=FLOAT, device=DEVICE) for shape in ((11, 24), (40, 24), (40,)))
-    with torch.autocast(DEVICE.type, BRAIN):
-        ours, theirs = (ops.linear_gelu(x, weight, bias, implementation=name) for name in (KERNELS, "reference"))
-    assert ours.dtype == theirs.dtype == BRAIN
-    gradients = torch.autograd.grad(ours.float().sum(), [x, weight, bias])
+    with torch.autocast(DEVICE.type, BF16):
+        actual, expected = (ops.linear_gelu(x, weight, bias, implementation=name) for name in (KERNELS, "reference"))
+    assert actual.dtype == expected.dtype == BF16
+    gradients = torch.autograd.grad(actual.float().sum(), [x, weight, bias])
     assert {gradient.dtype for gradient in gradients} == {FLOAT}
 
 
@@ -89,7 +89,7 @@ def test_no_tokens():
     assert torch.equal(bias.grad, torch.zeros_like(bias))
 
 
-def test_a_row_that_is_no_number_spoils_no_other():
+def test_nan_does_not_leak_between_rows():
     x, bias = (x.float().detach() for x in inputs(96))
     whole = kernel(x, bias)
     x[3] = math.nan
@@ -97,7 +97,7 @@ def test_a_row_that_is_no_number_spoils_no_other():
     assert torch.equal(kernel(x, bias)[others], whole[others])
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_have_any_stride():
     x, bias = (x.float().detach() for x in inputs(96))
     apart = torch.stack([x, x], 1)[:, 0].requires_grad_()
     results = []
@@ -107,7 +107,7 @@ def test_rows_may_lie_apart():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_is_the_same_every_time():
+def test_is_bitwise_reproducible():
     results = []
     for _ in range(2):
         arguments = [x.float().detach().requires_grad_() for x in inputs(384)]

@@ -1,4 +1,4 @@
-"""What the kernels in CUDA C++ are given that they do not take, or that is not as they would like it."""
+"""Inputs that the CUDA C++ kernels do not support, or that are not aligned."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def rows(columns, dtype=torch.float32):
     return normal(2, columns, dtype=dtype, device=DEVICE).detach()
 
 
-def test_attention_is_for_half_precision():
+def test_attention_supports_16_bit_types_only():
     with pytest.raises(ValueError, match="no 'cuda' implementation here: its kernels take bfloat16 and float16"):
         ops.attention(qkv(torch.float32), SEQUENCES, implementation=KERNELS)
 
@@ -40,18 +40,18 @@ def test_an_error_names_the_operation_and_its_shape():
         ops.add_layer_norm(rows(5000), rows(5000), vector, vector, vector, 1e-12, implementation=KERNELS)
 
 
-def test_types_that_do_not_go_together_are_refused():
+def test_incompatible_dtypes_are_refused():
     x, residual, vector = rows(32), rows(32, torch.bfloat16), rows(32)[0]
-    with pytest.raises(RuntimeError, match="must be of the same or float32"):
+    with pytest.raises(RuntimeError, match="must have the dtype of x, or float32"):
         ops.add_layer_norm(x, residual, vector, vector, vector, 1e-12, implementation=KERNELS)
 
 
-@pytest.mark.parametrize("offset", [1, 4])  # elements that tokens or rows start behind a multiple of 16 bytes
+@pytest.mark.parametrize("offset", [1, 4])  # elements between a multiple of 16 bytes and the first element
 def test_tensors_need_not_be_aligned(offset):
     def moved(x):
-        room = x.new_empty(x.numel() + offset)
-        room[offset:] = x.flatten()
-        return room[offset:].view(x.shape)
+        buffer = x.new_empty(x.numel() + offset)
+        buffer[offset:] = x.flatten()
+        return buffer[offset:].view(x.shape)
 
     dense = qkv()
     assert torch.equal(
@@ -63,10 +63,12 @@ def test_tensors_need_not_be_aligned(offset):
     assert torch.equal(forward(moved(x), bias, "none"), forward(x, bias, "none"))
 
 
-@pytest.mark.parametrize("max_seqlen_bound", [16, 1024])  # an item is a whole sequence, or a block found by bisection
-def test_no_sequences_read_no_sequence_starts(max_seqlen_bound):
+@pytest.mark.parametrize(
+    "max_seqlen_bound", [16, 1024]
+)  # a work tile is a whole sequence, or a block found by bisection
+def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound):
     unused_slots = Sequences.from_lengths([], capacity=300, max_seqlen_bound=max_seqlen_bound, device=DEVICE)
-    # Behind the one entry of cu_seqlens nothing may be read: int64, as the kernels take it without a copy.
+    # cu_seqlens ends at a guard page; it is int64, which the kernels read without a copy.
     starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     if DEVICE.type == "cpu":
         starts = guarded(starts)

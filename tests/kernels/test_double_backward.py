@@ -55,7 +55,7 @@ CASES = {
     "gelu_layer_norm": (gelu_layer_norm, [(TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
     "linear_cross_entropy": (linear_cross_entropy, [(TOKENS, HIDDEN), (60, HIDDEN), (60,)]),
 }
-if KERNELS == "cuda":  # there is no kernel of it in CUDA C++
+if KERNELS == "cuda":  # which has no CUDA C++ kernel
     del CASES["embed"]
 
 of_each_operator = pytest.mark.parametrize("operator", CASES)
@@ -72,7 +72,7 @@ def first_derivatives(function):
 
 
 def inputs_of(shapes):
-    return [normal(*shape, seed=place, device=DEVICE) for place, shape in enumerate(shapes)]
+    return [normal(*shape, seed=seed, device=DEVICE) for seed, shape in enumerate(shapes)]
 
 
 def finest(operator):

@@ -1,4 +1,4 @@
-"""The kernels of `embed`, against the definition."""
+"""The kernels of `embed`, against the reference."""
 
 import math
 
@@ -11,28 +11,28 @@ from bertfast.ops.dropout import hidden_keep
 from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([3, 0, 1, 5], capacity=11, device=DEVICE)
-FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-WORDS, POSITIONS, TYPES = 7, 6, 2
+FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
+VOCAB_SIZE, POSITIONS, TYPES = 7, 6, 2
 WIDTHS = [
     1,  # a chunk of one
     50,  # one chunk, masked
-    128,  # several rows a warp
+    128,  # several rows per warp
     768,  # three chunks of 256
     1500,  # an odd width of several warps
 ]
 
 
 def ids(tokens=11, dtype=torch.int64):
-    """Token, type and position ids: words repeat, and the last one of each table is never used."""
-    place = torch.arange(tokens, device=DEVICE, dtype=dtype)
-    return place * 5 % (WORDS - 1), place // 4 % TYPES, place % (POSITIONS - 1)
+    """Return token, type and position ids: tokens repeat, and the last row of the first and last table is unused."""
+    index = torch.arange(tokens, device=DEVICE, dtype=dtype)
+    return index * 5 % (VOCAB_SIZE - 1), index // 4 % TYPES, index % (POSITIONS - 1)
 
 
 IDS = ids()
 
 
 def inputs(hidden):
-    tables = [normal(rows, hidden, seed=rows, device=DEVICE) for rows in (WORDS, POSITIONS, TYPES)]
+    tables = [normal(rows, hidden, seed=rows, device=DEVICE) for rows in (VOCAB_SIZE, POSITIONS, TYPES)]
     return tables + [normal(hidden, seed=i, device=DEVICE) for i in (3, 4)]
 
 
@@ -58,11 +58,11 @@ def test_any_width(hidden):
 
 @pytest.mark.parametrize(
     "dtypes",
-    [FLOAT, pytest.param(HALF, marks=with_half), BRAIN, [BRAIN, FLOAT, BRAIN, FLOAT, FLOAT]],
+    [FLOAT, pytest.param(HALF, marks=with_half), BF16, [BF16, FLOAT, BF16, FLOAT, FLOAT]],
     ids=["fp32", "fp16", "bf16", "mixed"],
 )
 @pytest.mark.parametrize("p", [0, 0.3])
-def test_is_as_accurate_as_the_definition(dtypes, p):
+def test_is_as_accurate_as_the_reference(dtypes, p):
     compare(inputs(96), dtypes, dropout=dropout_over(SEQUENCES, p) if p else None)
 
 
@@ -71,7 +71,7 @@ def test_any_number_of_tokens(tokens):
     compare(inputs(32), FLOAT, dropout=dropout_over(Sequences.from_lengths([tokens], device=DEVICE)), ids=ids(tokens))
 
 
-@pytest.mark.parametrize("types", [1, 2, 3])  # of up to two, the gradients are summed without being sorted
+@pytest.mark.parametrize("types", [1, 2, 3])  # gradients of up to two types are summed without a sort
 def test_any_number_of_token_types(types):
     word, position, _, gamma, beta = inputs(96)
     tables = [word, position, normal(types, 96, device=DEVICE), gamma, beta]
@@ -82,11 +82,14 @@ def test_any_number_of_token_types(types):
 
 def test_padding_index_may_count_from_the_end():
     parameters = leaves(96)
-    embed(KERNELS, padding_index=5 - WORDS)(*parameters).square().sum().backward()
-    assert (parameters[0].grad == 0).all(1).nonzero().flatten().tolist() == [5, WORDS - 1]  # the last is never used
+    embed(KERNELS, padding_index=5 - VOCAB_SIZE)(*parameters).square().sum().backward()
+    assert (parameters[0].grad == 0).all(1).nonzero().flatten().tolist() == [
+        5,
+        VOCAB_SIZE - 1,
+    ]  # the last is never used
 
 
-def test_padding_word_gets_no_gradient():
+def test_padding_index_gets_no_gradient():
     compare(inputs(96), FLOAT, padding_index=0)
     parameters = leaves(96)
     embed(KERNELS, padding_index=0)(*parameters).square().sum().backward()
@@ -94,7 +97,7 @@ def test_padding_word_gets_no_gradient():
     assert (parameters[0].grad[1] != 0).any()
 
 
-def test_rows_that_no_token_names_get_no_gradient():
+def test_unused_table_rows_get_no_gradient():
     parameters = leaves(96)
     embed(KERNELS)(*parameters).square().sum().backward()
     for table in parameters[:2]:
@@ -102,8 +105,8 @@ def test_rows_that_no_token_names_get_no_gradient():
         assert (table.grad[:-1] != 0).any(1).all()
 
 
-@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT, FLOAT]], ids=["fp32", "bf16", "mixed"])
-def test_embedded_tokens_may_be_given_instead(dtypes):
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16, [BF16, FLOAT, FLOAT, FLOAT, FLOAT]], ids=["fp32", "bf16", "mixed"])
+def test_word_embeddings_may_be_given_instead_of_ids(dtypes):
     _, *others = inputs(96)
     compare([normal(11, 96, device=DEVICE), *others], dtypes, ids=(None, *IDS[1:]), dropout=dropout_over(SEQUENCES))
 
@@ -117,7 +120,7 @@ def test_ids_may_be_int32():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_ids_may_lie_apart():
+def test_ids_may_have_any_stride():
     apart = [torch.stack([x, x + 1], 1)[:, 0] for x in IDS]
     parameters = leaves(96)
     assert torch.equal(embed(KERNELS, ids=apart)(*parameters), embed(KERNELS)(*parameters))
@@ -131,15 +134,15 @@ def test_no_tokens():
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in parameters)
 
 
-def test_mask_is_the_definition_bit_for_bit():
+def test_mask_is_bitwise_identical_to_the_reference():
     *tables, gamma, beta = leaves(768)
     dropout = dropout_over(SEQUENCES)
     output = embed(KERNELS, dropout=dropout)(*tables, gamma, torch.full_like(beta, 100))
     assert torch.equal(output != 0, hidden_keep(dropout, 768))
 
 
-def test_mask_of_the_gradient_is_the_definition_bit_for_bit():
-    """The gradient of beta is how often each column is kept, when all that comes back is 1."""
+def test_mask_of_the_gradient_is_bitwise_identical_to_the_reference():
+    """With an output gradient of ones, the gradient of beta counts how often each column is kept."""
     dropout = dropout_over(SEQUENCES)
     parameters = leaves(768)
     embed(KERNELS, dropout=dropout)(*parameters).sum().backward()
@@ -147,7 +150,7 @@ def test_mask_of_the_gradient_is_the_definition_bit_for_bit():
     torch.testing.assert_close(parameters[-1].grad / dropout.scale, kept.float(), rtol=1e-6, atol=0)
 
 
-def test_a_row_that_is_no_number_spoils_no_other():
+def test_nan_does_not_leak_between_rows():
     parameters = leaves(96)
     whole = embed(KERNELS)(*parameters)
     parameters[0].data[5] = math.nan  # token 1 and 7
@@ -155,18 +158,18 @@ def test_a_row_that_is_no_number_spoils_no_other():
     assert torch.equal(embed(KERNELS)(*parameters)[others], whole[others])
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_have_any_stride():
     *tables, gamma, beta = leaves(96)
     apart = [torch.stack([x, x], 1)[:, 0].detach().requires_grad_() for x in tables]
     results = []
-    for some in (apart, tables):
-        output = embed(KERNELS)(*some, gamma, beta)
+    for leaves_of_tables in (apart, tables):
+        output = embed(KERNELS)(*leaves_of_tables, gamma, beta)
         d_y = torch.stack([output, output], 1)[:, 0].detach()
-        results.append([output, *torch.autograd.grad(output, some, d_y)])
+        results.append([output, *torch.autograd.grad(output, leaves_of_tables, d_y)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_is_the_same_every_time():
+def test_is_bitwise_reproducible():
     results = []
     for _ in range(2):
         parameters = leaves(96)

@@ -1,4 +1,4 @@
-"""The whole encoder on the kernels: as the definition has it, through `torch.compile`, and in a CUDA graph."""
+"""The whole encoder on the kernels: against the reference, compiled by `torch.compile`, and in a CUDA graph."""
 
 from importlib import import_module
 
@@ -17,7 +17,7 @@ from bertfast.ops.sequences import Sequences
 
 OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embed", "gelu_layer_norm", "linear_cross_entropy")
 DTYPE = torch.bfloat16 if KERNELS == "cuda" else torch.float32
-BESIDE = "triton" if DEVICE.type == "cuda" else "cpu"  # the kernels in CUDA C++, which are not of every operation
+FALLBACK = "triton" if DEVICE.type == "cuda" else "cpu"  # for operations without a CUDA C++ kernel
 SIZES = {
     "vocab_size": 53,
     "hidden_size": 64,
@@ -30,11 +30,11 @@ SIZES = {
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Call it, and every operation runs on this implementation."""
+    """A function that makes every operation run on an implementation."""
 
     def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
-            chosen = BESIDE if (name, implementation) == ("embed", "cuda") else implementation
+            chosen = FALLBACK if (name, implementation) == ("embed", "cuda") else implementation
             monkeypatch.setattr(
                 import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen
             )
@@ -67,21 +67,21 @@ def loss(model, batch, seed) -> torch.Tensor:
     return losses.masked_lm + losses.next_sentence
 
 
-def test_pretraining_is_as_accurate_as_the_definition(choose):
+def test_pretraining_is_as_accurate_as_the_reference(choose):
     """Loss and gradients of all parameters, dropout on, on fewer rows in the last layer."""
     seed = torch.tensor(11, device=DEVICE)
     results = []
     for dtype, implementation in ((torch.float64, "reference"), (DTYPE, "reference"), (DTYPE, KERNELS)):
         choose(implementation)
-        ours = model(dtype)
-        value = loss(ours, batch([9, 3, 11]), seed)
+        bert = model(dtype)
+        value = loss(bert, batch([9, 3, 11]), seed)
         value.backward()
-        results.append({name: x.grad for name, x in ours.named_parameters()} | {"loss": value.detach()})
-    truth, theirs, kernels = results
-    for name, our in kernels.items():
+        results.append({name: x.grad for name, x in bert.named_parameters()} | {"loss": value.detach()})
+    truth, expected, kernels = results
+    for name, actual in kernels.items():
         weight = truth.get(name.removesuffix("bias") + "weight") if name.endswith("key.bias") else None
-        # The loss is fp32, but a sum of what was rounded in DTYPE; of one number, either error may happen to vanish.
-        assert_as_accurate_as_torch(our, theirs[name], truth[name], name=name, neighbour=weight, dtype=DTYPE)
+        # The loss is fp32, but a sum of values rounded to DTYPE; the error of a scalar may happen to vanish.
+        assert_as_accurate_as_torch(actual, expected[name], truth[name], name=name, neighbour=weight, dtype=DTYPE)
 
 
 @pytest.mark.one_instruction_set
@@ -91,57 +91,63 @@ def test_pretraining_is_as_accurate_as_the_definition(choose):
         ("aot_eager", {}),
         pytest.param(
             "inductor",
-            {"rtol": 1e-4, "atol": 1e-4},  # it computes what lies between the kernels in its own order
-            marks=pytest.mark.skipif(KERNELS != "cpu", reason="its own kernels are not for the interpreter"),
+            {"rtol": 1e-4, "atol": 1e-4},  # it computes the operations between the kernels in its own order
+            marks=pytest.mark.skipif(KERNELS != "cpu", reason="the interpreter does not run inductor's own kernels"),
         ),
     ],
 )
-def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(choose, backend, tolerance):
+def test_the_encoder_compiles_to_one_graph_for_any_number_of_tokens(choose, backend, tolerance):
     choose(KERNELS)
-    ours = model().bert
+    bert = model().bert
     seed = torch.tensor(11, device=DEVICE)
 
     def run(lengths, encoder) -> list[torch.Tensor]:
-        made = batch(lengths)
-        sequences = made.sequences
+        inputs = batch(lengths)
+        sequences = inputs.sequences
         rng = RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
         packed = Packed(
-            made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, rng=rng
+            inputs.token_ids,
+            None,
+            inputs.token_type_ids,
+            inputs.position_ids,
+            sequences,
+            sequences.first,
+            rng=rng,
         )
-        hidden = encoder(ours, packed)
-        parameters = [x for name, x in ours.named_parameters() if "pooler" not in name]
+        hidden = encoder(bert, packed)
+        parameters = [x for name, x in bert.named_parameters() if "pooler" not in name]
         return [hidden, *torch.autograd.grad(hidden.square().sum(), parameters)]
 
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(encode, fullgraph=True, backend=counter)
     for lengths in ([5, 7], [9, 3, 11], [4, 14, 20, 1], [30, 2]):
-        for plain, made in zip(run(lengths, encode), run(lengths, compiled), strict=True):
-            torch.testing.assert_close(made, plain, **tolerance)
-    assert counter.frame_count <= 2  # for the first number, and for any number
+        for eager, compiled_result in zip(run(lengths, encode), run(lengths, compiled), strict=True):
+            torch.testing.assert_close(compiled_result, eager, **tolerance)
+    assert counter.frame_count <= 2  # for the first number of tokens, and for any number
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU captures no graph")
-def test_a_step_in_a_cuda_graph_is_the_step():
-    ours, seed = model(), torch.tensor(11, device=DEVICE)
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs require a GPU")
+def test_a_step_in_a_cuda_graph_is_bitwise_identical_to_the_eager_step():
+    bert, seed = model(), torch.tensor(11, device=DEVICE)
     first, second = batch([9, 3, 11]), batch([9, 3, 11])
     second.token_ids.copy_(second.token_ids.flip(0))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            loss(ours, first, seed).backward()
-            ours.zero_grad(set_to_none=False)
+            loss(bert, first, seed).backward()
+            bert.zero_grad(set_to_none=False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = loss(ours, first, seed)
+        captured = loss(bert, first, seed)
         captured.backward()
-    for tokens, number in ((first.token_ids.clone(), 11), (second.token_ids, 12)):
+    for tokens, seed_value in ((first.token_ids.clone(), 11), (second.token_ids, 12)):
         first.token_ids.copy_(tokens)
-        seed.fill_(number)
-        ours.zero_grad(set_to_none=False)
+        seed.fill_(seed_value)
+        bert.zero_grad(set_to_none=False)
         graph.replay()
-        replayed = [captured.clone(), *(x.grad.clone() for x in ours.parameters())]
-        ours.zero_grad(set_to_none=False)
-        value = loss(ours, first, seed)
+        replayed = [captured.clone(), *(x.grad.clone() for x in bert.parameters())]
+        bert.zero_grad(set_to_none=False)
+        value = loss(bert, first, seed)
         value.backward()
-        for a, b in zip(replayed, [value, *(x.grad for x in ours.parameters())], strict=True):
+        for a, b in zip(replayed, [value, *(x.grad for x in bert.parameters())], strict=True):
             assert torch.equal(a, b)

@@ -80,7 +80,7 @@ def test_fake_results_are_the_real_ones():
         assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
-def test_compiles_whole():
+def test_compiles_to_one_graph():
     arguments = [x.float().detach().requires_grad_() for x in tensors()]
     compiled = torch.compile(gather, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(*arguments), indexed(*arguments), strict=True):

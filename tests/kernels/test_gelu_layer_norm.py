@@ -1,4 +1,4 @@
-"""The kernels of `gelu_layer_norm`, against the definition."""
+"""The kernels of `gelu_layer_norm`, against the reference."""
 
 import math
 
@@ -8,15 +8,15 @@ from helpers import DEVICE, KERNELS, compare_with_torch, normal, with_half
 
 from bertfast import ops
 
-FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 WIDTHS = [
     1,  # a chunk of one
     50,  # one chunk, masked
     384,  # three chunks of 128
     768,  # three of 256
-    1024,  # the widest that one warp takes
+    1024,  # the widest row of one warp
     1500,  # an odd width of several warps
-    4096,  # the widest that is promised
+    4096,  # the widest that is guaranteed
 ]
 
 
@@ -28,24 +28,24 @@ def kernel(x, bias, gamma, beta):
     return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation=KERNELS)
 
 
-def definition(x, bias, gamma, beta):
+def reference(x, bias, gamma, beta):
     return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12, implementation="reference")
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
-@pytest.mark.parametrize("dtypes", [FLOAT, BRAIN, [BRAIN, FLOAT, FLOAT, FLOAT]], ids=["fp32", "bf16", "autocast"])
-def test_is_as_accurate_as_the_definition(hidden, dtypes):
-    compare_with_torch(kernel, definition, inputs(hidden), dtypes)
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16, [BF16, FLOAT, FLOAT, FLOAT]], ids=["fp32", "bf16", "autocast"])
+def test_is_as_accurate_as_the_reference(hidden, dtypes):
+    compare_with_torch(kernel, reference, inputs(hidden), dtypes)
 
 
 @with_half
 def test_half_precision():
-    compare_with_torch(kernel, definition, inputs(96), HALF)
+    compare_with_torch(kernel, reference, inputs(96), HALF)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])  # less than a tile of rows, a tile, more than one
 def test_any_number_of_rows(rows):
-    compare_with_torch(kernel, definition, inputs(256, rows), FLOAT)
+    compare_with_torch(kernel, reference, inputs(256, rows), FLOAT)
 
 
 def test_no_rows():
@@ -56,7 +56,7 @@ def test_no_rows():
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in arguments)
 
 
-def test_a_row_that_is_no_number_spoils_no_other():
+def test_nan_does_not_leak_between_rows():
     x, *vectors = (x.float().detach() for x in inputs(96))
     whole = kernel(x, *vectors)
     x[3] = math.nan
@@ -64,7 +64,7 @@ def test_a_row_that_is_no_number_spoils_no_other():
     assert torch.equal(kernel(x, *vectors)[others], whole[others])
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_have_any_stride():
     x, *vectors = (x.float().detach() for x in inputs(96))
     apart = torch.stack([x, x], 1)[:, 0]
     results = []
@@ -74,7 +74,7 @@ def test_rows_may_lie_apart():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_is_the_same_every_time():
+def test_is_bitwise_reproducible():
     results = []
     for _ in range(2):
         arguments = [x.float().detach().requires_grad_() for x in inputs(384)]

@@ -1,4 +1,4 @@
-"""Offsets beyond 2**31 elements, shown on views whose rows lie far apart in memory that is hardly touched."""
+"""Offsets beyond 2**31 elements, on views with a large row stride in memory that is hardly touched."""
 
 import mmap
 
@@ -15,7 +15,7 @@ _NORESERVE = 0x4000  # of Linux; the module has no name for it in Python 3.11
 
 
 def far_apart(dense: Tensor, stride: int) -> Tensor:
-    """The rows of `dense`, `stride` elements apart: on a CPU in memory that is there only where it is written."""
+    """Return the rows of `dense`, `stride` elements apart: on a CPU in memory that is committed only where written."""
     elements = (len(dense) - 1) * stride + dense[0].numel()
     assert elements > 2**31
     if DEVICE.type == "cpu":
