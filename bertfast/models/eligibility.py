@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from inspect import isfunction
 from operator import attrgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +61,15 @@ def call_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | None:
     mask = arguments.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         return "the attention mask is one between pairs of tokens"
+    if mask is not None and (mask.shape[0] not in (1, tokens.shape[0]) or mask.shape[1] != tokens.shape[1]):
+        return "the attention mask has another shape than the input"
     use_cache = arguments.get("use_cache")
     if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):
         return "the call fills a cache"
     if config.output_attentions:
         return "the configuration asks for attention weights"
+    if not torch.compiler.is_compiling() and torch_compat.has_global_hooks():
+        return "hooks are registered for all modules of PyTorch"
     return tracing_unsupported_reason(tokens)
 
 
@@ -125,9 +131,11 @@ class Snapshot:
     """The state of an encoder that could run packed whole; a call compares with it instead of deciding again."""
 
     def __init__(self, encoder: nn.Module):
-        modules = [*encoder.modules()]
-        self.attributes = [vars(module) for module in modules]
-        self.dropouts = [vars(module) for module in modules if isinstance(module, nn.Dropout)]
+        self.modules = [*encoder.modules()]
+        modules = self.modules
+        self.attributes = [vars(module) for module in modules]  # options, modes, and methods that were set on a module
+        self.known_attributes = [{**attributes} for attributes in self.attributes]
+        self.norms = [module._parameters for module in modules if isinstance(module, nn.LayerNorm)]
         self.classes = [*{original_class(type(module)) for module in modules}]
         tables = [table for module in modules for table in (module._modules, *hooks(module))]
         self.empty_tables = [table for table in tables if not table]  # most of them, and quicker to compare
@@ -138,36 +146,40 @@ class Snapshot:
     def still_holds(self, encoder: nn.Module) -> bool:
         """Return whether all that the decision depends on is what it was."""
         is_same = self.tables == self.known_tables and self.known_state == self._state(encoder)
-        return is_same and not any(self.empty_tables)
+        return is_same and not any(self.empty_tables) and self._attributes_hold()
+
+    def _attributes_hold(self) -> bool:
+        try:
+            return self.attributes == self.known_attributes
+        except (RuntimeError, ValueError):  # two tensors or arrays, which have no truth value as a whole
+            return False
 
     def _state(self, encoder: nn.Module) -> tuple:
         config = encoder.config
         return (
-            [attributes["training"] for attributes in self.attributes],
-            ["forward" in attributes for attributes in self.attributes],
-            [dropout["p"] for dropout in self.dropouts],
-            [kind.forward for kind in self.classes],
+            [type(module) for module in self.modules],
+            [norm["weight"] is None or norm["bias"] is None for norm in self.norms],
+            [method for kind in self.classes for method in _methods(kind)],
             getattr(config, "is_decoder", False),
             config._attn_implementation,
             _attention_function(encoder.architecture, config._attn_implementation),
         )
 
-    # The copy of a model has no snapshot, as its modules are others.
-    def __deepcopy__(self, memo):
-        return None
 
-    def __reduce__(self):
-        return type(None), ()
+# Not an attribute of the encoder: a copy of a model has no snapshot, as its modules are others.
+_SNAPSHOTS: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()
 
 
 @assume_constant_result
 def whole_unsupported_reason(encoder: nn.Module) -> str | None:
     """Return why tokens cannot stay packed from the embeddings of a fused encoder to its last layer."""
-    snapshot = vars(encoder).get("_bertfast_snapshot")
+    snapshot = _SNAPSHOTS.get(encoder)
     if snapshot is not None and snapshot.still_holds(encoder):
         return None
     reason = next((f"{path}: {why}" for path, why in unsupported_reasons(encoder).items() if why is not None), None)
-    vars(encoder)["_bertfast_snapshot"] = Snapshot(encoder) if reason is None else None
+    _SNAPSHOTS.pop(encoder, None)
+    if reason is None:
+        _SNAPSHOTS[encoder] = Snapshot(encoder)
     return reason
 
 
@@ -232,6 +244,8 @@ def _at(module: nn.Module, path: str) -> nn.Module:
 def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: str, name: str) -> str | None:
     """Return why a part of a kind does not compute what the packed encoder computes in its place."""
     if kind == "linear":  # is called if its parameters cannot be read
+        if type(part) is nn.Linear and not _is_original(nn.Linear, "forward"):
+            return "the forward of torch.nn.Linear was replaced"
         return None
     if kind == "activation":
         activation = getattr(part, "__name__", type(part).__name__)
@@ -242,7 +256,7 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
             return f"its positions are {positions}"
         return None if _is_genuine(architecture, part) else f"the forward of {name} is not transformers' own"
     plain, has_known_options = _PLAIN[kind]
-    is_plain_part = type(part) is plain and has_known_options(part)
+    is_plain_part = type(part) is plain and has_known_options(part) and _is_original(plain, "forward")
     return None if is_plain_part else f"{name} is not a plain {plain.__name__}"
 
 
@@ -294,7 +308,9 @@ def can_pool_alone(model: nn.Module) -> bool:
 def _hook_reason(module: nn.Module, name: str) -> str | None:
     """Return that a module does more than its class says; hooks of transformers and of distributed engines apart."""
     registered = (hook for table in hooks(module) for hook in table.values())
-    changed = "forward" in vars(module) or any(_changes_calls(hook, module) for hook in registered)
+    kind = type(module)
+    methods = any(callable(x) and hasattr(kind, own) for own, x in vars(module).items())
+    changed = methods or any(_changes_calls(hook, module) for hook in registered)
     return f"a hook or a forward was set on {name}" if changed else None
 
 
@@ -312,16 +328,15 @@ def _changes_calls(hook: Callable, module: nn.Module) -> bool:
 
 
 def _is_genuine(architecture: Architecture, module: nn.Module) -> bool:
-    """Return whether a module is of a class of the family, and runs the `forward` that was written there."""
+    """Return whether a module is of a class of the family, and runs the methods that were written there."""
     kind = original_class(type(module))
-    return kind.__module__ == architecture.module and _is_forward_of(kind.forward, kind.__module__, kind.__name__)
+    return kind.__module__ == architecture.module and _runs_methods_of(kind, kind)
 
 
 def runs_family_forward(model: nn.Module, architecture: Architecture) -> bool:
-    """Return whether a model runs its family's `forward`, and not that of a user's class or a replacement."""
+    """Return whether a model runs its family's `forward` and what that calls, and not a user's or a replacement."""
     kind = original_class(type(model))
-    name = next(base.__name__ for base in kind.__mro__ if base.__module__ == architecture.module)
-    return _is_forward_of(kind.forward, architecture.module, name)
+    return _runs_methods_of(kind, next(base for base in kind.__mro__ if base.__module__ == architecture.module))
 
 
 def original_class(kind: type) -> type:
@@ -330,12 +345,37 @@ def original_class(kind: type) -> type:
     return getattr(kind, "original", undistributed)
 
 
+def _methods(kind: type) -> list[Callable]:
+    """Return what a class of modules has now for each method of it that a call can run."""
+    return [getattr(kind, name) for name in _method_names(kind)]
+
+
 @cache
-def _is_forward_of(function: Callable, module: str, name: str) -> bool:
+def _method_names(kind: type) -> tuple[str, ...]:
+    """Return the names of the functions in a class body, without those that make, load or resize a module."""
+    others = ("__", "_init_weights", "get_", "set_", "prune", "_prune", "tie_", "_tie", "resize_", "extra_repr")
+    names = [name for name, x in vars(kind).items() if isfunction(x) and not name.startswith(others)]
+    return (*dict.fromkeys(["forward", *names]),)
+
+
+def _runs_methods_of(kind: type, family_class: type) -> bool:
+    """Return whether a class runs the methods that were written in the body of `family_class`, itself or a base."""
+    names = _method_names(family_class)
+    module = family_class.__module__
+    return all(_is_written_in(getattr(kind, name), module, f"{family_class.__name__}.{name}") for name in names)
+
+
+def _is_original(kind: type, name: str) -> bool:
+    return _is_written_in(getattr(kind, name), kind.__module__, f"{kind.__name__}.{name}")
+
+
+@cache
+def _is_written_in(function: Callable, module: str, name: str) -> bool:
     # functools.wraps copies names, but not the module in which a wrapper was written.
-    while function.__globals__["__name__"].startswith("transformers."):
+    library = module.partition(".")[0] + "."
+    while isfunction(function) and function.__globals__["__name__"].startswith(library):
         if not hasattr(function, "__wrapped__"):
-            return function.__globals__["__name__"] == module and function.__qualname__ == f"{name}.forward"
+            return function.__globals__["__name__"] == module and function.__qualname__ == name
         function = function.__wrapped__
     return False
 

@@ -28,6 +28,7 @@ from bertfast.encoder.unpadding import Layout, Packed, unpad
 from bertfast.models import eligibility, kernel_support, registry
 from bertfast.models.eligibility import INPUTS, PACKING, main_input
 from bertfast.models.kernel_support import gemm_dtype
+from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORED
 from bertfast.ops.sequences import Sequences
 
@@ -110,6 +111,8 @@ class FusedEncoder(FusedModel):
         if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
             arguments |= _PACKING.get() or {}
         is_packed = arguments.get("cu_seq_lens_q") is not None
+        if arguments.get("cu_seq_lens_k") is not None:
+            _require_same_packing(arguments)
         reason = eligibility.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
@@ -140,7 +143,7 @@ class FusedEncoder(FusedModel):
         rows, columns = main_input(arguments).shape[:2]
         mask, positions, types = (arguments.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
         if mask is not None and mask.shape != (rows, columns):
-            mask = F.pad(mask, (0, columns - mask.shape[1])).expand(rows, columns)
+            mask = mask.expand(rows, columns)
         if positions is not None and positions.dim() == 1:
             positions = positions[None]
         return unpad(
@@ -268,8 +271,11 @@ def _loss_needs_no_logits(model: FusedModel, arguments: dict, labels: tuple[str,
     if arguments.get("output_hidden_states") or config.output_hidden_states or getattr(config, "return_logits", False):
         return False
     inputs = {name: x for name, x in arguments.items() if name not in labels}
+    tokens = main_input(inputs)
     return (
         isinstance(encoder, FusedEncoder)
+        and tokens is not None
+        and arguments["labels"].numel() == tokens.shape[:2].numel()  # transformers refuses others
         and eligibility.call_unsupported_reason(encoder, inputs) is None
         and eligibility.kernels_unsupported_reason(encoder, inputs) is None
         and eligibility.whole_unsupported_reason(encoder) is None
@@ -287,10 +293,20 @@ def _masked_lm_loss(model: FusedModel, arguments: dict, first: bool = False) -> 
     gathered = rows.clamp(min=0)
     hidden = functions.encode(model.base_model, packed, torch.cat([gathered, packed.first]) if first else gathered)
     at_labels = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
+    check_below(type(model).__name__, "labels", labels[labelled], model.config.vocab_size, "the vocabulary")
     total, _, counted = functions.masked_lm_loss(model, at_labels, labels[labelled])
     items = arguments.get("num_items_in_batch")
     loss = total / (counted.clamp(min=1) if items is None else items)
     return loss, hidden[len(rows) :] if first else None
+
+
+def _require_same_packing(arguments: dict) -> None:
+    """Refuse packed input whose queries and keys are not the same sequences."""
+    q, k = arguments.get("cu_seq_lens_q"), arguments["cu_seq_lens_k"]
+    if q is None:
+        raise ValueError("packed input has cu_seq_lens_k without cu_seq_lens_q: pass both, they are equal")
+    if q is not k and (q.shape != k.shape or (q.device.type == k.device.type == "cpu" and not torch.equal(q, k))):
+        raise ValueError("packed input has a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both")
 
 
 def _returned(model: nn.Module, arguments: dict, outputs):

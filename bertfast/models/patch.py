@@ -66,9 +66,7 @@ def patch(model: nn.Module) -> PatchReport:
         ValueError: It holds no supported encoder, or its configuration has other sizes than the weights. Nothing has
             been changed then.
     """
-    if not isinstance(model, nn.Module):
-        inside = " (its .model is one)" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"patch takes a torch module that holds a BERT, not a {type(model).__name__}{inside}")
+    _require_module("patch", model)
     encoders = [module for module in model.modules() if _is_encoder(module)]
     if not encoders:
         raise ValueError(f"there is no BertModel of transformers in this {type(model).__name__}, so nothing to fuse")
@@ -78,12 +76,19 @@ def patch(model: nn.Module) -> PatchReport:
     return report(model)
 
 
+def _require_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        inside = " (its .model is one)" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"{function} takes a torch module that holds a BERT, not a {type(model).__name__}{inside}")
+
+
 def unpatch(model: nn.Module) -> None:
     """Give the modules of a fused model the classes back that they had.
 
     Raises:
         ValueError: The model is not fused, or is of a class that derives from a fused one.
     """
+    _require_module("unpatch", model)
     kinds = [type(module) for module in model.modules() if isinstance(module, Fused)]
     if not kinds:
         raise ValueError(f"this {type(model).__name__} is not patched, so there is nothing to undo")
@@ -95,6 +100,7 @@ def unpatch(model: nn.Module) -> None:
 
 def report(module: nn.Module) -> PatchReport:
     """Describe what of a model is fused, what is not and why, as it is now, and change nothing."""
+    _require_module("report", module)
     result = PatchReport()
     for name, child in module.named_modules():
         name = name or eligibility.original_class(type(child)).__name__

@@ -58,7 +58,6 @@ def unfuse(model: nn.Module) -> None:
     """Give every fused module of a tree back the class that it had."""
     for module in [*model.modules()]:
         if isinstance(module, Fused):
-            vars(module).pop("_bertfast_snapshot", None)
             _change_class(module, type(module).original)
 
 

@@ -88,15 +88,21 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
     """Return the sequences of `cu_seqlens` or of lengths, which cover all tokens of qkv."""
     if not isinstance(qkv, Tensor):
         raise TypeError(f"attention: qkv must be a tensor, got {type(qkv).__name__}")
-    if isinstance(sequences, Tensor):
-        result = Sequences.from_cu_seqlens(sequences, capacity=len(qkv))
-    elif isinstance(sequences, (list, tuple)):
-        result = Sequences.from_lengths(sequences, capacity=len(qkv), device=qkv.device)
-    else:
+    if qkv.dim() != 4:
+        raise ValueError(f"attention: qkv must have shape [tokens, 3, heads, head_dimension], got {list(qkv.shape)}")
+    if not isinstance(sequences, (Tensor, list, tuple)):
         raise TypeError(
-            "attention: sequences must be a bertfast.ops.sequences.Sequences, an integer tensor cu_seqlens of shape "
-            f"[sequences + 1] or a list of lengths, got {type(sequences).__name__}"
+            "attention: sequences must be a bertfast.ops.sequences.Sequences (Sequences.from_lengths makes one), an "
+            "integer tensor cu_seqlens of shape [sequences + 1] or a list of lengths, got "
+            f"{type(sequences).__name__}"
         )
+    try:
+        if isinstance(sequences, Tensor):
+            result = Sequences.from_cu_seqlens(sequences, capacity=len(qkv))
+        else:
+            result = Sequences.from_lengths(sequences, capacity=len(qkv), device=qkv.device)
+    except ValueError as error:
+        raise ValueError(f"attention: {error}; a tensor holds cu_seqlens, a list holds lengths") from None
     end = result.cu_seqlens[-1]
     rule = f"attention: the sequences must hold all {len(qkv)} tokens of qkv (give Sequences where some are padding)"
     require(end == len(qkv), rule, lambda: end)

@@ -22,6 +22,11 @@ def is_transformed() -> bool:
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered for all modules, as profilers and counters of FLOPs do."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Return whether a backward pass got a batch of gradients in one: `is_grads_batched=True`, or `vmap` around it."""
     if torch.compiler.is_compiling():
