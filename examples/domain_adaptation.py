@@ -25,8 +25,9 @@ with tempfile.TemporaryDirectory() as temporary:
         for n in range(20)
     ]
     (work / "text.txt").write_text("\n".join(documents))
-    sizes = "--max-seq-length 32 --tokens-per-batch 256 --max-steps 3 --validation-split-percentage 20".split()
-    arguments = ["--train-file", f"{work}/text.txt", "--output-dir", f"{work}/adapted", *sizes]
+    sizes = ["--max-seq-length", "32", "--tokens-per-batch", "256", "--max-steps", "3"]
+    split = ["--validation-split-percentage", "20"]
+    arguments = ["--train-file", f"{work}/text.txt", "--output-dir", f"{work}/adapted", *sizes, *split]
     if main(["pretrain", "--init-from", source, *arguments]) != 0:
         sys.exit(1)
     print(sorted(path.name for path in (work / "adapted").iterdir()))
