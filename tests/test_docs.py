@@ -12,7 +12,7 @@ from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import TaskSettings
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -26,6 +26,12 @@ def commands(text: str) -> list[str]:
     ]
     found = [re.search(r"^(?:.*\$\(which bertfast\)|bertfast)\s+(.*)$", line) for line in lines]
     return [match[1] for match in found if match and "…" not in match[1]]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub derives them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # Names that come with other branches: remove a pattern when its tests pass.
@@ -76,8 +82,12 @@ def test_command_line_is_valid(page, line, monkeypatch):
 @pytest.mark.parametrize("page", TEXTS)
 def test_relative_links_and_files_exist(page):
     text = BLOCK.sub("", TEXTS[page])
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    missing = [link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()]
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+            missing.append(link)
     roots = r"(?:kernels|csrc|bertfast|bench|tests|docs|examples|recipes|build_support)"
     named = re.findall(rf"`({roots}/[\w./*-]+\.\w+)`", text)
     missing += [name for name in named if not list(ROOT.glob(name))]
