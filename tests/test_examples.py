@@ -1,0 +1,31 @@
+"""Every script in examples/ runs offline on a tiny model, all in this process, which imports torch once."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+NEEDS = {
+    "lora": ["peft"],
+    "onnx_export": ["onnx", "onnxruntime", "onnxscript"],
+    "sentence_embeddings": ["sentence_transformers"],
+    "trainer": ["accelerate"],
+}
+SCRIPTS = [pytest.param(path, id=path.stem) for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example_runs(script, tmp_path, monkeypatch, capsys):
+    for package in NEEDS.get(script.stem, []):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_there_are_ten_examples():
+    assert len(EXAMPLES) == 10
