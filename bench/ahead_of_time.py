@@ -126,6 +126,16 @@ def compile_cases(chip: int, cases: Iterable[tuple[str, Callable[[], None]]]) ->
     return results
 
 
+class _EachNth:
+    """A plugin of pytest that keeps one part of the tests."""
+
+    def __init__(self, part: int, parts: int):
+        self.part, self.parts = part, parts
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items[:] = items[self.part :: self.parts]
+
+
 def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled]:
     """A report on each kernel that the tests of the kernels launch, one part of `parts` of them.
 
@@ -135,7 +145,7 @@ def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled
 
     dispatch._INTERPRETED = True  # so that Triton's kernels are launched with CPU tensors
     results = []
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT), f"--part={part + 1}/{parts}"]
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT)]
     ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # runs processes of its own
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -143,7 +153,7 @@ def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled
         redirect_stdout(io.StringIO()),
     ):
         patch.setenv("BERTFAST_TESTED", "triton")
-        status = pytest.main([*options, *ignored, str(_ROOT / "tests/kernels")])
+        status = pytest.main([*options, *ignored, str(_ROOT / "tests/kernels")], [_EachNth(part, parts)])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"the tests of the kernels did not run: pytest returned {status!r}")
     return results

@@ -20,7 +20,7 @@ import torch
 from harness import DEVICE, ON_GPU
 from torch import Tensor
 
-from bertfast.ops.dropout import Dropout, TokenIdentity
+from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.sequences import Sequences
 
 OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compiled library has no kernel of some
@@ -107,8 +107,8 @@ def in_both_precisions(*cases: Case) -> list[Case]:
 
 def dropout_over(sequences: Sequences, p: float, site: str) -> Dropout | None:
     """The dropout at a site of the model's first layer, or outside the layers, over all tokens."""
-    identity = TokenIdentity(torch.tensor(1 << 40, device=DEVICE), sequences.token_sequence_ids, sequences.position)
-    return identity.dropout(p, site, None if site == "embeddings" else 0)
+    rng = RngCoordinates(torch.tensor(1 << 40, device=DEVICE), sequences.token_sequence_ids, sequences.position)
+    return rng.dropout(p, site, None if site == "embeddings" else 0)
 
 
 def packed(rows: int) -> Sequences:

@@ -1,18 +1,11 @@
-"""What every test may ask for."""
+"""What every test may ask for; fixtures import programs, as the tests of the kernels also run without tokenizers."""
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-
-
-def pytest_addoption(parser):
-    parser.addoption("--part", default="1/1", help="i/n: every n-th test from the i-th on, for in_parts.py")
-
-
-def pytest_collection_modifyitems(config, items):
-    part, parts = map(int, config.getoption("part", "1/1").split("/"))
-    items[:] = items[part - 1 :: parts]
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +15,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_batches_run_packed(monkeypatch):
+    """Batches of tests are short, and what is tested of a patched model is its packed encoder."""
+    if "bertfast.models.kernel_support" in sys.modules:
+        monkeypatch.setattr("bertfast.models.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
 
 
 @pytest.fixture
@@ -36,7 +36,6 @@ def unwritten_memory_is_nan():
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
     """A model, with the heads of pre-training, that has learned nothing yet."""
-    # Here, since the kernels' tests also run where there are no tokenizers.
     from sentiment import FILLERS
 
     from bertfast import BertConfig, BertForPreTraining
@@ -57,3 +56,54 @@ def pretrained(tmp_path_factory) -> Path:
     BertForPreTraining(config).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, str]:
+    """The sentiment task's three files, the last without labels."""
+    from sentiment import write_sentiment
+
+    folder = tmp_path_factory.mktemp("sentiment")
+    train = write_sentiment(folder / "train.tsv", 320, seed=0)
+    validation = write_sentiment(folder / "validation.tsv", 60, seed=1)
+    test = folder / "test.tsv"
+    test.write_text("".join(line.rsplit("\t", 1)[0] + "\n" for line in validation.read_text().splitlines()))
+    return {"train_file": str(train), "validation_file": str(validation), "test_file": str(test)}
+
+
+@pytest.fixture(scope="session")
+def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder and the metrics of a run on it."""
+    from sentiment import QUICK
+
+    from bertfast.training.finetune import FinetuneSettings, finetune
+
+    folder = tmp_path_factory.mktemp("tuned")
+    settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
+    return folder, finetune(settings)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A text file in a small language: each subject has a verb and an object of its own."""
+    generator = np.random.default_rng(0)
+    words = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(6) for j in range(4)]
+    lines = []
+    for _ in range(120):
+        for _ in range(generator.integers(4, 12)):
+            first = generator.integers(len(words) // 3) * 3
+            lines.append(" ".join([*words[first : first + 3], words[generator.integers(len(words))]]) + ".")
+        lines.append("")
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(corpus, tmp_path_factory) -> Path:
+    """The same as token shards."""
+    from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+
+    folder = tmp_path_factory.mktemp("shards")
+    settings = CorpusSettings([str(corpus)], vocab_size=128, validation_split_percentage=20, processes=1)
+    return prepare(PrepareSettings(str(folder), settings))

@@ -28,7 +28,7 @@ from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
-from bertfast.inputs import Layout
+from bertfast.encoder.unpadding import Layout
 from bertfast.ops.reference import IGNORED
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule

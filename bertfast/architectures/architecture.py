@@ -12,8 +12,20 @@ from transformers.activations import ACT2FN
 
 from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts
 
-_LINEARS = ("query", "key", "value", "attention_dense", "intermediate_dense", "output_dense")
 _DROPOUTS = ("attention_dropout", "attention_output_dropout", "output_dropout")
+# What a part is, by the last word of its name; parts of other names are options, not modules.
+_KINDS = {
+    "activation": "activation",
+    "dense": "linear",
+    "dropout": "dropout",
+    "key": "linear",
+    "norm": "norm",
+    "positions": "embedding",
+    "query": "linear",
+    "types": "embedding",
+    "value": "linear",
+    "words": "embedding",
+}
 _ACTIVATION_NAMES = {type(ACT2FN[name]): name for name in reversed(ACTIVATIONS)}
 
 
@@ -34,8 +46,9 @@ class Architecture:
             called, "decoder", whose parameters are read, and "next_sentence", which is called.
         pretraining_output: Name in `module` of what the model with both heads returns.
         modeling: The module of that name.
-        layer_linears, layer_dropouts: Paths from a layer to its linear layers, and to its dropouts.
-        layer_containers: Paths of the modules between a layer and its parts, which are not called.
+        embedding_modules, layer_modules, transform_modules: The modules that the packed encoder reads, as pairs of a
+            path and a kind: "activation", "dropout", "embedding", "linear", "norm", and "container" for the module
+            itself (its path is "") and for those between it and its parts, which are not called.
     """
 
     model_type: str
@@ -49,19 +62,17 @@ class Architecture:
     head: Mapping[str, str | tuple[str, ...]]
     pretraining_output: str
     modeling: ModuleType = field(init=False)
-    layer_linears: tuple[str, ...] = field(init=False)
-    layer_dropouts: tuple[str, ...] = field(init=False)
-    layer_containers: tuple[str, ...] = field(init=False)
+    embedding_modules: tuple[tuple[str, str], ...] = field(init=False)
+    layer_modules: tuple[tuple[str, str], ...] = field(init=False)
+    transform_modules: tuple[tuple[str, str], ...] = field(init=False)
 
     def __post_init__(self):
         # Set here and not when first read, as a compiler may trace that.
-        parts = [path.split(".")[:-1] for path in self.layer.values() if path is not None]
-        containers = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
         derived = {
             "modeling": import_module(self.module),
-            "layer_linears": tuple(self.layer[name] for name in _LINEARS),
-            "layer_dropouts": tuple(self.layer[name] for name in _DROPOUTS),
-            "layer_containers": tuple(containers),
+            "embedding_modules": _modules(self.embedding),
+            "layer_modules": _modules(self.layer),
+            "transform_modules": _modules(self.transform),
             "_layer_paths": [(name, path and path.split(".")) for name, path in self.layer.items()],
             "_embedding_paths": [(name, path.split(".")) for name, path in self.embedding.items()],
         }
@@ -81,6 +92,14 @@ class Architecture:
         for name in _DROPOUTS:
             values[name] = values[name].p
         return LayerParts(**values)
+
+
+def _modules(paths: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+    """Return the path and kind of each module on the way to the parts at `paths`, the parts included."""
+    kinds = {path: _KINDS.get(name.rpartition("_")[2]) for name, path in paths.items() if path is not None}
+    names = [path.split(".")[:-1] for path in kinds]
+    containers = {".".join(parents[:end]): "container" for parents in names for end in range(len(parents) + 1)}
+    return (*containers.items(), *((path, kind) for path, kind in kinds.items() if kind is not None))
 
 
 def read(module: nn.Module, path: Sequence[str]):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bertfast.data.corpus import read_lines
 from bertfast.data.docstrings import docstring_documents
 from bertfast.models.bert import BertForMultipleChoice, BertModel
+from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
-from bertfast.models.own_parts import OwnBertConfig
 from bertfast.runtime.precision import choose_device
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 
@@ -74,7 +74,7 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     """
     folder, device = resolve(name), choose_device(settings.device)
     config = read_config(folder)
-    if isinstance(config, OwnBertConfig):
+    if isinstance(config, ExtendedBertConfig):
         raise ValueError(f"{name} has parts that transformers does not have, so there is nothing to compare with")
     model_class = class_named_by(config)
     if model_class is BertForMultipleChoice:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bertfast import ops
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.dropout import Dropout, TokenIdentity
+from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.reference import IGNORED
 from bertfast.ops.sequences import Sequences
 
@@ -96,7 +96,7 @@ def _integers(device: torch.device, bound: int, size: int) -> Tensor:
 
 def _dropout(batch: Sequences, site: str, layer: int | None) -> Dropout | None:
     seed = torch.tensor(0x0123_4567_89AB_CDEF, device=batch.position.device)
-    return TokenIdentity(seed, batch.token_sequence_ids, batch.position).dropout(DROPOUT, site, layer)
+    return RngCoordinates(seed, batch.token_sequence_ids, batch.position).dropout(DROPOUT, site, layer)
 
 
 def _attention(shape: str, batch: Sequences, heads: int, dimension: int, dropout: bool) -> Problem:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from tyro.conf import Positional
 
 from bertfast.models.bert import BertForMultipleChoice
+from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve, save
-from bertfast.models.own_parts import OwnBertConfig
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -100,8 +100,8 @@ class _Outputs(nn.Module):
 
 def _model_class(folder: Path) -> type[PreTrainedModel]:
     config = read_config(folder)
-    if isinstance(config, OwnBertConfig):
-        unsupported = [name for name in config.parts if getattr(config, name)]
+    if isinstance(config, ExtendedBertConfig):
+        unsupported = [name for name in config.extensions if getattr(config, name)]
         raise ValueError(
             f"{folder} has {', '.join(unsupported)}, which transformers does not have: so only bertfast can run it"
         )

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bertfast import ops
-from bertfast.encoder.layer import activate, copy_dtype
-from bertfast.encoder.linear import is_plain, is_watched
+from bertfast.encoder.layer import copy_dtype
+from bertfast.encoder.linear import is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
-from bertfast.inputs import Packed
-from bertfast.ops import matmul, reference
+from bertfast.encoder.unpadding import Packed
+from bertfast.ops import matmul
 from bertfast.runtime.malloc import keep_freed_memory
 
 
@@ -29,7 +29,7 @@ def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
         parts.norm.weight,
         parts.norm.bias,
         parts.norm.eps,
-        packed.identity and packed.identity.dropout(parts.dropout, "embeddings"),
+        packed.rng and packed.rng.dropout(parts.dropout, "embeddings"),
         padding_index=parts.words.padding_idx,
     )
 
@@ -94,10 +94,7 @@ def pool(module: nn.Module, first: Tensor) -> Tensor:
     return torch.tanh(module.dense(first))
 
 
-def transform(dense: nn.Module, norm: nn.LayerNorm, hidden: Tensor, activation: str) -> Tensor:
-    """Compute what the masked-LM head does before the vocabulary: [R, H] -> [R, H]."""
-    if activation == "gelu" and is_plain(dense):
-        product = matmul.linear(hidden, dense.weight)
-        return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
-    normalised = reference.layer_norm(activate(dense, hidden, activation), norm.weight, norm.bias, norm.eps)
-    return normalised.to(norm.weight.dtype)
+def transform(dense: nn.Linear, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """Compute the masked-LM head's transform, LayerNorm(GELU(dense(hidden))): [R, H] -> [R, H]."""
+    product = matmul.linear(hidden, dense.weight)
+    return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)

@@ -19,9 +19,9 @@ from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
 from bertfast.encoder.parts import PackedHead
-from bertfast.inputs import Packed, unpad
+from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops import reference
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.reference import IGNORED
 
 Count = Tensor | float
@@ -29,7 +29,7 @@ Count = Tensor | float
 
 @dataclass(frozen=True, eq=False)
 class PretrainingLoss:
-    """Sums over a batch, and how many they run over; 0-dimensional tensors."""
+    """Sums over a batch, and the number of labels in each; 0-dimensional tensors."""
 
     masked_lm: Tensor
     masked_correct: Tensor
@@ -49,7 +49,7 @@ def pack(
     """Make a packed batch of a task's sequences, with dropout if the model is in training mode.
 
     Args:
-        model: It says how many positions there are and, by `config.pool_last`, which token is pooled.
+        model: Its configuration has the number of positions, and by `pool_last` the token that is pooled.
         input_ids, token_type_ids: int64 [1, T].
         cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
         max_length_q: Bound on the lengths of the sequences; None: they are read.
@@ -84,14 +84,14 @@ def pretraining_loss(
 
     Args:
         model: With `cls`, and where the batch has pairs a pooler.
-        batch: Of a fixed number of tokens, sequences and masked tokens.
-        seed: int64 [], dropout's; None: no dropout.
+        batch: The batch, with a fixed number of tokens, sequences and masked tokens.
+        seed: int64 [], the seed of dropout; None: no dropout.
         residual_dtype: See `encode`.
     """
     sequences = batch.sequences
-    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
+    rng = None if seed is None else RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
     packed = Packed(
-        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, identity=identity
+        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, rng=rng
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
     read = rows if labels is None else torch.cat([rows, sequences.first])
@@ -129,9 +129,9 @@ def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `classifier` says of each sequence, by its pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
+    """Compute the logits of `classifier` for each sequence's pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
     first = pooled(model, _encode(model, packed, packed.first))
-    return model.classifier(_drop(model, first, packed.identity and packed.identity.at(packed.first)))
+    return model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
 
 
 def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -167,8 +167,8 @@ def multiple_choice_loss(
 
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `classifier` says of each token -> [T, labels]."""
-    return model.classifier(_drop(model, _encode(model, packed), packed.identity))
+    """Compute the logits of `classifier` for each token -> [T, labels]."""
+    return model.classifier(_drop(model, _encode(model, packed), packed.rng))
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -177,7 +177,7 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute what `qa_outputs` says of each token as the start and as the end of the answer -> [T, 2]."""
+    """Compute the logits of `qa_outputs` for each token as the start and the end of the answer -> [T, 2]."""
     return model.qa_outputs(_encode(model, packed))
 
 
@@ -199,10 +199,10 @@ def question_answering_loss(
     slots = torch.arange(len(logits), device=logits.device)
     scores = logits.masked_fill((slots >= sequences.cu_seqlens[-1])[:, None], float("-inf"))
     index = sequences.sequence_index[:, None].expand_as(scores)
-    highest = scores.new_full((len(lengths), 2), torch.finfo(scores.dtype).min)
-    highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
-    sums = torch.zeros_like(highest).scatter_add(0, index, (scores - highest.gather(0, index)).exp())
-    normaliser = highest + sums.log()
+    maxima = scores.new_full((len(lengths), 2), torch.finfo(scores.dtype).min)
+    maxima = maxima.scatter_reduce(0, index, scores.detach(), "amax")
+    sums = torch.zeros_like(maxima).scatter_add(0, index, (scores - maxima.gather(0, index)).exp())
+    normaliser = maxima + sums.log()
     answers = torch.stack([start_positions.flatten(), end_positions.flatten()], 1)
     counts = (answers >= 0) & (answers < lengths[:, None])
     rows = (starts[:, None] + torch.where(counts, answers, 0)).clamp(max=len(logits) - 1)
@@ -219,8 +219,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _drop(model: PackedHead, x: Tensor, identity: TokenIdentity | None) -> Tensor:
-    return reference.drop_hidden(x, identity and identity.dropout(model.dropout.p, "classifier"))
+def _drop(model: PackedHead, x: Tensor, rng: RngCoordinates | None) -> Tensor:
+    return reference.drop_hidden(x, rng and rng.dropout(model.dropout.p, "classifier"))
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

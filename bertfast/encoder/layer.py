@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bertfast import ops
 from bertfast.encoder.linear import is_plain
 from bertfast.encoder.parts import LayerParts
-from bertfast.inputs import Packed
+from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul, reference
 from bertfast.runtime.torch_compat import autocast_dtype
 
@@ -35,7 +35,7 @@ def layer(
     """Run one layer: attention over all tokens, then all that follows.
 
     Under autocast the residual stream is fp32 and GEMMs read half precision. `add_layer_norm` writes both and its
-    backward pass adds the gradients of both, so that no pass of its own casts or adds activations.
+    backward pass adds the gradients of both, so that casting and adding activations need no passes of their own.
 
     Args:
         parts: The layer's modules and options.
@@ -49,19 +49,19 @@ def layer(
     Returns:
         [T, H], or [R, H] with `rows`, in the dtype of `hidden`; with `return_copy` a pair of that and its copy.
     """
-    identity = packed.identity
+    rng = packed.rng
     dtype = copy_dtype(hidden)
     if copy is None and dtype is not None:
         copy = hidden.to(dtype)
     context = attend(parts, _gemm_input(hidden, copy, parts.query, parts.key, parts.value), packed, index)
     if rows is not None:
         context, hidden = ops.gather(rows, context, hidden)
-        identity = identity and identity.at(rows)
-    dropout = identity and identity.dropout(parts.attention_output_dropout, "attention_output", index)
+        rng = rng and rng.at(rows)
+    dropout = rng and rng.dropout(parts.attention_output_dropout, "attention_output", index)
     hidden, copy = _add_layer_norm(parts.attention_dense, parts.attention_norm, context, hidden, dropout, dtype)
     dense = parts.intermediate_dense
     intermediate = activate(dense, _gemm_input(hidden, copy, dense), parts.activation)
-    dropout = identity and identity.dropout(parts.output_dropout, "output", index)
+    dropout = rng and rng.dropout(parts.output_dropout, "output", index)
     dtype = dtype if return_copy else None
     output = _add_layer_norm(parts.output_dense, parts.output_norm, intermediate, hidden, dropout, dtype)
     return output if return_copy else output[0]
@@ -79,14 +79,14 @@ def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Ten
     context = ops.attention(qkv, packed.sequences, **arguments)
     if packed.query_only:
         slots = len(context) - packed.query_only
-        own = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
-        context = torch.cat([context[:slots], own])
+        query_only = reference.query_only_attention(qkv[slots:, 0], qkv, packed.sequences, **arguments)
+        context = torch.cat([context[:slots], query_only])
     return context.flatten(1)
 
 
 def attention_arguments(parts: LayerParts, head_dimension: int, packed: Packed, index: int) -> dict:
-    """Return what a layer's attention takes besides qkv and sequences."""
-    dropout = packed.identity and packed.identity.dropout(parts.attention_dropout, "attention", index)
+    """Return the keyword arguments of a layer's attention."""
+    dropout = packed.rng and packed.rng.dropout(parts.attention_dropout, "attention", index)
     scale = head_dimension**-0.5 if parts.scale is None else parts.scale
     return {"scale": scale, "causal": parts.causal, "window": None, "dropout": dropout}
 

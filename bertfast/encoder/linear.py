@@ -1,4 +1,4 @@
-"""When a linear layer's parameters may be read instead of calling the layer."""
+"""Decide when a linear layer's parameters may be read instead of calling the layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether reading `weight` and `bias` is what calling the module does: a linear layer with nothing around it.
+    """Return whether a module is a plain linear layer, whose `weight` and `bias` can be read instead of calling it.
 
     A LoRA-wrapped, quantised, parametrised or hooked layer is of another type, or has hooks, and must be called.
     """
@@ -19,7 +19,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """As `is_plain`, also while the parameters are sharded: FSDP2 gathers them when the module around them runs."""
+    """Return what `is_plain` returns once FSDP2 has gathered sharded parameters for the module around them."""
     if type(module) is not nn.Linear or is_watched(module):
         return False
     kinds = {type(module.weight), type(module.bias)} - {nn.Parameter}
@@ -29,10 +29,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
+    """Return whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
     return any(hooks(module)) or "forward" in vars(module)
 
 
 def hooks(module: nn.Module) -> tuple[dict, ...]:
-    """A module's hooks by kind."""
+    """Return a module's hooks by kind."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

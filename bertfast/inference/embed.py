@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bertfast.data.corpus import COMPRESSIONS, read_lines
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
-from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification, chosen_layers
+from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
 from bertfast.models.files import write_tensors
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
@@ -110,7 +110,7 @@ def extract(settings: ExtractSettings) -> Path:
 @torch.no_grad()
 def compute(model: BertModel, features: Features, settings: ExtractSettings) -> dict[str, Tensor]:
     """The features of tokenized texts, as `extract` writes them."""
-    numbers, side_by_side = chosen_layers(settings.layers, model.config)
+    numbers, side_by_side = select_layers(settings.layers, model.config)
     width = model.config.hidden_size * (len(numbers) if side_by_side else 1)
     tokens = settings.pool == "tokens"
     found = torch.empty(len(features.token_ids) if tokens else len(features), width)

@@ -1,1 +1,1 @@
-"""Models: transformers' classes, fused, and the parts that are ours alone."""
+"""Models: transformers' classes, fused, and extensions that transformers does not have."""

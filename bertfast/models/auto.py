@@ -13,25 +13,27 @@ from bertfast.models.patch import is_supported, patch
 logger = logging.getLogger("bertfast")
 
 
-class _Auto:
-    """Make a model with transformers' class of the same name, and fuse it."""
+class _FusedAuto:
+    """Base of the classes below: makes a model with the Auto class of transformers of the same name, and fuses it."""
+
+    original: ClassVar[type]
 
     def __init__(self):
         raise OSError(f"use {type(self).__name__}.from_pretrained(name) or {type(self).__name__}.from_config(config)")
 
-    original: ClassVar[type]
-
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> nn.Module:
-        """Load a model as transformers' class does, with all its arguments, and fuse it."""
+    def from_pretrained(cls, *args, **kwargs) -> nn.Module | tuple[nn.Module, dict]:
+        """Load a model as transformers' class does, with all its arguments, and fuse it.
+
+        Returns:
+            The model; with `output_loading_info=True` a pair of it and transformers' loading information.
+        """
         loaded = cls.original.from_pretrained(*args, **kwargs)
-        if isinstance(loaded, tuple):  # with output_loading_info
-            return (_fused(loaded[0]), *loaded[1:])
-        return _fused(loaded)
+        return (_fused(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else _fused(loaded)
 
     @classmethod
     def from_config(cls, *args, **kwargs) -> nn.Module:
-        """Make a model from a configuration, with random weights, and fuse it."""
+        """Make a model from a configuration as transformers' class does, with random weights, and fuse it."""
         return _fused(cls.original.from_config(*args, **kwargs))
 
 
@@ -43,55 +45,17 @@ def _fused(model: nn.Module) -> nn.Module:
     return model
 
 
-class AutoModel(_Auto):
-    """`transformers.AutoModel`, fused."""
-
-    original = transformers.AutoModel
-
-
-class AutoModelForPreTraining(_Auto):
-    """`transformers.AutoModelForPreTraining`, fused."""
-
-    original = transformers.AutoModelForPreTraining
+def _fused_auto(name: str) -> type[_FusedAuto]:
+    attributes = {"__module__": __name__, "__doc__": f"`transformers.{name}`, whose models come fused."}
+    return type(name, (_FusedAuto,), {**attributes, "original": getattr(transformers, name)})
 
 
-class AutoModelForMaskedLM(_Auto):
-    """`transformers.AutoModelForMaskedLM`, fused."""
-
-    original = transformers.AutoModelForMaskedLM
-
-
-class AutoModelForCausalLM(_Auto):
-    """`transformers.AutoModelForCausalLM`, fused."""
-
-    original = transformers.AutoModelForCausalLM
-
-
-class AutoModelForNextSentencePrediction(_Auto):
-    """`transformers.AutoModelForNextSentencePrediction`, fused."""
-
-    original = transformers.AutoModelForNextSentencePrediction
-
-
-class AutoModelForSequenceClassification(_Auto):
-    """`transformers.AutoModelForSequenceClassification`, fused."""
-
-    original = transformers.AutoModelForSequenceClassification
-
-
-class AutoModelForMultipleChoice(_Auto):
-    """`transformers.AutoModelForMultipleChoice`, fused."""
-
-    original = transformers.AutoModelForMultipleChoice
-
-
-class AutoModelForTokenClassification(_Auto):
-    """`transformers.AutoModelForTokenClassification`, fused."""
-
-    original = transformers.AutoModelForTokenClassification
-
-
-class AutoModelForQuestionAnswering(_Auto):
-    """`transformers.AutoModelForQuestionAnswering`, fused."""
-
-    original = transformers.AutoModelForQuestionAnswering
+AutoModel = _fused_auto("AutoModel")
+AutoModelForPreTraining = _fused_auto("AutoModelForPreTraining")
+AutoModelForMaskedLM = _fused_auto("AutoModelForMaskedLM")
+AutoModelForCausalLM = _fused_auto("AutoModelForCausalLM")
+AutoModelForNextSentencePrediction = _fused_auto("AutoModelForNextSentencePrediction")
+AutoModelForSequenceClassification = _fused_auto("AutoModelForSequenceClassification")
+AutoModelForMultipleChoice = _fused_auto("AutoModelForMultipleChoice")
+AutoModelForTokenClassification = _fused_auto("AutoModelForTokenClassification")
+AutoModelForQuestionAnswering = _fused_auto("AutoModelForQuestionAnswering")

@@ -1,7 +1,7 @@
 """transformers' BERT classes, fused: the same constructors, files, arguments and outputs, on the packed encoder.
 
-Each is a subclass of the class of the same name in transformers, from which it inherits all that is not its forward
-pass. The classes of inner modules are what those of a live model become when it is patched.
+Each is a subclass of the class of the same name in transformers, from which it inherits everything but its forward
+pass. `patch` changes the modules of a live model to these classes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from transformers.models.bert import modeling_bert as original
 
 from bertfast.architectures import BERT
 from bertfast.models import fused
-from bertfast.models.registry import register
 
 __all__ = [
     "BertConfig",
@@ -29,61 +28,49 @@ __all__ = [
 ]
 
 
-@register(BERT)
-class BertEmbeddings(fused.FusedEmbeddings, original.BertEmbeddings):
+class BertEmbeddings(fused.FusedEmbeddings, original.BertEmbeddings, architecture=BERT):
     """Word, position and token-type embeddings."""
 
 
-@register(BERT)
-class BertLayer(fused.FusedLayer, original.BertLayer):
+class BertLayer(fused.FusedLayer, original.BertLayer, architecture=BERT):
     """One transformer layer."""
 
 
-@register(BERT)
-class BertPredictionHeadTransform(fused.FusedTransform, original.BertPredictionHeadTransform):
-    """What stands between the encoder and the vocabulary."""
+class BertPredictionHeadTransform(fused.FusedTransform, original.BertPredictionHeadTransform, architecture=BERT):
+    """The masked-LM head's transform, between the encoder and the vocabulary."""
 
 
-@register(BERT)
-class BertModel(fused.FusedEncoder, original.BertModel):
+class BertModel(fused.FusedEncoder, original.BertModel, architecture=BERT):
     """`transformers.BertModel`, fused."""
 
 
-@register(BERT)
-class BertForPreTraining(fused.FusedPreTraining, original.BertForPreTraining):
+class BertForPreTraining(fused.FusedPreTraining, original.BertForPreTraining, architecture=BERT):
     """`transformers.BertForPreTraining`, fused; in training with labels, `prediction_logits` is None."""
 
 
-@register(BERT)
-class BertForMaskedLM(fused.FusedMaskedLM, original.BertForMaskedLM):
+class BertForMaskedLM(fused.FusedMaskedLM, original.BertForMaskedLM, architecture=BERT):
     """`transformers.BertForMaskedLM`, fused; in training with labels, `logits` is None."""
 
 
-@register(BERT)
-class BertLMHeadModel(fused.FusedHead, original.BertLMHeadModel, GenerationMixin):
+class BertLMHeadModel(fused.FusedHead, original.BertLMHeadModel, GenerationMixin, architecture=BERT):
     """`transformers.BertLMHeadModel`, fused."""
 
 
-@register(BERT)
-class BertForNextSentencePrediction(fused.FusedPooled, original.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(fused.FusedPooled, original.BertForNextSentencePrediction, architecture=BERT):
     """`transformers.BertForNextSentencePrediction`, fused."""
 
 
-@register(BERT)
-class BertForSequenceClassification(fused.FusedPooled, original.BertForSequenceClassification):
+class BertForSequenceClassification(fused.FusedPooled, original.BertForSequenceClassification, architecture=BERT):
     """`transformers.BertForSequenceClassification`, fused."""
 
 
-@register(BERT)
-class BertForMultipleChoice(fused.FusedPooled, original.BertForMultipleChoice):
+class BertForMultipleChoice(fused.FusedPooled, original.BertForMultipleChoice, architecture=BERT):
     """`transformers.BertForMultipleChoice`, fused."""
 
 
-@register(BERT)
-class BertForTokenClassification(fused.FusedMean, original.BertForTokenClassification):
+class BertForTokenClassification(fused.FusedMeanLoss, original.BertForTokenClassification, architecture=BERT):
     """`transformers.BertForTokenClassification`, fused."""
 
 
-@register(BERT)
-class BertForQuestionAnswering(fused.FusedHead, original.BertForQuestionAnswering):
+class BertForQuestionAnswering(fused.FusedHead, original.BertForQuestionAnswering, architecture=BERT):
     """`transformers.BertForQuestionAnswering`, fused."""

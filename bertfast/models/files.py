@@ -1,4 +1,4 @@
-"""Models' folders: finding, opening and saving them, with one sentence for whatever can be wrong with them."""
+"""Find, open and save the folders of models, with one sentence for whatever can be wrong with them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bertfast.models import bert
+from bertfast.models.extensions import ExtendedBertConfig, class_for
 from bertfast.models.initialise import initialise
-from bertfast.models.own_parts import OwnBertConfig, class_for
 
 logger = logging.getLogger("bertfast")
 
@@ -28,19 +28,20 @@ _DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError, 
 
 
 def resolve(name: str | Path) -> Path:
-    """Return the folder of a model: one that exists, or the local copy of a hub id."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"{name} is not a folder; a model is a folder with config.json and weights")
+    """Return the folder of a model: one that exists, or the local copy of a hub id.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:  # whatever a network can do wrong, the user named something that is not there
-        raise FileNotFoundError(f"{name} is neither a folder here nor a model that the hub gave: {error}") from error
+    except Exception as error:  # of the network, the hub, or the form of the name
+        raise FileNotFoundError(f"{name} is not a folder, and not a model that the hub gave: {error}") from error
 
 
 def read_config(folder: str | Path, **changes) -> BertConfig:
@@ -48,7 +49,7 @@ def read_config(folder: str | Path, **changes) -> BertConfig:
 
     Args:
         folder: With `config.json`.
-        changes: Entries to set, also those that `BertConfig` does not know. Parts of ours make it an `OwnBertConfig`.
+        changes: Entries to set, also those that `BertConfig` does not know. Extensions make it an `ExtendedBertConfig`.
 
     Raises:
         FileNotFoundError: There is no `config.json`.
@@ -59,18 +60,17 @@ def read_config(folder: str | Path, **changes) -> BertConfig:
         raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model's folder")
     values = json.loads(path.read_text(encoding="utf-8"))
     model_type = values.pop("model_type", "bert")
-    if model_type not in ("bert", OwnBertConfig.model_type):
+    if model_type not in ("bert", ExtendedBertConfig.model_type):
         raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT")
-    if "id2label" in changes or "num_labels" in changes:
-        for name in ("id2label", "label2id", "num_labels"):
-            values.pop(name, None)
+    if "id2label" in changes:  # transformers takes the number of labels from it
+        changes["label2id"] = {label: index for index, label in changes["id2label"].items()}
+        changes.pop("num_labels", None)
+    if changes.keys() & {"id2label", "num_labels"}:
+        values = {name: x for name, x in values.items() if name not in ("id2label", "label2id", "num_labels")}
     values |= changes
-    if "id2label" in changes:
-        values["label2id"] = {label: number for number, label in values["id2label"].items()}
-        values.pop("num_labels", None)  # their number, which transformers takes from them
-    # Folders from before parts of ours had a type of their own say "bert" and name the part.
-    own = model_type == OwnBertConfig.model_type or any(values.get(part) for part in OwnBertConfig.parts)
-    return (OwnBertConfig if own else BertConfig).from_dict(values)
+    # Folders from before extensions had a model type of their own have "bert", and the extension's field.
+    is_extended = model_type == ExtendedBertConfig.model_type or any(map(values.get, ExtendedBertConfig.extensions))
+    return (ExtendedBertConfig if is_extended else BertConfig).from_dict(values)
 
 
 def load(
@@ -79,9 +79,9 @@ def load(
     """Open a model in fp32 and in evaluation mode, on the CPU.
 
     Args:
-        kind: One of bertfast's classes; with parts of ours in the configuration, its counterpart that has them.
+        kind: A fused class; if the configuration has extensions, its counterpart with extensions is opened.
         name: Folder or hub id.
-        config: The model's; None: that of the folder.
+        config: Configuration of the model; None: that of the folder.
         fresh: Parameters whose names begin with these are initialised, whatever the checkpoint holds.
 
     Returns:
@@ -96,28 +96,27 @@ def load(
     config = read_config(folder) if config is None else config
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with _quiet():  # what is missing is for the caller to judge
-            model, told = class_for(kind, config).from_pretrained(folder, **options)
+        with _quiet():  # the caller decides what may be missing
+            model, info = class_for(kind, config).from_pretrained(folder, **options)
     except OSError as error:
         raise FileNotFoundError(f"the weights of {name} cannot be read: {error}") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} is damaged or holds other things than weights: {error}") from error
-    for entry in told["mismatched_keys"]:
+    for entry in info["mismatched_keys"]:
         key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
-        if not (fresh and key.startswith(fresh)):
+        if not key.startswith(fresh):
             size = list(model.get_parameter(key).shape)
             raise ValueError(
                 f"{name} is of another size: its {key} is not {size}, as its config.json says: take the config.json "
                 "that belongs to the weights"
             )
-    missing = [key for key in model.state_dict() if key in {*told["missing_keys"]}]
-    again = [key for key in model.state_dict() if fresh and key.startswith(fresh)]
-    initialise(model, {*missing, *again})
-    return model.eval(), missing, sorted(told["unexpected_keys"])
+    missing = [key for key in model.state_dict() if key in info["missing_keys"]]
+    initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
+    return model.eval(), missing, sorted(info["unexpected_keys"])
 
 
 def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:
-    """Warn of what a checkpoint lacks, and of what it holds besides."""
+    """Warn of parameters that a checkpoint lacks, and of weights that the model does not have."""
     if missing:
         logger.warning("%s has no %s: newly initialised", name, ", ".join(missing))
     if unexpected:
@@ -125,15 +124,15 @@ def report_differences(model: PreTrainedModel, name: str, missing: list[str], un
 
 
 def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a model's folder as `save_pretrained` does, but so that each file is there whole or not at all.
+    """Write a model's folder as `save_pretrained` does, each file whole or not at all.
 
     Args:
         model: The model.
-        folder: Is made if it is missing.
-        weights: The model's state where that is not its own tensors, as when ranks have parts of it.
+        folder: Folder to write to; it is made if it is missing.
+        weights: The model's state if that is not in its own tensors, as when it was gathered from several ranks.
 
     Raises:
-        OSError: The disk does not take it; what was saved before is kept.
+        OSError: The files cannot be written; what was saved before is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +152,7 @@ def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] 
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; OSError where the disk does not take it, as when it is full."""
+    """Write a safetensors file, or raise OSError if it cannot be written, as when the disk is full."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -163,7 +162,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from logging less than errors, and from drawing progress bars."""
+    """Have transformers log errors only, and draw no progress bars."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -176,17 +175,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _tied(model: PreTrainedModel) -> set[str]:
-    """Return the names of parameters that have another name too, but for the first of each."""
+    """Return the names of tied parameters, except for the first name of each."""
     first: dict[int, str] = {}
     names = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}
 
 
 def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
-    """Return the class that a folder's configuration names, `BertModel` where it names none.
+    """Return the fused class that a folder's configuration names, `BertModel` if it names none.
 
     Raises:
-        ValueError: It is none of bertfast's.
+        ValueError: The class that it names is not one of bertfast.
     """
     known = [name for name in bert.__all__ if issubclass(getattr(bert, name), PreTrainedModel)]
     name = next(iter(config.architectures or ["BertModel"]))

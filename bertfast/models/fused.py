@@ -3,16 +3,15 @@
 Each call takes the fastest of three ways:
 
 - padding is removed before the embeddings and restored behind the last layer;
-- transformers' own loop runs, and each layer that can be fused removes padding and restores it for itself: where a
-  layer must be left alone, as one that a hook watches, or where hidden states are recorded;
-- transformers' own code runs: attention weights, caches, masks between pairs of tokens, cross-attention, export; and
-  all of it where the device and dtype of a call have no fast kernels (`bertfast.fast_kernels`).
+- transformers' own loop runs, and each layer that can be fused removes padding and restores it for itself: if another
+  layer cannot be fused, because it has a hook, say, or if hidden states are recorded;
+- transformers' own code runs: for attention weights, caches, masks between pairs of tokens, cross-attention and export,
+  and for devices and dtypes without fast kernels (`bertfast.models.kernel_support`).
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar
 
@@ -25,27 +24,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from bertfast import encoder as functions
 from bertfast.architectures import read
-from bertfast.fast_kernels import gemm_dtype, why_left_to_transformers
-from bertfast.inputs import Layout, Packed, unpad
-from bertfast.models import eligibility, registry
-from bertfast.models.eligibility import INPUTS, PACKING
+from bertfast.encoder.unpadding import Layout, Packed, unpad
+from bertfast.models import eligibility, kernel_support, registry
+from bertfast.models.eligibility import INPUTS, PACKING, main_input
+from bertfast.models.kernel_support import gemm_dtype
 from bertfast.ops.reference import IGNORED
 from bertfast.ops.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
-_POOLED_ONLY = "_bertfast_pooled_only"  # of a call whose caller reads nothing but the pooled output
+_HEADS_DROP_KEYWORDS = _LAYERS_RETURN_TUPLES  # or refuse them, so that none reaches the encoder
+_POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """The packed tokens of a call that runs transformers' own loop, and which layer is which."""
-
-    packed: Packed
-    layout: Layout
-    indices: dict[nn.Module, int]
-
-
-_CALL: ContextVar[_Call | None] = ContextVar("bertfast_call", default=None)
+# While transformers' own loop runs: the packed tokens of the call, their layout, and the index of each layer that takes
+# them.
+_CALL: ContextVar[tuple[Packed, Layout, dict[nn.Module, int]] | None] = ContextVar("bertfast_call", default=None)
+# While a head runs that drops keywords: the arguments that say where the sequences of its packed input start.
+_PACKING: ContextVar[dict | None] = ContextVar("bertfast_packing", default=None)
 
 
 class FusedEmbeddings(registry.Fused):
@@ -58,53 +52,49 @@ class FusedEmbeddings(registry.Fused):
 
 
 class FusedLayer(registry.Fused):
-    """A layer that also takes packed tokens, from our loop or from transformers'."""
+    """A layer that also takes packed tokens, or removes padding for itself in transformers' own loop."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if args and isinstance(args[0], Packed):
             return functions.layer(self.architecture.layer_parts(self), hidden_states, *args)
-        # A compiler traces transformers' loop as it is, and no call of ours is under way then.
         call = None if torch.compiler.is_compiling() else _CALL.get()
-        if call is None or self not in call.indices:
+        if call is None or self not in call[2]:
             return super().forward(hidden_states, *args, **kwargs)
-        hidden = call.layout.unpad(hidden_states, "hidden_states")
-        hidden = functions.layer(self.architecture.layer_parts(self), hidden, call.packed, call.indices[self])
-        return (call.layout.pad(hidden),) if _LAYERS_RETURN_TUPLES else call.layout.pad(hidden)
+        packed, layout, indices = call
+        hidden = layout.unpad(hidden_states, "hidden_states")
+        hidden = layout.pad(functions.layer(self.architecture.layer_parts(self), hidden, packed, indices[self]))
+        return (hidden,) if _LAYERS_RETURN_TUPLES else hidden
 
 
 class FusedTransform(registry.Fused):
-    """What stands before the vocabulary, in one operation behind its GEMM."""
+    """The masked-LM head's transform, in one operation behind its GEMM."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or eligibility.tracing_unsupported_reason(hidden_states) is not None:
+        shape = (1, hidden_states.shape[:-1].numel())  # without attention, rows and columns do not matter
+        if (
+            torch.compiler.is_compiling()
+            or eligibility.tracing_unsupported_reason(hidden_states) is not None
+            or eligibility.transform_unsupported_reason(self) is not None
+            or kernel_support.unsupported_reason(hidden_states.device, gemm_dtype(hidden_states), shape=shape)
+            is not None
+        ):
             return super().forward(hidden_states)
-        if eligibility.transform_unsupported_reason(self.architecture, self) is not None:
-            return super().forward(hidden_states)
-        shape = (1, hidden_states.shape[:-1].numel())  # there is no attention: rows do not matter
-        if why_left_to_transformers(hidden_states.device, gemm_dtype(hidden_states), shape=shape) is not None:
-            return super().forward(hidden_states)
-        paths = self.architecture.transform
-        dense, norm = attrgetter(paths["dense"], paths["norm"])(self)
-        return functions.transform(dense, norm, hidden_states.flatten(0, -2), "gelu").view_as(hidden_states)
+        dense, norm = attrgetter(self.architecture.transform["dense"], self.architecture.transform["norm"])(self)
+        return functions.transform(dense, norm, hidden_states.flatten(0, -2)).view_as(hidden_states)
 
 
 class FusedModel(registry.Fused):
-    """A model whose inner modules are fused when it is made, and whose arguments are known by name.
+    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name.
 
     Attributes:
-        arguments: The names of the arguments of the original's `forward`.
-        passes_keywords: Whether that hands keywords that it does not know to the encoder.
+        passes_keywords: Whether the original's `forward` passes on keywords that it does not know to the encoder.
     """
 
-    arguments: ClassVar[tuple[str, ...]] = ()
     passes_keywords: ClassVar[bool] = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         registry.fuse(self)
-
-    def _named(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self.arguments, args, strict=False)) | kwargs
 
 
 class FusedEncoder(FusedModel):
@@ -115,49 +105,39 @@ class FusedEncoder(FusedModel):
         paths = self.architecture.embeddings, self.architecture.layers
         return tuple(read(self, path.split(".")) for path in paths)
 
-    def forward(self, *args, **kwargs):
-        pooled_only = kwargs.pop(_POOLED_ONLY, False)
-        arguments = self._named(args, kwargs)
-        reason, whole = self._unsupported_reasons(arguments)
-        if reason is not None:
-            if arguments.get("cu_seq_lens_q") is not None:  # which transformers ignores, so that sequences would mix
-                raise ValueError(f"packed input (cu_seq_lens_q) cannot be taken here, as {reason}: give it padded")
-            return super().forward(*args, **kwargs)
-        if eligibility.kernels_unsupported_reason(self, arguments) is not None:
-            if arguments.get("cu_seq_lens_q") is None:
-                return super().forward(*args, **kwargs)
-            arguments, layout = _padded(arguments)
-            outputs = _packed_again(super().forward(**arguments | {"return_dict": True}), layout)
-        elif whole:
-            outputs = self._encode(arguments, pooled_only)
-        else:
-            outputs = self._run_loop(super().forward, arguments)
-        return_dict = arguments.get("return_dict")
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if as_dict else outputs.to_tuple()
-
-    def _unsupported_reasons(self, arguments: dict) -> tuple[str | None, bool]:
-        """Return why transformers' own code must run, and if it need not, whether all layers can run packed."""
+    def forward(self, **arguments):
+        pooled_only = arguments.pop(_POOLED_ONLY, False)
+        if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
+            arguments |= _PACKING.get() or {}
+        is_packed = arguments.get("cu_seq_lens_q") is not None
         reason = eligibility.call_unsupported_reason(self, arguments)
-        if reason is not None:
-            return reason, False
-        states = arguments.get("output_hidden_states")
-        states = self.config.output_hidden_states if states is None else states
-        broken = eligibility.whole_unsupported_reason(self)
-        if broken is None and states is False:
-            return None, True
-        if torch.compiler.is_compiling():
-            return broken or "hidden states are asked for", False
-        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.packed_modules()[1])
-        if self.training and checkpointed and broken is not None:
-            return broken, False  # transformers' loop, recomputed in the backward pass, would not know its call
-        return eligibility.encoder_unsupported_reason(self), False
+        if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
+            raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
+        if reason is None and not is_packed and eligibility.is_short(arguments):
+            return super().forward(**arguments)
+        layers = {}
+        if reason is None and eligibility.kernels_unsupported_reason(self, arguments) is None:
+            states = arguments.get("output_hidden_states")
+            records = (self.config.output_hidden_states if states is None else states) is not False
+            if not records and eligibility.whole_unsupported_reason(self) is None:
+                return _returned(self, arguments, self._encode(arguments, pooled_only))
+            layers = self._layers_in_loop()
+        if not layers and not is_packed:
+            return super().forward(**arguments)
+        return _returned(self, arguments, self._run_loop(super().forward, arguments, layers))
+
+    def _layers_in_loop(self) -> dict[nn.Module, int]:
+        """Return the layers that remove padding for themselves in transformers' own loop, and their indices."""
+        layers = self.packed_modules()[1]
+        recomputed = self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        if torch.compiler.is_compiling() or recomputed:  # recomputed layers run when this call is over
+            return {}
+        reasons, path = eligibility.unsupported_reasons(self), self.architecture.layers
+        return {layer: index for index, layer in enumerate(layers) if reasons[f"{path}.{index}"] is None}
 
     def unpadded(self, arguments: dict) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
-        given = arguments.get("input_ids")
-        given = arguments["inputs_embeds"] if given is None else given
-        rows, columns = given.shape[:2]
+        rows, columns = main_input(arguments).shape[:2]
         mask, positions, types = (arguments.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
         if mask is not None and mask.shape != (rows, columns):
             mask = F.pad(mask, (0, columns - mask.shape[1])).expand(rows, columns)
@@ -172,62 +152,69 @@ class FusedEncoder(FusedModel):
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
-            training=self.training,
+            training=self.training and eligibility.has_dropout(self),
             pooled=self.pooler is not None,
         )
 
     def _encode(self, arguments: dict, pooled_only: bool) -> BaseModelOutputWithPoolingAndCrossAttentions:
         packed, layout = self.unpadded(arguments)
         # transformers' pooler reads the first column alone, so it may be given a batch that has no other.
-        of_first = self.pooler is not None and eligibility.pooler_unsupported_reason(self) is None
-        if pooled_only and of_first:
+        reads_first_column = eligibility.pooler_unsupported_reason(self) is None
+        if pooled_only and reads_first_column:
             first = functions.encode(self, packed, packed.first)
             unread = first.new_zeros(()).expand(*layout.shape, first.shape[1])
             return BaseModelOutputWithPoolingAndCrossAttentions(unread, self.pooler(first[:, None]))
         hidden = functions.encode(self, packed)
         pooled = None
-        if of_first:
+        if reads_first_column:
             pooled = self.pooler(hidden[packed.first][:, None])
         elif self.pooler is not None:
-            by_row = layout
-            if layout.indices is None:
-                by_row = Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+            is_padded = layout.indices is not None
+            by_row = layout if is_padded else Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
             pooled = self.pooler(by_row.pad(hidden))
         return BaseModelOutputWithPoolingAndCrossAttentions(layout.pad(hidden), pooled)
 
-    def _run_loop(self, forward, arguments: dict) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Run transformers' loop, in which each layer that can be fused removes padding for itself."""
-        restore = None
+    def _run_loop(
+        self, forward, arguments: dict, layers: dict[nn.Module, int]
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run transformers' own loop on padded input, in which `layers` remove padding for themselves."""
+        caller_layout = None
         if arguments.get("cu_seq_lens_q") is not None:
-            arguments, restore = _padded(arguments)
-        packed, layout = self.unpadded(arguments)
-        supported = {
-            layer: index
-            for index, layer in enumerate(self.packed_modules()[1])
-            if eligibility.layer_unsupported_reason(self.architecture, self.config, layer, self.training) is None
-        }
-        call = _CALL.set(_Call(packed, layout, supported))
+            arguments, caller_layout = _padded(arguments)
+        call = _CALL.set((*self.unpadded(arguments), layers) if layers else None)
         try:
-            own = {name: value for name, value in arguments.items() if name not in PACKING}
-            outputs = forward(**own | {"return_dict": True})
+            padded = {name: value for name, value in arguments.items() if name not in PACKING}
+            outputs = forward(**padded | {"return_dict": True})
         finally:
             _CALL.reset(call)
-        return outputs if restore is None else _packed_again(outputs, restore)
+        return outputs if caller_layout is None else _packed_again(outputs, caller_layout)
 
 
 class FusedHead(FusedModel):
-    """A model with a task's head, whose own code runs on a fused encoder."""
+    """A model with a task's head, which runs transformers' own code on a fused encoder."""
+
+    def forward(self, **arguments):
+        packing = {name: arguments.pop(name) for name in PACKING if _HEADS_DROP_KEYWORDS and name in arguments}
+        if not packing:
+            return super().forward(**arguments)
+        if torch.compiler.is_compiling():
+            raise ValueError("packed input (cu_seq_lens_q) to a compiled head requires transformers 5: pass it padded")
+        call = _PACKING.set(packing)
+        try:
+            return super().forward(**arguments)
+        finally:
+            _PACKING.reset(call)
 
 
-class FusedMean(FusedHead):
-    """A head whose loss is the mean over the labels that are there; over a whole step's, where it is told how many."""
+class FusedMeanLoss(FusedHead):
+    """A head whose loss is the mean over a batch's labels, or over a whole step's if `num_items_in_batch` is passed."""
 
-    # transformers' heads take any keyword, so that Trainer believes that they divide by a step's items; they do not.
+    # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide.
     accepts_loss_kwargs = True
 
-    def forward(self, *args, num_items_in_batch: Tensor | int | None = None, **kwargs):
-        outputs = super().forward(*args, **kwargs)
-        labels = self._named(args, kwargs).get("labels")
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **arguments):
+        outputs = super().forward(**arguments)
+        labels = arguments.get("labels")
         if num_items_in_batch is None or labels is None:
             return outputs
         counted = (labels != IGNORED).sum()
@@ -239,22 +226,21 @@ class FusedMean(FusedHead):
         return outputs
 
 
-class FusedPooled(FusedMean):
-    """A head that reads nothing of the encoder but its pooled output, so that the last layer runs on [CLS] alone."""
+class FusedPooled(FusedMeanLoss):
+    """A head that reads only the pooled output of the encoder, so that the last layer runs on [CLS] alone."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, **arguments):
         if eligibility.can_pool_alone(self):
-            kwargs[_POOLED_ONLY] = True
-        return super().forward(*args, **kwargs)
+            arguments[_POOLED_ONLY] = True
+        return super().forward(**arguments)
 
 
-class FusedMaskedLM(FusedMean):
+class FusedMaskedLM(FusedMeanLoss):
     """The masked-LM head: in training its loss is computed on labelled rows, and there are no logits."""
 
-    def forward(self, *args, **kwargs):
-        arguments = self._named(args, kwargs)
+    def forward(self, **arguments):
         if not _loss_needs_no_logits(self, arguments, ("labels",)):
-            return super().forward(*args, **kwargs)
+            return super().forward(**arguments)
         loss, _ = _masked_lm_loss(self, arguments)
         return _returned(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
 
@@ -264,10 +250,9 @@ class FusedPreTraining(FusedHead):
 
     accepts_loss_kwargs = False  # means of tokens and of pairs: one number of items cannot serve both
 
-    def forward(self, *args, **kwargs):
-        arguments = self._named(args, kwargs)
+    def forward(self, **arguments):
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
-            return super().forward(*args, **kwargs)
+            return super().forward(**arguments)
         loss, first = _masked_lm_loss(self, arguments, first=True)
         logits = read(self, self.architecture.head["next_sentence"].split("."))(functions.pooled(self, first))
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
@@ -275,35 +260,34 @@ class FusedPreTraining(FusedHead):
         return _returned(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
 
 
-def _loss_needs_no_logits(model: FusedHead, arguments: dict, labels: tuple[str, ...]) -> bool:
-    """Whether a call asks for a training loss that can be computed on labelled rows, and for nothing else."""
-    config, base = model.config, model.base_model
+def _loss_needs_no_logits(model: FusedModel, arguments: dict, labels: tuple[str, ...]) -> bool:
+    """Return whether a call asks only for a training loss that can be computed on labelled rows."""
+    config, encoder = model.config, model.base_model
     if not model.training or any(arguments.get(name) is None for name in labels):
         return False
     if arguments.get("output_hidden_states") or config.output_hidden_states or getattr(config, "return_logits", False):
         return False
-    own = {name: x for name, x in arguments.items() if name not in labels}
+    inputs = {name: x for name, x in arguments.items() if name not in labels}
     return (
-        isinstance(base, FusedEncoder)
-        and eligibility.call_unsupported_reason(base, own) is None
-        and eligibility.kernels_unsupported_reason(base, own) is None
-        and eligibility.whole_unsupported_reason(base) is None
+        isinstance(encoder, FusedEncoder)
+        and eligibility.call_unsupported_reason(encoder, inputs) is None
+        and eligibility.kernels_unsupported_reason(encoder, inputs) is None
+        and eligibility.whole_unsupported_reason(encoder) is None
         and eligibility.head_unsupported_reason(model) is None
-        and (len(labels) == 1 or eligibility.pooler_unsupported_reason(base) is None)
+        and (len(labels) == 1 or eligibility.pooler_unsupported_reason(encoder) is None)
     )
 
 
-def _masked_lm_loss(model: FusedHead, arguments: dict, first: bool = False) -> tuple[Tensor, Tensor | None]:
+def _masked_lm_loss(model: FusedModel, arguments: dict, first: bool = False) -> tuple[Tensor, Tensor | None]:
     """Compute the loss on labelled rows, and the last layer's output at each sequence's first token if asked for."""
-    base = model.base_model
-    packed, layout = base.unpadded(arguments)
+    packed, layout = model.base_model.unpadded(arguments)
     labels = arguments["labels"].reshape(-1)
     labelled = (labels != IGNORED).nonzero().squeeze(1)
     rows = labelled if layout.indices is None else layout.slots()[labelled]
-    read = rows.clamp(min=0)
-    hidden = functions.encode(base, packed, torch.cat([read, packed.first]) if first else read)
-    read = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
-    total, _, counted = functions.masked_lm_loss(model, read, labels[labelled])
+    gathered = rows.clamp(min=0)
+    hidden = functions.encode(model.base_model, packed, torch.cat([gathered, packed.first]) if first else gathered)
+    at_labels = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
+    total, _, counted = functions.masked_lm_loss(model, at_labels, labels[labelled])
     items = arguments.get("num_items_in_batch")
     loss = total / (counted.clamp(min=1) if items is None else items)
     return loss, hidden[len(rows) :] if first else None
@@ -325,12 +309,10 @@ def _packed_again(outputs, layout: Layout):
 
 def _padded(arguments: dict) -> tuple[dict, Layout]:
     """Turn packed input [1, T] into a padded batch, one sequence per row, and the layout that unpads its outputs."""
-    given = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
-    cu_seqlens = arguments["cu_seq_lens_q"].to(given.device)
-    sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=given.shape[1])
+    tokens = main_input(arguments)
+    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(tokens.device), capacity=tokens.shape[1])
     layout = Layout.of(sequences, sequences.max_seqlen)  # transformers' loop needs the lengths: this waits for a GPU
-    own = {name: value for name, value in arguments.items() if name not in PACKING}
-    for name in INPUTS:
-        if own.get(name) is not None:
-            own[name] = layout.pad(own[name][0])
-    return own | {"attention_mask": layout.pad(sequences.is_token.long())}, layout
+    packed = {name: arguments[name][0] for name in INPUTS if arguments.get(name) is not None}
+    padded = {name: layout.pad(value) for name, value in packed.items()}
+    padded["attention_mask"] = layout.pad(sequences.is_token.long())
+    return {**arguments, **padded, "cu_seq_lens_q": None}, layout

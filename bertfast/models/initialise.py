@@ -1,4 +1,4 @@
-"""Random weights as in the paper's released code: normal, cut off at two standard deviations."""
+"""Initialise weights as in the paper's released code: from a normal distribution truncated at two deviations."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def initialise(model: nn.Module, names: Collection[str] | None = None) -> None:
     """Initialise parameters in place.
 
     Args:
-        model: On the CPU, with a configuration.
-        names: Of the parameters; None: all. The values depend on these, on torch's seed and on nothing else, so that
-            they are the same with each version of transformers.
+        model: A model with a configuration, on the CPU.
+        names: Names of the parameters; None: all. The values depend only on these and on torch's seed, so that they are
+            the same with each version of transformers.
     """
     generator = torch.Generator().manual_seed(torch.initial_seed())
-    known: set[int] = set()
+    visited: set[int] = set()
     for path, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{own}" if path else own
-            if id(parameter) not in known and (names is None or name in names):
-                _fill(module, own, parameter, model.config.initializer_range, generator)
-            known.add(id(parameter))
+        for local_name, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{local_name}" if path else local_name
+            if id(parameter) not in visited and (names is None or name in names):
+                _fill(module, local_name, parameter, model.config.initializer_range, generator)
+            visited.add(id(parameter))
 
 
 def _fill(module: nn.Module, name: str, parameter: Tensor, deviation: float, generator: torch.Generator) -> None:

@@ -23,7 +23,7 @@ def preset_config(name: Preset, **changes) -> BertConfig:
 
     Args:
         name: tiny, mini, small, medium, base or large.
-        changes: Further arguments of `BertConfig`, or others than the size has.
+        changes: Further arguments of `BertConfig`, or replacements of those of the size.
 
     Raises:
         ValueError: There is no such size.

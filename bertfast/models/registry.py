@@ -1,9 +1,8 @@
-"""Which class fuses which: static ones for the classes of transformers, and derived ones for those of users."""
+"""Which class fuses which: static classes for those of transformers, derived ones for those of users."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import ClassVar
 
@@ -15,21 +14,23 @@ _FUSED: dict[type, type] = {}
 
 
 class Fused:
-    """What a fused module is besides its own class, `original`, which comes behind the mixin in its bases."""
+    """Base of the mixins that fuse a module.
+
+    A subclass with the keyword `architecture` is the fused class of `original`, its second base, by `mixin`, its first.
+    """
 
     architecture: ClassVar[Architecture]
     original: ClassVar[type]
     mixin: ClassVar[type]
 
-
-def register(architecture: Architecture) -> Callable[[type], type]:
-    """Return a decorator that makes a class the fused one of the class of transformers that it derives from."""
-
-    def complete(kind: type) -> type:
-        _FUSED[kind.__bases__[1]] = _complete(kind, architecture)
-        return kind
-
-    return complete
+    def __init_subclass__(cls, *, architecture: Architecture | None = None, **keywords):
+        super().__init_subclass__(**keywords)
+        if architecture is not None:  # else it is a mixin, or a user's class on a fused one
+            cls.architecture = architecture
+            cls.mixin, cls.original = cls.__bases__[:2]
+            _FUSED[cls.original] = cls
+            if hasattr(cls, "passes_keywords"):
+                _name_arguments(cls)
 
 
 def fused_class(kind: type) -> type | None:
@@ -37,7 +38,12 @@ def fused_class(kind: type) -> type | None:
     if issubclass(kind, Fused):
         return None
     base = next((base for base in kind.__mro__ if base in _FUSED), None)
-    return None if base is None else _FUSED[base] if base is kind else _derived(kind, _FUSED[base])
+    if base is not None and base is not kind:  # a user's class: derive its fused class, under the same name
+        attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        attributes["__reduce_ex__"] = _reduce
+        bases = (_FUSED[base].mixin, kind)
+        return type(kind.__name__, bases, attributes, architecture=_FUSED[base].architecture)
+    return _FUSED.get(base)
 
 
 def fuse(model: nn.Module) -> None:
@@ -45,8 +51,7 @@ def fuse(model: nn.Module) -> None:
     for module in [*model.modules()]:
         kind = fused_class(type(module))
         if kind is not None:
-            module.__class__ = kind
-            _keep_recordable(module)
+            _change_class(module, kind)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -54,53 +59,42 @@ def unfuse(model: nn.Module) -> None:
     for module in [*model.modules()]:
         if isinstance(module, Fused):
             vars(module).pop("_bertfast_snapshot", None)
-            module.__class__ = type(module).original
-            _keep_recordable(module)
+            _change_class(module, type(module).original)
 
 
-def _complete(kind: type, architecture: Architecture) -> type:
-    kind.mixin, kind.original = kind.__bases__[:2]
-    kind.architecture = architecture
-    if hasattr(kind, "arguments"):
-        _name_arguments(kind)
-    return kind
-
-
-@functools.cache
-def _derived(kind: type, fused: type) -> type:
-    """Derive the fused class of a user's class, under the same name."""
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = type(kind.__name__, (fused.mixin, kind), names | {"__reduce_ex__": _reduce})
-    return _complete(made, fused.architecture)
-
-
-def _reduce(module: nn.Module, protocol):  # a pickle finds classes by name, and by that name it would find the original
-    return _remake, (type(module).original,), vars(module)
-
-
-def _remake(original: type) -> nn.Module:
-    kind = fused_class(original)
-    return kind.__new__(kind)
-
-
-def _name_arguments(kind: type) -> None:
-    """Give a model's fused class the signature of its original's `forward`, which Trainer reads, and keep the names."""
-
-    @functools.wraps(kind.original.forward)
-    def forward(self, *args, **kwargs):
-        return super(kind, self).forward(*args, **kwargs)
-
-    parameters = signature(kind.original.forward).parameters
-    kind.forward = forward
-    kind.arguments = tuple(parameters)[1:]
-    kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters.values())
-
-
-def _keep_recordable(module: nn.Module) -> None:
-    """Tell transformers 5 under the name of a module's new class which outputs can be recorded."""
-    try:
+def _change_class(module: nn.Module, kind: type) -> None:
+    module.__class__ = kind
+    try:  # transformers 5 finds the outputs that can be recorded by a module's class
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
     except ImportError:  # transformers 4
         return
     if hasattr(module, "_can_record_outputs"):
         _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
+def _reduce(module: nn.Module, protocol):  # a pickle finds classes by name, and by that name it would find the original
+    return _restore, (type(module).original,), vars(module)
+
+
+def _restore(original: type) -> nn.Module:
+    kind = fused_class(original)
+    return kind.__new__(kind)
+
+
+def _name_arguments(kind: type) -> None:
+    """Give a model's fused class a `forward` that passes on all arguments by name.
+
+    It has the signature of the original's `forward`, which Trainer reads.
+    """
+    original_forward = kind.original.forward
+    parameters = [*signature(original_forward).parameters.values()][1:]
+    names = [x.name for x in parameters if x.kind is Parameter.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(original_forward)
+    def forward(self, *args, **kwargs):
+        if len(args) > len(names):  # a user's forward takes arguments that have no name
+            return original_forward(self, *args, **kwargs)
+        return super(kind, self).forward(**dict(zip(names, args, strict=False)) | kwargs)
+
+    kind.forward = forward
+    kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters)

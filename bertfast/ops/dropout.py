@@ -129,18 +129,18 @@ def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, Tensor | N
 
 
 @dataclass(frozen=True, eq=False)
-class TokenIdentity:
-    """Who the tokens of a batch are, from which each operation of a model draws its dropout.
+class RngCoordinates:
+    """RNG coordinates of a batch's tokens, from which each operation of a model computes its dropout mask.
 
-    Attributes as in `Dropout`.
+    Attributes: see `Dropout`.
     """
 
     seed: Tensor
     sequence_number: Tensor
     position: Tensor
 
-    def at(self, rows: Tensor) -> TokenIdentity:
-        """The identity of the tokens at `rows` (int64 [R])."""
+    def at(self, rows: Tensor) -> RngCoordinates:
+        """Return the coordinates of the tokens at `rows` (int64 [R])."""
         return replace(self, sequence_number=self.sequence_number[rows], position=self.position[rows])
 
     def dropout(self, p: float, site: str, layer: int | None = None) -> Dropout | None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bertfast.encoder import PackedHead, pack
-from bertfast.inputs import Packed
+from bertfast.encoder.unpadding import Packed
 from bertfast.ops.sequences import bucket
 
 _TEXTS_AT_A_TIME = 10_000  # tokenized together: the tokenizer's objects are many times as large as the ids

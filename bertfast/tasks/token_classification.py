@@ -20,7 +20,7 @@ from bertfast.data.corpus import read_lines
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification
-from bertfast.models.feature_based import BertFeaturesForTokenClassification
+from bertfast.models.extensions import BertFeaturesForTokenClassification
 from bertfast.ops.reference import IGNORED
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.metrics import confusion

@@ -22,9 +22,9 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from bertfast.inference.embed import states_on_disk
 from bertfast.inference.predict import predict_outputs
+from bertfast.models.extensions import class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.initialise import initialise
-from bertfast.models.own_parts import class_for
 from bertfast.models.patch import require_packed
 from bertfast.ops.reference import IGNORED
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.models.bert import BertForPreTraining
+from bertfast.models.extensions import ExtendedBertConfig, class_for
 from bertfast.models.files import load, read_config, report_differences
 from bertfast.models.initialise import initialise
-from bertfast.models.own_parts import OwnBertConfig, class_for
 from bertfast.models.presets import Preset, preset_config
 
 
@@ -38,7 +38,7 @@ def starting_config(
     if start is not None:
         return read_config(start, **changes)
     config = preset_config(preset, **changes)
-    return OwnBertConfig.from_dict(config.to_dict()) if causal else config
+    return ExtendedBertConfig.from_dict(config.to_dict()) if causal else config
 
 
 def starting_model(config: BertConfig, start: Path | None) -> PreTrainedModel:

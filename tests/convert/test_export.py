@@ -9,7 +9,7 @@ from parity import CASES, SIZES
 
 import bertfast
 from bertfast.cli.main import main
-from bertfast.models import own_parts
+from bertfast.models import extensions
 
 KINDS = [case for case in CASES if case.name in ("model", "masked_lm", "sequence", "choice", "question", "pretraining")]
 
@@ -79,8 +79,8 @@ def test_torch_export_of_a_patched_model_traces_transformers_code():
 
 def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     case = next(case for case in CASES if case.name == "sequence")
-    own = own_parts.OwnBertConfig(**SIZES, bilstm=True)
-    own_parts.BertForSequenceClassification(own).save_pretrained(tmp_path / "model")
+    own = extensions.ExtendedBertConfig(**SIZES, bilstm=True)
+    extensions.BertForSequenceClassification(own).save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
     assert "has bilstm, which transformers does not have" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

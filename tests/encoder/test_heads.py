@@ -10,8 +10,8 @@ import bertfast
 from bertfast import encoder
 from bertfast.data.batches import Batch
 from bertfast.encoder import heads
-from bertfast.inputs import Packed
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.encoder.unpadding import Packed
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
 LENGTHS = [6, 9, 4]
@@ -30,10 +30,8 @@ def packed_batch(padding_slots: int = 0, empty: int = 0, seed: Tensor | None = N
     ids = torch.randint(53, (sum(LENGTHS),), generator=generator)
     sequences = Sequences.from_lengths(LENGTHS + [0] * empty, capacity=len(ids) + padding_slots)
     filled = torch.cat([ids, torch.zeros(padding_slots, dtype=torch.int64)])
-    identity = None if seed is None else TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
-    packed = Packed(
-        filled, None, torch.zeros_like(filled), sequences.position, sequences, sequences.first, identity=identity
-    )
+    rng = None if seed is None else RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
+    packed = Packed(filled, None, torch.zeros_like(filled), sequences.position, sequences, sequences.first, rng=rng)
     return packed, [part[None] for part in ids.split(LENGTHS)]
 
 

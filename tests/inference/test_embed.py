@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import ExtractSettings, extract
-from bertfast.models.feature_based import LAYERS, chosen_layers
+from bertfast.models.extensions import LAYERS, select_layers
 
 TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot"]
 
@@ -41,7 +41,7 @@ def test_features_are_transformers_hidden_states(layers, pool, pretrained, tmp_p
     rows = torch.cat([part["features"] for part in found])
     expected = []
     for states in their_states(pretrained):
-        numbers, side_by_side = chosen_layers(layers, transformers.BertConfig.from_pretrained(pretrained))
+        numbers, side_by_side = select_layers(layers, transformers.BertConfig.from_pretrained(pretrained))
         chosen = [states[number] for number in numbers]
         state = torch.cat(chosen, 1) if side_by_side else torch.stack(chosen).mean(0)
         expected.append({"mean": state.mean(0, keepdim=True), "cls": state[:1], "tokens": state}[pool])

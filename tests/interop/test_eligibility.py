@@ -111,7 +111,9 @@ def test_a_change_keeps_its_effect(change, when):
 def test_a_layer_that_was_put_in_is_reported_and_fused_by_patching_again():
     model = pair()[0]
     later_layer(model)
-    assert bertfast.report(model).left == {"bert.encoder.layer.1": "it was put in after patching: patch again"}
+    assert bertfast.report(model).left == {
+        "bert.encoder.layer.1": "it was put in after patching: patch the model again"
+    }
     assert not bertfast.patch(model).left
 
 

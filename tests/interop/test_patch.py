@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
-from bertfast import fast_kernels
+from bertfast.models import fused, kernel_support
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
@@ -27,9 +27,9 @@ SEQUENCE = next(case for case in CASES if case.name == "sequence")
 @pytest.fixture(autouse=True)
 def _small_batches_are_packed(monkeypatch):
     """Also without the compiled library and with heads of other sizes, where they would be left to transformers."""
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", 0)
-    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", 0)
-    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", range(1, 129))
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", 0)
+    monkeypatch.setattr(kernel_support, "MIN_COLUMNS", 0)
+    monkeypatch.setattr(kernel_support, "HEAD_DIMENSIONS", range(1, 129))
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
@@ -138,11 +138,11 @@ def test_what_happens_is_reported():
     }
     assert report.left == {
         "bert.encoder.layer.0.attention.self.query": "Doubled is called as it is",
-        "bert.encoder.layer.1": "a hook watches it",
+        "bert.encoder.layer.1": "a hook or a forward was set on it",
         "bert.encoder.layer.2": "its activation is Mish",
     }
-    assert "left alone: 3" in str(report)
-    assert "<td>left alone</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
+    assert "left to transformers: 3" in str(report)
+    assert "<td>left to transformers</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
 
 
 class Doubled(nn.Module):
@@ -313,6 +313,18 @@ def test_dropout_is_drawn_anew_at_each_call_and_from_torchs_generator():
     assert torch.equal(first, outputs_of(model).logits)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_without_dropout_training_leaves_torchs_generator_to_others(watched):
+    """As shuffling and masking, which draw from it, would else differ from those in a run with `transformers`."""
+    model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    bertfast.patch(model)
+    if watched:
+        watch_layer(model)
+    before = torch.get_rng_state()
+    outputs_of(model).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unpatching_leaves_what_was_there():
     model = live("BertForPreTraining")
     plain = copy.deepcopy(model)
@@ -414,7 +426,7 @@ def test_packed_input_is_refused_where_theirs_would_mix_it():
     model = live("BertModel")
     bertfast.patch(model)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="give it padded"):
+    with pytest.raises(ValueError, match="pass it padded"):
         model(torch.arange(5)[None], cu_seq_lens_q=starts, output_attentions=True)
 
 
@@ -465,6 +477,20 @@ def test_computing_layers_again_for_the_backward_pass_changes_no_gradient(change
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_recomputed_layers_with_hidden_states_change_no_gradient():
+    """transformers' own loop records the states, and its layers are recomputed when the call is over."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        bertfast.patch(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        outputs_of(model, output_hidden_states=True).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_is_the_same_when_layers_are_computed_again():
     gradients = []
     for checkpointed in (False, True):
@@ -508,9 +534,9 @@ def test_hidden_states_under_autocast_are_the_fp32_stream(watched):
         with torch.autocast("cpu", torch.bfloat16):
             states.append(outputs_of(model, output_hidden_states=True).hidden_states)
     mask = batch()["attention_mask"].bool()
-    for own, fused in zip(*states, strict=True):
-        assert fused.dtype == own.dtype == torch.float32
-        assert relative_error(fused[mask], own[mask]) < 0.02
+    for own, ours in zip(*states, strict=True):
+        assert ours.dtype == own.dtype == torch.float32
+        assert relative_error(ours[mask], own[mask]) < 0.02
 
 
 COMPILED = {
@@ -570,8 +596,8 @@ def test_compiled_with_graph_breaks_gives_the_same():
         (lambda: "bert", TypeError, "takes a torch module"),
         (lambda: nn.Linear(2, 2), ValueError, "no BertModel of transformers in this Linear"),
         (lambda: Shouting(transformers.BertConfig(**SIZES)), ValueError, "Shouting has a forward of its own"),
-        (lambda: promising(hidden_size=96), ValueError, "promises hidden_size 96, and the weights have 64"),
-        (lambda: promising(max_position_embeddings=99), ValueError, "promises max_position_embeddings 99"),
+        (lambda: promising(hidden_size=96), ValueError, "has hidden_size 96, and the weights have 64"),
+        (lambda: promising(max_position_embeddings=99), ValueError, "has max_position_embeddings 99"),
     ],
 )
 def test_bad_input_is_refused_and_left_as_it_is(model, error, words):
@@ -633,7 +659,7 @@ NO_LIBRARY = "the compiled library was not built"
     ],
 )
 def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformers(dtype, library, slots, monkeypatch):
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
     if not library:
         monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
     plain = live("BertForMaskedLM").to(dtype)
@@ -647,8 +673,8 @@ def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformer
 def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
     """A batch here has 3 rows and 11 columns."""
     monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
-    monkeypatch.setattr(fast_kernels, "MIN_SLOTS", slots)
-    monkeypatch.setattr(fast_kernels, "MIN_COLUMNS", columns)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
+    monkeypatch.setattr(kernel_support, "MIN_COLUMNS", columns)
     plain = live()
     model = copy.deepcopy(plain)
     bertfast.patch(model)
@@ -680,7 +706,7 @@ def test_packed_input_is_kept_apart_without_fast_kernels():
 def test_the_report_says_that_a_model_is_left_to_transformers():
     report = bertfast.patch(live().double())
     assert set(report.left) == {"bert"}
-    assert report.left["bert"].startswith("left to transformers: no fast kernels for float64 on cpu: ")
+    assert report.left["bert"].startswith("no fast kernels for float64 on cpu: ")
 
 
 @pytest.mark.parametrize(
@@ -689,12 +715,18 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
         ("cuda", (7, 5), torch.float16, 64, "no fast kernels for float16 on cuda: .* sm_80 or later"),
         ("cuda", (8, 0), torch.float64, 64, "no fast kernels for float64 on cuda: "),
         ("cuda", (9, 0), torch.bfloat16, 80, "its heads have 80 columns, the kernels take 32, 64, 128"),
-        ("mps", None, torch.float32, 64, "no fast kernels for float32 on mps: the kernels are for NVIDIA GPUs"),
+        (
+            "mps",
+            None,
+            torch.float32,
+            64,
+            "no fast kernels for float32 on mps: the kernels run on CPUs and on NVIDIA GPUs",
+        ),
         pytest.param(
             *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
             marks=pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT)),
         ),
-        ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `fast_kernels`
+        ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `kernel_support`
         ("cuda", (8, 0), torch.bfloat16, 64, None),
         ("cuda", (8, 0), torch.bfloat16, None, None),
     ],
@@ -703,11 +735,43 @@ def test_devices_without_fast_kernels_are_left_to_transformers(
     device, capability, dtype, head_dimension, reason, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fast_kernels, "HEAD_DIMENSIONS", HEAD_DIMENSIONS)
-    found = fast_kernels.why_left_to_transformers(torch.device(device), dtype, head_dimension)
+    monkeypatch.setattr(kernel_support, "HEAD_DIMENSIONS", HEAD_DIMENSIONS)
+    found = kernel_support.unsupported_reason(torch.device(device), dtype, head_dimension)
     assert found is None if reason is None else re.search(reason, found), found
 
 
 def test_rocm_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "NVIDIA" in fast_kernels.why_left_to_transformers(torch.device("cuda"), torch.bfloat16, 64)
+    assert "NVIDIA" in kernel_support.unsupported_reason(torch.device("cuda"), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForTokenClassification", "BertLMHeadModel"])
+def test_packed_input_to_a_head_is_kept_apart(name):
+    """Before version 5 these heads of `transformers` drop or refuse the arguments that say where sequences start."""
+    model = live(name, is_decoder=name == "BertLMHeadModel", use_cache=False)
+    texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
+    alone = [model(text).logits for text in texts]
+    bertfast.patch(model)
+    packed = model(torch.cat(texts, 1), cu_seq_lens_q=torch.tensor([0, 4, 5, 12]), max_length_q=7).logits
+    want = torch.cat(alone, 0 if name == "BertForNextSentencePrediction" else 1)
+    torch.testing.assert_close(packed, want, rtol=1e-4, atol=1e-5)
+
+
+def test_short_inference_without_padding_is_left_to_transformers(monkeypatch):
+    model = live("BertModel")
+    patched = copy.deepcopy(model)
+    bertfast.patch(patched)
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS_WITHOUT_PADDING", 128)
+    calls, encode = [], fused.functions.encode
+    monkeypatch.setattr(fused.functions, "encode", lambda *args: calls.append(args) or encode(*args))
+    ids, mask = torch.randint(53, (1, 8)), torch.ones(1, 8)
+    with torch.no_grad():
+        output = patched(ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(output, model(ids, attention_mask=mask).last_hidden_state)
+        assert torch.equal(output, patched(ids).last_hidden_state)
+        assert not calls
+        patched(ids, attention_mask=mask.index_fill(1, torch.tensor([7]), 0))
+        patched(ids.expand(16, 8))
+        assert len(calls) == 2
+    patched(ids)
+    assert len(calls) == 3

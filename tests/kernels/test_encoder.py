@@ -8,10 +8,11 @@ from helpers import DEVICE, KERNELS, assert_as_accurate_as_torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bertfast
+from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder import encode, pretraining_loss
-from bertfast.inputs import Packed
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.encoder.unpadding import Packed
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
 OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embed", "gelu_layer_norm", "linear_cross_entropy")
@@ -34,7 +35,9 @@ def choose(monkeypatch):
     def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
             chosen = BESIDE if (name, implementation) == ("embed", "cuda") else implementation
-            monkeypatch.setattr(import_module(f"bertfast.ops.{name}"), "choose", lambda *_, chosen=chosen: chosen)
+            monkeypatch.setattr(
+                import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen
+            )
 
     return everywhere
 
@@ -101,9 +104,9 @@ def test_the_encoder_compiles_whole_and_once_for_all_numbers_of_tokens(choose, b
     def run(lengths, encoder) -> list[torch.Tensor]:
         made = batch(lengths)
         sequences = made.sequences
-        identity = TokenIdentity(seed, sequences.token_sequence_ids, sequences.position)
+        rng = RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
         packed = Packed(
-            made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, identity=identity
+            made.token_ids, None, made.token_type_ids, made.position_ids, sequences, sequences.first, rng=rng
         )
         hidden = encoder(ours, packed)
         parameters = [x for name, x in ours.named_parameters() if "pooler" not in name]

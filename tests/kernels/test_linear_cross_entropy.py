@@ -7,6 +7,7 @@ import torch
 from helpers import DEVICE, KERNELS, compare_with_torch, normal, under_autocast, with_half
 
 from bertfast import ops
+from bertfast.ops import linear_cross_entropy_native
 from bertfast.ops.dispatch import launcher
 
 if KERNELS == "triton":

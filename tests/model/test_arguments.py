@@ -9,7 +9,7 @@ from torch import nn
 
 import bertfast
 from bertfast import encoder
-from bertfast.inputs import unpad
+from bertfast.encoder.unpadding import unpad
 from bertfast.models.initialise import initialise
 
 BY_NAME = {case.name: case for case in CASES}

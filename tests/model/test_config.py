@@ -7,8 +7,8 @@ import transformers
 from parity import SIZES
 
 import bertfast
+from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, read_config
-from bertfast.models.own_parts import OwnBertConfig
 
 
 def test_the_configuration_is_that_of_transformers():
@@ -35,7 +35,7 @@ def test_parts_of_ours_have_a_type_of_their_own_and_survive(tmp_path):
     bertfast.BertConfig(**SIZES).save_pretrained(tmp_path)
     read_config(tmp_path, bilstm=True, lstm_size=7).save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert type(config) is OwnBertConfig
+    assert type(config) is ExtendedBertConfig
     assert (config.bilstm, config.pool_last, config.lstm_size) == (True, False, 7)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] not in transformers.CONFIG_MAPPING
 

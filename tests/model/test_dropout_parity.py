@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from parity import CASES, CHOICES, PADDINGS, SIZES, Results, assert_parity, attended, double, inputs, models, results
 from torch import Tensor
 
-from bertfast.inputs import draw_seed
-from bertfast.ops.dropout import TokenIdentity, attention_keep, hidden_keep
+from bertfast.ops.dropout import RngCoordinates, attention_keep, draw_seed, hidden_keep
 
 HIDDEN_P, ATTENTION_P = 0.2, 0.3
 SEED = 7
@@ -26,7 +25,7 @@ def masks(case, mask: Tensor) -> Iterator[Tensor]:
     guests = ~mask[:, 0] if case.class_name in WITH_POOLER and case.name != "no_pooler" else torch.zeros(rows).bool()
     position[guests, 0] = mask.sum(1)[guests]  # a [CLS] that is masked out stands behind the others
     number = torch.arange(rows)[:, None].expand_as(position)
-    tokens = TokenIdentity(seed, number.flatten(), position.flatten())
+    tokens = RngCoordinates(seed, number.flatten(), position.flatten())
 
     def hidden(p: float, site: str, layer: int | None = None) -> Tensor:
         dropout = tokens.dropout(p, site, layer)

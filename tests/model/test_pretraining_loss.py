@@ -10,7 +10,7 @@ from parity import CASES, models
 
 from bertfast import encoder
 from bertfast.data.batches import Batch
-from bertfast.inputs import draw_seed
+from bertfast.ops.dropout import draw_seed
 from bertfast.ops.sequences import Sequences
 
 LENGTHS = [6, 9, 4]

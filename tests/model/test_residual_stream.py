@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import bertfast
 from bertfast import encoder
-from bertfast.inputs import Packed
+from bertfast.encoder.unpadding import Packed
 from bertfast.ops import native
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
 TOKENS = 37  # the size of no other dimension
@@ -57,8 +57,8 @@ def model(layers: int) -> bertfast.BertModel:
 def tokens() -> Packed:
     sequences = Sequences.from_lengths([20, 17])
     ids = torch.arange(TOKENS) * 7 % 53
-    identity = TokenIdentity(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
-    return Packed(ids, None, ids % 2, sequences.position.clone(), sequences, sequences.first, identity=identity)
+    rng = RngCoordinates(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
+    return Packed(ids, None, ids % 2, sequences.position.clone(), sequences, sequences.first, rng=rng)
 
 
 def autocast():

@@ -7,7 +7,7 @@ import torch
 
 from bertfast.ops.dropout import (
     Dropout,
-    TokenIdentity,
+    RngCoordinates,
     attention_keep,
     attention_keep_at,
     hidden_keep,
@@ -112,10 +112,10 @@ def test_masks_follow_the_token_not_its_place():
 
 def test_gathered_rows_keep_their_masks():
     sequences = Sequences.from_lengths([5, 2, 9])
-    identity = TokenIdentity(SEED, sequences.token_sequence_ids, sequences.position)
+    rng = RngCoordinates(SEED, sequences.token_sequence_ids, sequences.position)
     rows = torch.tensor([15, 3, 3, 6])
-    of_rows = hidden_keep(identity.at(rows).dropout(0.4, "output", 1), 40)
-    assert torch.equal(of_rows, hidden_keep(identity.dropout(0.4, "output", 1), 40)[rows])
+    of_rows = hidden_keep(rng.at(rows).dropout(0.4, "output", 1), 40)
+    assert torch.equal(of_rows, hidden_keep(rng.dropout(0.4, "output", 1), 40)[rows])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -165,7 +165,7 @@ def test_threshold_is_clamped(p, threshold):
 
 def test_nothing_to_drop_is_no_dropout():
     sequences = Sequences.from_lengths([8])
-    assert TokenIdentity(SEED, sequences.token_sequence_ids, sequences.position).dropout(0.0, "embeddings") is None
+    assert RngCoordinates(SEED, sequences.token_sequence_ids, sequences.position).dropout(0.0, "embeddings") is None
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])

@@ -91,7 +91,7 @@ def test_sst2_tokenizes_like_the_reference(shared_data):
     vocabulary = shared_data / "vocab" / "bert-base-uncased-vocab.txt"
     texts = read_table(shared_data / "glue" / "SST-2" / "dev.tsv.gz").texts("sentence")[:200]
     features = tokenize(load_tokenizer(vocabulary), texts, 32)
-    theirs = transformers.BertTokenizer(vocab=str(vocabulary))(texts, truncation=True, max_length=32)["input_ids"]
+    theirs = transformers.BertTokenizer(str(vocabulary))(texts, truncation=True, max_length=32)["input_ids"]
     assert [features.token_ids[slice(*features.starts[i : i + 2])].tolist() for i in range(200)] == theirs
 
 

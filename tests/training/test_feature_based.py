@@ -12,8 +12,8 @@ from bertfast import BertForPreTraining, BertForTokenClassification
 from bertfast.cli.main import main
 from bertfast.encoder import pack, sequence_logits
 from bertfast.inference.predict import predict_outputs
-from bertfast.models import own_parts
-from bertfast.models.feature_based import LAYERS, BertFeaturesForTokenClassification
+from bertfast.models import extensions
+from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification
 from bertfast.models.files import load, read_config, save
 from bertfast.training.finetune import Finetuning
 
@@ -80,7 +80,7 @@ def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
         Finetuning(settings_for("classification", pretrained, file, tmp_path / "out", **SMALL))
     config = read_config(pretrained, feature_layers="last")
-    with pytest.raises(TypeError, match="has parts of bertfast's own, which run on packed batches alone"):
+    with pytest.raises(TypeError, match="has extensions that run only on packed batches"):
         BertFeaturesForTokenClassification(config)(torch.tensor([[1, 2]]))
 
 
@@ -103,7 +103,7 @@ def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_pa
 
 
 def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
-    model = own_parts.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
+    model = extensions.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
     ids = torch.tensor([[5, 6, 7, 8, 6, 7, 8, 0]])  # and a slot that is in no sequence
 
     def logits(*starts: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
 def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
     """It would drop their weights otherwise."""
     config = read_config(pretrained, bilstm=True)
-    save(own_parts.BertForTokenClassification(config), tmp_path)
+    save(extensions.BertForTokenClassification(config), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["bilstm"]
     for kind in (transformers.AutoModelForTokenClassification, transformers.BertForTokenClassification):
         with pytest.raises((ValueError, OSError), match=r"does not recognize this architecture|no file named"):
@@ -125,7 +125,7 @@ def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
 
 
 def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
-    model = own_parts.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
+    model = extensions.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
     save(model, tmp_path)
     (tmp_path / "model.bertfast.safetensors").rename(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "bert"}

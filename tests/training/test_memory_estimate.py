@@ -5,8 +5,8 @@ import torch
 
 from bertfast import BertConfig, BertForPreTraining
 from bertfast.encoder import encode
-from bertfast.inputs import Packed
-from bertfast.ops.dropout import TokenIdentity
+from bertfast.encoder.unpadding import Packed
+from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 from bertfast.runtime.precision import autocast
 from bertfast.training.memory_estimate import Footprint, activations, available_memory, footprint
@@ -20,8 +20,8 @@ def kept(layers: int, precision: str, residual_precision: str) -> int:
     model = BertForPreTraining(BertConfig(num_hidden_layers=layers, max_position_embeddings=64, **SIZES)).bert
     sequences = Sequences.from_lengths([64] * 8)
     ids = torch.arange(sequences.capacity) % 64
-    identity = TokenIdentity(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
-    packed = Packed(ids, None, ids % 2, sequences.position, sequences, sequences.first, identity=identity)
+    rng = RngCoordinates(torch.tensor(1), sequences.token_sequence_ids, sequences.position)
+    packed = Packed(ids, None, ids % 2, sequences.position, sequences, sequences.first, rng=rng)
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found, alive = {}, []
 

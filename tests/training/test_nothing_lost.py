@@ -159,7 +159,8 @@ def test_a_file_with_a_pickle_is_not_loaded(data, tmp_path):
     for name in ("config.json", "tokenizer.json", "vocab.txt"):
         (stranger / name).write_bytes((tmp_path / name).read_bytes())
     torch.save({"bert": Malicious()}, stranger / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="damaged or holds other things than weights"):
+    # transformers 4 makes an OSError of it.
+    with pytest.raises((ValueError, OSError), match=r"damaged or holds other things than weights|cannot be read"):
         pretrain(settings_for(tmp_path / "run", data, init_from=str(stranger), config_overrides=""))
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 from bertfast import encoder
-from bertfast.inputs import Layout, unpad
+from bertfast.encoder.unpadding import Layout, unpad
 from bertfast.ops.sequences import Sequences, bucket
 
 BY_NAME = {case.name: case for case in CASES}

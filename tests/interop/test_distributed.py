@@ -1,13 +1,14 @@
-"""Models that FSDP2 shards stay fused: what an engine hooks is not what someone watches."""
+"""Models under FSDP2 and DDP stay fused: what an engine hooks is not what someone watches."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from parity import SIZES, transformers
+from parity import BY_CLASS, SIZES, transformers
 
 HERE = Path(__file__).parent
 IDS = torch.arange(3, 27).view(4, 6)
@@ -19,10 +20,16 @@ LABELS = {
 
 
 @pytest.fixture(scope="module")
-def sharded() -> list[dict]:
+def found() -> list[dict]:
+    """What two processes found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     ran = subprocess.run(
-        [*command, str(HERE / "sharded_models.py"), json.dumps(SIZES)], capture_output=True, text=True, timeout=600
+        [*command, str(HERE / "distributed_models.py")],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -40,11 +47,19 @@ def unsharded(name: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_sharded_model_stays_fused_and_gives_the_same_loss_and_gradients(sharded, name, checkpointed):
-    found = next(run for run in sharded if (run["name"], run["checkpointed"]) == (name, checkpointed))
-    assert found["unchanged"]
-    assert found["fused"] >= 4
-    assert found["logits"] == (name != "BertForMaskedLM")
+def test_a_sharded_model_stays_fused_and_gives_the_same_loss_and_gradients(found, name, checkpointed):
+    runs = [run for run in found if run["engine"] == "FSDP2" and run["name"] == name]
+    run = next(run for run in runs if run["checkpointed"] == checkpointed)
+    assert run["unchanged"]
+    assert run["fused"] >= 4
+    assert run["logits"] == (name != "BertForMaskedLM")
     loss, norm = unsharded(name)
-    assert found["loss"] == pytest.approx(loss, rel=1e-4)
-    assert found["norm"] == pytest.approx(norm, rel=1e-3)
+    assert run["loss"] == pytest.approx(loss, rel=1e-4)
+    assert run["norm"] == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BY_CLASS)
+def test_under_ddp_a_model_stays_fused_and_has_the_gradients_of_transformers_on_the_whole_batch(found, name):
+    run = next(run for run in found if run["engine"] == "DDP" and run["name"] == name)
+    assert run["problem"] is None
+    assert run["unchanged"]

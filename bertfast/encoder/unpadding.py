@@ -1,7 +1,7 @@
-"""From the arguments of a Hugging Face BERT, padded or packed, to packed tokens; and back for what it returns.
+"""Remove padding from the input of a Hugging Face BERT, and restore it in what the encoder computes.
 
-Unpadding waits for a GPU once, for the number of tokens. Under `torch.compile` it does not: every caller's position has
-a slot then.
+Unpadding waits for a GPU once, for the number of tokens. Under `torch.compile` it does not: that number is a size that
+the graph leaves open.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.ops.dropout import TokenIdentity, draw_seed
+from bertfast.ops.dropout import RngCoordinates, draw_seed
 from bertfast.ops.sequences import Sequences, bucket, require
 from bertfast.runtime.torch_compat import is_readable
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """What the encoder takes: T packed tokens of S sequences.
+    """The input of the encoder: T packed tokens of S sequences.
 
     Attributes:
-        token_ids: int [T], or None where `embeddings` [T, H] are given instead.
+        token_ids: int [T], or None if `embeddings` [T, H] are given instead.
         token_type_ids, position_ids: int [T].
-        sequences: which token belongs where.
-        first: int64 [S], the row that speaks for each sequence: its [CLS].
-        query_only: number of slots at the end, behind those of the sequences, for query-only tokens: S, one for each
-            sequence, or 0. A query-only token attends to its sequence without being attended to; it is the [CLS] of a
-            padded row whose mask leaves it out. Slots of sequences that need none are padding slots.
-        identity: the tokens' RNG coordinates, for dropout; None where nothing is dropped.
+        sequences: The sequence and position of each token.
+        first: int64 [S], the row of each sequence that is pooled: its [CLS].
+        query_only: Number of slots for query-only tokens, behind those of the sequences: S, one per sequence, or 0. A
+            query-only token attends to its sequence without being attended to; it is the [CLS] of a padded row whose
+            mask excludes it. Slots of sequences that need none are padding slots.
+        rng: The tokens' RNG coordinates, for dropout; None if nothing is dropped.
     """
 
     token_ids: Tensor | None
@@ -39,18 +39,18 @@ class Packed:
     sequences: Sequences
     first: Tensor
     query_only: int = 0
-    identity: TokenIdentity | None = None
+    rng: RngCoordinates | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the packed tokens lie in the caller's [rows, columns].
+    """The positions of packed tokens in the caller's [rows, columns].
 
     Attributes:
         shape: (rows, columns).
         indices: int64 [T], each slot's index in the flattened rows and columns, rows · columns for a padding slot; None
-            where the caller's one row is the packed tokens in order.
-        has_padding_slots: whether there may be padding slots.
+            if the caller's only row is the packed tokens in order.
+        has_padding_slots: Whether there may be padding slots.
     """
 
     shape: tuple[int, int]
@@ -59,13 +59,13 @@ class Layout:
 
     @classmethod
     def of(cls, sequences: Sequences, columns: int) -> Layout:
-        """Lay out one sequence per row, of which none may be longer than `columns`."""
+        """Return the layout of one sequence per row; no sequence may be longer than `columns`."""
         rows = len(sequences)
         indices = sequences.sequence_index * columns + sequences.position
         return cls((rows, columns), torch.where(sequences.is_token, indices, rows * columns), True)
 
     def unpad(self, values: Tensor, name: str, fill: float = 0.0) -> Tensor:
-        """[rows, columns, …] -> [T, …], `fill` in padding slots."""
+        """Remove padding: [rows, columns, …] -> [T, …], with `fill` in padding slots."""
         if values.shape[:2] != self.shape:
             raise ValueError(f"{name} must begin with shape {list(self.shape)}, got {list(values.shape)}")
         values = values.flatten(0, 1)
@@ -76,7 +76,7 @@ class Layout:
         return values[self.indices]
 
     def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """[T, …] -> [rows, columns, …], `fill` where the caller has padding."""
+        """Restore padding: [T, …] -> [rows, columns, …], with `fill` at the caller's padding."""
         if self.indices is None:
             return values.unsqueeze(0)
         size = self.shape[0] * self.shape[1]
@@ -85,7 +85,7 @@ class Layout:
         return padded.index_copy(0, self.indices, values)[:size].unflatten(0, self.shape)
 
     def slots(self) -> Tensor:
-        """int64 [rows · columns]: the slot of each element of the flattened rows and columns, -1 at padding."""
+        """Return the slot of each element of the flattened rows and columns, -1 at padding: int64 [rows · columns]."""
         size = self.shape[0] * self.shape[1]
         slots = self.indices.new_full((size + self.has_padding_slots,), -1)
         return slots.index_copy(0, self.indices, torch.arange(len(self.indices), device=slots.device))[:size]
@@ -106,34 +106,47 @@ def unpad(
     pool_last: bool = False,
     bucketed: bool = False,
 ) -> tuple[Packed, Layout]:
-    """Pack the attended tokens of a padded batch [B, L], or take a packed one [1, T] with `cu_seq_lens_q` as it is.
+    """Gather the attended tokens of a padded batch [B, L], or take a packed one [1, T] with `cu_seq_lens_q` as it is.
 
     Args:
-        max_length_q: bound on the lengths of a packed batch; the greatest length if it is on the CPU and not given.
-        positions: how many positions the model has.
-        pooled: column 0 of every row will be read, also where it is masked out.
-        pool_last: a sequence's last token speaks for it, as in a causal model.
-        bucketed: fill up the tokens of a padded batch with padding slots to one of few sizes, see `sequences.bucket`.
+        input_ids: int [B, L]; None with `inputs_embeds`.
+        attention_mask: [B, L], nonzero at attended tokens; None: all of them.
+        token_type_ids, position_ids: int [B, L] or [1, L]; None: zeros, and 0, 1, … in each row.
+        inputs_embeds: [B, L, H]; None with `input_ids`.
+        cu_seq_lens_q: int [S + 1], the start of each sequence of a packed batch, and the end.
+        max_length_q: Bound on the lengths of a packed batch; None: the greatest length if `cu_seq_lens_q` is on the
+            CPU, else the number of tokens or positions.
+        positions: Number of positions of the model.
+        training: Whether to draw a seed for dropout.
+        pooled: Whether column 0 of every row will be read, even where it is masked out.
+        pool_last: Whether a sequence's last token is pooled, as in a causal model.
+        bucketed: Whether to add padding slots up to one of few numbers of tokens, see `sequences.bucket`.
+
+    Returns:
+        The packed tokens, and the layout that restores padding.
+
+    Raises:
+        ValueError: The inputs have other shapes, or more tokens in a row than the model has positions.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds, and not both")
-    given, wanted = (input_ids, "input_ids must have shape [batch, length]")
-    if given is None:
-        given, wanted = (inputs_embeds, "inputs_embeds must have shape [batch, length, hidden]")
-    if given.dim() != wanted.count(",") + 1 or 0 in given.shape:
-        raise ValueError(f"{wanted}, none of them 0, got {list(given.shape)}")
+    tokens, rule = (input_ids, "input_ids must have shape [batch, length]")
+    if tokens is None:
+        tokens, rule = (inputs_embeds, "inputs_embeds must have shape [batch, length, hidden]")
+    if tokens.dim() != rule.count(",") + 1 or 0 in tokens.shape:
+        raise ValueError(f"{rule}, none of them 0, got {list(tokens.shape)}")
     needs_query_only = None
     if cu_seq_lens_q is not None:
         bound = max_length_q if isinstance(max_length_q, int) else None
         if bound is None and not is_readable(cu_seq_lens_q):
-            bound = given.shape[1] if position_ids is not None else min(given.shape[1], positions)
-        layout, sequences = _from_cu_seqlens(given, attention_mask, cu_seq_lens_q, bound)
-        columns, longest = sequences.position, sequences.max_seqlen_bound
+            bound = tokens.shape[1] if position_ids is not None else min(tokens.shape[1], positions)
+        layout, sequences = _from_cu_seqlens(tokens, attention_mask, cu_seq_lens_q, bound)
+        columns, max_seqlen = sequences.position, sequences.max_seqlen_bound
     else:
-        layout, sequences, needs_query_only = _from_mask(given, attention_mask, pooled, bucketed)
-        columns, longest = layout.indices % layout.shape[1], layout.shape[1]
-    if position_ids is None and longest > positions:
-        raise ValueError(f"{longest} tokens in a row are more than the {positions} positions that the model knows")
+        layout, sequences, needs_query_only = _from_mask(tokens, attention_mask, pooled, bucketed)
+        columns, max_seqlen = layout.indices % layout.shape[1], layout.shape[1]
+    if position_ids is None and max_seqlen > positions:
+        raise ValueError(f"{max_seqlen} tokens in a row are more than the {positions} positions that the model knows")
 
     def unpad_or(values: Tensor | None, name: str, default: Tensor | None) -> Tensor | None:
         if values is None:
@@ -143,7 +156,7 @@ def unpad(
 
     first = sequences.last if pool_last else sequences.first
     if needs_query_only is not None:
-        slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=given.device)
+        slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=tokens.device)
         first = torch.where(needs_query_only, slots, first)
     packed = Packed(
         token_ids=unpad_or(input_ids, "input_ids", None),
@@ -153,25 +166,25 @@ def unpad(
         sequences=sequences,
         first=first,
         query_only=0 if needs_query_only is None else len(sequences),
-        identity=_identity(sequences, needs_query_only is not None) if training else None,
+        rng=_rng_coordinates(sequences, needs_query_only is not None) if training else None,
     )
     return packed, layout
 
 
-def _identity(sequences: Sequences, has_query_only: bool) -> TokenIdentity:
+def _rng_coordinates(sequences: Sequences, has_query_only: bool) -> RngCoordinates:
     ids, position = sequences.token_sequence_ids, sequences.position
-    if has_query_only:  # they have the position behind their sequence's last token
+    if has_query_only:  # their positions are those behind their sequences' last tokens
         rest = sequences.capacity - len(sequences)
         ids = torch.cat([ids[:rest], sequences.sequence_ids])
         position = torch.cat([position[:rest], sequences.cu_seqlens.diff().long()])
-    return TokenIdentity(draw_seed(ids.device), ids, position)
+    return RngCoordinates(draw_seed(ids.device), ids, position)
 
 
 def _from_mask(
-    given: Tensor, mask: Tensor | None, pooled: bool, bucketed: bool
+    tokens: Tensor, mask: Tensor | None, pooled: bool, bucketed: bool
 ) -> tuple[Layout, Sequences, Tensor | None]:
     """Find the tokens of a padded batch; the last result is bool [B], which rows need a query-only token, if any do."""
-    (rows, columns), device = given.shape[:2], given.device
+    (rows, columns), device = tokens.shape[:2], tokens.device
     size, ids = rows * columns, torch.arange(rows, device=device)
     if mask is None:
         cu_seqlens = torch.arange(0, size + 1, columns, dtype=torch.int32, device=device)
@@ -187,10 +200,12 @@ def _from_mask(
     if torch.compiler.is_compiling():  # one graph for any number of tokens, with or without query-only tokens
         indices, has_query_only, has_padding_slots = attended.flatten().nonzero().squeeze(1), pooled, pooled
     else:
-        tokens, any_masked = torch.stack([lengths.sum(), starts_masked.any()]).tolist()  # waits for the device, once
+        num_tokens, any_masked = torch.stack(
+            [lengths.sum(), starts_masked.any()]
+        ).tolist()  # waits for the device, once
         has_query_only = pooled and bool(any_masked)
-        slots = min(bucket(tokens), size) if bucketed else tokens
-        has_padding_slots = has_query_only or slots > tokens
+        slots = min(bucket(num_tokens), size) if bucketed else num_tokens
+        has_padding_slots = has_query_only or slots > num_tokens
         # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
         slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)
         indices = torch.full((slots + 1,), size, device=device)
@@ -205,13 +220,13 @@ def _from_mask(
 
 
 def _from_cu_seqlens(
-    given: Tensor, mask: Tensor | None, cu_seq_lens: Tensor, bound: int | None
+    tokens: Tensor, mask: Tensor | None, cu_seq_lens: Tensor, bound: int | None
 ) -> tuple[Layout, Sequences]:
-    if given.shape[0] != 1:
-        raise ValueError(f"packed input with cu_seq_lens_q must have shape [1, tokens], got {list(given.shape)}")
+    if tokens.shape[0] != 1:
+        raise ValueError(f"packed input with cu_seq_lens_q must have shape [1, tokens], got {list(tokens.shape)}")
     if mask is not None:
         rule = "packed input with cu_seq_lens_q takes no attention_mask: leave the padding out instead"
         require(mask.all(), rule, lambda: mask.min())
-    cu_seq_lens = cu_seq_lens.to(given.device, non_blocking=True)
-    sequences = Sequences.from_cu_seqlens(cu_seq_lens, capacity=given.shape[1], max_seqlen_bound=bound)
-    return Layout((1, given.shape[1]), None), sequences
+    cu_seq_lens = cu_seq_lens.to(tokens.device, non_blocking=True)
+    sequences = Sequences.from_cu_seqlens(cu_seq_lens, capacity=tokens.shape[1], max_seqlen_bound=bound)
+    return Layout((1, tokens.shape[1]), None), sequences

@@ -1,0 +1,67 @@
+"""Decide whether a fused model has fast kernels for a call, or leaves it to transformers' own code.
+
+Without fast kernels the packed encoder is the reference: plain PyTorch, whose attention runs sequence by sequence. On a
+GPU that waits for the device and is slower than transformers. On a CPU its time was measured relative to transformers'
+(CPU time of one thread, width 256, no padding; inference and training):
+
+- fp32, rows of 8 or 16 tokens: 1.16 to 1.24; 128 slots in rows of 32 or 128: 1.04 to 1.08; 512 slots: 0.87 to 0.97,
+  and less with padding, which is not computed (0.5 to 0.7 with a third of it);
+- bf16 up to 2.8 and fp16 up to 1.2, in wall-clock time;
+- with the kernels, but with 48 columns per head, which the attention kernels do not take: bf16 1.5 to 2.5 in inference
+  and 1.0 to 1.9 in training, so that such a model is treated as one without kernels.
+
+Few tokens without padding are no faster packed, even with the kernels: most of a call's time goes to reading the
+weights, and an operator costs as much as those of PyTorch that it replaces. Measured in inference on a Xeon with AMX,
+relative to transformers: 1.03 to 1.16 at 8 to 64 tokens and 1.01 to 1.09 at 128 with 6 layers of width 384, and 0.99 to
+1.06 with 12 layers of width 768.
+
+In float64 transformers' own code runs too: results are then bitwise identical with those of transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from bertfast.encoder import copy_dtype
+from bertfast.ops.attention import HEAD_DIMENSIONS
+from bertfast.ops.dispatch import why_not
+
+# In fp32 on a CPU without kernels, batches with fewer slots (rows x columns) or columns are left to transformers.
+MIN_SLOTS = 512
+MIN_COLUMNS = 32
+# In inference on a CPU, batches without padding that have fewer slots are left to transformers.
+MIN_SLOTS_WITHOUT_PADDING = 128
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, head_dimension: int | None = None, shape: tuple[int, int] | None = None
+) -> str | None:
+    """Return why a call is left to transformers for want of fast kernels, or None if it can run packed.
+
+    Args:
+        device: Device of the model's parameters.
+        dtype: Dtype of its GEMMs.
+        head_dimension: Columns per attention head; None if the call has no attention.
+        shape: Rows and columns of the padded batch; None if they do not matter, or the batch is packed already.
+    """
+    is_large = shape is None or (math.prod(shape) >= MIN_SLOTS and shape[1] >= MIN_COLUMNS)
+    if device.type == "cpu" and dtype == torch.float32 and is_large:
+        return None
+    reason = "the kernels run on CPUs and on NVIDIA GPUs from sm_80 on"
+    if device.type in ("cpu", "cuda"):
+        # All that is asked of activations; a tensor would be an operation in the graph of torch.compile.
+        activations = SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda")
+        reason = why_not("cpu" if device.type == "cpu" else "triton", "attention", activations)
+        if reason is None and head_dimension not in (None, *HEAD_DIMENSIONS):
+            sizes = ", ".join(map(str, HEAD_DIMENSIONS))
+            reason = f"its heads have {head_dimension} columns, the kernels take {sizes}"
+    return None if reason is None else f"no fast kernels for {str(dtype).removeprefix('torch.')} on {device}: {reason}"
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer multiplies activations like `x`: autocast's where that applies."""
+    return copy_dtype(x) or x.dtype
