@@ -214,12 +214,13 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
         {"attention_mask": VALUES["attention_mask"].float()},
     ):
         arguments = {"input_ids": ids, "token_type_ids": types} | arguments
-        ours = patched(**arguments).logits
         try:
             want = plain(**arguments).logits
         except (IndexError, RuntimeError):  # not every version takes all of them
+            with pytest.raises((IndexError, RuntimeError)):
+                patched(**arguments)
             continue
-        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(patched(**arguments).logits, want, rtol=1e-4, atol=1e-5)
         compared += 1
     assert compared >= 5
 
@@ -373,3 +374,77 @@ def test_a_step_of_several_batches_is_one_mean():
     ]
     torch.testing.assert_close(sum(parts), whole)
     assert math.isfinite(whole)
+
+
+class _Halved(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def _change_class(encoder: nn.Module) -> None:
+    encoder.encoder.layer[0].output.LayerNorm.__class__ = _Halved
+
+
+def _limit_norm(encoder: nn.Module) -> None:
+    encoder.embeddings.word_embeddings.max_norm = 0.1
+
+
+def _remove_bias(encoder: nn.Module) -> None:
+    encoder.encoder.layer[0].output.LayerNorm.register_parameter("bias", None)
+
+
+def _scale_feed_forward(encoder: nn.Module) -> None:
+    layer = encoder.encoder.layer[0]
+    layer.feed_forward_chunk = lambda x, original=layer.feed_forward_chunk: original(x) / 2
+
+
+@pytest.mark.parametrize("change", [_change_class, _limit_norm, _remove_bias, _scale_feed_forward])
+def test_a_change_after_the_first_call_takes_effect(change):
+    patched, plain = pair()
+    patched(**VALUES)
+    for model in (patched, plain):
+        change(model.bert)
+    torch.testing.assert_close(patched(**VALUES).logits, plain(**VALUES).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Linear, nn.Embedding])
+def test_a_replaced_forward_of_torch_is_called(kind, monkeypatch):
+    patched, plain = pair()
+    patched(**VALUES)
+    calls, original = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: calls.append(self) or original(self, x))
+    plain(**VALUES)
+    expected = len(calls)
+    patched(**VALUES)
+    assert len(calls) == 2 * expected
+
+
+def test_hooks_for_all_modules_are_called_as_often():
+    patched, plain = pair()
+    calls = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    try:
+        plain(**VALUES)
+        expected = len(calls)
+        patched(**VALUES)
+    finally:
+        handle.remove()
+    assert calls[:expected] == calls[expected:]
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda labels: labels[:2], lambda labels: labels[:, :5], lambda labels: labels * 0 - 1]
+)
+def test_labels_that_do_not_fit_are_refused(cut):
+    model = bertfast.BertForMaskedLM(transformers.BertConfig(**SIZES)).train()
+    with pytest.raises((ValueError, IndexError)):
+        model(VALUES["input_ids"], VALUES["attention_mask"], labels=cut(VALUES["input_ids"]))
+
+
+def test_packed_input_whose_keys_are_other_sequences_is_refused():
+    model = bertfast.BertModel(transformers.BertConfig(**SIZES)).eval()
+    ids, starts = torch.tensor([[2, 5, 3, 2, 6, 3]]), torch.tensor([0, 3, 6])
+    with pytest.raises(ValueError, match="cu_seq_lens_k without cu_seq_lens_q: pass both"):
+        model(ids, cu_seq_lens_k=starts)
+    with pytest.raises(ValueError, match="a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both"):
+        model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=torch.tensor([0, 2, 6]))
