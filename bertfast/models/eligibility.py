@@ -61,7 +61,7 @@ def call_unsupported_reason(encoder: nn.Module, arguments: dict) -> str | None:
     mask = arguments.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         return "the attention mask is one between pairs of tokens"
-    if mask is not None and (mask.shape[0] not in (1, tokens.shape[0]) or mask.shape[1] != tokens.shape[1]):
+    if mask is not None and mask.shape != tokens.shape[:2]:
         return "the attention mask has another shape than the input"
     use_cache = arguments.get("use_cache")
     if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):

@@ -140,10 +140,7 @@ class FusedEncoder(FusedModel):
 
     def unpadded(self, arguments: dict) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
-        rows, columns = main_input(arguments).shape[:2]
         mask, positions, types = (arguments.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
-        if mask is not None and mask.shape != (rows, columns):
-            mask = mask.expand(rows, columns)
         if positions is not None and positions.dim() == 1:
             positions = positions[None]
         return unpad(

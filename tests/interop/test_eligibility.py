@@ -395,7 +395,8 @@ def _remove_bias(encoder: nn.Module) -> None:
 
 def _scale_feed_forward(encoder: nn.Module) -> None:
     layer = encoder.encoder.layer[0]
-    layer.feed_forward_chunk = lambda x, original=layer.feed_forward_chunk: original(x) / 2
+    original = layer.feed_forward_chunk
+    layer.feed_forward_chunk = lambda x: original(x) / 2
 
 
 @pytest.mark.parametrize("change", [_change_class, _limit_norm, _remove_bias, _scale_feed_forward])
@@ -433,12 +434,12 @@ def test_hooks_for_all_modules_are_called_as_often():
 
 
 @pytest.mark.parametrize(
-    "cut", [lambda labels: labels[:2], lambda labels: labels[:, :5], lambda labels: labels * 0 - 1]
+    "misfit", [lambda ids: ids[:2], lambda ids: ids[:, :5].contiguous(), lambda ids: torch.full_like(ids, -1)]
 )
-def test_labels_that_do_not_fit_are_refused(cut):
+def test_labels_that_do_not_fit_are_refused(misfit):
     model = bertfast.BertForMaskedLM(transformers.BertConfig(**SIZES)).train()
     with pytest.raises((ValueError, IndexError)):
-        model(VALUES["input_ids"], VALUES["attention_mask"], labels=cut(VALUES["input_ids"]))
+        model(VALUES["input_ids"], VALUES["attention_mask"], labels=misfit(VALUES["input_ids"]))
 
 
 def test_packed_input_whose_keys_are_other_sequences_is_refused():
