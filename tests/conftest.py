@@ -1,5 +1,6 @@
 """What every test may ask for; fixtures import programs, as the tests of the kernels also run without tokenizers."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def started_processes_are_no_workers():
+    """By this variable pytest-benchmark, in a pytest that a test starts, would take itself for a worker of xdist."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
-from curve_parity import corpus, mean, our_losses
 
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -27,6 +26,8 @@ from bertfast.runtime.precision import ResidualPrecision
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))  # of which Python does not think under PYTHONSAFEPATH
+from curve_parity import corpus, mean, our_losses
 from harness import DATA, ON_GPU, RESULTS, write_result
 
 SMOOTHED = 50

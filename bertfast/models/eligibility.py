@@ -158,7 +158,7 @@ class Snapshot:
         config = encoder.config
         return (
             [type(module) for module in self.modules],
-            [norm["weight"] is None or norm["bias"] is None for norm in self.norms],
+            [norm.get("weight") is None or norm.get("bias") is None for norm in self.norms],
             [method for kind in self.classes for method in _methods(kind)],
             getattr(config, "is_decoder", False),
             config._attn_implementation,
