@@ -11,10 +11,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from examples import settings_for as finetuning_settings
-from examples import write_examples
 from runs import assert_same_weights, entries, losses, settings_for
 from sentiment import FILLERS
+from task_examples import settings_for as finetuning_settings
+from task_examples import write_examples
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

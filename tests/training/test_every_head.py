@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from examples import settings_for, write_examples
 from sentiment import FILLERS
+from task_examples import settings_for, write_examples
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 

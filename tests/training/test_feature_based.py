@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from examples import settings_for, write_examples
+from task_examples import settings_for, write_examples
 
 from bertfast import BertForPreTraining, BertForTokenClassification
 from bertfast.cli.main import main

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import settings_for, write_examples
 from sentiment import FILLERS, QUICK, rows_of, sentence
+from task_examples import settings_for, write_examples
 
 from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer

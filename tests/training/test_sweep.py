@@ -4,8 +4,8 @@ import json
 import statistics
 
 import pytest
-from examples import write_examples
 from sentiment import QUICK
+from task_examples import write_examples
 
 from bertfast.training.sweep import SweepSettings, sweep
 
