@@ -32,12 +32,7 @@ class PaddingFreeCollator:
     token_labels: bool | None = None
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor | int]:
-        unknown = {"start_positions", "end_positions"} & samples[0].keys()
-        if unknown:
-            raise ValueError(
-                f"PaddingFreeCollator does not support {', '.join(sorted(unknown))}: question answering "
-                "needs padded batches, so use transformers.DataCollatorWithPadding"
-            )
+        _check(samples)
         ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         attended = [
             torch.as_tensor(sample.get("attention_mask", torch.ones_like(sample_ids))) != 0
@@ -60,7 +55,7 @@ class PaddingFreeCollator:
         }
         if "next_sentence_label" in samples[0]:
             batch["next_sentence_label"] = torch.tensor([int(sample["next_sentence_label"]) for sample in samples])
-        name = next((name for name in ("labels", "label") if name in samples[0]), None)
+        name = next((name for name in ("labels", "label", "label_ids") if name in samples[0]), None)
         if name is not None:
             batch["labels"] = self._labels([torch.as_tensor(sample[name]) for sample in samples], attended)
         return batch
@@ -72,6 +67,37 @@ class PaddingFreeCollator:
         if token_labels:
             return _joined(labels, attended)
         return torch.stack(labels)
+
+
+def _check(samples: Sequence[dict]) -> None:
+    """Refuse samples that cannot be packed, or that differ in what they hold."""
+    if not samples:
+        raise ValueError("PaddingFreeCollator got no samples")
+    unsupported = {"start_positions", "end_positions"} & samples[0].keys()
+    if unsupported:
+        raise ValueError(
+            f"PaddingFreeCollator does not support {', '.join(sorted(unsupported))}: question answering "
+            "needs padded batches, so use transformers.DataCollatorWithPadding"
+        )
+    if "position_ids" in samples[0]:
+        raise ValueError("PaddingFreeCollator counts positions itself: leave position_ids out")
+    for index, sample in enumerate(samples):
+        if sample.keys() != samples[0].keys() or "input_ids" not in sample:
+            raise ValueError(
+                f"PaddingFreeCollator: sample {index} holds {', '.join(sample) or 'nothing'}, sample 0 holds "
+                f"{', '.join(samples[0]) or 'nothing'}: all must hold the same, input_ids among it"
+            )
+        ids, mask = torch.as_tensor(sample["input_ids"]), sample.get("attention_mask")
+        if ids.dim() != 1:
+            raise ValueError(
+                f"PaddingFreeCollator: input_ids of sample {index} must be a list of token ids, got shape "
+                f"{list(ids.shape)}: multiple choice needs padded batches, so use "
+                "transformers.DataCollatorForMultipleChoice"
+            )
+        if mask is not None and len(mask) != len(ids):
+            raise ValueError(
+                f"PaddingFreeCollator: sample {index} has {len(ids)} input_ids and an attention_mask of {len(mask)}"
+            )
 
 
 def _joined(values: list[Tensor], attended: list[Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ class ExtendedModel:
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs) -> PreTrainedModel:
         """Open a model, with or without weights of extensions; see transformers."""
-        if Path(name, f"model.{VARIANT}.safetensors").is_file():
+        if any(Path(name).glob(f"model*.{VARIANT}*")):  # of one file, of shards, or their index
             kwargs.setdefault("variant", VARIANT)
         return super().from_pretrained(name, *args, **kwargs)
 

@@ -156,6 +156,32 @@ def test_a_batch_without_padding():
         bertfast.PaddingFreeCollator()([{"input_ids": [5], "start_positions": 0, "end_positions": 0}])
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "got no samples"),
+        (
+            [{"input_ids": [2, 3], "labels": 1}, {"input_ids": [2, 3]}],
+            "sample 1 holds input_ids, sample 0 holds",
+        ),
+        ([{"labels": 1}], "input_ids among it"),
+        ([{"input_ids": [2, 3], "position_ids": [0, 1]}], "leave position_ids out"),
+        ([{"input_ids": [[2, 3], [2, 4]]}], r"got shape \[2, 2\]: multiple choice needs padded batches"),
+        ([{"input_ids": [2, 3], "attention_mask": [1]}], "2 input_ids and an attention_mask of 1"),
+        ([{"input_ids": [2, 3], "start_positions": 1}], "question answering needs padded batches"),
+    ],
+)
+def test_samples_that_cannot_be_packed_are_refused(samples, message):
+    with pytest.raises(ValueError, match=message):
+        bertfast.PaddingFreeCollator()(samples)
+
+
+def test_labels_go_by_any_of_their_names():
+    for name in ("labels", "label", "label_ids"):
+        batch = bertfast.PaddingFreeCollator()([{"input_ids": [2, 3], name: 1}, {"input_ids": [2, 4, 3], name: 0}])
+        assert batch["labels"].tolist() == [1, 0]
+
+
 def test_a_batch_without_padding_leaves_out_what_a_mask_does():
     padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "labels": [-100, 1, 2]}
     batch = bertfast.PaddingFreeCollator("a tokenizer")(

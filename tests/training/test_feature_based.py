@@ -144,3 +144,18 @@ def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
     assert not unexpected
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
+
+
+def test_a_model_with_extensions_that_is_saved_in_shards_opens_again(tmp_path):
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 64,
+    }
+    model = extensions.BertForSequenceClassification(extensions.ExtendedBertConfig(**sizes, bilstm=True))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    again = extensions.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
