@@ -61,7 +61,8 @@ class Arguments:
         arguments = self._arguments
         if self._takes_any_number:
             *arguments, (name, *rest) = arguments
-            arguments += ((f"{name}[{index}]", *rest) for index in range(len(tensors) - len(arguments)))
+            given = range(len(tensors) - len(arguments))
+            arguments = [*arguments, *[(f"{name}[{index}]", *rest) for index in given]]
         sizes = self._known.copy()
         device = self._check(arguments, tensors, sizes, None)
         if dropout is not None:
