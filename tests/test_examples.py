@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "tiny_model")  # which three of them import
 NEEDS = {
     "lora": ["peft"],
     "onnx_export": ["onnx", "onnxruntime", "onnxscript"],
@@ -21,6 +22,7 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
     for package in NEEDS.get(script.stem, []):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)  # as for a script that Python starts
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
