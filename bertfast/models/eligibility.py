@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from inspect import isfunction
-from operator import attrgetter
-from weakref import WeakKeyDictionary
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bertfast.architectures import Architecture, activation_name
 from bertfast.encoder import hooks, is_plain, is_watched
 from bertfast.models import kernel_support
-from bertfast.models.registry import Fused
+from bertfast.models.registry import SNAPSHOT_HOLDER, Fused
 from bertfast.runtime import torch_compat
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -131,10 +130,11 @@ class Snapshot:
     """The state of an encoder that could run packed whole; a call compares with it instead of deciding again."""
 
     def __init__(self, encoder: nn.Module):
-        self.modules = [*encoder.modules()]
-        modules = self.modules
-        self.attributes = [vars(module) for module in modules]  # options, modes, and methods that were set on a module
-        self.known_attributes = [{**attributes} for attributes in self.attributes]
+        self.modules = modules = [*encoder.modules()]
+        # Options, modes, and methods that were set on a module: its public attributes, and how many it has of any kind.
+        self.attributes = [vars(module) for module in modules]
+        self.readers = [itemgetter(*(name for name in own if name[0] != "_")) for own in self.attributes]
+        self.known_attributes = self._attributes()
         self.norms = [module._parameters for module in modules if isinstance(module, nn.LayerNorm)]
         self.classes = [*{original_class(type(module)) for module in modules}]
         tables = [table for module in modules for table in (module._modules, *hooks(module))]
@@ -145,14 +145,23 @@ class Snapshot:
 
     def still_holds(self, encoder: nn.Module) -> bool:
         """Return whether all that the decision depends on is what it was."""
-        is_same = self.tables == self.known_tables and self.known_state == self._state(encoder)
+        is_own = self.modules[0] is encoder  # and not a replica of it, whose attributes are a copy
+        is_same = is_own and self.tables == self.known_tables and self.known_state == self._state(encoder)
         return is_same and not any(self.empty_tables) and self._attributes_hold()
 
     def _attributes_hold(self) -> bool:
         try:
-            return self.attributes == self.known_attributes
-        except (RuntimeError, ValueError):  # two tensors or arrays, which have no truth value as a whole
+            return self._attributes() == self.known_attributes
+        except (
+            KeyError,
+            RuntimeError,
+            ValueError,
+        ):  # one was deleted, or is a tensor, whose comparison has no truth value
             return False
+
+    def _attributes(self) -> tuple[list, list[int]]:
+        values = [read(own) for read, own in zip(self.readers, self.attributes, strict=True)]
+        return values, [len(own) for own in self.attributes]
 
     def _state(self, encoder: nn.Module) -> tuple:
         config = encoder.config
@@ -166,20 +175,30 @@ class Snapshot:
         )
 
 
-# Not an attribute of the encoder: a copy of a model has no snapshot, as its modules are others.
-_SNAPSHOTS: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()
+class _Holder:
+    """An encoder's attribute that holds its snapshot, and is always the same while snapshots compare attributes.
+
+    A copy holds none, as its modules are others.
+    """
+
+    def __init__(self):
+        self.snapshot: Snapshot | None = None
+
+    def __deepcopy__(self, memo):
+        return _Holder()
+
+    def __reduce__(self):
+        return _Holder, ()
 
 
 @assume_constant_result
 def whole_unsupported_reason(encoder: nn.Module) -> str | None:
     """Return why tokens cannot stay packed from the embeddings of a fused encoder to its last layer."""
-    snapshot = _SNAPSHOTS.get(encoder)
-    if snapshot is not None and snapshot.still_holds(encoder):
+    holder = vars(encoder).setdefault(SNAPSHOT_HOLDER, _Holder())
+    if holder.snapshot is not None and holder.snapshot.still_holds(encoder):
         return None
     reason = next((f"{path}: {why}" for path, why in unsupported_reasons(encoder).items() if why is not None), None)
-    _SNAPSHOTS.pop(encoder, None)
-    if reason is None:
-        _SNAPSHOTS[encoder] = Snapshot(encoder)
+    holder.snapshot = Snapshot(encoder) if reason is None else None
     return reason
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bertfast.architectures import Architecture
 
+SNAPSHOT_HOLDER = "_bertfast_snapshot"  # the attribute in which an encoder keeps what `eligibility` found
 _FUSED: dict[type, type] = {}
 
 
@@ -58,6 +59,7 @@ def unfuse(model: nn.Module) -> None:
     """Give every fused module of a tree back the class that it had."""
     for module in [*model.modules()]:
         if isinstance(module, Fused):
+            vars(module).pop(SNAPSHOT_HOLDER, None)
             _change_class(module, type(module).original)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -449,3 +451,12 @@ def test_packed_input_whose_keys_are_other_sequences_is_refused():
         model(ids, cu_seq_lens_k=starts)
     with pytest.raises(ValueError, match="a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both"):
         model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=torch.tensor([0, 2, 6]))
+
+
+def test_a_model_is_freed_after_its_calls():
+    model = bertfast.BertModel(transformers.BertConfig(**SIZES)).eval()
+    model(VALUES["input_ids"], VALUES["attention_mask"])
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
