@@ -36,7 +36,7 @@ from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
 from bertfast.tasks.task import TaskSettings
 from bertfast.training.evaluate import write_results
-from bertfast.training.metrics_log import Journal
+from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, not_finite, step_if_finite
 from bertfast.training.schedule import schedule, set_learning_rate
 
@@ -210,7 +210,7 @@ class Finetuning:
         """The loop, and what follows from the best model."""
         settings = self.settings
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.folder)
+        self.metrics_log = MetricsLog(self.folder)
         print(f"fine-tuning on {len(self.examples['train'])} examples, {self.precision} on {self.device}")
         every = settings.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
@@ -361,7 +361,7 @@ class Finetuning:
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if self.step % self.settings.logging_steps == 0:
-            self.journal.write(step=self.step, epoch=self.epoch, loss=loss, tokens_per_second=speed)
+            self.metrics_log.write(step=self.step, epoch=self.epoch, loss=loss, tokens_per_second=speed)
 
     @property
     def epoch(self) -> float:
@@ -374,7 +374,7 @@ class Finetuning:
             self._save()
             return
         outputs, metrics = self._predict("validation")
-        self.journal.write(step=self.step, epoch=self.epoch, **metrics)
+        self.metrics_log.write(step=self.step, epoch=self.epoch, **metrics)
         bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
         loss = metrics.get("eval_loss", 0.0)  # it decides between equals

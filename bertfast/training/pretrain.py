@@ -32,12 +32,12 @@ from bertfast.runtime.precision import Precision, ResidualPrecision, choose_prec
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.curriculum import Curriculum
-from bertfast.training.distributed import Ranks
-from bertfast.training.flops import matrix_rate, step_flops
-from bertfast.training.initial_model import starting_config, starting_model
+from bertfast.training.distributed import Distributed
+from bertfast.training.flops import gemm_throughput, step_flops
+from bertfast.training.initial_model import initial_config, initial_model
 from bertfast.training.loader import Loader
-from bertfast.training.memory_estimate import available_memory, footprint
-from bertfast.training.metrics_log import Journal, tensorboard, wandb
+from bertfast.training.memory_estimate import available_memory, estimate_memory
+from bertfast.training.metrics_log import MetricsLog, tensorboard, wandb
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, OptimizerName, build_optimizers, not_finite
 from bertfast.training.schedule import ScheduleName, schedule
 from bertfast.training.step import Objective, TrainStep
@@ -66,7 +66,8 @@ _MAY_CHANGE = (
     "wandb",
 )
 
-SPIKE, USUAL = 0.5, 0.98  # nats above the running mean of the loss that are marked, and how slowly that mean moves
+LOSS_EMA_DECAY = 0.98
+SPIKE_THRESHOLD = 0.5  # nats above the loss EMA from which on a step is marked in metrics.jsonl
 
 
 @dataclass
@@ -176,20 +177,20 @@ def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda
     Leaves in `output_dir` a folder that `transformers.BertForPreTraining.from_pretrained` opens. In the processes that
     `torchrun` starts, all do the run together.
     """
-    before, ranks, run = torch.are_deterministic_algorithms_enabled(), Ranks.join(settings.device), None
+    before, distributed, run = torch.are_deterministic_algorithms_enabled(), Distributed.init(settings.device), None
     try:
-        run = Pretraining(settings, ranks)
+        run = Pretraining(settings, distributed)
         with side_stream(run.device):
             return run.replay(settings.replay) if settings.replay else run.run(on_step)
     finally:
         torch.use_deterministic_algorithms(before)
         if run is not None:  # an error holds it longer than the ranks are together, and its end would wait for them
             run.train_step = None
-        ranks.leave()
+        distributed.destroy()
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class PendingStep:
     """A step that was started, and where its results will be.
 
     Attributes:
@@ -214,18 +215,19 @@ class Done:
 class Pretraining:
     """One run: what it works on, and its loop."""
 
-    def __init__(self, settings: PretrainSettings, ranks: Ranks | None = None):
-        self.settings, self.ranks = settings, ranks or Ranks.join(settings.device)
-        self.device = self.ranks.device
+    def __init__(self, settings: PretrainSettings, distributed: Distributed | None = None):
+        self.settings, self.distributed = settings, distributed or Distributed.init(settings.device)
+        self.device = self.distributed.device
         _check(settings)
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.folder = Path(settings.output_dir)
-        self.bins_per_step = settings.gradient_accumulation_steps * self.ranks.count
-        Curriculum(self.bins_per_step, self.ranks.count, ramp=int(settings.batch_ramp > 0))  # raises where it cannot be
+        self.bins_per_step = settings.gradient_accumulation_steps * self.distributed.world_size
+        # Raises early if batches cannot be shared evenly among the ranks.
+        Curriculum(self.bins_per_step, self.distributed.world_size, ramp=int(settings.batch_ramp > 0))
         self.precision = choose_precision(self.device, settings.precision)
-        self.saved = self.ranks.agree(self.ranks.first(self._checkpoint_to_resume))
+        self.saved = self.distributed.broadcast(self.distributed.run_on_main(self._checkpoint_to_resume))
         if self.saved is not None:  # where "auto" chose, it is not asked again
             self.precision = read_progress(self.saved)[1]["settings"]["precision"]
         if settings.residual_precision == "bf16" and self.precision != "bf16":
@@ -235,7 +237,7 @@ class Pretraining:
             )
         torch.manual_seed(settings.seed)
         start = None if settings.init_from is None else resolve(settings.init_from)
-        config = starting_config(
+        config = initial_config(
             start,
             settings.preset,
             settings.config_overrides,
@@ -252,7 +254,7 @@ class Pretraining:
         self._open_data(start)
         config.vocab_size = max(config.vocab_size, self.train.vocabulary_size) if start else self.train.vocabulary_size
         if self.saved is None:
-            self.model = starting_model(config, start)
+            self.model = initial_model(config, start)
         else:
             self.model, _, _ = load(BertForPreTraining, self.saved, config)
         require_packed(self.model.train())
@@ -264,7 +266,7 @@ class Pretraining:
         for layer in layers[: settings.checkpoint_layers]:  # dropout is a function: there is no state to restore
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(recomputed, use_reentrant=False, preserve_rng_state=False)
-        self.footprint = footprint(
+        self.memory_estimate = estimate_memory(
             self.model,
             config,
             optimizer=settings.optimizer,
@@ -272,56 +274,62 @@ class Pretraining:
             residual_precision=settings.residual_precision,
             tokens=settings.tokens_per_batch,
             checkpointed=settings.checkpoint_layers,
-            ranks=self.ranks.count if settings.shard else 1,
+            ranks=self.distributed.world_size if settings.shard else 1,
         )
-        self.footprint.check(available_memory(self.device))
+        self.memory_estimate.check(available_memory(self.device))
         self._plan_batches()
         residual_dtype = torch.bfloat16 if settings.residual_precision == "bf16" else None
-        objective = self.ranks.share(Objective(self.model, residual_dtype), layers, settings.shard)
+        objective = self.distributed.wrap(Objective(self.model, residual_dtype), layers, settings.shard)
         betas = (settings.adam_beta1, settings.adam_beta2)
         # Several ranks meet in the backward pass, whose messages are not recorded.
-        captures = settings.cuda_graph and self.ranks.count == 1 and can_capture(config, self.precision, self.device)
+        captures = (
+            settings.cuda_graph
+            and self.distributed.world_size == 1
+            and can_capture(config, self.precision, self.device)
+        )
         self.train_step = TrainStep(
             objective,
             build_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, betas),
-            self.ranks,
+            self.distributed,
             precision=self.precision,
             seed=torch.tensor(settings.seed, device=self.device),
             max_grad_norm=settings.max_grad_norm,
             capture=cuda_graphs() if captures else None,
         )
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.seconds, self.validation_loss, self.usual_loss = 0.0, None, None
+        self.seconds, self.validation_loss, self.loss_ema = 0.0, None, None
         if self.saved is not None:
             load_state(self.saved, self.train_step.optimizers)
             self.step, progress = read_progress(self.saved)
             self.seconds, self.skipped = progress["seconds"], progress["skipped"]
-            self.validation_loss, self.usual_loss = progress["validation_loss"], progress["usual_loss"]
+            self.validation_loss, self.loss_ema = progress["validation_loss"], progress["loss_ema"]
             if self.train_step.scaler is not None:
                 self.train_step.scaler.load_state_dict(progress["scaler"])
         self.loader = self._loader()
         self.interrupt, self.stop_requested = None, False
         # A GPU is asked how steps went as rarely as they are logged: whoever asks waits for all that it was given.
-        self.steps_unread = settings.logging_steps if self.device.type == "cuda" else 1
-        self.unread: list[Done] = []
-        self.window = 0.0  # seconds since steps were last read
+        self.steps_per_read = settings.logging_steps if self.device.type == "cuda" else 1
+        self.pending: list[PendingStep] = []
+        self.seconds_pending = 0.0  # seconds since steps were last read
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """The loop, from where the run stands to its end; the last validation's metrics."""
         settings = self.settings
-        self.journal = self._journal()
-        self.products = matrix_rate(self.model.config, settings.tokens_per_batch, half(self.precision), self.device)
+        self.metrics_log = self._open_metrics_log()
+        self.gemm_throughput = gemm_throughput(
+            self.model.config, settings.tokens_per_batch, half(self.precision), self.device
+        )
         self._announce()
         with Interrupt() as self.interrupt, self._progress_bar() as self.bar:
             while self._progress() < 1:
                 started = time.perf_counter()
-                self.unread.append(self._train_step(self._rate()))
+                self.pending.append(self._train_step(self._rate()))
                 self.step += 1
                 self._pass(time.perf_counter() - started)
-                if self.step % self.steps_unread == 0:
+                if self.step % self.steps_per_read == 0:
                     self._read()
                 on_step(self.step)
-                if self.stop_requested if self.ranks.count > 1 else self.interrupt.requested:
+                if self.stop_requested if self.distributed.world_size > 1 else self.interrupt.requested:
                     self._read()
                     self._save()
                     status = self.interrupt.status
@@ -341,7 +349,7 @@ class Pretraining:
         metrics = self._validate()
         self._save()
         saved = checkpoints(self.folder / "checkpoints")[-1]
-        self.ranks.first(lambda: self._finish(saved, metrics))
+        self.distributed.run_on_main(lambda: self._finish(saved, metrics))
         return metrics
 
     def replay(self, step: int) -> dict[str, float]:
@@ -365,11 +373,11 @@ class Pretraining:
     def _finish(self, saved: Path, metrics: dict[str, float]) -> None:
         save(load(BertForPreTraining, saved)[0] if self.settings.shard else self.model, self.folder)
         save_tokenizer(self.tokenizer, self.folder)
-        if not self.journal.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
+        if not self.metrics_log.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
             print("No loss.png: that wants `pip install bertfast[plots]`.")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 
-    def _train_step(self, rate: float) -> Done:
+    def _train_step(self, rate: float) -> PendingStep:
         """Start one step of the optimizers; what it gives is read later."""
         masked, pairs = self._take_batches()
         sums = self.train_step.gradients(self.batches_of_step, masked, pairs)
@@ -377,7 +385,7 @@ class Pretraining:
         if every and (self.step + 1) % every == 0:
             self._compute_again(masked, pairs)
         norm = self.train_step.update(rate)
-        return Done(
+        return PendingStep(
             self.step + 1,
             self.curriculum.first(self.step),
             tokens=self.curriculum.bins(self.step) * self.settings.tokens_per_batch,
@@ -390,13 +398,13 @@ class Pretraining:
 
     def _take_batches(self) -> tuple[int, int]:
         """Those of the next step; returns its masked tokens and pairs, those of all ranks."""
-        count = self.curriculum.bins(self.step) // self.ranks.count
+        count = self.curriculum.bins(self.step) // self.distributed.world_size
         self.batches_of_step = [self.loader.next() for _ in range(count)]
         masked = sum(batch.masked for batch in self.batches_of_step)
         pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in self.batches_of_step)
         requested = self.interrupt is not None and self.interrupt.requested
         counts = torch.tensor([masked, pairs, requested])
-        masked, pairs, requested = self.ranks.sum(counts).tolist()
+        masked, pairs, requested = self.distributed.sum(counts).tolist()
         self.stop_requested = requested > 0  # all ranks stop after the same step
         return max(masked, 1), max(pairs, 1)
 
@@ -406,7 +414,7 @@ class Pretraining:
         before = [self.train_step.sums.clone(), *(p.grad.clone() for p in parameters)]
         self.model.zero_grad(set_to_none=not self.train_step.captures)
         again = [self.train_step.gradients(self.batches_of_step, masked, pairs), *(p.grad for p in parameters)]
-        if self.ranks.any(not all(map(torch.equal, before, again))):
+        if self.distributed.any(not all(map(torch.equal, before, again))):
             raise RunStopped(
                 f"step {self.step + 1} was computed twice and came out differently: this machine, or an operation on "
                 f"it, cannot be trusted; the newest checkpoint in {self.folder / 'checkpoints'} is kept"
@@ -416,7 +424,7 @@ class Pretraining:
         def objective(batch: Batch, seed: None) -> PretrainingLoss:
             return PretrainingLoss(*self.train_step.objective(batch, seed))
 
-        metrics = validate(self.model, self.held_out, self.precision, objective, self.ranks)
+        metrics = validate(self.model, self.held_out, self.precision, objective, self.distributed)
         metrics |= {"unigram_entropy": self.unigram_entropy}
         self.validation_loss = metrics["validation_loss"]
         self._write(step=self.step, seconds=round(self.seconds, 3), **metrics)
@@ -434,13 +442,19 @@ class Pretraining:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "validation_loss": self.validation_loss,
-            "usual_loss": self.usual_loss,
+            "loss_ema": self.loss_ema,
             "scaler": scaler and scaler.state_dict(),
             "settings": self._settings_that_matter(),
         }
         keep = self.settings.save_total_limit
         save_state(
-            self.folder / "checkpoints", self.step, self.model, self.train_step.optimizers, progress, keep, self.ranks
+            self.folder / "checkpoints",
+            self.step,
+            self.model,
+            self.train_step.optimizers,
+            progress,
+            keep,
+            self.distributed,
         )
 
     def _checkpoint_to_resume(self) -> Path | None:
@@ -482,7 +496,7 @@ class Pretraining:
             if start is not None and corpus.tokenizer_name is None:
                 corpus = dataclasses.replace(corpus, tokenizer_name=str(start))
             data = self.folder / "data"
-            self.ranks.first(lambda: prepare(PrepareSettings(str(data), corpus)))
+            self.distributed.run_on_main(lambda: prepare(PrepareSettings(str(data), corpus)))
         else:
             data = Path(settings.data_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -505,7 +519,7 @@ class Pretraining:
             longer = dataclasses.replace(settings.sampling, max_seq_length=settings.second_phase_length)
             self.second = self._batches(self.train, longer, self.bins_per_step)
         self.curriculum = Curriculum(
-            self.bins_per_step, self.ranks.count, round(settings.batch_ramp * self.steps), second_phase
+            self.bins_per_step, self.distributed.world_size, round(settings.batch_ramp * self.steps), second_phase
         )
         self.held_out = list(self._batches(self.validation, settings.sampling, 1).first_epoch(settings.eval_batches))
         self.unigram_entropy = unigram_entropy(self.train, self.held_out)
@@ -525,7 +539,7 @@ class Pretraining:
         workers = self.settings.dataloader_num_workers
         if workers is None:
             workers = 2 if self.device.type == "cuda" else 0
-        places = partial(_places, self.curriculum, self.step, self.ranks.rank)
+        places = partial(_places, self.curriculum, self.step, self.distributed.rank)
         return Loader(partial(_batch_at, self.batches, self.second), places, workers, self.device.type == "cuda")
 
     def _progress(self) -> float:
@@ -539,37 +553,39 @@ class Pretraining:
         settings = self.settings
         return settings.learning_rate * schedule(settings.schedule, self._progress(), settings.warmup_ratio)
 
-    def _journal(self) -> Journal | None:
-        settings, sinks = self.settings, []
-        if not self.ranks.leads:
+    def _open_metrics_log(self) -> MetricsLog | None:
+        settings, writers = self.settings, []
+        if not self.distributed.is_main:
             return None
         if settings.tensorboard:
-            sinks.append(tensorboard(self.folder))
+            writers.append(tensorboard(self.folder))
         if settings.wandb:
-            sinks.append(wandb(self.folder, dataclasses.asdict(settings)))
-        return Journal(self.folder, steps_done=self.step, also=sinks)
+            writers.append(wandb(self.folder, dataclasses.asdict(settings)))
+        return MetricsLog(self.folder, steps_done=self.step, writers=writers)
 
     def _write(self, **entry) -> None:
-        if self.journal is not None:
-            self.journal.write(**entry)
+        if self.metrics_log is not None:
+            self.metrics_log.write(**entry)
 
     def _say(self, text: str) -> None:
-        if self.ranks.leads:
+        if self.distributed.is_main:
             tqdm.write(text)
 
     def _announce(self) -> None:
         config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
-        where = f"{self.precision} on {self.device}" + (f", {self.ranks.count} ranks" if self.ranks.count > 1 else "")
+        where = f"{self.precision} on {self.device}" + (
+            f", {self.distributed.world_size} ranks" if self.distributed.world_size > 1 else ""
+        )
         self._say(
             f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, {config.hidden_size} wide), "
             f"{self.train.tokens / 1e6:.1f} M tokens in {self.train.documents} documents, "
             f"{self.bins_per_step * self.settings.tokens_per_batch} tokens a step, {where}"
             + (f", from step {self.step}" if self.step else "")
         )
-        self._say(f"{self.footprint}; products run at {self.products / 1e12:.3g} TFLOP/s")
+        self._say(f"{self.memory_estimate}; products run at {self.gemm_throughput / 1e12:.3g} TFLOP/s")
 
     def _progress_bar(self) -> tqdm:
-        options = {"desc": "pre-training", "disable": not self.ranks.leads}
+        options = {"desc": "pre-training", "disable": not self.distributed.is_main}
         if self.settings.minutes is None:
             return tqdm(total=self.steps, initial=self.step, unit="step", **options)
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -578,25 +594,25 @@ class Pretraining:
     def _pass(self, seconds: float) -> None:
         """Time has passed with training."""
         self.seconds += seconds
-        self.window += seconds
+        self.seconds_pending += seconds
         if self.settings.minutes is not None:
-            self.seconds = self.ranks.agree(self.seconds)
+            self.seconds = self.distributed.broadcast(self.seconds)
             self.bar.update(min(seconds, self.bar.total - self.bar.n))
 
     def _read(self) -> None:
         """Wait for the steps that were started, and report what they gave."""
-        if not self.unread:
+        if not self.pending:
             return
         started = time.perf_counter()
-        results = torch.stack([done.results for done in self.unread]).tolist()
+        results = torch.stack([done.results for done in self.pending]).tolist()
         self._pass(time.perf_counter() - started)
-        steps, self.unread = self.unread, []
-        share = self.window / len(steps)
-        self.window, waited, self.loader.waited = 0.0, self.loader.waited / len(steps), 0.0
+        steps, self.pending = self.pending, []
+        share = self.seconds_pending / len(steps)
+        self.seconds_pending, waited, self.loader.waited = 0.0, self.loader.waited / len(steps), 0.0
         for done, values in zip(steps, results, strict=True):
             self._report(done, values, share, waited)
 
-    def _report(self, done: Done, results: list[float], seconds: float, waited: float) -> None:
+    def _report(self, done: PendingStep, results: list[float], seconds: float, waited: float) -> None:
         """A step's results, and the seconds it took, `waited` of them for batches."""
         if self.settings.minutes is None:
             self.bar.update()
@@ -621,10 +637,10 @@ class Pretraining:
             loss=f"{loss:.3f}",
             tokens_per_second=f"{done.tokens / seconds:.0f}",
             tflops=f"{flops / 1e12:.3g}",
-            of_products=f"{flops / self.products:.0%}",
+            gemm_efficiency=f"{flops / self.gemm_throughput:.0%}",
         )
-        spike = self.usual_loss is not None and loss > self.usual_loss + SPIKE
-        self.usual_loss = loss * (1 - USUAL) + USUAL * (self.usual_loss or loss)
+        spike = self.loss_ema is not None and loss > self.loss_ema + SPIKE_THRESHOLD
+        self.loss_ema = loss * (1 - LOSS_EMA_DECAY) + LOSS_EMA_DECAY * (self.loss_ema or loss)
         if done.step % self.settings.logging_steps == 0 or spike:
             pairs = {"next_sentence_loss": next_sentence, "next_sentence_accuracy": next_correct}
             self._write(
@@ -633,7 +649,7 @@ class Pretraining:
                 learning_rate=done.rate,
                 tokens_per_second=round(done.tokens / seconds, 1),
                 tflops=round(flops / 1e12, 4),
-                share_of_products=round(flops / self.products, 4),
+                gemm_efficiency=round(flops / self.gemm_throughput, 4),
                 waited_for_batches=round(waited / seconds, 4),
                 **({"spike": True} if spike else {}),
                 masked_lm_loss=loss,
