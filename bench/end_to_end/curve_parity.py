@@ -109,7 +109,7 @@ def curves(folder: Path, shards: Path, start: Path, *, dropout: float, seed: int
             resume=True,
         )
         run = Pretraining(settings)
-        both = {"ours": our_losses(run), "theirs": their_losses(settings, run.batches)}
+        both = {"ours": our_losses(run), "theirs": their_losses(settings, run.plan.batches)}
         file.write_text(json.dumps(both), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 

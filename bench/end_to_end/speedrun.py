@@ -233,7 +233,7 @@ def validation_loss(model: torch.nn.Module, run: Pretraining, longest: int) -> f
     """Mean loss of the masked tokens that ours is validated on."""
     model.eval()
     total, masked = 0.0, 0
-    for batch in run.held_out:
+    for batch in run.plan.held_out:
         rows = as_rows(batch, longest)
         for part in zip(*(values.split(64) for values in rows.values()), strict=True):
             inputs = dict(zip(rows, (x.to(run.device) for x in part), strict=True))
