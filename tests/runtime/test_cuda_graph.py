@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bertfast import BertModel, inputs
+from bertfast import BertModel
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer
+from bertfast.encoder import unpadding
 from bertfast.inference import embed as extraction
 from bertfast.inference import predict as prediction
 from bertfast.ops import sequences
@@ -91,7 +92,7 @@ def emulated_graph(function):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """The host reads no lengths, as on a GPU."""
-    for module in (sequences, inputs):
+    for module in (sequences, unpadding):
         monkeypatch.setattr(module, "is_readable", lambda x: False)
 
 
