@@ -37,7 +37,7 @@ PUBLISHED := build/minilm
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo wheel test checked emulated nvccs test-all lint docs bench soak gpu-check gpu-check-right gpu-check-fast clean
+.PHONY: demo wheel test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -121,6 +121,13 @@ docs: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# In a folder that has the package as it is installed, with kernels/ in it.
+TYPED := build/typed/bertfast
+types: $(READY)
+	mkdir -p $(TYPED)
+	ln -sfn $(CURDIR)/bertfast/* $(CURDIR)/kernels $(TYPED)/
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p bertfast
 
 $(RUNTIMES): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ \

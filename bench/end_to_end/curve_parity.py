@@ -109,7 +109,7 @@ def curves(folder: Path, shards: Path, start: Path, *, dropout: float, seed: int
             resume=True,
         )
         run = Pretraining(settings)
-        both = {"ours": our_losses(run), "theirs": their_losses(settings, run.batches)}
+        both = {"ours": our_losses(run), "theirs": their_losses(settings, run.plan.batches)}
         file.write_text(json.dumps(both), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -117,7 +117,7 @@ def curves(folder: Path, shards: Path, start: Path, *, dropout: float, seed: int
 def our_losses(run: Pretraining) -> list[float]:
     """Of the steps of `bertfast pretrain`."""
     run.run(lambda step: None)
-    entries = run.journal.entries()
+    entries = run.metrics_log.entries()
     return [entry["masked_lm_loss"] + entry["next_sentence_loss"] for entry in entries if "masked_lm_loss" in entry]
 
 

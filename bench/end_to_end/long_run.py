@@ -23,7 +23,7 @@ from bertfast.cli.main import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.inference.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
-from bertfast.training.metrics_log import Journal
+from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,7 +56,7 @@ def main() -> None:
     if not (folder / "loss.png").exists():
         where = ["--output-dir", str(folder), "--data-dir", str(shards)]
         pretrain(parse("pretrain", PretrainSettings, [*where, *flags]))
-    entries = Journal(folder, steps_done=sys.maxsize).entries()
+    entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
     steps = [entry for entry in entries if "masked_lm_loss" in entry]
     validations = [entry for entry in entries if "validation_loss" in entry]
     result = {
@@ -66,7 +66,7 @@ def main() -> None:
         "steps": validations[-1]["step"],
         "tokens": validations[-1]["step"] * TOKENS,
         "seconds": validations[-1]["seconds"],
-        "share_of_products": [steps[0]["share_of_products"], steps[-1]["share_of_products"]],
+        "gemm_efficiency": [steps[0]["gemm_efficiency"], steps[-1]["gemm_efficiency"]],
         "validations": validations,
         "blanks": fill(folder),
     }

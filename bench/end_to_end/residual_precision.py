@@ -87,7 +87,7 @@ def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision,
     )
     run = Pretraining(settings)
     losses = our_losses(run)
-    validation = [entry["validation_loss"] for entry in run.journal.entries() if "validation_loss" in entry]
+    validation = [entry["validation_loss"] for entry in run.metrics_log.entries() if "validation_loss" in entry]
     return {"end": mean(losses[-SMOOTHED:]), "validation_loss": validation[-1], "losses": losses}
 
 

@@ -38,7 +38,7 @@ from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.plotting import draw
 from bertfast.runtime.precision import autocast, wait_for
 from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.metrics_log import Journal
+from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 
@@ -50,7 +50,7 @@ from long_run import corpus, fill
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "speedrun.yaml"
 VALIDATIONS = 8  # of a run: one a minute where it is of eight
-MEANS = ("share_of_products", "waited_for_batches")  # over a run's steps
+MEANS = ("gemm_efficiency", "waited_for_batches")  # over a run's steps
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     every = max(round(60 * arguments.minutes / VALIDATIONS / seconds_of_a_step(arguments)), 1)
     settings = settings_for(arguments, **{"output-dir": folder, "eval-steps": every})
     pretrain(dataclasses.replace(settings, resume=True))  # a run that ended, but was not written down, is only read
-    entries = Journal(folder, steps_done=sys.maxsize).entries()
+    entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
     steps = [entry for entry in entries if "masked_lm_loss" in entry]
     validations = [entry for entry in entries if "validation_loss" in entry]
     seconds = validations[-1]["seconds"]
@@ -146,7 +146,7 @@ def seconds_of_a_step(arguments: argparse.Namespace) -> float:
     with TemporaryDirectory() as folder:
         settings = settings_for(arguments, **{"output-dir": folder, "logging-steps": 10})
         pretrain(dataclasses.replace(settings, minutes=None, max_steps=20))
-        entries = Journal(Path(folder), steps_done=sys.maxsize).entries()
+        entries = MetricsLog(Path(folder), steps_done=sys.maxsize).entries()
         return arguments.tokens / [e["tokens_per_second"] for e in entries if "tokens_per_second" in e][-1]
 
 
@@ -233,7 +233,7 @@ def validation_loss(model: torch.nn.Module, run: Pretraining, longest: int) -> f
     """Mean loss of the masked tokens that ours is validated on."""
     model.eval()
     total, masked = 0.0, 0
-    for batch in run.held_out:
+    for batch in run.plan.held_out:
         rows = as_rows(batch, longest)
         for part in zip(*(values.split(64) for values in rows.values()), strict=True):
             inputs = dict(zip(rows, (x.to(run.device) for x in part), strict=True))

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from bertfast.models.files import save, write_tensors
-from bertfast.training.distributed import Ranks
+from bertfast.training.distributed import Distributed
 
 _PREFIX = "step-"
 _CHECKSUMS = "checksums.json"
@@ -31,7 +31,7 @@ def save_state(
     optimizers: list[Optimizer],
     progress: dict,
     keep: int,
-    ranks: Ranks,
+    distributed: Distributed,
 ) -> None:
     """Write the checkpoint of `step` into `folder`; of the older ones stay the newest `keep` and the best.
 
@@ -64,7 +64,7 @@ def save_state(
             if old != best:
                 shutil.rmtree(old)
 
-    ranks.first(write)
+    distributed.run_on_main(write)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,22 +1,22 @@
-"""Which bins each step of a run takes: fewer while the batch ramps up, longer sequences in a second phase."""
+"""Which bins (packed batches) each step takes: fewer during the batch ramp, longer sequences in a second phase."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FRACTIONS = (4, 2)  # a ramp takes a quarter of a step's bins in its first half, then half of them
+FRACTIONS = (4, 2)  # divisors of bins_per_step in the first and the second half of the ramp
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The bins of steps, each phase's numbered from 0 in the order they are taken.
+    """Assignment of bins to steps; the bins of each phase are numbered from 0 in the order in which they are used.
 
     Attributes:
         bins_per_step: Bins of a step, over all ranks.
-        ranks: How many share them, bin by bin.
-        ramp: Steps of the ramp; 0: there is none.
-        second_phase: The step that the second phase begins with; None: there is none.
+        ranks: Number of ranks; bin i of a step goes to rank i mod ranks.
+        ramp: Number of steps of the batch ramp (0 = off).
+        second_phase: First step of the second phase; None: there is none.
     """
 
     bins_per_step: int
@@ -28,28 +28,29 @@ class Curriculum:
         least = self.bins_per_step // FRACTIONS[0] if self.ramp else self.bins_per_step
         if self.bins_per_step % self.ranks or (self.ramp and self.bins_per_step % (FRACTIONS[0] * self.ranks)):
             raise ValueError(
-                f"a step of {self.bins_per_step} batches, {least} at first, cannot be shared evenly by {self.ranks} "
-                "ranks: choose gradient_accumulation_steps that 4 divides"
+                f"a step of {self.bins_per_step} batches, {least} at first, cannot be divided evenly among "
+                f"{self.ranks} ranks: --batch-ramp needs --gradient-accumulation-steps that is a multiple of 4"
             )
 
     def bins(self, step: int) -> int:
-        """How many bins step `step`, from 0, takes."""
+        """Return the number of bins of step `step`, counted from 0."""
         if step >= self.ramp:
             return self.bins_per_step
         return self.bins_per_step // FRACTIONS[step * len(FRACTIONS) // self.ramp]
 
     def first(self, step: int) -> int:
-        """The number of the first bin of a step, in its phase."""
+        """Return the index of the first bin of a step within its phase."""
         return self._before(step) - (self._before(self.second_phase) if self._in_second_phase(step) else 0)
 
-    def places(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
-        """(phase, bin) of those of a step that a rank computes."""
+    def bins_of_rank(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
+        """Yield (phase, bin) of the bins of a step that a rank computes."""
         first = self.first(step)
         return ((int(self._in_second_phase(step)), first + i) for i in range(rank, self.bins(step), self.ranks))
 
     def _before(self, step: int) -> int:
-        """The bins of all steps before one."""
-        half = -(-self.ramp // 2)  # the ramp's first half, in which a quarter of the bins is taken
+        """Return the number of bins of all steps before `step`."""
+        half = -(-self.ramp // 2)  # steps of the ramp's first half
+        # Steps before `step` in the ramp's first half, in its second half and after it, times the bins per step there.
         spans = (min(step, half), min(max(step - half, 0), self.ramp - half), max(step - self.ramp, 0))
         counts = (*(self.bins_per_step // fraction for fraction in FRACTIONS), self.bins_per_step)
         return sum(span * count for span, count in zip(spans, counts, strict=True))

@@ -19,73 +19,95 @@ from torch.nn.parallel import DistributedDataParallel
 from bertfast.runtime.precision import choose_device
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(hours=6)  # of those who wait while the first rank prepares text
+_TIMEOUT = timedelta(hours=6)  # the other ranks wait this long while the main process prepares the text
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Which of how many processes this one is, and where it computes. Alone, everything here costs nothing."""
+class Distributed:
+    """The process's rank, the world size and the device. With one process, every method is free of communication.
+
+    Attributes:
+        rank: Rank of this process.
+        world_size: Number of processes.
+        device: Device that this process computes on.
+        owns_process_group: Whether `init` created the default process group, which `destroy` then destroys.
+        cpu_group: Gloo group of all processes for CPU tensors and objects; None: the default group takes them.
+    """
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
-    joined: bool = False  # whether the processes met here, and not before
-    hosts: dist.ProcessGroup | None = None  # the same processes, who tell each other what no GPU need know
+    owns_process_group: bool = False
+    cpu_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def join(cls, device: str | None = None) -> Ranks:
-        """Meet the other processes, if `torchrun` has started some; each takes a GPU of its own, or the CPU."""
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        if count == 1:
+    def init(cls, device: str | None = None) -> Distributed:
+        """Initialise the process group if `torchrun` started this process.
+
+        Args:
+            device: Device to compute on; None: the GPU of this local rank, or the CPU.
+
+        Raises:
+            ValueError: There are more local processes than GPUs, or the device is not available.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size == 1:
             return cls(0, 1, choose_device(device))
-        local = int(os.environ["LOCAL_RANK"])
+        local_rank = int(os.environ["LOCAL_RANK"])
         if device is None and torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
+            if local_rank >= torch.cuda.device_count():
                 raise ValueError(
-                    f"there are {torch.cuda.device_count()} GPUs here and process {local} wants one of its own: "
-                    "start as many processes as there are GPUs"
+                    f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                    f"start at most {torch.cuda.device_count()} processes (torchrun --nproc-per-node)"
                 )
-            device = f"cuda:{local}"
-            torch.cuda.set_device(local)
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(local_rank)
         chosen = choose_device(device)
-        joined = not dist.is_initialized()
-        if joined:
-            # torchrun's store outlives its workers, and what dead ones left there would mislead those that it starts
-            # in their place (PyTorch 2.13): each attempt has keys of its own.
-            store, rank, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        owns_process_group = not dist.is_initialized()
+        if owns_process_group:
+            # torchrun's store outlives its workers, and keys left by a failed attempt would mislead the workers of the
+            # next one (PyTorch 2.13): each attempt has its own prefix.
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
-        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE) if chosen.type == "cuda" else None
-        return cls(dist.get_rank(), count, chosen, joined, hosts)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+        cpu_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if chosen.type == "cuda" else None
+        return cls(dist.get_rank(), world_size, chosen, owns_process_group, cpu_group)
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and prints."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints (rank 0)."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` of all ranks added up, in place; those on the host wait for no device."""
-        if self.count > 1:
-            dist.all_reduce(values, group=self.hosts if values.device.type == "cpu" else None)
+        """Sum `values` over all ranks, in place. CPU tensors are reduced without waiting for a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.cpu_group if values.device.type == "cpu" else None)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return flag if self.count == 1 else bool(self.sum(torch.tensor(int(flag))))
+        """Return whether `flag` is true on any rank."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
-    def agree(self, value: _T) -> _T:
-        """The first rank's value."""
-        if self.count == 1:
+    def broadcast(self, value: _T) -> _T:
+        """Return the main process's `value` on every rank."""
+        if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self.hosts)
+        dist.broadcast_object_list(box, group=self.cpu_group)
         return box[0]
 
-    def first(self, work: Callable[[], _T]) -> _T | None:
-        """What the first rank's `work` returns, there; the others wait, and an error there ends them too."""
+    def run_on_main(self, work: Callable[[], _T]) -> _T | None:
+        """Call `work` in the main process while the other ranks wait.
+
+        Returns:
+            Its result in the main process, None elsewhere.
+
+        Raises:
+            ValueError: On the other ranks, if `work` raised; the main process raises the original exception.
+        """
         result = error = None
-        if self.leads:
+        if self.is_main:
             try:
                 result = work()
             except Exception as raised:
@@ -94,32 +116,35 @@ class Ranks:
         if error is not None:
             raise error
         if failed:
-            raise ValueError("the first rank could not go on; its message says why")
+            raise ValueError("rank 0 failed; its message says why")
         return result
 
-    def leave(self) -> None:
-        """Part from the other processes, if they met for this."""
-        if self.joined:
+    def destroy(self) -> None:
+        """Destroy the default process group if `init` created it."""
+        if self.owns_process_group:
             dist.destroy_process_group()
 
-    def share(self, objective: nn.Module, layers: nn.ModuleList, shard: bool) -> nn.Module:
-        """`objective` on all ranks, its gradients their mean; with `shard` each keeps a part of every parameter.
+    def wrap(self, objective: nn.Module, layers: nn.ModuleList, shard: bool) -> nn.Module:
+        """Wrap `objective` so that its gradients are averaged over all ranks.
 
-        A layer is gathered when it runs, all else with the objective.
+        Args:
+            objective: Module whose forward pass returns the losses.
+            layers: Its encoder layers; with `shard`, each is gathered only while it runs.
+            shard: Use FSDP2, with which each rank keeps a part of every parameter, instead of DistributedDataParallel.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return objective
         if not shard:
-            where = [self.device] if self.device.type == "cuda" else None
-            return DistributedDataParallel(objective, device_ids=where, gradient_as_bucket_view=True)
-        mesh = init_device_mesh(self.device.type, (self.count,))
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(objective, mesh=mesh)
 
-    def apart(self, objective: nn.Module, last: bool) -> AbstractContextManager:
-        """While it is entered, a shared objective's gradients are summed up here alone, but the `last` time."""
-        if self.count == 1:
+    def no_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager:
+        """Return a context in which gradients of a wrapped `objective` accumulate locally, unless `last` is true."""
+        if self.world_size == 1:
             return nullcontext()
         if isinstance(objective, DistributedDataParallel):
             return nullcontext() if last else objective.no_sync()

@@ -21,7 +21,7 @@ def step_flops(config: BertConfig, batch: Batch) -> int:
     return 6 * parameters * batch.num_tokens + 12 * layers * hidden * squares + 6 * head * batch.masked
 
 
-def matrix_rate(
+def gemm_throughput(
     config: BertConfig, tokens: int, dtype: torch.dtype, device: torch.device, budget: float = 0.3
 ) -> float:
     """FLOP/s of a layer's wide product on `tokens`, the best within `budget` seconds."""

@@ -15,7 +15,7 @@ from bertfast.models.initialise import initialise
 from bertfast.models.presets import Preset, preset_config
 
 
-def starting_config(
+def initial_config(
     start: Path | None,
     preset: Preset,
     overrides: str,
@@ -41,7 +41,7 @@ def starting_config(
     return ExtendedBertConfig.from_dict(config.to_dict()) if causal else config
 
 
-def starting_model(config: BertConfig, start: Path | None) -> PreTrainedModel:
+def initial_model(config: BertConfig, start: Path | None) -> PreTrainedModel:
     """A model with random weights, or those of `start`."""
     if start is None:
         model = class_for(BertForPreTraining, config)(config)

@@ -1,4 +1,4 @@
-"""How much memory a run will take, before its first step."""
+"""Estimate of the memory of a pre-training run, checked before its first step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
-_STATES = {"adamw": 2, "lamb": 2, "muon": 1}  # tensors that an optimizer keeps of a parameter
+_STATES = {"adamw": 2, "lamb": 2, "muon": 1}  # optimizer state tensors per parameter
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of a rank: of parameters, their gradients and the optimizer's states, and of activations for each token."""
+class MemoryEstimate:
+    """Memory of one rank.
+
+    Attributes:
+        parameters: Bytes of the parameters.
+        gradients: Bytes of their gradients.
+        optimizer: Bytes of the optimizer state.
+        per_token: Bytes of activations per token.
+        tokens: Tokens per batch.
+    """
 
     parameters: int
     gradients: int
@@ -24,34 +32,42 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of them for a batch of `tokens`."""
+        """Bytes in total, for a batch of `tokens`."""
         return self.fixed + self.per_token * self.tokens
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the batch."""
+        """Bytes that do not depend on the batch size."""
         return self.parameters + self.gradients + self.optimizer
 
     def __str__(self) -> str:
         return (
-            f"memory: {_gib(self.parameters)} of parameters, {_gib(self.gradients)} of gradients, "
-            f"{_gib(self.optimizer)} of the optimizer, {self.per_token / 1024:.0f} KiB of activations a token, "
-            f"{_gib(self.total)} in all"
+            f"estimated memory: parameters {_gib(self.parameters)}, gradients {_gib(self.gradients)}, "
+            f"optimizer state {_gib(self.optimizer)}, activations {self.per_token / 1024:.0f} KiB per token, "
+            f"total {_gib(self.total)}"
         )
 
     def check(self, available: int | None) -> None:
-        """Raise ValueError, with the largest batch that fits, where `available` bytes are too few for this one."""
+        """Raise ValueError, naming the largest batch that fits, if a batch needs more than `available` bytes.
+
+        Args:
+            available: Free memory in bytes; None: unknown, and nothing is checked.
+        """
         if available is None or self.total <= available:
             return
-        most = max(available - self.fixed, 0) // self.per_token // 64 * 64
-        remedy = f"tokens_per_batch of at most {most} fits" if most else "no batch fits: take a smaller model, or shard"
+        largest = max(available - self.fixed, 0) // self.per_token // 64 * 64
+        remedy = (
+            f"--tokens-per-batch {largest} is the largest that fits"
+            if largest
+            else "no batch fits: use a smaller model, or --shard on several GPUs"
+        )
         raise ValueError(
-            f"a batch of {self.tokens} tokens will not fit: it takes {_gib(self.total)} and there are "
-            f"{_gib(available)}; {remedy}, and checkpoint_layers saves activations"
+            f"a batch of {self.tokens} tokens does not fit into memory: it needs {_gib(self.total)} and "
+            f"{_gib(available)} are free; {remedy}; --checkpoint-layers reduces the memory of activations"
         )
 
 
-def footprint(
+def estimate_memory(
     model: nn.Module,
     config: BertConfig,
     *,
@@ -61,40 +77,52 @@ def footprint(
     checkpointed: int,
     ranks: int,
     residual_precision: str = "fp32",
-) -> Footprint:
-    """The memory of a run; `ranks` is how many share each parameter (1: none do)."""
+) -> MemoryEstimate:
+    """Estimate the memory of a run.
+
+    Args:
+        model: The model before it is wrapped for distributed training.
+        config: Its configuration.
+        optimizer: adamw, lamb or muon.
+        precision: fp32, bf16 or fp16.
+        tokens: Tokens per batch.
+        checkpointed: Layers whose activations are recomputed in the backward pass.
+        ranks: Ranks over which every parameter is sharded; 1: not sharded.
+        residual_precision: fp32 or bf16.
+    """
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
     states = _STATES[optimizer] * size
-    of_layer = activations(config, precision, residual_precision)
+    layer_bytes = activations(config, precision, residual_precision)
     layer_input = config.hidden_size * (2 if residual_precision == "bf16" else 4)
-    spared = min(checkpointed, config.num_hidden_layers)
-    per_token = (config.num_hidden_layers - spared) * of_layer + spared * layer_input
-    per_token += of_layer if spared else 0  # one layer at a time is recomputed
-    return Footprint(size, size, states, per_token, tokens)
+    recomputed = min(checkpointed, config.num_hidden_layers)
+    per_token = (config.num_hidden_layers - recomputed) * layer_bytes + recomputed * layer_input
+    per_token += layer_bytes if recomputed else 0  # one layer at a time is recomputed
+    return MemoryEstimate(size, size, states, per_token, tokens)
 
 
 def activations(config: BertConfig, precision: str, residual_precision: str = "fp32") -> int:
-    """Return the bytes that a layer keeps of a token for its backward pass.
+    """Return the bytes per token that a layer saves for its backward pass.
 
-    Under autocast what enters a GEMM is kept in 16 bits, and besides it the residual stream if that is fp32.
+    Under autocast the inputs of GEMMs are saved in 16 bits, and in addition the residual stream if that is fp32.
     """
-    hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    hidden, intermediate, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     lse, statistics = 4 * heads, 4 * 4
     if precision == "fp32":
-        # Its input, qkv, the context, both products that LayerNorm reads, what lies between, the wide product and GELU.
-        return 4 * (hidden + 3 * hidden + hidden + 2 * hidden + hidden + 2 * wide) + lse + statistics
-    stream = 4 * 2 * hidden if residual_precision == "fp32" else 0  # in bf16 it is what enters the GEMMs
-    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + 2 * wide) + stream + lse + statistics
+        # Layer input (hidden), qkv (3 hidden), context (hidden), the two GEMM outputs that add_layer_norm reads
+        # (2 hidden), the first LayerNorm's output (hidden), the MLP's first GEMM and GELU (2 intermediate).
+        return 4 * (hidden + 3 * hidden + hidden + 2 * hidden + hidden + 2 * intermediate) + lse + statistics
+    stream = 4 * 2 * hidden if residual_precision == "fp32" else 0  # in bf16 it is itself the input of the GEMMs
+    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + 2 * intermediate) + stream + lse + statistics
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None if it does not say."""
+    """Return the free memory of a device in bytes, or None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    facts = Path("/proc/meminfo")
-    if not facts.is_file():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
         return None
-    lines = dict(line.split(":", 1) for line in facts.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 

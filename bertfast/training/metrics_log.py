@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.jsonl`, one JSON object a line, and a picture of its losses."""
+"""Metrics of a run: `metrics.jsonl` with one JSON object per line, further writers, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from bertfast.runtime.plotting import draw
 
-Sink = Callable[[dict, int], None]
-"""Takes an entry's numbers and its step."""
+MetricsWriter = Callable[[dict, int], None]
+"""Receives the values of an entry and its step."""
 
 
-def tensorboard(folder: Path) -> Sink:
-    """To TensorBoard's files in `folder`/tensorboard."""
+def tensorboard(folder: Path) -> MetricsWriter:
+    """Return a writer of TensorBoard event files in `folder`/tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ImportError("--tensorboard wants `pip install bertfast[tensorboard]`") from None
+        raise ImportError("--tensorboard requires `pip install bertfast[tensorboard]`") from None
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(entry: dict, step: int) -> None:
@@ -29,44 +29,55 @@ def tensorboard(folder: Path) -> Sink:
     return write
 
 
-def wandb(folder: Path, settings: dict) -> Sink:
-    """To Weights & Biases, under the folder's name."""
+def wandb(folder: Path, settings: dict) -> MetricsWriter:
+    """Return a writer to Weights & Biases; the run is named after the folder."""
     try:
         import wandb as library
     except ImportError:
-        raise ImportError("--wandb wants `pip install wandb`") from None
+        raise ImportError("--wandb requires `pip install wandb`") from None
     run = library.init(name=folder.name, dir=str(folder), config=settings, resume="allow")
     return lambda entry, step: run.log(entry, step=step)
 
 
-class Journal:
-    """The metrics of a run in `folder/metrics.jsonl`; each entry has its step."""
+class MetricsLog:
+    """Log of a run's metrics in `folder/metrics.jsonl`; every entry has a step."""
 
-    def __init__(self, folder: Path, *, steps_done: int = 0, also: Sequence[Sink] = ()):
-        """Go on after `steps_done` steps: entries of later ones, from a run that was cut off, are dropped.
+    def __init__(self, folder: Path, *, steps_done: int = 0, writers: Sequence[MetricsWriter] = ()):
+        """Open the log.
 
-        Numbers go to those of `also` too.
+        Args:
+            folder: Output folder of the run.
+            steps_done: Steps of the checkpoint to continue from; later entries, of an interrupted run, are dropped.
+            writers: Receive every entry as well.
         """
-        self.path, self.also = folder / "metrics.jsonl", also
+        self.path, self.writers = folder / "metrics.jsonl", writers
         kept = [entry for entry in self.entries() if entry["step"] <= steps_done] if steps_done else []
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def entries(self) -> list[dict]:
-        """All entries so far."""
+        """Return all entries so far."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed process leaves half a line
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
 
     def write(self, **entry) -> None:
         """Append an entry."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        for sink in self.also:
-            sink({name: value for name, value in entry.items() if name != "step"}, entry["step"])
+        for writer in self.writers:
+            writer({name: value for name, value in entry.items() if name != "step"}, entry["step"])
 
     def plot(self, path: Path, *, unigram_entropy: float | None = None) -> bool:
-        """Draw the masked-LM losses over the steps; False where matplotlib (the extra `plots`) is not installed."""
+        """Plot the masked-LM losses over the steps.
+
+        Args:
+            path: Image file to write.
+            unigram_entropy: Unigram baseline in nats per masked token, drawn as a line; None: left out.
+
+        Returns:
+            False if matplotlib (the extra `plots`) is not installed.
+        """
         entries = self.entries()
 
         def paint(axes) -> None:

@@ -14,7 +14,7 @@ from bertfast.data.batches import Batch
 from bertfast.encoder import PackedHead, PretrainingLoss, pretraining_loss
 from bertfast.runtime.cuda_graph import Capture, GraphRunner
 from bertfast.runtime.precision import autocast
-from bertfast.training.distributed import Ranks
+from bertfast.training.distributed import Distributed
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.schedule import set_learning_rate
 
@@ -42,7 +42,7 @@ class TrainStep:
     Args:
         objective: An `Objective`, shared by the ranks.
         optimizers: Of the objective's parameters.
-        ranks: Who takes part.
+        distributed: Processes that compute the step together.
         precision: fp32, bf16 or fp16; with the last, `scaler` is the loss's.
         seed: int64 [], dropout's.
         max_grad_norm: Gradients are scaled down to this norm; 0: never.
@@ -53,21 +53,21 @@ class TrainStep:
         self,
         objective: nn.Module,
         optimizers: list[Optimizer],
-        ranks: Ranks,
+        distributed: Distributed,
         *,
         precision: str,
         seed: Tensor,
         max_grad_norm: float,
         capture: Capture | None = None,
     ):
-        self.objective, self.optimizers, self.ranks = objective, optimizers, ranks
+        self.objective, self.optimizers, self.distributed = objective, optimizers, distributed
         self.precision, self.seed, self.max_grad_norm = precision, seed, max_grad_norm
-        self.scaler = GradScaler(ranks.device.type) if precision == "fp16" else None
-        self.counts = torch.ones(2, device=ranks.device)
-        self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        self.scaler = GradScaler(distributed.device.type) if precision == "fp16" else None
+        self.counts = torch.ones(2, device=distributed.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=distributed.device)
         self.captures = capture is not None
-        self._accumulate = GraphRunner(self._accumulate_eagerly, ranks.device, capture)
-        self._update = GraphRunner(self._update_eagerly, ranks.device, capture)
+        self._accumulate = GraphRunner(self._accumulate_eagerly, distributed.device, capture)
+        self._update = GraphRunner(self._update_eagerly, distributed.device, capture)
 
     def gradients(self, batches: Sequence[Batch], masked: int, pairs: int) -> Tensor:
         """Leave the gradients of the step's batches, of all ranks, on the parameters.
@@ -80,9 +80,9 @@ class TrainStep:
         self.counts[1].fill_(pairs)
         self.sums.zero_()
         for place, batch in enumerate(batches, 1):
-            with self.ranks.apart(self.objective, place == len(batches)):
+            with self.distributed.no_sync(self.objective, place == len(batches)):
                 self._accumulate(batch)
-        return self.ranks.sum(self.sums)
+        return self.distributed.sum(self.sums)
 
     def update(self, rate: float) -> Tensor:
         """Take the optimizers' step at a learning rate. Returns the gradients' norm, fp32 []: NaN where it was skipped,
@@ -91,10 +91,10 @@ class TrainStep:
         return self._update()
 
     def _accumulate_eagerly(self, batch: Batch) -> Tensor:
-        with autocast(self.ranks.device, self.precision):
+        with autocast(self.distributed.device, self.precision):
             loss = PretrainingLoss(*self.objective(batch, self.seed))
         # Gradients of ranks become their mean, so each counts as often as there are ranks.
-        total = (loss.masked_lm / self.counts[0] + loss.next_sentence / self.counts[1]) * self.ranks.count
+        total = (loss.masked_lm / self.counts[0] + loss.next_sentence / self.counts[1]) * self.distributed.world_size
         (total if self.scaler is None else self.scaler.scale(total)).backward()
         parts = [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
         return self.sums.add_(torch.stack([part.double() for part in parts]))

@@ -23,7 +23,7 @@ from bertfast.models.files import load, resolve
 from bertfast.models.patch import require_packed
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
-from bertfast.training.distributed import Ranks
+from bertfast.training.distributed import Distributed
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def validate(
     batches: Sequence[Batch],
     precision: str,
     objective: Callable[..., PretrainingLoss] | None = None,
-    ranks: Ranks | None = None,
+    distributed: Distributed | None = None,
 ) -> dict[str, float]:
     """Metrics of `model`, which is put into evaluation mode and back, over the batches' masked tokens and pairs.
 
@@ -41,16 +41,16 @@ def validate(
     training = model.training
     model.eval()
     objective = objective or partial(pretraining_loss, model)
-    ranks = ranks or Ranks(0, 1, model.device)
-    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
-    for first in range(0, len(batches), ranks.count):  # as often on every rank: sharded ones compute together
-        mine = first + ranks.rank
-        with autocast(ranks.device, precision):
-            loss = objective(batches[min(mine, len(batches) - 1)].to(ranks.device), None)
+    distributed = distributed or Distributed(0, 1, model.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=distributed.device)
+    for first in range(0, len(batches), distributed.world_size):  # every rank runs as many batches
+        mine = first + distributed.rank
+        with autocast(distributed.device, precision):
+            loss = objective(batches[min(mine, len(batches) - 1)].to(distributed.device), None)
         if mine < len(batches):
             sums += torch.stack([getattr(loss, field.name).double() for field in dataclasses.fields(loss)])
     model.train(training)
-    masked_lm, correct, masked, next_sentence, next_correct, pairs = ranks.sum(sums).tolist()
+    masked_lm, correct, masked, next_sentence, next_correct, pairs = distributed.sum(sums).tolist()
     if not masked:
         raise ValueError("there is no masked token to validate on: the validation text is empty")
     metrics = {

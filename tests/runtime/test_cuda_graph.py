@@ -195,9 +195,9 @@ def test_lengths_on_the_host_are_refused_while_a_step_is_captured():
 
 def test_steps_are_read_together_where_the_device_is_not_waited_for(data, tmp_path):
     """As on a GPU: the same entries as when each is read at once."""
-    for name, unread in (("each", 1), ("together", 5)):
+    for name, steps in (("each", 1), ("together", 5)):
         run = Pretraining(settings_for(tmp_path / name, data, **SHORT))
-        run.steps_unread = unread
+        run.steps_per_read = steps
         run.run(lambda step: None)
     assert losses(tmp_path / "each") == losses(tmp_path / "together")
     assert [entry["step"] for entry in entries(tmp_path / "together") if "tflops" in entry] == list(range(1, 13))

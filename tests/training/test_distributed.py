@@ -122,7 +122,7 @@ def test_sigterm_stops_the_job_with_a_checkpoint(data, tmp_path):
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         time.sleep(0.1)
     process.kill()  # it may wait for half a minute more
-    assert log.read_text().count("with a checkpoint: the same command with --resume goes on") == 2
+    assert log.read_text().count("with a checkpoint: the same command with --resume continues the run") == 2
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert len(losses(tmp_path / "run")) == int(newest.name.removeprefix("step-"))
 

@@ -180,7 +180,7 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
         assert run.losses[0] == pytest.approx(expected, abs=1e-6)
         losses.append(run.losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    with pytest.raises(ValueError, match="class_weights are for tasks in which"):
+    with pytest.raises(ValueError, match="--class-weights requires a task in which"):
         Finetuning(
             settings_for(
                 "regression",

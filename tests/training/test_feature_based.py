@@ -84,7 +84,7 @@ def test_features_are_computed_once_and_again_for_other_words_or_another_encoder
 
 def test_other_tasks_have_no_such_model(pretrained, tmp_path):
     file = write_examples(tmp_path, "sequence-classification", 8, seed=0)
-    with pytest.raises(ValueError, match="the strategy feature-based is for tags of words"):
+    with pytest.raises(ValueError, match="--strategy feature-based is only available for token classification"):
         Finetuning(settings_for("sequence-classification", pretrained, file, tmp_path / "out", **SMALL))
     config = read_config(pretrained, feature_layers="last")
     with pytest.raises(TypeError, match="has extensions that run only on packed batches"):

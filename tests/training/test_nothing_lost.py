@@ -187,7 +187,7 @@ def test_a_step_can_be_replayed(data, tmp_path, capsys):
         assert replayed["masked_lm_loss"] == losses(tmp_path)[step - 1]
         assert "all gradients are finite" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
-    with pytest.raises(ValueError, match="no checkpoint of a step before 2"):
+    with pytest.raises(ValueError, match="no checkpoint of a step before --replay 2"):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
 
 
@@ -205,7 +205,7 @@ def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(train_step, "pretraining_loss", flipped)
-    with pytest.raises(RunStopped, match="step 2 was computed twice and came out differently"):
+    with pytest.raises(RunStopped, match="step 2 was computed twice with different results"):
         pretrain(settings_for(tmp_path / "broken", data, **SHORT, check_replay=2))
 
 
@@ -226,7 +226,7 @@ def test_a_jump_of_the_loss_is_marked(data, tmp_path, monkeypatch):
 def test_metrics_say_how_fast_it_is_and_whether_it_waits(data, tmp_path):
     pretrain(settings_for(tmp_path, data, **SHORT))
     entry = next(entry for entry in entries(tmp_path) if "tflops" in entry)
-    assert 0 < entry["share_of_products"] < 1.5
+    assert 0 < entry["gemm_efficiency"] < 1.5
     assert 0 <= entry["waited_for_batches"] < 1
     assert entry["tokens_per_second"] > 0
 
@@ -234,11 +234,14 @@ def test_metrics_say_how_fast_it_is_and_whether_it_waits(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_ramp": 0.5, "minutes": 1.0}, "go with steps or epochs"),
-        ({"batch_ramp": 0.5, "gradient_accumulation_steps": 2}, "that 4 divides"),
-        ({"second_phase_length": 64}, "max_seq_length 64 is more than the model's 32 positions"),
-        ({"tokens_per_batch": 2_000_000_000}, r"a batch of 2000000000 tokens will not fit: .* at most \d+ fits"),
-        ({"shard": True, "optimizer": "muon"}, "shard goes with adamw"),
+        ({"batch_ramp": 0.5, "minutes": 1.0}, "cannot be combined with --minutes"),
+        ({"batch_ramp": 0.5, "gradient_accumulation_steps": 2}, "multiple of 4"),
+        ({"second_phase_length": 64}, "--second-phase-length 64 is more than the model's 32 positions"),
+        (
+            {"tokens_per_batch": 2_000_000_000},
+            r"a batch of 2000000000 tokens does not fit .* --tokens-per-batch \d+ is the largest that fits",
+        ),
+        ({"shard": True, "optimizer": "muon"}, "--shard requires --optimizer adamw"),
         ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
     ],
 )

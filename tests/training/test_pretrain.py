@@ -152,7 +152,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
 
 def test_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(data, tmp_path):
     run = Pretraining(settings_for(tmp_path, data, gradient_accumulation_steps=4))
-    batches = [run.batches.bin(0, index) for index in range(4)]
+    batches = [run.plan.batches.bin(0, index) for index in range(4)]
     masked = sum(batch.masked for batch in batches)
     pairs = sum(int((batch.next_sentence_labels >= 0).sum()) for batch in batches)
     losses = [pretraining_loss(run.model, batch, run.train_step.seed) for batch in batches]
@@ -181,7 +181,7 @@ def test_it_goes_on_from_a_model_and_extends_its_positions(finished, corpus, tmp
     positions = [m.bert.embeddings.position_embeddings.weight for m in (before, after)]
     assert torch.equal(positions[1], torch.cat([positions[0], positions[0][:16]]))
     assert torch.equal(before.cls.predictions.decoder.weight, after.cls.predictions.decoder.weight)
-    assert run.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(finished).get_vocab()
+    assert run.corpus.tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(finished).get_vocab()
     run.run(lambda step: None)
     assert BertConfig.from_pretrained(tmp_path).max_position_embeddings == 48
 
@@ -203,7 +203,7 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
     [
         (
             {"sampling": Sampling(max_seq_length=64), "tokens_per_batch": 128},
-            "64 is more than the model's 32 positions",
+            "--max-seq-length 64 is more than the model's 32 positions",
         ),
         ({"config_overrides": "hiden_size=3"}, "'hiden_size' is not a size"),
         ({"config_overrides": "hidden_size=wide"}, "config_overrides: 'wide'"),

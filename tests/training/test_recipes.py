@@ -7,7 +7,7 @@ import pytest
 
 from bertfast.cli.demo import DemoSettings, _pretraining
 from bertfast.cli.main import parse
-from bertfast.training.pretrain import PretrainSettings, _check
+from bertfast.training.pretrain_settings import PretrainSettings, check_settings
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml")}
 
@@ -18,7 +18,7 @@ def settings(name: str) -> PretrainSettings:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_program_takes_it(name):
-    _check(settings(name))
+    check_settings(settings(name))
 
 
 def test_there_are_four():

@@ -1,0 +1,140 @@
+"""Data of a pre-training run: tokenizer and shards, the batches of its steps and validations, the loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from bertfast.data.batches import Batch, Batches
+from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.data.samples import Sampling
+from bertfast.data.shards import Shards
+from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
+from bertfast.training.curriculum import Curriculum
+from bertfast.training.distributed import Distributed
+from bertfast.training.loader import Loader
+from bertfast.training.pretrain_settings import PretrainSettings
+from bertfast.training.validation import unigram_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Prepared text of a run.
+
+    Attributes:
+        tokenizer: Tokenizer of the shards.
+        train, validation: Shards of the two splits.
+    """
+
+    tokenizer: Tokenizer
+    train: Shards
+    validation: Shards
+
+    @classmethod
+    def open(cls, settings: PretrainSettings, distributed: Distributed, initial: Path | None) -> Corpus:
+        """Open the shards of a run; without `data_dir`, the main process prepares the text first.
+
+        Args:
+            settings: Settings of the run.
+            distributed: Processes of the run.
+            initial: Folder of the initial model, whose tokenizer must be that of the shards; None: random weights.
+
+        Raises:
+            ValueError: The text was tokenised with another tokenizer, or there is no validation text.
+        """
+        folder = _prepare(settings, distributed, initial)
+        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        tokenizer = load_tokenizer(folder)
+        key = tokenizer_hash(tokenizer)
+        if initial is not None and tokenizer_hash(load_tokenizer(initial)) != key:
+            raise ValueError(
+                f"the text in {folder} was tokenised with another tokenizer than that of {initial}: "
+                f"prepare it again with --tokenizer-name {initial}"
+            )
+        train, validation = (Shards.open(folder / split, key) for split in ("train", "validation"))
+        if not validation.documents:
+            raise ValueError(f"{folder} contains no validation text: raise --validation-split-percentage")
+        return cls(tokenizer, train, validation)
+
+
+class BatchPlan:
+    """Batches of a run's steps and of its validations.
+
+    Args:
+        settings: Settings of the run.
+        corpus: Its text.
+        distributed: Processes of the run.
+        bins_per_step: Batches per optimizer step, over all ranks.
+
+    Attributes:
+        batches: Training batches of the first phase.
+        second_phase: Training batches of the second phase; None: there is none.
+        steps: Steps of the run.
+        curriculum: Which batches each step takes.
+        held_out: Validation batches.
+        unigram_entropy: Unigram baseline on the validation batches, in nats per masked token.
+    """
+
+    def __init__(self, settings: PretrainSettings, corpus: Corpus, distributed: Distributed, bins_per_step: int):
+        self._settings, self._tokenizer, self._rank = settings, corpus.tokenizer, distributed.rank
+        self.batches = self._batches(corpus.train, settings.sampling, bins_per_step)
+        self.steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.batches.steps_per_epoch)
+        self.second_phase: Batches | None = None
+        first_step = None
+        if settings.second_phase_length:
+            first_step = round((1 - settings.second_phase_share) * self.steps)
+            longer = dataclasses.replace(settings.sampling, max_seq_length=settings.second_phase_length)
+            self.second_phase = self._batches(corpus.train, longer, bins_per_step)
+        ramp = round(settings.batch_ramp * self.steps)
+        self.curriculum = Curriculum(bins_per_step, distributed.world_size, ramp, first_step)
+        held_out = self._batches(corpus.validation, settings.sampling, 1)
+        self.held_out = list(held_out.first_epoch(settings.eval_batches))
+        self.unigram_entropy = unigram_entropy(corpus.train, self.held_out)
+
+    def loader(self, step: int, device: torch.device) -> Loader:
+        """Return the loader of this rank's batches from `step` on, counted from 0."""
+        on_gpu = device.type == "cuda"
+        workers = self._settings.dataloader_num_workers
+        if workers is None:
+            workers = 2 if on_gpu else 0
+        indices = partial(_indices, self.curriculum, step, self._rank)
+        return Loader(partial(_batch_at, self.batches, self.second_phase), indices, workers, on_gpu)
+
+    def _batches(self, shards: Shards, sampling: Sampling, bins_per_step: int) -> Batches:
+        return Batches(
+            shards,
+            special_tokens(self._tokenizer),
+            continuation_tokens(self._tokenizer),
+            sampling,
+            tokens_per_bin=self._settings.tokens_per_batch,
+            bins_per_step=bins_per_step,
+            seed=self._settings.seed,
+        )
+
+
+def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path | None) -> Path:
+    """Return the folder of the shards; without `data_dir`, the main process prepares the corpus first."""
+    if settings.data_dir is not None:
+        return Path(settings.data_dir)
+    corpus, folder = settings.corpus, Path(settings.output_dir, "data")
+    if initial is not None and corpus.tokenizer_name is None:
+        corpus = dataclasses.replace(corpus, tokenizer_name=str(initial))
+    distributed.run_on_main(lambda: prepare(PrepareSettings(str(folder), corpus)))
+    return folder
+
+
+def _indices(curriculum: Curriculum, step: int, rank: int) -> Iterator[tuple[int, int]]:
+    """Yield (phase, bin) of a rank's batches from `step` on, without end."""
+    return itertools.chain.from_iterable(curriculum.bins_of_rank(later, rank) for later in itertools.count(step))
+
+
+def _batch_at(first: Batches, second: Batches | None, index: tuple[int, int]) -> Batch:
+    phase, number = index
+    return (second if phase else first).nth_bin(number)

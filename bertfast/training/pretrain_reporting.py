@@ -1,0 +1,209 @@
+"""Reports of a pre-training run: progress bar, messages and metrics log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bertfast.runtime.signals import RunStopped
+from bertfast.training.distributed import Distributed
+from bertfast.training.metrics_log import MetricsLog, tensorboard, wandb
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite
+from bertfast.training.pretrain_checkpointing import Progress
+from bertfast.training.pretrain_settings import PretrainSettings
+
+LOSS_EMA_DECAY = 0.98
+SPIKE_THRESHOLD = 0.5  # nats above the loss EMA from which on a step is marked in metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PendingStep:
+    """A step that was started and whose results were not read yet.
+
+    Attributes:
+        step: Number of the step, from 1.
+        first_batch: Index of its first batch in its phase.
+        tokens: Token capacity of its batches, over all ranks.
+        flops: FLOPs of this rank's batches; see `step_flops`.
+        masked: Masked tokens, over all ranks.
+        pairs: Sequences with a next-sentence label, over all ranks.
+        learning_rate: Learning rate of the step.
+        results: fp64 [5]: the four sums of `TrainStep.gradients`, and the gradient norm, NaN if the step was skipped.
+    """
+
+    step: int
+    first_batch: int
+    tokens: int
+    flops: int
+    masked: int
+    pairs: int
+    learning_rate: float
+    results: Tensor
+
+
+class Reporter:
+    """Progress bar, messages and metrics of a run; only the main process prints and writes.
+
+    Args:
+        settings: Settings of the run.
+        distributed: Its processes.
+        progress: Updated with the training time, skipped steps and the loss EMA.
+        total_steps: Steps of the run.
+        gemm_throughput: Measured FLOP/s of a GEMM, of which `gemm_efficiency` is a share.
+
+    Attributes:
+        metrics_log: Log of the run in the main process, None in the others.
+        bar: Progress bar, in steps or, with `minutes`, in seconds.
+    """
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        distributed: Distributed,
+        progress: Progress,
+        total_steps: int,
+        gemm_throughput: float,
+    ):
+        self.settings, self.distributed, self.progress = settings, distributed, progress
+        self.gemm_throughput = gemm_throughput
+        self.metrics_log = self._open_metrics_log()
+        self.bar = self._progress_bar(total_steps)
+        self._pending: list[PendingStep] = []
+        self._seconds_pending = 0.0  # since results were last read
+
+    def add(self, step: PendingStep, seconds: float) -> None:
+        """Add a step whose start took `seconds`."""
+        self._pending.append(step)
+        self._add_time(seconds)
+
+    def read_pending(self, seconds_waiting: float) -> None:
+        """Read and report the results of the pending steps; waits for the device.
+
+        Args:
+            seconds_waiting: Seconds spent waiting for the batches of these steps.
+        """
+        started = time.perf_counter()
+        results = torch.stack([step.results for step in self._pending]).tolist()
+        self._add_time(time.perf_counter() - started)
+        steps, self._pending = self._pending, []
+        seconds_per_step, self._seconds_pending = self._seconds_pending / len(steps), 0.0
+        for step, values in zip(steps, results, strict=True):
+            self._report(step, values, seconds_per_step, seconds_waiting / len(steps))
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether results of steps are still to be read."""
+        return bool(self._pending)
+
+    def validation(self, metrics: dict[str, float]) -> None:
+        """Write and print the metrics of a validation."""
+        progress = self.progress
+        self.write(step=progress.step, seconds=round(progress.seconds, 3), **metrics)
+        pairs = ""
+        if "next_sentence_accuracy" in metrics:
+            pairs = f", next-sentence accuracy {metrics['next_sentence_accuracy']:.1%}"
+        self.say(
+            f"step {progress.step}: validation loss {metrics['validation_loss']:.3f} nats per masked token "
+            f"(unigram baseline {metrics['unigram_entropy']:.3f}), MLM accuracy {metrics['validation_accuracy']:.1%}, "
+            f"perplexity {metrics['validation_perplexity']:.1f}{pairs}"
+        )
+
+    def write(self, **entry) -> None:
+        """Write an entry of metrics.jsonl."""
+        if self.metrics_log is not None:
+            self.metrics_log.write(**entry)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.distributed.is_main:
+            tqdm.write(text)
+
+    def _open_metrics_log(self) -> MetricsLog | None:
+        if not self.distributed.is_main:
+            return None
+        settings, folder, writers = self.settings, Path(self.settings.output_dir), []
+        if settings.tensorboard:
+            writers.append(tensorboard(folder))
+        if settings.wandb:
+            writers.append(wandb(folder, dataclasses.asdict(settings)))
+        return MetricsLog(folder, steps_done=self.progress.step, writers=writers)
+
+    def _progress_bar(self, total_steps: int) -> tqdm:
+        options = {"desc": "pre-training", "disable": not self.distributed.is_main}
+        if self.settings.minutes is None:
+            return tqdm(total=total_steps, initial=self.progress.step, unit="step", **options)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        return tqdm(total=self.settings.minutes * 60, initial=self.progress.seconds, bar_format=form, **options)
+
+    def _add_time(self, seconds: float) -> None:
+        """Count training time."""
+        self.progress.seconds += seconds
+        self._seconds_pending += seconds
+        if self.settings.minutes is not None:
+            self.progress.seconds = self.distributed.broadcast(self.progress.seconds)
+            self.bar.update(min(seconds, self.bar.total - self.bar.n))
+
+    def _report(self, step: PendingStep, results: list[float], seconds: float, seconds_waiting: float) -> None:
+        """Report one step that took `seconds`, of which `seconds_waiting` were spent waiting for its batches."""
+        if self.settings.minutes is None:
+            self.bar.update()
+        masked_lm, _, next_sentence, _, norm = results
+        if not math.isfinite(norm):
+            self._report_skipped(step, masked_lm + next_sentence)
+            return
+        progress = self.progress
+        progress.skipped_in_a_row = 0
+        loss, flops = masked_lm / step.masked, step.flops / seconds
+        self.bar.set_postfix(
+            loss=f"{loss:.3f}",
+            tokens_per_second=f"{step.tokens / seconds:.0f}",
+            tflops=f"{flops / 1e12:.3g}",
+            gemm_efficiency=f"{flops / self.gemm_throughput:.0%}",
+        )
+        spike = progress.loss_ema is not None and loss > progress.loss_ema + SPIKE_THRESHOLD
+        progress.loss_ema = loss * (1 - LOSS_EMA_DECAY) + LOSS_EMA_DECAY * (progress.loss_ema or loss)
+        if step.step % self.settings.logging_steps == 0 or spike:
+            speed = {
+                "tokens_per_second": round(step.tokens / seconds, 1),
+                "tflops": round(flops / 1e12, 4),
+                "gemm_efficiency": round(flops / self.gemm_throughput, 4),
+                "waited_for_batches": round(seconds_waiting / seconds, 4),
+            }
+            self._write_step(step, results, speed, spike)
+
+    def _write_step(self, step: PendingStep, results: list[float], speed: dict[str, float], spike: bool) -> None:
+        masked_lm, correct, next_sentence, next_correct, norm = results
+        pairs = {"next_sentence_loss": next_sentence, "next_sentence_accuracy": next_correct}
+        self.write(
+            step=step.step,
+            seconds=round(self.progress.seconds, 3),
+            learning_rate=step.learning_rate,
+            **speed,
+            **({"spike": True} if spike else {}),
+            masked_lm_loss=masked_lm / step.masked,
+            masked_lm_accuracy=correct / step.masked,
+            **({name: value / step.pairs for name, value in pairs.items()} if self.settings.sampling.pairs else {}),
+            gradient_norm=norm,
+        )
+
+    def _report_skipped(self, step: PendingStep, loss: float) -> None:
+        """Report a step that was skipped; too many in a row end the run."""
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self.say(
+            f"step {step.step}: {not_finite(loss, self.distributed.device)}; skipped "
+            f"({progress.skipped} so far); --replay {step.step} computes it again"
+        )
+        self.write(step=step.step, skipped=progress.skipped, first_batch=step.first_batch)
+        if progress.skipped_in_a_row == SKIPS_IN_A_ROW:
+            raise RunStopped(
+                f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: lower --learning-rate; "
+                f"the newest checkpoint in {Path(self.settings.output_dir, 'checkpoints')} is kept"
+            )

@@ -1,0 +1,97 @@
+"""The repository uses the terms of its field: each pattern is a phrase or a name that was replaced, and what to write."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SUFFIXES = {".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".toml", ".yaml", ".yml", ".cff", ""}
+# Results name what was measured as it was called then.
+EXCLUDED = ("bench/results/", "bench/LOG.md", "tests/test_language.py", "LICENSE")
+
+FORBIDDEN = {
+    # matrix products
+    r"share_of_products|of_products|matrix[ _]rate": "gemm_efficiency",
+    r"(?<!itertools import )(?<!\.)products?\b(?! of probabilities)(?!\()": "GEMM, matmul",
+    r"the floor": "lower bound, roofline",
+    # tokens and sequences
+    r"vocabulary_size": "vocab_size",
+    r"(?<!in )(?<!in-)(?<!takes )(?<!take )(?<!decimal )places?(?!holder)": "slots, indices, positions",
+    r"token_numbers?|sequence_numbers?": "sequence_ids",
+    r"length_limit": "max_seqlen_bound",
+    r"guests?": "query-only tokens",
+    r"inert": "padding slots, unused slots",
+    r"words alone": "unigram baseline; only words",
+    # operators
+    r"TokenIdentity": "RNG coordinates",
+    r"why_not|refusals?": "unsupported reason",
+    r"launchers?": "operator",
+    r"keys_of|queries_of": "kv range, q range",
+    r"soften|Sight": "online softmax, attention mask",
+    r"IGNORED": "IGNORE_INDEX",
+    r"FINEST|BRAIN|CHANCE": "highest precision, BF16, tolerance",
+    # hardware
+    r"processors|multiprocessors?": "SMs, cores, CPUs",
+    r"second[- ]level cache": "L2",
+    r"matrix units?": "tensor core",
+    r"chips?": "GPU architecture, GPU",
+    # training
+    r"Ranks|Journal|Footprint|Replayed|Recorder|EAGER": "distributed, metrics log, memory estimate, CUDA-graph runner",
+    r"usual_loss|starting_model": "loss EMA, initial model",
+    r"blanks right|told right": "MLM accuracy, classified correctly",
+    r"nats a blank": "nats per masked token",
+    r"untaught|taught|teach(es|ing)?": "train; from scratch",
+    r"sum-last-four|sum-all": "mean-last-four, mean-all",
+    # benchmarks
+    r"contests?|contenders?|providers?(?!\w)": "cases, implementation, factory",
+    r"ours|theirs": "bertfast, transformers",
+    # sentences
+    r"is no number|are no numbers": "NaN",
+    r"made (again|anew)|anew": "recomputed, again",
+    r"wants?|wanted": "requires, needs_grad",
+    r"(is|are) not to be had|to be had": "is not available",
+    r"beside": "compared with, vs, next to",
+    r"strangers?": "unexpected",
+    r"to the last bit|bit for bit": "bitwise identical",
+    r"at a stretch": "uninterrupted",
+    r"from left to right": "causal, left-to-right",
+    r"(bytes?|numbers?|rows?|bits?|elements?) an? (thread|token|row|warp|element|step|second|operation)": "… per …",
+    r"a page an": "one page per",
+    r"where (nvcc|there is|there are) \w+ ?is\b": "if … is available",
+    r"whatever|whoever": "any; name what it is",
+    r"is known by": "is identified by",
+    r"does without|do without": "does not need",
+    r"of it\.(?=\s|$)": "name what it is",
+}
+PATTERNS = [(re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])"), better) for pattern, better in FORBIDDEN.items()]
+
+
+def tracked_files() -> list[str]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listing.splitlines() if Path(name).suffix in SUFFIXES and not name.startswith(EXCLUDED)]
+
+
+def violations(text: str) -> list[str]:
+    """Return a line for each forbidden phrase in a text."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        for pattern, better in PATTERNS:
+            found += [f"{number}: {match[0]!r}; write: {better}" for match in pattern.finditer(line)]
+    return found
+
+
+@pytest.mark.parametrize("line", ["# the matrix rate of a chip", "def why_not(x):", "Each row wants 16 bytes a thread."])
+def test_a_forbidden_phrase_is_found(line):
+    assert violations(line)
+
+
+@pytest.mark.parametrize("line", ["The sum is computed in place.", "from itertools import product", "placeholder"])
+def test_a_term_of_the_field_is_allowed(line):
+    assert violations(line) == []
+
+
+def test_the_repository_has_no_forbidden_phrase():
+    found = [f"{name}:{violation}" for name in tracked_files() for violation in violations((ROOT / name).read_text())]
+    assert not found, "\n".join(found)
