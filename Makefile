@@ -119,8 +119,7 @@ docs: $(READY)
 	  bertfast.models.bert bertfast.architectures bertfast.encoder bertfast.ops.reference bertfast.ops.sequences bertfast.ops.dropout
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 # In a folder that has the package as it is installed, with kernels/ in it.
 TYPED := build/typed/bertfast

@@ -82,7 +82,9 @@ def violations(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("line", ["# the matrix rate of a chip", "def why_not(x):", "Each row wants 16 bytes a thread."])
+@pytest.mark.parametrize(
+    "line", ["# the matrix rate of a chip", "def why_not(x):", "Each row wants 16 bytes a thread."]
+)
 def test_a_forbidden_phrase_is_found(line):
     assert violations(line)
 

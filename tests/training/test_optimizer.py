@@ -37,7 +37,7 @@ def test_muon_takes_the_matrices_between_features_and_nothing_else(model):
     assert all(name.startswith(("bert.encoder.layer", "bert.pooler", "cls.predictions.transform")) for name in owned)
 
 
-def test_muon_is_the_librarys(model):
+def test_muon_equals_pytorch(model):
     shapes = [(32, 32), (48, 32), (32, 48), (48, 32)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(s)) for s in shapes] for _ in range(2))
     for a, b in zip(ours, theirs, strict=True):
