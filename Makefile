@@ -23,6 +23,7 @@ WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
 WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
 # And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
 EMULATED := build/emulated
+TYPED := build/typed/bertfast
 SOURCES := setup.py $(wildcard build_support/*.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 # Two more versions of nvcc: the oldest and the newest that PyPI has. NVCCS=/usr/local/cuda-12.4/bin/nvcc names others.
 OLDEST_CUDA := .venv/cuda-13.0
@@ -115,17 +116,18 @@ test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)
-	$(BIN)/pdoc --docformat google --output-directory build/docs bertfast.ops bertfast.models bertfast.models.patch \
-	  bertfast.models.bert bertfast.architectures bertfast.encoder bertfast.ops.reference bertfast.ops.sequences bertfast.ops.dropout
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-# In a folder that has the package as it is installed, with kernels/ in it.
-TYPED := build/typed/bertfast
-types: $(READY)
-	mkdir -p $(TYPED)
-	ln -sfn $(CURDIR)/bertfast/* $(CURDIR)/kernels $(TYPED)/
+# For mypy: the package as it is installed, with kernels/ in it.
+.PHONY: $(TYPED)
+$(TYPED):
+	mkdir -p $@
+	ln -sfn $(CURDIR)/bertfast/* $(CURDIR)/kernels $@/
+
+types: $(READY) $(TYPED)
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p bertfast
 
 $(RUNTIMES): $(READY)

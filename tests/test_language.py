@@ -1,4 +1,4 @@
-"""The repository uses the terms of its field: each pattern is a phrase or a name that was replaced, and what to write."""
+"""The repository uses the terms of its field: a pattern per phrase or name that was replaced, and what to write."""
 
 import re
 import subprocess
