@@ -116,7 +116,7 @@ test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
 
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages from outside docs/, a reference page per public module, and links that lead out of the site."""
+"""Hooks of mkdocs: pages from outside docs/, a page of reference per module, and links to files of the repository."""
 
 import posixpath
 import re
