@@ -1,4 +1,4 @@
-# One command each: `make demo | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it
+# One command each: `make demo | test-fast | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it
 # is missing, but for gpu-check and its halves gpu-check-right and gpu-check-fast, which run in the environment they find
 # and install nothing.
 PYTHON ?= python3
@@ -31,6 +31,7 @@ NEWEST_CUDA := .venv/cuda-13.5
 NVCCS       ?=
 # Versions of transformers before 5, beside the one of .venv, as OLDER is.
 OLDER_HF := .venv/transformers-4
+OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
 # What the tests of imported checkpoints and of published weights want; without them those are skipped.
 TENSORFLOW := build/tensorflow
 PUBLISHED := build/minilm
@@ -38,7 +39,7 @@ PUBLISHED := build/minilm
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo wheel test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
+.PHONY: demo wheel test-fast test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -78,22 +79,35 @@ $(PUBLISHED): $(READY)
 
 # TRANSFORMERS_SOURCE=FOLDER runs the tests of BERT and of models around it of a source tree of transformers, too,
 # with every model patched, and with bertfast's classes in the place of transformers'.
-test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED)
-	$(PYTEST)
+# $(call part,NAME,COMMAND) runs a part of the tests and notes its minutes for the table at the end.
+TIMES := build/test-minutes
+define part
+	@mkdir -p build
+	started=$$(date +%s); $(2) && awk "BEGIN {printf \"%-46s %6.1f\n\", \"$(strip $(1))\", ($$(date +%s) - $$started) / 60}" >> $(TIMES)
+endef
+
+test-fast: $(LIBRARY)
+	$(PYTEST) -m 'not slow'
+
+test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED) $(OLDER_HF)
+	@rm -f $(TIMES)
+	$(call part,pytest,$(PYTEST))
+	$(call part,transformers 4.57,$(OLDER_TRANSFORMERS) $(PYTEST) -m 'not slow' tests/interop tests/model)
 	$(MAKE) checked emulated
-	$(INTERPRET) $(PYTEST) tests/kernels
-	$(BIN)/python bench/compiled_kernels.py --chips 90 --representative
-	$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md
+	$(call part,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels)
+	$(call part,Triton kernels compiled,$(BIN)/python bench/compiled_kernels.py --chips 90 --representative)
+	$(call part,CUDA kernels compiled,$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md)
+	@printf '\n%-46s %6s\n' part minutes; cat $(TIMES); awk '{sum += $$NF} END {printf "%-46s %6.1f\n", "all", sum}' $(TIMES)
 
 checked: $(READY)
 	rm -rf $(CHECKED)/bertfast
 	BERTFAST_CHECKED=1 $(BIN)/python setup.py --quiet build --build-lib $(CHECKED)
-	$(if $(shell command -v g++),$(WATCHED) $(PYTEST) $(WATCHABLE) tests/kernels)
+	$(if $(shell command -v g++),$(call part,CPU kernels under sanitizers,$(WATCHED) $(PYTEST) $(WATCHABLE) tests/kernels))
 
 emulated: $(READY)
 	rm -rf $(EMULATED)/bertfast
 	BERTFAST_EMULATED_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)
-	$(if $(shell command -v g++),PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(PYTEST) tests/kernels)
+	$(if $(shell command -v g++),$(call part,CUDA kernels emulated,PYTHONPATH=$(CURDIR)/$(EMULATED) BERTFAST_TESTED=cuda $(PYTEST) tests/kernels))
 
 $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 	$(BIN)/pip install --quiet --target $@ 'cuda-toolkit[crt,cudart,nvcc,nvvm]==$*.*'
@@ -105,7 +119,7 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	done
 
 test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
-	PYTHONPATH=$(CURDIR)/$(OLDER_HF) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
+	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	mkdir -p build
 	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
