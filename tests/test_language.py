@@ -14,11 +14,11 @@ EXCLUDED = ("bench/results/", "bench/LOG.md", "tests/test_language.py", "LICENSE
 FORBIDDEN = {
     # matrix products
     r"share_of_products|of_products|matrix[ _]rate": "gemm_efficiency",
-    r"(?<!itertools import )(?<!\.)products?\b(?! of probabilities)(?!\()": "GEMM, matmul",
+    r"(?<!import )(?<!\.)(?<!vector )(?<!inner )(?<!outer )(?<!dot )products?(?!\()": "GEMM, matmul",
     r"the floor": "lower bound, roofline",
     # tokens and sequences
     r"vocabulary_size": "vocab_size",
-    r"(?<!in )(?<!in-)(?<!takes )(?<!take )(?<!decimal )places?(?!holder)": "slots, indices, positions",
+    r"(?<!in )(?<!in-)(?<!take )(?<!takes )(?<!only )(?<!one )places?": "slots, indices, positions",
     r"token_numbers?|sequence_numbers?": "sequence_ids",
     r"length_limit": "max_seqlen_bound",
     r"guests?": "query-only tokens",
@@ -50,7 +50,7 @@ FORBIDDEN = {
     # sentences
     r"is no number|are no numbers": "NaN",
     r"made (again|anew)|anew": "recomputed, again",
-    r"wants?|wanted": "requires, needs_grad",
+    r"(?<!you )wants?|wanted": "requires, needs_grad",
     r"(is|are) not to be had|to be had": "is not available",
     r"beside": "compared with, vs, next to",
     r"strangers?": "unexpected",
