@@ -14,6 +14,8 @@ import pytest
 
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"conftest"}
 

@@ -16,7 +16,10 @@ from launches import ahead_of_time
 
 BENCH = Path(__file__).parents[1] / "bench"
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets"),
+]
 
 
 def in_a_process(function: Callable, *arguments):

@@ -14,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu_check
 
+pytestmark = pytest.mark.slow
+
 ROOT = gpu_check.ROOT
 # What a GPU machine has not: packages that transformers does not bring along, and a compiled library.
 BARE = """

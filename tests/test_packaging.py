@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from fake_nvcc import write_nvcc
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -36,6 +36,7 @@ def test_transformers_loads_an_exported_folder(case, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [case.class_name]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_torch_export_gives_the_outputs_of_the_model(case, tmp_path, capsys):
@@ -45,6 +46,7 @@ def test_torch_export_gives_the_outputs_of_the_model(case, tmp_path, capsys):
     assert (tmp_path / "out" / "model.pt2").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_onnx_runtime_gives_the_outputs_of_the_model(case, tmp_path, capsys):

@@ -71,6 +71,7 @@ def write_checkpoint(model: torch.nn.Module, folder: Path) -> str:
     return prefix
 
 
+@pytest.mark.slow
 @needs_tensorflow
 @pytest.mark.parametrize(
     "name", ["BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification", "BertModel"]
@@ -94,6 +95,7 @@ def test_a_tensorflow_checkpoint_is_converted_to_the_class_of_its_heads(name, tm
         torch.testing.assert_close(result[0], hf(ids)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_tensorflow
 def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     model = transformers.BertModel(transformers.BertConfig(**SIZES))

@@ -10,6 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from guard_page import guarded
 
+pytestmark = pytest.mark.slow
+
 M, N, K = 100, 200, 264
 
 MESSAGES = {  # None: the result is wrong

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seed")]
 
 BFLOAT16, HALF = "bf16", "fp16"
 DEPTH = 128

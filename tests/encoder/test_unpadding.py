@@ -108,6 +108,7 @@ def test_fake_tensors_pass_through_a_packed_model():
     assert loss.shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_the_whole_forward_is_traced_as_one_graph(packed):
     case = BY_NAME["model"]

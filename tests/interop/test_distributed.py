@@ -10,6 +10,8 @@ import pytest
 import torch
 from parity import BY_CLASS, SIZES, transformers
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 IDS = torch.arange(3, 27).view(4, 6)
 MASK = (torch.arange(6) < torch.tensor([[6], [3], [5], [2]])).long()

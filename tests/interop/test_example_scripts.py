@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 import bertfast
 
+pytestmark = pytest.mark.slow
+
 accelerate = pytest.importorskip("accelerate", reason="Trainer needs it")
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrst"]

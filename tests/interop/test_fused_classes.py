@@ -151,6 +151,7 @@ def test_a_users_class_on_transformers_own_is_patched_copied_and_pickled(kind, c
     assert type(model) is kind
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_in_transformers():
     code = """
 import json, sys, transformers
@@ -173,6 +174,7 @@ print(before == state())
     assert done.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

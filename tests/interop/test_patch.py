@@ -546,6 +546,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", COMPILED)
@@ -578,6 +579,7 @@ def test_compiled_in_one_graph_at_most_twice_for_all_shapes(name, train):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_with_graph_breaks_gives_the_same():
     model = live()

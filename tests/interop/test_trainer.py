@@ -8,6 +8,8 @@ from parity import SIZES, transformers
 
 import bertfast
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("accelerate", reason="Trainer wants it")
 
 ROWS = 16

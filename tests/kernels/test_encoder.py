@@ -84,6 +84,7 @@ def test_pretraining_is_as_accurate_as_the_reference(choose):
         assert_as_accurate_as_torch(actual, expected[name], truth[name], name=name, neighbour=weight, dtype=DTYPE)
 
 
+@pytest.mark.slow
 @pytest.mark.one_instruction_set
 @pytest.mark.parametrize(
     ("backend", "tolerance"),

@@ -12,6 +12,7 @@ from helpers import DEVICE, KERNELS
 SCRIPT = Path(__file__).with_name("guarded.py")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(DEVICE.type == "cuda", reason="GPU memory has no guard pages"),
     pytest.mark.one_instruction_set,  # the script runs all of them
 ]

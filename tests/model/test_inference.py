@@ -57,6 +57,7 @@ def test_packed_input_gives_the_same_rows():
     assert torch.equal(packed.view_as(padded), padded)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """What a process still holds of a tensor of 48 MB that it has freed; in one of its own, which this changes."""
     code = """

@@ -190,6 +190,7 @@ def test_no_instruction_set_can_slip_into_another(name):
         assert [symbol for symbol in shared if f"bertfast::{name}::" not in symbol] == [], path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
 def test_kernels_compile_for_another_processor(path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
@@ -211,6 +212,7 @@ def of_another_torch(library: bytes) -> bytes:
     return library.replace(b"\0torch_call_dispatcher\0", b"\0torch_call_dispatchex\0")
 
 
+@pytest.mark.slow
 @with_library
 @pytest.mark.parametrize("broken", [truncated, empty, of_another_torch])
 def test_a_broken_file_is_one_sentence_and_the_plain_path(broken, tmp_path):

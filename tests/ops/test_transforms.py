@@ -55,6 +55,7 @@ def test_a_batch_of_gradients_equals_one_after_another(operator):
     torch.testing.assert_close(by_vmap, expected)
 
 
+@pytest.mark.slow
 @of_each_operator
 def test_a_compiled_transform_equals_the_transform(operator):
     torch._dynamo.reset()

@@ -37,6 +37,8 @@ from bertfast.training.finetune import Finetuning
 from bertfast.training.pretrain import Pretraining, pretrain
 from bertfast.training.step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 aten = torch.ops.aten
 ASKS_THE_DEVICE = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
 READS_MEMORY = (torch.Tensor.tolist, torch.Tensor.numpy)  # of which, on a CPU, no operation tells

@@ -17,6 +17,8 @@ from bertfast.cli.main import parse
 from bertfast.training.checkpoint import checkpoints
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

@@ -19,6 +19,8 @@ from bertfast.tasks.features import Features, count_labels
 from bertfast.training.finetune import Finetuning
 from bertfast.training.schedule import schedule
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH = 50, 4
 
 

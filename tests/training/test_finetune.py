@@ -20,6 +20,8 @@ from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_learns(tuned):
     _, results = tuned

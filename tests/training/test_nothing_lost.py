@@ -22,6 +22,8 @@ from bertfast.training import step as train_step
 from bertfast.training.checkpoint import checkpoints, newest_whole
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"max_steps": 12, "save_steps": 3, "gradient_accumulation_steps": 4, "eval_batches": 2}
 KINDS = {
     "adamw, workers": {"optimizer": "adamw", "dataloader_num_workers": 2},

@@ -23,6 +23,8 @@ from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.pretrain import Pretraining, pretrain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
