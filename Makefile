@@ -36,6 +36,8 @@ PUBLISHED := build/minilm
 # Inference runtimes to compare with. They are not in .venv, so that tests do not depend on them.
 RUNTIMES  := .venv/runtimes
 export PYTHONSAFEPATH := 1
+# bench/ is not installed, so the root of the checkout is put on the path, after the folders in BENCH_PATH.
+BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 .PHONY: demo wheel test-fast test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
@@ -93,8 +95,8 @@ test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED) $(OLDER_HF)
 	$(call part,transformers 4.57,$(OLDER_TRANSFORMERS) $(PYTEST) -m 'not slow' tests/interop tests/model)
 	$(MAKE) checked emulated
 	$(call part,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels)
-	$(call part,Triton kernels compiled,$(BIN)/python bench/compiled_kernels.py --chips 90 --representative)
-	$(call part,CUDA kernels compiled,$(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md)
+	$(call part,Triton kernels compiled,$(BENCH).sass_model.compiled_kernels --architectures 90 --representative)
+	$(call part,CUDA kernels compiled,$(BENCH).sass_model.compiled_cuda > build/compiled_cuda.md)
 	@printf '\n%-46s %6s\n' part minutes; cat $(TIMES); awk '{sum += $$NF} END {printf "%-46s %6.1f\n", "all", sum}' $(TIMES)
 
 checked: $(READY)
@@ -113,19 +115,19 @@ $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	for nvcc in $(OLDEST_CUDA)/nvidia/cu13/bin/nvcc $(NEWEST_CUDA)/nvidia/cu13/bin/nvcc $(NVCCS); do \
 	  rm -rf build/one-nvcc && NVCC=$$(realpath $$nvcc) $(BIN)/python setup.py --quiet build --build-lib build/one-nvcc \
-	    && PYTHONPATH=$(CURDIR)/build/one-nvcc $(BIN)/python bench/compiled_cuda.py > build/compiled_cuda.md || exit; \
+	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda > build/compiled_cuda.md || exit; \
 	done
 
 test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	mkdir -p build
-	$(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.7.json
-	PYTHONPATH=$(OLDER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.6.json
-	PYTHONPATH=$(NEWER) $(BIN)/python bench/compiled_kernels.py --output $(COMPILED)-3.8.json
-	$(BIN)/python bench/compiled_kernels.py --chips 90 --tests
-	$(BIN)/python bench/compiled_kernels.py --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json > bench/results/compiled_kernels.md
-	$(BIN)/python bench/compiled_cuda.py > bench/results/compiled_cuda.md
+	$(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.7.json
+	BENCH_PATH=$(OLDER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.6.json
+	BENCH_PATH=$(NEWER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.8.json
+	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
+	$(BENCH).sass_model.compiled_kernels --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json > bench/results/compiled_kernels.md
+	$(BENCH).sass_model.compiled_cuda > bench/results/compiled_cuda.md
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
@@ -147,10 +149,10 @@ $(RUNTIMES): $(READY)
 	  onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
 
 bench: $(LIBRARY) $(RUNTIMES)
-	$(BIN)/python bench/cpu_kernels.py --seconds 2
-	$(BIN)/python bench/end_to_end/pretraining_step.py base-128-fp32 small-128-fp32 --repeats 3
-	PYTHONPATH=$(RUNTIMES) $(BIN)/python bench/end_to_end/inference.py sst2-fp32 squad-fp32 --repeats 3
-	$(BIN)/python bench/end_to_end/growth.py
+	$(BENCH).cpu_operators --seconds 2
+	$(BENCH).end_to_end.pretraining_step base-128-fp32 small-128-fp32 --repeats 3
+	BENCH_PATH=$(RUNTIMES) $(BENCH).end_to_end.inference sst2-fp32 squad-fp32 --repeats 3
+	$(BENCH).end_to_end.growth
 
 # Takes hours. An interrupted run continues, and finished parts are not repeated. Tables go to bench/results/tables; tables 5, 6
 # and 8 compare models that are pre-trained here. DATA=FOLDER and SOAKED=FOLDER name other folders, and MODEL=FOLDER a
@@ -159,9 +161,9 @@ DATA   ?= ../shared/data
 SOAKED ?= build/soak
 MODEL  ?=
 soak: $(LIBRARY)
-	$(BIN)/python bench/end_to_end/curve_parity.py $(DATA) --output $(SOAKED)/parity
-	$(BIN)/python bench/end_to_end/long_run.py $(DATA) --output $(SOAKED)/long
-	$(if $(MODEL),$(BIN)/python bench/end_to_end/finetuning.py $(MODEL) $(DATA) --output $(SOAKED)/tuned)
+	$(BENCH).end_to_end.curve_parity $(DATA) --output $(SOAKED)/parity
+	$(BENCH).end_to_end.long_run $(DATA) --output $(SOAKED)/long
+	$(if $(MODEL),$(BENCH).end_to_end.finetuning $(MODEL) $(DATA) --output $(SOAKED)/tuned)
 	mkdir -p bench/results/tables
 	for table in 7 5 8 6 1 2 3 4; do \
 	  case $$table in 5|6|8) model= ;; *) model="$(MODEL:%=--model %)" ;; esac; \
@@ -171,7 +173,7 @@ soak: $(LIBRARY)
 
 # gpu-check-right checks the results of the kernels (three minutes), gpu-check-fast their speed (six). gpu-check runs both even if
 # the first fails, because the benchmarks check results before they measure.
-GPU_CHECK = $(PYTHON) bench/gpu_check.py $(1) $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') \
+GPU_CHECK = PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu_check $(1) $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') \
   $(if $(PROBES),--probes '$(PROBES)')
 
 gpu-check-right:

@@ -1,7 +1,7 @@
 """What only a GPU can tell, in two commands: whether the kernels are right (3 minutes), and how fast they are (6).
 
     make gpu-check-right | gpu-check-fast | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
-    python bench/gpu_check.py right|fast [--results FOLDER] [--wheel FILE] [--probes FILE]
+    python -m bench.gpu_check right|fast [--results FOLDER] [--wheel FILE] [--probes FILE]
 
 The environment's own Python and packages are used and nothing is installed; a wheel is unpacked into a temporary
 folder, and without one the checkout is what runs. All results go to one file, FOLDER/gpu-check-right.tar or
@@ -31,8 +31,6 @@ from tempfile import TemporaryDirectory
 if find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python")
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # of harness, which needs the package: imported once that is laid out
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
@@ -124,6 +122,7 @@ def main() -> int:
             unpack(arguments.wheel, site)
         else:
             lay_out(Path(site, "bertfast"))
+        Path(site, "bench").symlink_to(ROOT / "bench")
         sys.path.insert(0, site)
         origin = print_environment()
         probes = str(arguments.probes.resolve()) if arguments.probes else None
@@ -166,7 +165,7 @@ def pack(folder: Path, target: Path) -> None:
 
 def print_environment() -> dict:
     """Say what the check runs on, and return it."""
-    from harness import origin
+    from bench.harness import origin
 
     here = origin()
     print(", ".join(f"{name} {value}" for name, value in here.get("gpu", {}).items()) or here["processor"])
@@ -188,9 +187,9 @@ def missing_library() -> str | None:
 def lay_out(package: Path) -> None:
     """Make the package importable from links to the checkout, where its folder `kernels` lies beside it."""
     package.mkdir()
-    for entry in (ROOT / "bertfast").iterdir():
-        (package / entry.name).symlink_to(entry)
-    (package / "kernels").symlink_to(ROOT / "kernels")
+    for entry in [*(ROOT / "bertfast").iterdir(), ROOT / "kernels"]:
+        if not (package / entry.name).is_symlink():
+            (package / entry.name).symlink_to(entry)
 
 
 def unpack(wheel: Path, site: str) -> None:
@@ -266,8 +265,8 @@ def self_tests(seconds: float) -> list[list[str]]:
 def fast_parts(folder: Path) -> Iterator[Part]:
     """Ceilings, a pre-training step, the operators; each with its alternatives."""
     python, results = sys.executable, ["--results", str(folder)]
-    yield Part("ceilings", [[python, "bench/harness.py", *results]])
-    step = [python, "bench/end_to_end/pretraining_step.py", *results, "--repeats", "5"]
+    yield Part("ceilings", [[python, "-m", "bench.harness", *results]])
+    step = [python, "-m", "bench.end_to_end.pretraining_step", *results, "--repeats", "5"]
     cases = ["gpu-base-128", "gpu-base-512"] if ON_GPU else ["trial"]
     yield Part("pretraining step", [[*step, *cases, "--against", "transformers-sdpa"]], needs("transformers"))
     compiled = ["--against", "transformers-compile", "--compile-seconds", str(COMPILE_SECONDS), "--suffix", "compiled"]
@@ -282,7 +281,7 @@ def fast_parts(folder: Path) -> Iterator[Part]:
         # Without a GPU one of them shows that the program runs; tests/test_bench.py has them all.
         skip = None if ON_GPU or name == OPERATORS[0] else NO_GPU
         yield Part(name, [[*benchmark, *chosen, *files]], skip or needs("pytest_benchmark"))
-    yield Part("report", [[python, "bench/report.py", str(folder)]])
+    yield Part("report", [[python, "-m", "bench.report", str(folder)]])
 
 
 def needs(package: str) -> str | None:

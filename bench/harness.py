@@ -2,7 +2,7 @@
 
 Everything runs on the GPU if there is one. Run as a program, it measures the ceilings:
 
-    python bench/harness.py [--results FOLDER]
+    python -m bench.harness [--results FOLDER]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables and plots of what was measured.
 
-    python bench/report.py RESULTS … [--output FOLDER]
+    python -m bench.report RESULTS … [--output FOLDER]
 
 RESULTS are JSON files of `bench`, or folders of them. Writes FOLDER/summary.md and, if matplotlib is there, a plot of
 each operation; prints the short table.

@@ -1,7 +1,7 @@
 """Block shapes of the attention kernels: tables by head dimension and bound on the length, by GPU, dtype and dropout.
 
 Entries are chosen so that no register spills and no wgmma is serialised under Triton 3.6, 3.7 and 3.8 on their GPUs,
-which `bench/compiled_kernels.py` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
+which `bench.sass_model.compiled_kernels` checks. One is known to spill: "short" in fp32 with dropout at D = 128 under
 Triton 3.8, with 4, 8 or 16 warps. The entries have not been tuned on a GPU.
 """
 

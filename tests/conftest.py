@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+# For `import bench`, which is not installed. At the end, so that an installed bertfast comes before the checkout's.
+sys.path.append(str(Path(__file__).parents[1]))
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

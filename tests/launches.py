@@ -1,14 +1,10 @@
 """What `test_compiled_kernels.py` compiles, each in a process of its own that must be able to import it."""
 
-import sys
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import ahead_of_time
+from bench.sass_model import ahead_of_time
 
 
 @triton.jit

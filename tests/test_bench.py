@@ -17,13 +17,13 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"conftest"}
+OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"__init__", "conftest"}
 
 CONTENDERS = """
 from dataclasses import dataclass
 
 import torch
-from contest import Case, Contender, Work
+from bench.cases import Case, Contender, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,16 @@ def test_square(measure):
 """
 
 
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    """Run a Python program on one thread, with `bench` on its path."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, **options)
+
+
 def benchmark(folder: Path, results: Path) -> tuple[subprocess.CompletedProcess, dict]:
     """Run the benchmarks in a folder at small sizes: the process, and what it wrote to `results`."""
     options = ["-q", "--import-mode=importlib", "--shapes=small", f"--benchmark-json={results}"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+    ran = run("-m", "pytest", "-p", "no:cacheprovider", *options, str(folder), cwd=folder.parent)
     return ran, json.loads(results.read_text())
 
 
@@ -110,8 +114,7 @@ def test_every_operation_is_checked_and_timed_in_both_directions(measured):
 
 def test_the_report_has_tables_and_plots(measured, tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "bench/report.py", str(measured), "--output", str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ran = run("-m", "bench.report", str(measured), "--output", str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert "| linear_cross_entropy | 9x48x100 | training |" in ran.stdout
     summary = (tmp_path / "summary.md").read_text()
@@ -122,19 +125,17 @@ def test_the_report_has_tables_and_plots(measured, tmp_path):
 
 
 def test_the_report_says_what_is_missing():
-    command = [sys.executable, "bench/report.py", "nowhere.json"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ran = run("-m", "bench.report", "nowhere.json")
     assert ran.returncode == 2
     assert "there is no nowhere.json" in ran.stderr
 
 
 def contest(folder: Path, providers: str) -> tuple[subprocess.CompletedProcess, dict]:
     """Benchmark an operation of this file with PROVIDERS as given."""
-    (folder / "bench" / "ops").mkdir(parents=True)
-    for name in ("harness.py", "contest.py", "ops/conftest.py"):
-        (folder / "bench" / name).write_text((ROOT / "bench" / name).read_text())
-    (folder / "bench" / "ops" / "square.py").write_text(f"{CONTENDERS}\n\nPROVIDERS = {providers}\n")
-    return benchmark(folder / "bench" / "ops", folder / "square.json")
+    (folder / "ops").mkdir()
+    (folder / "ops" / "conftest.py").write_text((ROOT / "bench" / "ops" / "conftest.py").read_text())
+    (folder / "ops" / "square.py").write_text(f"{CONTENDERS}\n\nPROVIDERS = {providers}\n")
+    return benchmark(folder / "ops", folder / "square.json")
 
 
 def test_what_is_wrong_or_cannot_run_is_not_timed_and_an_interruption_loses_nothing(tmp_path):
@@ -159,17 +160,16 @@ def test_where_ours_is_wrong_or_broken_the_run_fails(ours, tmp_path):
 
 def program(name: str, *options: str) -> subprocess.CompletedProcess:
     """Run a program of `bench` on one thread."""
-    command = [sys.executable, f"bench/{name}.py", *options]
-    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    ran = run("-m", f"bench.{name}", *options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran
 
 
 def test_operations_on_a_cpu_are_timed_in_turn_in_both_precisions(tmp_path):
     options = ("--shapes=small", "--seconds=0.01", f"--results={tmp_path}")
-    ran = program("cpu_kernels", "attention", "bias_gelu", *options)
+    ran = program("cpu_operators", "attention", "bias_gelu", *options)
     assert "| bias_gelu | 40x96-fp32 | backward |" in ran.stdout
-    result = json.loads((tmp_path / "cpu_kernels.json").read_text())
+    result = json.loads((tmp_path / "cpu_operators.json").read_text())
     runs = [run["extra_info"] for run in result["benchmarks"]]
     for case in ("40x96", "40x96-fp32"):
         timed = {(run["provider"], run["direction"]) for run in runs if run["case"] == case}
@@ -181,7 +181,7 @@ def test_operations_on_a_cpu_are_timed_in_turn_in_both_precisions(tmp_path):
 
 
 def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
-    program("end_to_end/pretraining_step", "trial-wikipedia", "--repeats=1", f"--results={tmp_path}")
+    program("end_to_end.pretraining_step", "trial-wikipedia", "--repeats=1", f"--results={tmp_path}")
     result = json.loads((tmp_path / "pretraining_step-trial-wikipedia.json").read_text())
     assert len(result["lengths"]) == 4
     assert max(result["lengths"]) <= 128
@@ -202,9 +202,9 @@ def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path
         archive.add(prepare(PrepareSettings(str(tmp_path / "made"), corpus)), "shards")
         archive.add(tmp_path / "sst-2", "sst-2")
     options = ("--preset=tiny", "--minutes=0.02", "--tokens=256", f"--output={tmp_path / 'run'}")
-    program("end_to_end/speedrun", str(tmp_path / "archive.tar.xz"), *options, f"--results={tmp_path}")
+    program("end_to_end.speedrun", str(tmp_path / "archive.tar.xz"), *options, f"--results={tmp_path}")
     result = json.loads((tmp_path / "speedrun.json").read_text())
-    for side in ("ours", "theirs"):
+    for side in ("bertfast", "transformers"):
         losses = [one["validation_loss"] for one in result[side]["validations"]]
         assert losses[-1] < losses[0]
         assert result[side]["tokens_per_second"] > 0
@@ -212,9 +212,8 @@ def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path
     assert not any(str(tmp_path) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
-def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench" / "end_to_end"))
-    from pretraining_step import within
+def test_what_takes_too_long_or_fails_is_given_up():
+    from bench.end_to_end.pretraining_step import within
 
     seconds, reason = within(1, lambda: time.sleep(60))
     assert 1 <= seconds < 30
@@ -224,7 +223,7 @@ def test_what_takes_too_long_or_fails_is_given_up(monkeypatch):
 
 
 def test_inference_is_timed_beside_what_is_installed(tmp_path):
-    program("end_to_end/inference", "trial", "--repeats=2", f"--results={tmp_path}")
+    program("end_to_end.inference", "trial", "--repeats=2", f"--results={tmp_path}")
     result = json.loads((tmp_path / "inference-trial.json").read_text())
     assert result["contenders"].keys() >= {"ours", "transformers"}
     assert result["contenders"].keys() | result["not_run"].keys() == {"ours", "transformers", "onnxruntime", "openvino"}
@@ -232,7 +231,7 @@ def test_inference_is_timed_beside_what_is_installed(tmp_path):
 
 def test_growth_is_measured_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    program("end_to_end/growth", "--longest=128", "--most=1", "--preset=tiny", f"--results={tmp_path}")
+    program("end_to_end.growth", "--longest=128", "--most=1", "--preset=tiny", f"--results={tmp_path}")
     sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
     assert [len(results) for results in sweeps.values()] == [2, 2, 2]
     assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for results in sweeps.values() for result in results)
@@ -241,9 +240,9 @@ def test_growth_is_measured_and_drawn(tmp_path):
 
 @pytest.mark.parametrize("other", [1.9, 1.0])
 def test_ratios_are_taken_in_one_mode_of_the_machine(other, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import harness
     import torch
+
+    from bench import harness
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     mode = [harness.Sample(2.0, other), harness.Sample(2.0, other)]
@@ -261,7 +260,7 @@ def test_what_a_bf16_residual_stream_costs_is_measured(tmp_path):
     for split in ("train", "valid"):
         with lzma.open(tmp_path / "corpus" / f"wikitext2-detok-{split}.txt.xz", "wt", encoding="utf-8") as file:
             file.write(text)
-    program("end_to_end/residual_precision", str(tmp_path), "--steps=3", "--seeds=1", f"--results={tmp_path}")
+    program("end_to_end.residual_precision", str(tmp_path), "--steps=3", "--seeds=1", f"--results={tmp_path}")
     result = json.loads((tmp_path / "residual_precision.json").read_text())
     fp32, bf16 = (result["runs"][stream]["1"] for stream in ("fp32", "bf16"))
     assert len(fp32["losses"]) == len(bf16["losses"]) == 3

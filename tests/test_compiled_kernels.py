@@ -1,4 +1,4 @@
-"""`bench/compiled_kernels.py` notices what is wrong with a compiled kernel, and batches of all sizes share kernels."""
+"""`bench.sass_model.compiled_kernels` finds faults of compiled kernels, and batches of all sizes share kernels."""
 
 import os
 import subprocess
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import launches
 import pytest
-from launches import ahead_of_time
 
-BENCH = Path(__file__).parents[1] / "bench"
+from bench.sass_model import ahead_of_time
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,9 +58,9 @@ def test_serialised_wgmma_are_a_fault_and_other_warnings_are_not():
     assert row.faults() == ["ptxas serialises its wgmma (C7515)"]
 
 
-def test_shared_memory_beyond_the_chip_other_tensor_cores_and_hazards_are_faults():
+def test_shared_memory_beyond_the_limit_other_tensor_cores_and_hazards_are_faults():
     row = compiled()
-    assert "more than the chip's 227 KiB" in replace(row, shared_memory=300 << 10).faults()[0]
+    assert "more than the GPU's 227 KiB" in replace(row, shared_memory=300 << 10).faults()[0]
     assert replace(row, tensor_core="HMMA").faults() == ["its matmuls run on HMMA"]
     assert replace(row, tensor_core="").faults() == ["its matmuls run on no tensor core"]
     assert replace(row, hazards=["FADD reads the accumulator"]).faults() == ["FADD reads the accumulator"]
@@ -73,9 +74,12 @@ def test_batches_of_all_sizes_share_kernels():
     assert len(counts) == 8  # attention has four, the two others two each
 
 
-def test_a_chip_that_it_does_not_know_is_refused():
+def test_an_unknown_architecture_is_rejected():
     ran = subprocess.run(
-        [sys.executable, BENCH / "compiled_kernels.py", "--chips", "75"], capture_output=True, text=True
+        [sys.executable, "-m", "bench.sass_model.compiled_kernels", "--architectures", "75"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 2
     assert "invalid choice: 75" in ran.stderr

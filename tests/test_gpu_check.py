@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import gpu_check
+from bench import gpu_check
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +43,8 @@ no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU t
 
 
 def run_check(*options: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or "")}
-    command = [sys.executable, "bench/gpu_check.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{path or ''}"}
+    command = [sys.executable, "-m", "bench.gpu_check", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -220,8 +219,8 @@ def test_bad_input_gets_a_sentence(tmp_path):
 
 def test_a_python_without_pytorch_is_one_sentence():
     # -S leaves site-packages out; only the checkout's own folders are on the path.
-    command = [sys.executable, "-S", "bench/gpu_check.py", "right"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-m", "bench.gpu_check", "right"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert checked.returncode == 1
     assert checked.stderr.endswith("has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python\n")

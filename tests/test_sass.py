@@ -1,12 +1,8 @@
-"""`bench/sass.py` finds what touches the registers of a wgmma in flight, on any path, and nothing else."""
-
-import sys
-from pathlib import Path
+"""`bench.sass_model.sass` finds every instruction, and no other, that touches registers of a pending wgmma."""
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import sass
+from bench.sass_model import sass
 
 WGMMA = "HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0"  # accumulator R24 to R31, left operand R4 to R7
 OPEN = WGMMA.removesuffix(", gsb0")  # its group goes on

@@ -5,7 +5,7 @@
 is `bertfast pretrain`; theirs pads what ours packs, masks included, and draws dropout as PyTorch does. Curves that
 FOLDER holds already are not run again.
 
-    python bench/end_to_end/curve_parity.py DATA [--output FOLDER] [--results FOLDER]
+    python -m bench.end_to_end.curve_parity DATA [--output FOLDER] [--results FOLDER]
 
 DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +22,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.harness import RESULTS, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -32,9 +32,6 @@ from bertfast.encoder.unpadding import Layout
 from bertfast.ops.reference import IGNORED
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import RESULTS, write_result
 
 STEPS, WITHOUT_DROPOUT, SMOOTHED = 300, 50, 50
 SEEDS = (1, 2, 3)

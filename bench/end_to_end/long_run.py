@@ -3,7 +3,7 @@
 Its curve, what it says of held-out text, and how it fills blanks go to bench/results/. A run that was stopped goes on
 where it was, if it is given the same FOLDER.
 
-    python bench/end_to_end/long_run.py DATA --output FOLDER [--minutes N] [--results FOLDER]
+    python -m bench.end_to_end.long_run DATA --output FOLDER [--minutes N] [--results FOLDER]
 
 DATA holds corpus/wikipedia-*.txt.xz and corpus/books-*.txt.xz.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bench.harness import RESULTS, write_result
 from bertfast import BertForMaskedLM
 from bertfast.cli.main import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -25,9 +26,6 @@ from bertfast.inference.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretrain import PretrainSettings, pretrain
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import RESULTS, write_result
 
 TOKENS = 2048  # a step
 FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003

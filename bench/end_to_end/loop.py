@@ -3,7 +3,7 @@
 Between two steps of a run the same step, its gradients and the optimizers' update, is computed once more on its own; so
 both see the same machine. The bare one starts with batches that are made already.
 
-    python bench/end_to_end/loop.py SHARDS [--preset NAME] [--steps N] [--results FOLDER]
+    python -m bench.end_to_end.loop SHARDS [--preset NAME] [--steps N] [--results FOLDER]
 
 SHARDS is what `bertfast prepare` wrote.
 """
@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from bench.harness import ON_GPU, RESULTS, write_result
 from bertfast.data.samples import Sampling
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.training.pretrain import Pretraining, PretrainSettings
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import ON_GPU, RESULTS, write_result
 
 UNCOUNTED = 5  # steps at first, in which memory is taken and a step is recorded
 

@@ -1,6 +1,6 @@
 """A live transformers model, patched and not: sentences, paragraphs, one short sentence, Trainer's steps, patching.
 
-    python bench/end_to_end/patched.py MODEL DATA [--rounds N] [--results FOLDER]
+    python -m bench.end_to_end.patched MODEL DATA [--rounds N] [--results FOLDER]
 
 MODEL is a folder with a BERT and its tokenizer; DATA holds glue/SST-2/dev.tsv.gz and squad/dev-v1.1.json.gz. Both
 models run in turn, without a gradient where nothing is trained, after their outputs were compared.
@@ -13,7 +13,6 @@ import copy
 import gzip
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +20,9 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 
+from bench.harness import RESULTS, stopwatch, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import RESULTS, stopwatch, write_result
 
 BATCH, TOLERANCE = 32, 1e-4
 

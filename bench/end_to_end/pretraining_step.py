@@ -6,7 +6,7 @@ anything is timed the losses must agree without dropout. transformers runs with 
 compiled; on a GPU with its plain attention too; and where a case is in bf16, on a CPU also in its default, fp32. The
 process keeps what it frees, as bertfast's programs do, so that nobody's memory costs page faults.
 
-    python bench/end_to_end/pretraining_step.py [CASE …] [--repeats N] [--results FOLDER]
+    python -m bench.end_to_end.pretraining_step [CASE …] [--repeats N] [--results FOLDER]
 
 `--count-lengths DATA` counts Wikipedia's lengths anew, in DATA/corpus/wikipedia-valid.txt.xz with the vocabulary
 DATA/vocab/bert-base-uncased-vocab.txt, and writes them beside this file, where all other runs find them.
@@ -29,19 +29,7 @@ import torch
 import transformers
 
 import bertfast
-from bertfast.data.batches import Batch
-from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.samples import CorpusBoundaries, Sampling, plan_samples
-from bertfast.data.shards import Shards
-from bertfast.encoder import pretraining_loss
-from bertfast.ops.sequences import Sequences
-from bertfast.runtime.malloc import keep_freed_memory
-from bertfast.runtime.precision import multiplies_bf16
-from bertfast.training.flops import step_flops
-from bertfast.training.optimizer import build_optimizers
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import (
+from bench.harness import (
     DEVICE,
     ON_GPU,
     RESULTS,
@@ -52,6 +40,16 @@ from harness import (
     time_limit,
     write_result,
 )
+from bertfast.data.batches import Batch
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.samples import CorpusBoundaries, Sampling, plan_samples
+from bertfast.data.shards import Shards
+from bertfast.encoder import pretraining_loss
+from bertfast.ops.sequences import Sequences
+from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import multiplies_bf16
+from bertfast.training.flops import step_flops
+from bertfast.training.optimizer import build_optimizers
 
 DROPOUT = 0.1
 MASKED = 0.15

@@ -1,6 +1,6 @@
 """The programs on real text, as a user types them: the demo; pre-training on WikiText-2; fine-tuning on SST-2 from it.
 
-    python bench/end_to_end/real_runs.py DATA [--output FOLDER]
+    python -m bench.end_to_end.real_runs DATA [--output FOLDER]
 
 DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz and glue/SST-2/{train,dev}.tsv.gz. Each command runs in a process
 of its own; its seconds, its peak memory and what it measured go to bench/results/.
@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import write_result
+from bench.harness import write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 

@@ -4,7 +4,7 @@ Both sides run on bf16 GEMMs under autocast, with the same samples, masks and dr
 differs. Of each seed the result holds the training losses of all steps, their mean over the last SMOOTHED steps, and
 the validation loss at the end.
 
-    python bench/end_to_end/residual_precision.py [DATA] [--steps 300] [--seeds 1 2] [--preset tiny] [--results FOLDER]
+    python -m bench.end_to_end.residual_precision [DATA] [--steps 300] [--seeds 1 2] [--preset tiny] [--results FOLDER]
 
 DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz.
 """
@@ -12,23 +12,19 @@ DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
 
+from bench.end_to_end.curve_parity import corpus, mean, our_losses
+from bench.harness import DATA, ON_GPU, RESULTS, write_result
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.models.presets import Preset
 from bertfast.runtime.precision import ResidualPrecision
 from bertfast.training.pretrain import Pretraining, PretrainSettings
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))  # of which Python does not think under PYTHONSAFEPATH
-from curve_parity import corpus, mean, our_losses
-from harness import DATA, ON_GPU, RESULTS, write_result
 
 SMOOTHED = 50
 TOKENS, RATE = 1024, 1e-3

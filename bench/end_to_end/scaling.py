@@ -1,7 +1,7 @@
 """How many tokens a second one process and several make, averaged gradients and sharded, each on one core and with a
 batch of its own.
 
-    python bench/end_to_end/scaling.py SHARDS [--preset NAME] [--processes N …] [--results FOLDER]
+    python -m bench.end_to_end.scaling SHARDS [--preset NAME] [--processes N …] [--results FOLDER]
 
 SHARDS is what `bertfast prepare` wrote. Perfect would be as many times the tokens as there are processes; what is
 lost is the gradients' way, and that cores share their memory.
@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import RESULTS, write_result
+from bench.harness import RESULTS, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 STEPS, UNCOUNTED = 20, 4

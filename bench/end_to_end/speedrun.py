@@ -1,7 +1,7 @@
 """`base` by the recipe `speedrun` on Wikipedia and books for minutes, beside transformers compiled; then SST-2 from it.
 
-    python bench/end_to_end/speedrun.py --pack DATA ARCHIVE [--files N]
-    python bench/end_to_end/speedrun.py ARCHIVE --output FOLDER [--sides ours theirs tuned] [--minutes 8]
+    python -m bench.end_to_end.speedrun --pack DATA ARCHIVE [--files N]
+    python -m bench.end_to_end.speedrun ARCHIVE --output FOLDER [--sides bertfast transformers tuned] [--minutes 8]
         [--preset base] [--rate R] [--results FOLDER]
 
 The first makes ARCHIVE (.tar.xz) of DATA, laid out as the tests' data are: token shards of the books and of N files of
@@ -31,6 +31,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.end_to_end.curve_parity import mean, padded
+from bench.end_to_end.long_run import corpus, fill
+from bench.harness import RESULTS, write_result
 from bertfast.cli.main import parse
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.ops.reference import IGNORED
@@ -41,12 +44,6 @@ from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))  # of which Python does not think under PYTHONSAFEPATH
-from curve_parity import mean, padded
-from harness import RESULTS, write_result
-from long_run import corpus, fill
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "speedrun.yaml"
 VALIDATIONS = 8  # of a run: one a minute where it is of eight
@@ -59,7 +56,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, metavar="DATA")
     parser.add_argument("--files", type=int, default=4, help="of Wikipedia")
     parser.add_argument("--output", type=Path, help="keep shards, models and curves here")
-    parser.add_argument("--sides", nargs="*", default=["ours", "theirs", "tuned"], choices=list(SIDES))
+    parser.add_argument("--sides", nargs="*", default=["bertfast", "transformers", "tuned"], choices=list(SIDES))
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--rate", type=float, default=5e-4, help="their learning rate")
@@ -85,7 +82,10 @@ def main() -> None:
             found[side] = json.loads(file.read_text(encoding="utf-8"))
     result = {"minutes": arguments.minutes, "preset": arguments.preset, "tokens_of_a_step": arguments.tokens, **found}
     path = write_result("speedrun", result, arguments.results)
-    plot({side: found[side]["validations"] for side in ("ours", "theirs") if side in found}, path.with_suffix(".png"))
+    plot(
+        {side: found[side]["validations"] for side in ("bertfast", "transformers") if side in found},
+        path.with_suffix(".png"),
+    )
     for side, values in found.items():
         print(side, values.get("metrics") or values["validations"][-1])
     print(f"written to {path}")
@@ -123,7 +123,7 @@ def settings_for(arguments: argparse.Namespace, **changes) -> PretrainSettings:
 
 def ours(arguments: argparse.Namespace) -> dict:
     """`bertfast pretrain`."""
-    folder = arguments.output / "ours"
+    folder = arguments.output / "bertfast"
     every = max(round(60 * arguments.minutes / VALIDATIONS / seconds_of_a_step(arguments)), 1)
     settings = settings_for(arguments, **{"output-dir": folder, "eval-steps": every})
     pretrain(dataclasses.replace(settings, resume=True))  # a run that ended, but was not written down, is only read
@@ -250,7 +250,7 @@ def tuned(arguments: argparse.Namespace) -> dict:
     where = {split: str(arguments.output / "sst-2" / f"{split}.tsv.gz") for split in ("train", "dev")}
     results = finetune(
         FinetuneSettings(
-            model_name_or_path=str(arguments.output / "ours"),
+            model_name_or_path=str(arguments.output / "bertfast"),
             task="sst-2",
             train_file=where["train"],
             validation_file=where["dev"],
@@ -263,14 +263,14 @@ def tuned(arguments: argparse.Namespace) -> dict:
     return {"metrics": results}
 
 
-SIDES = {"ours": ours, "theirs": theirs, "tuned": tuned}
+SIDES = {"bertfast": ours, "transformers": theirs, "tuned": tuned}
 
 
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
     """Validation losses by the minute."""
 
     def paint(axes) -> None:
-        names = {"ours": "bertfast", "theirs": "transformers, compiled"}
+        names = {"bertfast": "bertfast", "transformers": "transformers, compiled"}
         for side, validations in curves.items():
             minutes = [one["seconds"] / 60 for one in validations]
             axes.plot(minutes, [one["validation_loss"] for one in validations], marker=".", label=names[side])

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch.nn.functional as F
-from contest import (
+from torch import Tensor
+
+from bench.cases import (
     EPS,
     OURS,
     Case,
@@ -19,8 +21,6 @@ from contest import (
     liger,
     packed,
 )
-from torch import Tensor
-
 from bertfast import ops
 from bertfast.ops import reference
 from bertfast.ops.dropout import Dropout

@@ -17,7 +17,11 @@ from statistics import NormalDist
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import (
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bench.cases import (
     OURS,
     Case,
     Contender,
@@ -29,11 +33,7 @@ from contest import (
     in_cuda,
     needs_gpu,
 )
-from harness import DEVICE, ON_GPU
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+from bench.harness import DEVICE, ON_GPU
 from bertfast import ops
 from bertfast.ops import reference
 from bertfast.ops.sequences import Sequences

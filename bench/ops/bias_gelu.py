@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from contest import OURS, Case, Contender, Work, compiled, definition, in_both_precisions, in_cuda
 from torch import Tensor
 
+from bench.cases import OURS, Case, Contender, Work, compiled, definition, in_both_precisions, in_cuda
 from bertfast import ops
 from bertfast.ops import reference
 

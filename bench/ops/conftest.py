@@ -10,7 +10,6 @@ What is wrong, or cannot run here, is not timed; the JSON says so beside what wa
 from __future__ import annotations
 
 import contextlib
-import sys
 import traceback
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from contest import OUR_MASKS, WRONG, calls, checked, extra_memory, measured
-from harness import ON_GPU, ceilings, device_seconds, origin, time_limit
+from bench.cases import OUR_MASKS, WRONG, calls, checked, extra_memory, measured
+from bench.harness import ON_GPU, ceilings, device_seconds, origin, time_limit
 
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}

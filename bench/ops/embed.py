@@ -7,7 +7,9 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from contest import (
+from torch import Tensor
+
+from bench.cases import (
     EPS,
     OURS,
     VOCABULARY,
@@ -19,9 +21,7 @@ from contest import (
     in_both_precisions,
     packed,
 )
-from harness import DEVICE
-from torch import Tensor
-
+from bench.harness import DEVICE
 from bertfast import ops
 from bertfast.ops import reference
 from bertfast.ops.dropout import Dropout

@@ -14,10 +14,21 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import OURS, VOCABULARY, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger, needs_gpu
-from harness import DEVICE
 from torch import Tensor
 
+from bench.cases import (
+    OURS,
+    VOCABULARY,
+    Case,
+    Work,
+    compiled,
+    definition,
+    in_both_precisions,
+    in_cuda,
+    liger,
+    needs_gpu,
+)
+from bench.harness import DEVICE
 from bertfast import ops
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from contest import OURS, Case, Work, compiled, definition, in_both_precisions
 
+from bench.cases import OURS, Case, Work, compiled, definition, in_both_precisions
 from bertfast import ops
 from bertfast.ops import reference
 

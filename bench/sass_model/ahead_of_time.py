@@ -1,4 +1,4 @@
-"""Compile what launches Triton kernels for a GPU that is not here, and report on the machine code.
+"""Compile what launches Triton kernels for a GPU that is not present, and report on the machine code.
 
 Operators run on CPU tensors with a driver that compiles for the GPU and launches nothing, so that what is compiled is
 what would run, with the specialisations that a JIT compiler makes of the arguments. Another ptxas than Triton's own
@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,16 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from bench.sass_model import sass
 from bertfast.kernels import device
 
-sys.path.insert(0, str(Path(__file__).parent))
-import sass
-
-CHIPS = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
+SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
 # ptxas's warnings that it runs each wgmma on its own, whatever the reason; C7519 is about the code around them.
 _SERIALISED = re.compile(r"\((C751[0-5])\)")
 _BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Compiled:
     """One kernel in one configuration for one GPU architecture."""
 
     triton: str
-    chip: int
+    architecture: int
     kernel: str
     case: str
     shape: str
@@ -65,40 +62,41 @@ class Compiled:
         found += self.hazards
         matmuls = self.kernel.startswith(("attention", "linear_gelu"))
         # A warpgroup of Hopper multiplies 64 rows at a time; smaller blocks take the older instruction.
-        wide = self.chip == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
+        wide = self.architecture == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
         if matmuls and (not self.tensor_core or (wide and self.tensor_core != "HGMMA")):
             found.append(f"its matmuls run on {self.tensor_core or 'no tensor core'}")
-        if self.shared_memory > CHIPS[self.chip] << 10:
-            found.append(f"{self.shared_memory} bytes of shared memory are more than the chip's {CHIPS[self.chip]} KiB")
+        limit = SHARED_MEMORY_KIB[self.architecture]
+        if self.shared_memory > limit << 10:
+            found.append(f"{self.shared_memory} bytes of shared memory are more than the GPU's {limit} KiB")
         return found
 
 
 class _Absent:
-    """A driver for a GPU that is not here: enough for the compiler."""
+    """A driver for a GPU that is not present: enough for the compiler."""
 
-    def __init__(self, chip: int):
-        self.chip = chip
+    def __init__(self, architecture: int):
+        self.architecture = architecture
 
     def get_current_device(self) -> int:
-        return self.chip  # a cache of its own for each
+        return self.architecture  # a cache of its own for each
 
     def get_current_stream(self, _device) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.chip, 32)
+        return GPUTarget("cuda", self.architecture, 32)
 
 
 @contextmanager
-def compile_only(chip: int, compiled: Callable[[object, str, dict], None]) -> Iterator[None]:
-    """Make every launch compile for `chip` and do nothing else.
+def compile_only(architecture: int, compiled: Callable[[object, str, dict], None]) -> Iterator[None]:
+    """Make every launch compile for `architecture` and do nothing else.
 
     Args:
-        chip: Compute capability, 90 for sm_90.
+        architecture: Compute capability, 90 for sm_90.
         compiled: Called with each kernel that differs from those before, ptxas's output and the launch's options.
     """
-    driver.set_active(_Absent(chip))
-    device.capability = lambda _device: divmod(chip, 10)
+    driver.set_active(_Absent(architecture))
+    device.capability = lambda _device: divmod(architecture, 10)
     run, seen = JITFunction.run, set()
 
     def run_without_launch(self, *arguments, grid, warmup, **options):
@@ -117,10 +115,14 @@ def compile_only(chip: int, compiled: Callable[[object, str, dict], None]) -> It
         yield
 
 
-def compile_cases(chip: int, cases: Iterable[tuple[str, Callable[[], None]]]) -> list[Compiled]:
+def compile_cases(architecture: int, cases: Iterable[tuple[str, Callable[[], None]]]) -> list[Compiled]:
     """A report on each kernel that the cases (name, launch) launch."""
     results, case = [], ""
-    with compile_only(chip, lambda kernel, log, options: results.append(_report(kernel, log, options, chip, case))):
+
+    def report(kernel: object, log: str, options: dict) -> None:
+        results.append(_report(kernel, log, options, architecture, case))
+
+    with compile_only(architecture, report):
         for case, launch in cases:  # noqa: B007, the report reads it
             launch()
     return results
@@ -136,7 +138,7 @@ class _EachNth:
         items[:] = items[self.part :: self.parts]
 
 
-def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled]:
+def compile_launches_of_tests(architecture: int, part: int, parts: int) -> list[Compiled]:
     """A report on each kernel that the tests of the kernels launch, one part of `parts` of them.
 
     The tests fail, since nothing computes; what they launch until then is compiled.
@@ -149,7 +151,7 @@ def compile_launches_of_tests(chip: int, part: int, parts: int) -> list[Compiled
     ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # runs processes of its own
     with (
         pytest.MonkeyPatch.context() as patch,
-        compile_only(chip, lambda *kernel: results.append(_report(*kernel, chip, "a test's launch"))),
+        compile_only(architecture, lambda *kernel: results.append(_report(*kernel, architecture, "a test's launch"))),
         redirect_stdout(io.StringIO()),
     ):
         patch.setenv("BERTFAST_TESTED", "triton")
@@ -164,7 +166,7 @@ def serialised_wgmma(log: str) -> list[str]:
     return sorted(set(_SERIALISED.findall(log)))
 
 
-def _report(compiled, log: str, options: dict, chip: int, case: str) -> Compiled:
+def _report(compiled, log: str, options: dict, architecture: int, case: str) -> Compiled:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -179,7 +181,7 @@ def _report(compiled, log: str, options: dict, chip: int, case: str) -> Compiled
     unit, matmul_count = matmuls[0] if matmuls else ("", 0)
     return Compiled(
         triton=triton.__version__,
-        chip=chip,
+        architecture=architecture,
         kernel=compiled.name.removesuffix("_kernel"),
         case=case,
         shape=" x ".join(str(options[name]) for name in _BLOCKS if name in options),

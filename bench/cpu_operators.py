@@ -1,10 +1,10 @@
 """Every operation on a CPU beside its alternatives, in turn A B A B …, each sample between two probes of the cores.
 
-    python bench/cpu_kernels.py [OPERATION …] [--shapes cpu|small] [--seconds S] [--results FOLDER]
+    python -m bench.cpu_operators [OPERATION …] [--shapes cpu|small] [--seconds S] [--results FOLDER]
 
 The contenders and cases of `bench/ops`, each first held to float64. The floor is what a copy of as many bytes takes, in
 the same rounds, or the products at the rate that blocks (attention) or matrices are multiplied here. Memory that is
-freed is kept, so that no one's results cost page faults. FOLDER gets cpu_kernels.json, summary.md and plots.
+freed is kept, so that no one's results cost page faults. FOLDER gets cpu_operators.json, summary.md and plots.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from types import ModuleType
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parent / "ops"))
-from contest import OUR_MASKS, WRONG, Case, calls, checked, measured
-from harness import (
+from bench.cases import OUR_MASKS, WRONG, Case, calls, checked, measured
+from bench.harness import (
     DEVICE,
     ON_GPU,
     RESULTS,
@@ -38,13 +36,12 @@ from harness import (
     stopwatch,
     write_result,
 )
-from report import plot, read, short, summary
-
+from bench.report import plot, read, short, summary
 from bertfast.ops import native
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import multiplies_bf16
 
-OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/*.py") if path.stem != "conftest")
+OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/[!_]*.py") if path.stem != "conftest")
 PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch's
 ROUNDS = (5, 50)  # at least and at most
 SETS = 2  # of inputs, that take turns
@@ -57,7 +54,7 @@ def main() -> int:
     parser.add_argument("operations", nargs="*", default=OPERATIONS, metavar="OPERATION", help=", ".join(OPERATIONS))
     parser.add_argument("--shapes", choices=("cpu", "small"), default="cpu")
     parser.add_argument("--seconds", type=float, default=5, help="for the rounds of a case in one direction, about")
-    parser.add_argument("--results", type=Path, default=RESULTS / "cpu-kernels")
+    parser.add_argument("--results", type=Path, default=RESULTS / "cpu-operators")
     arguments = parser.parse_args()
     if unknown := set(arguments.operations) - set(OPERATIONS):
         parser.error(f"there is no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
@@ -66,7 +63,7 @@ def main() -> int:
     keep_freed_memory()
     runs, not_timed = [], []
     for operation in arguments.operations:
-        module = import_module(operation)
+        module = import_module(f"bench.ops.{operation}")
         for case in module.CASES[arguments.shapes]:
             print(operation, case, file=sys.stderr, flush=True)
             runs += measure(module, case, arguments.seconds, not_timed)
@@ -77,7 +74,7 @@ def main() -> int:
         "not_timed": not_timed,
         "goals": list(reached(runs)),
     }
-    results = read([write_result("cpu_kernels", result, arguments.results)])
+    results = read([write_result("cpu_operators", result, arguments.results)])
     (arguments.results / "summary.md").write_text(summary(results), encoding="utf-8")
     plot(results, arguments.results)
     print(f"{short(results)}\n\nwritten to {arguments.results}")
@@ -86,7 +83,7 @@ def main() -> int:
 
 def measure(module: ModuleType, case: Case, seconds: float, not_timed: list[dict]) -> Iterator[dict]:
     """Time a case's contenders that are right, each direction for about `seconds`; the others go to `not_timed`."""
-    operation, ready = module.__name__, {}
+    operation, ready = module.__name__.rpartition(".")[2], {}
     for name, provider in module.PROVIDERS.items():
         with reasons(not_timed, operation=operation, case=str(case), provider=name, direction="any"):
             if operation in PRODUCTS and case.dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):

@@ -1,6 +1,6 @@
-"""What nvcc made of the kernels in CUDA C++, for chips that are not here: a table, and an error where it is not right.
+"""Tabulate the machine code that nvcc made of the CUDA C++ kernels, and fail if there is a fault in it.
 
-    python bench/compiled_cuda.py > bench/results/compiled_cuda.md
+    python -m bench.sass_model.compiled_cuda > bench/results/compiled_cuda.md
 
 Of each kernel in the compiled library the table has registers, and Hopper's instructions: wgmma (HGMMA) and loads by
 TMA (UTMALDG), which attention must have on sm_90a. Spilled registers, serialised wgmma and a source that did not build,
@@ -16,13 +16,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from bench.harness import origin
 from bertfast.ops import cuda_build, native
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import origin
-
 HOPPER = ("HGMMA", "UTMALDG")  # instructions of which attention has some
-Key = tuple[str, str]  # chip, kernel
+Key = tuple[str, str]  # arch, kernel
 
 
 def main() -> int:
@@ -35,22 +33,28 @@ def main() -> int:
         print(cuda_build.summary(), file=sys.stderr)
         return 1
     targets = {target.removesuffix("+PTX") for targets in build.architectures.values() for target in targets}
-    chips = tuple(f"sm_{target}" for target in sorted(targets, key=lambda target: (int(target.rstrip("af")), target)))
+
+    def by_number(target: str) -> tuple[int, str]:
+        return int(target.rstrip("af")), target
+
+    architectures = tuple(
+        f"sm_{target}" for target in sorted(targets, key=lambda target: (int(target.rstrip("af")), target))
+    )
     used, counted = resources(), instructions()
     faults = [f"{source}.cu was not built: {why['error']}" for source, why in build.missing.items()]
     faults += [f"{source}.cu: {line}" for source, lines in build.slow.items() for line in lines]
-    faults += [f"{name} on {chip} spills {spilled} bytes" for (chip, name), (_, spilled) in used.items() if spilled]
+    faults += [f"{name} on {arch} spills {spilled} bytes" for (arch, name), (_, spilled) in used.items() if spilled]
     kernels = readable({name for _, name in used})
     print(f"Registers of a thread on each GPU architecture, and Hopper's instructions. nvcc {build.nvcc}. {origin()}\n")
-    print(f"| kernel | {' | '.join((*chips, *HOPPER))} |")
-    print("|---" * (1 + len(chips) + len(HOPPER)) + "|")
+    print(f"| kernel | {' | '.join((*architectures, *HOPPER))} |")
+    print("|---" * (1 + len(architectures) + len(HOPPER)) + "|")
     for name in sorted(kernels, key=kernels.get):
-        registers = [used.get((chip, name), ("",))[0] for chip in chips]
-        hopper = [sum(counted.get((chip, name), {}).get(word, 0) for chip in chips) for word in HOPPER]
+        registers = [used.get((arch, name), ("",))[0] for arch in architectures]
+        hopper = [sum(counted.get((arch, name), {}).get(word, 0) for arch in architectures) for word in HOPPER]
         print(f"| {kernels[name]} | {' | '.join(str(count or '') for count in (*registers, *hopper))} |")
         if kernels[name].startswith("attention") and not all(hopper):
             faults.append(f"{kernels[name]} has {dict(zip(HOPPER, hopper, strict=True))}")
-    if missing := set(chips) - {chip for chip, _ in used}:
+    if missing := set(architectures) - {arch for arch, _ in used}:
         faults.append(f"there is nothing for {', '.join(sorted(missing))}")
     print("\n".join(faults), file=sys.stderr)
     return int(bool(faults))
@@ -58,25 +62,25 @@ def main() -> int:
 
 def resources() -> dict[Key, tuple[int, int]]:
     """Registers of a thread, and bytes that it spills."""
-    found, chip, name = {}, "", ""
+    found, arch, name = {}, "", ""
     for line in cuobjdump("--dump-resource-usage"):
         if match := re.search(r"arch = (\w+)", line):
-            chip = match[1]
+            arch = match[1]
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
         elif match := re.search(r"REG:(\d+) .*LOCAL:(\d+)", line):
-            found[chip, name] = int(match[1]), int(match[2])
+            found[arch, name] = int(match[1]), int(match[2])
     return found
 
 
 def instructions() -> dict[Key, Counter]:
     """How many there are of each of Hopper's."""
-    found, key, chip = {}, ("", ""), ""
+    found, key, arch = {}, ("", ""), ""
     for line in cuobjdump("--dump-sass"):
         if match := re.search(r"arch = (\w+)", line):
-            chip = match[1]
+            arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
-            key = chip, match[1]
+            key = arch, match[1]
             found[key] = Counter()
         elif match := re.search(r"\b(" + "|".join(HOPPER) + r")\b", line):
             found[key][match[1]] += 1

@@ -4,8 +4,9 @@ For each kernel the table has registers, spills, shared memory and tensor core i
 spills, takes more shared memory than the GPU has, lacks tensor core instructions for its matmuls, has its wgmma
 serialised by ptxas, or touches registers of a wgmma in flight; see `ahead_of_time.py` and `sass.py`.
 
-    python bench/compiled_kernels.py [--chips 80 90 100 120] [--representative | --tests] [--output FILE.json]
-    python bench/compiled_kernels.py --table FILE.json … > bench/results/compiled_kernels.md
+    python -m bench.sass_model.compiled_kernels [--architectures 80 90 100 120] [--representative | --tests]
+        [--output FILE.json]
+    python -m bench.sass_model.compiled_kernels --table FILE.json … > bench/results/compiled_kernels.md
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ from pathlib import Path
 import torch
 import triton
 
+from bench.harness import origin
+from bench.sass_model.ahead_of_time import SHARED_MEMORY_KIB, Compiled, compile_cases, compile_launches_of_tests
 from bertfast.kernels.attention_tiles import tile_table
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ahead_of_time import CHIPS, Compiled, compile_cases, compile_launches_of_tests
-from harness import origin
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 HIDDEN = (128, 384, 768, 1024, 2048, 4096)
@@ -183,16 +182,18 @@ def _name(dtype: torch.dtype) -> str:
     return {FLOAT: "fp32", BF16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def compile_part(chip: int, part: int, parts: int, which: str) -> list[Compiled]:
+def compile_part(architecture: int, part: int, parts: int, which: str) -> list[Compiled]:
     """Every `parts`-th case from `part` on, compiled for a GPU; `which` is "all", "representative" or "tests"."""
     if which == "tests":
-        return compile_launches_of_tests(chip, part, parts)
-    return compile_cases(chip, islice(cases(which == "representative"), part, None, parts))
+        return compile_launches_of_tests(architecture, part, parts)
+    return compile_cases(architecture, islice(cases(which == "representative"), part, None, parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=list(SHARED_MEMORY_KIB), choices=SHARED_MEMORY_KIB
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--representative",
@@ -216,35 +217,39 @@ def main() -> None:
         print(table([Compiled(**row) for path in arguments.table for row in json.loads(path.read_text())]))
         return
     parts = os.cpu_count() or 1
-    jobs = [(chip, part, parts, arguments.which) for chip in arguments.chips for part in range(parts)]
+    jobs = [
+        (architecture, part, parts, arguments.which)
+        for architecture in arguments.architectures
+        for part in range(parts)
+    ]
     with ProcessPoolExecutor(parts) as pool:
         results = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
     if arguments.output:
         arguments.output.write_text(json.dumps([asdict(row) for row in results], indent=1))
     wrong = [(row, fault) for row in results for fault in row.faults()]
     for row, fault in wrong:
-        print(f"sm_{row.chip}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
+        print(f"sm_{row.architecture}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
     print(f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(wrong)} faults")
     sys.exit(bool(wrong))
 
 
 def table(rows: list[Compiled]) -> str:
-    """Return Markdown with a row for each kernel and configuration, a column for each chip and version of Triton."""
-    columns = sorted({(row.chip, row.triton) for row in rows})
+    """Return a Markdown table: a row per kernel and configuration, a column per architecture and version of Triton."""
+    columns = sorted({(row.architecture, row.triton) for row in rows})
     found: dict[tuple[str, str], dict[tuple[int, str], Compiled]] = {}
     for row in rows:
-        found.setdefault((row.kernel, row.case), {})[row.chip, row.triton] = row
+        found.setdefault((row.kernel, row.case), {})[row.architecture, row.triton] = row
     faults = sum(len(row.faults()) for row in rows)
     lines = [
         "# Every Triton kernel, compiled ahead of time",
         "",
         f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers / KiB of "
         "shared memory / instructions / tensor core instructions (block, warps); empty where the code is another "
-        "case's too. Kernels that spill a register, take more shared memory than their chip has, lack tensor core "
+        "case's too. Kernels that spill a register, take more shared memory than the GPU has, lack tensor core "
         "instructions, or have wgmma serialised or its registers touched too early: "
         f"{faults} of {len(rows)}.",
         "",
-        "| kernel | case | " + " | ".join(f"sm_{chip}, {version}" for chip, version in columns) + " |",
+        "| kernel | case | " + " | ".join(f"sm_{architecture}, {version}" for architecture, version in columns) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
     for (kernel, case), entries in sorted(found.items()):

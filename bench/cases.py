@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from harness import DEVICE, ON_GPU
 from torch import Tensor
 
+from bench.harness import DEVICE, ON_GPU
 from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.sequences import Sequences
 

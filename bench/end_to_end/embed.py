@@ -1,6 +1,6 @@
 """`bertfast embed` vs sentence-transformers on the same sentences: seconds, in turn, and memory by their number.
 
-    python bench/end_to_end/features.py MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
+    python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
 
 MODEL is a folder that SentenceTransformer opens and that takes the mean of all tokens; DATA holds
 glue/SST-2/train.tsv.gz. Both read a file with a sentence a line and write their vectors to disk, in fp32. For the
@@ -24,13 +24,10 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from bench.end_to_end.growth import peak_memory
+from bench.harness import RESULTS, write_result
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.tasks.tables import read_table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))  # of which Python does not think under PYTHONSAFEPATH
-from growth import peak_memory
-from harness import RESULTS, write_result
 
 TIMED = 4096  # sentences of a round
 BATCH, LENGTH, TOLERANCE = 32, 128, 1e-5
@@ -57,7 +54,7 @@ def main() -> None:
         result = {"threads": torch.get_num_threads(), "speed": speed(arguments, sentences, Path(folder))}
         print(f"{result['speed']['median_ratio']:.2f} x sentence-transformers", flush=True)
         result["memory"] = memory(arguments, sentences, Path(folder))
-    write_result("features", result, arguments.results)
+    write_result("embed", result, arguments.results)
 
 
 def ours(model: Path, file: Path, folder: Path) -> torch.Tensor:
@@ -77,7 +74,7 @@ def theirs(model: Path, file: Path, folder: Path) -> torch.Tensor:
     return torch.from_numpy(vectors)
 
 
-SIDES = {"ours": ours, "theirs": theirs}
+SIDES = {"bertfast": ours, "sentence-transformers": theirs}
 
 
 def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict:
@@ -95,7 +92,7 @@ def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> 
         if not worst < TOLERANCE:
             raise SystemExit(f"the vectors differ by {worst}, nothing is timed")
     samples = {who: seconds[1:] for who, seconds in samples.items()}
-    ratio = statistics.median(b / a for a, b in zip(samples["ours"], samples["theirs"], strict=True))
+    ratio = statistics.median(b / a for a, b in zip(samples["bertfast"], samples["sentence-transformers"], strict=True))
     return {"sentences": TIMED, **samples, "median_ratio": ratio}
 
 
@@ -103,10 +100,11 @@ def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) ->
     """Peak bytes and seconds of each number of sentences; of the greatest ours alone."""
     points = []
     for number, who in itertools.product(arguments.memory, SIDES):
-        if who == "theirs" and number == max(arguments.memory):
+        if who == "sentence-transformers" and number == max(arguments.memory):
             continue  # it would take an hour to say what the numbers before it say
         file = written(folder / "many.txt", sentences, number)
-        command = [sys.executable, __file__, str(arguments.model), str(arguments.data), "--point", who, str(file)]
+        model, data = str(arguments.model), str(arguments.data)
+        command = [sys.executable, "-m", "bench.end_to_end.embed", model, data, "--point", who, str(file)]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peak, seconds = ran.stdout.split()[-2:]
         points.append({"who": who, "sentences": number, "peak_bytes": int(peak), "seconds": float(seconds)})
