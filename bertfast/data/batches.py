@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Batch:
         """Number of token slots in use."""
         return self.sequences.num_tokens
 
-    def to(self, device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -70,8 +71,9 @@ class Batch:
         return (self.sequences.max_seqlen_bound,)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        sequences = replace(self.sequences, **{name: function(x) for name, x in _tensors_of(self.sequences).items()})
-        return replace(self, **{name: function(x) for name, x in _tensors_of(self).items()}, sequences=sequences)
+        mapped: dict[str, Any] = {name: function(x) for name, x in _tensors_of(self).items()}
+        mapped_sequences: dict[str, Any] = {name: function(x) for name, x in _tensors_of(self.sequences).items()}
+        return replace(self, **mapped, sequences=replace(self.sequences, **mapped_sequences))
 
 
 def _tensors_of(holder: Batch | Sequences) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ class PaddingFreeCollator:
         cu_seq_lens_k int32 [S + 1]; max_length_q and max_length_k int.
     """
 
-    tokenizer: Any = None
+    tokenizer: object = None
     _: KW_ONLY
     token_labels: bool | None = None
 
-    def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor | int]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
         _check(samples)
         ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         attended = [
@@ -69,7 +69,7 @@ class PaddingFreeCollator:
         return torch.stack(labels)
 
 
-def _check(samples: Sequence[dict]) -> None:
+def _check(samples: Sequence[Mapping[str, Any]]) -> None:
     """Refuse samples that cannot be packed, or that differ in what they hold."""
     if not samples:
         raise ValueError("PaddingFreeCollator got no samples")

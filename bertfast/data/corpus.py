@@ -15,7 +15,10 @@ import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(f"{form}{compression}" for form in (".txt", ".jsonl") for compression in COMPRESSIONS), ".parquet")
@@ -107,7 +110,8 @@ def read_lines(path: Path, progress: Callable[[int], None] = lambda position: No
 
 
 def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:
-    document, characters = [], 0
+    document: list[str] = []
+    characters = 0
     for _, line in read_lines(path, progress):
         if not line.strip() or characters > MAX_DOCUMENT_CHARACTERS:
             yield document
@@ -117,7 +121,7 @@ def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[li
     yield document
 
 
-def json_object(path: Path, number: int, line: str, example: str) -> dict:
+def json_object(path: Path, number: int, line: str, example: str) -> dict[str, Any]:
     """Parse line `number` of the .jsonl file `path`.
 
     Raises:
@@ -172,7 +176,7 @@ def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iter
             yield text.splitlines()
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(raw)
     if path.suffix == ".xz":
@@ -185,18 +189,20 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 class _ZstandardFrames(io.RawIOBase):
     """The content of Zstandard frames; unlike the library's own reader, it detects a truncated last frame."""
 
-    def __init__(self, path: Path, raw: BinaryIO):
+    def __init__(self, path: Path, raw: io.BufferedReader):
         try:
             import zstandard
         except ImportError:
             raise ImportError(f'{path}: reading .zst requires zstandard; run pip install "bertfast[zstd]"') from None
         self.new_frame = zstandard.ZstdDecompressor().decompressobj
-        self.raw, self.frame, self.content = raw, None, b""
+        self.raw, self.content = raw, b""
+        self.frame: zstandard.ZstdDecompressionObj | None = None
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Buffer) -> int:
+        out = memoryview(buffer)
         while not self.content:
             compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
             if not compressed:
@@ -206,6 +212,6 @@ class _ZstandardFrames(io.RawIOBase):
             if self.frame is None or self.frame.eof:
                 self.frame = self.new_frame()
             self.content = self.frame.decompress(compressed)
-        count = min(len(buffer), len(self.content))
-        buffer[:count], self.content = self.content[:count], self.content[count:]
+        count = min(len(out), len(self.content))
+        out[:count], self.content = self.content[:count], self.content[count:]
         return count

@@ -23,6 +23,8 @@ SKIPPED = frozenset(
     {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "_vendor", "_vendored", "vendor"}
 )
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 def gather_docstrings(path: Path, processes: int | None = None) -> Path:
     """Write the default corpus to `path` unless the file exists.
@@ -78,9 +80,9 @@ def module_paragraphs(path: Path) -> list[str]:
     return [paragraph for docstring in docstrings if docstring for paragraph in prose_paragraphs(docstring)]
 
 
-def _documented(node: ast.AST) -> Iterator[ast.AST]:
+def _documented(node: ast.AST) -> Iterator[Documented]:
     """Yield the modules, classes and functions below a node in order; `ast.walk` would also visit all expressions."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(node, Documented):
         yield node
     for block in ("body", "handlers", "orelse", "finalbody"):
         for statement in getattr(node, block, ()):
@@ -92,7 +94,7 @@ def _modules() -> Iterator[tuple[str, str, Path]]:
     library = Path(sysconfig.get_path("stdlib"))
     files = [(library, path.relative_to(library)) for path in library.rglob("*.py")]
     for distribution in importlib.metadata.distributions():
-        root = Path(distribution.locate_file(""))
+        root = Path(str(distribution.locate_file("")))
         files += [(root, Path(file)) for file in distribution.files or [] if file.suffix == ".py"]
     for root, file in files:
         if not SKIPPED.intersection(file.parts) and ".." not in file.parts and (root / file).is_file():

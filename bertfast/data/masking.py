@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import SpecialTokens
@@ -27,7 +28,7 @@ class Masked(NamedTuple):
     labels: np.ndarray
 
 
-def mask_counts(maskable: np.ndarray, sampling: Sampling) -> np.ndarray:
+def mask_counts(maskable: NDArray[np.int64], sampling: Sampling) -> NDArray[np.int64]:
     """Return how many tokens of each sample are to be predicted.
 
     Args:
@@ -40,8 +41,9 @@ def mask_counts(maskable: np.ndarray, sampling: Sampling) -> np.ndarray:
     """
     if sampling.objective == "ltr":
         return maskable + 1
-    counts = np.rint(sampling.mlm_probability * maskable).astype(np.int64)
-    return np.minimum(np.maximum(counts, 1), maskable)
+    rounded = np.rint(sampling.mlm_probability * maskable).astype(np.int64)
+    counts: NDArray[np.int64] = np.minimum(np.maximum(rounded, 1), maskable)
+    return counts
 
 
 class Masker:
@@ -115,7 +117,14 @@ class Masker:
         result[rows[drawn]] = self.replacements[(random[drawn] * self.replacements.size).astype(np.int64)]
         return result
 
-    def _by_word(self, order, maskable, counts, token_ids, present) -> np.ndarray:
+    def _by_word(
+        self,
+        order: NDArray[np.float64],
+        maskable: np.ndarray,
+        counts: np.ndarray,
+        token_ids: np.ndarray,
+        present: np.ndarray,
+    ) -> NDArray[np.float64]:
         """Return `order` [S, L] with one number per word, in [1, 2) for words longer than their sample's count."""
         continues = np.zeros_like(present)
         continues[present] = self.continuation[token_ids]
@@ -123,7 +132,7 @@ class Masker:
         # word_start[s, i]: column where the word of token i starts, as a running maximum of the columns that start one.
         word_start = np.maximum.accumulate(np.where(continues, 0, np.arange(present.shape[1])), 1)
         flat = np.arange(len(order))[:, None] * present.shape[1] + word_start
-        too_long = np.bincount(flat.ravel(), minlength=flat.size)[flat] > counts[:, None]
+        too_long: NDArray[np.bool] = np.bincount(flat.ravel(), minlength=flat.size)[flat] > counts[:, None]
         return np.take_along_axis(order, word_start, 1) + too_long
 
 
@@ -138,8 +147,8 @@ def _smallest(order: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
     return columns, np.arange(columns.shape[1]) < counts[:, None]
 
 
-def _without_cut_word(order: np.ndarray, selected: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _without_cut_word(order: np.ndarray, selected: NDArray[np.bool], counts: np.ndarray) -> NDArray[np.bool]:
     """Return `selected` [S, K + 1] without a last word of which only a part is selected, unless it is the only word."""
     # Tokens of one word have the same order, so the last word is cut if the entry after the selected ones has it too.
-    cut = order == np.take_along_axis(order, counts[:, None], 1)
+    cut: NDArray[np.bool] = order == np.take_along_axis(order, counts[:, None], 1)
     return selected & ~(cut & ~cut[:, :1])

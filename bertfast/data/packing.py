@@ -53,7 +53,7 @@ def pack(lengths: np.ndarray, masked: np.ndarray, capacity: Capacity) -> np.ndar
     """
     bins = np.empty(lengths.size, np.int64)
     numbers = count()
-    open_bins = []  # per bin: [free token slots, free sequence slots, free masked-token slots, number]
+    open_bins: list[list[int]] = []  # per bin: [free token slots, free sequence slots, free masked-token slots, number]
     for sample, (length, num_masked) in enumerate(zip(lengths.tolist(), masked.tolist(), strict=True)):
         for free in open_bins:
             if length <= free[0] and free[1] and num_masked <= free[2]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -26,6 +27,9 @@ from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 SPLITS = ("train", "validation")
 TOKENIZER_ORIGIN = "tokenizer_origin.json"  # what the tokenizer in the folder was trained on
@@ -58,7 +62,7 @@ class CorpusSettings:
     cased: bool = False
     processes: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.validation_split_percentage < 100:
             raise ValueError(
                 "--validation-split-percentage must be at least 0 and less than 100, "
@@ -86,7 +90,7 @@ class PrepareSettings:
     part: str | None = None
     merge: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.part is not None:
             if self.merge:
                 raise ValueError("--part and --merge are mutually exclusive: pass --merge when all parts are finished")
@@ -117,7 +121,7 @@ class Source:
         """Size of the file on disk."""
         return self.path.stat().st_size
 
-    def origin(self) -> dict:
+    def origin(self) -> dict[str, object]:
         """Return everything that the parts depend on; while it is unchanged, they are up to date."""
         return {
             "path": str(self.path),
@@ -181,7 +185,7 @@ def prepare(settings: PrepareSettings) -> Path:
     return folder
 
 
-def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None]) -> None:
+def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], object]) -> None:
     """Write the two parts of one file.
 
     Args:
@@ -226,13 +230,14 @@ def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> lis
     """Return the training files; standard input and docstrings are first written to files in `folder`."""
     if not corpus.train_file:
         return find_files([gather_docstrings(folder / "docstrings.jsonl", processes)])
-    inputs = []
+    inputs: list[Path | str] = []
     for name in corpus.train_file:
         if name == "-":
-            name = folder / "standard-input.txt"
-            with name.open("wb") as copy:
+            inputs.append(folder / "standard-input.txt")
+            with open(inputs[-1], "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-        inputs.append(name)
+        else:
+            inputs.append(name)
     return find_files(inputs)
 
 
@@ -262,7 +267,7 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: floa
     _save_tokenizer(train_tokenizer(texts(), corpus.vocab_size, cased=corpus.cased), folder, origin)
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, origin: dict | None) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, origin: dict[str, object] | None) -> None:
     record = folder / TOKENIZER_ORIGIN
     record.unlink(missing_ok=True)  # first, so that the record never describes another tokenizer
     save_tokenizer(tokenizer, folder)
@@ -295,10 +300,10 @@ def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, 
                 raise
 
 
-_bytes_read = None  # in a worker process: shared counter of the bytes that all workers have read
+_bytes_read: Synchronized[int]  # set in a worker process: shared counter of the bytes that all workers have read
 
 
-def _start_worker(counter, threads: int) -> None:
+def _start_worker(counter: Synchronized[int], threads: int) -> None:
     global _bytes_read
     _bytes_read = counter
     os.environ["RAYON_NUM_THREADS"] = str(threads)

@@ -42,7 +42,7 @@ class Sampling:
     random_replace_prob: float = 0.1
     whole_word: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_seq_length < 5:
             raise ValueError(
                 f"--max-seq-length must be at least 5, a pair of one-token texts, got {self.max_seq_length}"
@@ -112,14 +112,15 @@ class Samples(NamedTuple):
     second_length: np.ndarray
     random_second: np.ndarray
 
-    def take(self, rows) -> Samples:
+    def take(self, rows: slice | np.ndarray) -> Samples:
         """Return the samples in `rows`, a slice or an array of indices."""
         return Samples(*(column[rows] for column in self))
 
     def lengths(self, sampling: Sampling) -> np.ndarray:
         """Return the tokens of each sample, including [CLS] and [SEP], as int64 [N]."""
         special = sampling.max_seq_length - sampling.max_text_tokens
-        return self.first_length.astype(np.int64) + self.second_length + special
+        lengths: np.ndarray = self.first_length.astype(np.int64) + self.second_length + special
+        return lengths
 
 
 def plan_samples(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.random.Generator) -> Samples:
@@ -175,7 +176,8 @@ def _pairs(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.rando
         sentence = np.where(random, split, end)
         unfinished = sentence < stop
         document, sentence, stop = document[unfinished], sentence[unfinished], stop[unfinished]
-    return _cut_pairs(*map(np.concatenate, zip(*rounds, strict=True)), sampling.max_text_tokens, generator)
+    pairs = map(np.concatenate, zip(*rounds, strict=True))
+    return _cut_pairs(*pairs, max_tokens=sampling.max_text_tokens, generator=generator)
 
 
 def _cut_pairs(
@@ -184,6 +186,7 @@ def _cut_pairs(
     second_start: np.ndarray,
     second_length: np.ndarray,
     random: np.ndarray,
+    *,
     max_tokens: int,
     generator: np.random.Generator,
 ) -> Samples:

@@ -39,10 +39,10 @@ def split_sentences(paragraph: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _belongs_to_word(paragraph: str, start: int, end: re.Match) -> bool:
+def _belongs_to_word(paragraph: str, start: int, end: re.Match[str]) -> bool:
     """Return whether the full stop at `end` is part of an abbreviation; the sentence starts at `start`."""
     word = paragraph[max(start, paragraph.rfind(" ", start, end.start()) + 1) : end.start()].lstrip(OPENING)
-    following = end[2]
+    following: str = end[2]
     if (len(word) == 1 and word.isupper()) or ANYWHERE.fullmatch(word.lower()):
         return not OPENING_WORD.fullmatch(following)
     if BEFORE_A_NAME.fullmatch(word.lower()):

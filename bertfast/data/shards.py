@@ -18,15 +18,41 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 FORMAT = "bertfast shards 2"
 FILES = ("tokens", "sentence_starts", "document_starts")
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+class PartDescription(TypedDict):
+    """What the manifest says about a part; `part.json` holds the same without the name."""
+
+    name: str
+    documents: int
+    sentences: int
+    tokens: int
+    dtype: str
+    checksums: dict[str, str]
+    origin: object
+
+
+class Manifest(TypedDict):
+    """Contents of `manifest.json`; the counts are sums over all parts."""
+
+    format: str
+    vocab_size: int
+    tokenizer_hash: str
+    documents: int
+    sentences: int
+    tokens: int
+    parts: list[PartDescription]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     """Return the narrower of uint16 and uint32 that represents every token id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
@@ -58,7 +84,7 @@ class PartWriter:
         origin: Any JSON value, stored in `part.json`: what the part is made from.
     """
 
-    def __init__(self, folder: Path | str, name: str, dtype: np.dtype | type, origin=None):
+    def __init__(self, folder: Path | str, name: str, dtype: DTypeLike, origin: object = None):
         self.target = Path(folder) / name
         self.temporary = self.target.with_name(f".{name}.partial")
         token_ids = np.dtype(dtype).newbyteorder("<")
@@ -89,12 +115,14 @@ class PartWriter:
         self._append("sentence_starts", ends)
         self._append("document_starts", [self.sentences])
 
-    def _append(self, name: str, values) -> None:
+    def _append(self, name: str, values: ArrayLike) -> None:
         content = np.asarray(values).astype(self.dtypes[name]).tobytes()
         self.files[name].write(content)
         self.digests[name].update(content)
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for file in self.files.values():
             file.close()
         if error_type is not None:
@@ -113,14 +141,16 @@ class PartWriter:
         self.temporary.rename(self.target)
 
 
-def write_part(folder: Path | str, name: str, documents: Iterable[Sequence[Sequence[int]]], dtype=np.uint16) -> None:
+def write_part(
+    folder: Path | str, name: str, documents: Iterable[Sequence[Sequence[int]]], dtype: DTypeLike = np.uint16
+) -> None:
     """Write `documents`, each a sequence of sentences, which are sequences of token ids, as the part `folder/name`."""
     with PartWriter(folder, name, dtype) as part:
         for document in documents:
             part.add(document)
 
 
-def part_origin(folder: Path | str, name: str):
+def part_origin(folder: Path | str, name: str) -> object:
     """Return the origin of the finished part `folder/name`; None if there is no such part."""
     try:
         return json.loads((Path(folder) / name / "part.json").read_text())["origin"]
@@ -131,12 +161,16 @@ def part_origin(folder: Path | str, name: str):
 def write_manifest(folder: Path | str, names: Iterable[str], *, vocab_size: int, tokenizer_hash: str) -> None:
     """Write the manifest of a shards folder, which consists of the finished parts `names` in that order."""
     folder = Path(folder)
-    parts = [{"name": name} | json.loads((folder / name / "part.json").read_text()) for name in names]
-    manifest = {
+    parts: list[PartDescription] = [
+        {"name": name} | json.loads((folder / name / "part.json").read_text()) for name in names
+    ]
+    manifest: Manifest = {
         "format": FORMAT,
         "vocab_size": vocab_size,
         "tokenizer_hash": tokenizer_hash,
-        **{count: sum(part[count] for part in parts) for count in ("documents", "sentences", "tokens")},
+        "documents": sum(part["documents"] for part in parts),
+        "sentences": sum(part["sentences"] for part in parts),
+        "tokens": sum(part["tokens"] for part in parts),
         "parts": parts,
     }
     temporary = folder / ".manifest.partial"
@@ -178,14 +212,21 @@ class Shards:
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
-        if tokenizer_hash not in (None, manifest["tokenizer_hash"]):
+        if tokenizer_hash is not None and tokenizer_hash != manifest["tokenizer_hash"]:
             raise ValueError(
                 f"the shards in {folder} were made with another tokenizer ({manifest['tokenizer_hash'][:12]}, not "
                 f"{tokenizer_hash[:12]}): run `bertfast prepare` again with this one"
             )
         parts = [_open_part(folder / part["name"], part) for part in manifest["parts"] if part["documents"]]
-        counts = {count: manifest[count] for count in ("documents", "sentences", "tokens")}
-        return cls(folder, parts, **counts, **{key: manifest[key] for key in ("vocab_size", "tokenizer_hash")})
+        return cls(
+            folder,
+            parts,
+            documents=manifest["documents"],
+            sentences=manifest["sentences"],
+            tokens=manifest["tokens"],
+            vocab_size=manifest["vocab_size"],
+            tokenizer_hash=manifest["tokenizer_hash"],
+        )
 
     def verify(self) -> None:
         """Read all files and compare their checksums.
@@ -203,10 +244,10 @@ class Shards:
                         )
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest: Manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no manifest.json: give a folder that `bertfast prepare` wrote"
@@ -221,11 +262,11 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _open_part(folder: Path, description: dict) -> Part:
+def _open_part(folder: Path, description: PartDescription) -> Part:
     counts = (description["tokens"], description["sentences"] + 1, description["documents"] + 1)
     arrays = []
-    for name, count, dtype in zip(FILES, counts, (description["dtype"], "int64", "int64"), strict=True):
-        path, dtype = folder / f"{name}.bin", np.dtype(dtype).newbyteorder("<")
+    for name, count, dtype_name in zip(FILES, counts, (description["dtype"], "int64", "int64"), strict=True):
+        path, dtype = folder / f"{name}.bin", np.dtype(dtype_name).newbyteorder("<")
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing, though the manifest lists it; run `bertfast prepare` again")
         if path.stat().st_size != count * dtype.itemsize:

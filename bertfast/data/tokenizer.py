@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import BertProcessing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -111,10 +112,11 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
         ValueError: The vocabulary lacks one.
     """
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    found = {token[1:-1].lower(): i for token, i in ids.items() if i is not None}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
         raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which BERT requires")
-    return SpecialTokens(**{token[1:-1].lower(): i for token, i in ids.items()})
+    return SpecialTokens(**found)
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -141,7 +143,7 @@ NORMALIZER_OPTIONS = {  # name in tokenizer_config.json: attribute of the normal
 def _tokens(tokenizer: Tokenizer) -> list[str]:
     """Return all tokens in the order of their ids."""
     vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.get)
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def _wordpiece(vocabulary: dict[str, int], cased: bool) -> Tokenizer:
@@ -151,14 +153,13 @@ def _wordpiece(vocabulary: dict[str, int], cased: bool) -> Tokenizer:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
     if {"[SEP]", "[CLS]"} <= vocabulary.keys():
-        tokenizer.post_processor = processors.BertProcessing(*((t, vocabulary[t]) for t in ("[SEP]", "[CLS]")))
+        tokenizer.post_processor = BertProcessing(*((t, vocabulary[t]) for t in ("[SEP]", "[CLS]")))
     return tokenizer
 
 
 def _from_vocabulary(path: Path) -> Tokenizer:
-    with path.open(
-        encoding="utf-8"
-    ) as file:  # not str.splitlines, which also splits at characters that tokens may contain
+    # Not str.splitlines, which also splits at characters that tokens may contain.
+    with path.open(encoding="utf-8") as file:
         lines = [line.rstrip("\n") for line in file]
     vocabulary = {token: i for i, token in enumerate(lines)}
     if len(vocabulary) != len(lines):
