@@ -30,8 +30,8 @@ def started_processes_are_no_workers():
 @pytest.fixture(autouse=True)
 def short_batches_run_packed(monkeypatch):
     """Batches of tests are short, and what is tested of a patched model is its packed encoder."""
-    if "bertfast.models.kernel_support" in sys.modules:
-        monkeypatch.setattr("bertfast.models.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
+    if "bertfast.encoder.kernel_support" in sys.modules:
+        monkeypatch.setattr("bertfast.encoder.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 `layer` is one transformer layer, `encode` the whole encoder, `heads` the outputs and losses of tasks.
 """
 
-from bertfast.encoder.encode import embed, encode, pool, transform
+from bertfast.encoder.encode import embed, encode, transform
 from bertfast.encoder.heads import (
     PretrainingLoss,
     cross_entropy_sum,
@@ -21,7 +21,7 @@ from bertfast.encoder.heads import (
     token_logits,
 )
 from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, copy_dtype, layer, project
-from bertfast.encoder.linear import hooks, is_linear, is_plain, is_watched
+from bertfast.encoder.linear import is_linear, is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, LayerParts, PackedHead, PackedModel
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "cross_entropy_sum",
     "embed",
     "encode",
-    "hooks",
     "is_linear",
     "is_plain",
     "is_watched",
@@ -47,7 +46,6 @@ __all__ = [
     "masked_lm_loss",
     "multiple_choice_loss",
     "pack",
-    "pool",
     "pooled",
     "pretraining_loss",
     "project",

@@ -19,6 +19,7 @@ from bertfast.runtime.malloc import keep_freed_memory
 
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
     """Compute the embeddings of packed tokens -> [T, H]."""
+    rng = packed.rng
     return ops.embed(
         packed.token_ids,
         packed.token_type_ids,
@@ -29,7 +30,7 @@ def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
         parts.norm.weight,
         parts.norm.bias,
         parts.norm.eps,
-        packed.rng and packed.rng.dropout(parts.dropout, "embeddings"),
+        None if rng is None else rng.dropout(parts.dropout, "embeddings"),
         padding_index=parts.words.padding_idx,
     )
 
@@ -56,7 +57,7 @@ def encode(
         [T, H], or [R, H] with `rows`, in the dtype of the residual stream.
     """
     embeddings, layers = model.packed_modules()
-    hidden = embeddings(packed)
+    hidden: Tensor = embeddings(packed)
     if residual_dtype is not None:
         hidden = hidden.to(residual_dtype)
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -64,7 +65,7 @@ def encode(
     # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
     copies = copy_dtype(hidden) is not None
     takes = [copies and _takes_copy(module) for module in layers]
-    copy = None
+    copy: Tensor | None = None
     for index, module in enumerate(layers):
         if hidden_states is not None:
             hidden_states.append(hidden)
@@ -89,12 +90,6 @@ def _takes_copy(module: nn.Module) -> bool:
     return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
 
 
-def pool(module: nn.Module, first: Tensor) -> Tensor:
-    """Compute the pooler on the rows that represent their sequences: [S, H] -> [S, H]."""
-    return torch.tanh(module.dense(first))
-
-
 def transform(dense: nn.Linear, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
     """Compute the masked-LM head's transform, LayerNorm(GELU(dense(hidden))): [R, H] -> [R, H]."""
-    product = matmul.linear(hidden, dense.weight)
-    return ops.gelu_layer_norm(product, dense.bias, norm.weight, norm.bias, norm.eps)
+    return ops.gelu_layer_norm(matmul.linear(hidden, dense.weight), dense.bias, norm.weight, norm.bias, norm.eps)

@@ -10,15 +10,16 @@ T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
-from bertfast.encoder.parts import PackedHead
+from bertfast.encoder.parts import PackedHead, PackedModel
 from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops import reference
 from bertfast.ops.dropout import RngCoordinates
@@ -68,11 +69,16 @@ def pack(
 
 def _encode(model: PackedHead, packed: Packed, rows: Tensor | None = None) -> Tensor:
     """Compute what a head reads at `rows`: the encoder's output, or that of a BiLSTM on it."""
-    bilstm = getattr(model, "bilstm", None)
+    bilstm, encoder = getattr(model, "bilstm", None), _packed_model(model)
     if bilstm is None:
-        return encode(model.base_model, packed, rows)
-    hidden = bilstm(encode(model.base_model, packed), packed.sequences.lengths)  # which copies them to the host
+        return encode(encoder, packed, rows)
+    # Reading the lengths copies them to the host.
+    hidden: Tensor = bilstm(encode(encoder, packed), packed.sequences.lengths)
     return hidden if rows is None else hidden[rows]
+
+
+def _packed_model(model: PackedHead) -> PackedModel:
+    return cast(PackedModel, model.base_model)
 
 
 def pretraining_loss(
@@ -95,7 +101,7 @@ def pretraining_loss(
     )
     rows, labels = batch.masked_rows, batch.next_sentence_labels
     read = rows if labels is None else torch.cat([rows, sequences.first])
-    hidden = encode(model.base_model, packed, read, residual_dtype=residual_dtype)
+    hidden = encode(_packed_model(model), packed, read, residual_dtype=residual_dtype)
     masked_lm, masked_correct, masked = masked_lm_loss(model, hidden[: len(rows)], batch.labels)
     if labels is None:
         zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
@@ -125,13 +131,15 @@ def masked_lm_loss(model: PackedHead, hidden: Tensor, labels: Tensor) -> tuple[T
 def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
     """Compute the vocabulary's logits at `rows` (int64 [R]) -> [R, V]."""
     predictions = model.cls.predictions
-    return predictions.decoder(predictions.transform(_encode(model, packed, rows)))
+    logits: Tensor = predictions.decoder(predictions.transform(_encode(model, packed, rows)))
+    return logits
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute the logits of `classifier` for each sequence's pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
     first = pooled(model, _encode(model, packed, packed.first))
-    return model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
+    logits: Tensor = model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
+    return logits
 
 
 def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -168,7 +176,8 @@ def multiple_choice_loss(
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute the logits of `classifier` for each token -> [T, labels]."""
-    return model.classifier(_drop(model, _encode(model, packed), packed.rng))
+    logits: Tensor = model.classifier(_drop(model, _encode(model, packed), packed.rng))
+    return logits
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -178,7 +187,8 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
     """Compute the logits of `qa_outputs` for each token as the start and the end of the answer -> [T, 2]."""
-    return model.qa_outputs(_encode(model, packed))
+    logits: Tensor = model.qa_outputs(_encode(model, packed))
+    return logits
 
 
 def question_answering_loss(
@@ -211,7 +221,9 @@ def question_answering_loss(
 
 def pooled(model: PackedHead, first: Tensor) -> Tensor:
     """Call the pooler on the rows that represent their sequences: [S, H] -> [S, H]."""
-    return model.base_model.pooler(first[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
+    pooler = cast(nn.Module, model.base_model.pooler)
+    output: Tensor = pooler(first[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
+    return output
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -220,7 +232,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _drop(model: PackedHead, x: Tensor, rng: RngCoordinates | None) -> Tensor:
-    return reference.drop_hidden(x, rng and rng.dropout(model.dropout.p, "classifier"))
+    return reference.drop_hidden(x, None if rng is None else rng.dropout(model.dropout.p, "classifier"))
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ T tokens, R gathered rows, H hidden, A heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,13 +17,19 @@ from bertfast.encoder.linear import is_plain
 from bertfast.encoder.parts import LayerParts
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul, reference
+from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.runtime.torch_compat import autocast_dtype
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
 """The activations of feed-forward layers that run packed, by their names in a configuration."""
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
-_PLAIN_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
+_PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 def layer(
@@ -56,15 +65,15 @@ def layer(
     context = attend(parts, _gemm_input(hidden, copy, parts.query, parts.key, parts.value), packed, index)
     if rows is not None:
         context, hidden = ops.gather(rows, context, hidden)
-        rng = rng and rng.at(rows)
-    dropout = rng and rng.dropout(parts.attention_output_dropout, "attention_output", index)
+        rng = None if rng is None else rng.at(rows)
+    dropout = _dropout(rng, parts.attention_output_dropout, "attention_output", index)
     hidden, copy = _add_layer_norm(parts.attention_dense, parts.attention_norm, context, hidden, dropout, dtype)
     dense = parts.intermediate_dense
     intermediate = activate(dense, _gemm_input(hidden, copy, dense), parts.activation)
-    dropout = rng and rng.dropout(parts.output_dropout, "output", index)
+    dropout = _dropout(rng, parts.output_dropout, "output", index)
     dtype = dtype if return_copy else None
-    output = _add_layer_norm(parts.output_dense, parts.output_norm, intermediate, hidden, dropout, dtype)
-    return output if return_copy else output[0]
+    output, copy = _add_layer_norm(parts.output_dense, parts.output_norm, intermediate, hidden, dropout, dtype)
+    return output if copy is None else (output, copy)
 
 
 def copy_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -84,24 +93,38 @@ def attend(parts: LayerParts, hidden: Tensor, packed: Packed, index: int) -> Ten
     return context.flatten(1)
 
 
-def attention_arguments(parts: LayerParts, head_dimension: int, packed: Packed, index: int) -> dict:
+class AttentionArguments(TypedDict):
+    """The keyword arguments of `ops.attention`, see there."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    dropout: Dropout | None
+
+
+def attention_arguments(parts: LayerParts, head_dimension: int, packed: Packed, index: int) -> AttentionArguments:
     """Return the keyword arguments of a layer's attention."""
-    dropout = packed.rng and packed.rng.dropout(parts.attention_dropout, "attention", index)
+    dropout = _dropout(packed.rng, parts.attention_dropout, "attention", index)
     scale = head_dimension**-0.5 if parts.scale is None else parts.scale
     return {"scale": scale, "causal": parts.causal, "window": None, "dropout": dropout}
 
 
+def _dropout(rng: RngCoordinates | None, p: float, site: str, index: int) -> Dropout | None:
+    return None if rng is None else rng.dropout(p, site, index)
+
+
 def project(parts: LayerParts, hidden: Tensor) -> Tensor:
     """Compute queries, keys and values of all heads, in one GEMM where that is faster: [T, H] -> [T, 3, A, D]."""
-    linears = (parts.query, parts.key, parts.value)
-    if all(is_plain(linear) for linear in linears):
-        qkv = _project_at_once(linears, hidden)
+    linears = [parts.query, parts.key, parts.value]
+    plain = [linear for linear in linears if is_plain(linear)]
+    if len(plain) == len(linears):
+        qkv = _project_at_once(plain, hidden)
     else:
         qkv = torch.cat([linear(hidden) for linear in linears], dim=1)
-    return qkv.unflatten(1, (3, parts.heads, -1))
+    return torch.unflatten(qkv, 1, (3, parts.heads, -1))
 
 
-def _project_at_once(linears: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
+def _project_at_once(linears: list[nn.Linear], hidden: Tensor) -> Tensor:
     """Compute three plain projections: [T, H] -> [T, 3 H]."""
     rows, columns = linears[0].weight.shape
     compiling = torch.compiler.is_compiling()
@@ -116,13 +139,13 @@ def _project_at_once(linears: tuple[nn.Module, ...], hidden: Tensor) -> Tensor:
         return qkv
     if copy_results:
         return torch.cat([matmul.linear(hidden, linear.weight, linear.bias) for linear in linears], dim=1)
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return matmul.linear(hidden, torch.cat(weights), torch.cat(biases))
+    weight = torch.cat([linear.weight for linear in linears])
+    return matmul.linear(hidden, weight, torch.cat([linear.bias for linear in linears]))
 
 
 def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
     """Compute activation(dense(x)), in one operation where it is a GELU of a plain linear layer."""
-    approximate = "tanh" if activation in _TANH_GELUS else "none"
+    approximate: Literal["tanh", "none"] = "tanh" if activation in _TANH_GELUS else "none"
     if activation in _PLAIN_ACTIVATIONS:
         return _PLAIN_ACTIVATIONS[activation](dense(x))
     if is_plain(dense):
@@ -136,11 +159,16 @@ def _gemm_input(hidden: Tensor, copy: Tensor | None, *linears: nn.Module) -> Ten
 
 
 def _add_layer_norm(
-    dense: nn.Module, norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout, compute_dtype: torch.dtype | None
+    dense: nn.Module,
+    norm: nn.LayerNorm,
+    x: Tensor,
+    residual: Tensor,
+    dropout: Dropout | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the residual stream behind a projection, and its copy in `compute_dtype` if that is given."""
-    product, bias = (matmul.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
+    projected, bias = (matmul.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     output = ops.add_layer_norm(
-        product, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype
+        projected, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype
     )
     return output if isinstance(output, tuple) else (output, None)

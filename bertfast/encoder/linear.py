@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import nn
 
+from bertfast.runtime.torch_compat import module_hooks
 
-def is_plain(module: nn.Module) -> bool:
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module is a plain linear layer, whose `weight` and `bias` can be read instead of calling it.
 
     A LoRA-wrapped, quantised, parametrised or hooked layer is of another type, or has hooks, and must be called.
@@ -23,16 +27,10 @@ def is_linear(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or is_watched(module):
         return False
     kinds = {type(module.weight), type(module.bias)} - {nn.Parameter}
-    return all(
-        kind.__module__.startswith("torch.distributed.tensor") for kind in kinds
-    )  # DTensor, whose import is slow
+    # DTensor is recognised by its module's name, since importing it is slow.
+    return all(kind.__module__.startswith("torch.distributed.tensor") for kind in kinds)
 
 
 def is_watched(module: nn.Module) -> bool:
     """Return whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
-    return any(hooks(module)) or "forward" in vars(module)
-
-
-def hooks(module: nn.Module) -> tuple[dict, ...]:
-    """Return a module's hooks by kind."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(module_hooks(module)) or "forward" in vars(module)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -53,9 +52,7 @@ class LayerParts:
 class PackedModel(Protocol):
     """An encoder that takes packed tokens; `bertfast.models` makes one of a model of transformers."""
 
-    pooler: nn.Module | None
-
-    def packed_modules(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+    def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
         """Return the modules that `encode` calls.
 
         Returns:
@@ -66,6 +63,18 @@ class PackedModel(Protocol):
 
 
 class PackedHead(Protocol):
-    """A model with a task's head on a packed encoder; which other modules it has depends on its task."""
+    """A model with a task's head, as transformers has them.
 
-    base_model: PackedModel
+    Its `base_model` is a `PackedModel`. Its other modules depend on the task; each function names those that it reads.
+    """
+
+    training: bool
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The encoder."""
+        ...
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a module of the head, or the configuration, `config`."""
+        ...

@@ -7,6 +7,7 @@ the graph leaves open.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +83,11 @@ class Layout:
         size = self.shape[0] * self.shape[1]
         # Padding slots are written behind the last row, which is cut off.
         padded = values.new_full((size + self.has_padding_slots, *values.shape[1:]), fill)
-        return padded.index_copy(0, self.indices, values)[:size].unflatten(0, self.shape)
+        return torch.unflatten(padded.index_copy(0, self.indices, values)[:size], 0, self.shape)
 
     def slots(self) -> Tensor:
         """Return the slot of each element of the flattened rows and columns, -1 at padding: int64 [rows · columns]."""
+        assert self.indices is not None, "packed input has no padding"
         size = self.shape[0] * self.shape[1]
         slots = self.indices.new_full((size + self.has_padding_slots,), -1)
         return slots.index_copy(0, self.indices, torch.arange(len(self.indices), device=slots.device))[:size]
@@ -128,13 +130,7 @@ def unpad(
     Raises:
         ValueError: The inputs have other shapes, or more tokens in a row than the model has positions.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds, and not both")
-    tokens, rule = (input_ids, "input_ids must have shape [batch, length]")
-    if tokens is None:
-        tokens, rule = (inputs_embeds, "inputs_embeds must have shape [batch, length, hidden]")
-    if tokens.dim() != rule.count(",") + 1 or 0 in tokens.shape:
-        raise ValueError(f"{rule}, none of them 0, got {list(tokens.shape)}")
+    tokens = _tokens(input_ids, inputs_embeds)
     needs_query_only = None
     if cu_seq_lens_q is not None:
         bound = max_length_q if isinstance(max_length_q, int) else None
@@ -144,31 +140,49 @@ def unpad(
         columns, max_seqlen = sequences.position, sequences.max_seqlen_bound
     else:
         layout, sequences, needs_query_only = _from_mask(tokens, attention_mask, pooled, bucketed)
-        columns, max_seqlen = layout.indices % layout.shape[1], layout.shape[1]
+        indices, max_seqlen = cast(Tensor, layout.indices), layout.shape[1]
+        columns = indices % max_seqlen
     if position_ids is None and max_seqlen > positions:
         raise ValueError(f"{max_seqlen} tokens in a row are more than the {positions} positions that the model knows")
 
-    def unpad_or(values: Tensor | None, name: str, default: Tensor | None) -> Tensor | None:
-        if values is None:
-            return default
-        one_row_for_all = values.shape == (1, layout.shape[1])
-        return layout.unpad(values.expand(layout.shape) if one_row_for_all else values, name)
+    def unpad_ids(values: Tensor, name: str) -> Tensor:
+        is_one_row_for_all = values.shape == (1, layout.shape[1])
+        return layout.unpad(values.expand(layout.shape) if is_one_row_for_all else values, name)
 
     first = sequences.last if pool_last else sequences.first
     if needs_query_only is not None:
         slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=tokens.device)
         first = torch.where(needs_query_only, slots, first)
     packed = Packed(
-        token_ids=unpad_or(input_ids, "input_ids", None),
-        embeddings=unpad_or(inputs_embeds, "inputs_embeds", None),
-        token_type_ids=unpad_or(token_type_ids, "token_type_ids", torch.zeros_like(columns)),
-        position_ids=unpad_or(position_ids, "position_ids", columns),
+        token_ids=None if input_ids is None else layout.unpad(input_ids, "input_ids"),
+        embeddings=None if inputs_embeds is None else layout.unpad(inputs_embeds, "inputs_embeds"),
+        token_type_ids=torch.zeros_like(columns)
+        if token_type_ids is None
+        else unpad_ids(token_type_ids, "token_type_ids"),
+        position_ids=columns if position_ids is None else unpad_ids(position_ids, "position_ids"),
         sequences=sequences,
         first=first,
         query_only=0 if needs_query_only is None else len(sequences),
         rng=_rng_coordinates(sequences, needs_query_only is not None) if training else None,
     )
     return packed, layout
+
+
+def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Return the token ids of a call, or the embeddings that it has instead.
+
+    Raises:
+        ValueError: It has both or neither, or one of another shape.
+    """
+    if input_ids is not None and inputs_embeds is None:
+        tokens, rule, dims = input_ids, "input_ids must have shape [batch, length]", 2
+    elif inputs_embeds is not None and input_ids is None:
+        tokens, rule, dims = inputs_embeds, "inputs_embeds must have shape [batch, length, hidden]", 3
+    else:
+        raise ValueError("give either input_ids or inputs_embeds, and not both")
+    if tokens.dim() != dims or 0 in tokens.shape:
+        raise ValueError(f"{rule}, none of them 0, got {list(tokens.shape)}")
+    return tokens
 
 
 def _rng_coordinates(sequences: Sequences, has_query_only: bool) -> RngCoordinates:

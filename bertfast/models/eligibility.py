@@ -21,8 +21,7 @@ from torch.compiler import assume_constant_result
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bertfast.architectures import Architecture, activation_name
-from bertfast.encoder import hooks, is_plain, is_watched
-from bertfast.models import kernel_support
+from bertfast.encoder import is_plain, is_watched, kernel_support
 from bertfast.models.registry import SNAPSHOT_HOLDER, Fused
 from bertfast.runtime import torch_compat
 
@@ -137,7 +136,7 @@ class Snapshot:
         self.known_attributes = self._attributes()
         self.norms = [module._parameters for module in modules if isinstance(module, nn.LayerNorm)]
         self.classes = [*{original_class(type(module)) for module in modules}]
-        tables = [table for module in modules for table in (module._modules, *hooks(module))]
+        tables = [table for module in modules for table in (module._modules, *torch_compat.module_hooks(module))]
         self.empty_tables = [table for table in tables if not table]  # most of them, and quicker to compare
         self.tables = [table for table in tables if table]
         self.known_tables = [{**table} for table in self.tables]
@@ -326,7 +325,7 @@ def can_pool_alone(model: nn.Module) -> bool:
 
 def _hook_reason(module: nn.Module, name: str) -> str | None:
     """Return that a module does more than its class says; hooks of transformers and of distributed engines apart."""
-    registered = (hook for table in hooks(module) for hook in table.values())
+    registered = (hook for table in torch_compat.module_hooks(module) for hook in table.values())
     kind = type(module)
     methods = any(callable(x) and hasattr(kind, own) for own, x in vars(module).items())
     changed = methods or any(_changes_calls(hook, module) for hook in registered)

@@ -6,7 +6,7 @@ Each call takes the fastest of three ways:
 - transformers' own loop runs, and each layer that can be fused removes padding and restores it for itself: if another
   layer cannot be fused, because it has a hook, say, or if hidden states are recorded;
 - transformers' own code runs: for attention weights, caches, masks between pairs of tokens, cross-attention and export,
-  and for devices and dtypes without fast kernels (`bertfast.models.kernel_support`).
+  and for devices and dtypes without fast kernels (`bertfast.encoder.kernel_support`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from bertfast import encoder as functions
 from bertfast.architectures import read
+from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout, Packed, unpad
-from bertfast.models import eligibility, kernel_support, registry
+from bertfast.models import eligibility, registry
 from bertfast.models.eligibility import INPUTS, PACKING, main_input
-from bertfast.models.kernel_support import gemm_dtype
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORED
 from bertfast.ops.sequences import Sequences
@@ -71,13 +71,13 @@ class FusedTransform(registry.Fused):
     """The masked-LM head's transform, in one operation behind its GEMM."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        device, dtype = hidden_states.device, kernel_support.gemm_dtype(hidden_states)
         shape = (1, hidden_states.shape[:-1].numel())  # without attention, rows and columns do not matter
         if (
             torch.compiler.is_compiling()
             or eligibility.tracing_unsupported_reason(hidden_states) is not None
             or eligibility.transform_unsupported_reason(self) is not None
-            or kernel_support.unsupported_reason(hidden_states.device, gemm_dtype(hidden_states), shape=shape)
-            is not None
+            or kernel_support.unsupported_reason(device, dtype, shape=shape) is not None
         ):
             return super().forward(hidden_states)
         dense, norm = attrgetter(self.architecture.transform["dense"], self.architecture.transform["norm"])(self)

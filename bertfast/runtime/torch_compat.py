@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def constant_result(function: Function) -> Function:
+    """Have `torch.compile` call a function while it traces, and compile its result in as a constant.
+
+    This is `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what the compiler looks for
+    return function
+
+
+@constant_result  # torch.compile guards the stack of transforms itself
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` or forward-mode differentiation is active.
 
@@ -17,14 +33,43 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# What `torch.compiler.assume_constant_result` sets, which would import the compiler: `torch.compile` calls the function
-# while it traces, and guards the stack of transforms itself.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for all modules, as profilers and counters of FLOPs do."""
-    return torch.nn.modules.module._has_any_global_hook()
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # of PyTorch
+
+
+def module_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
+    """Return a module's hooks by kind."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def module_tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return a module's own tables of parameters, buffers and submodules, by their names."""
+    return module._parameters, module._buffers, module._modules
+
+
+def any_parameter(module: nn.Module) -> Tensor:
+    """Return a parameter, or the tensor in its place in a replica that DataParallel made, which has no parameters."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        return parameter
+    tables: Iterator[dict[str, Tensor]] = (getattr(child, "_former_parameters", {}) for child in module.modules())
+    return next(tensor for table in tables for tensor in table.values())
+
+
+def write_count(x: Tensor) -> int | None:
+    """Return how often a tensor was written in place, None for one made in inference mode, which does not count."""
+    return None if x.is_inference() else x._version
+
+
+def has_values(x: Tensor) -> bool:
+    """Return whether a tensor holds values: it is neither on "meta" nor a fake one, as compilers trace with."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def is_jit_tracing() -> bool:
+    """Return whether `torch.jit.trace` records operations."""
+    return torch._C._is_tracing()
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bertfast
 import bertfast.models.fused
-from bertfast.models import fused, kernel_support
+from bertfast.encoder import kernel_support
+from bertfast.models import fused
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 

@@ -1,4 +1,4 @@
-"""Decide whether a fused model has fast kernels for a call, or leaves it to transformers' own code.
+"""Decide whether a call has fast kernels, or is left to transformers' own code.
 
 Without fast kernels the packed encoder is the reference: plain PyTorch, whose attention runs sequence by sequence. On a
 GPU that waits for the device and is slower than transformers. On a CPU its time was measured relative to transformers'
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from bertfast.encoder import copy_dtype
+from bertfast.encoder.layer import copy_dtype
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import why_not
 
@@ -40,7 +41,7 @@ MIN_SLOTS_WITHOUT_PADDING = 128
 def unsupported_reason(
     device: torch.device, dtype: torch.dtype, head_dimension: int | None = None, shape: tuple[int, int] | None = None
 ) -> str | None:
-    """Return why a call is left to transformers for want of fast kernels, or None if it can run packed.
+    """Return why a call has no fast kernels and is left to transformers, or None if it can run packed.
 
     Args:
         device: Device of the model's parameters.
@@ -51,10 +52,10 @@ def unsupported_reason(
     is_large = shape is None or (math.prod(shape) >= MIN_SLOTS and shape[1] >= MIN_COLUMNS)
     if device.type == "cpu" and dtype == torch.float32 and is_large:
         return None
-    reason = "the kernels run on CPUs and on NVIDIA GPUs from sm_80 on"
+    reason: str | None = "the kernels run on CPUs and on NVIDIA GPUs from sm_80 on"
     if device.type in ("cpu", "cuda"):
-        # All that is asked of activations; a tensor would be an operation in the graph of torch.compile.
-        activations = SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda")
+        # Has the attributes that are read of activations; a tensor would be an operation in the graph of torch.compile.
+        activations = cast(Tensor, SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda"))
         reason = why_not("cpu" if device.type == "cpu" else "triton", "attention", activations)
         if reason is None and head_dimension not in (None, *HEAD_DIMENSIONS):
             sizes = ", ".join(map(str, HEAD_DIMENSIONS))
