@@ -89,7 +89,7 @@ def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
     from bertfast.training.finetune import FinetuneSettings, finetune
 
     folder = tmp_path_factory.mktemp("tuned")
-    settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
+    settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
     return folder, finetune(settings)
 
 

@@ -29,7 +29,7 @@ def settings_for(folder: Path, data: Path | None, **changes) -> PretrainSettings
         "device": "cpu",
         "precision": "fp32",
     }
-    return PretrainSettings(str(folder), **(values | changes))
+    return PretrainSettings.of(output_dir=str(folder), **(values | changes))
 
 
 def entries(folder: Path) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 
 from bertfast.cli import main as cli
 from bertfast.tasks.registry import choose_task
-from bertfast.tasks.task import TaskSettings
+from bertfast.tasks.settings import TaskSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

@@ -86,8 +86,8 @@ def curves(folder: Path, shards: Path, start: Path, *, dropout: float, seed: int
     """Losses, masked LM and next sentence together, of both sides' steps."""
     file = folder / f"curves-{dropout}-{seed}.json"
     if not file.exists():
-        settings = PretrainSettings(
-            str(folder / f"run-{dropout}-{seed}"),
+        settings = PretrainSettings.of(
+            output_dir=str(folder / f"run-{dropout}-{seed}"),
             data_dir=str(shards),
             sampling=Sampling(max_seq_length=128),
             init_from=str(start),
@@ -121,18 +121,23 @@ def our_losses(run: Pretraining) -> list[float]:
 def their_losses(settings: PretrainSettings, batches: Batches) -> list[float]:
     """Of a loop as one would write it around transformers' model, on the batches of that run."""
     torch.manual_seed(settings.seed)
-    drop = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-    model = transformers.BertForPreTraining.from_pretrained(settings.init_from, **drop).train()
+    drop = {"hidden_dropout_prob": settings.model.dropout, "attention_probs_dropout_prob": settings.model.dropout}
+    model = transformers.BertForPreTraining.from_pretrained(settings.model.init_from, **drop).train()
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer, losses = torch.optim.AdamW(groups, lr=settings.learning_rate), []
-    for step in tqdm(range(settings.max_steps), desc="transformers", unit="step"):
+    groups = [
+        {"params": decays, "weight_decay": settings.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer, losses = torch.optim.AdamW(groups, lr=settings.optimizer.learning_rate), []
+    for step in tqdm(range(settings.duration.max_steps), desc="transformers", unit="step"):
         loss = model(**padded(batches.bin(step, 0))).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        share = schedule(settings.schedule, step / settings.max_steps, settings.warmup_ratio)
+        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
+        share = schedule(
+            settings.optimizer.schedule, step / settings.duration.max_steps, settings.optimizer.warmup_ratio
+        )
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * share
+            group["lr"] = settings.optimizer.learning_rate * share
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

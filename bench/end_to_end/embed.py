@@ -60,7 +60,7 @@ def main() -> None:
 def ours(model: Path, file: Path, folder: Path) -> torch.Tensor:
     """Into parts of safetensors; returns the first."""
     where = {"model_name_or_path": str(model), "input_file": str(file), "output_dir": str(folder)}
-    settings = EmbedSettings(**where, pooling="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
+    settings = EmbedSettings.of(**where, pooling="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
     return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
 
 

@@ -95,7 +95,7 @@ def main() -> None:
 
 def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random: bool) -> FinetuneSettings:
     """Of one run."""
-    return FinetuneSettings(
+    return FinetuneSettings.of(
         model_name_or_path=str(arguments.model),
         task=case.task,
         train_file=str(arguments.data / case.train),
@@ -141,7 +141,7 @@ def speed(settings: FinetuneSettings, steps: int) -> dict:
 def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndarray], float]]:
     """transformers' model with the same head, and a step as one would write it: (its number, the examples) -> loss."""
     settings = run.settings
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.hyperparameters.seed)
     kind = getattr(transformers, run.task.model_class.__name__)
     labels = (
         {} if run.task.model_class.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
@@ -151,16 +151,19 @@ def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndar
         {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head_prefix)}, strict=False
     )
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    groups = [
+        {"params": decays, "weight_decay": settings.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.hyperparameters.learning_rate)
 
     def step(number: int, rows: np.ndarray) -> float:
         for group in optimizer.param_groups:
-            share = schedule("linear", number / run.steps, settings.warmup_ratio)
-            group["lr"] = settings.learning_rate * share
+            share = schedule("linear", number / run.steps, settings.optimizer.warmup_ratio)
+            group["lr"] = settings.hyperparameters.learning_rate * share
         loss = model(**padded(run.features["train"], rows)).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -193,7 +196,7 @@ def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
     model.eval()
     features = run.features["validation"]
     found = [None] * len(features)
-    for rows in batches_by_length(features, run.settings.eval_tokens):
+    for rows in batches_by_length(features, run.settings.compute.eval_tokens):
         batch = padded(features, rows)
         for name in features.labels:
             batch.pop(name)

@@ -20,7 +20,7 @@ import torch
 
 from bench.harness import RESULTS, write_result
 from bertfast import BertForMaskedLM
-from bertfast.cli.main import parse
+from bertfast.cli.flags import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.inference.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model

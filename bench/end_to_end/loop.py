@@ -54,8 +54,8 @@ def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[f
     """Of the loop's steps, and of the bare ones between them."""
     looped, bare = [], []
     with TemporaryDirectory() as folder:
-        settings = PretrainSettings(
-            folder,
+        settings = PretrainSettings.of(
+            output_dir=folder,
             data_dir=str(arguments.shards),
             sampling=Sampling(max_seq_length=128),
             preset=arguments.preset,
@@ -75,7 +75,7 @@ def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[f
             masked = sum(batch.masked for batch in batches)
             pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches)
             run.train_step.gradients(batches, masked, pairs)
-            run.train_step.update(settings.learning_rate)
+            run.train_step.update(settings.optimizer.learning_rate)
             wait()
             bare.append(time.perf_counter() - started)
             started = time.perf_counter()

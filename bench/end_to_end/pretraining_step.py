@@ -272,7 +272,7 @@ def count_lengths(data: Path) -> dict[int, list[int]]:
     with TemporaryDirectory() as folder:
         outline = CorpusBoundaries.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
         for longest in (128, 512):
-            sampling = Sampling(longest)
+            sampling = Sampling(max_seq_length=longest)
             lengths = plan_samples(outline, sampling, np.random.default_rng(0)).lengths(sampling)
             counts[longest] = np.bincount(lengths, minlength=longest + 1).tolist()
     return counts

@@ -64,8 +64,8 @@ def main() -> None:
 
 def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision, seed: int, steps: int) -> dict:
     """Pre-train with one stream; return its training losses, where they end, and the last validation loss."""
-    settings = PretrainSettings(
-        str(folder / f"{stream}-{seed}"),
+    settings = PretrainSettings.of(
+        output_dir=str(folder / f"{stream}-{seed}"),
         data_dir=str(shards),
         sampling=Sampling(max_seq_length=128),
         preset=preset,

@@ -14,7 +14,6 @@ those of steps on both sides: neither compiling nor validating counts. Both are 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tarfile
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from bench.end_to_end.curve_parity import mean, padded
 from bench.end_to_end.long_run import corpus, fill
 from bench.harness import RESULTS, write_result
-from bertfast.cli.main import parse
+from bertfast.cli.flags import parse
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.ops.reference import IGNORED
 from bertfast.runtime.malloc import keep_freed_memory
@@ -100,7 +99,7 @@ def pack(data: Path, archive: Path, files: int) -> None:
     with TemporaryDirectory() as scratch, tarfile.open(archive, "w:xz") as target:
         vocabulary = str(data / "vocab" / "bert-base-uncased-vocab.txt")
         train = [*books, *encyclopedia[:files]]
-        chosen = dataclasses.replace(settings, train_file=train, tokenizer_name=vocabulary, vocab_size=30_522)
+        chosen = settings.replace(train_file=train, tokenizer_name=vocabulary, vocab_size=30_522)
         target.add(prepare(PrepareSettings(scratch, chosen)), "shards")
         target.add(data / "glue" / "SST-2", "sst-2")
     print(f"{archive.stat().st_size / 2**20:.1f} MiB")
@@ -126,7 +125,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     folder = arguments.output / "bertfast"
     every = max(round(60 * arguments.minutes / VALIDATIONS / seconds_of_a_step(arguments)), 1)
     settings = settings_for(arguments, **{"output-dir": folder, "eval-steps": every})
-    pretrain(dataclasses.replace(settings, resume=True))  # a run that ended, but was not written down, is only read
+    pretrain(settings.replace(resume=True))  # a run that ended, but was not written down, is only read
     entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
     steps = [entry for entry in entries if "masked_lm_loss" in entry]
     validations = [entry for entry in entries if "validation_loss" in entry]
@@ -145,7 +144,7 @@ def seconds_of_a_step(arguments: argparse.Namespace) -> float:
     """Of the later ones of twenty: in the first, kernels are compiled and the step is recorded."""
     with TemporaryDirectory() as folder:
         settings = settings_for(arguments, **{"output-dir": folder, "logging-steps": 10})
-        pretrain(dataclasses.replace(settings, minutes=None, max_steps=20))
+        pretrain(settings.replace(minutes=None, max_steps=20))
         entries = MetricsLog(Path(folder), steps_done=sys.maxsize).entries()
         return arguments.tokens / [e["tokens_per_second"] for e in entries if "tokens_per_second" in e][-1]
 
@@ -159,9 +158,9 @@ def theirs(arguments: argparse.Namespace) -> dict:
     torch.manual_seed(settings.seed)
     model = transformers.BertForMaskedLM(transformers.BertConfig(**values, attn_implementation="sdpa")).to(device)
     compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.optimizer.weight_decay, fused=True)
     source = rows_of_steps(run, arguments.tokens // longest, longest)
-    limit, seconds, waited, tokens, validations = 60 * settings.minutes, 0.0, 0.0, 0, []
+    limit, seconds, waited, tokens, validations = 60 * settings.duration.minutes, 0.0, 0.0, 0, []
 
     def step(rows: dict[str, Tensor], rate: float) -> None:
         for group in optimizer.param_groups:
@@ -169,7 +168,7 @@ def theirs(arguments: argparse.Namespace) -> dict:
         with autocast(device, run.precision):
             loss = compiled(**{name: x.to(device, non_blocking=True) for name, x in rows.items()}).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -181,7 +180,7 @@ def theirs(arguments: argparse.Namespace) -> dict:
             started = time.perf_counter()
             now, rows = rows.result(), ahead.submit(next, source)
             waited += time.perf_counter() - started
-            step(now, arguments.rate * schedule("linear", seconds / limit, settings.warmup_ratio))
+            step(now, arguments.rate * schedule("linear", seconds / limit, settings.optimizer.warmup_ratio))
             tokens += int(now["attention_mask"].sum())
             spent = time.perf_counter() - started
             due = seconds + spent >= limit * min(len(validations) + 1, VALIDATIONS) / VALIDATIONS
@@ -249,7 +248,7 @@ def tuned(arguments: argparse.Namespace) -> dict:
     """SST-2 from ours."""
     where = {split: str(arguments.output / "sst-2" / f"{split}.tsv.gz") for split in ("train", "dev")}
     results = finetune(
-        FinetuneSettings(
+        FinetuneSettings.of(
             model_name_or_path=str(arguments.output / "bertfast"),
             task="sst-2",
             train_file=where["train"],

@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
 from bertfast.runtime.plotting import draw
 from bertfast.runtime.precision import wait_for
+from bertfast.runtime.settings import Positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # largest difference of an output, relative to the largest absolute value (at least 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchSettings(TextSettings):
     """Which model to measure, on which texts.
 
@@ -34,7 +35,7 @@ class BenchSettings(TextSettings):
     """
 
     model_name_or_path: Positional[str]
-    seconds: float = 30.0
+    seconds: Positive = 30.0
     plot: str = "speed.png"
 
 

@@ -21,14 +21,15 @@ from bertfast.models.bert import BertForMultipleChoice, BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
 from bertfast.runtime.precision import choose_device
+from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 
 # transformers' argument: attribute of a `tokenizers.Encoding`
 _ENCODING_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-@dataclass(kw_only=True)
-class TextSettings:
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
     """Which texts to run a model on, and where.
 
     Attributes:
@@ -41,9 +42,9 @@ class TextSettings:
     """
 
     input_file: str | None = None
-    texts: int = 64
-    per_device_batch_size: int = 32
-    max_seq_length: int | None = None
+    texts: Count = 64
+    per_device_batch_size: Count = 32
+    max_seq_length: Count | None = None
     device: str | None = None
 
 

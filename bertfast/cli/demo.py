@@ -16,10 +16,10 @@ import numpy as np
 
 from bertfast.data.corpus import held_out
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.samples import Sampling
 from bertfast.data.sentences import split_sentences
 from bertfast.inference.fill_mask import fill_mask
 from bertfast.models.bert import BertForMaskedLM
+from bertfast.runtime.settings import Positive, Seed, Settings
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import write_results
@@ -40,8 +40,8 @@ MASKED_TEXTS = (
 )
 
 
-@dataclass
-class DemoSettings:
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(Settings):
     """Where the demo writes its files, and how long it pre-trains.
 
     Attributes:
@@ -51,8 +51,8 @@ class DemoSettings:
     """
 
     output_dir: str = "demo"
-    minutes: float = 4.0
-    seed: int = 1
+    minutes: Positive = 4.0
+    seed: Seed = 1
 
 
 def demo(settings: DemoSettings) -> dict[str, float]:
@@ -126,10 +126,11 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
 
 def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSettings:
     # Muon beats the unigram baseline within a minute; AdamW stays on its plateau for all four (bench/LOG.md).
-    return PretrainSettings(
+    return PretrainSettings.of(
         output_dir=str(model),
         data_dir=str(data),
-        sampling=Sampling(max_seq_length=64, mlm_probability=0.2),
+        max_seq_length=64,
+        mlm_probability=0.2,
         preset="tiny",
         config_overrides="max_position_embeddings=128",
         tokens_per_batch=2048,
@@ -149,7 +150,7 @@ def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSet
 def _finetune(settings: DemoSettings, model: Path, output: Path, train: Path, validation: Path) -> float:
     shutil.rmtree(output, ignore_errors=True)
     results = finetune(
-        FinetuneSettings(
+        FinetuneSettings.of(
             model_name_or_path=str(model),
             train_file=str(train),
             validation_file=str(validation),

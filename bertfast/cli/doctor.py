@@ -22,6 +22,7 @@ from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import HAS_TRITON, choose, why_not
 from bertfast.ops.matmul import onednn_is_faster
 from bertfast.runtime.precision import choose_device, choose_precision, multiplies_bf16
+from bertfast.runtime.settings import Positive, Settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PACKAGES = (
@@ -37,8 +38,8 @@ _PACKAGES = (
 )
 
 
-@dataclass(kw_only=True)
-class DoctorSettings:
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings(Settings):
     """What to report and check.
 
     Attributes:
@@ -53,7 +54,7 @@ class DoctorSettings:
     device: str | None = None
     check: bool = False
     only: tuple[str, ...] = ()
-    seconds: float = 55
+    seconds: Positive = 55
     json: bool = False
 
 
@@ -78,8 +79,6 @@ def doctor(settings: DoctorSettings) -> int:
     Returns:
         The exit status: 1 if a check failed or raised an exception, else 0.
     """
-    if settings.seconds <= 0:
-        raise ValueError(f"--seconds must be positive, got {settings.seconds:g}: it is the time limit of all checks")
     device = choose_device(settings.device)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     environment = _environment(device, devices)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import tyro
-import yaml
-
-from bertfast.cli.recipes import find_config, recipe_names
+from bertfast.cli.flags import parse
+from bertfast.cli.recipes import recipe_names
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.signals import RunStopped
-
-Settings = TypeVar("Settings")
 
 
 class Command(NamedTuple):
@@ -133,51 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bertfast {name}: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     return result if isinstance(result, int) else 0
-
-
-def parse(command: str, settings_class: type[Settings], arguments: list[str]) -> Settings:
-    """Return the settings of a command from its arguments.
-
-    Args:
-        command: Name of the command, for help and messages.
-        settings_class: Dataclass of its settings.
-        arguments: Flags with their values. `--config` inserts the entries of a YAML file or of an installed recipe in
-            its place; of a flag given more than once, the last value counts.
-    """
-    flags = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config":
-            flags += _config_flags(next(rest, None))
-        elif argument.startswith("--config="):
-            flags += _config_flags(argument.removeprefix("--config="))
-        else:
-            flags.append(argument)
-    return tyro.cli(
-        settings_class, prog=f"bertfast {command}", args=flags, config=(tyro.conf.OmitArgPrefixes,), description=None
-    )
-
-
-def _config_flags(name: str | None) -> list[str]:
-    """Return a YAML file's entries as flags, so that files and command lines are validated alike."""
-    if name is None:
-        raise ValueError("--config requires a YAML file or the name of a recipe")
-    path = find_config(name)
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(entries, dict):
-        raise ValueError(f"--config {name}: {path} must hold `name: value` lines")
-    return flags_of(entries)
-
-
-def flags_of(entries: Mapping[str, Any]) -> list[str]:
-    """Return names and values as command-line flags: True as `--name`, False as `--no-name`, a list as many values."""
-    flags = []
-    for name, value in entries.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
 
 def _usage() -> str:

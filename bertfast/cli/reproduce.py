@@ -13,9 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from bertfast.cli.main import flags_of, parse
+from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.models.presets import Preset
+from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings
 from bertfast.tasks.task import write_atomically
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
@@ -23,8 +25,8 @@ from bertfast.training.pretrain import PretrainSettings, pretrain
 _ABSENT = "no data"
 
 
-@dataclass(kw_only=True)
-class ReproduceSettings:
+@dataclass(frozen=True, kw_only=True)
+class ReproduceSettings(Settings):
     """Which table to reproduce, and from what.
 
     Attributes:
@@ -44,17 +46,17 @@ class ReproduceSettings:
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
 
-    table: int
+    table: Count
     data: str
     output_dir: str
     recipes: str | None = None
     model: str | None = None
-    scale: str = "small"
-    minutes: float = 5.0
-    tokens_per_batch: int = 2048
-    learning_rate: float = 1e-4
-    epochs: float | None = None
-    seeds: list[int] = field(default_factory=lambda: [42])
+    scale: Preset = "small"
+    minutes: Positive = 5.0
+    tokens_per_batch: Count = 2048
+    learning_rate: NonNegative = 1e-4
+    epochs: Positive | None = None
+    seeds: list[Seed] = field(default_factory=lambda: [42])
     only: list[str] = field(default_factory=list)
     device: str | None = None
 

@@ -16,7 +16,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 QUANTITIES = ("outputs", "gradients")
 
 
-@dataclass
+@dataclass(frozen=True)
 class VerifySettings(TextSettings):
     """Which model to check, on which texts.
 

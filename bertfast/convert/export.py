@@ -21,6 +21,7 @@ from tyro.conf import Positional
 from bertfast.models.bert import BertForMultipleChoice
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve, save
+from bertfast.runtime.settings import Settings
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -31,8 +32,8 @@ _OUTPUTS = {
 }
 
 
-@dataclass
-class ExportSettings:
+@dataclass(frozen=True)
+class ExportSettings(Settings):
     """What to export, and to which format.
 
     Attributes:

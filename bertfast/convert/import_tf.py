@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from bertfast.convert.tensor_bundle import read_tensors
 from bertfast.models.bert import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 from bertfast.models.files import save
+from bertfast.runtime.settings import Settings
 
 # Substitutions from TensorFlow's parameter names to PyTorch's, applied in order. TensorFlow kernels, of shape
 # [inputs, outputs], are transposed to PyTorch's [outputs, inputs].
@@ -35,8 +36,8 @@ _SUBSTITUTIONS = (
 _TRAINING_STATE = re.compile(r"(^|/)(adam_[mv]|lamb_[mv]|global_step|beta[12]_power|good_steps|loss_scale)(_\d+)?$")
 
 
-@dataclass
-class ImportSettings:
+@dataclass(frozen=True)
+class ImportSettings(Settings):
     """What to convert, and where to write it.
 
     Attributes:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
+from bertfast.runtime.settings import Count, Range, Settings
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -38,8 +39,8 @@ MAX_VOCABULARY_CHARACTERS = 300_000_000
 BATCH_CHARACTERS = 500_000  # text tokenized in one call
 
 
-@dataclass
-class CorpusSettings:
+@dataclass(frozen=True)
+class CorpusSettings(Settings):
     """Which text to use, and how to tokenize it.
 
     Attributes:
@@ -55,27 +56,16 @@ class CorpusSettings:
 
     train_file: list[str] = field(default_factory=list)
     validation_file: list[str] = field(default_factory=list)
-    validation_split_percentage: float = 5
+    validation_split_percentage: Annotated[float, Range(0, below=100)] = 5
     text_column: str = "text"
     tokenizer_name: str | None = None
-    vocab_size: int = 30_528
+    vocab_size: Annotated[int, Range(64)] = 30_528
     cased: bool = False
-    processes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_split_percentage < 100:
-            raise ValueError(
-                "--validation-split-percentage must be at least 0 and less than 100, "
-                f"got {self.validation_split_percentage}"
-            )
-        if self.vocab_size < 64:
-            raise ValueError(f"--vocab-size must be at least 64, got {self.vocab_size}")
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"--processes must be at least 1, got {self.processes}")
+    processes: Count | None = None
 
 
-@dataclass
-class PrepareSettings:
+@dataclass(frozen=True)
+class PrepareSettings(Settings):
     """What to prepare, and where to write it.
 
     Attributes:
@@ -90,7 +80,7 @@ class PrepareSettings:
     part: str | None = None
     merge: bool = False
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.part is not None:
             if self.merge:
                 raise ValueError("--part and --merge are mutually exclusive: pass --merge when all parts are finished")

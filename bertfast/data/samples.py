@@ -9,22 +9,23 @@ al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Underst
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from bertfast.data.shards import Shards
+from bertfast.runtime.settings import Fraction, Range, Settings
 
 # A longer document is processed in chunks of this many sentences, which bounds the number of rounds.
 CHUNK_SENTENCES = 1024
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Settings):
     """How samples are cut from the corpus and masked.
 
     Attributes:
-        max_seq_length: Maximum sequence length in tokens, including [CLS] and [SEP].
+        max_seq_length: Maximum sequence length in tokens, including [CLS] and [SEP]; a pair of one-token texts has 5.
         objective: mlm+nsp: masked LM and next-sentence prediction on sentence pairs; mlm: masked LM on runs of whole
             sentences; ltr: causal (left-to-right) LM on runs of whole sentences.
         short_seq_probability: Fraction of samples with a random target length of at least 2 tokens.
@@ -34,25 +35,15 @@ class Sampling:
         whole_word: Mask either all pieces of a word or none.
     """
 
-    max_seq_length: int = 128
+    max_seq_length: Annotated[int, Range(5)] = 128
     objective: Literal["mlm+nsp", "mlm", "ltr"] = "mlm+nsp"
-    short_seq_probability: float = 0.1
-    mlm_probability: float = 0.15
-    mask_replace_prob: float = 0.8
-    random_replace_prob: float = 0.1
+    short_seq_probability: Fraction = 0.1
+    mlm_probability: Fraction = 0.15
+    mask_replace_prob: Fraction = 0.8
+    random_replace_prob: Fraction = 0.1
     whole_word: bool = False
 
-    def __post_init__(self) -> None:
-        if self.max_seq_length < 5:
-            raise ValueError(
-                f"--max-seq-length must be at least 5, a pair of one-token texts, got {self.max_seq_length}"
-            )
-        if self.objective not in ("mlm+nsp", "mlm", "ltr"):
-            raise ValueError(f"--objective must be mlm+nsp, mlm or ltr, got {self.objective!r}")
-        for name in ("short_seq_probability", "mlm_probability", "mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must lie between 0 and 1, got {getattr(self, name)}")
+    def validate(self) -> None:
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise ValueError(
                 "--mask-replace-prob and --random-replace-prob must add up to at most 1, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal
@@ -25,19 +25,20 @@ from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassificatio
 from bertfast.models.files import write_tensors
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
-from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision
+from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sequence_classification import Columns
+from bertfast.tasks.settings import ComputeSettings
 from bertfast.tasks.tables import read_table
-from bertfast.tasks.task import require_positive
 
 Pooling = Literal["cls", "mean", "none"]
 _TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
 
 
-@dataclass(kw_only=True)
-class EmbedSettings:
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(Settings):
     """Texts to embed, the model, and the output.
 
     Attributes:
@@ -52,10 +53,7 @@ class EmbedSettings:
         output_format: safetensors, or parquet (one row per text).
         texts_per_part: Texts per output file.
         max_seq_length: Maximum tokens per text; longer ones are truncated. None: the model's number of positions.
-        eval_tokens: Approximate tokens per batch.
-        cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
-        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
-        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
+        compute: Device, precision and batch size of inference.
     """
 
     model_name_or_path: str
@@ -66,19 +64,15 @@ class EmbedSettings:
     pooling: Pooling = "mean"
     layers: str = "last"
     output_format: Literal["safetensors", "parquet"] = "safetensors"
-    texts_per_part: int = 10_000
-    max_seq_length: int | None = None
-    eval_tokens: int = 8192
-    cuda_graph: bool = True
-    precision: Precision = "auto"
-    device: str | None = None
+    texts_per_part: Count = 10_000
+    max_seq_length: Count | None = None
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
-    def __post_init__(self):
+    def validate(self) -> None:
         if self.layers not in LAYERS:
             raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
         if self.output_format == "parquet" and self.pooling == "none":
             raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
-        require_positive(self, "texts_per_part", "eval_tokens")
 
 
 def embed(settings: EmbedSettings) -> Path:
@@ -91,7 +85,7 @@ def embed(settings: EmbedSettings) -> Path:
         The output folder.
     """
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "")
-    model = model.to(choose_device(settings.device))
+    model = model.to(choose_device(settings.compute.device))
     max_length = sequence_length(settings.max_seq_length, model.config)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +110,7 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
     size = model.config.hidden_size * (len(layers) if concatenated else 1)
     per_token = settings.pooling == "none"
     embeddings = torch.empty(len(features.token_ids) if per_token else len(features), size)
-    precision = choose_precision(model.device, settings.precision)
+    precision = choose_precision(model.device, settings.compute.precision)
     only_last = layers == [model.config.num_hidden_layers]
 
     def forward(inputs: ModelInputs) -> Tensor:
@@ -126,10 +120,10 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
         chosen = [state.float() for state in ([last] if only_last else [hidden_states[layer] for layer in layers])]
         return torch.cat(chosen, 1) if concatenated else torch.stack(chosen).mean(0)
 
-    capture = capture_for(model, precision, enabled=settings.cuda_graph)
+    capture = capture_for(model, precision, enabled=settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
     with side_stream(model.device):
-        for rows in batches_by_length(features, settings.eval_tokens):
+        for rows in batches_by_length(features, settings.compute.eval_tokens):
             lengths = features.lengths[rows]
             inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
             hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots

@@ -12,12 +12,12 @@ from tyro.conf import Positional
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import masked_lm_logits, pack
 from bertfast.models.bert import BertForMaskedLM
+from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.pretrained import open_model
-from bertfast.tasks.task import require_positive
 
 
-@dataclass
-class FillMaskSettings:
+@dataclass(frozen=True)
+class FillMaskSettings(Settings):
     """Text and model of `bertfast fill-mask`.
 
     Attributes:
@@ -28,10 +28,7 @@ class FillMaskSettings:
 
     model_name_or_path: Positional[str]
     text: Positional[str]
-    top_k: int = 5
-
-    def __post_init__(self):
-        require_positive(self, "top_k")
+    top_k: Count = 5
 
 
 @torch.no_grad()

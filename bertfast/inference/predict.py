@@ -20,12 +20,13 @@ from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.registry import choose_task
-from bertfast.tasks.task import Outputs, Task, TaskSettings
+from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.task import Outputs, Task
 
 _LINES_PER_CHUNK = 1000
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictSettings(TaskSettings):
     """Input and model of `bertfast predict`.
 
@@ -56,13 +57,13 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task, PreTrainedModel, Token
     task = choose_task(settings, config=config)
     model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix)
     task.set_config(model.config)
-    return task, model.to(choose_device(settings.device)), tokenizer
+    return task, model.to(choose_device(settings.compute.device)), tokenizer
 
 
 @torch.no_grad()
 def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> Outputs:
     """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
-    training, precision = model.training, choose_precision(model.device, task.settings.precision)
+    training, precision = model.training, choose_precision(model.device, task.settings.compute.precision)
     model.eval()
     outputs: list[Any] = [None] * len(features)
 
@@ -70,10 +71,10 @@ def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> O
         with autocast(model.device, precision):
             return task.logits(model, inputs).float()
 
-    capture = capture_for(model, precision, enabled=task.settings.cuda_graph)
+    capture = capture_for(model, precision, enabled=task.settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
     with side_stream(model.device):
-        for rows in batches_by_length(features, task.settings.eval_tokens):
+        for rows in batches_by_length(features, task.settings.compute.eval_tokens):
             inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
             logits = runner(inputs).clone().cpu().numpy()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.

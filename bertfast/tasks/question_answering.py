@@ -26,6 +26,7 @@ from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sequence_classification import softmax
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
 from bertfast.tasks.task import Outputs, Task, json_lines, write_atomically
 
@@ -101,6 +102,10 @@ class QuestionAnsweringTask(Task):
     head_prefix = "qa_outputs."
     metrics = ("f1", "exact_match")
 
+    def __init__(self, settings: TaskSettings):
+        super().__init__(settings)
+        self.options = settings.question_answering
+
     def read(self, path: str, *, labelled: bool) -> Questions:
         """Read a file in SQuAD's format, optionally compressed by gzip; see `Task.read`."""
         questions, has_answers = [], labelled
@@ -138,7 +143,7 @@ class QuestionAnsweringTask(Task):
         sequences: list[tuple[list[int], list[int]]] = []  # of each window: question and context, with special tokens
         answers: list[tuple[int, int]] = []
         for index, question in enumerate(examples.questions):
-            max_query_length = min(self.settings.max_query_length, max_length // 2)
+            max_query_length = min(self.options.max_query_length, max_length // 2)
             prefix = [special.cls, *encodings[question.question].ids[:max_query_length], special.sep]
             context = encodings[question.context]
             spans, added = self._windows(index, context, len(prefix), max_length)
@@ -236,7 +241,7 @@ class QuestionAnsweringTask(Task):
         """Return the windows of one question's context, as (first, end) tokens and as `Window`."""
         offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
         room = max_length - prefix - 1  # for tokens of the context, before the last [SEP]
-        spans = _window_spans(len(offsets), room, min(self.settings.doc_stride, room))
+        spans = _window_spans(len(offsets), room, min(self.options.doc_stride, room))
         best = _max_context_windows(spans, len(offsets))
         windows = [
             Window(question, prefix, offsets[first:last], best[first:last] == index)
@@ -246,7 +251,7 @@ class QuestionAnsweringTask(Task):
 
     def _choose(self, best: list[Candidate], null: Candidate) -> tuple[Candidate, int]:
         """Return the predicted answer and its index in [*best, null]."""
-        if self._may_abstain and null.score - best[0].score > self.settings.null_score_diff_threshold:
+        if self._may_abstain and null.score - best[0].score > self.options.null_score_diff_threshold:
             return null, len(best)
         return best[0], 0
 
@@ -262,7 +267,7 @@ class QuestionAnsweringTask(Task):
                 candidates += self._candidates_of_window(window, logits, question.context)
             candidates.sort(key=lambda candidate: -candidate.score)
             distinct = {candidate.text: candidate for candidate in reversed(candidates)}  # best-scored of each text
-            best = sorted(distinct.values(), key=lambda candidate: -candidate.score)[: self.settings.n_best]
+            best = sorted(distinct.values(), key=lambda candidate: -candidate.score)[: self.options.n_best]
             yield best or [Candidate("", null_score, 0)], Candidate("", null_score, 0)
 
     def _candidates_of_window(self, window: Window, logits: np.ndarray, context: str) -> list[Candidate]:
@@ -274,13 +279,13 @@ class QuestionAnsweringTask(Task):
             context: The whole context.
         """
         start, end = logits[window.prefix : window.prefix + len(window.offsets)].astype(np.float64).T
-        starts = np.argsort(-np.where(window.max_context, start, -np.inf), kind="stable")[: self.settings.n_best]
-        ends = np.argsort(-end, kind="stable")[: self.settings.n_best]
+        starts = np.argsort(-np.where(window.max_context, start, -np.inf), kind="stable")[: self.options.n_best]
+        ends = np.argsort(-end, kind="stable")[: self.options.n_best]
         # Score matrix [starts, ends], -inf where the span is empty, too long, or has more context in another window.
         lengths = ends[None] - starts[:, None] + 1
-        valid = (lengths > 0) & (lengths <= self.settings.max_answer_length) & window.max_context[starts][:, None]
+        valid = (lengths > 0) & (lengths <= self.options.max_answer_length) & window.max_context[starts][:, None]
         scores = np.where(valid, start[starts][:, None] + end[ends][None], -np.inf)
-        order = np.argsort(-scores, axis=None, kind="stable")[: self.settings.n_best]
+        order = np.argsort(-scores, axis=None, kind="stable")[: self.options.n_best]
         candidates = []
         for i, j in zip(*np.unravel_index(order, scores.shape), strict=True):
             if np.isfinite(scores[i, j]):

@@ -12,7 +12,8 @@ from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.sequence_classification import PROBLEM_TYPES, SequenceClassificationTask
-from bertfast.tasks.task import Task, TaskSettings
+from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.task import Task
 from bertfast.tasks.token_classification import TokenClassificationTask
 
 FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts

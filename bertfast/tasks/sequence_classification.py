@@ -23,8 +23,9 @@ from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark
 from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import BadRows, Table, read_table
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, TaskSettings, write_rows
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, write_rows
 
 TEXT_COLUMNS = ("sentence", "sentence1", "text")
 TEXT_PAIR_COLUMN = "sentence2"
@@ -110,7 +111,8 @@ class SequenceClassificationTask(Task):
     def __init__(self, settings: TaskSettings):
         super().__init__(settings)
         self.benchmark: Benchmark | None = BENCHMARKS.get(settings.task)
-        self.columns = (settings.text_column, settings.text_pair_column, settings.label_column)
+        columns = settings.columns
+        self.columns = (columns.text_column, columns.text_pair_column, columns.label_column)
         self.problem_type = PROBLEM_TYPES.get(settings.task)
         if self.benchmark is not None:
             defaults = (self.benchmark.text, self.benchmark.pair, self.benchmark.label)

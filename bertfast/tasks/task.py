@@ -1,4 +1,4 @@
-"""The interface of a task (reading, featurising, loss, metrics, predictions), and the settings that all tasks share."""
+"""The interface of a task (reading, featurising, loss, metrics, predictions)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,62 +14,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, ModelInputs
-from bertfast.tasks.tables import BadRows, OnBadRows
+from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.tables import BadRows
 
 Outputs = Sequence[np.ndarray]
 """Logits of each example: float32 [labels], or [tokens, labels] if each token has its own."""
 ConfusionMatrix = tuple[list[str], np.ndarray]
 """Names of the labels, and int64 [labels, labels]: examples by true label (row) and predicted label (column)."""
-
-
-@dataclass(kw_only=True)
-class TaskSettings:
-    """Settings that all commands on labelled data share.
-
-    Attributes:
-        model_name_or_path: Folder or hub id of a model and its tokenizer.
-        task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
-            question-answering, token-classification, or the name of a data set of GLUE, SWAG, SQuAD or CoNLL;
-            auto: inferred from the model, else from the file.
-        text_column: Column of the text; none: the task's, else sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair; none: the task's, else sentence2 if there is one.
-        label_column: Column of the label; none: the task's, else label.
-        tag_column: Column of a word's tag in token-classification files, counted from 0; -1 is the last.
-        max_seq_length: Maximum tokens per sequence; longer inputs are truncated or split. None: the model's positions.
-        doc_stride: Tokens between the starts of two windows of a long context in question answering.
-        max_query_length: Maximum tokens of a question.
-        max_answer_length: Maximum tokens of an answer.
-        null_score_diff_threshold: Predict no answer if its score exceeds the best answer's by more than this.
-        n_best: Answers per question in nbest_SPLIT.json.
-        on_bad_rows: Stop at the first row that cannot be used, or skip and count such rows.
-        eval_tokens: Approximate tokens per batch in evaluation and prediction.
-        cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
-        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
-        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
-    """
-
-    model_name_or_path: str
-    task: str = "auto"
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    tag_column: int = -1
-    max_seq_length: int | None = None
-    doc_stride: int = 128
-    max_query_length: int = 64
-    max_answer_length: int = 30
-    null_score_diff_threshold: float = 0.0
-    n_best: int = 20
-    on_bad_rows: OnBadRows = "stop"
-    eval_tokens: int = 8192
-    cuda_graph: bool = True
-    precision: Precision = "auto"
-    device: str | None = None
-
-    def __post_init__(self):
-        require_positive(self, "eval_tokens", "doc_stride", "max_query_length", "max_answer_length", "n_best")
 
 
 class Task(ABC):
@@ -92,7 +43,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
 
     def __init__(self, settings: TaskSettings):
-        self.settings, self.bad_rows = settings, BadRows(settings.on_bad_rows)
+        self.settings, self.bad_rows = settings, BadRows(settings.columns.on_bad_rows)
         self.config: BertConfig | None = None
 
     @abstractmethod
@@ -160,14 +111,6 @@ class Task(ABC):
     def confusion_matrix(self, examples: Any, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
         """Return the confusion matrix; None if the task has none or the examples have no labels."""
         return None
-
-
-def require_positive(settings: Any, *names: str) -> None:
-    """Raise ValueError, naming the flag, unless each of the named settings is at least 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -226,7 +226,7 @@ class TokenClassificationTask(Task):
         """Yield (words, tags, location) of each sentence; tags are empty if any is missing."""
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        words, tags, where, problem, column = [], [], "", None, self.settings.tag_column
+        words, tags, where, problem, column = [], [], "", None, self.settings.columns.tag_column
         for number, line in (*read_lines(path), (0, "")):  # an empty line after the last sentence
             fields = line.split()
             if fields and fields[0] != DOCUMENT_START:

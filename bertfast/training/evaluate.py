@@ -11,13 +11,14 @@ from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.runtime.plotting import draw
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
-from bertfast.tasks.task import ConfusionMatrix, TaskSettings, write_atomically
+from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.task import ConfusionMatrix, write_atomically
 from bertfast.training.validation import evaluate_masked_lm
 
 _LABELS_SHOWN = 30  # in a picture of which are taken for which
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(TaskSettings):
     """What to evaluate, and on what.
 
@@ -88,7 +89,7 @@ def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:
         settings.model_name_or_path,
         settings.validation_file,
         max_seq_length=settings.max_seq_length,
-        tokens_per_batch=settings.eval_tokens,
-        precision=settings.precision,
-        device=settings.device,
+        tokens_per_batch=settings.compute.eval_tokens,
+        precision=settings.compute.precision,
+        device=settings.compute.device,
     )

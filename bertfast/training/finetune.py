@@ -88,12 +88,13 @@ class Finetuning:
     def __init__(self, settings: FinetuneSettings):
         require_libraries()
         self.settings, self.folder = settings, Path(settings.output_dir)
+        self.hyperparameters = settings.hyperparameters
         if (self.folder / "config.json").exists() and not settings.overwrite_output_dir:
             raise ValueError(
                 f"{self.folder} holds a model already: choose another --output-dir, or add --overwrite-output-dir"
             )
-        self.device = choose_device(settings.device)
-        self.precision = choose_precision(self.device, settings.precision)
+        self.device = choose_device(settings.compute.device)
+        self.precision = choose_precision(self.device, settings.compute.precision)
         self.task = self._choose_task()
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         files = {split: path for split, path in files.items() if path is not None}
@@ -106,36 +107,38 @@ class Finetuning:
         self.examples: dict[str, Any] = {}
         self.features: dict[str, Any] = {}
         self._featurize(examples, files)
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(self.hyperparameters.seed)
         self.model = self._build_model(source).to(self.device)
         self._scratch: TemporaryDirectory | None = None
-        if settings.strategy == "feature-based":
+        if settings.feature_based.strategy == "feature-based":
             self._replace_inputs_by_states()
-        self.optimizers = build_optimizers(self.model, "adamw", settings.learning_rate, settings.weight_decay)
+        rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
+        self.optimizers = build_optimizers(self.model, "adamw", rate, decay)
         # Captured steps read these tensors at fixed addresses.
         self.host_weights = self._class_weights()
         self.weights = None if self.host_weights is None else self.host_weights.to(self.device)
         self.items = torch.ones((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.capture = capture_for(self.model, self.precision, enabled=settings.cuda_graph)
+        self.capture = capture_for(self.model, self.precision, enabled=settings.compute.cuda_graph)
         self._accumulate = GraphRunner(self._accumulate_eagerly, self.device, self.capture)
         self._update = GraphRunner(self._update_eagerly, self.device, self.capture)
-        self.examples_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        passes = settings.batch.gradient_accumulation_steps
+        self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
-        self.steps = max(round(settings.num_train_epochs * self.steps_per_epoch), 1)
+        self.steps = max(round(self.hyperparameters.num_train_epochs * self.steps_per_epoch), 1)
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
         self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
         self.losses: list[float] = []
         self.skipped_loss = math.nan  # loss of the last skipped step
         self.pending: list[Tensor] = []
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
-        self.steps_per_read = settings.logging_steps if self.device.type == "cuda" else 1
+        self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
         self.tokens, self.seconds = 0, 0.0
         self.metrics_log: MetricsLog | None = None
 
     def _choose_task(self) -> Task:
         task = choose_task(self.settings, file=self.settings.train_file)
-        if self.settings.strategy == "feature-based":
+        if self.settings.feature_based.strategy == "feature-based":
             if task.feature_based_model is None:
                 raise ValueError("--strategy feature-based is only available for token classification")
             task.model_class = task.feature_based_model
@@ -156,9 +159,10 @@ class Finetuning:
     def _replace_inputs_by_states(self) -> None:
         """Make the frozen encoder's layers, stored on disk, the model's inputs (feature-based)."""
         self._scratch = TemporaryDirectory()  # removed with the run
-        folder = Path(self.settings.features_dir or self._scratch.name)
+        folder = Path(self.settings.feature_based.features_dir or self._scratch.name)
         for split, features in self.features.items():
-            states = cached_hidden_states(folder, self.model, features, self.precision, self.settings.eval_tokens)
+            tokens = self.settings.compute.eval_tokens
+            states = cached_hidden_states(folder, self.model, features, self.precision, tokens)
             self.features[split] = replace(features, inputs={"features": states})
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
@@ -167,7 +171,7 @@ class Finetuning:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_log = MetricsLog(self.folder)
         print(f"fine-tuning on {len(self.examples['train'])} examples, {self.precision} on {self.device}")
-        eval_steps = settings.eval_steps or self.steps_per_epoch
+        eval_steps = settings.evaluation.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
             for rows in islice(self.rows_of_steps(), self.steps):
                 self.train_step(rows)
@@ -180,7 +184,7 @@ class Finetuning:
                     self._stop(f"{SKIPS_IN_A_ROW} steps in a row were skipped, {what}: lower --learning-rate")
                 if self.step % eval_steps == 0 or self.step == self.steps:
                     self._validate(bar)
-                if self.validations_without_better == settings.early_stopping_patience:
+                if self.validations_without_better == settings.evaluation.early_stopping_patience:
                     break
         return self._finish()
 
@@ -188,37 +192,38 @@ class Finetuning:
         names, known = labels.get("id2label"), read_config(source).id2label
         if names is not None and sorted(known.values()) == sorted(names.values()):
             labels = labels | {"id2label": known}
-        if self.settings.dropout is not None:
-            labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.settings.dropout)
+        if (dropout := self.settings.model.dropout) is not None:
+            labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
         if self.settings.task != "auto":
             labels |= {FINETUNING_TASK: self.settings.task}
-        if self.settings.bilstm:
+        if self.settings.model.bilstm:
             labels |= {"bilstm": True}
-        if self.settings.strategy == "feature-based":
-            labels |= {name: getattr(self.settings, name) for name in ("feature_layers", "lstm_size", "lstm_layers")}
+        if self.settings.feature_based.strategy == "feature-based":
+            values = self.settings.feature_based.flat()
+            labels |= {name: values[name] for name in ("feature_layers", "lstm_size", "lstm_layers")}
         return read_config(source, **labels)
 
     def _choose_metric(self) -> str:
         known = self.task.metrics
-        metric = (self.settings.metric_for_best_model or known[0]).removeprefix("eval_")
+        metric = (self.settings.evaluation.metric_for_best_model or known[0]).removeprefix("eval_")
         if metric not in known:
             raise ValueError(f"--metric-for-best-model must be one of {', '.join(known)} in this task, got {metric!r}")
         return metric
 
     def _build_model(self, source: Path) -> PreTrainedModel:
-        if self.settings.random_init:
+        if self.settings.model.random_init:
             model = class_for(self.task.model_class, self.config)(self.config)
             initialise(model)
         else:
             model = self._open_model(source)
         require_packed(model.train())
-        torch.manual_seed(self.settings.seed)  # dropout must not depend on how often transformers drew
+        torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
         return model
 
     def _open_model(self, source: Path) -> PreTrainedModel:
-        name = self.settings.init_from_task or self.settings.model_name_or_path
+        name = self.settings.model.init_from_task or self.settings.model_name_or_path
         initial = resolve(name)
-        config, other_task = read_config(initial), self.settings.init_from_task is not None
+        config, other_task = read_config(initial), self.settings.model.init_from_task is not None
         if other_task and tokenizer_hash(load_tokenizer(initial)) != tokenizer_hash(self.tokenizer):
             raise ValueError(
                 f"{name} has another tokenizer than {source}: --init-from-task needs a model with the same one"
@@ -231,7 +236,7 @@ class Finetuning:
         return model
 
     def _class_weights(self) -> Tensor | None:
-        if self.settings.class_weights == "none":
+        if self.settings.optimizer.class_weights == "none":
             return None
         labels = self.features["train"].labels.get("labels")
         if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
@@ -241,26 +246,24 @@ class Finetuning:
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
         """Yield the example indices of each step, without end."""
-        examples, size = len(self.features["train"]), self.examples_per_step
-        return chain.from_iterable(shuffled_batches(examples, size, self.settings.seed, epoch) for epoch in count())
+        examples, size, seed = len(self.features["train"]), self.examples_per_step, self.hyperparameters.seed
+        return chain.from_iterable(shuffled_batches(examples, size, seed, epoch) for epoch in count())
 
     def train_step(self, rows: np.ndarray) -> None:
         """Start an optimizer step on the examples `rows` without waiting for the device."""
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
-        size = settings.per_device_train_batch_size
+        size = self.hyperparameters.per_device_train_batch_size
         # Passes of `size` examples, each divided further so that a batch has at most tokens_per_batch tokens.
         passes = (rows[first : first + size] for first in range(0, len(rows), size))
-        parts = (part for one in passes for part in within_budget(features, one, settings.tokens_per_batch))
+        parts = (part for one in passes for part in within_budget(features, one, settings.batch.tokens_per_batch))
         batches = [features.model_inputs(part, bucketed=self.capture is not None) for part in parts]
         items = sum(self._weight(batch.arguments) for batch in batches)
         self.items.fill_(items or 1)  # 0 if all labelled words were cut off
         self.loss.zero_()
         for batch in batches:
             self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
-        set_learning_rate(
-            self.optimizers,
-            settings.learning_rate * schedule("linear", self.step / self.steps, settings.warmup_ratio),
-        )
+        share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
+        set_learning_rate(self.optimizers, self.hyperparameters.learning_rate * share)
         self.pending.append(self._update().clone())  # a replay overwrites the previous result
         self.step += 1
         self.tokens += int(features.lengths[rows].sum())
@@ -275,8 +278,8 @@ class Finetuning:
 
     def _update_eagerly(self) -> Tensor:
         """Update the parameters; return [2]: the loss, and the gradient norm, NaN if the step was skipped."""
-        keep = self.capture is not None
-        norm = step_if_finite(self.model, self.optimizers, self.settings.max_grad_norm, self.loss, keep_gradients=keep)
+        keep, max_norm = self.capture is not None, self.settings.optimizer.max_grad_norm
+        norm = step_if_finite(self.model, self.optimizers, max_norm, self.loss, keep_gradients=keep)
         return torch.stack([self.loss, norm.to(self.loss.dtype)])
 
     def _read_pending(self) -> None:
@@ -314,11 +317,11 @@ class Finetuning:
         if self.step % self.steps_per_read == 0:
             self._read_pending()
         speed = self.tokens / self.seconds
-        recent = self.losses[-self.settings.logging_steps :]
+        recent = self.losses[-self.settings.evaluation.logging_steps :]
         loss = sum(recent) / max(len(recent), 1)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        if self.step % self.settings.logging_steps == 0:
+        if self.step % self.settings.evaluation.logging_steps == 0:
             self.metrics_log.write(step=self.step, epoch=self.epoch, loss=loss, tokens_per_second=speed)
 
     @property

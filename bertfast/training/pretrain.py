@@ -34,7 +34,7 @@ from bertfast.training.optimizer import build_optimizers
 from bertfast.training.pretrain_checkpointing import Progress, checkpoint_to_load, settings_to_compare
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter
-from bertfast.training.pretrain_settings import PretrainSettings, check_positions, check_settings
+from bertfast.training.pretrain_settings import PretrainSettings, check_positions
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import validate
@@ -58,12 +58,12 @@ def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda
         ValueError: Settings, text, model or checkpoints do not fit together.
         RunStopped: After Ctrl-C or SIGTERM, or when steps give no finite loss and gradient.
     """
-    deterministic, distributed = torch.are_deterministic_algorithms_enabled(), Distributed.init(settings.device)
+    deterministic, distributed = torch.are_deterministic_algorithms_enabled(), Distributed.init(settings.compute.device)
     run: Pretraining | None = None
     try:
         run = Pretraining(settings, distributed)
         with side_stream(run.device):
-            return run.replay(settings.replay) if settings.replay else run.run(on_step)
+            return run.replay(settings.checkpoint.replay) if settings.checkpoint.replay else run.run(on_step)
     finally:
         torch.use_deterministic_algorithms(deterministic)
         # The traceback of an error keeps the run alive, and DistributedDataParallel must be freed before the process
@@ -94,27 +94,26 @@ class Pretraining:
     """
 
     def __init__(self, settings: PretrainSettings, distributed: Distributed | None = None):
-        self.settings, self.distributed = settings, distributed or Distributed.init(settings.device)
+        self.settings, self.distributed = settings, distributed or Distributed.init(settings.compute.device)
         self.device = self.distributed.device
-        check_settings(settings)
-        if settings.deterministic:
+        if settings.compute.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.folder = Path(settings.output_dir)
-        self.bins_per_step = settings.gradient_accumulation_steps * self.distributed.world_size
+        self.bins_per_step = settings.batch.gradient_accumulation_steps * self.distributed.world_size
         # Raises early if batches cannot be divided evenly among the ranks.
-        Curriculum(self.bins_per_step, self.distributed.world_size, ramp=int(settings.batch_ramp > 0))
-        self.precision = choose_precision(self.device, settings.precision)
+        Curriculum(self.bins_per_step, self.distributed.world_size, ramp=int(settings.batch.batch_ramp > 0))
+        self.precision = choose_precision(self.device, settings.compute.precision)
         self.saved = self._find_checkpoint()
         if self.saved is not None:  # a resumed run keeps the precision that "auto" chose
             self.precision = read_progress(self.saved)[1]["settings"]["precision"]
-        if settings.residual_precision == "bf16" and self.precision != "bf16":
+        if settings.compute.residual_precision == "bf16" and self.precision != "bf16":
             raise ValueError(
                 f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
                 "add --precision bf16, or leave --residual-precision out"
             )
         torch.manual_seed(settings.seed)
-        initial = None if settings.init_from is None else resolve(settings.init_from)
+        initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
         config = self._configure(initial)
         self.corpus = Corpus.open(settings, self.distributed, initial)
         vocab_size = self.corpus.train.vocab_size
@@ -130,7 +129,7 @@ class Pretraining:
         self.interrupt: Interrupt | None = None
         self.stop_requested = False  # on any rank
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
-        self.steps_per_read = settings.logging_steps if self.device.type == "cuda" else 1
+        self.steps_per_read = settings.report.logging_steps if self.device.type == "cuda" else 1
         self.reporter: Reporter | None = None
 
     @property
@@ -146,7 +145,8 @@ class Pretraining:
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """Train from the current step to the end; return the metrics of the last validation."""
         settings = self.settings
-        throughput = gemm_throughput(self.model.config, settings.tokens_per_batch, half(self.precision), self.device)
+        tokens, dtype = settings.batch.tokens_per_batch, half(self.precision)
+        throughput = gemm_throughput(self.model.config, tokens, dtype, self.device)
         self.reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput)
         self._announce()
         with Interrupt() as self.interrupt, self.reporter.bar:
@@ -199,10 +199,10 @@ class Pretraining:
         settings = self.settings
         config = initial_config(
             initial,
-            settings.preset,
-            settings.config_overrides,
-            settings.dropout,
-            settings.max_positions,
+            settings.model.preset,
+            settings.model.config_overrides,
+            settings.model.dropout,
+            settings.model.max_positions,
             causal=settings.sampling.objective == "ltr",
         )
         check_positions(settings, config.max_position_embeddings)
@@ -218,7 +218,7 @@ class Pretraining:
         if not self.settings.sampling.pairs:  # no loss depends on them
             for unused in (model.bert.pooler, model.cls.seq_relationship):
                 unused.requires_grad_(False)
-        for layer in model.bert.encoder.layer[: self.settings.checkpoint_layers]:
+        for layer in model.bert.encoder.layer[: self.settings.compute.checkpoint_layers]:
             layer.gradient_checkpointing = True
             # Dropout masks are a function of seed and position: there is no RNG state to restore.
             layer._gradient_checkpointing_func = partial(
@@ -231,48 +231,48 @@ class Pretraining:
         return estimate_memory(
             self.model,
             self.model.config,
-            optimizer=settings.optimizer,
+            optimizer=settings.optimizer.optimizer,
             precision=self.precision,
-            residual_precision=settings.residual_precision,
-            tokens=settings.tokens_per_batch,
-            checkpointed=settings.checkpoint_layers,
-            ranks=self.distributed.world_size if settings.shard else 1,
+            residual_precision=settings.compute.residual_precision,
+            tokens=settings.batch.tokens_per_batch,
+            checkpointed=settings.compute.checkpoint_layers,
+            ranks=self.distributed.world_size if settings.compute.shard else 1,
         )
 
     def _build_train_step(self) -> TrainStep:
         settings, distributed = self.settings, self.distributed
-        residual_dtype = torch.bfloat16 if settings.residual_precision == "bf16" else None
+        residual_dtype = torch.bfloat16 if settings.compute.residual_precision == "bf16" else None
         objective = Objective(self.model, residual_dtype)
         # With several ranks the backward pass communicates, which is not captured.
         capturable = distributed.world_size == 1 and can_capture(self.model.config, self.precision, self.device)
         return TrainStep(
-            distributed.wrap(objective, self.model.bert.encoder.layer, settings.shard),
+            distributed.wrap(objective, self.model.bert.encoder.layer, settings.compute.shard),
             build_optimizers(
                 self.model,
-                settings.optimizer,
-                settings.learning_rate,
-                settings.weight_decay,
-                (settings.adam_beta1, settings.adam_beta2),
+                settings.optimizer.optimizer,
+                settings.optimizer.learning_rate,
+                settings.optimizer.weight_decay,
+                (settings.optimizer.adam_beta1, settings.optimizer.adam_beta2),
             ),
             distributed,
             precision=self.precision,
             seed=torch.tensor(settings.seed, device=self.device),
-            max_grad_norm=settings.max_grad_norm,
-            capture=cuda_graphs() if settings.cuda_graph and capturable else None,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            capture=cuda_graphs() if settings.compute.cuda_graph and capturable else None,
         )
 
     def _train_step(self, learning_rate: float) -> PendingStep:
         """Start one optimizer step without waiting for its results."""
         masked, pairs = self._take_batches()
         sums = self.train_step.gradients(self.batches_of_step, masked, pairs)
-        interval = self.settings.check_replay
+        interval = self.settings.checkpoint.check_replay
         if interval and (self.step + 1) % interval == 0:
             self._compare_with_second_pass(masked, pairs)
         norm = self.train_step.update(learning_rate)
         return PendingStep(
             self.step + 1,
             self.plan.curriculum.first(self.step),
-            tokens=self.plan.curriculum.bins(self.step) * self.settings.tokens_per_batch,
+            tokens=self.plan.curriculum.bins(self.step) * self.settings.batch.tokens_per_batch,
             flops=sum(step_flops(self.model.config, batch) for batch in self.batches_of_step),
             masked=masked,
             pairs=pairs,
@@ -312,10 +312,10 @@ class Pretraining:
             self.reporter.read_pending(waited)
 
     def _validate_and_save_if_due(self) -> None:
-        if self.step % self.settings.eval_steps == 0:
+        if self.step % self.settings.report.eval_steps == 0:
             self._read_pending()
             self._validate()
-        if self.step % self.settings.save_steps == 0:
+        if self.step % self.settings.checkpoint.save_steps == 0:
             self._read_pending()
             if not self.progress.skipped_in_a_row:
                 self._save()
@@ -332,7 +332,7 @@ class Pretraining:
 
     def _save(self) -> None:
         compared = settings_to_compare(self.settings, self.bins_per_step, self.precision)
-        keep = self.settings.save_total_limit
+        keep = self.settings.checkpoint.save_total_limit
         self.progress.save(self.folder / "checkpoints", self.train_step, self.model, self.distributed, keep, compared)
 
     def _stop(self) -> None:
@@ -342,13 +342,13 @@ class Pretraining:
         status = self.interrupt.status
         raise RunStopped(
             f"stopped after step {self.step}, with a checkpoint: the same command with --resume continues the run",
-            self.settings.sigterm_exit_code if status == 143 else status,
+            self.settings.checkpoint.sigterm_exit_code if status == 143 else status,
         )
 
     def _finish(self, saved: Path, metrics: dict[str, float]) -> None:
         """Write the model, its tokenizer and the plot of the losses."""
         # A sharded model is read from the last checkpoint, which holds whole parameters.
-        save(load(BertForPreTraining, saved)[0] if self.settings.shard else self.model, self.folder)
+        save(load(BertForPreTraining, saved)[0] if self.settings.compute.shard else self.model, self.folder)
         save_tokenizer(self.corpus.tokenizer, self.folder)
         if not self.metrics_log.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
             print("No loss.png: plots require `pip install bertfast[plots]`.")
@@ -356,22 +356,23 @@ class Pretraining:
 
     def _fraction_done(self) -> float:
         """Return the fraction of the run that is done, in steps or minutes."""
-        if self.settings.minutes is not None:
-            return self.progress.seconds / (60 * self.settings.minutes)
+        if self.settings.duration.minutes is not None:
+            return self.progress.seconds / (60 * self.settings.duration.minutes)
         return self.step / self.plan.steps
 
     def _learning_rate(self) -> float:
         """Return the learning rate of the next step."""
-        settings = self.settings
+        settings = self.settings.optimizer
         return settings.learning_rate * schedule(settings.schedule, self._fraction_done(), settings.warmup_ratio)
 
     def _announce(self) -> None:
         config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
         train, ranks = self.corpus.train, self.distributed.world_size
+        tokens = self.bins_per_step * self.settings.batch.tokens_per_batch
         self.reporter.say(
             f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, hidden size "
             f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {train.documents} documents, "
-            f"{self.bins_per_step * self.settings.tokens_per_batch} tokens per step, {self.precision} on {self.device}"
+            f"{tokens} tokens per step, {self.precision} on {self.device}"
             + (f", {ranks} ranks" if ranks > 1 else "")
             + (f", from step {self.step}" if self.step else "")
         )

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.distributed import Distributed
 from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, PretrainSettings
@@ -74,7 +75,7 @@ class Progress:
 
 def settings_to_compare(settings: PretrainSettings, bins_per_step: int, precision: str) -> dict[str, Any]:
     """Return the settings that must be equal when a run is resumed."""
-    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in RESUME_MAY_CHANGE}
+    values = {name: value for name, value in settings.flat().items() if name not in RESUME_MAY_CHANGE}
     return values | {"bins_per_step": bins_per_step, "precision": precision}
 
 
@@ -89,12 +90,12 @@ def checkpoint_to_load(settings: PretrainSettings, bins_per_step: int, precision
     """
     folder = Path(settings.output_dir, "checkpoints")
     saved = checkpoints(folder)
-    if settings.replay:
-        earlier = [path for path in saved if read_progress(path)[0] < settings.replay]
+    if settings.checkpoint.replay:
+        earlier = [path for path in saved if read_progress(path)[0] < settings.checkpoint.replay]
         if not earlier:
-            raise ValueError(f"{folder} contains no checkpoint of a step before --replay {settings.replay}")
+            raise ValueError(f"{folder} contains no checkpoint of a step before --replay {settings.checkpoint.replay}")
         return earlier[-1]
-    if not settings.resume:
+    if not settings.checkpoint.resume:
         if saved:
             raise ValueError(
                 f"{folder} already holds a run: add --resume to continue it, or choose another --output-dir"
@@ -106,9 +107,9 @@ def checkpoint_to_load(settings: PretrainSettings, bins_per_step: int, precision
     if newest is None:
         raise ValueError(f"every checkpoint in {folder} is damaged: start again with another --output-dir")
     before, now = read_progress(newest)[1]["settings"], settings_to_compare(settings, bins_per_step, precision)
-    if settings.precision == "auto":
+    if settings.compute.precision == "auto":
         now["precision"] = before["precision"]
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = sorted(flag(name) for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         raise ValueError(
             f"the run in {settings.output_dir} was started with other settings ({', '.join(changed)}): "

@@ -85,23 +85,25 @@ class BatchPlan:
     def __init__(self, settings: PretrainSettings, corpus: Corpus, distributed: Distributed, bins_per_step: int):
         self._settings, self._tokenizer, self._rank = settings, corpus.tokenizer, distributed.rank
         self.batches = self._batches(corpus.train, settings.sampling, bins_per_step)
-        self.steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.batches.steps_per_epoch)
+        self.steps = settings.duration.max_steps or math.ceil(
+            settings.duration.num_train_epochs * self.batches.steps_per_epoch
+        )
         self.second_phase: Batches | None = None
         first_step = None
-        if settings.second_phase_length:
-            first_step = round((1 - settings.second_phase_share) * self.steps)
-            longer = dataclasses.replace(settings.sampling, max_seq_length=settings.second_phase_length)
+        if settings.batch.second_phase_length:
+            first_step = round((1 - settings.batch.second_phase_share) * self.steps)
+            longer = settings.sampling.replace(max_seq_length=settings.batch.second_phase_length)
             self.second_phase = self._batches(corpus.train, longer, bins_per_step)
-        ramp = round(settings.batch_ramp * self.steps)
+        ramp = round(settings.batch.batch_ramp * self.steps)
         self.curriculum = Curriculum(bins_per_step, distributed.world_size, ramp, first_step)
         held_out = self._batches(corpus.validation, settings.sampling, 1)
-        self.held_out = list(held_out.first_epoch(settings.eval_batches))
+        self.held_out = list(held_out.first_epoch(settings.report.eval_batches))
         self.unigram_entropy = unigram_entropy(corpus.train, self.held_out)
 
     def loader(self, step: int, device: torch.device) -> Loader:
         """Return the loader of this rank's batches from `step` on, counted from 0."""
         on_gpu = device.type == "cuda"
-        workers = self._settings.dataloader_num_workers
+        workers = self._settings.compute.dataloader_num_workers
         if workers is None:
             workers = 2 if on_gpu else 0
         indices = partial(_indices, self.curriculum, step, self._rank)
@@ -113,7 +115,7 @@ class BatchPlan:
             special_tokens(self._tokenizer),
             continuation_tokens(self._tokenizer),
             sampling,
-            tokens_per_bin=self._settings.tokens_per_batch,
+            tokens_per_bin=self._settings.batch.tokens_per_batch,
             bins_per_step=bins_per_step,
             seed=self._settings.seed,
         )
@@ -125,7 +127,7 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
         return Path(settings.data_dir)
     corpus, folder = settings.corpus, Path(settings.output_dir, "data")
     if initial is not None and corpus.tokenizer_name is None:
-        corpus = dataclasses.replace(corpus, tokenizer_name=str(initial))
+        corpus = corpus.replace(tokenizer_name=str(initial))
     distributed.run_on_main(lambda: prepare(PrepareSettings(str(folder), corpus)))
     return folder
 

@@ -128,30 +128,32 @@ class Reporter:
         if not self.distributed.is_main:
             return None
         settings, folder, writers = self.settings, Path(self.settings.output_dir), []
-        if settings.tensorboard:
+        if settings.report.tensorboard:
             writers.append(tensorboard(folder))
-        if settings.wandb:
-            writers.append(wandb(folder, dataclasses.asdict(settings)))
+        if settings.report.wandb:
+            writers.append(wandb(folder, settings.flat()))
         return MetricsLog(folder, steps_done=self.progress.step, writers=writers)
 
     def _progress_bar(self, total_steps: int) -> tqdm:
         options = {"desc": "pre-training", "disable": not self.distributed.is_main}
-        if self.settings.minutes is None:
+        if self.settings.duration.minutes is None:
             return tqdm(total=total_steps, initial=self.progress.step, unit="step", **options)
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        return tqdm(total=self.settings.minutes * 60, initial=self.progress.seconds, bar_format=form, **options)
+        return tqdm(
+            total=self.settings.duration.minutes * 60, initial=self.progress.seconds, bar_format=form, **options
+        )
 
     def _add_time(self, seconds: float) -> None:
         """Count training time."""
         self.progress.seconds += seconds
         self._seconds_pending += seconds
-        if self.settings.minutes is not None:
+        if self.settings.duration.minutes is not None:
             self.progress.seconds = self.distributed.broadcast(self.progress.seconds)
             self.bar.update(min(seconds, self.bar.total - self.bar.n))
 
     def _report(self, step: PendingStep, results: list[float], seconds: float, seconds_waiting: float) -> None:
         """Report one step that took `seconds`, of which `seconds_waiting` were spent waiting for its batches."""
-        if self.settings.minutes is None:
+        if self.settings.duration.minutes is None:
             self.bar.update()
         masked_lm, _, next_sentence, _, norm = results
         if not math.isfinite(norm):
@@ -168,7 +170,7 @@ class Reporter:
         )
         spike = progress.loss_ema is not None and loss > progress.loss_ema + SPIKE_THRESHOLD
         progress.loss_ema = loss * (1 - LOSS_EMA_DECAY) + LOSS_EMA_DECAY * (progress.loss_ema or loss)
-        if step.step % self.settings.logging_steps == 0 or spike:
+        if step.step % self.settings.report.logging_steps == 0 or spike:
             speed = {
                 "tokens_per_second": round(step.tokens / seconds, 1),
                 "tflops": round(flops / 1e12, 4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -10,34 +9,49 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag
 from bertfast.tasks.task import write_atomically
 from bertfast.training.evaluate import write_results
-from bertfast.training.finetune import FinetuneSettings, Finetuning
+from bertfast.training.finetune import Finetuning
+from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
 
 
-@dataclass(kw_only=True)
-class SweepSettings(FinetuneSettings):
-    """What to fine-tune, as `bertfast finetune` does, and what to vary: as in the paper, unless said otherwise.
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Hyperparameters to combine: by default those of the BERT paper, with one seed.
 
     Attributes:
-        learning_rates: Instead of learning_rate.
-        batch_sizes: Instead of per_device_train_batch_size.
-        epochs: Instead of num_train_epochs.
-        seeds: Instead of seed: small training sets are worth several restarts.
+        learning_rates: Peak learning rates.
+        batch_sizes: Examples per forward and backward pass.
+        epochs: Numbers of passes over the training data.
+        seeds: Random seeds; on small training sets, results vary considerably between seeds.
     """
 
-    learning_rates: list[float] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
-    batch_sizes: list[int] = field(default_factory=lambda: [16, 32])
-    epochs: list[float] = field(default_factory=lambda: [2, 3, 4])
-    seeds: list[int] = field(default_factory=lambda: [42])
+    learning_rates: list[NonNegative] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
+    batch_sizes: list[Count] = field(default_factory=lambda: [16, 32])
+    epochs: list[Positive] = field(default_factory=lambda: [2, 3, 4])
+    seeds: list[Seed] = field(default_factory=lambda: [42])
 
-    def __post_init__(self):
-        super().__post_init__()
+    def validate(self) -> None:
+        for name, values in self.flat().items():
+            if not values:
+                raise ValueError(f"{flag(name)} requires at least one value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(FinetuneBase):
+    """Settings of a sweep: those of a fine-tuning run, and the hyperparameters to combine.
+
+    Attributes:
+        grid: Hyperparameters to combine.
+    """
+
+    grid: Grid = field(default_factory=Grid)
+
+    def validate(self) -> None:
+        super().validate()
         if self.validation_file is None:
-            raise ValueError("a sweep needs a validation_file, by which the best is known")
-        for name in ("learning_rates", "batch_sizes", "epochs", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} holds nothing to try")
+            raise ValueError("a sweep requires --validation-file, on which the best run is chosen")
 
 
 def sweep(settings: SweepSettings) -> dict:
@@ -47,23 +61,19 @@ def sweep(settings: SweepSettings) -> dict:
     what sweep.json holds: "metric", "best" (the folder of the best run) and "combinations".
     """
     folder, combinations, runs = Path(settings.output_dir), [], []
-    plain = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(FinetuneSettings)}
-    if settings.strategy == "feature-based" and settings.features_dir is None:
-        plain["features_dir"] = str(folder / "features")
+    grid, shared = settings.grid, {name: x for name, x in settings.flat().items() if name not in settings.grid.flat()}
+    if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
+        shared["features_dir"] = str(folder / "features")
     metric = ""
-    for rate, size, epochs in itertools.product(settings.learning_rates, settings.batch_sizes, settings.epochs):
+    for rate, size, epochs in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs):
         scores = []
-        for seed in settings.seeds:
+        for seed in grid.seeds:
             own = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
-            changes = {
-                "output_dir": str(own),
-                "learning_rate": rate,
-                "per_device_train_batch_size": size,
-                "num_train_epochs": epochs,
-                "seed": seed,
-                "overwrite_output_dir": True,
-            }
-            metric, score = _score(FinetuneSettings(**plain | changes))
+            hyperparameters = Hyperparameters(
+                learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
+            )
+            changes = {"output_dir": str(own), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
+            metric, score = _score(FinetuneSettings.of(**shared | changes))
             scores.append(score)
             runs.append((score, str(own)))
         combinations.append(

@@ -219,4 +219,4 @@ def test_words_that_match_no_check_are_refused(two_problems, capsys):
 @pytest.mark.parametrize("seconds", ["0", "-1"])
 def test_a_time_limit_that_is_not_positive_is_refused(seconds, capsys):
     assert main(["doctor", "--check", "--seconds", seconds]) == 1
-    assert f"--seconds must be positive, got {seconds}" in capsys.readouterr().err
+    assert f"--seconds must be more than 0, got {float(seconds)}" in capsys.readouterr().err

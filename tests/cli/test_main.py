@@ -1,6 +1,8 @@
 """The command line: flags, YAML files, recipes by name, and the messages for invalid input."""
 
+import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -8,9 +10,13 @@ import pytest
 import yaml
 
 import bertfast
-from bertfast.cli.main import COMMANDS, main, parse
+from bertfast.cli.flags import parse
+from bertfast.cli.main import COMMANDS, main
 from bertfast.cli.recipes import recipe_names, recipes_folder
+from bertfast.runtime.settings import range_of, settings_of
 from bertfast.training.pretrain import PretrainSettings
+
+NUMBER = re.compile(r"\b(int|float)\b")
 
 
 def test_flags_accept_dashes_underscores_and_lists():
@@ -18,40 +24,80 @@ def test_flags_accept_dashes_underscores_and_lists():
     settings = parse("pretrain", PretrainSettings, arguments)
     assert settings.corpus.train_file == ["a", "b"]
     assert settings.sampling.max_seq_length == 64
-    assert settings.resume
+    assert settings.checkpoint.resume
 
 
 def test_a_yaml_file_uses_flag_names_and_later_flags_override_it(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nlearning_rate: 1e-3\ntrain_file: [a, b]\nwhole_word: true\nmax_steps: 7\n")
     settings = parse("pretrain", PretrainSettings, ["--config", str(path), "--max-steps", "9", "--no-whole-word"])
-    assert (settings.output_dir, settings.learning_rate, settings.corpus.train_file) == ("x", 1e-3, ["a", "b"])
-    assert (settings.max_steps, settings.sampling.whole_word) == (9, False)
+    assert settings.output_dir == "x"
+    assert settings.optimizer.learning_rate == 1e-3
+    assert settings.corpus.train_file == ["a", "b"]
+    assert (settings.duration.max_steps, settings.sampling.whole_word) == (9, False)
+
+
+def test_an_unknown_flag_is_refused_and_the_closest_one_suggested(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "--output-dir", "x", "--learning-rat", "1"])
+    assert stopped.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_an_unknown_entry_of_a_yaml_file_is_refused_in_one_sentence(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nlearning_rat: 1\n")
+    assert main(["pretrain", "--config", str(path)]) == 1
+    message = f"--config {path}: bertfast pretrain has no setting learning_rat; did you mean learning-rate?"
+    assert capsys.readouterr().err == f"bertfast pretrain: {message}\n"
 
 
 @pytest.mark.parametrize("given", ["flag", "yaml"])
-def test_an_unknown_flag_is_refused_and_the_closest_one_suggested(given, tmp_path, capsys):
+def test_a_number_out_of_its_range_is_refused_with_flag_value_and_range(given, tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text("output_dir: x\nlearning_rat: 1\n")
-    arguments = ["--config", str(path)] if given == "yaml" else ["--output-dir", "x", "--learning-rat", "1"]
-    with pytest.raises(SystemExit) as stopped:
-        main(["pretrain", *arguments])
-    assert stopped.value.code == 2
-    assert "--learning-rate" in capsys.readouterr().err
+    path.write_text("output_dir: x\nmlm-probability: 1.5\n")
+    arguments = ["--config", str(path)] if given == "yaml" else ["--output-dir", "x", "--mlm-probability", "1.5"]
+    assert main(["pretrain", *arguments]) == 1
+    assert capsys.readouterr().err == "bertfast pretrain: --mlm-probability must be from 0 to 1, got 1.5\n"
+
+
+def test_help_has_groups_and_ranges(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in ("optimizer options", "Fraction of a sample's tokens to predict. Range: from 0 to 1."):
+        assert part in text
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--num-train-epochs", "--seed", "--overwrite-output-dir"])
+def test_a_command_accepts_only_flags_that_it_uses(flag, capsys):
+    required = ["--model-name-or-path", "m", "--train-file", "t", "--validation-file", "v", "--output-dir", "o"]
+    value = [] if flag == "--overwrite-output-dir" else ["1"]
+    with pytest.raises(SystemExit):
+        main(["sweep", *required, flag, *value])
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_has_a_declared_range(command):
+    module = importlib.import_module(f"bertfast.{COMMANDS[command].module}")
+    for setting in settings_of(getattr(module, COMMANDS[command].settings)).values():
+        if NUMBER.search(str(setting.hint)):
+            assert range_of(setting.hint) is not None, setting.name
 
 
 def test_a_recipe_is_found_by_name_and_later_flags_override_it():
     settings = parse("pretrain", PretrainSettings, ["--config", "fast", "--output-dir", "x", "--max-steps", "9"])
     recipe = yaml.safe_load((recipes_folder() / "fast.yaml").read_text())
     assert settings.sampling.mlm_probability == recipe["mlm-probability"]
-    assert settings.max_steps == 9 != recipe["max-steps"]
+    assert settings.duration.max_steps == 9 != recipe["max-steps"]
 
 
 def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fast").write_text("output_dir: x\nmax_steps: 5\n")
     settings = parse("pretrain", PretrainSettings, ["--config=fast"])
-    assert (settings.output_dir, settings.max_steps) == ("x", 5)
+    assert (settings.output_dir, settings.duration.max_steps) == ("x", 5)
 
 
 @pytest.mark.parametrize("arguments", [["--config", "fastest"], ["--config=recipes/none.yaml"]])

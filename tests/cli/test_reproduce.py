@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bertfast.cli.main import flags_of, parse
+from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.cli.reproduce import ReproduceSettings, reproduce
 from bertfast.data.prepare import CorpusSettings

@@ -16,7 +16,7 @@ TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", 
 
 
 def settings_for(model, folder, **changes) -> EmbedSettings:
-    return EmbedSettings(
+    return EmbedSettings.of(
         model_name_or_path=str(model), output_dir=str(folder), device="cpu", precision="fp32", **changes
     )
 

@@ -20,7 +20,7 @@ from bertfast.training.evaluate import EvaluateSettings, evaluate
 
 
 def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
-    settings = PredictSettings(model_name_or_path="", eval_tokens=tokens, precision="fp32")
+    settings = PredictSettings.of(model_name_or_path="", eval_tokens=tokens, precision="fp32")
     return np.stack(predict_outputs(SequenceClassificationTask(settings), model, features))
 
 
@@ -60,7 +60,7 @@ def test_packed_predictions_equal_padded_ones_at_any_batch_size(tuned):
 def test_evaluate_agrees_with_finetune(tuned, files, tmp_path, capsys):
     folder, results = tuned
     common = {"model_name_or_path": str(folder), "validation_file": files["validation_file"], "device": "cpu"}
-    metrics = evaluate(EvaluateSettings(**common, precision="fp32", output_dir=str(tmp_path / "new")))
+    metrics = evaluate(EvaluateSettings.of(**common, precision="fp32", output_dir=str(tmp_path / "new")))
     assert {name: metrics[name] for name in results if name.startswith("eval_")} == pytest.approx(
         {name: value for name, value in results.items() if name.startswith("eval_")}, abs=1e-6
     )
@@ -73,11 +73,11 @@ def test_evaluate_agrees_with_finetune(tuned, files, tmp_path, capsys):
 def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, capsys, monkeypatch):
     folder, _ = tuned
     settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
-    predict(PredictSettings(**settings, test_file=files["test_file"]))
+    predict(PredictSettings.of(**settings, test_file=files["test_file"]))
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))
-    predict(PredictSettings(**settings))
+    predict(PredictSettings.of(**settings))
     from_lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert from_lines == from_file
     expected = rows_of(folder / "predictions_test.tsv")[1:]

@@ -4,7 +4,6 @@ It keeps every operation that is launched, with the very tensors it was given, a
 what the host decided meanwhile is forgotten. Asking a tensor for its value is an error, as it is while a GPU captures.
 """
 
-import dataclasses
 import random
 from contextlib import nullcontext
 
@@ -143,8 +142,8 @@ def test_a_replayed_step_is_the_step_to_the_last_bit(kind, data, tmp_path, monke
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
     pretrain(settings)
     recorded = replay_steps(monkeypatch)
-    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "replayed")))
-    assert len(recorded) == (3 if settings.second_phase_length else 2)
+    pretrain(settings.replace(output_dir=str(tmp_path / "replayed")))
+    assert len(recorded) == (3 if settings.batch.second_phase_length else 2)
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
     assert_same_weights(tmp_path / "eager", tmp_path / "replayed")
 
@@ -185,7 +184,7 @@ def test_a_step_without_attention_kernels_does_not_ask_for_lengths(data, tmp_pat
     settings = settings_for(tmp_path / "eager", data, **SHORT | {"config_overrides": sizes})
     pretrain(settings)
     assert len(replay_steps(monkeypatch)) == 0
-    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "replayed")))
+    pretrain(settings.replace(output_dir=str(tmp_path / "replayed")))
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
 
 
@@ -336,7 +335,7 @@ def test_replayed_embeddings_are_bitwise_identical_with_eager(
     pooling, pretrained, tmp_path, monkeypatch, as_on_a_device
 ):
     options = {"pooling": pooling, "eval_tokens": 60, "device": "cpu", "precision": "fp32"}
-    settings = embedding.EmbedSettings(model_name_or_path="", output_dir="", **options)
+    settings = embedding.EmbedSettings.of(model_name_or_path="", output_dir="", **options)
     model = BertModel.from_pretrained(pretrained)
     random_ = random.Random(0)
     texts = [" ".join(random_.choices(FILLERS, k=random_.randint(3, 9))) for _ in range(80)]
@@ -357,7 +356,7 @@ def test_replayed_embeddings_are_bitwise_identical_with_eager(
 def test_a_cuda_graph_is_the_step_to_the_last_bit(kind, data, tmp_path):
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind] | {"device": "cuda", "cuda_graph": False})
     pretrain(settings)
-    replayed = dataclasses.replace(settings, output_dir=str(tmp_path / "replayed"), cuda_graph=True)
+    replayed = settings.replace(output_dir=str(tmp_path / "replayed"), cuda_graph=True)
     pretrain(replayed)
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
     assert_same_weights(tmp_path / "eager", tmp_path / "replayed")

@@ -9,13 +9,13 @@ from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.registry import choose_task
-from bertfast.tasks.task import TaskSettings
+from bertfast.tasks.settings import TaskSettings
 
 HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,label"
 
 
 def task_for(**settings) -> MultipleChoiceTask:
-    task = MultipleChoiceTask(TaskSettings(model_name_or_path="", **settings))
+    task = MultipleChoiceTask(TaskSettings.of(model_name_or_path="", **settings))
     task.set_config(BertConfig())
     return task
 
@@ -97,4 +97,4 @@ def test_codah_has_the_published_number_of_rows(shared_data):
 def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     path = tmp_path / name
     path.write_text(text)
-    assert type(choose_task(TaskSettings(model_name_or_path=""), file=str(path))).__name__ == task_class
+    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))).__name__ == task_class

@@ -10,8 +10,8 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import load_tokenizer, train_tokenizer
 from bertfast.tasks.question_answering import QuestionAnsweringTask, Questions
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad_metrics import answer_scores, normalize_answer
-from bertfast.tasks.task import TaskSettings
 
 WORDS = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(8) for j in range(5)]
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def task_for(unanswerable: bool = False, **settings) -> QuestionAnsweringTask:
-    task = QuestionAnsweringTask(TaskSettings(model_name_or_path="", **settings))
+    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="", **settings))
     task.set_config(BertConfig(unanswerable=unanswerable))
     return task
 

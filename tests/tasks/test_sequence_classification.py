@@ -17,8 +17,8 @@ from bertfast.tasks.sequence_classification import (
     label_to_id,
     sorted_labels,
 )
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import Table
-from bertfast.tasks.task import TaskSettings
 
 
 def table(**columns: list) -> Table:
@@ -56,7 +56,7 @@ def test_only_numbers_that_are_not_all_integers_have_fractions(labels, fractions
 
 
 def task_for(name: str = "auto", **settings) -> SequenceClassificationTask:
-    return SequenceClassificationTask(TaskSettings(model_name_or_path="", task=name, **settings))
+    return SequenceClassificationTask(TaskSettings.of(model_name_or_path="", task=name, **settings))
 
 
 def encoded(folder: Path, name: str, text: str, config: BertConfig, **settings):

@@ -7,8 +7,8 @@ import pytest
 
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tag_schemes import Entity, detect_scheme, entities, iob1_to_iob2, tag_error
-from bertfast.tasks.task import TaskSettings
 from bertfast.tasks.token_classification import TokenClassificationTask
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def task_for(**settings) -> TokenClassificationTask:
-    task = TokenClassificationTask(TaskSettings(model_name_or_path="", **settings))
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path="", **settings))
     task.set_config(BertConfig(id2label=dict(enumerate(NAMES))))
     return task
 

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import torch.distributed as dist
 
-from bertfast.cli.main import parse
+from bertfast.cli.flags import parse
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.pretrain import PretrainSettings, pretrain
 

@@ -13,7 +13,7 @@ import torch
 from runs import SIZES, assert_same_weights, entries, losses
 from safetensors.torch import load_file
 
-from bertfast.cli.main import parse
+from bertfast.cli.flags import parse
 from bertfast.training.checkpoint import checkpoints
 from bertfast.training.pretrain import PretrainSettings, pretrain
 

@@ -1,6 +1,5 @@
 """Fine-tuning each kind of model: the losses of a plain loop around transformers, from the shell to the answers."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -58,16 +57,21 @@ def their_losses(run: Finetuning, folder: Path) -> list[float]:
     run.model.save_pretrained(folder)
     model = getattr(transformers, run.task.model_class.__name__).from_pretrained(folder).train()
     decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer, losses = torch.optim.AdamW(groups, lr=settings.learning_rate), []
+    groups = [
+        {"params": decays, "weight_decay": settings.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer, losses = torch.optim.AdamW(groups, lr=settings.hyperparameters.learning_rate), []
     for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
         batches = [padded(features, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
         counts = [count_labels(batch) for batch in batches]
         loss = sum(their_loss(model, batch) * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
         loss.backward()
-        clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule("linear", step / run.steps, settings.warmup_ratio)
+            group["lr"] = settings.hyperparameters.learning_rate * schedule(
+                "linear", step / run.steps, settings.optimizer.warmup_ratio
+            )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -172,7 +176,7 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
         settings = settings_for(
             "sequence-classification", pretrained, file, tmp_path / str(budget), class_weights="balanced"
         )
-        run = Finetuning(dataclasses.replace(settings, tokens_per_batch=budget))
+        run = Finetuning(settings.replace(tokens_per_batch=budget))
         assert run.weights.tolist() == pytest.approx([24 / (2 * 18), 24 / (2 * 6)])
         first = next(run.rows_of_steps())
         batch = padded(run.features["train"], first)

@@ -105,7 +105,7 @@ def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_pa
     assert model.bilstm is not None
     outputs = []
     for budget in (1, 10**6):
-        run.task.settings.eval_tokens = budget
+        run.task.settings = run.task.settings.replace(eval_tokens=budget)
         outputs.append(predict_outputs(run.task, model, run.features["train"]))
     for alone, together in zip(*outputs, strict=True):
         np.testing.assert_allclose(alone, together, atol=1e-5)

@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(pretrained, files,
     weights = []
     for number, seed in enumerate([5, 5, 6]):
         folder = tmp_path / str(number)
-        settings = FinetuneSettings(
+        settings = FinetuneSettings.of(
             model_name_or_path=str(pretrained),
             train_file=files["train_file"],
             output_dir=str(folder),
@@ -80,7 +80,7 @@ def test_the_second_text_of_a_pair_is_read_as_such(pretrained, tmp_path):
                 first, second = sentence(random_, random_.choice(opinions)), sentence(random_, opinions[label])
                 file.write(json.dumps({"text": first, "reply": second, "stars": label}) + "\n")
     results = finetune(
-        FinetuneSettings(
+        FinetuneSettings.of(
             model_name_or_path=str(pretrained),
             train_file=str(tmp_path / "train.jsonl"),
             validation_file=str(tmp_path / "validation.jsonl"),
@@ -100,7 +100,7 @@ def test_regression(pretrained, tmp_path, capsys):
         lines = [f"{sentence(random_, *['good'] * count)}\t{count / 2}" for count in counts]
         (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
     results = finetune(
-        FinetuneSettings(
+        FinetuneSettings.of(
             model_name_or_path=str(pretrained),
             train_file=str(tmp_path / "train.tsv"),
             validation_file=str(tmp_path / "validation.tsv"),
@@ -114,7 +114,7 @@ def test_regression(pretrained, tmp_path, capsys):
     assert header == ["index", "prediction"]
     capsys.readouterr()
     where = {"model_name_or_path": str(tmp_path / "out"), "device": "cpu", "precision": "fp32"}
-    predict(PredictSettings(**where, test_file=str(tmp_path / "validation.tsv")))
+    predict(PredictSettings.of(**where, test_file=str(tmp_path / "validation.tsv")))
     scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     assert scores == pytest.approx([float(prediction) for _, prediction in rows], abs=1e-4)
 
@@ -130,7 +130,7 @@ def test_other_labels_get_a_new_classifier_and_the_same_ones_keep_theirs(tuned, 
     save_tokenizer(load_tokenizer(folder), tmp_path / "start")
     for train, out in ((files["train_file"], "same"), (str(three), "other")):
         start = {"model_name_or_path": str(tmp_path / "start"), "train_file": train}
-        finetune(FinetuneSettings(**start, output_dir=str(tmp_path / out), **quick))
+        finetune(FinetuneSettings.of(**start, output_dir=str(tmp_path / out), **quick))
     same = BertForSequenceClassification.from_pretrained(tmp_path / "same")
     assert same.config.id2label == model.config.id2label
     assert torch.equal(same.classifier.weight, model.classifier.weight)
@@ -145,7 +145,7 @@ def test_a_random_start_forgets_the_checkpoint(pretrained, files, tmp_path):
     for random_init in (False, True):
         folder = tmp_path / str(random_init)
         finetune(
-            FinetuneSettings(
+            FinetuneSettings.of(
                 **settings, **QUICK | {"learning_rate": 0.0}, output_dir=str(folder), random_init=random_init
             )
         )
@@ -160,7 +160,7 @@ def test_another_task_gives_its_encoder_and_keeps_its_head(pretrained, tuned, fi
     settings = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], "num_train_epochs": 0.01}
     still = QUICK | {"learning_rate": 0.0}
     folder = tmp_path / "out"
-    finetune(FinetuneSettings(**settings, **still, init_from_task=str(other), output_dir=str(folder)))
+    finetune(FinetuneSettings.of(**settings, **still, init_from_task=str(other), output_dir=str(folder)))
     model, start = map(BertForSequenceClassification.from_pretrained, (folder, other))
     own = model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in start.state_dict().items() if name.startswith("bert."))
@@ -170,13 +170,15 @@ def test_another_task_gives_its_encoder_and_keeps_its_head(pretrained, tuned, fi
     start.save_pretrained(stranger)
     save_tokenizer(train_tokenizer([" ".join(FILLERS)], 256), stranger)
     with pytest.raises(ValueError, match="stranger has another tokenizer than"):
-        finetune(FinetuneSettings(**settings, **still, init_from_task=str(stranger), output_dir=str(tmp_path / "no")))
+        finetune(
+            FinetuneSettings.of(**settings, **still, init_from_task=str(stranger), output_dir=str(tmp_path / "no"))
+        )
 
 
 def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, files, tmp_path):
     # From a finished model, a rate that ruins it: the first validation is the best one.
     folder, _ = tuned
-    settings = FinetuneSettings(
+    settings = FinetuneSettings.of(
         model_name_or_path=str(folder),
         output_dir=str(tmp_path),
         **files,
@@ -194,7 +196,7 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, fil
     # The test file holds the same sentences, and it is the best model that answers.
     assert (tmp_path / "predictions_test.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
     where = {"model_name_or_path": str(tmp_path), "device": "cpu", "precision": "fp32"}
-    evaluated = evaluate(EvaluateSettings(**where, validation_file=files["validation_file"]))
+    evaluated = evaluate(EvaluateSettings.of(**where, validation_file=files["validation_file"]))
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 
@@ -203,7 +205,7 @@ def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
         if step == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
-    settings = FinetuneSettings(
+    settings = FinetuneSettings.of(
         model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK, eval_steps=3
     )
     with pytest.raises(RunStopped, match=rf"stopped after step 7 of 60; the best model so far, .* in {tmp_path}"):
@@ -215,7 +217,7 @@ def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
 def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrained, files, tmp_path, monkeypatch):
     broken = lambda parameters, norm: torch.tensor(float("nan"))  # noqa: E731
     monkeypatch.setattr("bertfast.training.optimizer.clip_grad_norm_", broken)
-    settings = FinetuneSettings(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
+    settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
     with pytest.raises(RunStopped, match="10 steps in a row were skipped, a gradient is not finite: lower"):
         finetune(settings)
     kept = BertForSequenceClassification.from_pretrained(tmp_path).bert.state_dict()
@@ -244,7 +246,7 @@ def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrai
 def test_bad_input_is_one_sentence_before_any_work(pretrained, files, tmp_path, change, message):
     settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        finetune(FinetuneSettings(**settings))
+        finetune(FinetuneSettings.of(**settings))
     assert not (tmp_path / "out").exists()
 
 
@@ -253,13 +255,13 @@ def test_a_label_that_training_never_showed_is_named(pretrained, files, tmp_path
     odd.write_text("sentence\tlabel\ngood film\tgood\nso so\tneutral\n")
     settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK
     with pytest.raises(ValueError, match=r"odd\.tsv, line 3: unknown label 'neutral'; known labels: bad, good"):
-        finetune(FinetuneSettings(**settings | {"validation_file": str(odd)}))
+        finetune(FinetuneSettings.of(**settings | {"validation_file": str(odd)}))
 
 
 def test_a_folder_with_a_model_is_not_written_over(tuned, files):
     folder, _ = tuned
     before = (folder / "model.safetensors").read_bytes()
-    settings = FinetuneSettings(model_name_or_path=str(folder), output_dir=str(folder), **files, **QUICK)
+    settings = FinetuneSettings.of(model_name_or_path=str(folder), output_dir=str(folder), **files, **QUICK)
     with pytest.raises(ValueError, match="holds a model already"):
         finetune(settings)
     assert (folder / "model.safetensors").read_bytes() == before
@@ -268,7 +270,7 @@ def test_a_folder_with_a_model_is_not_written_over(tuned, files):
 def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
     def attempt(folder: Path):
         return finetune(
-            FinetuneSettings(model_name_or_path=str(folder), output_dir=str(tmp_path / "out"), **files, **QUICK)
+            FinetuneSettings.of(model_name_or_path=str(folder), output_dir=str(tmp_path / "out"), **files, **QUICK)
         )
 
     bare = tmp_path / "bare"
@@ -286,7 +288,7 @@ def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
     with pytest.raises(ValueError, match=r"is of another size: its .* is not \[.*64\], as its config.json says"):
         attempt(bare)
     with pytest.raises(ValueError, match="was not trained as a BertForSequenceClassification"):
-        predict(PredictSettings(model_name_or_path=str(pretrained)))
+        predict(PredictSettings.of(model_name_or_path=str(pretrained)))
 
 
 def test_a_model_that_cannot_run_packed_is_refused_with_the_report(pretrained, tmp_path):

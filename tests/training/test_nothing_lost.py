@@ -1,6 +1,5 @@
 """What may befall a long run, and that it goes on from there to the last bit."""
 
-import dataclasses
 import json
 import multiprocessing
 import random
@@ -53,11 +52,11 @@ def stopped_at(step: int):
 def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(kind, data, tmp_path):
     settings = settings_for(tmp_path / "whole", data, **SHORT | KINDS[kind])
     pretrain(settings)
-    settings.output_dir = str(tmp_path / "cut")
+    settings = settings.replace(output_dir=str(tmp_path / "cut"))
     for step in (5, 8):
         with pytest.raises(RunStopped):
             pretrain(settings, stopped_at(step))
-        settings.resume = True
+        settings = settings.replace(resume=True)
     pretrain(settings)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
@@ -83,7 +82,7 @@ def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
     threads = torch.get_num_threads()
     quietly(settings)
     torch.set_num_threads(threads)
-    killed = dataclasses.replace(settings, output_dir=str(tmp_path / "killed"), resume=True)
+    killed = settings.replace(output_dir=str(tmp_path / "killed"), resume=True)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["runs"])
     moments, kills = random.Random(0), 0
@@ -255,8 +254,8 @@ def test_what_cannot_be_is_said_before_any_work(changes, message, data, tmp_path
 
 def test_the_first_losses_of_tiny_are_those_of_the_committed_file(data, tmp_path):
     """Two runs to the last bit, and within 1e-4 of what another processor computed."""
-    settings = PretrainSettings(
-        str(tmp_path / "one"),
+    settings = PretrainSettings.of(
+        output_dir=str(tmp_path / "one"),
         data_dir=str(data),
         sampling=Sampling(max_seq_length=32),
         preset="tiny",
@@ -269,7 +268,7 @@ def test_the_first_losses_of_tiny_are_those_of_the_committed_file(data, tmp_path
         precision="fp32",
     )
     pretrain(settings)
-    pretrain(dataclasses.replace(settings, output_dir=str(tmp_path / "other")))
+    pretrain(settings.replace(output_dir=str(tmp_path / "other")))
     assert losses(tmp_path / "one") == losses(tmp_path / "other")
     golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
     assert losses(tmp_path / "one") == pytest.approx(golden, abs=1e-4)

@@ -82,7 +82,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(finished, data, t
     settings = settings_for(tmp_path, data)
     with pytest.raises(RunStopped, match=r"stopped after step 10.*--resume"):
         pretrain(settings, signal_at(10))
-    settings.resume = True
+    settings = settings.replace(resume=True)
     metrics = pretrain(settings)
     assert_same_weights(finished, tmp_path)
     assert metrics == pytest.approx({name: entries(finished)[-1][name] for name in metrics}, abs=0)
@@ -98,7 +98,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_last_checkpoint(finished, data, 
 
     with pytest.raises(ZeroDivisionError):
         pretrain(settings, cut_off)
-    settings.resume = True
+    settings = settings.replace(resume=True)
     pretrain(settings)
     assert_same_weights(finished, tmp_path)
     steps = [entry["step"] for entry in entries(tmp_path) if "masked_lm_loss" in entry]
@@ -108,7 +108,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_last_checkpoint(finished, data, 
 def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume_it(finished, data):
     with pytest.raises(ValueError, match="already holds a run: add --resume"):
         pretrain(settings_for(finished, data))
-    with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
+    with pytest.raises(ValueError, match=r"other settings \(--learning-rate\)"):
         pretrain(settings_for(finished, data, resume=True, learning_rate=1.0))
 
 
@@ -190,7 +190,7 @@ def test_it_goes_on_from_a_model_and_extends_its_positions(finished, corpus, tmp
 
 def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys):
     metrics = evaluate(
-        EvaluateSettings(
+        EvaluateSettings.of(
             model_name_or_path=str(finished), validation_file=str(corpus), objective="mlm", output_dir=str(tmp_path)
         )
     )

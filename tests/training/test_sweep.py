@@ -7,13 +7,15 @@ import pytest
 from sentiment import QUICK
 from task_examples import write_examples
 
+from bertfast.runtime.settings import settings_of
 from bertfast.training.sweep import SweepSettings, sweep
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
     file = str(write_examples(folder, "sequence-classification", 48, seed=0))
-    values = QUICK | {"learning_rates": [1e-2, 1e-5], "batch_sizes": [16], "epochs": [1.0], "seeds": [1, 2]} | changes
-    return SweepSettings(
+    shared = {name: value for name, value in QUICK.items() if name in settings_of(SweepSettings)}
+    values = shared | {"learning_rates": [1e-2, 1e-5], "batch_sizes": [16], "epochs": [1.0], "seeds": [1, 2]} | changes
+    return SweepSettings.of(
         model_name_or_path=str(pretrained),
         train_file=file,
         validation_file=file,
@@ -41,9 +43,12 @@ def test_the_best_is_known_and_nothing_done_twice(pretrained, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seeds": []}, "seeds holds nothing to try"), ({"validation_file": None}, "a sweep needs a validation_file")],
+    [
+        ({"seeds": []}, "--seeds requires at least one value"),
+        ({"validation_file": None}, "a sweep requires --validation-file"),
+    ],
 )
 def test_what_cannot_be_is_refused(changes, message, pretrained, tmp_path):
     values = {"model_name_or_path": "m", "train_file": "a", "validation_file": "b", "output_dir": "c"} | changes
     with pytest.raises(ValueError, match=message):
-        SweepSettings(**values)
+        SweepSettings.of(**values)

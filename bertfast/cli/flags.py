@@ -1,0 +1,135 @@
+"""Command-line flags of a program, generated from its settings: parsing, `--config`, and `--help`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+
+from bertfast.cli.recipes import find_config
+from bertfast.runtime.settings import Settings, group_class, hints_of, nearest, range_of, settings_of
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def parse(command: str, settings_class: type[SettingsT], arguments: list[str]) -> SettingsT:
+    """Return the settings of a command from its arguments.
+
+    Args:
+        command: Name of the command, for help and messages.
+        settings_class: Class of its settings.
+        arguments: Flags with their values. `--config` inserts the entries of a YAML file or of an installed recipe in
+            its place; of a flag given more than once, the last value counts.
+
+    Raises:
+        ValueError: A value is out of its range, or the YAML file has an entry that is not a setting.
+        SystemExit: A flag is unknown, required or cannot be read, or `--help` was given.
+    """
+    flags = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            flags += _config_flags(next(rest, None), command, settings_class)
+        elif argument.startswith("--config="):
+            flags += _config_flags(argument.removeprefix("--config="), command, settings_class)
+        else:
+            flags.append(argument)
+    parsed = tyro.cli(
+        _flag_class(settings_class), prog=f"bertfast {command}", args=flags, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    return settings_class.of(**dict(_values(parsed)))
+
+
+def flags_of(entries: Mapping[str, Any]) -> list[str]:
+    """Return names and values as command-line flags: True as `--name`, False as `--no-name`, a list as many values."""
+    flags = []
+    for name, value in entries.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _config_flags(name: str | None, command: str, settings_class: type[Settings]) -> list[str]:
+    """Return a YAML file's entries as flags, so that files and command lines are validated alike."""
+    if name is None:
+        raise ValueError("--config requires a YAML file or the name of a recipe")
+    path = find_config(name)
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"--config {name}: {path} must hold `name: value` lines")
+    known = [known_name.replace("_", "-") for known_name in settings_of(settings_class)]
+    for entry in map(str, entries):
+        if entry.replace("_", "-") not in known:
+            raise ValueError(f"--config {name}: bertfast {command} has no setting {entry}{nearest(entry, known)}")
+    return flags_of(entries)
+
+
+def _flag_class(settings_class: type[Settings], default: Settings | None = None) -> type[Any]:
+    """Return a plain dataclass with the fields and groups of a settings class, in which tyro finds the help texts.
+
+    Values are checked when the settings are built from it: only then are all of them known.
+
+    Args:
+        settings_class: Class of the settings.
+        default: Settings whose values are the defaults; None: the defaults of the class.
+    """
+    texts = _descriptions(settings_class)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(settings_class):
+        hint = hints_of(settings_class)[field.name]
+        required, value = _default(field, default)
+        nested = group_class(hint)
+        if nested is not None:
+            hint = _flag_class(nested, value)
+            fields.append((field.name, hint, dataclasses.field(default_factory=hint)))
+            continue
+        hint = Annotated[hint, tyro.conf.arg(help=_help(texts[field.name], hint))]
+        new = dataclasses.field() if required else dataclasses.field(default_factory=partial(copy.copy, value))
+        fields.append((field.name, hint, new))
+    summary = inspect.cleandoc(settings_class.__doc__ or "").split("\n\n")[0]
+    return dataclasses.make_dataclass(
+        settings_class.__name__, fields, namespace={"__doc__": summary}, kw_only=True, frozen=True
+    )
+
+
+def _default(field: dataclasses.Field[Any], default: Settings | None) -> tuple[bool, Any]:
+    """Return whether a field is required, and its default."""
+    if default is not None:
+        return False, getattr(default, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return False, field.default_factory()
+    return field.default is dataclasses.MISSING, field.default
+
+
+def _help(text: str, hint: Any) -> str:
+    limits = str(range_of(hint) or "")
+    return f"{text} Range: {limits}." if limits else text
+
+
+def _descriptions(settings_class: type[Settings]) -> dict[str, str]:
+    """Return the text of each field from the `Attributes:` sections of a class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(settings_class.__mro__):
+        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            texts[name] = " ".join(text.split())
+    return texts
+
+
+def _values(parsed: Any) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of what tyro parsed, those of its groups included."""
+    for field in dataclasses.fields(parsed):
+        value = getattr(parsed, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value)
+        else:
+            yield field.name, value

@@ -1,0 +1,218 @@
+"""Settings of programs: nested dataclasses, in which every number has a declared range.
+
+The settings of a program derive from `Settings`. Their fields are values and groups, one group per subject; groups
+derive from `Settings` too. The names of all values differ, whatever their groups, so that they can be used flat: as
+flags (`--learning-rate`), in YAML files, in saved runs and in Python:
+
+    settings = PretrainSettings.of(output_dir="model", learning_rate=2e-4)
+    settings.optimizer.learning_rate
+    settings = settings.replace(resume=True)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that a number may have, declared as `Annotated[float, Range(0, 1)]`; without limits: any finite number.
+
+    Attributes:
+        minimum: Smallest value.
+        maximum: Largest value.
+        above: Value that the number must exceed.
+        below: Value that the number must stay below.
+    """
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.minimum is not None and self.maximum is not None:
+            return f"from {self.minimum} to {self.maximum}"
+        limits = {
+            "at least": self.minimum,
+            "more than": self.above,
+            "at most": self.maximum,
+            "less than": self.below,
+        }
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
+Count = Annotated[int, Range(1)]
+"""At least 1."""
+CountOrOff = Annotated[int, Range(0)]
+"""At least 0, which switches something off or stands for none."""
+Fraction = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value among the settings of a program.
+
+    Attributes:
+        name: Its name, unique among the settings of the program.
+        hint: Its type, with the declared range.
+        field: Field of its dataclass.
+        group: Name of the group that holds it; None: the settings themselves.
+    """
+
+    name: str
+    hint: Any
+    field: dataclasses.Field[Any]
+    group: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class of the settings of a program and of their groups; subclasses are frozen dataclasses."""
+
+    def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            _check(name, hint, getattr(self, name))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError if values contradict one another; ranges and choices have been checked already."""
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Build settings from values by their names, whatever their groups; a whole group may be given too.
+
+        Raises:
+            TypeError: There is no such setting, or a required one is missing.
+            ValueError: A value is out of its range, or values contradict one another.
+        """
+        return cls(**_by_field(cls, values, {}))
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with other values, given as to `of`."""
+        before = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(**before | _by_field(type(self), values, before))
+
+    def flat(self) -> dict[str, Any]:
+        """Return all values by name."""
+        return {
+            setting.name: getattr(self if setting.group is None else getattr(self, setting.group), setting.name)
+            for setting in settings_of(type(self)).values()
+        }
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" with the known name that is most similar, or "" if none is."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@cache
+def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
+    """Return the types of a class's fields, with their ranges."""
+    return get_type_hints(settings_class, include_extras=True)
+
+
+def group_class(hint: Any) -> type[Settings] | None:
+    """Return the class of a field that is a group; None: the field is a value."""
+    return hint if isinstance(hint, type) and issubclass(hint, Settings) else None
+
+
+@cache
+def settings_of(settings_class: type[Settings]) -> dict[str, Setting]:
+    """Return all values of a program's settings by name, those of its groups included."""
+    found: dict[str, Setting] = {}
+    for setting in _walk(settings_class):
+        if setting.name in found:
+            raise TypeError(f"{settings_class.__name__} has two settings called {setting.name}")
+        found[setting.name] = setting
+    return found
+
+
+def range_of(hint: Any) -> Range | None:
+    """Return the range that a type declares, for itself or for the items of a list; None: it declares none."""
+    for item in getattr(hint, "__metadata__", ()):
+        if isinstance(item, Range):
+            return item
+    if get_origin(hint) is Literal:
+        return None
+    return next(filter(None, map(range_of, get_args(hint))), None)
+
+
+def _walk(settings_class: type[Settings], group: str | None = None) -> Iterator[Setting]:
+    for field in dataclasses.fields(settings_class):
+        hint = hints_of(settings_class)[field.name]
+        nested = group_class(hint)
+        if nested is None:
+            yield Setting(field.name, hint, field, group)
+        else:
+            yield from _walk(nested, field.name)
+
+
+def _by_field(settings_class: type[Settings], values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class's constructor from flat values; `before` holds groups to start from."""
+    arguments: dict[str, Any] = {}
+    of_groups: dict[str, dict[str, Any]] = {}
+    known, hints = settings_of(settings_class), hints_of(settings_class)
+    for name, value in values.items():
+        if isinstance(value, Settings) and name in hints:
+            arguments[name] = value
+        elif name not in known:
+            raise TypeError(f"{settings_class.__name__} has no setting {name}{nearest(name, known)}")
+        elif (group := known[name].group) is None:
+            arguments[name] = value
+        else:
+            of_groups.setdefault(group, {})[name] = value
+    for group, changes in of_groups.items():
+        start = arguments.get(group, before.get(group))
+        arguments[group] = hints[group].of(**changes) if start is None else start.replace(**changes)
+    return arguments
+
+
+def _check(name: str, hint: Any, value: Any, limits: Range | None = None) -> None:
+    """Raise ValueError, naming the flag, if a value is out of the range or not among the choices of its type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        _check(name, arguments[0], value, range_of(hint))
+    elif origin is Literal:
+        if value not in arguments:
+            *others, last = map(str, arguments)
+            raise ValueError(f"{flag(name)} must be {', '.join(others)} or {last}, got {value!r}")
+    elif origin in (list, tuple):
+        for item in value:
+            _check(name, arguments[0], item)
+    elif NoneType in arguments:
+        if value is not None:
+            _check(name, next(kind for kind in arguments if kind is not NoneType), value)
+    elif limits is not None:
+        if not isinstance(value, Integral if hint is int else Real):
+            raise ValueError(f"{flag(name)} must be {'an integer' if hint is int else 'a number'}, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{flag(name)} must be finite, got {value}")
+        if value not in limits:
+            raise ValueError(f"{flag(name)} must be {limits}, got {value}")

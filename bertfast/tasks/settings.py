@@ -1,0 +1,88 @@
+"""Settings that the commands on labelled data share, by subject."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from bertfast.runtime.precision import Precision
+from bertfast.runtime.settings import Count, Range, Settings
+from bertfast.tasks.tables import OnBadRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSettings(Settings):
+    """Columns of a data file, and rows that cannot be used.
+
+    Attributes:
+        text_column: Column of the text; none: the task's, else sentence, sentence1 or text.
+        text_pair_column: Column of the second text of a pair; none: the task's, else sentence2 if there is one.
+        label_column: Column of the label; none: the task's, else label.
+        tag_column: Column of a word's tag in token-classification files, counted from 0; -1 is the last.
+        on_bad_rows: Stop at the first row that cannot be used, or skip and count such rows.
+    """
+
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    tag_column: Annotated[int, Range()] = -1
+    on_bad_rows: OnBadRows = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringSettings(Settings):
+    """Windows of long contexts, and choice of the answers, in question answering.
+
+    Attributes:
+        doc_stride: Tokens between the starts of two windows of a long context in question answering.
+        max_query_length: Maximum tokens of a question.
+        max_answer_length: Maximum tokens of an answer.
+        null_score_diff_threshold: Predict no answer if its score exceeds the best answer's by more than this.
+        n_best: Answers per question in nbest_SPLIT.json.
+    """
+
+    doc_stride: Count = 128
+    max_query_length: Count = 64
+    max_answer_length: Count = 30
+    null_score_diff_threshold: Annotated[float, Range()] = 0.0
+    n_best: Count = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings(Settings):
+    """Device, precision and batch size of inference.
+
+    Attributes:
+        eval_tokens: Approximate tokens per batch in evaluation and prediction.
+        cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
+        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
+    """
+
+    eval_tokens: Count = 8192
+    cuda_graph: bool = True
+    precision: Precision = "auto"
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(Settings):
+    """Settings that all commands on labelled data share.
+
+    Attributes:
+        model_name_or_path: Folder or hub id of a model and its tokenizer.
+        task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
+            question-answering, token-classification, or the name of a data set of GLUE, SWAG, SQuAD or CoNLL;
+            auto: inferred from the model, else from the file.
+        max_seq_length: Maximum tokens per sequence; longer inputs are truncated or split. None: the model's positions.
+        columns: Columns of a data file, and rows that cannot be used.
+        question_answering: Windows of long contexts, and choice of the answers, in question answering.
+        compute: Device, precision and batch size of inference.
+    """
+
+    model_name_or_path: str
+    task: str = "auto"
+    max_seq_length: Count | None = None
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    question_answering: QuestionAnsweringSettings = field(default_factory=QuestionAnsweringSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)

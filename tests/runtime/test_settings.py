@@ -1,0 +1,103 @@
+"""Settings: flat names over nested groups, and checks of values against their declared ranges."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+
+from bertfast.runtime.settings import Count, Fraction, Positive, Range, Settings, range_of, settings_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    learning_rate: Positive = 1e-3
+    betas: list[Fraction] = field(default_factory=lambda: [0.9, 0.999])
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    folder: str
+    steps: Count | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def validate(self) -> None:
+        if self.steps == 13:
+            raise ValueError("--steps must not be 13")
+
+
+def test_flat_names_reach_the_groups():
+    run = Run.of(folder="a", learning_rate=0.5, steps=3)
+    assert run == Run(folder="a", steps=3, optimizer=Optimizer(learning_rate=0.5))
+    assert run.flat() == {"folder": "a", "steps": 3, "learning_rate": 0.5, "betas": [0.9, 0.999], "name": "adamw"}
+    assert Run.of(**run.flat()) == run
+
+
+def test_replace_keeps_all_other_values():
+    run = Run.of(folder="a", learning_rate=0.5, name="muon")
+    changed = run.replace(folder="b", learning_rate=0.25)
+    assert changed == Run.of(folder="b", learning_rate=0.25, name="muon")
+    assert run.optimizer.learning_rate == 0.5
+
+
+def test_a_whole_group_may_be_given_and_then_changed():
+    run = Run.of(folder="a", optimizer=Optimizer(name="lamb"), learning_rate=2)
+    assert run.optimizer == Optimizer(name="lamb", learning_rate=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"steps": 1.5}, "--steps must be an integer, got 1.5"),
+        ({"steps": 13}, "--steps must not be 13"),
+        ({"learning_rate": 0.0}, "--learning-rate must be more than 0, got 0.0"),
+        ({"learning_rate": math.inf}, "--learning-rate must be finite, got inf"),
+        ({"learning_rate": math.nan}, "--learning-rate must be finite, got nan"),
+        ({"learning_rate": "1"}, "--learning-rate must be a number, got '1'"),
+        ({"betas": [0.9, 1.5]}, "--betas must be from 0 to 1, got 1.5"),
+        ({"name": "sgd"}, "--name must be adamw, lamb or muon, got 'sgd'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_flag(values, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Run.of(folder="a", **values)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Run.of(folder="a").replace(**values)
+
+
+def test_an_unknown_name_is_refused_and_the_closest_one_suggested():
+    with pytest.raises(TypeError, match=r"Run has no setting learning_rat; did you mean learning_rate\?"):
+        Run.of(folder="a", learning_rat=1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "text", "inside", "outside"),
+    [
+        (Range(0, 1), "from 0 to 1", (0, 0.5, 1), (-0.1, 1.1)),
+        (Range(above=0, below=1), "more than 0 and less than 1", (0.5,), (0, 1)),
+        (Range(2, below=5), "at least 2 and less than 5", (2, 4.9), (1, 5)),
+        (Range(maximum=3), "at most 3", (-7, 3), (4,)),
+        (Range(), "", (-1e300, 1e300), (math.inf, math.nan)),
+    ],
+)
+def test_ranges_have_closed_and_open_ends(limits, text, inside, outside):
+    assert str(limits) == text
+    assert all(value in limits for value in inside)
+    assert not any(value in limits for value in outside)
+
+
+def test_a_range_is_found_in_optional_numbers_and_lists():
+    assert range_of(Count | None) == range_of(list[Count]) == Range(1)
+    assert range_of(Annotated[str, "note"]) is range_of(Literal["a"]) is None
+
+
+def test_two_settings_of_one_name_are_an_error():
+    @dataclass(frozen=True, kw_only=True)
+    class Twice(Settings):
+        learning_rate: Positive = 1.0
+        optimizer: Optimizer = field(default_factory=Optimizer)
+
+    with pytest.raises(TypeError, match="Twice has two settings called learning_rate"):
+        settings_of(Twice)
