@@ -39,7 +39,7 @@ from bench.harness import (
 from bench.report import plot, read, short, summary
 from bertfast.ops import native
 from bertfast.runtime.malloc import keep_freed_memory
-from bertfast.runtime.precision import multiplies_bf16
+from bertfast.runtime.precision import has_bf16_gemm
 
 OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/[!_]*.py") if path.stem != "conftest")
 PRODUCTS = ("linear_gelu", "linear_cross_entropy")  # their products are PyTorch's
@@ -68,7 +68,7 @@ def main() -> int:
             print(operation, case, file=sys.stderr, flush=True)
             runs += measure(module, case, arguments.seconds, not_timed)
     result = {
-        "instruction_set": None if native.ABSENT else native.instruction_set(),
+        "instruction_set": None if native.UNAVAILABLE_REASON else native.instruction_set(),
         "rates_gflops": {name: rate / 1e9 for name, rate in rates().items()},
         "benchmarks": runs,
         "not_timed": not_timed,
@@ -86,7 +86,7 @@ def measure(module: ModuleType, case: Case, seconds: float, not_timed: list[dict
     operation, ready = module.__name__.rpartition(".")[2], {}
     for name, provider in module.PROVIDERS.items():
         with reasons(not_timed, operation=operation, case=str(case), provider=name, direction="any"):
-            if operation in PRODUCTS and case.dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
+            if operation in PRODUCTS and case.dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
                 pytest.skip(NO_BF16)
             made, error = checked(provider, case, name in OUR_MASKS)
             if not error <= WRONG[case.dtype]:

@@ -51,7 +51,7 @@ LIMITS = {
         "add_layer_norm": 15,
         "bias_gelu": 15,
         "gelu_layer_norm": 15,
-        "embed": 15,
+        "embeddings": 15,
         "linear_cross_entropy": 25,
         "report": 10,
     },
@@ -63,7 +63,7 @@ COMPILE_SECONDS = 35  # at most until torch.compile has compiled transformers' s
 GRACE = 5  # seconds to write what there is, for a part that was interrupted
 PACKING = 5  # seconds between two versions of the tar file
 NO_GPU = "there is no GPU"
-OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embed", "linear_cross_entropy")
+OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embeddings", "linear_cross_entropy")
 SELF_TEST = """
 import sys
 from bertfast.cli.doctor import DoctorSettings, doctor
@@ -178,8 +178,8 @@ def missing_library() -> str | None:
     """Why the compiled library's CUDA kernels are not here; None: they are."""
     from bertfast.ops import cuda_build, native
 
-    if native.ABSENT is not None:
-        return f"not here: {native.ABSENT}"
+    if native.UNAVAILABLE_REASON is not None:
+        return f"not here: {native.UNAVAILABLE_REASON}"
     reason = cuda_build.unsupported_reason("bias_gelu")
     return None if reason is None else f"not here: {reason}"
 

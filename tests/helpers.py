@@ -57,7 +57,7 @@ KERNELS: Literal["triton", "cpu", "cuda"] = os.environ.get("BERTFAST_TESTED") or
 """Which kernels are tested. A process with `TRITON_INTERPRET=1` runs Triton's on a CPU, one with `BERTFAST_TESTED=cuda`
 those in CUDA C++, on a CPU with a library that emulates them; any other the library's, and on a GPU Triton's."""
 
-FINEST = torch.float16 if KERNELS == "cuda" else torch.float32
+HIGHEST_PRECISION = torch.float16 if KERNELS == "cuda" else torch.float32
 """The most precise dtype that their attention takes."""
 
 of_triton = pytest.mark.skipif(KERNELS != "triton", reason="only Triton's kernels have it")

@@ -37,14 +37,14 @@ def run_batches() -> None:
         # A threshold of 1, of 16 and others; an operation of 0, whose counter word is 0, and others.
         p = (1 / 256, 16 / 256, 0.1)[number % 3]
         dropout = Dropout(p, torch.tensor(5), number, sequences.token_sequence_ids, sequences.position)
-        rng = (dropout.seed, dropout.word, dropout.threshold)
+        rng = (dropout.seed, dropout.counter_word, dropout.threshold)
         qkv = torch.zeros(sequences.capacity, 3, 2, 64, dtype=bf16)
         o, lse = qkv.new_zeros(qkv[:, 0].shape), torch.zeros(qkv.shape[2], len(qkv))
         batch = (sequences.cu_seqlens, sequences.sequence_ids, sequences.tile_table, 512, 0.125, False, None)
         launch.triton_attention_forward(qkv, *batch, *rng)
         launch.triton_attention_backward(o, qkv, o, lse, *batch, *rng)
         x, vector, statistics = qkv.new_zeros(len(qkv), 128), torch.zeros(128), torch.zeros(len(qkv))
-        rng = (dropout.seed, dropout.sequence_number, dropout.position, dropout.word, dropout.threshold)
+        rng = (dropout.seed, dropout.sequence_ids, dropout.positions, dropout.counter_word, dropout.threshold)
         launch.triton_add_layer_norm_forward(x, x, vector, vector, vector, 1e-12, *rng)
         launch.triton_add_layer_norm_backward(x, x, x, vector, vector, statistics, statistics, *rng)
         launch.triton_bias_gelu_forward(x, vector, "none")

@@ -15,7 +15,7 @@ from bertfast.cli.self_test import ULPS
 ROWS, COLUMNS, CHOICES = 3, 11, 2
 # Of the thousands of small gradients that these tests compare, the roundings of a few happen to add up: each may have
 # this many times the error of theirs, all of a model together twice.
-CHANCE = 4
+SINGLE_GRADIENT_FACTOR = 4
 SIZES = {
     "vocab_size": 53,
     "hidden_size": 64,
@@ -192,7 +192,7 @@ def assert_parity(ours: Results, theirs: Results, truth: Results, dtype: torch.d
             name=name,
             dtype=dtype,
             neighbour=weight if zero else None,
-            factor=CHANCE,
+            factor=SINGLE_GRADIENT_FACTOR,
         )
         if not zero and true.norm() > 0:
             pair = (ours.gradients[name], their)

@@ -117,7 +117,7 @@ def test_without_a_compiler_there_is_no_library_and_the_plain_path(tree, tmp_pat
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "from bertfast import ops; from bertfast.ops import native; "
     code += "import torch; x = torch.ones(2, 3); ops.bias_gelu(x, x[0]); "
-    ran = run("-c", code + "print(native.ABSENT)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    ran = run("-c", code + "print(native.UNAVAILABLE_REASON)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert ran.stdout == "the compiled library was not built: install bertfast again with a C++20 compiler\n"
 
 

@@ -29,7 +29,7 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder.unpadding import Layout
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule
 
@@ -147,11 +147,13 @@ def their_losses(settings: PretrainSettings, batches: Batches) -> list[float]:
 def padded(batch: Batch) -> dict[str, torch.Tensor]:
     """The batch as transformers takes it."""
     rows = [row for row, length in enumerate(batch.sequences.lengths) if length]
-    labels = torch.full_like(batch.token_ids, IGNORED)
+    labels = torch.full_like(batch.token_ids, IGNORE_INDEX)
     labels[batch.masked_rows[: batch.masked]] = batch.labels[: batch.masked]
     layout = Layout.of(batch.sequences, batch.sequences.max_seqlen)
     inputs = {"input_ids": batch.token_ids, "token_type_ids": batch.token_type_ids, "labels": labels}
-    inputs = {name: layout.pad(values, IGNORED if name == "labels" else 0)[rows] for name, values in inputs.items()}
+    inputs = {
+        name: layout.pad(values, IGNORE_INDEX if name == "labels" else 0)[rows] for name, values in inputs.items()
+    }
     inputs["attention_mask"] = layout.pad(torch.ones_like(batch.token_ids))[rows]
     pairs = batch.next_sentence_labels
     return inputs if pairs is None else inputs | {"next_sentence_label": pairs[rows]}

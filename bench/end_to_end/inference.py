@@ -32,7 +32,7 @@ import bertfast
 from bench.harness import DATA, DEVICE, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
-from bertfast.runtime.precision import multiplies_bf16
+from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
 BATCH = 32
@@ -75,7 +75,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in arguments.cases:
         case = (CASES | TRIAL)[name]
-        if case.dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
+        if case.dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
             print(f"{name}: left out: this processor multiplies no bf16", file=sys.stderr)
         elif case.texts != "random" and not arguments.data.is_dir():
             print(f"{name}: left out: there are no texts in {arguments.data}", file=sys.stderr)

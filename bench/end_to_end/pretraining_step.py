@@ -47,7 +47,7 @@ from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
 from bertfast.ops.sequences import Sequences
 from bertfast.runtime.malloc import keep_freed_memory
-from bertfast.runtime.precision import multiplies_bf16
+from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
@@ -135,7 +135,7 @@ def main() -> None:
     print("| case | tokens | ours s | other | its s | ratio | wanted | GFLOP/s | of the matrix rate |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in arguments.cases:
-        if ALL[name].dtype == torch.bfloat16 and not multiplies_bf16(DEVICE):
+        if ALL[name].dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
             print(f"{name}: left out, this processor multiplies no bf16", file=sys.stderr, flush=True)
             continue
         sides = theirs(ALL[name])

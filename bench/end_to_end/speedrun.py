@@ -35,7 +35,7 @@ from bench.end_to_end.long_run import corpus, fill
 from bench.harness import RESULTS, write_result
 from bertfast.cli.flags import parse
 from bertfast.data.prepare import PrepareSettings, prepare
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.plotting import draw
 from bertfast.runtime.precision import autocast, wait_for
@@ -220,7 +220,8 @@ def as_rows(batch, longest: int) -> dict[str, Tensor]:
     """A packed batch as rows [S, longest]."""
     rows = padded(batch)
     filled = {
-        name: values.new_full((len(values), longest), IGNORED * (name == "labels")) for name, values in rows.items()
+        name: values.new_full((len(values), longest), IGNORE_INDEX * (name == "labels"))
+        for name, values in rows.items()
     }
     for name, values in rows.items():
         filled[name][:, : values.shape[1]] = values
@@ -236,7 +237,7 @@ def validation_loss(model: torch.nn.Module, run: Pretraining, longest: int) -> f
         rows = as_rows(batch, longest)
         for part in zip(*(values.split(64) for values in rows.values()), strict=True):
             inputs = dict(zip(rows, (x.to(run.device) for x in part), strict=True))
-            counted = int((inputs["labels"] != IGNORED).sum())
+            counted = int((inputs["labels"] != IGNORE_INDEX).sum())
             with autocast(run.device, run.precision):
                 total += model(**inputs).loss.item() * counted if counted else 0.0
             masked += counted

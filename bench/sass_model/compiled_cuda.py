@@ -25,8 +25,8 @@ Key = tuple[str, str]  # arch, kernel
 
 def main() -> int:
     build = cuda_build.BUILD
-    if native.ABSENT is not None or build is None or build.nvcc is None:
-        why = native.ABSENT or cuda_build.summary()
+    if native.UNAVAILABLE_REASON is not None or build is None or build.nvcc is None:
+        why = native.UNAVAILABLE_REASON or cuda_build.summary()
         print(f"the library here has no kernels in CUDA C++, nothing to look at: {why}", file=sys.stderr)
         return 0
     if build.reason is not None:

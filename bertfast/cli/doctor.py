@@ -19,9 +19,9 @@ from bertfast.cli import self_test
 from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.dispatch import HAS_TRITON, choose, why_not
+from bertfast.ops.dispatch import HAS_TRITON, resolve, unsupported_reason
 from bertfast.ops.matmul import onednn_is_faster
-from bertfast.runtime.precision import choose_device, choose_precision, multiplies_bf16
+from bertfast.runtime.precision import choose_device, choose_precision, has_bf16_gemm
 from bertfast.runtime.settings import Positive, Settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -146,7 +146,7 @@ def _environment(device: torch.device, devices: list[torch.device]) -> dict[str,
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "CPU": f"{_cpu_model()}; {torch.get_num_threads()} threads, {os.cpu_count()} logical CPUs",
         "library": _library(),
-        **({} if native.ABSENT else {"CUDA C++": cuda_build.summary()}),
+        **({} if native.UNAVAILABLE_REASON else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
         "driver": f"{driver_version() or 'none'}; torch was built for CUDA {torch.version.cuda}",
         "fp32 GEMM": f"{'oneDNN (faster on this CPU)' if onednn_is_faster() else 'MKL'} on the CPU",
@@ -190,7 +190,7 @@ def _verdict(outcomes: Sequence[self_test.Outcome]) -> str:
 def _suggestions(device: torch.device) -> list[str]:
     """Return what would make this machine faster."""
     found = []
-    if native.ABSENT is not None:
+    if native.UNAVAILABLE_REASON is not None:
         found.append("install a C++20 compiler and reinstall bertfast: its native library has the kernels for CPUs")
     if device.type == "cuda":
         if not HAS_TRITON:
@@ -199,7 +199,7 @@ def _suggestions(device: torch.device) -> list[str]:
     if torch.get_num_threads() < (os.cpu_count() or 1) // 2:
         threads = f"{torch.get_num_threads()} of {os.cpu_count()}"
         found.append(f"use more threads: OMP_NUM_THREADS or another limit allows {threads}")
-    if native.ABSENT is None and native.instruction_set() == "plain":
+    if native.UNAVAILABLE_REASON is None and native.instruction_set() == "plain":
         found.append("use a CPU with AVX2 or AVX-512, for which the kernels are vectorised")
     found.append("use the GPU: --device cuda" if torch.cuda.is_available() else "use a GPU of sm_80 or later")
     return found
@@ -253,8 +253,8 @@ def _cpu_model() -> str:
 
 
 def _library() -> str:
-    if native.ABSENT is not None:
-        return f"none: {native.ABSENT}"
+    if native.UNAVAILABLE_REASON is not None:
+        return f"none: {native.UNAVAILABLE_REASON}"
     sets = ", ".join(native.instruction_sets())
     return f"{native.path()}; instruction sets {sets}; {native.instruction_set()} in use"
 
@@ -267,7 +267,7 @@ def _gpu(device: torch.device) -> str:
 
 def _precision(device: torch.device) -> str:
     chosen = choose_precision(device)
-    if not multiplies_bf16(device):
+    if not has_bf16_gemm(device):
         return f"{chosen}: this CPU has no bf16 matmul instructions"
     return chosen if device.type == "cuda" else f"{chosen}: the faster one on this CPU, as measured"
 
@@ -278,9 +278,9 @@ def _dispatch(devices: list[torch.device]) -> Dispatch:
         for device in devices
         for name, dtype in _DTYPES.items()
     }
-    reasons = {column: why_not("triton" if x.is_cuda else "cpu", "attention", x) for column, x in columns.items()}
+    reasons = {column: unsupported_reason("triton" if x.is_cuda else "cpu", "attention", x) for column, x in columns.items()}
     return Dispatch(
-        {name: {column: choose(name, None, x) for column, x in columns.items()} for name in OPERATIONS},
+        {name: {column: resolve(name, None, x) for column, x in columns.items()} for name in OPERATIONS},
         {column: reason for column, reason in reasons.items() if reason is not None},
         tuple(HEAD_DIMENSIONS),
     )

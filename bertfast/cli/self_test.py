@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bertfast.cli.self_test_problems import Problem, problems
-from bertfast.ops.dispatch import Implementation, why_not
+from bertfast.ops.dispatch import Implementation, unsupported_reason
 from bertfast.runtime.precision import wait_for
 
 ULPS = 8
@@ -170,7 +170,7 @@ def _groups(device: torch.device, only: Sequence[str]) -> Iterator[list[_Check]]
 
 def _is_available(implementation: Implementation, operator: str, x: Tensor) -> bool:
     # linear_gelu is a GEMM followed by the kernel of bias_gelu.
-    return why_not(implementation, "bias_gelu" if operator == "linear_gelu" else operator, x) is None
+    return unsupported_reason(implementation, "bias_gelu" if operator == "linear_gelu" else operator, x) is None
 
 
 def _run_group(group: list[_Check]) -> Iterator[Outcome]:

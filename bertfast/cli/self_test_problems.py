@@ -12,7 +12,7 @@ from torch import Tensor
 from bertfast import ops
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dropout import Dropout, RngCoordinates
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
 
 EPS = 1e-12  # of LayerNorm
@@ -187,11 +187,11 @@ def _embed(shape: str, batch: Sequences, vocab_size: int) -> Problem:
     token_types, mask = token_ids % 2, _dropout(batch, "embeddings", None)
     tables = {"word": (vocab_size, HIDDEN), "position": (512, HIDDEN), "token_type": (2, HIDDEN)}
     return Problem(
-        "embed",
+        "embeddings",
         f"{shape} H={HIDDEN} V={vocab_size} dropout",
         device,
         tables | {"gamma": (HIDDEN,), "beta": (HIDDEN,)},
-        lambda implementation, *x: ops.embed(
+        lambda implementation, *x: ops.embeddings(
             token_ids, token_types, batch.position, *x, EPS, mask, padding_index=0, implementation=implementation
         ),
     )
@@ -201,7 +201,7 @@ def _linear_cross_entropy(tokens: int, rows: int, vocab_size: int, device: torch
     # Every row of `hidden` is selected at most once, in random order; every eighth label is ignored.
     selected = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:rows].to(device)
     labels = _integers(device, vocab_size, rows)
-    labels[::8] = IGNORED
+    labels[::8] = IGNORE_INDEX
     return Problem(
         "linear_cross_entropy",
         f"{rows} H={HIDDEN} V={vocab_size}",

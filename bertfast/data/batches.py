@@ -19,7 +19,7 @@ from bertfast.data.packing import Epoch, Epochs
 from bertfast.data.samples import CorpusBoundaries, Samples, Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import SpecialTokens
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
 
 
@@ -175,8 +175,10 @@ class Batches:
                 max_seqlen_bound=self.max_seq_length,
             ),
             masked_rows=_filled(masked.rows, capacity.masked, _other_slots(masked.rows, capacity.tokens)),
-            labels=_filled(masked.labels, capacity.masked, IGNORED),
-            next_sentence_labels=_filled(samples.random_second, capacity.sequences, IGNORED) if self.pairs else None,
+            labels=_filled(masked.labels, capacity.masked, IGNORE_INDEX),
+            next_sentence_labels=_filled(samples.random_second, capacity.sequences, IGNORE_INDEX)
+            if self.pairs
+            else None,
             masked=masked.rows.size,
         )
 

@@ -20,7 +20,7 @@ from bertfast.runtime.malloc import keep_freed_memory
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
     """Compute the embeddings of packed tokens -> [T, H]."""
     rng = packed.rng
-    return ops.embed(
+    return ops.embeddings(
         packed.token_ids,
         packed.token_type_ids,
         packed.position_ids,

@@ -23,7 +23,7 @@ from bertfast.encoder.parts import PackedHead, PackedModel
 from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops import reference
 from bertfast.ops.dropout import RngCoordinates
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 
 Count = Tensor | float
 
@@ -228,7 +228,7 @@ def pooled(model: PackedHead, first: Tensor) -> Tensor:
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the sum of cross entropies in fp32 at least: logits [R, classes], labels [R], -100 ignored -> []."""
-    return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _drop(model: PackedHead, x: Tensor, rng: RngCoordinates | None) -> Tensor:

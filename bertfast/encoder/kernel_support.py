@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from bertfast.encoder.layer import copy_dtype
+from bertfast.ops import dispatch
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.dispatch import why_not
 
 # In fp32 on a CPU without kernels, batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
@@ -56,7 +56,7 @@ def unsupported_reason(
     if device.type in ("cpu", "cuda"):
         # Has the attributes that are read of activations; a tensor would be an operation in the graph of torch.compile.
         activations = cast(Tensor, SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda"))
-        reason = why_not("cpu" if device.type == "cpu" else "triton", "attention", activations)
+        reason = dispatch.unsupported_reason("cpu" if device.type == "cpu" else "triton", "attention", activations)
         if reason is None and head_dimension not in (None, *HEAD_DIMENSIONS):
             sizes = ", ".join(map(str, HEAD_DIMENSIONS))
             reason = f"its heads have {head_dimension} columns, the kernels take {sizes}"

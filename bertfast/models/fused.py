@@ -29,7 +29,7 @@ from bertfast.encoder.unpadding import Layout, Packed, unpad
 from bertfast.models import eligibility, registry
 from bertfast.models.eligibility import INPUTS, PACKING, main_input
 from bertfast.ops.index_checks import check_below
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
@@ -217,7 +217,7 @@ class FusedMeanLoss(FusedHead):
         labels = arguments.get("labels")
         if num_items_in_batch is None or labels is None:
             return outputs
-        counted = (labels != IGNORED).sum()
+        counted = (labels != IGNORE_INDEX).sum()
         loss = outputs[0] * counted / num_items_in_batch
         loss = torch.where(counted > 0, loss, torch.zeros_like(loss))  # the mean over no label is NaN
         if isinstance(outputs, tuple):
@@ -285,7 +285,7 @@ def _masked_lm_loss(model: FusedModel, arguments: dict, first: bool = False) -> 
     """Compute the loss on labelled rows, and the last layer's output at each sequence's first token if asked for."""
     packed, layout = model.base_model.unpadded(arguments)
     labels = arguments["labels"].reshape(-1)
-    labelled = (labels != IGNORED).nonzero().squeeze(1)
+    labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     rows = labelled if layout.indices is None else layout.slots()[labelled]
     gathered = rows.clamp(min=0)
     hidden = functions.encode(model.base_model, packed, torch.cat([gathered, packed.first]) if first else gathered)

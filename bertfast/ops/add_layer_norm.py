@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, run
+from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 
@@ -62,10 +62,10 @@ def add_layer_norm(
     if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
         raise TypeError(f"add_layer_norm: compute_dtype must be a floating-point torch.dtype, got {compute_dtype!r}")
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
-    refusal = float64_among(residual, bias, gamma, beta)
-    if refusal is None and copy_dtype is not None:
-        refusal = _why_no_copy(implementation, x, copy_dtype)
-    implementation = choose("add_layer_norm", implementation, x, refusal)
+    unsupported = float64_reason(residual, bias, gamma, beta)
+    if unsupported is None and copy_dtype is not None:
+        unsupported = _why_no_copy(implementation, x, copy_dtype)
+    implementation = resolve("add_layer_norm", implementation, x, unsupported)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)
     paired = compute_dtype is not None and compute_dtype.itemsize == 2  # the kernels add gradients of 16-bit copies
@@ -90,11 +90,11 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *dropout):
         ctx.implementation = implementation
-        forward = launcher(implementation, "add_layer_norm_forward")
+        forward = operator(implementation, "add_layer_norm_forward")
         y, mean, rstd, copy = forward(x, residual, bias, gamma, beta, eps, *dropout, copy_dtype)
-        *identity, ctx.word, ctx.threshold = dropout
+        *coordinates, ctx.counter_word, ctx.threshold = dropout
         ctx.eps, ctx.compute_dtype = eps, copy_dtype or residual.dtype if paired else None
-        ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *identity)
+        ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *coordinates)
         if not paired:
             return y
         ctx.set_materialize_grads(False)  # an absent gradient is None, not zeros to be written and read
@@ -102,11 +102,11 @@ class AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y, d_copy=None):
-        x, residual, bias, gamma, beta, mean, rstd, *identity = ctx.saved_tensors
+        x, residual, bias, gamma, beta, mean, rstd, *coordinates = ctx.saved_tensors
         if d_y is None and d_copy is None:
             return (None,) * 14
         if must_be_differentiable():
-            dropout = from_kernel_arguments(*identity, ctx.word, ctx.threshold)
+            dropout = from_kernel_arguments(*coordinates, ctx.counter_word, ctx.threshold)
 
             def definition(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
                 return reference.add_layer_norm(*arguments, ctx.eps, dropout, ctx.compute_dtype)
@@ -116,8 +116,8 @@ class AddLayerNorm(torch.autograd.Function):
             return None, None, None, *gradients, *[None] * 6
         if d_y is None:
             d_y, d_copy = d_copy, None
-        d_x, d_residual, sums = launcher(ctx.implementation, "add_layer_norm_backward")(
-            d_y, x, residual, bias, gamma, mean, rstd, *identity, ctx.word, ctx.threshold, d_copy
+        d_x, d_residual, sums = operator(ctx.implementation, "add_layer_norm_backward")(
+            d_y, x, residual, bias, gamma, mean, rstd, *coordinates, ctx.counter_word, ctx.threshold, d_copy
         )
         d_x = d_x if d_x.shape == x.shape else d_residual
         d_gamma, d_beta, d_bias = sums

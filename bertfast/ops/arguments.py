@@ -37,8 +37,8 @@ class Arguments:
         self._takes_any_number = [*descriptions.values()][-1].startswith("each ")
         self._of_dropout = (
             self._parse("dropout.seed", "integer []"),
-            self._parse("dropout.sequence_number", "integer [tokens]"),
-            self._parse("dropout.position", "integer [tokens]"),
+            self._parse("dropout.sequence_ids", "integer [tokens]"),
+            self._parse("dropout.positions", "integer [tokens]"),
         )
 
     def _parse(self, name: str, description: str) -> tuple:
@@ -66,7 +66,7 @@ class Arguments:
         sizes = self._known.copy()
         device = self._check(arguments, tensors, sizes, None)
         if dropout is not None:
-            coordinates = (dropout.seed, dropout.sequence_number, dropout.position)
+            coordinates = (dropout.seed, dropout.sequence_ids, dropout.positions)
             self._check(self._of_dropout, coordinates, sizes, device)
 
     def _check(

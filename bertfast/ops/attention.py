@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bertfast.ops import attention_fallback, reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, launcher, run
+from bertfast.ops.dispatch import Implementation, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops.sequences import Sequences, require
@@ -72,7 +72,7 @@ def attention(
     elif not isinstance(scale, Real):  # a tensor would get no gradient
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}: multiply the queries by it")
     requested = implementation
-    implementation = choose("attention", requested, qkv, _refusal(qkv, scale))
+    implementation = resolve("attention", requested, qkv, _unsupported_reason(qkv, scale))
     if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory
         compute = reference.attention if requested == "reference" else attention_fallback.attention
         return compute(qkv, sequences, scale, causal, window, dropout)
@@ -109,7 +109,7 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
     return result
 
 
-def _refusal(qkv: Tensor, scale: float) -> str | None:
+def _unsupported_reason(qkv: Tensor, scale: float) -> str | None:
     if qkv.shape[3] not in HEAD_DIMENSIONS:
         return f"its kernels take head dimensions of 32, 64 and 128, qkv has {qkv.shape[3]}"
     return None if scale > 0 else f"its kernels take a positive scale, got {scale}"
@@ -122,7 +122,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, implementation, qkv, cu_seqlens, sequence_ids, tile_table, *arguments):
         *options, seed, counter, threshold = arguments
         ctx.implementation, ctx.options, ctx.rng = implementation, options, (counter, threshold)
-        forward = launcher(implementation, "attention_forward")
+        forward = operator(implementation, "attention_forward")
         o, lse = forward(qkv, cu_seqlens, sequence_ids, tile_table, *options, seed, *ctx.rng)
         ctx.save_for_backward(qkv, o, lse, cu_seqlens, sequence_ids, tile_table, seed)
         return o
@@ -141,5 +141,5 @@ class Attention(torch.autograd.Function):
                 return attention_fallback.attention(qkv, sequences, *options, dropout)
 
             return None, *reference_gradients(definition, [qkv], [True], [d_o]), *[None] * 10
-        backward = launcher(ctx.implementation, "attention_backward")
+        backward = operator(ctx.implementation, "attention_backward")
         return None, backward(d_o, *saved, *ctx.options, seed, *ctx.rng), *[None] * 10

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, product_dtype, run
+from bertfast.ops.dispatch import Implementation, float64_reason, gemm_dtype, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.matmul import linear
 
@@ -37,7 +37,7 @@ def bias_gelu(
     """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
     _BIAS_GELU.check(x, bias)
     _check_approximate("bias_gelu", approximate)
-    implementation = choose("bias_gelu", implementation, x, float64_among(bias))
+    implementation = resolve("bias_gelu", implementation, x, float64_reason(bias))
     if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
     return run(BiasGelu, implementation, x, bias, approximate)
@@ -54,10 +54,10 @@ def linear_gelu(
     """gelu(x W^T + bias): x [T, H], weight [columns, H], bias [columns] -> [T, columns], autocast as a product."""
     _LINEAR_GELU.check(x, weight, bias)
     _check_approximate("linear_gelu", approximate)
-    chosen = choose("bias_gelu", implementation, x)
+    chosen = resolve("bias_gelu", implementation, x)
     if chosen == "reference":
         return reference.linear_gelu(x, weight, bias, approximate)
-    dtype = product_dtype(x, weight)
+    dtype = gemm_dtype(x, weight)
     if chosen == "triton" and (dtype, *weight.mT.shape) in _FUSED:
         return run(LinearGelu, x.to(dtype), weight.to(dtype), bias, approximate)
     # The product may be of another dtype than x, for which the choice is another.
@@ -71,7 +71,7 @@ class BiasGelu(torch.autograd.Function):
     def forward(ctx, implementation, x, bias, approximate):
         ctx.implementation, ctx.approximate = implementation, approximate
         ctx.save_for_backward(x, bias)
-        return launcher(implementation, "bias_gelu_forward")(x, bias, approximate)
+        return operator(implementation, "bias_gelu_forward")(x, bias, approximate)
 
     @staticmethod
     def backward(ctx, d_y):
@@ -79,7 +79,7 @@ class BiasGelu(torch.autograd.Function):
         if must_be_differentiable():
             arguments = (x, bias, ctx.approximate)
             return None, *reference_gradients(reference.bias_gelu, arguments, ctx.needs_input_grad[1:], [d_y])
-        d_x, d_bias = launcher(ctx.implementation, "bias_gelu_backward")(d_y, x, bias, ctx.approximate)
+        d_x, d_bias = operator(ctx.implementation, "bias_gelu_backward")(d_y, x, bias, ctx.approximate)
         return None, d_x, d_bias.to(bias.dtype), None
 
 
@@ -88,7 +88,7 @@ class LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, approximate):
-        y, product = launcher("triton", "linear_gelu_forward")(x, weight, bias, approximate)
+        y, product = operator("triton", "linear_gelu_forward")(x, weight, bias, approximate)
         ctx.approximate = approximate
         ctx.save_for_backward(x, weight, bias, product)
         return y
@@ -99,7 +99,7 @@ class LinearGelu(torch.autograd.Function):
         if must_be_differentiable():
             arguments = (x, weight, bias, ctx.approximate)
             return tuple(reference_gradients(reference.linear_gelu, arguments, ctx.needs_input_grad, [d_y]))
-        d_product, d_bias = launcher("triton", "bias_gelu_backward")(d_y, product, bias, ctx.approximate)
+        d_product, d_bias = operator("triton", "bias_gelu_backward")(d_y, product, bias, ctx.approximate)
         d_x = d_product @ weight if ctx.needs_input_grad[0] else None
         d_weight = d_product.mT @ x if ctx.needs_input_grad[1] else None
         return d_x, d_weight, d_bias.to(bias.dtype), None

@@ -49,7 +49,7 @@ class CudaBuild:
 
 def _read() -> tuple[CudaBuild, Path] | None:
     """Return the record and its path; None without one, as beside a library for the tests."""
-    if native.ABSENT is not None:
+    if native.UNAVAILABLE_REASON is not None:
         return None
     path = native.path().with_name(_RECORD)
     if not path.is_file():

@@ -1,11 +1,11 @@
-"""What every operation shares: the names of the implementations, and the choice of one."""
+"""Shared by all operators: the names of the implementations, and which of them runs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ Implementation = Literal["reference", "cpu", "triton", "cuda"]
 
 
 HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:  # importing them registers their launchers
+if HAS_TRITON:  # importing the modules registers their operators
     from bertfast.kernels import (  # noqa: F401
         add_layer_norm,
         attention,
@@ -33,45 +33,72 @@ if HAS_TRITON:  # importing them registers their launchers
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors, for tests
 
 
-def choose(operation: str, requested: Implementation | None, x: Tensor, refusal: str | None = None) -> Implementation:
-    """The implementation for tensors like `x`: the one requested, else the fastest that can, else the reference.
+class Activations(Protocol):
+    """The properties of a tensor that decide which implementation supports it."""
 
-    That is Triton on a GPU and the compiled library on a CPU. `refusal` says why the operation's kernels cannot take
-    these arguments, if so. A request that cannot be met is an error, never another implementation.
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def is_cuda(self) -> bool: ...
+
+
+def resolve(
+    operation: str, requested: Implementation | None, x: Activations, unsupported: str | None = None
+) -> Implementation:
+    """Return the implementation of an operation for tensors like `x`.
+
+    By default that is the fastest one that supports them, else the reference: Triton on a GPU, the compiled library on
+    a CPU. An implementation that is requested is never replaced by another.
+
+    Args:
+        operation: Name of the operator.
+        requested: The caller's `implementation`; None: the default.
+        x: The operator's main input.
+        unsupported: Why the operation's kernels do not support the other arguments; None if they do.
+
+    Raises:
+        ValueError: The requested implementation does not exist or does not support the arguments.
     """
     if requested is None:
-        fastest = "triton" if x.is_cuda else "cpu"
-        return fastest if why_not(fastest, operation, x) is None and refusal is None else "reference"
+        fastest: Implementation = "triton" if x.is_cuda else "cpu"
+        return fastest if unsupported_reason(fastest, operation, x) is None and unsupported is None else "reference"
     if requested not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"{operation}: implementation must be one of {known}, got {requested!r}")
-    refusal = why_not(requested, operation, x) or (None if requested == "reference" else refusal)
-    if refusal is not None:
-        remedy = "pass implementation='reference', which takes any tensors"
-        raise ValueError(f"{operation}: no {requested!r} implementation here: {refusal}; {remedy}")
+    reason = unsupported_reason(requested, operation, x) or (None if requested == "reference" else unsupported)
+    if reason is not None:
+        remedy = "pass implementation='reference', which supports all tensors"
+        raise ValueError(f"{operation}: implementation {requested!r} is not available: {reason}; {remedy}")
     return requested
 
 
-def float64_among(*tensors: Tensor | None) -> str | None:
-    """Return why no kernel takes these tensors if one is float64, whatever dtype the others have; else None."""
+def float64_reason(*tensors: Tensor | None) -> str | None:
+    """Return why no kernel supports these tensors if any of them is float64, else None."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
-            return "its kernels take no float64"
+            return "its kernels do not support float64"
     return None
 
 
-def run(function: type[torch.autograd.Function], *arguments):
-    """function.apply(*arguments), or its forward alone where no gradient is asked for: a short sentence notices."""
+def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Return function.apply(*arguments), or only its forward pass if gradients are disabled.
+
+    The short cut saves some microseconds, which matter for short inputs.
+    """
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(arguments))
     if torch.is_grad_enabled():
         return function.apply(*arguments)
-    return function.forward(_Forgetful(), *arguments)
+    return function.forward(_NoBackward(), *arguments)
 
 
-def _distinct(arguments: tuple) -> list:
-    # torch.compile does not trace a Function of which two arguments are one tensor.
-    result: list = []
+def _distinct(arguments: tuple[Any, ...]) -> list[Any]:
+    """Return the arguments, repeated tensors as views: torch.compile cannot trace a Function with repeated ones."""
+    result: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor) and any(argument is other for other in result):
             argument = argument.view_as(argument)
@@ -79,8 +106,8 @@ def _distinct(arguments: tuple) -> list:
     return result
 
 
-class _Forgetful:
-    """The context of a forward pass that no backward pass will follow."""
+class _NoBackward:
+    """The context of a forward pass that is not followed by a backward pass."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
@@ -92,71 +119,71 @@ class _Forgetful:
         pass
 
 
-def launcher(implementation: Implementation, name: str) -> Callable:
-    """The launcher `name` of an implementation other than the reference, as an operation of torch."""
-    return getattr(torch.ops.bertfast, f"{implementation}_{name}")
+def operator(implementation: Implementation, name: str) -> Callable[..., Any]:
+    """Return `torch.ops.bertfast.<implementation>_<name>`, which runs the kernels of an implementation."""
+    registered: Callable[..., Any] = getattr(torch.ops.bertfast, f"{implementation}_{name}")
+    return registered
 
 
-def why_not(implementation: Implementation, operation: str, x: Tensor) -> str | None:
-    """Why an implementation cannot run `operation` on tensors like `x`; None if it can."""
+def unsupported_reason(implementation: Implementation, operation: str, x: Activations) -> str | None:
+    """Return why an implementation cannot run `operation` on tensors like `x`; None if it can."""
     if implementation == "reference":
         return None
     if is_transformed():
-        return "torch.func and forward-mode differentiation work through the reference alone"
+        return "only the reference supports torch.func and forward-mode differentiation"
     if implementation == "triton":
-        return _triton_refusal(x)
+        return _triton_unsupported_reason(x)
     if implementation == "cpu":
-        return _cpu_refusal(x)
-    return _cuda_refusal(operation, x)
+        return _cpu_unsupported_reason(x)
+    return _cuda_unsupported_reason(operation, x)
 
 
-def _cpu_refusal(x: Tensor) -> str | None:
-    if native.ABSENT is not None:
-        return native.ABSENT
+def _cpu_unsupported_reason(x: Activations) -> str | None:
+    if native.UNAVAILABLE_REASON is not None:
+        return native.UNAVAILABLE_REASON
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on a CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"its kernels take float32 and bfloat16, got {x.dtype}"
+        return f"its kernels support float32 and bfloat16, got {x.dtype}"
     return None
 
 
-def _cuda_refusal(operation: str, x: Tensor) -> str | None:
-    if native.ABSENT is not None:
-        return native.ABSENT
+def _cuda_unsupported_reason(operation: str, x: Activations) -> str | None:
+    if native.UNAVAILABLE_REASON is not None:
+        return native.UNAVAILABLE_REASON
     cross_entropy = operation == "linear_cross_entropy"
     kernels = ["cross_entropy"] if cross_entropy else [f"{operation}_forward", f"{operation}_backward"]
-    if not all(native.runs(f"cuda_{kernel}", x.device) for kernel in kernels):
+    if not all(native.has_kernel(f"cuda_{kernel}", x.device) for kernel in kernels):
         reason = cuda_build.unsupported_reason(operation)
         return reason or f"the tensors are on {x.device}, not on a GPU"
     if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
-        return f"its kernels take {'' if operation == 'attention' else 'float32, '}bfloat16 and float16, got {x.dtype}"
+        known = f"{'' if operation == 'attention' else 'float32, '}bfloat16 and float16"
+        return f"its kernels support {known}, got {x.dtype}"
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
     return cuda_build.unsupported_gpu_reason(operation, x.device)
 
 
-def _triton_refusal(x: Tensor) -> str | None:
+def _triton_unsupported_reason(x: Activations) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed: pip install triton"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels take float32, bfloat16 and float16, got {x.dtype}"
+        return f"its kernels support float32, bfloat16 and float16, got {x.dtype}"
     if not x.is_cuda:
         return None if x.device.type == "cpu" and _INTERPRETED else f"the tensors are on {x.device}, not on a GPU"
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
-    if torch.compiler.is_compiling():  # where no one can ask the GPU, and the compiler has a bound of its own
+    if torch.compiler.is_compiling():  # the GPU cannot be queried, and the compiler has its own minimum
         return None
-    return _too_old(torch.cuda.get_device_capability(x.device))
+    return _old_gpu_reason(torch.cuda.get_device_capability(x.device))
 
 
-def _too_old(capability: tuple[int, int]) -> str | None:
-    return (
-        None
-        if capability >= (8, 0)
-        else "its kernels need a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
-    )
+def _old_gpu_reason(capability: tuple[int, int]) -> str | None:
+    if capability >= (8, 0):
+        return None
+    return "its kernels require a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
 
 
-def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that PyTorch would multiply these in: autocast's where that is on, else their own."""
+def gemm_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which PyTorch multiplies these: autocast's if it is enabled, else their common dtype."""
     return autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)

@@ -1,21 +1,21 @@
-"""Dropout as a function: whether an element is kept follows from (seed, operation, the token's own identity).
+"""Dropout as a function: whether an element is kept is a function of (seed, operation, the token's RNG coordinates).
 
 A mask element is one byte of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-It is kept where byte >= t8 = round(256 p) and scaled by 256 / (256 - t8), so the expectation is exact. A token's
-identity is the number of its sequence in the run and its position there: masks do not depend on packing, padding,
-accumulation, rank or implementation, and the backward pass can compute them again instead of storing them.
+It is kept if byte >= t8 = round(256 p) and then scaled by 256 / (256 - t8), so that the expectation is exact. The RNG
+coordinates of a token are the id of its sequence, which is unique in a run, and its position in the sequence. So masks
+do not depend on packing, padding, accumulation, rank or implementation, and the backward pass recomputes them.
 
-Counters (c0, c1, c2, c3), key = the 64-bit seed, n = sequence number, word = operation << 8 (| head):
+The key is the 64-bit seed. Counters (c0, c1, c2, c3) with n = sequence id and word = operation << 8 (| head):
 
 - hidden activations: (column // 16, position, n, word), byte column % 16;
-- attention: query i and key j share a call in groups of 4 x 4 that fit a matrix unit's registers, transposed or not:
-  (key group, query group, n, word) with group(x) = (x >> 4) * 4 + ((x >> 1) & 3),
-  32-bit word 2 * ((i >> 3) & 1) + ((j >> 3) & 1), byte 2 * (i & 1) + (j & 1) of it.
+- attention: a call covers groups of 4 x 4 pairs of query i and key j, chosen to match the registers of a tensor core,
+  transposed or not: (key group, query group, n, word) with group(x) = (x >> 4) * 4 + ((x >> 1) & 3),
+  32-bit word 2 * ((i >> 3) & 1) + ((j >> 3) & 1), and in that word byte 2 * (i & 1) + (j & 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,15 +26,15 @@ from bertfast.runtime.torch_compat import is_transformed
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK = 1 << 17  # counters worked on at a time: enough for several cores, few enough for their cache
+_CHUNK = 1 << 17  # counters that are processed at a time: enough for several cores, few enough for their caches
 
-# The operations that drop, in the order that numbers them within a layer.
+# The operations with dropout; an operation's id follows from this order.
 _SITES = ("attention", "attention_output", "output")
 _OUTSIDE = ("embeddings", "classifier")
 
 
-def operation_number(site: str, layer: int | None = None) -> int:
-    """Number of the operation at `site`: "embeddings", "classifier", or with a layer one of that layer's three."""
+def operation_id(site: str, layer: int | None = None) -> int:
+    """Return the id of the operation at `site`: "embeddings", "classifier", or with a layer one of `_SITES`."""
     if layer is None:
         return _OUTSIDE.index(site)
     return len(_OUTSIDE) + len(_SITES) * layer + _SITES.index(site)
@@ -42,23 +42,23 @@ def operation_number(site: str, layer: int | None = None) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """One operation's dropout over a set of tokens.
+    """The dropout of one operation over a set of tokens.
 
     Attributes:
-        p: probability of dropping, in [0, 1).
-        seed: int64 [] on the tokens' device, taken as 64 bits.
-        operation: see `operation_number`.
-        sequence_number: int64 [T], number in the run of each token's sequence.
-        position: int64 [T], each token's position in its sequence.
+        p: Probability of dropping an element, in [0, 1).
+        seed: int64 [] on the tokens' device, used as 64 bits.
+        operation: See `operation_id`.
+        sequence_ids: int64 [T], id of each token's sequence, unique in the run.
+        positions: int64 [T], each token's position in its sequence.
     """
 
     p: float
     seed: Tensor
     operation: int
-    sequence_number: Tensor
-    position: Tensor
+    sequence_ids: Tensor
+    positions: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise ValueError(f"the dropout probability must be in [0, 1), got {self.p}")
 
@@ -69,32 +69,34 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What kept elements are multiplied by."""
+        """The factor of kept elements."""
         return 256 / (256 - self.threshold)
 
     @property
-    def word(self) -> int:
-        """The last word of the counter, before a head is added."""
+    def counter_word(self) -> int:
+        """The last word of the counter; attention adds the head."""
         return self.operation << 8
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draw a seed for dropout from torch's generator: int64 [], replayed with it by activation checkpointing."""
+    """Draw a seed, int64 [], from torch's generator, whose state activation checkpointing restores."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def as_dropout(
     operation: str, dropout: Dropout | float | None, coordinates: Callable[[], tuple[Tensor, Tensor]], x: Tensor
 ) -> Dropout | None:
-    """Return what an operator was given as `dropout`; of a probability, dropout with a seed of its own.
+    """Return an operator's `dropout` argument as a `Dropout`; a probability gets a new seed.
 
     Args:
         operation: Name of the operator, for the message.
-        coordinates: Called for a probability: the tokens' (sequence ids, positions), int64 [T] each.
-        x: On whose device the seed is drawn, from torch's generator there.
+        dropout: The argument.
+        coordinates: Called for a probability: returns (sequence ids, positions), int64 [T] each.
+        x: The seed is drawn on its device.
 
     Raises:
-        TypeError: It is neither; ValueError: a probability is outside of [0, 1).
+        TypeError: `dropout` is neither a probability, a `Dropout` nor None.
+        ValueError: The probability is not in [0, 1).
     """
     if dropout is None or isinstance(dropout, Dropout):
         return dropout
@@ -107,63 +109,75 @@ def as_dropout(
 
 
 def row_coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the RNG coordinates (sequence ids, positions) of rows [T, …] that are one sequence, int64 [T] each."""
+    """Return (sequence ids, positions), int64 [T] each, of rows [T, …] that are one sequence."""
     positions = torch.arange(x.shape[0], device=x.device)
     return torch.zeros_like(positions), positions
 
 
-def from_kernel_arguments(
-    seed: Tensor | None, sequence_number: Tensor | None, position: Tensor | None, word: int, threshold: int
-) -> Dropout | None:
-    """Return the dropout of which `kernel_arguments` are these."""
-    if seed is None:
-        return None
-    return Dropout(threshold / 256, seed, word >> 8, sequence_number, position)
+KernelArguments = tuple[Tensor | None, Tensor | None, Tensor | None, int, int]
+"""Dropout as the kernels take it: (seed, sequence ids, positions, counter word, threshold)."""
 
 
-def kernel_arguments(dropout: Dropout | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
-    """What a kernel on activations is told: (seed, sequence_number, position, word, threshold), or nothing to drop."""
+def kernel_arguments(dropout: Dropout | None) -> KernelArguments:
+    """Return the arguments of a kernel on activations; without dropout, no tensors and zeros."""
     if dropout is None or dropout.p == 0:
         return None, None, None, 0, 0
-    return dropout.seed, dropout.sequence_number, dropout.position, dropout.word, dropout.threshold
+    return dropout.seed, dropout.sequence_ids, dropout.positions, dropout.counter_word, dropout.threshold
+
+
+def from_kernel_arguments(
+    seed: Tensor | None, sequence_ids: Tensor | None, positions: Tensor | None, counter_word: int, threshold: int
+) -> Dropout | None:
+    """Return the dropout with these `kernel_arguments`."""
+    if seed is None or sequence_ids is None or positions is None:
+        return None
+    return Dropout(threshold / 256, seed, counter_word >> 8, sequence_ids, positions)
 
 
 @dataclass(frozen=True, eq=False)
 class RngCoordinates:
-    """RNG coordinates of a batch's tokens, from which each operation of a model computes its dropout mask.
+    """The RNG coordinates of a batch's tokens, from which each operation of a model computes its dropout mask.
 
-    Attributes: see `Dropout`.
+    Attributes:
+        seed: See `Dropout`.
+        sequence_ids: See `Dropout`.
+        positions: See `Dropout`.
     """
 
     seed: Tensor
-    sequence_number: Tensor
-    position: Tensor
+    sequence_ids: Tensor
+    positions: Tensor
 
     def at(self, rows: Tensor) -> RngCoordinates:
         """Return the coordinates of the tokens at `rows` (int64 [R])."""
-        return replace(self, sequence_number=self.sequence_number[rows], position=self.position[rows])
+        return replace(self, sequence_ids=self.sequence_ids[rows], positions=self.positions[rows])
 
     def dropout(self, p: float, site: str, layer: int | None = None) -> Dropout | None:
-        """Dropout at one site of the model; None where nothing is dropped."""
+        """Return the dropout of the operation at a site of the model (see `operation_id`); None if p is 0."""
         if p == 0:
             return None
-        return Dropout(p, self.seed, operation_number(site, layer), self.sequence_number, self.position)
+        return Dropout(p, self.seed, operation_id(site, layer), self.sequence_ids, self.positions)
 
 
 @torch.no_grad()
-def philox(counter: tuple, seed: Tensor) -> Tensor:
-    """Philox4x32-10 of a counter of four broadcastable int64 tensors or ints below 2**32 -> uint8 [..., 16].
+def philox(counter: Sequence[Tensor | int], seed: Tensor) -> Tensor:
+    """Compute Philox4x32-10.
 
-    Bytes run from the lowest of word 0 to the highest of word 3.
+    Args:
+        counter: Four int64 tensors or ints below 2**32, which broadcast.
+        seed: int64 [], the key.
+
+    Returns:
+        uint8 [..., 16], from the lowest byte of word 0 to the highest of word 3.
     """
     device = seed.device
-    counter = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
-    shape = counter[0].shape
-    flat = [c.reshape(-1) for c in counter]
+    words = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter))
+    shape = words[0].shape
+    flat = [c.reshape(-1) for c in words]
     rounds = torch.arange(10, device=device)
     low, high = (((word & _WORD) + rounds * step) & _WORD for word, step in zip((seed, seed >> 32), _WEYL, strict=True))
     keys = list(zip(low.unbind(), high.unbind(), strict=True))
-    if is_transformed():  # a seed that vmap batches cannot be written into counters that it does not
+    if is_transformed():  # under vmap, a batched seed cannot be written in place into counters that are not batched
         flat = [c + (seed & 0) for c in flat]
     out = flat[0].new_empty(flat[0].numel(), 4, dtype=torch.int32)
     for start in range(0, len(out), _CHUNK):
@@ -172,8 +186,8 @@ def philox(counter: tuple, seed: Tensor) -> Tensor:
 
 
 def _philox_rounds(c: list[Tensor], keys: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    # Multiplicands are below 2**32, so 64-bit products are exact; signed or not, bits 32..63 are the high word once
-    # masked. c[1] and c[3] keep garbage above bit 31, which the mask after the exclusive or clears.
+    # Factors are below 2**32, so the low 64 bits of their product are exact, signed or not, and bits 32 … 63 are the
+    # high word after masking. c[1] and c[3] keep bits above 31, which the mask after the exclusive or clears.
     for key0, key1 in keys:
         a, b = c[0].mul_(_MULTIPLIERS[0]), c[2].mul_(_MULTIPLIERS[1])
         high_b = (b >> 32).bitwise_xor_(c[1]).bitwise_xor_(key0).bitwise_and_(_WORD)
@@ -184,47 +198,61 @@ def _philox_rounds(c: list[Tensor], keys: list[tuple[Tensor, Tensor]], out: Tens
 
 
 def hidden_keep(dropout: Dropout, columns: int) -> Tensor:
-    """Which elements of activations [T, columns] are kept: bool of that shape."""
+    """Return which elements of activations [T, columns] are kept, bool [T, columns]."""
     groups = torch.arange(-(-columns // 16), device=dropout.seed.device)
-    counter = (groups, dropout.position[:, None], dropout.sequence_number[:, None], dropout.word)
+    counter = (groups, dropout.positions[:, None], dropout.sequence_ids[:, None], dropout.counter_word)
     return philox(counter, dropout.seed).flatten(1)[:, :columns] >= dropout.threshold
 
 
-def attention_keep(dropout: Dropout, number, heads: int, keys: int, queries: range) -> Tensor:
-    """Which probabilities of a sequence are kept: bool [heads, len(queries), keys].
+def attention_keep(dropout: Dropout, sequence_ids: Tensor | int, heads: int, keys: int, queries: range) -> Tensor:
+    """Return which attention probabilities of one sequence, or of several of one length, are kept.
 
-    `number` is the sequence's (int or int64 []); `queries` the positions that ask. Sequences of one length can be asked
-    for at once: numbers int64 [S] give bool [S, heads, len(queries), keys].
+    Args:
+        dropout: The operation's; its sequence ids and positions are not read.
+        sequence_ids: int64 [] or [S].
+        heads: Number of heads.
+        keys: Number of keys, which start at position 0.
+        queries: Positions of the queries.
+
+    Returns:
+        bool [heads, len(queries), keys], or [S, heads, len(queries), keys].
     """
     device = dropout.seed.device
-    number = torch.as_tensor(number, device=device)
+    ids = torch.as_tensor(sequence_ids, device=device)
     first, last = queries.start // 16, -(-queries.stop // 16)
     rows, columns = last - first, -(-keys // 16)
     key_groups = torch.arange(4 * columns, device=device)
     query_groups = torch.arange(4 * first, 4 * last, device=device)[:, None]
-    word = dropout.word + torch.arange(heads, device=device)[:, None, None]
-    octets = philox((key_groups, query_groups, number[..., None, None, None], word), dropout.seed)
-    # The bytes of keys 2 b and 2 b + 1 stay together, as 16 bits, on their way to rows of i and columns of j:
+    word = dropout.counter_word + torch.arange(heads, device=device)[:, None, None]
+    octets = philox((key_groups, query_groups, ids[..., None, None, None], word), dropout.seed)
+    # Rearrange the bytes of calls into rows of queries i and columns of keys j. The bytes of keys 2 b and 2 b + 1 stay
+    # adjacent, as 16 bits. Dimensions of `pairs`:
     # [sequence and head, i >> 4, (i >> 1) & 3, j >> 4, (j >> 1) & 3, i >> 3 & 1, j >> 3 & 1, i & 1]
-    pairs = octets.view(torch.int16).view(number.numel() * heads, rows, 4, columns, 4, 2, 2, 2)
-    tiles = pairs.permute(0, 1, 5, 2, 7, 3, 6, 4).reshape(*number.shape, heads, 16 * rows, 8 * columns)
+    pairs = octets.view(torch.int16).view(ids.numel() * heads, rows, 4, columns, 4, 2, 2, 2)
+    tiles = pairs.permute(0, 1, 5, 2, 7, 3, 6, 4).reshape(*ids.shape, heads, 16 * rows, 8 * columns)
     start = queries.start - 16 * first
     return tiles.view(torch.uint8)[..., start : start + len(queries), :keys] >= dropout.threshold
 
 
 def attention_keep_at(dropout: Dropout, sequence_ids: Tensor, heads: int, keys: int, positions: Tensor) -> Tensor:
-    """Return which probabilities of one query per sequence are kept: bool [S, heads, keys].
+    """Return which probabilities of one query per sequence are kept.
 
     Row s equals `attention_keep(dropout, sequence_ids[s], heads, keys, range(i, i + 1))` for i = positions[s].
 
     Args:
+        dropout: The operation's; its sequence ids and positions are not read.
         sequence_ids: int64 [S].
+        heads: Number of heads.
+        keys: Number of keys, which start at position 0.
         positions: int64 [S], the query's position in each sequence.
+
+    Returns:
+        bool [S, heads, keys].
     """
     device = dropout.seed.device
     key, query = torch.arange(keys, device=device), positions[:, None, None]
     # Group and byte of query i and key j in the counter, as this module's docstring says.
-    word = dropout.word + torch.arange(heads, device=device)[:, None]
+    word = dropout.counter_word + torch.arange(heads, device=device)[:, None]
     key_groups = torch.arange(4 * -(-keys // 16), device=device)
     octets = philox((key_groups, _group(query), sequence_ids[:, None, None], word), dropout.seed)
     byte = 8 * ((query >> 3) & 1) + 4 * ((key >> 3) & 1) + 2 * (query & 1) + (key & 1)  # [S, 1, keys]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, run
+from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.index_checks import check_below
@@ -19,11 +19,13 @@ _ROWS = {
     "beta": "floating [hidden]",
 }
 _IDS = {"token_type_ids": "integer [tokens]", "position_ids": "integer [tokens]"}
-_ARGUMENTS = Arguments("embed", token_ids="integer [tokens]", **_IDS, word="floating [vocabulary, hidden]", **_ROWS)
-_EMBEDDED_ARGUMENTS = Arguments("embed", **_IDS, word="floating [tokens, hidden]", **_ROWS)
+_ARGUMENTS = Arguments(
+    "embeddings", token_ids="integer [tokens]", **_IDS, word="floating [vocabulary, hidden]", **_ROWS
+)
+_EMBEDDED_ARGUMENTS = Arguments("embeddings", **_IDS, word="floating [tokens, hidden]", **_ROWS)
 
 
-def embed(
+def embeddings(
     token_ids: Tensor | None,
     token_type_ids: Tensor,
     position_ids: Tensor,
@@ -56,19 +58,19 @@ def embed(
         IndexError: An index is outside of its table, on a CPU. On a GPU that is not checked: it would wait for the
             device.
     """
-    dropout = as_dropout("embed", dropout, lambda: row_coordinates(token_type_ids), token_type_ids)
+    dropout = as_dropout("embeddings", dropout, lambda: row_coordinates(token_type_ids), token_type_ids)
     tensors = (token_type_ids, position_ids, word, position, token_type, gamma, beta)
     if token_ids is None:
         _EMBEDDED_ARGUMENTS.check(*tensors, dropout=dropout)
     else:
         _ARGUMENTS.check(token_ids, *tensors, dropout=dropout)
     arguments = (token_ids, *tensors, eps)
-    implementation = choose("embed", implementation, word, float64_among(position, token_type, gamma, beta))
+    implementation = resolve("embeddings", implementation, word, float64_reason(position, token_type, gamma, beta))
     if implementation == "reference":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
-        return reference.embed(*arguments, dropout, padding_index)
+        return reference.embeddings(*arguments, dropout, padding_index)
     try:
-        return run(Embed, implementation, *arguments, padding_index, *kernel_arguments(dropout))
+        return run(Embeddings, implementation, *arguments, padding_index, *kernel_arguments(dropout))
     except RuntimeError as error:
         failure = error
     # The compiled library checks indices as it reads them, where a check of its own would double the time of a short
@@ -87,12 +89,12 @@ def _check_indices(
     token_type: Tensor,
 ) -> None:
     if token_ids is not None:
-        check_below("embed", "token_ids", token_ids, len(word), "word")
-    check_below("embed", "token_type_ids", token_type_ids, len(token_type), "token_type")
-    check_below("embed", "position_ids", position_ids, len(position), "position")
+        check_below("embeddings", "token_ids", token_ids, len(word), "word")
+    check_below("embeddings", "token_type_ids", token_type_ids, len(token_type), "token_type")
+    check_below("embeddings", "position_ids", position_ids, len(position), "position")
 
 
-class Embed(torch.autograd.Function):
+class Embeddings(torch.autograd.Function):
     """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
 
     @staticmethod
@@ -102,29 +104,29 @@ class Embed(torch.autograd.Function):
     ):  # fmt: skip
         inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
         ctx.implementation = implementation
-        y, mean, rstd = launcher(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
-        *identity, ctx.word, ctx.threshold = dropout
+        y, mean, rstd = operator(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
+        *coordinates, ctx.counter_word, ctx.threshold = dropout
         ctx.padding_index, ctx.eps = padding_index, eps
-        ctx.save_for_backward(*inputs, beta, mean, rstd, *identity)
+        ctx.save_for_backward(*inputs, beta, mean, rstd, *coordinates)
         return y
 
     @staticmethod
     def backward(ctx, d_y):
-        *inputs, gamma, beta, mean, rstd, seed, number, place = ctx.saved_tensors
-        identity = (seed, number, place, ctx.word, ctx.threshold)
+        *inputs, gamma, beta, mean, rstd, seed, sequence_ids, positions = ctx.saved_tensors
+        rng = (seed, sequence_ids, positions, ctx.counter_word, ctx.threshold)
         if must_be_differentiable():
             *tables, token_ids, token_type_ids, position_ids = inputs
-            dropout = from_kernel_arguments(*identity)
+            dropout = from_kernel_arguments(*rng)
 
             def definition(*parameters: Tensor) -> Tensor:
                 ids = token_ids, token_type_ids, position_ids
-                return reference.embed(*ids, *parameters, ctx.eps, dropout, ctx.padding_index)
+                return reference.embeddings(*ids, *parameters, ctx.eps, dropout, ctx.padding_index)
 
             needs_grad = ctx.needs_input_grad[4:9]
             gradients = reference_gradients(definition, (*tables, gamma, beta), needs_grad, [d_y])
             return *[None] * 4, *gradients, *[None] * 7
-        *tables, sums = launcher(ctx.implementation, "embed_backward")(
-            d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *identity
+        *tables, sums = operator(ctx.implementation, "embed_backward")(
+            d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *rng
         )
         d_gamma, d_beta = sums
         return *[None] * 4, *tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, launcher, run
+from bertfast.ops.dispatch import Implementation, operator, resolve, run
 from bertfast.ops.index_checks import check_below
 from bertfast.runtime.torch_compat import is_batched, is_transformed
 
@@ -35,7 +35,7 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
         raise TypeError("gather: no tensor to read rows of: gather(rows, x)")
     _ARGUMENTS.check(rows, *tensors)
     check_below("gather", "rows", rows, len(tensors[0]), "tensors[0]")
-    chosen = {choose("gather", implementation, x) for x in tensors}
+    chosen = {resolve("gather", implementation, x) for x in tensors}
     if is_transformed():  # `Gather` has no rules for transforms
         return tuple(x.index_select(0, rows) for x in tensors)
     return run(Gather, "reference" if len(chosen) > 1 else chosen.pop(), rows, *tensors)
@@ -84,7 +84,7 @@ class SumByIndex(torch.autograd.Function):
 def _sum_by_index(implementation: str, rows: Tensor, tokens: int, *values: Tensor) -> tuple[Tensor, ...]:
     """Return the sum of the values [R, H] at each row [T, H]; half precisions are summed in fp32."""
     if implementation != "reference":
-        return tuple(launcher(implementation, "gather_backward")(rows, values, tokens))
+        return tuple(operator(implementation, "gather_backward")(rows, values, tokens))
     sums = []
     for x in values:
         total = x.new_zeros((tokens, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, float64_among, launcher, run
+from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 _ARGUMENTS = Arguments(
@@ -29,7 +29,7 @@ def gelu_layer_norm(
 ) -> Tensor:
     """LN(gelu(x + bias)): x [R, H] floating point; bias, gamma, beta [H] -> [R, H] in gamma's dtype."""
     _ARGUMENTS.check(x, bias, gamma, beta)
-    implementation = choose("gelu_layer_norm", implementation, x, float64_among(bias, gamma, beta))
+    implementation = resolve("gelu_layer_norm", implementation, x, float64_reason(bias, gamma, beta))
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
     return run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)
@@ -41,7 +41,7 @@ class GeluLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, implementation, x, bias, gamma, beta, eps):
         ctx.implementation, ctx.eps = implementation, eps
-        y, mean, rstd = launcher(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
+        y, mean, rstd = operator(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
         ctx.save_for_backward(x, bias, gamma, beta, mean, rstd)
         return y
 
@@ -51,6 +51,6 @@ class GeluLayerNorm(torch.autograd.Function):
         if must_be_differentiable():
             arguments = (x, bias, gamma, beta, ctx.eps)
             return None, *reference_gradients(reference.gelu_layer_norm, arguments, ctx.needs_input_grad[1:], [d_y])
-        d_x, sums = launcher(ctx.implementation, "gelu_layer_norm_backward")(d_y, x, bias, gamma, mean, rstd)
+        d_x, sums = operator(ctx.implementation, "gelu_layer_norm_backward")(d_y, x, bias, gamma, mean, rstd)
         d_gamma, d_beta, d_bias = sums
         return None, d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None

@@ -11,7 +11,7 @@ from bertfast.ops import (
     reference,
 )
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, choose, launcher, product_dtype, run
+from bertfast.ops.dispatch import Implementation, gemm_dtype, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.index_checks import check_below
 from bertfast.runtime.torch_compat import backward_retains_graph, is_batched, is_transformed
@@ -59,10 +59,12 @@ def linear_cross_entropy(
     else:
         _SOME_ROWS.check(hidden, weight, bias, rows, labels)
         check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
-    dtype = product_dtype(hidden, weight)
-    refusal = "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
+    dtype = gemm_dtype(hidden, weight)
+    unsupported = (
+        "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
+    )
     requested = implementation
-    implementation = choose("linear_cross_entropy", requested, hidden, None if hidden.is_cuda else refusal)
+    implementation = resolve("linear_cross_entropy", requested, hidden, None if hidden.is_cuda else unsupported)
     if implementation == "reference":
         check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
         if requested == "reference" or is_transformed():  # else what computes the same in less memory
@@ -84,7 +86,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if implementation == "reference":
             results = fallback.linear_cross_entropy_forward(*inputs, needs_grad)
         else:
-            results = launcher(implementation, "linear_cross_entropy_forward")(*inputs, needs_grad, dtype)
+            results = operator(implementation, "linear_cross_entropy_forward")(*inputs, needs_grad, dtype)
         loss, correct, counted, *gradients = results
         ctx.needs_grad, ctx.dtype = needs_grad, dtype
         ctx.save_for_backward(*gradients, *inputs)

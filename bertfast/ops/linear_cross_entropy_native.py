@@ -33,7 +33,7 @@ def _define(implementation: str) -> None:
     operation(linear_cross_entropy_forward, implementation)
 
 
-if native.ABSENT is None:
+if native.UNAVAILABLE_REASON is None:
     for _implementation in ("cpu", "cuda"):
         _define(_implementation)
 

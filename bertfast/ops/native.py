@@ -56,7 +56,7 @@ def _is_whole(path: Path) -> bool:
     return table + size * count <= path.stat().st_size
 
 
-ABSENT: str | None = _load()
+UNAVAILABLE_REASON: str | None = _load()
 """Why there is no compiled library; None where there is one."""
 
 _HAS = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -69,7 +69,7 @@ _KERNELS = {  # asked now: torch.compile would trace the question
 }
 
 
-def runs(kernel: str, device: torch.device) -> bool:
+def has_kernel(kernel: str, device: torch.device) -> bool:
     """Return whether the library has a kernel for tensors on such a device; see `cuda_build` for why not on a GPU."""
     return (kernel, device.type) in _KERNELS
 
@@ -86,7 +86,7 @@ def instruction_set() -> InstructionSet:
 
 def instruction_sets() -> list[InstructionSet]:
     """Those that the kernels can use on this processor; none without the library."""
-    if ABSENT is not None:
+    if UNAVAILABLE_REASON is not None:
         return []
     known = get_args(InstructionSet)
     return [name for number, name in enumerate(known) if torch.ops.bertfast.has_instruction_set(number)]
@@ -98,8 +98,8 @@ def use_instruction_set(name: InstructionSet) -> None:
     Raises:
         ValueError: there is no library or no such set, or the processor does not have it.
     """
-    if ABSENT is not None:
-        raise ValueError(f"instruction set {name!r}: {ABSENT}")
+    if UNAVAILABLE_REASON is not None:
+        raise ValueError(f"instruction set {name!r}: {UNAVAILABLE_REASON}")
     known = get_args(InstructionSet)
     if name not in known:
         raise ValueError(f"instruction set must be one of {', '.join(known)}, got {name!r}")

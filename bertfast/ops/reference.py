@@ -18,10 +18,10 @@ from bertfast.ops.dropout import Dropout, attention_keep, attention_keep_at, hid
 from bertfast.ops.sequences import Sequences
 from bertfast.runtime.torch_compat import autocast_dtype
 
-IGNORED = -100  # the label of a row that does not count
+IGNORE_INDEX = -100  # the label of a row that does not count
 
 
-def embed(
+def embeddings(
     token_ids: Tensor | None,
     token_type_ids: Tensor,
     position_ids: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast.ops.attention import HEAD_DIMENSIONS
-from bertfast.ops.dispatch import why_not
+from bertfast.ops.dispatch import unsupported_reason
 from bertfast.runtime.precision import half
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
@@ -76,7 +76,7 @@ def can_capture(config: ModelConfig, precision: str, device: torch.device) -> bo
     """
     if device.type != "cuda" or config.hidden_size // config.num_attention_heads not in HEAD_DIMENSIONS:
         return False
-    return why_not("triton", "attention", torch.empty(0, dtype=half(precision), device=device)) is None
+    return unsupported_reason("triton", "attention", torch.empty(0, dtype=half(precision), device=device)) is None
 
 
 def capture_for(model: CapturableModel, precision: str, *, enabled: bool) -> Capture | None:

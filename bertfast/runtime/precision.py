@@ -35,7 +35,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def has_bf16_gemm(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; a processor without them is many times slower in bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -48,7 +48,7 @@ def choose_precision(device: torch.device, wanted: Precision = "auto") -> Litera
     A GPU's bf16 is; on a CPU that is measured, once, in half a second.
     """
     if wanted == "auto":
-        return "bf16" if multiplies_bf16(device) and (device.type == "cuda" or _bf16_is_faster()) else "fp32"
+        return "bf16" if has_bf16_gemm(device) and (device.type == "cuda" or _bf16_is_faster()) else "fp32"
     if wanted not in ("fp32", *_HALVES):
         raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {wanted!r}")
     return wanted

@@ -23,7 +23,7 @@ from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.extensions import BertFeaturesForTokenClassification
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sequence_classification import label_to_id
@@ -137,7 +137,7 @@ class TokenClassificationTask(Task):
                 lengths.append(end - start + 2)
                 segments.append(Segment(sentence, words, positions))
                 if examples.tags is not None:
-                    targets = np.full(lengths[-1], IGNORED, np.int64)
+                    targets = np.full(lengths[-1], IGNORE_INDEX, np.int64)
                     targets[positions] = [ids_of_tags[examples.tags[sentence][word]] for word in words]
                     labels.append(targets)
         features = Features(

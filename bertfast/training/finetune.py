@@ -26,7 +26,7 @@ from bertfast.models.extensions import class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.initialise import initialise
 from bertfast.models.patch import require_packed
-from bertfast.ops.reference import IGNORED
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
@@ -311,7 +311,7 @@ class Finetuning:
             return self.task.loss(self.model, batch, self.items)
         labels = batch.arguments["labels"].flatten()
         logits = self.task.logits(self.model, batch).flatten(0, -2).float()
-        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum") / self.items
+        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum") / self.items
 
     def _report(self, bar: tqdm) -> None:
         if self.step % self.steps_per_read == 0:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from bertfast.runtime.precision import multiplies_bf16
+from bertfast.runtime.precision import has_bf16_gemm
 
 OptimizerName = Literal["adamw", "lamb", "muon"]
 
@@ -213,7 +213,7 @@ def _orthogonalised(x: Tensor, iterations: int = 5) -> Tensor:
     if x.shape[1] > x.shape[2]:
         return _orthogonalised(x.mT, iterations).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if multiplies_bf16(x.device):
+    if has_bf16_gemm(x.device):
         x = x.bfloat16()
     a, b, c = _QUINTIC
     for _ in range(iterations):

@@ -14,7 +14,7 @@ from bertfast.cli.main import main
 from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
-needs_library = pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
+needs_library = pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON))
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_report_names_the_library_and_the_implementation_of_each_operator(re
 
 
 def test_the_report_says_why_the_reference_runs(report, monkeypatch):
-    monkeypatch.setattr(native, "ABSENT", "the compiled library was not built")
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the compiled library was not built")
     facts, table = report()
     assert facts["library"] == "none: the compiled library was not built"
     assert table[1].split() == [ops.__all__[0], "reference", "reference"]
@@ -111,8 +111,8 @@ def two_problems(monkeypatch):
 def plant(monkeypatch, kernel):
     """Replace every forward kernel of bias_gelu by `kernel`."""
     module = sys.modules["bertfast.ops.bias_gelu"]
-    original = module.launcher
-    monkeypatch.setattr(module, "launcher", lambda *of: kernel if of[1].endswith("forward") else original(*of))
+    original = module.operator
+    monkeypatch.setattr(module, "operator", lambda *of: kernel if of[1].endswith("forward") else original(*of))
 
 
 def test_every_operator_is_checked_with_every_head_dimension():
@@ -130,7 +130,7 @@ def test_correct_kernels_pass(two_problems, capsys):
     assert f"torch {torch.__version__}" in out
     rows = [line for line in out.splitlines() if line.startswith(("bias_gelu", "gelu_layer_norm"))]
     assert all(row.endswith("  passed") for row in rows)
-    assert {row.split()[1] for row in rows} == {"reference"} | ({"cpu"} if native.ABSENT is None else set())
+    assert {row.split()[1] for row in rows} == {"reference"} | ({"cpu"} if native.UNAVAILABLE_REASON is None else set())
     assert f"{len(rows)} of {len(rows)} checks passed, 0 were not reached." in out
 
 
@@ -144,13 +144,13 @@ def test_the_copy_for_the_next_gemm_passes_in_every_precision(precision, capsys)
 def test_an_output_is_judged_in_its_own_dtype_next_to_a_lower_precision_copy(monkeypatch, capsys):
     """An fp32 output with the error of its bf16 copy must fail."""
     module = sys.modules["bertfast.ops.add_layer_norm"]
-    original = module.launcher
+    original = module.operator
 
     def inexact(*arguments):
         y, *rest = original("cpu", "add_layer_norm_forward")(*arguments)
         return y.bfloat16().to(y.dtype), *rest
 
-    monkeypatch.setattr(module, "launcher", lambda *of: inexact if of[1].endswith("forward") else original(*of))
+    monkeypatch.setattr(module, "operator", lambda *of: inexact if of[1].endswith("forward") else original(*of))
     assert main([*CHECK, "--only", "add_layer_norm", "copy", "cpu", "fp32"]) == 1
     assert "FAILED: output" in capsys.readouterr().out
 

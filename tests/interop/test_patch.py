@@ -664,7 +664,7 @@ NO_LIBRARY = "the compiled library was not built"
 def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformers(dtype, library, slots, monkeypatch):
     monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
     if not library:
-        monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
+        monkeypatch.setattr(native, "UNAVAILABLE_REASON", NO_LIBRARY)
     plain = live("BertForMaskedLM").to(dtype)
     model = copy.deepcopy(plain)
     bertfast.patch(model)
@@ -675,7 +675,7 @@ def test_without_fast_kernels_a_patched_model_runs_the_operations_of_transformer
 @pytest.mark.parametrize(("slots", "columns", "is_packed"), [(33, 11, True), (34, 11, False), (33, 12, False)])
 def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is_packed, monkeypatch):
     """A batch here has 3 rows and 11 columns."""
-    monkeypatch.setattr(native, "ABSENT", NO_LIBRARY)
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", NO_LIBRARY)
     monkeypatch.setattr(kernel_support, "MIN_SLOTS", slots)
     monkeypatch.setattr(kernel_support, "MIN_COLUMNS", columns)
     plain = live()
@@ -727,7 +727,7 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
         ),
         pytest.param(
             *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
-            marks=pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT)),
+            marks=pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON)),
         ),
         ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `kernel_support`
         ("cuda", (8, 0), torch.bfloat16, 64, None),

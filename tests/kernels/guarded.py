@@ -20,7 +20,7 @@ from helpers import INTERPRETED, KERNELS, dropout_over, normal
 from bertfast import ops
 from bertfast.ops import native
 from bertfast.ops.bias_gelu import LinearGelu
-from bertfast.ops.dispatch import launcher
+from bertfast.ops.dispatch import operator
 from bertfast.ops.dropout import Dropout
 from bertfast.ops.sequences import Sequences
 
@@ -37,7 +37,7 @@ def vector(size: int = HIDDEN) -> Tensor:
 
 def dropout(tokens: int = ROWS) -> Dropout:
     plain = dropout_over(Sequences.from_lengths([tokens]))
-    return Dropout(plain.p, guarded(plain.seed), 5, guarded(plain.sequence_number), guarded(plain.position))
+    return Dropout(plain.p, guarded(plain.seed), 5, guarded(plain.sequence_ids), guarded(plain.positions))
 
 
 def attention(lengths: list[int]) -> Callable[[], Tensor]:
@@ -89,11 +89,11 @@ def gelu_layer_norm() -> Tensor:
     return ops.gelu_layer_norm(rows(), vector(), vector(), vector(), 1e-12, implementation=KERNELS)
 
 
-def embed() -> Tensor:
+def embeddings() -> Tensor:
     ids = guarded(torch.tensor([6, 0, 6, 3, 1]))
     types = guarded(torch.tensor([0, 1, 1, 0, 1]))
     tables = rows(count=7), rows(count=8), rows(count=2)
-    return ops.embed(ids, types, ids, *tables, vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
+    return ops.embeddings(ids, types, ids, *tables, vector(), vector(), 1e-12, dropout(), implementation=KERNELS)
 
 
 def linear_cross_entropy() -> Tensor:
@@ -113,7 +113,7 @@ def gather() -> Tensor:
 
 
 def out_of_bounds() -> Tensor:
-    return launcher(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # the bias is too short
+    return operator(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # the bias is too short
 
 
 CASES = {
@@ -124,7 +124,7 @@ CASES = {
     "bias_gelu": bias_gelu,
     **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
-    **({"embed": embed} if KERNELS != "cuda" else {}),
+    **({"embeddings": embeddings} if KERNELS != "cuda" else {}),
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
     **({"gather": gather} if KERNELS == "triton" else {}),

@@ -5,7 +5,16 @@ from itertools import permutations
 
 import pytest
 import torch
-from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal, tf32x3_factor, with_half
+from helpers import (
+    DEVICE,
+    HIGHEST_PRECISION,
+    KERNELS,
+    compare_with_torch,
+    dropout_over,
+    normal,
+    tf32x3_factor,
+    with_half,
+)
 
 from bertfast import ops
 from bertfast.ops.dropout import attention_keep
@@ -33,7 +42,7 @@ def inputs(sequences, heads=2, head_dimension=32, dtype=torch.float64):
     return normal(sequences.capacity, 3, heads, head_dimension, dtype=dtype, device=DEVICE)
 
 
-def compare(sequences, dtype=FINEST, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
+def compare(sequences, dtype=HIGHEST_PRECISION, p=0.0, heads=2, head_dimension=32, qkv=None, **options):
     compare_with_torch(
         lambda x: attend(x, sequences, p, **options),
         lambda x: attend(x, sequences, p, "reference", **options),
@@ -53,7 +62,7 @@ def output_and_gradient(qkv, sequences, p=0.0, **options):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("head_dimension", [32, 64, 128])
-@pytest.mark.parametrize("dtype", [FINEST, BF16], ids=["finest", "bf16"])
+@pytest.mark.parametrize("dtype", [HIGHEST_PRECISION, BF16], ids=["highest", "bf16"])
 def test_is_as_accurate_as_the_reference(lengths, head_dimension, dtype):
     for p in (0.0, 0.3):
         compare(layout(lengths), dtype, p, 1, head_dimension)
@@ -92,9 +101,9 @@ def test_mask_is_bitwise_identical_to_the_reference(length):
     slots = torch.arange(2, 2 + length, device=DEVICE)
     for first in range(0, length, 128):
         keys = torch.arange(first, min(first + 128, length), device=DEVICE)
-        identity = torch.zeros(sequences.capacity, 2, 128, dtype=FINEST, device=DEVICE)
+        identity = torch.zeros(sequences.capacity, 2, 128, dtype=HIGHEST_PRECISION, device=DEVICE)
         identity[2 + keys, :, keys - first] = 1
-        qkv = torch.zeros(sequences.capacity, 3, 2, 128, dtype=FINEST, device=DEVICE)
+        qkv = torch.zeros(sequences.capacity, 3, 2, 128, dtype=HIGHEST_PRECISION, device=DEVICE)
         qkv[:, 2] = identity
         qkv.requires_grad_()
         o = attend(qkv, sequences, 0.3)
@@ -118,7 +127,7 @@ def test_scores_far_below_zero(lengths, p):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 9}], ids=["all", "causal", "window"])
 def test_nan_does_not_leak_between_sequences(options):
     sequences = layout([40, 70, 150, 20])
-    clean = inputs(sequences, 1, dtype=FINEST).detach()
+    clean = inputs(sequences, 1, dtype=HIGHEST_PRECISION).detach()
     with_nan = clean.clone()
     with_nan[40:110] = math.nan
     with_nan[sequences.num_tokens :] = math.nan
@@ -135,7 +144,7 @@ def test_nan_does_not_leak_between_sequences(options):
 @pytest.mark.parametrize("padding", [1, 300])
 def test_padding_slots_are_zero(lengths, padding):
     sequences = layout(lengths, padding)
-    for result in output_and_gradient(inputs(sequences, dtype=FINEST), sequences, 0.3):
+    for result in output_and_gradient(inputs(sequences, dtype=HIGHEST_PRECISION), sequences, 0.3):
         assert torch.equal(result[sequences.num_tokens :], torch.zeros_like(result[sequences.num_tokens :]))
 
 
@@ -143,13 +152,13 @@ def test_padding_slots_are_zero(lengths, padding):
 @pytest.mark.parametrize("padding", [0, 5])
 def test_no_tokens(lengths, padding):
     sequences = layout(lengths, padding)
-    for result in output_and_gradient(inputs(sequences, dtype=FINEST), sequences):
+    for result in output_and_gradient(inputs(sequences, dtype=HIGHEST_PRECISION), sequences):
         assert torch.equal(result, torch.zeros_like(result))
 
 
 def test_a_sequence_does_not_depend_on_its_position_in_the_batch():
     lengths, sequence_ids = [5, 150, 33], [7, 11, 2]
-    qkv = inputs(layout(lengths, 0), dtype=FINEST).detach().split(lengths)
+    qkv = inputs(layout(lengths, 0), dtype=HIGHEST_PRECISION).detach().split(lengths)
     alone = [
         output_and_gradient(x, layout([len(x)], 0, sequence_ids=[sequence_id], max_seqlen_bound=150))[0]
         for x, sequence_id in zip(qkv, sequence_ids, strict=True)
@@ -162,12 +171,12 @@ def test_a_sequence_does_not_depend_on_its_position_in_the_batch():
 
 def test_tokens_may_have_any_stride_and_gradients_be_expanded():
     sequences = layout([20, 140])
-    dense = inputs(sequences, dtype=FINEST).detach()
+    dense = inputs(sequences, dtype=HIGHEST_PRECISION).detach()
     apart = torch.stack([dense, dense], 1)[:, 0]
     assert torch.equal(attend(apart, sequences), attend(dense, sequences))
     dense.requires_grad_()
     expanded = torch.autograd.grad(attend(dense, sequences).sum(), dense)[0]
-    ones = torch.ones(sequences.capacity, 2, 32, dtype=FINEST, device=DEVICE)
+    ones = torch.ones(sequences.capacity, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE)
     assert torch.equal(expanded, torch.autograd.grad(attend(dense, sequences), dense, ones)[0])
 
 
@@ -181,6 +190,6 @@ def test_is_bitwise_reproducible():
 def test_unsupported_inputs_are_refused_with_the_reason():
     sequences = layout([4], 0)
     with pytest.raises(ValueError, match="head dimensions of 32, 64 and 128, qkv has 20; pass implementation='ref"):
-        attend(inputs(sequences, head_dimension=20, dtype=FINEST), sequences)
+        attend(inputs(sequences, head_dimension=20, dtype=HIGHEST_PRECISION), sequences)
     with pytest.raises(ValueError, match="take a positive scale, got -1"):
-        attend(inputs(sequences, dtype=FINEST), sequences, scale=-1.0)
+        attend(inputs(sequences, dtype=HIGHEST_PRECISION), sequences, scale=-1.0)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from guard_page import guarded
-from helpers import DEVICE, FINEST, KERNELS, normal
+from helpers import DEVICE, HIGHEST_PRECISION, KERNELS, normal
 
 from bertfast import ops
-from bertfast.ops.dispatch import launcher
+from bertfast.ops.dispatch import operator
 from bertfast.ops.sequences import Sequences
 
 SEQUENCES = Sequences.from_lengths([20, 40], device=DEVICE)
 
 
-def qkv(dtype=FINEST, heads=2, dimension=32):
+def qkv(dtype=HIGHEST_PRECISION, heads=2, dimension=32):
     return normal(SEQUENCES.capacity, 3, heads, dimension, dtype=dtype, device=DEVICE).detach()
 
 
@@ -21,15 +21,15 @@ def rows(columns, dtype=torch.float32):
 
 
 def test_attention_supports_16_bit_types_only():
-    with pytest.raises(ValueError, match="no 'cuda' implementation here: its kernels take bfloat16 and float16"):
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available: its kernels support bfloat16 and"):
         ops.attention(qkv(torch.float32), SEQUENCES, implementation=KERNELS)
 
 
 def test_there_is_no_kernel_of_embed():
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     table = rows(32)
-    with pytest.raises(ValueError, match="no 'cuda' implementation here: there is no kernel of embed"):
-        ops.embed(ids, ids, ids, table, table, table, table[0], table[0], 1e-12, implementation=KERNELS)
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available: there is no kernel of embeddings"):
+        ops.embeddings(ids, ids, ids, table, table, table, table[0], table[0], 1e-12, implementation=KERNELS)
 
 
 def test_an_error_names_the_operation_and_its_shape():
@@ -59,7 +59,7 @@ def test_tensors_need_not_be_aligned(offset):
         ops.attention(dense, SEQUENCES, implementation=KERNELS),
     )
     x, bias = rows(64, torch.bfloat16), rows(64)[0]
-    forward = launcher(KERNELS, "bias_gelu_forward")
+    forward = operator(KERNELS, "bias_gelu_forward")
     assert torch.equal(forward(moved(x), bias, "none"), forward(x, bias, "none"))
 
 
@@ -72,9 +72,9 @@ def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound)
     starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     if DEVICE.type == "cpu":
         starts = guarded(starts)
-    x = normal(300, 3, 2, 32, dtype=FINEST, device=DEVICE).detach()
+    x = normal(300, 3, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
     arguments = (starts, unused_slots.sequence_ids, None, max_seqlen_bound, 0.1, False, None, None, 0, 0)
-    o, lse = launcher(KERNELS, "attention_forward")(x, *arguments)
-    d_x = launcher(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
+    o, lse = operator(KERNELS, "attention_forward")(x, *arguments)
+    d_x = operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
     assert not o.any()
     assert not d_x.any()

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import DEVICE, FINEST, KERNELS, compare_with_torch, dropout_over, normal
+from helpers import DEVICE, HIGHEST_PRECISION, KERNELS, compare_with_torch, dropout_over, normal
 
 from bertfast import ops
 from bertfast.ops.sequences import Sequences
@@ -26,9 +26,9 @@ def add_layer_norm(implementation):
     return lambda *x: ops.add_layer_norm(*x, 1e-12, dropout, implementation=implementation)
 
 
-def embed(implementation):
+def embeddings(implementation):
     dropout = dropout_over(Sequences.from_lengths([TOKENS], device=DEVICE))
-    return lambda *x: ops.embed(
+    return lambda *x: ops.embeddings(
         IDS % 5, IDS % 2, IDS, *x, 1e-12, dropout, padding_index=0, implementation=implementation
     )
 
@@ -50,13 +50,13 @@ def linear_cross_entropy(implementation):
 CASES = {
     "attention": (attention, [(TOKENS, 3, 2, 32)]),
     "add_layer_norm": (add_layer_norm, [(TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
-    "embed": (embed, [(5, HIDDEN), (TOKENS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)]),
+    "embeddings": (embeddings, [(5, HIDDEN), (TOKENS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)]),
     "bias_gelu": (bias_gelu, [(TOKENS, HIDDEN), (HIDDEN,)]),
     "gelu_layer_norm": (gelu_layer_norm, [(TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
     "linear_cross_entropy": (linear_cross_entropy, [(TOKENS, HIDDEN), (60, HIDDEN), (60,)]),
 }
 if KERNELS == "cuda":  # which has no CUDA C++ kernel
-    del CASES["embed"]
+    del CASES["embeddings"]
 
 of_each_operator = pytest.mark.parametrize("operator", CASES)
 
@@ -76,7 +76,7 @@ def inputs_of(shapes):
 
 
 def finest(operator):
-    return FINEST if operator == "attention" else torch.float32
+    return HIGHEST_PRECISION if operator == "attention" else torch.float32
 
 
 @of_each_operator

@@ -15,7 +15,7 @@ from bertfast.encoder.unpadding import Packed
 from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
-OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embed", "gelu_layer_norm", "linear_cross_entropy")
+OPERATIONS = ("attention", "add_layer_norm", "bias_gelu", "embeddings", "gelu_layer_norm", "linear_cross_entropy")
 DTYPE = torch.bfloat16 if KERNELS == "cuda" else torch.float32
 FALLBACK = "triton" if DEVICE.type == "cuda" else "cpu"  # for operations without a CUDA C++ kernel
 SIZES = {
@@ -29,14 +29,14 @@ SIZES = {
 
 
 @pytest.fixture
-def choose(monkeypatch):
+def resolve_to(monkeypatch):
     """A function that makes every operation run on an implementation."""
 
     def everywhere(implementation: str) -> None:
         for name in OPERATIONS:
-            chosen = FALLBACK if (name, implementation) == ("embed", "cuda") else implementation
+            chosen = FALLBACK if (name, implementation) == ("embeddings", "cuda") else implementation
             monkeypatch.setattr(
-                import_module(getattr(ops, name).__module__), "choose", lambda *_, chosen=chosen: chosen
+                import_module(getattr(ops, name).__module__), "resolve", lambda *_, chosen=chosen: chosen
             )
 
     return everywhere
@@ -67,12 +67,12 @@ def loss(model, batch, seed) -> torch.Tensor:
     return losses.masked_lm + losses.next_sentence
 
 
-def test_pretraining_is_as_accurate_as_the_reference(choose):
+def test_pretraining_is_as_accurate_as_the_reference(resolve_to):
     """Loss and gradients of all parameters, dropout on, on fewer rows in the last layer."""
     seed = torch.tensor(11, device=DEVICE)
     results = []
     for dtype, implementation in ((torch.float64, "reference"), (DTYPE, "reference"), (DTYPE, KERNELS)):
-        choose(implementation)
+        resolve_to(implementation)
         bert = model(dtype)
         value = loss(bert, batch([9, 3, 11]), seed)
         value.backward()
@@ -97,8 +97,8 @@ def test_pretraining_is_as_accurate_as_the_reference(choose):
         ),
     ],
 )
-def test_the_encoder_compiles_to_one_graph_for_any_number_of_tokens(choose, backend, tolerance):
-    choose(KERNELS)
+def test_the_encoder_compiles_to_one_graph_for_any_number_of_tokens(resolve_to, backend, tolerance):
+    resolve_to(KERNELS)
     bert = model().bert
     seed = torch.tensor(11, device=DEVICE)
 

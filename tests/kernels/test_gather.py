@@ -8,7 +8,7 @@ from helpers import DEVICE, compare_with_torch, normal
 
 from bertfast import ops
 from bertfast.kernels.contracts import CONTRACTS
-from bertfast.ops.dispatch import launcher
+from bertfast.ops.dispatch import operator
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 0, 1], device=DEVICE)
@@ -75,7 +75,7 @@ def test_no_rows():
 
 def test_fake_results_are_the_real_ones():
     values = [torch.ones(len(ROWS), 8, device=DEVICE, dtype=dtype) for dtype in (FLOAT, BF16)]
-    real = launcher("triton", "gather_backward")(ROWS, values, 9)
+    real = operator("triton", "gather_backward")(ROWS, values, 9)
     for a, b in zip(real, CONTRACTS["gather_backward"].fake(ROWS, values, 9), strict=True):
         assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 

@@ -45,13 +45,13 @@ CASES = {
     "gelu_layer_norm": lambda x: ops.gelu_layer_norm(
         x, vector(1), vector(2), vector(3), 1e-12, implementation=KERNELS
     ),
-    "embed": lambda table: ops.embed(
+    "embeddings": lambda table: ops.embeddings(
         *[torch.tensor([2, 0, 2], device=DEVICE)] * 3, table, table, table, vector(2), vector(3), 1e-12,
         implementation=KERNELS,
     ),
 }  # fmt: skip
 if KERNELS == "cuda":
-    del CASES["embed"]
+    del CASES["embeddings"]
 
 
 @pytest.mark.parametrize("operation", CASES)

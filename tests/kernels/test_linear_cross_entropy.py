@@ -8,7 +8,7 @@ from helpers import DEVICE, KERNELS, compare_with_torch, normal, under_autocast,
 
 from bertfast import ops
 from bertfast.ops import linear_cross_entropy_native
-from bertfast.ops.dispatch import launcher
+from bertfast.ops.dispatch import operator
 
 if KERNELS == "triton":
     from bertfast.kernels import linear_cross_entropy as triton_kernels
@@ -158,7 +158,7 @@ def test_without_rows_nothing_is_summed_by_index(monkeypatch):
 def test_gradients_that_are_not_needed_are_empty(which):
     arguments = [x.float().detach() for x in inputs(100)]
     needs_grad = [i == which for i in range(3)]
-    forward = launcher(KERNELS, "linear_cross_entropy_forward")
+    forward = operator(KERNELS, "linear_cross_entropy_forward")
     gradients = forward(arguments[0], ROWS, *arguments[1:], LABELS, needs_grad, FLOAT)[3:]
     assert [x.numel() > 0 for x in gradients] == needs_grad
     arguments[which].requires_grad_()

@@ -22,7 +22,7 @@ TOKENS = 37  # the size of no other dimension
 FLOAT, HALF = torch.float32, torch.bfloat16
 STREAMS = pytest.mark.parametrize("residual_dtype", [None, HALF], ids=["fp32", "bf16"])
 
-pytestmark = pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
+pytestmark = pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON))
 
 
 class Passes(TorchDispatchMode):

@@ -40,5 +40,5 @@ def test_what_does_not_fit_is_named(tensors, error, message):
 
 
 def test_dropout_must_know_as_many_tokens():
-    with pytest.raises(ValueError, match=r"operation: dropout.position must have shape \[2\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"operation: dropout.positions must have shape \[2\], got \[1\]"):
         OPERATION.check(X, BIAS, ROWS, dropout=Dropout(0.1, torch.tensor(1), 0, ROWS, ROWS[1:]))

@@ -162,7 +162,7 @@ def test_wrong_arguments_are_refused():
         ops.attention(qkv, sequences, window=-1)
     with pytest.raises(TypeError, match="window must be an integer or None, got float"):
         ops.attention(qkv, sequences, window=1.5)
-    with pytest.raises(ValueError, match=r"dropout.sequence_number must have shape \[5\], got \[6\]"):
+    with pytest.raises(ValueError, match=r"dropout.sequence_ids must have shape \[5\], got \[6\]"):
         ops.attention(qkv, sequences, dropout=dropout_over(Sequences.from_lengths([6])))
     with pytest.raises(ValueError, match="cu_seqlens is on meta"):
         ops.attention(qkv, sequences.to("meta"))

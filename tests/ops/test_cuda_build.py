@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast.ops import cuda_build, native
 from bertfast.ops.cuda_build import CudaBuild, runs_on
-from bertfast.ops.dispatch import choose
+from bertfast.ops.dispatch import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "build_support"))
 import cuda_toolkit
@@ -143,18 +143,18 @@ def test_a_gpu_runs_its_major_version_and_older_ptx(target, capability, runs):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """A tensor for a GPU whose library is the one of HERE, but with no operator registered that it lacks."""
-    monkeypatch.setattr(native, "ABSENT", None)
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", None)
     monkeypatch.setattr(cuda_build, "BUILD", HERE)
     monkeypatch.setattr(cuda_build, "_FOUND", (HERE, Path("_C.cuda.json")))
     monkeypatch.setattr(cuda_build, "driver_cuda_version", lambda: (13, 0))
-    monkeypatch.setattr(native, "runs", lambda kernel, device: device.type == "cuda" and "cross" not in kernel)
+    monkeypatch.setattr(native, "has_kernel", lambda kernel, device: device.type == "cuda" and "cross" not in kernel)
     with FakeTensorMode():
         yield torch.empty(4, 3, dtype=torch.bfloat16, device="cuda")
 
 
 def reason(operation, x) -> str:
-    with pytest.raises(ValueError, match="no 'cuda' implementation here") as refused:
-        choose(operation, "cuda", x)
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available") as refused:
+        resolve(operation, "cuda", x)
     return str(refused.value)
 
 
@@ -167,7 +167,7 @@ def test_a_refusal_says_why_a_source_was_not_built(on_gpu):
 def test_a_refusal_says_why_nothing_was_built(on_gpu, monkeypatch):
     nothing = CudaBuild(nvcc=None, reason="nvcc was not found: install it", architectures={}, missing={}, slow={})
     monkeypatch.setattr(cuda_build, "BUILD", nothing)
-    monkeypatch.setattr(native, "runs", lambda kernel, device: False)
+    monkeypatch.setattr(native, "has_kernel", lambda kernel, device: False)
     assert "the CUDA kernels were not built: nvcc was not found: install it" in reason("attention", on_gpu)
     assert cuda_build.summary() == "not built: nvcc was not found: install it"
 
@@ -176,7 +176,7 @@ def test_a_refusal_names_the_gpu_that_nothing_was_compiled_for(on_gpu, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "its kernels are compiled for sm_90a, this GPU is sm_100" in reason("attention", on_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose("attention", "cuda", on_gpu) == "cuda"
+    assert resolve("attention", "cuda", on_gpu) == "cuda"
 
 
 def test_a_driver_of_an_older_major_version_is_named(on_gpu, monkeypatch):

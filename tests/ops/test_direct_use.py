@@ -50,7 +50,7 @@ def calls(dropout):
     ids = torch.arange(TOKENS)
     yield ops.attention(qkv(), LENGTHS, dropout=dropout)
     yield ops.add_layer_norm(x, x, vector, vector, vector, 1e-12, dropout)
-    yield ops.embed(ids % 5, ids % 2, ids, x, x, x[:2], vector, vector, 1e-12, dropout)
+    yield ops.embeddings(ids % 5, ids % 2, ids, x, x, x[:2], vector, vector, 1e-12, dropout)
 
 
 def test_a_probability_draws_from_torchs_generator():
@@ -73,7 +73,9 @@ def test_a_probability_of_zero_is_no_dropout():
 def test_a_probability_drops_that_share_and_keeps_the_expectation():
     x, zeros = torch.ones(400, 500), torch.zeros(400, 500)
     ids = torch.arange(400)
-    y = ops.embed(ids, ids % 2, ids, x, zeros, zeros[:2], zeros[0], zeros[0] + 1, 1e-12, 0.3)  # LN gives beta, ones
+    y = ops.embeddings(
+        ids, ids % 2, ids, x, zeros, zeros[:2], zeros[0], zeros[0] + 1, 1e-12, 0.3
+    )  # LN gives beta, ones
     kept = (y != 0).float().mean().item()
     assert kept == pytest.approx(Dropout(0.3, ids[0], 0, ids, ids).scale ** -1, abs=0.01)
     assert y.mean().item() == pytest.approx(1, abs=0.01)

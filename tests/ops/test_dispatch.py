@@ -7,28 +7,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bertfast import ops
 from bertfast.ops import dispatch, native
-from bertfast.ops.dispatch import choose
+from bertfast.ops.dispatch import resolve
 
 X = normal(4, 3).detach()
 
 
 @pytest.fixture(autouse=True)
-def _as_if_the_library_were_here(monkeypatch):
-    monkeypatch.setattr(native, "ABSENT", None)
+def _library_is_available(monkeypatch):
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", None)
 
 
 def test_default_on_a_cpu_is_the_compiled_library_where_it_can():
-    assert choose("x", None, X.float()) == "cpu"
-    assert choose("x", None, X.bfloat16()) == "cpu"
-    assert choose("x", None, X) == choose("x", None, X.half()) == "reference"
-    assert choose("x", None, X.float(), "the head dimension is 20") == "reference"
+    assert resolve("x", None, X.float()) == "cpu"
+    assert resolve("x", None, X.bfloat16()) == "cpu"
+    assert resolve("x", None, X) == resolve("x", None, X.half()) == "reference"
+    assert resolve("x", None, X.float(), "the head dimension is 20") == "reference"
 
 
 def test_without_the_library_a_cpu_runs_the_reference(monkeypatch):
-    monkeypatch.setattr(native, "ABSENT", "the compiled library was not built")
-    assert choose("x", None, X.float()) == "reference"
-    with pytest.raises(ValueError, match="no 'cpu' implementation here: the compiled library was not built; pass im"):
-        choose("x", "cpu", X.float())
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the compiled library was not built")
+    assert resolve("x", None, X.float()) == "reference"
+    with pytest.raises(ValueError, match="implementation 'cpu' is not available: the compiled library was not"):
+        resolve("x", "cpu", X.float())
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
@@ -36,39 +36,40 @@ def test_default_on_a_gpu_is_triton_where_it_can(monkeypatch, capability, chosen
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         on_gpu = torch.empty(4, 3, device="cuda")
-        assert choose("x", None, on_gpu) == chosen
-        assert choose("x", None, on_gpu, "the head dimension is 20") == "reference"
-        assert choose("x", None, on_gpu.double()) == "reference"
-        assert choose("x", "reference", on_gpu) == "reference"
+        assert resolve("x", None, on_gpu) == chosen
+        assert resolve("x", None, on_gpu, "the head dimension is 20") == "reference"
+        assert resolve("x", None, on_gpu.double()) == "reference"
+        assert resolve("x", "reference", on_gpu) == "reference"
 
 
 def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="implementation must be one of reference, cpu, triton, cuda, got 'fast'"):
         ops.bias_gelu(X, X[0], implementation="fast")
-    with pytest.raises(ValueError, match="x: no 'triton' implementation here: its kernels take float32, bfloat16 and"):
-        choose("x", "triton", X)
-    with pytest.raises(ValueError, match="no 'cpu' implementation here: its kernels take float32 and bfloat16, got to"):
-        choose("x", "cpu", X)
+    with pytest.raises(ValueError, match="x: implementation 'triton' is not available: its kernels support float32"):
+        resolve("x", "triton", X)
+    with pytest.raises(ValueError, match="implementation 'cpu' is not available: its kernels support float32 and"):
+        resolve("x", "cpu", X)
     with FakeTensorMode(), pytest.raises(ValueError, match="the tensors are on cuda:0, not on a CPU"):
-        choose("x", "cpu", torch.empty(4, 3, device="cuda"))
+        resolve("x", "cpu", torch.empty(4, 3, device="cuda"))
     monkeypatch.setattr(dispatch, "_INTERPRETED", False)
-    with pytest.raises(ValueError, match="no 'triton' implementation here: the tensors are on cpu, not on a GPU"):
-        choose("x", "triton", X.float())
+    with pytest.raises(ValueError, match="implementation 'triton' is not available: the tensors are on cpu, not on"):
+        resolve("x", "triton", X.float())
     monkeypatch.setattr(dispatch, "_INTERPRETED", True)
-    with pytest.raises(ValueError, match="no 'triton' implementation here: the head dimension is 20"):
-        choose("x", "triton", X.float(), "the head dimension is 20")
+    with pytest.raises(ValueError, match="implementation 'triton' is not available: the head dimension is 20"):
+        resolve("x", "triton", X.float(), "the head dimension is 20")
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
-    with pytest.raises(ValueError, match="no 'triton' implementation here: Triton is not installed"):
-        choose("x", "triton", X.float())
+    with pytest.raises(ValueError, match="implementation 'triton' is not available: Triton is not installed"):
+        resolve("x", "triton", X.float())
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with (
         FakeTensorMode(),
         pytest.raises(
-            ValueError, match=r"its kernels need a GPU of sm_80 or later, this one is sm_75; pass implementation='ref"
+            ValueError,
+            match=r"its kernels require a GPU of sm_80 or later, this one is sm_75; pass implementation='r",
         ),
     ):
-        choose("x", "triton", torch.empty(4, 3, device="cuda"))
+        resolve("x", "triton", torch.empty(4, 3, device="cuda"))
 
 
 def test_reference_can_be_forced_everywhere():
@@ -78,7 +79,7 @@ def test_reference_can_be_forced_everywhere():
         ops.linear_gelu(X, X, X[:, 0], implementation="reference"),
         ops.gelu_layer_norm(X, X[0], X[1], X[2], 1e-12, implementation="reference"),
         ops.add_layer_norm(X, X, None, X[1], X[2], 1e-12, implementation="reference"),
-        ops.embed(index, index, index, X, X, X, X[1], X[2], 1e-12, implementation="reference"),
+        ops.embeddings(index, index, index, X, X, X, X[1], X[2], 1e-12, implementation="reference"),
         ops.linear_cross_entropy(X, index, X, X[:, 0], index, implementation="reference")[0],
     ]
     assert all(result.isfinite().all() for result in results)

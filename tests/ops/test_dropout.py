@@ -11,7 +11,7 @@ from bertfast.ops.dropout import (
     attention_keep,
     attention_keep_at,
     hidden_keep,
-    operation_number,
+    operation_id,
     philox,
 )
 from bertfast.ops.sequences import Sequences
@@ -144,11 +144,11 @@ def test_masks_differ_between_seeds_operations_numbers_positions_and_heads():
     assert len(heads.unique(dim=0)) == 8
 
 
-def test_operation_numbers_are_distinct():
+def test_operation_ids_are_distinct():
     layers = 48
     sites = ("attention", "attention_output", "output")
-    numbers = [operation_number("embeddings"), operation_number("classifier")]
-    numbers += [operation_number(site, layer) for layer in range(layers) for site in sites]
+    numbers = [operation_id("embeddings"), operation_id("classifier")]
+    numbers += [operation_id(site, layer) for layer in range(layers) for site in sites]
     assert len(set(numbers)) == len(numbers)
     assert max(numbers) << 8 < 1 << 32
 

@@ -1,4 +1,4 @@
-"""`embed`: the sum of three embeddings, normalised."""
+"""`embeddings`: the sum of three embeddings, normalised."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def parameters(hidden=5):
 
 
 def ours(*parameters, tokens=TOKENS, dropout=None, padding_index=None):
-    return ops.embed(tokens, TYPES, POSITIONS, *parameters, 1e-12, dropout, padding_index=padding_index)
+    return ops.embeddings(tokens, TYPES, POSITIONS, *parameters, 1e-12, dropout, padding_index=padding_index)
 
 
 def composed(word, position, token_type, gamma, beta, padding_index=None):
@@ -62,7 +62,7 @@ def test_embedded_tokens_may_be_given_instead():
 def test_a_token_does_not_depend_on_the_others():
     whole = ours(*parameters())
     some = torch.tensor([5, 2])
-    alone = ops.embed(TOKENS[some], TYPES[some], POSITIONS[some], *parameters(), 1e-12)
+    alone = ops.embeddings(TOKENS[some], TYPES[some], POSITIONS[some], *parameters(), 1e-12)
     assert torch.equal(alone, whole[some])
 
 
@@ -76,7 +76,7 @@ def test_rows_are_normalised():
 def test_no_tokens():
     none = torch.empty(0, dtype=torch.int64)
     word, *others = parameters()
-    output = ops.embed(none, none, none, word, *others, 1e-12)
+    output = ops.embeddings(none, none, none, word, *others, 1e-12)
     output.sum().backward()
     assert output.shape == (0, 5)
     assert torch.equal(word.grad, torch.zeros_like(word))
@@ -88,22 +88,22 @@ def test_an_index_outside_of_its_table_is_named(implementation, wrong):
     tables = [x.float() for x in parameters()]
     tokens = TOKENS.clone()
     tokens[4] = wrong
-    with pytest.raises(IndexError, match=rf"^embed: token_ids\[4\] is {wrong}, but word has 7 rows: token_ids"):
-        ops.embed(tokens, TYPES, POSITIONS, *tables, 1e-12, implementation=implementation)
-    with pytest.raises(IndexError, match=r"^embed: position_ids\[3\] is 6, but position has 6 rows"):
-        ops.embed(TOKENS, TYPES, POSITIONS * 2, *tables, 1e-12, implementation=implementation)
-    with pytest.raises(IndexError, match=r"^embed: token_type_ids\[2\] is 2, but token_type has 2 rows"):
-        ops.embed(TOKENS, TYPES * 2, POSITIONS, *tables, 1e-12, implementation=implementation)
+    with pytest.raises(IndexError, match=rf"^embeddings: token_ids\[4\] is {wrong}, but word has 7 rows: token_ids"):
+        ops.embeddings(tokens, TYPES, POSITIONS, *tables, 1e-12, implementation=implementation)
+    with pytest.raises(IndexError, match=r"^embeddings: position_ids\[3\] is 6, but position has 6 rows"):
+        ops.embeddings(TOKENS, TYPES, POSITIONS * 2, *tables, 1e-12, implementation=implementation)
+    with pytest.raises(IndexError, match=r"^embeddings: token_type_ids\[2\] is 2, but token_type has 2 rows"):
+        ops.embeddings(TOKENS, TYPES * 2, POSITIONS, *tables, 1e-12, implementation=implementation)
 
 
 def test_wrong_arguments_are_refused():
     word, position, token_type, gamma, beta = parameters()
     rest = (word, position, token_type, gamma, beta, 1e-12)
-    with pytest.raises(ValueError, match=r"embed: token_type_ids must have shape \[8\], got \[9\]"):
-        ops.embed(TOKENS[:8], TYPES, POSITIONS, *rest)
+    with pytest.raises(ValueError, match=r"embeddings: token_type_ids must have shape \[8\], got \[9\]"):
+        ops.embeddings(TOKENS[:8], TYPES, POSITIONS, *rest)
     with pytest.raises(TypeError, match="token_ids must be int64 or int32, got torch"):
-        ops.embed(TOKENS.float(), TYPES, POSITIONS, *rest)
+        ops.embeddings(TOKENS.float(), TYPES, POSITIONS, *rest)
     with pytest.raises(ValueError, match=r"word must have shape \[9, 5\], got \[7, 5\]"):
-        ops.embed(None, TYPES, POSITIONS, *rest)
+        ops.embeddings(None, TYPES, POSITIONS, *rest)
     with pytest.raises(ValueError, match=r"position must have shape \[6, 5\], got \[6, 4\]"):
-        ops.embed(TOKENS, TYPES, POSITIONS, word, position[:, :4], token_type, gamma, beta, 1e-12)
+        ops.embeddings(TOKENS, TYPES, POSITIONS, word, position[:, :4], token_type, gamma, beta, 1e-12)

@@ -30,9 +30,9 @@ def gelu_layer_norm(implementation, *x):
     return ops.gelu_layer_norm(*x, 1e-12, implementation=implementation)
 
 
-def embed(implementation, *x):
+def embeddings(implementation, *x):
     ids = torch.arange(TOKENS, device=x[0].device)
-    return ops.embed(ids, ids % 2, ids, *x, 1e-12, 0.1, padding_index=0, implementation=implementation)
+    return ops.embeddings(ids, ids % 2, ids, *x, 1e-12, 0.1, padding_index=0, implementation=implementation)
 
 
 def gather(implementation, x):
@@ -55,7 +55,7 @@ OPERATORS = {
     add_layer_norm: [ROWS, ROWS, VECTOR, VECTOR, VECTOR],
     bias_gelu: [ROWS, VECTOR],
     gelu_layer_norm: [ROWS, VECTOR, VECTOR, VECTOR],
-    embed: [(40, HIDDEN), (50, HIDDEN), (2, HIDDEN), VECTOR, VECTOR],
+    embeddings: [(40, HIDDEN), (50, HIDDEN), (2, HIDDEN), VECTOR, VECTOR],
     gather: [ROWS],
     linear_gelu: [ROWS, (8, HIDDEN), (8,)],
     linear_cross_entropy: [ROWS, (60, HIDDEN), (60,)],

@@ -22,7 +22,7 @@ from bertfast.ops.sequences import Sequences
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
-with_library = pytest.mark.skipif(native.ABSENT is not None, reason=str(native.ABSENT))
+with_library = pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON))
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -65,11 +65,11 @@ def gelu_layer_norm() -> list[Tensor]:
     return both_ways(ops.gelu_layer_norm(*x, 1e-12, implementation="cpu"), x)
 
 
-def embed() -> list[Tensor]:
+def embeddings() -> list[Tensor]:
     place = torch.arange(TOKENS)
     ids = place.square() % 599 % 40, place % 2, place % 50
     x = leaves((40, 96), (50, 96), (2, 96), (96,), (96,))
-    return both_ways(ops.embed(*ids, *x, 1e-12, DROPOUT, implementation="cpu"), x)
+    return both_ways(ops.embeddings(*ids, *x, 1e-12, DROPOUT, implementation="cpu"), x)
 
 
 def linear_cross_entropy() -> list[Tensor]:
@@ -94,7 +94,7 @@ CASES = {
     "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
     "gelu_layer_norm": gelu_layer_norm,
-    "embed": embed,
+    "embeddings": embeddings,
     "gather": gather,
     "linear_cross_entropy": linear_cross_entropy,
 }
@@ -102,7 +102,7 @@ CASES = {
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_is_here():
-    assert native.ABSENT is None
+    assert native.UNAVAILABLE_REASON is None
 
 
 @with_library

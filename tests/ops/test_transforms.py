@@ -30,7 +30,7 @@ OPERATORS = {
     "attention": attention,
     "add_layer_norm": lambda x: ops.add_layer_norm(x, x.sin(), VECTOR, VECTOR, VECTOR, 1e-12, DROPOUT),
     "bias_gelu": lambda x: ops.bias_gelu(x, VECTOR),
-    "embed": lambda x: ops.embed(IDS, IDS % 2, IDS, x, x.sin(), x.cos(), VECTOR, VECTOR, 1e-12, DROPOUT),
+    "embeddings": lambda x: ops.embeddings(IDS, IDS % 2, IDS, x, x.sin(), x.cos(), VECTOR, VECTOR, 1e-12, DROPOUT),
     "gather": lambda x: ops.gather(ROWS, x.sin())[0],
     "gelu_layer_norm": lambda x: ops.gelu_layer_norm(x, VECTOR, VECTOR, VECTOR, 1e-12),
     "linear_cross_entropy": linear_cross_entropy,

@@ -103,7 +103,7 @@ def test_bf16_is_chosen_on_a_cpu_only_where_it_is_native_and_measured_to_be_fast
     cpu = torch.device("cpu")
     assert choose_precision(cpu, "bf16") == "bf16"
     for native in (False, True):
-        monkeypatch.setattr(precision, "multiplies_bf16", lambda device, native=native: native)
+        monkeypatch.setattr(precision, "has_bf16_gemm", lambda device, native=native: native)
         for faster in (False, True):
             monkeypatch.setattr(precision, "_bf16_is_faster", lambda faster=faster: faster)
             assert choose_precision(cpu) == ("bf16" if native and faster else "fp32")

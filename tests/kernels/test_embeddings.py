@@ -1,4 +1,4 @@
-"""The kernels of `embed`, against the reference."""
+"""The kernels of `embeddings`, against the reference."""
 
 import math
 
@@ -36,15 +36,15 @@ def inputs(hidden):
     return tables + [normal(hidden, seed=i, device=DEVICE) for i in (3, 4)]
 
 
-def embed(implementation, dropout=None, padding_index=None, ids=IDS):
+def embeddings(implementation, dropout=None, padding_index=None, ids=IDS):
     """The operation as a function of its parameters."""
-    return lambda *parameters: ops.embed(
+    return lambda *parameters: ops.embeddings(
         *ids, *parameters, 1e-12, dropout, padding_index=padding_index, implementation=implementation
     )
 
 
 def compare(inputs, dtypes, **arguments):
-    compare_with_torch(embed(KERNELS, **arguments), embed("reference", **arguments), inputs, dtypes)
+    compare_with_torch(embeddings(KERNELS, **arguments), embeddings("reference", **arguments), inputs, dtypes)
 
 
 def leaves(hidden):
@@ -82,7 +82,7 @@ def test_any_number_of_token_types(types):
 
 def test_padding_index_may_count_from_the_end():
     parameters = leaves(96)
-    embed(KERNELS, padding_index=5 - VOCAB_SIZE)(*parameters).square().sum().backward()
+    embeddings(KERNELS, padding_index=5 - VOCAB_SIZE)(*parameters).square().sum().backward()
     assert (parameters[0].grad == 0).all(1).nonzero().flatten().tolist() == [
         5,
         VOCAB_SIZE - 1,
@@ -92,14 +92,14 @@ def test_padding_index_may_count_from_the_end():
 def test_padding_index_gets_no_gradient():
     compare(inputs(96), FLOAT, padding_index=0)
     parameters = leaves(96)
-    embed(KERNELS, padding_index=0)(*parameters).square().sum().backward()
+    embeddings(KERNELS, padding_index=0)(*parameters).square().sum().backward()
     assert (parameters[0].grad[0] == 0).all()
     assert (parameters[0].grad[1] != 0).any()
 
 
 def test_unused_table_rows_get_no_gradient():
     parameters = leaves(96)
-    embed(KERNELS)(*parameters).square().sum().backward()
+    embeddings(KERNELS)(*parameters).square().sum().backward()
     for table in parameters[:2]:
         assert (table.grad[-1] == 0).all()
         assert (table.grad[:-1] != 0).any(1).all()
@@ -115,7 +115,7 @@ def test_ids_may_be_int32():
     results = []
     for dtype in (torch.int32, torch.int64):
         parameters = leaves(96)
-        output = embed(KERNELS, ids=ids(dtype=dtype))(*parameters)
+        output = embeddings(KERNELS, ids=ids(dtype=dtype))(*parameters)
         results.append([output, *torch.autograd.grad(output.square().sum(), parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -123,12 +123,12 @@ def test_ids_may_be_int32():
 def test_ids_may_have_any_stride():
     apart = [torch.stack([x, x + 1], 1)[:, 0] for x in IDS]
     parameters = leaves(96)
-    assert torch.equal(embed(KERNELS, ids=apart)(*parameters), embed(KERNELS)(*parameters))
+    assert torch.equal(embeddings(KERNELS, ids=apart)(*parameters), embeddings(KERNELS)(*parameters))
 
 
 def test_no_tokens():
     parameters = leaves(96)
-    output = embed(KERNELS, ids=ids(0))(*parameters)
+    output = embeddings(KERNELS, ids=ids(0))(*parameters)
     output.sum().backward()
     assert output.shape == (0, 96)
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in parameters)
@@ -137,7 +137,7 @@ def test_no_tokens():
 def test_mask_is_bitwise_identical_to_the_reference():
     *tables, gamma, beta = leaves(768)
     dropout = dropout_over(SEQUENCES)
-    output = embed(KERNELS, dropout=dropout)(*tables, gamma, torch.full_like(beta, 100))
+    output = embeddings(KERNELS, dropout=dropout)(*tables, gamma, torch.full_like(beta, 100))
     assert torch.equal(output != 0, hidden_keep(dropout, 768))
 
 
@@ -145,17 +145,17 @@ def test_mask_of_the_gradient_is_bitwise_identical_to_the_reference():
     """With an output gradient of ones, the gradient of beta counts how often each column is kept."""
     dropout = dropout_over(SEQUENCES)
     parameters = leaves(768)
-    embed(KERNELS, dropout=dropout)(*parameters).sum().backward()
+    embeddings(KERNELS, dropout=dropout)(*parameters).sum().backward()
     kept = hidden_keep(dropout, 768).sum(0)
     torch.testing.assert_close(parameters[-1].grad / dropout.scale, kept.float(), rtol=1e-6, atol=0)
 
 
 def test_nan_does_not_leak_between_rows():
     parameters = leaves(96)
-    whole = embed(KERNELS)(*parameters)
+    whole = embeddings(KERNELS)(*parameters)
     parameters[0].data[5] = math.nan  # token 1 and 7
     others = IDS[0] != 5
-    assert torch.equal(embed(KERNELS)(*parameters)[others], whole[others])
+    assert torch.equal(embeddings(KERNELS)(*parameters)[others], whole[others])
 
 
 def test_rows_may_have_any_stride():
@@ -163,7 +163,7 @@ def test_rows_may_have_any_stride():
     apart = [torch.stack([x, x], 1)[:, 0].detach().requires_grad_() for x in tables]
     results = []
     for leaves_of_tables in (apart, tables):
-        output = embed(KERNELS)(*leaves_of_tables, gamma, beta)
+        output = embeddings(KERNELS)(*leaves_of_tables, gamma, beta)
         d_y = torch.stack([output, output], 1)[:, 0].detach()
         results.append([output, *torch.autograd.grad(output, leaves_of_tables, d_y)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -173,6 +173,6 @@ def test_is_bitwise_reproducible():
     results = []
     for _ in range(2):
         parameters = leaves(96)
-        output = embed(KERNELS, dropout=dropout_over(SEQUENCES))(*parameters)
+        output = embeddings(KERNELS, dropout=dropout_over(SEQUENCES))(*parameters)
         results.append([output, *torch.autograd.grad(output.square().sum(), parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

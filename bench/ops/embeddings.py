@@ -1,4 +1,4 @@
-"""`embed` beside PyTorch's composition, eager and compiled. Words are as frequent as in a text, by Zipf's law."""
+"""`embeddings` beside PyTorch's composition, eager and compiled. Words are as frequent as in a text, by Zipf's law."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bertfast.ops.sequences import Sequences
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedCase(Case):
+class EmbeddingsCase(Case):
     """`rows` tokens of `width` columns from a vocabulary of `words`."""
 
     rows: int = 32_768
@@ -63,7 +63,7 @@ class EmbedCase(Case):
         return tables + [self.normal(generator, self.width) for _ in range(2)]
 
     def definition(self, word, position, token_type, gamma, beta):
-        return reference.embed(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
+        return reference.embeddings(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
 
     def work(self, direction):
         activation, tables = self.rows * self.width, (self.words + 514) * self.width
@@ -73,13 +73,13 @@ class EmbedCase(Case):
         return Work((2 * activation + tables) * self.dtype.itemsize)
 
 
-def ours(case: EmbedCase):
-    return lambda word, position, token_type, gamma, beta: ops.embed(
+def ours(case: EmbeddingsCase):
+    return lambda word, position, token_type, gamma, beta: ops.embeddings(
         *case.ids, word, position, token_type, gamma, beta, EPS, case.drop, implementation=OURS
     )
 
 
-def composition(case: EmbedCase):
+def composition(case: EmbeddingsCase):
     word_ids, type_ids, position_ids = case.ids
 
     def function(word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -90,10 +90,10 @@ def composition(case: EmbedCase):
 
 
 CASES = {
-    "small": in_both_precisions(*(EmbedCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1))),
-    "cpu": in_both_precisions(*(EmbedCase(rows=4096, dropout=p) for p in (0.0, 0.1))),
-    "main": [EmbedCase(dropout=0.1)],
-    "rest": [EmbedCase(), EmbedCase(width=1024, dropout=0.1)],
+    "small": in_both_precisions(*(EmbeddingsCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1))),
+    "cpu": in_both_precisions(*(EmbeddingsCase(rows=4096, dropout=p) for p in (0.0, 0.1))),
+    "main": [EmbeddingsCase(dropout=0.1)],
+    "rest": [EmbeddingsCase(), EmbeddingsCase(width=1024, dropout=0.1)],
 }
 PROVIDERS = {
     "bertfast": ours,
@@ -103,5 +103,5 @@ PROVIDERS = {
 }
 
 
-def test_embed(measure):
+def test_embeddings(measure):
     measure()
