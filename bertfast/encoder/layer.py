@@ -132,7 +132,7 @@ def _project_at_once(linears: list[nn.Linear], hidden: Tensor) -> Tensor:
     # precision three GEMMs round differently from the single one that a compiler is given.
     copy_results = not compiling and hidden.dtype == torch.float32 and len(hidden) < columns
     differentiable = torch.is_grad_enabled() or autocast_dtype(hidden.device) is not None or compiling
-    if not differentiable and not matmul.goes_to_onednn(hidden, linears[0].weight):  # oneDNN has no `out=`
+    if not differentiable and not matmul.uses_onednn(hidden, linears[0].weight):  # oneDNN has no `out=`
         qkv = hidden.new_empty(len(hidden), 3 * rows)
         for linear, part in zip(linears, qkv.chunk(3, dim=1), strict=True):
             torch.addmm(linear.bias, hidden, linear.weight.t(), out=part)

@@ -1,4 +1,4 @@
-"""The operations of BERT on packed tokens, each with its checks and its choice of implementation."""
+"""The operators of a BERT encoder on packed tokens: argument checks, dispatch to an implementation, and gradients."""
 
 from bertfast.ops.add_layer_norm import add_layer_norm
 from bertfast.ops.attention import attention

@@ -1,11 +1,11 @@
-"""What stands between two sub-layers: bias, dropout, residual and LayerNorm in one operation.
+"""Bias, dropout, residual connection and LayerNorm between two sub-layers, as one operation.
 
-Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own operations:
-
-.. include:: ../../bench/results/cpu-rows/summary.md
+Statistics and sums are at least fp32.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +42,23 @@ def add_layer_norm(
 
     Args:
         x: [T, H], floating point: the output of a GEMM, without its bias unless `bias` is None.
-        residual: [T, H], of x's dtype or a wider one.
-        bias, gamma, beta: [H].
+        residual: [T, H], in x's dtype or a wider one.
+        bias: [H]; None: no bias.
+        gamma: [H].
+        beta: [H].
         eps: Used in fp32 (1e-12 is 0 in fp16).
-        dropout: Applied to x + bias. A probability draws a seed from torch's generator; None: no dropout.
-        compute_dtype: The dtype in which the next GEMM reads the output, such as autocast's. If given, a copy in it
-            is returned too, written by the same kernel; the gradients of output and copy are added in registers.
+        dropout: Of x + bias. A probability draws a seed from torch's generator; None: no dropout.
+        compute_dtype: Dtype in which the next GEMM reads the output, such as autocast's. The same kernel then also
+            writes a copy in this dtype, and the backward pass adds the gradients of output and copy in registers.
+        implementation: Default: the fastest one that supports the arguments.
 
     Returns:
-        [T, H] in residual's dtype; with `compute_dtype` a pair of that and a copy [T, H] in `compute_dtype`, both
-        rounded from the same fp32 values. They share memory where the dtypes are equal.
+        [T, H] in residual's dtype; with `compute_dtype` a pair of it and the copy [T, H], both rounded from the same
+        fp32 values. If their dtypes are equal, they share memory.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes or devices do not agree, or `implementation` cannot run these tensors.
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
     """
     dropout = as_dropout("add_layer_norm", dropout, lambda: row_coordinates(x), x)
     _ARGUMENTS.check(x, residual, bias, gamma, beta, dropout=dropout)
@@ -64,17 +67,21 @@ def add_layer_norm(
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
     unsupported = float64_reason(residual, bias, gamma, beta)
     if unsupported is None and copy_dtype is not None:
-        unsupported = _why_no_copy(implementation, x, copy_dtype)
+        unsupported = _unsupported_copy_reason(implementation, x, copy_dtype)
     implementation = resolve("add_layer_norm", implementation, x, unsupported)
     if implementation == "reference":
         return reference.add_layer_norm(x, residual, bias, gamma, beta, eps, dropout, compute_dtype)
     paired = compute_dtype is not None and compute_dtype.itemsize == 2  # the kernels add gradients of 16-bit copies
     drop = kernel_arguments(dropout)
-    y = run(AddLayerNorm, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *drop)
-    return y if paired or compute_dtype is None else (y, y)
+    output: Tensor | tuple[Tensor, Tensor] = run(
+        AddLayerNorm, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *drop
+    )
+    if compute_dtype is not None and isinstance(output, Tensor):
+        return output, output
+    return output
 
 
-def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.dtype) -> str | None:
+def _unsupported_copy_reason(implementation: Implementation | None, x: Tensor, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot write a copy of this dtype; None if they can."""
     on_cpu = implementation == "cpu" or (implementation is None and x.is_cpu)
     known = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
@@ -85,31 +92,41 @@ def _why_no_copy(implementation: Implementation | None, x: Tensor, dtype: torch.
 
 
 class AddLayerNorm(torch.autograd.Function):
-    """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
+    """The kernels as a differentiable operation; the backward pass recomputes the dropout mask.
+
+    The output is a pair if `paired`: y and its copy in `copy_dtype`, or y twice if that is None.
+    """
 
     @staticmethod
-    def forward(ctx, implementation, paired, copy_dtype, x, residual, bias, gamma, beta, eps, *dropout):
+    def forward(
+        ctx: Any, implementation: Implementation, paired: bool, copy_dtype: torch.dtype | None, x: Tensor,
+        residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, eps: float, *dropout: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         ctx.implementation = implementation
         forward = operator(implementation, "add_layer_norm_forward")
+        y: Tensor
         y, mean, rstd, copy = forward(x, residual, bias, gamma, beta, eps, *dropout, copy_dtype)
         *coordinates, ctx.counter_word, ctx.threshold = dropout
         ctx.eps, ctx.compute_dtype = eps, copy_dtype or residual.dtype if paired else None
         ctx.save_for_backward(x, residual, bias, gamma, beta, mean, rstd, *coordinates)
         if not paired:
             return y
-        ctx.set_materialize_grads(False)  # an absent gradient is None, not zeros to be written and read
+        ctx.set_materialize_grads(False)  # a missing gradient is None and not a tensor of zeros
         return y, y.detach() if copy_dtype is None else copy
 
     @staticmethod
-    def backward(ctx, d_y, d_copy=None):
-        x, residual, bias, gamma, beta, mean, rstd, *coordinates = ctx.saved_tensors
+    def backward(ctx: Any, d_y: Tensor | None, d_copy: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, residual, bias, gamma, beta, mean, rstd, seed, sequence_ids, positions = ctx.saved_tensors
+        rng = (seed, sequence_ids, positions, ctx.counter_word, ctx.threshold)
         if d_y is None and d_copy is None:
             return (None,) * 14
         if must_be_differentiable():
-            dropout = from_kernel_arguments(*coordinates, ctx.counter_word, ctx.threshold)
+            dropout = from_kernel_arguments(*rng)
 
-            def definition(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-                return reference.add_layer_norm(*arguments, ctx.eps, dropout, ctx.compute_dtype)
+            def definition(
+                x: Tensor, residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor
+            ) -> Tensor | tuple[Tensor, Tensor]:
+                return reference.add_layer_norm(x, residual, bias, gamma, beta, ctx.eps, dropout, ctx.compute_dtype)
 
             arguments, needs_grad = (x, residual, bias, gamma, beta), ctx.needs_input_grad[3:8]
             gradients = reference_gradients(definition, arguments, needs_grad, [d_y, d_copy])
@@ -117,7 +134,7 @@ class AddLayerNorm(torch.autograd.Function):
         if d_y is None:
             d_y, d_copy = d_copy, None
         d_x, d_residual, sums = operator(ctx.implementation, "add_layer_norm_backward")(
-            d_y, x, residual, bias, gamma, mean, rstd, *coordinates, ctx.counter_word, ctx.threshold, d_copy
+            d_y, x, residual, bias, gamma, mean, rstd, *rng, d_copy
         )
         d_x = d_x if d_x.shape == x.shape else d_residual
         d_gamma, d_beta, d_bias = sums

@@ -1,12 +1,13 @@
-"""Checks of the tensors that an operation is given: one sentence names what does not fit.
+"""Checks of the tensors that an operator is given. An error is one sentence that names what does not match.
 
-On a few tokens an operation takes some microseconds, so that all that can be known of it beforehand is.
+Descriptions are parsed in advance: on a few tokens a whole operator takes some microseconds.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,73 +19,89 @@ _DTYPES = {
     "integer": ("int64 or int32", {torch.int64, torch.int32}),
 }
 _DESCRIPTION = re.compile(r"(optional |each )?(floating|integer) \[(.*)\]")
+_Sizes = dict[str | int, int]  # by dimension: its name, or a number, which is its own size
+
+
+class _Argument(NamedTuple):
+    """A parsed description of an argument."""
+
+    name: str
+    optional: bool
+    dimensions: tuple[str | int, ...]
+    kind: str
+    dtypes: set[torch.dtype]
 
 
 class Arguments:
-    """The tensors that an operation takes.
+    """The tensors that an operator takes.
 
     >>> Arguments("bias_gelu", x="floating [tokens, columns]", bias="floating [columns]").check(x, bias)
 
-    A description names the kind, "floating" or "integer", and the dimensions, which are numbers or words; a word means
-    the same size wherever it stands. A tensor that is "optional" may be None. The last description may be of "each" of
-    any number of tensors.
+    A description has a kind, "floating" or "integer", and dimensions, which are numbers or names; a name means the same
+    size in all descriptions. A tensor that is "optional" may be None. The last description may start with "each": it
+    applies to any number of tensors.
     """
 
-    def __init__(self, operation: str, **descriptions: str):
+    def __init__(self, operation: str, **descriptions: str) -> None:
         self._operation = operation
-        self._known: dict[str | int, int] = {}  # sizes by dimension, of those that are numbers
+        self._numbers: _Sizes = {}
         self._arguments = tuple(self._parse(*item) for item in descriptions.items())
-        self._takes_any_number = [*descriptions.values()][-1].startswith("each ")
-        self._of_dropout = (
+        self._is_variadic = [*descriptions.values()][-1].startswith("each ")
+        self._dropout_arguments = (
             self._parse("dropout.seed", "integer []"),
             self._parse("dropout.sequence_ids", "integer [tokens]"),
             self._parse("dropout.positions", "integer [tokens]"),
         )
 
-    def _parse(self, name: str, description: str) -> tuple:
-        prefix, kind, listed = _DESCRIPTION.fullmatch(description).groups()
-        dimensions = tuple(int(word) if word.isdecimal() else word for word in listed.split(", ") if word)
-        self._known |= {dimension: dimension for dimension in dimensions if isinstance(dimension, int)}
-        return name, prefix == "optional ", dimensions, _DTYPES[kind]
+    def _parse(self, name: str, description: str) -> _Argument:
+        match = _DESCRIPTION.fullmatch(description)
+        assert match is not None, description
+        prefix, kind, listed = match.groups()
+        dimensions = tuple(int(part) if part.isdecimal() else part for part in listed.split(", ") if part)
+        self._numbers |= {dimension: dimension for dimension in dimensions if isinstance(dimension, int)}
+        return _Argument(name, prefix == "optional ", dimensions, *_DTYPES[kind])
 
     def check(self, *tensors: Tensor | None, dropout: Dropout | None = None) -> None:
-        """Raise unless each tensor has the kind and shape of its description, and all live on one device.
+        """Check that each tensor matches its description, and that all are on one device.
 
         Args:
             tensors: In the order of the descriptions.
-            dropout: Must know as many tokens as the dimension "tokens" says.
+            dropout: Its coordinates must have the size of the dimension "tokens".
 
         Raises:
-            TypeError: Something is no tensor, or one of another kind.
-            ValueError: A shape or a device differs.
+            TypeError: An argument is not a tensor, or has a dtype of another kind.
+            ValueError: A shape or a device does not match.
         """
-        arguments = self._arguments
-        if self._takes_any_number:
-            *arguments, (name, *rest) = arguments
-            given = range(len(tensors) - len(arguments))
-            arguments = [*arguments, *[(f"{name}[{index}]", *rest) for index in given]]
-        sizes = self._known.copy()
+        arguments: Sequence[_Argument] = self._arguments
+        if self._is_variadic:
+            *first, each = arguments
+            arguments = [*first, *(each._replace(name=f"{each.name}[{i}]") for i in range(len(tensors) - len(first)))]
+        sizes = self._numbers.copy()
         device = self._check(arguments, tensors, sizes, None)
         if dropout is not None:
             coordinates = (dropout.seed, dropout.sequence_ids, dropout.positions)
-            self._check(self._of_dropout, coordinates, sizes, device)
+            self._check(self._dropout_arguments, coordinates, sizes, device)
 
     def _check(
-        self, arguments: Sequence[tuple], tensors: tuple[Tensor | None, ...], sizes: dict, device: torch.device | None
+        self,
+        arguments: Sequence[_Argument],
+        tensors: tuple[Tensor | None, ...],
+        sizes: _Sizes,
+        device: torch.device | None,
     ) -> torch.device | None:
-        """Check `tensors` by what is known from others, add to `sizes`, and return the device of all."""
-        for (name, optional, dimensions, (kind, dtypes)), tensor in zip(arguments, tensors, strict=True):
+        """Check `tensors` against known `sizes` and `device`, add to `sizes`, and return the device."""
+        for (name, optional, dimensions, kind, dtypes), tensor in zip(arguments, tensors, strict=True):
             if not isinstance(tensor, Tensor):
                 if tensor is None and optional:
                     continue
                 raise TypeError(f"{self._operation}: {name} must be a tensor, got {type(tensor).__name__}")
             shape = tensor.shape
-            fits = len(shape) == len(dimensions)
-            if fits:
+            matches = len(shape) == len(dimensions)
+            if matches:
                 for dimension, size in zip(dimensions, shape, strict=True):
                     if sizes.setdefault(dimension, size) != size:
-                        fits = False
-            if not fits:
+                        matches = False
+            if not matches:
                 expected = ", ".join(str(sizes.get(dimension, dimension)) for dimension in dimensions)
                 raise ValueError(f"{self._operation}: {name} must have shape [{expected}], got {list(shape)}")
             if tensor.dtype not in dtypes:

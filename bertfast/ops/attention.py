@@ -1,14 +1,13 @@
 """Multi-head attention within each sequence of a packed batch (Vaswani et al., 2017, section 3.2).
 
-Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own operations:
-
-.. include:: ../../bench/results/cpu-attention/summary.md
+Statistics and sums are at least fp32.
 """
 
 from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,9 @@ from bertfast.ops.double_backward import must_be_differentiable, reference_gradi
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments
 from bertfast.ops.sequences import Sequences, require
 
-HEAD_DIMENSIONS = (32, 64, 128)  # of the kernels
+HEAD_DIMENSIONS = (32, 64, 128)
+"""Head dimensions that the kernels support."""
+
 _ARGUMENTS = Arguments(
     "attention", qkv="floating [tokens, 3, heads, head_dimension]", cu_seqlens="integer [sequences + 1]"
 )
@@ -36,33 +37,35 @@ def attention(
     dropout: Dropout | float | None = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """dropout(softmax(Q K^T · scale)) V, each sequence to itself.
+    """Return dropout(softmax(Q K^T · scale)) V of each sequence.
 
     Args:
         qkv: [T, 3, A, D], floating point: queries, keys and values.
-        sequences: Which of the T slots belong to which sequence; or `cu_seqlens`, int [S + 1], as variable-length
-            attention takes it elsewhere; or a list of the lengths. The last two must cover all T slots. On a GPU a
-            tensor `cu_seqlens` lets the kernels prepare for one sequence of T tokens: `Sequences` has a bound.
-        scale: Of the scores, 1 / sqrt(D) unless given.
-        causal: Position i attends to no position after it.
-        window: Position i attends only to positions at most this far away.
-        dropout: Of the probabilities; fewer than 256 heads then. A probability draws a seed from torch's generator.
-        implementation: Force one; default is the fastest offered.
+        sequences: Which of the T slots belong to which sequence: `Sequences`; or `cu_seqlens`, int [S + 1], as in other
+            variable-length attention; or a list of lengths. The last two must cover all T slots. With a `cu_seqlens`
+            on a GPU, the kernels are configured for one sequence of T tokens; `Sequences` has a tighter bound.
+        scale: Of the scores; default 1 / sqrt(D).
+        causal: Position i attends only to positions up to i.
+        window: Position i attends only to positions at most this far away; None: no limit.
+        dropout: Of the probabilities, for fewer than 256 heads. A probability draws a seed from torch's generator.
+        implementation: Default: the fastest one that supports the arguments.
 
     Returns:
         [T, A, D] in qkv's dtype; zero, like the gradient, at slots that belong to no sequence.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option does not fit; the message names it.
+        TypeError: An argument has an unsupported type or dtype.
+        ValueError: Shapes, devices or options do not match, or `implementation` does not support the arguments.
     """
     if not isinstance(sequences, Sequences):
         sequences = _whole_sequences(sequences, qkv)
-    dropout = as_dropout("attention", dropout, lambda: (sequences.token_sequence_ids, sequences.position), qkv)
-    _ARGUMENTS.check(qkv, sequences.cu_seqlens, dropout=dropout)
-    if len(qkv) != sequences.capacity:
-        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {sequences.capacity}")
+    packed = sequences
+    dropout = as_dropout("attention", dropout, lambda: (packed.token_sequence_ids, packed.position), qkv)
+    _ARGUMENTS.check(qkv, packed.cu_seqlens, dropout=dropout)
+    if len(qkv) != packed.capacity:
+        raise ValueError(f"attention: qkv holds {len(qkv)} tokens, the sequences are packed into {packed.capacity}")
     if dropout is not None and qkv.shape[2] >= 256:
-        raise ValueError(f"attention: dropout numbers fewer than 256 heads, got {qkv.shape[2]}")
+        raise ValueError(f"attention: dropout requires fewer than 256 heads, got {qkv.shape[2]}")
     if window is not None and not isinstance(window, (int, torch.SymInt)):
         raise TypeError(f"attention: window must be an integer or None, got {type(window).__name__}")
     if window is not None and window < 0:
@@ -73,15 +76,16 @@ def attention(
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}: multiply the queries by it")
     requested = implementation
     implementation = resolve("attention", requested, qkv, _unsupported_reason(qkv, scale))
-    if implementation == "reference":  # asked for, it is the definition; else what computes the same in less memory
+    if implementation == "reference":  # by default, a fallback that computes the same in less memory
         compute = reference.attention if requested == "reference" else attention_fallback.attention
-        return compute(qkv, sequences, scale, causal, window, dropout)
+        return compute(qkv, packed, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
-    table = sequences.tile_table if implementation == "triton" else None
-    options = (sequences.max_seqlen_bound, scale, causal, window)
-    return run(
-        Attention, implementation, qkv, sequences.cu_seqlens, sequences.sequence_ids, table, *options, seed, *mask
+    table = packed.tile_table if implementation == "triton" else None
+    options = (packed.max_seqlen_bound, scale, causal, window)
+    o: Tensor = run(
+        Attention, implementation, qkv, packed.cu_seqlens, packed.sequence_ids, table, *options, seed, *mask
     )
+    return o
 
 
 def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tensor) -> Sequences:
@@ -92,9 +96,8 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
         raise ValueError(f"attention: qkv must have shape [tokens, 3, heads, head_dimension], got {list(qkv.shape)}")
     if not isinstance(sequences, (Tensor, list, tuple)):
         raise TypeError(
-            "attention: sequences must be a bertfast.ops.sequences.Sequences (Sequences.from_lengths makes one), an "
-            "integer tensor cu_seqlens of shape [sequences + 1] or a list of lengths, got "
-            f"{type(sequences).__name__}"
+            "attention: sequences must be a bertfast.ops.sequences.Sequences (see Sequences.from_lengths), an integer "
+            f"tensor cu_seqlens of shape [sequences + 1] or a list of lengths, got {type(sequences).__name__}"
         )
     try:
         if isinstance(sequences, Tensor):
@@ -102,43 +105,47 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
         else:
             result = Sequences.from_lengths(sequences, capacity=len(qkv), device=qkv.device)
     except ValueError as error:
-        raise ValueError(f"attention: {error}; a tensor holds cu_seqlens, a list holds lengths") from None
+        raise ValueError(f"attention: {error}; a tensor must be cu_seqlens, a list must be lengths") from None
     end = result.cu_seqlens[-1]
-    rule = f"attention: the sequences must hold all {len(qkv)} tokens of qkv (give Sequences where some are padding)"
+    rule = f"attention: the sequences must cover all {len(qkv)} tokens of qkv (pass Sequences if some are padding)"
     require(end == len(qkv), rule, lambda: end)
     return result
 
 
 def _unsupported_reason(qkv: Tensor, scale: float) -> str | None:
     if qkv.shape[3] not in HEAD_DIMENSIONS:
-        return f"its kernels take head dimensions of 32, 64 and 128, qkv has {qkv.shape[3]}"
-    return None if scale > 0 else f"its kernels take a positive scale, got {scale}"
+        return f"its kernels support head dimensions of 32, 64 and 128, qkv has {qkv.shape[3]}"
+    return None if scale > 0 else f"its kernels require a positive scale, got {scale}"
 
 
 class Attention(torch.autograd.Function):
-    """The kernels as one differentiable operation: the scores' log-sum-exp is kept, and everything else made again."""
+    """The kernels as a differentiable operation: the log-sum-exp of the scores is saved, all else recomputed."""
 
     @staticmethod
-    def forward(ctx, implementation, qkv, cu_seqlens, sequence_ids, tile_table, *arguments):
-        *options, seed, counter, threshold = arguments
-        ctx.implementation, ctx.options, ctx.rng = implementation, options, (counter, threshold)
+    def forward(
+        ctx: Any, implementation: Implementation, qkv: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor,
+        tile_table: Tensor | None, *arguments: Any,
+    ) -> Tensor:  # fmt: skip
+        *options, seed, counter_word, threshold = arguments
+        ctx.implementation, ctx.options, ctx.rng = implementation, options, (counter_word, threshold)
         forward = operator(implementation, "attention_forward")
+        o: Tensor
         o, lse = forward(qkv, cu_seqlens, sequence_ids, tile_table, *options, seed, *ctx.rng)
         ctx.save_for_backward(qkv, o, lse, cu_seqlens, sequence_ids, tile_table, seed)
         return o
 
     @staticmethod
-    def backward(ctx, d_o):
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         *saved, seed = ctx.saved_tensors
         if must_be_differentiable():
             qkv, _, _, cu_seqlens, sequence_ids, _ = saved
-            max_seqlen_bound, *options = ctx.options
+            max_seqlen_bound, scale, causal, window = ctx.options
             sequences = Sequences(cu_seqlens, sequence_ids, len(qkv), max_seqlen_bound)
             coordinates = sequences.token_sequence_ids, sequences.position
             dropout = from_kernel_arguments(seed, *coordinates, *ctx.rng)
 
             def definition(qkv: Tensor) -> Tensor:
-                return attention_fallback.attention(qkv, sequences, *options, dropout)
+                return attention_fallback.attention(qkv, sequences, scale, causal, window, dropout)
 
             return None, *reference_gradients(definition, [qkv], [True], [d_o]), *[None] * 10
         backward = operator(ctx.implementation, "attention_backward")

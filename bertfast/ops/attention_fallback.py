@@ -1,12 +1,13 @@
-"""Attention in plain PyTorch where no kernel takes it: what `bertfast.ops.reference` defines, in less memory and time.
+"""Attention in plain PyTorch where no kernel supports it: the reference, in less memory and time.
 
-On the CPU, where the host can read lengths, each sequence is computed at its own length. Elsewhere nothing waits for
-the device: the definition runs on some sequences at a time, padded to `max_seqlen_bound`.
+On a CPU, where the host can read lengths, each sequence is computed at its own length. On other devices the host never
+waits: the reference runs on a few sequences at a time, padded to `max_seqlen_bound`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from bertfast.ops import reference
 from bertfast.ops.dropout import Dropout, attention_keep
 from bertfast.ops.sequences import Sequences
 
-_DRAWS = 1 << 24  # elements of attention masks that are drawn at a time
-_SCORES = 1 << 26  # elements of scores that are computed at a time
+_MASK_ELEMENTS = 1 << 24  # elements of dropout masks that are drawn at a time
+_SCORE_ELEMENTS = 1 << 26  # elements of scores that are computed at a time
 
 
 def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at padding slots."""
+    """Compute `reference.attention`: qkv [T, 3, A, D] -> [T, A, D], zero at padding slots."""
     compute = _by_length if sequences.on_host else _in_chunks
     return compute(qkv, sequences, scale, causal, window, dropout)
 
@@ -30,9 +31,11 @@ def attention(
 def _by_length(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    # One split for all: its gradient is one concatenation, where slices would each fill a whole d_qkv.
-    *parts, padding = qkv.split([*sequences.lengths, sequences.capacity - sequences.num_tokens])
-    keeps = [None] * len(parts) if dropout is None else _keeps(dropout, parts, sequences.sequence_ids)
+    # One split for all sequences: its gradient is one concatenation, while each slice would fill a whole d_qkv.
+    *parts, padding = torch.split(qkv, [*sequences.lengths, sequences.capacity - sequences.num_tokens])
+    keeps: Sequence[Tensor | None] = [None] * len(parts)
+    if dropout is not None:
+        keeps = _keeps(dropout, parts, sequences.sequence_ids)
     outputs = []
     for part, keep in zip(parts, keeps, strict=True):
         if len(part):
@@ -40,12 +43,16 @@ def _by_length(
             masked = reference.not_attended(len(part), causal, window, part.device)
             probabilities = reference.masked_softmax(query, key, scale, masked, keep, dropout)
             outputs.append((probabilities.to(value.dtype) @ value).transpose(0, 1))
-    zero = padding[:, 0].masked_fill(torch.ones_like(padding[:, 0], dtype=torch.bool), 0)  # with a gradient, of zero
-    return torch.cat([*outputs, zero])
+    # The zeros are computed from qkv, so that the padding slots have a gradient, of zero.
+    zeros = padding[:, 0].masked_fill(torch.ones_like(padding[:, 0], dtype=torch.bool), 0)
+    return torch.cat([*outputs, zeros])
 
 
 def _keeps(dropout: Dropout, parts: list[Tensor], sequence_ids: Tensor) -> list[Tensor | None]:
-    # Sequences of as many 16 x 16 tiles are drawn together: for short ones the calls cost more than the masks.
+    """Return each sequence's mask, bool [A, N, N]; `parts` are its tokens [N, 3, A, D].
+
+    Sequences with equal numbers of 16 x 16 tiles are drawn together: for short ones the calls cost more than the masks.
+    """
     keeps: list[Tensor | None] = [None] * len(parts)
     by_tiles = defaultdict(list)
     for index, part in enumerate(parts):
@@ -53,7 +60,7 @@ def _keeps(dropout: Dropout, parts: list[Tensor], sequence_ids: Tensor) -> list[
             by_tiles[-(-len(part) // 16)].append(index)
     for tiles, members in by_tiles.items():
         heads = parts[members[0]].shape[2]
-        at_once = max(_DRAWS // (heads * (16 * tiles) ** 2), 1)
+        at_once = max(_MASK_ELEMENTS // (heads * (16 * tiles) ** 2), 1)
         for start in range(0, len(members), at_once):
             chunk = members[start : start + at_once]
             drawn = attention_keep(dropout, sequence_ids[chunk], heads, 16 * tiles, range(16 * tiles))
@@ -66,12 +73,13 @@ def _in_chunks(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
     bound = sequences.max_seqlen_bound
-    at_once = max(_SCORES // max(qkv.shape[2] * bound**2, 1), 1)
+    at_once = max(_SCORE_ELEMENTS // max(qkv.shape[2] * bound**2, 1), 1)
     if len(sequences) <= at_once:
         return reference.attention(qkv, sequences, scale, causal, window, dropout)
     rows = []
     for start in range(0, len(sequences), at_once):
-        cu_seqlens = sequences.cu_seqlens[start : start + at_once + 1]  # slots before the first are of no sequence here
+        # Slots before the first of these belong to no sequence of the chunk.
+        cu_seqlens = sequences.cu_seqlens[start : start + at_once + 1]
         chunk = Sequences(cu_seqlens, sequences.sequence_ids[start : start + at_once], sequences.capacity, bound)
         probabilities, value = reference.attention_probabilities(qkv, chunk, scale, causal, window, dropout)
         rows.append((probabilities.to(value.dtype) @ value).transpose(1, 2))

@@ -1,13 +1,11 @@
-"""The feed-forward layer's activation (Hendrycks and Gimpel, 2016), after a bias or after a whole product.
+"""The activation of the feed-forward layer (Hendrycks and Gimpel, 2016), after a bias or after a GEMM with a bias.
 
-Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own operations:
-
-.. include:: ../../bench/results/cpu-rows/summary.md
+Sums are at least fp32.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +17,10 @@ from bertfast.ops.double_backward import must_be_differentiable, reference_gradi
 from bertfast.ops.matmul import linear
 
 Approximate = Literal["none", "tanh"]
-"""The exact GELU of BERT, x · Φ(x), or the tanh formula."""
+"""The exact GELU of BERT, x · Φ(x), or its tanh approximation."""
 
-# (dtype of the product, hidden, columns) where one Triton kernel beats the library's product and `bias_gelu`: what a
-# file in bench/results shows to be so, and nothing has been measured yet.
+# (GEMM dtype, hidden, columns) for which one Triton kernel is faster than the library's GEMM and `bias_gelu`, as a file
+# in bench/results shows. None has been measured yet.
 _FUSED: set[tuple[torch.dtype, int, int]] = set()
 
 _BIAS_GELU = Arguments("bias_gelu", x="floating [tokens, columns]", bias="floating [columns]")
@@ -34,13 +32,28 @@ _LINEAR_GELU = Arguments(
 def bias_gelu(
     x: Tensor, bias: Tensor, approximate: Approximate = "none", *, implementation: Implementation | None = None
 ) -> Tensor:
-    """gelu(x + bias): x [T, columns] floating point, bias [columns] -> [T, columns] in x's dtype."""
+    """Return gelu(x + bias).
+
+    Args:
+        x: [T, columns], floating point: the output of a GEMM without its bias.
+        bias: [columns].
+        approximate: "none" or "tanh", as in `torch.nn.functional.gelu`.
+        implementation: Default: the fastest one that supports the arguments.
+
+    Returns:
+        [T, columns] in x's dtype.
+
+    Raises:
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
+    """
     _BIAS_GELU.check(x, bias)
     _check_approximate("bias_gelu", approximate)
     implementation = resolve("bias_gelu", implementation, x, float64_reason(bias))
     if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
-    return run(BiasGelu, implementation, x, bias, approximate)
+    y: Tensor = run(BiasGelu, implementation, x, bias, approximate)
+    return y
 
 
 def linear_gelu(
@@ -51,30 +64,47 @@ def linear_gelu(
     *,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """gelu(x W^T + bias): x [T, H], weight [columns, H], bias [columns] -> [T, columns], autocast as a product."""
+    """Return gelu(x W^T + bias); autocast applies to the GEMM.
+
+    Args:
+        x: [T, H], floating point.
+        weight: [columns, H].
+        bias: [columns].
+        approximate: "none" or "tanh", as in `torch.nn.functional.gelu`.
+        implementation: Default: the fastest one that supports the arguments.
+
+    Returns:
+        [T, columns] in the dtype of the GEMM.
+
+    Raises:
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
+    """
     _LINEAR_GELU.check(x, weight, bias)
     _check_approximate("linear_gelu", approximate)
-    chosen = resolve("bias_gelu", implementation, x)
-    if chosen == "reference":
+    resolved = resolve("bias_gelu", implementation, x)
+    if resolved == "reference":
         return reference.linear_gelu(x, weight, bias, approximate)
     dtype = gemm_dtype(x, weight)
-    if chosen == "triton" and (dtype, *weight.mT.shape) in _FUSED:
-        return run(LinearGelu, x.to(dtype), weight.to(dtype), bias, approximate)
-    # The product may be of another dtype than x, for which the choice is another.
+    if resolved == "triton" and (dtype, *weight.mT.shape) in _FUSED:
+        y: Tensor = run(LinearGelu, x.to(dtype), weight.to(dtype), bias, approximate)
+        return y
+    # The GEMM's output may have another dtype than x, which another implementation supports.
     return bias_gelu(linear(x, weight), bias, approximate, implementation=implementation)
 
 
 class BiasGelu(torch.autograd.Function):
-    """The kernels as one differentiable operation."""
+    """The kernels as a differentiable operation."""
 
     @staticmethod
-    def forward(ctx, implementation, x, bias, approximate):
+    def forward(ctx: Any, implementation: Implementation, x: Tensor, bias: Tensor, approximate: Approximate) -> Tensor:
         ctx.implementation, ctx.approximate = implementation, approximate
         ctx.save_for_backward(x, bias)
-        return operator(implementation, "bias_gelu_forward")(x, bias, approximate)
+        y: Tensor = operator(implementation, "bias_gelu_forward")(x, bias, approximate)
+        return y
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         if must_be_differentiable():
             arguments = (x, bias, ctx.approximate)
@@ -84,24 +114,25 @@ class BiasGelu(torch.autograd.Function):
 
 
 class LinearGelu(torch.autograd.Function):
-    """The product with its GELU in one kernel; its gradient is that of `BiasGelu` and two products."""
+    """The GEMM with GELU as its epilogue in one kernel; the backward pass is that of `BiasGelu` and two GEMMs."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, approximate):
-        y, product = operator("triton", "linear_gelu_forward")(x, weight, bias, approximate)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate) -> Tensor:
+        y: Tensor
+        y, gemm = operator("triton", "linear_gelu_forward")(x, weight, bias, approximate)
         ctx.approximate = approximate
-        ctx.save_for_backward(x, weight, bias, product)
+        ctx.save_for_backward(x, weight, bias, gemm)
         return y
 
     @staticmethod
-    def backward(ctx, d_y):
-        x, weight, bias, product = ctx.saved_tensors
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, gemm = ctx.saved_tensors
         if must_be_differentiable():
             arguments = (x, weight, bias, ctx.approximate)
             return tuple(reference_gradients(reference.linear_gelu, arguments, ctx.needs_input_grad, [d_y]))
-        d_product, d_bias = operator("triton", "bias_gelu_backward")(d_y, product, bias, ctx.approximate)
-        d_x = d_product @ weight if ctx.needs_input_grad[0] else None
-        d_weight = d_product.mT @ x if ctx.needs_input_grad[1] else None
+        d_gemm, d_bias = operator("triton", "bias_gelu_backward")(d_y, gemm, bias, ctx.approximate)
+        d_x = d_gemm @ weight if ctx.needs_input_grad[0] else None
+        d_weight = d_gemm.mT @ x if ctx.needs_input_grad[1] else None
         return d_x, d_weight, d_bias.to(bias.dtype), None
 
 

@@ -1,7 +1,7 @@
-"""What became of the CUDA kernels when the compiled library was built, and whether this machine can run them.
+"""The record of how the CUDA kernels of the compiled library were built, and whether this machine can run them.
 
-setup.py writes the record beside the library. `bertfast doctor` shows it, and a refusal of `implementation="cuda"` says
-the part of it that matters.
+setup.py writes the record next to the library. `bertfast doctor` shows it, and the error for an unsupported
+`implementation="cuda"` quotes the relevant part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from bertfast.ops import native
 
-SOURCES = {  # operation: the files of csrc/cuda with its kernels
+SOURCES = {  # operation: the files in csrc/cuda with its kernels
     "attention": ("attention", "attention_backward"),
     "add_layer_norm": ("add_layer_norm",),
     "bias_gelu": ("bias_gelu",),
@@ -33,11 +33,11 @@ class CudaBuild:
     """The record that setup.py wrote.
 
     Attributes:
-        nvcc: nvcc's version, None if none was found.
-        reason: Why the library has no CUDA kernel and what to do; None if it has some.
-        architectures: By file of csrc/cuda, what it was compiled for: "80", "90a", "120+PTX", ….
-        missing: By file that is not in the library, "error": why and what to do, and "output": what nvcc said.
-        slow: By file, what ptxas said of spilled registers and serialised wgmma.
+        nvcc: Version of nvcc; None if it was not found.
+        reason: Why the library has no CUDA kernels and what to do; None if it has some.
+        architectures: By file of csrc/cuda, the targets for which it was compiled: "80", "90a", "120+PTX", ….
+        missing: By file that is not in the library, "error": the reason and what to do; "output": nvcc's output.
+        slow: By file, ptxas' warnings of spilled registers and serialised wgmma.
     """
 
     nvcc: str | None
@@ -48,7 +48,7 @@ class CudaBuild:
 
 
 def _read() -> tuple[CudaBuild, Path] | None:
-    """Return the record and its path; None without one, as beside a library for the tests."""
+    """Return the record and its path; None if there is none, as for a library that the tests built."""
     if native.UNAVAILABLE_REASON is not None:
         return None
     path = native.path().with_name(_RECORD)
@@ -57,14 +57,14 @@ def _read() -> tuple[CudaBuild, Path] | None:
     return CudaBuild(**json.loads(path.read_text(encoding="utf-8"))), path
 
 
-_FOUND = _read()  # now: torch.compile would trace it
-BUILD: CudaBuild | None = _FOUND and _FOUND[0]
+_FOUND = _read()  # at import: torch.compile would trace it
+BUILD: CudaBuild | None = _FOUND[0] if _FOUND else None
 
 
 def unsupported_reason(operation: str) -> str | None:
-    """Return why the library has no CUDA kernels of an operation, and what to do; None if it should have them."""
+    """Return why the library has no CUDA kernels for an operation, and what to do; None if it should have them."""
     if operation not in SOURCES:
-        return f"there is no kernel of {operation}"
+        return f"it has no kernel for {operation}"
     if BUILD is None:
         return _NO_RECORD
     if BUILD.reason is not None:
@@ -74,7 +74,7 @@ def unsupported_reason(operation: str) -> str | None:
 
 
 def unsupported_gpu_reason(operation: str, device: torch.device) -> str | None:
-    """Return why a GPU, or its driver, cannot run the library's kernels of an operation; None if it can."""
+    """Return why a GPU or its driver cannot run the library's kernels for an operation; None if they can."""
     if BUILD is None:
         return None
     if (reason := driver_reason()) is not None:
@@ -88,17 +88,20 @@ def unsupported_gpu_reason(operation: str, device: torch.device) -> str | None:
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:
-    """Return whether a GPU runs a target's code: of its own major version, or older PTX; "90a" is for sm_90 alone."""
-    number, _, ptx = target.partition("+")
-    major, minor = divmod(int(number.rstrip("af")), 10)
-    if number.endswith("a"):
+    """Return whether a GPU runs code for a target.
+
+    It runs code for its own major version up to its minor version, and older PTX; "90a" runs on sm_90 only.
+    """
+    architecture, _, ptx = target.partition("+")
+    major, minor = divmod(int(architecture.rstrip("af")), 10)
+    if architecture.endswith("a"):
         return (major, minor) == capability
     same_major = major == capability[0] and minor <= capability[1]
-    return same_major or (ptx == "PTX" and not number.endswith("f") and (major, minor) <= capability)
+    return same_major or (ptx == "PTX" and not architecture.endswith("f") and (major, minor) <= capability)
 
 
 def driver_reason() -> str | None:
-    """Return why the driver cannot run what this nvcc compiled: it is of an older major version of CUDA."""
+    """Return why the driver cannot run the kernels; None if it can. CUDA's major version must not be older than nvcc's."""
     driver = driver_cuda_version()
     if BUILD is None or BUILD.nvcc is None or driver is None or int(BUILD.nvcc.split(".")[0]) <= driver[0]:
         return None
@@ -124,8 +127,8 @@ def driver_cuda_version() -> tuple[int, int] | None:
 
 
 def summary() -> str:
-    """Return what `bertfast doctor` says: the build, what is missing, and versions that do not go together."""
-    if BUILD is None:
+    """Return a sentence for `bertfast doctor`: the build, missing files, and versions that do not match."""
+    if BUILD is None or _FOUND is None:
         return _NO_RECORD
     if BUILD.reason is not None:
         return f"not built: {BUILD.reason}"
@@ -135,7 +138,7 @@ def summary() -> str:
         f"{source}.cu was not built: {why['error']} (all output: {_FOUND[1]})" for source, why in BUILD.missing.items()
     ]
     parts += [f"{source}.cu is slower than it should be: {lines[0]}" for source, lines in BUILD.slow.items()]
-    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != BUILD.nvcc.split(".")[0]:
+    if torch.version.cuda and BUILD.nvcc and torch.version.cuda.split(".")[0] != BUILD.nvcc.split(".")[0]:
         parts.append(f"PyTorch has CUDA {torch.version.cuda}, another major version than nvcc's")
     if (reason := driver_reason()) is not None:
         parts.append(reason)
@@ -143,9 +146,9 @@ def summary() -> str:
 
 
 def _sort_key(target: str) -> tuple[int, str]:
-    return int(re.match(r"\d+", target)[0]), target
+    return int(re.split(r"\D", target)[0]), target
 
 
 def _listed(targets: list[str]) -> str:
-    """Return targets as a list to read: sm_80, sm_90a, sm_120 with PTX for later GPUs."""
+    """Return targets as text: "sm_80, sm_90a, sm_120 with PTX for later GPUs"."""
     return ", ".join(f"sm_{target}".replace("+PTX", " with PTX for later GPUs") for target in targets) or "no GPU"

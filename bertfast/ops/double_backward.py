@@ -1,8 +1,8 @@
-"""Second derivatives of the operators: a backward pass that is itself differentiated goes through the reference.
+"""Second derivatives of the operators: a backward pass that must be differentiable differentiates the reference.
 
 The kernels compute first derivatives only. PyTorch enables gradient mode inside a backward pass exactly when that pass
 must be differentiable (`create_graph=True`: gradient penalties, Hessian-vector products, MAML). The operator then
-differentiates its reference at the same inputs, with the same dropout mask, which is a function of its RNG coordinates.
+differentiates its reference at the same inputs, with the same dropout mask, which is a function of RNG coordinates.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def must_be_differentiable() -> bool:
-    """Return whether the running backward pass must be differentiable itself.
+    """Return whether the running backward pass must be differentiable.
 
-    A compiled one never is: PyTorch refuses second derivatives of it.
+    A compiled one never must: PyTorch does not support its second derivatives.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -32,12 +32,12 @@ def reference_gradients(
 
     Args:
         definition: The operator's reference; its differentiable outputs come first.
-        arguments: As saved: tensors that are still connected to the graph they came from.
-        needs_grad: Which arguments' gradients are asked for.
-        d_outputs: Gradients of the differentiable outputs; None where nothing depends on one.
+        arguments: As saved: the tensors are still connected to their graph.
+        needs_grad: Which arguments require a gradient.
+        d_outputs: Gradients of the differentiable outputs; None for outputs that were not used.
     """
-    # Views have nodes of their own in the graph: where one argument was computed from another, the gradient of the
-    # latter must not include the path through the former.
+    # Views are separate nodes of the graph: if one argument was computed from another, the gradient of the latter must
+    # not include the path through the former.
     views = [x.view_as(x) if needed else x for x, needed in zip(arguments, needs_grad, strict=True)]
     with torch.enable_grad():
         outputs = definition(*views)

@@ -1,6 +1,8 @@
-"""BERT's input: the sum of three embeddings, normalised (Devlin et al., 2019, section 3, figure 2)."""
+"""BERT's input: the normalised sum of three embeddings (Devlin et al., 2019, section 3, figure 2)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ _ROWS = {
 }
 _IDS = {"token_type_ids": "integer [tokens]", "position_ids": "integer [tokens]"}
 _ARGUMENTS = Arguments(
-    "embeddings", token_ids="integer [tokens]", **_IDS, word="floating [vocabulary, hidden]", **_ROWS
+    "embeddings", token_ids="integer [tokens]", **_IDS, word="floating [vocab_size, hidden]", **_ROWS
 )
 _EMBEDDED_ARGUMENTS = Arguments("embeddings", **_IDS, word="floating [tokens, hidden]", **_ROWS)
 
@@ -40,23 +42,29 @@ def embeddings(
     padding_index: int | None = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    """dropout(LN(word[token_ids] + token_type[token_type_ids] + position[position_ids])).
+    """Return dropout(LN(word[token_ids] + token_type[token_type_ids] + position[position_ids])).
 
     Args:
-        token_ids: int [T]; None if `word` already is the embedded tokens [T, H].
-        token_type_ids, position_ids: int [T].
-        word, position, token_type: [V, H], [positions, H], [types, H], floating point.
-        gamma, beta: [H], of the LayerNorm.
-        eps: of the LayerNorm, used in fp32.
+        token_ids: int [T]; None if `word` holds the embedded tokens [T, H].
+        token_type_ids: int [T].
+        position_ids: int [T].
+        word: [V, H], floating point.
+        position: [positions, H], floating point.
+        token_type: [types, H], floating point.
+        gamma: [H], of the LayerNorm.
+        beta: [H], of the LayerNorm.
+        eps: Of the LayerNorm, used in fp32.
         dropout: Of the output. A probability draws a seed from torch's generator; None: no dropout.
-        padding_index: the word whose embedding gets no gradient, as in `torch.nn.Embedding`.
+        padding_index: Row of `word` that gets no gradient, as in `torch.nn.Embedding`.
+        implementation: Default: the fastest one that supports the arguments.
 
     Returns:
         [T, H] in word's dtype.
 
     Raises:
-        IndexError: An index is outside of its table, on a CPU. On a GPU that is not checked: it would wait for the
-            device.
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
+        IndexError: On a CPU, an index is not in its table. On a GPU this is not checked: the host would have to wait.
     """
     dropout = as_dropout("embeddings", dropout, lambda: row_coordinates(token_type_ids), token_type_ids)
     tensors = (token_type_ids, position_ids, word, position, token_type, gamma, beta)
@@ -64,17 +72,17 @@ def embeddings(
         _EMBEDDED_ARGUMENTS.check(*tensors, dropout=dropout)
     else:
         _ARGUMENTS.check(token_ids, *tensors, dropout=dropout)
-    arguments = (token_ids, *tensors, eps)
     implementation = resolve("embeddings", implementation, word, float64_reason(position, token_type, gamma, beta))
     if implementation == "reference":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
-        return reference.embeddings(*arguments, dropout, padding_index)
+        return reference.embeddings(token_ids, *tensors, eps, dropout, padding_index)
     try:
-        return run(Embeddings, implementation, *arguments, padding_index, *kernel_arguments(dropout))
+        y: Tensor = run(Embeddings, implementation, token_ids, *tensors, eps, padding_index, *kernel_arguments(dropout))
+        return y
     except RuntimeError as error:
         failure = error
-    # The compiled library checks indices as it reads them, where a check of its own would double the time of a short
-    # call. Its error is a RuntimeError: this one is an IndexError.
+    # The compiled library checks indices as it reads them, since a separate check would double the time of a short
+    # call. It raises RuntimeError; this check raises IndexError.
     if implementation == "cpu":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
     raise failure
@@ -95,15 +103,17 @@ def _check_indices(
 
 
 class Embeddings(torch.autograd.Function):
-    """The kernels as one differentiable operation; dropout is drawn again in the backward pass."""
+    """The kernels as a differentiable operation; the backward pass recomputes the dropout mask."""
 
     @staticmethod
     def forward(
-        ctx, implementation, token_ids, token_type_ids, position_ids, word, position, token_type, gamma, beta, eps,
-        padding_index, *dropout,
-    ):  # fmt: skip
+        ctx: Any, implementation: Implementation, token_ids: Tensor | None, token_type_ids: Tensor,
+        position_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor,
+        eps: float, padding_index: int | None, *dropout: Any,
+    ) -> Tensor:  # fmt: skip
         inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
         ctx.implementation = implementation
+        y: Tensor
         y, mean, rstd = operator(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
         *coordinates, ctx.counter_word, ctx.threshold = dropout
         ctx.padding_index, ctx.eps = padding_index, eps
@@ -111,22 +121,23 @@ class Embeddings(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, gamma, beta, mean, rstd, seed, sequence_ids, positions = ctx.saved_tensors
         rng = (seed, sequence_ids, positions, ctx.counter_word, ctx.threshold)
         if must_be_differentiable():
             *tables, token_ids, token_type_ids, position_ids = inputs
+            ids = token_ids, token_type_ids, position_ids
             dropout = from_kernel_arguments(*rng)
 
-            def definition(*parameters: Tensor) -> Tensor:
-                ids = token_ids, token_type_ids, position_ids
+            def definition(word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+                parameters = word, position, token_type, gamma, beta
                 return reference.embeddings(*ids, *parameters, ctx.eps, dropout, ctx.padding_index)
 
             needs_grad = ctx.needs_input_grad[4:9]
             gradients = reference_gradients(definition, (*tables, gamma, beta), needs_grad, [d_y])
             return *[None] * 4, *gradients, *[None] * 7
-        *tables, sums = operator(ctx.implementation, "embed_backward")(
+        *d_tables, sums = operator(ctx.implementation, "embed_backward")(
             d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *rng
         )
         d_gamma, d_beta = sums
-        return *[None] * 4, *tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7
+        return *[None] * 4, *d_tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7

@@ -1,11 +1,8 @@
-"""The masked-LM head's transform: GELU, then LayerNorm.
-
-Statistics and sums are fp32 at least. Measured on a CPU, beside PyTorch's own operations:
-
-.. include:: ../../bench/results/cpu-rows/summary.md
-"""
+"""The transform of the masked-LM head: GELU, then LayerNorm. Statistics and sums are at least fp32."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,26 +24,46 @@ _ARGUMENTS = Arguments(
 def gelu_layer_norm(
     x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, implementation: Implementation | None = None
 ) -> Tensor:
-    """LN(gelu(x + bias)): x [R, H] floating point; bias, gamma, beta [H] -> [R, H] in gamma's dtype."""
+    """Return LN(gelu(x + bias)) with the exact GELU.
+
+    Args:
+        x: [R, H], floating point: the output of a GEMM without its bias.
+        bias: [H].
+        gamma: [H].
+        beta: [H].
+        eps: Of the LayerNorm, used in fp32.
+        implementation: Default: the fastest one that supports the arguments.
+
+    Returns:
+        [R, H] in gamma's dtype.
+
+    Raises:
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
+    """
     _ARGUMENTS.check(x, bias, gamma, beta)
     implementation = resolve("gelu_layer_norm", implementation, x, float64_reason(bias, gamma, beta))
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
-    return run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)
+    y: Tensor = run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)
+    return y
 
 
 class GeluLayerNorm(torch.autograd.Function):
-    """The kernels as one differentiable operation."""
+    """The kernels as a differentiable operation."""
 
     @staticmethod
-    def forward(ctx, implementation, x, bias, gamma, beta, eps):
+    def forward(
+        ctx: Any, implementation: Implementation, x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    ) -> Tensor:
         ctx.implementation, ctx.eps = implementation, eps
+        y: Tensor
         y, mean, rstd = operator(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
         ctx.save_for_backward(x, bias, gamma, beta, mean, rstd)
         return y
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, gamma, beta, mean, rstd = ctx.saved_tensors
         if must_be_differentiable():
             arguments = (x, bias, gamma, beta, ctx.eps)

@@ -1,4 +1,4 @@
-"""Checks of indices on a CPU, where reading them costs one pass and no wait for a device."""
+"""Checks of indices on a CPU, where reading them takes one pass and does not wait for a device."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from bertfast.runtime.torch_compat import is_traced
 def check_below(
     operation: str, name: str, indices: Tensor, size: int, table: str, *, negative_is_ignored: bool = False
 ) -> None:
-    """Raise IndexError at the first of `indices` that is not a row of `table`, which has `size` rows.
+    """Raise IndexError if one of `indices` is not a row of `table`.
 
-    Does nothing on a GPU and while operations are traced or recorded, when values must not be read.
+    Do nothing on a GPU, and while operations are traced or recorded, when values must not be read.
 
     Args:
         operation: Name of the operator, for the message.
         name: Name of the argument that holds the indices.
         indices: int [N].
-        size: Rows of the table.
+        size: Number of rows of the table.
         table: Name of the argument that is indexed.
-        negative_is_ignored: Negative indices are allowed, as labels that do not count.
+        negative_is_ignored: Whether negative indices are allowed, as labels of ignored rows.
     """
     if indices.device.type != "cpu" or is_traced() or indices.numel() == 0:
         return
@@ -29,7 +29,7 @@ def check_below(
         return
     outside = (indices >= size) if negative_is_ignored else (indices >= size) | (indices < 0)
     position = int(outside.nonzero()[0])
-    allowed = f"0 … {size - 1}" + (", or negative (-100) for a row that does not count" if negative_is_ignored else "")
+    allowed = f"0 … {size - 1}" + (", or negative (-100) for an ignored row" if negative_is_ignored else "")
     raise IndexError(
         f"{operation}: {name}[{position}] is {int(indices[position])}, but {table} has {size} rows: "
         f"{name} must be in {allowed}"

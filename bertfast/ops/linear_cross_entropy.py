@@ -44,7 +44,7 @@ def linear_cross_entropy(
         rows: int [R], the rows of hidden that are read; a row may be named more than once. None: all rows in order,
             R = T, which is faster than naming them.
         weight: [V, H]; bias: [V].
-        labels: int [R], in 0 … V - 1; the row of a negative one (-100) does not count. Without any label the loss is 0.
+        labels: int [R], in 0 … V - 1; the row of a negative one (-100) is ignored. Without labels the loss is 0.
 
     Returns:
         The sum of the losses (fp32, or float64 from float64; differentiable), the number of rows whose largest logit

@@ -52,7 +52,7 @@ def _in_chunks(
     def differentiate(logits: Tensor, chunk_rows: slice) -> None:
         kernel(logits[:, :vocab_size], bias, labels[chunk_rows], losses[chunk_rows], correct[chunk_rows], d_bias)
 
-    d_weight = gradients_in_chunks(x, weight, needs_grad, chunk, differentiate, matmul.multiply)
+    d_weight = gradients_in_chunks(x, weight, needs_grad, chunk, differentiate, matmul.matmul_nt)
     return losses, correct, x, d_weight, d_bias if needs_grad[2] else d_bias[:0]
 
 

@@ -1,101 +1,113 @@
-"""Matrix products in fp32 on a CPU, by whichever of PyTorch's two libraries is the faster one there.
+"""fp32 GEMMs on a CPU, by the faster one of PyTorch's two libraries.
 
-Left to itself PyTorch asks MKL, which keeps to 256-bit vectors on processors that are not Intel's. oneDNN, which comes
-with PyTorch too, does not: on an EPYC of family 26 it multiplies 2.1 times as fast.
+By default PyTorch calls MKL, which uses only 256-bit vectors on CPUs that are not Intel's. oneDNN, which is part of
+PyTorch too, uses all 512 bits: on an EPYC of family 26 it is 2.1 times as fast.
 """
 
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.kernels import logits_in_chunks
-from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
+from bertfast.ops.dispatch import run
+from bertfast.runtime.torch_compat import autocast_dtype, has_onednn, is_transformed, onednn_add_linear, onednn_linear
 
-# oneDNN rounds after each term of a sum, MKL less often: of 3,072 terms its error is 2.2 times MKL's, of 768 1.5 times.
-_DEPTH = 768
-_LEAST = 16  # rows or columns: a product of fewer is over sooner than oneDNN has begun
+# oneDNN rounds after each term of a sum, MKL less often: its error is 2.2 times MKL's for 3,072 terms, 1.5 for 768.
+_MAX_DEPTH = 768
+_MIN_SIZE = 16  # rows or columns: below, oneDNN's overhead exceeds its gain
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias: x [N, K], weight [M, K], bias [M] -> [N, M], as F.linear, autocast and gradients included."""
-    if torch.compiler.is_compiling() or autocast_dtype(x.device) is not None or not goes_to_onednn(x, weight):
+    """Return x W^T + bias as `F.linear` does, with autocast and gradients.
+
+    Args:
+        x: [N, K].
+        weight: [M, K].
+        bias: [M].
+
+    Returns:
+        [N, M].
+    """
+    if torch.compiler.is_compiling() or autocast_dtype(x.device) is not None or not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    y: Tensor = run(_Linear, x, weight, bias)
+    return y
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+def matmul_nt(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write a b^T to `out`, or add it: a [N, K], b [M, K], out [N, M], all of one dtype."""
-    if not goes_to_onednn(a, b):
+    if not uses_onednn(a, b):
         logits_in_chunks.matmul_nt(a, b, out, add=add)
     elif add:
-        out += _product(a, b)
+        out += _gemm(a, b)
     else:
-        out.copy_(_product(a, b))
+        out.copy_(_gemm(a, b))
 
 
-def goes_to_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether a product of these is oneDNN's."""
+def uses_onednn(a: Tensor, b: Tensor) -> bool:
+    """Return whether a b^T is computed by oneDNN: a [N, K], b [M, K]."""
     fp32 = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and a.dim() == 2
-    return fp32 and min(*a.shape, len(b)) >= _LEAST and onednn_is_faster() and not is_transformed()
+    return fp32 and min(*a.shape, len(b)) >= _MIN_SIZE and onednn_is_faster() and not is_transformed()
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies faster than MKL on this processor: AMD's with 512-bit vectors of full width, Zen 5 on.
+    """Return whether oneDNN's fp32 GEMMs are faster than MKL's on this CPU: AMD's from Zen 5 on.
 
-    Told by its name and not by a clock, so that all runs on a machine multiply alike to the last bit.
+    The CPU's name decides and not a measurement, so that all runs on a machine compute bitwise identical GEMMs.
     """
-    known = Path("/proc/cpuinfo")
-    if not torch.backends.mkldnn.is_available() or not known.is_file():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not has_onednn() or not cpuinfo.is_file():
         return False
-    fields = dict(re.findall(r"^(vendor_id|cpu family)\s*: (.+)$", known.read_text(), re.MULTILINE))
-    zen_5 = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
-    return zen_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fields = dict(re.findall(r"^(vendor_id|cpu family)\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE))
+    is_zen_5 = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
+    return is_zen_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _Linear(torch.autograd.Function):
-    """A product and its gradients, which are products too."""
+    """A linear layer whose gradients are computed by `_gemm` too."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _gemm(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad
-        matmul = _Linear.apply if torch.is_grad_enabled() else _product  # differentiable where gradients are recorded
-        d_x = matmul(d_y, weight.mT, None) if needs_grad[0] else None
-        d_weight = matmul(d_y.mT, x.mT, None) if needs_grad[1] else None
+        gemm = partial(run, _Linear)  # differentiable if gradients are enabled
+        d_x = gemm(d_y, weight.mT, None) if needs_grad[0] else None
+        d_weight = gemm(d_y.mT, x.mT, None) if needs_grad[1] else None
         return d_x, d_weight, d_y.sum(0) if needs_grad[2] else None
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias in pieces of at most _DEPTH terms, of equal length: a [N, K], b [M, K], bias [M] -> [N, M]."""
-    onednn = torch.ops.mkldnn._linear_pointwise
-    pieces = -(-a.shape[1] // _DEPTH)
-    step = -(-a.shape[1] // pieces)
-    total = onednn(_in_order(a[:, :step]), _dense(b[:, :step]), bias, "none", [], "")
+def _gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a b^T + bias, split into sums of equal length, at most _MAX_DEPTH: a [N, K], b [M, K], bias [M]."""
+    parts = -(-a.shape[1] // _MAX_DEPTH)
+    step = -(-a.shape[1] // parts)
+    total = onednn_linear(_in_rows_or_columns(a[:, :step]), _dense(b[:, :step]), bias)
     for start in range(step, a.shape[1], step):
-        piece = slice(start, start + step)
-        total = onednn.binary(_in_order(a[:, piece]), total, _dense(b[:, piece]), None, "add")
+        part = slice(start, start + step)
+        total = onednn_add_linear(total, _in_rows_or_columns(a[:, part]), _dense(b[:, part]))
     return total
 
 
-# Of other layouts oneDNN takes a thousand times as long.
+# With other layouts oneDNN takes a thousand times as long.
 def _dense(x: Tensor) -> Tensor:
-    """x as it is if it fills its memory by rows or by columns, else a copy."""
+    """Return x if its elements, or those of its transpose, are contiguous, else a copy."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def _in_order(x: Tensor) -> Tensor:
-    """x as it is if its rows, or its columns, are each in one piece and apart, else a copy."""
-    (rows, columns), (down, right) = x.shape, x.stride()
-    return x if (right == 1 and down >= columns) or (down == 1 and right >= rows) else x.contiguous()
+def _in_rows_or_columns(x: Tensor) -> Tensor:
+    """Return x if its rows, or its columns, are contiguous and do not overlap, else a copy."""
+    (rows, columns), (row_stride, column_stride) = x.shape, x.stride()
+    in_rows = column_stride == 1 and row_stride >= columns
+    return x if in_rows or (row_stride == 1 and column_stride >= rows) else x.contiguous()

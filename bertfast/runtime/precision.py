@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from bertfast.ops.matmul import linear
+from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +40,7 @@ def has_bf16_gemm(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; a processor without them is many times slower in bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_has_bf16_gemm()
 
 
 def choose_precision(device: torch.device, wanted: Precision = "auto") -> Literal["fp32", "bf16", "fp16"]:

@@ -1,4 +1,7 @@
-"""PyTorch's private interfaces, and what its versions and devices differ in. Checked on torch 2.13."""
+"""PyTorch's private interfaces, and differences between its versions and devices. Checked on torch 2.13.
+
+No other module uses names of PyTorch that start with an underscore, except for `torch._foreach_…`.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ def constant_result(function: Function) -> Function:
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` or forward-mode differentiation is active.
 
-    The kernels have no rules for them; operations of PyTorch have. `torch.compile` traces inside of a transform, too:
-    kernels there gave gradients of zero, silently.
+    PyTorch's operations have rules for them, the kernels do not. `torch.compile` also traces inside a transform: there
+    the kernels returned gradients of zero without an error.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def has_global_hooks() -> bool:
-    """Return whether hooks are registered for all modules, as profilers and counters of FLOPs do."""
+    """Return whether hooks are registered for all modules, as profilers and FLOP counters do."""
     return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # of PyTorch
 
 
@@ -73,7 +76,7 @@ def is_jit_tracing() -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return whether a backward pass got a batch of gradients in one: `is_grads_batched=True`, or `vmap` around it."""
+    """Return whether a backward pass runs on a batch of gradients: with `is_grads_batched=True`, or inside `vmap`."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -86,7 +89,7 @@ def backward_retains_graph() -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether operations are traced or recorded rather than only run: then the host must not read any values.
+    """Return whether operations are traced or recorded, so that the host must not read values.
 
     `torch.compile` and transforms of `torch.func` trace; fake tensors and recorders of a step are dispatch modes.
     """
@@ -94,13 +97,51 @@ def is_traced() -> bool:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Return whether the host can read a tensor's values without waiting: a plain CPU tensor, not a traced one."""
+    """Return whether the host can read a tensor's values without waiting: it is a plain CPU tensor and not traced."""
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype where it is on; None where it is off, and on "meta", which has none."""
+    """Return autocast's dtype; None if it is disabled, or on a device that has none, such as "meta"."""
     kind = device.type
     if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Assert that a bool tensor [] is true when the device computes it; the host does not wait."""
+    torch._assert_async(condition, message)
+
+
+def registered_kernels(prefixes: tuple[str, ...]) -> set[tuple[str, str]]:
+    """Return (operation, device type) of the kernels for CPUs and GPUs of the operations `bertfast::<prefix>…`."""
+    return {
+        (name.removeprefix("bertfast::"), device)
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(tuple(f"bertfast::{prefix}" for prefix in prefixes))
+        for device in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    }
+
+
+def has_onednn() -> bool:
+    """Return whether this PyTorch contains oneDNN."""
+    return torch._C._has_mkldnn
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, computed by oneDNN: x [N, K], weight [M, K], bias [M] -> [N, M]."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def onednn_add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return total + x W^T, computed by oneDNN: total [N, M], x [N, K], weight [M, K] -> [N, M]."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+    return y
+
+
+def cpu_has_bf16_gemm() -> bool:
+    """Return whether this CPU has instructions for bf16 GEMMs."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

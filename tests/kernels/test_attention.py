@@ -191,5 +191,5 @@ def test_unsupported_inputs_are_refused_with_the_reason():
     sequences = layout([4], 0)
     with pytest.raises(ValueError, match="head dimensions of 32, 64 and 128, qkv has 20; pass implementation='ref"):
         attend(inputs(sequences, head_dimension=20, dtype=HIGHEST_PRECISION), sequences)
-    with pytest.raises(ValueError, match="take a positive scale, got -1"):
+    with pytest.raises(ValueError, match="require a positive scale, got -1"):
         attend(inputs(sequences, dtype=HIGHEST_PRECISION), sequences, scale=-1.0)

@@ -28,7 +28,7 @@ def test_attention_supports_16_bit_types_only():
 def test_there_is_no_kernel_of_embed():
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     table = rows(32)
-    with pytest.raises(ValueError, match="implementation 'cuda' is not available: there is no kernel of embeddings"):
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available: it has no kernel for emb"):
         ops.embeddings(ids, ids, ids, table, table, table, table[0], table[0], 1e-12, implementation=KERNELS)
 
 

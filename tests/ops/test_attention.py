@@ -179,7 +179,7 @@ def test_wrong_arguments_are_refused():
 def on_a_device(monkeypatch):
     """As on a GPU, where the host reads no values: the fallback runs the definition on a few sequences at a time."""
     monkeypatch.setattr(sequences_module, "is_readable", lambda x: False)
-    monkeypatch.setattr(attention_fallback, "_SCORES", 2 * 19**2 * 2)  # two sequences of LENGTHS
+    monkeypatch.setattr(attention_fallback, "_SCORE_ELEMENTS", 2 * 19**2 * 2)  # two sequences of LENGTHS
 
 
 @pytest.mark.parametrize("p", [0, 0.4])
@@ -214,7 +214,7 @@ def test_the_definition_has_a_second_derivative(options):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_on_a_device_the_fallback_is_as_accurate_as_torch(options, dtype, on_a_device):
     qkv, sequences = packed(tokens=40, dimension=20)
-    assert len(sequences) > attention_fallback._SCORES // (2 * 19**2), "in several chunks"
+    assert len(sequences) > attention_fallback._SCORE_ELEMENTS // (2 * 19**2), "in several chunks"
     compare_with_torch(
         lambda qkv: attention_fallback.attention(
             qkv, sequences, options.get("scale", 20**-0.5), options.get("causal", False), options.get("window"), None
@@ -230,7 +230,7 @@ def test_on_a_device_the_fallback_draws_the_same_dropout(monkeypatch):
     arguments = (qkv, sequences, 0.5, False, None, dropout_over(sequences, 0.4))
     by_length = attention_fallback.attention(*arguments)
     monkeypatch.setattr(sequences_module, "is_readable", lambda x: False)
-    monkeypatch.setattr(attention_fallback, "_SCORES", 1)
+    monkeypatch.setattr(attention_fallback, "_SCORE_ELEMENTS", 1)
     torch.testing.assert_close(attention_fallback.attention(*arguments), by_length)
 
 

@@ -28,7 +28,7 @@ def test_attention_takes_cu_seqlens_and_lengths(sequences):
 def test_sequences_that_do_not_cover_all_tokens_are_refused(sequences):
     """A tensor of lengths that starts with 0 would pass for cu_seqlens otherwise."""
     with pytest.raises(
-        ValueError, match=r"must hold all 14 tokens of qkv \(give Sequences where some are padding\), got"
+        ValueError, match=r"must cover all 14 tokens of qkv \(pass Sequences if some are padding\), got"
     ):
         ops.attention(qkv(), sequences)
 

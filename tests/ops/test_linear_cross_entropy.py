@@ -158,7 +158,7 @@ def test_a_label_outside_of_the_vocabulary_is_named(implementation):
         ops.linear_cross_entropy(hidden, ROWS, weight, bias, labels, implementation=implementation)
     assert str(error.value) == (
         "linear_cross_entropy: labels[2] is 11, but weight has 11 rows: labels must be in 0 … 10, or negative (-100) "
-        "for a row that does not count"
+        "for an ignored row"
     )
 
 

@@ -53,7 +53,7 @@ def test_a_product_is_written_or_added_whatever_the_layout(library, add):
     ]:
         out = torch.randn(len(a), 128)[:, : len(b)]
         expected = a @ b.mT + (out if add else 0)
-        matmul.multiply(a, b, out, add=add)
+        matmul.matmul_nt(a, b, out, add=add)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
 
 
