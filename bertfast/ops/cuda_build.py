@@ -101,7 +101,7 @@ def runs_on(target: str, capability: tuple[int, int]) -> bool:
 
 
 def driver_reason() -> str | None:
-    """Return why the driver cannot run the kernels; None if it can. CUDA's major version must not be older than nvcc's."""
+    """Return why the driver cannot run the kernels: CUDA's major version is older than nvcc's. None if it can."""
     driver = driver_cuda_version()
     if BUILD is None or BUILD.nvcc is None or driver is None or int(BUILD.nvcc.split(".")[0]) <= driver[0]:
         return None

@@ -1,13 +1,15 @@
-"""The masked-LM loss: gather, product with the vocabulary, softmax and loss, without ever holding all logits."""
+"""The masked-LM loss: gather, GEMM with the vocabulary, softmax and loss. The full logits are never materialised."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertfast.ops import linear_cross_entropy_fallback as fallback
 from bertfast.ops import (
-    linear_cross_entropy_native,  # noqa: F401  importing it registers its launchers
+    linear_cross_entropy_native,  # noqa: F401  importing it registers its operators
     reference,
 )
 from bertfast.ops.arguments import Arguments
@@ -20,8 +22,8 @@ _ALL_ROWS, _SOME_ROWS = (
     Arguments(
         "linear_cross_entropy",
         hidden="floating [tokens, hidden]",
-        weight="floating [vocabulary, hidden]",
-        bias="floating [vocabulary]",
+        weight="floating [vocab_size, hidden]",
+        bias="floating [vocab_size]",
         **of_rows,
     )
     for of_rows in ({"labels": "integer [tokens]"}, {"rows": "integer [rows]", "labels": "integer [rows]"})
@@ -37,21 +39,25 @@ def linear_cross_entropy(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of hidden[rows] W^T + bias against labels, summed.
+    """Compute the sum of the cross-entropy losses of hidden[rows] W^T + bias against labels.
 
     Args:
         hidden: [T, H], floating point.
-        rows: int [R], the rows of hidden that are read; a row may be named more than once. None: all rows in order,
-            R = T, which is faster than naming them.
-        weight: [V, H]; bias: [V].
-        labels: int [R], in 0 … V - 1; the row of a negative one (-100) is ignored. Without labels the loss is 0.
+        rows: int [R], the rows of hidden to read; a row may occur more than once. None: all rows in order, R = T, which
+            is faster than listing them.
+        weight: [V, H].
+        bias: [V].
+        labels: int [R], in 0 … V - 1; rows with a negative label (-100) are ignored. Without labels the loss is 0.
+        implementation: Default: the fastest one that supports the arguments.
 
     Returns:
-        The sum of the losses (fp32, or float64 from float64; differentiable), the number of rows whose largest logit
-        is the label, and the number of labels: three 0-dimensional tensors, the last two int64.
+        (loss, correct, counted), tensors []: the differentiable sum of the losses, fp32 or, for float64, float64; the
+        number of rows whose first largest logit is the label, int64; and the number of labels, int64.
 
     Raises:
-        IndexError: A label is V or more, or a row is not one of hidden's, on a CPU. On a GPU, where a check would wait
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
+        IndexError: On a CPU, a label is V or more, or a row is not a row of hidden. On a GPU, where a check would wait
             for the device, such a label makes the loss NaN, and such a row fails a device-side assertion.
     """
     if rows is None:
@@ -60,28 +66,34 @@ def linear_cross_entropy(
         _SOME_ROWS.check(hidden, weight, bias, rows, labels)
         check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
     dtype = gemm_dtype(hidden, weight)
-    unsupported = (
-        "a CPU's kernel takes no float16" if dtype == torch.float16 and implementation in (None, "cpu") else None
-    )
+    unsupported = None
+    if dtype == torch.float16 and implementation in (None, "cpu") and not hidden.is_cuda:
+        unsupported = "its kernel for CPUs does not support float16"
     requested = implementation
-    implementation = resolve("linear_cross_entropy", requested, hidden, None if hidden.is_cuda else unsupported)
+    implementation = resolve("linear_cross_entropy", requested, hidden, unsupported)
     if implementation == "reference":
         check_below("linear_cross_entropy", "labels", labels, len(weight), "weight", negative_is_ignored=True)
-        if requested == "reference" or is_transformed():  # else what computes the same in less memory
+        if requested == "reference" or is_transformed():  # by default, a fallback that computes the same in less memory
             return reference.linear_cross_entropy(hidden, rows, weight, bias, labels)
-    # Asked here: inside the Function, a parameter seems to want its gradient even where none are recorded.
+    # Inside the Function, parameters seem to require gradients even if gradients are disabled.
     needs_grad = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight, bias))
-    return run(LinearCrossEntropy, implementation, hidden, rows, weight, bias, labels, needs_grad, dtype)
+    output: tuple[Tensor, Tensor, Tensor] = run(
+        LinearCrossEntropy, implementation, hidden, rows, weight, bias, labels, needs_grad, dtype
+    )
+    return output
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed beside the loss, chunk by chunk; the backward pass only scales them.
+    """The loss, whose forward pass also computes the gradients, chunk by chunk; the backward pass scales them.
 
     `dtype` is that of the kernels' GEMMs.
     """
 
     @staticmethod
-    def forward(ctx, implementation, hidden, rows, weight, bias, labels, needs_grad, dtype):
+    def forward(
+        ctx: Any, implementation: Implementation, hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor,
+        labels: Tensor, needs_grad: tuple[bool, bool, bool], dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = (hidden, rows, weight, bias, labels)
         if implementation == "reference":
             results = fallback.linear_cross_entropy_forward(*inputs, needs_grad)
@@ -94,19 +106,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss, correct, counted
 
     @staticmethod
-    def backward(ctx, d_loss, _correct, _counted):
+    def backward(ctx: Any, d_loss: Tensor, _correct: Tensor, _counted: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, hidden, rows, weight, bias, labels = ctx.saved_tensors
         if must_be_differentiable():
 
             def definition(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                half = (x.to(ctx.dtype) for x in (weight, bias))  # as autocast had it
-                return reference.linear_cross_entropy(hidden.to(ctx.dtype), rows, *half, labels)[0]
+                hidden, weight, bias = (x.to(ctx.dtype) for x in (hidden, weight, bias))  # as autocast did
+                return reference.linear_cross_entropy(hidden, rows, weight, bias, labels)[0]
 
             found = reference_gradients(definition, (hidden, weight, bias), ctx.needs_grad, [d_loss])
             return None, found[0], None, *found[1:], None, None, None
-        # No second d_weight: what no other pass will ask for is scaled where it is. (A compiler sees to that itself.)
-        kept = torch.compiler.is_compiling() or backward_retains_graph() or is_batched(d_loss)
-        scale = torch.mul if kept else Tensor.mul_
+        # Scale in place if no other backward pass will read the gradients, which saves a second d_weight. (A compiler
+        # does that itself.)
+        is_kept = torch.compiler.is_compiling() or backward_retains_graph() or is_batched(d_loss)
+        scale = torch.mul if is_kept else Tensor.mul_
         d_hidden, d_weight, d_bias = (
             scale(gradient, d_loss.to(gradient.dtype)) if needed else None
             for gradient, needed in zip(gradients, ctx.needs_grad, strict=True)

@@ -1,6 +1,6 @@
-"""The masked-LM loss in plain PyTorch where no kernel takes it: the definition in chunks of logits.
+"""The masked-LM loss in plain PyTorch where no kernel supports it: the reference, in chunks of logits.
 
-The gradients are computed with the loss: with a chunk's logits at hand they cost two GEMMs, later a third one.
+The gradients are computed with the loss, by two GEMMs per chunk; later they would take a third one for the logits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bertfast.ops.reference import accumulating
 
-_LOGITS = 1 << 24  # elements of logits that exist at a time
+_LOGIT_ELEMENTS = 1 << 24  # elements of a chunk of logits
 
 
 def linear_cross_entropy_forward(
@@ -26,9 +26,17 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor | None, ...]:
     """Compute `reference.linear_cross_entropy` and its gradients.
 
+    Args:
+        hidden: [T, H].
+        rows: int [R], or None for all rows of hidden.
+        weight: [V, H].
+        bias: [V].
+        labels: int [R].
+        needs_grad: Whether the gradients of hidden, weight and bias are required.
+
     Returns:
-        (loss [], correct int64 [], counted int64 [], *gradients of hidden [T, H], weight [V, H] and bias [V]), None for
-        those that `needs_grad` leaves out.
+        (loss [], correct int64 [], counted int64 [], d_hidden [T, H], d_weight [V, H], d_bias [V]); gradients that are
+        not required are None.
     """
     loss = accumulating(hidden.new_zeros(()))
     correct = labels.new_zeros(())
@@ -38,10 +46,10 @@ def linear_cross_entropy_forward(
     )
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    size = max(_LOGITS // weight.shape[0], 1)
-    for chunk, label in zip(rows.split(size), labels.split(size), strict=True):
+    size = max(_LOGIT_ELEMENTS // weight.shape[0], 1)
+    for chunk, label in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
         counted = label >= 0
-        x = hidden[chunk].masked_fill(~counted[:, None], 0)  # the row of an unused slot may hold anything, NaN too
+        x = hidden[chunk].masked_fill(~counted[:, None], 0)  # ignored rows may hold any values, also NaN
         logits = accumulating(F.linear(x, weight, bias))
         target = label.clamp(0, len(weight) - 1).long()[:, None]
         logsumexp = logits.logsumexp(1, keepdim=True)

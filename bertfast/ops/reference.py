@@ -1,8 +1,8 @@
-"""The operations of BERT in plain PyTorch: specification, oracle of every test, and the fallback on any device.
+"""The operations of BERT in plain PyTorch: the specification, the oracle of the tests, and a fallback on any device.
 
-Each function is the mathematics, differentiated by autograd, so no gradient here is written by hand and every one can
-be checked in float64. Statistics, softmax and sums are fp32 at least. Activations are packed:
-T tokens, H hidden, A heads, D head dimension, R gathered rows, V vocabulary.
+Autograd differentiates each function, so that no gradient is written by hand, and all can be checked in float64.
+Statistics, softmax and sums are at least fp32. Activations are packed: T token slots, S sequences, H hidden size,
+A heads, D head dimension, R gathered rows, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from bertfast.ops.dropout import Dropout, attention_keep, attention_keep_at, hid
 from bertfast.ops.sequences import Sequences
 from bertfast.runtime.torch_compat import autocast_dtype
 
-IGNORE_INDEX = -100  # the label of a row that does not count
+IGNORE_INDEX = -100
+"""The label of rows that the loss ignores, as in PyTorch."""
 
 
 def embeddings(
@@ -34,18 +35,18 @@ def embeddings(
     dropout: Dropout | None,
     padding_index: int | None,
 ) -> Tensor:
-    """dropout(LN(word[token] + token_type[type] + position[position])) -> [T, H]; see `bertfast.ops.embeddings`."""
-    words = word if token_ids is None else F.embedding(token_ids, word, padding_idx=padding_index)
-    total = words + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
-    return drop_hidden(layer_norm(total, gamma, beta, eps).to(words.dtype), dropout)
+    """Return dropout(LN(word[token] + token_type[type] + position[position])), [T, H]; see `ops.embeddings`."""
+    tokens = word if token_ids is None else F.embedding(token_ids, word, padding_idx=padding_index)
+    total = tokens + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
+    return drop_hidden(layer_norm(total, gamma, beta, eps).to(tokens.dtype), dropout)
 
 
 def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    """softmax(Q K^T · scale) V within each sequence -> [T, A, D], zero at padding slots.
+    """Return dropout(softmax(Q K^T · scale)) V of each sequence, [T, A, D], zero at padding slots; see `ops.attention`.
 
-    The memory it takes grows with S · max_seqlen_bound²; `bertfast.ops.attention_fallback` computes the same in less.
+    It takes memory in proportion to S · max_seqlen_bound²; `bertfast.ops.attention_fallback` takes less.
     """
     probabilities, value = attention_probabilities(qkv, sequences, scale, causal, window, dropout)
     context = (probabilities.to(value.dtype) @ value).transpose(1, 2)
@@ -55,10 +56,13 @@ def attention(
 def attention_probabilities(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute all probabilities, dropout applied -> ([S, A, N, N], values [S, A, N, D]), N being max_seqlen_bound.
+    """Compute the attention probabilities after dropout.
 
-    Position i attends to position j where j <= i if `causal`, and |i - j| <= window if there is one. Rows of positions
-    that a sequence does not have hold anything finite; its columns of such positions are zero.
+    Position i attends to position j if j <= i or not `causal`, and if |i - j| <= window or that is None.
+
+    Returns:
+        Probabilities [S, A, N, N] and values [S, A, N, D], where N is max_seqlen_bound. At positions from a sequence's
+        length on, rows of probabilities are finite and meaningless, columns are zero.
     """
     query, key, value = to_rows(qkv, sequences).permute(2, 0, 3, 1, 4)
     bound = sequences.max_seqlen_bound
@@ -66,7 +70,7 @@ def attention_probabilities(
     masked = ~present[:, None, :]
     outside = not_attended(bound, causal, window, qkv.device)
     masked = masked if outside is None else masked | outside
-    # Absent queries attend to everything: a softmax over nothing would be NaN, and so would its gradient.
+    # Absent queries attend to all keys: the softmax of an empty set would be NaN, and so would its gradient.
     masked = (masked & present[:, :, None])[:, None]
     heads = qkv.shape[2]
     keep = None if dropout is None else attention_keep(dropout, sequences.sequence_ids, heads, bound, range(bound))
@@ -82,10 +86,22 @@ def query_only_attention(
     window: int | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """Attention of one query-only token per sequence, which is a query without being a key -> [S, A, D].
+    """Compute attention of one query-only token per sequence: it is a query but not a key.
 
-    `query` is [S, A, D]. The token stands before its whole sequence: `causal`, it attends to nothing, which gives zero,
-    as an empty sequence does. It draws its dropout at the position behind the last token.
+    The token precedes its sequence. If `causal`, it attends to no key, and the result is zero, as for an empty
+    sequence. Its position for dropout is the one after the last token.
+
+    Args:
+        query: [S, A, D].
+        qkv: [T, 3, A, D], of which only keys and values are read.
+        sequences: Which slots belong to which sequence.
+        scale: Of the scores.
+        causal: See above.
+        window: The token attends only to positions up to this one; None: no limit.
+        dropout: Of the probabilities.
+
+    Returns:
+        [S, A, D].
     """
     if causal:
         return torch.zeros_like(query)
@@ -94,7 +110,7 @@ def query_only_attention(
     position = torch.arange(bound, device=qkv.device)
     masked = position >= lengths
     masked = masked if window is None else masked | (position > window)
-    masked = masked & (lengths > 0)  # all values of an empty sequence are zero
+    masked = masked & (lengths > 0)  # an empty sequence attends to all keys; its values are zero
     keep = None
     if dropout is not None:
         keep = attention_keep_at(dropout, sequences.sequence_ids, query.shape[1], bound, lengths[:, 0].long())
@@ -104,16 +120,17 @@ def query_only_attention(
 
 
 def to_rows(x: Tensor, sequences: Sequences) -> Tensor:
-    """Gather packed values [T, …] into one row per sequence [S, max_seqlen_bound, …], zero behind its last token."""
+    """Gather packed values [T, …] into one row per sequence [S, max_seqlen_bound, …], zero after its last token."""
     position = torch.arange(sequences.max_seqlen_bound, device=x.device)
     index = sequences.cu_seqlens[:-1, None] + position
-    # Absent positions read a row of zeros behind the last slot, whatever, NaN too, other slots hold.
+    # Absent positions read a row of zeros after the last slot, since other slots may hold NaN.
     index = torch.where(position < sequences.cu_seqlens.diff()[:, None], index, len(x))
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
+    padded: Tensor = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return padded[index]
 
 
 def to_slots(rows: Tensor, sequences: Sequences) -> Tensor:
-    """Put rows [S, max_seqlen_bound, …] back into packed slots [T, …], zero at padding slots."""
+    """Return rows [S, max_seqlen_bound, …] as packed slots [T, …], zero at padding slots."""
     count, bound, *shape = rows.shape
     index = sequences.sequence_index * bound + sequences.position
     index = torch.where(sequences.is_token, index, count * bound)
@@ -121,9 +138,9 @@ def to_slots(rows: Tensor, sequences: Sequences) -> Tensor:
 
 
 def not_attended(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys (columns) a query (row) of the same sequence may not attend to, bool [L, L]; None: it may all.
+    """Return which keys (columns) a query (row) of the same sequence does not attend to, bool [L, L]; None: all False.
 
-    It may always attend to itself.
+    A query always attends to its own position.
     """
     if not causal and window is None:
         return None
@@ -135,14 +152,28 @@ def not_attended(length: int, causal: bool, window: int | None, device: torch.de
 def masked_softmax(
     query: Tensor, key: Tensor, scale: float, masked: Tensor | None, keep: Tensor | None, dropout: Dropout | None
 ) -> Tensor:
-    """dropout(softmax(Q K^T · scale)) where not `masked`, [..., Q, D] and [..., K, D] -> [..., Q, K], fp32 at least."""
-    # The scale goes into the GEMM, before its result is rounded.
+    """Return dropout(softmax(Q K^T · scale)), at least in fp32.
+
+    Args:
+        query: [..., Q, D].
+        key: [..., K, D].
+        scale: Of the scores.
+        masked: bool, broadcasts to [..., Q, K]: scores that are excluded; None: none are.
+        keep: bool, broadcasts to [..., Q, K]: probabilities that dropout keeps; None: no dropout.
+        dropout: Its scale applies to kept probabilities.
+
+    Returns:
+        [..., Q, K].
+    """
+    # The GEMM applies the scale before it rounds its result.
     flat = torch.baddbmm(query.new_zeros(1), query.flatten(0, -3), key.flatten(0, -3).mT, beta=0, alpha=scale)
-    scores = accumulating(flat.unflatten(0, query.shape[:-2]))
+    scores = accumulating(torch.unflatten(flat, 0, query.shape[:-2]))
     if masked is not None:
         scores = scores.masked_fill(masked, -math.inf)
     probabilities = scores.softmax(-1)
-    return probabilities if keep is None else probabilities * _factors(keep, dropout, probabilities.dtype)
+    if keep is None or dropout is None:
+        return probabilities
+    return probabilities * _factors(keep, dropout, probabilities.dtype)
 
 
 def add_layer_norm(
@@ -155,7 +186,7 @@ def add_layer_norm(
     dropout: Dropout | None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return LN(residual + dropout(x + bias)), [T, H] in the residual's dtype; with `compute_dtype` also in that."""
+    """Return LN(residual + dropout(x + bias)), [T, H] in residual's dtype, and also in `compute_dtype` if given."""
     x = accumulating(x)
     x = drop_hidden(x if bias is None else x + bias, dropout)
     y = layer_norm(x + residual, gamma, beta, eps)
@@ -163,31 +194,31 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """gelu(x + bias) -> as x."""
+    """Return gelu(x + bias), [T, columns] in x's dtype."""
     return F.gelu(accumulating(x) + bias, approximate=approximate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """gelu(x W^T + bias) -> [T, columns]."""
+    """Return gelu(x W^T + bias), [T, columns]."""
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
 def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """LN(gelu(x + bias)), exact GELU -> [R, H] in the parameters' dtype."""
+    """Return LN(gelu(x + bias)) with the exact GELU, [R, H] in gamma's dtype."""
     return layer_norm(F.gelu(accumulating(x) + bias), gamma, beta, eps).to(gamma.dtype)
 
 
 def linear_cross_entropy(
     hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of cross entropies of hidden[rows] W^T + bias -> (loss [], correct int64 [], counted int64 []).
+    """Return (loss [], correct int64 [], counted int64 []) of hidden[rows] W^T + bias; see `ops.linear_cross_entropy`.
 
-    Without `rows` all rows of hidden are read in order. A label outside of the vocabulary makes the loss NaN. All
-    logits exist at once; `bertfast.ops.linear_cross_entropy_fallback` computes the same in chunks.
+    A label outside the vocabulary makes the loss NaN. All logits are materialised;
+    `bertfast.ops.linear_cross_entropy_fallback` computes them in chunks.
     """
     counted = labels >= 0
     x = hidden if rows is None else hidden[rows]
-    x = x.masked_fill(~counted[:, None], 0)  # the row of an unused slot may hold anything, NaN too
+    x = x.masked_fill(~counted[:, None], 0)  # ignored rows may hold any values, also NaN
     logits = accumulating(F.linear(x, weight, bias))
     target = labels.clamp(0, len(weight) - 1).long()[:, None]
     losses = (logits.logsumexp(1) - logits.gather(1, target).squeeze(1)) * counted
@@ -197,24 +228,24 @@ def linear_cross_entropy(
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) · gamma + beta over the last dimension, in fp32 at least (Ba et al., 2016)."""
+    """Return (x - mean) / sqrt(var + eps) · gamma + beta over the last dimension, at least fp32 (Ba et al., 2016)."""
     x = accumulating(x)
     with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta.to(x.dtype), eps)
 
 
 def drop_hidden(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """dropout(x) of activations [T, H]."""
+    """Return dropout(x) of activations [T, H]."""
     if dropout is None:
         return x
     return x * _factors(hidden_keep(dropout, x.shape[1]), dropout, x.dtype)
 
 
 def _factors(keep: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    # One factor an element, 0 or the scale: one product forward and one backward, of one dtype, which are fast.
+    # One factor per element, 0 or the scale: one multiplication forward and one backward, in one dtype, is fast.
     return keep.to(dtype).mul_(dropout.scale)
 
 
 def accumulating(x: Tensor) -> Tensor:
-    # Half precisions are raised to fp32; float64 stays, so that the definitions can be checked in it.
+    """Return x in the dtype of sums: half precisions become fp32; float64 stays, for checks of the definitions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

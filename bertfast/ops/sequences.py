@@ -1,10 +1,10 @@
 """Boundaries of the sequences in a packed batch: `cu_seqlens` and what follows from it.
 
-Packed tokens lie end to end in one dimension of `capacity` slots; sequence `s` occupies the slots
+Packed tokens are concatenated in one dimension of `capacity` slots; sequence `s` occupies the slots
 `cu_seqlens[s] … cu_seqlens[s + 1] - 1`. Slots from `cu_seqlens[-1]` on are padding slots: they belong to no sequence.
 
-The host knows sizes and bounds only; lengths stay on the device. So no batch waits for a GPU, a CUDA graph captured for
-one batch serves others of its shape, and a compiler traces the packed path.
+The host knows only sizes and bounds; lengths stay on the device. So the host does not wait for a GPU, a CUDA graph
+captured for one batch serves others of its shape, and `torch.compile` can trace the packed path.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Generic, SupportsIndex, TypeVar
+from typing import Generic, SupportsIndex, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast.kernels.attention_tiles import tile_table
-from bertfast.runtime.torch_compat import is_readable
+from bertfast.runtime.torch_compat import assert_on_device, is_readable
 
 Value = TypeVar("Value")
 
@@ -27,16 +27,24 @@ Value = TypeVar("Value")
 class _CachedProperty(Generic[Value]):
     """Compute a property once: `functools.cached_property` takes a lock, which `torch.compile` cannot trace."""
 
-    def __init__(self, compute: Callable[[Sequences], Value]):
+    def __init__(self, compute: Callable[[Sequences], Value]) -> None:
         self.compute, self.__doc__ = compute, compute.__doc__
 
-    def __get__(self, sequences: Sequences | None, owner: type | None = None) -> Value:
+    @overload
+    def __get__(self, sequences: None, owner: type) -> _CachedProperty[Value]: ...
+
+    @overload
+    def __get__(self, sequences: Sequences, owner: type) -> Value: ...
+
+    def __get__(self, sequences: Sequences | None, owner: type) -> Value | _CachedProperty[Value]:
         if sequences is None:
             return self
+        value = self.compute(sequences)
         if torch.compiler.is_compiling():
-            return self.compute(sequences)
-        # Found here, it is not looked for in the class again.
-        return sequences.__dict__.setdefault(self.compute.__name__, self.compute(sequences))
+            return value
+        # An entry in the instance's dictionary takes precedence over this descriptor.
+        cached: Value = sequences.__dict__.setdefault(self.compute.__name__, value)
+        return cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +52,11 @@ class Sequences:
     """The division of `capacity` packed slots into sequences. Build it with a `from_…` method, which checks it once.
 
     Attributes:
-        cu_seqlens: int32 [S + 1] on the activations' device; starts at 0, never decreases.
+        cu_seqlens: int32 [S + 1] on the activations' device; starts at 0 and never decreases.
         sequence_ids: int64 [S] on the same device; each sequence's id in the run, an RNG coordinate of dropout.
-        capacity: slots of a packed activation (T), padding slots included.
-        max_seqlen_bound: no sequence is longer, nor is any in another batch of the run. Kernels are chosen by it, so
-            that all batches run the same ones, and a CUDA graph captured for one batch serves them all.
+        capacity: T, slots of a packed activation, padding slots included.
+        max_seqlen_bound: No sequence in any batch of the run is longer. It selects the kernels, so that all batches run
+            the same ones, and a CUDA graph captured for one batch serves all.
     """
 
     cu_seqlens: Tensor
@@ -66,11 +74,18 @@ class Sequences:
         max_seqlen_bound: int | None = None,
         device: torch.device | str | None = None,
     ) -> Sequences:
-        """Divide slots into sequences of the given lengths; see `from_cu_seqlens`.
+        """Divide slots into sequences of the given lengths.
 
         Args:
-            lengths: host integers or an integer tensor [S]; 0 is allowed.
-            device: of the result; default: that of a tensor, else the CPU.
+            lengths: Python integers or an integer tensor [S]; 0 is allowed.
+            sequence_ids: See `from_cu_seqlens`.
+            capacity: See `from_cu_seqlens`.
+            max_seqlen_bound: See `from_cu_seqlens`.
+            device: Of the result; default: that of a tensor, else the CPU.
+
+        Raises:
+            TypeError: A length is not an integer.
+            ValueError: See `from_cu_seqlens`.
         """
         if not isinstance(lengths, Tensor):
             lengths = torch.tensor([_integer(length) for length in lengths], dtype=torch.int64)
@@ -80,8 +95,9 @@ class Sequences:
             )
         require((lengths >= 0).all(), "sequence lengths must not be negative", lengths.min)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
-        options = {"sequence_ids": sequence_ids, "capacity": capacity, "max_seqlen_bound": max_seqlen_bound}
-        sequences = cls.from_cu_seqlens(cu_seqlens, **options)
+        sequences = cls.from_cu_seqlens(
+            cu_seqlens, sequence_ids=sequence_ids, capacity=capacity, max_seqlen_bound=max_seqlen_bound
+        )
         return sequences if device is None else sequences.to(device)
 
     @classmethod
@@ -93,22 +109,22 @@ class Sequences:
         capacity: int | None = None,
         max_seqlen_bound: int | None = None,
     ) -> Sequences:
-        """Divide slots into sequences by `cu_seqlens`, as variable-length attention takes it elsewhere.
+        """Divide slots into sequences by `cu_seqlens`, the usual argument of variable-length attention.
 
-        On a GPU nothing is copied to the host: what is wrong with the values is a device-side assertion there.
+        Values on a GPU are not copied to the host: if they are invalid, a device-side assertion fails.
 
         Args:
             cu_seqlens: int64 or int32 [S + 1].
-            sequence_ids: integers [S]; default: 0, 1, …
-            capacity: number of slots; those behind the last sequence are padding slots. Default: no padding slots, for
-                which the values of `cu_seqlens` must be on the CPU.
-            max_seqlen_bound: see the class. Default: the greatest length on the CPU, `capacity` elsewhere, which makes
-                kernels prepare for one sequence that long.
+            sequence_ids: Integers [S]; default: 0, 1, …
+            capacity: Number of slots; those after the last sequence are padding slots. Default: no padding slots, which
+                requires `cu_seqlens` on the CPU.
+            max_seqlen_bound: See the class. Default: the maximum length on the CPU, else `capacity`, which configures
+                the kernels for one sequence of that length.
 
         Raises:
-            TypeError: `cu_seqlens` is no tensor.
-            ValueError: the shapes or dtypes or, on the CPU, the values do not fit; `capacity` is missing for a GPU's
-                tensor.
+            TypeError: `cu_seqlens` is not a tensor.
+            ValueError: Shapes, dtypes or, on the CPU, values are invalid; or `capacity` is missing for a tensor on a
+                GPU.
         """
         if not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"cu_seqlens must be an integer tensor, got {type(cu_seqlens).__name__}")
@@ -141,12 +157,12 @@ class Sequences:
         return cls(cu_seqlens.to(torch.int32), ids.to(device, torch.int64), capacity, max_seqlen_bound)
 
     def __len__(self) -> int:
-        """The number of sequences, empty ones included."""
+        """Return the number of sequences, empty ones included."""
         return len(self.sequence_ids)
 
     @_CachedProperty
     def tile_table(self) -> Tensor:
-        """int32 [N + 1, 4]: the tiles of the attention kernels, see `bertfast.kernels.attention_tiles.tile_table`."""
+        """int32 [N + 1, 4]: the tiles of the attention kernels; see `bertfast.kernels.attention_tiles.tile_table`."""
         return tile_table(self.cu_seqlens, self.capacity, self.max_seqlen_bound)
 
     @property
@@ -156,17 +172,17 @@ class Sequences:
 
     @_CachedProperty
     def lengths(self) -> tuple[int, ...]:
-        """The S lengths on the host. Copies `cu_seqlens` from a GPU and waits for it."""
+        """The S lengths, on the host. On a GPU this copies `cu_seqlens` and waits for the device."""
         return tuple(self.cu_seqlens.diff().tolist())
 
     @property
     def max_seqlen(self) -> int:
-        """Length of the longest sequence, 0 if there is none; read on the host, see `lengths`."""
+        """The maximum length, 0 without sequences; see `lengths`."""
         return max(self.lengths, default=0)
 
     @property
     def num_tokens(self) -> int:
-        """Number of slots that belong to a sequence; read on the host, see `lengths`."""
+        """The number of slots that belong to a sequence; see `lengths`."""
         return sum(self.lengths)
 
     @_CachedProperty
@@ -176,7 +192,7 @@ class Sequences:
 
     @_CachedProperty
     def sequence_index(self) -> Tensor:
-        """int64 [T]: index of the sequence that each slot belongs to; padding slots name the last one."""
+        """int64 [T]: index of each slot's sequence; that of the last sequence at padding slots."""
         return torch.searchsorted(self.cu_seqlens[1:], self._slots, right=True).clamp(max=max(len(self) - 1, 0))
 
     @_CachedProperty
@@ -186,9 +202,9 @@ class Sequences:
 
     @_CachedProperty
     def first(self) -> Tensor:
-        """int64 [S]: the slot of each sequence's first token; an empty one names some other slot.
+        """int64 [S]: the slot of each sequence's first token; an arbitrary slot for an empty sequence.
 
-        Empty sequences name different slots: gathering one row many times would serialise the gradient's scatter.
+        Empty sequences get different slots: if one row were gathered many times, its gradient would be serialised.
         """
         start = self.cu_seqlens[:-1].long()
         other = torch.arange(len(self), device=start.device) % max(self.capacity, 1)
@@ -196,12 +212,12 @@ class Sequences:
 
     @_CachedProperty
     def last(self) -> Tensor:
-        """int64 [S]: the slot of each sequence's last token; an empty one names some other slot."""
+        """int64 [S]: the slot of each sequence's last token; an arbitrary slot for an empty sequence."""
         return (self.cu_seqlens[1:] - 1).long().clamp(min=0)
 
     @_CachedProperty
     def token_sequence_ids(self) -> Tensor:
-        """int64 [T]: id of the sequence that each slot belongs to."""
+        """int64 [T]: the id of each slot's sequence; that of the last sequence at padding slots."""
         return self.sequence_ids[self.sequence_index] if len(self) else torch.zeros_like(self.position)
 
     @property
@@ -209,7 +225,7 @@ class Sequences:
         return torch.arange(self.capacity, dtype=torch.int32, device=self.cu_seqlens.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
-        """Return the same sequences with their tensors on `device`."""
+        """Return the sequences with their tensors on `device`."""
         return replace(
             self,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
@@ -229,26 +245,27 @@ def _integer(length: SupportsIndex) -> int:
 
 
 def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:
-    """Require a bool tensor [] to be true without waiting for a device.
+    """Check that a bool tensor [] is true, without waiting for a device.
 
     Args:
-        rule: the sentence of the error, which goes on with what there is instead.
-        value: called for that, an integer tensor [].
+        condition: The tensor.
+        rule: Start of the error message, which ends with the actual value.
+        value: Returns the actual value, an integer tensor []; called only for an error.
 
     Raises:
-        ValueError: it is false and on the CPU. On a GPU a device-side assertion fails instead, when it runs.
+        ValueError: The condition is false, on the CPU. On a GPU a device-side assertion fails later.
     """
     if is_readable(condition):
         if not condition:
             raise ValueError(f"{rule}, got {int(value())}")
     elif condition.device.type != "meta" and not torch.compiler.is_compiling():
-        torch._assert_async(condition, rule)
+        assert_on_device(condition, rule)
 
 
 def bucket(count: int) -> int:
-    """Round a number of tokens up to one of few sizes, at most 12.5 % larger: graphs are captured by size.
+    """Round a number of tokens up to one of few sizes, at most 12.5 % larger, since a CUDA graph is captured per size.
 
-    The sizes are 8 … 15 times a power of two, from 64 on; a count of 0 stays 0.
+    The sizes are 8 … 15 times a power of two, at least 64; a count of 0 stays 0.
     """
     if count == 0:
         return 0

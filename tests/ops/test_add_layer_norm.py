@@ -201,5 +201,5 @@ def test_a_dtype_that_no_kernel_takes_with_the_others_is_left_to_the_reference(p
         arguments[1] = arguments[1].double()  # the residual has x's dtype or a wider one
     expected = ops.add_layer_norm(*arguments, 1e-12, implementation="reference")
     assert torch.equal(ops.add_layer_norm(*arguments, 1e-12), expected)
-    with pytest.raises(ValueError, match="its kernels (do not )?support float"):
+    with pytest.raises(ValueError, match=r"its kernels (do not )?support float"):
         ops.add_layer_norm(*arguments, 1e-12, implementation="cpu")

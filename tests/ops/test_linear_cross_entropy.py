@@ -31,19 +31,19 @@ def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 11 * chunk)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 11 * chunk)
     compare_with_torch(ours, composed, inputs(hidden=24), dtype)
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_gradient_is_the_derivative(chunk, monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 11 * chunk)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 11 * chunk)
     assert torch.autograd.gradcheck(ours, inputs())
     assert torch.autograd.gradcheck(lambda *x: 3 * ours(*x), inputs())
 
 
 def test_chunks_give_what_the_definition_gives(monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", 22)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 22)
     arguments = inputs()
     results = []
     for implementation in (None, "reference"):  # in float64 there is no kernel
@@ -69,7 +69,7 @@ def test_counts_what_is_right_and_what_counts():
 
 def test_all_logits_never_exist(monkeypatch):
     tokens, hidden, vocabulary, chunk = 64, 8, 512, 4
-    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGITS", chunk * vocabulary)
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", chunk * vocabulary)
     arguments = inputs(tokens, hidden, vocabulary)
     rows, labels = torch.arange(tokens), torch.arange(tokens)
     with LargestTensor() as largest:

@@ -150,7 +150,9 @@ def test_an_instruction_set_that_is_not_here_is_refused():
         native.use_instruction_set("sse")
     missing = {"avx512", "avx512_bf16"} - set(native.instruction_sets())
     for name in missing:
-        with pytest.raises(ValueError, match=f"this CPU does not support the instruction set '{name}'; '.*' stays in use"):
+        with pytest.raises(
+            ValueError, match=f"this CPU does not support the instruction set '{name}'; '.*' stays in use"
+        ):
             native.use_instruction_set(name)
 
 
