@@ -244,7 +244,7 @@ def window_or_unlimited(window: int | None) -> int:
     return _UNLIMITED if window is None else min(window, _UNLIMITED)
 
 
-def constants_of(qkv: Tensor, causal: bool, window: int | None) -> dict:
+def constants_of(qkv: Tensor, causal: bool, window: int | None) -> dict[str, int | bool | str | None]:
     """Return the constants that all kernels have.
 
     fp32 matmuls are three of TF32 parts: as accurate as fp32, and on the tensor cores.

@@ -17,7 +17,8 @@ _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # kernel: {head dimension: [(bound on the length, queries, keys, warps[, maxnreg]), …]}; the first entry with a
 # bound of at least max_seqlen_bound is used.
-_HOPPER = {
+_Table = dict[str, dict[int, list[tuple[int, ...]]]]
+_HOPPER: _Table = {
     "forward": {
         32: [(32, 32, 32, 4), (128, 64, 64, 4), (_ANY, 128, 64, 8)],
         64: [(32, 32, 32, 4), (128, 64, 64, 4), (_ANY, 128, 64, 8)],
@@ -32,13 +33,13 @@ _HOPPER = {
     "d_kv": {32: [(_ANY, 64, 128, 8)], 64: [(_ANY, 64, 128, 8)], 128: [(_ANY, 32, 128, 8)]},
 }
 # A dropout mask takes registers. maxnreg is set so that an SM holds twice as many warps; see bench/LOG.md.
-_HOPPER_DROPOUT = _HOPPER | {
+_HOPPER_DROPOUT: _Table = _HOPPER | {
     "forward": _HOPPER["forward"] | {64: [(32, 32, 32, 4), (128, 64, 64, 4, 128), (_ANY, 128, 64, 8, 128)]},
     "d_q": _HOPPER["d_q"] | {32: [(_ANY, 64, 64, 4)], 64: [(_ANY, 64, 64, 4)]},
 }
 if _TRITON >= (3, 8):  # 64 x 128 spills two registers there
     _HOPPER_DROPOUT["d_kv"] = _HOPPER["d_kv"] | {64: [(_ANY, 32, 128, 8)]}
-_OTHER = {
+_OTHER: _Table = {
     "forward": {
         32: [(32, 32, 32, 4), (_ANY, 64, 64, 4)],
         64: [(32, 32, 32, 4), (_ANY, 64, 64, 8)],
@@ -53,11 +54,11 @@ _OTHER = {
     "d_kv": {32: [(_ANY, 32, 128, 8)], 64: [(_ANY, 32, 128, 8)], 128: [(_ANY, 32, 64, 8)]},
 }
 # By the major compute capability; Blackwell differs where Triton 3.6 would spill.
-_BLACKWELL = _OTHER | {"forward": _OTHER["forward"] | {64: [(32, 32, 32, 4), (_ANY, 64, 64, 4)]}}
-_BLACKWELL_CONSUMER = _OTHER | {"d_kv": _OTHER["d_kv"] | {64: [(_ANY, 16, 128, 8)]}}
+_BLACKWELL: _Table = _OTHER | {"forward": _OTHER["forward"] | {64: [(32, 32, 32, 4), (_ANY, 64, 64, 4)]}}
+_BLACKWELL_CONSUMER: _Table = _OTHER | {"d_kv": _OTHER["d_kv"] | {64: [(_ANY, 16, 128, 8)]}}
 _BY_MAJOR = {10: _BLACKWELL, 12: _BLACKWELL_CONSUMER}
 # fp32 on any GPU architecture: GEMMs of three TF32 parts require three times the registers.
-_SINGLE = {
+_SINGLE: _Table = {
     "forward": {32: [(_ANY, 64, 32, 4)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 32, 8)]},
     "short": {32: [(_ANY, 32, 32, 8)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 16, 8)]},
     "d_q": {32: [(_ANY, 32, 16, 4)], 64: [(_ANY, 32, 32, 8)], 128: [(_ANY, 16, 16, 8)]},

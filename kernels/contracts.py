@@ -2,7 +2,7 @@
 
 One function per operation. Its parameters are the schema of `torch.ops.bertfast.<implementation>_<name>`; its body is
 the fake implementation, which `torch.compile` and fake tensors run to infer the results, and with which Triton's
-launchers allocate them. The operations of Triton and of the compiled library are all defined from these functions.
+operators allocate them. The operators of Triton and of the compiled library are all defined from these functions.
 
 Sizes are read from `shape`, which keeps them symbolic; `len` would return Python numbers. Shared parameters:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,14 @@ class Contract:
     """
 
     schema: str
-    fake: Callable
+    fake: Callable[..., Any]
 
 
 CONTRACTS: dict[str, Contract] = {}
 """All contracts by the name of their operation."""
 
 
-def contract(function: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Callable:
+def contract(function: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Enter the decorated function as the contract of the operation of its name, which writes into `mutates`."""
     if function is None:
         return lambda function: contract(function, mutates=mutates)

@@ -1,4 +1,4 @@
-"""Host-side helpers of the launchers: properties of a GPU, and grid sizes."""
+"""Host-side helpers for launches: properties of a GPU, and grid sizes."""
 
 from functools import cache
 

@@ -75,7 +75,7 @@ def hidden_factors(row, rows, rng_ptr, counter_word, threshold, H: tl.constexpr,
     sequence_id = tl.load(rng_ptr[1] + row, mask=rows, other=0)
     position = tl.load(rng_ptr[2] + row, mask=rows, other=0)
     scale = scale_of(threshold)
-    factors = ()
+    factors: tl.tuple = ()
     for start in tl.static_range(0, H, CHUNK):
         keep = keep_hidden(start, tl.arange(0, CHUNK)[None, :], sequence_id, position, counter_word, seed, threshold)
         factors = factors + (tl.where(keep, scale, 0.0),)

@@ -88,7 +88,7 @@ def embed_backward_kernel(
 ):
     gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
-    type_sums = ()  # the chunks of type 0, then those of type 1
+    type_sums: tl.tuple = ()  # the chunks of type 0, then those of type 1
     for _ in tl.static_range(TYPES):
         type_sums = type_sums + zeros(H, CHUNK, ROWS)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
@@ -116,7 +116,7 @@ def embed_backward_kernel(
 @triton.jit
 def _add_to_types(type_sums, d_z, token_type, TYPES: tl.constexpr):
     """Add each row of `d_z`, chunks [ROWS, CHUNK], to the sums of its `token_type` [ROWS, 1]."""
-    result = ()
+    result: tl.tuple = ()
     for i in tl.static_range(TYPES):
         sums = _chunks_of_type(type_sums, i, TYPES)
         for c in tl.static_range(len(sums)):
@@ -127,7 +127,7 @@ def _add_to_types(type_sums, d_z, token_type, TYPES: tl.constexpr):
 @triton.jit
 def _chunks_of_type(type_sums, i: tl.constexpr, TYPES: tl.constexpr):
     count: tl.constexpr = len(type_sums) // TYPES
-    chunks = ()
+    chunks: tl.tuple = ()
     for c in tl.static_range(count):
         chunks = chunks + (type_sums[i * count + c],)
     return chunks

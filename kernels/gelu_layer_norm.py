@@ -97,7 +97,7 @@ def gelu_layer_norm_backward_kernel(
 @triton.jit
 def _gelu(u):
     """Return the GELU of chunks."""
-    z = ()
+    z: tl.tuple = ()
     for c in tl.static_range(len(u)):
         z = z + (gelu(u[c], "none"),)
     return z
@@ -106,7 +106,7 @@ def _gelu(u):
 @triton.jit
 def _gelu_derivative(u):
     """Return the derivative of GELU of chunks."""
-    derivative = ()
+    derivative: tl.tuple = ()
     for c in tl.static_range(len(u)):
         derivative = derivative + (gelu_derivative(u[c], "none"),)
     return derivative

@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 
 
-def kernel(function: Callable | None = None, *, specialize: tuple[str, ...] = ()) -> Callable:
+def kernel(function: Callable[..., None] | None = None, *, specialize: tuple[str, ...] = ()) -> Any:
     """Compile the decorated function as a Triton kernel that serves batches of all sizes.
 
     By default Triton recompiles a kernel if an integer argument is 1, or if its divisibility by 16 changes: the number

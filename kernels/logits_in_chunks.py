@@ -1,6 +1,6 @@
-"""The masked-LM loss in chunks of logits, in PyTorch alone: shared by the launchers of all backends.
+"""The masked-LM loss in chunks of logits, in PyTorch alone: shared by the operators of all implementations.
 
-PyTorch's library computes the GEMMs. Between them a backend computes the loss of a chunk of logits and replaces the
+PyTorch's library computes the GEMMs. Between them a kernel computes the loss of a chunk of logits and replaces the
 logits by their gradient in place, d_logits = softmax(logits) - onehot(label), so that one buffer serves all chunks.
 
 T tokens, R rows, V vocabulary size; C columns of the buffer: V rounded up, so that rows are aligned to cache lines.

@@ -1,7 +1,8 @@
-"""Register launchers as PyTorch operations: a single node for torch.compile, whose output shapes are inferred."""
+"""Register functions as PyTorch operators: single nodes for torch.compile, whose output shapes are inferred."""
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,42 +22,43 @@ def define(implementation: str, name: str) -> str:
     return full_name
 
 
-def operation(launcher: Callable, implementation: str = "triton") -> Callable:
-    """Register the decorated launcher as `torch.ops.bertfast.<implementation>_<its name>` and return that.
+def operation(launch: Callable[..., Any], implementation: str = "triton") -> Callable[..., Any]:
+    """Register the decorated function as `torch.ops.bertfast.<implementation>_<its name>` and return that operator.
 
-    Schema and fake implementation are those of the contract of that name, whose parameters the launcher must have. A
-    launcher with a parameter `out` is passed the contract's results, allocated but uninitialised, and returns nothing;
-    a launcher without it returns its results.
+    Schema and fake implementation are those of the contract of that name, whose parameters the function must have. A
+    function with a parameter `out` is passed the contract's results, allocated but uninitialised, and returns nothing;
+    a function without it returns its results.
     """
-    fake = CONTRACTS[launcher.__name__].fake
-    parameters = [name for name in inspect.signature(launcher).parameters if name != "out"]
+    fake = CONTRACTS[launch.__name__].fake
+    parameters = [name for name in inspect.signature(launch).parameters if name != "out"]
     if parameters != list(inspect.signature(fake).parameters):
         raise TypeError(
-            f"{launcher.__name__} has the parameters {parameters}, its contract {[*inspect.signature(fake).parameters]}"
+            f"{launch.__name__} has the parameters {parameters}, its contract {[*inspect.signature(fake).parameters]}"
         )
-    name = define(implementation, launcher.__name__)
-    prepared = _wrap(launcher, fake)
-    _LIBRARY.impl(name, prepared, "CompositeExplicitAutograd")
-    return getattr(torch.ops.bertfast, name)
+    name = define(implementation, launch.__name__)
+    _LIBRARY.impl(name, _on_device(launch, fake), "CompositeExplicitAutograd")
+    operator: Callable[..., Any] = getattr(torch.ops.bertfast, name)
+    return operator
 
 
-def _wrap(launcher: Callable, allocate: Callable) -> Callable:
-    takes_out = "out" in inspect.signature(launcher).parameters
+def _on_device(launch: Callable[..., Any], allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `launch` with allocated results and contiguous vectors, on the device of the first tensor."""
+    takes_out = "out" in inspect.signature(launch).parameters
 
-    def launch(*arguments):
+    def allocate_and_launch(*arguments: Any) -> Any:
         out = allocate(*arguments) if takes_out else None
         # Kernels require contiguous vectors.
-        arguments = [x.contiguous() if isinstance(x, torch.Tensor) and x.dim() == 1 else x for x in arguments]
+        dense = [x.contiguous() if isinstance(x, torch.Tensor) and x.dim() == 1 else x for x in arguments]
         if not takes_out:
-            return launcher(*arguments)
-        launcher(*arguments, out=out)
+            return launch(*dense)
+        launch(*dense, out=out)
         return out
 
-    def launch_on_device(tensor, *others):
+    def launch_on_device(tensor: torch.Tensor, *others: Any) -> Any:
         # Triton launches on the current device, which may differ from that of the tensors.
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                return launch(tensor, *others)
-        return launch(tensor, *others)
+                return allocate_and_launch(tensor, *others)
+        return allocate_and_launch(tensor, *others)
 
     return launch_on_device

@@ -72,7 +72,7 @@ def inside(rows, start: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def load_rows(pointer, offset, rows, H: tl.constexpr, CHUNK: tl.constexpr):
     """Load the rows at `offset` [rows, 1], masked by `rows`, as fp32 chunks; masked elements are zero."""
-    chunks = ()
+    chunks: tl.tuple = ()
     for start in tl.static_range(0, H, CHUNK):
         columns = start + tl.arange(0, CHUNK)[None, :]
         x = tl.load(pointer + offset + columns, mask=inside(rows, start, H, CHUNK), other=0.0)
@@ -98,7 +98,7 @@ def store_rows(pointer, offset, rows, chunks, H: tl.constexpr, CHUNK: tl.constex
 @triton.jit
 def zeros(H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
     """Return accumulators: chunks of fp32 zeros."""
-    chunks = ()
+    chunks: tl.tuple = ()
     for _ in tl.static_range(0, H, CHUNK):
         chunks = chunks + (tl.zeros([ROWS, CHUNK], tl.float32),)
     return chunks
@@ -107,7 +107,7 @@ def zeros(H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def add(a, b):
     """Return a + b, of chunks."""
-    chunks = ()
+    chunks: tl.tuple = ()
     for c in tl.static_range(len(a)):
         chunks = chunks + (a[c] + b[c],)
     return chunks
@@ -116,7 +116,7 @@ def add(a, b):
 @triton.jit
 def multiply(a, b):
     """Return a · b, of chunks."""
-    chunks = ()
+    chunks: tl.tuple = ()
     for c in tl.static_range(len(a)):
         chunks = chunks + (a[c] * b[c],)
     return chunks
@@ -143,7 +143,7 @@ def store_sums(pointer, sums, H: tl.constexpr, CHUNK: tl.constexpr):
 def layer_norm_statistics(z, eps, H: tl.constexpr, CHUNK: tl.constexpr):
     """Return mean and rstd of each row, [rows, 1]; the variance from differences, without cancellation."""
     mean = row_sums(z) / H
-    squares = ()
+    squares: tl.tuple = ()
     for start in tl.static_range(0, H, CHUNK):
         difference = tl.where(inside(True, start, H, CHUNK), z[start // CHUNK] - mean, 0.0)
         squares = squares + (difference * difference,)
@@ -153,7 +153,7 @@ def layer_norm_statistics(z, eps, H: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def layer_norm_apply(z, mean, rstd, gamma, beta):
     """Return (z - mean) · rstd · gamma + beta."""
-    y = ()
+    y: tl.tuple = ()
     for c in tl.static_range(len(z)):
         y = y + ((z[c] - mean) * rstd * gamma[c] + beta[c],)
     return y
@@ -166,13 +166,13 @@ def layer_norm_differentiate(d_y, z, mean, rstd, gamma, H: tl.constexpr):
     With n = (z - mean) · rstd and g = d_y · gamma, zero out of bounds: d_z = rstd · (g - mean(g) - n · mean(g · n)) (Ba
     et al., 2016).
     """
-    normalised = ()
+    normalised: tl.tuple = ()
     for c in tl.static_range(len(z)):
         normalised = normalised + ((z[c] - mean) * rstd,)
     g = multiply(d_y, gamma)
     mean_g = row_sums(g) / H
     mean_gn = row_sums(multiply(g, normalised)) / H
-    d_z = ()
+    d_z: tl.tuple = ()
     for c in tl.static_range(len(z)):
         d_z = d_z + (rstd * (g[c] - mean_g - normalised[c] * mean_gn),)
     return d_z, multiply(d_y, normalised)

@@ -56,7 +56,7 @@ def sum_groups_kernel(
     table_ptr,  # [rows, H], written
     tokens,
     first_row,  # rows of the tables before this one
-    zero_row,  # the table row that is zero whatever its group; -1: none
+    zero_row,  # the table row that is zero, even if its group is not empty; -1: none
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -96,7 +96,7 @@ def _add_ordered_rows(
 @triton.jit
 def _column_sums(chunks):
     """Return the sum of each column over a tile's rows: chunks [ROWS, CHUNK] -> [1, CHUNK]."""
-    sums = ()
+    sums: tl.tuple = ()
     for c in tl.static_range(len(chunks)):
         sums = sums + (tl.sum(chunks[c], 0, keep_dims=True),)
     return sums
@@ -107,7 +107,7 @@ class Groups:
     """The rows of `values` grouped by index, for one or more tables.
 
     Attributes:
-        keys: int32 [N], sorted: the indices, offset by the rows of all tables before theirs.
+        keys: int32 [N], sorted: the indices, each plus the number of rows of all earlier tables.
         order: int64 [N], the position of each key in the concatenated indices.
         starts: int32 [rows + 1], the sorted position at which each row's group starts, over the rows of all tables.
     """
