@@ -278,7 +278,9 @@ def _dispatch(devices: list[torch.device]) -> Dispatch:
         for device in devices
         for name, dtype in _DTYPES.items()
     }
-    reasons = {column: unsupported_reason("triton" if x.is_cuda else "cpu", "attention", x) for column, x in columns.items()}
+    reasons = {
+        column: unsupported_reason("triton" if x.is_cuda else "cpu", "attention", x) for column, x in columns.items()
+    }
     return Dispatch(
         {name: {column: resolve(name, None, x) for column, x in columns.items()} for name in OPERATIONS},
         {column: reason for column, reason in reasons.items() if reason is not None},
