@@ -139,6 +139,7 @@ def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
         load_tokenizer(tmp_path / "absent.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert-base-uncased", "bert-base-cased"])
 def test_token_ids_equal_those_of_transformers(shared_data, tmp_path, name):
     tokenizer = load_tokenizer(shared_data / "vocab" / f"{name}-vocab.txt")

@@ -179,6 +179,7 @@ def test_is_bitwise_reproducible():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     arguments = [x.float().detach().requires_grad_() for x in inputs(100)]
     compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
