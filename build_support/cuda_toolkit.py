@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def find_nvcc() -> Nvcc:
     return Nvcc(path, nvcc.version, frozenset(map(int, listed)))
 
 
-def _candidates():
+def _candidates() -> Iterator[str | None]:
     """Yield the candidate paths of nvcc; None for those without one."""
     for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
         yield shutil.which("nvcc", path=f"{home}/bin")
@@ -120,7 +121,7 @@ def architectures(nvcc: Nvcc) -> list[str]:
     text = listed or DEFAULT_ARCHITECTURES
     for name, values in NAMED_ARCHITECTURES.items():
         text = text.replace(name, values)
-    found = {}
+    found: dict[str, bool] = {}  # by architecture, whether with PTX
     for word in filter(None, re.split(r"[;\s]+", text)):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:

@@ -30,7 +30,7 @@ def public_modules() -> dict[str, str]:
 
 def repository_url() -> str:
     """Return the repository's address, which pyproject.toml has."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"])
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -38,6 +38,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     sections: dict[str, list[str]] = {}
     for module in public_modules():
         sections.setdefault(".".join(module.split(".")[:2]), []).append(f"reference/{module}.md")
+    assert config.nav is not None
     config.nav.insert(-1, {"Reference": [{package: pages} for package, pages in sections.items()]})
     return config
 
@@ -55,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links lead to pages of the site, or to the repository for files that are not on it."""
     source = {target: name for name, target in COPIED.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
-    def resolve(match: re.Match) -> str:
+    def resolve(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
         uri = COPIED.get(target, target.removeprefix("docs/"))
         if files.get_file_from_path(uri) and (target in COPIED or target.startswith("docs/")):
