@@ -21,7 +21,7 @@ LEVELS = (  # a package imports those of its own level and of those before
 )
 LEVEL = {package: number for number, packages in enumerate(LEVELS) for package in packages}
 
-# What has to do with models, which are those of `transformers`; all else does without it.
+# Packages that import `transformers`, whose models they use; the others must not.
 FOR_TRANSFORMERS = ("architectures", "models", "tasks", "convert", "inference", "training", "cli")
 
 
