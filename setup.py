@@ -1,10 +1,10 @@
-"""Builds the compiled library `bertfast._C` of `csrc/`; all other configuration is in pyproject.toml.
+"""Build the native library `bertfast._C` from `csrc/`; all other configuration is in pyproject.toml.
 
-A kernel of `csrc/cpu` is compiled once for each instruction set, of which the library chooses when it is loaded.
-Without a C++ compiler the package is installed without the library and says so: it then runs in plain PyTorch.
+Each kernel of `csrc/cpu` is compiled once per instruction set; the library selects one when it is loaded.
+Without a C++ compiler the package is installed without the library, with a warning, and runs in plain PyTorch.
 
-A file of `csrc/cuda` that nvcc cannot compile is left out of the library; `_C.cuda.json` beside it has the reason,
-which `bertfast doctor` shows.
+A file of `csrc/cuda` that nvcc cannot compile is left out of the library; `_C.cuda.json`, in the library's folder, has
+the reason, which `bertfast doctor` shows.
 
     CXX=g++-13         C++ compiler, also nvcc's
     CXXFLAGS=-O0       flags appended to the compiler's
@@ -14,14 +14,16 @@ which `bertfast doctor` shows.
                        of /usr/local/cuda; empty: no CUDA kernels
     TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
                        GPU architectures, as PyTorch's extensions take them
-    BERTFAST_CHECKED=1 for the tests: gcc's sanitizers watch, and the wide instruction sets are made of AVX2's
+    TORCH_LIBRARIES=FOLDER
+                       libtorch_cpu.so to link with; default: the installed PyTorch's. For a CXX that compiles for
+                       another architecture, whose wheel is named by _PYTHON_HOST_PLATFORM (build_support/wheels.py)
+    BERTFAST_CHECKED=1 for the tests: compile with gcc's sanitizers, and emulate the wide instruction sets with AVX2
     BERTFAST_EMULATED_CUDA=1
-                       for the tests: the kernels for GPUs run on a CPU, see tests/emulation
+                       for the tests: run the CUDA kernels on a CPU, see tests/emulation
 """
 
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -48,15 +50,15 @@ OBJECTS = ROOT / "build" / ("checked-objects" if CHECKED else "objects")
 NOT_KERNELS = ("instruction_set.cpp",)
 PREFIX_MAP = f"-ffile-prefix-map={shlex.quote(str(ROOT))}/="  # messages name a source, not where it was built
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Werror=return-type"
-SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # of registers of 64 bytes, and gcc's headers
+SILENT = "-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # about 64-byte registers and gcc's headers
 SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 NVCC_FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden "
     "-Xptxas=--warn-on-spills -Xfatbin=-compress-all"
 )
-CUDA_RECORD = "_C.cuda.json"  # what became of csrc/cuda, which bertfast/ops/cuda_build.py reads
+CUDA_RECORD = "_C.cuda.json"  # result of building csrc/cuda, which bertfast/ops/cuda_build.py reads
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-LOG_LIMIT = 20_000  # characters kept of what nvcc says
+LOG_LIMIT = 20_000  # characters of nvcc's output that are kept
 LINK_LOG = "link.log"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030b0000"  # PyTorch 2.10, Python 3.11
 
@@ -76,12 +78,12 @@ class Unit:
 
     @property
     def log(self) -> Path:
-        """What nvcc said."""
+        """nvcc's output."""
         return OBJECTS / f"{self.name}.o.log"
 
 
 class BuildLibrary(build_ext):
-    """Writes a build.ninja and runs it: what has not changed is not compiled again."""
+    """Write a build.ninja and run it, which compiles only files that changed."""
 
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
@@ -94,17 +96,17 @@ class BuildLibrary(build_ext):
             else:
                 record.write_text(json.dumps(_build_with_cuda(target), indent=2) + "\n", encoding="utf-8")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            target.unlink(missing_ok=True)  # one of older sources
+            target.unlink(missing_ok=True)  # a library of older sources
             if not (CHECKED or EMULATED_CUDA):
                 for name in (target.name, CUDA_RECORD):
                     (ROOT / "bertfast" / name).unlink(missing_ok=True)
             _warn(
                 f"bertfast's compiled library was not built ({error}). bertfast works without it, several times slower "
-                "on a CPU; with a compiler of C++20 (g++ 12, say), install again."
+                "on a CPU. To build it, install a C++20 compiler, such as g++ 12, and install bertfast again."
             )
 
     def copy_extensions_to_source(self):
-        """Copy the record, too, to the source tree, where an editable install has the library."""
+        """Copy the record as well to the source tree, where an editable install has the library."""
         super().copy_extensions_to_source()
         record = Path(self.build_lib, "bertfast", CUDA_RECORD)
         if record.is_file():
@@ -116,12 +118,12 @@ def _warn(text: str) -> None:
 
 
 def _build_with_cuda(target: Path) -> dict:
-    """Build the library with what nvcc can compile of csrc/cuda, and return the record of it.
+    """Build the library with the files of csrc/cuda that nvcc can compile.
 
     Returns:
-        "nvcc": its version; "reason": why there is no CUDA kernel, None if there is one; and by the names of sources
-        "architectures" of those in the library, "missing": the error and all output of others, "slow": what ptxas
-        said of lost speed.
+        The record of the build. "nvcc": its version. "reason": why there is no CUDA kernel, None if there is one.
+        By the names of sources: "architectures" of those in the library, "missing" with the error and all output
+        of the others, and "slow" with ptxas's lines about lost speed.
     """
     record = {"nvcc": None, "reason": None, "architectures": {}, "missing": {}, "slow": {}}
     try:
@@ -130,7 +132,7 @@ def _build_with_cuda(target: Path) -> dict:
         requested = cuda_toolkit.architectures(nvcc)
         units = _units(nvcc, requested)
         for source in sorted({path.stem for path in CUDA_SOURCES} - {unit.source.stem for unit in units}):
-            error = "it is for sm_90, which TORCH_CUDA_ARCH_LIST leaves out: add 9.0 and install bertfast again"
+            error = "it requires sm_90, which TORCH_CUDA_ARCH_LIST leaves out: add 9.0 and install bertfast again"
             record["missing"][source] = {"error": error, "output": ""}
         _build(target, _that_compile(units, nvcc, record), nvcc)
         _warn_of_mismatch(nvcc)
@@ -146,13 +148,13 @@ def _build_with_cuda(target: Path) -> dict:
 
 
 def _that_compile(units: list[Unit], nvcc: Nvcc, record: dict) -> list[Unit]:
-    """Compile all units, and return those without the CUDA sources that nvcc cannot compile.
+    """Compile all units, and return them without the CUDA sources that nvcc cannot compile.
 
     Raises:
-        ToolkitError: It can compile none.
+        ToolkitError: nvcc can compile none.
     """
     _write_ninja(units, nvcc)
-    _ninja("-k", "0", check=False)  # errors in C++ end the build when it goes on
+    _ninja("-k", "0", check=False)  # keep going; errors in C++ end the build later
     kept = []
     for unit in units:
         output = unit.log.read_text(encoding="utf-8", errors="replace") if unit.log.is_file() else ""
@@ -218,23 +220,34 @@ def _ninja(*arguments: str, check: bool = True) -> None:
 
 
 def _cxx() -> str:
-    """The C++ compiler, as a shell writes it."""
+    """Return the C++ compiler, quoted for a shell.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler")
+        raise FileNotFoundError("no C++ compiler was found: neither CXX nor g++ nor c++")
     subprocess.run([*shlex.split(compiler), "--version"], check=True, stdout=subprocess.DEVNULL)
     return compiler
 
 
+def _target_machine() -> str:
+    """Return the architecture that the C++ compiler compiles for, such as x86_64 or aarch64."""
+    command = [*shlex.split(_cxx()), "-dumpmachine"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("-")[0]
+
+
 def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = None) -> None:
-    """Write the rules, and the target's if there is one. nvcc, where it is used, also links: it has its runtime."""
+    """Write build.ninja: the rules, the units and the target, if any. With nvcc, nvcc also links, with its runtime."""
     from ninja.ninja_syntax import Writer
     from torch.utils.cpp_extension import library_paths
 
     compiler = _cxx()
     always = f"{FLAGS} {PREFIX_MAP} {SILENT} {SANITIZED if CHECKED else ''} {os.environ.get('CXXFLAGS', '')}"
     link = f"{compiler} {always} -shared $in -o $out"
-    torch_folders = " ".join(shlex.quote(f"-L{path}") for path in library_paths())
+    libraries = os.environ.get("TORCH_LIBRARIES")
+    torch_folders = " ".join(shlex.quote(f"-L{path}") for path in ([libraries] if libraries else library_paths()))
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / "build.ninja").open("w") as file:
         rules = Writer(file, width=10**6)
@@ -242,7 +255,7 @@ def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = Non
         rules.rule("compile", command, depfile="$out.d", deps="gcc", description="$out")
         if nvcc is not None:
             program = f"{shlex.quote(nvcc.path)} {cuda_toolkit.host_compiler_flag(shlex.split(compiler))}"
-            # An object of an older source must not stand for one that does not compile; what nvcc says is kept.
+            # Remove the object first: an older one must not replace one that does not compile. Keep nvcc's output.
             command = f"rm -f $out; {program} -MD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out"
             rules.rule("compile_cuda", _logged(command, "$out.log"), depfile="$out.d", deps="gcc", description="$out")
             link = f"{program} --cudart=static -shared $in -o $out"
@@ -257,12 +270,12 @@ def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = Non
 
 
 def _logged(command: str, log: str) -> str:
-    """The shell command, whose output is shown and kept in a file."""
+    """Return a shell command that runs another one, shows its output and keeps it in a file."""
     return f"{{ {command}; }} > {log} 2>&1; status=$$?; cat {log}; exit $$status"
 
 
 def _units(nvcc: Nvcc | None = None, requested: list[str] | None = None) -> list[Unit]:
-    """What is compiled; of csrc/cuda with nvcc what some requested architecture can run, without it nothing."""
+    """Return what to compile; of csrc/cuda only with nvcc, and only files for one of the requested architectures."""
     from torch.utils.cpp_extension import include_paths
 
     folders = [*include_paths(), sysconfig.get_path("include")]
@@ -279,7 +292,7 @@ def _units(nvcc: Nvcc | None = None, requested: list[str] | None = None) -> list
             name = f"{source.stem}{kind}-{nvcc.version}"  # objects of several nvcc side by side
             units.append(Unit(source, name, cuda_toolkit.gencode(chosen), tuple(chosen)))
     sets = EMULATING if CHECKED else INSTRUCTION_SETS
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if _target_machine() != "x86_64":
         sets = {"plain": ""}
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         if source.name in NOT_KERNELS:
