@@ -1,5 +1,5 @@
-# `make demo | test-fast | test | test-all | lint | types | docs | bench | soak | gpu-check | clean`. Every target makes .venv
-# once if it is missing, except gpu-check, gpu-check-right and gpu-check-fast, which use the environment that they find.
+# `make demo | test-fast | test | test-all | lint | types | docs | wheels | bench | soak | gpu-check | clean`. Every target makes
+# .venv once if it is missing, except gpu-check, gpu-check-right and gpu-check-fast, which use the environment that they find.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
@@ -30,6 +30,8 @@ NVCCS       ?=
 # The oldest supported transformers, used like OLDER.
 OLDER_HF := .venv/transformers-4
 OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
+# What makes the tag of a wheel. patchelf must be on PATH.
+RELEASE := .venv/release
 # TensorFlow for tests of imported checkpoints, and published weights; without them these tests are skipped.
 TENSORFLOW := build/tensorflow
 PUBLISHED := build/minilm
@@ -39,7 +41,7 @@ export PYTHONSAFEPATH := 1
 # bench/ is not installed, so the root of the checkout is put on the path, after the folders in BENCH_PATH.
 BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
-.PHONY: demo wheel test-fast test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
+.PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -56,6 +58,18 @@ wheel: $(READY)
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 	$(BIN)/python tests/emulation/build_probes.py dist/probes.so
+
+# dist/: what a release publishes, each smoke-tested in an empty environment (build_support/wheels.py).
+wheels: $(RELEASE)
+	PYTHONPATH=$(CURDIR)/$(RELEASE) PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(BIN)/python build_support/wheels.py --output dist
+
+$(RELEASE): $(READY)
+	$(BIN)/pip install --quiet --target $@ auditwheel patchelf
+
+# The wheel with the oldest and the newest PyTorch, on every supported Python that is installed.
+test-environments: wheels
+	$(BIN)/python build_support/environments.py dist/bertfast-*-manylinux*_x86_64.whl \
+	  --tests tests/ops tests/kernels tests/encoder tests/model
 
 demo: $(LIBRARY)
 	$(BIN)/bertfast demo
@@ -118,7 +132,7 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda > build/compiled_cuda.md || exit; \
 	done
 
-test-all: test nvccs $(OLDER) $(NEWER) $(OLDER_HF)
+test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF)
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	mkdir -p build
@@ -143,6 +157,7 @@ $(TYPED):
 
 types: $(READY) $(TYPED)
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p bertfast
+	$(BIN)/mypy --config-file pyproject.toml --cache-dir build/mypy --follow-imports=silent build_support
 
 $(RUNTIMES): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ \

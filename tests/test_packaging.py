@@ -1,5 +1,6 @@
 """A wheel and an sdist hold what they should, and the wheel works from anywhere."""
 
+import email
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
+SMOKE_TEST = ROOT / "build_support" / "smoke_test.py"
 LIBRARY = "bertfast/_C.abi3.so"
 CUDA_RECORD = "bertfast/_C.cuda.json"
 with_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -105,11 +107,17 @@ def test_nvcc_is_given_the_architectures_and_the_host_compiler(built):
     assert all("-ccbin=" in call for call in calls)
 
 
-def test_without_a_compiler_there_is_no_library_and_the_plain_path(tree, tmp_path):
-    environment = {"CXX": "/nonexistent", "PATH": os.defpath}
+NO_COMPILER = {
+    "broken CXX": ({"CXX": "/nonexistent", "PATH": os.defpath}, "No such file or directory: '/nonexistent'"),
+    "nothing on PATH": ({"CXX": "", "CC": "false", "PATH": "/nonexistent"}, "no C++ compiler was found"),
+}
+
+
+@pytest.mark.parametrize(("environment", "reason"), NO_COMPILER.values(), ids=NO_COMPILER)
+def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tree, tmp_path, environment, reason):
     ran = run("setup.py", "build_ext", "--inplace", cwd=tree, **environment)
     assert "WARNING: bertfast's compiled library was not built" in ran.stderr
-    assert "No such file or directory: '/nonexistent'" in ran.stderr
+    assert reason in ran.stderr
     assert not (tree / LIBRARY).exists()
     run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, cwd=tree, **environment)
     (wheel,) = tmp_path.glob("*.whl")
@@ -119,6 +127,8 @@ def test_without_a_compiler_there_is_no_library_and_the_plain_path(tree, tmp_pat
     code += "import torch; x = torch.ones(2, 3); ops.bias_gelu(x, x[0]); "
     ran = run("-c", code + "print(native.UNAVAILABLE_REASON)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert ran.stdout == "the compiled library was not built: install bertfast again with a C++20 compiler\n"
+    ran = run(SMOKE_TEST, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "native library: none: the compiled library was not built" in ran.stdout
 
 
 def test_the_sdist_holds_what_it_takes_to_build_and_test(built):
@@ -142,6 +152,25 @@ def test_the_installed_wheel_imports_from_anywhere(built, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count(str(site)) == 2
+
+
+@with_compiler
+def test_the_installed_wheel_passes_the_smoke_test(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    ran = run(SMOKE_TEST, "--native", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert LIBRARY in ran.stdout
+
+
+def test_the_package_index_gets_links_and_classifiers(built):
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    links = {link.partition(",")[0] for link in metadata.get_all("Project-URL")}
+    assert links == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata["Keywords"]
 
 
 def test_the_installed_wheel_has_one_version_and_finds_recipes_by_name(built, tmp_path):
