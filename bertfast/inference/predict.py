@@ -41,7 +41,7 @@ class PredictSettings(TaskSettings):
 def predict(settings: PredictSettings) -> None:
     """Print one JSON object per example, with the prediction and its probability."""
     task, model, tokenizer = open_finetuned(settings)
-    length = sequence_length(settings.max_seq_length, model.config)
+    length = sequence_length(settings.max_seq_length, task.config)
     chunks = _from_lines(task) if settings.test_file is None else [task.read(settings.test_file, labelled=False)]
     for examples in chunks:
         examples, features = task.featurize(examples, tokenizer, length)
@@ -51,17 +51,17 @@ def predict(settings: PredictSettings) -> None:
         sys.stdout.flush()
 
 
-def open_finetuned(settings: TaskSettings) -> tuple[Task, PreTrainedModel, Tokenizer]:
+def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, Tokenizer]:
     """Return the task that a model was fine-tuned for, the model on its device, and its tokenizer."""
     config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
     model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix)
-    task.set_config(model.config)
+    task.set_config(config)
     return task, model.to(choose_device(settings.compute.device)), tokenizer
 
 
 @torch.no_grad()
-def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> Outputs:
+def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> Outputs:
     """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
     training, precision = model.training, choose_precision(model.device, task.settings.compute.precision)
     model.eval()
@@ -85,7 +85,7 @@ def predict_outputs(task: Task, model: PreTrainedModel, features: Features) -> O
     return outputs
 
 
-def _from_lines(task: Task) -> Iterator[Any]:
+def _from_lines(task: Task[Any]) -> Iterator[Any]:
     chunk_size = 1 if sys.stdin.isatty() else _LINES_PER_CHUNK  # at a terminal, respond to each line
     while lines := [line.rstrip("\r\n") for line in islice(sys.stdin, chunk_size)]:
         yield task.parse_lines(lines)

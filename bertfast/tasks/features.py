@@ -5,8 +5,8 @@ Shapes: E examples, each of one sequence or, in multiple choice, of `num_choices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -72,8 +72,7 @@ class Features:
         }
         for name, values in (self.labels | self.inputs).items():
             arrays[name] = values[indices][None] if len(values) == len(self.token_ids) else values[rows]
-        batch = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-        return batch | ({"num_choices": self.num_choices} if self.num_choices > 1 else {})
+        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
     def model_inputs(self, rows: np.ndarray, *, labels: bool = True, bucketed: bool = False) -> ModelInputs:
         """Return the packed input of the examples at `rows` (int [R]) in host memory.
@@ -88,7 +87,7 @@ class Features:
         if not labels:
             arguments = {name: value for name, value in arguments.items() if name not in self.labels}
         if not bucketed:
-            return ModelInputs(arguments)
+            return ModelInputs(arguments, self.num_choices)
         num_tokens = arguments["input_ids"].shape[1]
         padding_slots = bucket(num_tokens) - num_tokens
         per_token = [name for name, x in (self.labels | self.inputs).items() if len(x) == len(self.token_ids)]
@@ -102,7 +101,7 @@ class Features:
             empty_sequences = ((1 << (len(rows) - 1).bit_length()) - len(rows)) * self.num_choices
             cu_seqlens = arguments["cu_seq_lens_q"]
             arguments["cu_seq_lens_q"] = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty_sequences)])
-        return ModelInputs(arguments | {"max_length_q": self.max_seqlen})
+        return ModelInputs(arguments, self.num_choices, self.max_seqlen)
 
     def split_by_example(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
         """Split a model's outputs [T, …] for the batch of `rows` by example, dropping padding slots."""
@@ -114,10 +113,14 @@ class ModelInputs:
     """A packed batch and its labels.
 
     Attributes:
-        arguments: Tensors by argument name, and integers that are the same for all batches of a shape.
+        arguments: Tensors by argument name.
+        num_choices: Sequences per example.
+        max_seqlen_bound: Bound on the sequence lengths, the same for all batches of a shape; None: that of the batch.
     """
 
-    arguments: dict[str, Tensor | int]
+    arguments: dict[str, Tensor]
+    num_choices: int = 1
+    max_seqlen_bound: int | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ModelInputs:
         """Return a copy whose tensors are on `device`."""
@@ -125,8 +128,8 @@ class ModelInputs:
 
     def packed(self, model: PackedHead) -> Packed:
         """Return the input of the model's encoder."""
-        names = ("input_ids", "cu_seq_lens_q", "token_type_ids", "max_length_q")
-        return pack(model, *map(self.arguments.get, names))
+        token_ids, token_type_ids = self.arguments["input_ids"], self.arguments["token_type_ids"]
+        return pack(model, token_ids, self.arguments["cu_seq_lens_q"], token_type_ids, self.max_seqlen_bound)
 
     def pin_memory(self) -> ModelInputs:
         """Return a copy in pinned host memory, from which `to(device, non_blocking=True)` is asynchronous."""
@@ -134,18 +137,17 @@ class ModelInputs:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors."""
-        return [value for value in self.arguments.values() if isinstance(value, Tensor)]
+        return list(self.arguments.values())
 
-    def options(self) -> tuple:
-        """Return the names of the tensors, and the integers: what must match for a CUDA graph to be replayed."""
-        return tuple((name, None if isinstance(value, Tensor) else value) for name, value in self.arguments.items())
+    def options(self) -> Hashable:
+        """Return what, besides the tensors' shapes, must match for a CUDA graph to be replayed."""
+        return tuple(self.arguments), self.num_choices, self.max_seqlen_bound
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> ModelInputs:
-        mapped = {name: function(x) if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
-        return ModelInputs(mapped)
+        return replace(self, arguments={name: function(x) for name, x in self.arguments.items()})
 
 
-def count_labels(batch: dict[str, Tensor]) -> int:
+def count_labels(batch: Mapping[str, Tensor]) -> int:
     """Return the number of labels of a batch that are not ignored, over which its mean loss is taken."""
     labels = batch["labels"] if "labels" in batch else batch["start_positions"]
     return len(labels) if labels.is_floating_point() else int((labels >= 0).sum())
@@ -159,7 +161,10 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
         texts: Texts, or pairs of texts.
         max_length: Maximum tokens per sequence; of a pair that exceeds it, the longer text is truncated first.
     """
-    ids, types, lengths, num_truncated = [], [], [], 0
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    num_truncated = 0
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     for start in range(0, len(texts), _TOKENIZER_BATCH):
         encodings = tokenizer.encode_batch_fast(texts[start : start + _TOKENIZER_BATCH])

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from bertfast.encoder import multiple_choice_loss, sequence_logits
 from bertfast.models.bert import BertForMultipleChoice
 from bertfast.tasks.features import Features, ModelInputs, tokenize
-from bertfast.tasks.metrics import CLASSIFICATION, classification_metrics
+from bertfast.tasks.metrics import classification_metrics
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tables import Table, read_table
-from bertfast.tasks.task import Outputs, Task, json_lines, write_rows
+from bertfast.tasks.task import Outputs, Prediction, Task, json_lines, write_rows
 
 _LINE_EXAMPLE = '{"sent1": "…", "sent2": "…", "endings": ["…", "…"]}'
 
@@ -41,12 +41,12 @@ class MultipleChoiceExamples:
         return len(self.texts)
 
 
-class MultipleChoiceTask(Task):
+class MultipleChoiceTask(Task[MultipleChoiceExamples]):
     """Multiple choice: one score for each pair of the text and an ending."""
 
     model_class = BertForMultipleChoice
     head_prefix = "classifier."
-    metrics = tuple(name for name in CLASSIFICATION if name in ("accuracy", "loss"))
+    metrics = ("accuracy", "loss")
 
     def read(self, path: str, *, labelled: bool) -> MultipleChoiceExamples:
         """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
@@ -55,7 +55,7 @@ class MultipleChoiceTask(Task):
         first_texts, second_texts = table.texts("sent1"), table.columns.get("sent2", [""] * len(table))
         rows_of_endings = _endings(table)
         label_column = table.column("label") if labelled else table.columns.get("label")
-        texts, endings, labels = [], [], []
+        examples = MultipleChoiceExamples([], [], None if label_column is None else [])
         for row in range(len(table)):
             count = len(rows_of_endings[row])
             problem = None
@@ -68,12 +68,13 @@ class MultipleChoiceTask(Task):
             if problem is not None:
                 self.bad_rows.add(f"{table.where(row)}: {problem}")
                 continue
-            texts.append(first_texts[row])
-            endings.append([" ".join(filter(None, (second_texts[row], ending))) for ending in rows_of_endings[row]])
-            labels.append(label_column is not None and int(label_column[row]))
-        if not texts:
+            examples.texts.append(first_texts[row])
+            examples.endings.append(_joined(second_texts[row], rows_of_endings[row]))
+            if examples.labels is not None and label_column is not None:
+                examples.labels.append(int(label_column[row]))
+        if not examples:
             raise ValueError(f"{path} has no usable rows")
-        return MultipleChoiceExamples(texts, endings, labels if label_column is not None else None)
+        return examples
 
     def featurize(
         self, examples: MultipleChoiceExamples, tokenizer: Tokenizer, max_length: int
@@ -87,14 +88,16 @@ class MultipleChoiceTask(Task):
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
         """Compute logits [E, choices]."""
-        return sequence_logits(model, inputs.packed(model)).view(-1, inputs.arguments["num_choices"])
+        return sequence_logits(model, inputs.packed(model)).view(-1, inputs.num_choices)
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
         """Compute the cross-entropy over each example's choices."""
-        labels, num_choices = inputs.arguments["labels"], inputs.arguments["num_choices"]
-        return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=num_choices)
+        labels = inputs.arguments["labels"]
+        return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=inputs.num_choices)
 
-    def predictions(self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs) -> Iterator[dict]:
+    def predictions(
+        self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs
+    ) -> Iterator[Prediction]:
         """Yield {"choice", "ending", "score"}: the index, its ending and its probability."""
         for endings, logits in zip(examples.endings, outputs, strict=True):
             choice = int(logits.argmax())
@@ -125,10 +128,15 @@ class MultipleChoiceTask(Task):
         rows = json_lines(lines, _LINE_EXAMPLE)
         if not all(isinstance(row.get("sent1"), str) and isinstance(row.get("endings"), list) for row in rows):
             raise ValueError(f"each line of standard input must be an object such as {_LINE_EXAMPLE}")
-        endings = [[" ".join(filter(None, (row.get("sent2"), end))) for end in row["endings"]] for row in rows]
+        endings = [_joined(row.get("sent2"), row["endings"]) for row in rows]
         if len(set(map(len, endings))) != 1:
             raise ValueError("all lines of standard input must have the same number of endings")
         return MultipleChoiceExamples([row["sent1"] for row in rows], endings, None)
+
+
+def _joined(second_text: str | None, endings: list[str]) -> list[str]:
+    """Return the second text, if there is one, followed by each ending."""
+    return [" ".join(filter(None, (second_text, ending))) for ending in endings]
 
 
 def _endings(table: Table) -> list[list[str]]:

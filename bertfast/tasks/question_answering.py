@@ -28,7 +28,7 @@ from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
-from bertfast.tasks.task import Outputs, Task, json_lines, write_atomically
+from bertfast.tasks.task import Outputs, Prediction, Task, json_lines, write_atomically
 
 UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
 _LINE_EXAMPLE = '{"question": "…", "context": "…"}'
@@ -95,7 +95,7 @@ class Candidate:
     start: int
 
 
-class QuestionAnsweringTask(Task):
+class QuestionAnsweringTask(Task[Questions]):
     """Extractive question answering: the start and end of the answer in the context."""
 
     model_class = BertForQuestionAnswering
@@ -173,10 +173,10 @@ class QuestionAnsweringTask(Task):
 
     def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
         """Compute the mean of the cross-entropies of start and end."""
-        positions = (inputs.arguments[name] for name in ("start_positions", "end_positions"))
-        return question_answering_loss(model, inputs.packed(model), *positions, items)
+        starts, ends = inputs.arguments["start_positions"], inputs.arguments["end_positions"]
+        return question_answering_loss(model, inputs.packed(model), starts, ends, items)
 
-    def predictions(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[dict]:
+    def predictions(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"answer", "score", "start"}: the text ("" for no answer), its probability among the n best, and its
         start in characters."""
         for best, null in self._candidates(examples, outputs):
@@ -294,7 +294,7 @@ class QuestionAnsweringTask(Task):
         return candidates
 
 
-def _entries(path: Path) -> Iterator[tuple[dict, str]]:
+def _entries(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (entry of `qas`, context) of a file in SQuAD's format."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -343,7 +343,8 @@ def _max_context_windows(spans: list[tuple[int, int]], num_tokens: int) -> np.nd
         )
         for first, last in spans
     ]
-    return np.argmax(context_sizes, axis=0)
+    windows: np.ndarray = np.argmax(context_sizes, axis=0)
+    return windows
 
 
 def _answer_positions(

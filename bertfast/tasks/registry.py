@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import BertConfig, PreTrainedModel
 
@@ -18,20 +19,20 @@ from bertfast.tasks.token_classification import TokenClassificationTask
 
 FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[Task[Any]]] = {
     **dict.fromkeys([*PROBLEM_TYPES, *BENCHMARKS], SequenceClassificationTask),
     **dict.fromkeys(["multiple-choice", "swag"], MultipleChoiceTask),
     **dict.fromkeys(["question-answering", "squad", "squad-2"], QuestionAnsweringTask),
     **dict.fromkeys(["token-classification", "conll", "wnut"], TokenClassificationTask),
 }
 _TASK_CLASSES = (SequenceClassificationTask, MultipleChoiceTask, QuestionAnsweringTask, TokenClassificationTask)
-_BY_SUFFIX: dict[str, type[Task]] = {
+_BY_SUFFIX: dict[str, type[Task[Any]]] = {
     ".json": QuestionAnsweringTask,
     **dict.fromkeys([".conll", ".iob", ".bio"], TokenClassificationTask),
 }
 
 
-def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task:
+def choose_task(settings: TaskSettings, *, file: str | None = None, config: BertConfig | None = None) -> Task[Any]:
     """Return the task that `settings.task` names; if that is "auto", the model's, else the one the file looks like.
 
     Args:
@@ -56,7 +57,7 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
     return task
 
 
-def _by_file(file: str | None) -> type[Task]:
+def _by_file(file: str | None) -> type[Task[Any]]:
     path = Path(file or "")
     for suffix, task_class in _BY_SUFFIX.items():
         if suffix in path.suffixes[-2:]:
@@ -68,6 +69,6 @@ def _by_file(file: str | None) -> type[Task]:
     return SequenceClassificationTask
 
 
-def _models(task_class: type[Task]) -> list[type[PreTrainedModel]]:
+def _models(task_class: type[Task[Any]]) -> list[type[PreTrainedModel]]:
     feature_based = task_class.feature_based_model
     return [task_class.model_class, *([] if feature_based is None else [feature_based])]

@@ -25,7 +25,7 @@ from bertfast.tasks.glue import BENCHMARKS, Benchmark
 from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import BadRows, Table, read_table
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, write_rows
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id, write_rows
 
 TEXT_COLUMNS = ("sentence", "sentence1", "text")
 TEXT_PAIR_COLUMN = "sentence2"
@@ -41,6 +41,11 @@ METRICS = {
     MULTI_LABEL: task_metrics.MULTI_LABEL,
 }
 _MAX_LABELS_SHOWN = 10  # in error messages
+
+Text = str | tuple[str, str]
+"""A text or a pair of texts."""
+Label = str | list[str]
+"""A label as written in the file, or the list of an example's labels if there may be several."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,13 @@ class Columns:
             text_pair = TEXT_PAIR_COLUMN
         return cls(text, text_pair, label or LABEL_COLUMN)
 
+    def texts(self, table: Table) -> list[Text]:
+        """Return the texts of the table's rows, or the pairs of texts if there is a second text column."""
+        texts: list[Text] = [*table.texts(self.text)]
+        if self.text_pair is not None:
+            texts = list(zip(table.texts(self.text), table.texts(self.text_pair), strict=True))
+        return texts
+
 
 @dataclass(frozen=True, eq=False)
 class TextExamples:
@@ -76,13 +88,13 @@ class TextExamples:
 
     Attributes:
         texts: The texts, or pairs of texts.
-        labels: Labels as written in the file (lists of them if multi-label); None: unknown.
+        labels: Label of each example; None: unknown.
         where: File and line of each example.
         indices: Index of each example in a benchmark's test file, else its number from 0.
     """
 
-    texts: list[str] | list[tuple[str, str]]
-    labels: list[str] | list[list[str]] | None
+    texts: list[Text]
+    labels: list[Label] | None
     where: list[str]
     indices: list[str]
 
@@ -92,11 +104,11 @@ class TextExamples:
     def select(self, rows: Sequence[int]) -> TextExamples:
         """Return the examples at `rows`."""
         labels = None if self.labels is None else [self.labels[row] for row in rows]
-        rest = ([values[row] for row in rows] for values in (self.where, self.indices))
-        return TextExamples([self.texts[row] for row in rows], labels, *rest)
+        where, indices = ([values[row] for row in rows] for values in (self.where, self.indices))
+        return TextExamples([self.texts[row] for row in rows], labels, where, indices)
 
 
-class SequenceClassificationTask(Task):
+class SequenceClassificationTask(Task[TextExamples]):
     """Sequence classification.
 
     Attributes:
@@ -115,13 +127,19 @@ class SequenceClassificationTask(Task):
         self.columns = (columns.text_column, columns.text_pair_column, columns.label_column)
         self.problem_type = PROBLEM_TYPES.get(settings.task)
         if self.benchmark is not None:
-            defaults = (self.benchmark.text, self.benchmark.pair, self.benchmark.label)
-            self.columns = tuple(name or default for name, default in zip(self.columns, defaults, strict=True))
+            text, text_pair, label = self.columns
+            self.columns = (
+                text or self.benchmark.text,
+                text_pair or self.benchmark.pair,
+                label or self.benchmark.label,
+            )
             self.problem_type = REGRESSION if self.benchmark.regression else SINGLE_LABEL
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics of the benchmark first, then those of the problem type."""
+        if self.problem_type is None:
+            raise RuntimeError("the metrics depend on the problem type: call label_config or set_config first")
         of_problem = METRICS[self.problem_type]
         if self.benchmark is None:
             return of_problem
@@ -135,29 +153,21 @@ class SequenceClassificationTask(Task):
         if labelled and self.benchmark is not None and self.benchmark.unlabelled is not None:
             label = table.column(columns.label)
             table = table.rows(row for row in range(len(table)) if label[row] != self.benchmark.unlabelled)
-        texts = table.texts(columns.text)
-        if columns.text_pair is not None:
-            texts = list(zip(texts, table.texts(columns.text_pair), strict=True))
         where = [table.where(row) for row in range(len(table))]
-        has_labels = labelled or columns.label in table.columns
-        labels = self._labels(table.column(columns.label), columns.label, where) if has_labels else None
         indices = table.columns.get("index", [str(row) for row in range(len(table))])
-        examples = TextExamples(texts, labels, where, indices)
-        if labels is None:
+        examples = TextExamples(columns.texts(table), None, where, indices)
+        if not labelled and columns.label not in table.columns:
             return examples
-        return examples.select([row for row, label in enumerate(labels) if label is not None])
+        labels = self._labels(table.column(columns.label), columns.label, where)
+        usable = [row for row, label in enumerate(labels) if label is not None]
+        return replace(examples.select(usable), labels=[label for label in labels if label is not None])
 
     def label_config(self, examples: TextExamples) -> dict[str, Any]:
         """Return the number of labels, their names and the problem type."""
-        labels = examples.labels
+        labels = [name for label in examples.labels or [] for name in _names(label)]
         if self.problem_type is None:
             self.problem_type = REGRESSION if has_fractions(labels) else SINGLE_LABEL
-        if self.problem_type == REGRESSION:
-            names = ["LABEL_0"]
-        elif self.problem_type == MULTI_LABEL:
-            names = sorted_labels([name for label in labels for name in label])
-        else:
-            names = sorted_labels(labels)
+        names = ["LABEL_0"] if self.problem_type == REGRESSION else sorted_labels(labels)
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "problem_type": self.problem_type}
 
     def set_config(self, config: BertConfig) -> None:
@@ -184,10 +194,10 @@ class SequenceClassificationTask(Task):
         """Compute the loss of the problem type: cross-entropy, binary cross-entropy or squared error."""
         return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
 
-    def predictions(self, examples: TextExamples, features: Features, outputs: Outputs) -> Iterator[dict]:
+    def predictions(self, examples: TextExamples, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"label", "score"} with its probability; {"score"} of a regression; {"labels"} with a probability for
         each predicted label if multi-label."""
-        names = self.config.id2label
+        names = self.label_names
         for logits in outputs:
             if self.problem_type == REGRESSION:
                 yield {"score": float(logits[0])}
@@ -212,13 +222,14 @@ class SequenceClassificationTask(Task):
     ) -> None:
         """Write predictions_SPLIT.tsv (index, prediction, probability of each label) and the test set's submission."""
         regression = self.problem_type == REGRESSION
-        names = [] if regression else [self.config.id2label[i] for i in range(self.config.num_labels)]
+        names = [] if regression else self.label_names
+        scores: np.ndarray
         values, rows = [], []
         for index, prediction, logits in zip(
             examples.indices, self.predictions(examples, features, outputs), outputs, strict=True
         ):
             if regression:
-                value, scores = f"{prediction['score']:.6g}", []
+                value, scores = f"{prediction['score']:.6g}", np.empty(0)
             elif self.problem_type == MULTI_LABEL:
                 value, scores = LABEL_SEPARATOR.join(prediction["labels"]), _sigmoid(logits)
             else:
@@ -236,19 +247,19 @@ class SequenceClassificationTask(Task):
         """Return the confusion matrix of single-label classification; see `Task.confusion_matrix`."""
         if self.problem_type != SINGLE_LABEL or "labels" not in features.labels:
             return None
-        names = [self.config.id2label[i] for i in range(self.config.num_labels)]
+        names = self.label_names
         predictions = np.stack(outputs).argmax(1)
         return names, task_metrics.confusion_matrix(features.labels["labels"], predictions, len(names))
 
     def parse_lines(self, lines: Sequence[str]) -> TextExamples:
         """Parse one text per line, or a pair separated by a tab."""
         parts = [line.split("\t", 1) for line in lines]
-        texts = [tuple(part) if len(part) == 2 else part[0] for part in parts]
+        texts: list[Text] = [(part[0], part[1]) if len(part) == 2 else part[0] for part in parts]
         return TextExamples(texts, None, [""] * len(texts), list(map(str, range(len(texts)))))
 
-    def _labels(self, values: list, column: str, where: list[str]) -> list:
+    def _labels(self, values: list[Any], column: str, where: list[str]) -> list[Label | None]:
         """Return labels as strings (lists of them if multi-label); None for bad rows."""
-        labels = []
+        labels: list[Label | None] = []
         for value, location in zip(values, where, strict=True):
             if self.problem_type == MULTI_LABEL:
                 names = value if isinstance(value, list) else (value or "").split(LABEL_SEPARATOR)
@@ -269,20 +280,14 @@ class SequenceClassificationTask(Task):
         """
         ids = label_to_id(self.config)
         targets, usable = [], []
-        for row, label in enumerate(examples.labels):
-            target = _encode_label(label, ids, self.problem_type, examples.where[row], self.bad_rows)
+        for row, label in enumerate(examples.labels or []):
+            target = _encode_label(_names(label), ids, self.problem_type, examples.where[row], self.bad_rows)
             if target is not None:
                 targets.append(target)
                 usable.append(row)
         if not usable:
             raise ValueError("no row has a usable label")
         return np.array(targets, np.int64 if self.problem_type == SINGLE_LABEL else np.float32), usable
-
-
-def label_to_id(config: BertConfig) -> dict[str, int]:
-    """Return the id of each label by its name; labels without names (LABEL_3) are also found as "3"."""
-    unnamed = {str(i): i for i, name in config.id2label.items() if name == f"LABEL_{i}"}
-    return unnamed | {name: i for i, name in config.id2label.items()}
 
 
 def sorted_labels(labels: list[str]) -> list[str]:
@@ -307,32 +312,48 @@ def has_fractions(labels: list[str]) -> bool:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Compute the softmax over the last dimension."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities: np.ndarray = exponentials / exponentials.sum(-1, keepdims=True)
+    return probabilities
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits))
+    probabilities: np.ndarray = 1 / (1 + np.exp(-logits))
+    return probabilities
 
 
-def _encode_label(label, ids: dict[str, int], problem_type: str, where: str, bad: BadRows):
-    """Return the target of one label: a number, an id, or float32 [labels] of 0 and 1; None for a bad row."""
+def _names(label: Label) -> list[str]:
+    return label if isinstance(label, list) else [label]
+
+
+def _encode_label(
+    names: list[str], ids: dict[str, int], problem_type: str | None, where: str, bad: BadRows
+) -> float | np.ndarray | None:
+    """Return the target of one example: a number, an id, or float32 [labels] of 0 and 1; None for a bad row.
+
+    Args:
+        names: Labels of the example: one, or any number if multi-label.
+        ids: Id of each label by its name.
+        problem_type: Problem type of the model.
+        where: File and line of the example.
+        bad: Collects bad rows.
+    """
     if problem_type == REGRESSION:
         try:
-            value = float(label)
+            value = float(names[0])
         except ValueError:
             value = math.nan
         if math.isfinite(value):
             return value
-        bad.add(f"{where}: the label {label!r} is not a finite number, which regression requires")
+        bad.add(f"{where}: the label {names[0]!r} is not a finite number, which regression requires")
         return None
-    for name in label if problem_type == MULTI_LABEL else [label]:
+    for name in names:
         if name not in ids:
             known = ", ".join([*ids][:_MAX_LABELS_SHOWN]) + (", …" if len(ids) > _MAX_LABELS_SHOWN else "")
             bad.add(f"{where}: unknown label {name!r}; known labels: {known}")
             return None
     if problem_type == SINGLE_LABEL:
-        return ids[label]
+        return ids[names[0]]
     multi_hot = np.zeros(max(ids.values()) + 1, np.float32)
-    multi_hot[[ids[name] for name in label]] = 1
+    multi_hot[[ids[name] for name in names]] = 1
     return multi_hot

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bertfast.data.corpus import COMPRESSIONS, json_object, read_lines
 
@@ -53,7 +53,7 @@ class Table:
     """
 
     path: Path
-    columns: dict[str, list]
+    columns: dict[str, list[Any]]
     lines: list[int]
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Table:
         """Return the file and line of a row, for messages."""
         return f"{self.path}, line {self.lines[row]}"
 
-    def column(self, name: str) -> list:
+    def column(self, name: str) -> list[Any]:
         """Return the values of a column; ValueError, naming the columns of the file, if there is none of that name."""
         if name not in self.columns:
             near = get_close_matches(name, self.columns, n=1)

@@ -26,9 +26,8 @@ from bertfast.models.extensions import BertFeaturesForTokenClassification
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
-from bertfast.tasks.sequence_classification import label_to_id
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Task, write_atomically
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id, write_atomically
 
 DOCUMENT_START = "-DOCSTART-"
 
@@ -72,7 +71,7 @@ class TaggedSentences:
         return TaggedSentences([self.words[row] for row in rows], tags, [self.where[row] for row in rows])
 
 
-class TokenClassificationTask(Task):
+class TokenClassificationTask(Task[TaggedSentences]):
     """Token classification: one tag for each word."""
 
     model_class = BertForTokenClassification
@@ -104,7 +103,9 @@ class TokenClassificationTask(Task):
 
     def label_config(self, examples: TaggedSentences) -> dict[str, Any]:
         """Return the number of tags and their names, O first."""
-        names = sorted({tag for sentence in examples.tags for tag in sentence}, key=lambda tag: (tag != OUTSIDE, tag))
+        names = sorted(
+            {tag for sentence in examples.tags or [] for tag in sentence}, key=lambda tag: (tag != OUTSIDE, tag)
+        )
         if len(names) < 2:
             raise ValueError(f"every tag is {names[0]!r}; classification needs at least two different tags")
         return {"num_labels": len(names), "id2label": dict(enumerate(names))}
@@ -120,8 +121,10 @@ class TokenClassificationTask(Task):
         """
         special, ids_of_tags = special_tokens(tokenizer), label_to_id(self.config)
         if examples.tags is not None:
-            rows = range(len(examples))
-            examples = examples.select([row for row in rows if self._is_usable(examples, row, ids_of_tags)])
+            located = enumerate(zip(examples.tags, examples.where, strict=True))
+            examples = examples.select(
+                [row for row, (tags, where) in located if self._are_known(tags, ids_of_tags, where)]
+            )
         room = max_length - 2  # for tokens between [CLS] and [SEP]
         token_ids: list[int] = []
         lengths: list[int] = []
@@ -163,7 +166,7 @@ class TokenClassificationTask(Task):
             return cross_entropy_sum(self.logits(model, inputs)[0], labels) / items
         return token_classification_loss(model, inputs.packed(model), labels, items)
 
-    def predictions(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> Iterator[dict]:
+    def predictions(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"words", "tags", "entities": [{"type", "text", "start", "end"}]}, positions in words."""
         for words, tags in zip(examples.words, self._predicted_tags(examples, outputs), strict=True):
             found = [
@@ -215,7 +218,7 @@ class TokenClassificationTask(Task):
             np.array([ids_of_tags[tag] for tags in sentences for tag in tags])
             for sentences in (examples.tags, self._predicted_tags(examples, outputs))
         )
-        names = [self.config.id2label[i] for i in range(self.config.num_labels)]
+        names = self.label_names
         return names, task_metrics.confusion_matrix(gold, predicted, len(names))
 
     def parse_lines(self, lines: Sequence[str]) -> TaggedSentences:
@@ -243,16 +246,16 @@ class TokenClassificationTask(Task):
                 yield words, tags if len(tags) == len(words) else [], where
             words, tags, where, problem = [], [], "", None
 
-    def _is_usable(self, examples: TaggedSentences, row: int, known: dict[str, int]) -> bool:
+    def _are_known(self, tags: list[str], known: dict[str, int], where: str) -> bool:
         """Return whether all tags of a sentence are known; if not, it is a bad row."""
-        unknown = next((tag for tag in examples.tags[row] if tag not in known), None)
+        unknown = next((tag for tag in tags if tag not in known), None)
         if unknown is not None:
-            self.bad_rows.add(f"{examples.where[row]}: unknown tag {unknown!r}; known tags: {', '.join(known)}")
+            self.bad_rows.add(f"{where}: unknown tag {unknown!r}; known tags: {', '.join(known)}")
         return unknown is None
 
     def _predicted_tags(self, examples: TaggedSentences, outputs: Outputs) -> list[list[str]]:
         """Return the predicted tag of each word; label 0 (O if there is an O) for words without a token."""
-        names = self.config.id2label
+        names = self.label_names
         tags = [[names[0]] * len(words) for words in examples.words]
         for (sentence, words, positions), logits in zip(examples.segments, outputs, strict=True):
             for word, label in zip(words.tolist(), logits[positions].argmax(1).tolist(), strict=True):

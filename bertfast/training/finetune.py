@@ -136,7 +136,7 @@ class Finetuning:
         self.tokens, self.seconds = 0, 0.0
         self.metrics_log: MetricsLog | None = None
 
-    def _choose_task(self) -> Task:
+    def _choose_task(self) -> Task[Any]:
         task = choose_task(self.settings, file=self.settings.train_file)
         if self.settings.feature_based.strategy == "feature-based":
             if task.feature_based_model is None:
@@ -298,7 +298,7 @@ class Finetuning:
                 break
         self.seconds += time.perf_counter() - clock
 
-    def _weight(self, batch: dict[str, Tensor | int]) -> float:
+    def _weight(self, batch: dict[str, Tensor]) -> float:
         """Return the weight of a batch in the mean loss of its step: its number of labels, or their class weights."""
         if self.host_weights is None:
             return count_labels(batch)

@@ -102,7 +102,8 @@ def test_choices_of_an_example_are_adjacent_and_token_labels_follow_their_tokens
     reordered = tokenize(tokenizer, [TEXTS[2], TEXTS[3], TEXTS[0], TEXTS[1]], 64)
     assert batch["input_ids"][0].tolist() == reordered.token_ids.tolist()
     assert batch["cu_seq_lens_q"].tolist() == reordered.cu_seqlens.tolist()
-    assert (batch["labels"].tolist(), batch["num_choices"]) == ([0, 1], 2)
+    assert batch["labels"].tolist() == [0, 1]
+    assert features.model_inputs(np.array([1, 0])).num_choices == 2
     assert features.lengths[::-1].tolist() == np.diff(reordered.cu_seqlens[::2]).tolist()
     tagged = replace(features, num_choices=1, labels={"labels": np.arange(len(features.token_ids))})
     batch = tagged.batch(np.array([2, 0]))
@@ -121,7 +122,8 @@ def test_bucketed_inputs_are_the_batch_followed_by_padding_slots(tokenizer):
     labels = {"labels": np.arange(len(features.token_ids)), "weights": np.ones(len(features.token_ids), np.float32)}
     features = replace(features, labels=labels)
     rows = np.arange(17)
-    plain, padded = (features.model_inputs(rows, bucketed=bucketed).arguments for bucketed in (False, True))
+    inputs = features.model_inputs(rows, bucketed=True)
+    plain, padded = features.model_inputs(rows).arguments, inputs.arguments
     tokens = plain["input_ids"].shape[1]
     assert padded["input_ids"].shape == padded["labels"].shape == (1, bucket(tokens)) != (1, tokens)
     for name, value in plain.items():
@@ -129,7 +131,7 @@ def test_bucketed_inputs_are_the_batch_followed_by_padding_slots(tokenizer):
     rest = {name: set(padded[name][0, tokens:].tolist()) for name in ("input_ids", "labels", "weights")}
     assert rest == {"input_ids": {0}, "labels": {-100}, "weights": {0.0}}
     assert torch.equal(padded["cu_seq_lens_q"], plain["cu_seq_lens_q"])
-    assert padded["max_length_q"] == features.lengths.max()
+    assert inputs.max_seqlen_bound == features.lengths.max()
     assert count_labels(padded) == count_labels(plain)
 
 

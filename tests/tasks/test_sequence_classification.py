@@ -14,11 +14,11 @@ from bertfast.tasks.sequence_classification import (
     Columns,
     SequenceClassificationTask,
     has_fractions,
-    label_to_id,
     sorted_labels,
 )
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import Table
+from bertfast.tasks.task import label_to_id
 
 
 def table(**columns: list) -> Table:
