@@ -1,6 +1,6 @@
-"""Memory that ends at a protected page: whoever reads or writes beyond a tensor's last element crashes.
+"""Memory that ends at a protected page: an access beyond a tensor's last element crashes the process.
 
-Neither C++ nor Triton's interpreter notices an access out of bounds, and behind a tensor usually lies another.
+Neither C++ nor Triton's interpreter notices an access out of bounds, since other allocated memory usually follows a tensor.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(x: Tensor) -> Tensor:
-    """A contiguous copy of x whose end is the end of what may be touched."""
+    """Return a contiguous copy of x that ends at a protected page."""
     return _room(x.shape, x.dtype).copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 class GuardedMemory(TorchDispatchMode):
-    """Everything that is allocated empty meanwhile, outputs and scratch, is guarded."""
+    """While this mode is active, guard all memory that is allocated empty: outputs and scratch buffers."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function.namespace == "bertfast":
-            with self:  # inside it too: called as usual, it would come here again
+            with self:  # for allocations inside it; redispatch avoids a recursion
                 return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
         result = function(*arguments, **(options or {}))
         if "empty" not in function.overloadpacket.__name__ or not result.is_contiguous():

@@ -9,9 +9,9 @@ from bench.sass_model import ahead_of_time
 
 @triton.jit
 def attention_like_kernel(x_ptr, BLOCK: tl.constexpr):
-    place = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + place)
-    tl.store(x_ptr + place, tl.dot(x, tl.dot(x, x).to(x.dtype)).to(x.dtype))
+    offsets = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + offsets)
+    tl.store(x_ptr + offsets, tl.dot(x, tl.dot(x, x).to(x.dtype)).to(x.dtype))
 
 
 def compile_attention_like(size: int, options: dict) -> list[ahead_of_time.Compiled]:
