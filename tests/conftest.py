@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of text, vocabularies and checkpoints in the folder next to the repository; skip the test without it."""
+    """Return the folder `shared/data` next to the repository, with text and checkpoints; skip the test without it."""
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")

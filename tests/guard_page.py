@@ -1,6 +1,6 @@
 """Memory that ends at a protected page: an access beyond a tensor's last element crashes the process.
 
-Neither C++ nor Triton's interpreter notices an access out of bounds, since other allocated memory usually follows a tensor.
+Neither C++ nor the interpreter of Triton notices an access out of bounds: other allocated memory usually follows.
 """
 
 import ctypes
