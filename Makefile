@@ -41,7 +41,8 @@ export PYTHONSAFEPATH := 1
 # bench/ is not installed, so the root of the checkout is put on the path, after the folders in BENCH_PATH.
 BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
-.PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint types docs bench soak gpu-check gpu-check-right gpu-check-fast clean
+.PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint compiled-tables types docs soak clean
+.PHONY: bench bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-right gpu-check-fast
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -110,7 +111,7 @@ test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED) $(OLDER_HF)
 	$(MAKE) checked emulated
 	$(call part,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels)
 	$(call part,Triton kernels compiled,$(BENCH).sass_model.compiled_kernels --architectures 90 --representative)
-	$(call part,CUDA kernels compiled,$(BENCH).sass_model.compiled_cuda > build/compiled_cuda.md)
+	$(call part,CUDA kernels compiled,$(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md)
 	@printf '\n%-46s %6s\n' part minutes; cat $(TIMES); awk '{sum += $$NF} END {printf "%-46s %6.1f\n", "all", sum}' $(TIMES)
 
 checked: $(READY)
@@ -129,19 +130,25 @@ $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	for nvcc in $(OLDEST_CUDA)/nvidia/cu13/bin/nvcc $(NEWEST_CUDA)/nvidia/cu13/bin/nvcc $(NVCCS); do \
 	  rm -rf build/one-nvcc && NVCC=$$(realpath $$nvcc) $(BIN)/python setup.py --quiet build --build-lib build/one-nvcc \
-	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda > build/compiled_cuda.md || exit; \
+	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md || exit; \
 	done
 
 test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF)
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
+	$(MAKE) compiled-tables TABLES=build
+	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
+
+# Compiles every Triton kernel by three versions of Triton, and writes TABLES/compiled_kernels.md and TABLES/compiled_cuda.md.
+TABLES ?= bench/results
+compiled-tables: $(LIBRARY) $(OLDER) $(NEWER)
 	mkdir -p build
+	$(BENCH).sass_model.compiled_cuda --output $(TABLES)/compiled_cuda.md
 	$(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.7.json
 	BENCH_PATH=$(OLDER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.6.json
 	BENCH_PATH=$(NEWER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.8.json
-	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
-	$(BENCH).sass_model.compiled_kernels --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json > bench/results/compiled_kernels.md
-	$(BENCH).sass_model.compiled_cuda > bench/results/compiled_cuda.md
+	$(BENCH).sass_model.compiled_kernels --table $(COMPILED)-3.7.json $(COMPILED)-3.6.json $(COMPILED)-3.8.json \
+	  --output $(TABLES)/compiled_kernels.md
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
@@ -163,11 +170,26 @@ $(RUNTIMES): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ \
 	  onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
 
-bench: $(LIBRARY) $(RUNTIMES)
-	$(BENCH).cpu_operators --seconds 2
-	$(BENCH).end_to_end.pretraining_step base-128-fp32 small-128-fp32 --repeats 3
-	BENCH_PATH=$(RUNTIMES) $(BENCH).end_to_end.inference sst2-fp32 squad-fp32 --repeats 3
-	$(BENCH).end_to_end.growth
+# Benchmarks on a CPU. RESULTS=FOLDER is the folder for result files; without it they are written to bench/results/, which is
+# refused if there are uncommitted changes. bench-figures draws the figure of the README from FIGURE, a result of bench-step.
+RESULTS_FLAG = $(if $(RESULTS),--results '$(RESULTS)')
+FIGURE ?= bench/results/avx512/pretraining_step-base-128-fp32.json
+bench: bench-operators bench-step bench-inference bench-growth
+
+bench-operators: $(LIBRARY)
+	$(BENCH).cpu_operators --seconds 2 $(RESULTS_FLAG)
+
+bench-step: $(LIBRARY)
+	$(BENCH).end_to_end.pretraining_step base-128-fp32 small-128-fp32 --repeats 3 $(RESULTS_FLAG)
+
+bench-inference: $(LIBRARY) $(RUNTIMES)
+	BENCH_PATH=$(RUNTIMES) $(BENCH).end_to_end.inference sst2-fp32 squad-fp32 --repeats 3 $(RESULTS_FLAG)
+
+bench-growth: $(LIBRARY)
+	$(BENCH).end_to_end.growth $(RESULTS_FLAG)
+
+bench-figures: $(READY)
+	$(BENCH).figures $(FIGURE)
 
 # Takes hours. An interrupted run continues, and finished parts are not repeated. Tables go to bench/results/tables; tables 5, 6
 # and 8 compare models that are pre-trained here. DATA=FOLDER and SOAKED=FOLDER name other folders, and MODEL=FOLDER a
@@ -188,7 +210,7 @@ soak: $(LIBRARY)
 
 # gpu-check-right checks the results of the kernels (three minutes), gpu-check-fast their speed (six). gpu-check runs both even if
 # the first fails, because the benchmarks check results before they measure.
-GPU_CHECK = PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu_check $(1) $(if $(RESULTS),--results '$(RESULTS)') $(if $(WHEEL),--wheel '$(WHEEL)') \
+GPU_CHECK = PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu_check $(1) $(RESULTS_FLAG) $(if $(WHEEL),--wheel '$(WHEEL)') \
   $(if $(PROBES),--probes '$(PROBES)')
 
 gpu-check-right:

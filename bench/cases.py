@@ -1,7 +1,8 @@
-"""What the benchmarks of single operations share: cases, contenders, what is right, and what a call must cost at least.
+"""Shared parts of the operator benchmarks: cases, implementations, checks against float64 and lower bounds.
 
-A file of `bench/ops` has CASES, its sizes, and PROVIDERS, who makes a contender for a case. Every contender runs on
-every case: on a GPU by the folder's `conftest.py`, on a CPU by `cpu_kernels.py`, which has sizes of its own ("cpu").
+A file of `bench/ops` has CASES, lists of sizes by name, and IMPLEMENTATIONS, a factory per implementation that makes
+it for a case. Every implementation runs on every case: on a GPU by pytest (`bench/ops/conftest.py`), on a CPU by
+`bench.cpu_operators`, which uses the sizes "cpu".
 """
 
 from __future__ import annotations
@@ -23,30 +24,35 @@ from bench.harness import DEVICE, ON_GPU
 from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.sequences import Sequences
 
-OURS = "triton" if ON_GPU else None  # on a CPU what is chosen there: the compiled library has no kernel of some
-# Relative error, by the Frobenius norm, above which a result is no rounding any more; PyTorch's own sums of 4096 rows
-# in bf16 err by 0.054.
-WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
-OUR_MASKS = ("bertfast", "bertfast-cuda", "definition")  # the others draw dropout's masks in their own way
-EPS = 1e-12  # of LayerNorm, as BERT has it
-VOCABULARY = 30522
+BACKEND = "triton" if ON_GPU else None  # on a CPU the default, because the compiled library lacks some kernels
+# Largest relative error, by the Frobenius norm, of a correct result; the error of PyTorch's own sums of 4096 rows in
+# bf16 is 0.054.
+TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+SAME_MASKS = ("bertfast", "bertfast-cuda", "definition")  # the others draw other dropout masks
+EPS = 1e-12  # of LayerNorm in BERT
+VOCAB_SIZE = 30522
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a call does at least: `bytes` to and from memory, and the `flops` of its products."""
+    """The least work of a call.
+
+    Attributes:
+        bytes: Traffic to and from memory.
+        flops: Floating-point operations of its matmuls.
+    """
 
     bytes: int
     flops: int = 0
 
-    def floor(self, ceilings: dict[str, float]) -> float:
-        """Seconds that no implementation can beat."""
+    def lower_bound(self, ceilings: dict[str, float]) -> float:
+        """Return the seconds that any implementation needs at least."""
         return max(self.bytes / ceilings["bytes"], self.flops / ceilings["flops"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """A size of an operation. `str(case)` is its name: that of the size, and what is not usual on a GPU."""
+    """A size of an operation. `str(case)` names the size, and dropout and fp32 where they apply."""
 
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
@@ -59,34 +65,35 @@ class Case(ABC):
     @property
     @abstractmethod
     def size(self) -> str:
-        """The size alone, in a word."""
+        """The name of the size, without spaces."""
 
     def normal(self, generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed numbers in the case's precision."""
+        """Return normally distributed values in the precision of the case."""
         return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(self.dtype)
 
     @abstractmethod
     def inputs(self, generator: torch.Generator) -> Sequence[Tensor]:
-        """Random tensors that the operation reads and has a gradient for, on DEVICE."""
+        """Return random inputs of the operation that have a gradient, on DEVICE."""
 
     @abstractmethod
     def definition(self, *inputs: Tensor) -> Tensor:
-        """The operation by `bertfast.ops.reference`, in whatever dtype the inputs have."""
+        """Compute the operation by `bertfast.ops.reference`, in the dtype of the inputs."""
 
     @abstractmethod
     def work(self, direction: str) -> Work:
-        """The least that a call in `direction` does: each input read once, each output written once."""
+        """Return the least work of a call in `direction`: each input is read once, each output is written once."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One way to compute an operation.
 
     Attributes:
-        function: what is timed: of its own leaves to its own output.
-        enter: the operation's inputs as those leaves (padded, say); differentiable, not timed.
-        leave: the function's output as the operation's.
-        checked: against the operation; one that computes less is there for scale.
+        function: The timed function, of its own inputs to its own output.
+        enter: Converts the inputs of the operation to those of the function, for instance by padding; differentiable
+            and not timed.
+        leave: Converts the output of the function to that of the operation.
+        checked: Whether its results are compared with the operation; False if it computes less.
     """
 
     function: Callable[..., Tensor]
@@ -95,139 +102,141 @@ class Contender:
     checked: bool = True
 
     def leaves(self, case: Case, seed: int) -> list[Tensor]:
-        """Leaves of the function for the case's inputs by `seed`."""
+        """Return the inputs of the function, as autograd leaves, for the inputs of the case by `seed`."""
         with torch.no_grad():
             return [x.detach().requires_grad_() for x in self.enter(*case.inputs(_generator(seed)))]
 
 
+Factory = Callable[[Case], Implementation | Callable[..., Tensor]]
+"""Makes an implementation for a case; a plain function of the inputs of the operation is an implementation too."""
+
+
 def in_both_precisions(*cases: Case) -> list[Case]:
-    """Each case in fp32 and in bf16."""
+    """Return each case in fp32 and in bf16."""
     return [replace(case, dtype=dtype) for case in cases for dtype in (torch.float32, torch.bfloat16)]
 
 
 def dropout_over(sequences: Sequences, p: float, site: str) -> Dropout | None:
-    """The dropout at a site of the model's first layer, or outside the layers, over all tokens."""
+    """Return the dropout over all tokens at a site of the first layer, or at the embeddings."""
     rng = RngCoordinates(torch.tensor(1 << 40, device=DEVICE), sequences.token_sequence_ids, sequences.position)
     return rng.dropout(p, site, None if site == "embeddings" else 0)
 
 
 def packed(rows: int) -> Sequences:
-    """Sequences of up to 512 tokens that hold `rows` in all."""
+    """Return sequences of at most 512 tokens with `rows` tokens in total."""
     lengths = [512] * (rows // 512) + ([rows % 512] if rows % 512 else [])
     return Sequences.from_lengths(lengths, device=DEVICE)
 
 
-Provider = Callable[[Case], Contender | Callable[..., Tensor]]
-"""How a contender is made for a case; a plain function of the operation's inputs is one too."""
+def make(factory: Factory, case: Case) -> Implementation:
+    """Return the implementation that a factory makes for a case."""
+    made = factory(case)
+    return made if isinstance(made, Implementation) else Implementation(made)
 
 
-def contender(provider: Provider, case: Case) -> Contender:
-    """The contender that a provider makes for a case."""
-    made = provider(case)
-    return made if isinstance(made, Contender) else Contender(made)
-
-
-def in_cuda(ours: Provider) -> dict[str, Provider]:
-    """Our kernels in CUDA C++ as a contender too, on a GPU."""
-    return {"bertfast-cuda": partial(ours, implementation="cuda")} if ON_GPU else {}
+def in_cuda(factory: Factory) -> dict[str, Factory]:
+    """Return the CUDA C++ kernels as another implementation; {} without a GPU."""
+    return {"bertfast-cuda": partial(factory, implementation="cuda")} if ON_GPU else {}
 
 
 def definition(case: Case) -> Callable[..., Tensor]:
-    """The provider that is the definition itself."""
+    """Make the reference implementation."""
     return case.definition
 
 
-def compiled(provider: Provider) -> Provider:
-    """The same compiled by PyTorch."""
+def compiled(factory: Factory) -> Factory:
+    """Return a factory of the same implementation under torch.compile."""
 
-    def build(case: Case) -> Contender:
-        needs_gpu("what torch.compile makes")  # for a CPU it compiles longer than continuous integration has
-        torch.compiler.reset()  # or what was compiled for other sizes counts against the limit
-        made = contender(provider, case)
+    def build(case: Case) -> Implementation:
+        require_gpu("torch.compile")  # on a CPU, compiling takes longer than the tests may
+        torch.compiler.reset()  # otherwise graphs of other sizes count towards the limit of recompilations
+        made = make(factory, case)
         return replace(made, function=torch.compile(made.function, dynamic=False, fullgraph=True))
 
     return build
 
 
 def liger() -> ModuleType:
-    """Liger's functions, if they are here."""
-    needs_gpu("Liger")
+    """Return Liger's functions; skip the benchmark if they are not available."""
+    require_gpu("Liger")
     return pytest.importorskip("liger_kernel.transformers.functional", exc_type=ImportError)
 
 
-def needs_gpu(what: str) -> None:
-    """Skip what is for a GPU only where there is none."""
+def require_gpu(name: str) -> None:
+    """Skip the benchmark without a GPU."""
     if not ON_GPU:
-        pytest.skip(f"{what} is timed on a GPU only")
+        pytest.skip(f"{name} is timed on a GPU only")
 
 
-@lru_cache(maxsize=1)  # both directions follow one another
-def checked(provider: Provider, case: Case, our_masks: bool) -> tuple[Contender, float]:
-    """The contender and its relative error; of one with masks of its own, without dropout."""
-    made = contender(provider, case)
+@lru_cache(maxsize=1)  # both directions of a case follow one another
+def checked(factory: Factory, case: Case, same_masks: bool) -> tuple[Implementation, float]:
+    """Make an implementation and measure its relative error, without dropout if it draws other masks."""
+    made = make(factory, case)
     if not made.checked:
         return made, 0.0
-    if our_masks or not case.dropout:
+    if same_masks or not case.dropout:
         return made, relative_error(case, made)
-    dropless = replace(case, dropout=0.0)
-    return made, relative_error(dropless, contender(provider, dropless))
+    without_dropout = replace(case, dropout=0.0)
+    return made, relative_error(without_dropout, make(factory, without_dropout))
 
 
-def measured(case: Case, name: str, direction: str, samples: list[float], floor: float, error: float) -> dict:
-    """What a result says of a contender: its `samples` are seconds of a call, `floor` the least of them."""
+def measured(
+    case: Case, name: str, direction: str, samples: list[float], lower_bound: float, error: float
+) -> dict[str, object]:
+    """Return the entry of an implementation in a result file; `samples` are seconds per call."""
     work, (p20, *_, p80) = case.work(direction), quantiles(samples, n=5)
     return {
         "case": str(case),
-        "provider": name,
+        "implementation": name,
         "direction": direction,
         "relative_error": error,
         "p20_s": p20,
         "p80_s": p80,
         "bytes": work.bytes,
         "flops": work.flops,
-        "floor_s": floor,
-        "share_of_floor": floor / median(samples),
+        "lower_bound_s": lower_bound,
+        "roofline_efficiency": lower_bound / median(samples),
     }
 
 
-def relative_error(case: Case, contender: Contender) -> float:
-    """The largest error of output and gradients against float64, as a share of the true norm; NaN if there is one."""
+def relative_error(case: Case, implementation: Implementation) -> float:
+    """Return the largest error of output and gradients relative to the norm of the float64 result; NaN if any is."""
     inputs = [x.requires_grad_() for x in case.inputs(_generator(0))]
-    output = contender.leave(contender.function(*contender.enter(*inputs)))
+    output = implementation.leave(implementation.function(*implementation.enter(*inputs)))
     gradients = torch.autograd.grad(output, inputs, _output_gradient(output), allow_unused=True)
     errors = [
-        (result.detach().double() - true).norm() / true.norm()
-        for result, true in zip([output, *gradients], _truth(case), strict=True)
+        (result.detach().double() - expected).norm() / expected.norm()
+        for result, expected in zip([output, *gradients], _expected(case), strict=True)
         if result is not None
     ]
     return float(torch.stack(errors).max())
 
 
-@lru_cache(maxsize=2)  # a case with dropout, and the one without
-def _truth(case: Case) -> list[Tensor]:
+@lru_cache(maxsize=2)  # a case with dropout and the same case without
+def _expected(case: Case) -> list[Tensor]:
     inputs = [x.double().requires_grad_() for x in case.inputs(_generator(0))]
     output = case.definition(*inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs, _output_gradient(output))]
 
 
-def calls(case: Case, contender: Contender, direction: str) -> list[Callable[[], object]]:
-    """Calls that compute the same on inputs of their own, together four times what the second-level cache holds.
+def calls(case: Case, implementation: Implementation, direction: str) -> list[Callable[[], object]]:
+    """Return calls on different inputs, together four times the size of the L2 cache.
 
-    "forward" records for a backward pass, as in training, and "backward" is that pass alone; "inference" is a forward
-    pass that records nothing, and "training" both passes in one.
+    "forward" records for a backward pass, as in training, and "backward" is the backward pass alone; "inference" is a
+    forward pass that records nothing, and "training" is both passes.
     """
-    leaves = contender.leaves(case, 0)
+    leaves = implementation.leaves(case, 0)
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if ON_GPU else 0
     sets = max(math.ceil(4 * cache / sum(x.nbytes for x in leaves)), 2)
     return [
-        _call(contender.function, leaves if seed == 0 else contender.leaves(case, seed), direction)
+        _call(implementation.function, leaves if seed == 0 else implementation.leaves(case, seed), direction)
         for seed in range(sets)
     ]
 
 
 def _call(function: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
     if direction == "forward":
-        return lambda: function(*leaves).detach()  # what was saved for a backward pass is not held
+        return lambda: function(*leaves).detach()  # what was saved for a backward pass is released
     if direction == "inference":
         return torch.no_grad()(lambda: function(*leaves))
     if direction == "training":  # of a loss
@@ -239,20 +248,20 @@ def _call(function: Callable[..., Tensor], leaves: list[Tensor], direction: str)
     return lambda: torch.autograd.grad(output, leaves, d_output, retain_graph=True, allow_unused=True)
 
 
-def extra_memory(case: Case, contender: Contender) -> int | None:
-    """Bytes at the peak of a forward and a backward pass, beyond the inputs and all gradients; None on a CPU."""
+def extra_memory(case: Case, implementation: Implementation) -> int | None:
+    """Return the peak bytes of both passes beyond the inputs and all gradients; None on a CPU."""
     if not ON_GPU:
         return None
-    leaves = contender.leaves(case, 0)
-    d_output = _output_gradient(contender.function(*leaves).detach())
+    leaves = implementation.leaves(case, 0)
+    d_output = _output_gradient(implementation.function(*leaves).detach())
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = torch.autograd.grad(contender.function(*leaves), leaves, d_output, allow_unused=True)
+    gradients = torch.autograd.grad(implementation.function(*leaves), leaves, d_output, allow_unused=True)
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients if x is not None)
 
 
 def _output_gradient(output: Tensor) -> Tensor:
-    # Of a loss 1; else random numbers, the same for all contenders, that bf16 holds.
+    # 1 for a loss; otherwise random values, the same for all implementations, that bf16 represents exactly.
     if output.dim() == 0:
         return torch.ones_like(output)
     return torch.randn(output.shape, generator=_generator(1), device=DEVICE).bfloat16().to(output.dtype)

@@ -1,13 +1,13 @@
-"""What only a GPU can tell, in two commands: whether the kernels are right (3 minutes), and how fast they are (6).
+"""Check the kernels on a GPU: whether their results are correct (3 minutes), and how fast they are (6 minutes).
 
     make gpu-check-right | gpu-check-fast | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
     python -m bench.gpu_check right|fast [--results FOLDER] [--wheel FILE] [--probes FILE]
 
-The environment's own Python and packages are used and nothing is installed; a wheel is unpacked into a temporary
-folder, and without one the checkout is what runs. All results go to one file, FOLDER/gpu-check-right.tar or
-gpu-check-fast.tar, which is replaced after each part and every few seconds, so that an interrupted run leaves all that
-was done. Each part is stopped at its own limit. What a part needs and the machine has not (the compiled library, a
-sanitizer) is skipped and named. Without a GPU both commands run too, at small sizes.
+The Python and the packages of the environment are used, and nothing is installed; a wheel is unpacked into a temporary
+folder, and without a wheel the checkout runs. All results go to one file, FOLDER/gpu-check-right.tar or
+gpu-check-fast.tar, which is replaced after each part and every few seconds, so that an interrupted run keeps its
+results. Each part has a time limit. Parts whose requirements (the compiled library, a sanitizer) are missing are
+skipped, with the reason. Both commands also run without a GPU, at small sizes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 if find_spec("torch") is None:
-    sys.exit(f"{sys.executable} has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python")
+    sys.exit(f"{sys.executable} has no PyTorch: name another Python: make gpu-check PYTHON=.venv/bin/python")
 import torch
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
-# Seconds that each part may take, in the order in which they run: the most telling first.
+# Time limit of each part in seconds, in the order in which they run: the most important first.
 LIMITS = {
     "right": {
         "self-test": 75,
@@ -56,11 +56,11 @@ LIMITS = {
         "report": 10,
     },
 }
-BUDGET = {"right": 180, "fast": 360}  # seconds of a whole command
-RESERVE = 15  # of them to start, and to stop a part that does not end
-CASE_SECONDS = 20  # at most for one implementation of one case
-COMPILE_SECONDS = 35  # at most until torch.compile has compiled transformers' step
-GRACE = 5  # seconds to write what there is, for a part that was interrupted
+BUDGET = {"right": 180, "fast": 360}  # time limit of a command in seconds
+RESERVE = 15  # seconds to start, and to stop a part at its limit
+CASE_SECONDS = 20  # time limit of one implementation of one case
+COMPILE_SECONDS = 35  # time limit of compiling transformers' step
+GRACE = 5  # seconds for an interrupted part to write its results
 PACKING = 5  # seconds between two versions of the tar file
 NO_GPU = "there is no GPU"
 OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embeddings", "linear_cross_entropy")
@@ -78,9 +78,9 @@ class Part:
 
     Attributes:
         name: As in LIMITS.
-        commands: Run at the same time; each has a log of its own.
-        skip: Why the part does not run; None: it runs.
-        environment: Variables of its commands.
+        commands: Run in parallel, each with its own log.
+        skip: Why the part is skipped; None if it runs.
+        environment: Additional environment variables.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "passed", "failed", "stopped at its limit" or "skipped", and the last line it printed."""
+    """How a part ended: "passed", "failed", "stopped at its limit" or "skipped", and the last line that it printed."""
 
     name: str
     status: str
@@ -101,10 +101,10 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=LIMITS, help="right: the kernels' results; fast: their speed")
+    parser.add_argument("check", choices=LIMITS, help="right: results of the kernels; fast: speed")
     parser.add_argument("--results", type=Path, default=ROOT / "build", help="folder of the tar file (default: build)")
-    parser.add_argument("--wheel", type=Path, help="check this wheel and not the checkout")
-    parser.add_argument("--probes", type=Path, help="probes.so of `make wheel`, the layout probes built ahead")
+    parser.add_argument("--wheel", type=Path, help="check this wheel instead of the checkout")
+    parser.add_argument("--probes", type=Path, help="probes.so built by `make wheel`")
     arguments = parser.parse_args()
     for name in ("wheel", "probes"):
         path = getattr(arguments, name)
@@ -114,8 +114,8 @@ def main() -> int:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--results: {target.parent} cannot be made: {error.strerror}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # parts inherit it, also where a shell had it ignored
+        parser.error(f"--results: {target.parent} cannot be created: {error.strerror}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # parts inherit it, even if the shell ignored it
     end = time.monotonic() + BUDGET[arguments.check] - RESERVE
     with TemporaryDirectory() as site, TemporaryDirectory() as folder:
         if arguments.wheel:
@@ -124,6 +124,9 @@ def main() -> int:
             lay_out(Path(site, "bertfast"))
         Path(site, "bench").symlink_to(ROOT / "bench")
         sys.path.insert(0, site)
+        from bench.harness import require_clean_tree
+
+        require_clean_tree(target)
         origin = print_environment()
         probes = str(arguments.probes.resolve()) if arguments.probes else None
         found = parts(arguments.check, Path(folder), missing_library(), probes)
@@ -139,7 +142,7 @@ def main() -> int:
 def run_all(
     found: Iterator[Part], check: str, folder: Path, site: str, target: Path, end: float, origin: dict
 ) -> list[Outcome]:
-    """Run the parts until `end`; after each, say how it ended, and write all that there is to `target`."""
+    """Run the parts until `end`; after each part, print how it ended and write all results to `target`."""
     outcomes = []
     for part in found:
         limit = LIMITS[check][part.name]
@@ -148,14 +151,14 @@ def run_all(
         outcome = run(part, folder, site, limit, lambda: pack(folder, target))
         outcomes.append(outcome)
         print(f"{outcome.name:27}{outcome.seconds:5.0f} s  {outcome.status}: {outcome.last_line}", flush=True)
-        values = {"origin": origin, "check": check, "parts": [asdict(one) for one in outcomes]}
+        values = {"origin": origin, "check": check, "parts": [asdict(outcome) for outcome in outcomes]}
         (folder / "gpu_check.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         pack(folder, target)
     return outcomes
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Write all files of `folder` to the tar file `target`, which is whole at any time."""
+    """Write all files of `folder` to the tar file `target`, which is replaced atomically."""
     unfinished = target.with_suffix(".unfinished")
     with tarfile.open(unfinished, "w") as archive:
         for file in sorted(folder.iterdir()):
@@ -164,28 +167,30 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def print_environment() -> dict:
-    """Say what the check runs on, and return it."""
+    """Print and return the hardware, the versions and the commit."""
     from bench.harness import origin
 
-    here = origin()
-    print(", ".join(f"{name} {value}" for name, value in here.get("gpu", {}).items()) or here["processor"])
-    print(f"Python {here['python']}, " + ", ".join(f"{name} {version}" for name, version in here["versions"].items()))
-    print(f"commit {here['commit'] or 'unknown'}\n", flush=True)
-    return here
+    environment = origin()
+    gpu = ", ".join(f"{name} {value}" for name, value in environment.get("gpu", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    print(gpu or environment["processor"])
+    print(f"Python {environment['python']}, {versions}")
+    print(f"commit {environment['commit'] or 'unknown'}\n", flush=True)
+    return environment
 
 
 def missing_library() -> str | None:
-    """Why the compiled library's CUDA kernels are not here; None: they are."""
+    """Return why the CUDA kernels of the compiled library are not available; None if they are."""
     from bertfast.ops import cuda_build, native
 
     if native.UNAVAILABLE_REASON is not None:
-        return f"not here: {native.UNAVAILABLE_REASON}"
+        return f"not available: {native.UNAVAILABLE_REASON}"
     reason = cuda_build.unsupported_reason("bias_gelu")
-    return None if reason is None else f"not here: {reason}"
+    return None if reason is None else f"not available: {reason}"
 
 
 def lay_out(package: Path) -> None:
-    """Make the package importable from links to the checkout, where its folder `kernels` lies beside it."""
+    """Create the package from links to the checkout, where its folder `kernels` is next to it."""
     package.mkdir()
     for entry in [*(ROOT / "bertfast").iterdir(), ROOT / "kernels"]:
         if not (package / entry.name).is_symlink():
@@ -193,7 +198,7 @@ def lay_out(package: Path) -> None:
 
 
 def unpack(wheel: Path, site: str) -> None:
-    """Install a wheel alone into the folder `site`."""
+    """Install a wheel, without its dependencies, into the folder `site`."""
     options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", "--target", site]
     command = [sys.executable, "-m", "pip", "install", *options, str(wheel)]
     installed = subprocess.run(command, capture_output=True, text=True)
@@ -202,12 +207,12 @@ def unpack(wheel: Path, site: str) -> None:
 
 
 def parts(check: str, folder: Path, no_library: str | None, probes: str | None) -> Iterator[Part]:
-    """The parts of a check in their order."""
+    """Yield the parts of a check in their order."""
     yield from right_parts(no_library, probes) if check == "right" else fast_parts(folder)
 
 
 def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
-    """Every kernel against float64, a step in a CUDA graph, CUDA C++, and a sanitizer."""
+    """Yield the parts that check results: all kernels against float64, a CUDA graph, CUDA C++, and a sanitizer."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     no_gpu = None if ON_GPU else NO_GPU
     yield Part("self-test", self_tests(LIMITS["right"]["self-test"] - 10))
@@ -218,7 +223,7 @@ def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
     )
     seconds = LIMITS["right"]["CUDA C++ self-test"] - 5
     yield Part("CUDA C++ self-test", [self_test("cuda", seconds, "cuda")], no_gpu or no_library)
-    nothing = None if probes or shutil.which("nvcc") else "not here: neither --probes nor nvcc"
+    nothing = None if probes or shutil.which("nvcc") else "not available: neither --probes nor nvcc"
     yield Part(
         "layout probes",
         [[*pytest, "tests/emulation/test_probes.py"]],
@@ -232,20 +237,20 @@ def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
         "memcheck",
         [[*checked, *self_test("cuda", seconds, "attention", "triton", "bf16", f"D={d}")] for d in (32, 128)],
         no_gpu or sanitizer,
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or it would not see where a tensor ends
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that the sanitizer sees the end of each tensor
     )
 
 
 def self_test(device: str, seconds: float, *words: str) -> list[str]:
-    """The command that checks the kernels whose checks have all of `words`."""
+    """Return the command that runs the checks whose names contain all of `words`."""
     return [sys.executable, "-c", SELF_TEST, device, str(seconds), *words]
 
 
 def self_tests(seconds: float) -> list[list[str]]:
-    """Commands that together check every Triton kernel.
+    """Return commands that together check every Triton kernel.
 
-    Compiling takes most of the time and one core of each process; and a kernel that breaks its process does not take
-    the others along.
+    They run in parallel because compilation takes most of the time and is single-threaded, and so that a kernel that
+    crashes its process does not stop the others.
     """
     if not ON_GPU:
         return [self_test("cpu", seconds, "bias_gelu")]
@@ -263,9 +268,9 @@ def self_tests(seconds: float) -> list[list[str]]:
 
 
 def fast_parts(folder: Path) -> Iterator[Part]:
-    """Ceilings, a pre-training step, the operators; each with its alternatives."""
+    """Yield the parts that measure speed: ceilings, a pre-training step and the operators, with their alternatives."""
     python, results = sys.executable, ["--results", str(folder)]
-    yield Part("ceilings", [[python, "-m", "bench.harness", *results]])
+    yield Part("ceilings", [[python, "-m", "bench.ceilings", *results]])
     step = [python, "-m", "bench.end_to_end.pretraining_step", *results, "--repeats", "5"]
     cases = ["gpu-base-128", "gpu-base-512"] if ON_GPU else ["trial"]
     yield Part("pretraining step", [[*step, *cases, "--against", "transformers-sdpa"]], needs("transformers"))
@@ -275,28 +280,33 @@ def fast_parts(folder: Path) -> Iterator[Part]:
     benchmark = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--case-seconds={CASE_SECONDS}"]
     benchmark.append(f"--shapes={'main' if ON_GPU else 'small'}")
     for name in OPERATORS:
-        # Of the alternatives to attention those that are the fastest elsewhere.
+        # For attention only the alternatives that are usually the fastest.
         chosen = ["-k", "bertfast- or varlen or cudnn"] if name == "attention" and ON_GPU else ["-k", "not definition"]
         files = [f"--benchmark-json={folder / name}.json", f"bench/ops/{name}.py"]
-        # Without a GPU one of them shows that the program runs; tests/test_bench.py has them all.
+        # Without a GPU one operator shows that the program runs; tests/test_bench.py runs all of them.
         skip = None if ON_GPU or name == OPERATORS[0] else NO_GPU
         yield Part(name, [[*benchmark, *chosen, *files]], skip or needs("pytest_benchmark"))
     yield Part("report", [[python, "-m", "bench.report", str(folder)]])
 
 
 def needs(package: str) -> str | None:
-    """Why a part that needs a package does not run; None: it is here."""
+    """Return why a part that needs a package is skipped; None if the package is installed."""
     return None if find_spec(package) else f"{package} is not installed"
 
 
 def run(part: Part, folder: Path, site: str, limit: float, keep: Callable[[], None] = lambda: None) -> Outcome:
-    """Run a part for at most `limit` seconds, the output of each command to a log in `folder`.
+    """Run a part for at most `limit` seconds, with the output of each command in a log in `folder`.
 
-    `keep` is called every few seconds meanwhile.
+    Args:
+        part: What to run.
+        folder: Folder of the logs.
+        site: Folder with bertfast and bench, for PYTHONPATH.
+        limit: Time limit in seconds.
+        keep: Called every few seconds.
     """
     if part.skip or limit <= 0:
         return Outcome(part.name, "skipped", 0.0, part.skip or "no time is left")
-    # Safe path: the checkout's root, where `kernels` is the name of another package, stays out of the way.
+    # With PYTHONSAFEPATH the current folder is not on the path, where `kernels` would hide the package of that name.
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
     environment = os.environ | part.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     logs = [folder / f"{part.name.replace(' ', '_')}{'_' * bool(i)}{i or ''}.log" for i in range(len(part.commands))]
@@ -313,14 +323,14 @@ def run(part: Part, folder: Path, site: str, limit: float, keep: Callable[[], No
                 )
             )
         statuses = _wait(processes, started + limit, keep)
-    status = next(one for one in ("failed", "stopped at its limit", "passed") if one in statuses)
+    status = next(status for status in ("failed", "stopped at its limit", "passed") if status in statuses)
     worst = logs[statuses.index(status)].read_text(encoding="utf-8", errors="replace")
     lines = [line for line in worst.splitlines()[1:] if line.strip()]
     return Outcome(part.name, status, time.monotonic() - started, lines[-1].strip("= ") if lines else "no output")
 
 
 def _wait(processes: Sequence[subprocess.Popen], end: float, keep: Callable[[], None]) -> list[str]:
-    """How each process ended; those that go on at `end` are interrupted, and killed with all they started."""
+    """Return how each process ended; at `end`, running ones are interrupted and then killed with their children."""
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             before = time.monotonic()
@@ -331,7 +341,7 @@ def _wait(processes: Sequence[subprocess.Popen], end: float, keep: Callable[[], 
             keep()
         stopped = [process for process in processes if process.poll() is None]
         for process in stopped:
-            process.send_signal(signal.SIGINT)  # pytest then writes what it has
+            process.send_signal(signal.SIGINT)  # pytest then writes its results
         grace = time.monotonic() + GRACE
         for process in stopped:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -343,7 +353,7 @@ def _wait(processes: Sequence[subprocess.Popen], end: float, keep: Callable[[], 
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+                os.killpg(process.pid, signal.SIGKILL)  # and its children
             process.wait()
 
 

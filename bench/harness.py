@@ -1,14 +1,12 @@
-"""What the benchmarks share: the clocks, the ceilings of the machine, and results with their origin.
+"""Shared parts of the benchmarks: timing, result files with their origin, and the check for uncommitted changes.
 
-Everything runs on the GPU if there is one. Run as a program, it measures the ceilings:
-
-    python -m bench.harness [--results FOLDER]
+Everything runs on the GPU if there is one. A program that writes results calls `require_clean_tree` before it measures,
+so that each file in bench/results/ belongs to a commit.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import signal
@@ -18,34 +16,42 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 
 from bertfast.cli.doctor import driver_version
-from bertfast.ops.matmul import linear
 
-RESULTS = Path(__file__).parent / "results"
-DATA = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout: texts that are no part of the project
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DATA = ROOT.parent / "shared" / "data"  # texts next to the checkout, which are not part of the project
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
 PACKAGES += ("onnxruntime", "openvino")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
-# A round of `device_seconds` lasts at least ROUND seconds on a GPU, against which a launch is nothing, and its rounds
-# together about BUDGET.
-ROUND = 0.01
-BUDGET = 0.2 if ON_GPU else 0.02
-FEW = 2  # rounds in one mode of the machine that say something
-APART = 0.7  # of the threads, which work side by side where the cores are a core each
+ROUND_SECONDS = 0.01  # shortest round of `device_seconds` on a GPU, so that launch overhead is negligible
+TOTAL_SECONDS = 0.2 if ON_GPU else 0.02  # approximate duration of all rounds of `device_seconds`
+MIN_ROUNDS = 2  # rounds in one mode of the machine from which a median is taken
+FULL_SPEED = 0.7  # share of the threads that must run in parallel for the cores to count as independent
+
+
+class Sample(NamedTuple):
+    """A timed call.
+
+    Attributes:
+        seconds: Duration of the call.
+        cores: Threads that ran in parallel just before and just after the call, the smaller of the two measurements.
+    """
+
+    seconds: float
+    cores: float
 
 
 def stopwatch(function: Callable[[], object]) -> float:
-    """Seconds of one call; on a GPU by CUDA events, from when the device could begin until it has ended."""
+    """Return the seconds of one call; on a GPU measured by CUDA events, without the wait before the device starts."""
     if not ON_GPU:
         started = time.perf_counter()
         function()
@@ -59,15 +65,8 @@ def stopwatch(function: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-class Sample(NamedTuple):
-    """Seconds of a call, and how many threads worked side by side just before and just after it, at least."""
-
-    seconds: float
-    cores: float
-
-
-def cores_at_work() -> float:
-    """How many threads' work all threads do in the time of one: cores may be a core each, or behave like one."""
+def parallel_cores() -> float:
+    """Return how many threads run in parallel at full speed; virtual cores may share a physical one."""
     threads = torch.get_num_threads()
     if ON_GPU or threads == 1:
         return float(threads)
@@ -79,50 +78,55 @@ def cores_at_work() -> float:
 
 
 def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Sample]]:
-    """Samples of each function, in turn A B A B …, after one uncounted round; so a drift of the machine hits all.
+    """Time functions alternately, A B A B …, after an untimed round, so that drift of the machine affects all of them.
 
-    A round in which the cores did not stay apart is repeated, until there are `repeats` that did or twice as many in
-    all.
+    A round in which the cores were not independent is repeated, until `repeats` rounds were good or twice as many ran.
+
+    Returns:
+        The samples of each function, one per round.
     """
     for function in functions.values():
         function()
-    rounds, good, cores = [], 0, cores_at_work()
+    rounds, good, cores = [], 0, parallel_cores()
     while good < repeats and len(rounds) < 2 * repeats:
         rounds.append([])
         for function in functions.values():
-            elapsed, before, cores = stopwatch(function), cores, cores_at_work()
+            elapsed, before, cores = stopwatch(function), cores, parallel_cores()
             rounds[-1].append(Sample(elapsed, min(before, cores)))
-        good += all(map(_apart, rounds[-1]))
+        good += all(map(_at_full_speed, rounds[-1]))
     return {name: list(column) for name, column in zip(functions, zip(*rounds, strict=True), strict=True)}
 
 
 def in_one_mode(*columns: list[Sample]) -> list[tuple[float, ...]]:
-    """The seconds of the rounds, of these functions, in which the cores stayed apart; if these are few, of those in
-    which they never did; if these are few too, of all."""
+    """Return the seconds of the rounds that ran in one mode of the machine, a tuple per round.
+
+    These are the rounds with independent cores; if there are fewer than MIN_ROUNDS, the rounds in which the cores were
+    never independent; if these are too few as well, all rounds.
+    """
     rounds = list(zip(*columns, strict=True))
-    apart = [all(map(_apart, samples)) for samples in rounds]
-    together = [not any(map(_apart, samples)) for samples in rounds]
-    chosen = next((mode for mode in (apart, together) if sum(mode) >= FEW), [True] * len(rounds))
+    independent = [all(map(_at_full_speed, samples)) for samples in rounds]
+    shared = [not any(map(_at_full_speed, samples)) for samples in rounds]
+    chosen = next((mode for mode in (independent, shared) if sum(mode) >= MIN_ROUNDS), [True] * len(rounds))
     return [tuple(s.seconds for s in samples) for samples, good in zip(rounds, chosen, strict=True) if good]
 
 
-def _apart(sample: Sample) -> bool:
-    return sample.cores >= APART * torch.get_num_threads()
+def _at_full_speed(sample: Sample) -> bool:
+    return sample.cores >= FULL_SPEED * torch.get_num_threads()
 
 
 def seconds_of(samples: list[Sample]) -> list[float]:
-    """The seconds of the samples in one mode."""
+    """Return the seconds of the samples that were taken in one mode of the machine."""
     return [seconds for (seconds,) in in_one_mode(samples)]
 
 
 def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
-    """The median of the pairwise ratios of two functions timed in turn, in one mode of the machine."""
+    """Return the median of the ratios per round of two functions that were timed alternately."""
     return statistics.median(a / b for a, b in in_one_mode(slow, fast))
 
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the code inside after so many seconds (0: never); a call that hangs in C goes on."""
+    """Raise TimeoutError in the body after `seconds` (0: never); a call that hangs in C code is not interrupted."""
 
     def stop(*_) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -137,38 +141,39 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], str]:
-    """Seconds of one call: samples, each the mean over a round in which `calls` follow one another; and the clock.
+    """Time calls of one function on different inputs, so that no round finds its inputs in a cache.
 
-    The calls are one function on inputs of its own each, so that no round finds its inputs in a cache. On a GPU a
-    round is the replay of a CUDA graph, so that launches leave no gaps ("graph"). A call that waits for the device
-    cannot be recorded; there the gaps are its own, and rounds are plain calls between CUDA events ("events"). On a
-    CPU the clock is "host".
+    On a GPU a round is the replay of a CUDA graph, so that launches leave no gaps. A call that synchronises with the
+    device cannot be captured; its rounds are plain calls between CUDA events, and the gaps are part of its time.
+
+    Returns:
+        The seconds per call, a mean for each round, and the clock: "graph", "events" or, on a CPU, "host".
     """
     results = [None] * len(calls)
 
-    def play(times: int) -> None:
+    def run_all(times: int) -> None:
         for _ in range(times):
-            for place, call in enumerate(calls):
-                results[place] = call()  # kept for a round: the memory of results rotates too
+            for index, call in enumerate(calls):
+                results[index] = call()  # kept for a round, so that the outputs rotate through memory too
 
-    play(1)  # compiles and tunes
-    times = min(max(round(ROUND / stopwatch(lambda: play(1))), 1), 100) if ON_GPU else 1
+    run_all(1)  # compiles and tunes
+    times = min(max(round(ROUND_SECONDS / stopwatch(lambda: run_all(1))), 1), 100) if ON_GPU else 1
     if not ON_GPU:
-        clock, run = "host", lambda: play(times)
-    elif _never_waits(calls[0]):
-        # A broken capture would leave the allocator unusable, hence the question before.
+        clock, run = "host", lambda: run_all(times)
+    elif _never_synchronises(calls[0]):
+        # Checked first, because a failed capture leaves the allocator unusable.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            play(times)
+            run_all(times)
         clock, run = "graph", graph.replay
     else:
-        clock, run = "events", lambda: play(times)
-    rounds = min(max(round(BUDGET / stopwatch(run)), 5), 50)
+        clock, run = "events", lambda: run_all(times)
+    rounds = min(max(round(TOTAL_SECONDS / stopwatch(run)), 5), 50)
     samples = seconds_of(side_by_side({"run": run}, rounds)["run"])
     return [seconds / (times * len(calls)) for seconds in samples], clock
 
 
-def _never_waits(call: Callable[[], object]) -> bool:
+def _never_synchronises(call: Callable[[], object]) -> bool:
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -179,51 +184,39 @@ def _never_waits(call: Callable[[], object]) -> bool:
     return True
 
 
-def matrix_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
-    """FLOP/s of the products [m, k] [k, n] of `shapes`, all in a row, on random data: the best of `repeats`."""
-    options = {"dtype": dtype, "device": DEVICE}
-    operands = {(m, k, n): (torch.randn(m, k, **options), torch.randn(n, k, **options)) for m, k, n in set(shapes)}
-    work = sum(2 * m * k * n for m, k, n in shapes)
-
-    def multiply() -> None:
-        for shape in shapes:
-            linear(*operands[shape])
-
-    return work / min(side_by_side({"products": multiply}, repeats)["products"]).seconds
+def result_parser(description: str | None, results: Path = RESULTS) -> argparse.ArgumentParser:
+    """Return a parser of a program's flags with `--results`, the folder for result files."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    help_text = f"folder for result files (default: {results.relative_to(ROOT)})"
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER", help=help_text)
+    return parser
 
 
-@cache
-def block_rate(dtype: torch.dtype, repeats: int = 300) -> float | None:
-    """FLOP/s of all threads if each multiplied blocks of 64³ in its cache as one core does alone; None if no compiler
-    can build `block_product.cpp`."""
-    source, times = Path(__file__).with_name("block_product.cpp"), 40
-    flags = ["-shared", "-fPIC", "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
-    with TemporaryDirectory() as folder:
-        target = str(Path(folder, "block_product.so"))
-        try:
-            subprocess.run(["c++", *flags, str(source), "-o", target], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        multiply = ctypes.CDLL(target).multiply_blocks
-    best = min(stopwatch(lambda: multiply(dtype == torch.bfloat16, times)) for _ in range(repeats))
-    return torch.get_num_threads() * times * 2 * 64**3 / best
+def changed_files(root: Path) -> list[str]:
+    """Return the tracked files with uncommitted changes, except results and the log."""
+    lines = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_SOURCES)
+    return [line[2:].strip() for line in lines.splitlines()]
 
 
-def copy_bandwidth(bytes_to_copy: int, repeats: int = 10) -> float:
-    """Bytes/s of a copy within the device's memory, read and written both counted: the best of `repeats`."""
-    source = torch.randn(bytes_to_copy // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * bytes_to_copy / min(side_by_side({"copy": lambda: target.copy_(source)}, repeats)["copy"]).seconds
+def require_clean_tree(target: Path) -> None:
+    """End the program if it would write into bench/results/ although tracked files have uncommitted changes.
 
+    Args:
+        target: File or folder to which results are to be written.
 
-def ceilings() -> dict[str, float]:
-    """What bounds any kernel: {"flops": of bf16 products, "bytes": to and from memory}, per second, measured now."""
-    size, copied = (8192, 2 << 30) if ON_GPU else (256, 32 << 20)
-    return {"flops": matrix_rate([(size,) * 3] * 4, torch.bfloat16, 10), "bytes": copy_bandwidth(copied)}
+    Raises:
+        SystemExit: With a message that names the changed files and what to do.
+    """
+    if _CHANGED and target.resolve().is_relative_to(RESULTS):
+        files = ", ".join(_CHANGED[:3]) + ", …" * (len(_CHANGED) > 3)
+        raise SystemExit(
+            f"no results are written to bench/results/ with uncommitted changes ({files}): commit them, or name "
+            "another folder with --results"
+        )
 
 
 def origin() -> dict:
-    """Where and with what a result was measured."""
+    """Return when, at which commit, on which hardware and with which versions a result was measured."""
     return {
         "date": date.today().isoformat(),
         "commit": _COMMIT,
@@ -236,24 +229,20 @@ def origin() -> dict:
 
 
 def write_result(name: str, values: dict, folder: Path = RESULTS) -> Path:
-    """Write NAME.json into `folder`: the values and their origin."""
+    """Write the values and their origin to the file NAME.json in `folder`; return its path."""
+    require_clean_tree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"origin": origin(), **values}, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _answer(*command: str) -> str:
+def _output(*command: str) -> str:
+    """Return what a program prints, "" if it is not installed."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # there is no such program
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()
+    except OSError:
         return ""
-
-
-def _commit() -> str:
-    git = ("git", "-C", str(RESULTS.parent))
-    changed = _answer(*git, "status", "--porcelain", "--untracked-files=no")
-    return _answer(*git, "rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
 
 
 def _gpu() -> dict:
@@ -262,7 +251,7 @@ def _gpu() -> dict:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gb": round(properties.total_memory / 1e9),
-        "second_level_cache_mb": round(properties.L2_cache_size / 1e6),
+        "l2_cache_mb": round(properties.L2_cache_size / 1e6),
         "cuda": torch.version.cuda,
         "driver": driver_version(),
     }
@@ -279,9 +268,6 @@ def _processor() -> str:
     return f"{values.get('model name', platform.machine())} (family {values.get('cpu family')}, {' '.join(flags)})"
 
 
-_COMMIT = _commit()  # of the code that runs, whatever is edited meanwhile
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -289,14 +275,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def main() -> None:
-    """Measure the ceilings, write them to FOLDER/ceilings.json and say them in a line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    measured = ceilings()
-    write_result("ceilings", {"ceilings": measured}, parser.parse_args().results)
-    print(f"bf16 products {measured['flops'] / 1e12:.3g} TFLOP/s, copies {measured['bytes'] / 1e12:.3g} TB/s")
-
-
-if __name__ == "__main__":
-    main()
+_NOT_SOURCES = (":(exclude)bench/results", ":(exclude)bench/LOG.md")
+# Both are read when the program starts: the code that runs does not change when files are edited meanwhile.
+_CHANGED = changed_files(ROOT)
+_COMMIT = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + ("+changes" if _CHANGED else "")

@@ -1,4 +1,4 @@
-"""The benchmarks run at small sizes, and say what they should."""
+"""The benchmarks run at small sizes, and report what they should."""
 
 import gzip
 import json
@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import harness
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
 pytestmark = pytest.mark.slow
@@ -19,11 +21,11 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"__init__", "conftest"}
 
-CONTENDERS = """
+SQUARE = """
 from dataclasses import dataclass
 
 import torch
-from bench.cases import Case, Contender, Work
+from bench.cases import Case, Implementation, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Square(Case):
 
 
 def broken(case):
-    raise RuntimeError("there is no such thing here")
+    raise RuntimeError("not available")
 
 
 def interrupted(case):
@@ -53,7 +55,7 @@ def right(case):
 
 
 def backwards(case):
-    return Contender(torch.square, lambda x: [x.flip(0)], lambda y: y.flip(0))
+    return Implementation(torch.square, lambda x: [x.flip(0)], lambda y: y.flip(0))
 
 
 def cube(case):
@@ -79,7 +81,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def benchmark(folder: Path, results: Path) -> tuple[subprocess.CompletedProcess, dict]:
-    """Run the benchmarks in a folder at small sizes: the process, and what it wrote to `results`."""
+    """Run the benchmarks of a folder at small sizes; return the process and what it wrote to `results`."""
     options = ["-q", "--import-mode=importlib", "--shapes=small", f"--benchmark-json={results}"]
     ran = run("-m", "pytest", "-p", "no:cacheprovider", *options, str(folder), cwd=folder.parent)
     return ran, json.loads(results.read_text())
@@ -87,27 +89,27 @@ def benchmark(folder: Path, results: Path) -> tuple[subprocess.CompletedProcess,
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
-    """The JSON of all operations."""
+    """The JSON file of all operators."""
     results = tmp_path_factory.mktemp("bench") / "operations.json"
     ran, _ = benchmark(ROOT / "bench" / "ops", results)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return results
 
 
-def test_every_operation_is_checked_and_timed_in_both_directions(measured):
+def test_every_operator_is_checked_and_timed_in_both_directions(measured):
     result = json.loads(measured.read_text())
     assert result["ceilings"].keys() == {"flops", "bytes"}
     assert result["origin"]["versions"]["torch"]
     runs = [run["extra_info"] | run["stats"] for run in result["benchmarks"]]
-    for provider in ("bertfast", "definition"):
-        timed = {(run["operation"], run["direction"]) for run in runs if run["provider"] == provider}
+    for implementation in ("bertfast", "definition"):
+        timed = {(run["operation"], run["direction"]) for run in runs if run["implementation"] == implementation}
         both = dict.fromkeys(OPERATIONS, ("forward", "backward"))
         both["linear_cross_entropy"] = ("inference", "training")
         assert timed == {(name, direction) for name, directions in both.items() for direction in directions}
     for run in runs:
         assert 0 < run["p20_s"] <= run["median"] <= run["p80_s"], run
-        assert run["floor_s"] > 0, run
-        assert run["share_of_floor"] == pytest.approx(run["floor_s"] / run["median"], rel=1e-3)
+        assert run["lower_bound_s"] > 0, run
+        assert run["roofline_efficiency"] == pytest.approx(run["lower_bound_s"] / run["median"], rel=1e-3)
         assert run["relative_error"] < 0.02, run
         assert run["bytes"] > 0, run
 
@@ -124,38 +126,38 @@ def test_the_report_has_tables_and_plots(measured, tmp_path):
     assert "## Not timed" in summary
 
 
-def test_the_report_says_what_is_missing():
+def test_the_report_names_missing_files():
     ran = run("-m", "bench.report", "nowhere.json")
     assert ran.returncode == 2
     assert "there is no nowhere.json" in ran.stderr
 
 
-def contest(folder: Path, providers: str) -> tuple[subprocess.CompletedProcess, dict]:
-    """Benchmark an operation of this file with PROVIDERS as given."""
+def benchmark_square(folder: Path, factories: str) -> tuple[subprocess.CompletedProcess, dict]:
+    """Benchmark the operation of this file with the given IMPLEMENTATIONS."""
     (folder / "ops").mkdir()
     (folder / "ops" / "conftest.py").write_text((ROOT / "bench" / "ops" / "conftest.py").read_text())
-    (folder / "ops" / "square.py").write_text(f"{CONTENDERS}\n\nPROVIDERS = {providers}\n")
+    (folder / "ops" / "square.py").write_text(f"{SQUARE}\n\nIMPLEMENTATIONS = {factories}\n")
     return benchmark(folder / "ops", folder / "square.json")
 
 
-def test_what_is_wrong_or_cannot_run_is_not_timed_and_an_interruption_loses_nothing(tmp_path):
+def test_wrong_or_broken_implementations_are_not_timed_and_an_interruption_keeps_results(tmp_path):
     names = ("backwards", "cube", "nothing", "broken", "interrupted")
-    providers = ", ".join(f"{name!r}: {name}" for name in names)
-    ran, result = contest(tmp_path, f'{{"bertfast": right, {providers}, "late": right}}')
+    factories = ", ".join(f"{name!r}: {name}" for name in names)
+    ran, result = benchmark_square(tmp_path, f'{{"bertfast": right, {factories}, "late": right}}')
     assert ran.returncode == 2, ran.stdout  # interrupted
-    assert {run["extra_info"]["provider"] for run in result["benchmarks"]} == {"bertfast", "backwards"}
-    reasons = {entry["provider"]: entry["reason"] for entry in result["not_timed"]}
+    assert {run["extra_info"]["implementation"] for run in result["benchmarks"]} == {"bertfast", "backwards"}
+    reasons = {entry["implementation"]: entry["reason"] for entry in result["not_timed"]}
     assert reasons.keys() == {"cube", "nothing", "broken"}
-    assert reasons["cube"].startswith("wrong, so not timed: its relative error is")
+    assert reasons["cube"].startswith("not timed because its results are wrong: the relative error is")
     assert reasons["nothing"].endswith("nan")
-    assert reasons["broken"] == "RuntimeError: there is no such thing here"
+    assert reasons["broken"] == "RuntimeError: not available"
 
 
-@pytest.mark.parametrize("ours", ["cube", "broken"])
-def test_where_ours_is_wrong_or_broken_the_run_fails(ours, tmp_path):
-    ran, result = contest(tmp_path, f'{{"bertfast": {ours}, "right": right}}')
+@pytest.mark.parametrize("implementation", ["cube", "broken"])
+def test_a_wrong_or_broken_bertfast_fails_the_run(implementation, tmp_path):
+    ran, result = benchmark_square(tmp_path, f'{{"bertfast": {implementation}, "right": right}}')
     assert ran.returncode == 1, ran.stdout
-    assert {run["extra_info"]["provider"] for run in result["benchmarks"]} == {"right"}
+    assert {run["extra_info"]["implementation"] for run in result["benchmarks"]} == {"right"}
 
 
 def program(name: str, *options: str) -> subprocess.CompletedProcess:
@@ -165,19 +167,23 @@ def program(name: str, *options: str) -> subprocess.CompletedProcess:
     return ran
 
 
-def test_operations_on_a_cpu_are_timed_in_turn_in_both_precisions(tmp_path):
+def test_operators_on_a_cpu_are_timed_alternately_in_both_precisions(tmp_path):
     options = ("--shapes=small", "--seconds=0.01", f"--results={tmp_path}")
     ran = program("cpu_operators", "attention", "bias_gelu", *options)
     assert "| bias_gelu | 40x96-fp32 | backward |" in ran.stdout
     result = json.loads((tmp_path / "cpu_operators.json").read_text())
     runs = [run["extra_info"] for run in result["benchmarks"]]
     for case in ("40x96", "40x96-fp32"):
-        timed = {(run["provider"], run["direction"]) for run in runs if run["case"] == case}
+        timed = {(run["implementation"], run["direction"]) for run in runs if run["case"] == case}
         both = {(name, direction) for name in ("bertfast", "torch") for direction in ("forward", "backward")}
         assert timed >= both | {("gelu.out", "forward")}
-    assert {run["provider"] for run in runs if run["operation"] == "attention"} >= {"bertfast", "sdpa", "sdpa-loop"}
-    assert all(run["share_of_floor"] > 0 and run["times_ours"] > 0 for run in runs)
-    assert all(run["times_ours"] == 1 for run in runs if run["provider"] == "bertfast")
+    assert {run["implementation"] for run in runs if run["operation"] == "attention"} >= {
+        "bertfast",
+        "sdpa",
+        "sdpa-loop",
+    }
+    assert all(run["roofline_efficiency"] > 0 and run["relative_time"] > 0 for run in runs)
+    assert all(run["relative_time"] == 1 for run in runs if run["implementation"] == "bertfast")
 
 
 def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
@@ -190,7 +196,7 @@ def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
     assert result["optimizer_s"] > 0
 
 
-def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path):
+def test_speedrun_trains_both_sides_and_finetunes(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"house {i} is old and the river is wide . it was cold ." for i in range(300)))
     corpus = CorpusSettings([str(text)], vocab_size=128, validation_split_percentage=20, processes=1)
@@ -208,11 +214,11 @@ def test_a_run_of_minutes_beside_transformers_and_what_is_tuned_from_it(tmp_path
         losses = [one["validation_loss"] for one in result[side]["validations"]]
         assert losses[-1] < losses[0]
         assert result[side]["tokens_per_second"] > 0
-    assert result["tuned"]["metrics"]["eval_accuracy"] > 0
+    assert result["finetuned"]["metrics"]["eval_accuracy"] > 0
     assert not any(str(tmp_path) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
-def test_what_takes_too_long_or_fails_is_given_up():
+def test_a_call_that_times_out_or_fails_gets_a_reason():
     from bench.end_to_end.pretraining_step import within
 
     seconds, reason = within(1, lambda: time.sleep(60))
@@ -222,16 +228,17 @@ def test_what_takes_too_long_or_fails_is_given_up():
     assert within(9, lambda: None)[1] is None
 
 
-def test_inference_is_timed_beside_what_is_installed(tmp_path):
+def test_inference_is_compared_with_the_installed_runtimes(tmp_path):
     program("end_to_end.inference", "trial", "--repeats=2", f"--results={tmp_path}")
     result = json.loads((tmp_path / "inference-trial.json").read_text())
-    assert result["contenders"].keys() >= {"ours", "transformers"}
-    assert result["contenders"].keys() | result["not_run"].keys() == {"ours", "transformers", "onnxruntime", "openvino"}
+    timed = result["implementations"].keys()
+    assert timed >= {"bertfast", "transformers"}
+    assert timed | result["not_run"].keys() == {"bertfast", "transformers", "onnxruntime", "openvino"}
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    program("end_to_end.growth", "--longest=128", "--most=1", "--preset=tiny", f"--results={tmp_path}")
+    program("end_to_end.growth", "--max-length=128", "--max-sequences=1", "--preset=tiny", f"--results={tmp_path}")
     sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
     assert [len(results) for results in sweeps.values()] == [2, 2, 2]
     assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for results in sweeps.values() for result in results)
@@ -240,10 +247,6 @@ def test_growth_is_measured_and_drawn(tmp_path):
 
 @pytest.mark.parametrize("other", [1.9, 1.0])
 def test_ratios_are_taken_in_one_mode_of_the_machine(other, monkeypatch):
-    import torch
-
-    from bench import harness
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     mode = [harness.Sample(2.0, other), harness.Sample(2.0, other)]
     mixed = [harness.Sample(1.0, 1.9), *mode, harness.Sample(9.0, 1.0)]
@@ -254,7 +257,7 @@ def test_ratios_are_taken_in_one_mode_of_the_machine(other, monkeypatch):
     assert harness.median_ratio(mixed, mixed) == 1
 
 
-def test_what_a_bf16_residual_stream_costs_is_measured(tmp_path):
+def test_the_cost_of_a_bf16_residual_stream_is_measured(tmp_path):
     (tmp_path / "corpus").mkdir()
     text = "\n\n".join(f"The {n}th sentence of a text.\nAnother one follows it, {n} times." for n in range(200))
     for split in ("train", "valid"):
@@ -266,3 +269,70 @@ def test_what_a_bf16_residual_stream_costs_is_measured(tmp_path):
     assert len(fp32["losses"]) == len(bf16["losses"]) == 3
     assert fp32["losses"] != bf16["losses"]
     assert result["bf16_minus_fp32"]["end"] == [pytest.approx(bf16["end"] - fp32["end"])]
+
+
+def commit(folder: Path, *files: str) -> None:
+    """Create a repository with one commit of the given files."""
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-C", str(folder))
+    subprocess.run([*git, "init", "-q"], check=True)
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("committed")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+
+
+def test_changes_of_results_and_log_are_not_uncommitted_changes(tmp_path):
+    names = ("bench/results/old.json", "bench/LOG.md", "bench/harness.py", "setup.py")
+    commit(tmp_path, *names)
+    for name in (*names[:2], "bench/untracked.py"):
+        (tmp_path / name).write_text("changed")
+    assert harness.changed_files(tmp_path) == []
+    for name in names[2:]:
+        (tmp_path / name).write_text("changed")
+    assert harness.changed_files(tmp_path) == list(names[2:])
+
+
+def test_without_a_repository_nothing_is_uncommitted(tmp_path):
+    assert harness.changed_files(tmp_path) == []
+
+
+def test_results_of_uncommitted_code_are_rejected_in_the_repository_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "_CHANGED", ["setup.py"])
+    with pytest.raises(SystemExit, match=r"uncommitted changes \(setup.py\): commit them, or .* --results"):
+        harness.require_clean_tree(tmp_path / "results" / "avx512")
+    with pytest.raises(SystemExit):
+        harness.write_result("any", {}, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    assert harness.write_result("any", {}, tmp_path / "elsewhere").exists()
+    monkeypatch.setattr(harness, "_CHANGED", [])
+    harness.require_clean_tree(tmp_path / "results")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_program_checks_the_tree_before_it_measures(path):
+    source = path.read_text()
+    writes = any(text in source for text in ("write_result(", "result_parser(", "RESULTS /", "--results"))
+    if path.stem != "harness" and writes:
+        assert "require_clean_tree(" in source
+
+
+def test_no_result_was_measured_with_uncommitted_changes():
+    results = [path for path in (ROOT / "bench" / "results").rglob("*") if path.suffix in (".json", ".md")]
+    assert [str(path) for path in results if "+changes" in path.read_text()] == []
+
+
+def test_the_figure_of_a_step_has_a_bar_per_implementation(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = ROOT / "bench" / "results" / "avx512" / "pretraining_step-base-128-fp32.json"
+    ran = run("-m", "bench.figures", str(result), "--output", str(tmp_path / "step.png"))
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_figure_is_drawn_of_uncommitted_code(tmp_path):
+    (tmp_path / "dirty.json").write_text(json.dumps({"origin": {"commit": "0123+changes"}}))
+    ran = run("-m", "bench.figures", str(tmp_path / "dirty.json"), "--output", str(tmp_path / "step.png"))
+    assert ran.returncode == 2
+    assert "uncommitted changes" in ran.stderr

@@ -96,6 +96,8 @@ def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatc
         assert part.skip is None, part
         for argument in (argument for command in part.commands for argument in command):
             assert not argument.startswith(("bench/", "tests/")) or (ROOT / argument).exists(), part
+            if argument.startswith("bench."):
+                assert (ROOT / argument.replace(".", "/")).with_suffix(".py").exists(), part
 
 
 def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
@@ -113,10 +115,10 @@ def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
 def test_what_is_not_here_is_skipped_and_named(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    skipped = {part.name: part.skip for part in gpu_check.right_parts("not here: no compiled library", None)}
+    skipped = {part.name: part.skip for part in gpu_check.right_parts("not available: no compiled library", None)}
     assert skipped["self-test"] is None
-    assert skipped["CUDA C++ self-test"] == "not here: no compiled library"
-    assert skipped["layout probes"] == "not here: neither --probes nor nvcc"
+    assert skipped["CUDA C++ self-test"] == "not available: no compiled library"
+    assert skipped["layout probes"] == "not available: neither --probes nor nvcc"
     assert skipped["memcheck"] == "there is no compute-sanitizer"
 
 
@@ -214,7 +216,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     ran = run_check("fast", "--results", str(tmp_path / "file" / "folder"))
     assert ran.returncode == 2
-    assert "cannot be made" in ran.stderr
+    assert "cannot be created" in ran.stderr
 
 
 def test_a_python_without_pytorch_is_one_sentence():
@@ -223,4 +225,4 @@ def test_a_python_without_pytorch_is_one_sentence():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert checked.returncode == 1
-    assert checked.stderr.endswith("has no PyTorch: name a Python that has, make gpu-check PYTHON=.venv/bin/python\n")
+    assert checked.stderr.endswith("has no PyTorch: name another Python: make gpu-check PYTHON=.venv/bin/python\n")

@@ -12,7 +12,7 @@ OTHER = "HGMMA.64x16x16.F32.BF16 R40, gdesc[UR8], R40, gsb0"
 
 
 def hazards(*lines: str) -> list[str]:
-    """Return the hazards of a listing of these instructions, which are 16 bytes apart."""
+    """Return the hazards of a listing of these instructions, 16 bytes apart."""
     listing = "\n".join(f"        /*{16 * index:04x}*/      {line} ;  /* 0x0 */" for index, line in enumerate(lines))
     return sass.wgmma_hazards(sass.parse(listing))
 

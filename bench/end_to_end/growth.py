@@ -1,16 +1,15 @@
-"""How time and memory grow with the length and the number of sequences, beside transformers: tables and a plot.
+"""Measure how time and memory of one layer grow with the number and length of sequences, compared with transformers.
 
-    python -m bench.end_to_end.growth [--longest 8192] [--most 64] [--preset base] [--results FOLDER]
+    python -m bench.end_to_end.growth [--max-length 8192] [--max-sequences 64] [--preset base] [--results FOLDER]
 
-One layer of the preset's width, forward and backward in training with dropout 0.1 and full sequences: from 128 to
-`--longest` tokens, one sequence alone and as many as have `--longest` tokens together, and from 1 to `--most`
-sequences of 128. Each point runs in a process of its own; its memory is the process's peak less what it held before
-the first step, and a process may have 16 GiB. FOLDER gets growth.json and growth.png.
+One layer of the width of the preset, forward and backward pass in training with dropout 0.1 and without padding: from
+128 to `--max-length` tokens, as one sequence and as a batch of `--max-length` tokens in total, and from 1 to
+`--max-sequences` sequences of 128 tokens. Each point runs in its own process, limited to 16 GiB; its memory is the peak
+of the process minus what the process held before the first step. FOLDER gets growth.json and growth.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -22,79 +21,97 @@ import torch
 import transformers
 
 import bertfast
-from bench.harness import DEVICE, ON_GPU, RESULTS, seconds_of, side_by_side, stopwatch, write_result
+from bench.figures import COLORS
+from bench.harness import (
+    DEVICE,
+    ON_GPU,
+    require_clean_tree,
+    result_parser,
+    seconds_of,
+    side_by_side,
+    stopwatch,
+    write_result,
+)
 
-SHORTEST = 128
-WHO = ("ours", "transformers")
-LIMIT = 16 << 30  # bytes of a process
-LONG = 5  # seconds of a step above which it is timed once
+MIN_LENGTH = 128
+IMPLEMENTATIONS = ("bertfast", "transformers")
+MEMORY_LIMIT = 16 << 30  # bytes per process
+TIMED_ONCE = 5  # seconds of a step above which it is timed only once
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--longest", type=int, default=8192)
-    parser.add_argument("--most", type=int, default=64)
-    parser.add_argument("--preset", default="base")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--point", nargs=3, metavar=("WHO", "SEQUENCES", "LENGTH"), help="measure this alone")
+    parser = result_parser(__doc__)
+    parser.add_argument("--max-length", type=int, default=8192, help="largest length of a sequence in tokens")
+    parser.add_argument("--max-sequences", type=int, default=64, help="largest number of sequences")
+    parser.add_argument("--preset", default="base", help="size of the model")
+    parser.add_argument(
+        "--point", nargs=3, metavar=("NAME", "SEQUENCES", "LENGTH"), help="measure only this point and print it"
+    )
     arguments = parser.parse_args()
     if arguments.point:
-        who, sequences, length = arguments.point
-        print(json.dumps(point(who, int(sequences), int(length), arguments.preset)))
+        name, sequences, length = arguments.point
+        print(json.dumps(point(name, int(sequences), int(length), arguments.preset)))
         return
     if ON_GPU:
-        parser.error("this measures a CPU")
-    sweeps, measured = points(arguments.longest, arguments.most), {}
-    print("| sequences | length | who | s | MB |")
-    print("|---|---|---|---|---|")
-    for sequences, length in dict.fromkeys(place for places in sweeps.values() for place in places):
-        for who in WHO:
-            result = in_a_process(who, sequences, length, arguments.preset)
-            measured[sequences, length, who] = result
-            said = result.get("reason") or f"{result['seconds']:.4f} | {result['peak_bytes'] / 1e6:.0f}"
-            print(f"| {sequences} | {length} | {who} | {said} |", flush=True)
-    results = {
-        sweep: [
-            {"sequences": sequences, "length": length, "who": who, **measured[sequences, length, who]}
-            for sequences, length in places
-            for who in WHO
-        ]
-        for sweep, places in sweeps.items()
-    }
+        parser.error("this program measures a CPU")
+    require_clean_tree(arguments.results)
+    results = measure(arguments.max_length, arguments.max_sequences, arguments.preset)
     path = write_result("growth", {"preset": arguments.preset, "sweeps": results}, arguments.results)
-    plot(results, path.with_suffix(".png"))
+    plot(results, arguments.preset, path.with_suffix(".png"))
     print(f"\nwritten to {arguments.results}")
 
 
-def points(longest: int, most: int) -> dict[str, list[tuple[int, int]]]:
-    """(sequences, length) of each sweep."""
-    lengths = [SHORTEST << i for i in range((longest // SHORTEST).bit_length())]
-    numbers = [1 << i for i in range(most.bit_length())]
+def measure(max_length: int, max_sequences: int, preset: str) -> dict[str, list[dict]]:
+    """Measure and print all points; return the results by sweep."""
+    sweeps, measured = points(max_length, max_sequences), {}
+    print("| sequences | length | implementation | s | MB |")
+    print("|---|---|---|---|---|")
+    for sequences, length in dict.fromkeys(shape for shapes in sweeps.values() for shape in shapes):
+        for name in IMPLEMENTATIONS:
+            result = in_a_process(name, sequences, length, preset)
+            measured[sequences, length, name] = result
+            cells = result.get("reason") or f"{result['seconds']:.4f} | {result['peak_bytes'] / 1e6:.0f}"
+            print(f"| {sequences} | {length} | {name} | {cells} |", flush=True)
     return {
-        "one sequence": [(1, length) for length in lengths],
-        f"{longest} tokens in all": [(longest // length, length) for length in lengths],
-        f"sequences of {SHORTEST}": [(number, SHORTEST) for number in numbers],
+        sweep: [
+            {"sequences": sequences, "length": length, "implementation": name, **measured[sequences, length, name]}
+            for sequences, length in shapes
+            for name in IMPLEMENTATIONS
+        ]
+        for sweep, shapes in sweeps.items()
     }
 
 
-def in_a_process(who: str, sequences: int, length: int, preset: str) -> dict:
-    """A point measured in a process of its own, or the reason why not."""
-    options = ["--preset", preset, "--point", who, str(sequences), str(length)]
-    ran = subprocess.run([sys.executable, "-m", "bench.end_to_end.growth", *options], capture_output=True, text=True)
+def points(max_length: int, max_sequences: int) -> dict[str, list[tuple[int, int]]]:
+    """Return the (sequences, length) of each sweep."""
+    lengths = [MIN_LENGTH << i for i in range((max_length // MIN_LENGTH).bit_length())]
+    numbers = [1 << i for i in range(max_sequences.bit_length())]
+    return {
+        "one sequence": [(1, length) for length in lengths],
+        f"{max_length} tokens in total": [(max_length // length, length) for length in lengths],
+        f"sequences of {MIN_LENGTH} tokens": [(number, MIN_LENGTH) for number in numbers],
+    }
+
+
+def in_a_process(name: str, sequences: int, length: int, preset: str) -> dict[str, object]:
+    """Measure a point in its own process; return its result, or the reason of a failure."""
+    options = ["--preset", preset, "--point", name, str(sequences), str(length)]
+    command = [sys.executable, "-m", "bench.end_to_end.growth", *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if line.strip()]
-        return {"reason": lines[-1] if lines else f"it ended with {ran.returncode}"}
+        return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def point(who: str, sequences: int, length: int, preset: str) -> dict:
-    """Seconds of a step and the peak memory beyond what there was before the first."""
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+def point(name: str, sequences: int, length: int, preset: str) -> dict[str, float]:
+    """Return the seconds of a step, and the peak memory beyond that before the first step in bytes."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     torch.manual_seed(0)
     options = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
     options |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     config = bertfast.preset_config(preset, **options)
-    if who == "ours":
+    if name == "bertfast":
         model = bertfast.BertModel(config)
     else:
         values = config.to_dict()
@@ -108,41 +125,43 @@ def point(who: str, sequences: int, length: int, preset: str) -> dict:
         model.zero_grad(set_to_none=True)
 
     before = peak_memory()
-    repeats = 1 if stopwatch(step) > LONG else 3
+    repeats = 1 if stopwatch(step) > TIMED_ONCE else 3
     seconds = statistics.median(seconds_of(side_by_side({"step": step}, repeats)["step"]))
     return {"seconds": seconds, "peak_bytes": peak_memory() - before}
 
 
 def peak_memory() -> int:
-    """Bytes that this program has held at most; a process's `ru_maxrss` would begin with what its parent held."""
+    """Return the peak memory of this program in bytes; `ru_maxrss` would include that of the parent process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def plot(sweeps: dict[str, list[dict]], path: Path) -> None:
-    """Time above, memory below, a column for each sweep."""
+def plot(sweeps: dict[str, list[dict]], preset: str, path: Path) -> None:
+    """Draw a column per sweep, with time above and memory below."""
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is not here (it comes with the extra `plots`)")
+        print("no plot: matplotlib is not installed (pip install 'bertfast[plots]')")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 6), sharex="col", layout="constrained")
+    figure.suptitle(f"One layer of BERT-{preset}, training, fp32, CPU with {torch.get_num_threads()} threads")
     for column, (sweep, results) in zip(axes.T, sweeps.items(), strict=True):
         x = "sequences" if sweep.startswith("sequences") else "length"
-        for axis, name, unit in zip(column, ("seconds", "peak_bytes"), (1, 1e6), strict=True):
-            for who in WHO:
-                mine = [result for result in results if result["who"] == who and name in result]
-                axis.plot([result[x] for result in mine], [result[name] / unit for result in mine], "o-", label=who)
+        for axis, key, unit in zip(column, ("seconds", "peak_bytes"), (1, 1e6), strict=True):
+            for name in IMPLEMENTATIONS:
+                own = [result for result in results if result["implementation"] == name and key in result]
+                y = [result[key] / unit for result in own]
+                axis.plot([result[x] for result in own], y, "o-", label=name, color=COLORS[name])
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
         column[0].set_title(sweep)
-        column[1].set_xlabel(x if x == "sequences" else "tokens a sequence")
-    axes[0, 0].set_ylabel("seconds a step")
-    axes[1, 0].set_ylabel("peak memory, MB")
+        column[1].set_xlabel("sequences" if x == "sequences" else "tokens per sequence")
+    axes[0, 0].set_ylabel("time of a step (s)")
+    axes[1, 0].set_ylabel("peak memory (MB)")
     axes[0, 0].legend()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -1,20 +1,19 @@
-"""A batch of 32 real texts through a model of base size, beside transformers, ONNX Runtime and OpenVINO.
+"""Time inference of a base model on 32 real texts against transformers, ONNX Runtime and OpenVINO.
 
     python -m bench.end_to_end.inference [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
 
-Sentences of SST-2 are classified, paragraphs of SQuAD become hidden states; FOLDER of --data has
-glue/SST-2/dev.tsv.gz, squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt. All get the same padded ids, made
-beforehand, and have the same random weights and as many threads; their outputs must agree before anything is timed.
-The others belong into a folder of their own, that is on the path (`make bench` does so):
+Sentences of SST-2 are classified; paragraphs of SQuAD become hidden states. FOLDER of --data contains
+glue/SST-2/dev.tsv.gz, squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt. All runtimes get the same padded
+token ids, random weights and number of threads; their outputs must agree before anything is timed. Install the other
+runtimes into a separate folder and put it on the path (`make bench-inference` does so):
 
     pip install --no-deps --target .venv/runtimes \\
         onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
-    PYTHONPATH=.venv/runtimes python -m bench.end_to_end.inference
+    PYTHONPATH=.venv/runtimes:. python -m bench.end_to_end.inference
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import statistics
@@ -29,22 +28,32 @@ import transformers
 from torch import Tensor
 
 import bertfast
-from bench.harness import DATA, DEVICE, RESULTS, matrix_rate, median_ratio, seconds_of, side_by_side, write_result
+from bench.ceilings import gemm_throughput
+from bench.harness import (
+    DATA,
+    DEVICE,
+    Sample,
+    median_ratio,
+    require_clean_tree,
+    result_parser,
+    seconds_of,
+    side_by_side,
+    write_result,
+)
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
 BATCH = 32
-LONGEST = 384  # tokens of a text, as fine-tuning on SQuAD has it
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of outputs, beside the largest or 1
-OTHERS = ("transformers", "onnxruntime", "openvino")
+MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of outputs, relative to the largest absolute value, at least 1
 Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's class and size, the texts, and the precision."""
+    """The class and size of the model, the texts and the precision."""
 
     model: str
     texts: str
@@ -61,118 +70,143 @@ TRIAL = {"trial": Case("BertModel", "random", preset="tiny")}  # to try the prog
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join(CASES | TRIAL)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {known}")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = result_parser(__doc__)
+    known = CASES | TRIAL
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(known)}")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of which the median is taken")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(CASES | TRIAL):
-        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {known}")
+    if unknown := set(arguments.cases) - set(known):
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    require_clean_tree(arguments.results)
     keep_freed_memory()
-    print("| case | who | s | sentences/s | tokens/s | times ours | of the matrix rate |")
+    print("| case | implementation | s | sentences/s | tokens/s | relative time | GEMM efficiency |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.cases:
-        case = (CASES | TRIAL)[name]
+        case = known[name]
         if case.dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
-            print(f"{name}: left out: this processor multiplies no bf16", file=sys.stderr)
+            print(f"{name}: skipped, this processor has no bf16 instructions", file=sys.stderr)
         elif case.texts != "random" and not arguments.data.is_dir():
-            print(f"{name}: left out: there are no texts in {arguments.data}", file=sys.stderr)
+            print(f"{name}: skipped, there is no folder {arguments.data} (--data)", file=sys.stderr)
         else:
             result = measure(name, case, arguments.repeats, arguments.data)
             write_result(f"inference-{name}", result, arguments.results)
-            for who, row in result["contenders"].items():
-                print(
-                    f"| {name} | {who} | {row['median_s']:.4f} | {row['sentences_per_second']:.1f} | "
-                    f"{row['tokens_per_second']:.0f} | {row['times_ours']:.2f} | {row['share_of_matrix_rate']:.0%} |",
-                    flush=True,
-                )
-            for who, reason in result["not_run"].items():
-                print(f"{name}: {who} did not run: {reason}", file=sys.stderr, flush=True)
+            print_result(result)
     print(f"\nwritten to {arguments.results}")
 
 
-def measure(name: str, case: Case, repeats: int, data: Path) -> dict:
-    """Time a case; raises if outputs do not agree."""
+def print_result(result: dict) -> None:
+    """Print a table row per implementation, and the reasons of those that did not run."""
+    for name, row in result["implementations"].items():
+        print(
+            f"| {result['case']} | {name} | {row['median_s']:.4f} | {row['sentences_per_second']:.1f} | "
+            f"{row['tokens_per_second']:.0f} | {row['relative_time']:.2f} | {row['gemm_efficiency']:.0%} |",
+            flush=True,
+        )
+    for name, reason in result["not_run"].items():
+        print(f"{result['case']}: {name} did not run: {reason}", file=sys.stderr, flush=True)
+
+
+def measure(name: str, case: Case, repeats: int, data: Path) -> dict[str, object]:
+    """Time a case and return its result.
+
+    Raises:
+        SystemExit: The outputs differ.
+    """
     torch.manual_seed(0)
     config = bertfast.preset_config(case.preset)
     inputs = padded(token_ids(case.texts, data, config))
     attended = inputs["attention_mask"].bool()
-    ours = getattr(bertfast, case.model)(config).eval()
-    values = config.to_dict()
-    model = getattr(transformers, case.model)(transformers.BertConfig(**values, attn_implementation="sdpa")).eval()
-    model.load_state_dict(ours.state_dict())
-
-    def result(output: Tensor) -> Tensor:
-        output = torch.as_tensor(output).float()
-        return output[attended] if case.model == "BertModel" else output
-
-    not_run, runs, outputs = {}, {}, {}
     with TemporaryDirectory() as folder, torch.inference_mode():
-        for who, build in zip(("ours", *OTHERS), (eager, eager, onnxruntime, openvino), strict=True):
-            try:
-                run = build(ours if who == "ours" else model, inputs, case.dtype, Path(folder))
-                outputs[who], runs[who] = result(run()), run
-            except Exception as error:
-                if who == "ours":
-                    raise
-                not_run[who] = f"{type(error).__name__}: {error}".splitlines()[0]
-        largest = max(outputs["ours"].abs().max().item(), 1)
-        errors = {who: (output - outputs["ours"]).abs().max().item() / largest for who, output in outputs.items()}
+        runs, errors, not_run = build(case, config, inputs, Path(folder))
         if not max(errors.values()) <= TOLERANCE[case.dtype]:
-            raise SystemExit(f"{name}: the outputs differ, nothing is timed: {errors}")
-        seconds = side_by_side(runs, repeats)
+            raise SystemExit(f"{name}: the outputs differ, so nothing is timed: {errors}")
+        timed = side_by_side(runs, repeats)
     lengths = attended.sum(1).tolist()
-    work = model_flops(config, lengths)
+    flops = model_flops(config, lengths)
     hidden, wide, tokens = config.hidden_size, config.intermediate_size, sum(lengths)
     shapes = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
-    rate = matrix_rate(shapes * config.num_hidden_layers, case.dtype)
-    contenders = {}
-    for who, samples in seconds.items():
-        median = statistics.median(seconds_of(samples))
-        contenders[who] = {
-            "median_s": median,
-            "sentences_per_second": BATCH / median,
-            "tokens_per_second": tokens / median,
-            "times_ours": median_ratio(samples, seconds["ours"]),
-            "share_of_matrix_rate": work / median / rate,
-            "error": errors[who],
-            "seconds": [sample.seconds for sample in samples],
-            "cores": [sample.cores for sample in samples],
-        }
+    throughput = gemm_throughput(shapes * config.num_hidden_layers, case.dtype)
     return {
         "case": name,
         "lengths": lengths,
         "padded_tokens": attended.numel(),
-        "model_gflop": work / 1e9,
-        "matrix_rate_gflops": rate / 1e9,
-        "contenders": contenders,
+        "model_gflop": flops / 1e9,
+        "gemm_gflops": throughput / 1e9,
+        "implementations": {
+            implementation: entry(samples, timed["bertfast"], tokens, flops / throughput, errors[implementation])
+            for implementation, samples in timed.items()
+        },
         "not_run": not_run,
     }
 
 
+def entry(
+    samples: list[Sample], bertfast_samples: list[Sample], tokens: int, lower_bound: float, error: float
+) -> dict[str, object]:
+    """Return the entry of an implementation in the result."""
+    median = statistics.median(seconds_of(samples))
+    return {
+        "median_s": median,
+        "sentences_per_second": BATCH / median,
+        "tokens_per_second": tokens / median,
+        "relative_time": median_ratio(samples, bertfast_samples),
+        "gemm_efficiency": lower_bound / median,
+        "error": error,
+        "seconds": [sample.seconds for sample in samples],
+        "cores": [sample.cores for sample in samples],
+    }
+
+
+def build(
+    case: Case, config: bertfast.BertConfig, inputs: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+    """Return the functions to time, their errors relative to bertfast's outputs, and why the others cannot run."""
+    attended = inputs["attention_mask"].bool()
+    model = getattr(bertfast, case.model)(config).eval()
+    values = config.to_dict()
+    hf_model = getattr(transformers, case.model)(transformers.BertConfig(**values, attn_implementation="sdpa")).eval()
+    hf_model.load_state_dict(model.state_dict())
+
+    def without_padding(output: Tensor) -> Tensor:
+        output = torch.as_tensor(output).float()
+        return output[attended] if case.model == "BertModel" else output
+
+    not_run, runs, outputs = {}, {}, {}
+    for name, factory in FACTORIES.items():
+        try:
+            run = factory(model if name == "bertfast" else hf_model, inputs, case.dtype, folder)
+            outputs[name], runs[name] = without_padding(run()), run
+        except Exception as error:
+            if name == "bertfast":
+                raise
+            not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    largest = max(outputs["bertfast"].abs().max().item(), 1)
+    errors = {name: (output - outputs["bertfast"]).abs().max().item() / largest for name, output in outputs.items()}
+    return runs, errors, not_run
+
+
 def token_ids(texts: str, data: Path, config: bertfast.BertConfig) -> list[list[int]]:
-    """The ids of BATCH texts, evenly spread over the file, each cut at LONGEST."""
+    """Return the ids of BATCH texts, evenly spread over the file, each truncated to MAX_LENGTH tokens."""
     if texts == "random":
         return [torch.randint(1000, config.vocab_size, (length,)).tolist() for length in range(4, 4 + BATCH)]
     if texts == "sst2":
-        some = read_table(data / "glue" / "SST-2" / "dev.tsv.gz").texts("sentence")
+        lines = read_table(data / "glue" / "SST-2" / "dev.tsv.gz").texts("sentence")
     else:
         with gzip.open(data / "squad" / "dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
             articles = json.load(file)["data"]
-        some = [paragraph["context"] for article in articles for paragraph in article["paragraphs"]]
+        lines = [paragraph["context"] for article in articles for paragraph in article["paragraphs"]]
     tokenizer = load_tokenizer(data / "vocab" / "bert-base-uncased-vocab.txt")
-    tokenizer.enable_truncation(LONGEST)
+    tokenizer.enable_truncation(MAX_LENGTH)
     tokenizer.no_padding()
-    return [encoding.ids for encoding in tokenizer.encode_batch(some[:: len(some) // BATCH][:BATCH])]
+    return [encoding.ids for encoding in tokenizer.encode_batch(lines[:: len(lines) // BATCH][:BATCH])]
 
 
 def padded(sequences: list[list[int]]) -> dict[str, Tensor]:
-    """The ids padded to the longest, as all of the models take them."""
-    longest = max(map(len, sequences))
-    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
-    mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
+    """Return the inputs of the models, padded to the longest sequence."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences])
+    mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
@@ -185,12 +219,13 @@ def onnxruntime(model: torch.nn.Module, inputs: dict[str, Tensor], dtype: torch.
     import onnxruntime
 
     if dtype != torch.float32:
-        raise NotImplementedError("its CPU kernels take no bf16")
+        raise NotImplementedError("its CPU kernels do not support bf16")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads would slow the next contender
+    # Otherwise its threads go on spinning and slow down the implementation that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     path = str(exported(model, inputs, folder))
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     feeds = {name: x.numpy() for name, x in inputs.items()}
     return lambda: session.run(None, feeds)[0]
 
@@ -208,26 +243,31 @@ def openvino(model: torch.nn.Module, inputs: dict[str, Tensor], dtype: torch.dty
     return lambda: compiled(feeds)[0]
 
 
+FACTORIES = {"bertfast": eager, "transformers": eager, "onnxruntime": onnxruntime, "openvino": openvino}
+
+
 def exported(model: torch.nn.Module, inputs: dict[str, Tensor], folder: Path) -> Path:
-    """The model as an ONNX file for inputs of this shape."""
+    """Return the model as an ONNX file for inputs of this shape."""
     path = folder / "model.onnx"
     if not path.exists():
 
-        class First(torch.nn.Module):
+        class FirstOutput(torch.nn.Module):
             def __init__(self):
                 super().__init__()
                 self.model = model
 
-            def forward(self, input_ids, attention_mask, token_type_ids):
+            def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
                 return self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[0]
 
         names = list(inputs)
-        torch.onnx.export(First().eval(), tuple(inputs.values()), path, input_names=names, output_names=["output"])
+        torch.onnx.export(
+            FirstOutput().eval(), tuple(inputs.values()), path, input_names=names, output_names=["output"]
+        )
     return path
 
 
 def model_flops(config: bertfast.BertConfig, lengths: list[int]) -> int:
-    """2 · encoder parameters · tokens + 4 · layers · H · Σ s²; padding is no work."""
+    """Return 2 · encoder parameters · tokens + 4 · layers · H · Σ s²; padding is not counted."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
     return 2 * parameters * sum(lengths) + 4 * layers * hidden * sum(length**2 for length in lengths)

@@ -1,16 +1,13 @@
-"""A pre-training run of hours on real text: `small` on Wikipedia and books, on a CPU.
-
-Its curve, what it says of held-out text, and how it fills blanks go to bench/results/. A run that was stopped goes on
-where it was, if it is given the same FOLDER.
+"""Pre-train `small` on Wikipedia and books for an hour or more on a CPU, and predict masked tokens with it.
 
     python -m bench.end_to_end.long_run DATA --output FOLDER [--minutes N] [--results FOLDER]
 
-DATA holds corpus/wikipedia-*.txt.xz and corpus/books-*.txt.xz.
+DATA contains corpus/wikipedia-*.txt.xz and corpus/books-*.txt.xz. An interrupted run continues if it is started again
+with the same --output.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import RESULTS, write_result
+from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast import BertForMaskedLM
 from bertfast.cli.flags import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -27,11 +24,11 @@ from bertfast.tasks.pretrained import open_model
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
-TOKENS = 2048  # a step
+TOKENS = 2048  # per step
 FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003
     --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2 --eval-steps 150 --eval-batches 20
     --save-steps 200 --resume"""
-BLANKS = [
+SENTENCES = [
     "london is the capital of [MASK].",
     "he was born in the [MASK] of new york.",
     "she opened the [MASK] and went into the house.",
@@ -42,21 +39,19 @@ BLANKS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = result_parser(__doc__)
+    parser.add_argument("data", type=Path, help="folder with the texts")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards and the run")
-    parser.add_argument("--minutes", default="60")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    parser.add_argument("--minutes", default="60", help="duration of the steps")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     shards = prepare(PrepareSettings(str(arguments.output / "data"), corpus(arguments.data / "corpus")))
     folder = arguments.output / "run"
     flags = [*FLAGS.split(), "--minutes", arguments.minutes]
     if not (folder / "loss.png").exists():
         where = ["--output-dir", str(folder), "--data-dir", str(shards)]
         pretrain(parse("pretrain", PretrainSettings, [*where, *flags]))
-    entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
-    steps = [entry for entry in entries if "masked_lm_loss" in entry]
-    validations = [entry for entry in entries if "validation_loss" in entry]
+    steps, validations = logged(folder)
     result = {
         "command": ["bertfast", "pretrain", *flags],
         "threads": torch.get_num_threads(),
@@ -66,7 +61,7 @@ def main() -> None:
         "seconds": validations[-1]["seconds"],
         "gemm_efficiency": [steps[0]["gemm_efficiency"], steps[-1]["gemm_efficiency"]],
         "validations": validations,
-        "blanks": fill(folder),
+        "fill_mask": fill(folder),
     }
     path = write_result("long_run", result, arguments.results)
     shutil.copy(folder / "loss.png", arguments.results / "long_run.png")
@@ -74,21 +69,28 @@ def main() -> None:
     print(
         f"{result['tokens'] / 1e6:.1f} M tokens in {last['seconds']:.0f} s: validation loss "
         f"{last['validation_loss']:.3f}, perplexity {last['validation_perplexity']:.1f} "
-        f"(words alone {last['unigram_entropy']:.3f}); written to {path}"
+        f"(unigram baseline {last['unigram_entropy']:.3f}); written to {path}"
     )
 
 
+def logged(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Return the entries of the steps and of the validations of a run."""
+    entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
+    steps = [entry for entry in entries if "masked_lm_loss" in entry]
+    return steps, [entry for entry in entries if "validation_loss" in entry]
+
+
 def corpus(folder: Path) -> CorpusSettings:
-    """Wikipedia and books, with a vocabulary of their own."""
+    """Return the settings of Wikipedia and books, with their own vocabulary."""
     train = [*sorted(folder.glob("wikipedia-train-*.txt.xz")), folder / "books-train.txt.xz"]
     valid = [folder / "wikipedia-valid.txt.xz", folder / "books-valid.txt.xz"]
     return CorpusSettings(list(map(str, train)), list(map(str, valid)), vocab_size=16_384)
 
 
 def fill(folder: Path) -> dict[str, list[tuple[str, float]]]:
-    """The five likeliest words of each blank."""
+    """Return the five most probable tokens for [MASK] in each sentence, with their probabilities."""
     model, tokenizer = open_model(BertForMaskedLM, str(folder), "cls.predictions.transform")
-    return {text: fill_mask(model, tokenizer, text)[0] for text in BLANKS}
+    return {text: fill_mask(model, tokenizer, text)[0] for text in SENTENCES}
 
 
 if __name__ == "__main__":

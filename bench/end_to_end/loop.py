@@ -1,11 +1,10 @@
-"""What pre-training's loop adds to the bare step: batches, the schedule, metrics, the progress bar.
-
-Between two steps of a run the same step, its gradients and the optimizers' update, is computed once more on its own; so
-both see the same machine. The bare one starts with batches that are made already.
+"""Measure the overhead of the pre-training loop over the bare step: batches, schedule, metrics, progress bar.
 
     python -m bench.end_to_end.loop SHARDS [--preset NAME] [--steps N] [--results FOLDER]
 
-SHARDS is what `bertfast prepare` wrote.
+Between two steps of a run, the same step (gradients and optimizer update) is computed once more on its own, so both are
+timed on the same machine state. The bare step starts from finished batches. SHARDS is a folder written by
+`bertfast prepare`.
 """
 
 from __future__ import annotations
@@ -16,24 +15,23 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from bench.harness import ON_GPU, RESULTS, write_result
+from bench.harness import DEVICE, require_clean_tree, result_parser, write_result
 from bertfast.data.samples import Sampling
 from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import wait_for
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 
-UNCOUNTED = 5  # steps at first, in which memory is taken and a step is recorded
+WARMUP = 5  # untimed first steps, which allocate memory and capture a graph
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--preset", default="mini")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    parser = result_parser(__doc__)
+    parser.add_argument("shards", type=Path, help="folder of the token shards")
+    parser.add_argument("--preset", default="mini", help="size of the model")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     keep_freed_memory()
     looped, bare = seconds_of_steps(arguments)
     ratio = statistics.median(a / b for a, b in zip(looped, bare, strict=True))
@@ -47,11 +45,11 @@ def main() -> None:
         "median_ratio": ratio,
     }
     path = write_result(f"loop-{arguments.preset}", result, arguments.results)
-    print(f"the loop's step takes {ratio:.3f} of the bare one's time; written to {path}")
+    print(f"a step of the loop takes {ratio:.3f} times as long as a bare step; written to {path}")
 
 
 def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Of the loop's steps, and of the bare ones between them."""
+    """Return the seconds of the steps of the loop, and of the bare steps between them."""
     looped, bare = [], []
     with TemporaryDirectory() as folder:
         settings = PretrainSettings.of(
@@ -60,7 +58,7 @@ def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[f
             sampling=Sampling(max_seq_length=128),
             preset=arguments.preset,
             tokens_per_batch=arguments.tokens,
-            max_steps=arguments.steps + UNCOUNTED,
+            max_steps=arguments.steps + WARMUP,
             eval_batches=1,
             save_steps=10**6,
         )
@@ -68,7 +66,7 @@ def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[f
 
         def between(step: int) -> None:
             nonlocal started
-            wait()
+            wait_for(DEVICE)
             looped.append(time.perf_counter() - started)
             started = time.perf_counter()
             batches = run.batches_of_step
@@ -76,19 +74,13 @@ def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[f
             pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in batches)
             run.train_step.gradients(batches, masked, pairs)
             run.train_step.update(settings.optimizer.learning_rate)
-            wait()
+            wait_for(DEVICE)
             bare.append(time.perf_counter() - started)
             started = time.perf_counter()
 
         started = time.perf_counter()
         run.run(between)
-    return looped[UNCOUNTED:], bare[UNCOUNTED:]
-
-
-def wait() -> None:
-    """For the device."""
-    if ON_GPU:
-        torch.cuda.synchronize()
+    return looped[WARMUP:], bare[WARMUP:]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A live transformers model, patched and not: sentences, paragraphs, one short sentence, Trainer's steps, patching.
+"""Time a transformers model with and without `patch`: sentences, paragraphs, one short sentence, Trainer, patching.
 
     python -m bench.end_to_end.patched MODEL DATA [--rounds N] [--results FOLDER]
 
-MODEL is a folder with a BERT and its tokenizer; DATA holds glue/SST-2/dev.tsv.gz and squad/dev-v1.1.json.gz. Both
-models run in turn, without a gradient where nothing is trained, after their outputs were compared.
+MODEL is a folder with a BERT and its tokenizer; DATA contains glue/SST-2/dev.tsv.gz and squad/dev-v1.1.json.gz. Both
+models run alternately, without gradients except in training, after their outputs have been compared.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import gzip
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench.harness import RESULTS, stopwatch, write_result
+from bench.harness import require_clean_tree, result_parser, stopwatch, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
 
@@ -28,12 +30,17 @@ BATCH, TOLERANCE = 32, 1e-4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = result_parser(__doc__)
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("data", type=Path, help="folder of the data")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of SST-2, and steps of Trainer per part")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
+    write_result("patched", measure(arguments), arguments.results)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Time all cases and return the result."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     columns = read_table(arguments.data / "glue" / "SST-2" / "dev.tsv.gz").columns
     sentences = columns["sentence"][: BATCH * 4]
@@ -41,35 +48,35 @@ def main() -> None:
     paragraphs = [part["context"] for article in articles for part in article["paragraphs"]][:BATCH]
     plain = transformers.BertForSequenceClassification.from_pretrained(arguments.model).eval()
     patched = copy.deepcopy(plain)
-    seconds = stopwatch(lambda: patch(patched))
-    result = {"threads": torch.get_num_threads(), "patching_s": seconds}
+    result = {"threads": torch.get_num_threads(), "patching_s": stopwatch(lambda: patch(patched))}
+    # Batches of texts, and their rounds relative to `--rounds`.
     cases = {
         "sst-2, batches of 32": ([sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)], 1),
         "squad, batches of 32": ([paragraphs], 0.25),
         "one sentence of 8 tokens": ([["a truly good and moving film"]], 25),
     }
-    for name, (texts, share) in cases.items():
+    for name, (texts, factor) in cases.items():
         batches = [
-            tokenizer(some, padding=True, truncation=True, max_length=384, return_tensors="pt") for some in texts
+            tokenizer(batch, padding=True, truncation=True, max_length=384, return_tensors="pt") for batch in texts
         ]
         with torch.no_grad():
             worst = max((plain(**b).logits - patched(**b).logits).abs().max().item() for b in batches)
             if not worst < TOLERANCE:
-                raise SystemExit(f"{name}: outputs differ by {worst}, nothing is timed")
-            rounds = max(3, int(arguments.rounds * share))
-            result[name] = in_turn(lambda model, b=batches: [model(**one) for one in b], plain, patched, rounds)
-        result[name]["tokens"] = [
-            batches[0]["input_ids"].shape[1],
-            int(sum(b["attention_mask"].sum() for b in batches)),
-        ]
+                raise SystemExit(f"{name}: the outputs differ by {worst}, so nothing is timed")
+            rounds = max(3, int(arguments.rounds * factor))
+            timed = alternately(lambda model, batches=batches: [model(**b) for b in batches], plain, patched, rounds)
+        tokens = [batches[0]["input_ids"].shape[1], int(sum(b["attention_mask"].sum() for b in batches))]
+        result[name] = {**timed, "tokens": tokens}
         print(name, f"{result[name]['median_ratio']:.2f} x", flush=True)
     result["trainer, sst-2"] = trainer(plain, patched, tokenizer, columns, arguments.rounds)
     print("trainer", f"{result['trainer, sst-2']['median_ratio']:.2f} x", flush=True)
-    write_result("patched", result, arguments.results)
+    return result
 
 
-def in_turn(run, plain, patched, rounds: int) -> dict:
-    """Seconds of both sides, and the median of their ratios, after one uncounted round."""
+def alternately(
+    run: Callable[[PreTrainedModel], object], plain: PreTrainedModel, patched: PreTrainedModel, rounds: int
+) -> dict[str, object]:
+    """Return the seconds of both models and the median of their ratios, after an untimed round."""
     seconds = {"plain_s": [], "patched_s": []}
     for _ in range(rounds + 1):
         seconds["plain_s"].append(stopwatch(lambda: run(plain)))
@@ -78,8 +85,14 @@ def in_turn(run, plain, patched, rounds: int) -> dict:
     return {**seconds, "median_ratio": statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))}
 
 
-def trainer(plain, patched, tokenizer, columns, steps: int) -> dict:
-    """Seconds of Trainer's steps with dynamic padding, in turn, in pieces of as many steps."""
+def trainer(
+    plain: PreTrainedModel,
+    patched: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: dict[str, list[str]],
+    steps: int,
+) -> dict[str, object]:
+    """Time four parts of `steps` steps of Trainer with dynamic padding, alternately."""
     texts = zip(columns["sentence"], columns["label"], strict=True)
     samples = [{**tokenizer(text), "labels": int(label)} for text, label in texts]
     collator = transformers.DataCollatorWithPadding(tokenizer)

@@ -1,15 +1,15 @@
-"""One pre-training step (masked LM + next sentence, AdamW included) beside transformers' on the same samples.
+"""Time a pre-training step (masked LM + next sentence, AdamW included) against transformers on the same samples.
 
-transformers gets them padded, as its users pad. Lengths are "uniform" between a quarter and the whole of the maximum,
-or those of sentence pairs from Wikipedia. Dropout is 0.1 and the optimizer PyTorch's fused AdamW on all sides. Before
-anything is timed the losses must agree without dropout. transformers runs with PyTorch's attention, as it is and
-compiled; on a GPU with its plain attention too; and where a case is in bf16, on a CPU also in its default, fp32. The
-process keeps what it frees, as bertfast's programs do, so that nobody's memory costs page faults.
+transformers gets padded batches. Lengths are "uniform" between a quarter of the maximum and the maximum, or those of
+sentence pairs from Wikipedia. All implementations use dropout 0.1 and PyTorch's fused AdamW. The losses without dropout
+must agree before anything is timed. transformers runs with PyTorch's attention, eager and compiled; on a GPU also with
+its plain attention; for bf16 on a CPU also in fp32, its default. The process keeps freed memory, as bertfast's programs
+do, so that no implementation pays for page faults.
 
     python -m bench.end_to_end.pretraining_step [CASE …] [--repeats N] [--results FOLDER]
 
-`--count-lengths DATA` counts Wikipedia's lengths anew, in DATA/corpus/wikipedia-valid.txt.xz with the vocabulary
-DATA/vocab/bert-base-uncased-vocab.txt, and writes them beside this file, where all other runs find them.
+`--count-lengths DATA` counts the lengths of Wikipedia's sentence pairs again, from DATA/corpus/wikipedia-valid.txt.xz
+with the vocabulary DATA/vocab/bert-base-uncased-vocab.txt, and stores them next to this file for all other runs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ import torch
 import transformers
 
 import bertfast
+from bench.ceilings import gemm_throughput
 from bench.harness import (
     DEVICE,
     ON_GPU,
-    RESULTS,
-    matrix_rate,
+    Sample,
     median_ratio,
+    require_clean_tree,
+    result_parser,
     seconds_of,
     side_by_side,
     time_limit,
@@ -58,14 +60,24 @@ LENGTHS = Path(__file__).with_name("wikipedia_lengths.json")
 
 @dataclass(frozen=True)
 class Case:
-    """`sequences` samples of a model in a precision; `wanted` is the ratio to reach; `compiled`: theirs may be."""
+    """A model and a batch.
+
+    Attributes:
+        preset: Size of the model.
+        sequences: Number of samples.
+        max_seqlen: Largest length of a sample in tokens.
+        dtype: Precision of the matmuls.
+        lengths: "uniform" or "wikipedia".
+        target: Speedup to reach.
+        compiled: Whether transformers is also timed with torch.compile.
+    """
 
     preset: str
     sequences: int
-    longest: int
+    max_seqlen: int
     dtype: torch.dtype
     lengths: str = "uniform"
-    wanted: float | None = None
+    target: float | None = None
     compiled: bool = True
 
 
@@ -90,146 +102,219 @@ ALL = CASES | GPU_CASES | TRIAL
 
 
 @dataclass(frozen=True)
-class Contender:
-    """transformers' model with an attention of its own, as it is or compiled, in the case's precision or in fp32."""
+class Alternative:
+    """A way to run transformers' model.
+
+    Attributes:
+        attention: transformers' attention implementation.
+        compiled: Whether it is compiled by torch.compile.
+        fp32: Whether it runs in fp32 instead of the precision of the case.
+    """
 
     attention: str = "sdpa"
     compiled: bool = False
-    default: bool = False
+    fp32: bool = False
 
 
-SIDES = ("transformers-sdpa", "transformers-compile", "transformers-eager", "transformers-fp32")
+ALTERNATIVES = ("transformers-sdpa", "transformers-compile", "transformers-eager", "transformers-fp32")
 
 
-def theirs(case: Case) -> dict[str, Contender]:
-    """What ours stands beside, on this device."""
-    sides = {"transformers-sdpa": Contender()}
+def alternatives(case: Case) -> dict[str, Alternative]:
+    """Return the implementations to compare with on this device."""
+    found = {"transformers-sdpa": Alternative()}
     if case.compiled:
-        sides["transformers-compile"] = Contender(compiled=True)
+        found["transformers-compile"] = Alternative(compiled=True)
     if ON_GPU:
-        return {"transformers-eager": Contender("eager"), **sides}
+        return {"transformers-eager": Alternative("eager"), **found}
     if case.dtype == torch.bfloat16:
-        sides["transformers-fp32"] = Contender(default=True)
-    return sides
+        found["transformers-fp32"] = Alternative(fp32=True)
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = result_parser(__doc__)
+    cases = GPU_CASES if ON_GPU else CASES
+    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is taken")
+    names = ", ".join(ALTERNATIVES)
+    parser.add_argument("--against", nargs="+", metavar="NAME", help=f"of {names} (default: all that apply)")
+    parser.add_argument("--compile-seconds", type=int, default=600, help="time limit of torch.compile in seconds")
+    parser.add_argument("--suffix", default="", help="appended to the names of the result files")
+    parser.add_argument("--count-lengths", type=Path, metavar="DATA", help="only count Wikipedia's lengths again")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(ALL):
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(ALL)}")
+    if unknown := set(arguments.against or ()) - set(ALTERNATIVES):
+        parser.error(f"--against: unknown name {', '.join(sorted(unknown))}; choose from {names}")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = GPU_CASES if ON_GPU else CASES
-    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", nargs="+", metavar="NAME", help=f"of {', '.join(SIDES)} (default: all that fit)")
-    parser.add_argument("--compile-seconds", type=int, default=600, help="at most, for torch.compile")
-    parser.add_argument("--suffix", default="", help="is added to the names of the result files")
-    parser.add_argument("--count-lengths", type=Path, metavar="DATA")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(ALL):
-        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
-    if unknown := set(arguments.against or ()) - set(SIDES):
-        parser.error(f"--against: there is no {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
+    arguments = parse_arguments()
     if arguments.count_lengths:
         LENGTHS.write_text(json.dumps(count_lengths(arguments.count_lengths)) + "\n", encoding="utf-8")
         return
+    require_clean_tree(arguments.results)
     keep_freed_memory()
-    print("| case | tokens | ours s | other | its s | ratio | wanted | GFLOP/s | of the matrix rate |")
+    print("| case | tokens | bertfast s | other | other s | ratio | target | GFLOP/s | GEMM efficiency |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in arguments.cases:
         if ALL[name].dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
-            print(f"{name}: left out, this processor multiplies no bf16", file=sys.stderr, flush=True)
+            print(f"{name}: skipped, this processor has no bf16 instructions", file=sys.stderr, flush=True)
             continue
-        sides = theirs(ALL[name])
+        others = alternatives(ALL[name])
         if arguments.against:
-            sides = {who: side for who, side in sides.items() if who in arguments.against}
-        if not sides:
-            print(f"{name}: left out, nothing of {', '.join(arguments.against)} fits", file=sys.stderr, flush=True)
+            others = {other: how for other, how in others.items() if other in arguments.against}
+        if not others:
+            print(f"{name}: skipped, {', '.join(arguments.against)} does not apply", file=sys.stderr, flush=True)
             continue
-        result = measure(name, ALL[name], sides, arguments.repeats, arguments.compile_seconds)
+        result = measure(name, ALL[name], others, arguments.repeats, arguments.compile_seconds)
         file = "-".join(filter(None, ["pretraining_step", name, arguments.suffix]))
         write_result(file, result, arguments.results)
-        for other, ratio in result["ratios"].items():
-            print(
-                f"| {name} | {result['tokens']} of {result['padded_tokens']} | {result['ours_median_s']:.4f} | {other} "
-                f"| {result[f'{other}_median_s']:.4f} | {ratio:.2f} | {result['wanted'] or ''} | "
-                f"{result['gflops']:.0f} | {result['share_of_matrix_rate']:.0%} |",
-                flush=True,
-            )
-        for other, reason in result["not_run"].items():
-            print(f"{name}: {other} did not run: {reason}", file=sys.stderr, flush=True)
+        print_result(result)
     print(f"\nwritten to {arguments.results}")
 
 
-def measure(name: str, case: Case, sides: dict[str, Contender], repeats: int, compile_seconds: int) -> dict:
-    """Time a case against `sides`; raises if the losses differ."""
+def print_result(result: dict) -> None:
+    """Print a table row per alternative, and the reasons of those that did not run."""
+    for other, ratio in result["ratios"].items():
+        print(
+            f"| {result['case']} | {result['tokens']} of {result['padded_tokens']} | {result['bertfast_median_s']:.4f} "
+            f"| {other} | {result[f'{other}_median_s']:.4f} | {ratio:.2f} | {result['target'] or ''} | "
+            f"{result['gflops']:.0f} | {result['gemm_efficiency']:.0%} |",
+            flush=True,
+        )
+    for other, reason in result["not_run"].items():
+        print(f"{result['case']}: {other} did not run: {reason}", file=sys.stderr, flush=True)
+
+
+class Steps:
+    """The models and optimizers of a case, on the same samples and weights.
+
+    Args:
+        case: Model and batch.
+        others: The alternatives to bertfast.
+        batch: The samples, padded and packed.
+        dropout: Dropout probability of all models.
+        weights: Weights of all models; None: random ones.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        others: dict[str, Alternative],
+        batch: tuple[dict[str, torch.Tensor], Batch],
+        dropout: float,
+        weights: dict[str, torch.Tensor] | None = None,
+    ):
+        self.case, self.others = case, others
+        self.padded, self.packed = batch
+        self.models = build(case, others, dropout, weights)
+        self.optimizers = {name: build_optimizers(model, "adamw", 1e-4, 0.01)[0] for name, model in self.models.items()}
+
+    def loss(self, name: str) -> torch.Tensor:
+        """Return the loss of an implementation."""
+        mixed = self.case.dtype == torch.bfloat16 and not (name in self.others and self.others[name].fp32)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
+            if name == "bertfast":
+                return packed_loss(self.models[name], self.packed)
+            return self.models[name](**self.padded).loss
+
+    def step(self, name: str) -> None:
+        """Run forward and backward pass and the optimizer of an implementation."""
+        self.loss(name).backward()
+        self.optimizers[name].step()
+        self.models[name].zero_grad(set_to_none=True)
+
+    def compile(self, seconds: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Compile the alternatives to be compiled; remove those that fail or take longer than `seconds`.
+
+        Returns:
+            The seconds of each, and the reasons of those that were removed.
+        """
+        compiling, not_run = {}, {}
+        for name in [name for name, how in self.others.items() if how.compiled]:
+            self.models[name].compile()
+            compiling[name], reason = within(seconds, lambda name=name: self.step(name))
+            if reason:
+                not_run[name] = reason
+                del self.models[name], self.optimizers[name]
+        return compiling, not_run
+
+    def optimizer_seconds(self) -> float:
+        """Return the seconds of the update of bertfast's model, best of three."""
+        for parameter in self.models["bertfast"].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return min(side_by_side({"step": self.optimizers["bertfast"].step}, 3)["step"]).seconds
+
+
+def measure(name: str, case: Case, others: dict[str, Alternative], repeats: int, compile_seconds: int) -> dict:
+    """Time a case against `others` and return its result.
+
+    Raises:
+        SystemExit: The losses differ.
+    """
     torch.manual_seed(0)
     config = bertfast.preset_config(case.preset)
     lengths = lengths_of(case)
-    padded, packed = samples(lengths, case.longest, config.vocab_size)
-
-    def loss(who: str) -> torch.Tensor:
-        mixed = case.dtype == torch.bfloat16 and not (who in sides and sides[who].default)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
-            return our_loss(models[who], packed) if who == "ours" else models[who](**padded).loss
-
-    def step(who: str) -> None:
-        loss(who).backward()
-        optimizers[who].step()
-        models[who].zero_grad(set_to_none=True)
-
-    models = build(case, sides, 0.0)
-    losses = {who: loss(who).item() for who in models}
+    batch = samples(lengths, case.max_seqlen, config.vocab_size)
+    steps = Steps(case, others, batch, dropout=0.0)
+    losses = {name: steps.loss(name).item() for name in steps.models}
     tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
-    if max(losses.values()) - min(losses.values()) > tolerance * losses["ours"]:
-        raise SystemExit(f"{name}: the losses differ, nothing is timed: {losses}")
+    if max(losses.values()) - min(losses.values()) > tolerance * losses["bertfast"]:
+        raise SystemExit(f"{name}: the losses differ, so nothing is timed: {losses}")
 
-    models = build(case, sides, DROPOUT, models["ours"].state_dict())
-    optimizers = {who: build_optimizers(model, "adamw", 1e-4, 0.01)[0] for who, model in models.items()}
-    compiling, not_run = {}, {}
-    for who in [who for who, side in sides.items() if side.compiled]:
-        models[who].compile()
-        compiling[who], reason = within(compile_seconds, lambda who=who: step(who))
-        if reason:
-            not_run[who] = reason
-            del models[who], optimizers[who]
-    seconds = side_by_side({who: lambda who=who: step(who) for who in models}, repeats)
-    medians = {who: statistics.median(seconds_of(some)) for who, some in seconds.items()}
-    for parameter in models["ours"].parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = min(side_by_side({"step": optimizers["ours"].step}, 3)["step"]).seconds
-
-    tokens, masked = packed.sequences.num_tokens, packed.masked
-    work = step_flops(config, packed)
-    rate = matrix_rate(step_products(config, tokens, masked), case.dtype)
-    others = [who for who in models if who != "ours"]
-    fastest = min(others, key=medians.get, default=None)
-    ratios = {who: median_ratio(seconds[who], seconds["ours"]) for who in others}
+    steps = Steps(case, others, batch, DROPOUT, steps.models["bertfast"].state_dict())
+    compiling, not_run = steps.compile(compile_seconds)
+    timed = side_by_side({name: lambda name=name: steps.step(name) for name in steps.models}, repeats)
+    packed = steps.packed
+    flops = step_flops(config, packed)
+    throughput = gemm_throughput(gemm_shapes(config, packed.sequences.num_tokens, packed.masked), case.dtype)
     return {
         "case": name,
         "lengths": lengths,
-        "tokens": tokens,
-        "padded_tokens": case.sequences * case.longest,
-        "masked": masked,
+        "tokens": packed.sequences.num_tokens,
+        "padded_tokens": case.sequences * case.max_seqlen,
+        "masked": packed.masked,
         "loss_without_dropout": losses,
-        "seconds": {who: [sample.seconds for sample in some] for who, some in seconds.items()},
-        "cores": {who: [sample.cores for sample in some] for who, some in seconds.items()},
-        **{f"{who}_median_s": median for who, median in medians.items()},
+        **comparison(timed),
         "compiling_s": compiling,
         "not_run": not_run,
-        "optimizer_s": optimizer,
+        "optimizer_s": steps.optimizer_seconds(),
+        "target": case.target,
+        **efficiency(flops, throughput, statistics.median(seconds_of(timed["bertfast"]))),
+    }
+
+
+def comparison(timed: dict[str, list[Sample]]) -> dict[str, object]:
+    """Return the samples and medians of all implementations, and the ratios of the others to bertfast."""
+    medians = {name: statistics.median(seconds_of(column)) for name, column in timed.items()}
+    others = [name for name in timed if name != "bertfast"]
+    fastest = min(others, key=lambda name: medians[name], default=None)
+    ratios = {name: median_ratio(timed[name], timed["bertfast"]) for name in others}
+    return {
+        "seconds": {name: [sample.seconds for sample in column] for name, column in timed.items()},
+        "cores": {name: [sample.cores for sample in column] for name, column in timed.items()},
+        **{f"{name}_median_s": median for name, median in medians.items()},
         "fastest_other": fastest,
         "ratios": ratios,
         "ratio": ratios.get(fastest),
-        "wanted": case.wanted,
-        "model_gflop": work / 1e9,
-        "gflops": work / medians["ours"] / 1e9,
-        "matrix_rate_gflops": rate / 1e9,
-        "floor_s": work / rate,
-        "share_of_matrix_rate": work / medians["ours"] / rate,
+    }
+
+
+def efficiency(flops: int, throughput: float, seconds: float) -> dict[str, float]:
+    """Return the model's FLOPs and the measured GEMM throughput, and what follows for a step of `seconds`."""
+    return {
+        "model_gflop": flops / 1e9,
+        "gflops": flops / seconds / 1e9,
+        "gemm_gflops": throughput / 1e9,
+        "lower_bound_s": flops / throughput,
+        "gemm_efficiency": flops / seconds / throughput,
     }
 
 
 def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | None]:
-    """How many seconds a call took, and if it did not succeed within `seconds`, why."""
+    """Return how many seconds a call took, and why it failed (None: it succeeded within `seconds`)."""
     started, reason = time.perf_counter(), None
     try:
         with time_limit(seconds):
@@ -240,51 +325,51 @@ def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | N
 
 
 def build(
-    case: Case, sides: dict[str, Contender], dropout: float, weights: dict | None = None
+    case: Case, others: dict[str, Alternative], dropout: float, weights: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.nn.Module]:
-    """Our model and theirs in training mode, with the same weights: the given ones, or random ones."""
+    """Return bertfast's model and transformers' models in training mode with the same weights, by default random."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = bertfast.preset_config(case.preset, **options)
     values = config.to_dict()
     with DEVICE:
-        models = {"ours": bertfast.BertForPreTraining(config)}
-        for who, side in sides.items():
-            their_config = transformers.BertConfig(**values, attn_implementation=side.attention)
-            models[who] = transformers.BertForPreTraining(their_config)
+        models = {"bertfast": bertfast.BertForPreTraining(config)}
+        for name, how in others.items():
+            hf_config = transformers.BertConfig(**values, attn_implementation=how.attention)
+            models[name] = transformers.BertForPreTraining(hf_config)
     for model in models.values():
-        model.train().load_state_dict(weights or models["ours"].state_dict())
+        model.train().load_state_dict(weights or models["bertfast"].state_dict())
     return models
 
 
 def lengths_of(case: Case) -> list[int]:
-    """The samples' lengths: evenly spread, or drawn as those of Wikipedia's sentence pairs are."""
+    """Return the lengths of the samples, evenly spread or drawn from those of Wikipedia's sentence pairs."""
     if case.lengths == "uniform":
-        return torch.linspace(case.longest // 4, case.longest, case.sequences).round().int().tolist()
-    counts = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))[str(case.longest)])
+        return torch.linspace(case.max_seqlen // 4, case.max_seqlen, case.sequences).round().int().tolist()
+    counts = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))[str(case.max_seqlen)])
     return np.random.default_rng(0).choice(len(counts), case.sequences, p=counts / counts.sum()).tolist()
 
 
 def count_lengths(data: Path) -> dict[int, list[int]]:
-    """For each longest length how many of Wikipedia's sentence pairs are of 0, 1, 2 … tokens."""
+    """Return, by the largest length, how many of Wikipedia's sentence pairs have 0, 1, 2 … tokens."""
     text, vocabulary = data / "corpus" / "wikipedia-valid.txt.xz", data / "vocab" / "bert-base-uncased-vocab.txt"
     corpus = CorpusSettings([str(text)], tokenizer_name=str(vocabulary), validation_split_percentage=0, processes=1)
     counts = {}
     with TemporaryDirectory() as folder:
-        outline = CorpusBoundaries.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
-        for longest in (128, 512):
-            sampling = Sampling(max_seq_length=longest)
-            lengths = plan_samples(outline, sampling, np.random.default_rng(0)).lengths(sampling)
-            counts[longest] = np.bincount(lengths, minlength=longest + 1).tolist()
+        boundaries = CorpusBoundaries.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
+        for max_seqlen in (128, 512):
+            sampling = Sampling(max_seq_length=max_seqlen)
+            lengths = plan_samples(boundaries, sampling, np.random.default_rng(0)).lengths(sampling)
+            counts[max_seqlen] = np.bincount(lengths, minlength=max_seqlen + 1).tolist()
     return counts
 
 
-def samples(lengths: list[int], longest: int, vocabulary: int) -> tuple[dict, Batch]:
-    """The same random samples of these lengths padded, as transformers takes them, and packed, on DEVICE."""
+def samples(lengths: list[int], max_seqlen: int, vocab_size: int) -> tuple[dict[str, torch.Tensor], Batch]:
+    """Return random samples of these lengths, padded for transformers and packed for bertfast, on DEVICE."""
     sequences, layout, lengths = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)
-    attended = torch.arange(longest) < lengths[:, None]
-    ids = torch.randint(1000, vocabulary, (sequences, longest)) * attended
-    types = ((torch.arange(longest) > lengths[:, None] // 2) & attended).long()
-    labels = torch.where((torch.rand(sequences, longest) < MASKED) & attended, ids, -100)
+    attended = torch.arange(max_seqlen) < lengths[:, None]
+    ids = torch.randint(1000, vocab_size, (sequences, max_seqlen)) * attended
+    types = ((torch.arange(max_seqlen) > lengths[:, None] // 2) & attended).long()
+    labels = torch.where((torch.rand(sequences, max_seqlen) < MASKED) & attended, ids, -100)
     order = torch.randint(0, 2, (sequences,))
     padded = {
         "input_ids": ids,
@@ -307,14 +392,14 @@ def samples(lengths: list[int], longest: int, vocabulary: int) -> tuple[dict, Ba
     return {name: x.to(DEVICE) for name, x in padded.items()}, packed.to(DEVICE)
 
 
-def our_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean masked-LM loss plus mean next-sentence loss, as transformers adds them."""
+def packed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean masked-LM loss plus the mean next-sentence loss, as transformers adds them."""
     loss = pretraining_loss(model, batch, torch.randint(2**62, (), device=DEVICE))
     return loss.masked_lm / loss.masked + loss.next_sentence / loss.pairs
 
 
-def step_products(config, tokens: int, masked: int) -> list[tuple[int, int, int]]:
-    """The products (m, k, n) of one layer and the head, forward and backward, in the proportion a step has them."""
+def gemm_shapes(config: bertfast.BertConfig, tokens: int, masked: int) -> list[tuple[int, int, int]]:
+    """Return the shapes (m, k, n) of all GEMMs of a step: layers and masked-LM head, forward and backward."""
     hidden, wide = config.hidden_size, config.intermediate_size
     layer = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
     forward = layer * config.num_hidden_layers + [(masked, hidden, config.vocab_size)]

@@ -1,14 +1,13 @@
-"""The programs on real text, as a user types them: the demo; pre-training on WikiText-2; fine-tuning on SST-2 from it.
+"""Run the commands of bertfast on real text: the demo, pre-training on WikiText-2 and fine-tuning on SST-2 from it.
 
-    python -m bench.end_to_end.real_runs DATA [--output FOLDER]
+    python -m bench.end_to_end.real_runs DATA [--output FOLDER] [--results FOLDER]
 
-DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz and glue/SST-2/{train,dev}.tsv.gz. Each command runs in a process
-of its own; its seconds, its peak memory and what it measured go to bench/results/.
+DATA contains corpus/wikitext2-detok-{train,valid}.txt.xz and glue/SST-2/{train,dev}.tsv.gz. Each command runs in its
+own process; the result has its duration, its peak memory and its metrics.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -17,16 +16,17 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import write_result
+from bench.harness import require_clean_tree, result_parser, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--output", type=Path, help="keep the models and metrics here")
+    parser = result_parser(__doc__)
+    parser.add_argument("data", type=Path, help="folder of the data")
+    parser.add_argument("--output", type=Path, help="folder to keep models and metrics")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     with TemporaryDirectory() as scratch:
         folder = arguments.output or Path(scratch)
         for name, command, results in runs(arguments.data, folder):
@@ -34,14 +34,15 @@ def main() -> None:
             subprocess.run([BERTFAST, *command], check=True)
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the largest process so far
-            shown = [argument.replace(str(folder), "OUT").replace(str(arguments.data), "DATA") for argument in command]
+            shown = [word.replace(str(folder), "OUT").replace(str(arguments.data), "DATA") for word in command]
             result = {"command": ["bertfast", *shown], "seconds": seconds, "peak_memory_mb": peak}
             result["metrics"] = last_of(results)
-            print(f"\n{name}: {seconds:.0f} s, written to {write_result(name, result)}\n", flush=True)
+            path = write_result(name, result, arguments.results)
+            print(f"\n{name}: {seconds:.0f} s, written to {path}\n", flush=True)
 
 
 def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
-    """(name, arguments of bertfast, the file in which it leaves its metrics) of each run."""
+    """Return (name, arguments of bertfast, file to which it writes its metrics) for each run."""
     corpus, sst2 = data / "corpus", data / "glue" / "SST-2"
     wikitext, tuned = folder / "wikitext2", folder / "sst2"
     pretrain = f"""pretrain --output-dir {wikitext}
@@ -59,7 +60,7 @@ def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
 
 
 def last_of(path: Path) -> dict:
-    """What a JSON file holds, or the last line of a JSON-lines file."""
+    """Return the object of a JSON file, or the last of a JSON-lines file."""
     text = path.read_text(encoding="utf-8")
     return json.loads(text.splitlines()[-1] if path.suffix == ".jsonl" else text)
 

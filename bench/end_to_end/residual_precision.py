@@ -1,25 +1,24 @@
-"""What a residual stream in bf16 costs in loss: `bertfast pretrain` with either stream, from the same weights.
+"""Compare the loss of `bertfast pretrain` with an fp32 and with a bf16 residual stream, from the same weights.
 
-Both sides run on bf16 GEMMs under autocast, with the same samples, masks and dropout; `--residual-precision` alone
-differs. Of each seed the result holds the training losses of all steps, their mean over the last SMOOTHED steps, and
-the validation loss at the end.
+Both run bf16 GEMMs under autocast, with the same samples, masks and dropout; only `--residual-precision` differs. For
+each seed the result contains the training losses of all steps, their mean over the last SMOOTHED steps, and the final
+validation loss.
 
     python -m bench.end_to_end.residual_precision [DATA] [--steps 300] [--seeds 1 2] [--preset tiny] [--results FOLDER]
 
-DATA holds corpus/wikitext2-detok-{train,valid}.txt.xz.
+DATA contains corpus/wikitext2-detok-{train,valid}.txt.xz.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
 
-from bench.end_to_end.curve_parity import corpus, mean, our_losses
-from bench.harness import DATA, ON_GPU, RESULTS, write_result
+from bench.end_to_end.curve_parity import corpus, losses_of, mean
+from bench.harness import DATA, ON_GPU, require_clean_tree, result_parser, write_result
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.models.presets import Preset
@@ -31,13 +30,13 @@ TOKENS, RATE = 1024, 1e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=DATA)
+    parser = result_parser(__doc__)
+    parser.add_argument("data", type=Path, nargs="?", default=DATA, help="folder with the texts")
     parser.add_argument("--steps", type=int, default=300, help="steps of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a run with either stream for each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="seeds; each is run with both streams")
     parser.add_argument("--preset", choices=get_args(Preset), default="tiny", help="size of the model")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     if not ON_GPU:
         torch.set_num_threads(1)
     with TemporaryDirectory() as scratch:
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision, seed: int, steps: int) -> dict:
-    """Pre-train with one stream; return its training losses, where they end, and the last validation loss."""
+    """Pre-train with one stream; return its training losses, their final mean and the final validation loss."""
     settings = PretrainSettings.of(
         output_dir=str(folder / f"{stream}-{seed}"),
         data_dir=str(shards),
@@ -82,7 +81,7 @@ def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision,
         save_steps=steps,
     )
     run = Pretraining(settings)
-    losses = our_losses(run)
+    losses = losses_of(run)
     validation = [entry["validation_loss"] for entry in run.metrics_log.entries() if "validation_loss" in entry]
     return {"end": mean(losses[-SMOOTHED:]), "validation_loss": validation[-1], "losses": losses}
 

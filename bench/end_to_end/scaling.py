@@ -1,10 +1,9 @@
-"""How many tokens a second one process and several make, averaged gradients and sharded, each on one core and with a
-batch of its own.
+"""Measure the throughput of one process and of several, with replicated and with sharded parameters.
 
     python -m bench.end_to_end.scaling SHARDS [--preset NAME] [--processes N …] [--results FOLDER]
 
-SHARDS is what `bertfast prepare` wrote. Perfect would be as many times the tokens as there are processes; what is
-lost is the gradients' way, and that cores share their memory.
+Each process runs on one core with its own batch. SHARDS is a folder written by `bertfast prepare`. The parallel
+efficiency is the throughput relative to that of as many independent processes.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import RESULTS, write_result
+from bench.harness import require_clean_tree, result_parser, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
-STEPS, UNCOUNTED = 20, 4
+STEPS, WARMUP = 20, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--preset", default="mini")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
+    parser = result_parser(__doc__)
+    parser.add_argument("shards", type=Path, help="folder of the token shards")
+    parser.add_argument("--preset", default="mini", help="size of the model")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="numbers of processes")
     arguments = parser.parse_args()
+    require_clean_tree(arguments.results)
     measured = []
     for processes in arguments.processes:
         for flags in ([], ["--shard"]) if processes > 1 else ([],):
             rate = tokens_per_second(arguments, processes, flags)
             measured.append({"processes": processes, "sharded": bool(flags), "tokens_per_second": rate})
             print(f"{processes} processes{', sharded' * bool(flags)}: {rate:.0f} tokens/s", flush=True)
-    for one in measured:
-        one["of_perfect"] = one["tokens_per_second"] / (one["processes"] * measured[0]["tokens_per_second"])
+    for run in measured:
+        run["parallel_efficiency"] = run["tokens_per_second"] / (run["processes"] * measured[0]["tokens_per_second"])
     print(f"written to {write_result('scaling', {'preset': arguments.preset, 'runs': measured}, arguments.results)}")
 
 
 def tokens_per_second(arguments: argparse.Namespace, processes: int, flags: list[str]) -> float:
-    """The median of a run's steps, of all processes together."""
+    """Return the median over the steps of a run of the throughput of all processes together."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [BERTFAST, "pretrain", "--output-dir", folder, "--data-dir", str(arguments.shards.resolve())]
@@ -52,7 +51,7 @@ def tokens_per_second(arguments: argparse.Namespace, processes: int, flags: list
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rates = [entry["tokens_per_second"] for entry in map(json.loads, lines) if "tokens_per_second" in entry]
-        return statistics.median(rates[UNCOUNTED:])
+        return statistics.median(rates[WARMUP:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`add_layer_norm` beside PyTorch's composition, eager and compiled, and the same with Liger's LayerNorm."""
+"""`add_layer_norm` vs PyTorch's composition, eager and compiled, and the composition with Liger's LayerNorm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import (
+    BACKEND,
     EPS,
-    OURS,
     Case,
     Work,
     compiled,
@@ -39,7 +39,7 @@ class AddLayerNormCase(Case):
 
     @cached_property
     def drop(self) -> Dropout | None:
-        """The dropout of x."""
+        """Dropout of x."""
         return dropout_over(packed(self.rows), self.dropout, "output")
 
     def inputs(self, generator):
@@ -53,11 +53,11 @@ class AddLayerNormCase(Case):
         activation = self.rows * self.width * self.dtype.itemsize
         if direction == "forward":  # reads x and the residual, writes the output
             return Work(3 * activation)
-        # Reads both and the output's gradient, writes the gradients of both, which without dropout are one.
+        # Reads both and the gradient of the output, writes both gradients, which are the same tensor without dropout.
         return Work((5 if self.dropout else 4) * activation)
 
 
-def ours(case: AddLayerNormCase, implementation: str | None = OURS):
+def fused(case: AddLayerNormCase, implementation: str | None = BACKEND):
     return lambda x, residual, bias, gamma, beta: ops.add_layer_norm(
         x, residual, bias, gamma, beta, EPS, case.drop, implementation=implementation
     )
@@ -85,9 +85,9 @@ CASES = {
     "main": [AddLayerNormCase(dropout=0.1), AddLayerNormCase(width=1024, dropout=0.1)],
     "rest": [AddLayerNormCase(), AddLayerNormCase(width=1024), AddLayerNormCase(width=384, dropout=0.1)],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    **in_cuda(ours),
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    **in_cuda(fused),
     "definition": definition,
     "torch": composition,
     "torch.compile": compiled(composition),

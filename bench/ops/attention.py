@@ -1,7 +1,8 @@
-"""`attention` beside what PyTorch has: variable-length and padded scaled-dot-product attention, and FlexAttention.
+"""`attention` vs PyTorch: variable-length and padded scaled-dot-product attention, and FlexAttention.
 
-Their queries, keys and values are three tensors already, padded where they want it; ours are one. Attention that has
-no dropout stands beside ours without it; ours with dropout beside ours without it too, on a CPU.
+PyTorch's functions get queries, keys and values as three tensors, padded where required; bertfast's operator gets one
+packed tensor. Implementations without dropout run only in cases without it. On a CPU, bertfast with dropout is also
+compared with bertfast without.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.cases import (
-    OURS,
+    BACKEND,
     Case,
-    Contender,
+    Implementation,
     Work,
     compiled,
     definition,
     dropout_over,
     in_both_precisions,
     in_cuda,
-    needs_gpu,
+    require_gpu,
 )
 from bench.harness import DEVICE, ON_GPU
 from bertfast import ops
@@ -41,7 +42,7 @@ from bertfast.ops.sequences import Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
-    """Sequences of the given lengths, `heads` of `dimension`."""
+    """Sequences of the given lengths, with `heads` heads of `dimension`."""
 
     label: str
     lengths: tuple[int, ...]
@@ -54,21 +55,21 @@ class AttentionCase(Case):
 
     @cached_property
     def sequences(self) -> Sequences:
-        """Which token belongs to which sequence."""
+        """The sequences of the packed tokens."""
         return Sequences.from_lengths(self.lengths, device=DEVICE)
 
     @cached_property
-    def places(self) -> Tensor:
-        """int64 [T]: each token's row in the padded batch."""
+    def padded_index(self) -> Tensor:
+        """Row of each token in the flattened padded batch, int64 [T]."""
         return self.sequences.sequence_index * self.sequences.max_seqlen + self.sequences.position
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Bool [sequences, 1, 1, longest], where there is a key; None if there is one everywhere."""
-        longest = self.sequences.max_seqlen
+        """Key mask, bool [sequences, 1, 1, max_seqlen]; None if all sequences have the same length."""
+        max_seqlen = self.sequences.max_seqlen
         lengths = torch.tensor(self.lengths, device=DEVICE)
-        attended = torch.arange(longest, device=DEVICE) < lengths[:, None]
-        return None if min(self.lengths) == longest else attended[:, None, None]
+        attended = torch.arange(max_seqlen, device=DEVICE) < lengths[:, None]
+        return None if min(self.lengths) == max_seqlen else attended[:, None, None]
 
     def inputs(self, generator):
         return [self.normal(generator, sum(self.lengths), 3, self.heads, self.dimension)]
@@ -78,36 +79,36 @@ class AttentionCase(Case):
         return reference.attention(qkv, self.sequences, 1 / math.sqrt(self.dimension), False, None, dropout)
 
     def work(self, direction):
-        products = 4 * self.dimension * self.heads * sum(length**2 for length in self.lengths)
+        flops = 4 * self.dimension * self.heads * sum(length**2 for length in self.lengths)
         activation = sum(self.lengths) * self.heads * self.dimension * self.dtype.itemsize
         if direction == "forward":  # reads qkv, writes the output
-            return Work(4 * activation, products)
-        return Work(8 * activation, 5 * products // 2)  # reads qkv, the output and its gradient, writes d_qkv
+            return Work(4 * activation, flops)
+        return Work(8 * activation, 5 * flops // 2)  # reads qkv, the output and its gradient, writes d_qkv
 
 
-def ours(case: AttentionCase, implementation: str | None = OURS):
+def fused(case: AttentionCase, implementation: str | None = BACKEND):
     dropout = dropout_over(case.sequences, case.dropout, "attention")
     return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=implementation)
 
 
-def ours_without_dropout(case: AttentionCase):
+def fused_without_dropout(case: AttentionCase):
     if not case.dropout:
-        pytest.skip("that is the same")
-    return Contender(ours(replace(case, dropout=0.0)), checked=False)
+        pytest.skip("the case has no dropout")
+    return Implementation(fused(replace(case, dropout=0.0)), checked=False)
 
 
-def padded(case: AttentionCase, function: Callable[..., Tensor]) -> Contender:
-    """A function of queries, keys and values, each [sequences, heads, longest, D]."""
-    rows, longest = len(case.lengths) * case.sequences.max_seqlen, case.sequences.max_seqlen
+def padded(case: AttentionCase, function: Callable[..., Tensor]) -> Implementation:
+    """Make an implementation of a function of queries, keys and values, each [sequences, heads, max_seqlen, D]."""
+    rows, max_seqlen = len(case.lengths) * case.sequences.max_seqlen, case.sequences.max_seqlen
 
     def enter(qkv: Tensor) -> Sequence[Tensor]:
-        batch = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, case.places, qkv).unflatten(0, (-1, longest))
+        batch = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, case.padded_index, qkv).unflatten(0, (-1, max_seqlen))
         return [x.contiguous().transpose(1, 2) for x in batch.unbind(2)]
 
-    return Contender(function, enter, lambda output: output.transpose(1, 2).flatten(0, 1)[case.places])
+    return Implementation(function, enter, lambda output: output.transpose(1, 2).flatten(0, 1)[case.padded_index])
 
 
-def plain(case: AttentionCase) -> Contender:
+def plain(case: AttentionCase) -> Implementation:
     mask = case.mask
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -118,8 +119,8 @@ def plain(case: AttentionCase) -> Contender:
     return padded(case, function)
 
 
-def sdpa(backend: SDPBackend | None, case: AttentionCase) -> Contender:
-    """By a backend, or by the one that PyTorch chooses."""
+def sdpa(backend: SDPBackend | None, case: AttentionCase) -> Implementation:
+    """Make PyTorch's attention with a given backend, or with its default (None)."""
     mask = case.mask
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -129,8 +130,8 @@ def sdpa(backend: SDPBackend | None, case: AttentionCase) -> Contender:
     return padded(case, function)
 
 
-def sdpa_loop(case: AttentionCase) -> Contender:
-    """Sequence by sequence, without padding."""
+def sdpa_loop(case: AttentionCase) -> Implementation:
+    """Make PyTorch's attention in a loop over the sequences, without padding."""
 
     def function(*parts: Tensor) -> Tensor:
         outputs = [
@@ -141,21 +142,21 @@ def sdpa_loop(case: AttentionCase) -> Contender:
     def enter(qkv: Tensor) -> Sequence[Tensor]:
         return [part.transpose(0, 1).contiguous() for part in qkv.split(case.lengths)]
 
-    return Contender(function, enter)
+    return Implementation(function, enter)
 
 
-def varlen(case: AttentionCase) -> Contender:
-    needs_gpu("varlen_attn")
+def varlen(case: AttentionCase) -> Implementation:
+    require_gpu("varlen_attn")
     _without_dropout(case, "varlen_attn")
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
-    starts, longest = case.sequences.cu_seqlens, case.sequences.max_seqlen
-    return Contender(
-        lambda query, key, value: varlen_attn(query, key, value, starts, starts, longest, longest),
+    starts, max_seqlen = case.sequences.cu_seqlens, case.sequences.max_seqlen
+    return Implementation(
+        lambda query, key, value: varlen_attn(query, key, value, starts, starts, max_seqlen, max_seqlen),
         lambda qkv: [x.contiguous() for x in qkv.unbind(1)],
     )
 
 
-def flex(case: AttentionCase) -> Contender:
+def flex(case: AttentionCase) -> Implementation:
     _without_dropout(case, "FlexAttention")
     document = case.sequences.sequence_index
     mask = create_block_mask(
@@ -166,7 +167,7 @@ def flex(case: AttentionCase) -> Contender:
         KV_LEN=len(document),
         device=DEVICE,
     )
-    return Contender(
+    return Implementation(
         lambda query, key, value: flex_attention(query, key, value, block_mask=mask),
         lambda qkv: [x.contiguous().transpose(0, 1)[None] for x in qkv.unbind(1)],
         lambda output: output[0].transpose(0, 1),
@@ -179,7 +180,7 @@ def _without_dropout(case: AttentionCase, name: str) -> None:
 
 
 EQUAL = {length: (length,) * (32_768 // length) for length in (128, 512, 2048)}
-# Lengths as texts have them: lognormal of mean 128, at most 512.
+# Lengths distributed as in texts: lognormal with mean 128, at most 512.
 RAGGED = tuple(min(round(math.exp(NormalDist(4.61, 0.7).inv_cdf((i + 0.5) / 64))), 512) for i in range(64))
 ON_CPU = {"8x512": (512,) * 8, "32x128": (128,) * 32, "64-ragged": RAGGED}
 MIXED = tuple(torch.linspace(128, 512, 102).round().int().tolist())
@@ -188,7 +189,11 @@ CASES = {
         *(AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1))
     ),
     "cpu": in_both_precisions(
-        *(AttentionCase(label=label, lengths=some, dropout=p) for label, some in ON_CPU.items() for p in (0.0, 0.1))
+        *(
+            AttentionCase(label=label, lengths=lengths, dropout=p)
+            for label, lengths in ON_CPU.items()
+            for p in (0.0, 0.1)
+        )
     ),
     "main": [
         AttentionCase(label="512", lengths=EQUAL[512]),
@@ -205,9 +210,9 @@ CASES = {
         AttentionCase(label="512", lengths=EQUAL[512], heads=24, dimension=32),
     ],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    **in_cuda(ours),
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    **in_cuda(fused),
     "definition": definition,
     "varlen_attn": varlen,
     "sdpa-flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
@@ -217,7 +222,7 @@ PROVIDERS = {
     "torch.compile": compiled(plain),
 }
 if not ON_GPU:
-    PROVIDERS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop, "bertfast-p0": ours_without_dropout}
+    IMPLEMENTATIONS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop, "bertfast-p0": fused_without_dropout}
 
 
 def test_attention(measure):

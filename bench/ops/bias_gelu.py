@@ -1,4 +1,4 @@
-"""`bias_gelu` beside PyTorch's composition, eager and compiled, and beside its GELU alone."""
+"""`bias_gelu` vs PyTorch's composition, eager and compiled, and vs its GELU alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import OURS, Case, Contender, Work, compiled, definition, in_both_precisions, in_cuda
+from bench.cases import BACKEND, Case, Implementation, Work, compiled, definition, in_both_precisions, in_cuda
 from bertfast import ops
 from bertfast.ops import reference
 
@@ -35,17 +35,17 @@ class BiasGeluCase(Case):
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
-def ours(case: BiasGeluCase, implementation: str | None = OURS):
+def fused(case: BiasGeluCase, implementation: str | None = BACKEND):
     return lambda x, bias: ops.bias_gelu(x, bias, implementation=implementation)
 
 
 def gelu_out(case: BiasGeluCase):
-    """The activation alone, into memory that is there: less than the operation."""
+    """Make the activation alone, which writes to allocated memory: less work than the operation."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         return torch.ops.aten.gelu.out(x.detach(), out=y.detach())
 
-    return Contender(function, lambda x, bias: (x, torch.empty_like(x)), checked=False)
+    return Implementation(function, lambda x, bias: (x, torch.empty_like(x)), checked=False)
 
 
 def composition(case: BiasGeluCase):
@@ -58,9 +58,9 @@ CASES = {
     "main": [BiasGeluCase(width=3072)],
     "rest": [BiasGeluCase(width=4096)],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    **in_cuda(ours),
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    **in_cuda(fused),
     "definition": definition,
     "torch": composition,
     "gelu.out": gelu_out,

@@ -1,10 +1,10 @@
-"""Runs every contender of an operation on every case, first against the truth and then against the clock.
+"""Check every implementation of an operation on every case against float64, then time it.
 
     pytest bench/ops --benchmark-json=FILE [--shapes small|main|all]
-    pytest bench/ops/attention.py --benchmark-disable    # only against the truth
+    pytest bench/ops/attention.py --benchmark-disable    # only the check
 
-What is wrong, or cannot run here, is not timed; the JSON says so beside what was. A test of a file takes the fixture
-`measure` and calls it.
+Implementations that are wrong or cannot run are not timed; the JSON file lists them with the reason. Each file has a
+test that takes the fixture `measure` and calls it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import OUR_MASKS, WRONG, calls, checked, extra_memory, measured
-from bench.harness import ON_GPU, ceilings, device_seconds, origin, time_limit
+from bench.cases import SAME_MASKS, TOLERANCE, calls, checked, extra_memory, measured
+from bench.ceilings import ceilings
+from bench.harness import ON_GPU, device_seconds, origin, require_clean_tree, time_limit
 
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
-COMPILED = ("flex", "torch.compile")  # they take seconds to compile, and come last, where a time limit may stop them
+COMPILED = ("flex", "torch.compile")  # run last, since they compile for seconds and a time limit may stop them
 NOT_TIMED: list[dict] = []
 
 
 class Clock:
-    """Time as pytest-benchmark is told it: it passes by what was measured on the device, and only so."""
+    """A clock for pytest-benchmark that advances only by the seconds that were measured on the device."""
 
     __name__ = "device_seconds"
 
@@ -37,7 +38,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def let_pass(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
 
 
@@ -49,28 +50,29 @@ def pytest_addoption(parser):
         "--shapes",
         choices=SHAPES,
         default="all" if ON_GPU else "small",
-        help="small: to try the programs, main: what matters most, all (default: all on a GPU, small on a CPU)",
+        help="small: to try the programs, main: the most important sizes, all (default: all on a GPU, small on a CPU)",
     )
-
-    parser.addoption("--case-seconds", type=int, default=0, help="stop a case after so many seconds (0: never)")
+    parser.addoption("--case-seconds", type=int, default=0, help="time limit of a case in seconds (0: none)")
 
 
 def pytest_configure(config):
-    # With the folder, since pytest rewrites the assertions of all that matches: "*.py" would be all of torch.
+    if config.getoption("benchmark_json", None):
+        require_clean_tree(Path(config.getoption("benchmark_json").name))
+    # With the folder, because pytest rewrites the assertions of all matching files; "*.py" would match all of torch.
     config.addinivalue_line("python_files", str(Path(__file__).with_name("*.py")))
 
 
 def pytest_generate_tests(metafunc):
     module = metafunc.module
     runs = [
-        (str(case), provider, direction)
+        (str(case), implementation, direction)
         for shape in SHAPES[metafunc.config.getoption("shapes")]
         for case in module.CASES[shape]
-        for provider in module.PROVIDERS
+        for implementation in module.IMPLEMENTATIONS
         for direction in case.directions
     ]
     runs.sort(key=lambda run: run[1] in COMPILED)
-    metafunc.parametrize(("case", "provider", "direction"), runs)
+    metafunc.parametrize(("case", "implementation", "direction"), runs)
 
 
 def pytest_collection_modifyitems(items):
@@ -88,7 +90,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    machine_info.clear()  # `origin` says what matters
+    machine_info.clear()  # `origin` describes the machine
 
 
 def pytest_benchmark_update_json(output_json):
@@ -97,14 +99,14 @@ def pytest_benchmark_update_json(output_json):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_stream():
-    # A backward pass runs on its forward's stream, and the default one cannot be captured.
+    # A backward pass runs on the stream of its forward pass, and the default stream cannot be captured.
     with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _repeatable_backward():
-    # A compiled backward pass would otherwise overwrite what the forward pass saved, and run once only.
+    # Otherwise a compiled backward pass overwrites what the forward pass saved, and runs only once.
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
@@ -112,44 +114,45 @@ def _repeatable_backward():
 
 @lru_cache(maxsize=1)
 def measured_ceilings() -> dict[str, float]:
-    """The ceilings of this run."""
+    """Return the ceilings, measured once per run."""
     return ceilings()
 
 
 @pytest.fixture
-def measure(request, benchmark, case, provider, direction):
-    """A function that checks a contender and times it."""
+def measure(request, benchmark, case, implementation, direction):
+    """Return a function that checks and times an implementation."""
 
     def run() -> None:
         try:
             with time_limit(request.config.getoption("--case-seconds")):
-                _measure(request.module, benchmark, case, provider, direction)
+                _measure(request.module, benchmark, case, implementation, direction)
         except Exception as error:
-            if provider == "bertfast":
+            if implementation == "bertfast":
                 raise
             pytest.skip(traceback.format_exception_only(error)[0].strip().splitlines()[0])
 
     return run
 
 
-def _measure(module, benchmark, name: str, provider: str, direction: str) -> None:
+def _measure(module, benchmark, name: str, implementation: str, direction: str) -> None:
     case = next(case for cases in module.CASES.values() for case in cases if str(case) == name)
-    made, error = checked(module.PROVIDERS[provider], case, provider in OUR_MASKS)
-    if not error <= WRONG[case.dtype]:
-        outcome = pytest.fail if provider == "bertfast" else pytest.skip
-        outcome(f"wrong, so not timed: its relative error is {error:.2g}")
+    made, error = checked(module.IMPLEMENTATIONS[implementation], case, implementation in SAME_MASKS)
+    if not error <= TOLERANCE[case.dtype]:
+        outcome = pytest.fail if implementation == "bertfast" else pytest.skip
+        outcome(f"not timed because its results are wrong: the relative error is {error:.2g}")
     repeated = calls(case, made, direction)
     if benchmark.disabled:
         benchmark.pedantic(repeated[0])
         return
     samples, clock = device_seconds(repeated)
-    floor = case.work(direction).floor(measured_ceilings())
+    lower_bound = case.work(direction).lower_bound(measured_ceilings())
+    operation = Path(module.__file__).stem
     benchmark.extra_info |= {
-        "operation": Path(module.__file__).stem,
+        "operation": operation,
         "clock": clock,
         "extra_memory_bytes": extra_memory(case, made),
-        **measured(case, provider, direction, samples, floor, error),
+        **measured(case, implementation, direction, samples, lower_bound, error),
     }
-    benchmark.group = f"{Path(module.__file__).stem} {name} {direction}"
+    benchmark.group = f"{operation} {name} {direction}"
     remaining = iter(samples)
-    benchmark.pedantic(lambda: CLOCK.let_pass(next(remaining)), rounds=len(samples))
+    benchmark.pedantic(lambda: CLOCK.advance(next(remaining)), rounds=len(samples))

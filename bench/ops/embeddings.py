@@ -1,4 +1,4 @@
-"""`embeddings` beside PyTorch's composition, eager and compiled. Words are as frequent as in a text, by Zipf's law."""
+"""`embeddings` vs PyTorch's composition, eager and compiled. Token frequencies follow Zipf's law, as in a text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import (
+    BACKEND,
     EPS,
-    OURS,
-    VOCABULARY,
+    VOCAB_SIZE,
     Case,
     Work,
     compiled,
@@ -30,11 +30,11 @@ from bertfast.ops.sequences import Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsCase(Case):
-    """`rows` tokens of `width` columns from a vocabulary of `words`."""
+    """`rows` tokens of `width` columns from a vocabulary of `words` entries."""
 
     rows: int = 32_768
     width: int = 768
-    words: int = VOCABULARY
+    words: int = VOCAB_SIZE
 
     @property
     def size(self) -> str:
@@ -42,12 +42,12 @@ class EmbeddingsCase(Case):
 
     @cached_property
     def sequences(self) -> Sequences:
-        """Which token belongs to which sequence."""
+        """The sequences of the packed tokens."""
         return packed(self.rows)
 
     @cached_property
     def ids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The word, the type and the position of each token, int64 [rows]."""
+        """Token ids, token type ids and position ids, each int64 [rows]."""
         uniform = torch.rand(self.rows, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
         words = (self.words**uniform).long().clamp(max=self.words) - 1
         position = self.sequences.position
@@ -55,7 +55,7 @@ class EmbeddingsCase(Case):
 
     @cached_property
     def drop(self) -> Dropout | None:
-        """The dropout of the output."""
+        """Dropout of the output."""
         return dropout_over(self.sequences, self.dropout, "embeddings")
 
     def inputs(self, generator):
@@ -67,15 +67,15 @@ class EmbeddingsCase(Case):
 
     def work(self, direction):
         activation, tables = self.rows * self.width, (self.words + 514) * self.width
-        if direction == "forward":  # reads the word's row of each token, writes the output
+        if direction == "forward":  # reads the word embedding of each token, writes the output
             return Work(2 * activation * self.dtype.itemsize)
-        # Reads the same rows and d_y, writes the tables' gradients.
+        # Reads the same rows and d_y, writes the gradients of the tables.
         return Work((2 * activation + tables) * self.dtype.itemsize)
 
 
-def ours(case: EmbeddingsCase):
+def fused(case: EmbeddingsCase):
     return lambda word, position, token_type, gamma, beta: ops.embeddings(
-        *case.ids, word, position, token_type, gamma, beta, EPS, case.drop, implementation=OURS
+        *case.ids, word, position, token_type, gamma, beta, EPS, case.drop, implementation=BACKEND
     )
 
 
@@ -95,8 +95,8 @@ CASES = {
     "main": [EmbeddingsCase(dropout=0.1)],
     "rest": [EmbeddingsCase(), EmbeddingsCase(width=1024, dropout=0.1)],
 }
-PROVIDERS = {
-    "bertfast": ours,
+IMPLEMENTATIONS = {
+    "bertfast": fused,
     "definition": definition,
     "torch": composition,
     "torch.compile": compiled(composition),

@@ -1,4 +1,4 @@
-"""`gelu_layer_norm` beside PyTorch's composition, eager and compiled, and the same with Liger's LayerNorm."""
+"""`gelu_layer_norm` vs PyTorch's composition, eager and compiled, and the composition with Liger's LayerNorm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from bench.cases import EPS, OURS, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger
+from bench.cases import BACKEND, EPS, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger
 from bertfast import ops
 from bertfast.ops import reference
 
@@ -33,7 +33,7 @@ class GeluLayerNormCase(Case):
         return Work((2 if direction == "forward" else 3) * activation)  # backward reads x and d_y, writes d_x
 
 
-def ours(case: GeluLayerNormCase, implementation: str | None = OURS):
+def fused(case: GeluLayerNormCase, implementation: str | None = BACKEND):
     return lambda x, bias, gamma, beta: ops.gelu_layer_norm(x, bias, gamma, beta, EPS, implementation=implementation)
 
 
@@ -52,9 +52,9 @@ CASES = {
     "main": [GeluLayerNormCase()],
     "rest": [GeluLayerNormCase(width=1024), GeluLayerNormCase(rows=5000)],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    **in_cuda(ours),
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    **in_cuda(fused),
     "definition": definition,
     "torch": composition,
     "torch.compile": compiled(composition),

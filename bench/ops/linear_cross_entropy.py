@@ -1,8 +1,8 @@
-"""`linear_cross_entropy` beside Liger's, cut-cross-entropy, PyTorch's own and `torch.compile` of the plain form.
+"""`linear_cross_entropy` vs Liger, cut-cross-entropy, PyTorch's own and `torch.compile` of the plain form.
 
-Some compute the gradients in the forward pass, so forward and backward are not told apart: "training" is both, from
-the loss to all gradients, and "inference" the loss alone. The vocabulary's bias is zero, as BERT starts, so that those
-which take none compute the same loss.
+Some implementations compute the gradients in the forward pass, so the passes are not timed separately: "training" is
+the loss and all gradients, "inference" is the loss alone. The output bias is zero, as in an untrained BERT, so that
+implementations without a bias compute the same loss.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import (
-    OURS,
-    VOCABULARY,
+    BACKEND,
+    VOCAB_SIZE,
     Case,
     Work,
     compiled,
@@ -26,7 +26,7 @@ from bench.cases import (
     in_both_precisions,
     in_cuda,
     liger,
-    needs_gpu,
+    require_gpu,
 )
 from bench.harness import DEVICE
 from bertfast import ops
@@ -34,13 +34,13 @@ from bertfast import ops
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase(Case):
-    """`rows` of `tokens` are masked, `width` columns, a vocabulary of `words`."""
+    """`rows` of `tokens` are masked; `width` columns; a vocabulary of `words` entries."""
 
     directions: ClassVar = ("inference", "training")
     tokens: int = 32_768
     rows: int = 5_000
     width: int
-    words: int = VOCABULARY
+    words: int = VOCAB_SIZE
 
     @property
     def size(self) -> str:
@@ -48,7 +48,7 @@ class LossCase(Case):
 
     @cached_property
     def masked(self) -> tuple[Tensor, Tensor]:
-        """The masked rows, ascending, and their labels, int64 [rows]."""
+        """Indices of the masked rows, ascending, and their labels, both int64 [rows]."""
         generator = torch.Generator(DEVICE).manual_seed(0)
         rows = torch.randperm(self.tokens, generator=generator, device=DEVICE)[: self.rows].sort().values
         return rows, torch.randint(self.words, (self.rows,), generator=generator, device=DEVICE)
@@ -63,14 +63,14 @@ class LossCase(Case):
         return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="reference")[0]
 
     def work(self, direction):
-        product, weight = 2 * self.rows * self.width * self.words, self.words * self.width
+        flops, weight = 2 * self.rows * self.width * self.words, self.words * self.width
         if direction == "inference":  # reads the masked rows and the weight
-            return Work((self.rows * self.width + weight) * self.dtype.itemsize, product)
+            return Work((self.rows * self.width + weight) * self.dtype.itemsize, flops)
         # Reads both once, writes the gradients of the weight and of all tokens.
-        return Work(((self.rows + self.tokens) * self.width + 2 * weight) * self.dtype.itemsize, 3 * product)
+        return Work(((self.rows + self.tokens) * self.width + 2 * weight) * self.dtype.itemsize, 3 * flops)
 
 
-def ours(case: LossCase, implementation: str | None = OURS):
+def fused(case: LossCase, implementation: str | None = BACKEND):
     rows, labels = case.masked
     return lambda hidden, weight, bias: ops.linear_cross_entropy(
         hidden, rows, weight, bias, labels, implementation=implementation
@@ -89,7 +89,7 @@ def plain(case: LossCase):
 
 def chunked(case: LossCase):
     if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("F.linear_cross_entropy came with torch 2.13")
+        pytest.skip("F.linear_cross_entropy requires torch 2.13")
     rows, labels = case.masked
     options = torch.nn.LinearCrossEntropyOptions()
 
@@ -107,12 +107,12 @@ def with_liger(case: LossCase):
 
 
 def cut_cross_entropy(case: LossCase):
-    needs_gpu("cut_cross_entropy")
+    require_gpu("cut_cross_entropy")
     loss = pytest.importorskip("cut_cross_entropy", exc_type=ImportError).linear_cross_entropy
     rows, labels = case.masked
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Its filter leaves out gradients below 2^-12, which are nearly all of them while a model knows nothing yet.
+        # Its filter drops gradients below 2^-12, which are nearly all of them in an untrained model.
         return loss(hidden.index_select(0, rows), weight, labels, reduction="sum", filter_eps=None)
 
     return function
@@ -124,9 +124,9 @@ CASES = {
     "main": [LossCase(width=768)],
     "rest": [LossCase(width=1024)],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    **in_cuda(ours),
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    **in_cuda(fused),
     "definition": definition,
     "torch": plain,
     "torch.compile": compiled(plain),

@@ -1,4 +1,4 @@
-"""`linear_gelu` beside the library's product with `bias_gelu` after it, which it has to beat, and PyTorch's own."""
+"""`linear_gelu` vs a library GEMM followed by `bias_gelu`, and vs PyTorch's composition."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from bench.cases import OURS, Case, Work, compiled, definition, in_both_precisions
+from bench.cases import BACKEND, Case, Work, compiled, definition, in_both_precisions
 from bertfast import ops
 from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearGeluCase(Case):
-    """`rows` tokens from `width` to four times as many columns."""
+    """`rows` tokens; the weight maps `width` columns to four times as many."""
 
     rows: int = 32_768
     width: int
@@ -32,19 +32,19 @@ class LinearGeluCase(Case):
 
     def work(self, direction):
         narrow, wide, weight = self.rows * self.width, 4 * self.rows * self.width, 4 * self.width**2
-        product = 2 * self.rows * weight
-        if direction == "forward":  # reads x and the weight, writes the product, which backward wants, and its GELU
-            return Work((narrow + weight + 2 * wide) * self.dtype.itemsize, product)
-        # Reads x, the weight, the product and d_y, writes d_x and d_weight.
-        return Work(2 * (narrow + weight + wide) * self.dtype.itemsize, 2 * product)
+        flops = 2 * self.rows * weight
+        if direction == "forward":  # reads x and the weight, writes the GEMM output, which backward needs, and its GELU
+            return Work((narrow + weight + 2 * wide) * self.dtype.itemsize, flops)
+        # Reads x, the weight, the GEMM output and d_y, writes d_x and d_weight.
+        return Work(2 * (narrow + weight + wide) * self.dtype.itemsize, 2 * flops)
 
 
-def ours(case: LinearGeluCase):
-    return lambda x, weight, bias: ops.linear_gelu(x, weight, bias, implementation=OURS)
+def fused(case: LinearGeluCase):
+    return lambda x, weight, bias: ops.linear_gelu(x, weight, bias, implementation=BACKEND)
 
 
-def product_and_bias_gelu(case: LinearGeluCase):
-    return lambda x, weight, bias: ops.bias_gelu(F.linear(x, weight), bias, implementation=OURS)
+def linear_and_bias_gelu(case: LinearGeluCase):
+    return lambda x, weight, bias: ops.bias_gelu(F.linear(x, weight), bias, implementation=BACKEND)
 
 
 CASES = {
@@ -53,9 +53,9 @@ CASES = {
     "main": [LinearGeluCase(width=768)],
     "rest": [LinearGeluCase(width=1024)],
 }
-PROVIDERS = {
-    "bertfast": ours,
-    "linear+bias_gelu": product_and_bias_gelu,
+IMPLEMENTATIONS = {
+    "bertfast": fused,
+    "linear+bias_gelu": linear_and_bias_gelu,
     "definition": definition,
     "torch.compile": compiled(definition),
 }

@@ -1,9 +1,8 @@
-"""Compile what launches Triton kernels for a GPU that is not present, and report on the machine code.
+"""Compile Triton kernels for a GPU that is not present, and report on the machine code.
 
-Operators run on CPU tensors with a driver that compiles for the GPU and launches nothing, so that what is compiled is
-what would run, with the specialisations that a JIT compiler makes of the arguments. Another ptxas than Triton's own
-compiles if TRITON_PTXAS_PATH names it, for instance that of a newer CUDA toolkit (for sm_100 and later,
-TRITON_PTXAS_BLACKWELL_PATH).
+Operators run on CPU tensors with a driver that compiles for the GPU and launches nothing, so the kernels are those that
+would run, with the same specialisations of arguments. TRITON_PTXAS_PATH (for sm_100 and later
+TRITON_PTXAS_BLACKWELL_PATH) names another ptxas than Triton's, for instance that of a newer CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from triton.runtime import JITFunction, driver
 from bench.sass_model import sass
 from bertfast.kernels import device
 
-SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # sm: KiB of shared memory that a program may take
-# ptxas's warnings that it runs each wgmma on its own, whatever the reason; C7519 is about the code around them.
+SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # shared memory of a program in KiB, by architecture
+# ptxas's warnings that it serialises wgmma, for any reason; C7519 is about the code around them.
 _SERIALISED = re.compile(r"\((C751[0-5])\)")
 _BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
 _ROOT = Path(__file__).parents[2]
@@ -35,7 +34,24 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration for one GPU architecture."""
+    """One kernel in one configuration for one GPU architecture.
+
+    Attributes:
+        triton: Version of Triton.
+        architecture: 90 for sm_90.
+        kernel: Name of the kernel.
+        case: Name of the configuration.
+        shape: Block sizes.
+        warps: Number of warps.
+        registers: Registers per thread.
+        spills: Instructions that spill registers.
+        shared_memory: Bytes of shared memory.
+        instructions: Number of instructions.
+        tensor_core: The tensor core instruction, "" if there is none.
+        tensor_core_instructions: Number of tensor core instructions.
+        serialised: Codes of ptxas's warnings that it serialises wgmma.
+        hazards: A line for each hazard of a pending wgmma.
+    """
 
     triton: str
     architecture: int
@@ -47,13 +63,13 @@ class Compiled:
     spills: int
     shared_memory: int
     instructions: int
-    tensor_core: str  # the instruction, "" if there is none
+    tensor_core: str
     tensor_core_instructions: int
-    serialised: list[str] = field(default_factory=list)  # ptxas's codes of warnings
+    serialised: list[str] = field(default_factory=list)
     hazards: list[str] = field(default_factory=list)
 
     def faults(self) -> list[str]:
-        """What is wrong with it, in words."""
+        """Return a line for each fault of the kernel."""
         found = []
         if self.spills:
             found.append(f"{self.spills} instructions spill registers")
@@ -61,7 +77,7 @@ class Compiled:
             found.append(f"ptxas serialises its wgmma ({', '.join(self.serialised)})")
         found += self.hazards
         matmuls = self.kernel.startswith(("attention", "linear_gelu"))
-        # A warpgroup of Hopper multiplies 64 rows at a time; smaller blocks take the older instruction.
+        # wgmma multiplies 64 rows at a time; smaller blocks use the older instruction.
         wide = self.architecture == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
         if matmuls and (not self.tensor_core or (wide and self.tensor_core != "HGMMA")):
             found.append(f"its matmuls run on {self.tensor_core or 'no tensor core'}")
@@ -72,13 +88,13 @@ class Compiled:
 
 
 class _Absent:
-    """A driver for a GPU that is not present: enough for the compiler."""
+    """A driver for a GPU that is not present, with only what the compiler needs."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
 
     def get_current_device(self) -> int:
-        return self.architecture  # a cache of its own for each
+        return self.architecture  # separates the compilation caches of architectures
 
     def get_current_stream(self, _device) -> int:
         return 0
@@ -107,7 +123,7 @@ def compile_only(architecture: int, compiled: Callable[[object, str, dict], None
             compiled(kernel, log.getvalue(), options)
         return kernel
 
-    # What comes from the cache on disk has no output of ptxas.
+    # Kernels from the cache on disk have no output of ptxas.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run_without_launch)
         patch.setattr(triton.knobs.compilation, "always_compile", True)
@@ -116,7 +132,7 @@ def compile_only(architecture: int, compiled: Callable[[object, str, dict], None
 
 
 def compile_cases(architecture: int, cases: Iterable[tuple[str, Callable[[], None]]]) -> list[Compiled]:
-    """A report on each kernel that the cases (name, launch) launch."""
+    """Return a report on each kernel that the cases (name, launch) launch."""
     results, case = [], ""
 
     def report(kernel: object, log: str, options: dict) -> None:
@@ -129,7 +145,7 @@ def compile_cases(architecture: int, cases: Iterable[tuple[str, Callable[[], Non
 
 
 class _EachNth:
-    """A plugin of pytest that keeps one part of the tests."""
+    """A pytest plugin that selects every `parts`-th test, from `part` on."""
 
     def __init__(self, part: int, parts: int):
         self.part, self.parts = part, parts
@@ -139,16 +155,16 @@ class _EachNth:
 
 
 def compile_launches_of_tests(architecture: int, part: int, parts: int) -> list[Compiled]:
-    """A report on each kernel that the tests of the kernels launch, one part of `parts` of them.
+    """Return a report on each kernel that the tests of the kernels launch, for one of `parts` parts of the tests.
 
-    The tests fail, since nothing computes; what they launch until then is compiled.
+    The tests fail because nothing is computed; what they launch before that is compiled.
     """
     from bertfast.ops import dispatch
 
-    dispatch._INTERPRETED = True  # so that Triton's kernels are launched with CPU tensors
+    dispatch._INTERPRETED = True  # Triton kernels are launched with CPU tensors
     results = []
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT)]
-    ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # runs processes of its own
+    ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # starts processes
     with (
         pytest.MonkeyPatch.context() as patch,
         compile_only(architecture, lambda *kernel: results.append(_report(*kernel, architecture, "a test's launch"))),
@@ -162,7 +178,7 @@ def compile_launches_of_tests(architecture: int, part: int, parts: int) -> list[
 
 
 def serialised_wgmma(log: str) -> list[str]:
-    """The codes of ptxas's warnings, in its output, that it serialises wgmma."""
+    """Return the codes of the warnings in ptxas's output that it serialises wgmma."""
     return sorted(set(_SERIALISED.findall(log)))
 
 

@@ -1,30 +1,31 @@
-"""Compile every Triton kernel, in every configuration of its tables, for GPUs that are not here.
+"""Compile every Triton kernel, in every configuration of its tables, for GPUs that are not present, and find faults.
 
-For each kernel the table has registers, spills, shared memory and tensor core instructions. It is a fault if a kernel
-spills, takes more shared memory than the GPU has, lacks tensor core instructions for its matmuls, has its wgmma
-serialised by ptxas, or touches registers of a wgmma in flight; see `ahead_of_time.py` and `sass.py`.
+For each kernel the table has registers, shared memory, instructions and tensor core instructions. It is a fault if a
+kernel spills registers, uses more shared memory than the GPU has, lacks tensor core instructions for its matmuls, has
+its wgmma serialised by ptxas, or touches registers of a pending wgmma; see `ahead_of_time.py` and `sass.py`.
 
     python -m bench.sass_model.compiled_kernels [--architectures 80 90 100 120] [--representative | --tests]
         [--output FILE.json]
-    python -m bench.sass_model.compiled_kernels --table FILE.json … > bench/results/compiled_kernels.md
+    python -m bench.sass_model.compiled_kernels --table FILE.json … [--output bench/results/compiled_kernels.md]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import torch
 import triton
 
-from bench.harness import origin
+from bench.harness import RESULTS, origin, require_clean_tree
 from bench.sass_model.ahead_of_time import SHARED_MEMORY_KIB, Compiled, compile_cases, compile_launches_of_tests
 from bertfast.kernels.attention_tiles import tile_table
 
@@ -35,9 +36,10 @@ Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
 def cases(representative: bool = False) -> Cases:
-    """(name, what launches it) of every operation and configuration.
+    """Yield (name, function that launches the kernels) for every operation and configuration.
 
-    With `representative` they are those that models use most and that tax the compiler most.
+    Args:
+        representative: Only configurations that models use most or that are hardest to compile.
     """
     yield from attention_cases(representative)
     yield from add_layer_norm_cases(representative)
@@ -51,7 +53,7 @@ def attention_cases(representative: bool) -> Cases:
     from bertfast.kernels import attention, attention_backward  # noqa: F401
 
     masks = {"": (False, None), "causal": (True, None), "window": (False, 64)}
-    for head_dimension, dtype, bound, dropout, mask in product(
+    for head_dimension, dtype, bound, dropout, mask in itertools.product(
         (32, 64, 128), (BF16, FLOAT), (32, 64, 128, 512), (False, True), masks
     ):
         if (mask and bound < 512) or (representative and not _represents(head_dimension, dtype, bound, mask)):
@@ -79,7 +81,7 @@ def _represents(head_dimension: int, dtype: torch.dtype, bound: int, mask: str) 
 def add_layer_norm_cases(representative: bool) -> Cases:
     from bertfast.kernels import add_layer_norm  # noqa: F401, registers the operations
 
-    for hidden, (x_dtype, dtype), dropped in product(
+    for hidden, (x_dtype, dtype), dropped in itertools.product(
         (768, 4096) if representative else HIDDEN,
         ((BF16, FLOAT),) if representative else ((BF16, BF16), (BF16, FLOAT), (FLOAT, FLOAT)),
         (True,) if representative else (False, True),
@@ -94,9 +96,9 @@ def add_layer_norm_cases(representative: bool) -> Cases:
                 residual, x, residual, vector, vector, statistics, statistics, *dropout
             )
 
-        # What a layer runs under autocast: the output with its copy, and the gradients of both.
+        # Under autocast a layer also writes a copy of the output, and gets gradients of both.
         def launch_pair(x=x, residual=residual, vector=vector, statistics=statistics, dropout=dropout) -> None:
-            copy = None if x.dtype == residual.dtype else x.dtype  # without a stream in fp32 it is the output itself
+            copy = None if x.dtype == residual.dtype else x.dtype  # in bf16 the copy is the output itself
             torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout, copy)
             torch.ops.bertfast.triton_add_layer_norm_backward(
                 residual, x, residual, vector, vector, statistics, statistics, *dropout, x
@@ -112,7 +114,7 @@ def add_layer_norm_cases(representative: bool) -> Cases:
 def bias_gelu_cases(representative: bool) -> Cases:
     from bertfast.kernels import bias_gelu, linear_gelu  # noqa: F401
 
-    for columns, dtype, approximate in product(
+    for columns, dtype, approximate in itertools.product(
         (3072,) if representative else (512, 3072, 4096), (BF16, FLOAT), ("none", "tanh")
     ):
         x, bias = torch.zeros(16, columns, dtype=dtype), torch.zeros(columns)
@@ -129,7 +131,7 @@ def bias_gelu_cases(representative: bool) -> Cases:
 def gelu_layer_norm_cases(representative: bool) -> Cases:
     from bertfast.kernels import gelu_layer_norm  # noqa: F401
 
-    for hidden, dtype in product((768, 4096) if representative else HIDDEN, (BF16, FLOAT)):
+    for hidden, dtype in itertools.product((768, 4096) if representative else HIDDEN, (BF16, FLOAT)):
         x, vector, statistics = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden), torch.zeros(16)
 
         def launch(x=x, vector=vector, statistics=statistics) -> None:
@@ -142,7 +144,7 @@ def gelu_layer_norm_cases(representative: bool) -> Cases:
 def embed_cases(representative: bool) -> Cases:
     from bertfast.kernels import embed  # noqa: F401
 
-    for hidden, dtype, dropped in product(
+    for hidden, dtype, dropped in itertools.product(
         (768, 4096) if representative else HIDDEN,
         (FLOAT,) if representative else (BF16, FLOAT),
         (True,) if representative else (False, True),
@@ -162,13 +164,13 @@ def embed_cases(representative: bool) -> Cases:
 def linear_cross_entropy_cases(representative: bool) -> Cases:
     from bertfast.kernels import linear_cross_entropy  # noqa: F401
 
-    for vocabulary, dtype in product((30522,) if representative else (1000, 30522, 250_000), (BF16, FLOAT)):
+    for vocabulary, dtype in itertools.product((30522,) if representative else (1000, 30522, 250_000), (BF16, FLOAT)):
         hidden, weight = torch.zeros(16, 8, dtype=dtype), torch.zeros(vocabulary, 8, dtype=dtype)
         rows = torch.zeros(16, dtype=torch.int64)
 
         def launch(hidden=hidden, weight=weight, rows=rows, dtype=dtype) -> None:
-            bias, wanted = weight[:, 0].contiguous(), [True, True, True]
-            torch.ops.bertfast.triton_linear_cross_entropy_forward(hidden, rows, weight, bias, rows, wanted, dtype)
+            bias, needs_grad = weight[:, 0].contiguous(), [True, True, True]
+            torch.ops.bertfast.triton_linear_cross_entropy_forward(hidden, rows, weight, bias, rows, needs_grad, dtype)
 
         yield f"{_name(dtype)}, V = {vocabulary:,}", launch
 
@@ -183,16 +185,42 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def compile_part(architecture: int, part: int, parts: int, which: str) -> list[Compiled]:
-    """Every `parts`-th case from `part` on, compiled for a GPU; `which` is "all", "representative" or "tests"."""
+    """Compile every `parts`-th case from `part` on; `which` is "all", "representative" or "tests"."""
     if which == "tests":
         return compile_launches_of_tests(architecture, part, parts)
     return compile_cases(architecture, islice(cases(which == "representative"), part, None, parts))
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    if arguments.table:
+        output = arguments.output or RESULTS / "compiled_kernels.md"
+        require_clean_tree(output)
+        rows = [Compiled(**row) for path in arguments.table for row in json.loads(path.read_text())]
+        output.write_text(table(rows) + "\n", encoding="utf-8")
+        return
+    parts = os.cpu_count() or 1
+    jobs = [(arch, part, parts, arguments.which) for arch in arguments.architectures for part in range(parts)]
+    with ProcessPoolExecutor(parts) as pool:
+        results = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
+    if arguments.output:
+        arguments.output.write_text(json.dumps([asdict(row) for row in results], indent=1))
+    faults = [(row, fault) for row in results for fault in row.faults()]
+    for row, fault in faults:
+        print(f"sm_{row.architecture}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
+    print(f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(faults)} faults")
+    sys.exit(bool(faults))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--architectures", type=int, nargs="+", default=list(SHARED_MEMORY_KIB), choices=SHARED_MEMORY_KIB
+        "--architectures",
+        type=int,
+        nargs="+",
+        default=list(SHARED_MEMORY_KIB),
+        choices=SHARED_MEMORY_KIB,
+        help="GPU architectures to compile for, 90 for sm_90 (default: all)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -201,36 +229,20 @@ def main() -> None:
         dest="which",
         const="representative",
         default="all",
-        help="only the configurations that models use most and that tax the compiler most",
+        help="compile only configurations that models use most or that are hardest to compile",
     )
     which.add_argument(
         "--tests",
         action="store_const",
         dest="which",
         const="tests",
-        help="instead, what the tests of the kernels launch",
+        help="compile what the tests of the kernels launch",
     )
-    parser.add_argument("--output", type=Path, help="write what was compiled, as JSON")
-    parser.add_argument("--table", type=Path, nargs="+", help="print a table of such files instead")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table([Compiled(**row) for path in arguments.table for row in json.loads(path.read_text())]))
-        return
-    parts = os.cpu_count() or 1
-    jobs = [
-        (architecture, part, parts, arguments.which)
-        for architecture in arguments.architectures
-        for part in range(parts)
-    ]
-    with ProcessPoolExecutor(parts) as pool:
-        results = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
-    if arguments.output:
-        arguments.output.write_text(json.dumps([asdict(row) for row in results], indent=1))
-    wrong = [(row, fault) for row in results for fault in row.faults()]
-    for row, fault in wrong:
-        print(f"sm_{row.architecture}, {row.kernel}, {row.case} ({row.shape}, {row.warps} warps): {fault}")
-    print(f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(wrong)} faults")
-    sys.exit(bool(wrong))
+    parser.add_argument("--output", type=Path, help="file for the compiled kernels (JSON), or for the table (Markdown)")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="FILE.json", help="write a table of such files instead"
+    )
+    return parser.parse_args()
 
 
 def table(rows: list[Compiled]) -> str:
@@ -243,13 +255,12 @@ def table(rows: list[Compiled]) -> str:
     lines = [
         "# Every Triton kernel, compiled ahead of time",
         "",
-        f"By `make test-all` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers / KiB of "
-        "shared memory / instructions / tensor core instructions (block, warps); empty where the code is another "
-        "case's too. Kernels that spill a register, take more shared memory than the GPU has, lack tensor core "
-        "instructions, or have wgmma serialised or its registers touched too early: "
-        f"{faults} of {len(rows)}.",
+        f"By `make compiled-tables` at commit {origin()['commit']}, on a machine without a GPU. An entry: registers "
+        "per thread / KiB of shared memory / instructions / tensor core instructions (block, warps); empty if another "
+        "case has the same code. Kernels that spill registers, use more shared memory than the GPU has, lack tensor "
+        f"core instructions, have wgmma serialised or touch registers of a pending wgmma: {faults} of {len(rows)}.",
         "",
-        "| kernel | case | " + " | ".join(f"sm_{architecture}, {version}" for architecture, version in columns) + " |",
+        "| kernel | case | " + " | ".join(f"sm_{arch}, {version}" for arch, version in columns) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
     for (kernel, case), entries in sorted(found.items()):
@@ -259,7 +270,7 @@ def table(rows: list[Compiled]) -> str:
 
 
 def _cell(row: Compiled | None) -> str:
-    if row is None:  # the same code as another case's
+    if row is None:  # another case has the same code
         return ""
     numbers = f"{row.registers} / {row.shared_memory / 1024:.0f} / {row.instructions}"
     matmuls = f" / {row.tensor_core_instructions} {row.tensor_core}" if row.tensor_core else ""

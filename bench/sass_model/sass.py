@@ -1,8 +1,8 @@
-"""NVIDIA machine code as `cuobjdump -sass` prints it: its instructions, and the hazards of asynchronous matmuls.
+"""Parse NVIDIA machine code, as printed by `cuobjdump -sass`, and find hazards of asynchronous matmuls.
 
-On Hopper a warpgroup's matmul (wgmma, HGMMA in SASS) goes on while the warps run further. Until a wait for its group no
-instruction may touch its accumulator or overwrite registers that it reads. Compilers have to see to that, and versions
-of Triton have failed to (triton-lang/triton issues 9433, 11366 and 11781): a kernel then sometimes returns garbage.
+On Hopper a matmul of a warpgroup (wgmma, HGMMA in SASS) runs asynchronously. Until a wait for its group, no instruction
+may touch its accumulator or overwrite registers that it reads. Compilers must ensure that, and versions of Triton have
+failed to (triton-lang/triton issues 9433, 11366 and 11781): a kernel then sometimes returns garbage.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from functools import cached_property
 
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)(.*?);")
 _REGISTER = re.compile(r"(?<![A-Z0-9])R(\d+)")
-# Instructions without a general register that they write: their first one is a source.
+# Instructions that write no general register: their first operand is a source.
 _WITHOUT_DESTINATION = re.compile(
     r"(BAR|BRA|BSSY|BSYNC|CCTL|DEPBAR|ELECT|ERRBAR|EXIT|FENCE|FSETP|ISETP|LDGDEPBAR|LDGSTS|MEMBAR|NOP|PLOP3|R2P|R2UR"
     r"|REDUX|S2UR|ST|STG|STL|STS|STSM|SYNCS|VOTEU|WARPGROUP|WARPSYNC|U\w+)\b"
 )
-_MOST_PENDING = 8  # groups that a wait can leave; a loop without any wait ends more and more
+_MAX_PENDING = 8  # groups that a wait can leave pending; bounds the states of a loop without a wait
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class Instruction:
 
     @property
     def ends_group(self) -> bool:
-        """Whether a wgmma is the last one of its group."""
+        """Whether it is the last wgmma of its group."""
         return self.is_wgmma and "gsb0" in self.operands
 
     @property
     def pending_groups(self) -> int | None:
-        """The most groups of wgmma that may go on after this wait; None if it is no such wait."""
+        """The number of groups of wgmma that may be pending after this wait; None if it is not such a wait."""
         if not self.opcode.startswith("WARPGROUP.DEPBAR"):
             return None
         return int(re.search(r"gsb0, 0x([0-9a-f]+)", self.operands)[1], 16)
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The address to which a branch jumps; None if it is not a branch."""
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
         return int(found[1], 16) if found else None
 
     @property
     def always_leaves(self) -> bool:
-        """Whether the next instruction is never next: an exit or a branch without condition."""
+        """Whether it is an exit or a branch without condition, so that the next instruction never follows."""
         condition = self.predicate or re.search(r"\bU?P\d", self.operands.split("0x")[0])
         return self.opcode.startswith(("EXIT", "BRA")) and not condition
 
@@ -69,7 +69,7 @@ class Instruction:
 
     @cached_property
     def read(self) -> frozenset[int]:
-        """Registers that it reads: each operand's first one, and all that a store writes to memory."""
+        """Registers that it reads: the first of each operand, and all that a store writes to memory."""
         sources = self.operands.split(",", 1)[-1] if self.written else self.operands
         registers = [int(register) for register in _REGISTER.findall(sources)]
         wide = range(registers[-1], registers[-1] + self._width) if registers and self.opcode.startswith("ST") else ()
@@ -77,7 +77,7 @@ class Instruction:
 
     @cached_property
     def multiplied(self) -> frozenset[int]:
-        """Registers of a wgmma's left operand; none if that lies in shared memory."""
+        """Registers of the left operand of a wgmma; empty if it is in shared memory."""
         found = re.match(r"\s*R(\d+)", self.operands.split(",")[1])
         return frozenset(range(int(found[1]), int(found[1]) + 4)) if found else frozenset()
 
@@ -94,55 +94,56 @@ class Instruction:
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of a listing of one kernel."""
+    """Return the instructions of the listing of one kernel."""
     found = (_LINE.match(line) for line in listing.splitlines())
     return [Instruction(int(m[1], 16), m[2], m[3], m[4]) for m in found if m]
 
 
 def count(instructions: list[Instruction]) -> Counter[str]:
-    """How many there are of each opcode, modifiers left out."""
+    """Return the number of instructions of each opcode, without modifiers."""
     return Counter(instruction.opcode.split(".")[0] for instruction in instructions)
 
 
 def wgmma_hazards(instructions: list[Instruction]) -> list[str]:
-    """Every instruction that, on some path, touches registers of a wgmma that nothing has waited for."""
-    index = {instruction.address: place for place, instruction in enumerate(instructions)}
+    """Return a line for each instruction that, on any path, touches registers of a pending wgmma."""
+    index_of = {instruction.address: index for index, instruction in enumerate(instructions)}
     found = set()
-    for place, instruction in enumerate(instructions):
+    for index, instruction in enumerate(instructions):
         if instruction.is_wgmma:
-            found |= _hazards_after(place, instructions, index)
+            found |= _hazards_after(index, instructions, index_of)
     return [f"{text} at {address:#x}" for address, text in sorted(found)]
 
 
-def _hazards_after(start: int, instructions: list[Instruction], index: dict[int, int]) -> set[tuple[int, str]]:
-    # A state is an instruction and how many groups have ended since the wgmma's own: None before that ended.
+def _hazards_after(start: int, instructions: list[Instruction], index_of: dict[int, int]) -> set[tuple[int, str]]:
+    # A state is an instruction and the number of groups that were closed after that of the wgmma; None before its own
+    # group is closed.
     wgmma = instructions[start]
     found, seen = set(), set()
     paths = [(start + 1, 0 if wgmma.ends_group else None)]
     while paths:
-        place, ended = paths.pop()
-        while place < len(instructions) and (place, ended) not in seen:
-            seen.add((place, ended))
-            instruction = instructions[place]
+        index, ended = paths.pop()
+        while index < len(instructions) and (index, ended) not in seen:
+            seen.add((index, ended))
+            instruction = instructions[index]
             if ended is not None and instruction.pending_groups is not None and instruction.pending_groups <= ended:
                 break
             fault = _fault(instruction, wgmma)
             if fault:
                 found.add((instruction.address, f"{instruction.opcode} {fault} of the wgmma at {wgmma.address:#x}"))
             if instruction.ends_group:
-                ended = 0 if ended is None else min(ended + 1, _MOST_PENDING)
-            if instruction.target in index:
-                paths.append((index[instruction.target], ended))
+                ended = 0 if ended is None else min(ended + 1, _MAX_PENDING)
+            if instruction.target in index_of:
+                paths.append((index_of[instruction.target], ended))
             if instruction.always_leaves:
                 break
-            place += 1
+            index += 1
     return found
 
 
 def _fault(instruction: Instruction, wgmma: Instruction) -> str | None:
     if instruction.written & wgmma.multiplied:
         return "overwrites the left operand"
-    if instruction.is_wgmma:  # the next one may add to the same accumulator
+    if instruction.is_wgmma:  # which may add to the same accumulator
         return "multiplies the accumulator" if instruction.multiplied & wgmma.written else None
     if instruction.written & wgmma.written:
         return "overwrites the accumulator"

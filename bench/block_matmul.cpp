@@ -1,4 +1,4 @@
-// How fast one core multiplies blocks of 64³ that lie in its cache, which bounds attention. See `harness.block_rate`.
+// Multiply blocks of 64³ that stay in the cache of a core: the rate bounds attention. See `ceilings.block_throughput`.
 #define BERTFAST_SET native
 #include "../csrc/cpu/block_matmul.h"
 

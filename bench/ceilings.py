@@ -1,0 +1,77 @@
+"""Measure what bounds every kernel on this machine: GEMM throughput and memory bandwidth.
+
+python -m bench.ceilings [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from bench.harness import DEVICE, ON_GPU, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
+from bertfast.ops.matmul import linear
+
+BLOCKS_PER_CALL = 40
+
+
+def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
+    """Return the FLOP/s of the GEMMs [m, k] × [k, n] of `shapes`, one after another, the best of `repeats`."""
+    options = {"dtype": dtype, "device": DEVICE}
+    operands = {(m, k, n): (torch.randn(m, k, **options), torch.randn(n, k, **options)) for m, k, n in set(shapes)}
+    flops = sum(2 * m * k * n for m, k, n in shapes)
+
+    def run() -> None:
+        for shape in shapes:
+            linear(*operands[shape])
+
+    return flops / min(side_by_side({"gemm": run}, repeats)["gemm"]).seconds
+
+
+@cache
+def block_throughput(dtype: torch.dtype, repeats: int = 300) -> float | None:
+    """Return the FLOP/s of all threads if each multiplied blocks of 64³ in its cache as fast as one core does alone.
+
+    Returns:
+        None if no compiler can build `block_matmul.cpp`.
+    """
+    source = Path(__file__).with_name("block_matmul.cpp")
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+    with TemporaryDirectory() as folder:
+        target = str(Path(folder, "block_matmul.so"))
+        try:
+            subprocess.run(["c++", *flags, str(source), "-o", target], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        multiply = ctypes.CDLL(target).multiply_blocks
+    best = min(stopwatch(lambda: multiply(dtype == torch.bfloat16, BLOCKS_PER_CALL)) for _ in range(repeats))
+    return torch.get_num_threads() * BLOCKS_PER_CALL * 2 * 64**3 / best
+
+
+def copy_bandwidth(bytes_to_copy: int, repeats: int = 10) -> float:
+    """Return the bytes/s of a copy within the device's memory, reads and writes both counted, the best of `repeats`."""
+    source = torch.randn(bytes_to_copy // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * bytes_to_copy / min(side_by_side({"copy": lambda: target.copy_(source)}, repeats)["copy"]).seconds
+
+
+def ceilings() -> dict[str, float]:
+    """Measure now and return {"flops": FLOP/s of bf16 GEMMs, "bytes": bytes/s to and from memory}."""
+    size, copied = (8192, 2 << 30) if ON_GPU else (256, 32 << 20)
+    return {"flops": gemm_throughput([(size,) * 3] * 4, torch.bfloat16, 10), "bytes": copy_bandwidth(copied)}
+
+
+def main() -> None:
+    results = result_parser(__doc__).parse_args().results
+    require_clean_tree(results)
+    measured = ceilings()
+    write_result("ceilings", {"ceilings": measured}, results)
+    print(f"bf16 GEMMs {measured['flops'] / 1e12:.3g} TFLOP/s, copies {measured['bytes'] / 1e12:.3g} TB/s")
+
+
+if __name__ == "__main__":
+    main()

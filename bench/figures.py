@@ -1,0 +1,152 @@
+"""Draw the seconds of a pre-training step, as shown in the README, from result files.
+
+    python -m bench.figures RESULT.json … [--output docs/images/pretraining_step.png]
+
+RESULT are files of `bench.end_to_end.pretraining_step`, each of which becomes a panel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.harness import ROOT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The colours of all figures.
+COLORS = {
+    "bertfast": "tab:blue",
+    "transformers": "tab:orange",
+    "transformers, compiled": "tab:red",
+    "lower bound": "tab:gray",
+}
+STEP_BARS = {
+    "transformers": "transformers-sdpa_median_s",
+    "transformers, compiled": "transformers-compile_median_s",
+    "bertfast": "bertfast_median_s",
+    "lower bound": "lower_bound_s",
+}
+STEP_CASE = re.compile(r"(?:gpu-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia)?(?:-(?P<precision>fp32|bf16))?")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="JSON file of a pre-training step")
+    default = ROOT / "docs" / "images" / "pretraining_step.png"
+    parser.add_argument("--output", type=Path, default=default, help="PNG file (default: that of the README)")
+    arguments = parser.parse_args()
+    results = []
+    for path in arguments.results:
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+        if "+changes" in results[-1]["origin"]["commit"]:
+            parser.error(f"{path} was measured with uncommitted changes: measure it again from a commit")
+    plot_steps(results, arguments.output)
+    print(f"written to {arguments.output}")
+
+
+def plot_steps(results: list[dict], path: Path) -> None:
+    """Draw a panel per result with a bar for each implementation and for the lower bound.
+
+    The numbers in brackets are the medians of the ratios of rounds to bertfast.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (8, 2.3 * len(results))
+    figure, axes = pyplot.subplots(len(results), figsize=size, squeeze=False, layout="constrained")
+    for axis, result in zip(axes[:, 0], results, strict=True):
+        _plot_step(axis, result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_step(axis: Axes, result: dict) -> None:
+    seconds = {name: result[key] for name, key in STEP_BARS.items() if key in result}
+    bars = axis.barh(list(seconds), list(seconds.values()), color=[COLORS[name] for name in seconds])
+    labels = [f"{value:.2f}" for value in seconds.values()]
+    for index, name in enumerate(seconds):
+        if ratio := result["ratios"].get(STEP_BARS[name].removesuffix("_median_s")):
+            labels[index] += f"   ({ratio:.1f}x)"
+    axis.bar_label(bars, labels, padding=4)
+    axis.set_xlim(0, 1.2 * max(seconds.values()))  # leaves space for the labels
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("time of a pre-training step (s), lower is better")
+    axis.set_title(_step_title(result), fontsize="medium", loc="left")
+
+
+def _step_title(result: dict) -> str:
+    """Return the model, the batch, the precision, the device and the number of threads."""
+    case, origin = STEP_CASE.fullmatch(result["case"]), result["origin"]
+    if case is None:
+        raise ValueError(f"the name of the case is not understood: {result['case']}")
+    gpu = origin.get("gpu")
+    device = gpu["name"] if gpu else f"{origin['processor'].split(' (')[0]}, {_instruction_set(origin['processor'])}"
+    threads = "" if gpu else f", {origin['threads']} threads"
+    batch = f"{len(result['lengths'])} x ≤ {case['length']} tokens"
+    return f"BERT-{case['preset']}, {batch}, {case['precision'] or 'bf16'}; {device}{threads}"
+
+
+def _instruction_set(processor: str) -> str:
+    return "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
+
+
+def runs_of(results: list[dict]) -> list[dict]:
+    """Return the timed calls of operator benchmarks, each a dictionary with its median in "median_s"."""
+    return [
+        run["extra_info"] | {"median_s": run["stats"]["median"]}
+        for result in results
+        for run in result.get("benchmarks", [])
+    ]
+
+
+def plot_operators(results: list[dict], folder: Path) -> list[Path]:
+    """Draw the roofline efficiency of all implementations, a PNG file per operator; return the files."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install 'bertfast[plots]')")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, written = runs_of(results), []
+    for operation in dict.fromkeys(run["operation"] for run in runs):
+        of_operation = [run for run in runs if run["operation"] == operation]
+        directions = list(dict.fromkeys(run["direction"] for run in of_operation))
+        cases = list(dict.fromkeys(run["case"] for run in of_operation))
+        size = (4 + 1.6 * len(cases), 6)
+        figure, axes = pyplot.subplots(len(directions), figsize=size, sharex=True, squeeze=False, layout="constrained")
+        for axis, direction in zip(axes[:, 0], directions, strict=True):
+            _plot_efficiency(axis, [run for run in of_operation if run["direction"] == direction], cases)
+            axis.set_ylabel(f"{direction}: roofline efficiency (%)")
+        figure.suptitle(operation)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        written.append(folder / f"{operation}.png")
+        figure.savefig(written[-1], dpi=120)
+        pyplot.close(figure)
+    return written
+
+
+def _plot_efficiency(axis: Axes, runs: list[dict], cases: list[str]) -> None:
+    """Draw a group of bars per case, a bar per implementation."""
+    implementations = list(dict.fromkeys(run["implementation"] for run in runs))
+    width = 0.8 / len(implementations)
+    for index, implementation in enumerate(implementations):
+        own = [run for run in runs if run["implementation"] == implementation]
+        x = [cases.index(run["case"]) + width * index for run in own]
+        y = [100 * run["roofline_efficiency"] for run in own]
+        axis.bar(x, y, width, align="edge", label=implementation, color=f"C{index}")
+    axis.set_xticks([index + 0.4 for index in range(len(cases))], cases)
+
+
+if __name__ == "__main__":
+    main()
