@@ -15,8 +15,8 @@ import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bertfast.data.corpus import read_lines
 from bertfast.data.docstrings import docstring_documents
+from bertfast.data.text_files import read_lines
 from bertfast.models.bert import BertForMultipleChoice, BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve

@@ -1,26 +1,18 @@
 """Read text files as streams of documents; a document is a list of paragraphs, each a single line.
 
 `.txt`: one paragraph per line, and a blank line between documents. `.jsonl`: one document per line, in a field whose
-lines are paragraphs. Both may be compressed (`.gz`, `.xz`, `.zst`). `.parquet`: one document per row, in a column whose
-lines are paragraphs.
+lines are paragraphs. Both may be compressed (`.gz`, `.xz`, `.bz2`, `.zst`). `.parquet`: one document per row, in a
+column whose lines are paragraphs.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
 
-COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(f"{form}{compression}" for form in (".txt", ".jsonl") for compression in COMPRESSIONS), ".parquet")
 MAX_DOCUMENT_CHARACTERS = 1_000_000  # longer documents of .txt files are split, which bounds memory
 
@@ -86,29 +78,6 @@ def held_out(paragraphs: list[str], percentage: float) -> bool:
     return int.from_bytes(digest, "little") < percentage / 100 * 2**64
 
 
-def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line including its end) of a text file.
-
-    Args:
-        path: A text file, compressed or not.
-        progress: Called with the number of bytes of the file read so far.
-
-    Raises:
-        ValueError: A line is not UTF-8, or the compressed file is damaged; the message names file and line.
-    """
-    number = 0
-    with path.open("rb") as raw, _decompressed(path, raw) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                progress(raw.tell())
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({byte}); convert the file to UTF-8") from None
-        except Exception as error:  # each decompressor raises exceptions of its own
-            raise ValueError(f"{path}: cannot be read beyond line {number} ({error})") from error
-
-
 def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:
     document: list[str] = []
     characters = 0
@@ -119,21 +88,6 @@ def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[li
         document.append(line)
         characters += len(line)
     yield document
-
-
-def json_object(path: Path, number: int, line: str, example: str) -> dict[str, Any]:
-    """Parse line `number` of the .jsonl file `path`.
-
-    Raises:
-        ValueError: It is not a JSON object; the message names file and line, and shows `example`.
-    """
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {number}: not an object like {example}")
-    return value
 
 
 def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> Iterator[list[str]]:
@@ -147,8 +101,6 @@ def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> I
             raise ValueError(
                 f"{path}, line {number}: no text in a field {text_column!r} (fields: {fields}); see --text-column"
             )
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{path}, line {number}: unpaired surrogate in field {text_column!r}")
         yield text.splitlines()
 
 
@@ -174,44 +126,3 @@ def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iter
                 raise ValueError(f"{path}, row {row}: column {text_column!r} holds {text!r}, not a text")
             progress(path.stat().st_size * row // file.metadata.num_rows)
             yield text.splitlines()
-
-
-def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(raw)
-    if path.suffix == ".xz":
-        return lzma.open(raw)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFrames(path, raw))
-    return raw
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """The content of Zstandard frames; unlike the library's own reader, it detects a truncated last frame."""
-
-    def __init__(self, path: Path, raw: io.BufferedReader):
-        try:
-            import zstandard
-        except ImportError:
-            raise ImportError(f'{path}: reading .zst requires zstandard; run pip install "bertfast[zstd]"') from None
-        self.new_frame = zstandard.ZstdDecompressor().decompressobj
-        self.raw, self.content = raw, b""
-        self.frame: zstandard.ZstdDecompressionObj | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        out = memoryview(buffer)
-        while not self.content:
-            compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
-            if not compressed:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the file is truncated")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.new_frame()
-            self.content = self.frame.decompress(compressed)
-        count = min(len(out), len(self.content))
-        out[:count], self.content = self.content[:count], self.content[count:]
-        return count

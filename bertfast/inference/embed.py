@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.corpus import COMPRESSIONS, read_lines
+from bertfast.data.text_files import COMPRESSIONS, read_lines
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.data.corpus import read_lines
+from bertfast.data.text_files import read_lines
 from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask

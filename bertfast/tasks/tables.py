@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from bertfast.data.corpus import COMPRESSIONS, json_object, read_lines
+from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)

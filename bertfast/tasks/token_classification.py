@@ -18,7 +18,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.corpus import read_lines
+from bertfast.data.text_files import read_lines
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification

@@ -1,24 +1,27 @@
 """All file types give the same documents, and invalid input is refused with file and line."""
 
+import bz2
 import gzip
 import json
 import lzma
 
 import pytest
 
-from bertfast.data import corpus
+from bertfast.data import corpus, text_files
 from bertfast.data.corpus import find_files, held_out, read_documents
 from bertfast.data.sentences import split_sentences
+from bertfast.data.text_files import COMPRESSIONS
 
 DOCUMENTS = [["First title", "Its naïve paragraph."], ["Second, “quoted”."], ["Third.", "And more.", "Last."]]
 TEXT = "\n\n".join("\n".join(document) for document in DOCUMENTS)
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
 JSON_LINES = "\n".join(json.dumps({"id": i, "body": "\n".join(d)}) for i, d in enumerate(DOCUMENTS)) + "\n"
 
 
 def compress(content: str, compression: str) -> bytes:
     if compression == ".zst":
         return pytest.importorskip("zstandard").compress(content.encode())
-    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[compression](content.encode())
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[compression](content.encode())
 
 
 def read(path, content, text_column="text"):
@@ -26,7 +29,7 @@ def read(path, content, text_column="text"):
     return list(read_documents(path, text_column))
 
 
-@pytest.mark.parametrize("compression", corpus.COMPRESSIONS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_text_and_json_lines_with_any_compression_give_the_same_documents(tmp_path, compression):
     assert read(tmp_path / f"a.txt{compression}", compress(TEXT, compression)) == DOCUMENTS
     assert read(tmp_path / f"a.jsonl{compression}", compress(JSON_LINES, compression), "body") == DOCUMENTS
@@ -51,6 +54,22 @@ def test_parquet_gives_the_same_documents(tmp_path):
 def test_line_endings_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
     content = "\ufeff\r\n\r\n" + TEXT.replace("\n", "\r\n").replace("\r\n\r\n", "\r\n \t\r\n\r\n") + "\r\n\r\n"
     assert read(tmp_path / "a.txt", content) == DOCUMENTS
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".bz2", ".zst"])
+def test_a_compression_is_recognised_by_content_whatever_the_suffix(tmp_path, suffix, compression):
+    assert read(tmp_path / f"a.txt{suffix}", compress(TEXT, compression)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_lines_that_end_with_carriage_returns_are_split(tmp_path, compression, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK", 16)
+    assert read(tmp_path / f"a.txt{compression}", compress(TEXT.replace("\n", "\r"), compression)) == DOCUMENTS
+
+
+def test_a_carriage_return_within_a_line_does_not_split_it(tmp_path):
+    assert read(tmp_path / "a.txt", "one\rtwo\nthree\n") == [["one\rtwo", "three"]]
 
 
 def test_several_zstandard_frames_are_read_completely_and_truncation_is_detected(tmp_path):
@@ -95,12 +114,14 @@ def test_a_very_long_document_is_split(tmp_path, monkeypatch):
             r"line 2: no text in a field 'text' \(fields: body, id\); see --text-column",
         ),
         ("a.jsonl", '{"text": null}\n', r"line 1: no text in a field 'text'"),
-        ("a.jsonl", '{"text": "\\ud83d"}\n', r"line 1: unpaired surrogate in field 'text'"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', r"line 1: unpaired surrogate \\ud83d, which is not a character"),
         ("a.txt.gz", gzip.compress(TEXT.encode() * 99)[:-20], r"a\.txt\.gz: cannot be read beyond line"),
         ("a.txt.xz", lzma.compress(TEXT.encode() * 99)[:-40], r"a\.txt\.xz: cannot be read beyond line"),
-        ("a.txt.gz", TEXT, r"a\.txt\.gz: cannot be read beyond line 0"),
-        ("a.txt.xz", TEXT, r"a\.txt\.xz: cannot be read beyond line 0"),
-        ("a.txt.zst", TEXT, r"a\.txt\.zst: cannot be read beyond line 0"),
+        ("a.txt", b"PAR1\0", r"a\.txt is a Parquet file; give it the suffix \.parquet"),
+        ("a.txt", b"PK\x03\x04", r"a\.txt is a zip archive; unpack it"),
+        ("a.txt", TEXT.encode("utf-16"), r"a\.txt is UTF-16; convert the file to UTF-8"),
+        ("a.txt", b"a line\nan\0ther\n", r"a\.txt is not a text file: byte 9 is 0"),
+        ("a.txt", LFS_POINTER, r"a\.txt is a Git LFS pointer, not the file itself; run git lfs pull"),
     ],
 )
 def test_invalid_input_is_refused_with_file_and_line(tmp_path, name, content, message):

@@ -1,0 +1,182 @@
+"""Text files as found in practice: compressed or not, whatever their suffix says, with any line ends, as UTF-8 lines.
+
+What cannot be read is refused with file, line and remedy.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
+_BLOCK = 2**16  # bytes read at a time
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_UNREADABLE = {  # first bytes of a file: what it is and what to do
+    _LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
+    b"PAR1": "a Parquet file; give it the suffix .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16; convert the file to UTF-8",
+    b"\xfe\xff": "UTF-16; convert the file to UTF-8",
+}
+
+
+def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line including its end) of a text file.
+
+    Lines end with a line feed or, in a file whose first block has none, with a carriage return. A compressed file is
+    recognised by its first bytes.
+
+    Args:
+        path: A text file, compressed or not.
+        progress: Called with the number of bytes of the file read so far.
+
+    Raises:
+        ValueError: The file is not text, a line is not UTF-8, or the compressed file is damaged; the message names file
+            and line.
+    """
+    with path.open("rb") as raw:
+        for numbered in _decoded_lines(str(path), _decompressed(raw)):
+            progress(raw.tell())
+            yield numbered
+
+
+def read_standard_input() -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line including its end) of standard input, read as UTF-8 under every locale.
+
+    Raises:
+        ValueError: Standard input is closed, or a line is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("standard input is closed; name a file, or pipe text into the command")
+    yield from _decoded_lines("standard input", cast(io.BufferedReader, sys.stdin.buffer))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, compressed or not, without a byte-order mark.
+
+    Raises:
+        ValueError: As for `read_lines`.
+    """
+    return "".join(line for _, line in read_lines(path))
+
+
+def json_object(path: Path, number: int, line: str, example: str) -> dict[str, Any]:
+    """Parse line `number` of the .jsonl file `path`.
+
+    Raises:
+        ValueError: It is not a JSON object, or a string in it is not Unicode text; the message names file and line,
+            and shows `example`.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, line {number}: not an object like {example}")
+    if "\\u" in line:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(
+                f"{path}, line {number}: unpaired surrogate {surrogate}, which is not a character"
+            ) from None
+    return value
+
+
+def _decoded_lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(_lines(name, stream), 1):
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+        raise ValueError(f"{name}, line {number}: not UTF-8 ({byte}); convert the text to UTF-8") from None
+    except _NotText:
+        raise
+    except Exception as error:  # each decompressor raises exceptions of its own
+        raise ValueError(f"{name}: cannot be read beyond line {number} ({error})") from error
+
+
+class _NotText(ValueError):
+    """A file's first bytes show that it is not UTF-8 text."""
+
+
+def _lines(name: str, stream: io.BufferedReader) -> Iterator[bytes]:
+    first = stream.peek()
+    for start, what in _UNREADABLE.items():
+        if first.startswith(start):
+            raise _NotText(f"{name} is {what}")
+    if b"\0" in first:
+        raise _NotText(f"{name} is not a text file: byte {first.index(0)} is 0")
+    carriage_returns = b"\r" in first and b"\n" not in first
+    return _lines_at_carriage_returns(stream) if carriage_returns else iter(stream)
+
+
+def _lines_at_carriage_returns(stream: io.BufferedReader) -> Iterator[bytes]:
+    pieces: list[bytes] = []  # of a line that goes on in the next block
+    while block := stream.read1(_BLOCK):
+        *whole, rest = block.split(b"\r")
+        for line in whole:
+            yield b"".join([*pieces, line, b"\r"])
+            pieces = []
+        pieces.append(rest)
+    if last := b"".join(pieces):
+        yield last
+
+
+def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:
+    start = raw.peek()
+    for magic, decompressor in _DECOMPRESSORS.items():
+        if start.startswith(magic):
+            return io.BufferedReader(cast(io.RawIOBase, decompressor(raw)), _BLOCK)
+    return raw
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """The content of Zstandard frames; unlike the library's own reader, it detects a truncated last frame."""
+
+    def __init__(self, raw: io.BufferedReader):
+        try:
+            import zstandard
+        except ImportError:
+            raise ImportError('reading Zstandard requires zstandard; run pip install "bertfast[zstd]"') from None
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.raw, self.content = raw, b""
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        out = memoryview(buffer)
+        while not self.content:
+            compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
+            if not compressed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the file is truncated")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.new_frame()
+            self.content = self.frame.decompress(compressed)
+        count = min(len(out), len(self.content))
+        out[:count], self.content = self.content[:count], self.content[count:]
+        return count
+
+
+_DECOMPRESSORS: dict[bytes, Callable[[io.BufferedReader], io.IOBase]] = {  # by the first bytes of a file
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+    b"\x28\xb5\x2f\xfd": _ZstandardFrames,
+}
