@@ -85,18 +85,21 @@ def _plot_step(axis: Axes, result: dict) -> None:
 
 def _step_title(result: dict) -> str:
     """Return the model, the batch, the precision, the device and the number of threads."""
-    case, origin = STEP_CASE.fullmatch(result["case"]), result["origin"]
+    case = STEP_CASE.fullmatch(result["case"])
     if case is None:
         raise ValueError(f"the name of the case is not understood: {result['case']}")
-    gpu = origin.get("gpu")
-    device = gpu["name"] if gpu else f"{origin['processor'].split(' (')[0]}, {_instruction_set(origin['processor'])}"
-    threads = "" if gpu else f", {origin['threads']} threads"
     batch = f"{len(result['lengths'])} x ≤ {case['length']} tokens"
-    return f"BERT-{case['preset']}, {batch}, {case['precision'] or 'bf16'}; {device}{threads}"
+    return f"BERT-{case['preset']}, {batch}, {case['precision'] or 'bf16'}; {hardware(result['origin'])}"
 
 
-def _instruction_set(processor: str) -> str:
-    return "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
+def hardware(origin: dict) -> str:
+    """Return the GPU of a result, or its processor, instruction set and number of threads."""
+    if "gpu" in origin:
+        return origin["gpu"]["name"]
+    processor = origin["processor"]
+    instruction_set = "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
+    threads = f"{origin['threads']} thread{'s' * (origin['threads'] > 1)}"
+    return f"{processor.split(' (')[0]}, {instruction_set}, {threads}"
 
 
 def runs_of(results: list[dict]) -> list[dict]:
@@ -119,6 +122,7 @@ def plot_operators(results: list[dict], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     runs, written = runs_of(results), []
+    devices = dict.fromkeys(hardware(result["origin"]) for result in results)
     for operation in dict.fromkeys(run["operation"] for run in runs):
         of_operation = [run for run in runs if run["operation"] == operation]
         directions = list(dict.fromkeys(run["direction"] for run in of_operation))
@@ -128,7 +132,7 @@ def plot_operators(results: list[dict], folder: Path) -> list[Path]:
         for axis, direction in zip(axes[:, 0], directions, strict=True):
             _plot_efficiency(axis, [run for run in of_operation if run["direction"] == direction], cases)
             axis.set_ylabel(f"{direction}: roofline efficiency (%)")
-        figure.suptitle(operation)
+        figure.suptitle(f"{operation}; {', '.join(devices)}")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
         written.append(folder / f"{operation}.png")
         figure.savefig(written[-1], dpi=120)
@@ -145,7 +149,7 @@ def _plot_efficiency(axis: Axes, runs: list[dict], cases: list[str]) -> None:
         x = [cases.index(run["case"]) + width * index for run in own]
         y = [100 * run["roofline_efficiency"] for run in own]
         axis.bar(x, y, width, align="edge", label=implementation, color=f"C{index}")
-    axis.set_xticks([index + 0.4 for index in range(len(cases))], cases)
+    axis.set_xticks([index + 0.4 for index in range(len(cases))], cases, rotation=20)
 
 
 if __name__ == "__main__":

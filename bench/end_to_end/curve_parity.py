@@ -22,7 +22,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bench.figures import COLORS
+from bench.figures import COLORS, hardware
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
@@ -60,7 +60,7 @@ def main() -> None:
         "with_dropout": dropped,
     }
     path = write_result("curve_parity", result, arguments.results)
-    plot(dropped, arguments.results / "curve_parity.png")
+    plot(path)
     print(
         f"without dropout, losses differ by at most {result['largest_difference_without_dropout']:.1e}; with dropout, "
         f"they end at {mean(ends['bertfast']):.3f} (bertfast) and {mean(ends['transformers']):.3f} (transformers); "
@@ -171,20 +171,23 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def plot(pairs: dict[int, dict[str, list[float]]], path: Path) -> None:
-    """Draw the smoothed curves with dropout of all seeds."""
+def plot(path: Path) -> None:
+    """Draw the smoothed curves with dropout of all seeds in a result file; the PNG file is next to it."""
     from matplotlib import pyplot
 
+    result = json.loads(path.read_text(encoding="utf-8"))
+    pairs = result["with_dropout"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for index, pair in enumerate(pairs.values()):
         for name, losses in pair.items():
             smooth = [mean(losses[max(0, step - 20) : step + 1]) for step in range(len(losses))]
             axes.plot(smooth, color=COLORS[name], linewidth=1, label=None if index else name)
-    axes.set_title(f"Pre-training BERT-mini on WikiText-2, fp32, dropout 0.1, {len(pairs)} seeds")
+    title = f"BERT-mini on WikiText-2, fp32, dropout 0.1, {len(pairs)} seeds; {hardware(result['origin'])}"
+    axes.set_title(title, fontsize="medium")
     axes.set(xlabel="step", ylabel="loss (nats), mean of the last 20 steps")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

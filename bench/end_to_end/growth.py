@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import bertfast
-from bench.figures import COLORS
+from bench.figures import COLORS, hardware
 from bench.harness import (
     DEVICE,
     ON_GPU,
@@ -57,7 +57,7 @@ def main() -> None:
     require_clean_tree(arguments.results)
     results = measure(arguments.max_length, arguments.max_sequences, arguments.preset)
     path = write_result("growth", {"preset": arguments.preset, "sweeps": results}, arguments.results)
-    plot(results, arguments.preset, path.with_suffix(".png"))
+    plot(path)
     print(f"\nwritten to {arguments.results}")
 
 
@@ -136,8 +136,8 @@ def peak_memory() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def plot(sweeps: dict[str, list[dict]], preset: str, path: Path) -> None:
-    """Draw a column per sweep, with time above and memory below."""
+def plot(path: Path) -> None:
+    """Draw a result file, with a column per sweep, time above and memory below; the PNG file is next to it."""
     try:
         import matplotlib
     except ImportError:
@@ -146,8 +146,10 @@ def plot(sweeps: dict[str, list[dict]], preset: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    result = json.loads(path.read_text(encoding="utf-8"))
+    sweeps = result["sweeps"]
     figure, axes = pyplot.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 6), sharex="col", layout="constrained")
-    figure.suptitle(f"One layer of BERT-{preset}, training, fp32, CPU with {torch.get_num_threads()} threads")
+    figure.suptitle(f"One layer of BERT-{result['preset']}, training, fp32; {hardware(result['origin'])}")
     for column, (sweep, results) in zip(axes.T, sweeps.items(), strict=True):
         x = "sequences" if sweep.startswith("sequences") else "length"
         for axis, key, unit in zip(column, ("seconds", "peak_bytes"), (1, 1e6), strict=True):
@@ -163,7 +165,7 @@ def plot(sweeps: dict[str, list[dict]], preset: str, path: Path) -> None:
     axes[0, 0].set_ylabel("time of a step (s)")
     axes[1, 0].set_ylabel("peak memory (MB)")
     axes[0, 0].legend()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path.with_suffix(".png"), dpi=100)
     pyplot.close(figure)
 
 
