@@ -89,7 +89,8 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     hf = getattr(transformers, model_class.__name__)(copy.deepcopy(config))
     hf.load_state_dict(fused.state_dict())
     hf.config.use_cache = False
-    return Comparison(fused.to(device), hf.eval().to(device), batches)
+    nn.Module.to(fused, device)  # transformers' own `to` has no usable type
+    return Comparison(fused, hf.eval().to(device), batches)
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | None = None) -> dict[str, Tensor]:

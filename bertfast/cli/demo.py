@@ -103,7 +103,8 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
     Returns:
         The training file and the validation file, which has sentences of other modules.
     """
-    sentences = {split: defaultdict(list) for split in (False, True)}  # whether held out: package: sentences
+    # Whether held out: package: sentences.
+    sentences: dict[bool, dict[str, list[str]]] = {split: defaultdict(list) for split in (False, True)}
     with corpus.open(encoding="utf-8") as file:
         for line in file:
             module = json.loads(line)

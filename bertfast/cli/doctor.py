@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,7 +119,7 @@ def versions() -> dict[str, str | None]:
 def _check(settings: DoctorSettings, device: torch.device) -> list[self_test.Outcome]:
     """Run the self-test; without `--json`, print each outcome as it comes, and a summary."""
     devices = [device] if settings.device or device.type == "cpu" else [device, torch.device("cpu")]
-    outcomes = []
+    outcomes: list[self_test.Outcome] = []
     for outcome in self_test.run(devices, settings.only, settings.seconds):
         if not settings.json:
             if not outcomes:
@@ -211,10 +212,10 @@ def _commit() -> str:
     if (root / ".git").exists():
         return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
     try:
-        source = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
+        source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         source = {}
-    return source.get("vcs_info", {}).get("commit_id", "unknown: neither a checkout nor installed from one")
+    return str(source.get("vcs_info", {}).get("commit_id", "unknown: neither a checkout nor installed from one"))
 
 
 def driver_version() -> str:
@@ -290,8 +291,8 @@ def _dispatch(devices: list[torch.device]) -> Dispatch:
 
 def _print_dispatch(dispatch: Dispatch, suggestions: list[str]) -> None:
     """Print one line per operator with its implementations, then why the reference runs, then the suggestions."""
-    rows = {"operator": next(iter(dispatch.operators.values())).keys()}  # the heading
-    rows |= {name: implementations.values() for name, implementations in dispatch.operators.items()}
+    rows = {"operator": list(next(iter(dispatch.operators.values())))}  # the heading
+    rows |= {name: list(implementations.values()) for name, implementations in dispatch.operators.items()}
     lines = [f"{name:22}" + "".join(f"{cell:12}" for cell in cells).rstrip() for name, cells in rows.items()]
     dimensions = ", ".join(map(str, dispatch.head_dimensions))
     lines.append(f"attention with a head dimension other than {dimensions}: reference")

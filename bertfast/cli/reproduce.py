@@ -10,6 +10,7 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,7 +91,7 @@ def reproduce(settings: ReproduceSettings) -> Path:
     return page
 
 
-def render(table: dict, cells: dict[tuple[str, str], str], settings: ReproduceSettings) -> str:
+def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: ReproduceSettings) -> str:
     """Return the table as Markdown; each cell shows our result and, in parentheses, that of the paper."""
     lines = [f"# {table['title']}", "", f"bertfast (in parentheses: the paper, {table['paper']}).", ""]
     lines += ["| | " + " | ".join(table["columns"]) + " |", "|---" * (len(table["columns"]) + 1) + "|"]
@@ -106,7 +107,7 @@ def render(table: dict, cells: dict[tuple[str, str], str], settings: ReproduceSe
     return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Settings: {used}.", ""])
 
 
-def _cell(settings: ReproduceSettings, table: dict, row: dict, name: str, folder: Path) -> str:
+def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any], name: str, folder: Path) -> str:
     """Return the text of a cell, after the runs that it still needs."""
     column = table["columns"][name]
     if column.get("metric") == "perplexity":
@@ -133,7 +134,7 @@ def _cell(settings: ReproduceSettings, table: dict, row: dict, name: str, folder
     return f"{statistics.mean(scores):.1f}{spread}"
 
 
-def _model(settings: ReproduceSettings, row: dict, folder: Path) -> str:
+def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> str:
     """Return the folder of a row's model, after pre-training it if it does not exist."""
     changes = row.get("pretrain", {})
     if settings.model is not None and not changes:

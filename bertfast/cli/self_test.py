@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class _Check:
         """Return the words of its line by which `--only` selects it."""
         return {self.problem.operator, self.implementation, self.precision, *self.problem.shape.split()}
 
-    def outcome(self, status: str, **values) -> Outcome:
+    def outcome(self, status: str, **values: Any) -> Outcome:
         problem = self.problem
         return Outcome(
             problem.operator, self.implementation, self.precision, problem.shape, str(self.device), status, **values
@@ -223,7 +223,7 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
     found = baseline if is_reference else _results(problem, check.implementation, inputs)
     tf32 = check.implementation == "triton" and check.device.type == "cuda" and lowest == torch.float32
     factor = TF32X3_FACTOR if tf32 and problem.operator == "attention" else 2
-    worst = None
+    compared: list[tuple[float, str, float, float]] = []
     outputs = ("output", "copy")[: len(truth) - len(problem.shapes)]
     names = (*outputs, *(f"gradient of {name}" for name in problem.shapes))
     for name, result, expected, true in zip(names, found, baseline, truth, strict=True):
@@ -234,9 +234,8 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
         if is_reference:
             allowed = REFERENCE_LIMIT[dtype] * norm
         excess = error / allowed if error == error else float("inf")  # NaN exceeds every limit
-        if worst is None or excess > worst[0]:
-            worst = (excess, name, error / norm, allowed / norm)
-    excess, name, error, allowed = worst
+        compared.append((excess, name, error / norm, allowed / norm))
+    excess, name, error, allowed = max(compared, key=lambda each: each[0])
     forward, backward = _times(check, inputs)
     return check.outcome(
         "passed" if excess <= 1 else "failed",

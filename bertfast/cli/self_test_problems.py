@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bertfast import ops
 from bertfast.ops.attention import HEAD_DIMENSIONS
+from bertfast.ops.dispatch import Implementation
 from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
@@ -118,7 +119,9 @@ def _add_layer_norm(shape: str, batch: Sequences, dropout: bool) -> Problem:
         f"{shape} H={HIDDEN}" + " dropout" * dropout,
         batch.position.device,
         {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
-        lambda implementation, *x: ops.add_layer_norm(*x, EPS, mask, implementation=implementation),
+        lambda implementation, x, residual, bias, gamma, beta: ops.add_layer_norm(
+            x, residual, bias, gamma, beta, EPS, mask, implementation=implementation
+        ),
     )
 
 
@@ -126,10 +129,14 @@ def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
     """Call it as a layer does under autocast: an output and its copy for the next GEMM, with gradients of both."""
     rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
 
-    def call(implementation: str, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    def call(
+        implementation: Implementation, x: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         half = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the truth is not rounded
-        return ops.add_layer_norm(x, *others, EPS, compute_dtype=copy_dtype, implementation=implementation)
+        return ops.add_layer_norm(
+            x, residual, bias, gamma, beta, EPS, compute_dtype=copy_dtype, implementation=implementation
+        )
 
     return Problem(
         "add_layer_norm",
@@ -157,7 +164,7 @@ def _bias_gelu(shape: str, tokens: int, device: torch.device) -> Problem:
         f"{shape} H={4 * HIDDEN}",
         device,
         {"x": (tokens, 4 * HIDDEN), "bias": (4 * HIDDEN,)},
-        lambda implementation, *x: ops.bias_gelu(*x, implementation=implementation),
+        lambda implementation, x, bias: ops.bias_gelu(x, bias, implementation=implementation),
     )
 
 
@@ -167,7 +174,7 @@ def _linear_gelu(shape: str, tokens: int, device: torch.device) -> Problem:
         f"{shape} H={HIDDEN}",
         device,
         {"x": (tokens, HIDDEN), "weight": (4 * HIDDEN, HIDDEN), "bias": (4 * HIDDEN,)},
-        lambda implementation, *x: ops.linear_gelu(*x, implementation=implementation),
+        lambda implementation, x, weight, bias: ops.linear_gelu(x, weight, bias, implementation=implementation),
     )
 
 
@@ -177,7 +184,9 @@ def _gelu_layer_norm(rows: int, device: torch.device) -> Problem:
         f"{rows} H={HIDDEN}",
         device,
         {"x": (rows, HIDDEN), "bias": (HIDDEN,), "gamma": (HIDDEN,), "beta": (HIDDEN,)},
-        lambda implementation, *x: ops.gelu_layer_norm(*x, EPS, implementation=implementation),
+        lambda implementation, x, bias, gamma, beta: ops.gelu_layer_norm(
+            x, bias, gamma, beta, EPS, implementation=implementation
+        ),
     )
 
 
@@ -191,8 +200,19 @@ def _embed(shape: str, batch: Sequences, vocab_size: int) -> Problem:
         f"{shape} H={HIDDEN} V={vocab_size} dropout",
         device,
         tables | {"gamma": (HIDDEN,), "beta": (HIDDEN,)},
-        lambda implementation, *x: ops.embeddings(
-            token_ids, token_types, batch.position, *x, EPS, mask, padding_index=0, implementation=implementation
+        lambda implementation, word, position, token_type, gamma, beta: ops.embeddings(
+            token_ids,
+            token_types,
+            batch.position,
+            word,
+            position,
+            token_type,
+            gamma,
+            beta,
+            EPS,
+            mask,
+            padding_index=0,
+            implementation=implementation,
         ),
     )
 

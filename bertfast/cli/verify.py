@@ -79,8 +79,9 @@ def _outputs_and_gradients(
     model.zero_grad()
     results = outputs(model, batch, autocast)
     generator = torch.Generator().manual_seed(0)
-    loss = sum((value * torch.randn(value.shape, generator=generator).to(value)).sum() for value in results.values())
-    loss.backward()
+    torch.autograd.backward(
+        [(value * torch.randn(value.shape, generator=generator).to(value)).sum() for value in results.values()]
+    )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in results.items()}, gradients
 

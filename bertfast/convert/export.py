@@ -8,14 +8,15 @@ bertfast.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from tyro.conf import Positional
 
 from bertfast.models.bert import BertForMultipleChoice
@@ -30,6 +31,12 @@ _OUTPUTS = {
     "BertForPreTraining": ("prediction_logits", "seq_relationship_logits"),
     "BertForQuestionAnswering": ("start_logits", "end_logits"),
 }
+
+
+Graph = Callable[..., Sequence[Tensor]]
+"""Runs an exported graph on input_ids, attention_mask and token_type_ids, and returns its outputs."""
+Shapes = tuple[dict[int, torch.export.Dim], ...]
+"""Dynamic dimensions of each input."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +81,13 @@ def export(settings: ExportSettings) -> Path:
     if settings.to == "transformers":
         print(f"{folder} holds a {model_class.__name__} that transformers can load")
         return folder
-    model = _Outputs(hf, _OUTPUTS.get(model_class.__name__, ("logits",))).eval()
+    traced = _Outputs(hf, _OUTPUTS.get(model_class.__name__, ("logits",))).eval()
     multiple_choice = model_class is BertForMultipleChoice
     write = _to_onnx if settings.to == "onnx" else _to_program
     example = _example(hf.config, 3, 11, multiple_choice)
-    path, run = write(model, folder, example, _dynamic_shapes(hf.config, multiple_choice))
+    path, run = write(traced, folder, example, _dynamic_shapes(hf.config, multiple_choice))
     sizes = ((2, 7), (1, 3), (5, 16))
-    worst = max(_difference(model, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
+    worst = max(_difference(traced, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
     if not worst < 1e-4:
         raise ValueError(f"the outputs of {path} differ from those of the model by up to {worst:.3g}: do not use it")
     print(f"{path} gives the outputs of the model to within {worst:.1g}, for any batch size and sequence length")
@@ -116,7 +123,7 @@ def _check_packages(to: str) -> None:
             raise ImportError(f"an export to {to} requires {name}: `pip install bertfast[onnx]`")
 
 
-def _open_strictly(folder: Path, name: str) -> nn.Module:
+def _open_strictly(folder: Path, name: str) -> PreTrainedModel:
     """Load a model with transformers, and raise ValueError unless all of its weights match."""
     import transformers
 
@@ -128,10 +135,11 @@ def _open_strictly(folder: Path, name: str) -> nn.Module:
         raise ValueError(
             f"transformers does not find the weights it expects in {folder}: {', '.join(map(str, mismatches[:5]))}"
         )
-    return model.eval()
+    model.eval()
+    return cast(PreTrainedModel, model)
 
 
-def _example(config, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _example(config: PretrainedConfig, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return input_ids, attention_mask and token_type_ids int64 [rows, columns] of rows with different lengths.
 
     For multiple choice they are [rows, 2, columns].
@@ -143,19 +151,21 @@ def _example(config, rows: int, columns: int, multiple_choice: bool) -> tuple[Te
     return ids, (torch.arange(columns) < lengths).long(), ids % config.type_vocab_size
 
 
-def _difference(model: nn.Module, run, example: tuple[Tensor, ...]) -> float:
+def _difference(model: nn.Module, run: Graph, example: tuple[Tensor, ...]) -> float:
+    """Return the largest absolute difference between the outputs of a model and those of its graph."""
     with torch.no_grad():
-        return max((a - b).abs().max().item() for a, b in zip(run(*example), model(*example), strict=True))
+        return max(float((a - b).abs().max()) for a, b in zip(run(*example), model(*example), strict=True))
 
 
-def _dynamic_shapes(config, multiple_choice: bool) -> tuple[dict[int, torch.export.Dim], ...]:
+def _dynamic_shapes(config: PretrainedConfig, multiple_choice: bool) -> Shapes:
     rows = torch.export.Dim("batch")
     columns = torch.export.Dim("length", max=config.max_position_embeddings)
     shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if multiple_choice else {0: rows, 1: columns}
     return (shape,) * len(_INPUTS)
 
 
-def _to_program(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: tuple):
+def _to_program(model: nn.Module, folder: Path, example: tuple[Tensor, ...], shapes: Shapes) -> tuple[Path, Graph]:
+    """Write the `torch.export` program of a model; return its file and the program."""
     with torch.no_grad():
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
     path = folder / "model.pt2"
@@ -163,7 +173,8 @@ def _to_program(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shap
     return path, torch.export.load(path).module()
 
 
-def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: tuple):
+def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: Shapes) -> tuple[Path, Graph]:
+    """Write the ONNX graph of a model; return its file and a function that runs it."""
     import onnxruntime
 
     path = folder / "model.onnx"
@@ -179,7 +190,7 @@ def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes:
             external_data=False,
             verbose=False,
         )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), None, ["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> list[Tensor]:
         feeds = {name: x.numpy() for name, x in zip(_INPUTS, inputs, strict=True)}

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,10 @@ def _read(checkpoint: str, config_file: Path) -> tuple[type[PreTrainedModel], Be
     model_class = _model_class(weights)
     if model_class is BertModel:
         weights = {name.removeprefix("bert."): value for name, value in weights.items()}
-    labels = {"num_labels": len(weights["classifier.bias"])} if "classifier.bias" in weights else {}
-    config = BertConfig(**{name: value for name, value in values.items() if value is not None}, **labels)
-    return model_class, config, weights
+    options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if "classifier.bias" in weights:
+        options["num_labels"] = len(weights["classifier.bias"])
+    return model_class, BertConfig(**options), weights
 
 
 def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: str, config_file: Path) -> None:

@@ -11,10 +11,15 @@ import struct
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57
+Value = TypeVar("Value", int, bytes)
+Fields = dict[int, list[int | bytes]]
+"""Values of a protocol buffer by field number: integers for varints, bytes for all other wire types."""
+
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # enum DataType of types.proto
 
 
@@ -47,17 +52,19 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
     return {name: _tensor(name, entry, data) for name, entry in entries.items()}
 
 
-def _tensor(name: str, entry: dict[int, list], data: list[np.ndarray]) -> np.ndarray:
+def _tensor(name: str, entry: Fields, data: list[np.ndarray]) -> np.ndarray:
     """Return the array of a BundleEntryProto: 1 dtype, 2 shape, 3 shard, 4 offset, 5 size, 7 slices."""
     code = _first(entry, 1, 0)
     if code not in _DTYPES or 7 in entry:
         raise ValueError(f"{name} is not an unpartitioned array of numbers (data type {code})")
-    shape = [_first(_fields(dimension), 1, 0) for dimension in _fields(_first(entry, 2, b"")).get(2, [])]
+    dimensions = _fields(_first(entry, 2, b"")).get(2, [])
+    shape = [_first(_fields(dimension), 1, 0) for dimension in dimensions if isinstance(dimension, bytes)]
     start, size = _first(entry, 4, 0), _first(entry, 5, 0)
     content = data[_first(entry, 3, 0)][start : start + size]
     if len(content) != size or size != prod(shape) * np.dtype(_DTYPES[code]).itemsize:
         raise ValueError(f"the data file is damaged: {name} of shape {shape} has {len(content)} of {size} bytes")
-    return content.view(_DTYPES[code]).reshape(shape)
+    array: np.ndarray = content.view(_DTYPES[code]).reshape(shape)
+    return array
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -93,9 +100,10 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         position += unshared + length
 
 
-def _fields(message: bytes) -> dict[int, list]:
-    """Parse a protocol buffer: field number to values, integers for varints and bytes for all other wire types."""
-    fields: dict[int, list] = {}
+def _fields(message: bytes) -> Fields:
+    """Parse a protocol buffer."""
+    fields: Fields = {}
+    value: int | bytes
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -112,8 +120,9 @@ def _fields(message: bytes) -> dict[int, list]:
     return fields
 
 
-def _first(fields: dict[int, list], number: int, default):
-    return fields.get(number, [default])[0]
+def _first(fields: Fields, number: int, default: Value) -> Value:
+    """Return the first value of a field, which has the type of `default`, its value if the message lacks it."""
+    return cast(Value, fields.get(number, [default])[0])
 
 
 def _two_varints(data: bytes, position: int) -> tuple[int, int]:

@@ -44,8 +44,8 @@ class EmbedSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         output_dir: Folder for part-00000 and so on. Existing parts are kept, so that an interrupted run can resume.
-        input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none: lines of
-            standard input.
+        input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none or "-":
+            lines of standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
         text_pair_column: Column of the second text of a pair; none: sentence2 if there is one.
         pooling: mean: average over all tokens; cls: the [CLS] token; none: one embedding per token.
@@ -84,8 +84,8 @@ def embed(settings: EmbedSettings) -> Path:
     Returns:
         The output folder.
     """
-    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "")
-    model = model.to(choose_device(settings.compute.device))
+    device = choose_device(settings.compute.device)
+    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device)
     max_length = sequence_length(settings.max_seq_length, model.config)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def cached_hidden_states(
     cache_key = hashlib.sha256(repr([model.layer_indices, precision]).encode())
     arrays = (features.token_ids, features.token_type_ids, features.cu_seqlens)
     for array in (*(weight.numpy(force=True) for weight in model.bert.state_dict().values()), *arrays):
-        cache_key.update(np.ascontiguousarray(array).view(np.uint8))
+        cache_key.update(np.ascontiguousarray(array).view(np.uint8).data)
     path = folder / f"{cache_key.hexdigest()[:32]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,8 @@ def cached_hidden_states(
             _scatter_tokens(hidden_states, features, rows, states)
         hidden_states.flush()
         temporary.rename(path)
-    return np.load(path, mmap_mode="r")
+    cached: np.ndarray = np.load(path, mmap_mode="r")
+    return cached
 
 
 def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, values: np.ndarray) -> None:
@@ -181,7 +182,7 @@ def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, value
 
 def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
     path = settings.input_file
-    if path is None:
+    if path in (None, "-"):
         return (line.rstrip("\r\n") for line in sys.stdin)
     if path.endswith(_TEXT_SUFFIXES):
         return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))

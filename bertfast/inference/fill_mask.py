@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 from tyro.conf import Positional
 
 from bertfast.data.tokenizer import special_tokens
@@ -32,11 +31,11 @@ class FillMaskSettings(Settings):
 
 
 @torch.no_grad()
-def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
+def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
     """Predict the tokens at each [MASK] of a text.
 
     Args:
-        model: A `BertForMaskedLM` in evaluation mode.
+        model: A masked language model in evaluation mode.
         tokenizer: Its tokenizer.
         text: A text that contains [MASK].
         top_k: Number of tokens per [MASK].
@@ -61,7 +60,7 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, top_k: int = 5)
     vocab_size = tokenizer.get_vocab_size()
     best = logits[:, :vocab_size].float().softmax(1).topk(min(top_k, vocab_size))
     return [
-        [(tokenizer.id_to_token(token), probability) for token, probability in zip(tokens, values, strict=True)]
+        [(str(tokenizer.id_to_token(token)), probability) for token, probability in zip(tokens, values, strict=True)]
         for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 

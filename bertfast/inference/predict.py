@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bertfast.models.files import read_config, resolve
-from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
+from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -31,18 +31,20 @@ class PredictSettings(TaskSettings):
     """Input and model of `bertfast predict`.
 
     Attributes:
-        test_file: A file as for fine-tuning; none: standard input, where each line is a text, a pair of texts separated
-            by a tab, a sentence of words separated by spaces, or a JSON object with a question or with choices.
+        input_file: A file as for fine-tuning; none or "-": standard input, where each line is a text, a pair of texts
+            separated by a tab, a sentence of words separated by spaces, or a JSON object with a question or with
+            choices.
     """
 
-    test_file: str | None = None
+    input_file: str | None = None
 
 
 def predict(settings: PredictSettings) -> None:
     """Print one JSON object per example, with the prediction and its probability."""
     task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, task.config)
-    chunks = _from_lines(task) if settings.test_file is None else [task.read(settings.test_file, labelled=False)]
+    file = settings.input_file
+    chunks = _from_lines(task) if file in (None, "-") else [task.read(file, labelled=False)]
     for examples in chunks:
         examples, features = task.featurize(examples, tokenizer, length)
         outputs = predict_outputs(task, model, features)
@@ -55,23 +57,24 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
     """Return the task that a model was fine-tuned for, the model on its device, and its tokenizer."""
     config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
-    model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix)
+    device = choose_device(settings.compute.device)
+    model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix, device)
     task.set_config(config)
-    return task, model.to(choose_device(settings.compute.device)), tokenizer
+    return task, model, tokenizer
 
 
 @torch.no_grad()
 def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> Outputs:
     """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
     training, precision = model.training, choose_precision(model.device, task.settings.compute.precision)
-    model.eval()
+    model.train(False)
     outputs: list[Any] = [None] * len(features)
 
     def forward(inputs: ModelInputs) -> Tensor:
         with autocast(model.device, precision):
             return task.logits(model, inputs).float()
 
-    capture = capture_for(model, precision, enabled=task.settings.compute.cuda_graph)
+    capture = capture_for(cast(CapturableModel, model), precision, enabled=task.settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
     with side_stream(model.device):
         for rows in batches_by_length(features, task.settings.compute.eval_tokens):

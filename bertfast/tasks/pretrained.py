@@ -1,10 +1,13 @@
-"""Opening a model together with its tokenizer, and checking that they match."""
+"""Open a model together with its tokenizer, and check that they match."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.tokenizer import load_tokenizer
@@ -12,6 +15,9 @@ from bertfast.models.files import load, read_config, report_differences, resolve
 from bertfast.models.patch import require_packed
 
 HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
+
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
@@ -26,13 +32,16 @@ def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_model(model_class: type[PreTrainedModel], name: str, head_prefix: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """Open a model in evaluation mode, on the CPU, and its tokenizer.
+def open_model(
+    model_class: type[Model], name: str, head_prefix: str, device: torch.device | None = None
+) -> tuple[Model, Tokenizer]:
+    """Open a model in evaluation mode, and its tokenizer.
 
     Args:
         model_class: The model's class.
         name: Folder or hub id.
         head_prefix: Prefix of the names of the weights without which its predictions are meaningless; "": none.
+        device: Device of the model; None: the CPU.
 
     Raises:
         ValueError: There are no such weights, or the model cannot run on packed batches.
@@ -46,6 +55,9 @@ def open_model(model_class: type[PreTrainedModel], name: str, head_prefix: str) 
     # Checkpoints often contain heads of other tasks: not worth a warning.
     report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
     require_packed(model)
+    assert isinstance(model, model_class)  # or a subclass with extensions
+    if device is not None:
+        nn.Module.to(model, device)  # transformers' own `to` has no usable type
     return model, tokenizer
 
 

@@ -73,7 +73,7 @@ def test_evaluate_agrees_with_finetune(tuned, files, tmp_path, capsys):
 def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, capsys, monkeypatch):
     folder, _ = tuned
     settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
-    predict(PredictSettings.of(**settings, test_file=files["test_file"]))
+    predict(PredictSettings.of(**settings, input_file=files["test_file"]))
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))

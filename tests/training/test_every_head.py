@@ -159,7 +159,7 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
         for word, other in zip(words, expected, strict=True):  # the last digit may differ between two processes
             assert word == other or float(word) == pytest.approx(float(other), abs=1e-4)
     capsys.readouterr()
-    assert main(["predict", *place, "--test-file", str(dev)]) == 0
+    assert main(["predict", *place, "--input-file", str(dev)]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == 40
 

@@ -114,7 +114,7 @@ def test_regression(pretrained, tmp_path, capsys):
     assert header == ["index", "prediction"]
     capsys.readouterr()
     where = {"model_name_or_path": str(tmp_path / "out"), "device": "cpu", "precision": "fp32"}
-    predict(PredictSettings.of(**where, test_file=str(tmp_path / "validation.tsv")))
+    predict(PredictSettings.of(**where, input_file=str(tmp_path / "validation.tsv")))
     scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     assert scores == pytest.approx([float(prediction) for _, prediction in rows], abs=1e-4)
 
