@@ -1,4 +1,4 @@
-"""One adapter per model family: where the packed encoder finds the parts of its models."""
+"""One adapter per model family: where the packed encoder finds the parts of its models, and what they run."""
 
 from bertfast.architectures.architecture import Architecture, activation_name, read
 from bertfast.architectures.bert import BERT

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 from transformers.activations import ACT2FN
@@ -41,9 +42,11 @@ class Architecture:
         embedding: Paths from the embeddings to the parts, by their names in `EmbeddingParts`.
         layer: Paths from a layer to the parts, by their names in `LayerParts`; a path that is None is of an option
             that this version of transformers does not have.
+        default_inputs: Names of the embeddings' buffers that hold the default token types, 0, and positions, 0, 1, ….
         transform: Paths from the masked-LM head's transform to its "dense", "activation" and "norm".
-        head: Paths from a model to its masked-LM head: "containers", what must not be hooked, "transform", which is
-            called, "decoder", whose parameters are read, and "next_sentence", which is called.
+        head: Paths from a model to its masked-LM head: "transform", which is called, "decoder", whose parameters are
+            read, and "next_sentence", which is called.
+        head_containers: Paths from a model to the modules around those of its head, which must not be hooked.
         pretraining_output: Name in `module` of what the model with both heads returns.
         modeling: The module of that name.
         embedding_modules, layer_modules, transform_modules: The modules that the packed encoder reads, as pairs of a
@@ -58,15 +61,20 @@ class Architecture:
     layers: str
     embedding: Mapping[str, str]
     layer: Mapping[str, str | None]
+    default_inputs: Sequence[str]
     transform: Mapping[str, str]
-    head: Mapping[str, str | tuple[str, ...]]
+    head: Mapping[str, str]
+    head_containers: Sequence[str]
     pretraining_output: str
     modeling: ModuleType = field(init=False)
     embedding_modules: tuple[tuple[str, str], ...] = field(init=False)
     layer_modules: tuple[tuple[str, str], ...] = field(init=False)
     transform_modules: tuple[tuple[str, str], ...] = field(init=False)
 
-    def __post_init__(self):
+    _layer_paths: Sequence[tuple[str, Sequence[str] | None]] = field(init=False, repr=False)
+    _embedding_paths: Sequence[tuple[str, Sequence[str]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
         # Set here and not when first read, as a compiler may trace that.
         derived = {
             "modeling": import_module(self.module),
@@ -102,11 +110,12 @@ def _modules(paths: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
     return (*containers.items(), *((path, kind) for path, kind in kinds.items() if kind is not None))
 
 
-def read(module: nn.Module, path: Sequence[str]):
+def read(module: nn.Module, path: Sequence[str]) -> Any:
     """Read an attribute by its path of names, as `operator.attrgetter`, which a compiler does not trace."""
+    value: Any = module
     for name in path:
-        module = getattr(module, name)
-    return module
+        value = getattr(value, name)
+    return value
 
 
 def activation_name(module: nn.Module) -> str | None:

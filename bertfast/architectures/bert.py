@@ -36,12 +36,13 @@ BERT = Architecture(
         "attention_output_dropout": "attention.output.dropout",
         "output_dropout": "output.dropout",
     },
+    default_inputs=("token_type_ids", "position_ids"),
     transform={"dense": "dense", "activation": "transform_act_fn", "norm": "LayerNorm"},
     head={
-        "containers": ("cls", "cls.predictions"),
         "transform": "cls.predictions.transform",
         "decoder": "cls.predictions.decoder",
         "next_sentence": "cls.seq_relationship",
     },
+    head_containers=("cls", "cls.predictions"),
     pretraining_output="BertForPreTrainingOutput",
 )

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from bertfast.models.patch import is_supported, patch
 
 logger = logging.getLogger("bertfast")
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class _FusedAuto:
-    """Base of the classes below: makes a model with the Auto class of transformers of the same name, and fuses it."""
 
-    original: ClassVar[type]
-
-    def __init__(self):
-        raise OSError(f"use {type(self).__name__}.from_pretrained(name) or {type(self).__name__}.from_config(config)")
+class _FusedAuto(_BaseAutoModelClass):
+    """Mixin of the classes below: makes a model as the Auto class of transformers of the same name, and fuses it."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> nn.Module | tuple[nn.Module, dict]:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers' class does, with all its arguments, and fuse it.
 
         Returns:
             The model; with `output_loading_info=True` a pair of it and transformers' loading information.
         """
-        loaded = cls.original.from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
         return (_fused(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else _fused(loaded)
 
     @classmethod
-    def from_config(cls, *args, **kwargs) -> nn.Module:
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a model from a configuration as transformers' class does, with random weights, and fuse it."""
-        return _fused(cls.original.from_config(*args, **kwargs))
+        return _fused(super().from_config(*args, **kwargs))
 
 
-def _fused(model: nn.Module) -> nn.Module:
+def _fused(model: Model) -> Model:
     if is_supported(model):
         patch(model)
     else:
@@ -47,7 +45,7 @@ def _fused(model: nn.Module) -> nn.Module:
 
 def _fused_auto(name: str) -> type[_FusedAuto]:
     attributes = {"__module__": __name__, "__doc__": f"`transformers.{name}`, whose models come fused."}
-    return type(name, (_FusedAuto,), {**attributes, "original": getattr(transformers, name)})
+    return type(name, (_FusedAuto, getattr(transformers, name)), attributes)
 
 
 AutoModel = _fused_auto("AutoModel")

@@ -11,9 +11,10 @@ Each call takes the fastest of three ways:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,11 @@ from bertfast import encoder as functions
 from bertfast.architectures import read
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout, Packed, unpad
-from bertfast.models import eligibility, registry
-from bertfast.models.eligibility import INPUTS, PACKING, main_input
+from bertfast.models import calls, eligibility
+from bertfast.models.calls import PACKING, Arguments
+from bertfast.models.registry import Fused, FusedModel
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
-from bertfast.ops.sequences import Sequences
 
 _LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
 _HEADS_DROP_KEYWORDS = _LAYERS_RETURN_TUPLES  # or refuse them, so that none reaches the encoder
@@ -40,22 +41,22 @@ _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads o
 # them.
 _CALL: ContextVar[tuple[Packed, Layout, dict[nn.Module, int]] | None] = ContextVar("bertfast_call", default=None)
 # While a head runs that drops keywords: the arguments that say where the sequences of its packed input start.
-_PACKING: ContextVar[dict | None] = ContextVar("bertfast_packing", default=None)
+_PACKING: ContextVar[Arguments | None] = ContextVar("bertfast_packing", default=None)
 
 
-class FusedEmbeddings(registry.Fused):
+class FusedEmbeddings(Fused):
     """Embeddings that also take packed tokens."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Packed):
             return functions.embed(self.architecture.embedding_parts(self), args[0])
         return super().forward(*args, **kwargs)
 
 
-class FusedLayer(registry.Fused):
+class FusedLayer(Fused):
     """A layer that also takes packed tokens, or removes padding for itself in transformers' own loop."""
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Packed):
             return functions.layer(self.architecture.layer_parts(self), hidden_states, *args)
         call = None if torch.compiler.is_compiling() else _CALL.get()
@@ -63,11 +64,12 @@ class FusedLayer(registry.Fused):
             return super().forward(hidden_states, *args, **kwargs)
         packed, layout, indices = call
         hidden = layout.unpad(hidden_states, "hidden_states")
-        hidden = layout.pad(functions.layer(self.architecture.layer_parts(self), hidden, packed, indices[self]))
-        return (hidden,) if _LAYERS_RETURN_TUPLES else hidden
+        output = functions.layer(self.architecture.layer_parts(self), hidden, packed, indices[self])
+        output = layout.pad(cast(Tensor, output))
+        return (output,) if _LAYERS_RETURN_TUPLES else output
 
 
-class FusedTransform(registry.Fused):
+class FusedTransform(Fused):
     """The masked-LM head's transform, in one operation behind its GEMM."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -75,27 +77,13 @@ class FusedTransform(registry.Fused):
         shape = (1, hidden_states.shape[:-1].numel())  # without attention, rows and columns do not matter
         if (
             torch.compiler.is_compiling()
-            or eligibility.tracing_unsupported_reason(hidden_states) is not None
+            or calls.tracing_unsupported_reason(hidden_states) is not None
             or eligibility.transform_unsupported_reason(self) is not None
             or kernel_support.unsupported_reason(device, dtype, shape=shape) is not None
         ):
-            return super().forward(hidden_states)
+            return cast(Tensor, super().forward(hidden_states))
         dense, norm = attrgetter(self.architecture.transform["dense"], self.architecture.transform["norm"])(self)
         return functions.transform(dense, norm, hidden_states.flatten(0, -2)).view_as(hidden_states)
-
-
-class FusedModel(registry.Fused):
-    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name.
-
-    Attributes:
-        passes_keywords: Whether the original's `forward` passes on keywords that it does not know to the encoder.
-    """
-
-    passes_keywords: ClassVar[bool] = False
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        registry.fuse(self)
 
 
 class FusedEncoder(FusedModel):
@@ -103,31 +91,30 @@ class FusedEncoder(FusedModel):
 
     def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
         """Return the embeddings and the layers: see `bertfast.encoder.PackedModel`."""
-        paths = self.architecture.embeddings, self.architecture.layers
-        return tuple(read(self, path.split(".")) for path in paths)
+        architecture = self.architecture
+        return read(self, architecture.embeddings.split(".")), read(self, architecture.layers.split("."))
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         pooled_only = arguments.pop(_POOLED_ONLY, False)
         if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
             arguments |= _PACKING.get() or {}
         is_packed = arguments.get("cu_seq_lens_q") is not None
-        if arguments.get("cu_seq_lens_k") is not None:
-            _require_same_packing(arguments)
-        reason = eligibility.call_unsupported_reason(self, arguments)
+        calls.require_same_packing(arguments)
+        reason = calls.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
-        if reason is None and not is_packed and eligibility.is_short(arguments):
+        if reason is None and not is_packed and calls.is_short(arguments):
             return super().forward(**arguments)
         layers = {}
-        if reason is None and eligibility.kernels_unsupported_reason(self, arguments) is None:
+        if reason is None and calls.kernels_unsupported_reason(self, arguments) is None:
             states = arguments.get("output_hidden_states")
             records = (self.config.output_hidden_states if states is None else states) is not False
             if not records and eligibility.whole_unsupported_reason(self) is None:
-                return _returned(self, arguments, self._encode(arguments, pooled_only))
+                return calls.as_requested(self, arguments, self._encode(arguments, pooled_only))
             layers = self._layers_in_loop()
         if not layers and not is_packed:
             return super().forward(**arguments)
-        return _returned(self, arguments, self._run_loop(super().forward, arguments, layers))
+        return calls.as_requested(self, arguments, self._run_loop(super().forward, arguments, layers))
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
         """Return the layers that remove padding for themselves in transformers' own loop, and their indices."""
@@ -138,7 +125,7 @@ class FusedEncoder(FusedModel):
         reasons, path = eligibility.unsupported_reasons(self), self.architecture.layers
         return {layer: index for index, layer in enumerate(layers) if reasons[f"{path}.{index}"] is None}
 
-    def unpadded(self, arguments: dict) -> tuple[Packed, Layout]:
+    def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
         mask, positions, types = (arguments.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
         if positions is not None and positions.dim() == 1:
@@ -156,44 +143,42 @@ class FusedEncoder(FusedModel):
             pooled=self.pooler is not None,
         )
 
-    def _encode(self, arguments: dict, pooled_only: bool) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    def _encode(self, arguments: Arguments, pooled_only: bool) -> BaseModelOutputWithPoolingAndCrossAttentions:
         packed, layout = self.unpadded(arguments)
         # transformers' pooler reads the first column alone, so it may be given a batch that has no other.
         reads_first_column = eligibility.pooler_unsupported_reason(self) is None
         if pooled_only and reads_first_column:
             first = functions.encode(self, packed, packed.first)
             unread = first.new_zeros(()).expand(*layout.shape, first.shape[1])
-            return BaseModelOutputWithPoolingAndCrossAttentions(unread, self.pooler(first[:, None]))
+            return BaseModelOutputWithPoolingAndCrossAttentions(unread, functions.pooled(self, first))
         hidden = functions.encode(self, packed)
         pooled = None
         if reads_first_column:
-            pooled = self.pooler(hidden[packed.first][:, None])
+            pooled = functions.pooled(self, hidden[packed.first])
         elif self.pooler is not None:
             is_padded = layout.indices is not None
             by_row = layout if is_padded else Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
-            pooled = self.pooler(by_row.pad(hidden))
+            pooled = cast(nn.Module, self.pooler)(by_row.pad(hidden))
         return BaseModelOutputWithPoolingAndCrossAttentions(layout.pad(hidden), pooled)
 
-    def _run_loop(
-        self, forward, arguments: dict, layers: dict[nn.Module, int]
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    def _run_loop(self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int]) -> Any:
         """Run transformers' own loop on padded input, in which `layers` remove padding for themselves."""
         caller_layout = None
         if arguments.get("cu_seq_lens_q") is not None:
-            arguments, caller_layout = _padded(arguments)
+            arguments, caller_layout = calls.pad_packed(arguments)
         call = _CALL.set((*self.unpadded(arguments), layers) if layers else None)
         try:
             padded = {name: value for name, value in arguments.items() if name not in PACKING}
             outputs = forward(**padded | {"return_dict": True})
         finally:
             _CALL.reset(call)
-        return outputs if caller_layout is None else _packed_again(outputs, caller_layout)
+        return outputs if caller_layout is None else calls.pack_outputs(outputs, caller_layout)
 
 
 class FusedHead(FusedModel):
     """A model with a task's head, which runs transformers' own code on a fused encoder."""
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         packing = {name: arguments.pop(name) for name in PACKING if _HEADS_DROP_KEYWORDS and name in arguments}
         if not packing:
             return super().forward(**arguments)
@@ -212,7 +197,8 @@ class FusedMeanLoss(FusedHead):
     # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide.
     accepts_loss_kwargs = True
 
-    def forward(self, num_items_in_batch: Tensor | int | None = None, **arguments):
+    def forward(self, **arguments: Any) -> Any:
+        num_items_in_batch: Tensor | int | None = arguments.pop("num_items_in_batch", None)
         outputs = super().forward(**arguments)
         labels = arguments.get("labels")
         if num_items_in_batch is None or labels is None:
@@ -229,7 +215,7 @@ class FusedMeanLoss(FusedHead):
 class FusedPooled(FusedMeanLoss):
     """A head that reads only the pooled output of the encoder, so that the last layer runs on [CLS] alone."""
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         if eligibility.can_pool_alone(self):
             arguments[_POOLED_ONLY] = True
         return super().forward(**arguments)
@@ -238,11 +224,11 @@ class FusedPooled(FusedMeanLoss):
 class FusedMaskedLM(FusedMeanLoss):
     """The masked-LM head: in training its loss is computed on labelled rows, and there are no logits."""
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         if not _loss_needs_no_logits(self, arguments, ("labels",)):
             return super().forward(**arguments)
         loss, _ = _masked_lm_loss(self, arguments)
-        return _returned(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
+        return calls.as_requested(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
 
 
 class FusedPreTraining(FusedHead):
@@ -250,17 +236,17 @@ class FusedPreTraining(FusedHead):
 
     accepts_loss_kwargs = False  # means of tokens and of pairs: one number of items cannot serve both
 
-    def forward(self, **arguments):
+    def forward(self, **arguments: Any) -> Any:
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
             return super().forward(**arguments)
         loss, first = _masked_lm_loss(self, arguments, first=True)
         logits = read(self, self.architecture.head["next_sentence"].split("."))(functions.pooled(self, first))
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
         kind = getattr(self.architecture.modeling, self.architecture.pretraining_output)
-        return _returned(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
+        return calls.as_requested(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
 
 
-def _loss_needs_no_logits(model: FusedModel, arguments: dict, labels: tuple[str, ...]) -> bool:
+def _loss_needs_no_logits(model: FusedModel, arguments: Arguments, labels: tuple[str, ...]) -> bool:
     """Return whether a call asks only for a training loss that can be computed on labelled rows."""
     config, encoder = model.config, model.base_model
     if not model.training or any(arguments.get(name) is None for name in labels):
@@ -268,64 +254,31 @@ def _loss_needs_no_logits(model: FusedModel, arguments: dict, labels: tuple[str,
     if arguments.get("output_hidden_states") or config.output_hidden_states or getattr(config, "return_logits", False):
         return False
     inputs = {name: x for name, x in arguments.items() if name not in labels}
-    tokens = main_input(inputs)
+    tokens = calls.main_input(inputs)
     return (
         isinstance(encoder, FusedEncoder)
         and tokens is not None
         and arguments["labels"].numel() == tokens.shape[:2].numel()  # transformers refuses others
-        and eligibility.call_unsupported_reason(encoder, inputs) is None
-        and eligibility.kernels_unsupported_reason(encoder, inputs) is None
+        and calls.call_unsupported_reason(encoder, inputs) is None
+        and calls.kernels_unsupported_reason(encoder, inputs) is None
         and eligibility.whole_unsupported_reason(encoder) is None
         and eligibility.head_unsupported_reason(model) is None
         and (len(labels) == 1 or eligibility.pooler_unsupported_reason(encoder) is None)
     )
 
 
-def _masked_lm_loss(model: FusedModel, arguments: dict, first: bool = False) -> tuple[Tensor, Tensor | None]:
+def _masked_lm_loss(model: FusedModel, arguments: Arguments, first: bool = False) -> tuple[Tensor, Tensor]:
     """Compute the loss on labelled rows, and the last layer's output at each sequence's first token if asked for."""
-    packed, layout = model.base_model.unpadded(arguments)
+    encoder = cast(FusedEncoder, model.base_model)
+    packed, layout = encoder.unpadded(arguments)
     labels = arguments["labels"].reshape(-1)
     labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     rows = labelled if layout.indices is None else layout.slots()[labelled]
     gathered = rows.clamp(min=0)
-    hidden = functions.encode(model.base_model, packed, torch.cat([gathered, packed.first]) if first else gathered)
+    hidden = functions.encode(encoder, packed, torch.cat([gathered, packed.first]) if first else gathered)
     at_labels = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
     check_below(type(model).__name__, "labels", labels[labelled], model.config.vocab_size, "the vocabulary")
     total, _, counted = functions.masked_lm_loss(model, at_labels, labels[labelled])
     items = arguments.get("num_items_in_batch")
     loss = total / (counted.clamp(min=1) if items is None else items)
-    return loss, hidden[len(rows) :] if first else None
-
-
-def _require_same_packing(arguments: dict) -> None:
-    """Refuse packed input whose queries and keys are not the same sequences."""
-    q, k = arguments.get("cu_seq_lens_q"), arguments["cu_seq_lens_k"]
-    if q is None:
-        raise ValueError("packed input has cu_seq_lens_k without cu_seq_lens_q: pass both, they are equal")
-    if q is not k and (q.shape != k.shape or (q.device.type == k.device.type == "cpu" and not torch.equal(q, k))):
-        raise ValueError("packed input has a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both")
-
-
-def _returned(model: nn.Module, arguments: dict, outputs):
-    return_dict = arguments.get("return_dict")
-    return_dict = model.config.return_dict if return_dict is None else return_dict
-    return outputs if return_dict else outputs.to_tuple()
-
-
-def _packed_again(outputs, layout: Layout):
-    """Turn the outputs of a padded batch, each [rows, columns, H], into [1, T, H]."""
-    outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
-    return outputs
-
-
-def _padded(arguments: dict) -> tuple[dict, Layout]:
-    """Turn packed input [1, T] into a padded batch, one sequence per row, and the layout that unpads its outputs."""
-    tokens = main_input(arguments)
-    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(tokens.device), capacity=tokens.shape[1])
-    layout = Layout.of(sequences, sequences.max_seqlen)  # transformers' loop needs the lengths: this waits for a GPU
-    packed = {name: arguments[name][0] for name in INPUTS if arguments.get(name) is not None}
-    padded = {name: layout.pad(value) for name, value in packed.items()}
-    padded["attention_mask"] = layout.pad(sequences.is_token.long())
-    return {**arguments, **padded, "cu_seq_lens_q": None}, layout
+    return loss, hidden[len(rows) :]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import TypeGuard, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from bertfast.architectures.methods import original_class, runs_family_forward
 from bertfast.encoder import is_linear
-from bertfast.models import bert, eligibility, fused  # noqa: F401  importing bert registers its classes
+from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, fuse, fused_class, unfuse
 
 
@@ -21,7 +24,7 @@ class PatchReport:
     """What of a model is fused.
 
     Attributes:
-        fused: What runs in the place of each fused module, by the module's name.
+        fused: What runs instead of each fused module, by the module's name.
         left: Why a module is left to transformers, by the module's name.
     """
 
@@ -103,7 +106,7 @@ def report(module: nn.Module) -> PatchReport:
     _require_module("report", module)
     result = PatchReport()
     for name, child in module.named_modules():
-        name = name or eligibility.original_class(type(child)).__name__
+        name = name or original_class(type(child)).__name__
         if isinstance(child, fused.FusedEncoder):
             _report_encoder(result, name, child)
         elif isinstance(child, fused.FusedTransform):
@@ -112,7 +115,7 @@ def report(module: nn.Module) -> PatchReport:
         elif isinstance(child, fused.FusedMaskedLM | fused.FusedPreTraining):
             reason = eligibility.head_unsupported_reason(child, is_linear)
             if isinstance(child.base_model, fused.FusedEncoder):
-                reason = reason or eligibility.kernels_unsupported_reason(child.base_model, {})
+                reason = reason or calls.kernels_unsupported_reason(child.base_model, {})
             result._add(name, "in training, its loss is computed on labelled rows without logits", reason)
         elif isinstance(child, fused.FusedMeanLoss):
             result.fused[name] = "the loss of accumulated batches is one mean over all their labels"
@@ -126,31 +129,33 @@ def is_supported(model: nn.Module) -> bool:
     return any(map(_is_encoder, model.modules()))
 
 
-def require_packed(model: nn.Module) -> None:
+def require_packed(model: PreTrainedModel) -> None:
     """Check that the functions of `bertfast.encoder` can run a model and its head on packed batches.
 
     Raises:
         ValueError: A part of the model would have to run transformers' own code; the message has the report.
     """
     encoder = model.base_model
-    is_unsupported = (
-        not isinstance(encoder, fused.FusedEncoder)
-        or eligibility.kernels_unsupported_reason(encoder, {}) is not None
-        or eligibility.whole_unsupported_reason(encoder) is not None
+    is_packed = (
+        isinstance(encoder, fused.FusedEncoder)
+        and calls.kernels_unsupported_reason(encoder, {}) is None
+        and eligibility.whole_unsupported_reason(encoder) is None
     )
-    if is_unsupported or (hasattr(model, "cls") and eligibility.head_unsupported_reason(model) is not None):
+    if isinstance(model, fused.FusedModel) and hasattr(model, "cls"):
+        is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
+    if not is_packed:
         raise ValueError(f"this {type(model).__name__} cannot run on packed batches:\n{report(model)}")
 
 
-def _is_encoder(module: nn.Module) -> bool:
-    kind = fused_class(type(module))
-    return isinstance(module, fused.FusedEncoder) or (kind is not None and issubclass(kind, fused.FusedEncoder))
+def _is_encoder(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    kind = fused_class(type(module)) or type(module)
+    return issubclass(kind, fused.FusedEncoder)
 
 
-def _check(encoder: nn.Module) -> None:
-    kind, config = fused_class(type(encoder)) or type(encoder), encoder.config
-    architecture = kind.architecture
-    if not isinstance(encoder, Fused) and not eligibility.runs_family_forward(encoder, architecture):
+def _check(encoder: PreTrainedModel) -> None:
+    kind, config = fused_class(type(encoder)), encoder.config
+    architecture = (kind or cast(Fused, encoder)).architecture
+    if kind is not None and not runs_family_forward(architecture, encoder):
         raise ValueError(f"{type(encoder).__name__} has a forward of its own, which a fused encoder would not call")
     embeddings, paths = attrgetter(architecture.embeddings)(encoder), architecture.embedding
     words, positions, types = attrgetter(paths["words"], paths["positions"], paths["token_types"])(embeddings)
@@ -165,7 +170,7 @@ def _check(encoder: nn.Module) -> None:
 
 
 def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder) -> None:
-    reason = eligibility.kernels_unsupported_reason(encoder, {})
+    reason = calls.kernels_unsupported_reason(encoder, {})
     if reason is not None:
         result.left[name] = reason
         return
@@ -176,4 +181,5 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
         module = encoder.get_submodule(path)
         if reason is None and isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
-                result.left[f"{name}.{path}.{linear_path}"] = f"{type(linear).__name__} is called as it is"
+                kind = type(linear)
+                result.left[f"{name}.{path}.{linear_path}"] = f"{kind.__module__}.{kind.__name__} is called as it is"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import BertConfig
 
+Preset = Literal["tiny", "mini", "small", "medium", "base", "large"]
 # (layers, hidden size) of Turc et al. (2019) and of Devlin et al. (2019); heads are 64 wide.
 _SIZES = {
     "tiny": (2, 128),
@@ -15,10 +16,9 @@ _SIZES = {
     "base": (12, 768),
     "large": (24, 1024),
 }
-Preset = Literal["tiny", "mini", "small", "medium", "base", "large"]
 
 
-def preset_config(name: Preset, **changes) -> BertConfig:
+def preset_config(name: Preset, **changes: Any) -> BertConfig:
     """Return the configuration of a published size.
 
     Args:
@@ -31,10 +31,5 @@ def preset_config(name: Preset, **changes) -> BertConfig:
     if name not in _SIZES:
         raise ValueError(f"there is no preset {name!r}: use one of {', '.join(_SIZES)}")
     layers, hidden = _SIZES[name]
-    sizes = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": hidden // 64,
-        "intermediate_size": 4 * hidden,
-    }
-    return BertConfig(**sizes | changes)
+    sizes = {"num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
+    return BertConfig(**{"num_hidden_layers": layers, "hidden_size": hidden} | sizes | changes)

@@ -4,47 +4,71 @@ from __future__ import annotations
 
 import functools
 from inspect import Parameter, signature
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from bertfast.architectures import Architecture
 
-SNAPSHOT_HOLDER = "_bertfast_snapshot"  # the attribute in which an encoder keeps what `eligibility` found
-_FUSED: dict[type, type] = {}
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
+_FUSED: dict[type[nn.Module], type[Fused]] = {}
 
 
-class Fused:
+class Fused(nn.Module):
     """Base of the mixins that fuse a module.
 
     A subclass with the keyword `architecture` is the fused class of `original`, its second base, by `mixin`, its first.
     """
 
     architecture: ClassVar[Architecture]
-    original: ClassVar[type]
-    mixin: ClassVar[type]
+    original: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[Fused]]
 
-    def __init_subclass__(cls, *, architecture: Architecture | None = None, **keywords):
+    def __init_subclass__(cls, *, architecture: Architecture | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if architecture is not None:  # else it is a mixin, or a user's class on a fused one
             cls.architecture = architecture
             cls.mixin, cls.original = cls.__bases__[:2]
             _FUSED[cls.original] = cls
-            if hasattr(cls, "passes_keywords"):
-                _name_arguments(cls)
 
 
-def fused_class(kind: type) -> type | None:
+class FusedModel(Fused, PreTrainedModel):
+    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name.
+
+    Attributes:
+        passes_keywords: Whether the original's `forward` passes on keywords that it does not know to the encoder.
+    """
+
+    passes_keywords: ClassVar[bool]
+    if TYPE_CHECKING:
+        config: BertConfig  # or another family's, which has the same fields
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "original" in vars(cls):
+            _name_arguments(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        fuse(self)
+
+
+def fused_class(kind: type[nn.Module]) -> type[Fused] | None:
     """Return the class that a module of class `kind` is fused as; None if there is none, or if it is fused."""
     if issubclass(kind, Fused):
         return None
-    base = next((base for base in kind.__mro__ if base in _FUSED), None)
-    if base is not None and base is not kind:  # a user's class: derive its fused class, under the same name
-        attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        attributes["__reduce_ex__"] = _reduce
-        bases = (_FUSED[base].mixin, kind)
-        return type(kind.__name__, bases, attributes, architecture=_FUSED[base].architecture)
-    return _FUSED.get(base)
+    fused = next((_FUSED[base] for base in kind.__mro__ if base in _FUSED), None)
+    if fused is None or fused.original is kind:
+        return fused
+    # A user's class: derive its fused class, under the same name.
+    attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes["__reduce_ex__"] = _reduce
+    derived: type[Fused] = type(kind)(kind.__name__, (fused.mixin, kind), attributes, architecture=fused.architecture)
+    return derived
 
 
 def fuse(model: nn.Module) -> None:
@@ -59,30 +83,31 @@ def unfuse(model: nn.Module) -> None:
     """Give every fused module of a tree back the class that it had."""
     for module in [*model.modules()]:
         if isinstance(module, Fused):
-            vars(module).pop(SNAPSHOT_HOLDER, None)
-            _change_class(module, type(module).original)
+            vars(module).pop(SNAPSHOT, None)
+            _change_class(module, module.original)
 
 
-def _change_class(module: nn.Module, kind: type) -> None:
+def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
     try:  # transformers 5 finds the outputs that can be recorded by a module's class
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
     except ImportError:  # transformers 4
         return
-    if hasattr(module, "_can_record_outputs"):
+    if isinstance(module, PreTrainedModel):
         _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
-def _reduce(module: nn.Module, protocol):  # a pickle finds classes by name, and by that name it would find the original
+def _reduce(module: Fused, protocol: int) -> tuple[Any, ...]:
+    # A pickle finds classes by their names, and by that name it would find the original.
     return _restore, (type(module).original,), vars(module)
 
 
-def _restore(original: type) -> nn.Module:
-    kind = fused_class(original)
+def _restore(original: type[nn.Module]) -> nn.Module:
+    kind = fused_class(original) or original
     return kind.__new__(kind)
 
 
-def _name_arguments(kind: type) -> None:
+def _name_arguments(kind: type[FusedModel]) -> None:
     """Give a model's fused class a `forward` that passes on all arguments by name.
 
     It has the signature of the original's `forward`, which Trainer reads.
@@ -92,7 +117,7 @@ def _name_arguments(kind: type) -> None:
     names = [x.name for x in parameters if x.kind is Parameter.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(original_forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names):  # a user's forward takes arguments that have no name
             return original_forward(self, *args, **kwargs)
         return super(kind, self).forward(**dict(zip(names, args, strict=False)) | kwargs)

@@ -1,0 +1,100 @@
+"""Find out which code a module runs: its library's own, or a replacement, or that of a class derived by a user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from inspect import isfunction
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bertfast.architectures.architecture import Architecture
+from bertfast.runtime.torch_compat import module_hooks
+
+Function = Callable[..., Any]
+
+
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before it was fused, and before FSDP2 derived one from it."""
+    undistributed = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
+    original: type[nn.Module] = getattr(kind, "original", undistributed)
+    return original
+
+
+def is_genuine(architecture: Architecture, module: nn.Module) -> bool:
+    """Return whether a module is of a class of the family, and runs the methods that were written there."""
+    kind = original_class(type(module))
+    return kind.__module__ == architecture.module and _runs_methods_of(kind, kind)
+
+
+def runs_family_forward(architecture: Architecture, model: nn.Module) -> bool:
+    """Return whether a model runs its family's `forward` and what that calls, and not a user's or a replacement."""
+    kind = original_class(type(model))
+    return _runs_methods_of(kind, next(base for base in kind.__mro__ if base.__module__ == architecture.module))
+
+
+def is_original(kind: type, name: str) -> bool:
+    """Return whether a class still has the method of that name that was written in its body."""
+    return _is_written_in(getattr(kind, name), kind.__module__, f"{kind.__name__}.{name}")
+
+
+@cache
+def method_names(kind: type) -> tuple[str, ...]:
+    """Return the names of the functions in a class body, without those that make, load or resize a module."""
+    others = ("__", "_init_weights", "get_", "set_", "prune", "_prune", "tie_", "_tie", "resize_", "extra_repr")
+    names = [name for name, x in vars(kind).items() if isfunction(x) and not name.startswith(others)]
+    return (*dict.fromkeys(["forward", *names]),)
+
+
+def attention_function(architecture: Architecture, name: str | None) -> Function | None:
+    """Return what a configuration's attention implementation resolves to; None if this version resolves none."""
+    eager: Function | None = getattr(architecture.modeling, "eager_attention_forward", None)
+    function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    return None if function is None else _without_partial(function)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Return whether a module does more than its class says; hooks of transformers and of distributed engines apart."""
+    if not isinstance(module, nn.Module):  # a function as activation
+        return False
+    kind = type(module)
+    registered = (hook for table in module_hooks(module) for hook in table.values())
+    has_own_method = any(callable(x) and hasattr(kind, name) for name, x in vars(module).items())
+    return has_own_method or any(_changes_calls(hook, module) for hook in registered)
+
+
+def _changes_calls(hook: Function, module: nn.Module) -> bool:
+    """Return whether someone but transformers and the engines that shard a model registered a hook."""
+    function = _without_partial(hook)
+    name = getattr(function, "__module__", None) or type(function).__module__
+    if name == "transformers.utils.output_capturing" or name.startswith(("torch.distributed.", "torch.nn.parallel.")):
+        return False
+    # Embeddings whose layers are recomputed are made to require a gradient, which those that are trained do anyway.
+    requires_gradients = getattr(function, "__name__", None) == "make_inputs_require_grads"
+    is_harmless = requires_gradients and name.startswith("transformers.")
+    return not (is_harmless and all(p.requires_grad for p in module.parameters()))
+
+
+def _without_partial(function: Function) -> Function:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _runs_methods_of(kind: type, family_class: type) -> bool:
+    """Return whether a class runs the methods that were written in the body of `family_class`, itself or a base."""
+    module, name = family_class.__module__, family_class.__name__
+    return all(_is_written_in(getattr(kind, own), module, f"{name}.{own}") for own in method_names(family_class))
+
+
+@cache
+def _is_written_in(function: Function, module: str, name: str) -> bool:
+    # functools.wraps copies names, but not the module in which a wrapper was written.
+    library = module.partition(".")[0] + "."
+    while isfunction(function) and function.__globals__["__name__"].startswith(library):
+        if not hasattr(function, "__wrapped__"):
+            return function.__globals__["__name__"] == module and function.__qualname__ == name
+        function = function.__wrapped__
+    return False

@@ -1,0 +1,83 @@
+"""Notice at each call whether a model has changed since it was examined, without examining it again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from operator import getitem
+from typing import Any
+
+from torch import nn
+
+from bertfast.architectures.architecture import Architecture
+from bertfast.architectures.methods import attention_function, method_names, original_class
+from bertfast.runtime.torch_compat import module_hooks, module_tables, write_count
+
+# Modules whose options nobody examines: they are read at each call.
+_WITHOUT_OPTIONS = (nn.Linear, nn.LayerNorm)
+
+
+class Snapshot:
+    """The state of an encoder's modules when it was examined.
+
+    A call with 12 layers compares more than 2,000 values, so that all of them lie in flat lists, which `map` reads.
+
+    Args:
+        encoder: A model of transformers.
+        architecture: Its family.
+        options: Names of the modules' attributes that the examination reads. Attributes that are added are noticed
+            whatever their names.
+    """
+
+    def __init__(self, encoder: nn.Module, architecture: Architecture, options: Collection[str]):
+        self._architecture = architecture
+        self._modules = modules = [*encoder.modules()]
+        self._attributes = [vars(module) for module in modules]
+        read = [
+            (own, name)
+            for module, own in zip(modules, self._attributes, strict=True)
+            if type(module) not in _WITHOUT_OPTIONS
+            for name in own
+            if name in options
+        ]
+        self._option_tables, self._option_names = [own for own, _ in read], [name for _, name in read]
+        methods = [(kind, name) for kind in {original_class(type(m)) for m in modules} for name in method_names(kind)]
+        self._classes, self._methods = [kind for kind, _ in methods], [name for _, name in methods]
+        self._norms = [module_tables(module)[0] for module in modules if isinstance(module, nn.LayerNorm)]
+        self._buffers = [*encoder.buffers()]
+        tables: list[dict[Any, Any]] = [
+            table for module in modules for table in (*module_tables(module)[1:], *module_hooks(module))
+        ]
+        self._empty_tables = [table for table in tables if not table]  # most of them, and quicker to compare
+        self._tables = [table for table in tables if table]
+        self._known_tables = [{**table} for table in self._tables]
+        self._known_state = self._state(encoder)
+        self._counts_writes = all(write_count(buffer) is not None for buffer in self._buffers)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None  # the modules of a copy are others
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def still_holds(self, encoder: nn.Module) -> bool:
+        """Return whether the encoder's modules are in the state that they were in."""
+        # A replica of an encoder has a copy of its attributes, this one included.
+        is_own = self._counts_writes and self._modules[0] is encoder
+        try:
+            is_same = is_own and self._tables == self._known_tables and self._state(encoder) == self._known_state
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            # An attribute was deleted, or has become a tensor, whose comparison has no truth value.
+            return False
+        return is_same and not any(self._empty_tables)
+
+    def _state(self, encoder: Any) -> tuple[list[Any], ...]:
+        config = encoder.config
+        return (
+            [*map(type, self._modules)],
+            [*map(len, self._attributes)],  # grows by a method that is set on a module
+            [*map(getitem, self._option_tables, self._option_names)],
+            [*map(getattr, self._classes, self._methods)],
+            [norm.get("weight") is None or norm.get("bias") is None for norm in self._norms],
+            [*map(write_count, self._buffers)],
+            [getattr(config, "is_decoder", False), attention_function(self._architecture, config._attn_implementation)],
+        )

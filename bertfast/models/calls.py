@@ -1,0 +1,130 @@
+"""Calls of a fused encoder: what they ask for that it does not have, and their packed input and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from bertfast.encoder import kernel_support
+from bertfast.encoder.unpadding import Layout
+from bertfast.models.registry import FusedModel
+from bertfast.ops.sequences import Sequences
+from bertfast.runtime import torch_compat
+
+Arguments = dict[str, Any]  # of a model's `forward`, by name
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_KNOWN = {*INPUTS, *PACKING, "return_dict", "use_cache", "output_hidden_states", "num_items_in_batch"}
+
+
+def main_input(arguments: Arguments) -> Tensor | None:
+    """Return the token ids of a call, or the embeddings that it has instead."""
+    embeddings: Tensor | None = arguments.get("inputs_embeds")
+    return arguments.get("input_ids") if embeddings is None else embeddings
+
+
+def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:
+    """Return why a call asks for something that the packed encoder does not compute."""
+    config = encoder.config
+    unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in _KNOWN]
+    if unknown:
+        return f"the packed encoder does not take {', '.join(unknown)}"
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = main_input(arguments)
+    has_one = tokens is not None and (ids is None or embeddings is None)
+    if not has_one or tokens.dim() != (2 if embeddings is None else 3) or 0 in tokens.shape:
+        return "the input does not have the shape [batch, length]"
+    mask: Tensor | None = arguments.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        return "the attention mask is one between pairs of tokens"
+    if mask is not None and mask.shape != tokens.shape[:2]:
+        return "the attention mask has another shape than the input"
+    use_cache = arguments.get("use_cache")
+    if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):
+        return "the call fills a cache"
+    if config.output_attentions:
+        return "the configuration asks for attention weights"
+    if not torch.compiler.is_compiling() and torch_compat.has_global_hooks():
+        return "hooks are registered for all modules of PyTorch"
+    return tracing_unsupported_reason(tokens)
+
+
+def tracing_unsupported_reason(x: Tensor) -> str | None:
+    """Return why a call with the input `x` runs under a transform that the packed encoder does not support."""
+    if torch.compiler.is_compiling():
+        return "torch.export makes graphs without operations of bertfast" if torch.compiler.is_exporting() else None
+    if torch_compat.is_jit_tracing():
+        return "torch.jit makes graphs without operations of bertfast"
+    if not torch_compat.has_values(x):
+        return "the tensors hold no values"
+    if torch_compat.is_transformed():
+        return "torch.func transforms the call"
+    return None
+
+
+def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:
+    """Return why a call has no fast kernels on the model's device and in its dtype."""
+    tokens, shape = main_input(arguments), None
+    # A compiler would compile again for sizes on the other side of a bound, so that shapes do not matter to it.
+    if tokens is not None and arguments.get("cu_seq_lens_q") is None and not torch.compiler.is_compiling():
+        shape = (tokens.shape[0], tokens.shape[1])
+    return _kernels_unsupported_reason(encoder, shape)
+
+
+@torch_compat.constant_result
+def _kernels_unsupported_reason(encoder: FusedModel, shape: tuple[int, int] | None) -> str | None:
+    weight, config = torch_compat.any_parameter(encoder), encoder.config
+    head_dimension = config.hidden_size // config.num_attention_heads
+    return kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight), head_dimension, shape)
+
+
+def is_short(arguments: Arguments) -> bool:
+    """Return whether a call has so few tokens, and no padding, that transformers' own code is at least as fast."""
+    tokens, mask = main_input(arguments), arguments.get("attention_mask")
+    if tokens is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens.device.type != "cpu":
+        return False
+    if tokens.shape[0] * tokens.shape[1] >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
+        return False
+    return mask is None or bool(mask.all())
+
+
+def require_same_packing(arguments: Arguments) -> None:
+    """Refuse packed input whose queries and keys are not the same sequences."""
+    q, k = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")
+    if k is None:
+        return
+    if q is None:
+        raise ValueError("packed input has cu_seq_lens_k without cu_seq_lens_q: pass both, they are equal")
+    if q is not k and (q.shape != k.shape or (q.device.type == k.device.type == "cpu" and not torch.equal(q, k))):
+        raise ValueError("packed input has a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both")
+
+
+def pad_packed(arguments: Arguments) -> tuple[Arguments, Layout]:
+    """Turn packed input [1, T] into a padded batch, one sequence per row, and the layout that unpads its outputs."""
+    tokens = main_input(arguments)
+    assert tokens is not None, "a call without input is refused before"
+    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(tokens.device), capacity=tokens.shape[1])
+    layout = Layout.of(sequences, sequences.max_seqlen)  # transformers' loop needs the lengths: this waits for a GPU
+    packed = {name: arguments[name][0] for name in INPUTS if arguments.get(name) is not None}
+    padded = {name: layout.pad(value) for name, value in packed.items()}
+    padded["attention_mask"] = layout.pad(sequences.is_token.long())
+    return {**arguments, **padded, "cu_seq_lens_q": None}, layout
+
+
+def pack_outputs(outputs: Any, layout: Layout) -> Any:
+    """Turn the encoder's outputs for a padded batch, each [rows, columns, H], into [1, T, H], in place."""
+    outputs.last_hidden_state = layout.unpad(outputs.last_hidden_state, "outputs")[None]
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(layout.unpad(x, "outputs")[None] for x in outputs.hidden_states)
+    return outputs
+
+
+def as_requested(model: FusedModel, arguments: Arguments, outputs: ModelOutput) -> ModelOutput | tuple[Any, ...]:
+    """Return outputs as a tuple if the call or the configuration asks for one."""
+    return_dict = arguments.get("return_dict")
+    return_dict = model.config.return_dict if return_dict is None else return_dict
+    return outputs if return_dict else outputs.to_tuple()
