@@ -1,4 +1,4 @@
-"""Our classes beside those of `transformers`: the same parameters, the same inputs, and what to compare."""
+"""bertfast's classes and those of transformers with equal parameters, their inputs, and the results to compare."""
 
 import copy
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from bertfast.cli.self_test import ULPS
 
 ROWS, COLUMNS, CHOICES = 3, 11, 2
 # Of the thousands of small gradients that these tests compare, the roundings of a few happen to add up: each may have
-# this many times the error of theirs, all of a model together twice.
+# this many times the error of transformers', all of a model together twice.
 SINGLE_GRADIENT_FACTOR = 4
 SIZES = {
     "vocab_size": 53,
@@ -65,23 +65,23 @@ BY_CLASS = {case.class_name: case for case in reversed(CASES)}
 
 
 def models(case: Case, **changes) -> tuple[nn.Module, nn.Module]:
-    """(ours, theirs) of a case with the same random parameters, in evaluation mode."""
+    """Return a case's models of bertfast and of transformers, with equal random parameters, in evaluation mode."""
     sizes = SIZES | case.changes | changes
-    theirs = getattr(transformers, case.class_name)(
+    hf = getattr(transformers, case.class_name)(
         transformers.BertConfig(**sizes, attn_implementation="eager", use_cache=False), **case.arguments
     )
-    ours = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)
+    fused = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in hf.named_parameters():
             around = 1.0 if "LayerNorm.weight" in name else 0.0
             parameter.copy_(around + 0.14 * torch.randn(parameter.shape, generator=generator))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.eval(), theirs.eval()
+    fused.load_state_dict(hf.state_dict(), strict=True)
+    return fused.eval(), hf.eval()
 
 
 def attended(padding: str) -> Tensor:
-    """bool [ROWS, COLUMNS]: which places hold tokens."""
+    """Return which positions hold tokens: bool [ROWS, COLUMNS]."""
     mask = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
     if padding == "right":
         mask[0, 7:] = mask[2, 1:] = False
@@ -95,7 +95,7 @@ def attended(padding: str) -> Tensor:
 
 
 def inputs(case: Case, padding: str) -> dict[str, Tensor]:
-    """What a forward call takes, labels included: none at padding, and none that only padding would predict."""
+    """Return the arguments of a forward call; no labels are at padding, or predicted only from padding."""
     generator = torch.Generator().manual_seed(1)
 
     def random(high: int, *shape: int) -> Tensor:
@@ -127,16 +127,16 @@ def inputs(case: Case, padding: str) -> dict[str, Tensor]:
 
 
 def separable(case: Case) -> dict[str, Tensor]:
-    """What a forward call takes, with labels in the first two rows and in the last, which processes may share."""
+    """Return the arguments of a forward call with labels in the first two rows and in the last, to be split by rows."""
     if case.name != "question":
         return inputs(case, "left")
-    values = inputs(case, "none")  # transformers' softmax over the places of an answer counts padding in
+    values = inputs(case, "none")  # transformers' softmax over the positions of an answer includes padding
     return values | {"start_positions": values["end_positions"]}
 
 
 @dataclass(frozen=True)
 class Results:
-    """Outputs by name, at attended places alone, and gradients by parameter."""
+    """Outputs by name, only at attended positions, and gradients by parameter."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -167,26 +167,26 @@ def results(model: nn.Module, values: dict[str, Tensor], mask: Tensor | None, au
     return Results({name: x.detach() for name, x in outputs.items()}, gradients)
 
 
-def double(theirs: nn.Module) -> nn.Module:
-    """A copy of a model in float64: the truth."""
-    return copy.deepcopy(theirs).double()
+def double(hf: nn.Module) -> nn.Module:
+    """Return a copy of a model in float64, which computes the truth."""
+    return copy.deepcopy(hf).double()
 
 
-def assert_parity(ours: Results, theirs: Results, truth: Results, dtype: torch.dtype = torch.float32) -> None:
-    """Hold every output and every gradient to the rule."""
-    assert ours.outputs.keys() == theirs.outputs.keys()
-    # Untied, theirs has a second bias of the vocabulary that nothing reads; ours keeps one under both names.
-    assert ours.gradients.keys() - theirs.gradients.keys() <= {"cls.predictions.bias"}
-    for name, value in ours.outputs.items():
-        assert_as_accurate_as_torch(value, theirs.outputs[name], truth.outputs[name], name=name, dtype=dtype)
+def assert_parity(fused: Results, hf: Results, truth: Results, dtype: torch.dtype = torch.float32) -> None:
+    """Check every output and every gradient by the accuracy rule."""
+    assert fused.outputs.keys() == hf.outputs.keys()
+    # Untied, transformers has a second bias of the vocabulary that nothing reads; bertfast keeps one under both names.
+    assert fused.gradients.keys() - hf.gradients.keys() <= {"cls.predictions.bias"}
+    for name, value in fused.outputs.items():
+        assert_as_accurate_as_torch(value, hf.outputs[name], truth.outputs[name], name=name, dtype=dtype)
     relative_errors = []
-    for name, their in theirs.gradients.items():
+    for name, their in hf.gradients.items():
         true = truth.gradients[name]
         weight = truth.gradients.get(name.removesuffix("bias") + "weight")
         # What shifts all that a softmax sees, a key's bias or that of choices' scores, has no gradient but rounding.
         zero = name.endswith("bias") and weight is not None and true.norm() < 1e-9 * weight.norm()
         assert_as_accurate_as_torch(
-            ours.gradients[name],
+            fused.gradients[name],
             their,
             true,
             name=name,
@@ -195,8 +195,8 @@ def assert_parity(ours: Results, theirs: Results, truth: Results, dtype: torch.d
             factor=SINGLE_GRADIENT_FACTOR,
         )
         if not zero and true.norm() > 0:
-            pair = (ours.gradients[name], their)
+            pair = (fused.gradients[name], their)
             relative_errors.append([float((x.double() - true).norm() / true.norm()) for x in pair])
-    our_error, their_error = torch.tensor(relative_errors, dtype=torch.float64).norm(dim=0)
-    allowed = 2 * their_error + ULPS * torch.finfo(dtype).eps
-    assert our_error <= allowed, f"all gradients together: error {our_error:.3g}, theirs {their_error:.3g}"
+    fused_error, hf_error = torch.tensor(relative_errors, dtype=torch.float64).norm(dim=0)
+    allowed = 2 * hf_error + ULPS * torch.finfo(dtype).eps
+    assert fused_error <= allowed, f"all gradients together: error {fused_error:.3g}, transformers {hf_error:.3g}"

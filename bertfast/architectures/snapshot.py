@@ -24,8 +24,8 @@ class Snapshot:
     Args:
         encoder: A model of transformers.
         architecture: Its family.
-        options: Names of the modules' attributes that the examination reads. Attributes that are added are noticed
-            whatever their names.
+        options: Names of the modules' attributes that the examination reads. Attributes that are added later are
+            noticed without their names.
     """
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, options: Collection[str]):

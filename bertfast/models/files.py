@@ -1,4 +1,4 @@
-"""Find, open and save the folders of models, with one sentence for whatever can be wrong with them."""
+"""Find, open and save the folders of models; errors say in one sentence what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load(
         kind: A fused class; if the configuration has extensions, its counterpart with extensions is opened.
         name: Folder or hub id.
         config: Configuration of the model; None: that of the folder.
-        fresh: Parameters whose names begin with these are initialised, whatever the checkpoint holds.
+        fresh: Parameters whose names begin with these are initialised, also where the checkpoint has them.
 
     Returns:
         The model, the names of parameters that the checkpoint lacks, which are initialised as in pre-training, and

@@ -39,8 +39,8 @@ def packed_batch(padding_slots: int = 0, empty: int = 0, seed: Tensor | None = N
 def test_sequence_logits_are_those_of_each_sequence_alone(slots, empty):
     model = model_of("BertForSequenceClassification")
     packed, rows = packed_batch(slots, empty)
-    want = torch.cat([model(row).logits for row in rows])
-    torch.testing.assert_close(heads.sequence_logits(model, packed)[:3], want, rtol=1e-4, atol=1e-5)
+    expected = torch.cat([model(row).logits for row in rows])
+    torch.testing.assert_close(heads.sequence_logits(model, packed)[:3], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("slots", "empty"), [(0, 0), (5, 2)])
@@ -91,10 +91,10 @@ def test_token_logits_and_their_loss_are_those_of_each_sequence_alone(slots):
     packed, rows = packed_batch(slots)
     labels = torch.arange(len(packed.token_ids)) % 4 - 1
     labels = torch.where((labels < 0) | ~packed.sequences.is_token, -100, labels)
-    want = torch.cat([model(row).logits[0] for row in rows])
-    torch.testing.assert_close(heads.token_logits(model, packed)[: len(want)], want, rtol=1e-4, atol=1e-5)
+    expected = torch.cat([model(row).logits[0] for row in rows])
+    torch.testing.assert_close(heads.token_logits(model, packed)[: len(expected)], expected, rtol=1e-4, atol=1e-5)
     loss = heads.token_classification_loss(model, packed, labels, (labels >= 0).sum())
-    torch.testing.assert_close(loss, nn.functional.cross_entropy(want, labels[: len(want)]))
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(expected, labels[: len(expected)]))
 
 
 @pytest.mark.parametrize(("slots", "empty"), [(0, 0), (5, 2)])
@@ -108,13 +108,13 @@ def test_an_answers_softmax_runs_over_the_tokens_of_its_sequence(slots, empty):
         model(row, start_positions=start[None], end_positions=end[None])
         for row, start, end in zip(rows, starts, ends, strict=True)
     ]
-    want = sum(
+    expected = sum(
         nn.functional.cross_entropy(logits, position[None])
         for output, pair in zip(outputs, zip(starts, ends, strict=True), strict=True)
         for logits, position in zip((output.start_logits, output.end_logits), pair, strict=True)
         if position < logits.shape[1]
     )
-    torch.testing.assert_close(loss, want / 2 / 3)
+    torch.testing.assert_close(loss, expected / 2 / 3)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

@@ -71,26 +71,26 @@ def gradients_of(model: nn.Module, engine: nn.Module, parts: list[dict[str, Tens
 def replicate(name: str) -> dict:
     """The report of a model under DDP, and what in its gradients differs from transformers' on the whole batch."""
     case = BY_CLASS[name]
-    ours, theirs = (model.train() for model in models(case, **NO_DROPOUT))
+    fused, hf = (model.train() for model in models(case, **NO_DROPOUT))
     values = separable(case)
     dtypes = {False: values, True: {key: x.double() if x.is_floating_point() else x for key, x in values.items()}}
     parts = [
         {is_double: {key: x[rows] for key, x in own.items()} for is_double, own in dtypes.items()}
         for rows in (slice(0, 2), slice(2, None))
     ]
-    before = bertfast.report(ours)
-    found = gradients_of(ours, DistributedDataParallel(ours), [parts[dist.get_rank()][False]])
+    before = bertfast.report(fused)
+    found = gradients_of(fused, DistributedDataParallel(fused), [parts[dist.get_rank()][False]])
     dist.all_reduce(found.outputs["loss"])
     found.outputs["loss"] /= dist.get_world_size()
-    want = gradients_of(theirs, theirs, [part[False] for part in parts])
-    truth = double(copy.deepcopy(theirs))
+    expected = gradients_of(hf, hf, [part[False] for part in parts])
+    truth = double(copy.deepcopy(hf))
     truth = gradients_of(truth, truth, [part[True] for part in parts])
     try:
-        assert_parity(found, want, truth)
+        assert_parity(found, expected, truth)
         problem = None
     except AssertionError as error:
         problem = str(error)
-    after = bertfast.report(ours)
+    after = bertfast.report(fused)
     return {"name": name, "unchanged": before == after and not after.left, "problem": problem}
 
 

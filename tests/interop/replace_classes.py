@@ -1,4 +1,4 @@
-"""A pytest plugin that puts bertfast's classes in the place of transformers': `pytest -p replace_classes`."""
+"""A pytest plugin that replaces transformers' classes by bertfast's: `pytest -p replace_classes`."""
 
 import transformers
 from transformers.models.bert import modeling_bert

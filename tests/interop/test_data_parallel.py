@@ -1,4 +1,4 @@
-"""All nine classes under `torch.nn.DataParallel`, whose replicas have no parameters, only tensors in their place."""
+"""All nine classes under `torch.nn.DataParallel`, whose replicas have tensors instead of parameters."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -58,9 +58,9 @@ def step(model: nn.Module, values: dict[str, Tensor]) -> Results:
 @pytest.mark.parametrize("name", BY_CLASS)
 def test_replicas_compute_what_those_of_transformers_do(name, on_a_cpu):
     case = BY_CLASS[name]
-    ours, theirs = (model.train() for model in models(case, **NO_DROPOUT, return_logits=True))
+    fused, hf = (model.train() for model in models(case, **NO_DROPOUT, return_logits=True))
     values = separable(case)
-    assert_parity(*(step(model, values) for model in (ours, theirs, double(theirs))))
+    assert_parity(*(step(model, values) for model in (fused, hf, double(hf))))
 
 
 def test_replicas_run_packed(on_a_cpu):

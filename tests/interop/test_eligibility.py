@@ -1,40 +1,22 @@
-"""What runs packed is decided at each call: whatever has been put around or into a module keeps its effect."""
+"""What runs packed is decided at each call: what users put around or into a module keeps its effect."""
 
 import copy
 import functools
 import gc
-import math
 import weakref
 
 import pytest
 import torch
 import transformers
-from parity import CASES as PARITY_CASES
-from parity import SIZES, inputs
+from live_models import VALUES, live, pair
+from parity import SIZES
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune, weight_norm
 from transformers.models.bert import modeling_bert
 
 import bertfast
 
-VALUES = inputs(next(case for case in PARITY_CASES if case.name == "sequence"), "right")
-MASK = VALUES["attention_mask"].bool()
 is_5 = transformers.__version__ >= "5"
-
-
-def live(name="BertForSequenceClassification", **changes) -> nn.Module:
-    torch.manual_seed(0)
-    config = {"attn_implementation": "eager"} | SIZES | changes
-    return getattr(transformers, name)(transformers.BertConfig(**config)).eval()
-
-
-def pair(name="BertForSequenceClassification", **changes) -> tuple[nn.Module, nn.Module]:
-    """A patched model and the same as it was."""
-    plain = live(name, **changes)
-    patched = copy.deepcopy(plain)
-    bertfast.patch(patched)
-    return patched, plain
 
 
 def assert_same(patched: nn.Module, plain: nn.Module, **more) -> None:
@@ -101,7 +83,7 @@ def test_a_change_keeps_its_effect(change, when):
     patched, plain = live(), live()
     if when == "after":
         bertfast.patch(patched)
-        patched(**VALUES)  # what was found then must not be believed
+        patched(**VALUES)  # what was decided then must not be reused
     change(patched)
     change(plain)
     if when == "before":
@@ -182,9 +164,9 @@ def test_a_forward_replaced_in_a_class_of_transformers_is_run(kind, wrapped, mon
     replacement = functools.wraps(forward)(replacement) if wrapped else replacement
     monkeypatch.setattr(getattr(modeling_bert, kind), "forward", replacement)
     patched(**VALUES)
-    ours = len(called)
+    fused = len(called)
     plain(**VALUES)
-    assert len(called) == 2 * ours > 0
+    assert len(called) == 2 * fused > 0
 
 
 def test_dropout_follows_the_modules_and_not_the_configuration():
@@ -192,66 +174,12 @@ def test_dropout_follows_the_modules_and_not_the_configuration():
     patched.train()
     patched.config.hidden_dropout_prob = 0.5
     torch.testing.assert_close(patched(**VALUES).logits, patched(**VALUES).logits)
-    for place in ("embeddings.dropout", "encoder.layer.0.attention.output.dropout", "encoder.layer.1.output.dropout"):
-        dropout = patched.bert.get_submodule(place)
+    for path in ("embeddings.dropout", "encoder.layer.0.attention.output.dropout", "encoder.layer.1.output.dropout"):
+        dropout = patched.bert.get_submodule(path)
         dropout.p = 0.5
-        assert not torch.allclose(patched(**VALUES).logits, patched(**VALUES).logits), place
+        assert not torch.allclose(patched(**VALUES).logits, patched(**VALUES).logits), path
         assert not bertfast.report(patched).left
         dropout.p = 0.0
-
-
-def test_shapes_that_broadcast_in_transformers_are_taken():
-    patched, plain = pair()
-    ids, types = VALUES["input_ids"], VALUES["token_type_ids"]
-    row = torch.tensor([[1] * 8 + [0] * 3])
-    positions, compared = torch.arange(11).flip(0), 0
-    for arguments in (
-        {"attention_mask": row},
-        {"position_ids": positions[None]},
-        {"position_ids": positions},
-        {"token_type_ids": types[:1]},
-        {"attention_mask": torch.cat([VALUES["attention_mask"], torch.ones(3, 4)], 1)},
-        {"attention_mask": VALUES["attention_mask"][:, :9]},
-        {"attention_mask": VALUES["attention_mask"].bool()},
-        {"attention_mask": VALUES["attention_mask"].float()},
-    ):
-        arguments = {"input_ids": ids, "token_type_ids": types} | arguments
-        try:
-            want = plain(**arguments).logits
-        except (IndexError, RuntimeError):  # not every version takes all of them
-            with pytest.raises((IndexError, RuntimeError)):
-                patched(**arguments)
-            continue
-        torch.testing.assert_close(patched(**arguments).logits, want, rtol=1e-4, atol=1e-5)
-        compared += 1
-    assert compared >= 5
-
-
-def test_torch_func_differentiates_what_transformers_computes():
-    patched, plain = pair(num_hidden_layers=1)
-    labels = torch.tensor([0, 1, 2])
-
-    def gradients(model):
-        parameters = dict(model.named_parameters())
-        arguments = {**VALUES, "labels": labels}
-        return torch.func.grad(lambda p: torch.func.functional_call(model, p, (), arguments).loss)(parameters)
-
-    for name, gradient in gradients(plain).items():
-        torch.testing.assert_close(gradients(patched)[name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_tensors_without_values_have_the_shapes_of_transformers():
-    patched, plain = pair()
-    ids = VALUES["input_ids"]
-    try:
-        want = plain.to("meta")(ids.to("meta")).logits.shape
-    except RuntimeError as error:  # not every version takes them
-        pytest.skip(f"transformers {transformers.__version__}: {error}")
-    assert patched.to("meta")(ids.to("meta")).logits.shape == want
-    with FakeTensorMode():
-        fake = live()
-        bertfast.patch(fake)
-        assert fake(torch.zeros(3, 11, dtype=torch.int64)).logits.shape == (3, 3)
 
 
 def test_a_model_that_becomes_a_decoder_later_is_one():
@@ -262,120 +190,6 @@ def test_a_model_that_becomes_a_decoder_later_is_one():
         model.config.is_decoder, model.config.use_cache = True, False
     torch.testing.assert_close(patched(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     assert "is_decoder" in bertfast.report(patched).left["bert.encoder.layer.0"]
-
-
-def test_a_choice_of_hidden_states_by_index_is_kept():
-    patched, plain = pair()
-    try:
-        want = plain(**VALUES, output_hidden_states=0).hidden_states
-    except Exception as error:  # not every version has it
-        pytest.skip(f"transformers {transformers.__version__}: {error}")
-    got = patched(**VALUES, output_hidden_states=0).hidden_states
-    assert (got is None) == (want is None)
-    for ours, theirs in zip(got or (), want or (), strict=True):
-        assert (ours is None) == (theirs is None)
-
-
-# The loss of heads with a vocabulary.
-
-
-def language_values(name: str) -> dict[str, torch.Tensor]:
-    values = {name: x for name, x in VALUES.items() if name != "labels"}
-    generator = torch.Generator().manual_seed(3)
-    labels = torch.randint(53, MASK.shape, generator=generator)
-    labels = labels.masked_fill((torch.rand(MASK.shape, generator=generator) < 0.6) | ~MASK, -100)
-    more = {"next_sentence_label": torch.tensor([0, 1, 0])} if name == "BertForPreTraining" else {}
-    return values | {"labels": labels} | more
-
-
-def logits_of(outputs):
-    return outputs["prediction_logits"] if "prediction_logits" in outputs else outputs.get("logits")
-
-
-@pytest.fixture(params=["BertForMaskedLM", "BertForPreTraining"])
-def trained(request):
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    patched, plain = pair(request.param, **nothing)
-    return patched.train(), plain.train(), language_values(request.param)
-
-
-def test_a_training_loss_and_its_gradients_are_transformers_without_logits(trained):
-    patched, plain, values = trained
-    outputs, want = patched(**values), plain(**values)
-    assert logits_of(outputs) is None
-    assert type(outputs) is type(want)
-    torch.testing.assert_close(outputs.loss, want.loss)
-    outputs.loss.backward()
-    want.loss.backward()
-    for (name, ours), theirs in zip(patched.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(
-            ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    as_tuple = patched(**values, return_dict=False)
-    torch.testing.assert_close(as_tuple[0], want.loss)
-
-
-def watch_decoder(model):
-    model.cls.predictions.decoder.register_forward_hook(lambda *_: None)
-
-
-def watch_head(model):
-    model.cls.register_forward_hook(lambda *_: None)
-
-
-def watch_encoder(model):
-    model.bert.register_forward_hook(lambda *_: None)
-
-
-def want_logits(model):
-    model.config.return_logits = True
-
-
-@pytest.mark.parametrize("change", [watch_decoder, watch_head, watch_encoder, want_logits, nn.Module.eval])
-def test_logits_are_there_where_someone_may_read_them(trained, change):
-    patched, plain, values = trained
-    change(patched)
-    outputs, want = patched(**values), plain(**values)
-    torch.testing.assert_close(logits_of(outputs)[MASK], logits_of(want)[MASK], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs.loss, want.loss)
-
-
-@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
-def test_logits_are_there_where_records_are_asked_for(trained, asked):
-    patched, plain, values = trained
-    outputs, want = patched(**values, **{asked: True}), plain(**values, **{asked: True})
-    torch.testing.assert_close(logits_of(outputs)[MASK], logits_of(want)[MASK], rtol=1e-4, atol=1e-5)
-    assert len(outputs[asked.removeprefix("output_")]) == len(want[asked.removeprefix("output_")])
-
-
-def test_a_step_without_labels_has_a_loss_of_zero():
-    patched, _ = pair("BertForMaskedLM")
-    values = language_values("BertForMaskedLM") | {"labels": torch.full(MASK.shape, -100)}
-    loss = patched.train()(**values).loss
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or p.grad.isfinite().all() for p in patched.parameters())
-
-
-def test_labels_at_padding_count_in_training_as_in_evaluation():
-    patched, _ = pair("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    values = language_values("BertForMaskedLM")
-    values["labels"] = values["input_ids"].clone()
-    evaluated = patched(**values).loss
-    torch.testing.assert_close(patched.train()(**values).loss, evaluated)
-
-
-def test_a_step_of_several_batches_is_one_mean():
-    patched, _ = pair("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    values = language_values("BertForMaskedLM")
-    whole = patched.train()(**values).loss
-    count = (values["labels"] != -100).sum()
-    parts = [
-        patched(**{name: x[row : row + 1] for name, x in values.items()}, num_items_in_batch=count).loss
-        for row in range(3)
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-    assert math.isfinite(whole)
 
 
 class _Halved(nn.LayerNorm):
@@ -422,37 +236,6 @@ def test_a_replaced_forward_of_torch_is_called(kind, monkeypatch):
     assert len(calls) == 2 * expected
 
 
-def test_hooks_for_all_modules_are_called_as_often():
-    patched, plain = pair()
-    calls = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-    try:
-        plain(**VALUES)
-        expected = len(calls)
-        patched(**VALUES)
-    finally:
-        handle.remove()
-    assert calls[:expected] == calls[expected:]
-
-
-@pytest.mark.parametrize(
-    "misfit", [lambda ids: ids[:2], lambda ids: ids[:, :5].contiguous(), lambda ids: torch.full_like(ids, -1)]
-)
-def test_labels_that_do_not_fit_are_refused(misfit):
-    model = bertfast.BertForMaskedLM(transformers.BertConfig(**SIZES)).train()
-    with pytest.raises((ValueError, IndexError)):
-        model(VALUES["input_ids"], VALUES["attention_mask"], labels=misfit(VALUES["input_ids"]))
-
-
-def test_packed_input_whose_keys_are_other_sequences_is_refused():
-    model = bertfast.BertModel(transformers.BertConfig(**SIZES)).eval()
-    ids, starts = torch.tensor([[2, 5, 3, 2, 6, 3]]), torch.tensor([0, 3, 6])
-    with pytest.raises(ValueError, match="cu_seq_lens_k without cu_seq_lens_q: pass both"):
-        model(ids, cu_seq_lens_k=starts)
-    with pytest.raises(ValueError, match="a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both"):
-        model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=torch.tensor([0, 2, 6]))
-
-
 def test_a_model_is_freed_after_its_calls():
     model = bertfast.BertModel(transformers.BertConfig(**SIZES)).eval()
     model(VALUES["input_ids"], VALUES["attention_mask"])
@@ -460,3 +243,41 @@ def test_a_model_is_freed_after_its_calls():
     del model
     gc.collect()
     assert reference() is None
+
+
+def _shift_positions(embeddings: nn.Module) -> None:
+    embeddings.position_ids = (embeddings.position_ids + 2).clamp(max=15)
+
+
+def _fill_token_types(embeddings: nn.Module) -> None:
+    embeddings.token_type_ids.fill_(1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [_shift_positions, _fill_token_types])
+def test_changed_default_positions_and_token_types_are_used(change, when):
+    patched, plain = pair()
+    ids, mask = VALUES["input_ids"], VALUES["attention_mask"]
+    if when == "after":
+        patched(ids, mask)
+    for model in (patched, plain):
+        change(model.bert.embeddings)
+    torch.testing.assert_close(patched(ids, mask).logits, plain(ids, mask).logits, rtol=1e-4, atol=1e-5)
+    assert "its buffer" in bertfast.report(patched).left["bert.embeddings"]
+
+
+def test_buffers_made_in_inference_mode_are_examined_at_each_call():
+    """PyTorch does not count when they are written."""
+    with torch.inference_mode():
+        patched, plain = pair()
+        assert_same(patched, plain)
+        ids, mask = VALUES["input_ids"], VALUES["attention_mask"]
+        for model in (patched, plain):
+            _fill_token_types(model.bert.embeddings)
+        torch.testing.assert_close(patched(ids, mask).logits, plain(ids, mask).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_as_activation_runs_transformers_own_code():
+    patched, plain = pair(hidden_act=torch.sin)
+    assert_same(patched, plain)
+    assert bertfast.report(patched).left["bert.encoder.layer.0"] == "its activation is sin"

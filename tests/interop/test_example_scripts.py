@@ -219,9 +219,9 @@ def run_trainer(library, task: Task, checkpoint: Path, folder: Path) -> tuple[li
 @pytest.mark.parametrize("name", TASKS)
 def test_a_script_with_trainer_has_the_losses_and_metrics_of_transformers(name, checkpoint, tmp_path):
     losses, metrics, predictions = run_trainer(bertfast, TASKS[name], checkpoint, tmp_path / "bertfast")
-    want, measured, predicted = run_trainer(transformers, TASKS[name], checkpoint, tmp_path / "transformers")
+    expected, measured, predicted = run_trainer(transformers, TASKS[name], checkpoint, tmp_path / "transformers")
     assert len(losses) >= 6
-    assert losses == pytest.approx(want, abs=2e-4)
+    assert losses == pytest.approx(expected, abs=2e-4)
     assert max(losses) - min(losses) > 1e-3  # the model changes
     assert metrics.keys() == measured.keys()
     assert metrics["eval_loss"] == pytest.approx(measured["eval_loss"], abs=2e-4)
@@ -292,13 +292,13 @@ def run_accelerate(
 def test_a_script_without_trainer_in_bf16_is_as_accurate_as_with_transformers(name, checkpoint, tmp_path):
     task = TASKS[name]
     losses, logits = run_accelerate(bertfast, task, checkpoint, tmp_path / "bertfast")
-    want, their_logits = run_accelerate(transformers, task, checkpoint, tmp_path / "transformers")
+    expected, hf_logits = run_accelerate(transformers, task, checkpoint, tmp_path / "transformers")
     truth, true_logits = run_accelerate(transformers, task, checkpoint, tmp_path / "truth", torch.float64)
     assert len(losses) >= 8
-    ours, theirs, true = (torch.tensor(x, dtype=torch.float64) for x in (losses, want, truth))
-    assert_as_accurate_as_torch(ours, theirs, true, name="losses", dtype=torch.bfloat16)
-    for ours, theirs, true in zip(logits, their_logits, true_logits, strict=True):
-        assert_as_accurate_as_torch(ours, theirs, true, name="logits of an evaluation", dtype=torch.bfloat16)
+    fused, hf, true = (torch.tensor(x, dtype=torch.float64) for x in (losses, expected, truth))
+    assert_as_accurate_as_torch(fused, hf, true, name="losses", dtype=torch.bfloat16)
+    for fused, hf, true in zip(logits, hf_logits, true_logits, strict=True):
+        assert_as_accurate_as_torch(fused, hf, true, name="logits of an evaluation", dtype=torch.bfloat16)
     kind = getattr(transformers, f"BertFor{task.model}")
     _, info = kind.from_pretrained(tmp_path / "bertfast", output_loading_info=True)
     assert not info["missing_keys"]

@@ -65,7 +65,7 @@ def test_a_live_model_becomes_one_of_the_same_class_and_back():
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"])
 def test_a_patched_model_makes_and_loads_others_of_its_class(name, tmp_path):
     model = make(getattr(transformers, name))
-    want = model(IDS)[0]
+    expected = model(IDS)[0]
     bertfast.patch(model)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
@@ -73,7 +73,7 @@ def test_a_patched_model_makes_and_loads_others_of_its_class(name, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     for other in (loaded, getattr(transformers, name).from_pretrained(tmp_path)):
-        torch.testing.assert_close(other(IDS)[0], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other(IDS)[0], expected, rtol=1e-4, atol=1e-5)
     assert is_whole(loaded)
 
 
@@ -141,11 +141,11 @@ def test_a_users_class_on_a_fused_one_is_fused_and_keeps_what_it_does():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_users_class_on_transformers_own_is_patched_copied_and_pickled(kind, copied):
     model = make(kind)
-    want = model(IDS).logits
+    expected = model(IDS).logits
     bertfast.patch(model)
     assert isinstance(model, kind)
     for one in (model, copied(model)):
-        torch.testing.assert_close(one(IDS).logits, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one(IDS).logits, expected, rtol=1e-4, atol=1e-5)
         assert bertfast.report(one).fused
     bertfast.unpatch(model)
     assert type(model) is kind

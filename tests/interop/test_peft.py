@@ -58,7 +58,7 @@ def test_merged_adapters_are_fused_again():
     bertfast.patch(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
     ids = torch.arange(12).view(2, 6)
-    want = adapted(ids).last_hidden_state
+    expected = adapted(ids).last_hidden_state
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(ids).last_hidden_state, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     assert whole_unsupported_reason(merged) is None

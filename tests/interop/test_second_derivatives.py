@@ -33,11 +33,11 @@ def gradient_penalty(model: nn.Module, values: dict[str, Tensor]) -> Results:
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_gradient_penalty_is_that_of_transformers(case, train):
-    _, theirs = models(case, **NO_DROPOUT)
-    theirs.train(train)
-    patched = copy.deepcopy(theirs)
+    _, hf = models(case, **NO_DROPOUT)
+    hf.train(train)
+    patched = copy.deepcopy(hf)
     assert [name for name in bertfast.patch(patched).fused if name.endswith("encoder.layer.1")]
     values = inputs(case, "none" if case.name == "question" else "right")
-    truth = gradient_penalty(double(theirs), values)
+    truth = gradient_penalty(double(hf), values)
     assert truth.outputs["penalty"] > 0
-    assert_parity(gradient_penalty(patched, values), gradient_penalty(theirs, values), truth)
+    assert_parity(gradient_penalty(patched, values), gradient_penalty(hf, values), truth)

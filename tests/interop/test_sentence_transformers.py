@@ -34,17 +34,17 @@ def encoder(folder: Path, pooling: str = "mean"):
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
 def test_embeddings_stay(folder, pooling):
     model = encoder(folder, pooling)
-    want = model.encode(TEXTS, convert_to_tensor=True)
+    expected = model.encode(TEXTS, convert_to_tensor=True)
     report = bertfast.patch(model)
     assert not report.left
-    torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_flattened_input_is_pooled_on_packed_rows(folder, pooling):
     model = encoder(folder, pooling)
     bertfast.patch(model)
-    want = model.encode(TEXTS, convert_to_tensor=True)
+    expected = model.encode(TEXTS, convert_to_tensor=True)
     features = model.tokenize(TEXTS)
     lengths = features["attention_mask"].sum(1)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
@@ -60,7 +60,7 @@ def test_flattened_input_is_pooled_on_packed_rows(folder, pooling):
     }
     with torch.no_grad():
         got = model(dict(packed))["sentence_embedding"]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_multiple_negatives_ranking_trains_the_same(folder):
@@ -99,7 +99,7 @@ def test_the_similarities_of_a_published_model_stay():
         "A cheetah is running behind its prey.",
         "Word.",
     ]
-    want = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+    expected = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
     bertfast.patch(model)
     got = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
-    assert (got @ got.T - want @ want.T).abs().max() <= 1e-6
+    assert (got @ got.T - expected @ expected.T).abs().max() <= 1e-6

@@ -10,7 +10,7 @@ import bertfast
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("accelerate", reason="Trainer wants it")
+pytest.importorskip("accelerate", reason="Trainer requires it")
 
 ROWS = 16
 HEADS = {
@@ -239,8 +239,8 @@ def test_pipelines_fill_masks(tmp_path):
     fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
     got = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
     bertfast.unpatch(model)
-    want = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
-    for ours_of, theirs_of in zip(got, want, strict=True):
+    expected = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
+    for ours_of, theirs_of in zip(got, expected, strict=True):
         assert [one["token"] for one in ours_of] == [one["token"] for one in theirs_of]
         assert [one["score"] for one in ours_of] == pytest.approx([one["score"] for one in theirs_of], abs=1e-5)
 

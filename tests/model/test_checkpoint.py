@@ -37,28 +37,28 @@ def rewrite(folder, change) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ours_opens_in_transformers(case, gathered, tmp_path):
     """Also where each name has a tensor of its own, as when those of several ranks are gathered."""
-    ours, _ = models(case)
-    save(ours, tmp_path, {name: x.clone() for name, x in ours.state_dict().items()} if gathered else None)
-    theirs, report = getattr(transformers, case.class_name).from_pretrained(
+    fused, _ = models(case)
+    save(fused, tmp_path, {name: x.clone() for name, x in fused.state_dict().items()} if gathered else None)
+    hf, report = getattr(transformers, case.class_name).from_pretrained(
         tmp_path, output_loading_info=True, attn_implementation="eager", **case.arguments
     )
     assert not any(report.values()), report
-    assert_same_weights(ours, theirs.eval())
-    tied = "cls.predictions.decoder.weight" in ours.state_dict() and ours.config.tie_word_embeddings
+    assert_same_weights(fused, hf.eval())
+    tied = "cls.predictions.decoder.weight" in fused.state_dict() and fused.config.tie_word_embeddings
     assert ("cls.predictions.decoder.weight" in load_file(tmp_path / "model.safetensors")) == (
-        "cls.predictions.decoder.weight" in ours.state_dict() and not tied
+        "cls.predictions.decoder.weight" in fused.state_dict() and not tied
     )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_theirs_opens_here(case, tmp_path):
-    _, theirs = models(case)
-    theirs.save_pretrained(tmp_path)
-    ours, missing, unexpected = load(getattr(bertfast, case.class_name), tmp_path)
+    _, hf = models(case)
+    hf.save_pretrained(tmp_path)
+    fused, missing, unexpected = load(getattr(bertfast, case.class_name), tmp_path)
     assert not unexpected
     assert missing == (["pooler.dense.weight", "pooler.dense.bias"] if case.name == "no_pooler" else [])
-    assert not ours.training
-    assert_same_weights(ours, theirs)
+    assert not fused.training
+    assert_same_weights(fused, hf)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -73,10 +73,10 @@ def test_shards_are_read(suffix, folder):
         where |= dict.fromkeys(part, shard)
         (save_file if suffix == "safetensors" else torch.save)({name: weights[name] for name in part}, folder / shard)
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    ours, *differences = load(bertfast.BertForMaskedLM, folder)
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
     assert differences == [[], []]
     for name, x in weights.items():
-        assert torch.equal(ours.state_dict()[name], x)
+        assert torch.equal(fused.state_dict()[name], x)
     (folder / f"{stem}-00002-of-00002.{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=rf"{stem}-00002-of-00002.{suffix}"):
         load(bertfast.BertForMaskedLM, folder)
@@ -92,9 +92,9 @@ def test_old_files_are_read(folder):
     assert any("gamma" in name for name in old)
     old["bert.embeddings.position_ids"] = torch.arange(16)[None]
     torch.save(old, folder / "pytorch_model.bin")
-    ours, *differences = load(bertfast.BertForMaskedLM, folder)
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
     assert differences == [[], []]
-    assert_same_weights(ours, models(MASKED_LM)[1])
+    assert_same_weights(fused, models(MASKED_LM)[1])
 
 
 def test_a_pickle_that_holds_more_than_tensors_is_not_run(folder):
@@ -181,8 +181,8 @@ def test_ties_survive_moving_saving_and_loading(tied, tmp_path):
 )
 def test_checkpoints_from_elsewhere(name, class_name, vocabulary, shared_data):
     folder = shared_data / "checkpoint" / name
-    ours, *_ = load(getattr(bertfast, class_name), folder)
-    theirs = (
+    fused, *_ = load(getattr(bertfast, class_name), folder)
+    hf = (
         getattr(transformers, class_name)
         .from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
         .eval()
@@ -190,8 +190,8 @@ def test_checkpoints_from_elsewhere(name, class_name, vocabulary, shared_data):
     ids = torch.arange(24).view(2, 12) * 7 % vocabulary
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    expected = theirs(ids, attention_mask=mask)
-    for key, x in ours(ids, attention_mask=mask).items():
+    expected = hf(ids, attention_mask=mask)
+    for key, x in fused(ids, attention_mask=mask).items():
         here = mask.bool() if x.shape[:2] == mask.shape else ...
         torch.testing.assert_close(x[here], expected[key][here])
-    assert ours.config.id2label == theirs.config.id2label
+    assert fused.config.id2label == hf.config.id2label

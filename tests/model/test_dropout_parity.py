@@ -1,4 +1,4 @@
-"""In training mode, with our masks put into `transformers`, outputs, losses and gradients are the same."""
+"""In training mode, with bertfast's dropout masks in transformers, outputs, losses and gradients are the same."""
 
 from collections.abc import Iterator
 
@@ -17,13 +17,15 @@ WITH_POOLER = (*POOLED, "BertModel", "BertForPreTraining", "BertForNextSentenceP
 
 
 def masks(case, mask: Tensor) -> Iterator[Tensor]:
-    """What each dropout of Hugging Face's model multiplies by, in the order in which it calls them."""
+    """Yield the factors of each dropout of transformers' model, in the order in which it calls them."""
     torch.manual_seed(SEED)
     seed = draw_seed(torch.device("cpu"))
     rows, columns = mask.shape
     position = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
-    guests = ~mask[:, 0] if case.class_name in WITH_POOLER and case.name != "no_pooler" else torch.zeros(rows).bool()
-    position[guests, 0] = mask.sum(1)[guests]  # a [CLS] that is masked out stands behind the others
+    query_only = (
+        ~mask[:, 0] if case.class_name in WITH_POOLER and case.name != "no_pooler" else torch.zeros(rows).bool()
+    )
+    position[query_only, 0] = mask.sum(1)[query_only]  # a [CLS] that is masked out comes after the others
     number = torch.arange(rows)[:, None].expand_as(position)
     tokens = RngCoordinates(seed, number.flatten(), position.flatten())
 
@@ -37,7 +39,7 @@ def masks(case, mask: Tensor) -> Iterator[Tensor]:
         factors = torch.ones(rows, heads, columns, columns)
         for row in range(rows):
             keys = mask[row].nonzero().squeeze(1)
-            queries = torch.cat([keys, torch.zeros(1, dtype=torch.int64)]) if guests[row] else keys
+            queries = torch.cat([keys, torch.zeros(1, dtype=torch.int64)]) if query_only[row] else keys
             keep = attention_keep(dropout, row, heads, len(keys), range(len(queries)))
             factors[row][:, queries[:, None], keys] = keep * dropout.scale
         return factors
@@ -58,9 +60,9 @@ def with_our_masks(model, case, values, mask, monkeypatch) -> Results:
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "dropout", dropout)
-        theirs = results(model.train(), values, attended_outputs(case, mask))
+        hf = results(model.train(), values, attended_outputs(case, mask))
     assert next(waiting, None) is None, "every mask is used"
-    return theirs
+    return hf
 
 
 def attended_outputs(case, mask):
@@ -70,7 +72,7 @@ def attended_outputs(case, mask):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("case", [case for case in CASES if not case.name.startswith("masked_lm_")], ids=str)
 def test_parity_with_the_same_masks(case, padding, monkeypatch):
-    ours, theirs = models(
+    fused, hf = models(
         case,
         hidden_dropout_prob=HIDDEN_P,
         attention_probs_dropout_prob=ATTENTION_P,
@@ -82,18 +84,18 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
     if case.class_name == "BertForMultipleChoice":
         mask = values["attention_mask"].flatten(0, 1).bool()
         assert len(mask) == CHOICES * len(values["labels"])
-    ours.config.return_logits = True
-    truth = with_our_masks(double(theirs), case, values, mask, monkeypatch)
-    their_results = with_our_masks(theirs, case, values, mask, monkeypatch)
+    fused.config.return_logits = True
+    truth = with_our_masks(double(hf), case, values, mask, monkeypatch)
+    their_results = with_our_masks(hf, case, values, mask, monkeypatch)
     torch.manual_seed(SEED)
-    our_results = results(ours.train(), values, attended_outputs(case, mask))
+    our_results = results(fused.train(), values, attended_outputs(case, mask))
     assert_parity(our_results, their_results, truth)
 
     if "labels" in values and "tokens" in case.targets and case.class_name != "BertLMHeadModel":
         # Without logits the loss takes another way, on the masked rows alone.
-        ours.config.return_logits = False
+        fused.config.return_logits = False
         torch.manual_seed(SEED)
-        short = results(ours, values, attended_outputs(case, mask))
+        short = results(fused, values, attended_outputs(case, mask))
         assert "logits" not in short.outputs
         assert "prediction_logits" not in short.outputs
         for whole in (their_results, truth):
@@ -104,8 +106,8 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
 
 def test_evaluation_drops_nothing_and_training_draws_anew():
     case = CASES[0]
-    ours, _ = models(case)
+    fused, _ = models(case)
     values = inputs(case, "right")
-    assert torch.equal(ours(**values)[0], ours(**values)[0])
-    ours.train()
-    assert not torch.equal(ours(**values)[0], ours(**values)[0])
+    assert torch.equal(fused(**values)[0], fused(**values)[0])
+    fused.train()
+    assert not torch.equal(fused(**values)[0], fused(**values)[0])

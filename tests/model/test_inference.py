@@ -1,4 +1,4 @@
-"""What inference does without: copies of weights, and fresh pages."""
+"""What inference does not need: copies of weights, and fresh pages."""
 
 import subprocess
 import sys

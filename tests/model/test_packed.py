@@ -1,4 +1,4 @@
-"""Packed input gives what padded input gives, and packing, neighbours and unused places change nothing."""
+"""Packed input gives what padded input gives, and packing, neighbours and padding slots change nothing."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from torch import Tensor
 SENTENCE_TARGETS = ("next_sentence_label", "start_positions", "end_positions")
 
 
-def packed(values: dict[str, Tensor], inert: int = 0) -> tuple[dict, Tensor]:
-    """The same input without its padding, and the mask [rows, columns] of what is left; `inert` places at the end."""
+def packed(values: dict[str, Tensor], padding_slots: int = 0) -> tuple[dict, Tensor]:
+    """Return the input without padding, with padding slots at its end, and the mask of tokens [rows, columns]."""
     flat = dict(values)
     mask = flat.pop("attention_mask").bool()
     lengths = mask.sum(1)
     result = {
-        name: torch.cat([x[mask], torch.full((inert,), -100 if name == "labels" else 1)])[None]
+        name: torch.cat([x[mask], torch.full((padding_slots,), -100 if name == "labels" else 1)])[None]
         if x.shape == mask.shape and name not in SENTENCE_TARGETS
         else x
         for name, x in flat.items()
@@ -31,17 +31,17 @@ def gradients(model, outputs) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("inert", [0, 5])
+@pytest.mark.parametrize("padding_slots", [0, 5])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.name != "choice"], ids=str)
-def test_packed_is_padded(case, train, inert):
+def test_packed_is_padded(case, train, padding_slots):
     model, _ = models(case, max_position_embeddings=12, classifier_dropout=0.0)
     model.train(train)
     values = inputs(case, "right")
     if case.class_name in ("BertForQuestionAnswering", "BertLMHeadModel"):  # transformers' losses know rows alone
         values = {name: x for name, x in values.items() if name not in ("labels", "start_positions", "end_positions")}
     model.config.use_cache = False
-    without_padding, mask = packed(values, inert)
+    without_padding, mask = packed(values, padding_slots)
     torch.manual_seed(3)
     padded_outputs = model(**values)
     torch.manual_seed(3)
@@ -50,7 +50,7 @@ def test_packed_is_padded(case, train, inert):
     for name, x in padded_outputs.items():
         if x.shape[:2] == mask.shape:
             other = packed_outputs[name]
-            assert other.shape == (1, mask.sum() + inert, *x.shape[2:])
+            assert other.shape == (1, mask.sum() + padding_slots, *x.shape[2:])
             torch.testing.assert_close(other[0, : mask.sum()], x[mask], msg=f"{name}: {{}}".format)
         else:
             torch.testing.assert_close(packed_outputs[name], x, msg=f"{name}: {{}}".format)

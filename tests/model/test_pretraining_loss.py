@@ -17,21 +17,21 @@ LENGTHS = [6, 9, 4]
 BY_NAME = {case.name: case for case in CASES}
 
 
-def batch(inert: int = 0, *, pairs: bool = True) -> Batch:
-    """Three sequences; `inert` unused places for tokens, sequences and masked tokens each."""
+def batch(padding_slots: int = 0, *, pairs: bool = True) -> Batch:
+    """Return three sequences, with as many unused slots for tokens, for sequences and for masked tokens."""
     generator = torch.Generator().manual_seed(4)
 
     def random(high: int, size: int, rest: int) -> torch.Tensor:
-        return torch.cat([torch.randint(high, (size,), generator=generator), torch.full((inert,), rest)])
+        return torch.cat([torch.randint(high, (size,), generator=generator), torch.full((padding_slots,), rest)])
 
     used = sum(LENGTHS)
-    sequences = Sequences.from_lengths(LENGTHS + [0] * inert, capacity=used + inert)
+    sequences = Sequences.from_lengths(LENGTHS + [0] * padding_slots, capacity=used + padding_slots)
     return Batch(
         token_ids=random(53, used, 0),
         token_type_ids=random(2, used, 0),
         position_ids=sequences.position,
         sequences=sequences,
-        masked_rows=torch.tensor([1, 4, 8, 12, 13, 16] + [0] * inert),
+        masked_rows=torch.tensor([1, 4, 8, 12, 13, 16] + [0] * padding_slots),
         labels=random(53, 6, -100),
         next_sentence_labels=random(2, 3, -100) if pairs else None,
         masked=6,
@@ -64,18 +64,18 @@ def test_is_the_full_computation(train, layers):
     seed = draw_seed(torch.device("cpu")) if train else None
     sums = encoder.pretraining_loss(model, given, seed)
     assert (sums.masked.item(), sums.pairs.item()) == (6, 3)
-    ours = sums.masked_lm / sums.masked + sums.next_sentence / sums.pairs
-    our_gradients = gradients(model, ours)
+    fused = sums.masked_lm / sums.masked + sums.next_sentence / sums.pairs
+    our_gradients = gradients(model, fused)
     torch.manual_seed(5)
     whole = full_loss(model, given, train)
-    torch.testing.assert_close(ours, whole)
+    torch.testing.assert_close(fused, whole)
     for name, gradient in gradients(model, whole).items():
         torch.testing.assert_close(our_gradients[name], gradient, msg=f"{name}: {{}}".format)
 
 
 def test_counts_are_those_of_the_logits():
     model, _ = models(BY_NAME["pretraining"])
-    given = batch(inert=2)
+    given = batch(padding_slots=2)
     outputs = model(
         given.token_ids[None], token_type_ids=given.token_type_ids[None], cu_seq_lens_q=given.sequences.cu_seqlens
     )
@@ -94,8 +94,8 @@ def test_unused_places_change_nothing(train, pairs):
     model = models(BY_NAME["pretraining"])[0].double()
     seed = torch.tensor(99) if train else None
     results = []
-    for inert in (0, 7):
-        sums = encoder.pretraining_loss(model, batch(inert, pairs=pairs), seed)
+    for padding_slots in (0, 7):
+        sums = encoder.pretraining_loss(model, batch(padding_slots, pairs=pairs), seed)
         results.append((sums, gradients(model, sums.masked_lm + sums.next_sentence) if pairs else {}))
     (sums, plain), (more, padded) = results
     for name, value in vars(sums).items():
