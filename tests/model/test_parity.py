@@ -7,7 +7,7 @@ from parity import CASES, PADDINGS, assert_parity, attended, double, inputs, mod
 
 
 def question_softmax_is_shared(case, padding) -> bool:
-    """Return whether both compute one loss: transformers' softmax over answers includes padding, bertfast's does not."""
+    """Return whether both compute one loss: transformers' softmax over answers includes padding, bertfast's not."""
     return case.name != "question" or padding == "none"
 
 
