@@ -40,13 +40,14 @@ class Snapshot:
             if name in options
         ]
         self._option_tables, self._option_names = [own for own, _ in read], [name for _, name in read]
-        methods = [(kind, name) for kind in {original_class(type(m)) for m in modules} for name in method_names(kind)]
+        kinds: set[type] = {original_class(type(module)) for module in modules}
+        methods = [(kind, name) for kind in kinds for name in method_names(kind)]
         self._classes, self._methods = [kind for kind, _ in methods], [name for _, name in methods]
         self._norms = [module_tables(module)[0] for module in modules if isinstance(module, nn.LayerNorm)]
         self._buffers = [*encoder.buffers()]
-        tables: list[dict[Any, Any]] = [
-            table for module in modules for table in (*module_tables(module)[1:], *module_hooks(module))
-        ]
+        tables: list[dict[Any, Any]] = []
+        for module in modules:
+            tables += [*module_tables(module)[1:], *module_hooks(module)]
         self._empty_tables = [table for table in tables if not table]  # most of them, and quicker to compare
         self._tables = [table for table in tables if table]
         self._known_tables = [{**table} for table in self._tables]

@@ -168,6 +168,33 @@ def unpad(
     return packed, layout
 
 
+def pad_packed(inputs: dict[str, Tensor], cu_seq_lens_q: Tensor) -> tuple[dict[str, Tensor], Layout]:
+    """Turn packed input into a padded batch, one sequence per row.
+
+    Args:
+        inputs: Tensors [1, T, …], by name.
+        cu_seq_lens_q: int [S + 1], see `unpad`.
+
+    Returns:
+        The inputs [S, L, …], with an `attention_mask`, and the layout that unpads outputs. Waits for a GPU, once.
+    """
+    tokens = next(iter(inputs.values()))
+    sequences = Sequences.from_cu_seqlens(cu_seq_lens_q.to(tokens.device), capacity=tokens.shape[1])
+    layout = Layout.of(sequences, sequences.max_seqlen)
+    padded = {name: layout.pad(values[0]) for name, values in inputs.items()}
+    return padded | {"attention_mask": layout.pad(sequences.is_token.long())}, layout
+
+
+def require_same_packing(q: Tensor | None, k: Tensor | None) -> None:
+    """Raise ValueError for packed input whose `cu_seq_lens_q` and `cu_seq_lens_k` are not the same sequences."""
+    if k is None or q is k:
+        return
+    if q is None:
+        raise ValueError("packed input has cu_seq_lens_k without cu_seq_lens_q: pass both, they are equal")
+    if q.shape != k.shape or (q.is_cpu and k.is_cpu and not torch.equal(q, k)):
+        raise ValueError("packed input has a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both")
+
+
 def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Return the token ids of a call, or the embeddings that it has instead.
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout
 from bertfast.models.registry import FusedModel
-from bertfast.ops.sequences import Sequences
 from bertfast.runtime import torch_compat
 
 Arguments = dict[str, Any]  # of a model's `forward`, by name
@@ -35,8 +34,8 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return f"the packed encoder does not take {', '.join(unknown)}"
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     tokens = main_input(arguments)
-    has_one = tokens is not None and (ids is None or embeddings is None)
-    if not has_one or tokens.dim() != (2 if embeddings is None else 3) or 0 in tokens.shape:
+    has_both = ids is not None and embeddings is not None
+    if tokens is None or has_both or tokens.dim() != (2 if embeddings is None else 3) or 0 in tokens.shape:
         return "the input does not have the shape [batch, length]"
     mask: Tensor | None = arguments.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -90,29 +89,6 @@ def is_short(arguments: Arguments) -> bool:
     if tokens.shape[0] * tokens.shape[1] >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
         return False
     return mask is None or bool(mask.all())
-
-
-def require_same_packing(arguments: Arguments) -> None:
-    """Refuse packed input whose queries and keys are not the same sequences."""
-    q, k = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")
-    if k is None:
-        return
-    if q is None:
-        raise ValueError("packed input has cu_seq_lens_k without cu_seq_lens_q: pass both, they are equal")
-    if q is not k and (q.shape != k.shape or (q.device.type == k.device.type == "cpu" and not torch.equal(q, k))):
-        raise ValueError("packed input has a cu_seq_lens_k other than its cu_seq_lens_q: pass the same for both")
-
-
-def pad_packed(arguments: Arguments) -> tuple[Arguments, Layout]:
-    """Turn packed input [1, T] into a padded batch, one sequence per row, and the layout that unpads its outputs."""
-    tokens = main_input(arguments)
-    assert tokens is not None, "a call without input is refused before"
-    sequences = Sequences.from_cu_seqlens(arguments["cu_seq_lens_q"].to(tokens.device), capacity=tokens.shape[1])
-    layout = Layout.of(sequences, sequences.max_seqlen)  # transformers' loop needs the lengths: this waits for a GPU
-    packed = {name: arguments[name][0] for name in INPUTS if arguments.get(name) is not None}
-    padded = {name: layout.pad(value) for name, value in packed.items()}
-    padded["attention_mask"] = layout.pad(sequences.is_token.long())
-    return {**arguments, **padded, "cu_seq_lens_q": None}, layout
 
 
 def pack_outputs(outputs: Any, layout: Layout) -> Any:

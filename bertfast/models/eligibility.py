@@ -16,14 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertfast.architectures import Architecture, activation_name
-from bertfast.architectures.methods import (
-    attention_function,
-    is_changed,
-    is_genuine,
-    is_original,
-    runs_family_forward,
-)
+from bertfast.architectures import Architecture, activation_name, methods
 from bertfast.architectures.snapshot import Snapshot
 from bertfast.encoder import is_plain, is_watched
 from bertfast.models.registry import SNAPSHOT, Fused, FusedModel
@@ -33,12 +26,9 @@ Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear laye
 
 # The class that a part of each kind must have exactly, and the options that the packed encoder has for it.
 _PLAIN: dict[str, tuple[type[nn.Module], Callable[[Any], bool]]] = {
-    "dropout": (nn.Dropout, lambda dropout: 0 <= dropout.p < 1),
-    "embedding": (
-        nn.Embedding,
-        lambda table: not (table.sparse or table.max_norm is not None or table.scale_grad_by_freq),
-    ),
-    "norm": (nn.LayerNorm, lambda norm: norm.weight is not None and norm.bias is not None),
+    "dropout": (nn.Dropout, lambda x: 0 <= x.p < 1),
+    "embedding": (nn.Embedding, lambda x: not (x.sparse or x.max_norm is not None or x.scale_grad_by_freq)),
+    "norm": (nn.LayerNorm, lambda x: x.weight is not None and x.bias is not None),
 }
 # The attributes of modules that decide here what `whole_unsupported_reason` returns, besides those of an architecture.
 _OPTIONS = {"training", "p", "sparse", "max_norm", "scale_grad_by_freq", "is_causal", "position_embedding_type"}
@@ -73,9 +63,9 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     architecture, config = encoder.architecture, encoder.config
     embeddings, stack, layers = attrgetter(architecture.embeddings, architecture.stack, architecture.layers)(encoder)
     reason = None
-    if not runs_family_forward(architecture, encoder) or not is_genuine(architecture, stack):
+    if not methods.runs_family_forward(architecture, encoder) or not methods.is_genuine(architecture, stack):
         reason = "the forward of its encoder was replaced"
-    function = attention_function(architecture, config._attn_implementation)
+    function = methods.attention_function(architecture, config._attn_implementation)
     if function is not None and not function.__module__.startswith("transformers."):
         reason = f"its attention is {function.__module__}.{function.__qualname__}"
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
@@ -118,7 +108,7 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
         return "it was put in after patching: patch the model again"
     for path, kind in parts:
         part, name = _at(module, path), f"its {path}" if path else "it"
-        if is_changed(part):
+        if methods.is_changed(part):
             return f"a hook or a forward was set on {name}"
         reason = _part_unsupported_reason(module.architecture, part, kind, name)
         if reason is not None:
@@ -138,7 +128,7 @@ def _at(module: nn.Module, path: str) -> Any:
 def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: str, name: str) -> str | None:
     """Return why a part of a kind does not compute what the packed encoder computes instead."""
     if kind == "linear":  # is called if its parameters cannot be read
-        if type(part) is nn.Linear and not is_original(nn.Linear, "forward"):
+        if type(part) is nn.Linear and not methods.is_original(nn.Linear, "forward"):
             return "the forward of torch.nn.Linear was replaced"
         return None
     if kind == "activation":
@@ -148,9 +138,9 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
         positions = getattr(part, "position_embedding_type", "absolute")
         if positions != "absolute":
             return f"its positions are {positions}"
-        return None if is_genuine(architecture, part) else f"the forward of {name} is not transformers' own"
+        return None if methods.is_genuine(architecture, part) else f"the forward of {name} is not transformers' own"
     plain, has_known_options = _PLAIN[kind]
-    is_plain_part = type(part) is plain and has_known_options(part) and is_original(plain, "forward")
+    is_plain_part = type(part) is plain and has_known_options(part) and methods.is_original(plain, "forward")
     return None if is_plain_part else f"{name} is not a plain {plain.__name__}"
 
 
@@ -171,7 +161,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     transform, decoder = architecture.head["transform"], architecture.head["decoder"]
     if is_watched(model.base_model):  # the loss does not call it as a module
         return "a hook or a forward was set on its encoder"
-    if not runs_family_forward(architecture, model):
+    if not methods.runs_family_forward(architecture, model):
         return "its forward was replaced"
     parts = [(path, "container") for path in (*architecture.head_containers, transform)]
     reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
@@ -191,7 +181,7 @@ def pooler_unsupported_reason(encoder: FusedModel) -> str | None:
 def can_pool_alone(model: FusedModel) -> bool:
     """Return whether the encoder of a head that reads only its pooled output need not compute anything else."""
     encoder = model.base_model
-    calls_encoder = model.passes_keywords and runs_family_forward(model.architecture, model)
+    calls_encoder = model.passes_keywords and methods.runs_family_forward(model.architecture, model)
     return calls_encoder and isinstance(encoder, Fused) and not is_watched(encoder)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig, PretrainedConfig, PreTrainedModel
 
 from bertfast.encoder import encode
+from bertfast.encoder.bilstm import BiLSTM
 from bertfast.encoder.unpadding import Packed
 from bertfast.models import bert
 
@@ -56,34 +57,19 @@ class ExtendedBertConfig(BertConfig):
         feature_layers: str | None = None,
         lstm_size: int = 768,
         lstm_layers: int = 2,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         self.bilstm, self.pool_last, self.feature_layers = bilstm, pool_last, feature_layers
         self.lstm_size, self.lstm_layers = lstm_size, lstm_layers
 
 
-class BiLSTM(nn.Module):
-    """An LSTM in both directions over each of T packed tokens' sequences: [T, inputs] -> [T, 2 · size]."""
-
-    def __init__(self, inputs: int, size: int, layers: int = 2):
-        super().__init__()
-        self.lstm = nn.LSTM(inputs, size, layers, bidirectional=True)
-
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        present = [length for length in lengths if length]
-        sequences = pack_sequence(x[: sum(present)].split(present), enforce_sorted=False)
-        rows, _ = pad_packed_sequence(self.lstm(sequences)[0], batch_first=True)
-        output = torch.cat([row[:length] for row, length in zip(rows, present, strict=True)])
-        return torch.cat([output, output.new_zeros(len(x) - len(output), output.shape[1])])  # zero in padding slots
-
-
-class ExtendedModel:
+class ExtendedModel(PreTrainedModel):
     """Mixin of models with extensions. Their `forward` is not called: the functions of `bertfast.encoder` run them."""
 
-    config_class = ExtendedBertConfig
+    config_class: type[PretrainedConfig] | None = ExtendedBertConfig
 
-    def __init__(self, config: ExtendedBertConfig, **options):
+    def __init__(self, config: ExtendedBertConfig, **options: Any):
         super().__init__(config, **options)
         if config.bilstm:
             self.bilstm = BiLSTM(config.hidden_size, config.hidden_size // 2)
@@ -93,22 +79,24 @@ class ExtendedModel:
         if isinstance(module, nn.LSTM):  # transformers does not initialise it
             module.reset_parameters()
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"this {type(self).__name__} has extensions that run only on packed batches: use `bertfast predict`, or "
             "the functions of bertfast.encoder"
         )
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs) -> PreTrainedModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a model, with or without weights of extensions; see transformers."""
-        if any(Path(name).glob(f"model*.{VARIANT}*")):  # of one file, of shards, or their index
+        if any(
+            Path(pretrained_model_name_or_path).glob(f"model*.{VARIANT}*")
+        ):  # of one file, of shards, or their index
             kwargs.setdefault("variant", VARIANT)
-        return super().from_pretrained(name, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, folder: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save a model; see transformers."""
-        super().save_pretrained(folder, *args, **{"variant": VARIANT} | kwargs)
+        super().save_pretrained(save_directory, *args, **{"variant": VARIANT} | kwargs)
 
 
 # The extended class of each fused class; a pickle finds it here by its name.
@@ -152,9 +140,9 @@ def select_layers(name: str, config: BertConfig) -> tuple[list[int], bool]:
     """
     if name not in LAYERS:
         raise ValueError(f"there are no features {name!r}: use one of {', '.join(LAYERS)}")
-    indices, concatenated = LAYERS[name]
+    selected, concatenated = LAYERS[name]
     states = config.num_hidden_layers + 1
-    indices = range(1, states) if indices is None else indices
+    indices = range(1, states) if selected is None else selected
     return sorted({max(index % states if index >= 0 else index + states, 0) for index in indices}), concatenated
 
 
@@ -169,7 +157,7 @@ class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = bert.BertModel(config, add_pooling_layer=False).requires_grad_(False)
-        self.layer_indices, self.concatenated = select_layers(config.feature_layers, config)
+        self.layer_indices, self.concatenated = select_layers(str(config.feature_layers), config)
         self.weights = nn.Parameter(torch.zeros(len(self.layer_indices)))
         size = config.hidden_size * (len(self.layer_indices) if self.concatenated else 1)
         self.reader = BiLSTM(size, config.lstm_size, config.lstm_layers)
@@ -178,9 +166,9 @@ class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a model, whose encoder is frozen; see `ExtendedModel`."""
-        loaded = super().from_pretrained(name, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.bert.requires_grad_(False)  # transformers replaces the parameters
         return loaded
@@ -196,4 +184,5 @@ class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel
         """Compute the logits of tokens [T, labels], from their `features` [T, layers, H] if they are known already."""
         states = self.features(packed) if features is None else features
         mixed = states.flatten(1) if self.concatenated else (self.weights.softmax(0)[:, None] * states).sum(1)
-        return self.classifier(self.dropout(self.reader(self.dropout(mixed), packed.sequences.lengths)))
+        logits: Tensor = self.classifier(self.dropout(self.reader(self.dropout(mixed), packed.sequences.lengths)))
+        return logits

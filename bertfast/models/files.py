@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,7 +45,7 @@ def resolve(name: str | Path) -> Path:
         raise FileNotFoundError(f"{name} is not a folder, and not a model that the hub gave: {error}") from error
 
 
-def read_config(folder: str | Path, **changes) -> BertConfig:
+def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     """Read a model's configuration.
 
     Args:
@@ -94,14 +95,21 @@ def load(
     """
     folder = resolve(name)
     config = read_config(folder) if config is None else config
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     try:
         with _quiet():  # the caller decides what may be missing
-            model, info = class_for(kind, config).from_pretrained(folder, **options)
+            opened: Any = class_for(kind, config).from_pretrained(folder, **options)
     except OSError as error:
         raise FileNotFoundError(f"the weights of {name} cannot be read: {error}") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} is damaged or holds other things than weights: {error}") from error
+    model: PreTrainedModel = opened[0]
+    info: dict[str, Any] = opened[1]
     for entry in info["mismatched_keys"]:
         key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
         if not key.startswith(fresh):
@@ -191,4 +199,5 @@ def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
     name = next(iter(config.architectures or ["BertModel"]))
     if name not in known:
         raise ValueError(f"its config names {name}, which is none of {', '.join(known)}")
-    return getattr(bert, name)
+    kind: type[PreTrainedModel] = getattr(bert, name)
+    return kind

@@ -20,21 +20,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import modeling_outputs
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 
 from bertfast import encoder as functions
 from bertfast.architectures import read
 from bertfast.encoder import kernel_support
-from bertfast.encoder.unpadding import Layout, Packed, unpad
+from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
-from bertfast.models.calls import PACKING, Arguments
+from bertfast.models.calls import INPUTS, PACKING, Arguments
 from bertfast.models.registry import Fused, FusedModel
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
 
-_LAYERS_RETURN_TUPLES = int(transformers.__version__.split(".")[0]) < 5
-_HEADS_DROP_KEYWORDS = _LAYERS_RETURN_TUPLES  # or refuse them, so that none reaches the encoder
+# Before transformers 5 layers return tuples, and heads drop or refuse keywords that are for the encoder.
+_IS_VERSION_4 = int(transformers.__version__.split(".")[0]) < 5
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
 # While transformers' own loop runs: the packed tokens of the call, their layout, and the index of each layer that takes
@@ -66,7 +65,7 @@ class FusedLayer(Fused):
         hidden = layout.unpad(hidden_states, "hidden_states")
         output = functions.layer(self.architecture.layer_parts(self), hidden, packed, indices[self])
         output = layout.pad(cast(Tensor, output))
-        return (output,) if _LAYERS_RETURN_TUPLES else output
+        return (output,) if _IS_VERSION_4 else output
 
 
 class FusedTransform(Fused):
@@ -96,10 +95,10 @@ class FusedEncoder(FusedModel):
 
     def forward(self, **arguments: Any) -> Any:
         pooled_only = arguments.pop(_POOLED_ONLY, False)
-        if _HEADS_DROP_KEYWORDS and not torch.compiler.is_compiling():
+        if _IS_VERSION_4 and not torch.compiler.is_compiling():
             arguments |= _PACKING.get() or {}
         is_packed = arguments.get("cu_seq_lens_q") is not None
-        calls.require_same_packing(arguments)
+        require_same_packing(arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k"))
         reason = calls.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
@@ -156,20 +155,23 @@ class FusedEncoder(FusedModel):
         if reads_first_column:
             pooled = functions.pooled(self, hidden[packed.first])
         elif self.pooler is not None:
-            is_padded = layout.indices is not None
-            by_row = layout if is_padded else Layout.of(packed.sequences, packed.sequences.max_seqlen_bound)
+            sequences = packed.sequences
+            by_row = Layout.of(sequences, sequences.max_seqlen_bound) if layout.indices is None else layout
             pooled = cast(nn.Module, self.pooler)(by_row.pad(hidden))
         return BaseModelOutputWithPoolingAndCrossAttentions(layout.pad(hidden), pooled)
 
     def _run_loop(self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int]) -> Any:
         """Run transformers' own loop on padded input, in which `layers` remove padding for themselves."""
         caller_layout = None
-        if arguments.get("cu_seq_lens_q") is not None:
-            arguments, caller_layout = calls.pad_packed(arguments)
+        cu_seq_lens = arguments.get("cu_seq_lens_q")
+        arguments = {name: value for name, value in arguments.items() if name not in PACKING}
+        if cu_seq_lens is not None:
+            packed = {name: arguments[name] for name in INPUTS if arguments.get(name) is not None}
+            padded, caller_layout = pad_packed(packed, cu_seq_lens)
+            arguments |= padded
         call = _CALL.set((*self.unpadded(arguments), layers) if layers else None)
         try:
-            padded = {name: value for name, value in arguments.items() if name not in PACKING}
-            outputs = forward(**padded | {"return_dict": True})
+            outputs = forward(**arguments | {"return_dict": True})
         finally:
             _CALL.reset(call)
         return outputs if caller_layout is None else calls.pack_outputs(outputs, caller_layout)
@@ -179,7 +181,7 @@ class FusedHead(FusedModel):
     """A model with a task's head, which runs transformers' own code on a fused encoder."""
 
     def forward(self, **arguments: Any) -> Any:
-        packing = {name: arguments.pop(name) for name in PACKING if _HEADS_DROP_KEYWORDS and name in arguments}
+        packing = {name: arguments.pop(name) for name in PACKING if _IS_VERSION_4 and name in arguments}
         if not packing:
             return super().forward(**arguments)
         if torch.compiler.is_compiling():
@@ -228,7 +230,7 @@ class FusedMaskedLM(FusedMeanLoss):
         if not _loss_needs_no_logits(self, arguments, ("labels",)):
             return super().forward(**arguments)
         loss, _ = _masked_lm_loss(self, arguments)
-        return calls.as_requested(self, arguments, modeling_outputs.MaskedLMOutput(loss=loss))
+        return calls.as_requested(self, arguments, MaskedLMOutput(loss=loss))
 
 
 class FusedPreTraining(FusedHead):

@@ -6,10 +6,11 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, names: Collection[str] | None = None) -> None:
+def initialise(model: PreTrainedModel, names: Collection[str] | None = None) -> None:
     """Initialise parameters in place.
 
     Args:
@@ -19,11 +20,12 @@ def initialise(model: nn.Module, names: Collection[str] | None = None) -> None:
     """
     generator = torch.Generator().manual_seed(torch.initial_seed())
     visited: set[int] = set()
+    deviation: float = model.config.initializer_range
     for path, module in model.named_modules():
         for local_name, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{local_name}" if path else local_name
             if id(parameter) not in visited and (names is None or name in names):
-                _fill(module, local_name, parameter, model.config.initializer_range, generator)
+                _fill(module, local_name, parameter, deviation, generator)
             visited.add(id(parameter))
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bertfast.architectures.methods import original_class, runs_family_forward
 from bertfast.encoder import is_linear
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
-from bertfast.models.registry import Fused, fuse, fused_class, unfuse
+from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def require_packed(model: PreTrainedModel) -> None:
         and calls.kernels_unsupported_reason(encoder, {}) is None
         and eligibility.whole_unsupported_reason(encoder) is None
     )
-    if isinstance(model, fused.FusedModel) and hasattr(model, "cls"):
+    if isinstance(model, FusedModel) and hasattr(model, "cls"):
         is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
     if not is_packed:
         raise ValueError(f"this {type(model).__name__} cannot run on packed batches:\n{report(model)}")
@@ -159,11 +159,8 @@ def _check(encoder: PreTrainedModel) -> None:
         raise ValueError(f"{type(encoder).__name__} has a forward of its own, which a fused encoder would not call")
     embeddings, paths = attrgetter(architecture.embeddings)(encoder), architecture.embedding
     words, positions, types = attrgetter(paths["words"], paths["positions"], paths["token_types"])(embeddings)
-    sizes = {
-        "hidden_size": getattr(words, "embedding_dim", config.hidden_size),
-        "max_position_embeddings": positions.num_embeddings,
-        "type_vocab_size": types.num_embeddings,
-    }
+    sizes = {"max_position_embeddings": positions.num_embeddings, "type_vocab_size": types.num_embeddings}
+    sizes["hidden_size"] = getattr(words, "embedding_dim", positions.embedding_dim)
     for name, size in sizes.items():
         if (configured := getattr(config, name, size)) != size:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")

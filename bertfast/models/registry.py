@@ -67,8 +67,7 @@ def fused_class(kind: type[nn.Module]) -> type[Fused] | None:
     # A user's class: derive its fused class, under the same name.
     attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     attributes["__reduce_ex__"] = _reduce
-    derived: type[Fused] = type(kind)(kind.__name__, (fused.mixin, kind), attributes, architecture=fused.architecture)
-    return derived
+    return type(kind.__name__, (fused.mixin, kind), attributes, architecture=fused.architecture)
 
 
 def fuse(model: nn.Module) -> None:

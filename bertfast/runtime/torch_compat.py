@@ -38,7 +38,7 @@ def is_transformed() -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for all modules, as profilers and FLOP counters do."""
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # of PyTorch
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
