@@ -62,6 +62,7 @@ wheel: $(READY)
 
 # dist/: what a release publishes, each smoke-tested in an empty environment (build_support/wheels.py).
 wheels: $(RELEASE)
+	rm -f dist/bertfast-*
 	PYTHONPATH=$(CURDIR)/$(RELEASE) PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(BIN)/python build_support/wheels.py --output dist
 
 $(RELEASE): $(READY)
