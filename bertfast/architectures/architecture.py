@@ -95,7 +95,7 @@ class Architecture:
 
     def layer_parts(self, module: nn.Module) -> LayerParts:
         """Read the parts of a layer, and the options that they hold now."""
-        values = {name: None if path is None else read(module, path) for name, path in self._layer_paths}
+        values: dict[str, Any] = {name: path and read(module, path) for name, path in self._layer_paths}
         values["activation"] = activation_name(values["activation"])
         for name in _DROPOUTS:
             values[name] = values[name].p

@@ -16,7 +16,7 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
         present = [length for length in lengths if length]
-        sequences = pack_sequence(torch.split(x[: sum(present)], present), enforce_sorted=False)
+        sequences = pack_sequence([*torch.split(x[: sum(present)], present)], enforce_sorted=False)
         rows, _ = pad_packed_sequence(self.lstm(sequences)[0], batch_first=True)
         output = torch.cat([row[:length] for row, length in zip(rows, present, strict=True)])
         return torch.cat([output, output.new_zeros(len(x) - len(output), output.shape[1])])  # zero in padding slots

@@ -32,7 +32,8 @@ class _FusedAuto(_BaseAutoModelClass):
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a model from a configuration as transformers' class does, with random weights, and fuse it."""
-        return _fused(super().from_config(*args, **kwargs))
+        model: nn.Module = super().from_config(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers declares no types
+        return _fused(model)
 
 
 def _fused(model: Model) -> Model:

@@ -75,7 +75,7 @@ class ExtendedModel(PreTrainedModel):
             self.bilstm = BiLSTM(config.hidden_size, config.hidden_size // 2)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]  # transformers declares no types
         if isinstance(module, nn.LSTM):  # transformers does not initialise it
             module.reset_parameters()
 
@@ -155,15 +155,15 @@ class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel
 
     def __init__(self, config: ExtendedBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # is the size of `id2label`
         self.bert = bert.BertModel(config, add_pooling_layer=False).requires_grad_(False)
         self.layer_indices, self.concatenated = select_layers(str(config.feature_layers), config)
         self.weights = nn.Parameter(torch.zeros(len(self.layer_indices)))
         size = config.hidden_size * (len(self.layer_indices) if self.concatenated else 1)
         self.reader = BiLSTM(size, config.lstm_size, config.lstm_layers)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(2 * config.lstm_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(2 * config.lstm_size, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers declares no types
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
