@@ -95,15 +95,11 @@ def load(
     """
     folder = resolve(name)
     config = read_config(folder) if config is None else config
-    options: dict[str, Any] = {
-        "config": config,
-        "dtype": torch.float32,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
     try:
         with _quiet():  # the caller decides what may be missing
-            opened: Any = class_for(kind, config).from_pretrained(folder, **options)
+            opened: Any = class_for(kind, config).from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except OSError as error:
         raise FileNotFoundError(f"the weights of {name} cannot be read: {error}") from error
     except _DAMAGED as error:

@@ -19,14 +19,11 @@ def initialise(model: PreTrainedModel, names: Collection[str] | None = None) -> 
             the same with each version of transformers.
     """
     generator = torch.Generator().manual_seed(torch.initial_seed())
-    visited: set[int] = set()
-    deviation: float = model.config.initializer_range
-    for path, module in model.named_modules():
-        for local_name, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{local_name}" if path else local_name
-            if id(parameter) not in visited and (names is None or name in names):
-                _fill(module, local_name, parameter, deviation, generator)
-            visited.add(id(parameter))
+    for name, parameter in model.named_parameters():  # a tied parameter has its first name
+        path, _, local_name = name.rpartition(".")
+        if names is None or name in names:
+            deviation: float = model.config.initializer_range
+            _fill(model.get_submodule(path), local_name, parameter, deviation, generator)
 
 
 def _fill(module: nn.Module, name: str, parameter: Tensor, deviation: float, generator: torch.Generator) -> None:

@@ -7,12 +7,9 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures import Architecture
-
-if TYPE_CHECKING:
-    from transformers import BertConfig
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 _FUSED: dict[type[nn.Module], type[Fused]] = {}
