@@ -84,6 +84,18 @@ class Case(ABC):
         """Return the least work of a call in `direction`: each input is read once, each output is written once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsCase(Case):
+    """`rows` tokens of `width` columns."""
+
+    rows: int = 32_768
+    width: int = 768
+
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{self.width}"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.

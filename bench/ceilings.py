@@ -10,11 +10,15 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
 from bench.harness import DEVICE, ON_GPU, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
 from bertfast.ops.matmul import linear
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 BLOCKS_PER_CALL = 40
 
@@ -30,6 +34,12 @@ def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repe
             linear(*operands[shape])
 
     return flops / min(side_by_side({"gemm": run}, repeats)["gemm"]).seconds
+
+
+def layer_gemms(config: BertConfig, tokens: int) -> list[tuple[int, int, int]]:
+    """Return the shapes (m, k, n) of the GEMMs of one layer in the forward pass."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    return [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
 
 
 @cache

@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 
 import bertfast
-from bench.ceilings import gemm_throughput
+from bench.ceilings import gemm_throughput, layer_gemms
 from bench.harness import (
     DATA,
     DEVICE,
@@ -124,9 +124,8 @@ def measure(name: str, case: Case, repeats: int, data: Path) -> dict[str, object
         timed = side_by_side(runs, repeats)
     lengths = attended.sum(1).tolist()
     flops = model_flops(config, lengths)
-    hidden, wide, tokens = config.hidden_size, config.intermediate_size, sum(lengths)
-    shapes = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
-    throughput = gemm_throughput(shapes * config.num_hidden_layers, case.dtype)
+    tokens = sum(lengths)
+    throughput = gemm_throughput(layer_gemms(config, tokens) * config.num_hidden_layers, case.dtype)
     return {
         "case": name,
         "lengths": lengths,

@@ -22,14 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 import transformers
 
 import bertfast
-from bench.ceilings import gemm_throughput
+from bench.ceilings import gemm_throughput, layer_gemms
+from bench.end_to_end.samples import LENGTHS, count_lengths, random_samples, uniform_lengths, wikipedia_lengths
 from bench.harness import (
     DEVICE,
     ON_GPU,
@@ -43,19 +42,13 @@ from bench.harness import (
     write_result,
 )
 from bertfast.data.batches import Batch
-from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.samples import CorpusBoundaries, Sampling, plan_samples
-from bertfast.data.shards import Shards
 from bertfast.encoder import pretraining_loss
-from bertfast.ops.sequences import Sequences
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
 DROPOUT = 0.1
-MASKED = 0.15
-LENGTHS = Path(__file__).with_name("wikipedia_lengths.json")
 
 
 @dataclass(frozen=True)
@@ -256,8 +249,8 @@ def measure(name: str, case: Case, others: dict[str, Alternative], repeats: int,
     """
     torch.manual_seed(0)
     config = bertfast.preset_config(case.preset)
-    lengths = lengths_of(case)
-    batch = samples(lengths, case.max_seqlen, config.vocab_size)
+    lengths = (wikipedia_lengths if case.lengths == "wikipedia" else uniform_lengths)(case.sequences, case.max_seqlen)
+    batch = random_samples(lengths, case.max_seqlen, config.vocab_size)
     steps = Steps(case, others, batch, dropout=0.0)
     losses = {name: steps.loss(name).item() for name in steps.models}
     tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
@@ -341,57 +334,6 @@ def build(
     return models
 
 
-def lengths_of(case: Case) -> list[int]:
-    """Return the lengths of the samples, evenly spread or drawn from those of Wikipedia's sentence pairs."""
-    if case.lengths == "uniform":
-        return torch.linspace(case.max_seqlen // 4, case.max_seqlen, case.sequences).round().int().tolist()
-    counts = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))[str(case.max_seqlen)])
-    return np.random.default_rng(0).choice(len(counts), case.sequences, p=counts / counts.sum()).tolist()
-
-
-def count_lengths(data: Path) -> dict[int, list[int]]:
-    """Return, by the largest length, how many of Wikipedia's sentence pairs have 0, 1, 2 … tokens."""
-    text, vocabulary = data / "corpus" / "wikipedia-valid.txt.xz", data / "vocab" / "bert-base-uncased-vocab.txt"
-    corpus = CorpusSettings([str(text)], tokenizer_name=str(vocabulary), validation_split_percentage=0, processes=1)
-    counts = {}
-    with TemporaryDirectory() as folder:
-        boundaries = CorpusBoundaries.of(Shards.open(prepare(PrepareSettings(folder, corpus)) / "train"))
-        for max_seqlen in (128, 512):
-            sampling = Sampling(max_seq_length=max_seqlen)
-            lengths = plan_samples(boundaries, sampling, np.random.default_rng(0)).lengths(sampling)
-            counts[max_seqlen] = np.bincount(lengths, minlength=max_seqlen + 1).tolist()
-    return counts
-
-
-def samples(lengths: list[int], max_seqlen: int, vocab_size: int) -> tuple[dict[str, torch.Tensor], Batch]:
-    """Return random samples of these lengths, padded for transformers and packed for bertfast, on DEVICE."""
-    sequences, layout, lengths = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)
-    attended = torch.arange(max_seqlen) < lengths[:, None]
-    ids = torch.randint(1000, vocab_size, (sequences, max_seqlen)) * attended
-    types = ((torch.arange(max_seqlen) > lengths[:, None] // 2) & attended).long()
-    labels = torch.where((torch.rand(sequences, max_seqlen) < MASKED) & attended, ids, -100)
-    order = torch.randint(0, 2, (sequences,))
-    padded = {
-        "input_ids": ids,
-        "attention_mask": attended.long(),
-        "token_type_ids": types,
-        "labels": labels,
-        "next_sentence_label": order,
-    }
-    rows = (labels[attended] >= 0).nonzero().squeeze(1)
-    packed = Batch(
-        token_ids=ids[attended],
-        token_type_ids=types[attended],
-        position_ids=layout.position,
-        sequences=layout,
-        masked_rows=rows,
-        labels=labels[attended][rows],
-        next_sentence_labels=order,
-        masked=len(rows),
-    )
-    return {name: x.to(DEVICE) for name, x in padded.items()}, packed.to(DEVICE)
-
-
 def packed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the mean masked-LM loss plus the mean next-sentence loss, as transformers adds them."""
     loss = pretraining_loss(model, batch, torch.randint(2**62, (), device=DEVICE))
@@ -400,9 +342,8 @@ def packed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def gemm_shapes(config: bertfast.BertConfig, tokens: int, masked: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of all GEMMs of a step: layers and masked-LM head, forward and backward."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    layer = [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
-    forward = layer * config.num_hidden_layers + [(masked, hidden, config.vocab_size)]
+    head = (masked, config.hidden_size, config.vocab_size)
+    forward = [*layer_gemms(config, tokens) * config.num_hidden_layers, head]
     return [shape for m, k, n in forward for shape in ((m, k, n), (m, n, k), (n, m, k))]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.cases import (
     BACKEND,
     EPS,
-    Case,
+    RowsCase,
     Work,
     compiled,
     definition,
@@ -27,15 +27,8 @@ from bertfast.ops.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddLayerNormCase(Case):
-    """`rows` tokens of `width` columns."""
-
-    rows: int = 32_768
-    width: int = 768
-
-    @property
-    def size(self) -> str:
-        return f"{self.rows}x{self.width}"
+class AddLayerNormCase(RowsCase):
+    """Rows of x and of the residual."""
 
     @cached_property
     def drop(self) -> Dropout | None:

@@ -8,21 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import BACKEND, Case, Implementation, Work, compiled, definition, in_both_precisions, in_cuda
+from bench.cases import BACKEND, Implementation, RowsCase, Work, compiled, definition, in_both_precisions, in_cuda
 from bertfast import ops
 from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasGeluCase(Case):
-    """`rows` tokens of `width` columns."""
-
-    rows: int = 32_768
-    width: int
-
-    @property
-    def size(self) -> str:
-        return f"{self.rows}x{self.width}"
+class BiasGeluCase(RowsCase):
+    """Rows of the intermediate layer."""
 
     def inputs(self, generator):
         return [self.normal(generator, self.rows, self.width), self.normal(generator, self.width)]

@@ -13,7 +13,7 @@ from bench.cases import (
     BACKEND,
     EPS,
     VOCAB_SIZE,
-    Case,
+    RowsCase,
     Work,
     compiled,
     definition,
@@ -29,16 +29,10 @@ from bertfast.ops.sequences import Sequences
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingsCase(Case):
-    """`rows` tokens of `width` columns from a vocabulary of `words` entries."""
+class EmbeddingsCase(RowsCase):
+    """Rows of tokens from a vocabulary of `words` entries."""
 
-    rows: int = 32_768
-    width: int = 768
     words: int = VOCAB_SIZE
-
-    @property
-    def size(self) -> str:
-        return f"{self.rows}x{self.width}"
 
     @cached_property
     def sequences(self) -> Sequences:

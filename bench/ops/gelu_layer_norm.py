@@ -6,21 +6,14 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from bench.cases import BACKEND, EPS, Case, Work, compiled, definition, in_both_precisions, in_cuda, liger
+from bench.cases import BACKEND, EPS, RowsCase, Work, compiled, definition, in_both_precisions, in_cuda, liger
 from bertfast import ops
 from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeluLayerNormCase(Case):
-    """`rows` masked tokens of `width` columns."""
-
-    rows: int = 32_768
-    width: int = 768
-
-    @property
-    def size(self) -> str:
-        return f"{self.rows}x{self.width}"
+class GeluLayerNormCase(RowsCase):
+    """Rows of masked tokens."""
 
     def inputs(self, generator):
         return [self.normal(generator, self.rows, self.width), *(self.normal(generator, self.width) for _ in range(3))]

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from bench.cases import BACKEND, Case, Work, compiled, definition, in_both_precisions
+from bench.cases import BACKEND, RowsCase, Work, compiled, definition, in_both_precisions
 from bertfast import ops
 from bertfast.ops import reference
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearGeluCase(Case):
+class LinearGeluCase(RowsCase):
     """`rows` tokens; the weight maps `width` columns to four times as many."""
-
-    rows: int = 32_768
-    width: int
 
     @property
     def size(self) -> str:
