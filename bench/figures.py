@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.harness import ROOT
+from bertfast.runtime.plotting import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The colours of all figures.
-COLORS = {
-    "bertfast": "tab:blue",
-    "transformers": "tab:orange",
-    "transformers, compiled": "tab:red",
-    "lower bound": "tab:gray",
-}
+STEP_COLORS = COLORS | {"transformers, compiled": "tab:red", "lower bound": "tab:gray"}
 STEP_BARS = {
     "transformers": "transformers-sdpa_median_s",
     "transformers, compiled": "transformers-compile_median_s",
@@ -70,7 +65,7 @@ def plot_steps(results: list[dict], path: Path) -> None:
 
 def _plot_step(axis: Axes, result: dict) -> None:
     seconds = {name: result[key] for name, key in STEP_BARS.items() if key in result}
-    bars = axis.barh(list(seconds), list(seconds.values()), color=[COLORS[name] for name in seconds])
+    bars = axis.barh(list(seconds), list(seconds.values()), color=[STEP_COLORS[name] for name in seconds])
     labels = [f"{value:.2f}" for value in seconds.values()]
     for index, name in enumerate(seconds):
         if ratio := result["ratios"].get(STEP_BARS[name].removesuffix("_median_s")):

@@ -1,4 +1,4 @@
-"""What `test_compiled_kernels.py` compiles, each in a process of its own that must be able to import it."""
+"""Functions of `test_compiled_kernels.py` that run in separate processes, which must be able to import them."""
 
 import torch
 import triton

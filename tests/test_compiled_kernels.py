@@ -24,9 +24,9 @@ pytestmark = [
 
 
 def in_a_process(function: Callable, *arguments):
-    """Call `function` in a process of its own, since the driver that launches nothing stays in use.
+    """Call `function` in a separate process, because the driver that launches nothing stays active.
 
-    A copy of this process would not do: PyTorch's threads do not survive a fork.
+    The process is spawned, because PyTorch's threads do not survive a fork.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -37,7 +37,7 @@ def compiled(size: int = 64, **options) -> ahead_of_time.Compiled:
     return row
 
 
-def test_a_kernel_without_fault_has_none():
+def test_a_correct_kernel_has_no_faults():
     row = compiled()
     assert row.tensor_core == "HGMMA"
     assert row.faults() == []
@@ -49,7 +49,7 @@ def test_a_spill_is_a_fault():
 
 
 def test_serialised_wgmma_are_a_fault_and_other_warnings_are_not():
-    """By ptxas's own words, since it is up to its heuristics which kernels it says them of."""
+    """Tested on messages of ptxas, because its heuristics decide which kernels are serialised."""
     log = "ptxas info    : ({}) Potential Performance Loss: wgmma.mma_async instructions are serialized due to {}"
     serialised = log.format("C7515", "ill formed pipeline stage in the function") + "\n" + log.format("C7510", "a call")
     assert ahead_of_time.serialised_wgmma(serialised) == ["C7510", "C7515"]
@@ -58,7 +58,7 @@ def test_serialised_wgmma_are_a_fault_and_other_warnings_are_not():
     assert row.faults() == ["ptxas serialises its wgmma (C7515)"]
 
 
-def test_shared_memory_beyond_the_limit_other_tensor_cores_and_hazards_are_faults():
+def test_too_much_shared_memory_wrong_tensor_cores_and_hazards_are_faults():
     row = compiled()
     assert "more than the GPU's 227 KiB" in replace(row, shared_memory=300 << 10).faults()[0]
     assert replace(row, tensor_core="HMMA").faults() == ["its matmuls run on HMMA"]
@@ -67,7 +67,7 @@ def test_shared_memory_beyond_the_limit_other_tensor_cores_and_hazards_are_fault
 
 
 def test_batches_of_all_sizes_share_kernels():
-    """Nor is a dropout threshold of 1 an error, as where Triton makes a constant of it."""
+    """A dropout threshold of 1, of which Triton could make a constant, needs no kernel of its own either."""
     kernels = in_a_process(launches.compile_batches)
     counts = Counter(row.kernel for row in kernels)
     assert set(counts.values()) == {1}, counts

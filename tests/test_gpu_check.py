@@ -1,4 +1,4 @@
-"""`make gpu-check-right` and `gpu-check-fast`, on a machine without a GPU and with few packages."""
+"""`make gpu-check-right` and `gpu-check-fast` on a machine without a GPU and with few packages."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from bench import gpu_check
 pytestmark = pytest.mark.slow
 
 ROOT = gpu_check.ROOT
-# What a GPU machine has not: packages that transformers does not bring along, and a compiled library.
+# Hides what a GPU machine may lack: packages that transformers does not require, and the compiled library.
 BARE = """
 import sys
 from functools import partial
@@ -49,14 +49,14 @@ def run_check(*options: str, path: Path | None = None) -> subprocess.CompletedPr
 
 
 def members(archive: Path) -> dict[str, str]:
-    """The files of a tar file by name."""
+    """Return the texts of the files in a tar file by name."""
     with tarfile.open(archive) as files:
         return {Path(one.name).name: files.extractfile(one).read().decode() for one in files.getmembers()}
 
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
-    """A folder for PYTHONPATH in which Python lacks what a GPU machine lacks."""
+    """A folder for PYTHONPATH that hides what a GPU machine may lack."""
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BARE)
@@ -65,7 +65,7 @@ def bare(tmp_path) -> Path:
 
 @no_gpu_here
 @pytest.mark.parametrize("check", gpu_check.LIMITS)
-def test_each_half_runs_in_a_bare_environment_and_leaves_one_tar_file(check, bare, tmp_path):
+def test_each_check_runs_in_a_bare_environment_and_writes_one_tar_file(check, bare, tmp_path):
     ran = run_check(check, "--results", str(tmp_path / "results"), path=bare)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert [file.name for file in (tmp_path / "results").iterdir()] == [f"gpu-check-{check}.tar"]
@@ -87,7 +87,7 @@ def test_each_half_runs_in_a_bare_environment_and_leaves_one_tar_file(check, bar
 
 
 @pytest.mark.parametrize("check", gpu_check.LIMITS)
-def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatch):
+def test_with_a_gpu_every_part_runs_existing_files(check, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
     parts = list(gpu_check.parts(check, tmp_path, no_library=None, probes=None))
@@ -100,8 +100,8 @@ def test_with_a_gpu_every_part_runs_files_that_exist(check, tmp_path, monkeypatc
                 assert (ROOT / argument.replace(".", "/")).with_suffix(".py").exists(), part
 
 
-def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
-    """Each check of Triton's kernels has all words of exactly one command."""
+def test_the_self_tests_cover_every_triton_kernel_once(monkeypatch):
+    """The name of each check of a Triton kernel contains all words of exactly one command."""
     from bertfast.cli import self_test
 
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
@@ -112,7 +112,7 @@ def test_the_self_tests_of_a_gpu_cover_every_triton_kernel_once(monkeypatch):
             assert sum(some <= words for some in chosen) == 1, words
 
 
-def test_what_is_not_here_is_skipped_and_named(monkeypatch):
+def test_missing_requirements_are_skipped_with_a_reason(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     skipped = {part.name: part.skip for part in gpu_check.right_parts("not available: no compiled library", None)}
@@ -122,7 +122,7 @@ def test_what_is_not_here_is_skipped_and_named(monkeypatch):
     assert skipped["memcheck"] == "there is no compute-sanitizer"
 
 
-def test_probes_that_were_built_ahead_need_no_compiler(monkeypatch):
+def test_prebuilt_probes_need_no_compiler(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     probes = next(part for part in gpu_check.right_parts(None, "/folder/probes.so") if part.name == "layout probes")
@@ -130,7 +130,7 @@ def test_probes_that_were_built_ahead_need_no_compiler(monkeypatch):
     assert probes.environment == {"BERTFAST_PROBES": "/folder/probes.so"}
 
 
-def test_a_part_over_its_limit_is_stopped_with_all_it_started_and_keeps_its_output(tmp_path, monkeypatch):
+def test_a_part_over_its_limit_is_stopped_with_its_children_and_keeps_its_output(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 1)
     code = """
 import signal, subprocess, sys, time
@@ -152,7 +152,7 @@ time.sleep(60)
 
 
 def running(process: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -166,7 +166,7 @@ def test_a_part_fails_if_one_of_its_commands_does(tmp_path):
     assert "number 0" in (tmp_path / "self-test.log").read_text()
 
 
-def test_the_tar_file_holds_what_a_part_has_written_while_it_runs(tmp_path, monkeypatch):
+def test_the_tar_file_is_updated_while_a_part_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PACKING", 0.2)
     folder, target = tmp_path / "work", tmp_path / "gpu-check-right.tar"
     folder.mkdir()
@@ -182,20 +182,20 @@ def test_the_tar_file_holds_what_a_part_has_written_while_it_runs(tmp_path, monk
     assert not target.with_suffix(".unfinished").exists()
 
 
-def test_no_time_left_leaves_a_part_out(tmp_path):
+def test_a_part_is_skipped_without_time(tmp_path):
     part = gpu_check.Part("memcheck", [["never"]])
     assert gpu_check.run(part, tmp_path, "", 0).last_line == "no time is left"
     assert gpu_check.run(part, tmp_path, "", -3.5).status == "skipped"
 
 
 @pytest.mark.parametrize(("check", "minutes"), [("right", 3), ("fast", 6)])
-def test_the_limits_add_up_to_less_than_the_minutes(check, minutes):
+def test_the_limits_fit_into_the_budget(check, minutes):
     assert gpu_check.BUDGET[check] == 60 * minutes
     assert sum(gpu_check.LIMITS[check].values()) + gpu_check.RESERVE <= gpu_check.BUDGET[check]
     assert gpu_check.RESERVE > 2 * gpu_check.GRACE
 
 
-def test_the_checkout_is_laid_out_as_the_package(tmp_path):
+def test_the_checkout_is_importable_as_the_package(tmp_path):
     gpu_check.lay_out(tmp_path / "bertfast")
     code = "import bertfast, bertfast.kernels as kernels; print(bertfast.__file__, kernels.__file__)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
@@ -204,7 +204,7 @@ def test_the_checkout_is_laid_out_as_the_package(tmp_path):
     assert ran.stdout.count(str(tmp_path)) == 2
 
 
-def test_bad_input_gets_a_sentence(tmp_path):
+def test_wrong_arguments_get_a_message(tmp_path):
     ran = run_check("right", "--wheel", str(tmp_path / "none.whl"))
     assert ran.returncode == 2
     assert "--wheel: there is no file" in ran.stderr
@@ -219,8 +219,8 @@ def test_bad_input_gets_a_sentence(tmp_path):
     assert "cannot be created" in ran.stderr
 
 
-def test_a_python_without_pytorch_is_one_sentence():
-    # -S leaves site-packages out; only the checkout's own folders are on the path.
+def test_a_python_without_pytorch_gets_a_message():
+    # -S leaves out site-packages; only the checkout is on the path.
     command = [sys.executable, "-S", "-m", "bench.gpu_check", "right"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -35,21 +35,21 @@ def hazards(*lines: str) -> list[str]:
         ("HGMMA.64x16x16.F32.BF16 R40, R24, gdesc[UR8], R40, gsb0", "multiplies the accumulator"),
     ],
 )
-def test_an_instruction_before_the_wait(instruction, fault):
+def test_hazards_of_an_instruction_before_the_wait(instruction, fault):
     assert hazards(WGMMA, WAIT, instruction, "EXIT") == []
     found = hazards(WGMMA, instruction, WAIT, "EXIT")
     assert [fault in text for text in found] == ([True] if fault else [])
 
 
-def test_a_wait_covers_only_groups_old_enough():
+def test_a_wait_covers_only_older_groups():
     read = "FADD R50, R24, R51"
     assert hazards(WGMMA, OTHER, WAIT_FOR_OLDER, read, WAIT, "EXIT") == []
     assert len(hazards(WGMMA, WAIT_FOR_OLDER, read, WAIT, "EXIT")) == 1
     assert len(hazards(OPEN, OTHER, WAIT_FOR_OLDER, read, WAIT, "EXIT")) == 1  # one group, the newest
 
 
-def test_paths_through_branches_are_followed():
-    """The wait at 0x20 is skipped by a branch, and the next round of a loop starts without one."""
+def test_hazards_are_found_on_all_paths():
+    """A branch skips the wait at 0x20, and the next iteration of a loop starts without a wait."""
     read = "FADD R50, R24, R51"
     assert len(hazards(WGMMA, "@P0 BRA 0x30", WAIT, read, "EXIT")) == 1
     assert hazards(WGMMA, "BRA 0x30", read, WAIT, "EXIT") == []

@@ -22,7 +22,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bench.figures import COLORS, hardware
+from bench.figures import hardware
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
@@ -31,6 +31,7 @@ from bertfast.data.samples import Sampling
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder.unpadding import Layout
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.runtime.plotting import COLORS
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule
 

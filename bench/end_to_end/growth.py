@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import bertfast
-from bench.figures import COLORS, hardware
+from bench.figures import hardware
 from bench.harness import (
     DEVICE,
     ON_GPU,
@@ -32,6 +32,7 @@ from bench.harness import (
     stopwatch,
     write_result,
 )
+from bertfast.runtime.plotting import COLORS
 
 MIN_LENGTH = 128
 IMPLEMENTATIONS = ("bertfast", "transformers")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bench.end_to_end.curve_parity import mean, padded
 from bench.end_to_end.long_run import corpus, fill, logged
-from bench.figures import COLORS
+from bench.figures import STEP_COLORS
 from bench.harness import ROOT, require_clean_tree, result_parser, write_result
 from bertfast.cli.flags import parse
 from bertfast.data.batches import Batch
@@ -294,7 +294,7 @@ def plot(curves: dict[str, list[dict]], preset: str, path: Path) -> None:
         for side, validations in curves.items():
             minutes = [entry["seconds"] / 60 for entry in validations]
             losses = [entry["validation_loss"] for entry in validations]
-            axes.plot(minutes, losses, marker=".", label=names[side], color=COLORS[names[side]])
+            axes.plot(minutes, losses, marker=".", label=names[side], color=STEP_COLORS[names[side]])
         axes.set_title(f"Pre-training BERT-{preset} on Wikipedia and books")
         axes.set(xlabel="time of steps (min)", ylabel="validation loss (nats per masked token)")
         axes.legend()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
-from bertfast.runtime.plotting import draw
+from bertfast.runtime.plotting import COLORS, draw
 from bertfast.runtime.precision import wait_for
 from bertfast.runtime.settings import Positive
 
@@ -118,7 +118,7 @@ def _plot(axes: Axes, title: str, rates: dict[str, dict[str, float]], ratios: di
     """Draw one group of horizontal bars per measurement, one bar per library."""
     for bar, name in enumerate(next(iter(rates.values()))):
         throughputs = [of_mode[name] for of_mode in rates.values()]
-        axes.barh([group + 0.4 * bar for group in range(len(rates))], throughputs, 0.38, label=name)
+        axes.barh([group + 0.4 * bar for group in range(len(rates))], throughputs, 0.38, label=name, color=COLORS[name])
     labels = [f"{mode}\n{ratios[mode]:.2f}x" for mode in rates]
     axes.set_yticks([group + 0.2 for group in range(len(rates))], labels)
     axes.set_title(title)

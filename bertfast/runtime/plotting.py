@@ -1,13 +1,28 @@
-"""Pictures, where matplotlib (the extra `plots`) is installed."""
+"""Plots, drawn if matplotlib (the extra `plots`) is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"bertfast": "tab:blue", "transformers": "tab:orange"}  # in all plots
 
 
-def draw(path: Path, size: tuple[float, float], paint: Callable) -> bool:
-    """Write the picture of what `paint` does with matplotlib's axes, `size` in inches; False without matplotlib."""
+def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:
+    """Draw a plot and write it to a file.
+
+    Args:
+        path: The file; its suffix is the format.
+        size: Width and height in inches.
+        paint: Draws on the axes.
+
+    Returns:
+        Whether matplotlib is installed; without it nothing is written.
+    """
     try:
         import matplotlib
     except ImportError:
