@@ -149,6 +149,7 @@ def unpad(
         is_one_row_for_all = values.shape == (1, layout.shape[1])
         return layout.unpad(values.expand(layout.shape) if is_one_row_for_all else values, name)
 
+    types = torch.zeros_like(columns) if token_type_ids is None else unpad_ids(token_type_ids, "token_type_ids")
     first = sequences.last if pool_last else sequences.first
     if needs_query_only is not None:
         slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=tokens.device)
@@ -156,9 +157,7 @@ def unpad(
     packed = Packed(
         token_ids=None if input_ids is None else layout.unpad(input_ids, "input_ids"),
         embeddings=None if inputs_embeds is None else layout.unpad(inputs_embeds, "inputs_embeds"),
-        token_type_ids=torch.zeros_like(columns)
-        if token_type_ids is None
-        else unpad_ids(token_type_ids, "token_type_ids"),
+        token_type_ids=types,
         position_ids=columns if position_ids is None else unpad_ids(position_ids, "position_ids"),
         sequences=sequences,
         first=first,
@@ -172,16 +171,17 @@ def pad_packed(inputs: dict[str, Tensor], cu_seq_lens_q: Tensor) -> tuple[dict[s
     """Turn packed input into a padded batch, one sequence per row.
 
     Args:
-        inputs: Tensors [1, T, …], by name.
+        inputs: Tensors [1, T, …] or [T], by name.
         cu_seq_lens_q: int [S + 1], see `unpad`.
 
     Returns:
         The inputs [S, L, …], with an `attention_mask`, and the layout that unpads outputs. Waits for a GPU, once.
     """
-    tokens = next(iter(inputs.values()))
-    sequences = Sequences.from_cu_seqlens(cu_seq_lens_q.to(tokens.device), capacity=tokens.shape[1])
+    rows = {name: values if values.dim() == 1 else values[0] for name, values in inputs.items()}
+    tokens = next(iter(rows.values()))
+    sequences = Sequences.from_cu_seqlens(cu_seq_lens_q.to(tokens.device), capacity=len(tokens))
     layout = Layout.of(sequences, sequences.max_seqlen)
-    padded = {name: layout.pad(values[0]) for name, values in inputs.items()}
+    padded = {name: layout.pad(values) for name, values in rows.items()}
     return padded | {"attention_mask": layout.pad(sequences.is_token.long())}, layout
 
 
@@ -241,9 +241,8 @@ def _from_mask(
     if torch.compiler.is_compiling():  # one graph for any number of tokens, with or without query-only tokens
         indices, has_query_only, has_padding_slots = attended.flatten().nonzero().squeeze(1), pooled, pooled
     else:
-        num_tokens, any_masked = torch.stack(
-            [lengths.sum(), starts_masked.any()]
-        ).tolist()  # waits for the device, once
+        # Reading these waits for the device, once.
+        num_tokens, any_masked = torch.stack([lengths.sum(), starts_masked.any()]).tolist()
         has_query_only = pooled and bool(any_masked)
         slots = min(bucket(num_tokens), size) if bucketed else num_tokens
         has_padding_slots = has_query_only or slots > num_tokens

@@ -47,8 +47,9 @@ def test_a_mask_between_pairs_of_tokens_runs_transformers_own_code(shape):
     assert torch.equal(model(**values).logits, expected)
 
 
+@pytest.mark.parametrize("rows", [1, None], ids=["[1, T]", "[T]"])
 @pytest.mark.parametrize("change", [None, watch, watch_layer])
-def test_packed_sequences_do_not_mix(change):
+def test_packed_sequences_do_not_mix(change, rows):
     model = live("BertModel", seed=3)
     if change is not None:
         holder = nn.Module()
@@ -57,9 +58,10 @@ def test_packed_sequences_do_not_mix(change):
     texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
     alone = [model(text) for text in texts]
     bertfast.patch(model)
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])
     packed = model(
         torch.cat(texts, 1),
-        position_ids=torch.cat([torch.arange(text.shape[1]) for text in texts])[None],
+        position_ids=positions if rows is None else positions[None],
         cu_seq_lens_q=torch.tensor([0, 4, 5, 12], dtype=torch.int32),
         cu_seq_lens_k=torch.tensor([0, 4, 5, 12], dtype=torch.int32),
         max_length_q=7,
