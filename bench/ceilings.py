@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.harness import DEVICE, ON_GPU, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
+from bench.harness import DEVICE, ON_GPU, ROOT, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
 from bertfast.ops.matmul import linear
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def block_throughput(dtype: torch.dtype, repeats: int = 300) -> float | None:
     Returns:
         None if no compiler can build `block_matmul.cpp`.
     """
-    source = Path(__file__).with_name("block_matmul.cpp")
+    source = ROOT / "bench" / "block_matmul.cpp"
     flags = ["-shared", "-fPIC", "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
     with TemporaryDirectory() as folder:
         target = str(Path(folder, "block_matmul.so"))

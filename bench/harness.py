@@ -24,7 +24,7 @@ import torch
 
 from bertfast.cli.doctor import driver_version
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # `bench` may be a link, see `gpu_check`
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"  # texts next to the checkout, which are not part of the project
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
