@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from bertfast.encoder import encode
 from bertfast.encoder.bilstm import BiLSTM
 from bertfast.encoder.unpadding import Packed
 from bertfast.models import bert
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 # The weights' file is `model.bertfast.safetensors`, as transformers' classes that are named open any type of model.
 VARIANT = "bertfast"
@@ -115,7 +117,7 @@ _EXTENDED = {
 globals().update({kind.__name__: kind for kind in _EXTENDED.values()})
 
 
-def class_for(kind: type[PreTrainedModel], config: BertConfig) -> type[PreTrainedModel]:
+def class_for(kind: type[ModelT], config: BertConfig) -> type[ModelT]:
     """Return the class of models like those of the fused class `kind` with the extensions of a configuration.
 
     Raises:
@@ -125,7 +127,7 @@ def class_for(kind: type[PreTrainedModel], config: BertConfig) -> type[PreTraine
         return kind
     if kind not in _EXTENDED:
         raise ValueError(f"{kind.__name__} has no extensions: use one of {', '.join(x.__name__ for x in _EXTENDED)}")
-    return _EXTENDED[kind]
+    return cast(type[ModelT], _EXTENDED[kind])  # a subclass of `kind`
 
 
 def select_layers(name: str, config: BertConfig) -> tuple[list[int], bool]:

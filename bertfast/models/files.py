@@ -20,7 +20,7 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bertfast.models import bert
-from bertfast.models.extensions import ExtendedBertConfig, class_for
+from bertfast.models.extensions import ExtendedBertConfig, ModelT, class_for
 from bertfast.models.initialise import initialise
 
 logger = logging.getLogger("bertfast")
@@ -75,8 +75,8 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
 
 
 def load(
-    kind: type[PreTrainedModel], name: str | Path, config: BertConfig | None = None, *, fresh: tuple[str, ...] = ()
-) -> tuple[PreTrainedModel, list[str], list[str]]:
+    kind: type[ModelT], name: str | Path, config: BertConfig | None = None, *, fresh: tuple[str, ...] = ()
+) -> tuple[ModelT, list[str], list[str]]:
     """Open a model in fp32 and in evaluation mode, on the CPU.
 
     Args:

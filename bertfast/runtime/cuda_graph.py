@@ -1,4 +1,4 @@
-"""CUDA graphs: functions of a batch, captured once for each shape and replayed: one launch instead of hundreds."""
+"""CUDA graphs of functions of a batch: captured once per shape, then replayed with one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -16,63 +16,79 @@ from bertfast.ops.dispatch import unsupported_reason
 from bertfast.runtime.precision import half
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Captures what a function launches; returns the tensor in which its result will lie, and what replays it all."""
+"""Captures the kernels that a function launches; returns the tensor of its result and a function that replays them."""
 
-WARMUP_CALLS = 3  # calls before a capture, in which kernels are compiled and libraries allocate their workspaces
-MAX_GRAPHS = 16  # of one runner; they share their memory, but each keeps its batch and its nodes
+WARMUP_CALLS = 3  # calls before a capture, during which kernels are compiled and libraries allocate workspaces
+MAX_GRAPHS = 16  # per runner; graphs share their memory, but each keeps its batch and its nodes
 
 
 class StaticBatch(Protocol):
-    """What a runner asks of a batch."""
+    """Batch that a runner can copy into a captured one."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> StaticBatch:
-        """Return the batch on a device, which is not waited for."""
+        """Return the batch on a device, without waiting for the copy if `non_blocking`."""
+        ...
 
     def tensors(self) -> list[Tensor]:
-        """Return all of its tensors, in the same order for all batches."""
+        """Return all tensors of the batch, in the same order for all batches."""
+        ...
 
     def options(self) -> Hashable:
-        """Return what else, besides the tensors' shapes, decides which operations run."""
+        """Return what, besides the shapes of the tensors, determines which operations run."""
+        ...
 
 
 class ModelConfig(Protocol):
-    """The sizes that decide it."""
+    """Sizes that determine the head dimension."""
 
     hidden_size: int
     num_attention_heads: int
 
 
 class CapturableModel(Protocol):
-    """What decides whether a model's passes can be captured."""
+    """Model, as far as `capture_for` reads it."""
 
-    config: ModelConfig
-    device: torch.device
+    @property
+    def config(self) -> ModelConfig:
+        """Its configuration."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its parameters."""
+        ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """Return the modules that it is made of."""
+        """Return all modules of the model."""
+        ...
 
 
-def cuda_graph(function: Callable[[], Tensor], pool) -> tuple[Tensor, Callable[[], None]]:
-    """Capture `function` on the current stream, which must not be the default one. Capturing does not run it."""
+def cuda_graph(function: Callable[[], Tensor], pool: tuple[int, int]) -> tuple[Tensor, Callable[[], None]]:
+    """Capture `function` on the current stream, which must not be the default stream, without running it.
+
+    Args:
+        function: Function to capture.
+        pool: Memory pool of the graph.
+    """
     graph = torch.cuda.CUDAGraph()
-    # A thread that pins batches meanwhile may allocate.
+    # The thread that pins batches may allocate during the capture.
     with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
         result = function()
     return result, graph.replay
 
 
 def cuda_graphs() -> Capture:
-    """Return what captures CUDA graphs that share one memory pool.
+    """Return a function that captures CUDA graphs in one memory pool.
 
-    Replays must not overlap, and what one returns is to be read, or copied, before another is replayed.
+    Replays must not overlap, and the result of a replay must be read or copied before the next one.
     """
     return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
 
 
 def can_capture(config: ModelConfig, precision: str, device: torch.device) -> bool:
-    """Return whether a model's passes can be captured: on a GPU with kernels for its attention.
+    """Return whether the passes of a model can be captured: on a GPU, if attention runs in a kernel.
 
-    Plain PyTorch's takes too much memory to keep for a graph.
+    The attention of the reference takes too much memory to be kept for a graph.
     """
     if device.type != "cuda" or config.hidden_size // config.num_attention_heads not in HEAD_DIMENSIONS:
         return False
@@ -80,8 +96,8 @@ def can_capture(config: ModelConfig, precision: str, device: torch.device) -> bo
 
 
 def capture_for(model: CapturableModel, precision: str, *, enabled: bool) -> Capture | None:
-    """Return what captures a model's passes, or None where they run eagerly."""
-    # An LSTM needs the sequences' lengths on the host, and waits for the device.
+    """Return a function that captures the passes of a model; None: they run eagerly."""
+    # An LSTM reads the lengths of the sequences on the host and therefore waits for the device.
     waits = any(isinstance(module, nn.LSTM) for module in model.modules())
     if not enabled or waits or not can_capture(model.config, precision, model.device):
         return None
@@ -90,11 +106,12 @@ def capture_for(model: CapturableModel, precision: str, *, enabled: bool) -> Cap
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream of a GPU that can be captured; the default one cannot."""
+    """Run the body on a new stream of a GPU, which can be captured; the default stream cannot."""
     if device.type != "cuda":
         yield
         return
-    stream, default = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
+    default = torch.cuda.current_stream(device)
     stream.wait_stream(default)
     with torch.cuda.stream(stream):
         yield
@@ -102,16 +119,15 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 class GraphRunner:
-    """A function of a batch, or of nothing, captured after a few calls for each shape and replayed from then on.
+    """Runs a function of a batch, or of nothing, from a CUDA graph after a few warm-up calls per shape.
 
-    A shape that is seen too rarely, or once `max_graphs` shapes are captured, runs eagerly.
+    Shapes that have not been seen often enough, and new shapes after `max_graphs` captures, run eagerly.
 
     Args:
-        function: Reads of the batch only what is on the device, and returns a tensor; that of a replay is overwritten
-            by the next.
-        device: Where batches go.
-        capture: None: the function is called every time.
-        max_graphs: How many shapes are captured at most.
+        function: Function that reads only tensors on the device and returns a tensor, which the next replay overwrites.
+        device: Device that batches are moved to.
+        capture: Function that captures; None: every call runs eagerly.
+        max_graphs: Maximum number of shapes to capture.
     """
 
     def __init__(
@@ -126,7 +142,7 @@ class GraphRunner:
         self.graphs: dict[Hashable, _Graph] = {}
 
     def __call__(self, *batch: StaticBatch) -> Tensor:
-        """Run the function on a batch, which may lie on the host."""
+        """Run the function on a batch, which may be on the host."""
         if self.capture is None:
             return self.function(*map(self._moved, batch))
         shape = tuple((each.options(), *((x.shape, x.dtype) for x in each.tensors())) for each in batch)
@@ -146,7 +162,7 @@ class GraphRunner:
 
 
 class _Graph:
-    """A function captured on one batch, whose tensors others are copied into."""
+    """A captured function and the batch that it reads, into which other batches are copied."""
 
     def __init__(self, function: Callable[..., Tensor], batch: tuple[StaticBatch, ...], capture: Capture):
         self.batch = batch

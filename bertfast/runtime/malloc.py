@@ -1,7 +1,7 @@
-"""Memory that a process keeps: fresh pages cost several times what is written to them.
+"""Memory that a process keeps after freeing it, because fresh pages cost several times as much as writing to them.
 
-glibc gives large blocks back to the system as soon as they are freed, so that every large tensor of every step is made
-of fresh pages, each of which the system clears when it is first touched.
+glibc returns large blocks to the system as soon as they are freed. Then each large tensor of each step consists of
+fresh pages, which the system clears when they are first touched.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-# Of mallopt, as <malloc.h> numbers them.
+# Parameters of mallopt, numbered as in <malloc.h>.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """From now on have this process keep what it frees, for what it takes next; whether that can be done here.
+    """Make the process keep freed memory for its next allocations; its memory then stays at its peak until it ends.
 
-    It holds on to its peak until it ends. Where the allocator is not glibc's, nothing changes.
+    Returns:
+        Whether that is possible: only glibc's allocator can be told so.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -26,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """Once: between tensors of many sizes more and more of what is kept is too small for the next."""
+    """Return freed memory to the system once: after tensors of many sizes, most free blocks are too small to reuse."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

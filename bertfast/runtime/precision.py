@@ -1,4 +1,4 @@
-"""Where a program computes, and in which precision."""
+"""Device and precision of a program's computations."""
 
 from __future__ import annotations
 
@@ -15,59 +15,65 @@ from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ChosenPrecision = Literal["fp32", "bf16", "fp16"]
 ResidualPrecision = Literal["fp32", "bf16"]
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device named, else a GPU if there is one, else the CPU."""
+    """Return the named device; None: a GPU if one is available, else the CPU.
+
+    Raises:
+        ValueError: There is no such device, or it is not available.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
     return device
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given, so that a clock can be read; a CPU has."""
+    """Wait until the device has finished all queued work, so that a clock can be read; a CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def has_bf16_gemm(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products; a processor without them is many times slower in bf16."""
+    """Return whether the device has instructions for bf16 GEMMs; a CPU without them is many times slower in bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has_bf16_gemm()
 
 
-def choose_precision(device: torch.device, wanted: Precision = "auto") -> Literal["fp32", "bf16", "fp16"]:
-    """fp32, bf16 or fp16: what is wanted, or with "auto" bf16 where the device multiplies it natively and faster.
+def choose_precision(device: torch.device, precision: Precision = "auto") -> ChosenPrecision:
+    """Return the precision to compute in.
 
-    A GPU's bf16 is; on a CPU that is measured, once, in half a second.
+    Args:
+        device: Device to compute on.
+        precision: Requested precision. auto: bf16 if the device has native bf16 GEMMs and, on a CPU, they are faster
+            than in fp32, which is measured once, in half a second; else fp32.
     """
-    if wanted == "auto":
+    if precision == "auto":
         return "bf16" if has_bf16_gemm(device) and (device.type == "cuda" or _bf16_is_faster()) else "fp32"
-    if wanted not in ("fp32", *_HALVES):
-        raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {wanted!r}")
-    return wanted
+    return precision
 
 
 def half(precision: str) -> torch.dtype:
-    """The dtype of a precision's products."""
+    """Return the dtype of GEMMs in a precision."""
     return _HALVES.get(precision, torch.float32)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Products in half precision with fp32 parameters, or nothing for fp32."""
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which GEMMs run in 16 bits while parameters stay fp32; for fp32 it changes nothing."""
     return torch.autocast(device.type, _HALVES.get(precision, torch.bfloat16), enabled=precision in _HALVES)
 
 
 @cache
 def _bf16_is_faster(budget: float = 0.5) -> bool:
-    """Whether this CPU takes less time for a layer's product in bf16 than in fp32, measured in `budget` seconds."""
+    """Return whether a layer's GEMM is faster in bf16 than in fp32 on this CPU, measured in `budget` seconds."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     operands = {dtype: (torch.randn(512, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)) for dtype in best}
     end = time.perf_counter() + budget

@@ -16,8 +16,6 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -132,7 +130,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-@cache
 def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
     """Return the types of a class's fields, with their ranges."""
     return get_type_hints(settings_class, include_extras=True)
@@ -143,7 +140,6 @@ def group_class(hint: Any) -> type[Settings] | None:
     return hint if isinstance(hint, type) and issubclass(hint, Settings) else None
 
 
-@cache
 def settings_of(settings_class: type[Settings]) -> dict[str, Setting]:
     """Return all values of a program's settings by name, those of its groups included."""
     found: dict[str, Setting] = {}
@@ -210,7 +206,7 @@ def _check(name: str, hint: Any, value: Any, limits: Range | None = None) -> Non
         if value is not None:
             _check(name, next(kind for kind in arguments if kind is not NoneType), value)
     elif limits is not None:
-        if not isinstance(value, Integral if hint is int else Real):
+        if not isinstance(value, int if hint is int else (int, float)):
             raise ValueError(f"{flag(name)} must be {'an integer' if hint is int else 'a number'}, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{flag(name)} must be finite, got {value}")

@@ -1,13 +1,19 @@
-"""Ctrl-C and SIGTERM ask a run to stop at its next whole step."""
+"""Ctrl-C and SIGTERM stop a run after the current step."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 
 class RunStopped(Exception):
-    """A run ended before its time; its message says what is kept and how to go on, `status` is the program's."""
+    """A run stopped before its end.
+
+    Args:
+        message: What was kept, and how to continue.
+        status: Exit status of the program.
+    """
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -15,24 +21,29 @@ class RunStopped(Exception):
 
 
 class Interrupt:
-    """While it is entered, the first of either signal sets `requested`; a second one acts as it always does.
+    """Context in which the first Ctrl-C or SIGTERM sets `requested`; a second one has its usual effect.
 
     Attributes:
-        requested: Whether one has come.
-        status: What a program that a signal has ended returns: 128 and the signal's number; 143 after SIGTERM.
+        requested: Whether a signal has arrived.
+        status: Exit status of a program ended by the signal: 128 plus its number, 143 for SIGTERM.
     """
 
-    def __enter__(self) -> Interrupt:
+    def __init__(self) -> None:
         self.requested, self.status = False, 128 + signal.SIGTERM
-        # Python delivers signals to its main thread alone; a run in another leaves them be.
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._request) for number in signals}
+        self._handlers: dict[signal.Signals, Any] = {}  # that were installed before
+
+    def __enter__(self) -> Interrupt:
+        # Python delivers signals to the main thread only; a run in another thread leaves them alone.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {
+                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _request(self, number, frame) -> None:
+    def _request(self, number: int, frame: object) -> None:
         self.requested, self.status = True, 128 + number
         self.__exit__()

@@ -1,7 +1,7 @@
-"""The state of a run on disk: a model's folder, its optimizers' tensors in safetensors, the rest in JSON; no pickle.
+"""Checkpoints of a run: the model, the state of its optimizers in safetensors, and its progress in JSON; no pickle.
 
-A checkpoint is written under a temporary name and renamed, so that one which is there was written whole: a full disk or
-a killed process leaves the one before it. It carries its files' checksums, by which what was damaged later is known.
+A checkpoint is written under a temporary name and then renamed, so that a full disk or a killed process leaves the
+previous checkpoints intact. Checksums of its files detect later damage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -29,14 +30,20 @@ def save_state(
     step: int,
     model: PreTrainedModel,
     optimizers: list[Optimizer],
-    progress: dict,
+    progress: dict[str, Any],
     keep: int,
     distributed: Distributed,
 ) -> None:
-    """Write the checkpoint of `step` into `folder`; of the older ones stay the newest `keep` and the best.
+    """Write the checkpoint of a step and delete old ones. All ranks must call this; the main process writes.
 
-    `progress` is whatever else the run must know to go on, as JSON; "validation_loss" in it says which is the best. All
-    ranks take part, and the first writes.
+    Args:
+        folder: Folder of the checkpoints.
+        step: Steps done.
+        model: Model that is trained.
+        optimizers: Its optimizers.
+        progress: What else the run needs to continue, as JSON; "validation_loss" may be None.
+        keep: Number of newest checkpoints to keep, in addition to the one with the lowest validation loss.
+        distributed: Processes of the run.
     """
     weights = {name: _whole(value) for name, value in model.state_dict().items()}
     tensors = _flatten(optimizers)
@@ -58,8 +65,8 @@ def save_state(
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         saved = checkpoints(folder)
-        judged = [path for path in saved if _validation_loss(path) is not None]
-        best = min(judged, key=_validation_loss, default=None)
+        losses = {path: read_progress(path)[1]["validation_loss"] for path in saved}
+        best = min((path for path in saved if losses[path] is not None), key=losses.__getitem__, default=None)
         for old in saved[:-keep]:
             if old != best:
                 shutil.rmtree(old)
@@ -68,41 +75,42 @@ def save_state(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
+    """Return the checkpoints in `folder`, oldest first."""
     return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; those that are not are named. None: there is none."""
+    """Return the newest intact checkpoint and print the names of damaged newer ones; None: there is none."""
     for saved in reversed(checkpoints(folder)):
         damaged = _damaged(saved)
         if not damaged:
             return saved
-        print(f"{saved} is damaged ({', '.join(damaged)}): the checkpoint before it is taken")
+        print(f"{saved} is damaged ({', '.join(damaged)}): continuing from the checkpoint before it")
     return None
 
 
-def read_progress(saved: Path) -> tuple[int, dict]:
-    """(steps done, what the run noted) of a checkpoint."""
+def read_progress(saved: Path) -> tuple[int, dict[str, Any]]:
+    """Return the number of steps done at a checkpoint, and the run's progress."""
     state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     return state["step"], state["progress"]
 
 
 def load_state(saved: Path, optimizers: list[Optimizer]) -> None:
-    """Put the optimizers, made as the checkpoint's were, back to where it left them, to the last bit."""
+    """Restore the state of optimizers, bitwise identical; they must be built like those of the checkpoint."""
     with safe_open(saved / "optimizer.safetensors", framework="pt") as file:
         for number, optimizer in enumerate(optimizers):
-            owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             states: dict[int, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 owner, parameter, name = key.split(".", 2)
                 if int(owner) == number:
-                    value = _as(owned[int(parameter)], file.get_tensor(key))
+                    value = _distribute_like(parameters[int(parameter)], file.get_tensor(key))
                     states.setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
 def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Return the whole state tensors of optimizers by "optimizer.parameter.name"."""
     return {
         f"{number}.{parameter}.{name}": _whole(value).contiguous()
         for number, optimizer in enumerate(optimizers)
@@ -112,22 +120,19 @@ def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
 
 
 def _whole(value: Tensor) -> Tensor:
+    """Return a tensor that is not sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A state of a parameter, shared among the ranks as that is."""
+def _distribute_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Shard a state tensor like its parameter."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
 
-def _validation_loss(saved: Path) -> float | None:
-    return read_progress(saved)[1]["validation_loss"]
-
-
 def _damaged(saved: Path) -> list[str]:
-    """The files of a checkpoint that are missing or not as they were written."""
+    """Return the names of a checkpoint's files that are missing or have another checksum."""
     try:
         checksums = json.loads((saved / _CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -136,7 +141,7 @@ def _damaged(saved: Path) -> list[str]:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -24,7 +24,7 @@ class Curriculum:
     ramp: int = 0
     second_phase: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = self.bins_per_step // FRACTIONS[0] if self.ramp else self.bins_per_step
         if self.bins_per_step % self.ranks or (self.ramp and self.bins_per_step % (FRACTIONS[0] * self.ranks)):
             raise ValueError(
@@ -40,7 +40,9 @@ class Curriculum:
 
     def first(self, step: int) -> int:
         """Return the index of the first bin of a step within its phase."""
-        return self._before(step) - (self._before(self.second_phase) if self._in_second_phase(step) else 0)
+        if self.second_phase is None or step < self.second_phase:
+            return self._before(step)
+        return self._before(step) - self._before(self.second_phase)
 
     def bins_of_rank(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
         """Yield (phase, bin) of the bins of a step that a rank computes."""

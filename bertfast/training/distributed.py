@@ -1,4 +1,4 @@
-"""The processes of a run: those that `torchrun` started, or this one alone."""
+"""Processes of a run: those that `torchrun` started, or only this one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from bertfast.runtime.precision import choose_device
@@ -67,8 +68,9 @@ class Distributed:
         if owns_process_group:
             # torchrun's store outlives its workers, and keys left by a failed attempt would mislead the workers of the
             # next one (PyTorch 2.13): each attempt has its own prefix.
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public, but not re-exported
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         cpu_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if chosen.type == "cuda" else None
@@ -140,13 +142,15 @@ class Distributed:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-        return fully_shard(objective, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        return objective
 
-    def no_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager:
+    def no_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Return a context in which gradients of a wrapped `objective` accumulate locally, unless `last` is true."""
         if self.world_size == 1:
             return nullcontext()
         if isinstance(objective, DistributedDataParallel):
             return nullcontext() if last else objective.no_sync()
-        objective.set_requires_gradient_sync(last)
+        if isinstance(objective, FSDPModule):
+            objective.set_requires_gradient_sync(last)
         return nullcontext()

@@ -1,11 +1,12 @@
-"""`bertfast evaluate`: how good a model's answers are."""
+"""`bertfast evaluate`: metrics of a fine-tuned model on labelled data, or of a masked LM on text."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.runtime.plotting import draw
@@ -15,17 +16,21 @@ from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import ConfusionMatrix, write_atomically
 from bertfast.training.validation import evaluate_masked_lm
 
-_LABELS_SHOWN = 30  # in a picture of which are taken for which
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LABELS_SHOWN = 30  # of a confusion matrix; larger ones are not plotted
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(TaskSettings):
-    """What to evaluate, and on what.
+    """Settings of an evaluation.
 
     Attributes:
-        validation_file: A labelled file as in fine-tuning; with objective mlm, any text.
-        objective: task judges the answers of a fine-tuned model, mlm how well a model fills blanks in a text.
-        output_dir: Folder for eval_results.json and, of a task, the predictions and confusion.png; none: print only.
+        validation_file: Labelled data as for fine-tuning; with --objective mlm, a text file or folder.
+        objective: task: metrics of the predictions of a fine-tuned model; mlm: masked-LM metrics of a model on text.
+        output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png;
+            none: print only.
     """
 
     validation_file: str
@@ -34,7 +39,7 @@ class EvaluateSettings(TaskSettings):
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
-    """Print the metrics as a table, write them where `settings` say, and return them."""
+    """Evaluate a model: print its metrics, write them to `output_dir`, and return them."""
     metrics = _evaluate_task(settings) if settings.objective == "task" else _evaluate_text(settings)
     for name, value in metrics.items():
         print(f"{name:<28}{value:>12.6g}")
@@ -43,8 +48,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
     return metrics
 
 
-def write_results(path: Path, metrics: dict) -> None:
-    """Write metrics as JSON, in a folder that is made if it is missing."""
+def write_results(path: Path, metrics: Mapping[str, object]) -> None:
+    """Write metrics as JSON; create the folder if necessary."""
     write_atomically(path, json.dumps(metrics, indent=2) + "\n")
 
 
@@ -61,18 +66,18 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
         task.write_predictions(folder, "validation", examples, features, outputs)
         table = task.confusion_matrix(examples, features, outputs)
         if table is not None and len(table[0]) <= _LABELS_SHOWN and not draw_confusion(table, folder / "confusion.png"):
-            print("No confusion.png: that wants `pip install bertfast[plots]`.")
-    left_out = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
-    return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | left_out
+            print("No confusion.png: plots require `pip install bertfast[plots]`.")
+    skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
+    return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped
 
 
 def draw_confusion(table: ConfusionMatrix, path: Path) -> bool:
-    """Draw which labels are taken for which, as shares of each row; False where matplotlib is not installed."""
+    """Plot a confusion matrix, normalised by row; return False if matplotlib is not installed."""
     names, counts = table
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = 2.5 + 0.45 * len(names)
 
-    def paint(axes) -> None:
+    def paint(axes: Axes) -> None:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for row, column in zip(*counts.nonzero(), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"

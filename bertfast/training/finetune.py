@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertConfig, PreTrainedModel
 
@@ -34,7 +34,7 @@ from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches,
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
-from bertfast.tasks.task import Task
+from bertfast.tasks.task import Outputs, Task
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
@@ -88,6 +88,7 @@ class Finetuning:
     def __init__(self, settings: FinetuneSettings):
         require_libraries()
         self.settings, self.folder = settings, Path(settings.output_dir)
+        self.metrics_log: MetricsLog | None = None
         self.hyperparameters = settings.hyperparameters
         if (self.folder / "config.json").exists() and not settings.overwrite_output_dir:
             raise ValueError(
@@ -97,8 +98,8 @@ class Finetuning:
         self.precision = choose_precision(self.device, settings.compute.precision)
         self.task = self._choose_task()
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
-        files = {split: path for split, path in files.items() if path is not None}
-        examples = {split: self.task.read(path, labelled=split != "test") for split, path in files.items()}
+        paths = {split: path for split, path in files.items() if path is not None}
+        examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
         source = resolve(settings.model_name_or_path)
         self.config = self._configure(source, self.task.label_config(examples["train"]))
         self.task.set_config(self.config)
@@ -106,10 +107,11 @@ class Finetuning:
         self.tokenizer = open_tokenizer(source, self.config)
         self.examples: dict[str, Any] = {}
         self.features: dict[str, Any] = {}
-        self._featurize(examples, files)
+        self._featurize(examples, paths)
         torch.manual_seed(self.hyperparameters.seed)
-        self.model = self._build_model(source).to(self.device)
-        self._scratch: TemporaryDirectory | None = None
+        self.model = self._build_model(source)
+        nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
+        self._scratch: TemporaryDirectory[str] | None = None
         if settings.feature_based.strategy == "feature-based":
             self._replace_inputs_by_states()
         rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
@@ -127,14 +129,14 @@ class Finetuning:
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = max(round(self.hyperparameters.num_train_epochs * self.steps_per_epoch), 1)
         self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
-        self.best_score, self.best_metrics = (-math.inf, -math.inf), {}
+        self.best_score = (-math.inf, -math.inf)
+        self.best_metrics: dict[str, float] = {}
         self.losses: list[float] = []
         self.skipped_loss = math.nan  # loss of the last skipped step
         self.pending: list[Tensor] = []
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
         self.tokens, self.seconds = 0, 0.0
-        self.metrics_log: MetricsLog | None = None
 
     def _choose_task(self) -> Task[Any]:
         task = choose_task(self.settings, file=self.settings.train_file)
@@ -190,7 +192,7 @@ class Finetuning:
 
     def _configure(self, source: Path, labels: dict[str, Any]) -> BertConfig:
         names, known = labels.get("id2label"), read_config(source).id2label
-        if names is not None and sorted(known.values()) == sorted(names.values()):
+        if names is not None and sorted((known or {}).values()) == sorted(names.values()):
             labels = labels | {"id2label": known}
         if (dropout := self.settings.model.dropout) is not None:
             labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
@@ -241,7 +243,7 @@ class Finetuning:
         labels = self.features["train"].labels.get("labels")
         if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
             raise ValueError("--class-weights requires a task in which every example or word has one of several labels")
-        counts = np.bincount(labels[labels >= 0], minlength=self.config.num_labels).clip(min=1)
+        counts = np.bincount(labels[labels >= 0], minlength=self.config.num_labels or 0).clip(min=1)
         return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
@@ -273,7 +275,7 @@ class Finetuning:
         """Accumulate a batch's gradients and its loss; return the step's loss so far, []."""
         with autocast(self.device, self.precision):
             loss = self._loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         return self.loss.add_(loss.detach())
 
     def _update_eagerly(self) -> Tensor:
@@ -313,7 +315,7 @@ class Finetuning:
         logits = self.task.logits(self.model, batch).flatten(0, -2).float()
         return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum") / self.items
 
-    def _report(self, bar: tqdm) -> None:
+    def _report(self, bar: tqdm[Any]) -> None:
         if self.step % self.steps_per_read == 0:
             self._read_pending()
         speed = self.tokens / self.seconds
@@ -322,20 +324,25 @@ class Finetuning:
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if self.step % self.settings.evaluation.logging_steps == 0:
-            self.metrics_log.write(step=self.step, epoch=self.epoch, loss=loss, tokens_per_second=speed)
+            self._log(loss=loss, tokens_per_second=speed)
+
+    def _log(self, **values: float) -> None:
+        """Write an entry of metrics.jsonl."""
+        if self.metrics_log is not None:
+            self.metrics_log.write(step=self.step, epoch=self.epoch, **values)
 
     @property
     def epoch(self) -> float:
         """Passes over the training data so far."""
         return self.step / self.steps_per_epoch
 
-    def _validate(self, bar: tqdm) -> None:
+    def _validate(self, bar: tqdm[Any]) -> None:
         self._read_pending()
         if "validation" not in self.features:
             self._save()
             return
         outputs, metrics = self._predict("validation")
-        self.metrics_log.write(step=self.step, epoch=self.epoch, **metrics)
+        self._log(**metrics)
         bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
         loss = metrics.get("eval_loss", 0.0)  # breaks ties
@@ -353,7 +360,7 @@ class Finetuning:
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _write(self, split: str, outputs) -> None:
+    def _write(self, split: str, outputs: Outputs) -> None:
         self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""What a pre-training step must compute, and how fast products are here: the one as a share of the other."""
+"""FLOPs of a pre-training step, and the measured GEMM throughput of the device to compare them with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from bertfast.runtime.precision import wait_for
 
 
 def step_flops(config: BertConfig, batch: Batch) -> int:
-    """6 · encoder parameters · tokens + 12 · layers · H · Σ s² + 6 · (H² + H V) · masked tokens; padding is no work."""
+    """Return the FLOPs of a batch, forward and backward, without padding.
+
+    With hidden size H, L layers and vocabulary size V, these are 6 · encoder parameters · tokens + 12 · L · H · Σ s²
+    over the sequence lengths s + 6 · (H² + H · V) · masked tokens.
+    """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
     squares = sum(length**2 for length in batch.sequences.lengths)
@@ -24,12 +28,18 @@ def step_flops(config: BertConfig, batch: Batch) -> int:
 def gemm_throughput(
     config: BertConfig, tokens: int, dtype: torch.dtype, device: torch.device, budget: float = 0.3
 ) -> float:
-    """FLOP/s of a layer's wide product on `tokens`, the best within `budget` seconds."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    x, weight = (
-        torch.randn(tokens, hidden, dtype=dtype, device=device),
-        torch.randn(wide, hidden, dtype=dtype, device=device),
-    )
+    """Measure the GEMM throughput of the device in FLOP/s.
+
+    Args:
+        config: Sizes of the GEMM, which is the first of a feed-forward layer.
+        tokens: Its number of rows.
+        dtype: dtype of the operands.
+        device: Device to measure.
+        budget: Seconds in which the GEMM is repeated; the fastest counts.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    x = torch.randn(tokens, hidden, dtype=dtype, device=device)
+    weight = torch.randn(intermediate, hidden, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + budget
     while best == float("inf") or time.perf_counter() < end:
         wait_for(device)
@@ -37,4 +47,4 @@ def gemm_throughput(
         linear(x, weight)
         wait_for(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * tokens * hidden * wide / best
+    return 2 * tokens * hidden * intermediate / best

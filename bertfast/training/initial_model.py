@@ -1,4 +1,4 @@
-"""What a pre-training run starts from: a published size with random weights, or a model that exists."""
+"""Initial model of a pre-training run: a published size with random weights, or an existing model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig
 
 from bertfast.models.bert import BertForPreTraining
 from bertfast.models.extensions import ExtendedBertConfig, class_for
@@ -16,7 +16,7 @@ from bertfast.models.presets import Preset, preset_config
 
 
 def initial_config(
-    start: Path | None,
+    initial: Path | None,
     preset: Preset,
     overrides: str,
     dropout: float,
@@ -24,10 +24,18 @@ def initial_config(
     *,
     causal: bool = False,
 ) -> BertConfig:
-    """The configuration of the model in `start`, or of a preset, with what the settings change.
+    """Return the configuration of the initial model.
 
-    `overrides` is like "hidden_size=256,hidden_act=relu". In a causal model [CLS] sees nothing but itself, so that
-    what is pooled is a sequence's last token.
+    Args:
+        initial: Folder of an existing model; None: a model of the size `preset` with random weights.
+        preset: Published size.
+        overrides: Changes to the configuration, such as "hidden_size=256,hidden_act=relu".
+        dropout: Dropout probability of hidden activations and attention weights.
+        max_positions: Number of position embeddings; None: unchanged.
+        causal: Whether the model is causal. Then [CLS] attends only to itself, and the last token is pooled instead.
+
+    Raises:
+        ValueError: An override is not a valid entry of the configuration.
     """
     changes = _parse_overrides(overrides)
     changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -35,36 +43,42 @@ def initial_config(
         changes["max_position_embeddings"] = max_positions
     if causal:
         changes |= {"is_decoder": True, "pool_last": True}
-    if start is not None:
-        return read_config(start, **changes)
+    if initial is not None:
+        return read_config(initial, **changes)
     config = preset_config(preset, **changes)
     return ExtendedBertConfig.from_dict(config.to_dict()) if causal else config
 
 
-def initial_model(config: BertConfig, start: Path | None) -> PreTrainedModel:
-    """A model with random weights, or those of `start`."""
-    if start is None:
+def initial_model(config: BertConfig, initial: Path | None) -> BertForPreTraining:
+    """Return the initial model.
+
+    Args:
+        config: Its configuration.
+        initial: Folder of an existing model, whose weights are loaded; None: random weights.
+    """
+    if initial is None:
         model = class_for(BertForPreTraining, config)(config)
         initialise(model)
         return model
-    positions = min(config.max_position_embeddings, read_config(start).max_position_embeddings)
-    wanted, config.max_position_embeddings = config.max_position_embeddings, positions
-    model, missing, unexpected = load(BertForPreTraining, start, config)
-    report_differences(model, str(start), missing, unexpected)
-    if wanted > positions:
-        _extend_positions(model, wanted)
+    existing = read_config(initial).max_position_embeddings
+    positions = config.max_position_embeddings
+    config.max_position_embeddings = min(existing, positions)
+    model, missing, unexpected = load(BertForPreTraining, initial, config)
+    report_differences(model, str(initial), missing, unexpected)
+    if positions > existing:
+        _extend_positions(model, positions)
     return model
 
 
-def _extend_positions(model: PreTrainedModel, positions: int) -> None:
-    """Give a model more positions.
+def _extend_positions(model: BertForPreTraining, positions: int) -> None:
+    """Extend the position embeddings to `positions` rows.
 
-    New ones start as the old ones over again, which is nearer the truth than noise (Beltagy et al., 2020).
+    The new rows repeat the existing ones, which trains faster than random rows (Beltagy et al., 2020).
     """
-    embeddings = model.base_model.embeddings
+    embeddings = model.bert.embeddings
     known = embeddings.position_embeddings.weight.detach()
     repeated = known.repeat(-(-positions // len(known)), 1)[:positions].clone()
-    embeddings.position_embeddings = nn.Embedding.from_pretrained(repeated, freeze=False)
+    embeddings.position_embeddings = nn.Embedding(*repeated.shape, _weight=repeated)
     embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     types = torch.zeros(1, positions, dtype=torch.long)
     embeddings.register_buffer("token_type_ids", types, persistent=False)
@@ -72,15 +86,16 @@ def _extend_positions(model: PreTrainedModel, positions: int) -> None:
 
 
 def _parse_overrides(text: str) -> dict[str, int | float | str]:
-    """ "hidden_size=256,hidden_act=relu" -> {"hidden_size": 256, "hidden_act": "relu"}."""
+    """Parse "hidden_size=256,hidden_act=relu" to {"hidden_size": 256, "hidden_act": "relu"}."""
     types = {name: type(value) for name, value in BertConfig().to_dict().items()}
-    changes = {}
+    changes: dict[str, int | float | str] = {}
     for entry in filter(None, text.split(",")):
         name, _, value = entry.partition("=")
         if types.get(name) not in (int, float, str) or name in ("model_type", "transformers_version"):
-            raise ValueError(f"config_overrides: {name!r} is not a size or option of a BERT configuration")
+            raise ValueError(f"--config-overrides: {name!r} is not a size or option of a BERT configuration")
         try:
             changes[name] = types[name](value)
         except ValueError:
-            raise ValueError(f"config_overrides: {value!r} is no value for {name}, {types[name].__name__}") from None
+            kind = types[name].__name__
+            raise ValueError(f"--config-overrides: {name} must be of type {kind}, got {value!r}") from None
     return changes

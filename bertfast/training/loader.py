@@ -1,4 +1,4 @@
-"""A run's batches, made ahead of time by processes of their own."""
+"""Loading of a run's batches, ahead of time and in worker processes."""
 
 from __future__ import annotations
 
@@ -10,43 +10,56 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bertfast.data.batches import Batch
 
+BatchIndex = tuple[int, int]
+"""Phase of a run, and index of a batch in it."""
+
 
 class Loader:
-    """The batches of a row of places, in its order, however many processes make them.
+    """Iterator over a sequence of batches; their order does not depend on the number of worker processes.
 
     Args:
-        make: The batch at a place; called in the processes.
-        places: The places that are wanted, made anew by each process.
-        workers: How many processes; 0: batches are made when they are asked for.
-        pin: Whether batches lie in pinned memory, from where a GPU copies them without waiting.
+        make: Returns the batch of an index; called in the worker processes.
+        indices: Yields the indices in order; called in each worker process.
+        workers: Number of worker processes; 0: batches are made when they are requested.
+        pin: Whether to put batches into pinned memory, from which a GPU copies without waiting.
 
     Attributes:
-        waited: Seconds that were waited for batches, all together.
+        waited: Total seconds spent waiting for batches.
     """
 
-    def __init__(self, make: Callable[[tuple], Batch], places: Callable[[], Iterator[tuple]], workers: int, pin: bool):
-        row = _Row(make, places)
-        self._batches = iter(
+    def __init__(
+        self,
+        make: Callable[[BatchIndex], Batch],
+        indices: Callable[[], Iterator[BatchIndex]],
+        workers: int,
+        pin: bool,
+    ):
+        prefetched = 4 if workers else None
+        self._batches: Iterator[Batch] = iter(
             DataLoader(
-                row, batch_size=None, num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None
+                _BatchStream(make, indices),
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=pin,
+                prefetch_factor=prefetched,
             )
         )
         self.waited = 0.0
 
     def next(self) -> Batch:
-        """The next batch."""
+        """Return the next batch."""
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started
         return batch
 
 
-class _Row(IterableDataset):
-    def __init__(self, make: Callable[[tuple], Batch], places: Callable[[], Iterator[tuple]]):
-        self.make, self.places = make, places
+class _BatchStream(IterableDataset[Batch]):
+    def __init__(self, make: Callable[[BatchIndex], Batch], indices: Callable[[], Iterator[BatchIndex]]):
+        self.make, self.indices = make, indices
 
     def __iter__(self) -> Iterator[Batch]:
-        # DataLoader asks its processes in turn, so each makes every n-th batch.
+        # DataLoader asks its workers in turn, so each of n workers makes every n-th batch.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return map(self.make, itertools.islice(self.places(), first, None, step))
+        return map(self.make, itertools.islice(self.indices(), first, None, step))

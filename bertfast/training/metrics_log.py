@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bertfast.runtime.plotting import draw
 
-MetricsWriter = Callable[[dict, int], None]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Entry = dict[str, Any]
+
+MetricsWriter = Callable[[Entry, int], None]
 """Receives the values of an entry and its step."""
 
 
@@ -20,7 +26,7 @@ def tensorboard(folder: Path) -> MetricsWriter:
         raise ImportError("--tensorboard requires `pip install bertfast[tensorboard]`") from None
     writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(entry: dict, step: int) -> None:
+    def write(entry: Entry, step: int) -> None:
         for name, value in entry.items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, step)
@@ -29,10 +35,10 @@ def tensorboard(folder: Path) -> MetricsWriter:
     return write
 
 
-def wandb(folder: Path, settings: dict) -> MetricsWriter:
+def wandb(folder: Path, settings: dict[str, Any]) -> MetricsWriter:
     """Return a writer to Weights & Biases; the run is named after the folder."""
     try:
-        import wandb as library
+        import wandb as library  # type: ignore[import-not-found]  # not a requirement
     except ImportError:
         raise ImportError("--wandb requires `pip install wandb`") from None
     run = library.init(name=folder.name, dir=str(folder), config=settings, resume="allow")
@@ -51,24 +57,24 @@ class MetricsLog:
             writers: Receive every entry as well.
         """
         self.path, self.writers = folder / "metrics.jsonl", writers
-        kept = [entry for entry in self.entries() if entry["step"] <= steps_done] if steps_done else []
+        kept: list[Entry] = [entry for entry in self.entries() if entry["step"] <= steps_done] if steps_done else []
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
-    def entries(self) -> list[dict]:
+    def entries(self) -> list[Entry]:
         """Return all entries so far."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
 
-    def write(self, **entry) -> None:
+    def write(self, **entry: Any) -> None:
         """Append an entry."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for writer in self.writers:
             writer({name: value for name, value in entry.items() if name != "step"}, entry["step"])
 
-    def plot(self, path: Path, *, unigram_entropy: float | None = None) -> bool:
+    def plot(self, path: Path, unigram_entropy: float | None = None) -> bool:
         """Plot the masked-LM losses over the steps.
 
         Args:
@@ -80,11 +86,11 @@ class MetricsLog:
         """
         entries = self.entries()
 
-        def paint(axes) -> None:
-            for key, style in (("masked_lm_loss", {"linewidth": 1}), ("validation_loss", {"marker": "o"})):
+        def paint(axes: Axes) -> None:
+            for key, marker in (("masked_lm_loss", ""), ("validation_loss", "o")):
                 points = [(entry["step"], entry[key]) for entry in entries if key in entry]
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+                    axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), marker=marker, linewidth=1)
             if unigram_entropy is not None:
                 axes.axhline(unigram_entropy, linestyle=":", color="gray", label="unigram entropy")
             axes.set(xlabel="step", ylabel="nats per masked token")

@@ -1,12 +1,11 @@
-"""The optimizers of a run: AdamW as in the paper, LAMB for large batches, or Muon for the matrices with AdamW for the
-rest."""
+"""Optimizers: AdamW as in the BERT paper, LAMB for large batches, or Muon for matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,9 @@ OptimizerName = Literal["adamw", "lamb", "muon"]
 
 SKIPS_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run stops
 
-# A head's matrix maps to labels or words, not from features to features: it stays with AdamW.
+# The matrix of a head maps to labels or vocabulary entries, not from features to features: AdamW updates it.
 _HEADS = ("decoder", "seq_relationship", "classifier", "qa_outputs")
-# The quintic of Jordan et al. (2024), whose slope at zero is as steep as it gets.
+# Coefficients of the quintic polynomial of Jordan et al. (2024), chosen for the steepest slope at zero.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -34,12 +33,19 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> list[Optimizer]:
-    """Optimizers that together own every parameter of `model` that takes a gradient.
+    """Return the optimizers that together update all trainable parameters of `model`.
 
-    Weights decay by `weight_decay`, biases and LayerNorms do not. The rate is a tensor on the parameters' device, where
-    `set_learning_rate` changes it and a captured step reads it.
+    Args:
+        model: Model that is trained.
+        name: adamw, lamb or muon.
+        learning_rate: Initial learning rate. It is kept as a tensor on the device of the parameters, which
+            `set_learning_rate` changes and captured steps read.
+        weight_decay: Weight decay of matrices; biases and LayerNorm parameters do not decay.
+        betas: β1 and β2 of AdamW or LAMB.
     """
-    matrices, weights, vectors = [], [], []
+    matrices: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,19 +72,30 @@ def step_if_finite(
     scaler: GradScaler | None = None,
     keep_gradients: bool = False,
 ) -> Tensor:
-    """Clip the gradients to `max_grad_norm` (0: not at all), take a step, clear the gradients; waits for no device.
+    """Clip the gradients, take a step unless something is not finite, and clear the gradients.
 
-    Returns the gradients' norm before it was clipped, []: NaN where that, or one of `losses`, was not finite, and then
-    nothing has moved. `scaler` is fp16's, by which the loss was multiplied. `keep_gradients` leaves zeros where the
-    gradients are, for a step that is captured.
+    It does not wait for the device.
+
+    Args:
+        model: Model with gradients.
+        optimizers: Its optimizers.
+        max_grad_norm: Gradient-clipping norm (0 = off).
+        losses: Losses of the step, of any shape.
+        scaler: Loss scaler in fp16; None: the loss was not scaled.
+        keep_gradients: Set gradients to zero instead of None, as a captured step requires.
+
+    Returns:
+        Gradient norm before clipping, []; NaN if it or one of the losses was not finite: then no parameter and no
+        optimizer state has changed.
     """
-    for optimizer in optimizers if scaler is not None else ():
-        scaler.unscale_(optimizer)
+    if scaler is not None:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
     norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = norm.isfinite() & losses.isfinite().all()
     for optimizer in optimizers:
-        optimizer.found_inf = (~finite).float()
+        setattr(optimizer, "found_inf", (~finite).float())  # noqa: B010  # PyTorch does not declare it
         optimizer.step()
     if scaler is not None:
         scaler.update()
@@ -87,9 +104,10 @@ def step_if_finite(
 
 
 def not_finite(loss: float, device: torch.device) -> str:
-    """Say what is not finite in a step that was skipped, whose loss was read.
+    """Return what was not finite in a skipped step with this loss.
 
-    A label outside of the vocabulary raises on a CPU. On a GPU, where a check would wait, it makes the loss NaN.
+    A label outside of the vocabulary raises an error on a CPU. On a GPU, where a check would have to wait for the
+    device, it makes the loss NaN.
     """
     if math.isfinite(loss):
         return "a gradient is not finite"
@@ -99,31 +117,43 @@ def not_finite(loss: float, device: torch.device) -> str:
 
 
 class _Skips(Optimizer):
-    """An optimizer that does not move where `found_inf` is 1, as the library's fused ones do not."""
+    """Optimizer that changes nothing in a step in which `found_inf` is 1, like PyTorch's fused optimizers."""
 
     found_inf: Tensor | None = None
 
     def _kept(self) -> Tensor:
-        """1, or 0 where nothing shall move: fp32 []."""
+        """Return 1, or 0 if the step is skipped, fp32 []."""
         return torch.ones(()) if self.found_inf is None else 1 - self.found_inf
 
     def _gradient(self, parameter: Tensor) -> Tensor:
+        """Return the gradient of a parameter, or zeros if the step is skipped."""
+        assert parameter.grad is not None
         return parameter.grad if self.found_inf is None else torch.where(self.found_inf > 0, 0, parameter.grad)
 
 
 class Lamb(_Skips):
-    """AdamW whose step for each weight is as long as a share of that weight (You et al., 2020), for large batches.
+    """LAMB (You et al., 2020): AdamW with steps whose norm is proportional to that of the weight, for large batches.
 
-    Groups that do not decay, biases and LayerNorms, take AdamW's step, as in the authors' code.
+    Groups without weight decay (biases and LayerNorm parameters) take AdamW's step, as in the authors' code.
+
+    Args:
+        groups: Parameter groups.
+        learning_rate: Learning rate.
+        betas: β1 and β2.
+        eps: Added to the root of the second moment.
     """
 
     def __init__(
-        self, groups, learning_rate: float | Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+        self,
+        groups: Iterable[dict[str, Any]],
+        learning_rate: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
     ):
         super().__init__(groups, {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -133,8 +163,8 @@ class Lamb(_Skips):
             kept, (beta1, beta2) = self._kept(), group["betas"]
             gradients, states = [self._gradient(p) for p in parameters], [self._state_of(p) for p in parameters]
             counts, means, squares = ([state[name] for state in states] for name in ("count", "mean", "square"))
-            torch._foreach_add_(counts, kept, alpha=1)  # without alpha it would ask for kept's value
-            count = counts[0].clamp(min=1)  # where the very first step is skipped
+            torch._foreach_add_(counts, kept, alpha=1)  # without alpha, the host would read kept
+            count = counts[0].clamp(min=1)  # it is 0 if the very first step is skipped
             _move(means, gradients, (1 - beta1) * kept)
             _move(squares, torch._foreach_mul(gradients, gradients), (1 - beta2) * kept)
             roots = torch._foreach_sqrt(squares)
@@ -144,52 +174,63 @@ class Lamb(_Skips):
             torch._foreach_div_(updates, 1 - beta1**count)
             if group["weight_decay"]:
                 torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-                lengths = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
-                # A weight or an update of zero leaves no share to speak of: the plain step.
-                shares = [torch.where((own > 0) & (step > 0), own / step, 1.0) for own, step in lengths]
-                torch._foreach_mul_(updates, shares)
+                norms = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+                # The ratio is undefined for a weight or an update of zero: then AdamW's step is taken.
+                ratios = [torch.where((weight > 0) & (step > 0), weight / step, 1.0) for weight, step in norms]
+                torch._foreach_mul_(updates, ratios)
             torch._foreach_mul_(updates, group["lr"] * kept)
             torch._foreach_sub_(parameters, updates)
         return loss
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state |= {"count": parameter.new_zeros(()), "mean": torch.zeros_like(parameter)}
             state["square"] = torch.zeros_like(parameter)
         return state
 
 
-def _move(values: list[Tensor], towards: list[Tensor], weight: Tensor) -> None:
-    """Linear interpolation in place, by a weight that is on the device, where the library's would ask for its value."""
+def _move(values: Sequence[Tensor], towards: Sequence[Tensor], weight: Tensor) -> None:
+    """Interpolate linearly, in place, with a weight on the device; the host would read it in PyTorch's function."""
     differences = torch._foreach_sub(towards, values)
     torch._foreach_mul_(differences, weight)
     torch._foreach_add_(values, differences)
 
 
 class Muon(_Skips):
-    """Momentum, orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), for matrices.
+    """Muon (Jordan et al., 2024): momentum, orthogonalised by Newton-Schulz iterations, for matrices.
 
-    `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, computed for all matrices of a shape in one batch, and in
-    fp32 where the device does not multiply bf16 natively: there the library's is several times slower
-    (`bench/LOG.md`).
+    Equal to `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but all matrices of one shape are updated in one
+    batch, and in fp32 if the device has no native bf16 GEMMs, where PyTorch's is several times slower (`bench/LOG.md`).
+
+    Args:
+        matrices: Parameters.
+        learning_rate: Learning rate.
+        weight_decay: Weight decay.
+        momentum: Decay of the momentum.
     """
 
-    def __init__(self, matrices, learning_rate: float | Tensor, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        learning_rate: float | Tensor,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ):
         super().__init__(matrices, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every matrix that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=_shape)
-            for (rows, columns), same in groupby(matrices, _shape):
-                same = list(same)
-                update = _orthogonalised(torch.stack([self._momentum(p, group["momentum"]) for p in same]))
-                # An orthogonal matrix's entries have root mean square 1 / sqrt(max(rows, columns)); AdamW's about 0.2.
+            for (rows, columns), of_shape in groupby(matrices, _shape):
+                parameters = list(of_shape)
+                update = _orthogonalised(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                # The root mean square of an orthogonal matrix is 1 / sqrt(max(rows, columns)), of AdamW's steps 0.2.
                 rate = group["lr"] * self._kept()
-                for parameter, direction in zip(same, update, strict=True):
+                for parameter, direction in zip(parameters, update, strict=True):
                     parameter.mul_(1 - rate * group["weight_decay"])
                     parameter.sub_(rate * 0.2 * max(rows, columns) ** 0.5 * direction)
         return loss
@@ -200,15 +241,16 @@ class Muon(_Skips):
             state["momentum"] = torch.zeros_like(parameter)
         gradient = self._gradient(parameter)
         state["momentum"].lerp_(gradient, (1 - momentum) * self._kept())
-        return gradient.lerp(state["momentum"], momentum)  # Nesterov's
+        return gradient.lerp(state["momentum"], momentum)  # Nesterov momentum
 
 
 def _shape(parameter: Tensor) -> tuple[int, int]:
-    return tuple(parameter.shape)
+    rows, columns = parameter.shape
+    return rows, columns
 
 
 def _orthogonalised(x: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of x [N, rows, columns], in x's dtype."""
+    """Return approximately the nearest semi-orthogonal matrices of x [N, rows, columns], in its dtype."""
     dtype = x.dtype
     if x.shape[1] > x.shape[2]:
         return _orthogonalised(x.mT, iterations).mT

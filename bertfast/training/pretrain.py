@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig
 
 from bertfast.data.batches import Batch
 from bertfast.data.tokenizer import save_tokenizer
@@ -69,7 +69,7 @@ def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda
         # The traceback of an error keeps the run alive, and DistributedDataParallel must be freed before the process
         # group is destroyed: otherwise its end waits for the other ranks.
         if run is not None:
-            run.train_step = None
+            del run.train_step
         distributed.destroy()
 
 
@@ -86,7 +86,7 @@ class Pretraining:
         plan: Batches of the steps and of the validations.
         model: Model that is trained.
         memory_estimate: Estimated memory of a rank.
-        train_step: Computes gradients and updates of a step; None after the run.
+        train_step: Computes gradients and updates of a step.
         progress: How far the run has come.
         loader: Batches of this rank.
         batches_of_step: Batches of this rank in the current step.
@@ -122,15 +122,15 @@ class Pretraining:
         self.memory_estimate = self._estimate_memory()
         self.memory_estimate.check(available_memory(self.device))
         self.plan = BatchPlan(settings, self.corpus, self.distributed, self.bins_per_step)
-        self.train_step: TrainStep | None = self._build_train_step()
+        self.train_step = self._build_train_step()
         self.progress = Progress() if self.saved is None else Progress.restore(self.saved, self.train_step)
         self.loader = self.plan.loader(self.step, self.device)
         self.batches_of_step: list[Batch] = []
-        self.interrupt: Interrupt | None = None
+        self.interrupt = Interrupt()
         self.stop_requested = False  # on any rank
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.report.logging_steps if self.device.type == "cuda" else 1
-        self.reporter: Reporter | None = None
+        self._reporter: Reporter | None = None  # opens the metrics log, which a replay must not do
 
     @property
     def step(self) -> int:
@@ -140,16 +140,22 @@ class Pretraining:
     @property
     def metrics_log(self) -> MetricsLog | None:
         """Metrics log of the main process, once the run has begun."""
-        return None if self.reporter is None else self.reporter.metrics_log
+        return None if self._reporter is None else self._reporter.metrics_log
+
+    @property
+    def reporter(self) -> Reporter:
+        """Reporter of the run, once it has begun."""
+        assert self._reporter is not None
+        return self._reporter
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """Train from the current step to the end; return the metrics of the last validation."""
         settings = self.settings
         tokens, dtype = settings.batch.tokens_per_batch, half(self.precision)
         throughput = gemm_throughput(self.model.config, tokens, dtype, self.device)
-        self.reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput)
+        self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput)
         self._announce()
-        with Interrupt() as self.interrupt, self.reporter.bar:
+        with self.interrupt, self.reporter.bar:
             while self._fraction_done() < 1:
                 started = time.perf_counter()
                 pending = self._train_step(self._learning_rate())
@@ -166,7 +172,7 @@ class Pretraining:
         metrics = self._validate()
         self._save()
         saved = checkpoints(self.folder / "checkpoints")[-1]
-        self.distributed.run_on_main(lambda: self._finish(saved, metrics))
+        self.distributed.run_on_main(lambda: self._finish(saved, metrics["unigram_entropy"]))
         return metrics
 
     def replay(self, step: int) -> dict[str, float]:
@@ -185,7 +191,7 @@ class Pretraining:
         losses = {"masked_lm_loss": sums[0] / masked}
         if self.settings.sampling.pairs:
             losses["next_sentence_loss"] = sums[2] / pairs
-        norms = {name: p.grad.norm().item() for name, p in self.model.named_parameters() if p.grad is not None}
+        norms = {name: gradient.norm().item() for name, gradient in self._gradients().items()}
         not_finite = [name for name, norm in norms.items() if not math.isfinite(norm)]
         print(f"step {step}: {losses}")
         print(f"gradients that are not finite: {', '.join(not_finite)}" if not_finite else "all gradients are finite")
@@ -208,13 +214,13 @@ class Pretraining:
         check_positions(settings, config.max_position_embeddings)
         return config
 
-    def _build_model(self, config: BertConfig, initial: Path | None) -> PreTrainedModel:
+    def _build_model(self, config: BertConfig, initial: Path | None) -> BertForPreTraining:
         if self.saved is None:
             model = initial_model(config, initial)
         else:
             model, _, _ = load(BertForPreTraining, self.saved, config)
         require_packed(model.train())
-        model = model.to(self.device)
+        nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
         if not self.settings.sampling.pairs:  # no loss depends on them
             for unused in (model.bert.pooler, model.cls.seq_relationship):
                 unused.requires_grad_(False)
@@ -285,25 +291,28 @@ class Pretraining:
         count = self.plan.curriculum.bins(self.step) // self.distributed.world_size
         self.batches_of_step = [self.loader.next() for _ in range(count)]
         masked = sum(batch.masked for batch in self.batches_of_step)
-        pairs = sum(sum(length > 0 for length in batch.sequences.lengths) for batch in self.batches_of_step)
-        requested = self.interrupt is not None and self.interrupt.requested
-        counts = torch.tensor([masked, pairs, requested])
+        lengths = [length for batch in self.batches_of_step for length in batch.sequences.lengths]
+        pairs = sum(length > 0 for length in lengths)
+        counts = torch.tensor([masked, pairs, self.interrupt.requested])
         masked, pairs, requested = self.distributed.sum(counts).tolist()
         self.stop_requested = requested > 0  # all ranks stop after the same step
         return max(masked, 1), max(pairs, 1)
 
     def _compare_with_second_pass(self, masked: int, pairs: int) -> None:
         """Compute the step's gradients again; stop the run if they are not bitwise identical."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        first: list[Tensor] = [self.train_step.sums.clone(), *(p.grad.clone() for p in parameters)]
+        first = [x.clone() for x in (self.train_step.sums, *self._gradients().values())]
         self.model.zero_grad(set_to_none=not self.train_step.captures)
-        second = [self.train_step.gradients(self.batches_of_step, masked, pairs), *(p.grad for p in parameters)]
+        second = [self.train_step.gradients(self.batches_of_step, masked, pairs), *self._gradients().values()]
         if self.distributed.any(not all(map(torch.equal, first, second))):
             raise RunStopped(
                 f"step {self.step + 1} was computed twice with different results: the hardware is unreliable or an "
                 "operation is not deterministic (try --deterministic); the newest checkpoint in "
                 f"{self.folder / 'checkpoints'} is kept"
             )
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of all trained parameters by name."""
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
     def _read_pending(self) -> None:
         """Report the results of pending steps; waits for the device."""
@@ -345,12 +354,12 @@ class Pretraining:
             self.settings.checkpoint.sigterm_exit_code if status == 143 else status,
         )
 
-    def _finish(self, saved: Path, metrics: dict[str, float]) -> None:
+    def _finish(self, saved: Path, unigram_entropy: float) -> None:
         """Write the model, its tokenizer and the plot of the losses."""
         # A sharded model is read from the last checkpoint, which holds whole parameters.
         save(load(BertForPreTraining, saved)[0] if self.settings.compute.shard else self.model, self.folder)
         save_tokenizer(self.corpus.tokenizer, self.folder)
-        if not self.metrics_log.plot(self.folder / "loss.png", unigram_entropy=metrics["unigram_entropy"]):
+        if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", unigram_entropy):
             print("No loss.png: plots require `pip install bertfast[plots]`.")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.distributed import Distributed
@@ -34,7 +36,13 @@ class Progress:
     loss_ema: float | None = None
 
     def save(
-        self, folder: Path, train_step: TrainStep, model, distributed: Distributed, keep: int, settings: dict[str, Any]
+        self,
+        folder: Path,
+        train_step: TrainStep,
+        model: PreTrainedModel,
+        distributed: Distributed,
+        keep: int,
+        settings: dict[str, Any],
     ) -> None:
         """Write a checkpoint of the run.
 

@@ -19,7 +19,7 @@ from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
-from bertfast.training.loader import Loader
+from bertfast.training.loader import BatchIndex, Loader
 from bertfast.training.pretrain_settings import PretrainSettings
 from bertfast.training.validation import unigram_entropy
 
@@ -132,11 +132,12 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
     return folder
 
 
-def _indices(curriculum: Curriculum, step: int, rank: int) -> Iterator[tuple[int, int]]:
+def _indices(curriculum: Curriculum, step: int, rank: int) -> Iterator[BatchIndex]:
     """Yield (phase, bin) of a rank's batches from `step` on, without end."""
     return itertools.chain.from_iterable(curriculum.bins_of_rank(later, rank) for later in itertools.count(step))
 
 
-def _batch_at(first: Batches, second: Batches | None, index: tuple[int, int]) -> Batch:
+def _batch_at(first: Batches, second: Batches | None, index: BatchIndex) -> Batch:
+    """Return the batch of an index from the batches of both phases."""
     phase, number = index
-    return (second if phase else first).nth_bin(number)
+    return (first if second is None or not phase else second).nth_bin(number)

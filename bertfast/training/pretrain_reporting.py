@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Reporter:
             f"perplexity {metrics['validation_perplexity']:.1f}{pairs}"
         )
 
-    def write(self, **entry) -> None:
+    def write(self, **entry: Any) -> None:
         """Write an entry of metrics.jsonl."""
         if self.metrics_log is not None:
             self.metrics_log.write(**entry)
@@ -134,22 +135,22 @@ class Reporter:
             writers.append(wandb(folder, settings.flat()))
         return MetricsLog(folder, steps_done=self.progress.step, writers=writers)
 
-    def _progress_bar(self, total_steps: int) -> tqdm:
-        options = {"desc": "pre-training", "disable": not self.distributed.is_main}
-        if self.settings.duration.minutes is None:
-            return tqdm(total=total_steps, initial=self.progress.step, unit="step", **options)
+    def _progress_bar(self, total_steps: int) -> tqdm[Any]:
+        minutes, hidden = self.settings.duration.minutes, not self.distributed.is_main
+        if minutes is None:
+            done = self.progress.step
+            return tqdm(total=total_steps, initial=done, unit="step", desc="pre-training", disable=hidden)
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        return tqdm(
-            total=self.settings.duration.minutes * 60, initial=self.progress.seconds, bar_format=form, **options
-        )
+        done = self.progress.seconds
+        return tqdm(total=minutes * 60, initial=done, bar_format=form, desc="pre-training", disable=hidden)
 
     def _add_time(self, seconds: float) -> None:
         """Count training time."""
         self.progress.seconds += seconds
         self._seconds_pending += seconds
-        if self.settings.duration.minutes is not None:
+        if (minutes := self.settings.duration.minutes) is not None:
             self.progress.seconds = self.distributed.broadcast(self.progress.seconds)
-            self.bar.update(min(seconds, self.bar.total - self.bar.n))
+            self.bar.update(min(seconds, minutes * 60 - self.bar.n))
 
     def _report(self, step: PendingStep, results: list[float], seconds: float, seconds_waiting: float) -> None:
         """Report one step that took `seconds`, of which `seconds_waiting` were spent waiting for its batches."""

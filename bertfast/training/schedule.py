@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from torch.optim import Optimizer
 
 ScheduleName = Literal["linear", "cosine", "wsd"]
 
-DECAY = 0.2  # share of a run in which "wsd" goes down, as Hägele et al. (2024) found enough
+DECAY = 0.2  # fraction of a run in which "wsd" decays; sufficient according to Hägele et al. (2024)
 
 
 def schedule(name: ScheduleName, progress: float, warmup: float) -> float:
-    """The share of the highest rate at `progress`; that and `warmup` are fractions of the run.
+    """Return the learning rate as a fraction of its peak.
 
-    All rise from 0 over the warm-up and end at 0: "linear" falls at once, as in the paper; "cosine" falls along half a
-    wave; "wsd" stays, and falls linearly in the last fifth (warm-up, stable, decay).
+    All schedules rise linearly from 0 during the warm-up and end at 0.
+
+    Args:
+        name: linear: linear decay, as in the BERT paper; cosine: decay along half a cosine wave; wsd (warm-up, stable,
+            decay): constant, then linear decay in the last fifth of the run.
+        progress: Fraction of the run that is done.
+        warmup: Fraction of the run that is warm-up.
     """
     if progress < warmup:
         return progress / warmup
@@ -31,7 +36,7 @@ def schedule(name: ScheduleName, progress: float, warmup: float) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
-    """Set the rate of every parameter group, a tensor, where it is."""
+    """Set the learning rate of every parameter group in place: it is a tensor that captured steps read."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"].fill_(rate)

@@ -1,4 +1,4 @@
-"""One step of pre-training: its batches' gradients, clipping, the optimizers. Nothing here waits for the device."""
+"""A step of pre-training: gradients of its batches, clipping and optimizers. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from bertfast.training.schedule import set_learning_rate
 
 
 class Objective(nn.Module):
-    """The losses of a batch as a module, which ranks can share; they come as a tuple, which hooks can see through.
+    """Computes the losses of a batch; a module, so that DistributedDataParallel and FSDP2 can wrap it.
+
+    It returns the fields of `PretrainingLoss` as a tuple, because the hooks of these wrappers look for tensors in it.
 
     Args:
-        model: The model that is trained.
-        residual_dtype: The dtype of the residual stream; None: that of the embeddings.
+        model: Model that is trained.
+        residual_dtype: dtype of the residual stream; None: that of the embeddings.
     """
 
     def __init__(self, model: PackedHead, residual_dtype: torch.dtype | None = None):
@@ -32,21 +34,28 @@ class Objective(nn.Module):
         self.model, self.residual_dtype = model, residual_dtype
 
     def forward(self, batch: Batch, seed: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the losses of a batch, without dropout if `seed` is None."""
         loss = pretraining_loss(self.model, batch, seed, residual_dtype=self.residual_dtype)
         return tuple(getattr(loss, entry.name) for entry in dataclasses.fields(loss))
 
 
 class TrainStep:
-    """A step on static shapes, each of its halves captured in a graph where `capture` is given.
+    """A step on static shapes. With `capture`, its gradients and its update are captured, one graph each.
 
     Args:
-        objective: An `Objective`, shared by the ranks.
-        optimizers: Of the objective's parameters.
-        distributed: Processes that compute the step together.
-        precision: fp32, bf16 or fp16; with the last, `scaler` is the loss's.
-        seed: int64 [], dropout's.
-        max_grad_norm: Gradients are scaled down to this norm; 0: never.
+        objective: An `Objective`, wrapped for the ranks.
+        optimizers: Optimizers of its parameters.
+        distributed: Processes of the run.
+        precision: fp32, bf16 or fp16.
+        seed: Seed of dropout, int64 [].
+        max_grad_norm: Gradient-clipping norm (0 = off).
         capture: See `GraphRunner`.
+
+    Attributes:
+        scaler: Loss scaler in fp16, else None.
+        counts: Masked tokens and pairs of the step, over all ranks, fp32 [2].
+        sums: Sums of the losses and of the correct predictions, see `gradients`, fp64 [4].
+        captures: Whether steps are captured.
     """
 
     def __init__(
@@ -70,32 +79,43 @@ class TrainStep:
         self._update = GraphRunner(self._update_eagerly, distributed.device, capture)
 
     def gradients(self, batches: Sequence[Batch], masked: int, pairs: int) -> Tensor:
-        """Leave the gradients of the step's batches, of all ranks, on the parameters.
+        """Compute the gradients of the step's batches.
 
-        `masked` and `pairs` are those of all ranks together: means run over them, however the step is cut. Returns
-        fp64 [4], overwritten by the next step: the sums of masked-LM loss, blanks right, next-sentence loss, pairs
-        right.
+        Args:
+            batches: Batches of this rank.
+            masked: Masked tokens of the step, over all ranks; the loss is their mean, however the step is divided.
+            pairs: Pairs of the step, over all ranks.
+
+        Returns:
+            Sums over all ranks, fp64 [4], overwritten by the next step: masked-LM loss, correctly predicted masked
+            tokens, next-sentence loss, correctly classified pairs.
         """
         self.counts[0].fill_(masked)
         self.counts[1].fill_(pairs)
         self.sums.zero_()
-        for place, batch in enumerate(batches, 1):
-            with self.distributed.no_sync(self.objective, place == len(batches)):
+        for number, batch in enumerate(batches, 1):
+            with self.distributed.no_sync(self.objective, number == len(batches)):
                 self._accumulate(batch)
         return self.distributed.sum(self.sums)
 
     def update(self, rate: float) -> Tensor:
-        """Take the optimizers' step at a learning rate. Returns the gradients' norm, fp32 []: NaN where it was skipped,
-        as the norm or a loss was not finite."""
+        """Clip the gradients and take the optimizers' step.
+
+        Args:
+            rate: Learning rate.
+
+        Returns:
+            Gradient norm, fp32 []; NaN if the step was skipped because the norm or a loss was not finite.
+        """
         set_learning_rate(self.optimizers, rate)
         return self._update()
 
     def _accumulate_eagerly(self, batch: Batch) -> Tensor:
         with autocast(self.distributed.device, self.precision):
             loss = PretrainingLoss(*self.objective(batch, self.seed))
-        # Gradients of ranks become their mean, so each counts as often as there are ranks.
+        # Gradients are averaged over the ranks, which the factor world_size undoes.
         total = (loss.masked_lm / self.counts[0] + loss.next_sentence / self.counts[1]) * self.distributed.world_size
-        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        torch.autograd.backward(total if self.scaler is None else self.scaler.scale(total))
         parts = [loss.masked_lm.detach(), loss.masked_correct, loss.next_sentence.detach(), loss.next_sentence_correct]
         return self.sums.add_(torch.stack([part.double() for part in parts]))
 

@@ -1,4 +1,4 @@
-"""`bertfast sweep`: fine-tune with every combination of settings and several seeds, and keep the best."""
+"""`bertfast sweep`: fine-tune with every combination of hyperparameters and several seeds, and name the best run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag
 from bertfast.tasks.task import write_atomically
@@ -54,65 +55,81 @@ class SweepSettings(FinetuneBase):
             raise ValueError("a sweep requires --validation-file, on which the best run is chosen")
 
 
-def sweep(settings: SweepSettings) -> dict:
-    """Do all runs, each in a folder of its own under `output_dir`; those that are finished there are not done again.
+@dataclass(frozen=True)
+class Combination:
+    """Results of one combination of hyperparameters.
 
-    Leaves sweep.json and sweep.md: of each combination the mean and the spread over the seeds, the best first. Returns
-    what sweep.json holds: "metric", "best" (the folder of the best run) and "combinations".
+    Attributes:
+        learning_rate, batch_size, epochs: The hyperparameters.
+        scores: Best validation score of each seed.
+        mean: Mean of the scores.
+        spread: Standard deviation of the scores; NaN for one seed.
     """
-    folder, combinations, runs = Path(settings.output_dir), [], []
-    grid, shared = settings.grid, {name: x for name, x in settings.flat().items() if name not in settings.grid.flat()}
+
+    learning_rate: float
+    batch_size: int
+    epochs: float
+    scores: list[float]
+    mean: float
+    spread: float
+
+
+def sweep(settings: SweepSettings) -> dict[str, Any]:
+    """Fine-tune with every combination of hyperparameters, each run in a folder of its own under `output_dir`.
+
+    Finished runs in these folders are not repeated. The means and standard deviations over the seeds are written to
+    sweep.json and sweep.md, best first.
+
+    Returns:
+        The content of sweep.json: "metric", "best" (folder of the best run) and "combinations" (fields of
+        `Combination`).
+    """
+    folder, grid = Path(settings.output_dir), settings.grid
+    shared = {name: value for name, value in settings.flat().items() if name not in grid.flat()}
     if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
         shared["features_dir"] = str(folder / "features")
     metric = ""
+    combinations: list[Combination] = []
+    runs: list[tuple[float, str]] = []
     for rate, size, epochs in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs):
         scores = []
         for seed in grid.seeds:
-            own = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
+            output = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
             hyperparameters = Hyperparameters(
                 learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
             )
-            changes = {"output_dir": str(own), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
+            changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
             metric, score = _score(FinetuneSettings.of(**shared | changes))
             scores.append(score)
-            runs.append((score, str(own)))
-        combinations.append(
-            {
-                "learning_rate": rate,
-                "batch_size": size,
-                "epochs": epochs,
-                "scores": scores,
-                "mean": statistics.mean(scores),
-                "spread": statistics.stdev(scores) if len(scores) > 1 else math.nan,
-            }
-        )
+            runs.append((score, str(output)))
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        combinations.append(Combination(rate, size, epochs, scores, statistics.mean(scores), spread))
     sign = -1 if metric == "loss" else 1
-    combinations.sort(key=lambda one: -sign * one["mean"])
+    combinations.sort(key=lambda combination: -sign * combination.mean)
     best = max(runs, key=lambda run: sign * run[0])[1]
-    results = {"metric": metric, "best": best, "combinations": combinations}
+    results = {"metric": metric, "best": best, "combinations": [asdict(combination) for combination in combinations]}
     write_results(folder / "sweep.json", results)
-    write_atomically(folder / "sweep.md", table(results))
-    print(table(results))
+    page = table(metric, best, combinations)
+    write_atomically(folder / "sweep.md", page)
+    print(page)
     return results
 
 
-def table(results: dict) -> str:
-    """The combinations as Markdown."""
-    lines = [f"| learning rate | batch | epochs | {results['metric']}, mean | spread |", "|---|---|---|---|---|"]
-    for one in results["combinations"]:
-        spread = "" if math.isnan(one["spread"]) else f"{one['spread']:.4f}"
-        lines.append(
-            f"| {one['learning_rate']:g} | {one['batch_size']} | {one['epochs']:g} | {one['mean']:.4f} | {spread} |"
-        )
-    return "\n".join([*lines, "", f"The best run is in {results['best']}.", ""])
+def table(metric: str, best: str, combinations: list[Combination]) -> str:
+    """Return the results as a Markdown table."""
+    lines = [f"| learning rate | batch | epochs | {metric}, mean | spread |", "|---|---|---|---|---|"]
+    for row in combinations:
+        spread = "" if math.isnan(row.spread) else f"{row.spread:.4f}"
+        lines.append(f"| {row.learning_rate:g} | {row.batch_size} | {row.epochs:g} | {row.mean:.4f} | {spread} |")
+    return "\n".join([*lines, "", f"The best run is in {best}.", ""])
 
 
 def _score(settings: FinetuneSettings) -> tuple[str, float]:
-    """(the metric that decides, its value) of a run, done now or before."""
+    """Return the metric that selects the best model, and its best value in a run; a finished run is not repeated."""
     finished = Path(settings.output_dir, "sweep_score.json")
     if not finished.exists():
         run = Finetuning(settings)
         results = run.run(lambda step: None)
         write_results(finished, {"metric": run.metric, "score": results[f"eval_{run.metric}"]})
-    found = json.loads(finished.read_text(encoding="utf-8"))
-    return found["metric"], found["score"]
+    saved = json.loads(finished.read_text(encoding="utf-8"))
+    return saved["metric"], saved["score"]

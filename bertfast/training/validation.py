@@ -1,4 +1,4 @@
-"""How well a model fills blanks: masked-LM loss, accuracy and perplexity, next-sentence accuracy."""
+"""Validation of a pre-trained model: masked-LM loss, accuracy and perplexity, next-sentence accuracy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from bertfast.data.batches import Batch, Batches
@@ -21,7 +22,7 @@ from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve
 from bertfast.models.patch import require_packed
-from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.training.distributed import Distributed
 
@@ -34,25 +35,34 @@ def validate(
     objective: Callable[..., PretrainingLoss] | None = None,
     distributed: Distributed | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model`, which is put into evaluation mode and back, over the batches' masked tokens and pairs.
+    """Compute the metrics of a model in evaluation mode over the masked tokens and pairs of batches.
 
-    `objective` computes the loss of a batch, where that is not for the model alone to do; `ranks` share the batches.
+    Args:
+        model: The model; it is returned to its mode afterwards.
+        batches: Batches to validate on, on the CPU.
+        precision: fp32, bf16 or fp16.
+        objective: Computes the losses of a batch, called as objective(batch, None); None: `pretraining_loss` of the
+            model.
+        distributed: Processes that divide the batches among them; None: only this one.
+
+    Raises:
+        ValueError: There is no masked token.
     """
     training = model.training
-    model.eval()
+    model.train(False)
     objective = objective or partial(pretraining_loss, model)
     distributed = distributed or Distributed(0, 1, model.device)
     sums = torch.zeros(6, dtype=torch.float64, device=distributed.device)
-    for first in range(0, len(batches), distributed.world_size):  # every rank runs as many batches
-        mine = first + distributed.rank
+    for first in range(0, len(batches), distributed.world_size):  # every rank runs equally many batches
+        index = first + distributed.rank
         with autocast(distributed.device, precision):
-            loss = objective(batches[min(mine, len(batches) - 1)].to(distributed.device), None)
-        if mine < len(batches):
+            loss = objective(batches[min(index, len(batches) - 1)].to(distributed.device), None)
+        if index < len(batches):
             sums += torch.stack([getattr(loss, field.name).double() for field in dataclasses.fields(loss)])
     model.train(training)
     masked_lm, correct, masked, next_sentence, next_correct, pairs = distributed.sum(sums).tolist()
     if not masked:
-        raise ValueError("there is no masked token to validate on: the validation text is empty")
+        raise ValueError("there is no masked token to validate on: provide more validation text")
     metrics = {
         "validation_loss": masked_lm / masked,
         "validation_accuracy": correct / masked,
@@ -66,7 +76,10 @@ def validate(
 
 
 def unigram_entropy(train: Shards, batches: Iterable[Batch]) -> float:
-    """Nats per masked token of the best guess that looks at no context: the training text's word frequencies."""
+    """Return the loss of the unigram baseline, in nats per masked token.
+
+    The baseline predicts vocabulary entries by their frequency in the training text, whatever the context.
+    """
     counts = np.ones(train.vocab_size)
     for part in train.parts:
         counts += np.bincount(part.tokens, minlength=train.vocab_size)
@@ -76,11 +89,20 @@ def unigram_entropy(train: Shards, batches: Iterable[Batch]) -> float:
 
 
 def evaluate_masked_lm(
-    name: str, text: str, *, max_seq_length: int | None, tokens_per_batch: int, precision: str, device: str | None
+    name: str, text: str, *, max_seq_length: int | None, tokens_per_batch: int, precision: Precision, device: str | None
 ) -> dict[str, float]:
-    """`validate` a model (folder or hub id) on a text file or folder, with a mask that is the same every time.
+    """Validate a model on text, with the same masked tokens in every call.
 
-    Sentence pairs are judged too where the model has a head for them.
+    Args:
+        name: Folder or hub id of the model. If it has a next-sentence head, sentence pairs are classified as well.
+        text: Text file or folder.
+        max_seq_length: Maximum sequence length in tokens; None: the model's number of positions.
+        tokens_per_batch: Tokens per batch.
+        precision: auto, fp32, bf16 or fp16.
+        device: Device to compute on; None: a GPU if one is available.
+
+    Raises:
+        ValueError: The model has no masked-LM head, or there is no text.
     """
     folder = resolve(name)
     model, missing, _ = load(BertForPreTraining, folder)
@@ -102,5 +124,5 @@ def evaluate_masked_lm(
             bins_per_step=1,
             seed=0,
         )
-        model = model.to(choose_device(device))
+        nn.Module.to(model, choose_device(device))  # transformers' own `to` has the type of a plain function
         return validate(model, list(batches.first_epoch()), choose_precision(model.device, precision))
