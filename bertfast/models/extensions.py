@@ -102,7 +102,7 @@ class ExtendedModel(PreTrainedModel):
 
 
 # The extended class of each fused class; a pickle finds it here by its name.
-_EXTENDED = {
+_EXTENDED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     kind: type(kind.__name__, (ExtendedModel, kind), {"__module__": __name__, "__doc__": f"{kind.__name__}, extended."})
     for kind in (
         bert.BertModel,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,12 @@ class CapturableModel(Protocol):
         ...
 
 
-def cuda_graph(function: Callable[[], Tensor], pool: tuple[int, int]) -> tuple[Tensor, Callable[[], None]]:
+def cuda_graph(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
     """Capture `function` on the current stream, which must not be the default stream, without running it.
 
     Args:
         function: Function to capture.
-        pool: Memory pool of the graph.
+        pool: Memory pool of the graph, from `torch.cuda.graph_pool_handle`.
     """
     graph = torch.cuda.CUDAGraph()
     # The thread that pins batches may allocate during the capture.

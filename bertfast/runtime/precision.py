@@ -44,7 +44,7 @@ def wait_for(device: torch.device) -> None:
 def has_bf16_gemm(device: torch.device) -> bool:
     """Return whether the device has instructions for bf16 GEMMs; a CPU without them is many times slower in bf16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu_has_bf16_gemm()
 
 

@@ -57,7 +57,7 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
     require_libraries()
     task, model, tokenizer = open_finetuned(settings)
     examples = task.read(settings.validation_file, labelled=True)
-    length = sequence_length(settings.max_seq_length, model.config)
+    length = sequence_length(settings.max_seq_length, task.config)
     examples, features = task.featurize(examples, tokenizer, length)
     outputs = predict_outputs(task, model, features)
     metrics = task.compute_metrics(examples, features, outputs)

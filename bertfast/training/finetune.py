@@ -22,7 +22,7 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from bertfast.inference.embed import cached_hidden_states
 from bertfast.inference.predict import predict_outputs
-from bertfast.models.extensions import class_for
+from bertfast.models.extensions import BertFeaturesForTokenClassification, class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.initialise import initialise
 from bertfast.models.patch import require_packed
@@ -160,6 +160,7 @@ class Finetuning:
 
     def _replace_inputs_by_states(self) -> None:
         """Make the frozen encoder's layers, stored on disk, the model's inputs (feature-based)."""
+        assert isinstance(self.model, BertFeaturesForTokenClassification)
         self._scratch = TemporaryDirectory()  # removed with the run
         folder = Path(self.settings.feature_based.features_dir or self._scratch.name)
         for split, features in self.features.items():

@@ -78,7 +78,7 @@ def _extend_positions(model: BertForPreTraining, positions: int) -> None:
     embeddings = model.bert.embeddings
     known = embeddings.position_embeddings.weight.detach()
     repeated = known.repeat(-(-positions // len(known)), 1)[:positions].clone()
-    embeddings.position_embeddings = nn.Embedding(*repeated.shape, _weight=repeated)
+    embeddings.position_embeddings = nn.Embedding(positions, known.shape[1], _weight=repeated)
     embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     types = torch.zeros(1, positions, dtype=torch.long)
     embeddings.register_buffer("token_type_ids", types, persistent=False)

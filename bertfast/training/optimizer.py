@@ -190,7 +190,7 @@ class Lamb(_Skips):
         return state
 
 
-def _move(values: Sequence[Tensor], towards: Sequence[Tensor], weight: Tensor) -> None:
+def _move(values: list[Tensor], towards: list[Tensor] | tuple[Tensor, ...], weight: Tensor) -> None:
     """Interpolate linearly, in place, with a weight on the device; the host would read it in PyTorch's function."""
     differences = torch._foreach_sub(towards, values)
     torch._foreach_mul_(differences, weight)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -222,9 +223,10 @@ class Pretraining:
         require_packed(model.train())
         nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
         if not self.settings.sampling.pairs:  # no loss depends on them
-            for unused in (model.bert.pooler, model.cls.seq_relationship):
+            for unused in filter(None, (model.bert.pooler, model.cls.seq_relationship)):
                 unused.requires_grad_(False)
-        for layer in model.bert.encoder.layer[: self.settings.compute.checkpoint_layers]:
+        layers: Any = model.bert.encoder.layer  # its items have attributes that ModuleList does not know
+        for layer in layers[: self.settings.compute.checkpoint_layers]:
             layer.gradient_checkpointing = True
             # Dropout masks are a function of seed and position: there is no RNG state to restore.
             layer._gradient_checkpointing_func = partial(

@@ -138,11 +138,11 @@ class Reporter:
     def _progress_bar(self, total_steps: int) -> tqdm[Any]:
         minutes, hidden = self.settings.duration.minutes, not self.distributed.is_main
         if minutes is None:
-            done = self.progress.step
-            return tqdm(total=total_steps, initial=done, unit="step", desc="pre-training", disable=hidden)
+            steps = self.progress.step
+            return tqdm(total=total_steps, initial=steps, unit="step", desc="pre-training", disable=hidden)
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        done = self.progress.seconds
-        return tqdm(total=minutes * 60, initial=done, bar_format=form, desc="pre-training", disable=hidden)
+        seconds = self.progress.seconds
+        return tqdm(total=minutes * 60, initial=seconds, bar_format=form, desc="pre-training", disable=hidden)
 
     def _add_time(self, seconds: float) -> None:
         """Count training time."""

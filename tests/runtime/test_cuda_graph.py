@@ -136,7 +136,7 @@ def replay_steps(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_is_the_step_to_the_last_bit(kind, data, tmp_path, monkeypatch):
+def test_a_replayed_step_is_bitwise_identical(kind, data, tmp_path, monkeypatch):
     if kind == "a scaled loss":  # with products in fp32: in fp16 a CPU has no kernels
         monkeypatch.setattr(train_step, "autocast", lambda *precision: nullcontext())
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
@@ -150,7 +150,7 @@ def test_a_replayed_step_is_the_step_to_the_last_bit(kind, data, tmp_path, monke
 
 @pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lamb"])
-def test_a_step_that_is_not_finite_moves_nothing(optimizer, replayed, data, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_changes_no_parameter_and_no_state(optimizer, replayed, data, tmp_path, monkeypatch):
     """The second step and the seventh."""
     if replayed:
         replay_steps(monkeypatch)
@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_moves_nothing(optimizer, replayed, data, tmp_
     assert [entry["step"] for entry in entries(tmp_path) if "skipped" in entry] == [2, 7]
 
 
-def test_a_step_without_attention_kernels_does_not_ask_for_lengths(data, tmp_path, monkeypatch, as_on_a_device):
+def test_a_captured_step_without_attention_kernels_reads_no_lengths(data, tmp_path, monkeypatch, as_on_a_device):
     """Else those of one batch would stand in the graph for all."""
     sizes = SIZES.replace("num_attention_heads=1", "num_attention_heads=2")
     settings = settings_for(tmp_path / "eager", data, **SHORT | {"config_overrides": sizes})
@@ -188,13 +188,13 @@ def test_a_step_without_attention_kernels_does_not_ask_for_lengths(data, tmp_pat
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
 
 
-def test_lengths_on_the_host_are_refused_while_a_step_is_captured():
+def test_reading_lengths_on_the_host_is_refused_during_capture():
     given = Sequences.from_lengths([2, 3])
     with pytest.raises(RuntimeError, match="tolist waits for the device"):
         emulated_graph(lambda: torch.tensor(given.lengths))
 
 
-def test_steps_are_read_together_where_the_device_is_not_waited_for(data, tmp_path):
+def test_pending_steps_are_read_together_on_a_device(data, tmp_path):
     """As on a GPU: the same entries as when each is read at once."""
     for name, steps in (("each", 1), ("together", 5)):
         run = Pretraining(settings_for(tmp_path / name, data, **SHORT))
@@ -220,7 +220,7 @@ class Inputs:
         return ()
 
 
-def test_a_runner_captures_what_comes_often_and_no_more_than_it_may():
+def test_a_runner_captures_frequent_shapes_up_to_its_limit():
     captured = []
 
     def capture(function):
@@ -296,7 +296,7 @@ def test_padding_slots_change_no_step_of_fine_tuning(kind, pretrained, tmp_path,
     assert padded.losses == pytest.approx(plain.losses, abs=1e-5)
 
 
-def test_fine_tuning_steps_are_read_together_where_the_device_is_not_waited_for(pretrained, tmp_path):
+def test_pending_fine_tuning_steps_are_read_together_on_a_device(pretrained, tmp_path):
     """As on a GPU: the same entries as when each is read at once."""
     runs = []
     for name, steps in (("each", 1), ("together", 4)):
@@ -353,7 +353,7 @@ def test_replayed_embeddings_are_bitwise_identical_with_eager(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no CUDA graphs")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cuda_graph_is_the_step_to_the_last_bit(kind, data, tmp_path):
+def test_a_step_in_a_cuda_graph_is_bitwise_identical(kind, data, tmp_path):
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind] | {"device": "cuda", "cuda_graph": False})
     pretrain(settings)
     replayed = settings.replace(output_dir=str(tmp_path / "replayed"), cuda_graph=True)

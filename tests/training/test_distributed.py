@@ -90,7 +90,7 @@ def folder(data, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "batches"), [*((name, count * accumulation) for name, count, accumulation, _ in RUNS), ("stopped", 4)]
 )
-def test_as_many_as_there_are_compute_the_run_of_one(folder, name, batches):
+def test_ranks_compute_the_run_of_one_process(folder, name, batches):
     alone, other = folder / str(batches), folder / name
     assert losses(other) == pytest.approx(losses(alone), rel=1e-5)
     assert entries(other)[-1]["validation_loss"] == pytest.approx(entries(alone)[-1]["validation_loss"], rel=1e-4)
@@ -100,11 +100,11 @@ def test_as_many_as_there_are_compute_the_run_of_one(folder, name, batches):
         torch.testing.assert_close(weights[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
-def test_all_stop_after_the_same_step(folder):
+def test_all_ranks_stop_after_the_same_step(folder):
     assert (folder / "4.log").read_text().count("stopped: stopped after step 3, with a checkpoint") == 4
 
 
-def test_twice_the_same_ranks_give_the_same_bits(folder):
+def test_two_runs_with_the_same_ranks_are_bitwise_identical(folder):
     assert losses(folder / "2 x 1") == losses(folder / "2 again")
     assert_same_weights(folder / "2 x 1", folder / "2 again")
 
@@ -129,7 +129,7 @@ def test_sigterm_stops_the_job_with_a_checkpoint(data, tmp_path):
     assert len(losses(tmp_path / "run")) == int(newest.name.removeprefix("step-"))
 
 
-def test_a_rank_that_dies_ends_the_job_and_leaves_its_checkpoints(data, tmp_path):
+def test_a_killed_rank_ends_the_job_and_keeps_its_checkpoints(data, tmp_path):
     log, saved = tmp_path / "log", tmp_path / "run" / "checkpoints"
     process = endless(data, tmp_path / "run", log)
     wait_for(lambda: len(checkpoints(saved)) > 0, process, log)
@@ -148,7 +148,7 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_its_checkpoints(data, tmp_path
         pretrain(again, stop)
 
 
-def test_torchrun_starts_again_by_itself_where_a_rank_has_died(data, tmp_path):
+def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
     log, saved = tmp_path / "log", tmp_path / "run" / "checkpoints"
     process = endless(data, tmp_path / "run", log, "--resume", options=["--max-restarts=1", "--monitor-interval=0.1"])
     wait_for(lambda: len(checkpoints(saved)) > 0, process, log)

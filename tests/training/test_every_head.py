@@ -90,7 +90,7 @@ KINDS = [
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_those_of_a_plain_loop_around_transformers(kind, accumulation, pretrained, tmp_path):
+def test_losses_equal_those_of_a_training_loop_with_transformers(kind, accumulation, pretrained, tmp_path):
     file = write_examples(tmp_path, kind, 48, seed=0)
     settings = settings_for(
         kind,
@@ -111,7 +111,7 @@ def test_losses_are_those_of_a_plain_loop_around_transformers(kind, accumulation
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_budget_of_tokens_changes_no_step(kind, pretrained, tmp_path):
+def test_tokens_per_batch_changes_no_step(kind, pretrained, tmp_path):
     file, losses = write_examples(tmp_path, kind, 24, seed=0), []
     for budget in (10**6, 12):
         settings = settings_for(kind, pretrained, file, tmp_path / str(budget), tokens_per_batch=budget)
@@ -122,7 +122,7 @@ def test_a_budget_of_tokens_changes_no_step(kind, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tmp_path, capsys, monkeypatch):
+def test_finetune_predict_and_evaluate_from_the_command_line(kind, pretrained, tmp_path, capsys, monkeypatch):
     for split, rows in (("train", 400), ("dev", 40)):
         (tmp_path / split).mkdir()
         write_examples(tmp_path / split, kind, rows, seed=rows)
@@ -164,7 +164,7 @@ def test_it_learns_predicts_and_is_evaluated_from_the_shell(kind, pretrained, tm
     assert len(answers) == 40
 
 
-def test_rarer_labels_count_more(pretrained, tmp_path):
+def test_balanced_class_weights_weight_rare_labels_more(pretrained, tmp_path):
     """The loss of weighted labels, in one pass or in several, is what torch computes."""
     file = tmp_path / "a.tsv"
     rows = [("good", "x")] * 18 + [("bad", "y")] * 6
@@ -198,12 +198,12 @@ def test_rarer_labels_count_more(pretrained, tmp_path):
         )
 
 
-def test_a_task_that_is_not_there_is_named(pretrained, tmp_path):
+def test_an_unknown_task_is_refused(pretrained, tmp_path):
     with pytest.raises(ValueError, match="there is no task 'colla'; choose --task from auto, sequence-classification"):
         Finetuning(settings_for("colla", pretrained, tmp_path / "a.tsv", tmp_path / "out"))
 
 
-def test_a_model_knows_the_task_it_was_tuned_for(pretrained, tmp_path):
+def test_a_fine_tuned_model_records_its_task(pretrained, tmp_path):
     """And reads that benchmark's files without being told again: CoLA's have no header."""
     train = tmp_path / "train.tsv"
     train.write_text("".join(f"s\t{i % 2}\t\t{['bad', 'good'][i % 2]} film\n" for i in range(32)))

@@ -21,7 +21,7 @@ SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "l
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tmp_path):
+def test_cached_hidden_states_equal_those_of_the_encoder(layers, pretrained, tmp_path):
     file = write_examples(tmp_path, "token-classification", 12, seed=0)
     run = Finetuning(
         settings_for("token-classification", pretrained, file, tmp_path / "out", feature_layers=layers, **SMALL)
@@ -36,7 +36,7 @@ def test_what_is_read_from_disk_is_what_the_encoder_gives(layers, pretrained, tm
     assert not any(name.startswith("bert.") for name in trained)
 
 
-def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_path, capsys):
+def test_a_feature_based_model_learns_with_a_frozen_encoder_and_opens_again(pretrained, tmp_path, capsys):
     for split, rows in (("train", 240), ("dev", 40)):
         (tmp_path / split).mkdir()
         write_examples(tmp_path / split, "token-classification", rows, seed=rows)
@@ -62,7 +62,7 @@ def test_it_learns_while_the_encoder_stays_and_is_opened_again(pretrained, tmp_p
     assert again["eval_f1"] == pytest.approx(results["eval_f1"], abs=1e-6)
 
 
-def test_features_are_computed_once_and_again_for_other_words_or_another_encoder(pretrained, tmp_path, monkeypatch):
+def test_hidden_states_are_recomputed_only_for_other_text_or_another_encoder(pretrained, tmp_path, monkeypatch):
     file, kept = write_examples(tmp_path, "token-classification", 12, seed=0), tmp_path / "kept"
 
     def run(**changes) -> Finetuning:
@@ -82,7 +82,7 @@ def test_features_are_computed_once_and_again_for_other_words_or_another_encoder
     assert len([*kept.iterdir()]) == 4
 
 
-def test_other_tasks_have_no_such_model(pretrained, tmp_path):
+def test_other_tasks_have_no_feature_based_model(pretrained, tmp_path):
     file = write_examples(tmp_path, "sequence-classification", 8, seed=0)
     with pytest.raises(ValueError, match="--strategy feature-based is only available for token classification"):
         Finetuning(settings_for("sequence-classification", pretrained, file, tmp_path / "out", **SMALL))
@@ -94,7 +94,7 @@ def test_other_tasks_have_no_such_model(pretrained, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["sequence-classification", "multiple-choice", "question-answering", "token-classification"]
 )
-def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_path):
+def test_a_bilstm_reads_each_sequence_separately(kind, pretrained, tmp_path):
     """Packed together or one by one, and again when the model is opened."""
     file = write_examples(tmp_path, kind, 24, seed=0)
     settings = settings_for(kind, pretrained, file, tmp_path / "out", bilstm=True, num_train_epochs=8)
@@ -111,7 +111,7 @@ def test_a_bilstm_on_top_reads_each_sequence_on_its_own(kind, pretrained, tmp_pa
         np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
-def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
+def test_a_bilstm_does_not_change_padding_slots(pretrained):
     model = extensions.BertForSequenceClassification(read_config(pretrained, bilstm=True)).eval()
     ids = torch.tensor([[5, 6, 7, 8, 6, 7, 8, 0]])  # and a slot that is in no sequence
 
@@ -123,7 +123,7 @@ def test_a_bilstm_leaves_rows_without_tokens_alone(pretrained):
     torch.testing.assert_close(together[:1], logits(0, 4))
 
 
-def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
+def test_transformers_refuses_models_with_extensions(pretrained, tmp_path):
     """It would drop their weights otherwise."""
     config = read_config(pretrained, bilstm=True)
     save(extensions.BertForTokenClassification(config), tmp_path)
@@ -133,7 +133,7 @@ def test_transformers_refuses_parts_of_ours(pretrained, tmp_path):
             kind.from_pretrained(tmp_path)
 
 
-def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
+def test_a_folder_without_the_model_type_of_extensions_opens(pretrained, tmp_path):
     model = extensions.BertForTokenClassification(read_config(pretrained, bilstm=True)).eval()
     save(model, tmp_path)
     (tmp_path / "model.bertfast.safetensors").rename(tmp_path / "model.safetensors")
@@ -146,7 +146,7 @@ def test_a_folder_from_before_parts_had_a_type_opens(pretrained, tmp_path):
         assert torch.equal(opened.state_dict()[name], value), name
 
 
-def test_a_model_with_extensions_that_is_saved_in_shards_opens_again(tmp_path):
+def test_a_sharded_model_with_extensions_opens_again(tmp_path):
     sizes = {
         "vocab_size": 64,
         "hidden_size": 32,

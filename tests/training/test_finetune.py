@@ -23,7 +23,7 @@ from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
 pytestmark = pytest.mark.slow
 
 
-def test_it_learns(tuned):
+def test_fine_tuning_learns(tuned):
     _, results = tuned
     assert results["eval_accuracy"] >= 0.95
     assert results["eval_loss"] < 0.5
@@ -31,7 +31,7 @@ def test_it_learns(tuned):
     assert results["epoch"] == 3
 
 
-def test_it_leaves_a_model_metrics_and_predictions(tuned, files):
+def test_fine_tuning_writes_a_model_metrics_and_predictions(tuned, files):
     folder, results = tuned
     assert json.loads((folder / "all_results.json").read_text()) == results
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +52,7 @@ def test_it_leaves_a_model_metrics_and_predictions(tuned, files):
     assert not [name for name in results if name.startswith("test_")]
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_last_bit(pretrained, files, tmp_path):
+def test_two_runs_with_the_same_seed_are_bitwise_identical(pretrained, files, tmp_path):
     weights = []
     for number, seed in enumerate([5, 5, 6]):
         folder = tmp_path / str(number)
@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(pretrained, files,
     assert same == [True, False]
 
 
-def test_the_second_text_of_a_pair_is_read_as_such(pretrained, tmp_path):
+def test_the_second_text_of_a_pair_has_its_own_token_type(pretrained, tmp_path):
     random_ = random.Random(0)
     opinions = ["bad", "good"]
     for name, rows in (("train", 640), ("validation", 60)):
@@ -119,7 +119,7 @@ def test_regression(pretrained, tmp_path, capsys):
     assert scores == pytest.approx([float(prediction) for _, prediction in rows], abs=1e-4)
 
 
-def test_other_labels_get_a_new_classifier_and_the_same_ones_keep_theirs(tuned, files, tmp_path):
+def test_a_classifier_is_kept_for_the_same_labels_only(tuned, files, tmp_path):
     folder, _ = tuned
     three = tmp_path / "three.tsv"
     three.write_text("sentence\tlabel\n" + "good film\tgood\nbad film\tbad\nthe film\tnone\n")
@@ -138,7 +138,7 @@ def test_other_labels_get_a_new_classifier_and_the_same_ones_keep_theirs(tuned, 
     assert other.config.id2label == {0: "bad", 1: "good", 2: "none"}
 
 
-def test_a_random_start_forgets_the_checkpoint(pretrained, files, tmp_path):
+def test_random_init_ignores_the_weights_of_the_checkpoint(pretrained, files, tmp_path):
     settings = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], "num_train_epochs": 0.01}
     words = "bert.embeddings.word_embeddings.weight"
     weights = {}
@@ -155,7 +155,7 @@ def test_a_random_start_forgets_the_checkpoint(pretrained, files, tmp_path):
     assert not torch.isclose(weights[True], trained).any(1).all()
 
 
-def test_another_task_gives_its_encoder_and_keeps_its_head(pretrained, tuned, files, tmp_path):
+def test_init_from_task_takes_the_encoder_but_not_the_head(pretrained, tuned, files, tmp_path):
     other, _ = tuned  # of the same labels, so that without being told its head would be taken too
     settings = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], "num_train_epochs": 0.01}
     still = QUICK | {"learning_rate": 0.0}
@@ -175,7 +175,7 @@ def test_another_task_gives_its_encoder_and_keeps_its_head(pretrained, tuned, fi
         )
 
 
-def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, files, tmp_path):
+def test_the_best_model_is_kept_and_early_stopping_ends_the_run(tuned, files, tmp_path):
     # From a finished model, a rate that ruins it: the first validation is the best one.
     folder, _ = tuned
     settings = FinetuneSettings.of(
@@ -200,7 +200,7 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_grows_worse_stops(tuned, fil
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 
-def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
+def test_an_interrupted_run_keeps_the_best_model(pretrained, files, tmp_path):
     def interrupt(step: int) -> None:
         if step == 7:
             os.kill(os.getpid(), signal.SIGINT)
@@ -214,7 +214,7 @@ def test_an_interrupt_leaves_the_best_model_so_far(pretrained, files, tmp_path):
     load_tokenizer(tmp_path)
 
 
-def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrained, files, tmp_path, monkeypatch):
+def test_without_a_finite_gradient_the_run_stops_with_finite_weights(pretrained, files, tmp_path, monkeypatch):
     broken = lambda parameters, norm: torch.tensor(float("nan"))  # noqa: E731
     monkeypatch.setattr("bertfast.training.optimizer.clip_grad_norm_", broken)
     settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK)
@@ -243,14 +243,14 @@ def test_without_a_finite_gradient_the_run_stops_and_keeps_sound_weights(pretrai
         ({"init_from_task": "./nowhere"}, "nowhere is not a folder"),
     ],
 )
-def test_bad_input_is_one_sentence_before_any_work(pretrained, files, tmp_path, change, message):
+def test_invalid_settings_are_refused_before_any_work(pretrained, files, tmp_path, change, message):
     settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetune(FinetuneSettings.of(**settings))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_label_that_training_never_showed_is_named(pretrained, files, tmp_path):
+def test_an_unknown_validation_label_is_refused(pretrained, files, tmp_path):
     odd = tmp_path / "odd.tsv"
     odd.write_text("sentence\tlabel\ngood film\tgood\nso so\tneutral\n")
     settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK
@@ -258,7 +258,7 @@ def test_a_label_that_training_never_showed_is_named(pretrained, files, tmp_path
         finetune(FinetuneSettings.of(**settings | {"validation_file": str(odd)}))
 
 
-def test_a_folder_with_a_model_is_not_written_over(tuned, files):
+def test_a_folder_with_a_model_is_not_overwritten(tuned, files):
     folder, _ = tuned
     before = (folder / "model.safetensors").read_bytes()
     settings = FinetuneSettings.of(model_name_or_path=str(folder), output_dir=str(folder), **files, **QUICK)
@@ -267,7 +267,7 @@ def test_a_folder_with_a_model_is_not_written_over(tuned, files):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_checkpoints_that_do_not_fit(pretrained, files, tmp_path):
+def test_unsuitable_checkpoints_are_refused(pretrained, files, tmp_path):
     def attempt(folder: Path):
         return finetune(
             FinetuneSettings.of(model_name_or_path=str(folder), output_dir=str(tmp_path / "out"), **files, **QUICK)

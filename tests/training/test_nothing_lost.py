@@ -49,7 +49,7 @@ def stopped_at(step: int):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(kind, data, tmp_path):
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(kind, data, tmp_path):
     settings = settings_for(tmp_path / "whole", data, **SHORT | KINDS[kind])
     pretrain(settings)
     settings = settings.replace(output_dir=str(tmp_path / "cut"))
@@ -62,21 +62,21 @@ def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(kind, data, tmp_p
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_processes_that_make_batches_change_nothing(data, tmp_path):
+def test_worker_processes_do_not_change_the_run(data, tmp_path):
     for workers in (0, 1, 3):
         pretrain(settings_for(tmp_path / str(workers), data, **SHORT, dataloader_num_workers=workers))
     assert_same_weights(tmp_path / "0", tmp_path / "1")
     assert_same_weights(tmp_path / "0", tmp_path / "3")
 
 
-def test_what_is_made_again_is_the_same(data, tmp_path):
+def test_checkpointed_layers_do_not_change_the_run(data, tmp_path):
     """Activations of a layer whose dropout is a function of the token."""
     for layers in (0, 1):
         pretrain(settings_for(tmp_path / str(layers), data, **SHORT, checkpoint_layers=layers))
     assert_same_weights(tmp_path / "0", tmp_path / "1")
 
 
-def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
+def test_a_run_killed_at_any_moment_resumes(data, tmp_path):
     """Killed twenty times while it trains and saves, after every step, at random moments."""
     settings = settings_for(tmp_path / "whole", data, save_steps=1, eval_steps=4)
     threads = torch.get_num_threads()
@@ -107,7 +107,7 @@ def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no checksums"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, data, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, tmp_path, capsys):
     pretrain(settings_for(tmp_path, data, **SHORT))
     expected = load_file(tmp_path / "model.safetensors")
     older, newest = checkpoints(tmp_path / "checkpoints")
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, data,
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_checkpoints_that_are_all_damaged_are_no_new_beginning(data, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(data, tmp_path):
     pretrain(settings_for(tmp_path, data, **SHORT))
     for saved in checkpoints(tmp_path / "checkpoints"):
         (saved / "state.json").write_text("{}")
@@ -134,7 +134,7 @@ def test_checkpoints_that_are_all_damaged_are_no_new_beginning(data, tmp_path):
         pretrain(settings_for(tmp_path, data, **SHORT, resume=True))
 
 
-def test_the_best_checkpoint_stays(data, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch):
     worse = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     validate = program.validate
     monkeypatch.setattr(program, "validate", lambda *a: validate(*a) | {"validation_loss": next(worse)})
@@ -166,7 +166,7 @@ def test_a_file_with_a_pickle_is_not_loaded(data, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 143), (["--sigterm-exit-code", "0"], 0)])
-def test_the_program_says_by_its_status_that_a_signal_ended_it(flags, status, data, tmp_path):
+def test_the_exit_status_tells_that_a_signal_ended_the_program(flags, status, data, tmp_path):
     command = [str(Path(sys.executable).with_name("bertfast")), "pretrain", "--output-dir", str(tmp_path / "run")]
     command += ["--data-dir", str(data), "--max-seq-length", "24", "--tokens-per-batch", "96", "--preset", "tiny"]
     command += ["--max-steps", "100000", "--logging-steps", "1", "--device", "cpu", *flags]
@@ -192,7 +192,7 @@ def test_a_step_can_be_replayed(data, tmp_path, capsys):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
 
 
-def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
+def test_check_replay_detects_a_step_that_differs(data, tmp_path, monkeypatch):
     pretrain(settings_for(tmp_path / "plain", data, **SHORT))
     pretrain(settings_for(tmp_path / "checked", data, **SHORT, check_replay=3, deterministic=True))
     assert_same_weights(tmp_path / "plain", tmp_path / "checked")
@@ -210,7 +210,7 @@ def test_steps_are_computed_twice_and_compared(data, tmp_path, monkeypatch):
         pretrain(settings_for(tmp_path / "broken", data, **SHORT, check_replay=2))
 
 
-def test_a_jump_of_the_loss_is_marked(data, tmp_path, monkeypatch):
+def test_a_loss_spike_is_marked(data, tmp_path, monkeypatch):
     gradients, calls = train_step.TrainStep.gradients, iter(range(100))
 
     def jump(step, batches, masked, pairs):
@@ -224,7 +224,7 @@ def test_a_jump_of_the_loss_is_marked(data, tmp_path, monkeypatch):
     assert [entry["step"] for entry in entries(tmp_path) if entry.get("spike")] == [8]
 
 
-def test_metrics_say_how_fast_it_is_and_whether_it_waits(data, tmp_path):
+def test_metrics_have_throughput_and_waiting_time(data, tmp_path):
     pretrain(settings_for(tmp_path, data, **SHORT))
     entry = next(entry for entry in entries(tmp_path) if "tflops" in entry)
     assert 0 < entry["gemm_efficiency"] < 1.5
@@ -246,13 +246,13 @@ def test_metrics_say_how_fast_it_is_and_whether_it_waits(data, tmp_path):
         ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(changes, message, data, tmp_path):
+def test_contradictory_settings_are_refused_before_any_work(changes, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrain(settings_for(tmp_path / "run", data, **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_first_losses_of_tiny_are_those_of_the_committed_file(data, tmp_path):
+def test_the_first_losses_of_tiny_equal_the_golden_losses(data, tmp_path):
     """Two runs to the last bit, and within 1e-4 of what another processor computed."""
     settings = PretrainSettings.of(
         output_dir=str(tmp_path / "one"),

@@ -20,7 +20,7 @@ def model() -> BertForPreTraining:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
-def test_every_parameter_has_one_owner_and_vectors_do_not_decay(model, name):
+def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(model, name):
     groups = [group for optimizer in build_optimizers(model, name, 1e-3, 0.01) for group in optimizer.param_groups]
     owned = [parameter for group in groups for parameter in group["params"]]
     assert {id(parameter) for parameter in owned} == {id(parameter) for parameter in model.parameters()}
@@ -29,7 +29,7 @@ def test_every_parameter_has_one_owner_and_vectors_do_not_decay(model, name):
         assert all((parameter.dim() > 1) == (group["weight_decay"] > 0) for parameter in group["params"])
 
 
-def test_muon_takes_the_matrices_between_features_and_nothing_else(model):
+def test_muon_updates_only_matrices_between_features(model):
     muon, _ = build_optimizers(model, "muon", 1e-3, 0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owned = [names[id(parameter)] for parameter in muon.param_groups[0]["params"]]
@@ -58,7 +58,7 @@ def test_muon_equals_pytorch(model):
         assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
-def test_lamb_is_its_definition_written_out():
+def test_lamb_equals_its_definition():
     torch.manual_seed(0)
     groups = [
         {"params": [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.zeros(3, 2))], "weight_decay": 0.1},
@@ -83,7 +83,7 @@ def test_lamb_is_its_definition_written_out():
         torch.testing.assert_close(parameter.detach().double(), x, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_rises_and_falls_linearly():
+def test_the_linear_schedule_rises_and_decays_linearly():
     rates = [schedule("linear", p / 10, 0.2) for p in range(11)]
     assert rates == pytest.approx([0, 0.5, 1, *(x / 8 for x in range(7, -1, -1))])
     assert schedule("linear", 0, 0) == 1
@@ -94,12 +94,12 @@ def test_the_rate_rises_and_falls_linearly():
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_the_rate_falls_along_half_a_wave_or_in_the_last_fifth():
+def test_cosine_and_wsd_schedules():
     assert [schedule("cosine", p, 0.0) for p in (0, 0.25, 0.5, 1)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0])
     assert [schedule("wsd", p, 0.1) for p in (0.05, 0.1, 0.8, 0.9, 1, 1.2)] == pytest.approx([0.5, 1, 1, 0.5, 0, 0])
 
 
-def test_bf16_is_chosen_on_a_cpu_only_where_it_is_native_and_measured_to_be_faster(monkeypatch):
+def test_bf16_is_chosen_on_a_cpu_only_if_it_is_native_and_faster(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_precision(cpu, "bf16") == "bf16"
     for native in (False, True):
@@ -109,7 +109,7 @@ def test_bf16_is_chosen_on_a_cpu_only_where_it_is_native_and_measured_to_be_fast
             assert choose_precision(cpu) == ("bf16" if native and faster else "fp32")
 
 
-def test_which_of_two_precisions_is_faster_is_measured(monkeypatch):
+def test_the_faster_precision_is_measured(monkeypatch):
     """A processor whose products in bf16 take no time, or much."""
     product = torch.nn.functional.linear
     for slow in (torch.float32, torch.bfloat16):
@@ -121,13 +121,13 @@ def test_which_of_two_precisions_is_faster_is_measured(monkeypatch):
         assert precision._bf16_is_faster.__wrapped__(0.2) == (slow == torch.float32)
 
 
-def test_without_native_products_a_processor_trains_in_fp32(monkeypatch):
+def test_a_cpu_without_native_bf16_trains_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert choose_precision(torch.device("cpu")) == "fp32"
 
 
-def test_a_loss_that_is_nan_on_a_gpu_may_be_a_label_outside_of_the_vocabulary():
+def test_a_nan_loss_on_a_gpu_is_explained_by_an_invalid_label():
     assert not_finite(2.0, torch.device("cuda")) == "a gradient is not finite"
     assert not_finite(math.inf, torch.device("cuda")) == "the loss is inf"
     assert not_finite(math.nan, torch.device("cpu")) == "the loss is nan"

@@ -38,13 +38,13 @@ def signal_at(step: int):
     return lambda done: signal.raise_signal(signal.SIGINT) if done == step else None
 
 
-def test_it_learns_the_language(data, tmp_path):
+def test_pre_training_learns(data, tmp_path):
     metrics = pretrain(settings_for(tmp_path, data, max_steps=500, dropout=0.0))
     assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5
     assert metrics["validation_perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
 
 
-def test_a_bf16_residual_stream_learns_and_goes_on_where_it_was_stopped(data, tmp_path):
+def test_a_run_with_a_bf16_residual_stream_learns_and_resumes(data, tmp_path):
     options = {"precision": "bf16", "residual_precision": "bf16"}
     pretrain(settings_for(tmp_path / "once", data, **options))
     with pytest.raises(RunStopped):
@@ -55,7 +55,7 @@ def test_a_bf16_residual_stream_learns_and_goes_on_where_it_was_stopped(data, tm
     assert_same_weights(tmp_path / "once", tmp_path / "twice")
 
 
-def test_a_bf16_residual_stream_needs_gemms_in_bf16(data, tmp_path):
+def test_a_bf16_residual_stream_requires_bf16_gemms(data, tmp_path):
     with pytest.raises(ValueError, match=r"--residual-precision bf16 goes with --precision bf16.*precision is fp32"):
         pretrain(settings_for(tmp_path, data, precision="fp32", residual_precision="bf16"))
 
@@ -71,14 +71,14 @@ def test_the_result_opens_in_transformers_with_every_weight(finished, data):
     assert len(tokenizer) == ours.config.vocab_size == 128
 
 
-def test_metrics_name_every_step_once(finished):
+def test_metrics_have_each_step_once(finished):
     trained = [entry for entry in entries(finished) if "masked_lm_loss" in entry]
     assert [entry["step"] for entry in trained] == list(range(1, STEPS + 1))
     assert {"learning_rate", "tokens_per_second", "next_sentence_accuracy", "gradient_norm"} <= trained[0].keys()
     assert (finished / "loss.png").stat().st_size > 1000
 
 
-def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(finished, data, tmp_path):
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(finished, data, tmp_path):
     settings = settings_for(tmp_path, data)
     with pytest.raises(RunStopped, match=r"stopped after step 10.*--resume"):
         pretrain(settings, signal_at(10))
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_run_at_a_stretch_to_the_last_bit(finished, data, t
     assert losses(finished) == losses(tmp_path)
 
 
-def test_a_run_that_is_cut_off_goes_on_from_its_last_checkpoint(finished, data, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint(finished, data, tmp_path):
     settings = settings_for(tmp_path, data, save_steps=4)
 
     def cut_off(step):
@@ -112,7 +112,7 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume
         pretrain(settings_for(finished, data, resume=True, learning_rate=1.0))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_checkpoint(data, tmp_path, monkeypatch):
     save = files.save_file
 
     def full(tensors, path, metadata):
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
     assert checkpoint.read_progress(folder / "step-00000005")[0] == 5
 
 
-def test_only_the_newest_checkpoints_stay(finished):
+def test_only_the_newest_checkpoints_are_kept(finished):
     kept = checkpoint.checkpoints(finished / "checkpoints")
     assert [path.name for path in kept] == ["step-00000015", "step-00000020"]
 
@@ -152,7 +152,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
     assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
 
 
-def test_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(data, tmp_path):
+def test_a_step_is_the_mean_over_its_tokens_however_it_is_divided(data, tmp_path):
     run = Pretraining(settings_for(tmp_path, data, gradient_accumulation_steps=4))
     batches = [run.plan.batches.bin(0, index) for index in range(4)]
     masked = sum(batch.masked for batch in batches)
@@ -167,7 +167,7 @@ def test_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(data, tmp_path
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
 
 
-def test_it_goes_on_from_a_model_and_extends_its_positions(finished, corpus, tmp_path):
+def test_init_from_loads_a_model_and_extends_its_positions(finished, corpus, tmp_path):
     settings = settings_for(
         tmp_path,
         None,
@@ -215,7 +215,7 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
         ({"precision": "fp8"}, "auto, fp32, bf16 or fp16"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(data, tmp_path, changes, message):
+def test_contradictory_settings_are_refused_before_any_work(data, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pretrain(settings_for(tmp_path / "run", data, **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -228,7 +228,7 @@ def test_shards_of_another_tokenizer_are_refused(finished, corpus, tmp_path):
         pretrain(settings_for(tmp_path / "run", data, init_from=str(finished), config_overrides=""))
 
 
-def test_minutes_end_a_run_by_the_clock_with_the_rate_at_zero(data, tmp_path):
+def test_minutes_end_a_run_with_a_learning_rate_of_zero(data, tmp_path):
     pretrain(settings_for(tmp_path, data, minutes=1 / 60, max_steps=0))
     rates = [entry["learning_rate"] for entry in entries(tmp_path) if "learning_rate" in entry]
     assert len(rates) > 3
@@ -236,7 +236,7 @@ def test_minutes_end_a_run_by_the_clock_with_the_rate_at_zero(data, tmp_path):
     assert rates[-1] < max(rates) / 2
 
 
-def test_from_left_to_right_it_learns_to_go_on_and_sees_nothing_ahead(data, tmp_path):
+def test_a_causal_model_learns_and_attends_to_no_later_token(data, tmp_path):
     sampling = Sampling(max_seq_length=24, objective="ltr")
     metrics = pretrain(settings_for(tmp_path, data, max_steps=200, dropout=0.0, sampling=sampling))
     assert metrics["validation_loss"] < metrics["unigram_entropy"] - 0.5

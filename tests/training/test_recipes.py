@@ -16,15 +16,15 @@ def settings(name: str) -> PretrainSettings:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_program_takes_it(name):
+def test_every_recipe_is_valid(name):
     assert settings(name).output_dir == "somewhere"
 
 
-def test_there_are_four():
+def test_there_are_four_recipes():
     assert set(RECIPES) == {"paper", "fast", "cpu", "speedrun"}
 
 
-def test_the_demo_is_the_recipe_for_a_cpu():
+def test_the_demo_uses_the_settings_of_the_cpu_recipe():
     recipe = settings("cpu").flat()
     demo = _pretraining(DemoSettings(), Path("data"), Path("somewhere")).flat()
     own = ("data_dir", "logging_steps", "eval_steps", "eval_batches", "save_steps", "seed", "resume", "device")

@@ -24,7 +24,7 @@ def settings_for(pretrained, folder, **changes) -> SweepSettings:
     )
 
 
-def test_the_best_is_known_and_nothing_done_twice(pretrained, tmp_path, capsys):
+def test_a_sweep_names_the_best_run_and_repeats_none(pretrained, tmp_path, capsys):
     settings = settings_for(pretrained, tmp_path)
     results = sweep(settings)
     assert results["metric"] == "accuracy"
@@ -48,7 +48,7 @@ def test_the_best_is_known_and_nothing_done_twice(pretrained, tmp_path, capsys):
         ({"validation_file": None}, "a sweep requires --validation-file"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, message, pretrained, tmp_path):
+def test_invalid_settings_are_refused(changes, message, pretrained, tmp_path):
     values = {"model_name_or_path": "m", "train_file": "a", "validation_file": "b", "output_dir": "c"} | changes
     with pytest.raises(ValueError, match=message):
         SweepSettings.of(**values)
