@@ -25,8 +25,8 @@ def parse(command: str, settings_class: type[SettingsT], arguments: list[str]) -
     Args:
         command: Name of the command, for help and messages.
         settings_class: Class of its settings.
-        arguments: Flags with their values. `--config` inserts the entries of a YAML file or of an installed recipe in
-            its place; of a flag given more than once, the last value counts.
+        arguments: Flags with their values. `--config` is replaced by the entries of a YAML file or of an installed
+            recipe; of a flag given more than once, the last value counts.
 
     Raises:
         ValueError: A value is out of its range, or the YAML file has an entry that is not a setting.

@@ -1,7 +1,7 @@
 """Settings of programs: nested dataclasses, in which every number has a declared range.
 
 The settings of a program derive from `Settings`. Their fields are values and groups, one group per subject; groups
-derive from `Settings` too. The names of all values differ, whatever their groups, so that they can be used flat: as
+derive from `Settings` too. The names of all values differ, also between groups, so that they can be used flat: as
 flags (`--learning-rate`), in YAML files, in saved runs and in Python:
 
     settings = PretrainSettings.of(output_dir="model", learning_rate=2e-4)
@@ -98,7 +98,7 @@ class Settings:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Build settings from values by their names, whatever their groups; a whole group may be given too.
+        """Build settings from values by name, without naming their groups; a whole group may be given too.
 
         Raises:
             TypeError: There is no such setting, or a required one is missing.

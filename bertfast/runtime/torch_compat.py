@@ -52,7 +52,7 @@ def module_tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def any_parameter(module: nn.Module) -> Tensor:
-    """Return a parameter, or the tensor in its place in a replica that DataParallel made, which has no parameters."""
+    """Return a parameter, or the corresponding tensor of a replica made by DataParallel, which has no parameters."""
     parameter = next(module.parameters(), None)
     if parameter is not None:
         return parameter

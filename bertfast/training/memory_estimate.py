@@ -87,7 +87,7 @@ def estimate_memory(
         precision: fp32, bf16 or fp16.
         tokens: Tokens per batch.
         checkpointed: Layers whose activations are recomputed in the backward pass.
-        ranks: Ranks over which every parameter is sharded; 1: not sharded.
+        ranks: Number of processes over which every parameter is sharded; 1: not sharded.
         residual_precision: fp32 or bf16.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks

@@ -78,7 +78,7 @@ def validate(
 def unigram_entropy(train: Shards, batches: Iterable[Batch]) -> float:
     """Return the loss of the unigram baseline, in nats per masked token.
 
-    The baseline predicts vocabulary entries by their frequency in the training text, whatever the context.
+    The baseline predicts vocabulary entries by their frequency in the training text and ignores the context.
     """
     counts = np.ones(train.vocab_size)
     for part in train.parts:

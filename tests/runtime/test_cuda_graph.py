@@ -137,7 +137,7 @@ def replay_steps(monkeypatch) -> list:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_step_is_bitwise_identical(kind, data, tmp_path, monkeypatch):
-    if kind == "a scaled loss":  # with products in fp32: in fp16 a CPU has no kernels
+    if kind == "a scaled loss":  # with GEMMs in fp32: a CPU has no fp16 kernels
         monkeypatch.setattr(train_step, "autocast", lambda *precision: nullcontext())
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
     pretrain(settings)

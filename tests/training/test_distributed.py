@@ -1,4 +1,4 @@
-"""Several processes on one run: the same losses and weights as one, whatever each of them does and keeps."""
+"""Runs of several processes: the losses and weights equal those of one process, sharded or not."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A BiLSTM on an encoder that stays as it is."""
+"""A BiLSTM on a frozen encoder."""
 
 import json
 

@@ -39,22 +39,22 @@ def test_muon_updates_only_matrices_between_features(model):
 
 def test_muon_equals_pytorch(model):
     shapes = [(32, 32), (48, 32), (32, 48), (48, 32)]
-    ours, theirs = ([torch.nn.Parameter(torch.randn(s)) for s in shapes] for _ in range(2))
-    for a, b in zip(ours, theirs, strict=True):
+    bertfast, pytorch = ([torch.nn.Parameter(torch.randn(s)) for s in shapes] for _ in range(2))
+    for a, b in zip(bertfast, pytorch, strict=True):
         b.data.copy_(a)
     optimizers = [
-        Muon(ours, 1e-2, 0.1),
-        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(bertfast, 1e-2, 0.1),
+        torch.optim.Muon(pytorch, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
-    starts = [p.detach().clone() for p in ours]
+    starts = [p.detach().clone() for p in bertfast]
     for _ in range(5):
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(bertfast, pytorch, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for a, b, start in zip(ours, theirs, starts, strict=True):
-        # The library iterates in bf16, whose relative precision is 1/256.
+    for a, b, start in zip(bertfast, pytorch, starts, strict=True):
+        # PyTorch iterates in bf16, whose relative precision is 1/256.
         assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
@@ -69,15 +69,15 @@ def test_lamb_equals_its_definition():
     means, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
     optimizer, decays = Lamb(groups, 0.01, (0.9, 0.99)), (0.1, 0.1, 0.0)
     for count in range(1, 5):
-        for place, (parameter, decay) in enumerate(zip(parameters, decays, strict=True)):
+        for index, (parameter, decay) in enumerate(zip(parameters, decays, strict=True)):
             parameter.grad = torch.randn_like(parameter)
-            gradient, x = parameter.grad.double(), expected[place]
-            means[place] = 0.9 * means[place] + 0.1 * gradient
-            squares[place] = 0.99 * squares[place] + 0.01 * gradient**2
-            update = means[place] / (1 - 0.9**count) / ((squares[place] / (1 - 0.99**count)).sqrt() + 1e-6)
+            gradient, x = parameter.grad.double(), expected[index]
+            means[index] = 0.9 * means[index] + 0.1 * gradient
+            squares[index] = 0.99 * squares[index] + 0.01 * gradient**2
+            update = means[index] / (1 - 0.9**count) / ((squares[index] / (1 - 0.99**count)).sqrt() + 1e-6)
             update += decay * x
             share = x.norm() / update.norm() if decay and x.norm() > 0 else 1.0
-            expected[place] = x - 0.01 * share * update
+            expected[index] = x - 0.01 * share * update
         optimizer.step()
     for parameter, x in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), x, rtol=1e-5, atol=1e-6)
@@ -110,12 +110,12 @@ def test_bf16_is_chosen_on_a_cpu_only_if_it_is_native_and_faster(monkeypatch):
 
 
 def test_the_faster_precision_is_measured(monkeypatch):
-    """A processor whose products in bf16 take no time, or much."""
-    product = torch.nn.functional.linear
+    """With a simulated CPU whose GEMMs are slow in fp32, or in bf16."""
+    gemm = torch.nn.functional.linear
     for slow in (torch.float32, torch.bfloat16):
 
         def linear(x, weight, slow=slow):
-            return [product(x[:8], weight) for _ in range(50 if x.dtype == slow else 1)]
+            return [gemm(x[:8], weight) for _ in range(50 if x.dtype == slow else 1)]
 
         monkeypatch.setattr(precision, "linear", linear)
         assert precision._bf16_is_faster.__wrapped__(0.2) == (slow == torch.float32)

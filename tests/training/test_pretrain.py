@@ -1,4 +1,4 @@
-"""A pre-training run: what it computes, what it leaves behind, and that nothing which befalls it loses work."""
+"""A pre-training run: its results, its output folder, and resuming after interruptions."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
-    """A run of twenty steps at a stretch, dropout on."""
+    """Output folder of an uninterrupted run of twenty steps with dropout."""
     folder = tmp_path_factory.mktemp("finished")
     pretrain(settings_for(folder, data))
     return folder
@@ -61,14 +61,14 @@ def test_a_bf16_residual_stream_requires_bf16_gemms(data, tmp_path):
 
 
 def test_the_result_opens_in_transformers_with_every_weight(finished, data):
-    theirs, info = transformers.BertForPreTraining.from_pretrained(finished, output_loading_info=True)
+    hf, info = transformers.BertForPreTraining.from_pretrained(finished, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = BertForPreTraining.from_pretrained(finished)
+    fused = BertForPreTraining.from_pretrained(finished)
     ids = torch.tensor([[2, 9, 17, 4, 3]])
-    assert torch.allclose(theirs(ids).prediction_logits, ours(ids).prediction_logits, atol=1e-5)
+    assert torch.allclose(hf(ids).prediction_logits, fused(ids).prediction_logits, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished)
-    assert len(tokenizer) == ours.config.vocab_size == 128
+    assert len(tokenizer) == fused.config.vocab_size == 128
 
 
 def test_metrics_have_each_step_once(finished):
@@ -208,10 +208,10 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
             "--max-seq-length 64 is more than the model's 32 positions",
         ),
         ({"config_overrides": "hiden_size=3"}, "'hiden_size' is not a size"),
-        ({"config_overrides": "hidden_size=wide"}, "config_overrides: 'wide'"),
+        ({"config_overrides": "hidden_size=wide"}, "--config-overrides: hidden_size must be of type int, got 'wide'"),
         ({"tokens_per_batch": 8}, "cannot hold a sample"),
         ({"init_from": "nowhere/at/all"}, "not a folder"),
-        ({"device": "cuda:7"}, "'cuda:7' is not to be had"),
+        ({"device": "cuda:7"}, "--device cuda:7 is not available"),
         ({"precision": "fp8"}, "auto, fp32, bf16 or fp16"),
     ],
 )

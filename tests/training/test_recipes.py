@@ -1,4 +1,4 @@
-"""The recipes: each is a configuration that the program takes."""
+"""The recipes are valid configurations."""
 
 from pathlib import Path
 

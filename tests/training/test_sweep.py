@@ -1,4 +1,4 @@
-"""Many fine-tunings: all are done once, and the best is named."""
+"""A sweep runs every combination once and names the best run."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""What may befall a long run, and that it goes on from there to the last bit."""
+"""Interrupted, killed and damaged runs resume, bitwise identical to an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -144,25 +144,25 @@ def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch):
 
 
 def test_a_file_with_a_pickle_is_not_loaded(data, tmp_path):
-    """Whoever puts one into a checkpoint, or in its place, runs no code of theirs."""
+    """A pickle in a checkpoint, or instead of one, must not execute code."""
 
     class Malicious:
         def __reduce__(self):
-            return (exec, ("raise SystemExit('code of a stranger ran')",))
+            return (exec, ("raise SystemExit('code of the pickle ran')",))
 
     pretrain(settings_for(tmp_path, data, **SHORT))
     newest = checkpoints(tmp_path / "checkpoints")[-1]
     torch.save({"bert": Malicious()}, newest / "optimizer.pt")
     torch.save({"bert": Malicious()}, newest / "optimizer.safetensors")
     pretrain(settings_for(tmp_path, data, **SHORT, resume=True))  # from the checkpoint before
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
     for name in ("config.json", "tokenizer.json", "vocab.txt"):
-        (stranger / name).write_bytes((tmp_path / name).read_bytes())
-    torch.save({"bert": Malicious()}, stranger / "pytorch_model.bin")
-    # transformers 4 makes an OSError of it.
+        (foreign / name).write_bytes((tmp_path / name).read_bytes())
+    torch.save({"bert": Malicious()}, foreign / "pytorch_model.bin")
+    # transformers 4 raises OSError.
     with pytest.raises((ValueError, OSError), match=r"damaged or holds other things than weights|cannot be read"):
-        pretrain(settings_for(tmp_path / "run", data, init_from=str(stranger), config_overrides=""))
+        pretrain(settings_for(tmp_path / "run", data, init_from=str(foreign), config_overrides=""))
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 143), (["--sigterm-exit-code", "0"], 0)])
@@ -253,7 +253,7 @@ def test_contradictory_settings_are_refused_before_any_work(changes, message, da
 
 
 def test_the_first_losses_of_tiny_equal_the_golden_losses(data, tmp_path):
-    """Two runs to the last bit, and within 1e-4 of what another processor computed."""
+    """Two runs are bitwise identical, and within 1e-4 of the golden losses, computed on another CPU."""
     settings = PretrainSettings.of(
         output_dir=str(tmp_path / "one"),
         data_dir=str(data),

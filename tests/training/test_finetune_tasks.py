@@ -1,4 +1,4 @@
-"""Fine-tuning each kind of model: the losses of a plain loop around transformers, from the shell to the answers."""
+"""Fine-tuning on each task: losses equal to those of transformers, and the commands from training to predictions."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ STEPS, BATCH = 50, 4
 
 
 def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """The examples as transformers takes them."""
+    """Return the examples as padded inputs of transformers."""
     sequences = [row * features.num_choices + i for row in rows for i in range(features.num_choices)]
     spans = [slice(*features.cu_seqlens[i : i + 2]) for i in sequences]
 
@@ -41,18 +41,18 @@ def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
     return batch
 
 
-def their_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def hf_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     outputs = model(**batch)
     if "start_logits" not in outputs:
         return outputs.loss
-    # transformers' softmax counts padding in, where no answer can be; ours does not.
-    absent = batch["attention_mask"] == 0
+    # The softmax of transformers includes padding, where no answer can be; that of bertfast does not.
+    padding = batch["attention_mask"] == 0
     sides = [(outputs.start_logits, batch["start_positions"]), (outputs.end_logits, batch["end_positions"])]
-    return sum(F.cross_entropy(logits.masked_fill(absent, -torch.inf), places) for logits, places in sides) / 2
+    return sum(F.cross_entropy(logits.masked_fill(padding, -torch.inf), labels) for logits, labels in sides) / 2
 
 
-def their_losses(run: Finetuning, folder: Path) -> list[float]:
-    """Of a plain loop around transformers' model, from the same weights and on the same examples."""
+def hf_losses(run: Finetuning, folder: Path) -> list[float]:
+    """Return the losses of a training loop with transformers' model, from the same weights and examples."""
     settings, features = run.settings, run.features["train"]
     run.model.save_pretrained(folder)
     model = getattr(transformers, run.task.model_class.__name__).from_pretrained(folder).train()
@@ -65,7 +65,7 @@ def their_losses(run: Finetuning, folder: Path) -> list[float]:
     for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
         batches = [padded(features, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
         counts = [count_labels(batch) for batch in batches]
-        loss = sum(their_loss(model, batch) * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
+        loss = sum(hf_loss(model, batch) * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
         loss.backward()
         clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
@@ -104,7 +104,7 @@ def test_losses_equal_those_of_a_training_loop_with_transformers(kind, accumulat
     )
     run = Finetuning(settings)
     assert run.steps == STEPS
-    expected = their_losses(run, tmp_path / "theirs")
+    expected = hf_losses(run, tmp_path / "transformers")
     run.run(lambda step: None)
     assert run.losses == pytest.approx(expected, abs=1e-4)
     assert np.mean(run.losses[-10:]) < np.mean(run.losses[:10])
@@ -140,12 +140,12 @@ def test_finetune_predict_and_evaluate_from_the_command_line(kind, pretrained, t
         "question-answering": "eval_f1",
         "token-classification": "eval_f1",
     }
-    wanted = 90 if kind == "question-answering" else 0.9
-    assert results[first.get(kind, "eval_accuracy")] > wanted
+    minimum = 90 if kind == "question-answering" else 0.9
+    assert results[first.get(kind, "eval_accuracy")] > minimum
     capsys.readouterr()
-    place = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu", "--precision", "fp32"]
+    model = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu", "--precision", "fp32"]
     checked = ["--validation-file", str(dev), "--output-dir", str(tmp_path / "checked")]
-    assert main(["evaluate", *place, *checked]) == 0
+    assert main(["evaluate", *model, *checked]) == 0
     again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
     assert {name: value for name, value in again.items() if name in results} == pytest.approx(
         {name: value for name, value in results.items() if name in again}, abs=1e-5
@@ -159,7 +159,7 @@ def test_finetune_predict_and_evaluate_from_the_command_line(kind, pretrained, t
         for word, other in zip(words, expected, strict=True):  # the last digit may differ between two processes
             assert word == other or float(word) == pytest.approx(float(other), abs=1e-4)
     capsys.readouterr()
-    assert main(["predict", *place, "--input-file", str(dev)]) == 0
+    assert main(["predict", *model, "--input-file", str(dev)]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == 40
 
@@ -204,14 +204,14 @@ def test_an_unknown_task_is_refused(pretrained, tmp_path):
 
 
 def test_a_fine_tuned_model_records_its_task(pretrained, tmp_path):
-    """And reads that benchmark's files without being told again: CoLA's have no header."""
+    """Without --task, it then reads the files of that benchmark: those of CoLA have no header."""
     train = tmp_path / "train.tsv"
     train.write_text("".join(f"s\t{i % 2}\t\t{['bad', 'good'][i % 2]} film\n" for i in range(32)))
     settings = settings_for("cola", pretrained, train, tmp_path / "out", num_train_epochs=1, validation_file=str(train))
     results = Finetuning(settings).run(lambda step: None)
-    place = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu"]
+    model = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu"]
     checked = ["--validation-file", str(train), "--output-dir", str(tmp_path / "checked")]
-    assert main(["evaluate", *place, *checked]) == 0
+    assert main(["evaluate", *model, *checked]) == 0
     again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
     name = "eval_matthews_correlation"
     assert again[name] == pytest.approx(results[name])
