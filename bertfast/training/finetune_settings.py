@@ -32,14 +32,14 @@ class FeatureBasedSettings(Settings):
     """Fine-tuning of the whole model, or training of a BiLSTM on its layers.
 
     Attributes:
-        strategy: fine-tuning trains the whole model; feature-based freezes it and trains a BiLSTM on its layers (token
-            classification only).
-        feature_layers: Layers that feature-based uses: embeddings, second-to-last, last, mean-last-four,
-            concat-last-four or mean-all; sums have learned weights.
+        strategy: fine-tuning: train the whole model; feature-based: freeze the encoder and train a BiLSTM on its
+            hidden states (token classification only).
+        feature_layers: With --strategy feature-based, hidden states to use: embeddings, second-to-last, last,
+            mean-last-four, concat-last-four or mean-all; means have learned weights.
         lstm_size: Hidden size of each direction of the feature-based BiLSTM.
         lstm_layers: Number of layers of the feature-based BiLSTM.
-        features_dir: Folder that caches the layers for feature-based, reused for the same encoder and text; none: a
-            temporary folder.
+        features_dir: With --strategy feature-based, folder that keeps the hidden states, which are reused for the same
+            encoder and text; none: a temporary folder.
     """
 
     strategy: Literal["fine-tuning", "feature-based"] = "fine-tuning"
@@ -70,7 +70,8 @@ class OptimizerSettings(Settings):
         warmup_ratio: Fraction of the run in which the learning rate rises to its peak.
         weight_decay: Weight decay of matrices; biases and LayerNorm parameters do not decay.
         max_grad_norm: Gradient-clipping norm (0 = off).
-        class_weights: balanced: weight each example inversely to the frequency of its label.
+        class_weights: none: all examples have the same weight; balanced: each example is weighted inversely to the
+            frequency of its label.
     """
 
     warmup_ratio: Fraction = 0.1
@@ -158,7 +159,7 @@ class FinetuneSettings(FinetuneBase):
 
     Attributes:
         hyperparameters: Hyperparameters that the BERT paper varies between tasks.
-        overwrite_output_dir: Overwrite a model in output_dir.
+        overwrite_output_dir: Overwrite a model in --output-dir.
     """
 
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)

@@ -80,7 +80,7 @@ class DurationSettings(Settings):
     """Length of the run.
 
     Attributes:
-        max_steps: Number of optimizer steps; 0: as many as num_train_epochs need.
+        max_steps: Number of optimizer steps; 0: as many as --num-train-epochs requires.
         num_train_epochs: Number of passes over the documents.
         minutes: Length of the run in minutes instead of steps; the learning rate reaches 0 at its end.
     """
@@ -95,7 +95,8 @@ class OptimizerSettings(Settings):
     """Optimizer and learning rate.
 
     Attributes:
-        optimizer: AdamW as in the paper, LAMB for large batches, or Muon for matrices and AdamW for the rest.
+        optimizer: adamw: AdamW as in the BERT paper; lamb: LAMB, for large batches; muon: Muon for matrices and AdamW
+            for all other parameters.
         learning_rate: Peak learning rate.
         schedule: Decay of the learning rate to 0 after warm-up: linear, cosine, or constant until a linear decay in the
             last fifth of the run (wsd).
@@ -170,11 +171,11 @@ class CheckpointSettings(Settings):
     Attributes:
         save_steps: Steps between checkpoints.
         save_total_limit: Number of newest checkpoints to keep, in addition to the one with the best validation loss.
-        resume: Resume from the newest intact checkpoint in output_dir.
+        resume: Resume from the newest intact checkpoint in --output-dir.
         sigterm_exit_code: Exit code after SIGTERM, for schedulers.
         check_replay: Interval, in steps, at which a step is computed twice and its gradients compared bitwise (0 =
             off).
-        replay: Step to recompute from the checkpoint before it; prints the losses and writes nothing (0 = off).
+        replay: Step to recompute from the checkpoint before it, printing its losses and writing nothing (0 = off).
     """
 
     save_steps: Count = 500
@@ -191,10 +192,11 @@ class PretrainSettings(Settings):
 
     Attributes:
         output_dir: Output folder for the model, checkpoints, metrics.jsonl and loss.png.
-        data_dir: Folder written by `bertfast prepare`; none: the text is prepared in output_dir/data first.
+        data_dir: Folder written by `bertfast prepare`; none: the text is prepared first, in the folder data of
+            --output-dir.
         seed: Random seed of initial weights, samples, masks and dropout.
-        corpus: Text of the corpus and how it is tokenised.
-        sampling: How samples are cut from documents and masked.
+        corpus: Text of the corpus, and its tokenizer.
+        sampling: Length, objective and masking of samples.
         model: Model that is pre-trained.
         batch: Size of the batches over the course of the run.
         duration: Length of the run.
