@@ -1,0 +1,162 @@
+"""What a folder was made from is recorded and compared, and only one process writes to it."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bertfast.runtime.atomic_write import atomic_path, write_atomically
+from bertfast.runtime.output_folder import Origin, output_folder
+
+PARTS = ("part-*",)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one line\n")
+    return path
+
+
+@pytest.fixture
+def written(tmp_path, text):
+    """A folder with one part, and the origin of it."""
+    origin = Origin({"--input-file": [text]}, {"--pooling": "mean", "--layers": [1, 2]})
+    with output_folder(tmp_path / "out", origin, PARTS) as folder:
+        (folder / "part-0").write_text("0")
+    return folder, origin
+
+
+def reopen(folder: Path, origin: Origin, **options) -> list[str]:
+    """Open a folder again, and return the names of its parts."""
+    with output_folder(folder, origin, PARTS, **options):
+        return sorted(path.name for path in folder.glob("part-*"))
+
+
+def test_the_same_origin_continues(written):
+    assert reopen(*written) == ["part-0"]
+
+
+def test_a_touched_or_moved_input_of_equal_contents_continues(written, text):
+    folder, origin = written
+    os.utime(text, ns=(1, 1))
+    assert reopen(folder, origin) == ["part-0"]
+    moved = text.rename(text.with_name("moved.txt"))
+    assert reopen(folder, Origin({"--input-file": [moved]}, origin.settings)) == ["part-0"]
+
+
+def test_other_contents_are_refused_with_both_values(written, text):
+    folder, origin = written
+    text.write_text("another line\n")
+    with pytest.raises(
+        ValueError, match=r"--input-file was .*\(9 bytes, SHA-256 .* and is .*\(13 bytes, .*--overwrite"
+    ):
+        reopen(folder, origin)
+    assert (folder / "part-0").read_text() == "0"
+
+
+def test_contents_of_equal_size_and_another_time_are_refused(written, text):
+    folder, origin = written
+    text.write_text("one lime\n")
+    os.utime(text, ns=(1, 1))
+    with pytest.raises(ValueError, match="--input-file was"):
+        reopen(folder, origin)
+
+
+@pytest.mark.parametrize("settings", [{"--pooling": "cls", "--layers": [1, 2]}, {"--pooling": "mean"}])
+def test_other_settings_are_refused(written, settings):
+    folder, origin = written
+    with pytest.raises(ValueError, match=r'--pooling was "mean" and is "cls"|--layers was \[1, 2\] and is null'):
+        reopen(folder, Origin(origin.inputs, settings))
+
+
+def test_a_missing_or_added_input_is_refused(written, tmp_path):
+    folder, origin = written
+    other = tmp_path / "other.txt"
+    other.write_text("")
+    inputs = {"--input-file": [*origin.inputs["--input-file"], other]}
+    with pytest.raises(ValueError, match=r"--input-file was"):
+        reopen(folder, Origin(inputs, origin.settings))
+    with pytest.raises(ValueError, match=r"--input-file was .* and is absent"):
+        reopen(folder, Origin({}, origin.settings))
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", '{"inputs": 3}', "null"])
+def test_contents_without_a_readable_record_are_refused(written, record):
+    folder, origin = written
+    (folder / "origin.json").unlink() if record is None else (folder / "origin.json").write_text(record)
+    with pytest.raises(ValueError, match="no record"):
+        reopen(folder, origin)
+
+
+def test_overwriting_removes_the_contents_and_nothing_else(written):
+    folder, origin = written
+    (folder / "notes.txt").write_text("a user's file")
+    assert reopen(folder, Origin(origin.inputs, {"--pooling": "cls"}), overwrite=True) == []
+    assert (folder / "notes.txt").exists()
+    assert json.loads((folder / "origin.json").read_text())["settings"] == {"--pooling": "cls"}
+
+
+def test_a_folder_without_contents_takes_any_origin(written):
+    folder, origin = written
+    (folder / "part-0").unlink()
+    assert reopen(folder, Origin(origin.inputs, {"--pooling": "cls"})) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from bertfast.runtime.output_folder import Origin, output_folder
+with output_folder(Path(sys.argv[1]), Origin(), ()):
+    print("locked", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_living_owner_keeps_others_out_and_a_dead_one_does_not(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout.readline() == "locked\n"
+            with pytest.raises(ValueError, match=f"in use by process {owner.pid} on "):
+                reopen(tmp_path, Origin())
+        finally:
+            owner.send_signal(signal.SIGKILL)
+    assert reopen(tmp_path, Origin()) == []
+
+
+def write_half(path: Path) -> None:
+    with path.open("w") as file:
+        file.write("half")
+        json.dump(object(), file)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "scores.json"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError), atomic_path(path) as temporary:
+        write_half(temporary)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    path = tmp_path / "model"
+    for text in ("old", "new"):
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert [file.name for file in path.iterdir()] == ["new"]
+
+
+def test_files_get_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
