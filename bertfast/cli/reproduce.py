@@ -18,8 +18,8 @@ from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.models.presets import Preset
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings
-from bertfast.tasks.task import write_atomically
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 

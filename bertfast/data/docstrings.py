@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bertfast.data.prose import prose_paragraphs
+from bertfast.runtime.atomic_write import atomic_path
 
 STANDARD_LIBRARY = "python"  # the package name of its modules
 # Folders with tests, or with copies of other packages.
@@ -38,12 +39,10 @@ def gather_docstrings(path: Path, processes: int | None = None) -> Path:
         `path`.
     """
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("w", encoding="utf-8") as file:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for package, module, paragraphs in docstring_documents(processes):
                 record = {"package": package, "module": module, "text": "\n".join(paragraphs)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        temporary.rename(path)
     return path
 
 

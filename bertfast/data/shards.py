@@ -24,6 +24,8 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from bertfast.runtime.atomic_write import write_atomically
+
 FORMAT = "bertfast shards 2"
 FILES = ("tokens", "sentence_starts", "document_starts")
 
@@ -173,9 +175,7 @@ def write_manifest(folder: Path | str, names: Iterable[str], *, vocab_size: int,
         "tokens": sum(part["tokens"] for part in parts),
         "parts": parts,
     }
-    temporary = folder / ".manifest.partial"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.rename(folder / "manifest.json")
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from bertfast.data.text_files import COMPRESSIONS, read_lines
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
-from bertfast.models.files import write_tensors
+from bertfast.models.files import model_files, resolve, write_tensors
+from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
+from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
-from bertfast.runtime.settings import Count, Settings
+from bertfast.runtime.settings import Count, Settings, flag
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sequence_classification import Columns
@@ -43,7 +45,8 @@ class EmbedSettings(Settings):
 
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
-        output_dir: Folder for part-00000 and so on. Existing parts are kept, so that an interrupted run can resume.
+        output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
+        overwrite_output_dir: Replace the parts of another run in output_dir.
         input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none or "-":
             lines of standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
@@ -58,6 +61,7 @@ class EmbedSettings(Settings):
 
     model_name_or_path: str
     output_dir: str
+    overwrite_output_dir: bool = False
     input_file: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -83,14 +87,17 @@ def embed(settings: EmbedSettings) -> Path:
 
     Returns:
         The output folder.
+
+    Raises:
+        ValueError: A text cannot be read, or the folder has parts of other texts, another model or other settings.
     """
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device)
     max_length = sequence_length(settings.max_seq_length, model.config)
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = _texts(settings)
-    with tqdm(desc="embed", unit="text") as bar:
+    origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision))
+    opened = output_folder(Path(settings.output_dir), origin, ("part-*",), overwrite=settings.overwrite_output_dir)
+    with opened as folder, tqdm(desc="embed", unit="text") as bar:
+        texts = _texts(settings)
         for part in count():
             chunk = list(islice(texts, settings.texts_per_part))
             if not chunk:
@@ -101,6 +108,22 @@ def embed(settings: EmbedSettings) -> Path:
                 give_freed_memory_back()  # else memory use grows with the number of parts
             bar.update(len(chunk))
     return folder
+
+
+def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
+    """Return what the embeddings depend on."""
+    inputs = {"--model-name-or-path": model_files(resolve(settings.model_name_or_path))}
+    if settings.input_file in (None, "-"):
+        if any(Path(settings.output_dir).glob("part-*")) and not settings.overwrite_output_dir:
+            raise ValueError(
+                f"{settings.output_dir} has embeddings, perhaps of other texts than those on standard input: "
+                "choose another --output-dir, or pass --overwrite-output-dir to replace them"
+            )
+    else:
+        inputs["--input-file"] = [Path(settings.input_file)]
+    names = ("text_column", "text_pair_column", "pooling", "layers", "output_format", "texts_per_part")
+    values = {flag(name): getattr(settings, name) for name in names}
+    return Origin(inputs, values | {"--max-seq-length": max_length, "--precision": precision})
 
 
 @torch.no_grad()
@@ -159,17 +182,15 @@ def cached_hidden_states(
         cache_key.update(np.ascontiguousarray(array).view(np.uint8).data)
     path = folder / f"{cache_key.hexdigest()[:32]}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
         shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
-        hidden_states = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-        for rows in batches_by_length(features, tokens):
-            inputs = features.model_inputs(rows, labels=False).to(model.device)
-            with autocast(model.device, precision):
-                states = model.features(inputs.packed(model)).float().cpu().numpy()
-            _scatter_tokens(hidden_states, features, rows, states)
-        hidden_states.flush()
-        temporary.rename(path)
+        with atomic_path(path) as temporary:
+            hidden_states = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            for rows in batches_by_length(features, tokens):
+                inputs = features.model_inputs(rows, labels=False).to(model.device)
+                with autocast(model.device, precision):
+                    states = model.features(inputs.packed(model)).float().cpu().numpy()
+                _scatter_tokens(hidden_states, features, rows, states)
+            hidden_states.flush()
     cached: np.ndarray = np.load(path, mmap_mode="r")
     return cached
 
@@ -193,16 +214,16 @@ def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}")
     if path.suffix == ".safetensors":
-        write_tensors(tensors, temporary)
-    else:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`") from None
-        embeddings = tensors["embeddings"].numpy()
-        lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
+        with atomic_path(path) as temporary:
+            write_tensors(tensors, temporary)
+        return
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`") from None
+    embeddings = tensors["embeddings"].numpy()
+    lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
+    with atomic_path(path) as temporary:
         parquet.write_table(pyarrow.table({"embeddings": lists}), temporary)
-    temporary.rename(path)

@@ -45,6 +45,12 @@ def resolve(name: str | Path) -> Path:
         raise FileNotFoundError(f"{name} is not a folder, and not a model that the hub gave: {error}") from error
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model's folder that determine its outputs: configuration, weights and tokenizer."""
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "tokenizer*.json")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
 def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     """Read a model's configuration.
 

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
-from bertfast.tasks.task import Outputs, Prediction, Task, json_lines, write_atomically
+from bertfast.tasks.task import Outputs, Prediction, Task, json_lines
 
 UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
 _LINE_EXAMPLE = '{"question": "…", "context": "…"}'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import BadRows
@@ -148,14 +148,6 @@ def label_to_id(config: BertConfig) -> dict[str, int]:
     names = label_names(config)
     unnamed = {str(i): i for i, name in enumerate(names) if name == f"LABEL_{i}"}
     return unnamed | {name: i for i, name in enumerate(names)}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by renaming a complete temporary file, so that readers never see a partial one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

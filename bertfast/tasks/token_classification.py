@@ -24,10 +24,11 @@ from bertfast.encoder import cross_entropy_sum, token_classification_loss, token
 from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.extensions import BertFeaturesForTokenClassification
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id, write_atomically
+from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id
 
 DOCUMENT_START = "-DOCSTART-"
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from bertfast.models.files import save, write_tensors
+from bertfast.runtime.atomic_write import atomic_path
 from bertfast.training.distributed import Distributed
 
 _PREFIX = "step-"
@@ -50,20 +51,13 @@ def save_state(
     target = folder / f"{_PREFIX}{step:08d}"
 
     def write() -> None:
-        temporary = folder / f".{target.name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        with atomic_path(target) as temporary:
             save(model, temporary, weights)
             write_tensors(tensors, temporary / "optimizer.safetensors")
             state = json.dumps({"step": step, "progress": progress})
             (temporary / "state.json").write_text(state, encoding="utf-8")
             checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
         saved = checkpoints(folder)
         losses = {path: read_progress(path)[1]["validation_loss"] for path in saved}
         best = min((path for path in saved if losses[path] is not None), key=losses.__getitem__, default=None)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bertfast.inference.predict import open_finetuned, predict_outputs
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.plotting import draw
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.task import ConfusionMatrix, write_atomically
+from bertfast.tasks.task import ConfusionMatrix
 from bertfast.training.validation import evaluate_masked_lm
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag
-from bertfast.tasks.task import write_atomically
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters

@@ -1,12 +1,13 @@
 """Embeddings of texts: transformers' hidden states, written in parts."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
@@ -35,7 +36,7 @@ def test_embeddings_are_transformers_hidden_states(layers, pooling, pretrained, 
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     changes = {"layers": layers, "pooling": pooling, "eval_tokens": 12, "texts_per_part": 2}
     folder = embed(settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "texts.txt"), **changes))
-    parts = sorted(folder.iterdir())
+    parts = sorted(folder.glob("part-*"))
     assert [part.name for part in parts] == [f"part-0000{i}.safetensors" for i in range(3)]
     found = [load_file(part) for part in parts]
     rows = torch.cat([part["embeddings"] for part in found])
@@ -71,6 +72,33 @@ def test_existing_parts_are_not_recomputed(pretrained, tmp_path):
     embed(settings)
     assert (folder / "part-00000.safetensors").stat().st_mtime_ns == before
     assert (folder / "part-00001.safetensors").exists()
+
+
+@pytest.mark.parametrize("changed", ["text", "model", "pooling", "precision"])
+def test_parts_of_another_text_model_or_setting_are_refused(changed, pretrained, tmp_path):
+    text, model = tmp_path / "texts.txt", shutil.copytree(pretrained, tmp_path / "model")
+    text.write_text("\n".join(TEXTS))
+    folder = embed(settings_for(model, tmp_path / "out", input_file=str(text)))
+    before = load_file(folder / "part-00000.safetensors")["embeddings"]
+    changes = {"pooling": {"pooling": "cls"}, "precision": {"precision": "bf16"}}.get(changed, {})
+    if changed == "text":
+        text.write_text("\n".join(reversed(TEXTS)))
+    if changed == "model":
+        weights = load_file(model / "model.safetensors")
+        save_file({name: weight * 2 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    settings = settings_for(model, folder, input_file=str(text)).replace(**changes)
+    flag = {"text": "--input-file", "model": "--model-name-or-path"}.get(changed, f"--{changed}")
+    with pytest.raises(ValueError, match=f"{flag} was .* and is .*--overwrite-output-dir"):
+        embed(settings)
+    embed(settings.replace(overwrite_output_dir=True))
+    assert not torch.equal(load_file(folder / "part-00000.safetensors")["embeddings"], before)
+
+
+def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS)))
+    embed(settings_for(pretrained, tmp_path))
+    with pytest.raises(ValueError, match=r"perhaps of other texts than those on standard input"):
+        embed(settings_for(pretrained, tmp_path))
 
 
 @pytest.mark.parametrize(
