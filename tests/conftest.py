@@ -1,4 +1,4 @@
-"""What every test may ask for; fixtures import programs, as the tests of the kernels also run without tokenizers."""
+"""Fixtures for all tests; they import programs when used, as kernel tests run without tokenizers."""
 
 import os
 import sys
@@ -23,20 +23,20 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def started_processes_are_no_workers():
-    """By this variable pytest-benchmark, in a pytest that a test starts, would take itself for a worker of xdist."""
+    """Unset a variable by which pytest-benchmark takes a pytest started by a test for a worker of xdist."""
     os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture(autouse=True)
 def short_batches_run_packed(monkeypatch):
-    """Batches of tests are short, and what is tested of a patched model is its packed encoder."""
+    """Run short batches packed, as tests are about the packed encoder."""
     if "bertfast.encoder.kernel_support" in sys.modules:
         monkeypatch.setattr("bertfast.encoder.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
 
 
 @pytest.fixture
 def unwritten_memory_is_nan():
-    """Memory that no one wrote is NaN, so that a result that reads it shows."""
+    """Fill uninitialised memory with NaN, so that reading it shows in results."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -45,7 +45,7 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory) -> Path:
-    """A model, with the heads of pre-training, that has learned nothing yet."""
+    """The folder of a model with the heads of pre-training and random weights."""
     from sentiment import FILLERS
 
     from bertfast import BertConfig, BertForPreTraining
@@ -70,7 +70,7 @@ def pretrained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, str]:
-    """The sentiment task's three files, the last without labels."""
+    """The three files of a sentiment task, the last without labels."""
     from sentiment import write_sentiment
 
     folder = tmp_path_factory.mktemp("sentiment")
@@ -83,7 +83,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
-    """The folder and the metrics of a run on it."""
+    """The folder and the metrics of a fine-tuning run on `files`."""
     from sentiment import QUICK
 
     from bertfast.training.finetune import FinetuneSettings, finetune
@@ -95,7 +95,7 @@ def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A text file in a small language: each subject has a verb and an object of its own."""
+    """A text file in a small language in which each subject has its own verb and object."""
     generator = np.random.default_rng(0)
     words = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(6) for j in range(4)]
     lines = []
@@ -111,7 +111,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(corpus, tmp_path_factory) -> Path:
-    """The same as token shards."""
+    """The folder of token shards of `corpus`."""
     from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
     folder = tmp_path_factory.mktemp("shards")

@@ -14,7 +14,7 @@ SEQUENCE = next(case for case in CASES if case.name == "sequence")
 
 
 def live(name="BertForSequenceClassification", *, seed=0, **changes) -> nn.Module:
-    """A model of `transformers` with random weights, in evaluation mode."""
+    """Return a model of transformers with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     config = transformers.BertConfig(**SIZES | changes)
     return getattr(transformers, name)(config).eval()

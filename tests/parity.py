@@ -30,7 +30,7 @@ PADDINGS = ("none", "right", "left", "inside", "first")
 
 @dataclass(frozen=True)
 class Case:
-    """One of the nine classes, in one of its ways."""
+    """One of the nine classes, with one configuration and kind of labels."""
 
     name: str
     class_name: str
@@ -143,7 +143,7 @@ class Results:
 
 
 def results(model: nn.Module, values: dict[str, Tensor], mask: Tensor | None, autocast: bool = False) -> Results:
-    """Run a model forward and backward: from the loss, or where there is none from all outputs at random weights.
+    """Run a model forward and backward: from its loss, or without one from the outputs with random weights.
 
     `mask` bool [rows, columns] says where outputs of that shape are compared; None: everywhere.
     """
@@ -183,7 +183,7 @@ def assert_parity(fused: Results, hf: Results, truth: Results, dtype: torch.dtyp
     for name, their in hf.gradients.items():
         true = truth.gradients[name]
         weight = truth.gradients.get(name.removesuffix("bias") + "weight")
-        # What shifts all that a softmax sees, a key's bias or that of choices' scores, has no gradient but rounding.
+        # The gradient of a bias that shifts all inputs of a softmax, of keys or of choices' scores, is only rounding.
         zero = name.endswith("bias") and weight is not None and true.norm() < 1e-9 * weight.norm()
         assert_as_accurate_as_torch(
             fused.gradients[name],

@@ -1,4 +1,4 @@
-"""Losses and outputs of heads on packed batches, against transformers' heads on one sequence at a time."""
+"""Losses and outputs of heads on packed batches, compared with transformers' heads on single sequences."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def model_of(name: str, **changes) -> nn.Module:
 
 
 def packed_batch(padding_slots: int = 0, empty: int = 0, seed: Tensor | None = None) -> tuple[Packed, list[Tensor]]:
-    """Three sequences, and `empty` more without a token; also as rows of token ids, one for each sequence."""
+    """Return three sequences and `empty` more without a token; also as token ids, one row per sequence."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(53, (sum(LENGTHS),), generator=generator)
     sequences = Sequences.from_lengths(LENGTHS + [0] * empty, capacity=len(ids) + padding_slots)
@@ -36,7 +36,7 @@ def packed_batch(padding_slots: int = 0, empty: int = 0, seed: Tensor | None = N
 
 
 @pytest.mark.parametrize(("slots", "empty"), [(0, 0), (5, 2)])
-def test_sequence_logits_are_those_of_each_sequence_alone(slots, empty):
+def test_sequence_logits_equal_those_of_single_sequences(slots, empty):
     model = model_of("BertForSequenceClassification")
     packed, rows = packed_batch(slots, empty)
     expected = torch.cat([model(row).logits for row in rows])
@@ -86,7 +86,7 @@ def test_a_multiple_choice_loss_is_over_the_choices():
 
 
 @pytest.mark.parametrize("slots", [0, 5])
-def test_token_logits_and_their_loss_are_those_of_each_sequence_alone(slots):
+def test_token_logits_and_loss_equal_those_of_single_sequences(slots):
     model = model_of("BertForTokenClassification")
     packed, rows = packed_batch(slots)
     labels = torch.arange(len(packed.token_ids)) % 4 - 1
@@ -101,7 +101,7 @@ def test_token_logits_and_their_loss_are_those_of_each_sequence_alone(slots):
 def test_an_answers_softmax_runs_over_the_tokens_of_its_sequence(slots, empty):
     model = model_of("BertForQuestionAnswering", num_labels=2)
     packed, rows = packed_batch(slots, empty)
-    starts, ends = torch.tensor([2, 8, 9]), torch.tensor([4, 8, 1])  # the third start is no token
+    starts, ends = torch.tensor([2, 8, 9]), torch.tensor([4, 8, 1])  # the third start is not a token
     none = torch.zeros(empty, dtype=torch.int64)
     loss = heads.question_answering_loss(model, packed, torch.cat([starts, none]), torch.cat([ends, none]), 3)
     outputs = [
@@ -137,7 +137,7 @@ def pretraining_batch() -> tuple[Batch, list[Tensor], Tensor]:
     return batch, rows, labels
 
 
-def test_the_losses_of_pretraining_are_those_of_all_logits():
+def test_pretraining_losses_equal_those_of_full_logits():
     model = model_of("BertForPreTraining")
     batch, rows, labels = pretraining_batch()
     sums = encoder.pretraining_loss(model, batch, None)
@@ -156,7 +156,7 @@ def test_the_losses_of_pretraining_are_those_of_all_logits():
     )
 
 
-def test_dropout_in_a_head_depends_on_seed_and_tokens_alone():
+def test_head_dropout_depends_only_on_seed_and_tokens():
     model = model_of("BertForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model.dropout.p = 0.5
     seed = torch.tensor(7)

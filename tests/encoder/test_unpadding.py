@@ -1,4 +1,4 @@
-"""Unpadding: slots, query-only tokens and buckets; what waits for the device, and what a compiler traces."""
+"""Unpadding: slots, query-only tokens, buckets, waits for the device, and compilation."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations that would wait for a GPU."""
+    """Counts operations that would wait for a GPU."""
 
     count = 0
 
@@ -34,7 +34,7 @@ def counted(calls: list, function):
     return call
 
 
-def test_a_slot_holds_the_token_it_is_for():
+def test_each_slot_holds_its_token():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]])
     ids = torch.arange(12).view(3, 4) + 10
     packed, layout = unpad(ids, mask, positions=4)
@@ -47,7 +47,7 @@ def test_a_slot_holds_the_token_it_is_for():
     assert padded.tolist() == [[1, 2, 0, 3], [7, 0, 4, 5], [8, 0, 0, 0]]
 
 
-def test_without_need_there_are_no_slots_for_query_only_tokens():
+def test_query_only_slots_are_added_only_if_needed():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])
     ids = torch.ones(2, 4, dtype=torch.int64)
     for given, pooled in ((mask, False), (mask.flip(1), True)):

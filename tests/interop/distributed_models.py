@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: what FSDP2 and DDP make of models, one line of JSON for each."""
+"""Models under FSDP2 and DDP in two processes, started by torchrun; prints one line of JSON per model."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def shard(kind: type, labels: Tensor, checkpointed: bool) -> dict:
-    """The report, loss and norm of the gradients of a model that FSDP2 shards."""
+    """Return the report, loss and gradient norm of a model that FSDP2 shards."""
     torch.manual_seed(0)
     model = kind(transformers.BertConfig(**SIZES | NO_DROPOUT)).train()
     bertfast.patch(model)
@@ -59,8 +59,8 @@ def loss_of(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
 
 
 def gradients_of(model: nn.Module, engine: nn.Module, parts: list[dict[str, Tensor]]) -> Results:
-    """The mean of the losses of some parts of a batch and its gradients, of the second step of two."""
-    for _ in range(2):  # in the second, DDP complains of parameters that the first one did not use
+    """Return the mean loss over parts of a batch and its gradients, in the second of two steps."""
+    for _ in range(2):  # DDP raises in the second step for parameters unused in the first
         model.zero_grad()
         loss = sum(loss_of(engine, part) for part in parts) / len(parts)
         loss.backward()
@@ -69,7 +69,7 @@ def gradients_of(model: nn.Module, engine: nn.Module, parts: list[dict[str, Tens
 
 
 def replicate(name: str) -> dict:
-    """The report of a model under DDP, and what in its gradients differs from transformers' on the whole batch."""
+    """Return the report of a model under DDP, and the gradients that differ from transformers' on the whole batch."""
     case = BY_CLASS[name]
     fused, hf = (model.train() for model in models(case, **NO_DROPOUT))
     values = separable(case)

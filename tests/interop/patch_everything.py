@@ -1,4 +1,4 @@
-"""A pytest plugin that patches every BERT of `transformers` when it is made: `pytest -p patch_everything`."""
+"""A pytest plugin that patches each BERT model of transformers on construction: `pytest -p patch_everything`."""
 
 import functools
 
@@ -19,7 +19,7 @@ def patch_at_construction(kind: type) -> None:
             construct(self, *arguments, **options)
         finally:
             _UNDER_CONSTRUCTION.pop()
-        if not _UNDER_CONSTRUCTION:  # a head makes a BertModel, and is patched with it as a whole
+        if not _UNDER_CONSTRUCTION:  # a head constructs a BertModel, and both are patched together
             bertfast.patch(self)
 
     kind.__init__ = __init__

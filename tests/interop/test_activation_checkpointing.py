@@ -30,7 +30,7 @@ def test_activation_checkpointing_changes_no_gradient(change):
 
 
 def test_recomputed_layers_with_hidden_states_change_no_gradient():
-    """transformers' own loop records the states, and its layers are recomputed when the call is over."""
+    """transformers' own loop records the states, and its layers are recomputed after the call."""
     gradients = []
     for checkpointed in (False, True):
         model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
@@ -75,7 +75,7 @@ def test_recomputed_layers_have_bitwise_identical_gradients_under_autocast(reent
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_hidden_states_under_autocast_are_the_fp32_stream(watched):
-    """In `transformers`' loop, which records them, as where a layer that is watched runs `transformers`' own code."""
+    """They are recorded in transformers' loop, in which a hooked layer runs transformers' own code."""
     states = []
     for patched in (False, True):
         model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()

@@ -41,7 +41,7 @@ def test_a_mask_between_pairs_of_tokens_runs_transformers_own_code(shape):
     }
     try:
         expected = model(**values).logits
-    except Exception as error:  # versions differ in the masks that they take
+    except Exception as error:  # versions accept different masks
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     bertfast.patch(model)
     assert torch.equal(model(**values).logits, expected)
@@ -84,7 +84,7 @@ def test_packed_input_is_refused_where_transformers_would_mix_sequences():
 
 @pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForTokenClassification", "BertLMHeadModel"])
 def test_packed_sequences_of_a_head_do_not_mix(name):
-    """Before version 5 these heads of `transformers` drop or refuse the arguments that say where sequences start."""
+    """Before version 5 these heads of transformers drop or refuse `cu_seq_lens_q`."""
     model = live(name, is_decoder=name == "BertLMHeadModel", use_cache=False)
     texts = [torch.randint(53, (1, length)) for length in (4, 1, 7)]
     alone = [model(text).logits for text in texts]
@@ -133,7 +133,7 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
         arguments = {"input_ids": ids, "token_type_ids": types} | arguments
         try:
             expected = plain(**arguments).logits
-        except (IndexError, RuntimeError):  # not every version takes all of them
+        except (IndexError, RuntimeError):  # some versions refuse some of them
             with pytest.raises((IndexError, RuntimeError)):
                 patched(**arguments)
             continue
@@ -146,7 +146,7 @@ def test_a_choice_of_hidden_states_by_index_is_kept():
     patched, plain = pair()
     try:
         expected = plain(**VALUES, output_hidden_states=0).hidden_states
-    except Exception as error:  # not every version has it
+    except Exception as error:  # some versions do not have it
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     got = patched(**VALUES, output_hidden_states=0).hidden_states
     assert (got is None) == (expected is None)
@@ -172,7 +172,7 @@ def test_tensors_without_values_have_the_shapes_of_transformers():
     ids = VALUES["input_ids"]
     try:
         expected = plain.to("meta")(ids.to("meta")).logits.shape
-    except RuntimeError as error:  # not every version takes them
+    except RuntimeError as error:  # some versions refuse them
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     assert patched.to("meta")(ids.to("meta")).logits.shape == expected
     with FakeTensorMode():

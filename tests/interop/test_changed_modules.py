@@ -164,7 +164,7 @@ def test_dropout_is_drawn_at_each_call_from_torchs_generator():
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_without_dropout_training_leaves_torchs_generator_to_others(watched):
-    """As shuffling and masking, which draw from it, would else differ from those in a run with `transformers`."""
+    """Shuffling and masking draw from it too, and must be the same as in a run with transformers."""
     model = live(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     bertfast.patch(model)
     if watched:

@@ -15,7 +15,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Gathered:
-    """Stands for torch's `Gather`, which refuses tensors of a CPU."""
+    """Replaces torch's `Gather`, which refuses CPU tensors."""
 
     @staticmethod
     def apply(device, dimension: int, *parts: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ class Gathered:
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """Replace what moves tensors between GPUs; replicas and gathered outputs are made by torch's own code."""
-    module = sys.modules["torch.nn.parallel.replicate"]  # whose name in the package is the function
+    """Replace the functions that copy between GPUs; torch's own code makes replicas and gathers outputs."""
+    module = sys.modules["torch.nn.parallel.replicate"]  # in the package this name is the function
     monkeypatch.setattr(
         module,
         "_broadcast_coalesced_reshape",
@@ -35,7 +35,7 @@ def on_a_cpu(monkeypatch):
 
 
 def in_parallel(model: nn.Module, values: dict[str, Tensor]):
-    """What `DataParallel` does with two GPUs: each takes half of the rows, in a thread of its own."""
+    """Run a model as `DataParallel` does with two GPUs: half of the rows per replica, each in its own thread."""
     parts = [{name: x[rows] for name, x in values.items()} for rows in (slice(0, 2), slice(2, None))]
     with ThreadPoolExecutor(2) as threads:
         outputs = list(threads.map(lambda pair: pair[0](**pair[1]), zip(replicate(model, [0, 1]), parts, strict=True)))
@@ -43,7 +43,7 @@ def in_parallel(model: nn.Module, values: dict[str, Tensor]):
 
 
 def step(model: nn.Module, values: dict[str, Tensor]) -> Results:
-    """Outputs, and the gradients of the mean of the replicas' losses, of the parameters of the model itself."""
+    """Return the outputs, and the gradients of the replicas' mean loss for the model's parameters."""
     model.zero_grad()
     dtype = model.get_input_embeddings().weight.dtype
     outputs = in_parallel(model, {name: x.to(dtype) if x.is_floating_point() else x for name, x in values.items()})

@@ -1,4 +1,4 @@
-"""Models under FSDP2 and DDP stay fused: what an engine hooks is not what someone watches."""
+"""Models under FSDP2 and DDP stay fused: hooks of these engines do not count."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LABELS = {
 
 @pytest.fixture(scope="module")
 def found() -> list[dict]:
-    """What two processes found."""
+    """The results of two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     ran = subprocess.run(
@@ -38,7 +38,7 @@ def found() -> list[dict]:
 
 
 def unsharded(name: str) -> tuple[float, float]:
-    """The loss and the gradients' norm of transformers' own model in one process."""
+    """The loss and gradient norm of transformers' own model in one process."""
     torch.manual_seed(0)
     nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = getattr(transformers, name)(transformers.BertConfig(**SIZES | nothing)).train()

@@ -24,7 +24,7 @@ def assert_same(patched: nn.Module, plain: nn.Module, **more) -> None:
 
 
 class Times:
-    """A hook that is an object, and has no name."""
+    """A hook that is an object without a name."""
 
     def __call__(self, module, arguments, output):
         return output * 1.5
@@ -102,17 +102,17 @@ def test_a_layer_that_was_put_in_is_reported_and_fused_by_patching_again():
 
 
 @pytest.mark.filterwarnings("ignore")  # of quantisation, which is deprecated
-def test_a_quantised_model_runs_without_gradients():
+def test_a_quantised_model_runs_in_inference():
     patched, plain = pair()
     patched, plain = (
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8) for model in (patched, plain)
     )
     with torch.no_grad():
         difference = (patched(**VALUES).logits - plain(**VALUES).logits).abs().max()
-    assert difference < 0.05  # activations are quantised by their range, which padding takes part in
+    assert difference < 0.05  # activations are quantised by their range, which includes padding
 
 
-def test_a_dpr_encoder_gives_what_it_gave():
+def test_a_dpr_encoder_has_the_same_output():
     config = transformers.DPRConfig(**{name: x for name, x in SIZES.items() if name != "num_labels"})
     torch.manual_seed(0)
     plain = transformers.DPRQuestionEncoder(config).eval()
@@ -123,7 +123,7 @@ def test_a_dpr_encoder_gives_what_it_gave():
 
 
 def nothing(module, query, key, value, mask, **options):
-    """An attention that gives zero."""
+    """Return zeros as the output of attention."""
     return torch.zeros_like(query).transpose(1, 2), None
 
 
@@ -182,7 +182,7 @@ def test_dropout_follows_the_modules_and_not_the_configuration():
         dropout.p = 0.0
 
 
-def test_a_model_that_becomes_a_decoder_later_is_one():
+def test_is_decoder_may_change_after_patching():
     patched, plain = pair("BertLMHeadModel")
     ids = VALUES["input_ids"]
     for model in (patched, plain):
@@ -267,7 +267,7 @@ def test_changed_default_positions_and_token_types_are_used(change, when):
 
 
 def test_buffers_made_in_inference_mode_are_examined_at_each_call():
-    """PyTorch does not count when they are written."""
+    """PyTorch does not count writes to them."""
     with torch.inference_mode():
         patched, plain = pair()
         assert_same(patched, plain)

@@ -1,4 +1,4 @@
-"""Flows of transformers' example scripts, with nothing changed but the import: losses and predictions stay.
+"""Flows of transformers' example scripts with only the import changed: losses and predictions are the same.
 
 Each task runs as the scripts have it: with Trainer (run_glue.py, run_ner.py, run_swag.py, run_qa.py, run_mlm.py), and
 as the `no_trainer` loop with accelerate in bf16. Data are a few rows of letters; the model is tiny, and saved before.
@@ -31,7 +31,7 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Task:
-    """What a script of the examples does besides its loop.
+    """What an example script does besides its loop.
 
     Attributes:
         model: What the model's class is called behind "AutoModelFor" and "BertFor".
@@ -59,7 +59,7 @@ def classified(tokenizer, rows: list[str]) -> list[dict]:
 
 
 def tagged(tokenizer, rows: list[str]) -> list[dict]:
-    """Labels of words, given to their tokens by `word_ids`, as run_ner.py does."""
+    """Return rows with labels of words, assigned to tokens by `word_ids` as in run_ner.py."""
     made = []
     for row in rows:
         words = row.split()
@@ -71,7 +71,7 @@ def tagged(tokenizer, rows: list[str]) -> list[dict]:
 
 
 def chosen(tokenizer, rows: list[str]) -> list[dict]:
-    """A beginning with two endings each, of which one repeats its first letter, as run_swag.py does."""
+    """Return rows of a beginning with two endings, of which one repeats its first letter, as in run_swag.py."""
     made = []
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         right = len(row) % 2
@@ -81,7 +81,7 @@ def chosen(tokenizer, rows: list[str]) -> list[dict]:
 
 
 def answered(tokenizer, rows: list[str]) -> list[dict]:
-    """Windows over a context, padded to one length, with the tokens of the answer, as run_qa.py does."""
+    """Return windows over a context, padded to one length, with the tokens of the answer, as in run_qa.py."""
     made = []
     for row in rows:
         where = 2 * (len(row) // 4)  # letters have spaces between them
@@ -129,7 +129,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A folder with a model and a tokenizer, as a script is given."""
+    """A folder with a model and a tokenizer, the input of a script."""
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     tokenizer = transformers.BertTokenizerFast(
@@ -145,12 +145,12 @@ def checkpoint(tmp_path_factory) -> Path:
 def data_of(task: Task, checkpoint: Path) -> tuple[list[dict], Callable]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     collate = task.collator(tokenizer)
-    # A dataset gives a new dictionary each time, which some collators change.
+    # Copies, because some collators change the rows.
     return task.features(tokenizer, texts()), lambda rows: collate([dict(row) for row in rows])
 
 
 def opened(library, prefix: str, task: Task, checkpoint: Path) -> nn.Module:
-    """A script's model; the head's new weights are the same each time."""
+    """Open a script's model; the new weights of its head are the same in each call."""
     torch.manual_seed(1)
     labels = {"num_labels": 3} if task.model == "TokenClassification" else {}
     model = getattr(library, prefix + task.model).from_pretrained(checkpoint, **labels)
@@ -160,7 +160,7 @@ def opened(library, prefix: str, task: Task, checkpoint: Path) -> nn.Module:
 
 
 def zero_at_padding(module, arguments, keywords, outputs):
-    """Make of a transformers model what "what differs" says of fused ones: hidden states at padding are zero."""
+    """Set hidden states of a transformers model to zero at padding, as "what differs" says of fused models."""
     mask = keywords["attention_mask"] if "attention_mask" in keywords else arguments[1]
     outputs.last_hidden_state = outputs.last_hidden_state * mask[..., None]
     return outputs
@@ -170,7 +170,7 @@ def zero_at_padding(module, arguments, keywords, outputs):
 
 
 def run_trainer(library, task: Task, checkpoint: Path, folder: Path) -> tuple[list[float], dict, np.ndarray]:
-    """The losses of the steps, the evaluation's metrics, and the predictions."""
+    """Return the loss of each step, the evaluation metrics, and the predictions."""
     transformers.set_seed(3)
     rows, collator = data_of(task, checkpoint)
     arguments = transformers.TrainingArguments(
@@ -237,7 +237,7 @@ def test_a_script_with_trainer_has_the_losses_and_metrics_of_transformers(name, 
 def run_accelerate(
     library, task: Task, checkpoint: Path, folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """The losses of the steps, and the logits at tokens of an evaluation: in bf16, or in float64 for the truth."""
+    """Return the loss of each step and the logits of tokens in evaluation: in bf16, or in float64 for the truth."""
     transformers.set_seed(3)
     accelerate.state.AcceleratorState._reset_state(True)
     precision = "no" if dtype == torch.float64 else "bf16"

@@ -1,4 +1,4 @@
-"""`bertfast.BertX`: transformers' own classes, fused, with all that is inherited from them."""
+"""`bertfast.BertX`: fused subclasses of transformers' classes, with everything that they inherit."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def test_a_live_model_becomes_one_of_the_same_class_and_back():
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"])
-def test_a_patched_model_makes_and_loads_others_of_its_class(name, tmp_path):
+def test_the_class_of_a_patched_model_constructs_and_loads_models(name, tmp_path):
     model = make(getattr(transformers, name))
     expected = model(IDS)[0]
     bertfast.patch(model)
@@ -184,7 +184,7 @@ print(before == state())
         "import bertfast.cli.main; bertfast.cli.main.main(['doctor', '--device', 'cpu'])",
     ],
 )
-def test_what_needs_no_model_does_without_transformers(code):
+def test_commands_without_models_do_not_import_transformers(code):
     code += "; import sys; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "False"
@@ -199,7 +199,7 @@ def test_an_auto_class_gives_the_fused_class(tmp_path):
     assert type(bertfast.AutoModelForMaskedLM.from_config(config())) is bertfast.BertForMaskedLM
 
 
-def test_an_auto_class_leaves_an_unsupported_family_as_it_is_and_says_so_once(caplog):
+def test_an_auto_class_warns_once_of_an_unsupported_family_and_does_not_change_it(caplog):
     other = transformers.MPNetConfig(**{name: x for name, x in SIZES.items() if name != "type_vocab_size"})
     with caplog.at_level(logging.WARNING, "bertfast"):
         model = bertfast.AutoModel.from_config(other)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("small_batches_are_packed")
 
 
 class Operations(TorchDispatchMode):
-    """Notes the name of each operation that runs."""
+    """Records the name of each operation that runs."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of(model, **changes) -> list[str]:
-    """The operations of a forward and a backward pass over a batch with padding."""
+    """Return the operations of a forward and a backward pass over a batch with padding."""
     values = batch() | changes
     with Operations() as operations:
         model(**values).loss.backward()
@@ -75,7 +75,7 @@ def test_without_the_library_large_batches_in_fp32_are_packed(slots, columns, is
     assert (operations_of(model) != operations_of(plain)) == is_packed
 
 
-def test_kernels_are_looked_for_at_each_call():
+def test_kernel_support_is_decided_at_each_call():
     plain = live()
     model = copy.deepcopy(plain)
     bertfast.patch(model)

@@ -134,7 +134,7 @@ def test_unpatching_restores_the_model():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_is_patched_and_on_its_own(copied):
+def test_a_copy_is_patched_and_independent(copied):
     model = live()
     bertfast.patch(model)
     expected = outputs_of(model).logits

@@ -14,7 +14,7 @@ TARGETS = (["query", "value"], ["query", "key", "value", "dense"], ["word_embedd
 
 
 def losses(targets: list[str], when: str | None, **options) -> list[float]:
-    """Of five steps of a tiny model with adapters, patched before or after they came, or not at all."""
+    """Return the losses of five steps of a tiny model with adapters: patched before or after adding them, or not."""
     torch.manual_seed(0)
     nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES | nothing))

@@ -13,7 +13,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def gradient_penalty(model: nn.Module, values: dict[str, Tensor]) -> Results:
-    """The loss, its gradient by the embeddings of words, and the gradient of that one's square by all parameters."""
+    """Return the loss, its gradient with respect to word embeddings, and the gradients of that gradient's square."""
     model.zero_grad()
     values = dict(values)
     embeddings = model.get_input_embeddings()(values.pop("input_ids")).detach().requires_grad_()

@@ -32,7 +32,7 @@ def encoder(folder: Path, pooling: str = "mean"):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
-def test_embeddings_stay(folder, pooling):
+def test_embeddings_are_the_same(folder, pooling):
     model = encoder(folder, pooling)
     expected = model.encode(TEXTS, convert_to_tensor=True)
     report = bertfast.patch(model)
@@ -87,7 +87,7 @@ def test_multiple_negatives_ranking_trains_the_same(folder):
     assert losses[0][-1] < losses[0][0]
 
 
-def test_the_similarities_of_a_published_model_stay():
+def test_the_similarities_of_a_published_model_are_the_same():
     folder = next(Path(__file__).parents[2].glob("build/minilm/*/model"), None)
     if folder is None:
         pytest.skip("`make build/minilm` fetches all-MiniLM-L6-v2")

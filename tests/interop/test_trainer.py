@@ -25,7 +25,7 @@ HEADS = {
 
 
 def samples(kind: str, count: int = ROWS) -> list[dict]:
-    """Samples of different lengths, and with different numbers of labels where tokens have them."""
+    """Return samples of different lengths, with different numbers of labels if tokens are labelled."""
     generator = torch.Generator().manual_seed(0)
 
     def random(high, *shape):
@@ -49,7 +49,7 @@ def samples(kind: str, count: int = ROWS) -> list[dict]:
 
 
 def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch padded to its longest sample; for choices, each sample twice."""
+    """Return a batch padded to its longest sample; for multiple choice each sample twice."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {}
     for name in rows[0]:
@@ -66,7 +66,7 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def doubled(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Each sample as two choices, the second with other words."""
+    """Return each sample as two choices, the second with other words."""
     batch = padded(rows)
     labels, words = batch.pop("labels"), batch["input_ids"]
     batch = {name: torch.stack([x, (x - 1).clamp(min=0) if x is words else x], 1) for name, x in batch.items()}
@@ -109,7 +109,7 @@ def test_a_step_is_the_same_however_it_is_accumulated(name, tmp_path):
     kind = HEADS[name]
     rows = samples(kind)
     if name in ("BertForPreTraining", "BertForQuestionAnswering"):
-        # Their loss is a mean of means: the same where each part has as many labels and no padding.
+        # transformers' loss is a mean of means: equal if each part has as many labels and no padding.
         rows = [rows[3]] * ROWS
     collator = doubled if name == "BertForMultipleChoice" else padded
     steps = []
@@ -178,13 +178,13 @@ def test_samples_that_cannot_be_packed_are_refused(samples, message):
         bertfast.PaddingFreeCollator()(samples)
 
 
-def test_labels_go_by_any_of_their_names():
+def test_labels_may_have_any_of_their_names():
     for name in ("labels", "label", "label_ids"):
         batch = bertfast.PaddingFreeCollator()([{"input_ids": [2, 3], name: 1}, {"input_ids": [2, 4, 3], name: 0}])
         assert batch["labels"].tolist() == [1, 0]
 
 
-def test_a_batch_without_padding_leaves_out_what_a_mask_does():
+def test_a_batch_without_padding_excludes_masked_tokens():
     padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "labels": [-100, 1, 2]}
     batch = bertfast.PaddingFreeCollator("a tokenizer")(
         [padded, {"input_ids": [8], "attention_mask": [1], "labels": [3]}]
@@ -249,7 +249,7 @@ def test_accelerate_splits_no_layer_and_keeps_ties(tmp_path):
     import accelerate
 
     model = model_of("BertForMaskedLM")
-    whole = {*model._no_split_modules, *model.bert._no_split_modules}  # before version 5 a head has none of its own
+    whole = {*model._no_split_modules, *model.bert._no_split_modules}  # before version 5 a head has no list of its own
     assert whole >= {"BertLayer"}
     devices = accelerate.infer_auto_device_map(
         model, max_memory={0: 60_000, "cpu": 10**9}, no_split_module_classes=[*whole]

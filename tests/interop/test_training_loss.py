@@ -63,7 +63,7 @@ def request_logits(model):
 
 
 @pytest.mark.parametrize("change", [watch_decoder, watch_head, watch_encoder, request_logits, nn.Module.eval])
-def test_logits_are_there_where_someone_may_read_them(trained, change):
+def test_logits_are_computed_if_they_may_be_read(trained, change):
     patched, plain, values = trained
     change(patched)
     outputs, expected = patched(**values), plain(**values)
@@ -72,7 +72,7 @@ def test_logits_are_there_where_someone_may_read_them(trained, change):
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
-def test_logits_are_there_where_records_are_asked_for(trained, asked):
+def test_logits_are_computed_with_hidden_states_or_attentions(trained, asked):
     patched, plain, values = trained
     outputs, expected = patched(**values, **{asked: True}), plain(**values, **{asked: True})
     torch.testing.assert_close(logits_of(outputs)[MASK], logits_of(expected)[MASK], rtol=1e-4, atol=1e-5)

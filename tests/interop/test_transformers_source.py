@@ -22,7 +22,7 @@ SUITES = (
     "speech_encoder_decoder",
     "grounding_dino",
 )
-# Plugins of pytest that fuse models: every one when it is made, or by other classes.
+# pytest plugins that fuse models: each on construction, or by replacing classes.
 PLUGINS = ("patch_everything", "replace_classes")
 # Tests that pass with transformers' models and may fail with fused ones, and the entry of "what differs" that says so.
 EXCEPTIONS: dict[str, str] = {}
@@ -59,7 +59,7 @@ def broken_by_fusing(source: Path, suite: str, folder: Path, plugin: str) -> set
 @pytest.mark.skipif("TRANSFORMERS_SOURCE" not in os.environ, reason="TRANSFORMERS_SOURCE names no source tree")
 @pytest.mark.parametrize("plugin", PLUGINS)
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_test_of_theirs_that_passes_passes_fused(suite, plugin, tmp_path):
+def test_each_test_that_passes_with_transformers_passes_fused(suite, plugin, tmp_path):
     source = Path(os.environ["TRANSFORMERS_SOURCE"])
     assert broken_by_fusing(source, suite, tmp_path, plugin) <= EXCEPTIONS.keys()
 

@@ -1,4 +1,4 @@
-"""Initialisation, and what a model refuses to take, in one sentence each."""
+"""Initialisation, and the messages for unsupported input."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_initialisation_is_the_papers(case):
         if isinstance(module, nn.Linear | nn.Embedding):
             assert module.weight.abs().max() <= 0.1, name
     assert (model.get_input_embeddings().weight[0] == 0).all()
-    # The standard deviation of a normal distribution cut off at two of its own.
+    # The standard deviation of a normal distribution truncated at two standard deviations.
     cut = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
     wide = [p for name, p in model.named_parameters() if name.endswith("intermediate.dense.weight")]
     assert abs(torch.stack(wide).std() / (0.05 * cut) - 1) < 0.03
@@ -76,7 +76,7 @@ def test_initialisation_is_the_papers(case):
         ),
     ],
 )
-def test_input_that_does_not_fit_is_refused(arguments, sentence):
+def test_input_of_wrong_shape_is_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         unpad(**{"input_ids": None} | arguments, positions=16)
 
@@ -90,7 +90,7 @@ def test_packed_positions_stay_within_their_sequences(model):
 
 
 def test_a_projection_that_is_not_plain_is_called():
-    """A hook, another class, or another `forward` around a linear layer must see the call."""
+    """A linear layer with a hook, of another class or with another `forward` is called."""
     case = BY_NAME["masked_lm"]
     model, _ = models(case)
     packed, _ = unpad(inputs(case, "right")["input_ids"], positions=16)

@@ -1,4 +1,4 @@
-"""Files: what programs save transformers opens, and the other way round; what does not fit is named."""
+"""Saved models open in transformers and the other way round; messages name what does not fit."""
 
 import json
 
@@ -22,21 +22,21 @@ def assert_same_weights(model, other) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A masked-LM model's folder, as transformers writes it."""
+    """The folder of a masked-LM model, written by transformers."""
     models(MASKED_LM)[1].save_pretrained(tmp_path)
     return tmp_path
 
 
 def rewrite(folder, change) -> None:
-    """Replace the weights of a folder by what `change` makes of them."""
+    """Apply `change` to the weights of a folder."""
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["own tensors", "gathered"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_ours_opens_in_transformers(case, gathered, tmp_path):
-    """Also where each name has a tensor of its own, as when those of several ranks are gathered."""
+def test_a_saved_model_opens_in_transformers(case, gathered, tmp_path):
+    """Also if each name has its own tensor, as after gathering shards of several ranks."""
     fused, _ = models(case)
     save(fused, tmp_path, {name: x.clone() for name, x in fused.state_dict().items()} if gathered else None)
     hf, report = getattr(transformers, case.class_name).from_pretrained(
@@ -51,7 +51,7 @@ def test_ours_opens_in_transformers(case, gathered, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_theirs_opens_here(case, tmp_path):
+def test_a_model_saved_by_transformers_opens(case, tmp_path):
     _, hf = models(case)
     hf.save_pretrained(tmp_path)
     fused, missing, unexpected = load(getattr(bertfast, case.class_name), tmp_path)
@@ -126,7 +126,7 @@ def test_a_bare_encoder_opens_under_a_head_and_the_other_way_round(tmp_path):
         assert torch.equal(again.state_dict()[name], x)
 
 
-def test_a_head_for_something_else_is_initialised_as_without_a_checkpoint(tmp_path):
+def test_a_head_of_another_task_is_initialised_as_without_a_checkpoint(tmp_path):
     model, _ = models(BY_NAME["token"])
     save(model, tmp_path)
     torch.manual_seed(3)
@@ -179,7 +179,7 @@ def test_ties_survive_moving_saving_and_loading(tied, tmp_path):
     ("name", "class_name", "vocabulary"),
     [("bert-xsmall-dummy", "BertModel", 250), ("camphr-ner-bert", "BertForTokenClassification", 402)],
 )
-def test_checkpoints_from_elsewhere(name, class_name, vocabulary, shared_data):
+def test_checkpoints_of_other_formats(name, class_name, vocabulary, shared_data):
     folder = shared_data / "checkpoint" / name
     fused, *_ = load(getattr(bertfast, class_name), folder)
     hf = (

@@ -1,4 +1,4 @@
-"""Configurations are transformers'; what programs read of them, and change in them."""
+"""Configurations of transformers, read and changed by programs."""
 
 import json
 
@@ -15,7 +15,7 @@ def test_the_configuration_is_that_of_transformers():
     assert bertfast.BertConfig is transformers.BertConfig
 
 
-def test_what_is_not_ours_survives(tmp_path):
+def test_unknown_entries_are_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 24, "my_note": [1, "two"]}))
     read_config(tmp_path).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["my_note"] == [1, "two"]
@@ -31,7 +31,7 @@ def test_changes_override_the_file(tmp_path):
     assert (named.num_labels, named.id2label, named.label2id) == (2, {0: "no", 1: "yes"}, {"no": 0, "yes": 1})
 
 
-def test_parts_of_ours_have_a_type_of_their_own_and_survive(tmp_path):
+def test_extensions_have_their_own_model_type_and_are_kept(tmp_path):
     bertfast.BertConfig(**SIZES).save_pretrained(tmp_path)
     read_config(tmp_path, bilstm=True, lstm_size=7).save_pretrained(tmp_path)
     config = read_config(tmp_path)
@@ -50,7 +50,7 @@ def test_presets_have_the_published_sizes(name, layers, hidden):
     assert (config.hidden_size // config.num_attention_heads, config.vocab_size) == (64, 64)
 
 
-def test_foreign_and_unknown_names_are_refused(tmp_path):
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

@@ -51,8 +51,8 @@ def masks(case, mask: Tensor) -> Iterator[Tensor]:
         yield hidden(HIDDEN_P, "output", layer)
 
 
-def with_our_masks(model, case, values, mask, monkeypatch) -> Results:
-    """Results of Hugging Face's model in training mode; `mask` is [rows, columns], choices being rows."""
+def with_dropout_masks(model, case, values, mask, monkeypatch) -> Results:
+    """Return the results of transformers' model in training mode; `mask` is [rows, columns], one row per choice."""
     waiting = masks(case, mask)
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -85,14 +85,14 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
         mask = values["attention_mask"].flatten(0, 1).bool()
         assert len(mask) == CHOICES * len(values["labels"])
     fused.config.return_logits = True
-    truth = with_our_masks(double(hf), case, values, mask, monkeypatch)
-    their_results = with_our_masks(hf, case, values, mask, monkeypatch)
+    truth = with_dropout_masks(double(hf), case, values, mask, monkeypatch)
+    their_results = with_dropout_masks(hf, case, values, mask, monkeypatch)
     torch.manual_seed(SEED)
     our_results = results(fused.train(), values, attended_outputs(case, mask))
     assert_parity(our_results, their_results, truth)
 
     if "labels" in values and "tokens" in case.targets and case.class_name != "BertLMHeadModel":
-        # Without logits the loss takes another way, on the masked rows alone.
+        # Without logits the loss is computed only on labelled rows.
         fused.config.return_logits = False
         torch.manual_seed(SEED)
         short = results(fused, values, attended_outputs(case, mask))
@@ -104,7 +104,7 @@ def test_parity_with_the_same_masks(case, padding, monkeypatch):
         assert_parity(short, their_results, truth)
 
 
-def test_evaluation_drops_nothing_and_training_draws_anew():
+def test_dropout_is_off_in_evaluation_and_drawn_at_each_training_call():
     case = CASES[0]
     fused, _ = models(case)
     values = inputs(case, "right")

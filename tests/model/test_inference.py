@@ -1,4 +1,4 @@
-"""What inference does not need: copies of weights, and fresh pages."""
+"""Inference copies no weights, and reuses freed memory."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ IDS = torch.arange(24).view(2, 12)
 
 
 class Concatenated(TorchDispatchMode):
-    """Notes where the memory of all tensors is that are concatenated."""
+    """Records the addresses of all tensors that are concatenated."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Concatenated(TorchDispatchMode):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_weights_are_concatenated_only_for_a_gradient(gradient, monkeypatch):
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)  # which takes no part of a tensor to write to
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)  # it cannot write to a part of a tensor
     model = bertfast.BertModel(CONFIG).eval()
     with torch.set_grad_enabled(gradient), Concatenated() as concatenated:
         model(torch.arange(96).view(-1, 12) % 50)
@@ -40,7 +40,7 @@ def test_weights_are_concatenated_only_for_a_gradient(gradient, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [24, 96])  # fewer and more than the hidden width
-def test_what_is_computed_without_a_gradient_is_what_is_computed_with_one(tokens):
+def test_inference_equals_the_forward_pass_of_training(tokens):
     model = bertfast.BertModel(CONFIG).eval()
     ids = torch.arange(tokens).view(-1, 12) % 50
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_packed_input_gives_the_same_rows():
 
 @pytest.mark.slow
 def test_freed_memory_is_kept():
-    """What a process still holds of a tensor of 48 MB that it has freed; in one of its own, which this changes."""
+    """A freed tensor of 48 MB stays with the process; a new process, as this changes the allocator."""
     code = """
 import sys, torch
 from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory

@@ -38,7 +38,7 @@ def test_packed_is_padded(case, train, padding_slots):
     model, _ = models(case, max_position_embeddings=12, classifier_dropout=0.0)
     model.train(train)
     values = inputs(case, "right")
-    if case.class_name in ("BertForQuestionAnswering", "BertLMHeadModel"):  # transformers' losses know rows alone
+    if case.class_name in ("BertForQuestionAnswering", "BertLMHeadModel"):  # transformers computes these losses by rows
         values = {name: x for name, x in values.items() if name not in ("labels", "start_positions", "end_positions")}
     model.config.use_cache = False
     without_padding, mask = packed(values, padding_slots)
@@ -76,7 +76,7 @@ def test_neighbours_in_a_batch_change_nothing(train):
     assert not torch.equal(outputs[0].pooler_output[1], outputs[1].pooler_output[1])
 
 
-def test_what_stands_at_padding_changes_nothing_and_zero_comes_back():
+def test_padding_tokens_change_nothing_and_have_zero_hidden_states():
     model, _ = models(CASES[0])
     values, mask = inputs(CASES[0], "inside"), attended("inside")
     others = values | {"input_ids": values["input_ids"].masked_fill(~mask, 9)}
@@ -92,7 +92,7 @@ def test_wider_padding_changes_nothing():
     assert torch.equal(model(**wider).last_hidden_state[:, :11], model(**values).last_hidden_state)
 
 
-def test_a_row_without_tokens_is_finite_and_disturbs_no_other():
+def test_a_row_without_tokens_is_finite_and_does_not_affect_others():
     case = next(case for case in CASES if case.name == "next_sentence")
     model, _ = models(case)
     values = inputs(case, "right")
@@ -104,7 +104,7 @@ def test_a_row_without_tokens_is_finite_and_disturbs_no_other():
     torch.testing.assert_close(alone.logits, outputs.logits[:1])
 
 
-def test_positions_and_types_may_be_given():
+def test_position_ids_and_token_type_ids_are_read():
     model, _ = models(CASES[0])
     values = inputs(CASES[0], "right")
     columns = values["input_ids"].shape[1]
@@ -116,7 +116,7 @@ def test_positions_and_types_may_be_given():
     assert torch.equal(model(**without).last_hidden_state, model(**zero).last_hidden_state)
 
 
-def test_embedded_input_is_input():
+def test_inputs_embeds_are_read():
     model, _ = models(CASES[0])
     values = inputs(CASES[0], "first")
     embedded = model.get_input_embeddings()(values["input_ids"])

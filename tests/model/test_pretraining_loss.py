@@ -1,4 +1,4 @@
-"""`pretraining_loss` runs the last layer on fewer rows and never makes the logits: same loss, same gradients."""
+"""`pretraining_loss` runs the last layer on fewer rows, without logits: same loss, same gradients."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -39,7 +39,7 @@ def batch(padding_slots: int = 0, *, pairs: bool = True) -> Batch:
 
 
 def full_loss(model, batch: Batch, train: bool) -> torch.Tensor:
-    """The same from the encoder's whole output, by the heads of transformers with all their logits."""
+    """Compute the same from the encoder's whole output, by the heads of transformers with all logits."""
     packed = encoder.pack(
         model.train(train), batch.token_ids[None], batch.sequences.cu_seqlens, batch.token_type_ids[None]
     )
@@ -57,7 +57,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_is_the_full_computation(train, layers):
+def test_loss_and_gradients_equal_those_of_the_full_computation(train, layers):
     model = models(BY_NAME["pretraining"], num_hidden_layers=layers)[0].double()
     given = batch()
     torch.manual_seed(5)
@@ -90,7 +90,7 @@ def test_counts_are_those_of_the_logits():
 
 @pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_unused_places_change_nothing(train, pairs):
+def test_padding_slots_change_nothing(train, pairs):
     model = models(BY_NAME["pretraining"])[0].double()
     seed = torch.tensor(99) if train else None
     results = []
@@ -104,7 +104,7 @@ def test_unused_places_change_nothing(train, pairs):
         torch.testing.assert_close(padded[name], gradient, msg=f"{name}: {{}}".format)
 
 
-def test_masked_lm_alone_needs_no_pooler():
+def test_masked_lm_without_pairs_needs_no_pooler():
     model, _ = models(BY_NAME["masked_lm"])
     sums = encoder.pretraining_loss(model, batch(pairs=False), None)
     assert (sums.next_sentence.item(), sums.pairs.item()) == (0, 0)
@@ -112,8 +112,8 @@ def test_masked_lm_alone_needs_no_pooler():
     assert model.get_input_embeddings().weight.grad.isfinite().all()
 
 
-def test_the_whole_is_the_sum_of_its_parts():
-    """Micro-batches give the loss and the gradients of the batch, dropout included."""
+def test_micro_batches_sum_to_the_whole_batch():
+    """Micro-batches have the loss and the gradients of the whole batch, with dropout."""
     model = models(BY_NAME["pretraining"])[0].double()
     seed, whole = torch.tensor(99), batch()
     sums = encoder.pretraining_loss(model, whole, seed)

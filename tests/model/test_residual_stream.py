@@ -1,4 +1,4 @@
-"""Under autocast the residual stream keeps its precision, and layers hand each other the copy that GEMMs read."""
+"""Under autocast the residual stream keeps its precision, and layers pass on the copy that GEMMs read."""
 
 import sys
 from functools import partial
@@ -18,7 +18,7 @@ from bertfast.ops import native
 from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.sequences import Sequences
 
-TOKENS = 37  # the size of no other dimension
+TOKENS = 37  # no other dimension has this size
 FLOAT, HALF = torch.float32, torch.bfloat16
 STREAMS = pytest.mark.parametrize("residual_dtype", [None, HALF], ids=["fp32", "bf16"])
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=st
 
 
 class Passes(TorchDispatchMode):
-    """Notes operations that only cast, copy or add activations, those of TOKENS rows."""
+    """Records operations that only cast, copy or add activations, recognised by their TOKENS rows."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def autocast():
 
 
 def passes(layers: int, residual_dtype) -> tuple[list[str], list[str]]:
-    """Return what `Passes` notes in a forward and in a backward pass of the encoder."""
+    """Return what `Passes` records in a forward and in a backward pass of the encoder."""
     made, packed = model(layers), tokens()
     with Passes() as forward, autocast():
         hidden = encoder.encode(made, packed, residual_dtype=residual_dtype)
@@ -102,14 +102,14 @@ def test_layers_neither_cast_nor_add_activations(layers, residual_dtype):
 
 
 def test_casts_and_additions_would_be_noticed(monkeypatch):
-    """Layers that hand on the stream alone cast it once each way, and add gradients once, between any two."""
+    """Between layers that pass on only the stream it is cast once in each direction; gradients are added once."""
     monkeypatch.setattr(sys.modules["bertfast.encoder.encode"], "_takes_copy", lambda module: False)
     forward, backward = passes(4, None)
     assert forward == ["_to_copy"] * 4
     assert sorted(backward) == ["_to_copy"] * 4 + ["add"] * 4
 
 
-def test_handing_on_copies_changes_no_bit(monkeypatch):
+def test_passing_on_copies_is_bitwise_identical(monkeypatch):
     handed_on = results(model(3))
     monkeypatch.setattr(sys.modules["bertfast.encoder.encode"], "_takes_copy", lambda module: False)
     assert_same_bits(handed_on, results(model(3)))
@@ -136,7 +136,7 @@ def test_hidden_states_that_are_read_have_gradients():
 
 @pytest.mark.parametrize("recomputed", [(0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputed_layers_change_no_bit(recomputed, reentrant):
+def test_recomputed_layers_are_bitwise_identical(recomputed, reentrant):
     plain, made = results(model(3)), model(3)
     for index in recomputed:
         module = made.encoder.layer[index]
@@ -148,7 +148,7 @@ def test_recomputed_layers_change_no_bit(recomputed, reentrant):
     assert_same_bits(plain, [hidden, *parameters])
 
 
-def test_hooks_see_the_residual_stream_alone():
+def test_hooks_see_only_the_residual_stream():
     made, seen = model(3), []
 
     def double(module, arguments, output):
@@ -171,10 +171,10 @@ def test_linear_layers_that_are_called_read_the_residual_stream():
     assert set(seen.values()) == {FLOAT}
     assert len(seen) == 2
     for a, b in zip(plain, called, strict=True):
-        assert (a - b).norm() < 0.02 * max(a.norm(), 1)  # three GEMMs round apart from one
+        assert (a - b).norm() < 0.02 * max(a.norm(), 1)  # three GEMMs round differently from one
 
 
-def test_a_bf16_stream_is_near_the_fp32_stream_and_not_the_same():
+def test_a_bf16_stream_is_close_to_the_fp32_stream():
     wide, narrow = results(model(3)), results(model(3), residual_dtype=HALF)
     assert narrow[0].dtype == HALF
     difference = (narrow[0].float() - wide[0]).norm() / wide[0].norm()
