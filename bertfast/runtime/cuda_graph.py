@@ -110,8 +110,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
-    default = torch.cuda.current_stream(device)
+    stream, default = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(default)
     with torch.cuda.stream(stream):
         yield

@@ -57,7 +57,7 @@ def test_the_report_says_why_the_reference_runs(report, monkeypatch):
 
 def test_an_unavailable_device_is_refused(capsys):
     assert main(["doctor", "--device", "nonsense"]) == 1
-    assert capsys.readouterr().err.startswith("bertfast doctor: device 'nonsense' is not ")
+    assert capsys.readouterr().err.startswith("bertfast doctor: --device nonsense is not available: ")
 
 
 def test_json_holds_everything_that_the_text_reports(report, capsys):
