@@ -17,7 +17,7 @@ attention_mask = (torch.arange(64) < torch.randint(8, 65, (8, 1))).long()
 
 with torch.no_grad():
     before = model(input_ids, attention_mask=attention_mask).pooler_output
-    print(bertfast.patch(model))  # what is fused, what is not, and why
+    print(bertfast.patch(model))  # fused: 3 (the embeddings and two layers), left to transformers: 0
     after = model(input_ids, attention_mask=attention_mask).pooler_output
 torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 bertfast.unpatch(model)

@@ -11,7 +11,7 @@ from tiny_model import save_tiny_model
 import bertfast
 
 with tempfile.TemporaryDirectory() as temporary:
-    source = sys.argv[1] if len(sys.argv) > 1 else save_tiny_model(Path(temporary, "model"))
+    source = sys.argv[1] if len(sys.argv) > 1 else save_tiny_model(Path(temporary), bertfast.BertModel)
     model = SentenceTransformer(source, device="cpu")
     texts = ["A short text.", "A text that is a little longer.", "The second reading agreed with the first."]
     before = model.encode(texts)
