@@ -8,7 +8,7 @@ first row or column is kept separate from the range within the tile, and is a mu
 import triton
 import triton.language as tl
 
-# One instruction for both halves of the product; LLVM emits two for the portable form, which the interpreter needs.
+# One instruction for both halves of a · b; LLVM emits two for the portable form, which the interpreter needs.
 _WIDE_MULTIPLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
@@ -25,8 +25,8 @@ def _multiply_wide(a, factor: tl.constexpr):
             pack=1,
         )
     else:
-        product = a.to(tl.uint64) * factor
-        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+        wide = a.to(tl.uint64) * factor
+        return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
 
 
 @triton.jit

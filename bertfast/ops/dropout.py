@@ -186,7 +186,7 @@ def philox(counter: Sequence[Tensor | int], seed: Tensor) -> Tensor:
 
 
 def _philox_rounds(c: list[Tensor], keys: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    # Factors are below 2**32, so the low 64 bits of their product are exact, signed or not, and bits 32 … 63 are the
+    # Factors are below 2**32, so their 64-bit multiplication is exact, signed or not, and bits 32 … 63 are the
     # high word after masking. c[1] and c[3] keep bits above 31, which the mask after the exclusive or clears.
     for key0, key1 in keys:
         a, b = c[0].mul_(_MULTIPLIERS[0]), c[2].mul_(_MULTIPLIERS[1])

@@ -10,7 +10,7 @@
 
 #include "../tensors.h"
 
-// Dot products of bf16 pairs: by the instruction, or emulated in a test build.
+// bf16 dot products: by the instruction, or emulated in a test build.
 #if defined(__AVX512BF16__) && !defined(BERTFAST_PAIRS)
 #define BERTFAST_PAIRS
 #endif
@@ -253,7 +253,7 @@ INLINE void transpose(Words rows[LANES]) {
 // counter words, and on return the four random words, in the lower half of each lane; the upper halves are undefined.
 template <int CALLS>
 INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
-  const auto product = [](Longs x, uint32_t factor) -> Longs {  // 32 x 32 -> 64 bits, of the lower halves
+  const auto multiply = [](Longs x, uint32_t factor) -> Longs {  // 32 x 32 -> 64 bits, of the lower halves
 #if defined(__AVX512F__)
     return (Longs)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
 #elif defined(BERTFAST_AVX2)
@@ -266,7 +266,7 @@ INLINE void philox(Longs (&calls)[CALLS][4], uint64_t seed) {
   UNROLL_FOR (int round = 0; round < 10; ++round) {
     UNROLL_FOR (int i = 0; i < CALLS; ++i) {
       Longs* const c = calls[i];
-      const Longs a = product(c[0], 0xD2511F53), b = product(c[2], 0xCD9E8D57);
+      const Longs a = multiply(c[0], 0xD2511F53), b = multiply(c[2], 0xCD9E8D57);
       c[0] = (b >> 32) ^ (c[1] ^ key0);
       c[1] = b;
       c[2] = (a >> 32) ^ (c[3] ^ key1);

@@ -1,4 +1,4 @@
-"""Tests of the kernels against the reference, one backend per process; `make test` runs all of them.
+"""Tests of the kernels against the reference, one implementation per process; `make test` runs all of them.
 
 pytest tests/kernels                        the compiled library for CPUs; on a machine with a GPU, Triton
 TRITON_INTERPRET=1 pytest tests/kernels     Triton on a CPU, in its interpreter

@@ -65,7 +65,7 @@ def add_layer_norm_pair() -> Tensor:
 
 
 class Weighted(torch.autograd.Function):
-    """The sum of x · weights as fp32, whose gradient is the very tensor `weights`."""
+    """The sum of x · weights as fp32, whose gradient is the tensor `weights` itself."""
 
     @staticmethod
     def forward(ctx, x, weights):

@@ -1,4 +1,4 @@
-"""The table of tiles from which attention's programs in Triton take their work."""
+"""The table of tiles that assigns work to the programs of attention in Triton."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_is_built_without_reading_the_lengths_and_bounded_by_the_capacity():
 
 
 def test_blocks_of_all_shapes_divide_a_tile():
-    """And a long sequence's first tile is not taken for a short sequence: "short" blocks are no larger."""
+    """The first tile of a long sequence is also not mistaken for a short one: "short" blocks are no larger."""
     for table in (_HOPPER, _HOPPER_DROPOUT, _OTHER, _BLACKWELL, _BLACKWELL_CONSUMER, _SINGLE):
         for entries in table.values():
             for _, queries, keys, *_ in (entry for shapes in entries.values() for entry in shapes):

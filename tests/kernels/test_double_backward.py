@@ -1,4 +1,4 @@
-"""Second derivatives of the operators: those of the reference, whatever implementation ran forward."""
+"""Second derivatives of the operators: those of the reference, for each implementation of the forward pass."""
 
 from importlib import import_module
 
@@ -89,7 +89,7 @@ def test_second_derivatives_are_as_accurate_as_the_reference(operator):
 
 @of_each_operator
 def test_a_gradient_penalty_trains_as_with_the_reference(operator):
-    """The loss and the norm of its gradient together: both backward passes meet in one."""
+    """The loss and the norm of its gradient together: both backward passes are combined."""
     make, shapes = CASES[operator]
 
     def penalised(function):
@@ -104,7 +104,7 @@ def test_a_gradient_penalty_trains_as_with_the_reference(operator):
 
 
 def test_an_input_computed_from_another_is_not_counted_twice():
-    """The residual of a layer is what its x was computed from; each gets its own share of the gradient."""
+    """x is computed from the residual, and each gets its own gradient."""
 
     def of_one_input(implementation):
         operator = add_layer_norm(implementation)
@@ -120,7 +120,7 @@ def test_an_input_computed_from_another_is_not_counted_twice():
 
 @of_each_operator
 def test_a_plain_backward_pass_runs_the_kernel(operator, monkeypatch):
-    """Only a pass that is differentiated itself may pay for the reference."""
+    """The reference runs only if the backward pass must be differentiable."""
     make, shapes = CASES[operator]
 
     def refuse(*_):

@@ -64,7 +64,7 @@ def test_the_whole_vocabulary():
 @pytest.mark.parametrize("hidden", [FLOAT, BF16], ids=["fp32", "bf16"])
 def test_under_autocast(hidden):
     actual, expected = under_autocast(kernel, BF16), under_autocast(reference, BF16)
-    compare_with_torch(actual, expected, inputs(100), [hidden, FLOAT, FLOAT], products=BF16)
+    compare_with_torch(actual, expected, inputs(100), [hidden, FLOAT, FLOAT], gemm_dtype=BF16)
 
 
 def test_more_rows_than_a_tile():

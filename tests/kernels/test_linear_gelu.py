@@ -64,7 +64,7 @@ def test_half_precision():
 @pytest.mark.parametrize("hidden", [FLOAT, BF16], ids=["fp32", "bf16"])
 def test_under_autocast(hidden):
     actual, expected = under_autocast(kernel, BF16), under_autocast(reference, BF16)
-    compare_with_torch(actual, expected, inputs(11, 24, 40), [hidden, FLOAT, FLOAT], products=BF16)
+    compare_with_torch(actual, expected, inputs(11, 24, 40), [hidden, FLOAT, FLOAT], gemm_dtype=BF16)
 
 
 def test_stores_the_result_of_the_gemm():

@@ -1,4 +1,4 @@
-"""`add_layer_norm`: bias, dropout, residual and LayerNorm in one."""
+"""`add_layer_norm`: bias, dropout, residual and LayerNorm in one operation."""
 
 import math
 
@@ -19,7 +19,7 @@ def inputs(hidden=6, tokens=5):
     return [normal(tokens, hidden, seed=i) for i in (1, 2)] + [normal(hidden, seed=i) for i in (3, 4, 5)]
 
 
-def ours(x, residual, bias, gamma, beta, dropout=None):
+def add_layer_norm(x, residual, bias, gamma, beta, dropout=None):
     return ops.add_layer_norm(x, residual, bias, gamma, beta, 1e-12, dropout)
 
 
@@ -29,15 +29,17 @@ def composed(x, residual, bias, gamma, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype):
-    compare_with_torch(ours, composed, inputs(48), dtype)
+    compare_with_torch(add_layer_norm, composed, inputs(48), dtype)
 
 
 @pytest.mark.parametrize("p", [0, 0.4])
 def test_gradient_is_the_derivative(p):
     dropout = dropout_over(SEQUENCES, p) if p else None
-    assert torch.autograd.gradcheck(lambda *x: ours(*x, dropout), inputs())
+    assert torch.autograd.gradcheck(lambda *x: add_layer_norm(*x, dropout), inputs())
     x, residual, _, gamma, beta = inputs()
-    assert torch.autograd.gradcheck(lambda *x: ours(x[0], x[1], None, *x[2:], dropout), [x, residual, gamma, beta])
+    assert torch.autograd.gradcheck(
+        lambda *x: add_layer_norm(x[0], x[1], None, *x[2:], dropout), [x, residual, gamma, beta]
+    )
 
 
 def test_dropout_is_its_mask():
@@ -45,14 +47,14 @@ def test_dropout_is_its_mask():
     dropout = dropout_over(SEQUENCES)
     dropped = (x + bias) * hidden_keep(dropout, 20) * dropout.scale
     torch.testing.assert_close(
-        ours(x, residual, bias, gamma, beta, dropout), composed(dropped, residual, 0, gamma, beta)
+        add_layer_norm(x, residual, bias, gamma, beta, dropout), composed(dropped, residual, 0, gamma, beta)
     )
 
 
 def test_residual_decides_the_dtype_and_is_not_rounded():
-    """Under autocast the product is half precision and the residual stream is not."""
+    """Under autocast the output of a GEMM is in half precision and the residual stream is not."""
     x, residual, bias, gamma, beta = (x.float() for x in inputs(48))
-    output = ours(x.bfloat16(), residual, bias, gamma, beta)
+    output = add_layer_norm(x.bfloat16(), residual, bias, gamma, beta)
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, composed(x.bfloat16().float(), residual, bias, gamma, beta))
 
@@ -61,20 +63,20 @@ def test_eps_is_used_in_fp32():
     """1e-12 is 0 in half precision, where a row without variance would be 0 / 0."""
     row = torch.ones(2, 8, dtype=torch.float16)
     weight = torch.ones(8, dtype=torch.float16)
-    assert torch.equal(ours(row, row, None, weight, weight), row)
+    assert torch.equal(add_layer_norm(row, row, None, weight, weight), row)
 
 
-def test_a_row_does_not_depend_on_the_others_even_if_they_are_not_numbers():
+def test_a_row_does_not_depend_on_the_others_even_if_they_are_nan():
     x, residual, *rest = (x.detach() for x in inputs())
-    whole = ours(x, residual, *rest)
-    spoilt = x.clone()
-    spoilt[0] = math.nan
-    assert torch.equal(ours(spoilt, residual, *rest)[1:], whole[1:])
+    whole = add_layer_norm(x, residual, *rest)
+    other = x.clone()
+    other[0] = math.nan
+    assert torch.equal(add_layer_norm(other, residual, *rest)[1:], whole[1:])
 
 
 def test_no_tokens():
     arguments = inputs(tokens=0)
-    output = ours(*arguments)
+    output = add_layer_norm(*arguments)
     output.sum().backward()
     assert output.shape == (0, 6)
     assert torch.equal(arguments[3].grad, torch.zeros(6, dtype=torch.float64))
@@ -87,7 +89,7 @@ def paired(x, residual, bias, gamma, beta, dropout=None, compute_dtype=torch.bfl
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", [None, "reference"])
-def test_the_copy_is_the_output_in_another_dtype_and_leaves_it_as_it_is(residual_dtype, compute_dtype, implementation):
+def test_the_copy_is_the_output_in_another_dtype_and_does_not_change_it(residual_dtype, compute_dtype, implementation):
     x, residual, *rest = (x.detach().float() for x in inputs(48))
     arguments = (x.bfloat16(), residual.to(residual_dtype), *rest, 1e-12, dropout_over(SEQUENCES))
     if compute_dtype not in (residual_dtype, torch.bfloat16):
@@ -96,14 +98,14 @@ def test_the_copy_is_the_output_in_another_dtype_and_leaves_it_as_it_is(residual
     y, copy = ops.add_layer_norm(*arguments, compute_dtype=compute_dtype, implementation=implementation)
     assert (y.dtype, copy.dtype) == (residual_dtype, compute_dtype)
     assert torch.equal(y, alone)
-    if residual_dtype in (torch.float32, compute_dtype):  # else the copy is rounded from what y was rounded from
+    if residual_dtype in (torch.float32, compute_dtype):  # else both are rounded from the same fp32 values
         assert torch.equal(copy, y.to(compute_dtype))
 
 
 @pytest.mark.parametrize("read", [(0, 1), (0,), (1,)], ids=["both", "output alone", "copy alone"])
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_output_and_copy_are_added(read, residual_dtype):
-    """Whichever of the two is read, the gradients are those of the sum of what reads them."""
+    """The gradients are those of the sum of the outputs that are used."""
     weights = [normal(5, 48, seed=seed).detach() for seed in (6, 7)]
     gradients = []
     for truth in (True, False):
@@ -112,14 +114,14 @@ def test_gradients_of_output_and_copy_are_added(read, residual_dtype):
             arguments[0], arguments[1] = arguments[0].bfloat16(), arguments[1].to(residual_dtype)
         arguments = [x.requires_grad_() for x in arguments]
         outputs = paired(*arguments, compute_dtype=torch.float64 if truth else torch.bfloat16)
-        loss = sum((outputs[place].double() * weights[place]).sum() for place in read)
+        loss = sum((outputs[index].double() * weights[index]).sum() for index in read)
         gradients.append(torch.autograd.grad(loss, arguments))
     for exact, gradient in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient.double(), exact, rtol=0.05, atol=0.05)
 
 
 class WithoutGradient(torch.autograd.Function):
-    """x, to which it passes no gradient back."""
+    """Return x and pass no gradient back."""
 
     @staticmethod
     def forward(ctx, x):
@@ -172,18 +174,18 @@ def test_pair_compiles_without_a_graph_break(compute_dtype, residual_dtype):
 def test_wrong_arguments_are_refused():
     x, residual, bias, gamma, beta = inputs()
     with pytest.raises(ValueError, match=r"add_layer_norm: residual must have shape \[5, 6\], got \[4, 6\]"):
-        ours(x, residual[:4], bias, gamma, beta)
+        add_layer_norm(x, residual[:4], bias, gamma, beta)
     with pytest.raises(ValueError, match=r"gamma must have shape \[6\], got \[5\]"):
-        ours(x, residual, bias, gamma[:5], beta)
+        add_layer_norm(x, residual, bias, gamma[:5], beta)
     with pytest.raises(TypeError, match="x must be floating point, got torch"):
-        ours(x.long(), residual, bias, gamma, beta)
+        add_layer_norm(x.long(), residual, bias, gamma, beta)
     with pytest.raises(ValueError, match="beta is on meta, the other tensors are on cpu"):
-        ours(x, residual, bias, gamma, beta.to("meta"))
+        add_layer_norm(x, residual, bias, gamma, beta.to("meta"))
     for dtype in (torch.int8, "bf16"):
         with pytest.raises(TypeError, match=f"compute_dtype must be a floating-point torch.dtype, got {dtype!r}"):
             paired(x, residual, bias, gamma, beta, compute_dtype=dtype)
     with pytest.raises(ValueError, match=r"dropout.sequence_ids must have shape \[5\], got \[7\]"):
-        ours(x, residual, bias, gamma, beta, dropout_over(Sequences.from_lengths([7])))
+        add_layer_norm(x, residual, bias, gamma, beta, dropout_over(Sequences.from_lengths([7])))
 
 
 @pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON))
@@ -193,11 +195,11 @@ def test_a_copy_that_kernels_cannot_write_is_refused_if_they_are_requested():
         ops.add_layer_norm(*arguments, 1e-12, compute_dtype=torch.float16, implementation="cpu")
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_a_dtype_that_no_kernel_takes_with_the_others_is_left_to_the_reference(place):
+@pytest.mark.parametrize("index", range(5))
+def test_the_reference_runs_if_one_argument_is_float64(index):
     arguments = [x.detach().float() for x in inputs()]
-    arguments[place] = arguments[place].double()
-    if place == 0:
+    arguments[index] = arguments[index].double()
+    if index == 0:
         arguments[1] = arguments[1].double()  # the residual has x's dtype or a wider one
     expected = ops.add_layer_norm(*arguments, 1e-12, implementation="reference")
     assert torch.equal(ops.add_layer_norm(*arguments, 1e-12), expected)

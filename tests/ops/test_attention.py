@@ -1,4 +1,4 @@
-"""`attention`: against torch's own, one sequence at a time, and what packing must not change."""
+"""`attention`: against PyTorch on one sequence at a time, and independence of packing."""
 
 import math
 
@@ -20,27 +20,27 @@ LENGTHS = [5, 0, 1, 19, 7]  # an empty sequence, a single token, more than one t
 OPTIONS = [{}, {"causal": True}, {"window": 3}, {"causal": True, "window": 2}, {"scale": 0.7}]
 
 
-def packed(lengths=LENGTHS, tokens=None, heads=2, dimension=4, numbers=None):
-    sequences = Sequences.from_lengths(lengths, capacity=tokens, sequence_ids=numbers)
+def packed(lengths=LENGTHS, tokens=None, heads=2, dimension=4, sequence_ids=None):
+    sequences = Sequences.from_lengths(lengths, capacity=tokens, sequence_ids=sequence_ids)
     return normal(sequences.capacity, 3, heads, dimension), sequences
 
 
 def one_at_a_time(qkv, sequences, *, causal=False, window=None, scale=None, dropout=None):
-    """The same by scaled_dot_product_attention; with dropout, by its parts."""
+    """Compute attention with scaled_dot_product_attention; with dropout, step by step."""
     outputs = []
-    for number, part in zip(
+    for sequence_id, part in zip(
         sequences.sequence_ids, qkv[: sequences.num_tokens].split(list(sequences.lengths)), strict=True
     ):
         length = len(part)
         query, key, value = part.permute(1, 2, 0, 3)
         i, j = torch.arange(length)[:, None], torch.arange(length)
-        visible = (j <= i if causal else i == i) & ((i - j).abs() <= (length if window is None else window))
+        mask = (j <= i if causal else i == i) & ((i - j).abs() <= (length if window is None else window))
         if dropout is None:
-            output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
             scores = query @ key.mT * (scale or 1 / math.sqrt(query.shape[-1]))
-            keep = attention_keep(dropout, number, len(query), length, range(length))
-            probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            keep = attention_keep(dropout, sequence_id, len(query), length, range(length))
+            probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1)
             output = (probabilities * keep * dropout.scale) @ value
         outputs.append(output.transpose(0, 1))
     return torch.cat([*outputs, qkv.new_zeros(sequences.capacity - sequences.num_tokens, *qkv.shape[2:])])
@@ -62,9 +62,9 @@ def test_is_as_accurate_as_torch(options, dtype):
 def test_dropout_is_the_definition(options):
     qkv, sequences = packed(tokens=40)
     options = options | {"dropout": dropout_over(sequences, 0.4)}
-    ours = ops.attention(qkv, sequences, **options)
-    torch.testing.assert_close(ours, one_at_a_time(qkv, sequences, **options))
-    assert not torch.equal(ours, ops.attention(qkv, sequences))
+    output = ops.attention(qkv, sequences, **options)
+    torch.testing.assert_close(output, one_at_a_time(qkv, sequences, **options))
+    assert not torch.equal(output, ops.attention(qkv, sequences))
 
 
 @pytest.mark.parametrize("p", [0, 0.4])
@@ -75,11 +75,11 @@ def test_gradient_is_the_derivative(options, p):
     assert torch.autograd.gradcheck(lambda qkv: ops.attention(qkv, sequences, dropout=dropout, **options), [qkv])
 
 
-@given(lengths=st.lists(st.integers(0, 20), max_size=5), inert=st.integers(0, 3), data=st.data())
+@given(lengths=st.lists(st.integers(0, 20), max_size=5), padding=st.integers(0, 3), data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_order_does_not_matter(lengths, inert, data):
+def test_order_does_not_matter(lengths, padding, data):
     order = data.draw(st.permutations(range(len(lengths))))
-    qkv, sequences = packed(lengths, tokens=sum(lengths) + inert)
+    qkv, sequences = packed(lengths, tokens=sum(lengths) + padding)
     parts = qkv[: sequences.num_tokens].split(lengths)
     permuted = Sequences.from_lengths(
         [lengths[i] for i in order], sequence_ids=list(order), capacity=sequences.capacity
@@ -90,35 +90,35 @@ def test_order_does_not_matter(lengths, inert, data):
         return ops.attention(qkv, sequences, dropout=dropout_over(sequences))
 
     straight = attention(qkv, sequences)[: sequences.num_tokens].split(lengths)
-    other = attention(shuffled, permuted)[: sequences.num_tokens].split(list(permuted.lengths))
-    for place, i in enumerate(order):
-        assert torch.equal(other[place], straight[i])
+    permuted_output = attention(shuffled, permuted)[: sequences.num_tokens].split(list(permuted.lengths))
+    for index, i in enumerate(order):
+        assert torch.equal(permuted_output[index], straight[i])
 
 
-def test_neighbours_do_not_matter_even_if_they_are_not_numbers():
+def test_nan_does_not_leak_between_sequences():
     qkv, sequences = packed()
-    spoilt = qkv.detach().clone()
-    spoilt[:5] = math.nan
-    spoilt[6:25] = 1e30
-    spoilt.requires_grad_()
+    poisoned = qkv.detach().clone()
+    poisoned[:5] = math.nan
+    poisoned[6:25] = 1e30
+    poisoned.requires_grad_()
     dropout = dropout_over(sequences)
     for part in (slice(5, 6), slice(25, 32)):
-        outputs = [ops.attention(x, sequences, dropout=dropout)[part] for x in (qkv, spoilt)]
+        outputs = [ops.attention(x, sequences, dropout=dropout)[part] for x in (qkv, poisoned)]
         assert torch.equal(*outputs)
-        gradients = [torch.autograd.grad(o.square().sum(), x)[0] for o, x in zip(outputs, (qkv, spoilt), strict=True)]
+        gradients = [torch.autograd.grad(o.square().sum(), x)[0] for o, x in zip(outputs, (qkv, poisoned), strict=True)]
         assert torch.equal(gradients[0][part], gradients[1][part])
 
 
-def test_inert_places_are_zero_whatever_they_hold():
+def test_padding_slots_are_zero_even_if_they_hold_nan():
     qkv, sequences = packed([3, 2], tokens=8)
-    spoilt = qkv.detach().clone()
-    spoilt[5:] = math.nan
-    spoilt.requires_grad_()
-    output = ops.attention(spoilt, sequences)
+    poisoned = qkv.detach().clone()
+    poisoned[5:] = math.nan
+    poisoned.requires_grad_()
+    output = ops.attention(poisoned, sequences)
     assert torch.equal(output[5:], torch.zeros_like(output[5:]))
     weights = torch.ones_like(output)
     weights[5:] = math.nan
-    (gradient,) = torch.autograd.grad(output, spoilt, weights)
+    (gradient,) = torch.autograd.grad(output, poisoned, weights)
     assert torch.equal(gradient[5:], torch.zeros_like(gradient[5:]))
     assert gradient[:5].isfinite().all()
 
@@ -172,19 +172,19 @@ def test_wrong_arguments_are_refused():
     assert ops.attention(many, sequences).shape == (5, 256, 1)
 
 
-# The definition, and what stands in for it where no kernel is.
+# The reference, and the fallback where there is no kernel.
 
 
 @pytest.fixture
 def on_a_device(monkeypatch):
-    """As on a GPU, where the host reads no values: the fallback runs the definition on a few sequences at a time."""
+    """As on a GPU, where the host reads no values: the fallback runs the reference on a few sequences at a time."""
     monkeypatch.setattr(sequences_module, "is_readable", lambda x: False)
     monkeypatch.setattr(attention_fallback, "_SCORE_ELEMENTS", 2 * 19**2 * 2)  # two sequences of LENGTHS
 
 
 @pytest.mark.parametrize("p", [0, 0.4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_definition_is_what_torch_computes(options, p):
+def test_the_reference_equals_pytorch(options, p):
     qkv, sequences = packed(tokens=40)
     dropout = dropout_over(sequences, p) if p else None
     weights = normal(40, 2, 4, seed=1).detach()
@@ -195,12 +195,12 @@ def test_the_definition_is_what_torch_computes(options, p):
     ):
         output = function()
         results.append((output, *torch.autograd.grad(output, qkv, weights)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for x, expected in zip(*results, strict=True):
+        torch.testing.assert_close(x, expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_definition_has_a_second_derivative(options):
+def test_the_reference_has_a_second_derivative(options):
     qkv, sequences = packed([3, 0, 1], tokens=6, heads=1, dimension=2)
     dropout = dropout_over(sequences, 0.4)
 
@@ -234,16 +234,16 @@ def test_on_a_device_the_fallback_draws_the_same_dropout(monkeypatch):
     torch.testing.assert_close(attention_fallback.attention(*arguments), by_length)
 
 
-@pytest.mark.parametrize("spoilt", [slice(0, 5), slice(32, 40)], ids=["another sequence", "padding slots"])
-def test_nan_does_not_leak_between_sequences_in_the_definition(spoilt):
+@pytest.mark.parametrize("poisoned", [slice(0, 5), slice(32, 40)], ids=["another sequence", "padding slots"])
+def test_nan_does_not_leak_between_sequences_in_the_reference(poisoned):
     qkv, sequences = packed(tokens=40)
     other = qkv.detach().clone()
-    other[spoilt] = math.nan
+    other[poisoned] = math.nan
     other.requires_grad_()
     weights = torch.ones(40, 2, 4, dtype=qkv.dtype)
-    weights[spoilt] = math.nan
+    weights[poisoned] = math.nan
     kept = torch.ones(40, dtype=torch.bool)
-    kept[spoilt] = False
+    kept[poisoned] = False
     outputs = [ops.attention(x, sequences, implementation="reference") for x in (qkv, other)]
     assert torch.equal(outputs[0][kept], outputs[1][kept])
     gradients = [torch.autograd.grad(o, x, weights)[0] for o, x in zip(outputs, (qkv, other), strict=True)]
@@ -251,7 +251,7 @@ def test_nan_does_not_leak_between_sequences_in_the_definition(spoilt):
     assert gradients[0][kept].isfinite().all()
 
 
-def test_the_definition_takes_fake_tensors():
+def test_the_reference_supports_fake_tensors():
     with FakeTensorMode():
         cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
         sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=7, max_seqlen_bound=4)
@@ -267,7 +267,7 @@ def test_a_query_only_token_attends_without_being_attended_to(window, p):
     qkv, sequences = packed(tokens=40)
     dropout = dropout_over(sequences, p) if p else None
     query = normal(len(LENGTHS), 2, 4)
-    ours = reference.query_only_attention(query, qkv, sequences, 0.5, False, window, dropout)
+    output = reference.query_only_attention(query, qkv, sequences, 0.5, False, window, dropout)
     for row, part in enumerate(qkv[:32].split(LENGTHS)):
         key, value = part[:, 1:].permute(1, 2, 0, 3)
         scores = (query[row][:, None] @ key.mT * 0.5).masked_fill(torch.arange(len(part)) > (window or 99), -math.inf)
@@ -275,9 +275,9 @@ def test_a_query_only_token_attends_without_being_attended_to(window, p):
         if dropout is not None:
             last = range(len(part), len(part) + 1)
             probabilities = probabilities * attention_keep(dropout, row, 2, len(part), last) * dropout.scale
-        torch.testing.assert_close(ours[row], (probabilities @ value)[:, 0])
-    assert torch.equal(ours[1], torch.zeros_like(ours[1])), "an empty sequence gives zero"
+        torch.testing.assert_close(output[row], (probabilities @ value)[:, 0])
+    assert torch.equal(output[1], torch.zeros_like(output[1])), "an empty sequence gives zero"
     causal = reference.query_only_attention(query, qkv, sequences, 0.5, True, window, dropout)
     assert torch.equal(causal, torch.zeros_like(causal))
-    gradients = torch.autograd.grad(ours.sum(), (query, qkv))
+    gradients = torch.autograd.grad(output.sum(), (query, qkv))
     assert all(x.isfinite().all() for x in gradients)

@@ -1,4 +1,4 @@
-"""`bias_gelu` and `linear_gelu`: the activation after a bias, or after a whole product."""
+"""`bias_gelu` and `linear_gelu`: the activation after a bias, or after a GEMM with a bias."""
 
 import math
 

@@ -57,7 +57,7 @@ def test_philox_gives_the_published_words(counter, seed, words):
     assert plain_philox(list(counter), seed) == expected
 
 
-def test_philox_is_the_same_however_many_counters_it_works_on(monkeypatch):
+def test_philox_does_not_depend_on_the_chunk_size(monkeypatch):
     counter = (torch.arange(7)[:, None], torch.arange(50), 3, 4)
     whole = philox(counter, SEED)
     monkeypatch.setattr("bertfast.ops.dropout._CHUNK", 16)
@@ -66,10 +66,10 @@ def test_philox_is_the_same_however_many_counters_it_works_on(monkeypatch):
 
 
 def test_attention_layout_is_the_definition():
-    number, operation, heads, length = 9, 11, 3, 37
-    sequences = Sequences.from_lengths([length], sequence_ids=[number])
+    sequence_id, operation, heads, length = 9, 11, 3, 37
+    sequences = Sequences.from_lengths([length], sequence_ids=[sequence_id])
     dropout = dropout_of(sequences, operation=operation)
-    keep = attention_keep(dropout, number, heads, length, range(length))
+    keep = attention_keep(dropout, sequence_id, heads, length, range(length))
 
     def group(x: int) -> int:
         return (x >> 4) * 4 + (x >> 1 & 3)
@@ -77,10 +77,10 @@ def test_attention_layout_is_the_definition():
     for head in range(heads):
         for i in range(length):
             for j in range(length):
-                octets = plain_philox([group(j), group(i), number, operation << 8 | head], SEED.item())
+                octets = plain_philox([group(j), group(i), sequence_id, operation << 8 | head], SEED.item())
                 byte = octets[4 * (2 * (i >> 3 & 1) + (j >> 3 & 1)) + 2 * (i & 1) + (j & 1)]
                 assert keep[head, i, j] == (byte >= dropout.threshold), (head, i, j)
-    some = attention_keep(dropout, number, heads, 20, range(19, 35))
+    some = attention_keep(dropout, sequence_id, heads, 20, range(19, 35))
     assert torch.equal(some, keep[:, 19:35, :20])
 
 
@@ -89,25 +89,27 @@ def test_hidden_layout_is_the_definition():
     dropout = dropout_of(sequences, operation=7)
     keep = hidden_keep(dropout, 37)
     assert keep.shape == (7, 37)
-    for token, (number, position) in enumerate([(8, 0), (8, 1), (8, 2), (5, 0), (5, 1), (5, 2), (5, 3)]):
+    for token, (sequence_id, position) in enumerate([(8, 0), (8, 1), (8, 2), (5, 0), (5, 1), (5, 2), (5, 3)]):
         for column in range(37):
-            octets = plain_philox([column // 16, position, number, 7 << 8], SEED.item())
+            octets = plain_philox([column // 16, position, sequence_id, 7 << 8], SEED.item())
             assert keep[token, column] == (octets[column % 16] >= dropout.threshold), (token, column)
 
 
-def test_masks_follow_the_token_not_its_place():
-    lengths, numbers = [5, 2, 9], [70, 3, 41]
+def test_masks_do_not_depend_on_the_slot_of_a_token():
+    lengths, sequence_ids = [5, 2, 9], [70, 3, 41]
     masks = {}
     for order in ([0, 1, 2], [2, 0, 1]):
         sequences = Sequences.from_lengths(
-            [lengths[i] for i in order], sequence_ids=[numbers[i] for i in order], capacity=20 if order[0] else None
+            [lengths[i] for i in order],
+            sequence_ids=[sequence_ids[i] for i in order],
+            capacity=20 if order[0] else None,
         )
         whole = hidden_keep(dropout_of(sequences), 24)[: sequences.num_tokens].split(list(sequences.lengths))
         masks[order[0]] = dict(zip(order, whole, strict=True))
-    for i, (length, number) in enumerate(zip(lengths, numbers, strict=True)):
-        alone = hidden_keep(dropout_of(Sequences.from_lengths([length], sequence_ids=[number])), 24)
+    for i, (length, sequence_id) in enumerate(zip(lengths, sequence_ids, strict=True)):
+        alone = hidden_keep(dropout_of(Sequences.from_lengths([length], sequence_ids=[sequence_id])), 24)
         assert torch.equal(masks[0][i], alone), "a micro-batch of one sequence"
-        assert torch.equal(masks[2][i], alone), "another order, and inert places"
+        assert torch.equal(masks[2][i], alone), "another order, with padding slots"
 
 
 def test_gathered_rows_keep_their_masks():
@@ -122,15 +124,15 @@ def test_gathered_rows_keep_their_masks():
 def test_expectation_is_exact_and_the_rate_is_near_p(p):
     sequences = Sequences.from_lengths([64, 64])
     dropout = dropout_of(sequences, p)
-    chance = (256 - dropout.threshold) / 256
-    assert abs(1 - chance - p) <= 1 / 512
-    assert chance * dropout.scale == 1
+    keep_probability = (256 - dropout.threshold) / 256
+    assert abs(1 - keep_probability - p) <= 1 / 512
+    assert keep_probability * dropout.scale == 1
     for keep in (hidden_keep(dropout, 256), attention_keep(dropout, 1, 4, 128, range(128))):
-        deviation = math.sqrt(chance * (1 - chance) / keep.numel())
-        assert abs(keep.double().mean() - chance) < 4 * deviation
+        deviation = math.sqrt(keep_probability * (1 - keep_probability) / keep.numel())
+        assert abs(keep.double().mean() - keep_probability) < 4 * deviation
 
 
-def test_masks_differ_between_seeds_operations_numbers_positions_and_heads():
+def test_masks_differ_between_seeds_operations_sequences_positions_and_heads():
     base = Sequences.from_lengths([16, 16])
     masks = [
         hidden_keep(dropout_of(base), 64),
@@ -147,10 +149,10 @@ def test_masks_differ_between_seeds_operations_numbers_positions_and_heads():
 def test_operation_ids_are_distinct():
     layers = 48
     sites = ("attention", "attention_output", "output")
-    numbers = [operation_id("embeddings"), operation_id("classifier")]
-    numbers += [operation_id(site, layer) for layer in range(layers) for site in sites]
-    assert len(set(numbers)) == len(numbers)
-    assert max(numbers) << 8 < 1 << 32
+    ids = [operation_id("embeddings"), operation_id("classifier")]
+    ids += [operation_id(site, layer) for layer in range(layers) for site in sites]
+    assert len(set(ids)) == len(ids)
+    assert max(ids) << 8 < 1 << 32
 
 
 @pytest.mark.parametrize(("p", "threshold"), [(0.0, 0), (1e-9, 1), (0.1, 26), (0.5, 128), (0.9999, 255)])
@@ -163,7 +165,7 @@ def test_threshold_is_clamped(p, threshold):
     assert keep.any()
 
 
-def test_nothing_to_drop_is_no_dropout():
+def test_a_probability_of_zero_is_no_dropout():
     sequences = Sequences.from_lengths([8])
     assert RngCoordinates(SEED, sequences.token_sequence_ids, sequences.position).dropout(0.0, "embeddings") is None
 
@@ -178,8 +180,8 @@ def test_masks_of_one_query_per_sequence_are_those_of_the_whole():
     sequences = Sequences.from_lengths([8, 8, 8, 8], sequence_ids=[5, 1, 70, 2])
     dropout = dropout_of(sequences)
     positions = torch.tensor([0, 21, 8, 47])
-    ours = attention_keep_at(dropout, sequences.sequence_ids, 3, 37, positions)
-    assert ours.shape == (4, 3, 37)
-    for row, (number, position) in enumerate(zip(sequences.sequence_ids, positions.tolist(), strict=True)):
-        whole = attention_keep(dropout, number, 3, 37, range(position, position + 1))
-        assert torch.equal(ours[row], whole[:, 0])
+    keep = attention_keep_at(dropout, sequences.sequence_ids, 3, 37, positions)
+    assert keep.shape == (4, 3, 37)
+    for row, (sequence_id, position) in enumerate(zip(sequences.sequence_ids, positions.tolist(), strict=True)):
+        whole = attention_keep(dropout, sequence_id, 3, 37, range(position, position + 1))
+        assert torch.equal(keep[row], whole[:, 0])

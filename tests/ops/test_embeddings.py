@@ -1,4 +1,4 @@
-"""`embeddings`: the sum of three embeddings, normalised."""
+"""`embeddings`: the normalised sum of three embeddings."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def parameters(hidden=5):
     return [normal(rows, hidden) for rows in (7, 6, 2)] + [normal(hidden, seed=i) for i in (1, 2)]
 
 
-def ours(*parameters, tokens=TOKENS, dropout=None, padding_index=None):
+def embeddings(*parameters, tokens=TOKENS, dropout=None, padding_index=None):
     return ops.embeddings(tokens, TYPES, POSITIONS, *parameters, 1e-12, dropout, padding_index=padding_index)
 
 
@@ -30,24 +30,24 @@ def composed(word, position, token_type, gamma, beta, padding_index=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype):
-    compare_with_torch(ours, composed, parameters(48), dtype)
+    compare_with_torch(embeddings, composed, parameters(48), dtype)
 
 
 @pytest.mark.parametrize("p", [0, 0.4])
 def test_gradient_is_the_derivative(p):
     dropout = dropout_over(SEQUENCES, p) if p else None
-    assert torch.autograd.gradcheck(lambda *x: ours(*x, dropout=dropout), parameters())
+    assert torch.autograd.gradcheck(lambda *x: embeddings(*x, dropout=dropout), parameters())
 
 
 def test_dropout_is_its_mask():
     dropout = dropout_over(SEQUENCES)
-    expected = ours(*parameters()) * hidden_keep(dropout, 5) * dropout.scale
-    torch.testing.assert_close(ours(*parameters(), dropout=dropout), expected)
+    expected = embeddings(*parameters()) * hidden_keep(dropout, 5) * dropout.scale
+    torch.testing.assert_close(embeddings(*parameters(), dropout=dropout), expected)
 
 
-def test_padding_word_gets_no_gradient():
+def test_the_padding_entry_gets_no_gradient():
     word, *others = parameters()
-    ours(word, *others, padding_index=0).square().sum().backward()
+    embeddings(word, *others, padding_index=0).square().sum().backward()
     expected = torch.autograd.grad(composed(word, *others, padding_index=0).square().sum(), word)[0]
     torch.testing.assert_close(word.grad, expected)
     assert (word.grad[0] == 0).all()
@@ -56,19 +56,19 @@ def test_padding_word_gets_no_gradient():
 
 def test_embedded_tokens_may_be_given_instead():
     word, *others = parameters()
-    torch.testing.assert_close(ours(word[TOKENS], *others, tokens=None), ours(word, *others))
+    torch.testing.assert_close(embeddings(word[TOKENS], *others, tokens=None), embeddings(word, *others))
 
 
 def test_a_token_does_not_depend_on_the_others():
-    whole = ours(*parameters())
+    whole = embeddings(*parameters())
     some = torch.tensor([5, 2])
     alone = ops.embeddings(TOKENS[some], TYPES[some], POSITIONS[some], *parameters(), 1e-12)
     assert torch.equal(alone, whole[some])
 
 
 def test_rows_are_normalised():
-    *embeddings, gamma, beta = parameters(64)
-    output = ours(*embeddings, torch.ones_like(gamma), torch.zeros_like(beta))
+    *tables, gamma, beta = parameters(64)
+    output = embeddings(*tables, torch.ones_like(gamma), torch.zeros_like(beta))
     torch.testing.assert_close(output.mean(1), torch.zeros(9, dtype=output.dtype))
     torch.testing.assert_close(output.var(1, unbiased=False), torch.ones(9, dtype=output.dtype))
 

@@ -1,4 +1,4 @@
-"""Operators on fake and meta tensors and under torch.compile: results are described without being computed."""
+"""Operators on fake and meta tensors and under torch.compile: shapes and dtypes of results without computing them."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ of_each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda ope
 
 def inputs(operator, device: str = "cpu") -> list[torch.Tensor]:
     shapes = OPERATORS[operator]
-    dtypes = [BF16 if place == 0 and operator is add_layer_norm else FLOAT for place in range(len(shapes))]
+    dtypes = [BF16 if index == 0 and operator is add_layer_norm else FLOAT for index in range(len(shapes))]
     return [
         torch.ones(shape, device=device, dtype=dtype, requires_grad=True)
         for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -82,20 +82,20 @@ def run(operator, implementation=None, device: str = "cpu") -> list[tuple]:
     return described(operator(implementation, *leaves), leaves)
 
 
-def test_every_operator_is_here():
+def test_all_operators_are_tested():
     assert {operator.__name__ for operator in OPERATORS} == set(ops.__all__)
 
 
 @of_each_operator
 @pytest.mark.parametrize("implementation", [None, "reference"])
-def test_fake_tensors_give_what_real_ones_give(operator, implementation):
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(operator, implementation):
     real = run(operator, implementation)
     with FakeTensorMode():
         assert run(operator, implementation) == real
 
 
 @of_each_operator
-def test_meta_tensors_give_what_real_ones_give(operator):
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(operator):
     assert run(operator, device="meta") == run(operator)
 
 

@@ -1,4 +1,4 @@
-"""`gelu_layer_norm`: the masked-LM head's transform."""
+"""`gelu_layer_norm`: the transform of the masked-LM head."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def inputs(hidden, rows=5):
     return [normal(rows, hidden), *(normal(hidden, seed=i) for i in (1, 2, 3))]
 
 
-def ours(x, bias, gamma, beta):
+def gelu_layer_norm(x, bias, gamma, beta):
     return ops.gelu_layer_norm(x, bias, gamma, beta, 1e-12)
 
 
@@ -21,26 +21,26 @@ def test_is_as_accurate_as_torch(dtype):
     def composed(x, bias, gamma, beta):
         return F.layer_norm(F.gelu(x + bias), gamma.shape, gamma, beta, 1e-12)
 
-    compare_with_torch(ours, composed, inputs(48), dtype)
+    compare_with_torch(gelu_layer_norm, composed, inputs(48), dtype)
 
 
 def test_gradient_is_the_derivative():
-    assert torch.autograd.gradcheck(ours, inputs(6))
+    assert torch.autograd.gradcheck(gelu_layer_norm, inputs(6))
 
 
 def test_parameters_decide_the_dtype():
-    """Under autocast the product is half precision and the hidden states are not."""
+    """Under autocast the output of a GEMM is in half precision and the hidden states are not."""
     x, *parameters = (x.float() for x in inputs(16))
-    assert ours(x.bfloat16(), *parameters).dtype == torch.float32
+    assert gelu_layer_norm(x.bfloat16(), *parameters).dtype == torch.float32
 
 
 def test_no_rows():
     arguments = inputs(6, rows=0)
-    ours(*arguments).sum().backward()
+    gelu_layer_norm(*arguments).sum().backward()
     assert torch.equal(arguments[2].grad, torch.zeros_like(arguments[2]))
 
 
 def test_wrong_arguments_are_refused():
     x, bias, gamma, beta = inputs(6)
     with pytest.raises(ValueError, match=r"gelu_layer_norm: beta must have shape \[6\], got \[5\]"):
-        ours(x, bias, gamma, beta[:5])
+        gelu_layer_norm(x, bias, gamma, beta[:5])

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: the masked-LM loss without its logits."""
+"""`linear_cross_entropy`: the masked-LM loss without materialised logits."""
 
 import math
 
@@ -14,11 +14,11 @@ ROWS = torch.tensor([4, 0, 0, 7, 2, 5, 1])  # row 0 twice
 LABELS = torch.tensor([3, 0, 10, -100, 5, -100, 3])
 
 
-def inputs(tokens=8, hidden=6, vocabulary=11):
-    return [normal(tokens, hidden), normal(vocabulary, hidden), normal(vocabulary)]
+def inputs(tokens=8, hidden=6, vocab_size=11):
+    return [normal(tokens, hidden), normal(vocab_size, hidden), normal(vocab_size)]
 
 
-def ours(hidden, weight, bias, rows=ROWS, labels=LABELS):
+def linear_cross_entropy(hidden, weight, bias, rows=ROWS, labels=LABELS):
     return ops.linear_cross_entropy(hidden, rows, weight, bias, labels)[0]
 
 
@@ -32,17 +32,17 @@ def composed(hidden, weight, bias, rows=ROWS, labels=LABELS):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_accurate_as_torch(dtype, chunk, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 11 * chunk)
-    compare_with_torch(ours, composed, inputs(hidden=24), dtype)
+    compare_with_torch(linear_cross_entropy, composed, inputs(hidden=24), dtype)
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_gradient_is_the_derivative(chunk, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 11 * chunk)
-    assert torch.autograd.gradcheck(ours, inputs())
-    assert torch.autograd.gradcheck(lambda *x: 3 * ours(*x), inputs())
+    assert torch.autograd.gradcheck(linear_cross_entropy, inputs())
+    assert torch.autograd.gradcheck(lambda *x: 3 * linear_cross_entropy(*x), inputs())
 
 
-def test_chunks_give_what_the_definition_gives(monkeypatch):
+def test_chunks_give_the_result_of_the_reference(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", 22)
     arguments = inputs()
     results = []
@@ -55,7 +55,7 @@ def test_chunks_give_what_the_definition_gives(monkeypatch):
         torch.testing.assert_close(chunked, whole)
 
 
-def test_counts_what_is_right_and_what_counts():
+def test_correct_and_counted_labels():
     hidden, weight, bias = inputs()
     best = (hidden @ weight.T + bias).argmax(1)
     labels = best[ROWS].clone()
@@ -67,33 +67,33 @@ def test_counts_what_is_right_and_what_counts():
     assert (loss.requires_grad, correct.requires_grad) == (True, False)
 
 
-def test_all_logits_never_exist(monkeypatch):
-    tokens, hidden, vocabulary, chunk = 64, 8, 512, 4
-    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", chunk * vocabulary)
-    arguments = inputs(tokens, hidden, vocabulary)
+def test_the_full_logits_are_never_materialised(monkeypatch):
+    tokens, hidden, vocab_size, chunk = 64, 8, 512, 4
+    monkeypatch.setattr(linear_cross_entropy_fallback, "_LOGIT_ELEMENTS", chunk * vocab_size)
+    arguments = inputs(tokens, hidden, vocab_size)
     rows, labels = torch.arange(tokens), torch.arange(tokens)
     with LargestTensor() as largest:
-        ours(*arguments, rows, labels).backward()
-    assert largest.elements == max(chunk, hidden) * vocabulary
+        linear_cross_entropy(*arguments, rows, labels).backward()
+    assert largest.elements == max(chunk, hidden) * vocab_size
     with LargestTensor() as largest:
         composed(*arguments, rows, labels).backward()
-    assert largest.elements == tokens * vocabulary
+    assert largest.elements == tokens * vocab_size
 
 
-def test_gradients_that_no_one_wants_are_not_made():
+def test_gradients_that_are_not_required_are_not_computed():
     hidden, weight, bias = inputs(8, 2 * len(ROWS), 300)  # the weight, and so its gradient, outgrows the logits
     with torch.no_grad(), LargestTensor() as largest:
-        ours(hidden, weight, bias)
+        linear_cross_entropy(hidden, weight, bias)
     assert largest.elements == len(ROWS) * 300  # the logits alone
     weight, bias = weight.detach(), bias.detach()
-    ours(hidden, weight, bias).backward()
+    linear_cross_entropy(hidden, weight, bias).backward()
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(composed(hidden, weight, bias), hidden)[0])
     assert weight.grad is None
 
 
 def test_there_is_no_second_gradient_of_the_weight():
     hidden, weight, bias = inputs()
-    loss = ours(hidden, weight, bias)
+    loss = linear_cross_entropy(hidden, weight, bias)
     saved = loss.grad_fn.saved_tensors[1].data_ptr()
     loss.backward()
     assert weight.grad.data_ptr() == saved
@@ -101,7 +101,7 @@ def test_there_is_no_second_gradient_of_the_weight():
 
 def test_backward_may_run_twice():
     arguments = inputs()
-    loss = ours(*arguments)
+    loss = linear_cross_entropy(*arguments)
     once = torch.autograd.grad(loss, arguments, retain_graph=True)
     twice = torch.autograd.grad(2 * loss, arguments)
     for a, b in zip(once, twice, strict=True):
@@ -118,28 +118,32 @@ def test_no_label_is_no_loss_and_no_gradient(rows):
         assert torch.equal(x.grad, torch.zeros_like(x))
 
 
-def test_rows_without_label_may_hold_anything():
+def test_ignored_rows_may_hold_nan():
     hidden, weight, bias = inputs()
-    spoilt = hidden.detach().clone()
-    spoilt[[7, 5, 3, 6]] = math.nan  # rows without a label, and rows that are not read
-    spoilt.requires_grad_()
-    results = [torch.autograd.grad(ours(x, weight, bias), [x, weight, bias]) for x in (hidden, spoilt)]
+    poisoned = hidden.detach().clone()
+    poisoned[[7, 5, 3, 6]] = math.nan  # rows without a label, and rows that are not read
+    poisoned.requires_grad_()
+    results = [
+        torch.autograd.grad(linear_cross_entropy(x, weight, bias), [x, weight, bias]) for x in (hidden, poisoned)
+    ]
     for clean, other in zip(*results, strict=True):
         assert torch.equal(clean, other)
 
 
 def test_order_of_rows_does_not_matter():
     order = torch.tensor([3, 6, 0, 2, 5, 1, 4])
-    torch.testing.assert_close(ours(*inputs(), ROWS[order], LABELS[order]), ours(*inputs()))
+    torch.testing.assert_close(
+        linear_cross_entropy(*inputs(), ROWS[order], LABELS[order]), linear_cross_entropy(*inputs())
+    )
 
 
 def test_wide_logits_do_not_overflow():
     hidden, weight, bias = (1e4 * x for x in inputs())
-    assert ours(hidden.float(), weight.float(), bias.float()).isfinite()
+    assert linear_cross_entropy(hidden.float(), weight.float(), bias.float()).isfinite()
 
 
-def test_int32_indices_do_too():
-    assert torch.equal(ours(*inputs(), ROWS.int(), LABELS.int()), ours(*inputs()))
+def test_int32_indices_are_supported():
+    assert torch.equal(linear_cross_entropy(*inputs(), ROWS.int(), LABELS.int()), linear_cross_entropy(*inputs()))
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
@@ -162,8 +166,8 @@ def test_a_label_outside_of_the_vocabulary_is_named(implementation):
     )
 
 
-def test_a_label_outside_of_the_vocabulary_makes_the_definition_nan():
-    """As on a GPU, where nothing is checked."""
+def test_a_label_outside_of_the_vocabulary_makes_the_reference_nan():
+    """As on a GPU, where labels are not checked."""
     hidden, weight, bias = inputs()
     loss, *_ = reference.linear_cross_entropy(hidden, ROWS, weight, bias, LABELS + 1)
     assert loss.isnan()
@@ -183,10 +187,10 @@ def test_without_rows_all_are_read_in_order():
 def test_wrong_arguments_are_refused():
     hidden, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[7\], got \[6\]"):
-        ours(hidden, weight, bias, labels=LABELS[:6])
+        linear_cross_entropy(hidden, weight, bias, labels=LABELS[:6])
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[8\], got \[7\]"):
-        ours(hidden, weight, bias, rows=None)
+        linear_cross_entropy(hidden, weight, bias, rows=None)
     with pytest.raises(ValueError, match=r"weight must have shape \[11, 6\], got \[11, 5\]"):
-        ours(hidden, weight[:, :5], bias)
+        linear_cross_entropy(hidden, weight[:, :5], bias)
     with pytest.raises(TypeError, match="rows must be int64 or int32, got torch"):
-        ours(hidden, weight, bias, rows=ROWS > 2)
+        linear_cross_entropy(hidden, weight, bias, rows=ROWS > 2)

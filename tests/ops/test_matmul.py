@@ -1,4 +1,4 @@
-"""fp32 products of either library: the same numbers and gradients, whatever the layout, and at most twice the error."""
+"""fp32 GEMMs of both libraries: outputs and gradients for any layout, with at most twice the error of PyTorch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def relative_error(found, truth) -> float:
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (40, 769, 48), (33, 3072, 100), (1700, 64, 96)])
-def test_outputs_and_gradients_err_at_most_twice_as_much_as_pytorch_s(library, rows, depth, columns):
+def test_outputs_and_gradients_have_at_most_twice_the_error_of_pytorch(library, rows, depth, columns):
     torch.manual_seed(rows)
     x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
     d_y = torch.randn(rows, columns)
@@ -31,16 +31,16 @@ def test_outputs_and_gradients_err_at_most_twice_as_much_as_pytorch_s(library, r
         return [y, *torch.autograd.grad(y, inputs, d_y.to(dtype))]
 
     truth = differentiated(F.linear, torch.float64)
-    for ours, theirs, true in zip(
+    for y, torch_y, true in zip(
         differentiated(matmul.linear, torch.float32), differentiated(F.linear, torch.float32), truth, strict=True
     ):
-        assert relative_error(ours, true) <= 2 * relative_error(theirs, true)
+        assert relative_error(y, true) <= 2 * relative_error(torch_y, true)
     with torch.no_grad():
         assert relative_error(matmul.linear(x, weight, bias), truth[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("add", [False, True])
-def test_a_product_is_written_or_added_whatever_the_layout(library, add):
+def test_a_gemm_is_written_or_added_for_any_layout(library, add):
     torch.manual_seed(0)
     wide, tall = torch.randn(50, 300), torch.randn(300, 60)
     shared = torch.randn(1, 1).expand(50, 40)
@@ -49,7 +49,7 @@ def test_a_product_is_written_or_added_whatever_the_layout(library, add):
         (wide.mT[40:80], wide.mT[:70]),
         (wide[::2, ::3], wide[::3, ::3]),
         (shared, shared),
-        (wide[:3], wide[:20]),  # too small to be worth another library
+        (wide[:3], wide[:20]),  # too small for oneDNN
     ]:
         out = torch.randn(len(a), 128)[:, : len(b)]
         expected = a @ b.mT + (out if add else 0)
@@ -57,7 +57,7 @@ def test_a_product_is_written_or_added_whatever_the_layout(library, add):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_autocast_and_half_precision_stay_pytorch_s(library):
+def test_autocast_and_half_precision_use_pytorch(library):
     x, weight = torch.randn(32, 32), torch.randn(32, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert matmul.linear(x, weight).dtype == torch.bfloat16
@@ -65,7 +65,7 @@ def test_autocast_and_half_precision_stay_pytorch_s(library):
 
 
 @ONEDNN
-def test_a_model_learns_the_same_with_either(monkeypatch):
+def test_a_training_step_is_the_same_with_both(monkeypatch):
     from bertfast import BertConfig, BertForPreTraining
 
     config = BertConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)

@@ -1,4 +1,4 @@
-"""The compiled library as a whole: threads, what `torch.compile` is told, symbols, and files that are broken."""
+"""The compiled library as a whole: threads, schemas and fake implementations, symbols, and broken files."""
 
 import itertools
 import re
@@ -26,7 +26,7 @@ with_library = pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [normal(*shape, dtype=torch.float32, seed=place) for place, shape in enumerate(shapes)]
+    return [normal(*shape, dtype=torch.float32, seed=index) for index, shape in enumerate(shapes)]
 
 
 def attention(lengths: list[int]) -> Callable[[], list[Tensor]]:
@@ -39,7 +39,7 @@ def attention(lengths: list[int]) -> Callable[[], list[Tensor]]:
 
 
 def both_ways(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The output and its gradients."""
+    """Return the output and its gradients."""
     return [y.detach(), *torch.autograd.grad(y, inputs, normal(*y.shape, dtype=y.dtype, seed=9).detach())]
 
 
@@ -66,8 +66,8 @@ def gelu_layer_norm() -> list[Tensor]:
 
 
 def embeddings() -> list[Tensor]:
-    place = torch.arange(TOKENS)
-    ids = place.square() % 599 % 40, place % 2, place % 50
+    token = torch.arange(TOKENS)
+    ids = token.square() % 599 % 40, token % 2, token % 50
     x = leaves((40, 96), (50, 96), (2, 96), (96,), (96,))
     return both_ways(ops.embeddings(*ids, *x, 1e-12, DROPOUT, implementation="cpu"), x)
 
@@ -77,7 +77,7 @@ def linear_cross_entropy() -> list[Tensor]:
     x = leaves((TOKENS, 32), (1000, 32), (1000,))
     loss = ops.linear_cross_entropy(x[0], rows, *x[1:], rows % 1000, implementation="cpu")[0]
     y, *_, d_bias = both_ways(loss, x)
-    return [y, d_bias]  # the other gradients are GEMMs of MKL, which on Intel's processors splits sums among threads
+    return [y, d_bias]  # the other gradients are GEMMs of MKL, which on Intel CPUs splits sums among threads
 
 
 def gather() -> list[Tensor]:
@@ -85,7 +85,7 @@ def gather() -> list[Tensor]:
     return both_ways(ops.gather(torch.arange(TOKENS) * 7 % 90, x, implementation="cpu")[0], [x])
 
 
-TOKENS = 700  # several parts of a loop over tokens, none of the same size
+TOKENS = 700  # several parts of a loop over tokens, of different sizes
 DROPOUT = dropout_over(Sequences.from_lengths([TOKENS]))
 CASES = {
     "attention_long": attention([400]),
@@ -101,13 +101,13 @@ CASES = {
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_is_here():
+def test_the_library_is_available():
     assert native.UNAVAILABLE_REASON is None
 
 
 @with_library
 @pytest.mark.parametrize("case", CASES)
-def test_the_number_of_threads_changes_no_bit(case):
+def test_results_are_bitwise_identical_for_any_number_of_threads(case):
     threads = torch.get_num_threads()
     results = []
     for number in (1, 2, 5):
@@ -119,7 +119,7 @@ def test_the_number_of_threads_changes_no_bit(case):
 
 
 class Calls(TorchDispatchMode):
-    """Notes the calls of the library's operations."""
+    """Record the calls of the library's operators."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Calls(TorchDispatchMode):
 
 
 @with_library
-def test_every_operation_is_what_torch_compile_is_told():
+def test_every_operator_passes_opcheck():
     with Calls() as mode:
         for case in CASES.values():
             case()
@@ -145,7 +145,7 @@ def test_every_operation_is_what_torch_compile_is_told():
 
 
 @with_library
-def test_an_instruction_set_that_is_not_here_is_refused():
+def test_an_unsupported_instruction_set_is_refused():
     with pytest.raises(ValueError, match="must be one of plain, avx2, avx512, avx512_bf16, got 'sse'"):
         native.use_instruction_set("sse")
     missing = {"avx512", "avx512_bf16"} - set(native.instruction_sets())
@@ -157,7 +157,7 @@ def test_an_instruction_set_that_is_not_here_is_refused():
 
 
 def symbols(path: Path, *options: str) -> list[list[str]]:
-    """The lines of `nm`, in words, the name last."""
+    """Return the lines of `nm`, split into fields; the name is the last one."""
     if shutil.which("nm") is None:
         pytest.skip("there is no nm")
     ran = subprocess.run(["nm", *options, path], capture_output=True, text=True, check=True)
@@ -165,28 +165,28 @@ def symbols(path: Path, *options: str) -> list[list[str]]:
 
 
 @with_library
-def test_uses_nothing_of_torch_but_its_stable_abi():
-    """So that a library built with one version of PyTorch serves the later ones."""
+def test_only_the_stable_abi_of_pytorch_is_used():
+    """So a library that is built with one version of PyTorch works with later ones."""
     include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
     headers = "".join(
         (include / name).read_text() for name in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
-    )  # what came after 2.10 stands between such lines
+    )  # functions later than 2.10 are between such lines
     headers = re.sub(
         r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_1[1-9].*?#endif // TORCH_FEATURE", "", headers, flags=re.DOTALL
     )
     stable = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", headers))
-    wanted = symbols(native.path(), "-D", "--undefined-only")
-    used = {name for *_, kind, name in wanted if kind == "U" and "@" not in name}  # others are the system's
+    undefined = symbols(native.path(), "-D", "--undefined-only")
+    used = {name for *_, kind, name in undefined if kind == "U" and "@" not in name}  # the others are from the system
     assert "torch_call_dispatcher" in used
     assert {name for name in used if not name.startswith("Py")} <= stable
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
-def test_no_instruction_set_can_slip_into_another(name):
-    """Of functions that several objects hold, the linker takes any: such a one may only be of the set itself."""
+def test_objects_of_different_instruction_sets_share_no_symbol(name):
+    """The linker keeps any one of several definitions of a function, so none may be in objects of two sets."""
     objects = sorted((ROOT / "build").glob(f"objects/*.{name}.o"))
     if not objects:
-        pytest.skip("nothing was built here, or not for x86-64")
+        pytest.skip("the library was not built here, or not for x86-64")
     for path in objects:
         shared = [symbol for _, kind, symbol in (["", *line][-3:] for line in symbols(path, "-C")) if kind in "WVu"]
         assert [symbol for symbol in shared if f"bertfast::{name}::" not in symbol] == [], path.name
@@ -194,10 +194,10 @@ def test_no_instruction_set_can_slip_into_another(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
-def test_kernels_compile_for_another_processor(path):
+def test_kernels_compile_for_aarch64(path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
-        pytest.skip("there is no compiler for it")
+        pytest.skip("there is no cross compiler")
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes"]
     subprocess.run([compiler, *flags, "-fsyntax-only", "-DBERTFAST_SET=plain", path], check=True)
 
@@ -217,7 +217,7 @@ def of_another_torch(library: bytes) -> bytes:
 @pytest.mark.slow
 @with_library
 @pytest.mark.parametrize("broken", [truncated, empty, of_another_torch])
-def test_a_broken_file_is_one_sentence_and_the_plain_path(broken, tmp_path):
+def test_with_a_broken_file_a_warning_is_shown_and_the_reference_runs(broken, tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "_C.*")
     shutil.copytree(Path(bertfast.__file__).parent, tmp_path / "bertfast", ignore=ignored)
     if not (tmp_path / "bertfast" / "kernels").exists():
