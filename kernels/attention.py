@@ -129,6 +129,50 @@ def _attend(
     return tl.dot(p.to(v.dtype), v, o * alpha[:, None], input_precision=PRECISION), m_new, l_i
 
 
+@triton.jit
+def _attend_to_all(
+    state,  # as in `_attend`
+    q,
+    k_ptr,
+    v_ptr,
+    first,
+    length,
+    qkv_stride,
+    scale2,
+    window,
+    rng,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Return the state after all keys that a block of queries attends to."""
+    if CAUSAL or WINDOW or not SPLIT:
+        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        for key in tl.range(begin, end, BLOCK_N):
+            state = _attend(
+                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    else:
+        full = length // BLOCK_N * BLOCK_N
+        for key in tl.range(0, full, BLOCK_N):
+            state = _attend(
+                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+        if full != length:
+            state = _attend(
+                state, q, k_ptr, v_ptr, full, first, length, qkv_stride, scale2, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    return state
+
+
 @kernel
 def attention_forward_kernel(
     qkv_ptr,  # [T, 3, A, D], tokens qkv_stride apart
@@ -177,26 +221,10 @@ def attention_forward_kernel(
     if DROPOUT:
         rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
     state = (o, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
-    if CAUSAL or WINDOW or not SPLIT:
-        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-        for key in tl.range(begin, end, BLOCK_N):
-            state = _attend(
-                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
-                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
-    else:
-        full = length // BLOCK_N * BLOCK_N
-        for key in tl.range(0, full, BLOCK_N):
-            state = _attend(
-                state, q, k_ptr, v_ptr, key, first, length, qkv_stride, scale2, window, rng,
-                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
-        if full != length:
-            state = _attend(
-                state, q, k_ptr, v_ptr, full, first, length, qkv_stride, scale2, window, rng,
-                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
-    o, m_i, l_i = state
+    o, m_i, l_i = _attend_to_all(
+        state, q, k_ptr, v_ptr, first, length, qkv_stride, scale2, window, rng,
+        D, BLOCK_M, BLOCK_N, SPLIT, CAUSAL, WINDOW, PRECISION, DROPOUT,
+    )  # fmt: skip
     factor = 1.0 / l_i
     if DROPOUT:
         factor *= scale_of(threshold)

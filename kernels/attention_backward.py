@@ -44,6 +44,15 @@ def _q_range(
 
 
 @triton.jit
+def _dropout(seed_ptr, sequence_id_ptr, counter_word, threshold):
+    """Return `rng` of `keep_attention` and the scale c of kept probabilities, which is 1 without dropout."""
+    if seed_ptr is None:
+        return (0, 0, 0, 0), 1.0
+    else:
+        return (tl.load(seed_ptr), tl.load(sequence_id_ptr), counter_word, threshold), scale_of(threshold)
+
+
+@triton.jit
 def _add_d_q(
     d_q,  # [M, D], the sum so far
     q,  # [M, D]
@@ -83,6 +92,53 @@ def _add_d_q(
         d_p = tl.where(keep, d_p, 0.0)
     d_s = p * (d_p - delta[:, None])
     return tl.dot(d_s.to(k.dtype), k, d_q, input_precision=PRECISION)
+
+
+@triton.jit
+def _sum_d_q(
+    q,  # as in `_add_d_q`
+    d_o,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    first,
+    length,
+    qkv_stride,
+    scale,
+    window,
+    rng,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Return the sum of the contributions of all keys to d_q, without the factors c and scale."""
+    d_q = tl.zeros([BLOCK_M, D], tl.float32)
+    if CAUSAL or WINDOW or not SPLIT:
+        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        for key in tl.range(begin, end, BLOCK_N):
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    else:
+        full = length // BLOCK_N * BLOCK_N
+        for key in tl.range(0, full, BLOCK_N):
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+        if full != length:
+            d_q = _add_d_q(
+                d_q, q, d_o, lse, delta, k_ptr, v_ptr, full, first, length, qkv_stride, scale, window, rng,
+                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
+            )  # fmt: skip
+    return d_q
 
 
 @kernel
@@ -128,37 +184,55 @@ def attention_d_q_kernel(
     q = load_block(q_ptr, first, rows, length, qkv_stride, D)
     d_o = load_block(d_o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
     o = load_block(o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
-    rng, c = (0, 0, 0, 0), 1.0
-    if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
-        c = scale_of(threshold)
+    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
     inside = first + rows < length
     statistics = head.to(tl.int64) * capacity + start + first + rows
     lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
     tl.store(delta_ptr + statistics, delta, mask=inside)
-    d_q = tl.zeros([BLOCK_M, D], tl.float32)
-    if CAUSAL or WINDOW or not SPLIT:
-        begin, end = kv_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-        for key in tl.range(begin, end, BLOCK_N):
-            d_q = _add_d_q(
-                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
-                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
-    else:
-        full = length // BLOCK_N * BLOCK_N
-        for key in tl.range(0, full, BLOCK_N):
-            d_q = _add_d_q(
-                d_q, q, d_o, lse, delta, k_ptr, v_ptr, key, first, length, qkv_stride, scale, window, rng,
-                D, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
-        if full != length:
-            d_q = _add_d_q(
-                d_q, q, d_o, lse, delta, k_ptr, v_ptr, full, first, length, qkv_stride, scale, window, rng,
-                D, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOW, PRECISION, DROPOUT,
-            )  # fmt: skip
+    d_q = _sum_d_q(
+        q, d_o, lse, delta, k_ptr, v_ptr, first, length, qkv_stride, scale, window, rng,
+        D, BLOCK_M, BLOCK_N, SPLIT, CAUSAL, WINDOW, PRECISION, DROPOUT,
+    )  # fmt: skip
     # The factor c, left out of d_s, is applied last.
     store_block(d_qkv_ptr + start * d_stride + head * D, first, rows, length, d_stride, d_q * (scale * c), D)
+
+
+@triton.jit
+def _signed_probabilities(
+    q,  # [M, D]
+    k,  # [N, D]
+    lse,  # [M]
+    query,  # first query
+    key,  # first key
+    length,
+    scale,
+    window,
+    rng,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Recompute the transposed probabilities [N, M]: the sign bit holds the dropout mask, which takes no register."""
+    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
+    if MASKED:
+        mask = attention_mask((query + columns)[None, :], (key + rows)[:, None], length, window, CAUSAL, WINDOW)
+        p = tl.where(mask, p, 0.0)
+    if DROPOUT:
+        keep = keep_attention(query, columns[None, :], key, rows[:, None], rng)
+        p = tl.where(keep, p, -p)
+    return p
+
+
+@triton.jit
+def _score_gradients(p, d_p, delta):
+    """Return d_s [N, M] from `_signed_probabilities`, d_p [N, M] and delta [M], without the factors c and scale."""
+    return tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
 
 
 @kernel
@@ -201,12 +275,8 @@ def attention_d_kv_kernel(
     k = load_block(q_ptr + heads * D, first, rows, length, qkv_stride, D)
     v = load_block(q_ptr + 2 * heads * D, first, rows, length, qkv_stride, D)
     d_o_ptr += start * o_stride + head * D
-    c = 1.0
-    if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
-        c = scale_of(threshold)
-    d_k = tl.zeros([BLOCK_N, D], tl.float32)
-    d_v = tl.zeros([BLOCK_N, D], tl.float32)
+    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
+    d_k, d_v = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
     begin, end = _q_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for query in tl.range(begin, end, BLOCK_M):
         q = load_block(q_ptr, query, columns, length, qkv_stride, D)
@@ -215,20 +285,25 @@ def attention_d_kv_kernel(
         statistics = head.to(tl.int64) * capacity + start + query + columns
         lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # p is 0 beyond the sequence's end
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
-        if CAUSAL or WINDOW:
-            mask = attention_mask((query + columns)[None, :], (first + rows)[:, None], length, window, CAUSAL, WINDOW)
-            p = tl.where(mask, p, 0.0)
-        if DROPOUT:
-            keep = keep_attention(query, columns[None, :], first, rows[:, None], rng)
-            p = tl.where(keep, p, -p)  # the sign bit holds the dropout mask from here on, which takes no register
+        p = _signed_probabilities(
+            q, k, lse, query, first, length, scale, window, rng,
+            BLOCK_M, BLOCK_N, CAUSAL or WINDOW, CAUSAL, WINDOW, PRECISION, DROPOUT,
+        )  # fmt: skip
         d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
-        d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
-        d_s = tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
+        d_s = _score_gradients(p, tl.dot(v, tl.trans(d_o), input_precision=PRECISION), delta)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
     d_k_ptr = d_qkv_ptr + start * d_stride + (heads + head) * D
     store_block(d_k_ptr, first, rows, length, d_stride, d_k * (scale * c), D)
     store_block(d_k_ptr + heads * D, first, rows, length, d_stride, d_v * c, D)
+
+
+@triton.jit
+def _zero_rows(d_q_ptr, first, length, step, d_stride, part_stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero d_q, d_k and d_v, `part_stride` apart, of BLOCK rows at `first`, `first` + `step`, … up to `length`."""
+    rows, zero = tl.arange(0, BLOCK), tl.zeros([BLOCK, D], tl.float32)
+    for row in range(first, length, step):
+        for part in tl.static_range(3):
+            store_block(d_q_ptr + part * part_stride, row, rows, length, d_stride, zero, D)
 
 
 @kernel
@@ -265,10 +340,7 @@ def attention_backward_short_kernel(
     d_stride = 3 * o_stride
     d_q_ptr = d_qkv_ptr + start * d_stride + head * D
     if slot >= tiles:
-        zero = tl.zeros([BLOCK, D], tl.float32)
-        for row in range(first, length, PADDING_PROGRAMS * BLOCK):
-            for part in tl.static_range(3):
-                store_block(d_q_ptr + part * heads * D, row, rows, length, d_stride, zero, D)
+        _zero_rows(d_q_ptr, first, length, PADDING_PROGRAMS * BLOCK, d_stride, heads * D, D, BLOCK)
         return
     if (first > 0) | (length == 0) | (length > BLOCK):  # a tile of a longer sequence, or unused
         return
@@ -279,20 +351,16 @@ def attention_backward_short_kernel(
     d_o = load_block(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     statistics = head.to(tl.int64) * capacity + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
-    p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
-    p = tl.where(attention_mask(rows[None, :], rows[:, None], length, window, CAUSAL, WINDOW), p, 0.0)
-    c = 1.0
-    if DROPOUT:
-        rng = (tl.load(seed_ptr), tl.load(sequence_id_ptr + sequence), counter_word | head, threshold)
-        keep = keep_attention(0, rows[None, :], 0, rows[:, None], rng)
-        p = tl.where(keep, p, -p)  # the sign bit holds the dropout mask
-        c = scale_of(threshold)
+    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
+    p = _signed_probabilities(
+        q, k, lse, 0, 0, length, scale, window, rng, BLOCK, BLOCK, True, CAUSAL, WINDOW, PRECISION, DROPOUT
+    )
     d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
     store_block(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
     o = load_block(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1) / c
     d_p = tl.dot(v, tl.trans(d_o), input_precision=PRECISION)
-    d_s = (tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])).to(q.dtype)
+    d_s = _score_gradients(p, d_p, delta).to(q.dtype)
     d_k = tl.dot(d_s, q, input_precision=PRECISION)
     store_block(d_q_ptr + heads * D, 0, rows, length, d_stride, d_k * (scale * c), D)
     d_q = tl.dot(tl.trans(d_s), k, input_precision=PRECISION)
