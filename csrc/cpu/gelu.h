@@ -37,8 +37,9 @@ struct Curve {
   Floats value, slope;
 };
 
-// GELU and its derivative at u. The value is written as a difference, not as a single multiplication, which the compiler might
-// fuse with a later addition in one pass and not in the other; forward and backward pass must agree bitwise.
+// GELU and its derivative at u. The value is written as a difference, not as a single multiplication, which the
+// compiler might fuse with a later addition in one pass and not in the other; forward and backward pass must agree
+// bitwise.
 template <bool TANH>
 INLINE Curve gelu(Floats u) {
   Distribution at;
