@@ -58,7 +58,7 @@ def test_all_are_tested(mistakes):
 
 
 @pytest.mark.usefixtures("seed")
-def test_without_a_mistake_the_matmul_is_right(mistakes):
+def test_without_a_mistake_the_matmul_is_correct(mistakes):
     assert error(mistakes, "none") < 1e-3
 
 
@@ -72,6 +72,6 @@ def test_a_mistake_is_detected(mistakes, mistake):
         error(mistakes, mistake)
 
 
-def test_the_error_says_where(mistakes):
+def test_the_error_names_the_location(mistakes):
     with pytest.raises(RuntimeError, match=r"^block \d+, thread \d+: "):
         error(mistakes, "no_wgmma_fence")

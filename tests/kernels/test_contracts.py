@@ -23,7 +23,7 @@ def test_all_implementations_have_the_schema_of_the_contract():
 
 
 @pytest.mark.one_instruction_set
-def test_a_launcher_with_other_parameters_than_its_contract_is_refused(monkeypatch):
+def test_parameters_that_differ_from_the_contract_are_refused(monkeypatch):
     def contract(x: Tensor, scale: float) -> Tensor:
         return x.new_empty(x.shape)
 

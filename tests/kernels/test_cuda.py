@@ -25,7 +25,7 @@ def test_attention_supports_16_bit_types_only():
         ops.attention(qkv(torch.float32), SEQUENCES, implementation=KERNELS)
 
 
-def test_there_is_no_kernel_of_embed():
+def test_embeddings_has_no_cuda_kernel():
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     table = rows(32)
     with pytest.raises(ValueError, match="implementation 'cuda' is not available: it has no kernel for emb"):

@@ -83,7 +83,7 @@ def test_without_labels_loss_and_gradients_are_zero(rows):
         assert torch.equal(d_x, torch.zeros_like(x))
 
 
-def test_rows_without_label_may_hold_anything():
+def test_ignored_rows_may_hold_nan():
     hidden, weight, bias = (x.float().detach().requires_grad_() for x in inputs(100))
     with_nan = hidden.detach().clone()
     with_nan[[5, 3, 6]] = math.nan  # a row without a label, and rows that are not read
@@ -117,7 +117,7 @@ def test_the_prediction_is_the_first_of_equal_logits(largest, index, expected):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from the interpreter, about NaN
 @pytest.mark.skipif(KERNELS == "cpu", reason="an error on a CPU, see tests/ops")
 @pytest.mark.parametrize("label", [100, 127, 128, 1 << 32])  # of 100; the logits have 128 columns
-def test_a_label_outside_of_the_vocabulary_makes_the_loss_nan(label):
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan(label):
     hidden, weight, bias = (x.float() for x in inputs(100))
     labels = torch.tensor([label], device=DEVICE)
     loss, correct, _ = ops.linear_cross_entropy(hidden, labels * 0, weight, bias, labels, implementation=KERNELS)

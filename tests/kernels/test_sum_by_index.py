@@ -72,7 +72,7 @@ def test_nan_does_not_leak_between_rows():
     assert torch.equal(sum_by_index(values, index, 10, FLOAT).isnan().any(1), torch.arange(10, device=DEVICE) == 3)
 
 
-def test_index_outside_of_the_table_touches_no_row():
+def test_an_index_outside_the_table_changes_no_row():
     index = torch.tensor([0, -1, 5, 1, 1 << 20], device=DEVICE)
     values = torch.ones(5, 4, device=DEVICE)
     assert torch.equal(sum_by_index(values, index, 2, FLOAT), torch.ones(2, 4, device=DEVICE))

@@ -42,7 +42,7 @@ def test_gradient_is_the_derivative(p):
     )
 
 
-def test_dropout_is_its_mask():
+def test_dropout_is_the_mask_of_the_specification():
     x, residual, bias, gamma, beta = inputs(20)
     dropout = dropout_over(SEQUENCES)
     dropped = (x + bias) * hidden_keep(dropout, 20) * dropout.scale
@@ -51,7 +51,7 @@ def test_dropout_is_its_mask():
     )
 
 
-def test_residual_decides_the_dtype_and_is_not_rounded():
+def test_output_has_the_dtype_of_the_residual_which_is_not_rounded():
     """Under autocast the output of a GEMM is in half precision and the residual stream is not."""
     x, residual, bias, gamma, beta = (x.float() for x in inputs(48))
     output = add_layer_norm(x.bfloat16(), residual, bias, gamma, beta)
@@ -132,7 +132,7 @@ class WithoutGradient(torch.autograd.Function):
         return None
 
 
-def test_no_gradient_of_output_and_copy_is_no_gradient_of_the_inputs():
+def test_inputs_get_no_gradient_if_output_and_copy_have_none():
     arguments = [x.detach().float().requires_grad_() for x in inputs(48)]
     y, copy = paired(*arguments)
     (WithoutGradient.apply(y).sum() + WithoutGradient.apply(copy).sum()).backward()

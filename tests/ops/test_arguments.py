@@ -1,4 +1,4 @@
-"""What an operation says of tensors that it cannot take."""
+"""Error messages for tensors that do not match an operator's description."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ OPERATION = Arguments(
 X, BIAS, ROWS = torch.zeros(2, 3, 4), torch.zeros(4), torch.zeros(2, dtype=torch.int32)
 
 
-def test_what_fits_passes():
+def test_matching_tensors_pass():
     OPERATION.check(X, BIAS, ROWS)
     OPERATION.check(X.half(), None, ROWS, ROWS.long(), ROWS)
     OPERATION.check(X, BIAS, ROWS, dropout=Dropout(0.1, torch.tensor(1), 0, ROWS, ROWS))
@@ -33,12 +33,12 @@ def test_what_fits_passes():
         ((X, BIAS.to("meta"), ROWS), ValueError, "operation: bias is on meta, the other tensors are on cpu"),
     ],
 )
-def test_what_does_not_fit_is_named(tensors, error, message):
+def test_a_mismatch_is_named(tensors, error, message):
     with pytest.raises(error) as raised:
         OPERATION.check(*tensors)
     assert str(raised.value) == message
 
 
-def test_dropout_must_know_as_many_tokens():
+def test_dropout_with_another_number_of_tokens_is_refused():
     with pytest.raises(ValueError, match=r"operation: dropout.positions must have shape \[2\], got \[1\]"):
         OPERATION.check(X, BIAS, ROWS, dropout=Dropout(0.1, torch.tensor(1), 0, ROWS, ROWS[1:]))

@@ -59,7 +59,7 @@ def test_is_as_accurate_as_torch(options, dtype):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_dropout_is_the_definition(options):
+def test_dropout_is_the_mask_of_the_specification(options):
     qkv, sequences = packed(tokens=40)
     options = options | {"dropout": dropout_over(sequences, 0.4)}
     output = ops.attention(qkv, sequences, **options)
@@ -263,7 +263,7 @@ def test_the_reference_supports_fake_tensors():
 
 @pytest.mark.parametrize("p", [0, 0.4])
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_query_only_token_attends_without_being_attended_to(window, p):
+def test_a_query_only_token_is_a_query_but_not_a_key(window, p):
     qkv, sequences = packed(tokens=40)
     dropout = dropout_over(sequences, p) if p else None
     query = normal(len(LENGTHS), 2, 4)

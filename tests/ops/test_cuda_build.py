@@ -1,4 +1,4 @@
-"""nvcc is found, asked what it supports, and its failures are told where somebody asks for the CUDA kernels."""
+"""Finding nvcc and its supported architectures; errors if CUDA kernels are missing or unsupported."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ import cuda_toolkit
 from cuda_toolkit import ToolkitError, architectures, find_nvcc, gencode
 
 VARIABLES = ("NVCC", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "NVCC_CCBIN")
-HERE = CudaBuild(
+BUILD = CudaBuild(
     nvcc="13.0.88",
     reason=None,
     architectures={"attention": ["90a"], "attention_backward": ["90a"], "bias_gelu": ["80", "90", "120+PTX"]},
@@ -96,13 +96,13 @@ def test_architectures_are_those_that_nvcc_supports(tmp_path, monkeypatch, suppo
     ("listed", "message"),
     [("sm_90", "has 'sm_90', which is no GPU architecture: write for example"), ("7.5", "set TORCH_CUDA_ARCH_LIST to")],
 )
-def test_a_list_of_no_usable_architecture_is_refused(tmp_path, monkeypatch, listed, message):
+def test_a_list_without_a_usable_architecture_is_refused(tmp_path, monkeypatch, listed, message):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     with pytest.raises(ToolkitError, match=message):
         architectures(nvcc(tmp_path, monkeypatch))
 
 
-def test_ptx_is_embedded_where_it_is_asked_for():
+def test_ptx_is_embedded_on_request():
     assert gencode(["90a", "120+PTX"]) == (
         "-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_120,code=[sm_120,compute_120]"
     )
@@ -114,7 +114,7 @@ def test_the_host_compiler_is_passed_without_its_cache(monkeypatch):
     assert cuda_toolkit.host_compiler_flag(["g++-13"]) == ""
 
 
-def test_only_lines_that_name_a_loss_of_speed_are_losses():
+def test_only_warnings_about_speed_are_reported():
     spill = "ptxas warning : Registers are spilled to local memory in function 'f', 8 bytes spill stores"
     serialised = (
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
@@ -142,10 +142,10 @@ def test_a_gpu_runs_its_major_version_and_older_ptx(target, capability, runs):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A tensor for a GPU whose library is the one of HERE, but with no operator registered that it lacks."""
+    """A tensor for a GPU with the library of BUILD, without the kernels that it lacks."""
     monkeypatch.setattr(native, "UNAVAILABLE_REASON", None)
-    monkeypatch.setattr(cuda_build, "BUILD", HERE)
-    monkeypatch.setattr(cuda_build, "_FOUND", (HERE, Path("_C.cuda.json")))
+    monkeypatch.setattr(cuda_build, "BUILD", BUILD)
+    monkeypatch.setattr(cuda_build, "_FOUND", (BUILD, Path("_C.cuda.json")))
     monkeypatch.setattr(cuda_build, "driver_cuda_version", lambda: (13, 0))
     monkeypatch.setattr(native, "has_kernel", lambda kernel, device: device.type == "cuda" and "cross" not in kernel)
     with FakeTensorMode():
@@ -158,13 +158,13 @@ def reason(operation, x) -> str:
     return str(refused.value)
 
 
-def test_a_refusal_says_why_a_source_was_not_built(on_gpu):
+def test_the_error_says_why_a_source_was_not_built(on_gpu):
     assert "cross_entropy.cu was not built: nvcc 13.0.88 failed (error: planted): set NVCC" in reason(
         "linear_cross_entropy", on_gpu
     )
 
 
-def test_a_refusal_says_why_nothing_was_built(on_gpu, monkeypatch):
+def test_the_error_says_why_no_kernel_was_built(on_gpu, monkeypatch):
     nothing = CudaBuild(nvcc=None, reason="nvcc was not found: install it", architectures={}, missing={}, slow={})
     monkeypatch.setattr(cuda_build, "BUILD", nothing)
     monkeypatch.setattr(native, "has_kernel", lambda kernel, device: False)
@@ -172,7 +172,7 @@ def test_a_refusal_says_why_nothing_was_built(on_gpu, monkeypatch):
     assert cuda_build.summary() == "not built: nvcc was not found: install it"
 
 
-def test_a_refusal_names_the_gpu_that_nothing_was_compiled_for(on_gpu, monkeypatch):
+def test_the_error_names_a_gpu_without_compiled_kernels(on_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "its kernels are compiled for sm_90a, this GPU is sm_100" in reason("attention", on_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -70,7 +70,7 @@ def test_a_probability_of_zero_is_no_dropout():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_probability_drops_that_share_and_keeps_the_expectation():
+def test_a_probability_is_the_rate_and_keeps_the_expectation():
     x, zeros = torch.ones(400, 500), torch.zeros(400, 500)
     ids = torch.arange(400)
     y = ops.embeddings(
@@ -88,7 +88,7 @@ def test_other_types_of_dropout_are_named(dropout):
 
 
 @pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan")])
-def test_a_probability_outside_of_its_range_is_refused(dropout):
+def test_a_probability_outside_its_range_is_refused(dropout):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         list(calls(dropout))
 
@@ -101,12 +101,12 @@ def test_lengths_that_are_not_integers_are_refused(lengths):
 
 
 @pytest.mark.parametrize("window", [-1, 1.5, "1", (1, 1)])
-def test_a_window_that_is_no_count_is_refused(window):
+def test_an_invalid_window_is_refused(window):
     with pytest.raises((TypeError, ValueError), match=r"attention: window must (be an integer|not be negative)"):
         ops.attention(qkv(), LENGTHS, window=window)
 
 
-def test_a_scale_that_would_get_no_gradient_is_refused():
+def test_a_tensor_as_scale_is_refused():
     with pytest.raises(TypeError, match="attention: scale must be a number, got Tensor: multiply the queries by it"):
         ops.attention(qkv(), LENGTHS, scale=torch.tensor(0.5, requires_grad=True))
 
@@ -121,7 +121,7 @@ def test_a_missing_tensor_is_named():
         ops.gather(torch.tensor([0]))
 
 
-def test_a_compute_dtype_that_is_no_dtype_is_named():
+def test_an_invalid_compute_dtype_is_refused():
     x = torch.ones(2, 8)
     with pytest.raises(TypeError, match=r"compute_dtype must be a floating-point torch\.dtype, got 'bf16'"):
         ops.add_layer_norm(x, x, None, x[0], x[0], 1e-12, compute_dtype="bf16")

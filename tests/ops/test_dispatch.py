@@ -1,4 +1,4 @@
-"""What all operations share: the choice of an implementation."""
+"""Dispatch: which implementation runs, and errors for unsupported ones."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def _library_is_available(monkeypatch):
     monkeypatch.setattr(native, "UNAVAILABLE_REASON", None)
 
 
-def test_default_on_a_cpu_is_the_compiled_library_where_it_can():
+def test_default_on_a_cpu_is_the_compiled_library_if_it_supports_the_tensors():
     assert resolve("x", None, X.float()) == "cpu"
     assert resolve("x", None, X.bfloat16()) == "cpu"
     assert resolve("x", None, X) == resolve("x", None, X.half()) == "reference"
@@ -32,7 +32,7 @@ def test_without_the_library_a_cpu_runs_the_reference(monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
-def test_default_on_a_gpu_is_triton_where_it_can(monkeypatch, capability, chosen):
+def test_default_on_a_gpu_is_triton_if_it_supports_the_tensors(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         on_gpu = torch.empty(4, 3, device="cuda")
@@ -42,7 +42,7 @@ def test_default_on_a_gpu_is_triton_where_it_can(monkeypatch, capability, chosen
         assert resolve("x", "reference", on_gpu) == "reference"
 
 
-def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
+def test_an_unsupported_implementation_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="implementation must be one of reference, cpu, triton, cuda, got 'fast'"):
         ops.bias_gelu(X, X[0], implementation="fast")
     with pytest.raises(ValueError, match="x: implementation 'triton' is not available: its kernels support float32"):

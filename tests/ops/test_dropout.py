@@ -176,7 +176,7 @@ def test_probability_outside_its_range_is_refused(p):
         dropout_of(Sequences.from_lengths([8]), p)
 
 
-def test_masks_of_one_query_per_sequence_are_those_of_the_whole():
+def test_masks_of_one_query_per_sequence_are_rows_of_the_whole_mask():
     sequences = Sequences.from_lengths([8, 8, 8, 8], sequence_ids=[5, 1, 70, 2])
     dropout = dropout_of(sequences)
     positions = torch.tensor([0, 21, 8, 47])

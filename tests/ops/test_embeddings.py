@@ -39,7 +39,7 @@ def test_gradient_is_the_derivative(p):
     assert torch.autograd.gradcheck(lambda *x: embeddings(*x, dropout=dropout), parameters())
 
 
-def test_dropout_is_its_mask():
+def test_dropout_is_the_mask_of_the_specification():
     dropout = dropout_over(SEQUENCES)
     expected = embeddings(*parameters()) * hidden_keep(dropout, 5) * dropout.scale
     torch.testing.assert_close(embeddings(*parameters(), dropout=dropout), expected)
@@ -54,7 +54,7 @@ def test_the_padding_entry_gets_no_gradient():
     assert (word.grad[3] != 0).any()
 
 
-def test_embedded_tokens_may_be_given_instead():
+def test_embedded_tokens_may_replace_ids():
     word, *others = parameters()
     torch.testing.assert_close(embeddings(word[TOKENS], *others, tokens=None), embeddings(word, *others))
 
@@ -84,7 +84,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("wrong", [7, -1])
-def test_an_index_outside_of_its_table_is_named(implementation, wrong):
+def test_an_index_outside_its_table_is_named(implementation, wrong):
     tables = [x.float() for x in parameters()]
     tokens = TOKENS.clone()
     tokens[4] = wrong

@@ -108,7 +108,7 @@ def test_compiles_in_one_graph_forward_and_backward(operator):
     assert described(y, leaves) == run(operator)
 
 
-def test_sequences_without_values_describe_a_batch():
+def test_sequences_of_fake_tensors_have_shapes():
     with FakeTensorMode():
         cu_seqlens = torch.zeros(4, dtype=torch.int32)
         sequences = Sequences.from_cu_seqlens(cu_seqlens, capacity=10, max_seqlen_bound=8)

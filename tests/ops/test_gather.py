@@ -28,7 +28,7 @@ def test_is_as_accurate_as_indexing(dtype, implementation):
     compare_with_torch(gather, indexed, [normal(6, 5, seed=1), normal(6, 5, seed=2)], dtype)
 
 
-def test_derivatives_of_both_orders_are_right():
+def test_first_and_second_derivatives_are_correct():
     x = [normal(6, 3, seed=1), normal(6, 3, seed=2)]
     assert torch.autograd.gradcheck(gather, x)
     assert torch.autograd.gradgradcheck(lambda *x: tuple(y.square() for y in gather(*x)), x)
@@ -47,12 +47,12 @@ def test_half_precision_gradient_is_summed_in_fp32():
     assert (x.grad[0] == 600).all()
 
 
-def test_gather_is_differentiable_without_gradients_recorded():
+def test_gather_under_no_grad():
     with torch.no_grad():
         assert torch.equal(gather(normal(6, 3))[0], normal(6, 3)[ROWS])
 
 
-def test_compiles_whole():
+def test_compiles_to_one_graph():
     x = normal(6, 3)
     compiled = torch.compile(gather, fullgraph=True, backend="aot_eager")
     (d_x,) = torch.autograd.grad(compiled(x)[0].square().sum(), x)
@@ -77,6 +77,6 @@ def test_a_row_out_of_range_is_named(row):
         ops.gather(torch.tensor([0, row]), normal(6, 3))
 
 
-def test_no_tensor_is_one_sentence():
+def test_a_call_without_tensors_is_refused():
     with pytest.raises(TypeError, match="gather: at least one tensor is required"):
         ops.gather(ROWS)

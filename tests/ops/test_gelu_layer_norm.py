@@ -28,7 +28,7 @@ def test_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(gelu_layer_norm, inputs(6))
 
 
-def test_parameters_decide_the_dtype():
+def test_output_has_the_dtype_of_the_parameters():
     """Under autocast the output of a GEMM is in half precision and the hidden states are not."""
     x, *parameters = (x.float() for x in inputs(16))
     assert gelu_layer_norm(x.bfloat16(), *parameters).dtype == torch.float32

@@ -91,7 +91,7 @@ def test_gradients_that_are_not_required_are_not_computed():
     assert weight.grad is None
 
 
-def test_there_is_no_second_gradient_of_the_weight():
+def test_the_gradient_of_the_weight_is_scaled_in_place():
     hidden, weight, bias = inputs()
     loss = linear_cross_entropy(hidden, weight, bias)
     saved = loss.grad_fn.saved_tensors[1].data_ptr()
@@ -109,7 +109,7 @@ def test_backward_may_run_twice():
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:0]])
-def test_no_label_is_no_loss_and_no_gradient(rows):
+def test_without_labels_loss_and_gradients_are_zero(rows):
     arguments = inputs()
     loss, correct, counted = ops.linear_cross_entropy(arguments[0], rows, *arguments[1:], torch.full_like(rows, -100))
     loss.backward()
@@ -147,14 +147,14 @@ def test_int32_indices_are_supported():
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
-def test_a_row_that_hidden_does_not_have_is_named(implementation):
+def test_a_row_index_out_of_range_is_named(implementation):
     hidden, weight, bias = (x.float() for x in inputs())
     with pytest.raises(IndexError, match=r"rows\[0\] is .*, but hidden has 8 rows: rows must be in"):
         ops.linear_cross_entropy(hidden, ROWS + 8, weight, bias, LABELS, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
-def test_a_label_outside_of_the_vocabulary_is_named(implementation):
+def test_a_label_outside_the_vocabulary_is_named(implementation):
     hidden, weight, bias = (x.float() for x in inputs())
     labels = LABELS.clone()
     labels[[2, 5]] = 11
@@ -166,7 +166,7 @@ def test_a_label_outside_of_the_vocabulary_is_named(implementation):
     )
 
 
-def test_a_label_outside_of_the_vocabulary_makes_the_reference_nan():
+def test_a_label_outside_the_vocabulary_makes_the_reference_nan():
     """As on a GPU, where labels are not checked."""
     hidden, weight, bias = inputs()
     loss, *_ = reference.linear_cross_entropy(hidden, ROWS, weight, bias, LABELS + 1)

@@ -1,4 +1,4 @@
-"""The packed layout: `Sequences`, its checks, what it needs of a device, and buckets of token counts."""
+"""The packed layout: `Sequences`, its checks on CPU and GPU, and buckets of token counts."""
 
 import numpy
 import pytest
@@ -11,7 +11,7 @@ from bertfast.ops import sequences as module
 from bertfast.ops.sequences import Sequences, bucket
 
 
-def test_lengths_and_cu_seqlens_say_the_same():
+def test_lengths_and_cu_seqlens_give_the_same_sequences():
     built = [
         Sequences.from_lengths([3, 0, 2], capacity=7),
         Sequences.from_lengths(torch.tensor([3, 0, 2]), capacity=7),
@@ -36,13 +36,13 @@ def test_without_a_capacity_there_are_no_padding_slots():
     assert Sequences.from_cu_seqlens(torch.tensor([0, 3, 5])).capacity == 5
 
 
-def test_empty_sequences_name_different_slots_as_their_first():
+def test_empty_sequences_have_different_first_slots():
     sequences = Sequences.from_lengths([4] + [0] * 6, capacity=8)
     assert len(set(sequences.first[1:].tolist())) == 6
     assert (sequences.first < 8).all()
 
 
-def test_tokens_carry_the_id_of_their_sequence():
+def test_tokens_have_the_id_of_their_sequence():
     sequences = Sequences.from_lengths([1, 2], sequence_ids=[90, 7])
     assert sequences.token_sequence_ids.tolist() == [90, 7, 7]
     assert sequences.token_sequence_ids.dtype == torch.int64
@@ -55,7 +55,7 @@ def test_no_sequence_at_all():
             assert len(x) == sequences.capacity
 
 
-def test_moving_keeps_everything():
+def test_sequences_move_to_a_device():
     sequences = Sequences.from_lengths([2, 3], sequence_ids=[4, 5], capacity=6, max_seqlen_bound=8)
     moved = sequences.to("meta")
     assert moved.cu_seqlens.device.type == moved.sequence_ids.device.type == "meta"
@@ -101,7 +101,7 @@ def test_wrong_lengths_are_refused(arguments, sentence):
     ("cu_seqlens", "rule"),
     [([1, 2], "must start at 0"), ([0, 3, 2], "never decrease"), ([0, 9], "more tokens"), ([0, 7], "longer than")],
 )
-def test_on_a_device_wrong_values_are_an_assertion_of_the_device(cu_seqlens, rule, monkeypatch):
+def test_wrong_values_on_a_device_fail_a_device_side_assertion(cu_seqlens, rule, monkeypatch):
     """Emulated on the CPU, where the assertion fails at once."""
     monkeypatch.setattr(module, "is_readable", lambda x: False)
     with pytest.raises(RuntimeError, match=rule):
@@ -139,7 +139,7 @@ def test_buckets_are_few():
 @pytest.mark.parametrize(
     "lengths", [[2.7, 3.2], torch.tensor([2.0, 3.0]), torch.tensor([True, True]), torch.tensor([2j, 3j])]
 )
-def test_lengths_that_are_no_integers_are_refused(lengths):
+def test_lengths_of_other_types_are_refused(lengths):
     with pytest.raises((TypeError, ValueError), match="lengths must be integers"):
         Sequences.from_lengths(lengths)
 
@@ -149,11 +149,11 @@ def test_integers_of_every_type_are_lengths():
     assert Sequences.from_lengths(lengths).lengths == (2, 3)
 
 
-def test_sequence_ids_that_are_no_integers_are_refused():
+def test_sequence_ids_of_other_types_are_refused():
     with pytest.raises(ValueError, match=r"sequence ids must be integers, got torch\.float32"):
         Sequences.from_lengths([2, 3], sequence_ids=[0.5, 1.5])
 
 
-def test_cu_seqlens_in_a_list_is_one_sentence():
+def test_a_list_of_cu_seqlens_is_refused():
     with pytest.raises(TypeError, match="cu_seqlens must be an integer tensor, got list"):
         Sequences.from_cu_seqlens([0, 3])

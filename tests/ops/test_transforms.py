@@ -71,7 +71,7 @@ NEEDS_RULE = pytest.mark.skipif(torch.__version__ < "2.13", reason="this PyTorch
 
 
 @pytest.mark.parametrize("randomness", ["same", pytest.param("different", marks=NEEDS_RULE)])
-def test_vmap_draws_dropout_as_it_is_told(randomness):
+def test_vmap_draws_dropout_by_its_randomness_option(randomness):
     def draw(x: Tensor) -> Tensor:
         y = ops.attention(x.unflatten(1, (3, 2, 32)), [TOKENS], dropout=0.3)
         return ops.add_layer_norm(y.flatten(1), y.flatten(1), VECTOR, VECTOR, VECTOR, 1e-12, 0.3)
