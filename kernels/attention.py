@@ -199,6 +199,7 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
     PADDING_PROGRAMS: tl.constexpr,
 ):
+    """Compute the output of a block of queries of one head; the last programs zero the padding slots."""
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads  # heads fastest: neighbouring programs read neighbouring cache lines
     slot = tl.program_id(0) // heads

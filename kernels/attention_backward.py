@@ -24,7 +24,7 @@ from bertfast.kernels.attention import (
     window_or_unlimited,
 )
 from bertfast.kernels.attention_shapes import shapes
-from bertfast.kernels.dropout import keep_attention, scale_of
+from bertfast.kernels.dropout import attention_dropout, keep_attention
 from bertfast.kernels.jit import kernel
 from bertfast.kernels.operation import operation
 
@@ -41,15 +41,6 @@ def _q_range(
     if CAUSAL:
         begin = first
     return begin // BLOCK_M * BLOCK_M, end
-
-
-@triton.jit
-def _dropout(seed_ptr, sequence_id_ptr, counter_word, threshold):
-    """Return `rng` of `keep_attention` and the scale c of kept probabilities, which is 1 without dropout."""
-    if seed_ptr is None:
-        return (0, 0, 0, 0), 1.0
-    else:
-        return (tl.load(seed_ptr), tl.load(sequence_id_ptr), counter_word, threshold), scale_of(threshold)
 
 
 @triton.jit
@@ -170,6 +161,7 @@ def attention_d_q_kernel(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Compute delta and d_q of a block of queries of one head."""
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_M, BLOCKS)
@@ -184,7 +176,7 @@ def attention_d_q_kernel(
     q = load_block(q_ptr, first, rows, length, qkv_stride, D)
     d_o = load_block(d_o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
     o = load_block(o_ptr + start * o_stride + head * D, first, rows, length, o_stride, D)
-    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
+    rng, c = attention_dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
     inside = first + rows < length
     statistics = head.to(tl.int64) * capacity + start + first + rows
     lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))
@@ -262,7 +254,7 @@ def attention_d_kv_kernel(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Scores are transposed, [keys, queries], so that they are the left operands of d_k and d_v without a transpose.
+    """Compute d_k and d_v of a block of keys of one head. Scores are [keys, queries]: no left operand is transposed."""
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_N, BLOCKS)
@@ -275,7 +267,7 @@ def attention_d_kv_kernel(
     k = load_block(q_ptr + heads * D, first, rows, length, qkv_stride, D)
     v = load_block(q_ptr + 2 * heads * D, first, rows, length, qkv_stride, D)
     d_o_ptr += start * o_stride + head * D
-    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
+    rng, c = attention_dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
     d_k, d_v = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, D], tl.float32)
     begin, end = _q_range(first, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for query in tl.range(begin, end, BLOCK_M):
@@ -331,6 +323,7 @@ def attention_backward_short_kernel(
     PRECISION: tl.constexpr,
     PADDING_PROGRAMS: tl.constexpr,
 ):
+    """Compute d_q, d_k and d_v of one head of a sequence of at most BLOCK tokens."""
     DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -351,7 +344,7 @@ def attention_backward_short_kernel(
     d_o = load_block(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     statistics = head.to(tl.int64) * capacity + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
-    rng, c = _dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
+    rng, c = attention_dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
     p = _signed_probabilities(
         q, k, lse, 0, 0, length, scale, window, rng, BLOCK, BLOCK, True, CAUSAL, WINDOW, PRECISION, DROPOUT
     )

@@ -30,6 +30,7 @@ def bias_gelu_forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute a tile of y."""
     row, column, mask = _tile(tl.program_id(0), tokens, H, BLOCK, ROWS)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     u = x + _load_bias(bias_ptr, column, H)
@@ -51,6 +52,7 @@ def bias_gelu_backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute d_x of BLOCK columns in every programs-th tile of rows, and their partial sum, for d_bias."""
     _, column, _ = _tile(0, tokens, H, BLOCK, ROWS)
     bias = _load_bias(bias_ptr, column, H)
     sums = tl.zeros([1, BLOCK], tl.float32)

@@ -146,7 +146,7 @@ def bias_gelu_backward(d_y: Tensor, x: Tensor, bias: Tensor, approximate: str) -
 def cross_entropy(
     logits: Tensor, bias: Tensor, labels: Tensor, losses: Tensor, correct: Tensor, d_bias: Tensor
 ) -> None:
-    """The compiled library's kernel in `linear_cross_entropy_forward`: replaces logits by their gradient in place."""
+    """Compute losses, and replace logits by their gradient: the library's kernel in `linear_cross_entropy_forward`."""
 
 
 @contract

@@ -31,7 +31,7 @@ def _multiply_wide(a, factor: tl.constexpr):
 
 @triton.jit
 def philox(c0, c1, c2, c3, seed):
-    """Philox4x32-10 (Salmon et al., 2011): return four random words for four counter words, which broadcast."""
+    """Return the four words of Philox4x32-10 (Salmon et al., 2011) for four counter words, which broadcast."""
     key = seed.to(tl.uint64)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
@@ -86,6 +86,15 @@ def hidden_factors(row, rows, rng_ptr, counter_word, threshold, H: tl.constexpr,
 def scale_of(threshold):
     """Return the scale of kept elements, 256 / (256 - threshold), correctly rounded."""
     return tl.math.div_rn(256.0, 256.0 - threshold)
+
+
+@triton.jit
+def attention_dropout(seed_ptr, sequence_id_ptr, counter_word, threshold):
+    """Return the `rng` of `keep_attention` and the scale of kept probabilities; (zeros, 1) if `seed_ptr` is None."""
+    if seed_ptr is None:
+        return (0, 0, 0, 0), 1.0
+    else:
+        return (tl.load(seed_ptr), tl.load(sequence_id_ptr), counter_word, threshold), scale_of(threshold)
 
 
 @triton.jit

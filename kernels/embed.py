@@ -52,6 +52,7 @@ def embed_forward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute ROWS rows of y and their statistics."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     rows = row < tokens
     z = _gather_all(tables_ptr, ids_ptr, tables_stride, row, rows, H, CHUNK)
@@ -86,6 +87,7 @@ def embed_backward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute d_z of every programs-th tile of rows, and partial sums of the gradients of gamma, beta and the types."""
     gamma = load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
     type_sums: tl.tuple = ()  # the chunks of type 0, then those of type 1

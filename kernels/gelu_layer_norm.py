@@ -47,6 +47,7 @@ def gelu_layer_norm_forward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute ROWS rows of y and their statistics."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     rows = row < count
     x = load_rows(x_ptr, row * x_stride, rows, H, CHUNK)
@@ -75,6 +76,7 @@ def gelu_layer_norm_backward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Compute d_x of every programs-th tile of rows, and partial sums of the parameters' gradients."""
     bias, gamma = load_vector(bias_ptr, H, CHUNK, ROWS), load_vector(gamma_ptr, H, CHUNK, ROWS)
     gamma_sums, beta_sums, bias_sums = zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS), zeros(H, CHUNK, ROWS)
     stages: tl.constexpr = STAGES if H <= WIDE else STAGES_IF_WIDE

@@ -48,6 +48,7 @@ def cross_entropy_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Compute the loss of one row of logits, and what `cross_entropy_gradient_kernel` needs of it."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * columns
     label = tl.minimum(tl.maximum(tl.load(labels_ptr + row), -1), columns).to(tl.int32)
@@ -107,6 +108,7 @@ def cross_entropy_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Replace BLOCK columns of logits by their gradient, and add their sums over rows to d_bias."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     bias = tl.load(bias_ptr + column)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -127,7 +129,7 @@ def cross_entropy_gradient_kernel(
 
 @operation
 def linear_cross_entropy_forward(hidden, rows, weight, bias, labels, needs_grad, dtype):
-    """See `linear_cross_entropy` of logits_in_chunks.py."""
+    """Return the results of `logits_in_chunks.linear_cross_entropy`."""
     return linear_cross_entropy(hidden, rows, weight, bias, labels, needs_grad, dtype, _in_chunks, sum_by_index)
 
 

@@ -35,6 +35,7 @@ def linear_gelu_forward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Compute a tile of x W^T and of y."""
     # Grouped order, eight row tiles per column tile: concurrent programs share their operands in L2.
     row_tile, column_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
     row = (row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -39,6 +39,7 @@ def sum_blocks_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sum one block of sorted positions, if all of its keys are equal."""
     block = tl.program_id(0).to(tl.int64)
     start = block * BLOCK
     if tl.load(keys_ptr + start) == tl.load(keys_ptr + start + BLOCK - 1):
@@ -62,6 +63,7 @@ def sum_groups_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sum the group of one table row: its whole blocks, and the positions before and after these."""
     row = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts_ptr + first_row + row), tl.load(starts_ptr + first_row + row + 1)
     end = tl.where(row == zero_row, start, end)
