@@ -191,7 +191,7 @@ def attention_d_q_kernel(
 
 
 @triton.jit
-def _signed_probabilities(
+def _probabilities(
     q,  # [M, D]
     k,  # [N, D]
     lse,  # [M]
@@ -200,30 +200,34 @@ def _signed_probabilities(
     length,
     scale,
     window,
-    rng,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    DROPOUT: tl.constexpr,
 ):
-    """Recompute the transposed probabilities [N, M]: the sign bit holds the dropout mask, which takes no register."""
+    """Recompute the transposed probabilities [N, M]."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
     if MASKED:
         mask = attention_mask((query + columns)[None, :], (key + rows)[:, None], length, window, CAUSAL, WINDOW)
         p = tl.where(mask, p, 0.0)
+    return p
+
+
+@triton.jit
+def _negate_dropped(p, query, key, rng, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
+    """Return p [N, M] with the dropout mask in the sign bit, which takes no register."""
     if DROPOUT:
-        keep = keep_attention(query, columns[None, :], key, rows[:, None], rng)
-        p = tl.where(keep, p, -p)
+        rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+        p = tl.where(keep_attention(query, columns[None, :], key, rows[:, None], rng), p, -p)
     return p
 
 
 @triton.jit
 def _score_gradients(p, d_p, delta):
-    """Return d_s [N, M] from `_signed_probabilities`, d_p [N, M] and delta [M], without the factors c and scale."""
+    """Return d_s [N, M] from p of `_negate_dropped`, d_p [N, M] and delta [M], without the factors c and scale."""
     return tl.abs(p) * (tl.where(p > 0, d_p, 0.0) - delta[None, :])
 
 
@@ -277,10 +281,23 @@ def attention_d_kv_kernel(
         statistics = head.to(tl.int64) * capacity + start + query + columns
         lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # p is 0 beyond the sequence's end
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-        p = _signed_probabilities(
-            q, k, lse, query, first, length, scale, window, rng,
-            BLOCK_M, BLOCK_N, CAUSAL or WINDOW, CAUSAL, WINDOW, PRECISION, DROPOUT,
-        )  # fmt: skip
+        p = _probabilities(
+            q,
+            k,
+            lse,
+            query,
+            first,
+            length,
+            scale,
+            window,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL or WINDOW,
+            CAUSAL,
+            WINDOW,
+            PRECISION,
+        )
+        p = _negate_dropped(p, query, first, rng, BLOCK_M, BLOCK_N, DROPOUT)
         d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_s = _score_gradients(p, tl.dot(v, tl.trans(d_o), input_precision=PRECISION), delta)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
@@ -344,10 +361,9 @@ def attention_backward_short_kernel(
     d_o = load_block(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     statistics = head.to(tl.int64) * capacity + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
+    p = _probabilities(q, k, lse, 0, 0, length, scale, window, BLOCK, BLOCK, True, CAUSAL, WINDOW, PRECISION)
     rng, c = attention_dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
-    p = _signed_probabilities(
-        q, k, lse, 0, 0, length, scale, window, rng, BLOCK, BLOCK, True, CAUSAL, WINDOW, PRECISION, DROPOUT
-    )
+    p = _negate_dropped(p, 0, 0, rng, BLOCK, BLOCK, DROPOUT)
     d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
     store_block(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
     o = load_block(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)

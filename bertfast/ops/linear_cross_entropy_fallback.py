@@ -23,7 +23,7 @@ def linear_cross_entropy_forward(
     bias: Tensor,
     labels: Tensor,
     needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Compute `reference.linear_cross_entropy` and its gradients.
 
     Args:
@@ -68,8 +68,8 @@ def linear_cross_entropy_forward(
             d_hidden.index_add_(0, chunk, (d_logits @ weight.to(x.dtype)).to(d_hidden.dtype))
         if d_weight is not None:
             d_weight += d_logits.mT @ x
-    gradients = (
+    d_hidden, d_weight, d_bias = (
         None if d is None else d.to(x.dtype)
         for d, x in zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
     )
-    return loss, correct, (labels >= 0).sum(), *gradients
+    return loss, correct, (labels >= 0).sum(), d_hidden, d_weight, d_bias

@@ -82,7 +82,8 @@ def path() -> Path:
 def instruction_set() -> InstructionSet:
     """Return the instruction set in use: the best one of this CPU unless `use_instruction_set` selected another."""
     known: tuple[InstructionSet, ...] = get_args(InstructionSet)
-    return known[torch.ops.bertfast.instruction_set()]
+    index: int = torch.ops.bertfast.instruction_set()
+    return known[index]
 
 
 def instruction_sets() -> list[InstructionSet]:
