@@ -116,7 +116,8 @@ def query_only_attention(
         keep = attention_keep_at(dropout, sequences.sequence_ids, query.shape[1], bound, lengths[:, 0].long())
         keep = keep[:, :, None]
     probabilities = masked_softmax(query[:, :, None], key, scale, masked[:, None, None], keep, dropout)
-    return (probabilities.to(value.dtype) @ value).squeeze(2)
+    context: Tensor = probabilities.to(value.dtype) @ value
+    return context.squeeze(2)
 
 
 def to_rows(x: Tensor, sequences: Sequences) -> Tensor:
