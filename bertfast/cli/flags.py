@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 import yaml
@@ -19,7 +19,9 @@ from bertfast.runtime.settings import Settings, group_class, hints_of, nearest, 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def parse(command: str, settings_class: type[SettingsT], arguments: list[str]) -> SettingsT:
+def parse(
+    command: str, settings_class: type[SettingsT], arguments: list[str], description: str | None = None
+) -> SettingsT:
     """Return the settings of a command from its arguments.
 
     Args:
@@ -27,6 +29,7 @@ def parse(command: str, settings_class: type[SettingsT], arguments: list[str]) -
         settings_class: Class of its settings.
         arguments: Flags with their values. `--config` is replaced by the entries of a YAML file or of an installed
             recipe; of a flag given more than once, the last value counts.
+        description: Text above the flags in `--help`; None: the first paragraph of the class's docstring.
 
     Raises:
         ValueError: A value is out of its range, or the YAML file has an entry that is not a setting.
@@ -42,7 +45,11 @@ def parse(command: str, settings_class: type[SettingsT], arguments: list[str]) -
         else:
             flags.append(argument)
     parsed = tyro.cli(
-        _flag_class(settings_class), prog=f"bertfast {command}", args=flags, config=(tyro.conf.OmitArgPrefixes,)
+        _flag_class(settings_class),
+        prog=f"bertfast {command}",
+        description=description,
+        args=flags,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     return settings_class.of(**dict(_values(parsed)))
 
@@ -92,7 +99,9 @@ def _flag_class(settings_class: type[Settings], default: Settings | None = None)
             hint = _flag_class(nested, value)
             fields.append((field.name, hint, dataclasses.field(default_factory=hint)))
             continue
-        hint = Annotated[hint, tyro.conf.arg(help=_help(texts[field.name], hint))]
+        is_positional = get_args(hint)[1:] == get_args(tyro.conf.Positional[str])[1:]
+        metavar = field.name.replace("_", "-").upper() if is_positional else None
+        hint = Annotated[hint, tyro.conf.arg(help=_help(texts[field.name], hint), metavar=metavar)]
         new = dataclasses.field() if required else dataclasses.field(default_factory=partial(copy.copy, value))
         fields.append((field.name, hint, new))
     summary = inspect.cleandoc(settings_class.__doc__ or "").split("\n\n")[0]

@@ -21,69 +21,121 @@ class Command(NamedTuple):
         settings: Name of the dataclass of its settings.
         function: Name of the function that takes the settings; if it returns an int, that is the exit status.
         summary: What the command does, for `bertfast --help`.
+        example: Arguments of a typical call, for the command's own help.
     """
 
     module: str
     settings: str
     function: str
     summary: str
+    example: str
 
 
 COMMANDS = {
     "demo": Command(
-        "cli.demo", "DemoSettings", "demo", "Pre-train, fine-tune and query a small BERT in a few minutes."
+        "cli.demo",
+        "DemoSettings",
+        "demo",
+        "Pre-train, fine-tune and query a small BERT in a few minutes.",
+        "--output-dir demo",
     ),
-    "prepare": Command("data.prepare", "PrepareSettings", "prepare", "Tokenize text into memory-mapped shards."),
+    "prepare": Command(
+        "data.prepare",
+        "PrepareSettings",
+        "prepare",
+        "Tokenize text into memory-mapped shards.",
+        "--output-dir shards --train-file text/",
+    ),
     "pretrain": Command(
         "training.pretrain",
         "PretrainSettings",
         "pretrain",
         "Pre-train with masked LM and, optionally, next-sentence prediction.",
+        "--output-dir bert --train-file text/ --preset base --max-seq-length 128",
     ),
     "finetune": Command(
-        "training.finetune", "FinetuneSettings", "finetune", "Fine-tune a pre-trained model on a labelled task."
+        "training.finetune",
+        "FinetuneSettings",
+        "finetune",
+        "Fine-tune a pre-trained model on a labelled task.",
+        "--model-name-or-path bert --train-file train.tsv --validation-file dev.tsv --output-dir tuned",
     ),
     "evaluate": Command(
-        "training.evaluate", "EvaluateSettings", "evaluate", "Evaluate a model on labelled data or on plain text."
+        "training.evaluate",
+        "EvaluateSettings",
+        "evaluate",
+        "Evaluate a model on labelled data or on plain text.",
+        "--model-name-or-path tuned --validation-file dev.tsv --output-dir evaluated",
     ),
     "predict": Command(
-        "inference.predict", "PredictSettings", "predict", "Write a fine-tuned model's predictions as JSON lines."
+        "inference.predict",
+        "PredictSettings",
+        "predict",
+        "Write a fine-tuned model's predictions as JSON lines.",
+        "--model-name-or-path tuned --input-file sentences.tsv",
     ),
     "sweep": Command(
         "training.sweep",
         "SweepSettings",
         "sweep",
         "Fine-tune over a grid of hyperparameters and seeds, and keep the best model.",
+        "--model-name-or-path bert --train-file train.tsv --validation-file dev.tsv --output-dir swept",
     ),
     "reproduce": Command(
         "cli.reproduce",
         "ReproduceSettings",
         "reproduce",
         "Reproduce a table of the BERT paper with your own data.",
+        "--table 7 --data DATA --output-dir OUT",
     ),
     "embed": Command(
-        "inference.embed", "EmbedSettings", "embed", "Write token or sentence embeddings of texts to disk."
+        "inference.embed",
+        "EmbedSettings",
+        "embed",
+        "Write token or sentence embeddings of texts to disk.",
+        "--model-name-or-path bert --input-file texts.txt --output-dir vectors --pooling mean",
     ),
     "fill-mask": Command(
         "inference.fill_mask",
         "FillMaskSettings",
         "fill_mask_command",
         "Predict the likeliest tokens for each [MASK].",
+        'bert "The capital of France is [MASK]."',
     ),
     "import": Command(
-        "convert.import_tf", "ImportSettings", "import_checkpoint", "Convert a TensorFlow checkpoint of Google's BERT."
+        "convert.import_tf",
+        "ImportSettings",
+        "import_checkpoint",
+        "Convert a TensorFlow checkpoint of Google's BERT.",
+        "uncased_L-12_H-768_A-12/bert_model.ckpt out",
     ),
     "export": Command(
-        "convert.export", "ExportSettings", "export", "Export a model to Hugging Face format, ONNX or torch.export."
+        "convert.export",
+        "ExportSettings",
+        "export",
+        "Export a model to Hugging Face format, ONNX or torch.export.",
+        "bert out --to onnx",
     ),
     "verify": Command(
-        "cli.verify", "VerifySettings", "verify", "Check a model's outputs and gradients against transformers."
+        "cli.verify",
+        "VerifySettings",
+        "verify",
+        "Check a model's outputs and gradients against transformers.",
+        "bert --input-file mine.txt",
     ),
     "bench": Command(
-        "cli.bench", "BenchSettings", "bench", "Measure and plot a model's speedup over transformers on this machine."
+        "cli.bench",
+        "BenchSettings",
+        "bench",
+        "Measure and plot a model's speedup over transformers on this machine.",
+        "bert --input-file mine.txt",
     ),
     "doctor": Command(
-        "cli.doctor", "DoctorSettings", "doctor", "Report hardware, versions and kernels; --check tests the kernels."
+        "cli.doctor",
+        "DoctorSettings",
+        "doctor",
+        "Report hardware, versions and kernels; --check tests the kernels.",
+        "--check",
     ),
 }
 
@@ -117,7 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{command.module}")
     try:
-        result = getattr(module, command.function)(parse(name, getattr(module, command.settings), rest))
+        about = f"{command.summary}\n\nExample: bertfast {name} {command.example}"
+        settings = parse(name, getattr(module, command.settings), rest, about)
+        result = getattr(module, command.function)(settings)
     except KeyboardInterrupt:
         print(
             f"\nbertfast {name}: interrupted; run the same command again to continue after the last finished step",

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 
@@ -171,3 +172,14 @@ def test_every_command_explains_each_of_its_flags(command, capsys):
     assert "STR (default" not in text
     assert "INT (default" not in text
     assert "FLOAT (default" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_valid_and_shown_by_its_help(command, capsys):
+    module, settings, _, summary, example = COMMANDS[command]
+    settings_class = getattr(importlib.import_module(f"bertfast.{module}"), settings)
+    assert isinstance(parse(command, settings_class, shlex.split(example)), settings_class)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{summary} Example: bertfast {command} {example}" in text
