@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
-from bertfast.runtime.plotting import COLORS, draw
+from bertfast.runtime.plotting import COLORS, draw, plot_title
 from bertfast.runtime.precision import wait_for
 from bertfast.runtime.settings import Positive
 
@@ -62,7 +62,8 @@ def bench(settings: BenchSettings) -> dict[str, float]:
         ratios[mode] = statistics.median(hf / bertfast for hf, bertfast in pairs)
         shown = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates[mode].items())
         print(f"{mode}: {ratios[mode]:.2f}x ({shown})")
-    if draw(Path(settings.plot), (6, 3), partial(_plot, title=_title(settings, both), rates=rates, ratios=ratios)):
+    title = plot_title(settings.model_name_or_path, both.batches[0]["input_ids"].device, "fp32")
+    if draw(Path(settings.plot), (6, 3), partial(_plot, title=title, rates=rates, ratios=ratios)):
         print(f"plot written to {settings.plot}")
     return ratios
 
@@ -104,14 +105,6 @@ def _seconds(model: nn.Module, batches: list[dict[str, Tensor]], inference: bool
             model.zero_grad()
     wait_for(device)
     return time.perf_counter() - started
-
-
-def _title(settings: BenchSettings, both: Comparison) -> str:
-    device = both.batches[0]["input_ids"].device
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return f"{Path(settings.model_name_or_path).name} ({hardware}, fp32)"
 
 
 def _plot(axes: Axes, title: str, rates: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
-"""Text files as found in practice: compressed or not, whatever their suffix says, with any line ends, as UTF-8 lines.
+"""Read text files as UTF-8 lines: compressed or not, independently of the suffix, and with any line ends.
 
-What cannot be read is refused with file, line and remedy.
+Errors name the file, the line and the remedy.
 """
 
 from __future__ import annotations

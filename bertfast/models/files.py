@@ -33,16 +33,24 @@ def resolve(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: There is neither.
+        NotADirectoryError: It is a file.
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise NotADirectoryError(
+            f"{name} is a file; a model is a folder with config.json and weights: give {Path(name).parent} or another "
+            "folder"
+        )
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # of the network, the hub, or the form of the name
-        raise FileNotFoundError(f"{name} is not a folder, and not a model that the hub gave: {error}") from error
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a model that can be downloaded from the hub: {error}"
+        ) from error
 
 
 def model_files(folder: Path) -> list[Path]:

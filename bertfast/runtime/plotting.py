@@ -6,10 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = {"bertfast": "tab:blue", "transformers": "tab:orange"}  # in all plots
+
+
+def plot_title(model: str | Path, device: torch.device, precision: str) -> str:
+    """Return the title of a plot: what was run, and on what.
+
+    Args:
+        model: Folder or hub id of the model, of which the last part is shown.
+        device: Device that it ran on.
+        precision: Precision that it ran in, such as "fp32".
+    """
+    if device.type == "cuda":
+        return f"{Path(model).name} ({torch.cuda.get_device_name(device)}, {precision})"
+    return f"{Path(model).name} ({device.type.upper()}, {torch.get_num_threads()} threads, {precision})"
 
 
 def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:

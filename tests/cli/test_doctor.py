@@ -196,7 +196,7 @@ def test_checks_beyond_the_time_limit_are_listed_as_not_reached(two_problems, ca
 
 @needs_library
 def test_a_cuda_error_ends_the_self_test(two_problems, monkeypatch):
-    """After an illegal access every CUDA call of the process fails, whatever the kernel."""
+    """After an illegal access every CUDA call of the process fails, in any kernel."""
 
     def broken(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

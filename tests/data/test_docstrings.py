@@ -74,7 +74,7 @@ this = the + code of the example
 - The first item of a list.
 - The second item of [a list](https://example.org) of [`~two`] <b>things</b>.
 
-See https://example.org for the rest of it.
+See https://example.org for the rest.
 Where the \\alpha of \\(x\\) is the rate of change.
 """
 

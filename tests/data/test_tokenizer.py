@@ -127,9 +127,9 @@ def test_a_vocabulary_without_mask_token_is_refused(tmp_path):
 def test_files_that_are_not_a_wordpiece_tokenizer_are_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(ValueError, match=message) as raised:
         load_tokenizer(path)
-    assert str(path) in str(refusal.value)
+    assert str(path) in str(raised.value)
 
 
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path):

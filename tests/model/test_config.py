@@ -8,7 +8,7 @@ from parity import SIZES
 
 import bertfast
 from bertfast.models.extensions import ExtendedBertConfig
-from bertfast.models.files import class_named_by, read_config
+from bertfast.models.files import class_named_by, read_config, resolve
 
 
 def test_the_configuration_is_that_of_transformers():
@@ -60,3 +60,10 @@ def test_unknown_names_are_refused(tmp_path):
         bertfast.preset_config("huge")
     with pytest.raises(ValueError, match="names MyBert, which is none of BertForMaskedLM"):
         class_named_by(bertfast.BertConfig(architectures=["MyBert"]))
+
+
+def test_a_file_in_place_of_a_model_folder_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"):
+        resolve(file)
