@@ -49,7 +49,7 @@ def resolve(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # of the network, the hub, or the form of the name
         raise FileNotFoundError(
-            f"{name} is neither a folder nor a model that can be downloaded from the hub: {error}"
+            f"{name} is not a folder, and not a model that can be downloaded from the hub: {error}"
         ) from error
 
 

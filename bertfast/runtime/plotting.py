@@ -24,7 +24,8 @@ def plot_title(model: str | Path, device: torch.device, precision: str) -> str:
     """
     if device.type == "cuda":
         return f"{Path(model).name} ({torch.cuda.get_device_name(device)}, {precision})"
-    return f"{Path(model).name} ({device.type.upper()}, {torch.get_num_threads()} threads, {precision})"
+    threads = torch.get_num_threads()
+    return f"{Path(model).name} ({device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}, {precision})"
 
 
 def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:

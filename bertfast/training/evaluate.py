@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.plotting import draw
+from bertfast.runtime.plotting import draw, plot_title
+from bertfast.runtime.precision import choose_precision
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
@@ -66,14 +67,17 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
         folder = Path(settings.output_dir)
         task.write_predictions(folder, "validation", examples, features, outputs)
         table = task.confusion_matrix(examples, features, outputs)
-        if table is not None and len(table[0]) <= _LABELS_SHOWN and not draw_confusion(table, folder / "confusion.png"):
-            print("No confusion.png: plots require `pip install bertfast[plots]`.")
+        if table is not None and len(table[0]) <= _LABELS_SHOWN:
+            precision = choose_precision(model.device, settings.compute.precision)
+            title = plot_title(settings.model_name_or_path, model.device, precision)
+            if not draw_confusion(table, folder / "confusion.png", title):
+                print("No confusion.png: plots require `pip install bertfast[plots]`.")
     skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
     return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped
 
 
-def draw_confusion(table: ConfusionMatrix, path: Path) -> bool:
-    """Plot a confusion matrix, normalised by row; return False if matplotlib is not installed."""
+def draw_confusion(table: ConfusionMatrix, path: Path, title: str) -> bool:
+    """Plot a confusion matrix, coloured by the fraction of its row; return False if matplotlib is not installed."""
     names, counts = table
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = 2.5 + 0.45 * len(names)
@@ -85,7 +89,8 @@ def draw_confusion(table: ConfusionMatrix, path: Path) -> bool:
             axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="predicted", ylabel="label")
+        axes.set(xlabel="predicted label", ylabel="true label")
+        axes.set_title(f"Confusion matrix (counts)\n{title}", fontsize=9, wrap=True)
 
     return draw(path, (side, side), paint)
 

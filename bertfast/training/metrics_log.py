@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bertfast.runtime.plotting import draw
+from bertfast.runtime.plotting import COLORS, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,11 +74,12 @@ class MetricsLog:
         for writer in self.writers:
             writer({name: value for name, value in entry.items() if name != "step"}, entry["step"])
 
-    def plot(self, path: Path, unigram_entropy: float | None = None) -> bool:
+    def plot(self, path: Path, title: str, unigram_entropy: float | None = None) -> bool:
         """Plot the masked-LM losses over the steps.
 
         Args:
             path: Image file to write.
+            title: Title of the plot.
             unigram_entropy: Unigram baseline in nats per masked token, drawn as a line; None: left out.
 
         Returns:
@@ -87,13 +88,14 @@ class MetricsLog:
         entries = self.entries()
 
         def paint(axes: Axes) -> None:
-            for key, marker in (("masked_lm_loss", ""), ("validation_loss", "o")):
+            curves = (("masked_lm_loss", "training", ""), ("validation_loss", "validation", "o"))
+            for (key, label, marker), color in zip(curves, (COLORS["bertfast"], "tab:green"), strict=True):
                 points = [(entry["step"], entry[key]) for entry in entries if key in entry]
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), marker=marker, linewidth=1)
+                    axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, linewidth=1)
             if unigram_entropy is not None:
-                axes.axhline(unigram_entropy, linestyle=":", color="gray", label="unigram entropy")
-            axes.set(xlabel="step", ylabel="nats per masked token")
+                axes.axhline(unigram_entropy, linestyle=":", color="tab:gray", label="unigram baseline")
+            axes.set(title=title, xlabel="step", ylabel="masked-LM loss (nats per masked token)")
             axes.legend()
             axes.grid(alpha=0.3)
 

@@ -22,6 +22,7 @@ from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
+from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision, half
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.training.checkpoint import checkpoints, read_progress
@@ -361,7 +362,8 @@ class Pretraining:
         # A sharded model is read from the last checkpoint, which holds whole parameters.
         save(load(BertForPreTraining, saved)[0] if self.settings.compute.shard else self.model, self.folder)
         save_tokenizer(self.corpus.tokenizer, self.folder)
-        if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", unigram_entropy):
+        title = plot_title(self.folder, self.device, self.precision)
+        if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", title, unigram_entropy):
             print("No loss.png: plots require `pip install bertfast[plots]`.")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 
