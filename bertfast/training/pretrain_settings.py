@@ -9,7 +9,7 @@ from bertfast.data.prepare import CorpusSettings
 from bertfast.data.samples import Sampling
 from bertfast.models.presets import Preset
 from bertfast.runtime.precision import Precision, ResidualPrecision
-from bertfast.runtime.settings import Count, CountOrOff, Fraction, NonNegative, Positive, Range, Seed, Settings
+from bertfast.runtime.settings import Count, CountOrOff, Fraction, NonNegative, Positive, Range, Seed, Settings, flag
 from bertfast.training.optimizer import OptimizerName
 from bertfast.training.schedule import ScheduleName
 
@@ -223,6 +223,13 @@ class PretrainSettings(Settings):
         if 0 < self.batch.second_phase_length < 5:
             raise ValueError(
                 f"--second-phase-length must be 0 (off) or at least 5, got {self.batch.second_phase_length}"
+            )
+        if self.data_dir is not None and self.corpus != CorpusSettings():
+            defaults = CorpusSettings().flat()
+            unused = [flag(name) for name, value in self.corpus.flat().items() if value != defaults[name]]
+            raise ValueError(
+                f"--data-dir holds text that is already prepared, so {', '.join(unused)} would have no effect: "
+                "leave out --data-dir or these flags"
             )
         if self.duration.minutes is not None and (self.batch.batch_ramp or self.batch.second_phase_length):
             raise ValueError(
