@@ -248,8 +248,9 @@ def check_positions(settings: PretrainSettings, positions: int) -> None:
         "--max-seq-length": settings.sampling.max_seq_length,
         "--second-phase-length": settings.batch.second_phase_length,
     }
-    flag = max(lengths, key=lengths.__getitem__)
-    if lengths[flag] > positions:
+    longest = max(lengths, key=lengths.__getitem__)
+    if lengths[longest] > positions:
         raise ValueError(
-            f"{flag} {lengths[flag]} is more than the model's {positions} positions: lower it, or raise --max-positions"
+            f"{longest} {lengths[longest]} is more than the model's {positions} positions: lower it, or raise "
+            "--max-positions"
         )
