@@ -37,7 +37,8 @@ def gradients(model, outputs) -> dict[str, Tensor]:
 def test_packed_is_padded(case, train, padding_slots):
     model, _ = models(case, max_position_embeddings=12, classifier_dropout=0.0)
     model.train(train)
-    values = inputs(case, "right")
+    # PyTorch 2.10 cannot differentiate the regression loss of float64 labels.
+    values = {name: x.float() if x.is_floating_point() else x for name, x in inputs(case, "right").items()}
     if case.class_name in ("BertForQuestionAnswering", "BertLMHeadModel"):  # transformers computes these losses by rows
         values = {name: x for name, x in values.items() if name not in ("labels", "start_positions", "end_positions")}
     model.config.use_cache = False
