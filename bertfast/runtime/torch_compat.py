@@ -1,4 +1,4 @@
-"""PyTorch's private interfaces, and differences between its versions and devices. Checked on torch 2.13.
+"""PyTorch's private interfaces, and differences between its versions and devices. Checked on torch 2.13 and 2.14.
 
 No other module uses names of PyTorch that start with an underscore, except for `torch._foreach_…`.
 """
