@@ -22,13 +22,14 @@ from bertfast.data.text_files import COMPRESSIONS, read_lines
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
-from bertfast.models.files import model_files, resolve, write_tensors
+from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.runtime.settings import Count, Settings, flag
+from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sequence_classification import Columns

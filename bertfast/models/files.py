@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -167,15 +166,6 @@ def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] 
         raise OSError(f"{folder} could not be written, what was saved before is kept: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, or raise OSError if it cannot be written, as when the disk is full."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written, what was saved before is kept: {error}") from error
 
 
 @contextmanager

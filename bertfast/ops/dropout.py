@@ -171,7 +171,7 @@ def philox(counter: Sequence[Tensor | int], seed: Tensor) -> Tensor:
         uint8 [..., 16], from the lowest byte of word 0 to the highest of word 3.
     """
     device = seed.device
-    words: Sequence[Tensor] = torch.broadcast_tensors(  # type: ignore[no-untyped-call]  # PyTorch declares no types
+    words: Sequence[Tensor] = torch.broadcast_tensors(
         *(torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter)
     )
     shape = words[0].shape

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from bertfast.models.files import save, write_tensors
+from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.tensor_file import write_tensors
 from bertfast.training.distributed import Distributed
 
 _PREFIX = "step-"

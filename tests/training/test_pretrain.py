@@ -17,6 +17,7 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.encoder import pretraining_loss
 from bertfast.models import files
+from bertfast.runtime import tensor_file
 from bertfast.runtime.signals import RunStopped
 from bertfast.training import checkpoint
 from bertfast.training import step as train_step
@@ -113,14 +114,14 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(data, tmp_path, monkeypatch):
-    save = files.save_file
+    save = tensor_file.save_file
 
     def full(tensors, path, metadata):
         if "00000010" in str(path) and path.name == "optimizer.safetensors":
             raise SafetensorError("I/O error: No space left on device")  # as the library says it
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         pretrain(settings_for(tmp_path, data))
     folder = tmp_path / "checkpoints"
