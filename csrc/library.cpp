@@ -6,7 +6,7 @@
 
 #include "attention_operators.h"
 #include "cpu/parallel.h"
-#include "embed_operators.h"
+#include "embeddings_operators.h"
 #include "row_operators.h"
 
 namespace bertfast {
@@ -72,8 +72,8 @@ static void implement(auto& library, const std::string& device) {
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   bertfast::operations::implement<bertfast::Cpu>(library, "cpu_");
-  library.impl("cpu_embed_forward", TORCH_BOX(&bertfast::operations::embed_forward));
-  library.impl("cpu_embed_backward", TORCH_BOX(&bertfast::operations::embed_backward));
+  library.impl("cpu_embeddings_forward", TORCH_BOX(&bertfast::operations::embeddings_forward));
+  library.impl("cpu_embeddings_backward", TORCH_BOX(&bertfast::operations::embeddings_backward));
   library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
 }
 

@@ -150,7 +150,7 @@ def cross_entropy(
 
 
 @contract
-def embed_forward(
+def embeddings_forward(
     word: Tensor,
     position: Tensor,
     token_type: Tensor,
@@ -173,7 +173,7 @@ def embed_forward(
 
 
 @contract
-def embed_backward(
+def embeddings_backward(
     d_y: Tensor,
     word: Tensor,
     position: Tensor,

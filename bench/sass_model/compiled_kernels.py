@@ -45,7 +45,7 @@ def cases(representative: bool = False) -> Cases:
     yield from add_layer_norm_cases(representative)
     yield from bias_gelu_cases(representative)
     yield from gelu_layer_norm_cases(representative)
-    yield from embed_cases(representative)
+    yield from embeddings_cases(representative)
     yield from linear_cross_entropy_cases(representative)
 
 
@@ -141,8 +141,8 @@ def gelu_layer_norm_cases(representative: bool) -> Cases:
         yield f"{_name(dtype)}, H = {hidden}", launch
 
 
-def embed_cases(representative: bool) -> Cases:
-    from bertfast.kernels import embed  # noqa: F401
+def embeddings_cases(representative: bool) -> Cases:
+    from bertfast.kernels import embeddings  # noqa: F401
 
     for hidden, dtype, dropped in itertools.product(
         (768, 4096) if representative else HIDDEN,
@@ -155,8 +155,8 @@ def embed_cases(representative: bool) -> Cases:
 
         def launch(table=table, vector=vector, ids=ids, statistics=statistics, dropout=dropout) -> None:
             inputs = (table, table, table[:2], ids, ids, ids, vector)
-            torch.ops.bertfast.triton_embed_forward(*inputs, vector, 1e-12, *dropout)
-            torch.ops.bertfast.triton_embed_backward(table, *inputs, statistics, statistics, 0, *dropout)
+            torch.ops.bertfast.triton_embeddings_forward(*inputs, vector, 1e-12, *dropout)
+            torch.ops.bertfast.triton_embeddings_backward(table, *inputs, statistics, statistics, 0, *dropout)
 
         yield f"{_name(dtype)}, H = {hidden}{', dropout' if dropped else ''}", launch
 

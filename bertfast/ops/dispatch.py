@@ -24,7 +24,7 @@ if HAS_TRITON:  # importing the modules registers their operators
         attention,
         attention_backward,
         bias_gelu,
-        embed,
+        embeddings,
         gelu_layer_norm,
         linear_cross_entropy,
         linear_gelu,

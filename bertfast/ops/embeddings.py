@@ -114,7 +114,7 @@ class Embeddings(torch.autograd.Function):
         inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
         ctx.implementation = implementation
         y: Tensor
-        y, mean, rstd = operator(implementation, "embed_forward")(*inputs, beta, eps, *dropout)
+        y, mean, rstd = operator(implementation, "embeddings_forward")(*inputs, beta, eps, *dropout)
         *coordinates, ctx.counter_word, ctx.threshold = dropout
         ctx.padding_index, ctx.eps = padding_index, eps
         ctx.save_for_backward(*inputs, beta, mean, rstd, *coordinates)
@@ -136,7 +136,7 @@ class Embeddings(torch.autograd.Function):
             needs_grad = ctx.needs_input_grad[4:9]
             gradients = reference_gradients(definition, (*tables, gamma, beta), needs_grad, [d_y])
             return *[None] * 4, *gradients, *[None] * 7
-        *d_tables, sums = operator(ctx.implementation, "embed_backward")(
+        *d_tables, sums = operator(ctx.implementation, "embeddings_backward")(
             d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *rng
         )
         d_gamma, d_beta = sums

@@ -1,4 +1,4 @@
-#include "../embed.h"
+#include "../embeddings.h"
 
 #include "dropout.h"
 #include "rows.h"
@@ -22,7 +22,7 @@ INLINE const W* word(const Embeddings& from, int64_t token) {
 }
 
 template <class W>
-static void forward(const EmbedForward& a) {
+static void forward(const EmbeddingsForward& a) {
   const int64_t hidden = a.from.hidden, width = padded(hidden);
   parallel(a.from.tokens, 16, [&](int64_t first, int64_t end) {
     thread_local Scratch floats, bytes;
@@ -48,7 +48,7 @@ static void forward(const EmbedForward& a) {
 }
 
 template <class W, class Z>
-static void backward(const EmbedBackward& a) {
+static void backward(const EmbeddingsBackward& a) {
   const int64_t hidden = a.from.hidden, width = padded(hidden);
   sum_over_rows<2>(a.from.tokens, hidden, a.sums, [&](int64_t first, int64_t end, float* sums) {
     thread_local Scratch floats, bytes;
@@ -138,11 +138,11 @@ static void sum(const SumByIndex& a) {
   });
 }
 
-void embed_forward(const EmbedForward& a) {
+void embeddings_forward(const EmbeddingsForward& a) {
   with_type(a.y.type, [&]<class W>(W) { forward<W>(a); });
 }
 
-void embed_backward(const EmbedBackward& a) {
+void embeddings_backward(const EmbeddingsBackward& a) {
   with_types(a.d_y.type, a.d_z.type, [&]<class W, class Z>(W, Z) { backward<W, Z>(a); });
 }
 

@@ -34,7 +34,7 @@ _TYPES_IN_REGISTERS = 2  # the sums of more token types would spill
 
 
 @kernel
-def embed_forward_kernel(
+def embeddings_forward_kernel(
     tables_ptr,  # (word [V, H], or [T, H] without token ids; token_type [types, H]; position [positions, H])
     ids_ptr,  # (token_ids, token_type_ids, position_ids), int [T] each; token_ids may be None
     gamma_ptr,  # [H]
@@ -67,7 +67,7 @@ def embed_forward_kernel(
 
 
 @kernel
-def embed_backward_kernel(
+def embeddings_backward_kernel(
     d_y_ptr,  # [T, H], rows d_y_stride apart
     tables_ptr,  # as in the forward kernel
     ids_ptr,
@@ -153,7 +153,7 @@ def _gather(table_ptr, ids_ptr, row, rows, stride, H: tl.constexpr, CHUNK: tl.co
 
 
 @operation
-def embed_forward(
+def embeddings_forward(
     word, position, token_type, token_ids, token_type_ids, position_ids, gamma, beta, eps, seed, sequence_ids,
     positions, counter_word, threshold, *, out,
 ):  # fmt: skip
@@ -162,14 +162,14 @@ def embed_forward(
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = y.shape
     constants = row_config(hidden, *tables)
-    embed_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
+    embeddings_forward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
         tables, (token_ids, token_type_ids, position_ids), gamma, beta, (seed, sequence_ids, positions), y, mean, rstd,
         tokens, tuple(table.stride(0) for table in tables), eps, counter_word, threshold, **constants,
     )  # fmt: skip
 
 
 @operation
-def embed_backward(
+def embeddings_backward(
     d_y, word, position, token_type, token_ids, token_type_ids, position_ids, gamma, mean, rstd, padding_index,
     seed, sequence_ids, positions, counter_word, threshold,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def embed_backward(
     d_z = d_y.new_empty(d_y.shape, dtype=widest)
     types = len(token_type) if len(token_type) <= _TYPES_IN_REGISTERS else 0
     sums = d_y.new_empty((programs, 2 + types, hidden), dtype=torch.float32)
-    embed_backward_kernel[(programs,)](
+    embeddings_backward_kernel[(programs,)](
         d_y, tables, (token_ids, token_type_ids, position_ids), gamma, mean, rstd, (seed, sequence_ids, positions),
         d_z, sums, tokens, d_y.stride(0), tuple(table.stride(0) for table in tables), counter_word, threshold,
         TYPES=types, **constants,

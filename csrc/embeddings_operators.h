@@ -3,33 +3,33 @@
 #include <tuple>
 #include <vector>
 
-#include "embed.h"
+#include "embeddings.h"
 #include "operator_arguments.h"
 
 namespace bertfast::operations {
 
-// The public operator `embed` turns this error into an IndexError.
+// The public operator `embeddings` turns this error into an IndexError.
 static void check_within(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < rows, name, "[", i, "] is ", indices[i], ", but its table has ",
                     rows, " rows: it must be in 0 … ", rows - 1);
 }
 
-static std::tuple<Tensor, Tensor, Tensor> embed_forward(Tensor word, Tensor position, Tensor token_type,
-                                                        OptionalTensor token_ids, Tensor token_type_ids,
-                                                        Tensor position_ids, Tensor gamma, Tensor beta, double eps,
-                                                        OptionalTensor seed, OptionalTensor sequence_ids,
-                                                        OptionalTensor positions, int64_t counter_word,
-                                                        int64_t threshold) {
+static std::tuple<Tensor, Tensor, Tensor> embeddings_forward(Tensor word, Tensor position, Tensor token_type,
+                                                             OptionalTensor token_ids, Tensor token_type_ids,
+                                                             Tensor position_ids, Tensor gamma, Tensor beta, double eps,
+                                                             OptionalTensor seed, OptionalTensor sequence_ids,
+                                                             OptionalTensor positions, int64_t counter_word,
+                                                             int64_t threshold) {
   word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
   const Indices token_rows(token_ids), position_rows(position_ids), type_rows(token_type_ids);
-  if (token_ids) check_within("embed: token_ids", token_rows, tokens, word.size(0));
-  check_within("embed: position_ids", position_rows, tokens, position.size(0));
-  check_within("embed: token_type_ids", type_rows, tokens, token_type.size(0));
+  if (token_ids) check_within("embeddings: token_ids", token_rows, tokens, word.size(0));
+  check_within("embeddings: position_ids", position_rows, tokens, position.size(0));
+  check_within("embeddings: token_type_ids", type_rows, tokens, token_type.size(0));
   Tensor y = torch::stable::new_empty(word, {tokens, hidden});
   Tensor mean = new_floats(word, {tokens}), rstd = new_floats(word, {tokens});
-  bertfast::embed_forward(
+  bertfast::embeddings_forward(
       {{tokens, hidden, rows(word), rows(position), rows(token_type), token_rows, position_rows, type_rows},
        Dense(gamma),
        Dense(beta),
@@ -48,7 +48,7 @@ static Tensor sum_by_index(const Tensor& values, const int64_t* index, const Ten
   return sums;
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
+static std::tuple<Tensor, Tensor, Tensor, Tensor> embeddings_backward(
     Tensor d_y, Tensor word, Tensor position, Tensor token_type, OptionalTensor token_ids, Tensor token_type_ids,
     Tensor position_ids, Tensor gamma, Tensor mean, Tensor rstd, std::optional<int64_t> padding_index,
     OptionalTensor seed, OptionalTensor sequence_ids, OptionalTensor positions, int64_t counter_word,
@@ -60,7 +60,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> embed_backward(
   const bool same_type = type_of(word) == type_of(position) && type_of(word) == type_of(token_type);
   Tensor d_z = same_type ? torch::stable::new_empty(word, {tokens, hidden}) : new_floats(word, {tokens, hidden});
   Tensor sums = new_floats(word, {2, hidden});
-  bertfast::embed_backward(
+  bertfast::embeddings_backward(
       {{tokens, hidden, rows(word), rows(position), rows(token_type), token_rows, position_rows, type_rows},
        rows(d_y),
        Dense(gamma),

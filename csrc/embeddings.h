@@ -12,7 +12,7 @@ struct Embeddings {
   const int64_t *token_ids, *position_ids, *token_type_ids;  // [T]; token_ids may be null
 };
 
-struct EmbedForward {
+struct EmbeddingsForward {
   Embeddings from;
   Vector gamma, beta;  // [H]
   float eps;
@@ -21,7 +21,7 @@ struct EmbedForward {
   float *mean, *rstd;  // [T], of z
 };
 
-struct EmbedBackward {
+struct EmbeddingsBackward {
   Embeddings from;
   Rows d_y;                  // [T, H], of word's type
   Vector gamma;              // [H]
@@ -42,6 +42,6 @@ struct SumByIndex {
 
 }  // namespace bertfast
 
-BERTFAST_KERNEL(embed_forward, EmbedForward)
-BERTFAST_KERNEL(embed_backward, EmbedBackward)
+BERTFAST_KERNEL(embeddings_forward, EmbeddingsForward)
+BERTFAST_KERNEL(embeddings_backward, EmbeddingsBackward)
 BERTFAST_KERNEL(sum_by_index, SumByIndex)

@@ -1,0 +1,25 @@
+// The row sums of d_o · o, which attention's backward pass subtracts from the gradients of the probabilities.
+#pragma once
+#include "attention.cuh"
+
+namespace bertfast::cuda {
+
+// delta = row sum of d_o · o for each token and head, which the gradient of softmax subtracts.
+template <class T, int D>
+__global__ void __launch_bounds__(256) delta_kernel(const AttentionBackward a) {
+  constexpr int LANES = D / 8;
+  const int64_t rows = a.capacity * a.heads, threads = (int64_t)gridDim.x * blockDim.x;
+  const int64_t padded_lanes = (rows * LANES + 31) / 32 * 32;  // whole warps, for the shuffle
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < padded_lanes; i += threads) {
+    const int64_t row = i / LANES;  // token · heads + head
+    float sum = 0, o[8], d_o[8];
+    if (row < rows) {
+      load_8((const T*)a.o + i * 8, o), load_8((const T*)a.d_o + i * 8, d_o);
+      UNROLL_FOR (int j = 0; j < 8; ++j) sum += o[j] * d_o[j];
+    }
+    UNROLL_FOR (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (row < rows && i % LANES == 0) a.delta[row % a.heads * a.capacity + row / a.heads] = sum;
+  }
+}
+
+}  // namespace bertfast::cuda
