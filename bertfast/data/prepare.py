@@ -163,7 +163,10 @@ def prepare(settings: PrepareSettings) -> Path:
         sources = sources[first - 1 :: step]
     unfinished = [source for source in sources if not source.is_finished(folder)]
     if settings.merge and unfinished:
-        raise ValueError(f"{len(unfinished)} of {len(sources)} files are not finished, such as {unfinished[0].path}")
+        raise ValueError(
+            f"{len(unfinished)} of {len(sources)} files are not finished, such as {unfinished[0].path}: pass --merge "
+            "when the runs with --part are finished"
+        )
     _prepare_sources(unfinished, tokenizer, folder, processes)
     if settings.part is None:
         for split in SPLITS:

@@ -209,9 +209,7 @@ def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
     if path.endswith(_TEXT_SUFFIXES):
         return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))
     table = read_table(path)
-    columns = Columns.choose(table, settings.text_column, settings.text_pair_column, None)
-    texts = table.texts(columns.text)
-    return iter(texts if columns.text_pair is None else zip(texts, table.texts(columns.text_pair), strict=True))
+    return iter(Columns.choose(table, settings.text_column, settings.text_pair_column, None).texts(table))
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

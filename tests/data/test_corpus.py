@@ -58,7 +58,7 @@ def test_line_endings_byte_order_mark_and_blank_lines_do_not_matter(tmp_path):
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".bz2", ".zst"])
-def test_a_compression_is_recognised_by_content_whatever_the_suffix(tmp_path, suffix, compression):
+def test_a_compression_is_recognised_by_content_despite_its_suffix(tmp_path, suffix, compression):
     assert read(tmp_path / f"a.txt{suffix}", compress(TEXT, compression)) == DOCUMENTS
 
 

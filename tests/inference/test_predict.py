@@ -76,10 +76,10 @@ def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, c
     predict(PredictSettings.of(**settings, input_file=files["test_file"]))
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))
-    predict(PredictSettings.of(**settings))
-    from_lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert from_lines == from_file
+    for standard_input in (None, "-"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))
+        predict(PredictSettings.of(**settings, input_file=standard_input))
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == from_file
     expected = rows_of(folder / "predictions_test.tsv")[1:]
     assert [answer["label"] for answer in from_file] == [row[1] for row in expected]
     assert [answer["score"] for answer in from_file] == pytest.approx([max(map(float, row[2:])) for row in expected])
