@@ -139,6 +139,8 @@ COMMANDS = {
     ),
 }
 
+_CONFIG_HELP = "--config FILE.yaml reads flags from a YAML file, in which they have the same names."
+
 # Errors whose message tells the user what to do. Anything else is a bug of this program and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RunStopped)
 
@@ -169,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{command.module}")
     try:
-        about = f"{command.summary}\n\nExample: bertfast {name} {command.example}"
+        about = f"{command.summary}\n\nExample: bertfast {name} {command.example}\n{_CONFIG_HELP}"
         settings = parse(name, getattr(module, command.settings), rest, about)
         result = getattr(module, command.function)(settings)
     except KeyboardInterrupt:
