@@ -184,9 +184,7 @@ def _quiet() -> Iterator[None]:
 
 def _tied(model: PreTrainedModel) -> set[str]:
     """Return the names of tied parameters, except for the first name of each."""
-    first: dict[int, str] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*dict(model.named_parameters())}
 
 
 def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
@@ -195,9 +193,9 @@ def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: The class that it names is not one of bertfast.
     """
-    known = [name for name in bert.__all__ if issubclass(getattr(bert, name), PreTrainedModel)]
+    classes: dict[str, type] = {name: getattr(bert, name) for name in bert.__all__}
+    known = {name: kind for name, kind in classes.items() if issubclass(kind, PreTrainedModel)}
     name = next(iter(config.architectures or ["BertModel"]))
     if name not in known:
         raise ValueError(f"its config names {name}, which is none of {', '.join(known)}")
-    kind: type[PreTrainedModel] = getattr(bert, name)
-    return kind
+    return known[name]
