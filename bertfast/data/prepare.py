@@ -1,7 +1,7 @@
 """`bertfast prepare`: tokenize text into a folder with a tokenizer and the shards of `train` and `validation`.
 
 Each file of the corpus becomes one part of each split, independently of other files: in any order, in several processes
-or on several machines (`--part`). Finished parts are kept as long as neither the file nor the tokenizer changes.
+or on several machines (`--part`). An interrupted run continues; a folder of another corpus is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from bertfast.data.corpus import find_files, held_out, read_documents
 from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
-from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
+from bertfast.runtime.output_folder import LOCK, Origin, output_folder
 from bertfast.runtime.settings import Count, Range, Settings
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class PrepareSettings(Settings):
     """What to prepare, and where to write it.
 
     Attributes:
-        output_dir: Folder for the shards and the tokenizer; finished parts in it are kept.
+        output_dir: Folder for the shards and the tokenizer. The same command again continues an interrupted run.
+        overwrite_output_dir: Replace the shards of another corpus in output_dir; parts of unchanged files are kept.
         corpus: Which text to use, and how to tokenize it.
         part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then pass --merge.
         merge: Only combine the finished parts of all machines.
@@ -79,6 +81,7 @@ class PrepareSettings(Settings):
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     part: str | None = None
     merge: bool = False
+    overwrite_output_dir: bool = False
 
     def validate(self) -> None:
         if self.part is not None:
@@ -136,18 +139,41 @@ def prepare(settings: PrepareSettings) -> Path:
         The folder. `Shards.open` opens its subfolders `train` and `validation`; the latter may have no documents.
 
     Raises:
-        ValueError: The settings contradict each other, a file cannot be read, or no document is left for training.
+        ValueError: The settings contradict each other, a file cannot be read, no document is left for training, or the
+            folder is in use.
+        OriginError: The folder has shards of other text or other settings.
     """
     corpus = settings.corpus
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = corpus.processes or os.cpu_count() or 1
-    train = _training_files(corpus, folder, processes)
+    train = _training_files(corpus, folder)
     validation = find_files(corpus.validation_file)
     if both := set(train) & set(validation):
         raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
-    percentage = 0 if validation else corpus.validation_split_percentage
+    contents = () if settings.overwrite_output_dir else SPLITS  # parts have records of their own
+    lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
+    with output_folder(folder, _origin(corpus, train, validation), contents, lock=lock):
+        _prepare(settings, train, validation, folder)
+    return folder
 
+
+def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -> Origin:
+    """Return what the shards are made from."""
+    inputs = {"--train-file": train, "--validation-file": validation}
+    values: dict[str, object] = {"--text-column": corpus.text_column}
+    if not validation:
+        values["--validation-split-percentage"] = corpus.validation_split_percentage
+    if corpus.tokenizer_name is None:
+        values |= {"--vocab-size": corpus.vocab_size, "--cased": corpus.cased}
+    else:
+        inputs["--tokenizer-name"] = tokenizer_files(corpus.tokenizer_name)
+    return Origin(inputs, values)
+
+
+def _prepare(settings: PrepareSettings, train: list[Path], validation: list[Path], folder: Path) -> None:
+    """Prepare the training and validation files in a locked folder."""
+    corpus = settings.corpus
+    percentage = 0 if validation else corpus.validation_split_percentage
     if corpus.tokenizer_name is None:
         _train_tokenizer(corpus, train, percentage, folder)
         tokenizer = load_tokenizer(folder)
@@ -167,7 +193,7 @@ def prepare(settings: PrepareSettings) -> Path:
             f"{len(unfinished)} of {len(sources)} files are not finished, such as {unfinished[0].path}: pass --merge "
             "when the runs with --part are finished"
         )
-    _prepare_sources(unfinished, tokenizer, folder, processes)
+    _prepare_sources(unfinished, tokenizer, folder, corpus.processes or os.cpu_count() or 1)
     if settings.part is None:
         for split in SPLITS:
             names = [source.name for source in sources]
@@ -175,7 +201,6 @@ def prepare(settings: PrepareSettings) -> Path:
             write_manifest(folder / split, names, vocab_size=size, tokenizer_hash=tokenizer_digest)
         if not Shards.open(folder / "train").documents:
             raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
-    return folder
 
 
 def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], object]) -> None:
@@ -219,10 +244,10 @@ def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
     yield batch
 
 
-def _training_files(corpus: CorpusSettings, folder: Path, processes: int) -> list[Path]:
+def _training_files(corpus: CorpusSettings, folder: Path) -> list[Path]:
     """Return the training files; standard input and docstrings are first written to files in `folder`."""
     if not corpus.train_file:
-        return find_files([gather_docstrings(folder / "docstrings.jsonl", processes)])
+        return find_files([gather_docstrings(folder / "docstrings.jsonl", corpus.processes or os.cpu_count() or 1)])
     inputs: list[Path | str] = []
     for name in corpus.train_file:
         if name == "-":

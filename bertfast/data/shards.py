@@ -188,6 +188,7 @@ class Shards:
         documents, sentences, tokens: Counts over all parts.
         vocab_size: Size of the tokenizer's vocabulary.
         tokenizer_hash: See `bertfast.data.tokenizer.tokenizer_hash`.
+        content_hash: Hexadecimal SHA-256 of the checksums of all parts.
     """
 
     folder: Path
@@ -197,6 +198,7 @@ class Shards:
     tokens: int
     vocab_size: int
     tokenizer_hash: str
+    content_hash: str
 
     @classmethod
     def open(cls, folder: Path | str, tokenizer_hash: str | None = None) -> Shards:
@@ -218,6 +220,7 @@ class Shards:
                 f"{tokenizer_hash[:12]}): run `bertfast prepare` again with this one"
             )
         parts = [_open_part(folder / part["name"], part) for part in manifest["parts"] if part["documents"]]
+        checksums = json.dumps([part["checksums"] for part in manifest["parts"]], sort_keys=True)
         return cls(
             folder,
             parts,
@@ -226,6 +229,7 @@ class Shards:
             tokens=manifest["tokens"],
             vocab_size=manifest["vocab_size"],
             tokenizer_hash=manifest["tokenizer_hash"],
+            content_hash=hashlib.sha256(checksums.encode()).hexdigest(),
         )
 
     def verify(self) -> None:

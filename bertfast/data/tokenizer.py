@@ -69,14 +69,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
         FileNotFoundError: There is no such file.
         ValueError: It is not a WordPiece tokenizer with BERT's special tokens.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
-        if not names:
-            raise FileNotFoundError(f"the folder {path} holds neither a tokenizer.json nor a vocab.txt")
-        path = path / names[0]
-    if not path.exists():
-        raise FileNotFoundError(f"there is no tokenizer at {path}: name a vocab.txt, a tokenizer.json or their folder")
+    path = tokenizer_files(path)[0]
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_vocabulary(path)
     except Exception as error:  # the library raises bare Exceptions
@@ -90,6 +83,24 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
     tokenizer.no_padding()
     special_tokens(tokenizer)
     return tokenizer
+
+
+def tokenizer_files(path: Path | str) -> list[Path]:
+    """Return the file that `load_tokenizer` reads the vocabulary from and, if there is one, that of the options.
+
+    Raises:
+        FileNotFoundError: There is no vocabulary.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+        if not names:
+            raise FileNotFoundError(f"the folder {path} holds neither a tokenizer.json nor a vocab.txt")
+        path = path / names[0]
+    if not path.exists():
+        raise FileNotFoundError(f"there is no tokenizer at {path}: name a vocab.txt, a tokenizer.json or their folder")
+    options = path.with_name("tokenizer_config.json")
+    return [path, options] if options.exists() else [path]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:

@@ -25,7 +25,6 @@ from bertfast.runtime.atomic_write import remove, write_atomically
 
 RECORD = "origin.json"
 LOCK = ".lock"
-_REMEDY = "choose another --output-dir, or pass --overwrite-output-dir to replace its contents"
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,22 @@ class Origin:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class OriginError(ValueError):
+    """The contents of a folder have another origin than the run, or no record of one.
+
+    Attributes:
+        problem: The folder and the differences, without what to do about them.
+    """
+
+    def __init__(self, problem: str):
+        super().__init__(f"{problem}: choose another --output-dir, or pass --overwrite-output-dir to replace them")
+        self.problem = problem
+
+
 @contextmanager
-def output_folder(path: Path, origin: Origin, contents: Sequence[str], *, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(
+    path: Path, origin: Origin, contents: Sequence[str], *, overwrite: bool = False, lock: str = LOCK
+) -> Iterator[Path]:
     """Lock a folder for this process, and compare its record with an origin or write one.
 
     The operating system releases the lock when the process ends, however it ends: no stale lock can remain.
@@ -52,15 +65,16 @@ def output_folder(path: Path, origin: Origin, contents: Sequence[str], *, overwr
         origin: What this run makes its contents from.
         contents: Patterns of the files and folders that the command writes, such as "part-*".
         overwrite: Remove these files and folders first. Other files stay.
+        lock: Name of the lock, for processes that write different parts of the folder at the same time.
 
     Yields:
         The folder.
 
     Raises:
-        ValueError: The contents have another origin or no record, or another process writes to the folder.
+        OriginError: The contents have another origin or no record.
+        ValueError: Another process writes to the folder.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked_folder(path, lock):
         existing = [found for pattern in contents for found in path.glob(pattern)]
         record = None if overwrite else _read_record(path)
         described = _describe(origin, record)
@@ -74,14 +88,20 @@ def output_folder(path: Path, origin: Origin, contents: Sequence[str], *, overwr
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
-    owner = folder / f"{LOCK}-owner"
+def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Create a folder if it does not exist, and lock it for this process.
+
+    Raises:
+        ValueError: Another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / name, timeout=0, thread_local=False)
+    owner = folder / f"{name}-owner"
     try:
         lock.acquire()
     except Timeout:
-        name = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-        raise ValueError(f"{folder} is in use by {name}: wait for its end, or choose another --output-dir") from None
+        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise ValueError(f"{folder} is in use by {holder}: wait for its end, or choose another --output-dir") from None
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
@@ -117,7 +137,7 @@ def _describe_file(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[s
 
 def _check(folder: Path, record: Mapping[str, Any] | None, described: Mapping[str, Any]) -> None:
     if record is None:
-        raise ValueError(f"{folder} has no record of what its contents were made from: {_REMEDY}")
+        raise OriginError(f"{folder} has contents without a record of what they were made from")
     differences = []
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
         before, now = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
@@ -128,7 +148,7 @@ def _check(folder: Path, record: Mapping[str, Any] | None, described: Mapping[st
         if before != now:
             differences.append(f"{flag} was {json.dumps(before)} and is {json.dumps(now)}")
     if differences:
-        raise ValueError(f"the contents of {folder} were made otherwise: {'; '.join(differences)}: {_REMEDY}")
+        raise OriginError(f"the contents of {folder} were made otherwise: {'; '.join(differences)}")
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> str:

@@ -33,7 +33,12 @@ from bertfast.training.initial_model import initial_config, initial_model
 from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers
-from bertfast.training.pretrain_checkpointing import Progress, checkpoint_to_load, settings_to_compare
+from bertfast.training.pretrain_checkpointing import (
+    Progress,
+    checkpoint_to_load,
+    require_same_text,
+    settings_to_compare,
+)
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter
 from bertfast.training.pretrain_settings import PretrainSettings, check_positions
@@ -118,6 +123,7 @@ class Pretraining:
         initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
         config = self._configure(initial)
         self.corpus = Corpus.open(settings, self.distributed, initial)
+        require_same_text(self.saved, self.corpus.hashes())
         vocab_size = self.corpus.train.vocab_size
         config.vocab_size = max(config.vocab_size, vocab_size) if initial else vocab_size
         self.model = self._build_model(config, initial)
@@ -344,8 +350,8 @@ class Pretraining:
 
     def _save(self) -> None:
         compared = settings_to_compare(self.settings, self.bins_per_step, self.precision)
-        keep = self.settings.checkpoint.save_total_limit
-        self.progress.save(self.folder / "checkpoints", self.train_step, self.model, self.distributed, keep, compared)
+        folder, keep = self.folder / "checkpoints", self.settings.checkpoint.save_total_limit
+        self.progress.save(folder, self.train_step, self.model, self.distributed, keep, compared, self.corpus.hashes())
 
     def _stop(self) -> None:
         """Save a checkpoint and raise RunStopped."""

@@ -43,6 +43,7 @@ class Progress:
         distributed: Distributed,
         keep: int,
         settings: dict[str, Any],
+        text: dict[str, str],
     ) -> None:
         """Write a checkpoint of the run.
 
@@ -53,6 +54,7 @@ class Progress:
             distributed: Processes of the run; all of them must call this.
             keep: Number of newest checkpoints to keep.
             settings: What must be equal when the run is resumed; see `settings_to_compare`.
+            text: Hashes that must be equal, too; see `Corpus.hashes`.
         """
         scaler = train_step.scaler
         values = {
@@ -62,6 +64,7 @@ class Progress:
             "loss_ema": self.loss_ema,
             "scaler": scaler and scaler.state_dict(),
             "settings": settings,
+            "text": text,
         }
         save_state(folder, self.step, model, train_step.optimizers, values, keep, distributed)
 
@@ -79,6 +82,19 @@ class Progress:
             validation_loss=values["validation_loss"],
             loss_ema=values["loss_ema"],
         )
+
+
+def require_same_text(saved: Path | None, hashes: dict[str, str]) -> None:
+    """Raise ValueError if there is a checkpoint, and it was trained on another text than that of `Corpus.hashes`."""
+    if saved is None:
+        return
+    before = read_progress(saved)[1].get("text", {})
+    for name, now in hashes.items():
+        if (old := before.get(name, "unknown")) != now:
+            raise ValueError(
+                f"the run in {saved.parents[1]} was started with another {name} (SHA-256 {old[:12]}, now {now[:12]}): "
+                "name the folder of its shards with --data-dir, or choose another --output-dir"
+            )
 
 
 def settings_to_compare(settings: PretrainSettings, bins_per_step: int, precision: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
+from bertfast.runtime.output_folder import OriginError
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
 from bertfast.training.loader import BatchIndex, Loader
@@ -47,7 +48,8 @@ class Corpus:
             initial: Folder of the initial model, whose tokenizer must be that of the shards; None: random weights.
 
         Raises:
-            ValueError: The text was tokenised with another tokenizer, or there is no validation text.
+            ValueError: The text was tokenised with another tokenizer or has changed since the run began, or there is
+                no validation text.
         """
         folder = _prepare(settings, distributed, initial)
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,14 @@ class Corpus:
         if not validation.documents:
             raise ValueError(f"{folder} contains no validation text: raise --validation-split-percentage")
         return cls(tokenizer, train, validation)
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the tokenizer and of the shards of both splits; a resumed run must have the same."""
+        return {
+            "tokenizer": self.train.tokenizer_hash,
+            "training text": self.train.content_hash,
+            "validation text": self.validation.content_hash,
+        }
 
 
 class BatchPlan:
@@ -128,7 +138,16 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
     corpus, folder = settings.corpus, Path(settings.output_dir, "data")
     if initial is not None and corpus.tokenizer_name is None:
         corpus = corpus.replace(tokenizer_name=str(initial))
-    distributed.run_on_main(lambda: prepare(PrepareSettings(str(folder), corpus)))
+
+    def prepare_text() -> None:
+        try:
+            prepare(PrepareSettings(str(folder), corpus))
+        except OriginError as error:
+            raise ValueError(
+                f"{error.problem}: choose another --output-dir, or keep the earlier text with --data-dir {folder}"
+            ) from None
+
+    distributed.run_on_main(prepare_text)
     return folder
 
 

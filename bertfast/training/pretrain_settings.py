@@ -9,14 +9,28 @@ from bertfast.data.prepare import CorpusSettings
 from bertfast.data.samples import Sampling
 from bertfast.models.presets import Preset
 from bertfast.runtime.precision import Precision, ResidualPrecision
-from bertfast.runtime.settings import Count, CountOrOff, Fraction, NonNegative, Positive, Range, Seed, Settings, flag
+from bertfast.runtime.settings import (
+    Count,
+    CountOrOff,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+    flag,
+    settings_of,
+)
 from bertfast.training.optimizer import OptimizerName
 from bertfast.training.schedule import ScheduleName
 
 # Settings that may differ between a run and its continuation: where it computes and how often it reports. The number
-# of batches per step must stay the same, but not how they are divided among ranks.
+# of batches per step must stay the same, but not how they are divided among ranks. Text and tokenizer must stay the
+# same, but not the flags that name them: `Corpus.hashes` are compared.
 RESUME_MAY_CHANGE = (
     "output_dir",
+    "data_dir",
+    *settings_of(CorpusSettings),
     "resume",
     "device",
     "dataloader_num_workers",

@@ -29,6 +29,7 @@ def numbered_shards(*parts: list[list[int]]) -> Shards:
         tokens=position,
         vocab_size=position + FIRST_ORDINARY,
         tokenizer_hash="",
+        content_hash="",
     )
 
 

@@ -51,9 +51,9 @@ def vocabulary(tmp_path):
 def run(tmp_path):
     """Return a function that prepares into tmp_path/NAME, by default with one process."""
 
-    def run(name, *train, part=None, merge=False, **corpus):
+    def run(name, *train, part=None, merge=False, overwrite=False, **corpus):
         corpus = CorpusSettings(train_file=[str(path) for path in train], **({"processes": 1} | corpus))
-        return prepare(PrepareSettings(str(tmp_path / name), corpus, part, merge))
+        return prepare(PrepareSettings(str(tmp_path / name), corpus, part, merge, overwrite))
 
     return run
 
@@ -123,13 +123,29 @@ def test_only_changed_files_are_processed_again(texts, vocabulary, run):
     assert modified(folder) == before
 
     (texts / "1.txt").write_text("Another text. It has two sentences.")
-    run("out", texts, tokenizer_name=vocabulary)
+    run("out", texts, tokenizer_name=vocabulary, overwrite=True)
     again = {path.parent.name[:5] for path, time in modified(folder).items() if time != before[path]}
     assert again == {"1.txt"}
 
     save_tokenizer(train_tokenizer(WORDS, 128), vocabulary)
-    run("out", texts, tokenizer_name=vocabulary)
+    run("out", texts, tokenizer_name=vocabulary, overwrite=True)
     assert not [path for path, time in modified(folder).items() if time == before[path]]
+
+
+@pytest.mark.parametrize("changed", ["--train-file", "--tokenizer-name", "--validation-split-percentage"])
+def test_a_folder_of_another_corpus_is_refused(changed, texts, vocabulary, run):
+    folder = run("out", texts, tokenizer_name=vocabulary)
+    before = content(folder), (folder / "vocab.txt").read_bytes()
+    options = {}
+    if changed == "--train-file":
+        (texts / "1.txt").write_text("Another text.")
+    elif changed == "--tokenizer-name":
+        save_tokenizer(train_tokenizer(WORDS, 128), vocabulary)
+    else:
+        options["validation_split_percentage"] = 50
+    with pytest.raises(ValueError, match=f"{changed} was .* and is .*--overwrite-output-dir"):
+        run("out", texts, tokenizer_name=vocabulary, **options)
+    assert (content(folder), (folder / "vocab.txt").read_bytes()) == before
 
 
 def test_an_interrupted_run_continues(texts, vocabulary, run, monkeypatch):
@@ -168,13 +184,13 @@ def test_a_vocabulary_is_trained_once_if_no_tokenizer_is_given(texts, vocabulary
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "train_tokenizer", None)
         run("out", texts, vocab_size=200)
-    run("out", texts, tokenizer_name=vocabulary)
-    run("out", texts, vocab_size=100)
+    run("out", texts, tokenizer_name=vocabulary, overwrite=True)
+    run("out", texts, vocab_size=100, overwrite=True)
     assert Shards.open(folder / "train").vocab_size == 128
-    run("out", texts, tokenizer_name=vocabulary)
-    run("out", texts, vocab_size=100)
+    run("out", texts, tokenizer_name=vocabulary, overwrite=True)
+    run("out", texts, vocab_size=100, overwrite=True)
     assert Shards.open(folder / "train").vocab_size == 128
-    run("out", texts, vocab_size=200, cased=True)
+    run("out", texts, vocab_size=200, cased=True, overwrite=True)
     assert Shards.open(folder / "train").tokenizer_hash != shards.tokenizer_hash
 
 

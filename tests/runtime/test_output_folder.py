@@ -90,7 +90,7 @@ def test_a_missing_or_added_input_is_refused(written, tmp_path):
 def test_contents_without_a_readable_record_are_refused(written, record):
     folder, origin = written
     (folder / "origin.json").unlink() if record is None else (folder / "origin.json").write_text(record)
-    with pytest.raises(ValueError, match="no record"):
+    with pytest.raises(ValueError, match="without a record"):
         reopen(folder, origin)
 
 

@@ -113,6 +113,27 @@ def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume
         pretrain(settings_for(finished, data, resume=True, learning_rate=1.0))
 
 
+def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(corpus.read_bytes())
+    options = {"train_file": [str(text)], "vocab_size": 128, "validation_split_percentage": 20, "processes": 1}
+    settings = settings_for(tmp_path / "run", None, **options)
+    with pytest.raises(RunStopped):
+        pretrain(settings, signal_at(7))
+    with text.open("a") as file:
+        file.write("\n\nA document that was added later.\n")
+    with pytest.raises(ValueError, match=r"--train-file was .* and is .*--data-dir .*data"):
+        pretrain(settings.replace(resume=True))
+    other = prepare(PrepareSettings(str(tmp_path / "other"), settings.corpus))
+    with pytest.raises(ValueError, match=r"another tokenizer \(SHA-256 .*--data-dir"):
+        pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
+    same = settings.corpus.replace(tokenizer_name=str(tmp_path / "run" / "data"))
+    other = prepare(PrepareSettings(str(tmp_path / "same"), same))
+    with pytest.raises(ValueError, match=r"another (training|validation) text \(SHA-256 .*--data-dir"):
+        pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
+    pretrain(settings.replace(resume=True, data_dir=str(tmp_path / "run" / "data"), corpus=CorpusSettings()))
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(data, tmp_path, monkeypatch):
     save = tensor_file.save_file
 
