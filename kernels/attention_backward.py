@@ -200,27 +200,25 @@ def _probabilities(
     length,
     scale,
     window,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Recompute the transposed probabilities [N, M]."""
-    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E) - lse[None, :])
     if MASKED:
+        rows, columns = tl.arange(0, p.shape[0]), tl.arange(0, p.shape[1])
         mask = attention_mask((query + columns)[None, :], (key + rows)[:, None], length, window, CAUSAL, WINDOW)
         p = tl.where(mask, p, 0.0)
     return p
 
 
 @triton.jit
-def _negate_dropped(p, query, key, rng, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr):
+def _negate_dropped(p, query, key, rng, DROPOUT: tl.constexpr):
     """Return p [N, M] with the dropout mask in the sign bit, which takes no register."""
     if DROPOUT:
-        rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+        rows, columns = tl.arange(0, p.shape[0]), tl.arange(0, p.shape[1])
         p = tl.where(keep_attention(query, columns[None, :], key, rows[:, None], rng), p, -p)
     return p
 
@@ -259,14 +257,12 @@ def attention_d_kv_kernel(
     PRECISION: tl.constexpr,
 ):
     """Compute d_k and d_v of a block of keys of one head. Scores are [keys, queries]: no left operand is transposed."""
-    DROPOUT: tl.constexpr = seed_ptr is not None
     head = tl.program_id(0) % heads
     sequence, start, length, first = find_block(tile_ptr, tiles, tl.program_id(0) // heads, BLOCK_N, BLOCKS)
     if (first >= length) | (length < min_length):
         return
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    o_stride = heads * D
-    d_stride = 3 * o_stride
+    o_stride, d_stride = heads * D, 3 * heads * D
     q_ptr = qkv_ptr + start * qkv_stride + head * D
     k = load_block(q_ptr + heads * D, first, rows, length, qkv_stride, D)
     v = load_block(q_ptr + 2 * heads * D, first, rows, length, qkv_stride, D)
@@ -281,23 +277,8 @@ def attention_d_kv_kernel(
         statistics = head.to(tl.int64) * capacity + start + query + columns
         lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))  # p is 0 beyond the sequence's end
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-        p = _probabilities(
-            q,
-            k,
-            lse,
-            query,
-            first,
-            length,
-            scale,
-            window,
-            BLOCK_M,
-            BLOCK_N,
-            CAUSAL or WINDOW,
-            CAUSAL,
-            WINDOW,
-            PRECISION,
-        )
-        p = _negate_dropped(p, query, first, rng, BLOCK_M, BLOCK_N, DROPOUT)
+        p = _probabilities(q, k, lse, query, first, length, scale, window, CAUSAL or WINDOW, CAUSAL, WINDOW, PRECISION)
+        p = _negate_dropped(p, query, first, rng, seed_ptr is not None)
         d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, d_v, input_precision=PRECISION)
         d_s = _score_gradients(p, tl.dot(v, tl.trans(d_o), input_precision=PRECISION), delta)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
@@ -361,9 +342,9 @@ def attention_backward_short_kernel(
     d_o = load_block(d_o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)
     statistics = head.to(tl.int64) * capacity + start + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < length, other=float("inf"))
-    p = _probabilities(q, k, lse, 0, 0, length, scale, window, BLOCK, BLOCK, True, CAUSAL, WINDOW, PRECISION)
+    p = _probabilities(q, k, lse, 0, 0, length, scale, window, True, CAUSAL, WINDOW, PRECISION)
     rng, c = attention_dropout(seed_ptr, sequence_id_ptr + sequence, counter_word | head, threshold)
-    p = _negate_dropped(p, 0, 0, rng, BLOCK, BLOCK, DROPOUT)
+    p = _negate_dropped(p, 0, 0, rng, DROPOUT)
     d_v = tl.dot(tl.maximum(p, 0.0).to(d_o.dtype), d_o, input_precision=PRECISION)
     store_block(d_q_ptr + 2 * heads * D, 0, rows, length, d_stride, d_v * c, D)
     o = load_block(o_ptr + start * o_stride + head * D, 0, rows, length, o_stride, D)

@@ -76,6 +76,11 @@ class Layout:
             values = torch.cat([values, values.new_full((1, *values.shape[1:]), fill)])
         return values[self.indices]
 
+    def unpad_ids(self, values: Tensor, name: str) -> Tensor:
+        """Remove padding from ids [rows, columns], or from one row [1, columns] that holds for all."""
+        is_one_row = values.shape == (1, self.shape[1])
+        return self.unpad(values.expand(self.shape) if is_one_row else values, name)
+
     def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Restore padding: [T, …] -> [rows, columns, …], with `fill` at the caller's padding."""
         if self.indices is None:
@@ -116,8 +121,7 @@ def unpad(
         token_type_ids, position_ids: int [B, L] or [1, L]; None: zeros, and 0, 1, … in each row.
         inputs_embeds: [B, L, H]; None with `input_ids`.
         cu_seq_lens_q: int [S + 1], the start of each sequence of a packed batch, and the end.
-        max_length_q: Bound on the lengths of a packed batch; None: the greatest length if `cu_seq_lens_q` is on the
-            CPU, else the number of tokens or positions.
+        max_length_q: Bound on the lengths of a packed batch; None: their maximum on a CPU, else tokens or positions.
         positions: Number of positions of the model.
         training: Whether to draw a seed for dropout.
         pooled: Whether column 0 of every row will be read, even where it is masked out.
@@ -131,38 +135,26 @@ def unpad(
         ValueError: The inputs have other shapes, or more tokens in a row than the model has positions.
     """
     tokens = _tokens(input_ids, inputs_embeds)
-    needs_query_only = None
     if cu_seq_lens_q is not None:
-        bound = max_length_q if isinstance(max_length_q, int) else None
-        if bound is None and not is_readable(cu_seq_lens_q):
-            bound = tokens.shape[1] if position_ids is not None else min(tokens.shape[1], positions)
-        layout, sequences = _from_cu_seqlens(tokens, attention_mask, cu_seq_lens_q, bound)
+        limit = tokens.shape[1] if position_ids is not None else min(tokens.shape[1], positions)
+        layout, sequences, masked_starts = _from_cu_seqlens(tokens, attention_mask, cu_seq_lens_q, max_length_q, limit)
         columns, max_seqlen = sequences.position, sequences.max_seqlen_bound
     else:
-        layout, sequences, needs_query_only = _from_mask(tokens, attention_mask, pooled, bucketed)
+        layout, sequences, masked_starts = _from_mask(tokens, attention_mask, pooled, bucketed)
         indices, max_seqlen = cast(Tensor, layout.indices), layout.shape[1]
         columns = indices % max_seqlen
     if position_ids is None and max_seqlen > positions:
         raise ValueError(f"{max_seqlen} tokens in a row are more than the {positions} positions that the model knows")
-
-    def unpad_ids(values: Tensor, name: str) -> Tensor:
-        is_one_row_for_all = values.shape == (1, layout.shape[1])
-        return layout.unpad(values.expand(layout.shape) if is_one_row_for_all else values, name)
-
-    types = torch.zeros_like(columns) if token_type_ids is None else unpad_ids(token_type_ids, "token_type_ids")
-    first = sequences.last if pool_last else sequences.first
-    if needs_query_only is not None:
-        slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=tokens.device)
-        first = torch.where(needs_query_only, slots, first)
+    types = torch.zeros_like(columns) if token_type_ids is None else layout.unpad_ids(token_type_ids, "token_type_ids")
     packed = Packed(
         token_ids=None if input_ids is None else layout.unpad(input_ids, "input_ids"),
         embeddings=None if inputs_embeds is None else layout.unpad(inputs_embeds, "inputs_embeds"),
         token_type_ids=types,
-        position_ids=columns if position_ids is None else unpad_ids(position_ids, "position_ids"),
+        position_ids=columns if position_ids is None else layout.unpad_ids(position_ids, "position_ids"),
         sequences=sequences,
-        first=first,
-        query_only=0 if needs_query_only is None else len(sequences),
-        rng=_rng_coordinates(sequences, needs_query_only is not None) if training else None,
+        first=_pooled_slots(sequences, pool_last, masked_starts),
+        query_only=0 if masked_starts is None else len(sequences),
+        rng=_rng_coordinates(sequences, masked_starts is not None) if training else None,
     )
     return packed, layout
 
@@ -210,6 +202,15 @@ def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if tokens.dim() != dims or 0 in tokens.shape:
         raise ValueError(f"{rule}, none of them 0, got {list(tokens.shape)}")
     return tokens
+
+
+def _pooled_slots(sequences: Sequences, pool_last: bool, masked_starts: Tensor | None) -> Tensor:
+    """Return the slot of each sequence's pooled token; where bool [S] `masked_starts` is true, the query-only token."""
+    pooled = sequences.last if pool_last else sequences.first
+    if masked_starts is None:
+        return pooled
+    slots = torch.arange(sequences.capacity - len(sequences), sequences.capacity, device=pooled.device)
+    return torch.where(masked_starts, slots, pooled)
 
 
 def _rng_coordinates(sequences: Sequences, has_query_only: bool) -> RngCoordinates:
@@ -260,13 +261,17 @@ def _from_mask(
 
 
 def _from_cu_seqlens(
-    tokens: Tensor, mask: Tensor | None, cu_seq_lens: Tensor, bound: int | None
-) -> tuple[Layout, Sequences]:
+    tokens: Tensor, mask: Tensor | None, cu_seq_lens: Tensor, max_length: int | None, limit: int
+) -> tuple[Layout, Sequences, None]:
+    """Take a packed batch; `limit` bounds its lengths if `max_length` is None and reading them would wait for a GPU."""
     if tokens.shape[0] != 1:
         raise ValueError(f"packed input with cu_seq_lens_q must have shape [1, tokens], got {list(tokens.shape)}")
     if mask is not None:
         rule = "packed input with cu_seq_lens_q takes no attention_mask: leave the padding out instead"
         require(mask.all(), rule, lambda: mask.min())
+    bound = max_length if isinstance(max_length, int) else None
+    if bound is None and not is_readable(cu_seq_lens):
+        bound = limit
     cu_seq_lens = cu_seq_lens.to(tokens.device, non_blocking=True)
     sequences = Sequences.from_cu_seqlens(cu_seq_lens, capacity=tokens.shape[1], max_seqlen_bound=bound)
-    return Layout((1, tokens.shape[1]), None), sequences
+    return Layout((1, tokens.shape[1]), None), sequences, None

@@ -15,6 +15,28 @@ from bertfast.training.pretrain import PretrainSettings
 
 RECIPES = recipes_folder() / "paper"
 
+COLUMN = {
+    "task": "sequence-classification",
+    "train-file": "a.tsv",
+    "validation-file": "a.tsv",
+    "metric": "accuracy",
+}
+TABLE = {
+    "title": "Table 5: a few",
+    "paper": "of others",
+    "note": "A note.",
+    "finetune": {"num-train-epochs": 1, "per-device-train-batch-size": 8, "max-seq-length": 32},
+    "columns": {
+        "perplexity": {"metric": "perplexity"},
+        "Own": COLUMN,
+        "Other": COLUMN | {"train-file": "none.tsv"},
+    },
+    "rows": [
+        {"name": "as usual", "paper": {"Own": 90.1}},
+        {"name": "LTR", "pretrain": {"objective": "ltr"}, "paper": {"Own": 80.0, "Other": 70}},
+    ],
+}
+
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_recipes_use_valid_flags_and_columns(number):
@@ -40,28 +62,7 @@ def write_data(folder: Path) -> Path:
 def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    column = {
-        "task": "sequence-classification",
-        "train-file": "a.tsv",
-        "validation-file": "a.tsv",
-        "metric": "accuracy",
-    }
-    table = {
-        "title": "Table 5: a few",
-        "paper": "of others",
-        "note": "A note.",
-        "finetune": {"num-train-epochs": 1, "per-device-train-batch-size": 8, "max-seq-length": 32},
-        "columns": {
-            "perplexity": {"metric": "perplexity"},
-            "Own": column,
-            "Other": column | {"train-file": "none.tsv"},
-        },
-        "rows": [
-            {"name": "as usual", "paper": {"Own": 90.1}},
-            {"name": "LTR", "pretrain": {"objective": "ltr"}, "paper": {"Own": 80.0, "Other": 70}},
-        ],
-    }
-    (recipes / "table-5.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    (recipes / "table-5.yaml").write_text(yaml.safe_dump(TABLE, sort_keys=False))
     data = write_data(tmp_path / "data")
     rows = [f"the film was {word}\t{word}" for word in ("good", "bad")] * 12
     (data / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
