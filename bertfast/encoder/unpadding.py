@@ -77,9 +77,12 @@ class Layout:
         return values[self.indices]
 
     def unpad_ids(self, values: Tensor, name: str) -> Tensor:
-        """Remove padding from ids [rows, columns], or from one row [1, columns] that holds for all."""
-        is_one_row = values.shape == (1, self.shape[1])
-        return self.unpad(values.expand(self.shape) if is_one_row else values, name)
+        """Remove padding from ids of a shape that broadcasts to [rows, columns]."""
+        try:
+            values = values.expand(self.shape)
+        except RuntimeError:
+            raise ValueError(f"{name} {list(values.shape)} does not broadcast to {list(self.shape)}") from None
+        return self.unpad(values, name)
 
     def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Restore padding: [T, …] -> [rows, columns, …], with `fill` at the caller's padding."""
@@ -118,7 +121,7 @@ def unpad(
     Args:
         input_ids: int [B, L]; None with `inputs_embeds`.
         attention_mask: [B, L], nonzero at attended tokens; None: all of them.
-        token_type_ids, position_ids: int [B, L] or [1, L]; None: zeros, and 0, 1, … in each row.
+        token_type_ids, position_ids: int, of a shape that broadcasts to [B, L]; None: zeros, and 0, 1, … in each row.
         inputs_embeds: [B, L, H]; None with `input_ids`.
         cu_seq_lens_q: int [S + 1], the start of each sequence of a packed batch, and the end.
         max_length_q: Bound on the lengths of a packed batch; None: their maximum on a CPU, else tokens or positions.

@@ -126,15 +126,8 @@ class FusedEncoder(FusedModel):
 
     def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
-        mask, positions, types = (arguments.get(name) for name in ("attention_mask", "position_ids", "token_type_ids"))
-        if positions is not None and positions.dim() == 1:
-            positions = positions[None]
         return unpad(
-            arguments.get("input_ids"),
-            mask,
-            types,
-            positions,
-            arguments.get("inputs_embeds"),
+            *(arguments.get(name) for name in INPUTS),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,

@@ -124,7 +124,14 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
         {"attention_mask": row},
         {"position_ids": positions[None]},
         {"position_ids": positions},
+        {"position_ids": torch.tensor([[1], [3], [2]])},
+        {"position_ids": torch.tensor([[3]])},
+        {"position_ids": torch.tensor([3])},
         {"token_type_ids": types[:1]},
+        {"token_type_ids": types[0]},
+        {"token_type_ids": torch.tensor([[1], [0], [1]])},
+        {"token_type_ids": torch.tensor([[1]])},
+        {"token_type_ids": torch.tensor(1)},
         {"attention_mask": torch.cat([VALUES["attention_mask"], torch.ones(3, 4)], 1)},
         {"attention_mask": VALUES["attention_mask"][:, :9]},
         {"attention_mask": VALUES["attention_mask"].bool()},
@@ -139,7 +146,7 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
             continue
         torch.testing.assert_close(patched(**arguments).logits, expected, rtol=1e-4, atol=1e-5)
         compared += 1
-    assert compared >= 5
+    assert compared >= 12
 
 
 def test_a_choice_of_hidden_states_by_index_is_kept():

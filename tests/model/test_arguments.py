@@ -60,9 +60,9 @@ def test_initialisation_is_the_papers(case):
         ),
         (
             {"input_ids": IDS, "token_type_ids": IDS[:, :3]},
-            r"token_type_ids must begin with shape \[2, 5\], got \[2, 3\]",
+            r"token_type_ids \[2, 3\] does not broadcast to \[2, 5\]",
         ),
-        ({"input_ids": IDS, "position_ids": IDS[:, :3]}, r"position_ids must begin with shape \[2, 5\], got \[2, 3\]"),
+        ({"input_ids": IDS, "position_ids": IDS[:, :3]}, r"position_ids \[2, 3\] does not broadcast to \[2, 5\]"),
         ({"input_ids": torch.ones(1, 17).long()}, "17 tokens in a row are more than the 16 positions"),
         ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5])}, r"must have shape \[1, tokens\], got \[2, 5\]"),
         (
