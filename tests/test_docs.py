@@ -10,6 +10,7 @@ import pytest
 from bertfast.cli import main as cli
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.settings import TaskSettings
+from build_support.cuda_toolkit import OLDEST_NVCC
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -85,6 +86,21 @@ def test_relative_links_and_files_exist(page):
     named = re.findall(rf"`({roots}/[\w./*-]+\.\w+)`", text)
     missing += [name for name in named if not list(ROOT.glob(name))]
     assert not missing, f"{page} names what does not exist: {missing}"
+
+
+def test_oldest_nvcc_is_the_one_that_the_build_accepts():
+    named = {version for text in TEXTS.values() for version in re.findall(r"nvcc\s+([\d.]+)\s+or\s+later", text)}
+    assert named == {".".join(map(str, OLDEST_NVCC))}
+
+
+def test_only_the_readme_says_what_has_run_on_a_gpu():
+    claims = [name for name, text in TEXTS.items() if re.search(r"run\s+on\s+a\s+GPU\s+yet", text)]
+    assert claims == ["README.md"]
+
+
+def test_recipes_of_the_package_are_named_without_a_path():
+    recipes = "|".join(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    assert not [name for name, text in TEXTS.items() if re.search(rf"--config[ =]recipes/(?:{recipes})\.yaml", text)]
 
 
 def test_the_readme_is_short():
