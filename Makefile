@@ -1,5 +1,5 @@
 # `make demo | test-fast | test | test-all | lint | types | docs | wheels | bench | soak | gpu-check | clean`. Every target makes
-# .venv once if it is missing, except gpu-check, gpu-check-right and gpu-check-fast, which use the environment that they find.
+# .venv once if it is missing, except gpu-check, gpu-check-accuracy and gpu-check-speed, which use the environment that they find.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
@@ -42,7 +42,7 @@ export PYTHONSAFEPATH := 1
 BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 .PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint compiled-tables types docs soak clean
-.PHONY: bench bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-right gpu-check-fast
+.PHONY: bench bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-accuracy gpu-check-speed
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -209,19 +209,19 @@ soak: $(LIBRARY)
 	    && cp $(SOAKED)/table-$$table/table-$$table.md bench/results/tables/ || exit; \
 	done
 
-# gpu-check-right checks the results of the kernels (three minutes), gpu-check-fast their speed (six). gpu-check runs both even if
-# the first fails, because the benchmarks check results before they measure.
+# gpu-check-accuracy checks the results of the kernels (three minutes), gpu-check-speed their speed (six). gpu-check runs both
+# even if the first fails, because the benchmarks check results before they measure.
 GPU_CHECK = PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu_check $(1) $(RESULTS_FLAG) $(if $(WHEEL),--wheel '$(WHEEL)') \
   $(if $(PROBES),--probes '$(PROBES)')
 
-gpu-check-right:
-	$(call GPU_CHECK,right)
+gpu-check-accuracy:
+	$(call GPU_CHECK,accuracy)
 
-gpu-check-fast:
-	$(call GPU_CHECK,fast)
+gpu-check-speed:
+	$(call GPU_CHECK,speed)
 
 gpu-check:
-	$(call GPU_CHECK,right); right=$$?; $(call GPU_CHECK,fast) && exit $$right
+	$(call GPU_CHECK,accuracy); accuracy=$$?; $(call GPU_CHECK,speed) && exit $$accuracy
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

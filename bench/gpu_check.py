@@ -1,11 +1,11 @@
 """Check the kernels on a GPU: whether their results are correct (3 minutes), and how fast they are (6 minutes).
 
-    make gpu-check-right | gpu-check-fast | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
-    python -m bench.gpu_check right|fast [--results FOLDER] [--wheel FILE] [--probes FILE]
+    make gpu-check-accuracy | gpu-check-speed | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
+    python -m bench.gpu_check accuracy|speed [--results FOLDER] [--wheel FILE] [--probes FILE]
 
 The Python and the packages of the environment are used, and nothing is installed; a wheel is unpacked into a temporary
-folder, and without a wheel the checkout runs. All results go to one file, FOLDER/gpu-check-right.tar or
-gpu-check-fast.tar, which is replaced after each part and every few seconds, so that an interrupted run keeps its
+folder, and without a wheel the checkout runs. All results go to one file, FOLDER/gpu-check-accuracy.tar or
+gpu-check-speed.tar, which is replaced after each part and every few seconds, so that an interrupted run keeps its
 results. Each part has a time limit. Parts whose requirements (the compiled library, a sanitizer) are missing are
 skipped, with the reason. Both commands also run without a GPU, at small sizes.
 """
@@ -36,14 +36,14 @@ ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 # Time limit of each part in seconds, in the order in which they run: the most important first.
 LIMITS = {
-    "right": {
+    "accuracy": {
         "self-test": 75,
         "graph capture": 30,
         "CUDA C++ self-test": 20,
         "layout probes": 10,
         "memcheck": 25,
     },
-    "fast": {
+    "speed": {
         "ceilings": 15,
         "pretraining step": 60,
         "pretraining step, compiled": 90,
@@ -56,7 +56,7 @@ LIMITS = {
         "report": 10,
     },
 }
-BUDGET = {"right": 180, "fast": 360}  # time limit of a command in seconds
+BUDGET = {"accuracy": 180, "speed": 360}  # time limit of a command in seconds
 RESERVE = 15  # seconds to start, and to stop a part at its limit
 CASE_SECONDS = 20  # time limit of one implementation of one case
 COMPILE_SECONDS = 35  # time limit of compiling transformers' step
@@ -101,7 +101,9 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=LIMITS, help="right: results of the kernels; fast: speed")
+    parser.add_argument(
+        "check", choices=LIMITS, help="accuracy: errors of the kernels against float64; speed: their times"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "build", help="folder of the tar file (default: build)")
     parser.add_argument("--wheel", type=Path, help="check this wheel instead of the checkout")
     parser.add_argument("--probes", type=Path, help="probes.so built by `make wheel`")
@@ -208,20 +210,20 @@ def unpack(wheel: Path, site: str) -> None:
 
 def parts(check: str, folder: Path, no_library: str | None, probes: str | None) -> Iterator[Part]:
     """Yield the parts of a check in their order."""
-    yield from right_parts(no_library, probes) if check == "right" else fast_parts(folder)
+    yield from accuracy_parts(no_library, probes) if check == "accuracy" else speed_parts(folder)
 
 
-def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
+def accuracy_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
     """Yield the parts that check results: all kernels against float64, a CUDA graph, CUDA C++, and a sanitizer."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     no_gpu = None if ON_GPU else NO_GPU
-    yield Part("self-test", self_tests(LIMITS["right"]["self-test"] - 10))
+    yield Part("self-test", self_tests(LIMITS["accuracy"]["self-test"] - 10))
     yield Part(
         "graph capture",
         [[*pytest, "tests/runtime/test_cuda_graph.py", "-k", "cuda_graph"]],
         no_gpu or needs("tokenizers"),
     )
-    seconds = LIMITS["right"]["CUDA C++ self-test"] - 5
+    seconds = LIMITS["accuracy"]["CUDA C++ self-test"] - 5
     yield Part("CUDA C++ self-test", [self_test("cuda", seconds, "cuda")], no_gpu or no_library)
     nothing = None if probes or shutil.which("nvcc") else "not available: neither --probes nor nvcc"
     yield Part(
@@ -232,7 +234,7 @@ def right_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
     )
     sanitizer = None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer"
     checked = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1"]
-    seconds = LIMITS["right"]["memcheck"] - 5
+    seconds = LIMITS["accuracy"]["memcheck"] - 5
     yield Part(
         "memcheck",
         [[*checked, *self_test("cuda", seconds, "attention", "triton", "bf16", f"D={d}")] for d in (32, 128)],
@@ -267,7 +269,7 @@ def self_tests(seconds: float) -> list[list[str]]:
     ]
 
 
-def fast_parts(folder: Path) -> Iterator[Part]:
+def speed_parts(folder: Path) -> Iterator[Part]:
     """Yield the parts that measure speed: ceilings, a pre-training step and the operators, with their alternatives."""
     python, results = sys.executable, ["--results", str(folder)]
     yield Part("ceilings", [[python, "-m", "bench.ceilings", *results]])

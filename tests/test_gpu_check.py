@@ -1,4 +1,4 @@
-"""`make gpu-check-right` and `gpu-check-fast` on a machine without a GPU and with few packages."""
+"""`make gpu-check-accuracy` and `gpu-check-speed` on a machine without a GPU and with few packages."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_each_check_runs_in_a_bare_environment_and_writes_one_tar_file(check, ba
     parts = {part["name"]: part for part in json.loads(files["gpu_check.json"])["parts"]}
     assert list(parts) == list(gpu_check.LIMITS[check])
     run = [name for name, part in parts.items() if part["status"] != "skipped"]
-    if check == "right":
+    if check == "accuracy":
         assert run == ["self-test"]
         assert "library    none" in files["self-test.log"]
         assert "checks passed, 0 were not reached" in files["self-test.log"]
@@ -168,7 +168,7 @@ def test_a_part_fails_if_one_of_its_commands_does(tmp_path):
 
 def test_the_tar_file_is_updated_while_a_part_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PACKING", 0.2)
-    folder, target = tmp_path / "work", tmp_path / "gpu-check-right.tar"
+    folder, target = tmp_path / "work", tmp_path / "gpu-check-accuracy.tar"
     folder.mkdir()
     seen = []
 
@@ -188,7 +188,7 @@ def test_a_part_is_skipped_without_time(tmp_path):
     assert gpu_check.run(part, tmp_path, "", -3.5).status == "skipped"
 
 
-@pytest.mark.parametrize(("check", "minutes"), [("right", 3), ("fast", 6)])
+@pytest.mark.parametrize(("check", "minutes"), [("accuracy", 3), ("speed", 6)])
 def test_the_limits_fit_into_the_budget(check, minutes):
     assert gpu_check.BUDGET[check] == 60 * minutes
     assert sum(gpu_check.LIMITS[check].values()) + gpu_check.RESERVE <= gpu_check.BUDGET[check]
@@ -205,23 +205,23 @@ def test_the_checkout_is_importable_as_the_package(tmp_path):
 
 
 def test_wrong_arguments_get_a_message(tmp_path):
-    ran = run_check("right", "--wheel", str(tmp_path / "none.whl"))
+    ran = run_check("accuracy", "--wheel", str(tmp_path / "none.whl"))
     assert ran.returncode == 2
     assert "--wheel: there is no file" in ran.stderr
     (tmp_path / "broken-0.1-py3-none-any.whl").write_text("no wheel")
     wheel = str(tmp_path / "broken-0.1-py3-none-any.whl")
-    ran = run_check("right", "--wheel", wheel, "--results", str(tmp_path / "results"))
+    ran = run_check("accuracy", "--wheel", wheel, "--results", str(tmp_path / "results"))
     assert ran.returncode == 1
     assert "broken-0.1-py3-none-any.whl cannot be installed" in ran.stderr
     (tmp_path / "file").touch()
-    ran = run_check("fast", "--results", str(tmp_path / "file" / "folder"))
+    ran = run_check("speed", "--results", str(tmp_path / "file" / "folder"))
     assert ran.returncode == 2
     assert "cannot be created" in ran.stderr
 
 
 def test_a_python_without_pytorch_gets_a_message():
     # -S leaves out site-packages; only the checkout is on the path.
-    command = [sys.executable, "-S", "-m", "bench.gpu_check", "right"]
+    command = [sys.executable, "-S", "-m", "bench.gpu_check", "accuracy"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert checked.returncode == 1
