@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from inspect import isfunction
+from inspect import Parameter, isfunction, signature
 from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bertfast.architectures.architecture import Architecture
-from bertfast.runtime.torch_compat import module_hooks
+from bertfast.runtime.torch_compat import constant_result, module_hooks
 
 Function = Callable[..., Any]
 
 
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a module had before it was fused, and before FSDP2 derived one from it."""
-    undistributed = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
-    original: type[nn.Module] = getattr(kind, "original", undistributed)
-    return original
+    original: type[nn.Module] = getattr(kind, "original", kind)  # derived by FSDP2 if the model was sharded first
+    return next(base for base in original.__mro__ if not base.__module__.startswith("torch.distributed."))
 
 
 def is_genuine(architecture: Architecture, module: nn.Module) -> bool:
@@ -33,6 +32,34 @@ def runs_family_forward(architecture: Architecture, model: nn.Module) -> bool:
     """Return whether a model runs its family's `forward` and what that calls, and not a user's or a replacement."""
     kind = original_class(type(model))
     return _runs_methods_of(kind, next(base for base in kind.__mro__ if base.__module__ == architecture.module))
+
+
+@constant_result
+def runs_family_loss(architecture: Architecture, model: nn.Module) -> bool:
+    """Return whether a head runs its family's `forward`, and in it PyTorch's own cross entropy."""
+    loss = getattr(architecture.modeling, "CrossEntropyLoss", nn.CrossEntropyLoss)
+    return (
+        runs_family_forward(architecture, model)
+        and loss is nn.CrossEntropyLoss
+        and is_original(loss, "forward")
+        and _is_written_in(nn.functional.cross_entropy, "torch.nn.functional", "cross_entropy")
+    )
+
+
+def takes_loss_keywords(kind: type[nn.Module]) -> bool | None:
+    """Return whether Trainer passes `num_items_in_batch` to a user's class, as it decides that without bertfast.
+
+    Returns:
+        None if neither the class nor a base that a user wrote has an `accepts_loss_kwargs` or a `forward` of its own.
+    """
+    libraries = ("bertfast.", "transformers.", "torch.")
+    tables = [vars(base) for base in kind.__mro__ if not base.__module__.startswith(libraries)]
+    tables = [table for table in tables if "original" not in table]  # of a fused class, which has its user's module
+    declared: bool | None = next((x["accepts_loss_kwargs"] for x in tables if "accepts_loss_kwargs" in x), None)
+    forward = next((x["forward"] for x in tables if "forward" in x), None)
+    if declared is not None or forward is None:
+        return declared
+    return any(x.kind is Parameter.VAR_KEYWORD for x in signature(forward).parameters.values())
 
 
 def is_original(kind: type, name: str) -> bool:
@@ -53,6 +80,17 @@ def attention_function(architecture: Architecture, name: str | None) -> Function
     eager: Function | None = getattr(architecture.modeling, "eager_attention_forward", None)
     function = eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS.get(name, eager)
     return None if function is None else _without_partial(function)
+
+
+def foreign_attention(architecture: Architecture, name: str | None) -> str | None:
+    """Return the name of what `attention_function` returns; None if transformers has written it."""
+    function = attention_function(architecture, name)
+    if function is None:
+        return None
+    owner: Any = function if hasattr(function, "__qualname__") else type(function)  # of an object that is called
+    # functools.wraps copies names, but not the module in which a wrapper was written.
+    module = function.__globals__["__name__"] if isfunction(function) else owner.__module__
+    return None if str(module).startswith("transformers.") else f"{module}.{owner.__qualname__}"
 
 
 def is_changed(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor
 from bertfast.encoder.layer import copy_dtype
 from bertfast.ops import dispatch
 from bertfast.ops.attention import HEAD_DIMENSIONS
+from bertfast.runtime import torch_compat
 
 # In fp32 on a CPU without kernels, batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
@@ -61,6 +62,19 @@ def unsupported_reason(
             sizes = ", ".join(map(str, HEAD_DIMENSIONS))
             reason = f"its heads have {head_dimension} columns, the kernels take {sizes}"
     return None if reason is None else f"no fast kernels for {str(dtype).removeprefix('torch.')} on {device}: {reason}"
+
+
+def tracing_unsupported_reason(x: Tensor) -> str | None:
+    """Return why a call with the input `x` runs under a transform that the packed encoder does not support."""
+    if torch.compiler.is_compiling():
+        return "torch.export makes graphs without operations of bertfast" if torch.compiler.is_exporting() else None
+    if torch_compat.is_jit_tracing():
+        return "torch.jit makes graphs without operations of bertfast"
+    if not torch_compat.has_values(x):
+        return "the tensors hold no values"
+    if torch_compat.is_transformed():
+        return "torch.func transforms the call"
+    return None
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:

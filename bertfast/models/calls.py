@@ -49,20 +49,7 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return "the configuration asks for attention weights"
     if not torch.compiler.is_compiling() and torch_compat.has_global_hooks():
         return "hooks are registered for all modules of PyTorch"
-    return tracing_unsupported_reason(tokens)
-
-
-def tracing_unsupported_reason(x: Tensor) -> str | None:
-    """Return why a call with the input `x` runs under a transform that the packed encoder does not support."""
-    if torch.compiler.is_compiling():
-        return "torch.export makes graphs without operations of bertfast" if torch.compiler.is_exporting() else None
-    if torch_compat.is_jit_tracing():
-        return "torch.jit makes graphs without operations of bertfast"
-    if not torch_compat.has_values(x):
-        return "the tensors hold no values"
-    if torch_compat.is_transformed():
-        return "torch.func transforms the call"
-    return None
+    return kernel_support.tracing_unsupported_reason(tokens)
 
 
 def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:

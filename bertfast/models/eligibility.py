@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bertfast.architectures import Architecture, activation_name, methods
+from bertfast.architectures.options import defaults_unsupported_reason, options_unsupported_reason
 from bertfast.architectures.snapshot import Snapshot
 from bertfast.encoder import is_plain, is_watched
 from bertfast.models.registry import SNAPSHOT, Fused, FusedModel
-from bertfast.runtime.torch_compat import constant_result, has_values
+from bertfast.runtime.torch_compat import constant_result
 
 Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear layer can be read
 
@@ -65,41 +65,17 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     reason = None
     if not methods.runs_family_forward(architecture, encoder) or not methods.is_genuine(architecture, stack):
         reason = "the forward of its encoder was replaced"
-    function = methods.attention_function(architecture, config._attn_implementation)
-    if function is not None and not function.__module__.startswith("transformers."):
-        reason = f"its attention is {function.__module__}.{function.__qualname__}"
+    attention = methods.foreign_attention(architecture, config._attn_implementation)
+    if attention is not None:
+        reason = f"its attention is {attention}"
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
-    reasons = {architecture.embeddings: why or _defaults_unsupported_reason(architecture, embeddings)}
+    reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
     if is_watched(stack):
         reasons[architecture.stack] = "a hook or a forward was set on it, so each of its layers removes padding itself"
     for index, layer in enumerate(layers):
         why = reason or _module_unsupported_reason(layer, architecture.layer_modules, encoder.training)
-        reasons[f"{architecture.layers}.{index}"] = why or _options_unsupported_reason(architecture, config, layer)
+        reasons[f"{architecture.layers}.{index}"] = why or options_unsupported_reason(architecture, config, layer)
     return reasons
-
-
-def _defaults_unsupported_reason(architecture: Architecture, embeddings: nn.Module) -> str | None:
-    """Return why token types and positions that a call does not give are not 0 and 0, 1, …."""
-    for name in architecture.default_inputs:
-        values: Tensor | None = getattr(embeddings, name, None)
-        if values is None or not has_values(values):
-            continue
-        slots = torch.arange(values.shape[-1], device=values.device)
-        if not bool((values == (slots if name == "position_ids" else 0)).all()):
-            return f"its buffer {name} was changed"
-    return None
-
-
-def _options_unsupported_reason(architecture: Architecture, config: Any, layer: nn.Module) -> str | None:
-    """Return why the options of a layer's attention are not those of the configuration."""
-    attention = attrgetter(str(architecture.layer["query"]).rpartition(".")[0])(layer)
-    heads, causal = (attrgetter(str(architecture.layer[name]))(layer) for name in ("heads", "causal"))
-    is_decoder = getattr(config, "is_decoder", False)
-    if heads != config.num_attention_heads:
-        return f"it has {heads} attention heads and the configuration {config.num_attention_heads}: heads were pruned"
-    if not causal == getattr(attention, "is_causal", causal) == is_decoder:
-        return f"it was made with is_decoder={causal}, and the configuration has is_decoder={is_decoder}"
-    return None
 
 
 def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str]], training: bool) -> str | None:
@@ -133,7 +109,9 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
         return None
     if kind == "activation":
         activation = getattr(part, "__name__", type(part).__name__)
-        return None if activation_name(part) is not None else f"its activation is {activation}"
+        if activation_name(part) is None:
+            return f"its activation is {activation}"
+        return None if methods.is_original(type(part), "forward") else f"the forward of {activation} was replaced"
     if kind == "container":
         positions = getattr(part, "position_embedding_type", "absolute")
         if positions != "absolute":
@@ -163,6 +141,8 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
         return "a hook or a forward was set on its encoder"
     if not methods.runs_family_forward(architecture, model):
         return "its forward was replaced"
+    if not methods.runs_family_loss(architecture, model):
+        return "PyTorch's cross entropy was replaced"
     parts = [(path, "container") for path in (*architecture.head_containers, transform)]
     reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
     module = _at(model, decoder)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 
 from bertfast import encoder as functions
-from bertfast.architectures import read
+from bertfast.architectures import methods, read
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
@@ -76,7 +76,7 @@ class FusedTransform(Fused):
         shape = (1, hidden_states.shape[:-1].numel())  # without attention, rows and columns do not matter
         if (
             torch.compiler.is_compiling()
-            or calls.tracing_unsupported_reason(hidden_states) is not None
+            or kernel_support.tracing_unsupported_reason(hidden_states) is not None
             or eligibility.transform_unsupported_reason(self) is not None
             or kernel_support.unsupported_reason(device, dtype, shape=shape) is not None
         ):
@@ -193,13 +193,13 @@ class FusedMeanLoss(FusedHead):
     accepts_loss_kwargs = True
 
     def forward(self, **arguments: Any) -> Any:
-        num_items_in_batch: Tensor | int | None = arguments.pop("num_items_in_batch", None)
+        labels, num_items_in_batch = arguments.get("labels"), arguments.get("num_items_in_batch")
+        if labels is None or num_items_in_batch is None or not methods.runs_family_loss(self.architecture, self):
+            return super().forward(**arguments)
+        del arguments["num_items_in_batch"]
         outputs = super().forward(**arguments)
-        labels = arguments.get("labels")
-        if num_items_in_batch is None or labels is None:
-            return outputs
         counted = (labels != IGNORE_INDEX).sum()
-        loss = outputs[0] * counted / num_items_in_batch
+        loss = (outputs[0] if isinstance(outputs, tuple) else outputs.loss) * counted / num_items_in_batch
         loss = torch.where(counted > 0, loss, torch.zeros_like(loss))  # the mean over no label is NaN
         if isinstance(outputs, tuple):
             return (loss, *outputs[1:])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.architectures import Architecture
+from bertfast.architectures import Architecture, methods
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 _FUSED: dict[type[nn.Module], type[Fused]] = {}
@@ -41,6 +41,7 @@ class FusedModel(Fused, PreTrainedModel):
     """
 
     passes_keywords: ClassVar[bool]
+    accepts_loss_kwargs: ClassVar[bool]  # read by Trainer; not every class has it
     if TYPE_CHECKING:
         config: BertConfig  # or another family's, which has the same fields
 
@@ -48,6 +49,9 @@ class FusedModel(Fused, PreTrainedModel):
         super().__init_subclass__(**keywords)
         if "original" in vars(cls):
             _name_arguments(cls)
+        takes_loss_keywords = methods.takes_loss_keywords(cls)
+        if takes_loss_keywords is not None:  # Trainer treats a user's class as it does without bertfast
+            cls.accepts_loss_kwargs = takes_loss_keywords
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -116,7 +120,7 @@ def _name_arguments(kind: type[FusedModel]) -> None:
     def forward(self: FusedModel, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names):  # a user's forward takes arguments that have no name
             return original_forward(self, *args, **kwargs)
-        return super(kind, self).forward(**dict(zip(names, args, strict=False)) | kwargs)
+        return super(kind, self).forward(**dict(zip(names, args, strict=False)), **kwargs)
 
     kind.forward = forward
     kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters)

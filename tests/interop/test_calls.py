@@ -199,3 +199,9 @@ def test_hooks_for_all_modules_are_called_as_often():
     finally:
         handle.remove()
     assert calls[:expected] == calls[expected:]
+
+
+def test_an_argument_given_twice_is_refused():
+    model, _ = pair()
+    with pytest.raises(TypeError, match=r"multiple values for .*argument 'input_ids'"):
+        model.bert(VALUES["input_ids"], input_ids=VALUES["input_ids"])

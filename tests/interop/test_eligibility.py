@@ -8,10 +8,11 @@ import weakref
 import pytest
 import torch
 import transformers
-from live_models import VALUES, live, pair
+from live_models import MASK, VALUES, live, pair
 from parity import SIZES
 from torch import nn
 from torch.nn.utils import prune, weight_norm
+from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert
 
 import bertfast
@@ -127,8 +128,15 @@ def nothing(module, query, key, value, mask, **options):
     return torch.zeros_like(query).transpose(1, 2), None
 
 
+class Nothing:
+    """The same as an object."""
+
+    def __call__(self, *args, **options):
+        return nothing(*args, **options)
+
+
 @pytest.mark.skipif(not is_5, reason="before version 5 BERT resolves no attention function")
-@pytest.mark.parametrize("how", ["own name", "known name", "eager"])
+@pytest.mark.parametrize("how", ["own name", "known name", "eager", "object", "wrapper"])
 def test_a_custom_attention_function_is_called(how, monkeypatch):
     patched, plain = pair()
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
@@ -139,13 +147,18 @@ def test_a_custom_attention_function_is_called(how, monkeypatch):
         patched.set_attn_implementation("sdpa")
         plain.set_attn_implementation("sdpa")
     else:
-        transformers.AttentionInterface.register("nothing", nothing)
+        wrap = functools.wraps(functions["sdpa"])
+        made = {"object": Nothing(), "wrapper": wrap(lambda *args, **options: nothing(*args, **options))}
+        transformers.AttentionInterface.register("nothing", made.get(how, nothing))
         patched.set_attn_implementation("nothing")
         plain.set_attn_implementation("nothing")
     try:
         assert_same(patched, plain)
         reason = bertfast.report(patched).left["bert.encoder.layer.0"]
-        assert reason == f"its attention is {nothing.__module__}.nothing"
+        name = {"object": "Nothing", "wrapper": "sdpa_attention_forward"}.get(how, "nothing")
+        assert reason == f"its attention is {nothing.__module__}.{name}"
+        if how != "eager":  # patched again, while the function is registered
+            assert bertfast.patch(patched).left["bert.encoder.layer.0"] == reason
     finally:
         functions._global_mapping.pop("nothing", None)
 
@@ -234,6 +247,24 @@ def test_a_replaced_forward_of_torch_is_called(kind, monkeypatch):
     expected = len(calls)
     patched(**VALUES)
     assert len(calls) == 2 * expected
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM"])
+def test_a_replaced_forward_of_an_activation_is_run(name, monkeypatch):
+    patched, plain = pair(name)
+    values = {key: x for key, x in VALUES.items() if key != "labels"}
+    before = patched(**values).logits
+    monkeypatch.setattr(GELUActivation, "forward", lambda self, x: x.relu())
+    after, expected = patched(**values).logits, plain(**values).logits
+    torch.testing.assert_close(
+        after[MASK] if after.dim() == 3 else after, expected[MASK] if after.dim() == 3 else expected
+    )
+    assert not torch.allclose(after, before)
+    left = bertfast.report(patched).left
+    replaced = {path for path, reason in left.items() if reason == "the forward of GELUActivation was replaced"}
+    assert replaced >= {"bert.encoder.layer.0"} | (
+        {"cls.predictions.transform"} if name == "BertForMaskedLM" else set()
+    )
 
 
 def test_a_model_is_freed_after_its_calls():

@@ -8,6 +8,7 @@ import transformers
 from live_models import MASK, VALUES, pair
 from parity import SIZES
 from torch import nn
+from transformers.models.bert import modeling_bert
 
 import bertfast
 
@@ -69,6 +70,30 @@ def test_logits_are_computed_if_they_may_be_read(trained, change):
     outputs, expected = patched(**values), plain(**values)
     torch.testing.assert_close(logits_of(outputs)[MASK], logits_of(expected)[MASK], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.loss, expected.loss)
+
+
+class Smoothed(nn.CrossEntropyLoss):
+    """What a user puts in the place of PyTorch's loss."""
+
+    def __init__(self):
+        super().__init__(label_smoothing=0.3)
+
+
+@pytest.mark.parametrize("where", ["module", "class", "function"])
+def test_a_replaced_cross_entropy_is_run(trained, where, monkeypatch):
+    patched, plain, values = trained
+    before = patched(**values).loss
+    original = nn.functional.cross_entropy
+    if where == "module":
+        monkeypatch.setattr(modeling_bert, "CrossEntropyLoss", Smoothed)
+    elif where == "class":
+        monkeypatch.setattr(nn.CrossEntropyLoss, "forward", lambda self, x, labels: 2 * original(x, labels))
+    else:
+        monkeypatch.setattr(nn.functional, "cross_entropy", lambda *args, **options: 2 * original(*args, **options))
+    loss = patched(**values).loss
+    torch.testing.assert_close(loss, plain(**values).loss)
+    assert not torch.allclose(loss, before)
+    assert bertfast.report(patched).left[type(patched).__name__] == "PyTorch's cross entropy was replaced"
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])

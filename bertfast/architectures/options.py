@@ -1,0 +1,36 @@
+"""Find out whether a module has the options and default inputs that its configuration says."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertfast.architectures.architecture import Architecture
+from bertfast.runtime.torch_compat import has_values
+
+
+def defaults_unsupported_reason(architecture: Architecture, embeddings: nn.Module) -> str | None:
+    """Return why token types and positions that a call does not give are not 0 and 0, 1, …."""
+    for name in architecture.default_inputs:
+        values: Tensor | None = getattr(embeddings, name, None)
+        if values is None or not has_values(values):
+            continue
+        slots = torch.arange(values.shape[-1], device=values.device)
+        if not bool((values == (slots if name == "position_ids" else 0)).all()):
+            return f"its buffer {name} was changed"
+    return None
+
+
+def options_unsupported_reason(architecture: Architecture, config: Any, layer: nn.Module) -> str | None:
+    """Return why the options of a layer's attention are not those of the configuration."""
+    attention = attrgetter(str(architecture.layer["query"]).rpartition(".")[0])(layer)
+    heads, causal = (attrgetter(str(architecture.layer[name]))(layer) for name in ("heads", "causal"))
+    is_decoder = getattr(config, "is_decoder", False)
+    if heads != config.num_attention_heads:
+        return f"it has {heads} attention heads and the configuration {config.num_attention_heads}: heads were pruned"
+    if not causal == getattr(attention, "is_causal", causal) == is_decoder:
+        return f"it was made with is_decoder={causal}, and the configuration has is_decoder={is_decoder}"
+    return None
