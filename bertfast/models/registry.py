@@ -50,7 +50,7 @@ class FusedModel(Fused, PreTrainedModel):
         if "original" in vars(cls):
             _name_arguments(cls)
         takes_loss_keywords = methods.takes_loss_keywords(cls)
-        if takes_loss_keywords is not None:  # Trainer treats a user's class as it does without bertfast
+        if takes_loss_keywords is not None:  # a user's class decides it, as with transformers
             cls.accepts_loss_kwargs = takes_loss_keywords
 
     def __init__(self, *args: Any, **kwargs: Any):

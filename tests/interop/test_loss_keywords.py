@@ -84,7 +84,7 @@ def test_trainer_is_told_what_the_class_takes(kind, accepts):
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])
-def test_the_familys_loss_is_divided_by_the_number_of_items(as_tuple):
+def test_a_loss_of_transformers_is_divided_by_the_number_of_items(as_tuple):
     model = make(bertfast.BertForSequenceClassification)
     values = {**VALUES, "return_dict": not as_tuple}
     mean = model(**values)[0]

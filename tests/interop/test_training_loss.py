@@ -73,7 +73,7 @@ def test_logits_are_computed_if_they_may_be_read(trained, change):
 
 
 class Smoothed(nn.CrossEntropyLoss):
-    """What a user puts in the place of PyTorch's loss."""
+    """A loss that a user puts in instead."""
 
     def __init__(self):
         super().__init__(label_smoothing=0.3)
