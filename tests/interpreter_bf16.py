@@ -1,6 +1,6 @@
 """Repairs of Triton's interpreter, versions 3.6 and 3.7, which keeps bf16 as 16-bit integers and computes with those.
 
-Products, arithmetic, casts and sums are done in fp32 on the numbers that the bits mean, and rounded to the nearest.
+Matmuls, arithmetic, casts and sums are done in fp32 on the numbers that the bits mean, and rounded to the nearest.
 """
 
 from collections.abc import Callable

@@ -40,18 +40,18 @@ def entries(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of its steps."""
+    """Return the masked-LM losses of a run's steps."""
     return [entry["masked_lm_loss"] for entry in entries(folder) if "masked_lm_loss" in entry]
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """To the last bit."""
+    """Assert that the weights of two model folders are bitwise identical."""
     one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def quietly(settings: PretrainSettings) -> None:
-    """A run in a process of its own, which may be killed."""
+    """Pre-train in a process of its own, which may be killed."""
     torch.set_num_threads(1)
     pretrain(settings)

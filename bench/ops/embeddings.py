@@ -30,9 +30,9 @@ from bertfast.ops.sequences import Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsCase(RowsCase):
-    """Rows of tokens from a vocabulary of `words` entries."""
+    """Rows of tokens from a vocabulary of `vocab_size` entries."""
 
-    words: int = VOCAB_SIZE
+    vocab_size: int = VOCAB_SIZE
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -43,9 +43,9 @@ class EmbeddingsCase(RowsCase):
     def ids(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, token type ids and position ids, each int64 [rows]."""
         uniform = torch.rand(self.rows, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
-        words = (self.words**uniform).long().clamp(max=self.words) - 1
+        token_ids = (self.vocab_size**uniform).long().clamp(max=self.vocab_size) - 1
         position = self.sequences.position
-        return words, (position >= 128).long(), position
+        return token_ids, (position >= 128).long(), position
 
     @cached_property
     def drop(self) -> Dropout | None:
@@ -53,14 +53,14 @@ class EmbeddingsCase(RowsCase):
         return dropout_over(self.sequences, self.dropout, "embeddings")
 
     def inputs(self, generator):
-        tables = [self.normal(generator, rows, self.width) for rows in (self.words, 512, 2)]
+        tables = [self.normal(generator, rows, self.width) for rows in (self.vocab_size, 512, 2)]
         return tables + [self.normal(generator, self.width) for _ in range(2)]
 
     def definition(self, word, position, token_type, gamma, beta):
         return reference.embeddings(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
 
     def work(self, direction):
-        activation, tables = self.rows * self.width, (self.words + 514) * self.width
+        activation, tables = self.rows * self.width, (self.vocab_size + 514) * self.width
         if direction == "forward":  # reads the word embedding of each token, writes the output
             return Work(2 * activation * self.dtype.itemsize)
         # Reads the same rows and d_y, writes the gradients of the tables.
@@ -84,7 +84,7 @@ def composition(case: EmbeddingsCase):
 
 
 CASES = {
-    "small": in_both_precisions(*(EmbeddingsCase(rows=40, width=48, words=100, dropout=p) for p in (0.0, 0.1))),
+    "small": in_both_precisions(*(EmbeddingsCase(rows=40, width=48, vocab_size=100, dropout=p) for p in (0.0, 0.1))),
     "cpu": in_both_precisions(*(EmbeddingsCase(rows=4096, dropout=p) for p in (0.0, 0.1))),
     "main": [EmbeddingsCase(dropout=0.1)],
     "rest": [EmbeddingsCase(), EmbeddingsCase(width=1024, dropout=0.1)],

@@ -34,36 +34,36 @@ from bertfast import ops
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase(Case):
-    """`rows` of `tokens` are masked; `width` columns; a vocabulary of `words` entries."""
+    """`rows` of `tokens` are masked; `width` columns; a vocabulary of `vocab_size` entries."""
 
     directions: ClassVar = ("inference", "training")
     tokens: int = 32_768
     rows: int = 5_000
     width: int
-    words: int = VOCAB_SIZE
+    vocab_size: int = VOCAB_SIZE
 
     @property
     def size(self) -> str:
-        return f"{self.rows}x{self.width}x{self.words}"
+        return f"{self.rows}x{self.width}x{self.vocab_size}"
 
     @cached_property
     def masked(self) -> tuple[Tensor, Tensor]:
         """Indices of the masked rows, ascending, and their labels, both int64 [rows]."""
         generator = torch.Generator(DEVICE).manual_seed(0)
         rows = torch.randperm(self.tokens, generator=generator, device=DEVICE)[: self.rows].sort().values
-        return rows, torch.randint(self.words, (self.rows,), generator=generator, device=DEVICE)
+        return rows, torch.randint(self.vocab_size, (self.rows,), generator=generator, device=DEVICE)
 
     def inputs(self, generator):
         hidden = self.normal(generator, self.tokens, self.width)
-        weight = self.normal(generator, self.words, self.width, scale=0.02)
-        return [hidden, weight, torch.zeros(self.words, dtype=self.dtype, device=DEVICE)]
+        weight = self.normal(generator, self.vocab_size, self.width, scale=0.02)
+        return [hidden, weight, torch.zeros(self.vocab_size, dtype=self.dtype, device=DEVICE)]
 
     def definition(self, hidden, weight, bias):
         rows, labels = self.masked
         return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="reference")[0]
 
     def work(self, direction):
-        flops, weight = 2 * self.rows * self.width * self.words, self.words * self.width
+        flops, weight = 2 * self.rows * self.width * self.vocab_size, self.vocab_size * self.width
         if direction == "inference":  # reads the masked rows and the weight
             return Work((self.rows * self.width + weight) * self.dtype.itemsize, flops)
         # Reads both once, writes the gradients of the weight and of all tokens.
@@ -119,7 +119,7 @@ def cut_cross_entropy(case: LossCase):
 
 
 CASES = {
-    "small": in_both_precisions(LossCase(tokens=40, rows=9, width=48, words=100)),
+    "small": in_both_precisions(LossCase(tokens=40, rows=9, width=48, vocab_size=100)),
     "cpu": in_both_precisions(LossCase(tokens=2048, rows=307, width=768)),
     "main": [LossCase(width=768)],
     "rest": [LossCase(width=1024)],

@@ -128,7 +128,7 @@ def _project_at_once(linears: list[nn.Linear], hidden: Tensor) -> Tensor:
     """Compute three plain projections: [T, H] -> [T, 3 H]."""
     rows, columns = linears[0].weight.shape
     compiling = torch.compiler.is_compiling()
-    # Whatever has to be copied to make one tensor of three, copy the smaller: the weights, or the results. In half
+    # One tensor of three requires a copy of the weights or of the results: copy the smaller of the two. In half
     # precision three GEMMs round differently from the single one that a compiler is given.
     copy_results = not compiling and hidden.dtype == torch.float32 and len(hidden) < columns
     differentiable = torch.is_grad_enabled() or autocast_dtype(hidden.device) is not None or compiling

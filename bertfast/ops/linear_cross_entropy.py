@@ -18,7 +18,7 @@ from bertfast.ops.double_backward import must_be_differentiable, reference_gradi
 from bertfast.ops.index_checks import check_below
 from bertfast.runtime.torch_compat import backward_retains_graph, is_batched, is_transformed
 
-_ALL_ROWS, _SOME_ROWS = (
+_ALL_ROWS, _SELECTED_ROWS = (
     Arguments(
         "linear_cross_entropy",
         hidden="floating [tokens, hidden]",
@@ -63,7 +63,7 @@ def linear_cross_entropy(
     if rows is None:
         _ALL_ROWS.check(hidden, weight, bias, labels)
     else:
-        _SOME_ROWS.check(hidden, weight, bias, rows, labels)
+        _SELECTED_ROWS.check(hidden, weight, bias, rows, labels)
         check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
     dtype = gemm_dtype(hidden, weight)
     unsupported = None

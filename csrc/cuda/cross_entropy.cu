@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(GRADIENT_WARPS * 32, 1) gradient_kernel(const 
   const int columns = (int)a.vocab_size, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   const int column = (int)blockIdx.x * GRADIENT_COLUMNS + lane * 8;
   float sum[8] = {};
-  UNROLL_SOME_FOR (int64_t index = warp; index < a.rows; index += GRADIENT_WARPS) {
+  UNROLL_4_FOR (int64_t index = warp; index < a.rows; index += GRADIENT_WARPS) {
     float x[8];
     load_logits<ALIGNED, T>(a, index, column, x);
     const float m_i = a.softmax[2 * index], factor = a.softmax[2 * index + 1];

@@ -37,7 +37,7 @@ struct alignas(16) Words4 {
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL_FOR _Pragma("unroll") for
-#define UNROLL_SOME_FOR _Pragma("unroll 4") for  // so that several loads are in flight
+#define UNROLL_4_FOR _Pragma("unroll 4") for  // so that several loads are in flight
 
 #if defined(__CUDACC__)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -10,9 +10,9 @@
 #include "launch.h"
 
 #undef UNROLL_FOR  // gcc has another pragma
-#undef UNROLL_SOME_FOR
+#undef UNROLL_4_FOR
 #define UNROLL_FOR for
-#define UNROLL_SOME_FOR for
+#define UNROLL_4_FOR for
 #define __global__
 #define __device__
 #define __host__

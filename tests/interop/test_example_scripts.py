@@ -50,8 +50,8 @@ class Task:
 
 def texts() -> list[str]:
     """Rows of different lengths, so that batches have padding."""
-    chance = np.random.default_rng(0)
-    return [" ".join(chance.choice(LETTERS, 3 + row % 8)) for row in range(ROWS)]
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(LETTERS, 3 + row % 8)) for row in range(ROWS)]
 
 
 def classified(tokenizer, rows: list[str]) -> list[dict]:

@@ -45,18 +45,18 @@ def test_parity(case, padding):
 
 @pytest.mark.parametrize("seed", range(100))
 def test_outputs_at_attended_positions_are_the_same_for_any_configuration(seed):
-    chance = random.Random(seed)
-    case, heads, head_dimension = chance.choice(CASES), chance.randint(1, 4), chance.choice([4, 8, 16, 20, 32, 64])
+    rng = random.Random(seed)
+    case, heads, head_dimension = rng.choice(CASES), rng.randint(1, 4), rng.choice([4, 8, 16, 20, 32, 64])
     changes = {
         "num_attention_heads": heads,
         "hidden_size": heads * head_dimension,
-        "intermediate_size": chance.randint(1, 80),
-        "num_hidden_layers": chance.randint(0, 3),
-        "hidden_act": chance.choice(["gelu", "gelu_new", "relu", "silu", "tanh", "mish"]),
-        "hidden_dropout_prob": chance.choice([0.0, 0.1]),
-        "tie_word_embeddings": chance.random() < 0.5,
-        "type_vocab_size": chance.choice([2, 5]),
-        "layer_norm_eps": chance.choice([1e-12, 1e-5]),
+        "intermediate_size": rng.randint(1, 80),
+        "num_hidden_layers": rng.randint(0, 3),
+        "hidden_act": rng.choice(["gelu", "gelu_new", "relu", "silu", "tanh", "mish"]),
+        "hidden_dropout_prob": rng.choice([0.0, 0.1]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "type_vocab_size": rng.choice([2, 5]),
+        "layer_norm_eps": rng.choice([1e-12, 1e-5]),
         "use_cache": False,
     }
     torch.manual_seed(seed)
@@ -64,14 +64,14 @@ def test_outputs_at_attended_positions_are_the_same_for_any_configuration(seed):
     hf = getattr(transformers, case.class_name)(config, **case.arguments).eval()
     patched = copy.deepcopy(hf)
     bertfast.patch(patched)
-    rows, columns = chance.randint(1, 4), chance.randint(1, 16)
-    lengths = torch.tensor([[chance.randint(0, columns)] for _ in range(rows)])
+    rows, columns = rng.randint(1, 4), rng.randint(1, 16)
+    lengths = torch.tensor([[rng.randint(0, columns)] for _ in range(rows)])
     mask = {
         "right": torch.arange(columns) < lengths,
         "left": torch.arange(columns) >= lengths,
         "inside": torch.rand(rows, columns) < 0.6,
         "none": torch.ones(rows, columns, dtype=torch.bool),
-    }[chance.choice(["right", "left", "inside", "none"])]
+    }[rng.choice(["right", "left", "inside", "none"])]
     choices = (2,) if case.class_name == "BertForMultipleChoice" else ()
     values = {
         "input_ids": torch.randint(SIZES["vocab_size"], (rows, *choices, columns)),

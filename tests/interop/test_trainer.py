@@ -240,9 +240,9 @@ def test_pipelines_fill_masks(tmp_path):
     got = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
     bertfast.unpatch(model)
     expected = fill(["a b [MASK] d", "c [MASK]"], batch_size=2)
-    for ours_of, theirs_of in zip(got, expected, strict=True):
-        assert [one["token"] for one in ours_of] == [one["token"] for one in theirs_of]
-        assert [one["score"] for one in ours_of] == pytest.approx([one["score"] for one in theirs_of], abs=1e-5)
+    for bertfast_mask, hf_mask in zip(got, expected, strict=True):
+        assert [one["token"] for one in bertfast_mask] == [one["token"] for one in hf_mask]
+        assert [one["score"] for one in bertfast_mask] == pytest.approx([one["score"] for one in hf_mask], abs=1e-5)
 
 
 def test_accelerate_splits_no_layer_and_keeps_ties(tmp_path):

@@ -75,7 +75,7 @@ def inputs_of(shapes):
     return [normal(*shape, seed=seed, device=DEVICE) for seed, shape in enumerate(shapes)]
 
 
-def finest(operator):
+def precise_dtype(operator):
     return HIGHEST_PRECISION if operator == "attention" else torch.float32
 
 
@@ -83,7 +83,10 @@ def finest(operator):
 def test_second_derivatives_are_as_accurate_as_the_reference(operator):
     make, shapes = CASES[operator]
     compare_with_torch(
-        first_derivatives(make(KERNELS)), first_derivatives(make("reference")), inputs_of(shapes), finest(operator)
+        first_derivatives(make(KERNELS)),
+        first_derivatives(make("reference")),
+        inputs_of(shapes),
+        precise_dtype(operator),
     )
 
 
@@ -100,7 +103,9 @@ def test_a_gradient_penalty_trains_as_with_the_reference(operator):
 
         return loss
 
-    compare_with_torch(penalised(make(KERNELS)), penalised(make("reference")), inputs_of(shapes), finest(operator))
+    compare_with_torch(
+        penalised(make(KERNELS)), penalised(make("reference")), inputs_of(shapes), precise_dtype(operator)
+    )
 
 
 def test_an_input_computed_from_another_is_not_counted_twice():
@@ -128,7 +133,7 @@ def test_a_plain_backward_pass_runs_the_kernel(operator, monkeypatch):
 
     module = import_module(getattr(ops, operator).__module__)
     monkeypatch.setattr(module, "reference_gradients", refuse)
-    inputs = [x.detach().to(finest(operator)).requires_grad_() for x in inputs_of(shapes)]
+    inputs = [x.detach().to(precise_dtype(operator)).requires_grad_() for x in inputs_of(shapes)]
     y = make(KERNELS)(*inputs)
     torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
     with pytest.raises(AssertionError, match="was differentiated"):
@@ -144,4 +149,4 @@ def test_only_the_reference_supports_torch_func(operator):
     (expected,) = torch.autograd.grad(make("reference")(leaf, *inputs[1:]).square().sum(), leaf)
     torch.testing.assert_close(gradient, expected)
     with pytest.raises(ValueError, match=r"torch\.func .* differentiation; .*'reference'"):
-        torch.func.grad(lambda x: make(KERNELS)(x, *inputs[1:]).square().sum())(inputs[0].to(finest(operator)))
+        torch.func.grad(lambda x: make(KERNELS)(x, *inputs[1:]).square().sum())(inputs[0].to(precise_dtype(operator)))

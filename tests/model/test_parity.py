@@ -19,12 +19,12 @@ def test_parity(case, padding):
     if not question_softmax_is_shared(case, padding):
         values = {name: x for name, x in values.items() if not name.endswith("positions")}
     truth = results(double(hf), values, mask)
-    ours_32, theirs_32 = (results(model, values, mask) for model in (fused, hf))
-    assert_parity(ours_32, theirs_32, truth)
-    for name, x in ours_32.outputs.items():
-        assert relative_error(x, theirs_32.outputs[name]) < 2e-6, name
-    ours_16, theirs_16 = (results(model, values, mask, autocast=True) for model in (fused, hf))
-    assert_parity(ours_16, theirs_16, truth, torch.bfloat16)
+    fused_fp32, hf_fp32 = (results(model, values, mask) for model in (fused, hf))
+    assert_parity(fused_fp32, hf_fp32, truth)
+    for name, x in fused_fp32.outputs.items():
+        assert relative_error(x, hf_fp32.outputs[name]) < 2e-6, name
+    fused_bf16, hf_bf16 = (results(model, values, mask, autocast=True) for model in (fused, hf))
+    assert_parity(fused_bf16, hf_bf16, truth, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,4 +1,4 @@
-"""Steps and passes that are captured and replayed, by a recorder that does on a CPU what a CUDA graph does.
+"""Steps and passes that are captured and replayed, by a class that does on a CPU what a CUDA graph does.
 
 It keeps every operation that is launched, with the very tensors it was given, and launches them again in their order;
 what the host decided meanwhile is forgotten. Asking a tensor for its value is an error, as it is while a GPU captures.

@@ -116,9 +116,9 @@ def endless(data: Path, folder: Path, log: Path, *others: str, options: Sequence
 
 
 def test_sigterm_stops_the_job_with_a_checkpoint(data, tmp_path):
-    log, journal = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
+    log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
     process = endless(data, tmp_path / "run", log)
-    wait_for(lambda: journal.exists() and journal.read_text().count("\n") > 3, process, log)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process, log)
     ranks = children(process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):

@@ -171,8 +171,8 @@ def test_the_exit_status_tells_that_a_signal_ended_the_program(flags, status, da
     command += ["--data-dir", str(data), "--max-seq-length", "24", "--tokens-per-batch", "96", "--preset", "tiny"]
     command += ["--max-steps", "100000", "--logging-steps", "1", "--device", "cpu", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "run" / "metrics.jsonl"
-    while not (journal.exists() and journal.read_text()):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
