@@ -204,7 +204,7 @@ soak: $(LIBRARY)
 	$(if $(MODEL),$(BENCH).end_to_end.finetuning $(MODEL) $(DATA) --output $(SOAKED)/tuned)
 	mkdir -p bench/results/tables
 	for table in 7 5 8 6 1 2 3 4; do \
-	  case $$table in 5|6|8) model= ;; *) model="$(MODEL:%=--model %)" ;; esac; \
+	  case $$table in 5|6|8) model= ;; *) model="$(MODEL:%=--model-name-or-path %)" ;; esac; \
 	  $(BIN)/bertfast reproduce --table $$table --data $(DATA) $$model --output-dir $(SOAKED)/table-$$table \
 	    && cp $(SOAKED)/table-$$table/table-$$table.md bench/results/tables/ || exit; \
 	done

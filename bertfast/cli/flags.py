@@ -11,9 +11,8 @@ from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
-import yaml
 
-from bertfast.cli.recipes import find_config
+from bertfast.cli.recipes import find_config, read_yaml
 from bertfast.runtime.settings import Settings, group_class, hints_of, nearest, range_of, settings_of
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -28,27 +27,19 @@ def parse(
         command: Name of the command, for help and messages.
         settings_class: Class of its settings.
         arguments: Flags with their values. `--config` is replaced by the entries of a YAML file or of an installed
-            recipe; of a flag given more than once, the last value counts.
+            recipe; of a flag given more than once, the last value counts, and a flag after `--config` also replaces the
+            entries of the file that exclude it.
         description: Text above the flags in `--help`; None: the first paragraph of the class's docstring.
 
     Raises:
         ValueError: A value is out of its range, or the YAML file has an entry that is not a setting.
         SystemExit: A flag is unknown, required or cannot be read, or `--help` was given.
     """
-    flags = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config":
-            flags += _config_flags(next(rest, None), command, settings_class)
-        elif argument.startswith("--config="):
-            flags += _config_flags(argument.removeprefix("--config="), command, settings_class)
-        else:
-            flags.append(argument)
     parsed = tyro.cli(
         _flag_class(settings_class),
         prog=f"bertfast {command}",
         description=description,
-        args=flags,
+        args=_without_config(arguments, command, settings_class),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return settings_class.of(**dict(_values(parsed)))
@@ -65,19 +56,46 @@ def flags_of(entries: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def _config_flags(name: str | None, command: str, settings_class: type[Settings]) -> list[str]:
-    """Return a YAML file's entries as flags, so that files and command lines are validated alike."""
+def _without_config(arguments: list[str], command: str, settings_class: type[Settings]) -> list[str]:
+    """Return a command line with the flags that each `--config` stands for instead of it.
+
+    A flag after `--config` also replaces the entries of the file that exclude it: `--config cpu --max-steps 100` runs
+    100 steps, although the recipe has `minutes`.
+    """
+    rivals = _rivals(settings_class)
+    flags: list[tuple[str, list[str]]] = []  # name of the entry of a file, or "" if typed; the flag and its values
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            name = next(rest, None) if argument == "--config" else argument.removeprefix("--config=")
+            entries = _config_entries(name, command, settings_class)
+            new = [(entry, flags_of({entry: value})) for entry, value in entries.items()]
+            given = list(entries)
+        else:
+            new = [("", [argument])]
+            given = [argument.partition("=")[0].removeprefix("--").replace("_", "-")]
+        replaced = {rival for name in given for rival in rivals.get(name, ())}
+        flags = [known for known in flags if known[0] not in replaced] + new
+    return [part for _, parts in flags for part in parts]
+
+
+def _rivals(settings_class: type[Settings]) -> dict[str, set[str]]:
+    """Return, by name of a flag, the flags that exclude it."""
+    classes = [settings_class, *filter(None, map(group_class, hints_of(settings_class).values()))]
+    names = [{name.replace("_", "-") for name in known.exclusive} for known in classes]
+    return {name: exclusive - {name} for exclusive in names for name in exclusive}
+
+
+def _config_entries(name: str | None, command: str, settings_class: type[Settings]) -> dict[str, Any]:
+    """Return a YAML file's entries, which become flags so that files and command lines are validated alike."""
     if name is None:
         raise ValueError("--config requires a YAML file or the name of a recipe")
-    path = find_config(name)
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(entries, dict):
-        raise ValueError(f"--config {name}: {path} must hold `name: value` lines")
+    entries = read_yaml(find_config(name), f"--config {name}")
     known = [known_name.replace("_", "-") for known_name in settings_of(settings_class)]
     for entry in map(str, entries):
         if entry.replace("_", "-") not in known:
             raise ValueError(f"--config {name}: bertfast {command} has no setting {entry}{nearest(entry, known)}")
-    return flags_of(entries)
+    return {str(entry).replace("_", "-"): value for entry, value in entries.items()}
 
 
 def _flag_class(settings_class: type[Settings], default: Settings | None = None) -> type[Any]:

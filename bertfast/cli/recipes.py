@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -31,3 +34,30 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(
         f"--config {name}: no such file or recipe; give a YAML file or one of {', '.join(recipe_names())}"
     )
+
+
+def read_yaml(path: Path, label: str) -> dict[str, Any]:
+    """Return the entries of a YAML file.
+
+    Args:
+        path: The file.
+        label: What the user typed to name the file, for messages.
+
+    Raises:
+        ValueError: The file is not UTF-8 text, not valid YAML, or holds something other than `name: value` lines.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{label}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
+        line = "" if mark is None else f", line {mark.line + 1}"
+        raise ValueError(f"{label}{line}: {problem or 'invalid YAML'}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{label}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{label}: too deeply nested; give `name: value` lines") from None
+    if not isinstance(entries, dict | None):
+        raise ValueError(f"{label}: must hold `name: value` lines, got {entries!r:.60}")
+    return entries or {}

@@ -10,16 +10,14 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Annotated, Any
 
 from bertfast.cli.flags import flags_of, parse
-from bertfast.cli.recipes import recipes_folder
+from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.models.presets import Preset
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings
+from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
@@ -36,27 +34,27 @@ class ReproduceSettings(Settings):
         data: Folder with glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/ and corpus/.
         output_dir: Folder for models, runs and the table; finished runs in it are not repeated.
         recipes: Folder with table-N.yaml; none: the recipes installed with bertfast.
-        model: Model for the rows with the default pre-training; none: pre-train one.
-        scale: Preset of the models to pre-train.
+        model_name_or_path: Model (folder or hub id) for the rows with the default pre-training; none: pre-train one.
+        preset: Published size of the models to pre-train.
         minutes: Duration of each pre-training run in minutes.
         tokens_per_batch: Tokens per batch in pre-training.
         learning_rate: Peak learning rate of fine-tuning; small models need a higher one than those of the paper.
-        epochs: Epochs of fine-tuning; none: as in the recipe.
+        num_train_epochs: Number of passes over the training data of fine-tuning; none: as in the recipe.
         seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
         only: Columns to fill in; none: all.
         device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
     """
 
-    table: Count
+    table: Annotated[int, Range(1, 8)]
     data: str
     output_dir: str
     recipes: str | None = None
-    model: str | None = None
-    scale: Preset = "small"
+    model_name_or_path: str | None = None
+    preset: Preset = "small"
     minutes: Positive = 5.0
     tokens_per_batch: Count = 2048
     learning_rate: NonNegative = 1e-4
-    epochs: Positive | None = None
+    num_train_epochs: Positive | None = None
     seeds: list[Seed] = field(default_factory=lambda: [42])
     only: list[str] = field(default_factory=list)
     device: str | None = None
@@ -69,18 +67,19 @@ def reproduce(settings: ReproduceSettings) -> Path:
         The Markdown file of the table.
 
     Raises:
-        FileNotFoundError: There is no recipe of this table.
+        FileNotFoundError: There is no recipe of this table, no folder `data`, or none of the table's files in it.
+        ValueError: `only` names a column that the table does not have.
     """
     recipes = Path(settings.recipes) if settings.recipes is not None else recipes_folder() / "paper"
     recipe = recipes / f"table-{settings.table}.yaml"
     if not recipe.is_file():
         raise FileNotFoundError(f"there is no recipe {recipe}: choose another --table, or the folder with --recipes")
-    table = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    table = read_yaml(recipe, str(recipe))
+    columns = _columns(settings, table)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"table-{settings.table}.md"
     cells = {}
-    columns = [name for name in table["columns"] if not settings.only or name in settings.only]
     for row in table["rows"]:
         for name in columns:
             cells[row["name"], name] = _cell(settings, table, row, name, folder)
@@ -102,9 +101,35 @@ def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: R
         shown = map("".join, zip(results, published, strict=True))
         lines.append(f"| {row['name']} | " + " | ".join(shown) + " |")
     used = f"learning rate {settings.learning_rate:g} unless the recipe sets one, seeds {settings.seeds}"
-    if settings.model is None or any("pretrain" in row for row in table["rows"]):
-        used += f"; {settings.scale} models pre-trained for {settings.minutes:g} minutes each"
+    if settings.model_name_or_path is None or any("pretrain" in row for row in table["rows"]):
+        used += f"; {settings.preset} models pre-trained for {settings.minutes:g} minutes each"
     return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Settings: {used}.", ""])
+
+
+def _columns(settings: ReproduceSettings, table: dict[str, Any]) -> list[str]:
+    """Return the names of the columns to fill in, after checking that there is data for at least one of them."""
+    for name in settings.only:
+        if name not in table["columns"]:
+            known = list(table["columns"])
+            hint = nearest(name, known) or f"; its columns are {', '.join(known)}"
+            raise ValueError(f"--only {name}: table {settings.table} has no such column{hint}")
+    names = [name for name in table["columns"] if not settings.only or name in settings.only]
+    data = Path(settings.data)
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data {data}: no such folder")
+    # Perplexity needs no labelled data, but the text to pre-train on.
+    needed = [_files(table["columns"][name], data) or [data / "corpus"] for name in names]
+    if not any(all(path.exists() for path in paths) for paths in needed):
+        listed = sorted({str(path.relative_to(data)) for paths in needed for path in paths})
+        raise FileNotFoundError(
+            f"--data {data} has no data for table {settings.table}: it requires {', '.join(listed)}"
+        )
+    return names
+
+
+def _files(column: dict[str, Any], data: Path) -> list[Path]:
+    """Return the training and the validation file of a column; none for perplexity."""
+    return [data / column[name] for name in ("train-file", "validation-file") if name in column]
 
 
 def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any], name: str, folder: Path) -> str:
@@ -113,9 +138,10 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
     if column.get("metric") == "perplexity":
         last = Path(_model(settings, row, folder), "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         return f"{json.loads(last)['validation_perplexity']:.2f}"
-    files = {flag: Path(settings.data, column[flag]) for flag in ("train-file", "validation-file")}
-    if not all(file.is_file() for file in files.values()):
+    train, validation = _files(column, Path(settings.data))
+    if not (train.is_file() and validation.is_file()):
         return _ABSENT
+    files = {"train-file": train, "validation-file": validation}
     scores = []
     for seed in settings.seeds:
         # Several columns may show metrics of the same run.
@@ -125,8 +151,8 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
             flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
             flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
             flags["overwrite-output-dir"] = True  # files of an interrupted run
-            if settings.epochs is not None:
-                flags["num-train-epochs"] = settings.epochs
+            if settings.num_train_epochs is not None:
+                flags["num-train-epochs"] = settings.num_train_epochs
             finetune(parse("finetune", FinetuneSettings, flags_of(flags | _where(settings))))
         results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
         scores.append(results[f"eval_{column['metric']}"] * column.get("times", 100))
@@ -137,14 +163,14 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
 def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> str:
     """Return the folder of a row's model, after pre-training it if it does not exist."""
     changes = row.get("pretrain", {})
-    if settings.model is not None and not changes:
-        return settings.model
+    if settings.model_name_or_path is not None and not changes:
+        return settings.model_name_or_path
     name = _plain(" ".join(f"{flag} {value}" for flag, value in changes.items())) or "default"
     model = folder / f"model-{name}"
     if not (model / "config.json").exists():
         shards = prepare(PrepareSettings(str(folder / "shards"), _corpus(Path(settings.data, "corpus"))))
         flags = {
-            "preset": settings.scale,
+            "preset": settings.preset,
             "max-seq-length": 128,
             "tokens-per-batch": settings.tokens_per_batch,
             "minutes": settings.minutes,

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,20 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base class of the settings of a program and of their groups; subclasses are frozen dataclasses."""
+    """Base class of the settings of a program and of their groups; subclasses are frozen dataclasses.
+
+    Attributes:
+        exclusive: Names of fields of which at most one may be given.
+    """
+
+    exclusive: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
             _check(name, hint, getattr(self, name))
+        given = [flag(name) for name in self.exclusive if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give only one of them")
         self.validate()
 
     def validate(self) -> None:
@@ -132,7 +141,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
     """Return the types of a class's fields, with their ranges."""
-    return get_type_hints(settings_class, include_extras=True)
+    hints = get_type_hints(settings_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
 
 
 def group_class(hint: Any) -> type[Settings] | None:

@@ -21,6 +21,8 @@ class InitialModelSettings(Settings):
         dropout: Dropout probability of hidden activations and attention weights; none: that of the model.
     """
 
+    exclusive = ("random_init", "init_from_task")
+
     random_init: bool = False
     init_from_task: str | None = None
     bilstm: bool = False
@@ -147,10 +149,6 @@ class FinetuneBase(TaskSettings):
             raise ValueError("--early-stopping-patience and --metric-for-best-model require --validation-file")
         if features_dir is not None and self.feature_based.strategy != "feature-based":
             raise ValueError("--features-dir requires --strategy feature-based, in which the encoder does not change")
-        if self.model.random_init and self.model.init_from_task is not None:
-            raise ValueError(
-                "--random-init and --init-from-task exclude each other: choose one source of the initial weights"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ class BatchPlan:
         self._settings, self._tokenizer, self._rank = settings, corpus.tokenizer, distributed.rank
         self.batches = self._batches(corpus.train, settings.sampling, bins_per_step)
         self.steps = settings.duration.max_steps or math.ceil(
-            settings.duration.num_train_epochs * self.batches.steps_per_epoch
+            (settings.duration.num_train_epochs or 1) * self.batches.steps_per_epoch
         )
         self.second_phase: Batches | None = None
         first_step = None

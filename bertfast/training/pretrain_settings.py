@@ -91,16 +91,21 @@ class BatchSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DurationSettings(Settings):
-    """Length of the run.
+    """Length of the run: in steps, epochs or minutes; none of them: one epoch.
 
     Attributes:
-        max_steps: Number of optimizer steps; 0: as many as --num-train-epochs requires.
-        num_train_epochs: Number of passes over the documents.
-        minutes: Length of the run in minutes instead of steps; the learning rate reaches 0 at its end.
+        max_steps: Number of optimizer steps (0 = off). Excludes --num-train-epochs and --minutes; after --config, it
+            replaces those of the file.
+        num_train_epochs: Number of passes over the training data. Excludes --max-steps and --minutes; after --config,
+            it replaces those of the file.
+        minutes: Length of the run in minutes; the learning rate reaches 0 at its end. Excludes --max-steps and
+            --num-train-epochs; after --config, it replaces those of the file.
     """
 
+    exclusive = ("max_steps", "num_train_epochs", "minutes")
+
     max_steps: CountOrOff = 0
-    num_train_epochs: Positive = 1
+    num_train_epochs: Positive | None = None
     minutes: Positive | None = None
 
 

@@ -109,6 +109,57 @@ def test_an_unknown_config_is_refused_and_the_recipes_are_listed(arguments, caps
     assert all(name in error for name in recipe_names())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: x\nname: [1, 2\nother: 3\n", r"--config z\.yaml, line 3: .+"),
+        ("output_dir: a: b\n", r"--config z\.yaml, line 1: mapping values are not allowed here"),
+        ("output_dir: \x00\n", r"--config z\.yaml: .*special characters are not allowed.*"),
+        ("[" * 100_000, r"--config z\.yaml: too deeply nested; give `name: value` lines"),
+        ("- a\n- b\n", r"--config z\.yaml: must hold `name: value` lines, got \['a', 'b'\]"),
+    ],
+)
+def test_a_malformed_yaml_file_is_refused_with_its_line(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "z.yaml").write_text(text)
+    assert main(["pretrain", "--config", "z.yaml"]) == 1
+    assert re.fullmatch(rf"bertfast pretrain: {message}\n", capsys.readouterr().err)
+
+
+def test_a_yaml_file_in_another_encoding_is_refused(tmp_path, capsys):
+    path = tmp_path / "z.yaml"
+    path.write_bytes("output_dir: café\n".encode("latin-1"))
+    assert main(["pretrain", "--config", str(path)]) == 1
+    assert f"--config {path}: not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", ["--minutes 1 --max-steps 2", "--max-steps=2 --num_train_epochs 3"])
+def test_two_lengths_of_a_run_are_refused(pair, capsys):
+    assert main(["pretrain", "--output-dir", "x", *pair.split()]) == 1
+    assert "exclude each other: give only one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "typed", "length"),
+    [
+        ("cpu", "--max-steps 100", (100, None, None)),
+        ("cpu", "--num_train_epochs=2", (0, 2, None)),
+        ("fast", "--num-train-epochs 3", (0, 3, None)),
+        ("speedrun", "--config cpu", (0, None, 4)),
+        ("cpu", "", (0, None, 4)),
+    ],
+)
+def test_a_length_after_a_recipe_replaces_that_of_the_recipe(recipe, typed, length):
+    settings = parse("pretrain", PretrainSettings, ["--output-dir", "x", "--config", recipe, *typed.split()])
+    duration = settings.duration
+    assert (duration.max_steps, duration.num_train_epochs, duration.minutes) == length
+
+
+def test_a_recipe_after_a_typed_length_does_not_replace_it(capsys):
+    assert main(["pretrain", "--output-dir", "x", "--max-steps", "9", "--config", "cpu"]) == 1
+    assert "--max-steps and --minutes exclude each other" in capsys.readouterr().err
+
+
 def test_config_without_a_value_is_refused(capsys):
     assert main(["pretrain", "--config"]) == 1
     assert "--config requires a YAML file or the name of a recipe" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
         data=str(data),
         output_dir=str(tmp_path / "out"),
         recipes=str(recipes),
-        scale="tiny",
+        preset="tiny",
         minutes=0.02,
         tokens_per_batch=256,
         seeds=[1, 2],
@@ -96,6 +96,28 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as after an interrupted run
     assert reproduce(settings).read_text() == page
-    for folder in (str(recipes), None):
-        with pytest.raises(FileNotFoundError, match="there is no recipe"):
-            reproduce(ReproduceSettings(table=9, data=str(data), output_dir=str(tmp_path / "out"), recipes=folder))
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        reproduce(settings.replace(table=8))
+
+
+@pytest.mark.parametrize("table", [1, 7])
+def test_a_folder_without_the_data_of_the_table_is_refused_and_nothing_written(table, tmp_path):
+    settings = ReproduceSettings(table=table, data=str(tmp_path / "none"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match=r"--data .*none: no such folder"):
+        reproduce(settings)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"has no data for table {table}: it requires .*train"):
+        reproduce(settings.replace(data=str(tmp_path / "data")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_column_is_refused_and_the_closest_one_suggested(tmp_path):
+    settings = ReproduceSettings(table=5, data=str(tmp_path), output_dir=str(tmp_path / "out"), only=["SST2"])
+    with pytest.raises(ValueError, match="--only SST2: table 5 has no such column; did you mean SST-2"):
+        reproduce(settings)
+
+
+@pytest.mark.parametrize("table", [0, 9])
+def test_a_number_that_no_table_has_is_refused(table):
+    with pytest.raises(ValueError, match="--table must be from 1 to 8"):
+        ReproduceSettings(table=table, data="data", output_dir="out")

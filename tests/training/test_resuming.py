@@ -235,7 +235,7 @@ def test_metrics_have_throughput_and_waiting_time(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_ramp": 0.5, "minutes": 1.0}, "cannot be combined with --minutes"),
+        ({"batch_ramp": 0.5, "minutes": 1.0, "max_steps": 0}, "cannot be combined with --minutes"),
         ({"batch_ramp": 0.5, "gradient_accumulation_steps": 2}, "multiple of 4"),
         ({"second_phase_length": 64}, "--second-phase-length 64 is more than the model's 32 positions"),
         (
