@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout
 from bertfast.models.registry import FusedModel
@@ -49,7 +50,21 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return "the configuration asks for attention weights"
     if not torch.compiler.is_compiling() and torch_compat.has_global_hooks():
         return "hooks are registered for all modules of PyTorch"
-    return kernel_support.tracing_unsupported_reason(tokens)
+    reason = kernel_support.tracing_unsupported_reason(tokens)
+    if reason is None and _pools_padding(encoder, mask):
+        return "a row of the batch is padding alone"
+    return reason
+
+
+def _pools_padding(encoder: FusedModel, mask: Tensor | None) -> bool:
+    """Return whether a call pools a row without tokens in an attention that adds a finite number to masked scores.
+
+    Such a row attends to all of its padding; with a boolean mask, and packed, it attends to nothing.
+    """
+    if mask is None or encoder.pooler is None or torch.compiler.is_compiling():
+        return False
+    adds_to_scores = IS_TRANSFORMERS_4 or encoder.config._attn_implementation == "eager"
+    return adds_to_scores and not bool(mask.any(1).all())
 
 
 def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:

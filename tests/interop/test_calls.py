@@ -149,6 +149,15 @@ def test_shapes_that_broadcast_in_transformers_are_taken():
     assert compared >= 12
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_pooled_output_of_a_row_of_padding_is_that_of_transformers(attention):
+    patched, plain = pair(attn_implementation=attention)
+    mask = VALUES["attention_mask"].clone()
+    mask[1] = 0
+    expected = plain(VALUES["input_ids"], mask).logits
+    torch.testing.assert_close(patched(VALUES["input_ids"], mask).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_choice_of_hidden_states_by_index_is_kept():
     patched, plain = pair()
     try:
