@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
-from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts
+from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts
 
 _DROPOUTS = ("attention_dropout", "attention_output_dropout", "output_dropout")
 # What a part is, by the last word of its name; parts of other names are options, not modules.
@@ -19,13 +19,11 @@ _KINDS = {
     "activation": "activation",
     "dense": "linear",
     "dropout": "dropout",
+    "embeddings": "embedding",
     "key": "linear",
     "norm": "norm",
-    "positions": "embedding",
     "query": "linear",
-    "types": "embedding",
     "value": "linear",
-    "words": "embedding",
 }
 _ACTIVATION_NAMES = {type(ACT2FN[name]): name for name in reversed(ACTIVATIONS)}
 
@@ -42,7 +40,10 @@ class Architecture:
         embedding: Paths from the embeddings to the parts, by their names in `EmbeddingParts`.
         layer: Paths from a layer to the parts, by their names in `LayerParts`; a path that is None is of an option
             that this version of transformers does not have.
-        default_inputs: Names of the embeddings' buffers that hold the default token types, 0, and positions, 0, 1, ….
+        sizes: The embedding tables, by their names in `embedding`, whose number of rows is in a configuration, by its
+            name there.
+        default_inputs: The difference between neighbours in the embeddings' buffers that hold the default token types,
+            0, and positions, 0, 1, …, by the names of these buffers.
         transform: Paths from the masked-LM head's transform to its "dense", "activation" and "norm".
         head: Paths from a model to its masked-LM head: "transform", which is called, "decoder", whose parameters are
             read, and "next_sentence", which is called.
@@ -61,7 +62,8 @@ class Architecture:
     layers: str
     embedding: Mapping[str, str]
     layer: Mapping[str, str | None]
-    default_inputs: Sequence[str]
+    sizes: Mapping[str, str]
+    default_inputs: Mapping[str, int]
     transform: Mapping[str, str]
     head: Mapping[str, str]
     head_containers: Sequence[str]
@@ -100,6 +102,12 @@ class Architecture:
         for name in _DROPOUTS:
             values[name] = values[name].p
         return LayerParts(**values)
+
+    def masked_lm_parts(self, model: nn.Module) -> MaskedLMParts:
+        """Read the modules of a model's masked-LM head, and of its next-sentence head if it has one."""
+        *parents, name = self.head["next_sentence"].split(".")
+        transform, decoder = (read(model, self.head[part].split(".")) for part in ("transform", "decoder"))
+        return MaskedLMParts(transform, decoder, getattr(read(model, parents), name, None))
 
 
 def _modules(paths: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import transformers
-
 from bertfast.architectures.architecture import Architecture
+from bertfast.architectures.supported_versions import IS_TRANSFORMERS_4
 
 BERT = Architecture(
     model_type="bert",
@@ -13,9 +12,9 @@ BERT = Architecture(
     stack="encoder",
     layers="encoder.layer",
     embedding={
-        "words": "word_embeddings",
-        "positions": "position_embeddings",
-        "token_types": "token_type_embeddings",
+        "token_embeddings": "word_embeddings",
+        "position_embeddings": "position_embeddings",
+        "token_type_embeddings": "token_type_embeddings",
         "norm": "LayerNorm",
         "dropout": "dropout",
     },
@@ -30,13 +29,14 @@ BERT = Architecture(
         "output_norm": "output.LayerNorm",
         "activation": "intermediate.intermediate_act_fn",
         "heads": "attention.self.num_attention_heads",
-        "scale": "attention.self.scaling" if transformers.__version__ >= "5" else None,
+        "scale": "attention.self.scaling" if not IS_TRANSFORMERS_4 else None,
         "causal": "attention.self.is_decoder",
         "attention_dropout": "attention.self.dropout",
         "attention_output_dropout": "attention.output.dropout",
         "output_dropout": "output.dropout",
     },
-    default_inputs=("token_type_ids", "position_ids"),
+    sizes={"max_position_embeddings": "position_embeddings", "type_vocab_size": "token_type_embeddings"},
+    default_inputs={"token_type_ids": 0, "position_ids": 1},
     transform={"dense": "dense", "activation": "transform_act_fn", "norm": "LayerNorm"},
     head={
         "transform": "cls.predictions.transform",

@@ -123,8 +123,8 @@ def _without_partial(function: Function) -> Function:
 
 def _runs_methods_of(kind: type, family_class: type) -> bool:
     """Return whether a class runs the methods that were written in the body of `family_class`, itself or a base."""
-    module, name = family_class.__module__, family_class.__name__
-    return all(_is_written_in(getattr(kind, own), module, f"{name}.{own}") for own in method_names(family_class))
+    module, name, methods = family_class.__module__, family_class.__name__, method_names(family_class)
+    return all(_is_written_in(getattr(kind, method), module, f"{name}.{method}") for method in methods)
 
 
 @cache

@@ -14,12 +14,11 @@ from bertfast.runtime.torch_compat import has_values
 
 def defaults_unsupported_reason(architecture: Architecture, embeddings: nn.Module) -> str | None:
     """Return why token types and positions that a call does not give are not 0 and 0, 1, …."""
-    for name in architecture.default_inputs:
+    for name, step in architecture.default_inputs.items():
         values: Tensor | None = getattr(embeddings, name, None)
         if values is None or not has_values(values):
             continue
-        slots = torch.arange(values.shape[-1], device=values.device)
-        if not bool((values == (slots if name == "position_ids" else 0)).all()):
+        if not bool((values == step * torch.arange(values.shape[-1], device=values.device)).all()):
             return f"its buffer {name} was changed"
     return None
 

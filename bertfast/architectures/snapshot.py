@@ -33,13 +33,13 @@ class Snapshot:
         self._modules = modules = [*encoder.modules()]
         self._attributes = [vars(module) for module in modules]
         read = [
-            (own, name)
-            for module, own in zip(modules, self._attributes, strict=True)
+            (attributes, name)
+            for module, attributes in zip(modules, self._attributes, strict=True)
             if type(module) not in _WITHOUT_OPTIONS
-            for name in own
+            for name in attributes
             if name in options
         ]
-        self._option_tables, self._option_names = [own for own, _ in read], [name for _, name in read]
+        self._option_tables, self._option_names = [attributes for attributes, _ in read], [name for _, name in read]
         kinds: set[type] = {original_class(type(module)) for module in modules}
         methods = [(kind, name) for kind in kinds for name in method_names(kind)]
         self._classes, self._methods = [kind for kind, _ in methods], [name for _, name in methods]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import transformers
 
+# Before version 5 layers return tuples, and heads drop or refuse keywords that are for the encoder.
+IS_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+
 
 def require_supported_version(version: str) -> None:
     """Raise ImportError for a version of transformers that fused models cannot run with.

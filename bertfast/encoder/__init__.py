@@ -22,13 +22,15 @@ from bertfast.encoder.heads import (
 )
 from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, copy_dtype, layer, project
 from bertfast.encoder.linear import is_linear, is_plain, is_watched
-from bertfast.encoder.parts import EmbeddingParts, LayerParts, PackedHead, PackedModel
+from bertfast.encoder.parts import EmbeddingParts, LayerParts, MaskedLMParts, PackedHead, PackedMaskedLM, PackedModel
 
 __all__ = [
     "ACTIVATIONS",
     "EmbeddingParts",
     "LayerParts",
+    "MaskedLMParts",
     "PackedHead",
+    "PackedMaskedLM",
     "PackedModel",
     "PretrainingLoss",
     "activate",

@@ -24,14 +24,14 @@ def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
         packed.token_ids,
         packed.token_type_ids,
         packed.position_ids,
-        parts.words.weight if packed.embeddings is None else packed.embeddings,
-        parts.positions.weight,
-        parts.token_types.weight,
+        parts.token_embeddings.weight if packed.embeddings is None else packed.embeddings,
+        parts.position_embeddings.weight,
+        parts.token_type_embeddings.weight,
         parts.norm.weight,
         parts.norm.bias,
         parts.norm.eps,
         None if rng is None else rng.dropout(parts.dropout, "embeddings"),
-        padding_index=parts.words.padding_idx,
+        padding_index=parts.token_embeddings.padding_idx,
     )
 
 

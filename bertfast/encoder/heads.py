@@ -1,8 +1,8 @@
 """The outputs and losses of task heads on packed batches: what programs call instead of a head's `forward`.
 
-Each function takes a model with a task's head and reads `pooler`, `dropout`, `classifier`, `qa_outputs` or `cls` from
-it; the model must be one that `bertfast.report` shows fused whole. A loss is the sum over the batch's labels divided
-by `num_items`, so that the batches of a step can be accumulated.
+Each function takes a model with a task's head and reads `pooler`, `dropout`, `classifier` or `qa_outputs` from
+it, or its `masked_lm_parts()`; the model must be one that `bertfast.report` shows fused whole. A loss is the sum over
+the batch's labels divided by `num_items`, so that the batches of a step can be accumulated.
 
 T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
-from bertfast.encoder.parts import PackedHead, PackedModel
+from bertfast.encoder.parts import PackedHead, PackedMaskedLM, PackedModel
 from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops import reference
 from bertfast.ops.dropout import RngCoordinates
@@ -82,14 +82,14 @@ def _packed_model(model: PackedHead) -> PackedModel:
 
 
 def pretraining_loss(
-    model: PackedHead, batch: Batch, seed: Tensor | None, *, residual_dtype: torch.dtype | None = None
+    model: PackedMaskedLM, batch: Batch, seed: Tensor | None, *, residual_dtype: torch.dtype | None = None
 ) -> PretrainingLoss:
     """Compute the losses of masked LM, and of next sentence where the batch has pairs.
 
     The last layer runs only on the masked tokens and [CLS], and logits are never materialised.
 
     Args:
-        model: With `cls`, and where the batch has pairs a pooler.
+        model: With a masked-LM head, and where the batch has pairs a pooler and a next-sentence head.
         batch: The batch, with a fixed number of tokens, sequences and masked tokens.
         seed: int64 [], the seed of dropout; None: no dropout.
         residual_dtype: See `encode`.
@@ -106,32 +106,34 @@ def pretraining_loss(
     if labels is None:
         zero, none = torch.zeros_like(masked_lm), torch.zeros_like(masked)
         return PretrainingLoss(masked_lm, masked_correct, masked, zero, none, none)
-    logits = model.cls.seq_relationship(pooled(model, hidden[len(rows) :]))
+    next_sentence_head = model.masked_lm_parts().next_sentence
+    assert next_sentence_head is not None, "the batch has pairs and the model no next-sentence head"
+    logits = next_sentence_head(pooled(model, hidden[len(rows) :]))
     next_sentence = cross_entropy_sum(logits, labels)
     correct, pairs = (logits.argmax(1) == labels).sum(), (labels >= 0).sum()
     return PretrainingLoss(masked_lm, masked_correct, masked, next_sentence, correct, pairs)
 
 
-def masked_lm_loss(model: PackedHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def masked_lm_loss(model: PackedMaskedLM, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the masked-LM loss of rows that have labels.
 
     Args:
-        model: With `cls`.
+        model: With a masked-LM head.
         hidden: [R, H], the encoder's output at those rows.
         labels: int64 [R], -100 where a row does not count.
 
     Returns:
         The sum of the cross entropies (fp32 at least), how many rows predict their label, and how many have one.
     """
-    decoder = model.cls.predictions.decoder
-    hidden = model.cls.predictions.transform(hidden)
-    return ops.linear_cross_entropy(hidden, None, decoder.weight, decoder.bias, labels)
+    parts = model.masked_lm_parts()
+    hidden = parts.transform(hidden)
+    return ops.linear_cross_entropy(hidden, None, parts.decoder.weight, parts.decoder.bias, labels)
 
 
-def masked_lm_logits(model: PackedHead, packed: Packed, rows: Tensor) -> Tensor:
+def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Tensor:
     """Compute the vocabulary's logits at `rows` (int64 [R]) -> [R, V]."""
-    predictions = model.cls.predictions
-    logits: Tensor = predictions.decoder(predictions.transform(_encode(model, packed, rows)))
+    parts = model.masked_lm_parts()
+    logits: Tensor = parts.decoder(parts.transform(_encode(model, packed, rows)))
     return logits
 
 

@@ -12,9 +12,9 @@ from torch import nn
 class EmbeddingParts:
     """The embedding tables of a model, their LayerNorm, and the dropout probability behind it."""
 
-    words: nn.Embedding
-    positions: nn.Embedding
-    token_types: nn.Embedding
+    token_embeddings: nn.Embedding
+    position_embeddings: nn.Embedding
+    token_type_embeddings: nn.Embedding
     norm: nn.LayerNorm
     dropout: float
 
@@ -49,6 +49,21 @@ class LayerParts:
     output_dropout: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskedLMParts:
+    """The modules of a masked-LM head.
+
+    Attributes:
+        transform: Called on hidden states [R, H] -> [R, H].
+        decoder: The layer to the vocabulary, whose parameters are read.
+        next_sentence: Called on pooled [S, H] -> [S, 2]; None in a model without that head.
+    """
+
+    transform: nn.Module
+    decoder: nn.Linear
+    next_sentence: nn.Module | None
+
+
 class PackedModel(Protocol):
     """An encoder that takes packed tokens; `bertfast.models` makes one of a model of transformers."""
 
@@ -77,4 +92,12 @@ class PackedHead(Protocol):
 
     def __getattr__(self, name: str) -> Any:
         """Return a module of the head, or the configuration, `config`."""
+        ...
+
+
+class PackedMaskedLM(PackedHead, Protocol):
+    """A model with a masked-LM head."""
+
+    def masked_lm_parts(self) -> MaskedLMParts:
+        """Return the modules of the head."""
         ...

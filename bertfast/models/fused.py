@@ -18,12 +18,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 
 from bertfast import encoder as functions
-from bertfast.architectures import methods, read
+from bertfast.architectures import IS_TRANSFORMERS_4, methods, read
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
@@ -32,8 +31,6 @@ from bertfast.models.registry import Fused, FusedModel
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
 
-# Before transformers 5 layers return tuples, and heads drop or refuse keywords that are for the encoder.
-_IS_VERSION_4 = int(transformers.__version__.split(".")[0]) < 5
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
 # While transformers' own loop runs: the packed tokens of the call, their layout, and the index of each layer that takes
@@ -65,7 +62,7 @@ class FusedLayer(Fused):
         hidden = layout.unpad(hidden_states, "hidden_states")
         output = functions.layer(self.architecture.layer_parts(self), hidden, packed, indices[self])
         output = layout.pad(cast(Tensor, output))
-        return (output,) if _IS_VERSION_4 else output
+        return (output,) if IS_TRANSFORMERS_4 else output
 
 
 class FusedTransform(Fused):
@@ -95,7 +92,7 @@ class FusedEncoder(FusedModel):
 
     def forward(self, **arguments: Any) -> Any:
         pooled_only = arguments.pop(_POOLED_ONLY, False)
-        if _IS_VERSION_4 and not torch.compiler.is_compiling():
+        if IS_TRANSFORMERS_4 and not torch.compiler.is_compiling():
             arguments |= _PACKING.get() or {}
         is_packed = arguments.get("cu_seq_lens_q") is not None
         require_same_packing(arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k"))
@@ -174,7 +171,7 @@ class FusedHead(FusedModel):
     """A model with a task's head, which runs transformers' own code on a fused encoder."""
 
     def forward(self, **arguments: Any) -> Any:
-        packing = {name: arguments.pop(name) for name in PACKING if _IS_VERSION_4 and name in arguments}
+        packing = {name: arguments.pop(name) for name in PACKING if IS_TRANSFORMERS_4 and name in arguments}
         if not packing:
             return super().forward(**arguments)
         if torch.compiler.is_compiling():
@@ -235,7 +232,7 @@ class FusedPreTraining(FusedHead):
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
             return super().forward(**arguments)
         loss, first = _masked_lm_loss(self, arguments, first=True)
-        logits = read(self, self.architecture.head["next_sentence"].split("."))(functions.pooled(self, first))
+        logits = cast(nn.Module, self.masked_lm_parts().next_sentence)(functions.pooled(self, first))
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
         kind = getattr(self.architecture.modeling, self.architecture.pretraining_output)
         return calls.as_requested(self, arguments, kind(loss=loss, seq_relationship_logits=logits))

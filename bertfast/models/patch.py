@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bertfast.architectures.methods import original_class, runs_family_forward
 from bertfast.encoder import is_linear
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
-from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
+from bertfast.models.registry import Fused, fuse, fused_class, unfuse
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def patch(model: nn.Module) -> PatchReport:
     _require_module("patch", model)
     encoders = [module for module in model.modules() if _is_encoder(module)]
     if not encoders:
-        raise ValueError(f"there is no BertModel of transformers in this {type(model).__name__}, so nothing to fuse")
+        raise ValueError(f"this {type(model).__name__} holds no supported encoder, so there is nothing to fuse")
     for encoder in encoders:
         _check(encoder)
     fuse(model)
@@ -82,7 +82,7 @@ def patch(model: nn.Module) -> PatchReport:
 def _require_module(function: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         inside = " (its .model is one)" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"{function} takes a torch module that holds a BERT, not a {type(model).__name__}{inside}")
+        raise TypeError(f"{function} takes a torch module that holds an encoder, not a {type(model).__name__}{inside}")
 
 
 def unpatch(model: nn.Module) -> None:
@@ -141,7 +141,7 @@ def require_packed(model: PreTrainedModel) -> None:
         and calls.kernels_unsupported_reason(encoder, {}) is None
         and eligibility.whole_unsupported_reason(encoder) is None
     )
-    if isinstance(model, FusedModel) and hasattr(model, "cls"):
+    if isinstance(model, fused.FusedMaskedLM | fused.FusedPreTraining):
         is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
     if not is_packed:
         raise ValueError(f"this {type(model).__name__} cannot run on packed batches:\n{report(model)}")
@@ -158,9 +158,9 @@ def _check(encoder: PreTrainedModel) -> None:
     if kind is not None and not runs_family_forward(architecture, encoder):
         raise ValueError(f"{type(encoder).__name__} has a forward of its own, which a fused encoder would not call")
     embeddings, paths = attrgetter(architecture.embeddings)(encoder), architecture.embedding
-    words, positions, types = attrgetter(paths["words"], paths["positions"], paths["token_types"])(embeddings)
-    sizes = {"max_position_embeddings": positions.num_embeddings, "type_vocab_size": types.num_embeddings}
-    sizes["hidden_size"] = getattr(words, "embedding_dim", positions.embedding_dim)
+    tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
+    sizes = {name: table.num_embeddings for name, table in tables.items()}
+    sizes["hidden_size"] = next(iter(tables.values())).embedding_dim
     for name, size in sizes.items():
         if (configured := getattr(config, name, size)) != size:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")

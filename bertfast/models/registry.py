@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures import Architecture, methods
+from bertfast.encoder import MaskedLMParts
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 _FUSED: dict[type[nn.Module], type[Fused]] = {}
@@ -56,6 +57,10 @@ class FusedModel(Fused, PreTrainedModel):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         fuse(self)
+
+    def masked_lm_parts(self) -> MaskedLMParts:
+        """Return the modules of the masked-LM head of a model that has one."""
+        return self.architecture.masked_lm_parts(self)
 
 
 def fused_class(kind: type[nn.Module]) -> type[Fused] | None:

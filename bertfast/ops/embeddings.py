@@ -97,9 +97,9 @@ def _check_indices(
     token_type: Tensor,
 ) -> None:
     if token_ids is not None:
-        check_below("embeddings", "token_ids", token_ids, len(word), "word")
-    check_below("embeddings", "token_type_ids", token_type_ids, len(token_type), "token_type")
-    check_below("embeddings", "position_ids", position_ids, len(position), "position")
+        check_below("embeddings", "token_ids", token_ids, len(word), "the vocabulary")
+    check_below("embeddings", "token_type_ids", token_type_ids, len(token_type), "the token-type table")
+    check_below("embeddings", "position_ids", position_ids, len(position), "the position table")
 
 
 class Embeddings(torch.autograd.Function):

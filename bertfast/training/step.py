@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from bertfast.data.batches import Batch
-from bertfast.encoder import PackedHead, PretrainingLoss, pretraining_loss
+from bertfast.encoder import PackedMaskedLM, PretrainingLoss, pretraining_loss
 from bertfast.runtime.cuda_graph import Capture, GraphRunner
 from bertfast.runtime.precision import autocast
 from bertfast.training.distributed import Distributed
@@ -29,7 +29,7 @@ class Objective(nn.Module):
         residual_dtype: dtype of the residual stream; None: that of the embeddings.
     """
 
-    def __init__(self, model: PackedHead, residual_dtype: torch.dtype | None = None):
+    def __init__(self, model: PackedMaskedLM, residual_dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.residual_dtype = model, residual_dtype
 

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -29,7 +28,7 @@ from bertfast.training.distributed import Distributed
 
 @torch.no_grad()
 def validate(
-    model: PreTrainedModel,
+    model: BertForPreTraining,
     batches: Sequence[Batch],
     precision: str,
     objective: Callable[..., PretrainingLoss] | None = None,

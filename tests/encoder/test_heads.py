@@ -156,6 +156,16 @@ def test_pretraining_losses_equal_those_of_full_logits():
     )
 
 
+def test_a_family_says_where_its_masked_lm_head_is():
+    model = model_of("BertForPreTraining")
+    batch, _, _ = pretraining_batch()
+    expected = encoder.pretraining_loss(model, batch, None)
+    parts = model.masked_lm_parts()
+    model.masked_lm_parts = lambda: parts
+    model.head, model.cls = model.cls, None
+    assert vars(encoder.pretraining_loss(model, batch, None)) == vars(expected)
+
+
 def test_head_dropout_depends_only_on_seed_and_tokens():
     model = model_of("BertForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model.dropout.p = 0.5

@@ -16,8 +16,9 @@ from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert
 
 import bertfast
+from bertfast.architectures import IS_TRANSFORMERS_4
 
-is_5 = transformers.__version__ >= "5"
+is_5 = not IS_TRANSFORMERS_4
 
 
 def assert_same(patched: nn.Module, plain: nn.Module, **more) -> None:

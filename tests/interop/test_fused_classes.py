@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import bertfast
+from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.models import bert as fused
 
 NAMES = [name for name in fused.__all__ if name.startswith("BertFor") or name in ("BertModel", "BertLMHeadModel")]
@@ -88,7 +89,7 @@ def test_saved_files_hold_each_tied_tensor_once(tmp_path):
 
 def test_loading_takes_all_arguments_of_transformers(tmp_path):
     make(bertfast.BertModel).save_pretrained(tmp_path)
-    dtype = "dtype" if transformers.__version__ >= "5" else "torch_dtype"
+    dtype = "torch_dtype" if IS_TRANSFORMERS_4 else "dtype"
     model = bertfast.BertModel.from_pretrained(
         tmp_path, add_pooling_layer=False, attn_implementation="eager", **{dtype: torch.bfloat16}
     )

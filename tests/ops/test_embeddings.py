@@ -88,11 +88,11 @@ def test_an_index_outside_its_table_is_named(implementation, wrong):
     tables = [x.float() for x in parameters()]
     tokens = TOKENS.clone()
     tokens[4] = wrong
-    with pytest.raises(IndexError, match=rf"^embeddings: token_ids\[4\] is {wrong}, but word has 7 rows: token_ids"):
+    with pytest.raises(IndexError, match=rf"^embeddings: token_ids\[4\] is {wrong}, but the vocabulary has 7 rows"):
         ops.embeddings(tokens, TYPES, POSITIONS, *tables, 1e-12, implementation=implementation)
-    with pytest.raises(IndexError, match=r"^embeddings: position_ids\[3\] is 6, but position has 6 rows"):
+    with pytest.raises(IndexError, match=r"^embeddings: position_ids\[3\] is 6, but the position table has 6 rows"):
         ops.embeddings(TOKENS, TYPES, POSITIONS * 2, *tables, 1e-12, implementation=implementation)
-    with pytest.raises(IndexError, match=r"^embeddings: token_type_ids\[2\] is 2, but token_type has 2 rows"):
+    with pytest.raises(IndexError, match=r"^embeddings: token_type_ids\[2\] is 2, but the token-type table has 2 rows"):
         ops.embeddings(TOKENS, TYPES * 2, POSITIONS, *tables, 1e-12, implementation=implementation)
 
 
