@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bertfast import ops
     from bertfast.data.collator import PaddingFreeCollator
     from bertfast.models.auto import (
         AutoModel,
@@ -60,6 +62,7 @@ __all__ = [
     "BertPreTrainedModel",
     "BertTokenizer",
     "PaddingFreeCollator",
+    "ops",
     "patch",
     "preset_config",
     "report",
@@ -76,12 +79,14 @@ _MODULES = {
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *(name for name in globals() if re.fullmatch("__.+__", name))])
 
 
 def __getattr__(name: str) -> object:
     # Public names are imported on first use, so that `bertfast --help` imports neither torch nor transformers.
     if name not in __all__:
         raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
+    if name == "ops":
+        return importlib.import_module("bertfast.ops")
     module = _MODULES.get(name, "models.auto" if name.startswith("Auto") else "models.bert")
     return getattr(importlib.import_module(f"bertfast.{module}"), name)

@@ -194,9 +194,19 @@ def test_help_lists_every_command_without_importing_torch_or_transformers():
     assert imported == "set()"
 
 
-def test_dir_lists_every_public_name_and_only_names_that_exist():
-    assert {*bertfast.__all__, "__version__"} <= set(dir(bertfast))
+def test_dir_lists_exactly_the_public_names_all_of_which_exist():
+    assert {name for name in dir(bertfast) if not name.startswith("__")} == set(bertfast.__all__)
+    assert "__version__" in dir(bertfast)
     assert all(hasattr(bertfast, name) for name in dir(bertfast))
+
+
+def test_operators_are_imported_on_first_use():
+    code = (
+        "import sys, bertfast; print({'torch', 'transformers'} & set(sys.modules)); "
+        "print(bertfast.ops.attention.__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["set()", "attention"]
 
 
 def test_an_unknown_command_is_refused_and_the_closest_one_suggested(capsys):
