@@ -30,6 +30,8 @@ NVCCS       ?=
 # The oldest supported transformers, used like OLDER.
 OLDER_HF := .venv/transformers-4
 OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
+# The oldest supported transformers 5.
+FIRST_HF_5 := .venv/transformers-5.2
 # What makes the tag of a wheel. patchelf must be on PATH.
 RELEASE := .venv/release
 # TensorFlow for tests of imported checkpoints, and published weights; without them these tests are skipped.
@@ -86,6 +88,10 @@ $(OLDER_HF): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23' \
 	  requests urllib3 charset_normalizer certifi idna
 
+$(FIRST_HF_5): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==5.2.*' 'huggingface_hub>=1.3,<2' 'tokenizers<0.23' \
+	  httpx httpcore h11 anyio sniffio certifi idna
+
 $(TENSORFLOW): $(READY)
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet tensorflow-cpu || rm -rf $@
@@ -134,7 +140,8 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md || exit; \
 	done
 
-test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF)
+test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_5)
+	PYTHONPATH=$(CURDIR)/$(FIRST_HF_5) $(PYTEST) -m 'not slow' tests/interop tests/model
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	$(MAKE) compiled-tables TABLES=build

@@ -129,7 +129,7 @@ def load(
             )
     missing = [key for key in model.state_dict() if key in info["missing_keys"]]
     initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
-    return model.eval(), missing, sorted(info["unexpected_keys"])
+    return model.eval(), missing, sorted(set(info["unexpected_keys"]) - dict(model.named_buffers()).keys())
 
 
 def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:
