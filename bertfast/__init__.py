@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         BertTokenizer,
     )
     from bertfast.models.patch import patch, report, unpatch
-    from bertfast.models.presets import preset_config
+    from bertfast.architectures.presets import preset_config
 
 __version__ = "0.1.0"  # pyproject.toml reads the package's version from this line
 
@@ -72,7 +72,7 @@ __all__ = [
 _MODULES = {
     "PaddingFreeCollator": "data.collator",
     "patch": "models.patch",
-    "preset_config": "models.presets",
+    "preset_config": "architectures.presets",
     "report": "models.patch",
     "unpatch": "models.patch",
 }

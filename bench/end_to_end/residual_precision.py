@@ -19,9 +19,9 @@ import torch
 
 from bench.end_to_end.curve_parity import corpus, losses_of, mean
 from bench.harness import DATA, ON_GPU, require_clean_tree, result_parser, write_result
+from bertfast.architectures.presets import Preset
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
-from bertfast.models.presets import Preset
 from bertfast.runtime.precision import ResidualPrecision
 from bertfast.training.pretrain import Pretraining, PretrainSettings
 

@@ -25,13 +25,18 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
 def is_genuine(architecture: Architecture, module: nn.Module) -> bool:
     """Return whether a module is of a class of the family, and runs the methods that were written there."""
     kind = original_class(type(module))
-    return kind.__module__ == architecture.module and _runs_methods_of(kind, kind)
+    return kind.__module__ == architecture.module and _replaced_method(kind, kind) is None
 
 
 def runs_family_forward(architecture: Architecture, model: nn.Module) -> bool:
     """Return whether a model runs its family's `forward` and what that calls, and not a user's or a replacement."""
+    return replaced_method(architecture, model) is None
+
+
+def replaced_method(architecture: Architecture, model: nn.Module) -> str | None:
+    """Return the name of a method that a model runs instead of its family's; None if it runs all of these."""
     kind = original_class(type(model))
-    return _runs_methods_of(kind, next(base for base in kind.__mro__ if base.__module__ == architecture.module))
+    return _replaced_method(kind, next(base for base in kind.__mro__ if base.__module__ == architecture.module))
 
 
 @constant_result
@@ -121,10 +126,11 @@ def _without_partial(function: Function) -> Function:
     return function
 
 
-def _runs_methods_of(kind: type, family_class: type) -> bool:
-    """Return whether a class runs the methods that were written in the body of `family_class`, itself or a base."""
-    module, name, methods = family_class.__module__, family_class.__name__, method_names(family_class)
-    return all(_is_written_in(getattr(kind, method), module, f"{name}.{method}") for method in methods)
+def _replaced_method(kind: type, family_class: type) -> str | None:
+    """Return the first method of a class that is not the one in the body of `family_class`, itself or a base."""
+    module, name = family_class.__module__, family_class.__name__
+    names = method_names(family_class)
+    return next((own for own in names if not _is_written_in(getattr(kind, own), module, f"{name}.{own}")), None)
 
 
 @cache

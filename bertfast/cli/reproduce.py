@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from bertfast.architectures.presets import Preset
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.models.presets import Preset
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest
 from bertfast.training.finetune import FinetuneSettings, finetune

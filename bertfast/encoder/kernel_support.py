@@ -35,6 +35,7 @@ from bertfast.runtime import torch_compat
 # In fp32 on a CPU without kernels, batches with fewer slots (rows x columns) or columns are left to transformers.
 MIN_SLOTS = 512
 MIN_COLUMNS = 32
+GLOBAL_HOOKS = "hooks are registered for all modules of PyTorch"
 # In inference on a CPU, batches without padding that have fewer slots are left to transformers.
 MIN_SLOTS_WITHOUT_PADDING = 128
 
@@ -65,9 +66,11 @@ def unsupported_reason(
 
 
 def tracing_unsupported_reason(x: Tensor) -> str | None:
-    """Return why a call with the input `x` runs under a transform that the packed encoder does not support."""
+    """Return why a call with the input `x` runs under a transform, or hooks, that fused modules do not support."""
     if torch.compiler.is_compiling():
         return "torch.export makes graphs without operations of bertfast" if torch.compiler.is_exporting() else None
+    if torch_compat.has_global_hooks():
+        return GLOBAL_HOOKS
     if torch_compat.is_jit_tracing():
         return "torch.jit makes graphs without operations of bertfast"
     if not torch_compat.has_values(x):

@@ -29,7 +29,6 @@ def main_input(arguments: Arguments) -> Tensor | None:
 
 def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:
     """Return why a call asks for something that the packed encoder does not compute."""
-    config = encoder.config
     unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in _KNOWN]
     if unknown:
         return f"the packed encoder does not take {', '.join(unknown)}"
@@ -43,17 +42,19 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return "the attention mask is one between pairs of tokens"
     if mask is not None and mask.shape != tokens.shape[:2]:
         return "the attention mask has another shape than the input"
-    use_cache = arguments.get("use_cache")
-    if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):
-        return "the call fills a cache"
-    if config.output_attentions:
-        return "the configuration asks for attention weights"
-    if not torch.compiler.is_compiling() and torch_compat.has_global_hooks():
-        return "hooks are registered for all modules of PyTorch"
-    reason = kernel_support.tracing_unsupported_reason(tokens)
+    reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
+    reason = reason or kernel_support.tracing_unsupported_reason(tokens)
     if reason is None and _pools_padding(encoder, mask):
         return "a row of the batch is padding alone"
     return reason
+
+
+def config_unsupported_reason(encoder: FusedModel, use_cache: bool | None = None) -> str | None:
+    """Return why the configuration asks for something that the packed encoder does not compute."""
+    config = encoder.config
+    if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):
+        return "calls fill a cache, unless they have use_cache=False"
+    return "the configuration asks for attention weights" if config.output_attentions else None
 
 
 def _pools_padding(encoder: FusedModel, mask: Tensor | None) -> bool:

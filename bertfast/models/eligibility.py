@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -147,6 +147,18 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
     module = _at(model, decoder)
     return reason or (None if is_read(module) else f"its decoder is a {type(module).__name__}, not a plain Linear")
+
+
+@constant_result
+def loss_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> str | None:
+    """Return why the training loss of a fused masked-LM head, on a fused encoder, is computed from logits."""
+    encoder, config = cast(FusedModel, model.base_model), model.config
+    if getattr(config, "return_logits", False) or config.output_hidden_states:
+        return "the configuration asks for logits or hidden states"
+    reason = head_unsupported_reason(model, is_read) or whole_unsupported_reason(encoder)
+    around, _, next_sentence = model.architecture.head["next_sentence"].rpartition(".")
+    reads_pooler = hasattr(_at(model, around), next_sentence)
+    return reason or (pooler_unsupported_reason(encoder) if reads_pooler else None)
 
 
 @constant_result

@@ -114,12 +114,16 @@ class FusedEncoder(FusedModel):
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
         """Return the layers that remove padding for themselves in transformers' own loop, and their indices."""
-        layers = self.packed_modules()[1]
-        recomputed = self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-        if torch.compiler.is_compiling() or recomputed:  # recomputed layers run when this call is over
+        if torch.compiler.is_compiling() or self.recomputes():  # recomputed layers run when this call is over
             return {}
         reasons, path = eligibility.unsupported_reasons(self), self.architecture.layers
-        return {layer: index for index, layer in enumerate(layers) if reasons[f"{path}.{index}"] is None}
+        layers = enumerate(self.packed_modules()[1])
+        return {layer: index for index, layer in layers if reasons[f"{path}.{index}"] is None}
+
+    def recomputes(self) -> bool:
+        """Return whether activations of layers are recomputed in the backward pass."""
+        layers = self.packed_modules()[1]
+        return self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
 
     def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
@@ -240,10 +244,10 @@ class FusedPreTraining(FusedHead):
 
 def _loss_needs_no_logits(model: FusedModel, arguments: Arguments, labels: tuple[str, ...]) -> bool:
     """Return whether a call asks only for a training loss that can be computed on labelled rows."""
-    config, encoder = model.config, model.base_model
+    encoder = model.base_model
     if not model.training or any(arguments.get(name) is None for name in labels):
         return False
-    if arguments.get("output_hidden_states") or config.output_hidden_states or getattr(config, "return_logits", False):
+    if arguments.get("output_hidden_states"):
         return False
     inputs = {name: x for name, x in arguments.items() if name not in labels}
     tokens = calls.main_input(inputs)
@@ -253,9 +257,7 @@ def _loss_needs_no_logits(model: FusedModel, arguments: Arguments, labels: tuple
         and arguments["labels"].numel() == tokens.shape[:2].numel()  # transformers refuses others
         and calls.call_unsupported_reason(encoder, inputs) is None
         and calls.kernels_unsupported_reason(encoder, inputs) is None
-        and eligibility.whole_unsupported_reason(encoder) is None
-        and eligibility.head_unsupported_reason(model) is None
-        and (len(labels) == 1 or eligibility.pooler_unsupported_reason(encoder) is None)
+        and eligibility.loss_unsupported_reason(model) is None
     )
 
 

@@ -13,10 +13,12 @@ from typing import TypeGuard, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from bertfast.architectures.methods import original_class, runs_family_forward
-from bertfast.encoder import is_linear
+from bertfast.architectures import Architecture
+from bertfast.architectures.methods import original_class, replaced_method, runs_family_loss
+from bertfast.encoder import is_linear, kernel_support
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
-from bertfast.models.registry import Fused, fuse, fused_class, unfuse
+from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
+from bertfast.runtime.torch_compat import any_parameter, has_global_hooks
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def patch(model: nn.Module) -> PatchReport:
     encoders = [module for module in model.modules() if _is_encoder(module)]
     if not encoders:
         raise ValueError(f"this {type(model).__name__} holds no supported encoder, so there is nothing to fuse")
+    left = [encoder for encoder in encoders if _own_method(encoder) is not None]
+    if len(left) == len(encoders):
+        raise ValueError(_own_method(left[0]))
     for encoder in encoders:
-        _check(encoder)
-    fuse(model)
+        if encoder not in left:
+            _check(encoder)
+    fuse(model, left)
     return report(model)
 
 
@@ -105,28 +111,32 @@ def report(module: nn.Module) -> PatchReport:
     """Describe what of a model is fused, what is not and why, as it is now, and change nothing."""
     _require_module("report", module)
     result = PatchReport()
+    global_reason = kernel_support.GLOBAL_HOOKS if has_global_hooks() else None
     for name, child in module.named_modules():
         name = name or original_class(type(child)).__name__
         if isinstance(child, fused.FusedEncoder):
             _report_encoder(result, name, child)
         elif isinstance(child, fused.FusedTransform):
-            reason = eligibility.transform_unsupported_reason(child, is_linear)
+            weight = any_parameter(child)
+            reason = eligibility.transform_unsupported_reason(child, is_linear) or global_reason
+            reason = reason or kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight))
             result._add(name, "bias, GELU and LayerNorm are one operation", reason)
         elif isinstance(child, fused.FusedMaskedLM | fused.FusedPreTraining):
-            reason = eligibility.head_unsupported_reason(child, is_linear)
-            if isinstance(child.base_model, fused.FusedEncoder):
-                reason = reason or calls.kernels_unsupported_reason(child.base_model, {})
+            reason = "its encoder is not fused"
+            if isinstance(encoder := child.base_model, fused.FusedEncoder):
+                reason = _encoder_unsupported_reason(encoder) or eligibility.loss_unsupported_reason(child, is_linear)
             result._add(name, "in training, its loss is computed on labelled rows without logits", reason)
         elif isinstance(child, fused.FusedMeanLoss):
-            result.fused[name] = "the loss of accumulated batches is one mean over all their labels"
+            reason = None if runs_family_loss(child.architecture, child) else "its forward or its loss was replaced"
+            result._add(name, "the loss of accumulated batches is one mean over all their labels", reason)
         elif _is_encoder(child):
-            result.left[name] = "it is not patched: call bertfast.patch to fuse it"
+            result.left[name] = _own_method(child) or "it is not patched: call bertfast.patch to fuse it"
     return result
 
 
 def is_supported(model: nn.Module) -> bool:
     """Return whether a model holds an encoder that can be fused."""
-    return any(map(_is_encoder, model.modules()))
+    return any(_is_encoder(module) and _own_method(module) is None for module in model.modules())
 
 
 def require_packed(model: PreTrainedModel) -> None:
@@ -152,11 +162,19 @@ def _is_encoder(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     return issubclass(kind, fused.FusedEncoder)
 
 
+def _architecture(encoder: nn.Module) -> Architecture:
+    return (fused_class(type(encoder)) or cast(Fused, encoder)).architecture
+
+
+def _own_method(encoder: nn.Module) -> str | None:
+    """Return why an encoder of a user's class cannot be fused."""
+    method = None if isinstance(encoder, Fused) else replaced_method(_architecture(encoder), encoder)
+    name = type(encoder).__name__
+    return method and f"{name} has a {method} of its own, which a fused encoder would not call"
+
+
 def _check(encoder: PreTrainedModel) -> None:
-    kind, config = fused_class(type(encoder)), encoder.config
-    architecture = (kind or cast(Fused, encoder)).architecture
-    if kind is not None and not runs_family_forward(architecture, encoder):
-        raise ValueError(f"{type(encoder).__name__} has a forward of its own, which a fused encoder would not call")
+    config, architecture = encoder.config, _architecture(encoder)
     embeddings, paths = attrgetter(architecture.embeddings)(encoder), architecture.embedding
     tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
     sizes = {name: table.num_embeddings for name, table in tables.items()}
@@ -166,14 +184,23 @@ def _check(encoder: PreTrainedModel) -> None:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")
 
 
+def _encoder_unsupported_reason(encoder: FusedModel) -> str | None:
+    reason = kernel_support.GLOBAL_HOOKS if has_global_hooks() else None
+    return reason or calls.config_unsupported_reason(encoder) or calls.kernels_unsupported_reason(encoder, {})
+
+
 def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder) -> None:
-    reason = calls.kernels_unsupported_reason(encoder, {})
+    reason = _encoder_unsupported_reason(encoder)
     if reason is not None:
         result.left[name] = reason
         return
     if "forward" in vars(encoder):
         result.left[name] = "a forward was set on it, which calls what it was before"
-    for path, reason in eligibility.unsupported_reasons(encoder).items():
+    reasons = eligibility.unsupported_reasons(encoder)
+    if encoder.recomputes() and (encoder.config.output_hidden_states or any(reasons.values())):
+        alone = "its activations are recomputed, which requires that the encoder is fused whole"
+        reasons = {path: reason or alone for path, reason in reasons.items()}
+    for path, reason in reasons.items():
         result._add(f"{name}.{path}", "runs on packed tokens", reason)
         module = encoder.get_submodule(path)
         if reason is None and isinstance(module, fused.FusedLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,11 +77,12 @@ def fused_class(kind: type[nn.Module]) -> type[Fused] | None:
     return type(kind.__name__, (fused.mixin, kind), attributes, architecture=fused.architecture)
 
 
-def fuse(model: nn.Module) -> None:
-    """Change the class of every module in a tree that can be fused."""
+def fuse(model: nn.Module, left: Collection[nn.Module] = ()) -> None:
+    """Change the class of every module in a tree that can be fused, except for encoders in `left` and their heads."""
+    kept = {module for encoder in left for module in encoder.modules()}
     for module in [*model.modules()]:
         kind = fused_class(type(module))
-        if kind is not None:
+        if kind is not None and module not in kept and getattr(module, "base_model", None) not in kept:
             _change_class(module, kind)
 
 

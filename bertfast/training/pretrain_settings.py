@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from bertfast.architectures.presets import Preset
 from bertfast.data.prepare import CorpusSettings
 from bertfast.data.samples import Sampling
-from bertfast.models.presets import Preset
 from bertfast.runtime.precision import Precision, ResidualPrecision
 from bertfast.runtime.settings import (
     Count,

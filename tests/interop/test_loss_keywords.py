@@ -33,7 +33,7 @@ class FusedSum(OwnLoss, bertfast.BertForSequenceClassification):
 
 
 class Refusing(OwnLoss, transformers.BertForSequenceClassification):
-    """One that wants its losses divided by the number of accumulated batches."""
+    """One that requires its losses to be divided by the number of accumulated batches."""
 
     accepts_loss_kwargs = False
 

@@ -103,17 +103,17 @@ def test_the_report_says_what_is_fused_and_why_the_rest_is_not():
     layers[2].intermediate.intermediate_act_fn = nn.Mish()
     report = bertfast.patch(model)
     assert set(report.fused) == {
-        "BertForMaskedLM",
         "bert.embeddings",
         "bert.encoder.layer.0",
         "cls.predictions.transform",
     }
     assert report.left == {
+        "BertForMaskedLM": "encoder.layer.1: a hook or a forward was set on it",
         "bert.encoder.layer.0.attention.self.query": f"{Doubled.__module__}.Doubled is called as it is",
         "bert.encoder.layer.1": "a hook or a forward was set on it",
         "bert.encoder.layer.2": "its activation is Mish",
     }
-    assert "left to transformers: 3" in str(report)
+    assert "left to transformers: 4" in str(report)
     assert "<td>left to transformers</td><td>bert.encoder.layer.1</td>" in report._repr_html_()
 
 
