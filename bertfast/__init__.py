@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bertfast import ops
+    from bertfast.architectures.presets import preset_config
     from bertfast.data.collator import PaddingFreeCollator
     from bertfast.models.auto import (
         AutoModel,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         BertTokenizer,
     )
     from bertfast.models.patch import patch, report, unpatch
-    from bertfast.architectures.presets import preset_config
 
 __version__ = "0.1.0"  # pyproject.toml reads the package's version from this line
 
