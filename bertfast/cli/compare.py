@@ -37,8 +37,9 @@ class TextSettings(Settings):
             packages.
         texts: Number of texts.
         per_device_batch_size: Texts per batch.
-        max_seq_length: Maximum sequence length in tokens, longer texts are truncated; none: the model's maximum.
-        device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated; none: the
+            model's number of positions.
+        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
     """
 
     input_file: str | None = None

@@ -23,8 +23,9 @@ from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import HAS_TRITON, resolve, unsupported_reason
 from bertfast.ops.matmul import onednn_is_faster
 from bertfast.runtime.precision import choose_device, choose_precision, has_bf16_gemm
-from bertfast.runtime.settings import Positive, Settings
+from bertfast.runtime.settings import Positive, Settings, flag
 
+_SECONDS = 55  # time limit of `--check`: with the start of the process, a minute
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PACKAGES = (
     "bertfast",
@@ -44,19 +45,23 @@ class DoctorSettings(Settings):
     """What to report and check.
 
     Attributes:
-        device: Device to report on, cpu, cuda, cuda:1, …; none: the default device of training, and with `--check` the
-            CPU as well.
-        check: Run every available kernel, forward and backward, and compare it with a float64 truth.
+        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available, and with `--check` the CPU as well.
+        check: Run every available kernel, forward and backward, and compare it with a float64 reference.
         only: With `--check`, run only the checks whose line contains all of these words, such as attention D=64.
-        seconds: With `--check`, time limit in seconds; checks that do not start in time are listed as not reached.
+        seconds: With `--check`, time limit in seconds, after which no check starts; none: 55.
         json: Print one JSON object instead of text.
     """
 
     device: str | None = None
     check: bool = False
     only: tuple[str, ...] = ()
-    seconds: Positive = 55
+    seconds: Positive | None = None
     json: bool = False
+
+    def validate(self) -> None:
+        for name in ("only", "seconds"):
+            if getattr(self, name) and not self.check:
+                raise ValueError(f"{flag(name)} limits the checks of the kernels, so it requires --check")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _check(settings: DoctorSettings, device: torch.device) -> list[self_test.Out
     """Run the self-test; without `--json`, print each outcome as it comes, and a summary."""
     devices = [device] if settings.device or device.type == "cpu" else [device, torch.device("cpu")]
     outcomes: list[self_test.Outcome] = []
-    for outcome in self_test.run(devices, settings.only, settings.seconds):
+    for outcome in self_test.run(devices, settings.only, settings.seconds or _SECONDS):
         if not settings.json:
             if not outcomes:
                 print(_HEADING)

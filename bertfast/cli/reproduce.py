@@ -42,7 +42,7 @@ class ReproduceSettings(Settings):
         num_train_epochs: Number of passes over the training data of fine-tuning; none: as in the recipe.
         seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
         only: Columns to fill in; none: all.
-        device: cpu, cuda, cuda:1, …; none: a GPU if there is one.
+        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
     """
 
     table: Annotated[int, Range(1, 8)]

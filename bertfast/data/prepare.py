@@ -71,7 +71,7 @@ class PrepareSettings(Settings):
 
     Attributes:
         output_dir: Folder for the shards and the tokenizer. The same command again continues an interrupted run.
-        overwrite_output_dir: Replace the shards of another corpus in output_dir; parts of unchanged files are kept.
+        overwrite_output_dir: Replace the shards of another corpus in --output-dir; parts of unchanged files are kept.
         corpus: Which text to use, and how to tokenize it.
         part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then pass --merge.
         merge: Only combine the finished parts of all machines.

@@ -47,7 +47,7 @@ class EmbedSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
-        overwrite_output_dir: Replace the parts of another run in output_dir.
+        overwrite_output_dir: Replace the parts of another run in --output-dir.
         input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none or "-":
             lines of standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
@@ -56,7 +56,8 @@ class EmbedSettings(Settings):
         layers: Hidden states to use: embeddings, second-to-last, last, mean-last-four, concat-last-four or mean-all.
         output_format: safetensors, or parquet (one row per text).
         texts_per_part: Texts per output file.
-        max_seq_length: Maximum tokens per text; longer ones are truncated. None: the model's number of positions.
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated; none: the
+            model's number of positions.
         compute: Device, precision and batch size of inference.
     """
 

@@ -56,7 +56,7 @@ class ComputeSettings(Settings):
         eval_tokens: Approximate tokens per batch in evaluation and prediction.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
         precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
-        device: cpu, cuda, cuda:1, …; none: a GPU if one is available.
+        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
     """
 
     eval_tokens: Count = 8192
@@ -72,9 +72,11 @@ class TaskSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
-            question-answering, token-classification, or the name of a data set of GLUE, SWAG, SQuAD or CoNLL;
-            auto: inferred from the model, else from the file.
-        max_seq_length: Maximum tokens per sequence; longer inputs are truncated or split. None: the model's positions.
+            question-answering, token-classification, or the name of a data set: cola, sst-2, mrpc, sts-b, qqp, mnli,
+            mnli-mm, ax, qnli, rte, wnli, snli, swag, squad, squad-2, conll or wnut; auto: inferred from the model,
+            else from the file.
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated or split; none: the
+            model's number of positions.
         columns: Columns of a data file, and rows that cannot be used.
         question_answering: Windows of long contexts, and choice of the answers, in question answering.
         compute: Device, precision and batch size of inference.

@@ -27,10 +27,13 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
+from bertfast.tasks.tables import SUFFIXES
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
 from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id
 
 DOCUMENT_START = "-DOCSTART-"
+_TSV = {suffix for suffix in SUFFIXES if suffix.startswith(".tsv")}  # tabs also separate the columns of CoNLL files
+_HEADERS = ("sentence", "sentence1", "text")  # first columns of tables of texts
 
 
 class Segment(NamedTuple):
@@ -87,7 +90,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
         """
         sentences = list(self._sentences(Path(path), labelled))
         if not sentences:
-            raise ValueError(f"{path} has no sentences")
+            raise ValueError(f"{path} has no sentences: it must have one word and its tag per line")
         words, tags, where = (list(column) for column in zip(*sentences, strict=True))
         if not all(map(len, tags)):
             return TaggedSentences(words, None, where)
@@ -232,6 +235,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
             raise FileNotFoundError(f"there is no file {path}")
         words, tags, where, problem, column = [], [], "", None, self.settings.columns.tag_column
         for number, line in (*read_lines(path), (0, "")):  # an empty line after the last sentence
+            _require_conll(path, number, line)
             fields = line.split()
             if fields and fields[0] != DOCUMENT_START:
                 where = where or f"{path}, line {number}"
@@ -262,6 +266,18 @@ class TokenClassificationTask(Task[TaggedSentences]):
             for word, label in zip(words.tolist(), logits[positions].argmax(1).tolist(), strict=True):
                 tags[sentence][word] = names[label]
         return tags
+
+
+def _require_conll(path: Path, number: int, line: str) -> None:
+    """Raise ValueError if a line is from a table of texts, or its file is one, instead of one word per line."""
+    first, *others = line.rstrip("\r\n").split("\t")
+    is_table = path.name.endswith(tuple(set(SUFFIXES) - _TSV)) or ".json" in path.suffixes[-2:]
+    is_header = number == 1 and first in _HEADERS and bool(others)
+    if is_table or is_header or (others and " " in first.strip()):
+        raise ValueError(
+            f"{path}, line {number}: not a CoNLL file, which has one word and its tag per line and an empty line "
+            "between sentences: for a label per text use --task sequence-classification"
+        )
 
 
 def _segments(encoding: Encoding, room: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:

@@ -141,7 +141,7 @@ class ComputeSettings(Settings):
     """Device, precision and use of memory.
 
     Attributes:
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if available, under torchrun one per process.
+        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available, under torchrun one per process.
         precision: fp32, or bf16 or fp16 GEMMs with fp32 weights (fp16 scales the loss); auto: bf16 if the device has
             native bf16 GEMMs and, on a CPU, is faster with them.
         residual_precision: Precision of the residual stream between GEMMs in bf16. bf16 moves less memory than fp32,

@@ -10,6 +10,7 @@ import torch
 import bertfast
 from bertfast import ops
 from bertfast.cli import self_test
+from bertfast.cli.doctor import DoctorSettings
 from bertfast.cli.main import main
 from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
@@ -220,3 +221,9 @@ def test_words_that_match_no_check_are_refused(two_problems, capsys):
 def test_a_time_limit_that_is_not_positive_is_refused(seconds, capsys):
     assert main(["doctor", "--check", "--seconds", seconds]) == 1
     assert f"--seconds must be more than 0, got {float(seconds)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [{"only": ("attention",)}, {"seconds": 5.0}])
+def test_limits_of_the_checks_are_refused_without_check(limit):
+    with pytest.raises(ValueError, match="requires --check"):
+        DoctorSettings(**limit)

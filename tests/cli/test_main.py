@@ -15,6 +15,7 @@ from bertfast.cli.flags import parse
 from bertfast.cli.main import COMMANDS, main
 from bertfast.cli.recipes import recipe_names, recipes_folder
 from bertfast.runtime.settings import range_of, settings_of
+from bertfast.tasks.registry import TASKS
 from bertfast.training.pretrain import PretrainSettings
 
 NUMBER = re.compile(r"\b(int|float)\b")
@@ -244,3 +245,10 @@ def test_the_example_of_a_command_is_valid_and_shown_by_its_help(command, capsys
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{summary} Example: bertfast {command} {example}" in text
+
+
+def test_help_lists_every_task(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert words >= set(TASKS)

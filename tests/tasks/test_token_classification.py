@@ -105,6 +105,29 @@ def test_conll_files_are_read_in_their_published_format(tmp_path):
     assert task.label_config(examples)["id2label"] == {0: "O", 1: "B-LOC", 2: "B-PER"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "sentence\tlabel\ngood film\tpos\nbad film\tneg\n"),
+        ("a.tsv", "sentence\tlabel\ngood\tpos\nbad\tneg\n"),
+        ("a.tsv", "the film was good\tpos\n"),
+        ("a.csv", "sentence,label\ngood,pos\n"),
+        ("a.jsonl", '{"sentence": "good", "label": "pos"}\n'),
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_table_of_texts_is_refused(name, text, labelled, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"not a CoNLL file.*--task sequence-classification"):
+        task_for().read(str(tmp_path / name), labelled=labelled)
+
+
+def test_columns_of_a_tsv_are_read_as_words_and_tags(tmp_path):
+    task = task_for()
+    path = write(tmp_path / "a.tsv", "Ann/B-PER lives/O", "Rome/B-LOC")
+    assert task.read(path, labelled=True).tags == [["B-PER", "O"], ["B-LOC"]]
+
+
 def test_bad_sentences_are_reported_or_skipped(tmp_path):
     path = write(tmp_path / "a.conll", "Ann/B-PER", "Bob/O Rome/I-LOC", "lives", "Rome/B-LOC")
     with pytest.raises(ValueError, match=r"a\.conll, line 6: no tag in column -1 of 1"):
