@@ -13,8 +13,6 @@ static void multiply(int times) {
 }
 
 extern "C" void multiply_blocks(bool bf16, int times) {
-  if (bf16)
-    multiply<Operand<bertfast::BFloat16>>(times);
-  else
-    multiply<Operand<float>>(times);
+  if (bf16) multiply<Operand<bertfast::BFloat16>>(times);
+  else multiply<Operand<float>>(times);
 }
