@@ -137,7 +137,7 @@ def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
     """
     run = Finetuning(settings)
     _, train = plain_loop(run)
-    timed = {"bertfast": [], "transformers": []}
+    timed: dict[str, list[float]] = {"bertfast": [], "transformers": []}
     for step, rows in zip(range(steps + 1), run.rows_of_steps(), strict=False):
         started = time.perf_counter()
         run.train_step(rows)
@@ -148,7 +148,7 @@ def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
         # Dropout masks differ, and for question answering transformers' softmax includes padding.
         if step == 0 and abs(loss - run.losses[0]) > 0.25 * loss:
             raise SystemExit(f"{settings.task}: the losses differ, {run.losses[0]} and {loss}, so nothing is timed")
-    ratios = [b / a for a, b in list(zip(*timed.values(), strict=True))[1:]]
+    ratios = [b / a for a, b in zip(timed["bertfast"][1:], timed["transformers"][1:], strict=True)]
     return {f"{side}_s": seconds[1:] for side, seconds in timed.items()} | {"median_ratio": statistics.median(ratios)}
 
 
@@ -174,7 +174,7 @@ def plain_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndar
         clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return float(loss)
 
     return model.train(), step
 
@@ -202,15 +202,18 @@ def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
     """Return the logits of transformers' model for each sample of the validation file."""
     model.eval()
     features = run.features["validation"]
-    found = [None] * len(features)
+    found: dict[int, np.ndarray] = {}
     for rows in batches_by_length(features, run.settings.compute.eval_tokens):
         batch = padded(features, rows)
         for name in features.labels:
             batch.pop(name)
-        logits = run.task.logits(model(**batch)).numpy()
-        for row, of_row in zip(rows, logits, strict=True):
-            found[row] = of_row[: features.lengths[row]] if logits.ndim == 3 else of_row
-    return found
+        output = model(**batch)
+        # [E, labels], or [E, tokens, labels] if each token has its own; of answers, the labels are start and end.
+        spans = "start_logits" in output
+        logits = torch.stack([output.start_logits, output.end_logits], -1) if spans else output.logits
+        for row, of_row in zip(rows, logits.numpy(), strict=True):
+            found[row] = of_row[: features.lengths[row]] if logits.dim() == 3 else of_row
+    return [found[row] for row in range(len(features))]
 
 
 def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
