@@ -164,15 +164,16 @@ docs: $(READY)
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-# For mypy: the package as it is installed, with kernels/ in it.
+# For mypy: the package as it is installed, with kernels/ in it, and next to it the modules that programs import without one.
 .PHONY: $(TYPED)
 $(TYPED):
+	rm -rf $(@D)
 	mkdir -p $@
-	ln -sfn $(CURDIR)/bertfast/* $(CURDIR)/kernels $@/
+	ln -s $(CURDIR)/bertfast/* $(CURDIR)/kernels $@/
+	ln -s $(addprefix $(CURDIR)/,bench setup.py $(wildcard build_support/*.py examples/*.py)) $(@D)/
 
 types: $(READY) $(TYPED)
-	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p bertfast
-	$(BIN)/mypy --config-file pyproject.toml --cache-dir build/mypy --follow-imports=silent build_support
+	cd $(dir $(TYPED)) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy .
 
 $(RUNTIMES): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ \

@@ -29,8 +29,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -82,10 +84,10 @@ class Unit:
         return OBJECTS / f"{self.name}.o.log"
 
 
-class BuildLibrary(build_ext):
+class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types
     """Write a build.ninja and run it, which compiles only files that changed."""
 
-    def build_extension(self, extension):
+    def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         record = target.with_name(CUDA_RECORD)
@@ -105,7 +107,7 @@ class BuildLibrary(build_ext):
                 "on a CPU. To build it, install a C++20 compiler, such as g++ 12, and install bertfast again."
             )
 
-    def copy_extensions_to_source(self):
+    def copy_extensions_to_source(self) -> None:
         """Copy the record as well to the source tree, where an editable install has the library."""
         super().copy_extensions_to_source()
         record = Path(self.build_lib, "bertfast", CUDA_RECORD)
@@ -117,7 +119,7 @@ def _warn(text: str) -> None:
     print(f"\nWARNING: {text}\n", file=sys.stderr, flush=True)
 
 
-def _build_with_cuda(target: Path) -> dict:
+def _build_with_cuda(target: Path) -> dict[str, Any]:
     """Build the library with the files of csrc/cuda that nvcc can compile.
 
     Returns:
@@ -125,7 +127,7 @@ def _build_with_cuda(target: Path) -> dict:
         By the names of sources: "architectures" of those in the library, "missing" with the error and all output
         of the others, and "slow" with ptxas's lines about lost speed.
     """
-    record = {"nvcc": None, "reason": None, "architectures": {}, "missing": {}, "slow": {}}
+    record: dict[str, Any] = {"nvcc": None, "reason": None, "architectures": {}, "missing": {}, "slow": {}}
     try:
         nvcc = cuda_toolkit.find_nvcc()
         record["nvcc"] = nvcc.version
@@ -147,7 +149,7 @@ def _build_with_cuda(target: Path) -> dict:
     return record
 
 
-def _that_compile(units: list[Unit], nvcc: Nvcc, record: dict) -> list[Unit]:
+def _that_compile(units: list[Unit], nvcc: Nvcc, record: dict[str, Any]) -> list[Unit]:
     """Compile all units, and return them without the CUDA sources that nvcc cannot compile.
 
     Raises:
@@ -215,7 +217,7 @@ def _ninja(*arguments: str, check: bool = True) -> None:
     import ninja
 
     jobs = os.environ.get("MAX_JOBS")
-    command = [Path(ninja.BIN_DIR) / "ninja", *(["-j", jobs] if jobs else []), *arguments]
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), *(["-j", jobs] if jobs else []), *arguments]
     subprocess.run(command, cwd=OBJECTS, check=check)
 
 
@@ -250,7 +252,7 @@ def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = Non
     torch_folders = " ".join(shlex.quote(f"-L{path}") for path in ([libraries] if libraries else library_paths()))
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / "build.ninja").open("w") as file:
-        rules = Writer(file, width=10**6)
+        rules = Writer(file, width=10**6)  # type: ignore[arg-type]  # its stub has the type of the file wrong
         command = f"{compiler} -MD -MF $out.d {always} $flags -c $in -o $out"
         rules.rule("compile", command, depfile="$out.d", deps="gcc", description="$out")
         if nvcc is not None:
@@ -261,12 +263,13 @@ def _write_ninja(units: list[Unit], nvcc: Nvcc | None, target: Path | None = Non
             link = f"{program} --cudart=static -shared $in -o $out"
         link = f"{link} {torch_folders} -ltorch_cpu"
         rules.rule("link", link if nvcc is None else _logged(link, LINK_LOG), description="$out")
-        objects = []
+        objects: list[str] = []
         for unit in units:
             rule = "compile_cuda" if unit.architectures else "compile"
-            objects += rules.build(f"{unit.name}.o", rule, str(unit.source), variables={"flags": unit.flags})
+            objects.append(f"{unit.name}.o")
+            rules.build(objects[-1:], rule, [str(unit.source)], variables={"flags": unit.flags})
         if target is not None:
-            rules.build(str(target), "link", objects)
+            rules.build([str(target)], "link", objects)
 
 
 def _logged(command: str, log: str) -> str:
@@ -274,7 +277,7 @@ def _logged(command: str, log: str) -> str:
     return f"{{ {command}; }} > {log} 2>&1; status=$$?; cat {log}; exit $$status"
 
 
-def _units(nvcc: Nvcc | None = None, requested: list[str] | None = None) -> list[Unit]:
+def _units(nvcc: Nvcc | None = None, requested: Sequence[str] = ()) -> list[Unit]:
     """Return what to compile; of csrc/cuda only with nvcc, and only files for one of the requested architectures."""
     from torch.utils.cpp_extension import include_paths
 

@@ -14,17 +14,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from statistics import median, quantiles
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.harness import DEVICE, ON_GPU
+from bertfast.ops.dispatch import Implementation as Backend
 from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.sequences import Sequences
 
-BACKEND = "triton" if ON_GPU else None  # on a CPU the default, because the compiled library lacks some kernels
+BACKEND: Backend | None = (
+    "triton" if ON_GPU else None
+)  # on a CPU the default, because the compiled library lacks some kernels
 # Largest relative error, by the Frobenius norm, of a correct result; the error of PyTorch's own sums of 4096 rows in
 # bf16 is 0.054.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
@@ -56,7 +59,7 @@ class Case(ABC):
 
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
-    directions: ClassVar = ("forward", "backward")
+    directions: ClassVar[tuple[str, ...]] = ("forward", "backward")
 
     def __str__(self) -> str:
         precision = "-fp32" if self.dtype == torch.float32 else ""
@@ -76,7 +79,7 @@ class Case(ABC):
         """Return random inputs of the operation that have a gradient, on DEVICE."""
 
     @abstractmethod
-    def definition(self, *inputs: Tensor) -> Tensor:
+    def definition(self, *inputs: Any, **options: Any) -> Tensor:  # so that cases name their inputs
         """Compute the operation by `bertfast.ops.reference`, in the dtype of the inputs."""
 
     @abstractmethod
@@ -119,8 +122,10 @@ class Implementation:
             return [x.detach().requires_grad_() for x in self.enter(*case.inputs(_generator(seed)))]
 
 
-Factory = Callable[[Case], Implementation | Callable[..., Tensor]]
-"""Makes an implementation for a case; a plain function of the inputs of the operation is an implementation too."""
+Function = Callable[..., Tensor]
+"""An implementation without conversions: a function of the inputs of the operation."""
+Factory = Callable[..., Implementation | Function]
+"""Makes an implementation for a case of its operation, and for an option `implementation` if it has one."""
 
 
 def in_both_precisions(*cases: Case) -> list[Case]:
@@ -151,7 +156,7 @@ def in_cuda(factory: Factory) -> dict[str, Factory]:
     return {"bertfast-cuda": partial(factory, implementation="cuda")} if ON_GPU else {}
 
 
-def definition(case: Case) -> Callable[..., Tensor]:
+def definition(case: Case) -> Function:
     """Make the reference implementation."""
     return case.definition
 
@@ -171,7 +176,8 @@ def compiled(factory: Factory) -> Factory:
 def liger() -> ModuleType:
     """Return Liger's functions; skip the benchmark if they are not available."""
     require_gpu("Liger")
-    return pytest.importorskip("liger_kernel.transformers.functional", exc_type=ImportError)
+    module: ModuleType = pytest.importorskip("liger_kernel.transformers.functional", exc_type=ImportError)
+    return module
 
 
 def require_gpu(name: str) -> None:

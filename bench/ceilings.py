@@ -25,8 +25,11 @@ BLOCKS_PER_CALL = 40
 
 def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
     """Return the FLOP/s of the GEMMs [m, k] × [k, n] of `shapes`, one after another, the best of `repeats`."""
-    options = {"dtype": dtype, "device": DEVICE}
-    operands = {(m, k, n): (torch.randn(m, k, **options), torch.randn(n, k, **options)) for m, k, n in set(shapes)}
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+    operands = {(m, k, n): (random(m, k), random(n, k)) for m, k, n in set(shapes)}
     flops = sum(2 * m * k * n for m, k, n in shapes)
 
     def run() -> None:

@@ -19,11 +19,12 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from bench.cases import SAME_MASKS, TOLERANCE, Case, calls, checked, measured
+from bench.cases import SAME_MASKS, TOLERANCE, Case, Implementation, calls, checked, measured
 from bench.ceilings import block_throughput, gemm_throughput
 from bench.figures import plot_operators
 from bench.harness import (
@@ -63,7 +64,8 @@ def main() -> int:
         parser.error("this program measures a CPU; on a GPU run `make gpu-check`")
     require_clean_tree(arguments.results)
     keep_freed_memory()
-    runs, not_timed = [], []
+    runs: list[dict[str, Any]] = []
+    not_timed: list[dict[str, Any]] = []
     for operation in arguments.operations:
         module = import_module(f"bench.ops.{operation}")
         for case in module.CASES[arguments.shapes]:
@@ -84,8 +86,8 @@ def main() -> int:
 
 
 def measure(
-    operation: str, module: ModuleType, case: Case, seconds: float, not_timed: list[dict]
-) -> Iterator[dict[str, object]]:
+    operation: str, module: ModuleType, case: Case, seconds: float, not_timed: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Time the correct implementations of a case, about `seconds` per direction; append the others to `not_timed`."""
     ready = {}
     for name, factory in module.IMPLEMENTATIONS.items():
@@ -97,7 +99,8 @@ def measure(
                 pytest.skip(f"not timed because its results are wrong: the relative error is {error:.2g}")
             ready[name] = made, error
     for direction in case.directions if ready else ():
-        functions, once = {}, {}
+        functions: dict[str, Callable[[], object]] = {}
+        once: dict[str, float] = {}
         for name, (made, _) in ready.items():
             with noted(not_timed, operation=operation, case=str(case), implementation=name, direction=direction):
                 repeated = calls(case, made, direction)[:SETS]
@@ -113,10 +116,10 @@ def time_direction(
     operation: str,
     case: Case,
     direction: str,
-    functions: dict[str, Callable[[], None]],
+    functions: dict[str, Callable[[], object]],
     rounds: int,
-    ready: dict[str, tuple],
-) -> Iterator[dict[str, object]]:
+    ready: dict[str, tuple[Implementation, float]],
+) -> Iterator[dict[str, Any]]:
     """Time functions, each of which makes SETS calls, and a copy of as many bytes; yield an entry per function."""
     work = case.work(direction)
     functions["copy"] = in_turn([copying(work.bytes) for _ in range(SETS)])
@@ -133,7 +136,7 @@ def time_direction(
 
 
 @contextlib.contextmanager
-def noted(not_timed: list[dict], **where: str) -> Iterator[None]:
+def noted(not_timed: list[dict[str, Any]], **where: str) -> Iterator[None]:
     """Catch what stops an implementation, and append the reason to `not_timed`."""
     try:
         yield
@@ -144,7 +147,7 @@ def noted(not_timed: list[dict], **where: str) -> Iterator[None]:
 
 def in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """Return a function that calls all, and keeps their outputs until its next call so that they rotate in memory."""
-    results = [None] * len(functions)
+    results: list[object] = [None] * len(functions)
 
     def run() -> None:
         for index, function in enumerate(functions):
@@ -183,7 +186,7 @@ def throughputs() -> dict[str, float]:
 
 # By (operation, case without its precision, direction): the goals by (alternative, precision). A goal is the time of
 # the alternative relative to bertfast; that of "lower bound" is the roofline efficiency of bertfast.
-GOALS = {
+GOALS: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {
     ("attention", "8x512-d64", "forward"): {("sdpa", "bf16"): 2.5, ("sdpa", "fp32"): 1.4, ("lower bound", "bf16"): 0.8},
     ("attention", "8x512-d64", "backward"): {
         ("sdpa", "bf16"): 2.5,
@@ -215,9 +218,9 @@ GOALS = {
 }
 
 
-def reached_goals(runs: list[dict]) -> Iterator[dict[str, object]]:
+def reached_goals(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield each goal of which both sides were timed, with what was reached."""
-    timed = {}
+    timed: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for info in (run["extra_info"] for run in runs):
         timed[info["operation"], info["case"], info["direction"], info["implementation"]] = info
     for (operation, case, direction), goals in GOALS.items():

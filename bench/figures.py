@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.harness import ROOT
 from bertfast.runtime.plotting import COLORS
@@ -44,7 +44,7 @@ def main() -> None:
     print(f"written to {arguments.output}")
 
 
-def plot_steps(results: list[dict], path: Path) -> None:
+def plot_steps(results: list[dict[str, Any]], path: Path) -> None:
     """Draw a panel per result with a bar for each implementation and for the lower bound.
 
     The numbers in brackets are the medians of the ratios of rounds to bertfast.
@@ -63,7 +63,7 @@ def plot_steps(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_step(axis: Axes, result: dict) -> None:
+def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
     seconds = {name: result[key] for name, key in STEP_BARS.items() if key in result}
     bars = axis.barh(list(seconds), list(seconds.values()), color=[STEP_COLORS[name] for name in seconds])
     labels = [f"{value:.2f}" for value in seconds.values()]
@@ -78,7 +78,7 @@ def _plot_step(axis: Axes, result: dict) -> None:
     axis.set_title(_step_title(result), fontsize="medium", loc="left")
 
 
-def _step_title(result: dict) -> str:
+def _step_title(result: dict[str, Any]) -> str:
     """Return the model, the batch, the precision, the device and the number of threads."""
     case = STEP_CASE.fullmatch(result["case"])
     if case is None:
@@ -87,17 +87,17 @@ def _step_title(result: dict) -> str:
     return f"BERT-{case['preset']}, {batch}, {case['precision'] or 'bf16'}; {hardware(result['origin'])}"
 
 
-def hardware(origin: dict) -> str:
+def hardware(origin: dict[str, Any]) -> str:
     """Return the GPU of a result, or its processor, instruction set and number of threads."""
     if "gpu" in origin:
-        return origin["gpu"]["name"]
+        return str(origin["gpu"]["name"])
     processor = origin["processor"]
     instruction_set = "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
     threads = f"{origin['threads']} thread{'s' * (origin['threads'] > 1)}"
     return f"{processor.split(' (')[0]}, {instruction_set}, {threads}"
 
 
-def runs_of(results: list[dict]) -> list[dict]:
+def runs_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the timed calls of operator benchmarks, each a dictionary with its median in "median_s"."""
     return [
         run["extra_info"] | {"median_s": run["stats"]["median"]}
@@ -106,7 +106,7 @@ def runs_of(results: list[dict]) -> list[dict]:
     ]
 
 
-def plot_operators(results: list[dict], folder: Path) -> list[Path]:
+def plot_operators(results: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Draw the roofline efficiency of all implementations, a PNG file per operator; return the files."""
     try:
         import matplotlib
@@ -135,7 +135,7 @@ def plot_operators(results: list[dict], folder: Path) -> list[Path]:
     return written
 
 
-def _plot_efficiency(axis: Axes, runs: list[dict], cases: list[str]) -> None:
+def _plot_efficiency(axis: Axes, runs: list[dict[str, Any]], cases: list[str]) -> None:
     """Draw a group of bars per case, a bar per implementation."""
     implementations = list(dict.fromkeys(run["implementation"] for run in runs))
     width = 0.8 / len(implementations)

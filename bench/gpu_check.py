@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 if find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no PyTorch: name another Python: make gpu-check PYTHON=.venv/bin/python")
@@ -142,12 +143,12 @@ def main() -> int:
 
 
 def run_all(
-    found: Iterator[Part], check: str, folder: Path, site: str, target: Path, end: float, origin: dict
+    found: Iterator[Part], check: str, folder: Path, site: str, target: Path, end: float, origin: dict[str, Any]
 ) -> list[Outcome]:
     """Run the parts until `end`; after each part, print how it ended and write all results to `target`."""
     outcomes = []
     for part in found:
-        limit = LIMITS[check][part.name]
+        limit: float = LIMITS[check][part.name]
         if part.name != "report":
             limit = min(limit, end - time.monotonic() - LIMITS[check].get("report", 0))
         outcome = run(part, folder, site, limit, lambda: pack(folder, target))
@@ -168,7 +169,7 @@ def pack(folder: Path, target: Path) -> None:
     os.replace(unfinished, target)
 
 
-def print_environment() -> dict:
+def print_environment() -> dict[str, Any]:
     """Print and return the hardware, the versions and the commit."""
     from bench.harness import origin
 
@@ -331,7 +332,7 @@ def run(part: Part, folder: Path, site: str, limit: float, keep: Callable[[], No
     return Outcome(part.name, status, time.monotonic() - started, lines[-1].strip("= ") if lines else "no output")
 
 
-def _wait(processes: Sequence[subprocess.Popen], end: float, keep: Callable[[], None]) -> list[str]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], end: float, keep: Callable[[], None]) -> list[str]:
     """Return how each process ended; at `end`, running ones are interrupted and then killed with their children."""
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < end:

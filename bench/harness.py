@@ -13,22 +13,25 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from bertfast.cli.doctor import driver_version
 
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
 ROOT = Path(__file__).resolve().parents[1]  # `bench` may be a link, see `gpu_check`
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"  # texts next to the checkout, which are not part of the project
-PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy")
-PACKAGES += ("onnxruntime", "openvino")
+PACKAGES = ["torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy"]
+PACKAGES += ["onnxruntime", "openvino"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
@@ -62,7 +65,7 @@ def stopwatch(function: Callable[[], object]) -> float:
     function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def parallel_cores() -> float:
@@ -77,7 +80,7 @@ def parallel_cores() -> float:
     return threads * alone / min(stopwatch(lambda: rows @ right) for _ in range(3))
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Sample]]:
+def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Sample]]:
     """Time functions alternately, A B A B …, after an untimed round, so that drift of the machine affects all of them.
 
     A round in which the cores were not independent is repeated, until `repeats` rounds were good or twice as many ran.
@@ -87,7 +90,8 @@ def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> di
     """
     for function in functions.values():
         function()
-    rounds, good, cores = [], 0, parallel_cores()
+    rounds: list[list[Sample]] = []
+    good, cores = 0, parallel_cores()
     while good < repeats and len(rounds) < 2 * repeats:
         rounds.append([])
         for function in functions.values():
@@ -128,7 +132,7 @@ def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
 def time_limit(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in the body after `seconds` (0: never); a call that hangs in C code is not interrupted."""
 
-    def stop(*_) -> None:
+    def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -149,7 +153,7 @@ def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], 
     Returns:
         The seconds per call, a mean for each round, and the clock: "graph", "events" or, on a CPU, "host".
     """
-    results = [None] * len(calls)
+    results: list[object] = [None] * len(calls)
 
     def run_all(times: int) -> None:
         for _ in range(times):
@@ -184,6 +188,13 @@ def _never_synchronises(call: Callable[[], object]) -> bool:
     return True
 
 
+def hf_config(config: BertConfig, attention: str | None = "sdpa") -> BertConfig:
+    """Return a configuration for a model of transformers, with the name of its implementation of attention."""
+    from transformers import BertConfig
+
+    return BertConfig.from_dict({**config.to_dict(), "attn_implementation": attention})
+
+
 def result_parser(description: str | None, results: Path = RESULTS) -> argparse.ArgumentParser:
     """Return a parser of a program's flags with `--results`, the folder for result files."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,7 +226,7 @@ def require_clean_tree(target: Path) -> None:
         )
 
 
-def origin() -> dict:
+def origin() -> dict[str, Any]:
     """Return when, at which commit, on which hardware and with which versions a result was measured."""
     return {
         "date": date.today().isoformat(),
@@ -228,7 +239,7 @@ def origin() -> dict:
     }
 
 
-def write_result(name: str, values: dict, folder: Path = RESULTS) -> Path:
+def write_result(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write the values and their origin to the file NAME.json in `folder`; return its path."""
     require_clean_tree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +256,7 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _gpu() -> dict:
+def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(DEVICE)
     return {
         "name": properties.name,

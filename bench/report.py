@@ -14,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from bench.figures import plot_operators, runs_of
 
-RUN = ("case", "direction", "implementation", "µs", "20 to 80 %", "GB/s", "TFLOP/s", "roofline efficiency", "error")
-RUN += ("extra MB", "clock")  # memory beyond inputs and gradients; see `harness.device_seconds`
+RUN = ["case", "direction", "implementation", "µs", "20 to 80 %", "GB/s", "TFLOP/s", "roofline efficiency", "error"]
+RUN += ["extra MB", "clock"]  # memory beyond inputs and gradients; see `harness.device_seconds`
 SHORT = ("operation", "case", "direction", "bertfast µs", "roofline efficiency", "fastest other", "other µs", "ratio")
 STEP = ("case", "tokens", "bertfast ms", "other", "other ms", "ratio", "GEMM efficiency")
 PART = ("part", "s", "status", "last line")
@@ -42,13 +43,13 @@ def main() -> None:
     print(f"{short(results)}\n\nsummary.md and {len(plots)} plots are in {output}")
 
 
-def read(paths: list[Path]) -> list[dict]:
+def read(paths: list[Path]) -> list[dict[str, Any]]:
     """Return the JSON objects of files and folders; empty files, left by interrupted runs, are skipped."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     return [json.loads(text) for file in files if (text := file.read_text(encoding="utf-8").strip())]
 
 
-def summary(results: list[dict]) -> str:
+def summary(results: list[dict[str, Any]]) -> str:
     """Return everything that was measured, in Markdown."""
     sections = ["# What was measured", *_origins(results), *_parts(results), *_ceilings(results), short(results)]
     runs = runs_of(results)
@@ -61,7 +62,7 @@ def summary(results: list[dict]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def short(results: list[dict]) -> str:
+def short(results: list[dict[str, Any]]) -> str:
     """Return tables of bertfast vs the fastest alternative, for each operator and for the pre-training step."""
     sections = []
     grouped = defaultdict(list)
@@ -80,7 +81,7 @@ def short(results: list[dict]) -> str:
     return "\n\n".join(sections) or "Nothing was measured."
 
 
-def _origins(results: list[dict]) -> list[str]:
+def _origins(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for result in results:
         origin = result.get("origin", {})
@@ -91,7 +92,7 @@ def _origins(results: list[dict]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _parts(results: list[dict]) -> list[str]:
+def _parts(results: list[dict[str, Any]]) -> list[str]:
     rows = [
         (part["name"], f"{part['seconds']:.0f}", part["status"], part["last_line"])
         for result in results
@@ -100,7 +101,7 @@ def _parts(results: list[dict]) -> list[str]:
     return ["## Parts", _table(PART, rows)] if rows else []
 
 
-def _ceilings(results: list[dict]) -> list[str]:
+def _ceilings(results: list[dict[str, Any]]) -> list[str]:
     found = [result["ceilings"] for result in results if "ceilings" in result]
     if not found:
         return []
@@ -112,7 +113,7 @@ def _ceilings(results: list[dict]) -> list[str]:
     return ["## Ceilings", text]
 
 
-def _operation_row(run: dict) -> tuple[str, ...]:
+def _operation_row(run: dict[str, Any]) -> tuple[str, ...]:
     memory = run["extra_memory_bytes"]
     return (
         run["case"],
@@ -129,7 +130,7 @@ def _operation_row(run: dict) -> tuple[str, ...]:
     )
 
 
-def _short_row(key: tuple[str, str, str], runs: list[dict]) -> tuple[str, ...] | None:
+def _short_row(key: tuple[str, str, str], runs: list[dict[str, Any]]) -> tuple[str, ...] | None:
     fused = next((run for run in runs if run["implementation"] == "bertfast"), None)
     if fused is None:
         return None
@@ -142,7 +143,7 @@ def _short_row(key: tuple[str, str, str], runs: list[dict]) -> tuple[str, ...] |
     return (*key, _microseconds(fused["median_s"]), f"{fused['roofline_efficiency']:.0%}", *comparison)
 
 
-def _step_rows(result: dict) -> list[tuple[str, ...]]:
+def _step_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     seconds = result["bertfast_median_s"]
     return [
         (
@@ -159,10 +160,10 @@ def _step_rows(result: dict) -> list[tuple[str, ...]]:
     ]
 
 
-def _merged(skipped: list[dict]) -> list[tuple[str, ...]]:
+def _merged(skipped: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return one row for all cases and directions of an implementation with the same reason."""
     keys = ("operation", "implementation", "reason")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for key, group in groupby(sorted(skipped, key=_by(keys)), key=_by(keys)):
         entries = list(group)
         cases, directions = (
@@ -172,7 +173,7 @@ def _merged(skipped: list[dict]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _by(keys: tuple[str, ...]) -> Callable[[dict], tuple[str, ...]]:
+def _by(keys: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[str, ...]]:
     return lambda entry: tuple(entry[key] for key in keys)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,10 +145,10 @@ def architectures(nvcc: Nvcc) -> list[str]:
     return [target + "+PTX" * with_ptx for target, with_ptx in found.items()]
 
 
-def architectures_of(source: str, requested: list[str]) -> list[str]:
+def architectures_of(source: str, requested: Sequence[str]) -> list[str]:
     """Return the architectures to compile a file of csrc/cuda for; none if they all lack its instructions."""
     if source not in HOPPER_ONLY:
-        return requested
+        return list(requested)
     return ["90a"] if any(target.startswith("90") for target in requested) else []
 
 

@@ -8,10 +8,10 @@ import torch
 import bertfast
 
 if len(sys.argv) > 1:
-    model = bertfast.BertForSequenceClassification.from_pretrained(sys.argv[1])
+    base = bertfast.BertForSequenceClassification.from_pretrained(sys.argv[1])
 else:
-    model = bertfast.BertForSequenceClassification(bertfast.preset_config("tiny"))
-model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=4))
+    base = bertfast.BertForSequenceClassification(bertfast.preset_config("tiny"))
+model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=4))
 model.print_trainable_parameters()
 print(bertfast.report(model))  # projections with adapters are called; the rest of each layer is fused
 

@@ -113,12 +113,14 @@ def curves(
         run = Pretraining(settings)
         both = {"bertfast": losses_of(run), "transformers": plain_losses(settings, run.plan.batches)}
         file.write_text(json.dumps(both), encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
+    losses: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))
+    return losses
 
 
 def losses_of(run: Pretraining) -> list[float]:
     """Run `bertfast pretrain` and return the losses of its steps."""
     run.run(lambda step: None)
+    assert run.metrics_log is not None, "the main process has a log"
     entries = run.metrics_log.entries()
     return [entry["masked_lm_loss"] + entry["next_sentence_loss"] for entry in entries if "masked_lm_loss" in entry]
 

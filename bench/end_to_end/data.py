@@ -12,6 +12,7 @@ import resource
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def measure_preparation(text: list[Path], tokenizer: Path, folder: str) -> dict[
     }
 
 
-def measure_batches(folder: Path, options: dict, tokens_per_bin: int) -> dict[str, object]:
+def measure_batches(folder: Path, options: dict[str, Any], tokens_per_bin: int) -> dict[str, Any]:
     """Return the throughput over an epoch, or its first MAX_TOKENS, from opening the shards to the last batch."""
     tokenizer = load_tokenizer(folder.parent)
     special, continuation, sampling = special_tokens(tokenizer), continuation_tokens(tokenizer), Sampling(**options)

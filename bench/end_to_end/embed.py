@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,10 +55,10 @@ def main() -> None:
     require_clean_tree(arguments.results)
     sentences = read_table(arguments.data / "glue" / "SST-2" / "train.tsv.gz").columns["sentence"]
     with TemporaryDirectory() as folder:
-        result = {"threads": torch.get_num_threads(), "speed": speed(arguments, sentences, Path(folder))}
-        print(f"{result['speed']['median_ratio']:.2f} x sentence-transformers", flush=True)
-        result["memory"] = memory(arguments, sentences, Path(folder))
-    write_result("embed", result, arguments.results)
+        timed = speed(arguments, sentences, Path(folder))
+        print(f"{timed['median_ratio']:.2f} x sentence-transformers", flush=True)
+        peaks = memory(arguments, sentences, Path(folder))
+    write_result("embed", {"threads": torch.get_num_threads(), "speed": timed, "memory": peaks}, arguments.results)
 
 
 def embed_with_bertfast(model: Path, file: Path, folder: Path) -> torch.Tensor:
@@ -80,9 +81,9 @@ def embed_with_sentence_transformers(model: Path, file: Path, folder: Path) -> t
 IMPLEMENTATIONS = {"bertfast": embed_with_bertfast, "sentence-transformers": embed_with_sentence_transformers}
 
 
-def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, object]:
+def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, Any]:
     """Time both alternately, on other sentences in each round, after an untimed round that compares the embeddings."""
-    samples = {name: [] for name in IMPLEMENTATIONS}
+    samples: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for number in range(arguments.rounds + 1):
         file = repeated(folder / "round.txt", sentences[number * TIMED :], TIMED)
         found = []

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from bench.figures import hardware
 from bench.harness import (
     DEVICE,
     ON_GPU,
+    hf_config,
     require_clean_tree,
     result_parser,
     seconds_of,
@@ -32,6 +34,7 @@ from bench.harness import (
     stopwatch,
     write_result,
 )
+from bertfast.models.presets import Preset
 from bertfast.runtime.plotting import COLORS
 
 MIN_LENGTH = 128
@@ -62,9 +65,10 @@ def main() -> None:
     print(f"\nwritten to {arguments.results}")
 
 
-def measure(max_length: int, max_sequences: int, preset: str) -> dict[str, list[dict]]:
+def measure(max_length: int, max_sequences: int, preset: Preset) -> dict[str, list[dict[str, Any]]]:
     """Measure and print all points; return the results by sweep."""
-    sweeps, measured = points(max_length, max_sequences), {}
+    sweeps = points(max_length, max_sequences)
+    measured: dict[tuple[int, int, str], dict[str, Any]] = {}
     print("| sequences | length | implementation | s | MB |")
     print("|---|---|---|---|---|")
     for sequences, length in dict.fromkeys(shape for shapes in sweeps.values() for shape in shapes):
@@ -94,7 +98,7 @@ def points(max_length: int, max_sequences: int) -> dict[str, list[tuple[int, int
     }
 
 
-def in_a_process(name: str, sequences: int, length: int, preset: str) -> dict[str, object]:
+def in_a_process(name: str, sequences: int, length: int, preset: Preset) -> dict[str, Any]:
     """Measure a point in its own process; return its result, or the reason of a failure."""
     options = ["--preset", preset, "--point", name, str(sequences), str(length)]
     command = [sys.executable, "-m", "bench.end_to_end.growth", *options]
@@ -102,21 +106,19 @@ def in_a_process(name: str, sequences: int, length: int, preset: str) -> dict[st
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if line.strip()]
         return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}
-    return json.loads(ran.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
 
 
-def point(name: str, sequences: int, length: int, preset: str) -> dict[str, float]:
+def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, float]:
     """Return the seconds of a step, and the peak memory beyond that before the first step in bytes."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     torch.manual_seed(0)
-    options = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
-    options |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = bertfast.preset_config(preset, **options)
-    if name == "bertfast":
-        model = bertfast.BertModel(config)
-    else:
-        values = config.to_dict()
-        model = transformers.BertModel(transformers.BertConfig(**values, attn_implementation="sdpa"))
+    sizes = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config = bertfast.preset_config(preset, **sizes, **dropout)
+    model: transformers.BertModel
+    model = bertfast.BertModel(config) if name == "bertfast" else transformers.BertModel(hf_config(config))
     model.train()
     ids = torch.randint(config.vocab_size, (sequences, length), device=DEVICE)
     mask = torch.ones_like(ids)

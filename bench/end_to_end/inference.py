@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +34,7 @@ from bench.harness import (
     DATA,
     DEVICE,
     Sample,
+    hf_config,
     median_ratio,
     require_clean_tree,
     result_parser,
@@ -41,6 +43,7 @@ from bench.harness import (
     write_result,
 )
 from bertfast.data.tokenizer import load_tokenizer
+from bertfast.models.presets import Preset
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
@@ -58,7 +61,7 @@ class Case:
     model: str
     texts: str
     dtype: torch.dtype = torch.float32
-    preset: str = "base"
+    preset: Preset = "base"
 
 
 CASES = {
@@ -95,7 +98,7 @@ def main() -> None:
     print(f"\nwritten to {arguments.results}")
 
 
-def print_result(result: dict) -> None:
+def print_result(result: dict[str, Any]) -> None:
     """Print a table row per implementation, and the reasons of those that did not run."""
     for name, row in result["implementations"].items():
         print(
@@ -163,8 +166,7 @@ def build(
     """Return the functions to time, their errors relative to bertfast's outputs, and why the others cannot run."""
     attended = inputs["attention_mask"].bool()
     model = getattr(bertfast, case.model)(config).eval()
-    values = config.to_dict()
-    hf_model = getattr(transformers, case.model)(transformers.BertConfig(**values, attn_implementation="sdpa")).eval()
+    hf_model = getattr(transformers, case.model)(hf_config(config)).eval()
     hf_model.load_state_dict(model.state_dict())
 
     def without_padding(output: Tensor) -> Tensor:
@@ -251,12 +253,13 @@ def exported(model: torch.nn.Module, inputs: dict[str, Tensor], folder: Path) ->
     if not path.exists():
 
         class FirstOutput(torch.nn.Module):
-            def __init__(self):
+            def __init__(self) -> None:
                 super().__init__()
                 self.model = model
 
             def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-                return self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[0]
+                output: Tensor = self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[0]
+                return output
 
         names = list(inputs)
         torch.onnx.export(

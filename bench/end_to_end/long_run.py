@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def main() -> None:
     )
 
 
-def logged(folder: Path) -> tuple[list[dict], list[dict]]:
+def logged(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the entries of the steps and of the validations of a run."""
     entries = MetricsLog(folder, steps_done=sys.maxsize).entries()
     steps = [entry for entry in entries if "masked_lm_loss" in entry]

@@ -50,7 +50,9 @@ def main() -> None:
 
 def seconds_of_steps(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Return the seconds of the steps of the loop, and of the bare steps between them."""
-    looped, bare = [], []
+    looped: list[float] = []
+    bare: list[float] = []
+    started = 0.0
     with TemporaryDirectory() as folder:
         settings = PretrainSettings.of(
             output_dir=folder,

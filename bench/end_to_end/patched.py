@@ -14,9 +14,11 @@ import gzip
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import transformers
@@ -48,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     paragraphs = [part["context"] for article in articles for part in article["paragraphs"]][:BATCH]
     plain = transformers.BertForSequenceClassification.from_pretrained(arguments.model).eval()
     patched = copy.deepcopy(plain)
-    result = {"threads": torch.get_num_threads(), "patching_s": stopwatch(lambda: patch(patched))}
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "patching_s": stopwatch(lambda: patch(patched))}
     # Batches of texts, and their rounds relative to `--rounds`.
     cases = {
         "sst-2, batches of 32": ([sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)], 1),
@@ -64,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             if not worst < TOLERANCE:
                 raise SystemExit(f"{name}: the outputs differ by {worst}, so nothing is timed")
             rounds = max(3, int(arguments.rounds * factor))
-            timed = alternately(lambda model, batches=batches: [model(**b) for b in batches], plain, patched, rounds)
+            timed = alternately(partial(run_all, batches), plain, patched, rounds)
         tokens = [batches[0]["input_ids"].shape[1], int(sum(b["attention_mask"].sum() for b in batches))]
         result[name] = {**timed, "tokens": tokens}
         print(name, f"{result[name]['median_ratio']:.2f} x", flush=True)
@@ -73,11 +75,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+def run_all(batches: Sequence[Mapping[str, torch.Tensor]], model: PreTrainedModel) -> None:
+    """Run a model on all batches."""
+    for batch in batches:
+        model(**batch)
+
+
 def alternately(
     run: Callable[[PreTrainedModel], object], plain: PreTrainedModel, patched: PreTrainedModel, rounds: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the seconds of both models and the median of their ratios, after an untimed round."""
-    seconds = {"plain_s": [], "patched_s": []}
+    seconds: dict[str, list[float]] = {"plain_s": [], "patched_s": []}
     for _ in range(rounds + 1):
         seconds["plain_s"].append(stopwatch(lambda: run(plain)))
         seconds["patched_s"].append(stopwatch(lambda: run(patched)))
@@ -91,12 +99,12 @@ def trainer(
     tokenizer: PreTrainedTokenizerBase,
     columns: dict[str, list[str]],
     steps: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Time four parts of `steps` steps of Trainer with dynamic padding, alternately."""
     texts = zip(columns["sentence"], columns["label"], strict=True)
     samples = [{**tokenizer(text), "labels": int(label)} for text, label in texts]
     collator = transformers.DataCollatorWithPadding(tokenizer)
-    times = {"plain_s": [], "patched_s": []}
+    times: dict[str, list[float]] = {"plain_s": [], "patched_s": []}
     with TemporaryDirectory() as folder:
         for part in range(4):
             for name, model in (("plain_s", plain), ("patched_s", patched)):

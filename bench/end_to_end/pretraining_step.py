@@ -21,7 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +35,7 @@ from bench.harness import (
     DEVICE,
     ON_GPU,
     Sample,
+    hf_config,
     median_ratio,
     require_clean_tree,
     result_parser,
@@ -43,6 +46,7 @@ from bench.harness import (
 )
 from bertfast.data.batches import Batch
 from bertfast.encoder import pretraining_loss
+from bertfast.models.presets import Preset
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.training.flops import step_flops
@@ -65,7 +69,7 @@ class Case:
         compiled: Whether transformers is also timed with torch.compile.
     """
 
-    preset: str
+    preset: Preset
     sequences: int
     max_seqlen: int
     dtype: torch.dtype
@@ -74,7 +78,11 @@ class Case:
     compiled: bool = True
 
 
-SIZES = {"base-128": ("base", 16, 128), "base-512": ("base", 4, 512), "small-128": ("small", 16, 128)}
+SIZES: dict[str, tuple[Preset, int, int]] = {
+    "base-128": ("base", 16, 128),
+    "base-512": ("base", 4, 512),
+    "small-128": ("small", 16, 128),
+}
 CASES = {
     f"{size}{'-wikipedia' * (lengths == 'wikipedia')}-{precision}": Case(*SIZES[size], dtype, lengths, 3.0)
     for size in SIZES
@@ -168,7 +176,7 @@ def main() -> None:
     print(f"\nwritten to {arguments.results}")
 
 
-def print_result(result: dict) -> None:
+def print_result(result: dict[str, Any]) -> None:
     """Print a table row per alternative, and the reasons of those that did not run."""
     for other, ratio in result["ratios"].items():
         print(
@@ -210,8 +218,11 @@ class Steps:
         mixed = self.case.dtype == torch.bfloat16 and not (name in self.others and self.others[name].fp32)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
             if name == "bertfast":
-                return packed_loss(self.models[name], self.packed)
-            return self.models[name](**self.padded).loss
+                model = self.models[name]
+                assert isinstance(model, bertfast.BertForPreTraining), "see `build`"
+                return packed_loss(model, self.packed)
+            loss: torch.Tensor = self.models[name](**self.padded).loss
+            return loss
 
     def step(self, name: str) -> None:
         """Run forward and backward pass and the optimizer of an implementation."""
@@ -228,7 +239,7 @@ class Steps:
         compiling, not_run = {}, {}
         for name in [name for name, how in self.others.items() if how.compiled]:
             self.models[name].compile()
-            compiling[name], reason = within(seconds, lambda name=name: self.step(name))
+            compiling[name], reason = within(seconds, partial(self.step, name))
             if reason:
                 not_run[name] = reason
                 del self.models[name], self.optimizers[name]
@@ -241,7 +252,9 @@ class Steps:
         return min(side_by_side({"step": self.optimizers["bertfast"].step}, 3)["step"]).seconds
 
 
-def measure(name: str, case: Case, others: dict[str, Alternative], repeats: int, compile_seconds: int) -> dict:
+def measure(
+    name: str, case: Case, others: dict[str, Alternative], repeats: int, compile_seconds: int
+) -> dict[str, Any]:
     """Time a case against `others` and return its result.
 
     Raises:
@@ -259,7 +272,7 @@ def measure(name: str, case: Case, others: dict[str, Alternative], repeats: int,
 
     steps = Steps(case, others, batch, DROPOUT, steps.models["bertfast"].state_dict())
     compiling, not_run = steps.compile(compile_seconds)
-    timed = side_by_side({name: lambda name=name: steps.step(name) for name in steps.models}, repeats)
+    timed = side_by_side({name: partial(steps.step, name) for name in steps.models}, repeats)
     packed = steps.packed
     flops = step_flops(config, packed)
     throughput = gemm_throughput(gemm_shapes(config, packed.sequences.num_tokens, packed.masked), case.dtype)
@@ -283,7 +296,7 @@ def comparison(timed: dict[str, list[Sample]]) -> dict[str, object]:
     """Return the samples and medians of all implementations, and the ratios of the others to bertfast."""
     medians = {name: statistics.median(seconds_of(column)) for name, column in timed.items()}
     others = [name for name in timed if name != "bertfast"]
-    fastest = min(others, key=lambda name: medians[name], default=None)
+    fastest = min(others, key=lambda name: medians[name]) if others else None
     ratios = {name: median_ratio(timed[name], timed["bertfast"]) for name in others}
     return {
         "seconds": {name: [sample.seconds for sample in column] for name, column in timed.items()},
@@ -291,7 +304,7 @@ def comparison(timed: dict[str, list[Sample]]) -> dict[str, object]:
         **{f"{name}_median_s": median for name, median in medians.items()},
         "fastest_other": fastest,
         "ratios": ratios,
-        "ratio": ratios.get(fastest),
+        "ratio": None if fastest is None else ratios[fastest],
     }
 
 
@@ -319,22 +332,21 @@ def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | N
 
 def build(
     case: Case, others: dict[str, Alternative], dropout: float, weights: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.nn.Module]:
+) -> dict[str, transformers.BertForPreTraining]:
     """Return bertfast's model and transformers' models in training mode with the same weights, by default random."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = bertfast.preset_config(case.preset, **options)
-    values = config.to_dict()
+    models: dict[str, transformers.BertForPreTraining]
     with DEVICE:
         models = {"bertfast": bertfast.BertForPreTraining(config)}
         for name, how in others.items():
-            hf_config = transformers.BertConfig(**values, attn_implementation=how.attention)
-            models[name] = transformers.BertForPreTraining(hf_config)
+            models[name] = transformers.BertForPreTraining(hf_config(config, how.attention))
     for model in models.values():
         model.train().load_state_dict(weights or models["bertfast"].state_dict())
     return models
 
 
-def packed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def packed_loss(model: bertfast.BertForPreTraining, batch: Batch) -> torch.Tensor:
     """Return the mean masked-LM loss plus the mean next-sentence loss, as transformers adds them."""
     loss = pretraining_loss(model, batch, torch.randint(2**62, (), device=DEVICE))
     return loss.masked_lm / loss.masked + loss.next_sentence / loss.pairs

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from bench.harness import require_clean_tree, result_parser, write_result
 
@@ -59,10 +60,11 @@ def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:
     ]
 
 
-def last_of(path: Path) -> dict:
+def last_of(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file, or the last of a JSON-lines file."""
     text = path.read_text(encoding="utf-8")
-    return json.loads(text.splitlines()[-1] if path.suffix == ".jsonl" else text)
+    last: dict[str, Any] = json.loads(text.splitlines()[-1] if path.suffix == ".jsonl" else text)
+    return last
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -61,7 +61,9 @@ def main() -> None:
     print(f"written to {path}")
 
 
-def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision, seed: int, steps: int) -> dict:
+def curve(
+    folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision, seed: int, steps: int
+) -> dict[str, Any]:
     """Pre-train with one stream; return its training losses, their final mean and the final validation loss."""
     settings = PretrainSettings.of(
         output_dir=str(folder / f"{stream}-{seed}"),
@@ -82,6 +84,7 @@ def curve(folder: Path, shards: Path, preset: Preset, stream: ResidualPrecision,
     )
     run = Pretraining(settings)
     losses = losses_of(run)
+    assert run.metrics_log is not None, "the main process has a log"
     validation = [entry["validation_loss"] for entry in run.metrics_log.entries() if "validation_loss" in entry]
     return {"end": mean(losses[-SMOOTHED:]), "validation_loss": validation[-1], "losses": losses}
 

@@ -28,7 +28,8 @@ def uniform_lengths(sequences: int, max_seqlen: int) -> list[int]:
 def wikipedia_lengths(sequences: int, max_seqlen: int) -> list[int]:
     """Return lengths drawn from those of Wikipedia's sentence pairs, always the same."""
     counts = np.array(json.loads(LENGTHS.read_text(encoding="utf-8"))[str(max_seqlen)])
-    return np.random.default_rng(0).choice(len(counts), sequences, p=counts / counts.sum()).tolist()
+    drawn = np.random.default_rng(0).choice(len(counts), sequences, p=counts / counts.sum())
+    return [int(length) for length in drawn]
 
 
 def count_lengths(data: Path) -> dict[int, list[int]]:
@@ -47,10 +48,10 @@ def count_lengths(data: Path) -> dict[int, list[int]]:
 
 def random_samples(lengths: list[int], max_seqlen: int, vocab_size: int) -> tuple[dict[str, torch.Tensor], Batch]:
     """Return random samples of these lengths, padded for transformers and packed for bertfast, on DEVICE."""
-    sequences, layout, lengths = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)
-    attended = torch.arange(max_seqlen) < lengths[:, None]
+    sequences, layout, ends = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)[:, None]
+    attended = torch.arange(max_seqlen) < ends
     ids = torch.randint(1000, vocab_size, (sequences, max_seqlen)) * attended
-    types = ((torch.arange(max_seqlen) > lengths[:, None] // 2) & attended).long()
+    types = ((torch.arange(max_seqlen) > ends // 2) & attended).long()
     labels = torch.where((torch.rand(sequences, max_seqlen) < MASKED) & attended, ids, -100)
     order = torch.randint(0, 2, (sequences,))
     padded = {

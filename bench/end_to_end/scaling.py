@@ -51,7 +51,7 @@ def tokens_per_second(arguments: argparse.Namespace, processes: int, flags: list
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rates = [entry["tokens_per_second"] for entry in map(json.loads, lines) if "tokens_per_second" in entry]
-        return statistics.median(rates[WARMUP:])
+        return float(statistics.median(rates[WARMUP:]))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import argparse
 import json
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,7 +33,13 @@ from tqdm import tqdm
 from bench.end_to_end.curve_parity import mean, padded
 from bench.end_to_end.long_run import corpus, fill, logged
 from bench.figures import STEP_COLORS
-from bench.harness import ROOT, require_clean_tree, result_parser, write_result
+from bench.harness import (
+    ROOT,
+    hf_config,
+    require_clean_tree,
+    result_parser,
+    write_result,
+)
 from bertfast.cli.flags import parse
 from bertfast.data.batches import Batch
 from bertfast.data.prepare import PrepareSettings, prepare
@@ -145,7 +151,8 @@ def seconds_per_step(arguments: argparse.Namespace) -> float:
         settings = settings_for(arguments, **{"output-dir": folder, "logging-steps": 10})
         pretrain(settings.replace(minutes=None, max_steps=20))
         steps, _ = logged(Path(folder))
-        return arguments.tokens / [e["tokens_per_second"] for e in steps if "tokens_per_second" in e][-1]
+        throughputs = [entry["tokens_per_second"] for entry in steps if "tokens_per_second" in entry]
+        return float(arguments.tokens / throughputs[-1])
 
 
 class PlainLoop:
@@ -162,9 +169,9 @@ class PlainLoop:
         self.max_seqlen = run.settings.sampling.max_seq_length
         hyperparameters = run.settings.optimizer
         torch.manual_seed(run.settings.seed)
-        config = transformers.BertConfig(**run.model.config.to_dict(), attn_implementation="sdpa")
-        self.model = transformers.BertForMaskedLM(config).to(self.device)
-        self.compiled = torch.compile(self.model)
+        model = transformers.BertForMaskedLM(hf_config(run.model.config))
+        self.model: transformers.BertForMaskedLM = model.train().to(self.device)
+        self.compiled: Callable[..., Any] = torch.compile(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, weight_decay=hyperparameters.weight_decay, fused=True
         )
@@ -184,7 +191,8 @@ class PlainLoop:
 
     def train(self, limit: float) -> dict[str, object]:
         """Train for `limit` seconds of steps, with batches assembled in advance; return the entries of a side."""
-        seconds, waited, tokens, validations = 0.0, 0.0, 0, []
+        seconds, waited, tokens = 0.0, 0.0, 0
+        validations: list[dict[str, float]] = []
         with ThreadPoolExecutor(1) as ahead, tqdm(total=limit, desc="transformers", unit="s") as bar:
             self.step(next(self.batches), 0.0)  # compiles, without training
             pending = ahead.submit(next, self.batches)
@@ -243,7 +251,8 @@ def train_transformers(arguments: argparse.Namespace) -> dict[str, object]:
 
 def batches_of_rows(run: Pretraining, rows: int, max_seqlen: int) -> Iterator[dict[str, Tensor]]:
     """Yield the samples of the run in their order, `rows` at a time, in one shape, so that the model compiles once."""
-    held, pin = {}, run.device.type == "cuda"  # pinned memory makes copies to the device asynchronous
+    held: dict[str, Tensor] = {}
+    pin = run.device.type == "cuda"  # pinned memory makes copies to the device asynchronous
     while True:
         for name, values in as_rows(run.loader.next(), max_seqlen).items():
             held[name] = torch.cat([held[name], values]) if name in held else values
@@ -286,7 +295,7 @@ def finetuned(arguments: argparse.Namespace) -> dict[str, object]:
 SIDES = {"bertfast": train_bertfast, "transformers": train_transformers, "finetuned": finetuned}
 
 
-def plot(curves: dict[str, list[dict]], preset: str, path: Path) -> None:
+def plot(curves: dict[str, list[dict[str, Any]]], preset: str, path: Path) -> None:
     """Draw the validation loss over the time of steps."""
 
     def paint(axes: Axes) -> None:

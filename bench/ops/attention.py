@@ -25,6 +25,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from bench.cases import (
     BACKEND,
     Case,
+    Factory,
+    Function,
     Implementation,
     Work,
     compiled,
@@ -37,6 +39,7 @@ from bench.cases import (
 from bench.harness import DEVICE, ON_GPU
 from bertfast import ops
 from bertfast.ops import reference
+from bertfast.ops.dispatch import Implementation as Backend
 from bertfast.ops.sequences import Sequences
 
 
@@ -71,14 +74,14 @@ class AttentionCase(Case):
         attended = torch.arange(max_seqlen, device=DEVICE) < lengths[:, None]
         return None if min(self.lengths) == max_seqlen else attended[:, None, None]
 
-    def inputs(self, generator):
+    def inputs(self, generator: torch.Generator) -> list[Tensor]:
         return [self.normal(generator, sum(self.lengths), 3, self.heads, self.dimension)]
 
-    def definition(self, qkv):
+    def definition(self, qkv: Tensor) -> Tensor:
         dropout = dropout_over(self.sequences, self.dropout, "attention")
         return reference.attention(qkv, self.sequences, 1 / math.sqrt(self.dimension), False, None, dropout)
 
-    def work(self, direction):
+    def work(self, direction: str) -> Work:
         flops = 4 * self.dimension * self.heads * sum(length**2 for length in self.lengths)
         activation = sum(self.lengths) * self.heads * self.dimension * self.dtype.itemsize
         if direction == "forward":  # reads qkv, writes the output
@@ -86,12 +89,12 @@ class AttentionCase(Case):
         return Work(8 * activation, 5 * flops // 2)  # reads qkv, the output and its gradient, writes d_qkv
 
 
-def fused(case: AttentionCase, implementation: str | None = BACKEND):
+def fused(case: AttentionCase, implementation: Backend | None = BACKEND) -> Function:
     dropout = dropout_over(case.sequences, case.dropout, "attention")
     return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=implementation)
 
 
-def fused_without_dropout(case: AttentionCase):
+def fused_without_dropout(case: AttentionCase) -> Implementation:
     if not case.dropout:
         pytest.skip("the case has no dropout")
     return Implementation(fused(replace(case, dropout=0.0)), checked=False)
@@ -135,7 +138,8 @@ def sdpa_loop(case: AttentionCase) -> Implementation:
 
     def function(*parts: Tensor) -> Tensor:
         outputs = [
-            F.scaled_dot_product_attention(*part.transpose(1, 2)[:, None], dropout_p=case.dropout)[0] for part in parts
+            F.scaled_dot_product_attention(q, k, v, dropout_p=case.dropout)[0]
+            for q, k, v in (part.transpose(1, 2)[:, None] for part in parts)
         ]
         return torch.cat(outputs, 1).transpose(0, 1)
 
@@ -210,7 +214,7 @@ CASES = {
         AttentionCase(label="512", lengths=EQUAL[512], heads=24, dimension=32),
     ],
 }
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Factory] = {
     "bertfast": fused,
     **in_cuda(fused),
     "definition": definition,
@@ -225,5 +229,5 @@ if not ON_GPU:
     IMPLEMENTATIONS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop, "bertfast-p0": fused_without_dropout}
 
 
-def test_attention(measure):
+def test_attention(measure: Callable[[], None]) -> None:
     measure()

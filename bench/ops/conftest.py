@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from bench.harness import ON_GPU, device_seconds, origin, require_clean_tree, ti
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
 COMPILED = ("flex", "torch.compile")  # run last, since they compile for seconds and a time limit may stop them
-NOT_TIMED: list[dict] = []
+NOT_TIMED: list[dict[str, Any]] = []
 
 
 class Clock:
@@ -32,7 +35,7 @@ class Clock:
 
     __name__ = "device_seconds"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
@@ -45,7 +48,7 @@ class Clock:
 CLOCK = Clock()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shapes",
         choices=SHAPES,
@@ -55,14 +58,14 @@ def pytest_addoption(parser):
     parser.addoption("--case-seconds", type=int, default=0, help="time limit of a case in seconds (0: none)")
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_json", None):
         require_clean_tree(Path(config.getoption("benchmark_json").name))
     # With the folder, because pytest rewrites the assertions of all matching files; "*.py" would match all of torch.
     config.addinivalue_line("python_files", str(Path(__file__).with_name("*.py")))
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module
     runs = [
         (str(case), implementation, direction)
@@ -75,13 +78,15 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("case", "implementation", "direction"), runs)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(
+    item: pytest.Function, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if call.excinfo is not None:
         reason = call.excinfo.exconly().removeprefix("Skipped: ").strip().splitlines()[0]
@@ -89,23 +94,23 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def pytest_benchmark_update_machine_info(machine_info):
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.clear()  # `origin` describes the machine
 
 
-def pytest_benchmark_update_json(output_json):
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     output_json |= {"origin": origin(), "ceilings": measured_ceilings(), "not_timed": NOT_TIMED}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_stream():
+def _own_stream() -> Iterator[None]:
     # A backward pass runs on the stream of its forward pass, and the default stream cannot be captured.
     with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _repeatable_backward():
+def _repeatable_backward() -> None:
     # Otherwise a compiled backward pass overwrites what the forward pass saved, and runs only once.
     import torch._functorch.config
 
@@ -119,7 +124,9 @@ def measured_ceilings() -> dict[str, float]:
 
 
 @pytest.fixture
-def measure(request, benchmark, case, implementation, direction):
+def measure(
+    request: pytest.FixtureRequest, benchmark: Any, case: str, implementation: str, direction: str
+) -> Callable[[], None]:
     """Return a function that checks and times an implementation."""
 
     def run() -> None:
@@ -134,7 +141,7 @@ def measure(request, benchmark, case, implementation, direction):
     return run
 
 
-def _measure(module, benchmark, name: str, implementation: str, direction: str) -> None:
+def _measure(module: ModuleType, benchmark: Any, name: str, implementation: str, direction: str) -> None:
     case = next(case for cases in module.CASES.values() for case in cases if str(case) == name)
     made, error = checked(module.IMPLEMENTATIONS[implementation], case, implementation in SAME_MASKS)
     if not error <= TOLERANCE[case.dtype]:
@@ -146,7 +153,7 @@ def _measure(module, benchmark, name: str, implementation: str, direction: str) 
         return
     samples, clock = device_seconds(repeated)
     lower_bound = case.work(direction).lower_bound(measured_ceilings())
-    operation = Path(module.__file__).stem
+    operation = module.__name__.rpartition(".")[2]
     benchmark.extra_info |= {
         "operation": operation,
         "clock": clock,

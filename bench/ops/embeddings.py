@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,8 @@ from bench.cases import (
     BACKEND,
     EPS,
     VOCAB_SIZE,
+    Factory,
+    Function,
     RowsCase,
     Work,
     compiled,
@@ -52,14 +55,14 @@ class EmbeddingsCase(RowsCase):
         """Dropout of the output."""
         return dropout_over(self.sequences, self.dropout, "embeddings")
 
-    def inputs(self, generator):
+    def inputs(self, generator: torch.Generator) -> list[Tensor]:
         tables = [self.normal(generator, rows, self.width) for rows in (self.vocab_size, 512, 2)]
         return tables + [self.normal(generator, self.width) for _ in range(2)]
 
-    def definition(self, word, position, token_type, gamma, beta):
+    def definition(self, word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         return reference.embeddings(*self.ids, word, position, token_type, gamma, beta, EPS, self.drop, None)
 
-    def work(self, direction):
+    def work(self, direction: str) -> Work:
         activation, tables = self.rows * self.width, (self.vocab_size + 514) * self.width
         if direction == "forward":  # reads the word embedding of each token, writes the output
             return Work(2 * activation * self.dtype.itemsize)
@@ -67,13 +70,13 @@ class EmbeddingsCase(RowsCase):
         return Work((2 * activation + tables) * self.dtype.itemsize)
 
 
-def fused(case: EmbeddingsCase):
+def fused(case: EmbeddingsCase) -> Function:
     return lambda word, position, token_type, gamma, beta: ops.embeddings(
         *case.ids, word, position, token_type, gamma, beta, EPS, case.drop, implementation=BACKEND
     )
 
 
-def composition(case: EmbeddingsCase):
+def composition(case: EmbeddingsCase) -> Function:
     word_ids, type_ids, position_ids = case.ids
 
     def function(word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ CASES = {
     "main": [EmbeddingsCase(dropout=0.1)],
     "rest": [EmbeddingsCase(), EmbeddingsCase(width=1024, dropout=0.1)],
 }
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Factory] = {
     "bertfast": fused,
     "definition": definition,
     "torch": composition,
@@ -97,5 +100,5 @@ IMPLEMENTATIONS = {
 }
 
 
-def test_embeddings(measure):
+def test_embeddings(measure: Callable[[], None]) -> None:
     measure()

@@ -7,6 +7,7 @@ implementations without a bias compute the same loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -20,6 +21,8 @@ from bench.cases import (
     BACKEND,
     VOCAB_SIZE,
     Case,
+    Factory,
+    Function,
     Work,
     compiled,
     definition,
@@ -30,13 +33,14 @@ from bench.cases import (
 )
 from bench.harness import DEVICE
 from bertfast import ops
+from bertfast.ops.dispatch import Implementation as Backend
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase(Case):
     """`rows` of `tokens` are masked; `width` columns; a vocabulary of `vocab_size` entries."""
 
-    directions: ClassVar = ("inference", "training")
+    directions: ClassVar[tuple[str, ...]] = ("inference", "training")
     tokens: int = 32_768
     rows: int = 5_000
     width: int
@@ -53,16 +57,16 @@ class LossCase(Case):
         rows = torch.randperm(self.tokens, generator=generator, device=DEVICE)[: self.rows].sort().values
         return rows, torch.randint(self.vocab_size, (self.rows,), generator=generator, device=DEVICE)
 
-    def inputs(self, generator):
+    def inputs(self, generator: torch.Generator) -> list[Tensor]:
         hidden = self.normal(generator, self.tokens, self.width)
         weight = self.normal(generator, self.vocab_size, self.width, scale=0.02)
         return [hidden, weight, torch.zeros(self.vocab_size, dtype=self.dtype, device=DEVICE)]
 
-    def definition(self, hidden, weight, bias):
+    def definition(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, labels = self.masked
         return ops.linear_cross_entropy(hidden, rows, weight, bias, labels, implementation="reference")[0]
 
-    def work(self, direction):
+    def work(self, direction: str) -> Work:
         flops, weight = 2 * self.rows * self.width * self.vocab_size, self.vocab_size * self.width
         if direction == "inference":  # reads the masked rows and the weight
             return Work((self.rows * self.width + weight) * self.dtype.itemsize, flops)
@@ -70,14 +74,14 @@ class LossCase(Case):
         return Work(((self.rows + self.tokens) * self.width + 2 * weight) * self.dtype.itemsize, 3 * flops)
 
 
-def fused(case: LossCase, implementation: str | None = BACKEND):
+def fused(case: LossCase, implementation: Backend | None = BACKEND) -> Function:
     rows, labels = case.masked
     return lambda hidden, weight, bias: ops.linear_cross_entropy(
         hidden, rows, weight, bias, labels, implementation=implementation
     )[0]
 
 
-def plain(case: LossCase):
+def plain(case: LossCase) -> Function:
     rows, labels = case.masked
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def plain(case: LossCase):
     return function
 
 
-def chunked(case: LossCase):
+def chunked(case: LossCase) -> Function:
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy requires torch 2.13")
     rows, labels = case.masked
@@ -95,25 +99,29 @@ def chunked(case: LossCase):
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         masked = hidden.index_select(0, rows)
-        return F.linear_cross_entropy(masked, weight, labels, linear_bias=bias, reduction="sum", options=options)
+        loss: Tensor = F.linear_cross_entropy(
+            masked, weight, labels, linear_bias=bias, reduction="sum", options=options
+        )
+        return loss
 
     return function
 
 
-def with_liger(case: LossCase):
+def with_liger(case: LossCase) -> Function:
     loss = liger().liger_fused_linear_cross_entropy
     rows, labels = case.masked
     return lambda hidden, weight, bias: loss(hidden.index_select(0, rows), weight, labels, bias, reduction="sum")
 
 
-def cut_cross_entropy(case: LossCase):
+def cut_cross_entropy(case: LossCase) -> Function:
     require_gpu("cut_cross_entropy")
     loss = pytest.importorskip("cut_cross_entropy", exc_type=ImportError).linear_cross_entropy
     rows, labels = case.masked
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Its filter drops gradients below 2^-12, which are nearly all of them in an untrained model.
-        return loss(hidden.index_select(0, rows), weight, labels, reduction="sum", filter_eps=None)
+        result: Tensor = loss(hidden.index_select(0, rows), weight, labels, reduction="sum", filter_eps=None)
+        return result
 
     return function
 
@@ -124,7 +132,7 @@ CASES = {
     "main": [LossCase(width=768)],
     "rest": [LossCase(width=1024)],
 }
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Factory] = {
     "bertfast": fused,
     **in_cuda(fused),
     "definition": definition,
@@ -136,5 +144,5 @@ IMPLEMENTATIONS = {
 }
 
 
-def test_linear_cross_entropy(measure):
+def test_linear_cross_entropy(measure: Callable[[], None]) -> None:
     measure()

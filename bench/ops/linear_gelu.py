@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bench.cases import BACKEND, RowsCase, Work, compiled, definition, in_both_precisions
+from bench.cases import (
+    BACKEND,
+    Factory,
+    Function,
+    RowsCase,
+    Work,
+    compiled,
+    definition,
+    in_both_precisions,
+)
 from bertfast import ops
 from bertfast.ops import reference
 
@@ -19,15 +31,15 @@ class LinearGeluCase(RowsCase):
     def size(self) -> str:
         return f"{self.rows}x{self.width}x{4 * self.width}"
 
-    def inputs(self, generator):
+    def inputs(self, generator: torch.Generator) -> list[Tensor]:
         columns = 4 * self.width
         weight = self.normal(generator, columns, self.width, scale=self.width**-0.5)
         return [self.normal(generator, self.rows, self.width), weight, self.normal(generator, columns)]
 
-    def definition(self, x, weight, bias):
+    def definition(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return reference.linear_gelu(x, weight, bias, "none")
 
-    def work(self, direction):
+    def work(self, direction: str) -> Work:
         narrow, wide, weight = self.rows * self.width, 4 * self.rows * self.width, 4 * self.width**2
         flops = 2 * self.rows * weight
         if direction == "forward":  # reads x and the weight, writes the GEMM output, which backward needs, and its GELU
@@ -36,11 +48,11 @@ class LinearGeluCase(RowsCase):
         return Work(2 * (narrow + weight + wide) * self.dtype.itemsize, 2 * flops)
 
 
-def fused(case: LinearGeluCase):
+def fused(case: LinearGeluCase) -> Function:
     return lambda x, weight, bias: ops.linear_gelu(x, weight, bias, implementation=BACKEND)
 
 
-def linear_and_bias_gelu(case: LinearGeluCase):
+def linear_and_bias_gelu(case: LinearGeluCase) -> Function:
     return lambda x, weight, bias: ops.bias_gelu(F.linear(x, weight), bias, implementation=BACKEND)
 
 
@@ -50,7 +62,7 @@ CASES = {
     "main": [LinearGeluCase(width=768)],
     "rest": [LinearGeluCase(width=1024)],
 }
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Factory] = {
     "bertfast": fused,
     "linear+bias_gelu": linear_and_bias_gelu,
     "definition": definition,
@@ -58,5 +70,5 @@ IMPLEMENTATIONS = {
 }
 
 
-def test_linear_gelu(measure):
+def test_linear_gelu(measure: Callable[[], None]) -> None:
     measure()

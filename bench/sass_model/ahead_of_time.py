@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
@@ -96,7 +97,7 @@ class _Absent:
     def get_current_device(self) -> int:
         return self.architecture  # separates the compilation caches of architectures
 
-    def get_current_stream(self, _device) -> int:
+    def get_current_stream(self, _device: object) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
@@ -104,7 +105,7 @@ class _Absent:
 
 
 @contextmanager
-def compile_only(architecture: int, compiled: Callable[[object, str, dict], None]) -> Iterator[None]:
+def compile_only(architecture: int, compiled: Callable[[Any, str, dict[str, Any]], None]) -> Iterator[None]:
     """Make every launch compile for `architecture` and do nothing else.
 
     Args:
@@ -112,10 +113,10 @@ def compile_only(architecture: int, compiled: Callable[[object, str, dict], None
         compiled: Called with each kernel that differs from those before, ptxas's output and the launch's options.
     """
     driver.set_active(_Absent(architecture))
-    device.capability = lambda _device: divmod(architecture, 10)
-    run, seen = JITFunction.run, set()
+    run = JITFunction.run
+    seen: set[str] = set()
 
-    def run_without_launch(self, *arguments, grid, warmup, **options):
+    def run_without_launch(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         with redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         if kernel.hash not in seen:
@@ -125,6 +126,7 @@ def compile_only(architecture: int, compiled: Callable[[object, str, dict], None
 
     # Kernels from the cache on disk have no output of ptxas.
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "capability", lambda _device: divmod(architecture, 10))
         patch.setattr(JITFunction, "run", run_without_launch)
         patch.setattr(triton.knobs.compilation, "always_compile", True)
         patch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
@@ -135,7 +137,7 @@ def compile_cases(architecture: int, cases: Iterable[tuple[str, Callable[[], Non
     """Return a report on each kernel that the cases (name, launch) launch."""
     results, case = [], ""
 
-    def report(kernel: object, log: str, options: dict) -> None:
+    def report(kernel: Any, log: str, options: dict[str, Any]) -> None:
         results.append(_report(kernel, log, options, architecture, case))
 
     with compile_only(architecture, report):
@@ -150,7 +152,7 @@ class _EachNth:
     def __init__(self, part: int, parts: int):
         self.part, self.parts = part, parts
 
-    def pytest_collection_modifyitems(self, items: list) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = items[self.part :: self.parts]
 
 
@@ -163,11 +165,15 @@ def compile_launches_of_tests(architecture: int, part: int, parts: int) -> list[
 
     dispatch._INTERPRETED = True  # Triton kernels are launched with CPU tensors
     results = []
+
+    def report(kernel: Any, log: str, options: dict[str, Any]) -> None:
+        results.append(_report(kernel, log, options, architecture, "a test's launch"))
+
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(_ROOT)]
     ignored = ["--ignore", str(_ROOT / "tests/kernels/test_guard_pages.py")]  # starts processes
     with (
         pytest.MonkeyPatch.context() as patch,
-        compile_only(architecture, lambda *kernel: results.append(_report(*kernel, architecture, "a test's launch"))),
+        compile_only(architecture, report),
         redirect_stdout(io.StringIO()),
     ):
         patch.setenv("BERTFAST_TESTED", "triton")
@@ -182,7 +188,7 @@ def serialised_wgmma(log: str) -> list[str]:
     return sorted(set(_SERIALISED.findall(log)))
 
 
-def _report(compiled, log: str, options: dict, architecture: int, case: str) -> Compiled:
+def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int, case: str) -> Compiled:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -191,6 +197,8 @@ def _report(compiled, log: str, options: dict, architecture: int, case: str) -> 
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, "cuobjdump reports the registers of each kernel"
     instructions = sass.parse(code)
     counts = sass.count(instructions)
     matmuls = Counter({name: count for name, count in counts.items() if "MMA" in name}).most_common(1)
@@ -202,7 +210,7 @@ def _report(compiled, log: str, options: dict, architecture: int, case: str) -> 
         case=case,
         shape=" x ".join(str(options[name]) for name in _BLOCKS if name in options),
         warps=compiled.metadata.num_warps,
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        registers=int(registers[1]),
         spills=counts["LDL"] + counts["STL"],
         shared_memory=compiled.metadata.shared,
         instructions=len(instructions),

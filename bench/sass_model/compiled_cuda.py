@@ -53,7 +53,7 @@ def main() -> int:
     kernels = readable({name for _, name in used})
     for name in sorted(kernels, key=lambda symbol: kernels[symbol]):
         registers = [used.get((arch, name), ("",))[0] for arch in architectures]
-        hopper = [sum(counted.get((arch, name), {}).get(code, 0) for arch in architectures) for code in HOPPER]
+        hopper = [sum(counted.get((arch, name), Counter[str]())[code] for arch in architectures) for code in HOPPER]
         lines.append(f"| {kernels[name]} | {' | '.join(str(count or '') for count in (*registers, *hopper))} |")
         if kernels[name].startswith("attention") and not all(hopper):
             faults.append(f"{kernels[name]} contains {dict(zip(HOPPER, hopper, strict=True))}")
@@ -75,9 +75,10 @@ def resources() -> dict[Key, tuple[int, int]]:
     return found
 
 
-def instructions() -> dict[Key, Counter]:
+def instructions() -> dict[Key, Counter[str]]:
     """Return how often each of Hopper's instructions occurs."""
-    found, key, arch = {}, ("", ""), ""
+    found: dict[Key, Counter[str]] = {}
+    key, arch = ("", ""), ""
     for line in cuobjdump("--dump-sass"):
         if match := re.search(r"arch = (\w+)", line):
             arch = match[1]

@@ -21,9 +21,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from bench.harness import RESULTS, origin, require_clean_tree
 from bench.sass_model.ahead_of_time import SHARED_MEMORY_KIB, Compiled, compile_cases, compile_launches_of_tests
@@ -64,7 +66,14 @@ def attention_cases(representative: bool) -> Cases:
         batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), tile_table(cu_seqlens, 16, bound), bound, 0.125)
         rng = (torch.zeros((), dtype=torch.int64), 256, 26) if dropout else (None, 0, 0)
 
-        def launch(qkv=qkv, o=o, lse=lse, batch=batch, mask=masks[mask], rng=rng) -> None:
+        def launch(
+            qkv: Tensor = qkv,
+            o: Tensor = o,
+            lse: Tensor = lse,
+            batch: tuple[Any, ...] = batch,
+            mask: tuple[Any, ...] = masks[mask],
+            rng: tuple[Any, ...] = rng,
+        ) -> None:
             torch.ops.bertfast.triton_attention_forward(qkv, *batch, *mask, *rng)
             torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *batch, *mask, *rng)
 
@@ -90,14 +99,26 @@ def add_layer_norm_cases(representative: bool) -> Cases:
         vector, statistics = torch.zeros(hidden), torch.zeros(16)
         dropout = _hidden_dropout(16) if dropped else (None, None, None, 0, 0)
 
-        def launch(x=x, residual=residual, vector=vector, statistics=statistics, dropout=dropout) -> None:
+        def launch(
+            x: Tensor = x,
+            residual: Tensor = residual,
+            vector: Tensor = vector,
+            statistics: Tensor = statistics,
+            dropout: tuple[Any, ...] = dropout,
+        ) -> None:
             torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout)
             torch.ops.bertfast.triton_add_layer_norm_backward(
                 residual, x, residual, vector, vector, statistics, statistics, *dropout
             )
 
         # Under autocast a layer also writes a copy of the output, and gets gradients of both.
-        def launch_pair(x=x, residual=residual, vector=vector, statistics=statistics, dropout=dropout) -> None:
+        def launch_pair(
+            x: Tensor = x,
+            residual: Tensor = residual,
+            vector: Tensor = vector,
+            statistics: Tensor = statistics,
+            dropout: tuple[Any, ...] = dropout,
+        ) -> None:
             copy = None if x.dtype == residual.dtype else x.dtype  # in bf16 the copy is the output itself
             torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout, copy)
             torch.ops.bertfast.triton_add_layer_norm_backward(
@@ -120,7 +141,7 @@ def bias_gelu_cases(representative: bool) -> Cases:
         x, bias = torch.zeros(16, columns, dtype=dtype), torch.zeros(columns)
         weight = torch.zeros(columns, columns // 4, dtype=dtype)
 
-        def launch(x=x, bias=bias, weight=weight, approximate=approximate) -> None:
+        def launch(x: Tensor = x, bias: Tensor = bias, weight: Tensor = weight, approximate: str = approximate) -> None:
             torch.ops.bertfast.triton_bias_gelu_forward(x, bias, approximate)
             torch.ops.bertfast.triton_bias_gelu_backward(x, x, bias, approximate)
             torch.ops.bertfast.triton_linear_gelu_forward(x[:, : weight.shape[1]], weight, bias, approximate)
@@ -134,7 +155,7 @@ def gelu_layer_norm_cases(representative: bool) -> Cases:
     for hidden, dtype in itertools.product((768, 4096) if representative else HIDDEN, (BF16, FLOAT)):
         x, vector, statistics = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden), torch.zeros(16)
 
-        def launch(x=x, vector=vector, statistics=statistics) -> None:
+        def launch(x: Tensor = x, vector: Tensor = vector, statistics: Tensor = statistics) -> None:
             torch.ops.bertfast.triton_gelu_layer_norm_forward(x, vector, vector, vector, 1e-12)
             torch.ops.bertfast.triton_gelu_layer_norm_backward(x, x, vector, vector, statistics, statistics)
 
@@ -153,7 +174,13 @@ def embeddings_cases(representative: bool) -> Cases:
         ids, statistics = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
         dropout = _hidden_dropout(64) if dropped else (None, None, None, 0, 0)
 
-        def launch(table=table, vector=vector, ids=ids, statistics=statistics, dropout=dropout) -> None:
+        def launch(
+            table: Tensor = table,
+            vector: Tensor = vector,
+            ids: Tensor = ids,
+            statistics: Tensor = statistics,
+            dropout: tuple[Any, ...] = dropout,
+        ) -> None:
             inputs = (table, table, table[:2], ids, ids, ids, vector)
             torch.ops.bertfast.triton_embeddings_forward(*inputs, vector, 1e-12, *dropout)
             torch.ops.bertfast.triton_embeddings_backward(table, *inputs, statistics, statistics, 0, *dropout)
@@ -168,14 +195,16 @@ def linear_cross_entropy_cases(representative: bool) -> Cases:
         hidden, weight = torch.zeros(16, 8, dtype=dtype), torch.zeros(vocabulary, 8, dtype=dtype)
         rows = torch.zeros(16, dtype=torch.int64)
 
-        def launch(hidden=hidden, weight=weight, rows=rows, dtype=dtype) -> None:
+        def launch(
+            hidden: Tensor = hidden, weight: Tensor = weight, rows: Tensor = rows, dtype: torch.dtype = dtype
+        ) -> None:
             bias, needs_grad = weight[:, 0].contiguous(), [True, True, True]
             torch.ops.bertfast.triton_linear_cross_entropy_forward(hidden, rows, weight, bias, rows, needs_grad, dtype)
 
         yield f"{_name(dtype)}, V = {vocabulary:,}", launch
 
 
-def _hidden_dropout(tokens: int) -> tuple:
+def _hidden_dropout(tokens: int) -> tuple[Any, ...]:
     identity = torch.zeros(tokens, dtype=torch.int64)
     return torch.zeros((), dtype=torch.int64), identity, identity, 256, 26
 

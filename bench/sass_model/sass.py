@@ -45,7 +45,10 @@ class Instruction:
         """The number of groups of wgmma that may be pending after this wait; None if it is not such a wait."""
         if not self.opcode.startswith("WARPGROUP.DEPBAR"):
             return None
-        return int(re.search(r"gsb0, 0x([0-9a-f]+)", self.operands)[1], 16)
+        found = re.search(r"gsb0, 0x([0-9a-f]+)", self.operands)
+        if found is None:
+            raise ValueError(f"a wait without a number of groups: {self.opcode} {self.operands}")
+        return int(found[1], 16)
 
     @property
     def target(self) -> int | None:

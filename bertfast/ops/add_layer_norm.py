@@ -5,7 +5,7 @@ Statistics and sums are at least fp32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,32 @@ _ARGUMENTS = Arguments(
 )
 
 
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    dropout: Dropout | float | None = None,
+    *,
+    compute_dtype: None = None,
+    implementation: Implementation | None = None,
+) -> Tensor: ...
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    dropout: Dropout | float | None = None,
+    *,
+    compute_dtype: torch.dtype | None,
+    implementation: Implementation | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
