@@ -65,6 +65,16 @@ GRACE = 5  # seconds for an interrupted part to write its results
 PACKING = 5  # seconds between two versions of the tar file
 NO_GPU = "there is no GPU"
 OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embeddings", "linear_cross_entropy")
+# For a process with `site` on its path, since only there bertfast is complete, or that of the wheel.
+DESCRIPTION = """
+import json
+import sys
+from pathlib import Path
+from bench.gpu_check import missing_library
+from bench.harness import origin, require_clean_tree
+require_clean_tree(Path(sys.argv[1]))
+print(json.dumps({"origin": origin(), "no_library": missing_library()}))
+"""
 SELF_TEST = """
 import sys
 from bertfast.cli.doctor import DoctorSettings, doctor
@@ -126,13 +136,10 @@ def main() -> int:
         else:
             lay_out(Path(site, "bertfast"))
         Path(site, "bench").symlink_to(ROOT / "bench")
-        sys.path.insert(0, site)
-        from bench.harness import require_clean_tree
-
-        require_clean_tree(target)
-        origin = print_environment()
+        origin, no_library = describe(site, target)
+        print_environment(origin)
         probes = str(arguments.probes.resolve()) if arguments.probes else None
-        found = parts(arguments.check, Path(folder), missing_library(), probes)
+        found = parts(arguments.check, Path(folder), no_library, probes)
         outcomes = run_all(found, arguments.check, Path(folder), site, target, end, origin)
         report = Path(folder, "report.log")
         if report.exists():
@@ -169,17 +176,34 @@ def pack(folder: Path, target: Path) -> None:
     os.replace(unfinished, target)
 
 
-def print_environment() -> dict[str, Any]:
-    """Print and return the hardware, the versions and the commit."""
-    from bench.harness import origin
+def describe(site: str, target: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the origin of results, and why there are no CUDA kernels of the compiled library (None: there are).
 
-    environment = origin()
-    gpu = ", ".join(f"{name} {value}" for name, value in environment.get("gpu", {}).items())
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    print(gpu or environment["processor"])
-    print(f"Python {environment['python']}, {versions}")
-    print(f"commit {environment['commit'] or 'unknown'}\n", flush=True)
-    return environment
+    Raises:
+        SystemExit: `target` must not be written, because there are uncommitted changes, or bertfast cannot be imported.
+    """
+    command = [sys.executable, "-c", DESCRIPTION, str(target)]
+    ran = subprocess.run(command, cwd=ROOT, env=with_site(site), capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(ran.stderr.strip())
+    description = json.loads(ran.stdout.splitlines()[-1])
+    return description["origin"], description["no_library"]
+
+
+def with_site(site: str) -> dict[str, str]:
+    """Return the environment of a process that finds bertfast and bench in the folder `site`."""
+    path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+    # With PYTHONSAFEPATH the current folder is not on the path, where `kernels` would hide the package of that name.
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def print_environment(origin: dict[str, Any]) -> None:
+    """Print the hardware, the versions and the commit."""
+    gpu = ", ".join(f"{name} {value}" for name, value in origin.get("gpu", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    print(gpu or origin["processor"])
+    print(f"Python {origin['python']}, {versions}")
+    print(f"commit {origin['commit'] or 'unknown'}\n", flush=True)
 
 
 def missing_library() -> str | None:
@@ -309,9 +333,7 @@ def run(part: Part, folder: Path, site: str, limit: float, keep: Callable[[], No
     """
     if part.skip or limit <= 0:
         return Outcome(part.name, "skipped", 0.0, part.skip or "no time is left")
-    # With PYTHONSAFEPATH the current folder is not on the path, where `kernels` would hide the package of that name.
-    path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | part.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment = with_site(site) | part.environment
     logs = [folder / f"{part.name.replace(' ', '_')}{'_' * bool(i)}{i or ''}.log" for i in range(len(part.commands))]
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
