@@ -93,7 +93,8 @@ def evaluate_masked_lm(
     """Validate a model on text, with the same masked tokens in every call.
 
     Args:
-        name: Folder or hub id of the model. If it has a next-sentence head, sentence pairs are classified as well.
+        name: Folder or hub id of the model. With a next-sentence head and at least two documents in the text, sentence pairs are
+            classified as well.
         text: Text file or folder.
         max_seq_length: Maximum sequence length in tokens; None: the model's number of positions.
         tokens_per_batch: Tokens per batch.
@@ -107,13 +108,13 @@ def evaluate_masked_lm(
     model, missing, _ = load(BertForPreTraining, folder)
     if "cls.predictions.transform.dense.weight" in missing:
         raise ValueError(f"{name} has no weights cls.predictions…, so it was not trained as a BertForMaskedLM")
-    pairs = "cls.seq_relationship.weight" not in missing
     tokenizer = open_tokenizer(folder, model.config)
     require_packed(model)
     length = sequence_length(max_seq_length, model.config)
     with TemporaryDirectory() as scratch:
         corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)
         shards = Shards.open(prepare(PrepareSettings(scratch, corpus)) / "train")
+        pairs = "cls.seq_relationship.weight" not in missing and shards.documents > 1
         batches = Batches(
             shards,
             special_tokens(tokenizer),
