@@ -25,7 +25,7 @@ PRETRAIN = [
     "--tokens-per-batch",
     "1024",
     "--gradient-accumulation-steps",
-    "1",
+    "4",
     "--vocab-size",
     "96",
 ]

@@ -93,8 +93,8 @@ def evaluate_masked_lm(
     """Validate a model on text, with the same masked tokens in every call.
 
     Args:
-        name: Folder or hub id of the model. With a next-sentence head and at least two documents in the text, sentence pairs are
-            classified as well.
+        name: Folder or hub id of the model. With a next-sentence head and at least two documents in the text,
+            sentence pairs are classified as well.
         text: Text file or folder.
         max_seq_length: Maximum sequence length in tokens; None: the model's number of positions.
         tokens_per_batch: Tokens per batch.
