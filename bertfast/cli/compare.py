@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
-from bertfast.data.text_files import read_lines
+from bertfast.data.text_files import read_lines, require_file
 from bertfast.models.bert import BertForMultipleChoice, BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
@@ -74,6 +74,8 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     Raises:
         ValueError: There is no text, or the model has parts that transformers does not have.
     """
+    if settings.input_file not in (None, "-"):
+        require_file(settings.input_file, "--input-file")
     folder, device = resolve(name), choose_device(settings.device)
     config = read_config(folder)
     if isinstance(config, ExtendedBertConfig):

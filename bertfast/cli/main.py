@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import recipe_names
 from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.settings import Settings
 from bertfast.runtime.signals import RunStopped
 
 
@@ -173,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         about = f"{command.summary}\n\nExample: bertfast {name} {command.example}\n{_CONFIG_HELP}"
         settings = parse(name, getattr(module, command.settings), rest, about)
+        _require_folder(settings)
         result = getattr(module, command.function)(settings)
     except KeyboardInterrupt:
         print(
@@ -184,6 +187,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bertfast {name}: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     return result if isinstance(result, int) else 0
+
+
+def _require_folder(settings: Settings) -> None:
+    """Raise NotADirectoryError if a command's output folder, or a folder above it, is a file."""
+    output = getattr(settings, "output_dir", None)
+    if output is not None:
+        for path in (Path(output), *Path(output).parents):
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(f"--output-dir {output}: {path} is a file; give a folder")
 
 
 def _usage() -> str:

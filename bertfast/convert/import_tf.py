@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig, PreTrainedModel
 from tyro.conf import Positional
 
-from bertfast.convert.tensor_bundle import read_tensors
+from bertfast.convert.tensor_bundle import find_index, read_tensors
 from bertfast.models.bert import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 from bertfast.models.files import save
 from bertfast.runtime.settings import Settings
@@ -64,6 +64,7 @@ def import_checkpoint(settings: ImportSettings) -> Path:
         FileNotFoundError: A file is missing.
         ValueError: The checkpoint is damaged, or is not a BERT of the configured sizes.
     """
+    find_index(settings.checkpoint)
     source = Path(settings.checkpoint).parent
     config_file = Path(settings.bert_config or source / "bert_config.json")
     if not config_file.is_file():

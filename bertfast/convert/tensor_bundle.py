@@ -33,11 +33,7 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
         FileNotFoundError: A file of the checkpoint is missing.
         ValueError: A file is damaged, or an entry is not an array of numbers.
     """
-    index = Path(f"{prefix}.index")
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"there is no {index}: name a TensorFlow checkpoint without its suffix, such as bert_model.ckpt"
-        )
+    index = find_index(prefix)
     try:
         entries = {key.decode(): _fields(value) for key, value in _table(index.read_bytes())}
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
@@ -50,6 +46,17 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
             raise FileNotFoundError(f"{file} is missing, although {index.name} refers to it")
         data.append(np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8))
     return {name: _tensor(name, entry, data) for name, entry in entries.items()}
+
+
+def find_index(prefix: str | Path) -> Path:
+    """Return the index file of a checkpoint; FileNotFoundError if there is none."""
+    index = Path(f"{prefix}.index")
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {prefix}, since {index} is missing: name a TensorFlow checkpoint without its "
+            "suffix, such as bert_model.ckpt"
+        )
+    return index
 
 
 def _tensor(name: str, entry: Fields, data: list[np.ndarray]) -> np.ndarray:

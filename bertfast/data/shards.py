@@ -254,7 +254,7 @@ def _read_manifest(folder: Path) -> Manifest:
         manifest: Manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no manifest.json: give a folder that `bertfast prepare` wrote"
+            f"{folder} holds no manifest.json: give --data-dir a folder that `bertfast prepare` wrote"
         ) from None
     except ValueError:
         raise ValueError(f"{path} is damaged: it is not JSON; run `bertfast prepare` again") from None

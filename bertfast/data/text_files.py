@@ -30,6 +30,14 @@ _UNREADABLE = {  # first bytes of a file: what it is and what to do
 }
 
 
+def require_file(path: Path | str, flag: str) -> None:
+    """Raise FileNotFoundError, naming the flag, if there is no file to read; a pipe is a file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{flag} {path}: is a folder, not a file")
+
+
 def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line including its end) of a text file.
 

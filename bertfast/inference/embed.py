@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import COMPRESSIONS, read_lines
+from bertfast.data.text_files import COMPRESSIONS, read_lines, require_file
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
@@ -93,6 +93,8 @@ def embed(settings: EmbedSettings) -> Path:
     Raises:
         ValueError: A text cannot be read, or the folder has parts of other texts, another model or other settings.
     """
+    if settings.input_file not in (None, "-"):
+        require_file(settings.input_file, "--input-file")
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device)
     max_length = sequence_length(settings.max_seq_length, model.config)

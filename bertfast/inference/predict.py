@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bertfast.data.text_files import require_file
 from bertfast.models.files import read_config, resolve
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
-from bertfast.tasks.pretrained import open_model, sequence_length
+from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import Outputs, Task
@@ -41,9 +42,11 @@ class PredictSettings(TaskSettings):
 
 def predict(settings: PredictSettings) -> None:
     """Print one JSON object per example, with the prediction and its probability."""
+    file = settings.input_file
+    if file not in (None, "-"):
+        require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, task.config)
-    file = settings.input_file
     chunks = _from_lines(task) if file in (None, "-") else [task.read(file, labelled=False)]
     for examples in chunks:
         examples, features = task.featurize(examples, tokenizer, length)
@@ -58,7 +61,13 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
     config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
     device = choose_device(settings.compute.device)
-    model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix, device)
+    try:
+        model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix, device)
+    except MissingHeadError as error:
+        raise MissingHeadError(
+            f"{error}: fine-tune it with `bertfast finetune`, or measure a pre-trained model on text with "
+            "`bertfast evaluate --objective mlm`"
+        ) from None
     task.set_config(config)
     return task, model, tokenizer
 

@@ -42,13 +42,17 @@ def resolve(name: str | Path) -> Path:
             "folder"
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     files = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:  # of the network, the hub, or the form of the name
+    except HFValidationError:
+        raise FileNotFoundError(f"{name} is not a folder, and not the id of a model on the hub (OWNER/NAME)") from None
+    except Exception as error:  # of the network or the hub
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{name} is not a folder, and not a model that can be downloaded from the hub: {error}"
+            f"{name} is not a folder, and not a model that can be downloaded from the hub: {reason}"
         ) from error
 
 

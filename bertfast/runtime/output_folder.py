@@ -137,7 +137,7 @@ def _describe_file(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[s
 
 def _check(folder: Path, record: Mapping[str, Any] | None, described: Mapping[str, Any]) -> None:
     if record is None:
-        raise OriginError(f"{folder} has contents without a record of what they were made from")
+        raise OriginError(f"{folder} has contents without a record of their inputs and settings")
     differences = []
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
         before, now = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
@@ -148,7 +148,7 @@ def _check(folder: Path, record: Mapping[str, Any] | None, described: Mapping[st
         if before != now:
             differences.append(f"{flag} was {json.dumps(before)} and is {json.dumps(now)}")
     if differences:
-        raise OriginError(f"the contents of {folder} were made otherwise: {'; '.join(differences)}")
+        raise OriginError(f"{folder} was written with other inputs or settings: {'; '.join(differences)}")
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> str:

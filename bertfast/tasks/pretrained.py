@@ -20,6 +20,10 @@ HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
+class MissingHeadError(ValueError):
+    """A model has no weights of the head without which its predictions are meaningless."""
+
+
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     """Open the tokenizer in a model's folder; ValueError if its vocabulary is larger than the model's."""
     tokenizer = load_tokenizer(folder)
@@ -44,14 +48,17 @@ def open_model(
         device: Device of the model; None: the CPU.
 
     Raises:
-        ValueError: There are no such weights, or the model cannot run on packed batches.
+        MissingHeadError: There are no such weights.
+        ValueError: The model cannot run on packed batches.
     """
     folder = resolve(name)
     config = read_config(folder)
     tokenizer = open_tokenizer(folder, config)
     model, missing, unexpected = load(model_class, folder, config)
     if head_prefix and any(key.startswith(head_prefix) for key in missing):
-        raise ValueError(f"{name} has no weights {head_prefix}…, so it was not trained as a {model_class.__name__}")
+        raise MissingHeadError(
+            f"{name} has no weights {head_prefix}…, so it was not trained as a {model_class.__name__}"
+        )
     # Checkpoints often contain heads of other tasks: not worth a warning.
     report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
     require_packed(model)

@@ -118,7 +118,7 @@ class Distributed:
         if error is not None:
             raise error
         if failed:
-            raise ValueError("rank 0 failed; its message says why")
+            raise ValueError("rank 0 failed: correct the error that it printed, then start all processes again")
         return result
 
     def destroy(self) -> None:

@@ -13,6 +13,7 @@ from bertfast.models.bert import BertForPreTraining
 from bertfast.models.extensions import ExtendedBertConfig, class_for
 from bertfast.models.files import load, read_config, report_differences
 from bertfast.models.initialise import initialise
+from bertfast.runtime.settings import nearest
 
 
 def initial_config(
@@ -92,10 +93,13 @@ def _parse_overrides(text: str) -> dict[str, int | float | str]:
     for entry in filter(None, text.split(",")):
         name, _, value = entry.partition("=")
         if types.get(name) not in (int, float, str) or name in ("model_type", "transformers_version"):
-            raise ValueError(f"--config-overrides: {name!r} is not a size or option of a BERT configuration")
+            known = [known for known, kind in types.items() if kind in (int, float, str)]
+            raise ValueError(
+                f"--config-overrides: {name!r} is not a size or option of a BERT configuration{nearest(name, known)}"
+            )
         try:
             changes[name] = types[name](value)
         except ValueError:
-            kind = types[name].__name__
-            raise ValueError(f"--config-overrides: {name} must be of type {kind}, got {value!r}") from None
+            kind = {int: "an integer", float: "a number"}[types[name]]
+            raise ValueError(f"--config-overrides: {name} must be {kind}, got {value!r}") from None
     return changes

@@ -134,7 +134,12 @@ class BatchPlan:
 def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path | None) -> Path:
     """Return the folder of the shards; without `data_dir`, the main process prepares the corpus first."""
     if settings.data_dir is not None:
-        return Path(settings.data_dir)
+        folder = Path(settings.data_dir)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"--data-dir {folder}: no such folder; `bertfast prepare --output-dir {folder}` writes it"
+            )
+        return folder
     corpus, folder = settings.corpus, Path(settings.output_dir, "data")
     if initial is not None and corpus.tokenizer_name is None:
         corpus = corpus.replace(tokenizer_name=str(initial))

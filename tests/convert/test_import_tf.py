@@ -137,8 +137,11 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 def test_the_config_of_the_model_can_be_in_another_folder(tmp_path, capsys):
     arguments = ["import", str(tmp_path / "bert_model.ckpt"), str(tmp_path / "out")]
     assert main(arguments) == 1
+    assert "name a TensorFlow checkpoint without its suffix" in capsys.readouterr().err
+    (tmp_path / "bert_model.ckpt.index").touch()
+    assert main(arguments) == 1
     assert "name the model's bert_config.json with --bert-config" in capsys.readouterr().err
     config = tmp_path / "elsewhere.json"
     config.write_text(json.dumps({"hidden_size": 64}))
     assert main([*arguments, "--bert-config", str(config)]) == 1
-    assert "name a TensorFlow checkpoint without its suffix" in capsys.readouterr().err
+    assert "bert_model.ckpt.index is damaged" in capsys.readouterr().err

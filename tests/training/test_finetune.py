@@ -237,7 +237,7 @@ def test_without_a_finite_gradient_the_run_stops_with_finite_weights(pretrained,
         ({"eval_tokens": 0}, "--eval-tokens must be at least 1, got 0"),
         ({"validation_file": None, "early_stopping_patience": 1}, "require --validation-file"),
         ({"features_dir": "kept"}, "--features-dir requires --strategy feature-based"),
-        ({"random_init": True, "init_from_task": "tuned"}, "choose one"),
+        ({"random_init": True, "init_from_task": "tuned"}, "exclude each other"),
         ({"init_from_task": "./nowhere"}, "nowhere is not a folder"),
     ],
 )

@@ -230,7 +230,7 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
             "--max-seq-length 64 is more than the model's 32 positions",
         ),
         ({"config_overrides": "hiden_size=3"}, "'hiden_size' is not a size"),
-        ({"config_overrides": "hidden_size=wide"}, "--config-overrides: hidden_size must be of type int, got 'wide'"),
+        ({"config_overrides": "hidden_size=wide"}, "--config-overrides: hidden_size must be an integer, got 'wide'"),
         ({"tokens_per_batch": 8}, "cannot hold a sample"),
         ({"init_from": "nowhere/at/all"}, "not a folder"),
         ({"device": "cuda:7"}, "--device cuda:7 is not available"),
