@@ -115,7 +115,7 @@ def test_the_self_tests_cover_every_triton_kernel_once(monkeypatch):
 def test_missing_requirements_are_skipped_with_a_reason(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    skipped = {part.name: part.skip for part in gpu_check.right_parts("not available: no compiled library", None)}
+    skipped = {part.name: part.skip for part in gpu_check.accuracy_parts("not available: no compiled library", None)}
     assert skipped["self-test"] is None
     assert skipped["CUDA C++ self-test"] == "not available: no compiled library"
     assert skipped["layout probes"] == "not available: neither --probes nor nvcc"
@@ -125,7 +125,7 @@ def test_missing_requirements_are_skipped_with_a_reason(monkeypatch):
 def test_prebuilt_probes_need_no_compiler(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    probes = next(part for part in gpu_check.right_parts(None, "/folder/probes.so") if part.name == "layout probes")
+    probes = next(part for part in gpu_check.accuracy_parts(None, "/folder/probes.so") if part.name == "layout probes")
     assert probes.skip is None
     assert probes.environment == {"BERTFAST_PROBES": "/folder/probes.so"}
 

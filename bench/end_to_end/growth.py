@@ -34,7 +34,7 @@ from bench.harness import (
     stopwatch,
     write_result,
 )
-from bertfast.models.presets import Preset
+from bertfast.architectures.presets import Preset
 from bertfast.runtime.plotting import COLORS
 
 MIN_LENGTH = 128

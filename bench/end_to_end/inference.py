@@ -42,8 +42,8 @@ from bench.harness import (
     side_by_side,
     write_result,
 )
+from bertfast.architectures.presets import Preset
 from bertfast.data.tokenizer import load_tokenizer
-from bertfast.models.presets import Preset
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table

@@ -44,9 +44,9 @@ from bench.harness import (
     time_limit,
     write_result,
 )
+from bertfast.architectures.presets import Preset
 from bertfast.data.batches import Batch
 from bertfast.encoder import pretraining_loss
-from bertfast.models.presets import Preset
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.training.flops import step_flops
