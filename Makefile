@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
+TORCH  := torch==2.13.0
 # One process per core, at most 8, each with one thread: more threads than cores would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The Triton versions of PyTorch 2.11 and 2.14; a process that has one of these folders on its path uses it.
@@ -48,7 +49,7 @@ BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet setuptools wheel ninja pybind11
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from environments import ROOT, Environment, oldest_torch, run
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
-TORCH_OF_TESTS = "torch==2.13.0"
+# The Makefile has the version of PyTorch that the tests run with.
+TORCH_OF_TESTS = re.search(r"^TORCH *:= *(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
 BUILD_PACKAGES = ("setuptools>=77", "wheel", "ninja", "pybind11", "numpy")
 
 
