@@ -35,6 +35,13 @@ def short_batches_run_packed(monkeypatch):
 
 
 @pytest.fixture
+def any_precision_runs(monkeypatch):
+    """Run programs also in precisions, and with heads of sizes, for which the CPU has no kernels."""
+    for program in ("tasks.pretrained", "training.pretrain"):
+        monkeypatch.setattr(f"bertfast.{program}.require_packed", lambda model, precision: None)
+
+
+@pytest.fixture
 def unwritten_memory_is_nan():
     """Fill uninitialised memory with NaN, so that reading it shows in results."""
     torch.use_deterministic_algorithms(True)

@@ -96,9 +96,9 @@ def embed(settings: EmbedSettings) -> Path:
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
     device = choose_device(settings.compute.device)
-    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device)
+    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device, settings.compute.precision)
     max_length = sequence_length(settings.max_seq_length, model.config)
-    origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision))
+    origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
     opened = output_folder(Path(settings.output_dir), origin, ("part-*",), overwrite=settings.overwrite_output_dir)
     with opened as folder, tqdm(desc="embed", unit="text") as bar:
         texts = _texts(settings)
@@ -137,7 +137,7 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
     size = model.config.hidden_size * (len(layers) if concatenated else 1)
     per_token = settings.pooling == "none"
     embeddings = torch.empty(len(features.token_ids) if per_token else len(features), size)
-    precision = choose_precision(model.device, settings.compute.precision)
+    precision = choose_precision(model.device, settings.compute.precision, model.config)
     only_last = layers == [model.config.num_hidden_layers]
 
     def forward(inputs: ModelInputs) -> Tensor:

@@ -60,9 +60,10 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
     """Return the task that a model was fine-tuned for, the model on its device, and its tokenizer."""
     config = read_config(resolve(settings.model_name_or_path))
     task = choose_task(settings, config=config)
-    device = choose_device(settings.compute.device)
+    name, compute = settings.model_name_or_path, settings.compute
+    device = choose_device(compute.device)
     try:
-        model, tokenizer = open_model(task.model_class, settings.model_name_or_path, task.head_prefix, device)
+        model, tokenizer = open_model(task.model_class, name, task.head_prefix, device, compute.precision)
     except MissingHeadError as error:
         raise MissingHeadError(
             f"{error}: fine-tune it with `bertfast finetune`, or measure a pre-trained model on text with "
@@ -75,7 +76,8 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
 @torch.no_grad()
 def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> Outputs:
     """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
-    training, precision = model.training, choose_precision(model.device, task.settings.compute.precision)
+    training = model.training
+    precision = choose_precision(model.device, task.settings.compute.precision, model.config)
     model.train(False)
     outputs: list[Any] = [None] * len(features)
 

@@ -18,6 +18,7 @@ from bertfast.architectures.methods import original_class, replaced_method, runs
 from bertfast.encoder import is_linear, kernel_support
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
+from bertfast.runtime.precision import autocast
 from bertfast.runtime.torch_compat import any_parameter, has_global_hooks
 
 
@@ -139,22 +140,27 @@ def is_supported(model: nn.Module) -> bool:
     return any(_is_encoder(module) and _own_method(module) is None for module in model.modules())
 
 
-def require_packed(model: PreTrainedModel) -> None:
+def require_packed(model: PreTrainedModel, precision: str = "fp32") -> None:
     """Check that the functions of `bertfast.encoder` can run a model and its head on packed batches.
+
+    Args:
+        model: The model, on the device on which it will run.
+        precision: fp32, bf16 or fp16.
 
     Raises:
         ValueError: A part of the model would have to run transformers' own code; the message has the report.
     """
-    encoder = model.base_model
-    is_packed = (
-        isinstance(encoder, fused.FusedEncoder)
-        and calls.kernels_unsupported_reason(encoder, {}) is None
-        and eligibility.whole_unsupported_reason(encoder) is None
-    )
-    if isinstance(model, fused.FusedMaskedLM | fused.FusedPreTraining):
-        is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
-    if not is_packed:
-        raise ValueError(f"this {type(model).__name__} cannot run on packed batches:\n{report(model)}")
+    encoder, name = model.base_model, type(model).__name__
+    with autocast(model.device, precision):
+        is_packed = isinstance(encoder, fused.FusedEncoder) and eligibility.whole_unsupported_reason(encoder) is None
+        reason = calls.kernels_unsupported_reason(encoder, {}) if isinstance(encoder, fused.FusedEncoder) else None
+        if isinstance(model, fused.FusedMaskedLM | fused.FusedPreTraining):
+            is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
+        if not is_packed:
+            raise ValueError(f"this {name} cannot run on packed batches:\n{report(model)}")
+    if reason is not None:
+        advice = ": pass --precision fp32" if precision != "fp32" else ""
+        raise ValueError(f"this {name} cannot run on packed batches with --precision {precision}, {reason}{advice}")
 
 
 def _is_encoder(module: nn.Module) -> TypeGuard[PreTrainedModel]:

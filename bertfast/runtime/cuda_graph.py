@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import unsupported_reason
-from bertfast.runtime.precision import half
+from bertfast.runtime.precision import ModelConfig, half
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Captures the kernels that a function launches; returns the tensor of its result and a function that replays them."""
@@ -36,13 +36,6 @@ class StaticBatch(Protocol):
     def options(self) -> Hashable:
         """Return what, besides the shapes of the tensors, determines which operations run."""
         ...
-
-
-class ModelConfig(Protocol):
-    """Sizes that determine the head dimension."""
-
-    hidden_size: int
-    num_attention_heads: int
 
 
 class CapturableModel(Protocol):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
+from bertfast.ops import native
+from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.matmul import linear
 from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
 
@@ -17,6 +19,13 @@ _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ChosenPrecision = Literal["fp32", "bf16", "fp16"]
 ResidualPrecision = Literal["fp32", "bf16"]
+
+
+class ModelConfig(Protocol):
+    """Sizes that determine the head dimension."""
+
+    hidden_size: int
+    num_attention_heads: int
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -48,17 +57,24 @@ def has_bf16_gemm(device: torch.device) -> bool:
     return cpu_has_bf16_gemm()
 
 
-def choose_precision(device: torch.device, precision: Precision = "auto") -> ChosenPrecision:
+def choose_precision(
+    device: torch.device, precision: Precision = "auto", config: ModelConfig | None = None
+) -> ChosenPrecision:
     """Return the precision to compute in.
 
     Args:
         device: Device to compute on.
         precision: Requested precision. auto: bf16 if the device has native bf16 GEMMs and, on a CPU, they are faster
-            than in fp32, which is measured once, in half a second; else fp32.
+            than in fp32, which is measured once, in half a second; else fp32, as without kernels for 16 bits.
+        config: Configuration of the model, whose head dimension may have no kernels; None: it has.
     """
-    if precision == "auto":
-        return "bf16" if has_bf16_gemm(device) and (device.type == "cuda" or _bf16_is_faster()) else "fp32"
-    return precision
+    if precision != "auto":
+        return precision
+    has_kernels = config is None or config.hidden_size // config.num_attention_heads in HEAD_DIMENSIONS
+    if not has_kernels or not has_bf16_gemm(device):
+        return "fp32"
+    is_faster = device.type == "cuda" or (native.UNAVAILABLE_REASON is None and _bf16_is_faster())
+    return "bf16" if is_faster else "fp32"
 
 
 def half(precision: str) -> torch.dtype:

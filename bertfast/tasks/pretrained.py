@@ -13,6 +13,7 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.models.files import load, read_config, report_differences, resolve
 from bertfast.models.patch import require_packed
+from bertfast.runtime.precision import Precision, choose_precision
 
 HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
@@ -37,7 +38,11 @@ def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
 
 
 def open_model(
-    model_class: type[Model], name: str, head_prefix: str, device: torch.device | None = None
+    model_class: type[Model],
+    name: str,
+    head_prefix: str,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[Model, Tokenizer]:
     """Open a model in evaluation mode, and its tokenizer.
 
@@ -46,6 +51,7 @@ def open_model(
         name: Folder or hub id.
         head_prefix: Prefix of the names of the weights without which its predictions are meaningless; "": none.
         device: Device of the model; None: the CPU.
+        precision: Precision in which it will run: auto, fp32, bf16 or fp16.
 
     Raises:
         MissingHeadError: There are no such weights.
@@ -61,10 +67,10 @@ def open_model(
         )
     # Checkpoints often contain heads of other tasks: not worth a warning.
     report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
-    require_packed(model)
     assert isinstance(model, model_class)  # or a subclass with extensions
     if device is not None:
         nn.Module.to(model, device)  # transformers' own `to` has no usable type
+    require_packed(model, choose_precision(model.device, precision, config))
     return model, tokenizer
 
 

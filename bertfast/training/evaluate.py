@@ -68,7 +68,7 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
         task.write_predictions(folder, "validation", examples, features, outputs)
         table = task.confusion_matrix(examples, features, outputs)
         if table is not None and len(table[0]) <= _LABELS_SHOWN:
-            precision = choose_precision(model.device, settings.compute.precision)
+            precision = choose_precision(model.device, settings.compute.precision, model.config)
             title = plot_title(settings.model_name_or_path, model.device, precision)
             if not draw_confusion(table, folder / "confusion.png", title):
                 print("No confusion.png: plots require `pip install bertfast[plots]`.")

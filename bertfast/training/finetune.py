@@ -95,7 +95,6 @@ class Finetuning:
                 f"{self.folder} holds a model already: choose another --output-dir, or add --overwrite-output-dir"
             )
         self.device = choose_device(settings.compute.device)
-        self.precision = choose_precision(self.device, settings.compute.precision)
         self.task = self._choose_task()
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         paths = {split: path for split, path in files.items() if path is not None}
@@ -103,6 +102,7 @@ class Finetuning:
         source = resolve(settings.model_name_or_path)
         self.config = self._configure(source, self.task.label_config(examples["train"]))
         self.task.set_config(self.config)
+        self.precision = choose_precision(self.device, settings.compute.precision, self.config)
         self.metric = self._choose_metric()
         self.tokenizer = open_tokenizer(source, self.config)
         self.examples: dict[str, Any] = {}
@@ -110,7 +110,6 @@ class Finetuning:
         self._featurize(examples, paths)
         torch.manual_seed(self.hyperparameters.seed)
         self.model = self._build_model(source)
-        nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
         self._scratch: TemporaryDirectory[str] | None = None
         if settings.feature_based.strategy == "feature-based":
             self._replace_inputs_by_states()
@@ -219,7 +218,8 @@ class Finetuning:
             initialise(model)
         else:
             model = self._open_model(source)
-        require_packed(model.train())
+        nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
+        require_packed(model.train(), self.precision)
         torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
         return model
 

@@ -110,7 +110,10 @@ class Pretraining:
         self.bins_per_step = settings.batch.gradient_accumulation_steps * self.distributed.world_size
         # Raises early if batches cannot be divided evenly among the ranks.
         Curriculum(self.bins_per_step, self.distributed.world_size, ramp=int(settings.batch.batch_ramp > 0))
-        self.precision = choose_precision(self.device, settings.compute.precision)
+        torch.manual_seed(settings.seed)
+        initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
+        config = self._configure(initial)
+        self.precision = choose_precision(self.device, settings.compute.precision, config)
         self.saved = self._find_checkpoint()
         if self.saved is not None:  # a resumed run keeps the precision that "auto" chose
             self.precision = read_progress(self.saved)[1]["settings"]["precision"]
@@ -119,9 +122,6 @@ class Pretraining:
                 f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
                 "add --precision bf16, or leave --residual-precision out"
             )
-        torch.manual_seed(settings.seed)
-        initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
-        config = self._configure(initial)
         self.corpus = Corpus.open(settings, self.distributed, initial)
         require_same_text(self.saved, self.corpus.hashes())
         vocab_size = self.corpus.train.vocab_size
@@ -227,8 +227,8 @@ class Pretraining:
             model = initial_model(config, initial)
         else:
             model, _, _ = load(BertForPreTraining, self.saved, config)
-        require_packed(model.train())
         nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
+        require_packed(model.train(), self.precision)
         if not self.settings.sampling.pairs:  # no loss depends on them
             for unused in filter(None, (model.bert.pooler, model.cls.seq_relationship)):
                 unused.requires_grad_(False)

@@ -109,7 +109,9 @@ def evaluate_masked_lm(
     if "cls.predictions.transform.dense.weight" in missing:
         raise ValueError(f"{name} has no weights cls.predictions…, so it was not trained as a BertForMaskedLM")
     tokenizer = open_tokenizer(folder, model.config)
-    require_packed(model)
+    nn.Module.to(model, choose_device(device))  # transformers' own `to` has the type of a plain function
+    chosen_precision = choose_precision(model.device, precision, model.config)
+    require_packed(model, chosen_precision)
     length = sequence_length(max_seq_length, model.config)
     with TemporaryDirectory() as scratch:
         corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)
@@ -124,5 +126,4 @@ def evaluate_masked_lm(
             bins_per_step=1,
             seed=0,
         )
-        nn.Module.to(model, choose_device(device))  # transformers' own `to` has the type of a plain function
-        return validate(model, list(batches.first_epoch()), choose_precision(model.device, precision))
+        return validate(model, list(batches.first_epoch()), chosen_precision)

@@ -74,6 +74,7 @@ def test_existing_parts_are_not_recomputed(pretrained, tmp_path):
     assert (folder / "part-00001.safetensors").exists()
 
 
+@pytest.mark.usefixtures("any_precision_runs")
 @pytest.mark.parametrize("changed", ["text", "model", "pooling", "precision"])
 def test_parts_of_another_text_model_or_setting_are_refused(changed, pretrained, tmp_path):
     text, model = tmp_path / "texts.txt", shutil.copytree(pretrained, tmp_path / "model")

@@ -17,8 +17,10 @@ from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.inference.predict import PredictSettings, predict
 from bertfast.runtime.signals import RunStopped
+from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
+from bertfast.training.validation import evaluate_masked_lm
 
 pytestmark = pytest.mark.slow
 
@@ -299,3 +301,20 @@ def test_a_model_that_cannot_run_packed_is_refused_with_the_report(pretrained, t
     with pytest.raises(ValueError, match=r"cannot run on packed batches:\n[^$]*encoder.layer.0: its activation is"):
         Finetuning(settings_for("sequence-classification", folder, file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_precision_without_kernels_is_refused(pretrained, tmp_path):
+    """By fine-tuning, inference and validation, with heads of 48 columns."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(pretrained, folder)
+    config = BertForPreTraining.config_class.from_pretrained(folder, hidden_size=96)
+    BertForPreTraining(config).save_pretrained(folder)
+    file = write_examples(tmp_path, "sequence-classification", 8, seed=0)
+    refused = pytest.raises(ValueError, match=r"with --precision bf16, no fast kernels for .*: pass --precision fp32$")
+    with refused:
+        Finetuning(settings_for("sequence-classification", folder, file, out, precision="bf16"))
+    with refused:
+        open_model(BertForPreTraining, str(folder), "", precision="bf16")
+    with refused:
+        evaluate_masked_lm(str(folder), "", max_seq_length=None, tokens_per_batch=64, precision="bf16", device="cpu")
+    open_model(BertForPreTraining, str(folder), "", precision="fp32")

@@ -107,6 +107,8 @@ def test_bf16_is_chosen_on_a_cpu_only_if_it_is_native_and_faster(monkeypatch):
         for faster in (False, True):
             monkeypatch.setattr(precision, "_bf16_is_faster", lambda faster=faster: faster)
             assert choose_precision(cpu) == ("bf16" if native and faster else "fp32")
+            narrow = BertConfig(hidden_size=96, num_attention_heads=2)
+            assert choose_precision(cpu, config=narrow) == "fp32", "there are no kernels for 48 columns"
 
 
 def test_the_faster_precision_is_measured(monkeypatch):

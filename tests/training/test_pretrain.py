@@ -45,6 +45,7 @@ def test_pre_training_learns(data, tmp_path):
     assert metrics["validation_perplexity"] == pytest.approx(np.exp(metrics["validation_loss"]))
 
 
+@pytest.mark.usefixtures("any_precision_runs")
 def test_a_run_with_a_bf16_residual_stream_learns_and_resumes(data, tmp_path):
     options = {"precision": "bf16", "residual_precision": "bf16"}
     pretrain(settings_for(tmp_path / "once", data, **options))
@@ -54,6 +55,13 @@ def test_a_run_with_a_bf16_residual_stream_learns_and_resumes(data, tmp_path):
     assert losses(tmp_path / "twice") == losses(tmp_path / "once")
     assert losses(tmp_path / "once")[-1] < losses(tmp_path / "once")[0]
     assert_same_weights(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_precision_without_kernels_is_refused_before_the_first_step(data, tmp_path):
+    sizes = "num_hidden_layers=1,hidden_size=96,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
+    with pytest.raises(ValueError, match=r"with --precision bf16, no fast kernels for .*: pass --precision fp32$"):
+        pretrain(settings_for(tmp_path, data, config_overrides=sizes, precision="bf16"))
+    assert not entries(tmp_path)
 
 
 def test_a_bf16_residual_stream_requires_bf16_gemms(data, tmp_path):

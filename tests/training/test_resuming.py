@@ -48,6 +48,7 @@ def stopped_at(step: int):
     return lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None
 
 
+@pytest.mark.usefixtures("any_precision_runs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(kind, data, tmp_path):
     settings = settings_for(tmp_path / "whole", data, **SHORT | KINDS[kind])
