@@ -12,7 +12,7 @@ NEWER  := .venv/triton-3.8
 # Triton's interpreter runs on numpy, whose matmuls of small tiles are several times faster with one thread than with two.
 INTERPRET := TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1
 COMPILED  := build/compiled
-# The compiled library, and one for tests with gcc's sanitizers, which must be preloaded. It emulates AVX-512 with AVX2.
+# The native library, and one for tests with gcc's sanitizers, which must be preloaded. It emulates AVX-512 with AVX2.
 LIBRARY := bertfast/_C.abi3.so
 CHECKED := build/checked
 WATCHED := PYTHONPATH=$(CURDIR)/$(CHECKED) ASAN_OPTIONS=detect_leaks=0 \

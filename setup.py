@@ -103,7 +103,7 @@ class BuildLibrary(build_ext):  # type: ignore[misc]  # setuptools has no types
                 for name in (target.name, CUDA_RECORD):
                     (ROOT / "bertfast" / name).unlink(missing_ok=True)
             _warn(
-                f"bertfast's compiled library was not built ({error}). bertfast works without it, several times slower "
+                f"bertfast's native library was not built ({error}). bertfast works without it, several times slower "
                 "on a CPU. To build it, install a C++20 compiler, such as g++ 12, and install bertfast again."
             )
 

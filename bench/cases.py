@@ -27,7 +27,7 @@ from bertfast.ops.sequences import Sequences
 
 BACKEND: Backend | None = (
     "triton" if ON_GPU else None
-)  # on a CPU the default, because the compiled library lacks some kernels
+)  # on a CPU the default, because the native library lacks some kernels
 # Largest relative error, by the Frobenius norm, of a correct result; the error of PyTorch's own sums of 4096 rows in
 # bf16 is 0.054.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}

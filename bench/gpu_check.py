@@ -6,7 +6,7 @@
 The Python and the packages of the environment are used, and nothing is installed; a wheel is unpacked into a temporary
 folder, and without a wheel the checkout runs. All results go to one file, FOLDER/gpu-check-accuracy.tar or
 gpu-check-speed.tar, which is replaced after each part and every few seconds, so that an interrupted run keeps its
-results. Each part has a time limit. Parts whose requirements (the compiled library, a sanitizer) are missing are
+results. Each part has a time limit. Parts whose requirements (the native library, a sanitizer) are missing are
 skipped, with the reason. Both commands also run without a GPU, at small sizes.
 """
 
@@ -177,7 +177,7 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def describe(site: str, target: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the origin of results, and why there are no CUDA kernels of the compiled library (None: there are).
+    """Return the origin of results, and why there are no CUDA kernels of the native library (None: there are).
 
     Raises:
         SystemExit: `target` must not be written, because there are uncommitted changes, or bertfast cannot be imported.
@@ -207,7 +207,7 @@ def print_environment(origin: dict[str, Any]) -> None:
 
 
 def missing_library() -> str | None:
-    """Return why the CUDA kernels of the compiled library are not available; None if they are."""
+    """Return why the CUDA kernels of the native library are not available; None if they are."""
     from bertfast.ops import cuda_build, native
 
     if native.UNAVAILABLE_REASON is not None:

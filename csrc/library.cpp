@@ -1,4 +1,4 @@
-// The compiled library `bertfast._C`: registration of its operations with PyTorch.
+// The native library `bertfast._C`: registration of its operations with PyTorch.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

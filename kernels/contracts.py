@@ -2,7 +2,7 @@
 
 One function per operation. Its parameters are the schema of `torch.ops.bertfast.<implementation>_<name>`; its body is
 the fake implementation, which `torch.compile` and fake tensors run to infer the results, and with which Triton's
-operators allocate them. The operators of Triton and of the compiled library are all defined from these functions.
+operators allocate them. The operators of Triton and of the native library are all defined from these functions.
 
 Sizes are read from `shape`, which keeps them symbolic; `len` would return Python numbers. Shared parameters:
 

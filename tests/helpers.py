@@ -61,7 +61,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS: Literal["triton", "cpu", "cuda"] = os.environ.get("BERTFAST_TESTED") or (
     "triton" if DEVICE.type == "cuda" or INTERPRETED else "cpu"
 )
-"""The implementation that is tested: on a GPU Triton, else the compiled library for CPUs. `TRITON_INTERPRET=1` runs
+"""The implementation that is tested: on a GPU Triton, else the native library for CPUs. `TRITON_INTERPRET=1` runs
 Triton on a CPU, `BERTFAST_TESTED=cuda` CUDA C++, on a CPU with a library that emulates it."""
 
 HIGHEST_PRECISION = torch.float16 if KERNELS == "cuda" else torch.float32

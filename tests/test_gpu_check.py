@@ -16,7 +16,7 @@ from bench import gpu_check
 pytestmark = pytest.mark.slow
 
 ROOT = gpu_check.ROOT
-# Hides what a GPU machine may lack: packages that transformers does not require, and the compiled library.
+# Hides what a GPU machine may lack: packages that transformers does not require, and the native library.
 BARE = """
 import sys
 from functools import partial
@@ -115,9 +115,9 @@ def test_the_self_tests_cover_every_triton_kernel_once(monkeypatch):
 def test_missing_requirements_are_skipped_with_a_reason(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_GPU", True)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    skipped = {part.name: part.skip for part in gpu_check.accuracy_parts("not available: no compiled library", None)}
+    skipped = {part.name: part.skip for part in gpu_check.accuracy_parts("not available: no native library", None)}
     assert skipped["self-test"] is None
-    assert skipped["CUDA C++ self-test"] == "not available: no compiled library"
+    assert skipped["CUDA C++ self-test"] == "not available: no native library"
     assert skipped["layout probes"] == "not available: neither --probes nor nvcc"
     assert skipped["memcheck"] == "there is no compute-sanitizer"
 

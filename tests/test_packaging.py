@@ -25,7 +25,7 @@ with_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "bertfast").rglob("*.py")}
 MODULES |= {f"bertfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 RECIPES = {f"bertfast/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
-PURE = MODULES | RECIPES | {"bertfast/py.typed"}  # all but the compiled library
+PURE = MODULES | RECIPES | {"bertfast/py.typed"}  # all but the native library
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ NO_COMPILER = {
 @pytest.mark.parametrize(("environment", "reason"), NO_COMPILER.values(), ids=NO_COMPILER)
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tree, tmp_path, environment, reason):
     ran = run("setup.py", "build_ext", "--inplace", cwd=tree, **environment)
-    assert "WARNING: bertfast's compiled library was not built" in ran.stderr
+    assert "WARNING: bertfast's native library was not built" in ran.stderr
     assert reason in ran.stderr
     assert not (tree / LIBRARY).exists()
     run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, cwd=tree, **environment)
@@ -126,9 +126,9 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tree, 
     code = "from bertfast import ops; from bertfast.ops import native; "
     code += "import torch; x = torch.ones(2, 3); ops.bias_gelu(x, x[0]); "
     ran = run("-c", code + "print(native.UNAVAILABLE_REASON)", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert ran.stdout == "the compiled library was not built: install bertfast again with a C++20 compiler\n"
+    assert ran.stdout == "the native library was not built: install bertfast again with a C++20 compiler\n"
     ran = run(SMOKE_TEST, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert "native library: none: the compiled library was not built" in ran.stdout
+    assert "native library: none: the native library was not built" in ran.stdout
 
 
 def test_the_sdist_holds_what_it_takes_to_build_and_test(built):

@@ -2,7 +2,7 @@
 
     python -m bench.sass_model.compiled_cuda [--output bench/results/compiled_cuda.md]
 
-For each kernel of the compiled library the table has registers per thread, and the number of Hopper's instructions:
+For each kernel of the native library the table has registers per thread, and the number of Hopper's instructions:
 wgmma (HGMMA) and loads by TMA (UTMALDG), which attention must contain on sm_90a. Spilled registers, serialised wgmma
 and a source that failed to build, which cost an installation only speed or one operation, are faults here.
 """

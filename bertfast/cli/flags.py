@@ -57,7 +57,7 @@ def flags_of(entries: Mapping[str, Any]) -> list[str]:
 
 
 def _without_config(arguments: list[str], command: str, settings_class: type[Settings]) -> list[str]:
-    """Return a command line with the flags that each `--config` stands for instead of it.
+    """Return a command line in which the flags of its file or recipe replace each `--config`.
 
     A flag after `--config` also replaces the entries of the file that exclude it: `--config cpu --max-steps 100` runs
     100 steps, although the recipe has `minutes`.

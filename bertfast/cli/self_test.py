@@ -1,4 +1,4 @@
-"""Check every kernel that runs on a device against a float64 truth, forward and backward, at BERT's shapes.
+"""Check every kernel that runs on a device against a float64 reference, forward and backward, at BERT's shapes.
 
 `bertfast doctor --check` prints the outcomes. The rule is that of the tests: the Frobenius norm of the error of an
 output or gradient is at most twice that of the reference in the same precision, plus a few ulps.
@@ -103,7 +103,7 @@ def error_and_allowed(
         baseline: PyTorch's own result in `dtype`, same shape.
         truth: float64, same shape.
         dtype: The dtype whose ulps are taken.
-        neighbour: For a truth that cancels to zero, one of the tensors that it is the difference of: its norm scales
+        neighbour: If the reference cancels to 0, one of the tensors that it is the difference of: its norm scales
             the ulps.
         factor: Allowed multiple of the baseline's error.
     """
@@ -151,7 +151,7 @@ def _is_poisoned(device: torch.device) -> bool:
 
 
 def _groups(device: torch.device, only: Sequence[str]) -> Iterator[list[_Check]]:
-    """Yield groups of checks with the same truth and baseline: one problem and precision, every implementation."""
+    """Yield groups of checks with the same reference and baseline: one problem and precision, every implementation."""
     all_problems = problems(device)
     for precision, (dtype, _) in PRECISIONS.items():
         for problem in all_problems:

@@ -133,7 +133,7 @@ def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
         implementation: Implementation, x: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         half = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-        copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the truth is not rounded
+        copy_dtype = x.dtype if x.dtype == torch.float64 else half  # the reference is not rounded
         return ops.add_layer_norm(
             x, residual, bias, gamma, beta, EPS, compute_dtype=copy_dtype, implementation=implementation
         )

@@ -28,7 +28,7 @@ class VerifySettings(TextSettings):
 
 
 def verify(settings: VerifySettings) -> None:
-    """Print the errors of bertfast and transformers against a float64 truth, in fp32 and under bf16 autocast.
+    """Print the errors of bertfast and transformers against a float64 reference, in fp32 and under bf16 autocast.
 
     The error of the outputs (or gradients) is the square root of the sum, over batches and tensors, of the squared
     Frobenius norm of the difference, relative to that of the tensor's true value.
@@ -37,11 +37,11 @@ def verify(settings: VerifySettings) -> None:
         ValueError: An error of bertfast is larger than twice that of transformers plus a few ulps.
     """
     both = open_both(settings.model_name_or_path, settings)
-    truth = copy.deepcopy(both.hf).double()
+    reference = copy.deepcopy(both.hf).double()
     lines, failed = [], []
     for precision, autocast in AUTOCAST.items():
         ulp = torch.finfo(autocast or torch.float32).eps
-        errors = _errors(both, truth, autocast)
+        errors = _errors(both, reference, autocast)
         for quantity, (error, hf_error) in zip(QUANTITIES, errors.tolist(), strict=True):
             passed = error <= FACTOR * hf_error + ULPS * ulp
             lines.append(
@@ -60,11 +60,11 @@ def verify(settings: VerifySettings) -> None:
     print(f"{settings.model_name_or_path} is as accurate in bertfast as in transformers, on {texts} texts.")
 
 
-def _errors(both: Comparison, truth: nn.Module, autocast: torch.dtype | None) -> Tensor:
+def _errors(both: Comparison, reference: nn.Module, autocast: torch.dtype | None) -> Tensor:
     """Return the errors over all batches, float64 [quantity, library]: outputs and gradients; bertfast and hf."""
     squared = torch.zeros(2, 2, dtype=torch.float64)
     for batch in both.batches:
-        true = _outputs_and_gradients(truth, batch, None)
+        true = _outputs_and_gradients(reference, batch, None)
         for library, model in enumerate((both.bertfast, both.hf)):
             results = _outputs_and_gradients(model, batch, autocast)
             for quantity in (0, 1):
@@ -87,7 +87,7 @@ def _outputs_and_gradients(
 
 
 def _squared_error(results: dict[str, Tensor], true: dict[str, Tensor]) -> float:
-    """Return the sum of squared relative errors; tensors that are only rounding noise in the truth are left out."""
+    """Return the sum of squared relative errors; tensors that are only rounding noise in the reference are left out."""
     largest = max(float(value.norm()) for value in true.values())
     return sum(
         float(((results[name].double() - value).norm() / value.norm()) ** 2)

@@ -1,4 +1,4 @@
-"""The record of how the CUDA kernels of the compiled library were built, and whether this machine can run them.
+"""The record of how the CUDA kernels of the native library were built, and whether this machine can run them.
 
 setup.py writes the record next to the library. `bertfast doctor` shows it, and the error for an unsupported
 `implementation="cuda"` quotes the relevant part.

@@ -14,7 +14,7 @@ from bertfast.ops import cuda_build, native
 from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
-"""Plain PyTorch, the compiled library, Triton, or CUDA C++ for Hopper."""
+"""Plain PyTorch, the native library, Triton, or CUDA C++ for Hopper."""
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -51,7 +51,7 @@ def resolve(
 ) -> Implementation:
     """Return the implementation of an operation for tensors like `x`.
 
-    By default that is the fastest one that supports them, else the reference: Triton on a GPU, the compiled library on
+    By default that is the fastest one that supports them, else the reference: Triton on a GPU, the native library on
     a CPU. An implementation that is requested is never replaced by another.
 
     Args:

@@ -81,7 +81,7 @@ def embeddings(
         return y
     except RuntimeError as error:
         failure = error
-    # The compiled library checks indices as it reads them, since a separate check would double the time of a short
+    # The native library checks indices as it reads them, since a separate check would double the time of a short
     # call. It raises RuntimeError; this check raises IndexError.
     if implementation == "cpu":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)

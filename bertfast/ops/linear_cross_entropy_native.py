@@ -1,4 +1,4 @@
-"""The operators of the masked-LM loss whose kernels are in the compiled library; PyTorch computes their GEMMs."""
+"""The operators of the masked-LM loss whose kernels are in the native library; PyTorch computes their GEMMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled library of `csrc/`, which is optional: its operators, and the instruction sets that they use.
+"""The native library of `csrc/`, which is optional: its operators, and the instruction sets that they use.
 
 It implements `torch.ops.bertfast.cpu_<name>` and, if it was built with nvcc, `torch.ops.bertfast.cuda_<name>`, with the
 arguments and results of Triton's operators. Without it everything runs in plain PyTorch.
@@ -33,7 +33,7 @@ def _load() -> str | None:
     package = Path(__file__).parents[1]
     found = PathFinder.find_spec("bertfast._C", [str(package)])  # not that of an editable install
     if found is None or found.origin is None:
-        return "the compiled library was not built: install bertfast again with a C++20 compiler"
+        return "the native library was not built: install bertfast again with a C++20 compiler"
     for implementation in ("cpu", "cuda"):
         for name in CONTRACTS.keys() - _WITHOUT_KERNEL:
             define(implementation, name)
@@ -42,7 +42,7 @@ def _load() -> str | None:
             raise ImportError(f"{found.origin} is truncated")
         importlib.import_module("bertfast._C")
     except ImportError as error:
-        reason = f"the compiled library does not load, install bertfast again ({error})"
+        reason = f"the native library does not load, install bertfast again ({error})"
         warnings.warn(f"bertfast: {reason}", RuntimeWarning, stacklevel=2)
         return reason
     return None
@@ -59,7 +59,7 @@ def _is_complete(path: Path) -> bool:
 
 
 UNAVAILABLE_REASON: str | None = _load()
-"""Why there is no compiled library; None if it is loaded."""
+"""Why there is no native library; None if it is loaded."""
 
 _KERNELS = registered_kernels(("cpu_", "cuda_"))  # queried once, at import: torch.compile would trace the query
 

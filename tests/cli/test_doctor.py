@@ -42,11 +42,11 @@ def test_the_report_names_the_library_and_the_implementation_of_each_operator(re
 
 
 def test_the_report_says_why_the_reference_runs(report, monkeypatch):
-    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the compiled library was not built")
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the native library was not built")
     facts, table = report()
-    assert facts["library"] == "none: the compiled library was not built"
+    assert facts["library"] == "none: the native library was not built"
     assert table[1].split() == [ops.__all__[0], "reference", "reference"]
-    because = "reference (plain PyTorch): the compiled library was not built"
+    because = "reference (plain PyTorch): the native library was not built"
     assert f"cpu fp32: {because}" in table
     assert f"cpu bf16: {because}" in table
     assert table[-3:] == [

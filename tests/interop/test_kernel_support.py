@@ -39,7 +39,7 @@ def operations_of(model, **changes) -> list[str]:
     return operations.names
 
 
-NO_LIBRARY = "the compiled library was not built"
+NO_LIBRARY = "the native library was not built"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Tests of the kernels against the reference, one implementation per process; `make test` runs all of them.
 
-pytest tests/kernels                        the compiled library for CPUs; on a machine with a GPU, Triton
+pytest tests/kernels                        the native library for CPUs; on a machine with a GPU, Triton
 TRITON_INTERPRET=1 pytest tests/kernels     Triton on a CPU, in its interpreter
 BERTFAST_TESTED=cuda pytest tests/kernels   CUDA C++: on a GPU, or on a CPU with the emulated build of the library
 """
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def instruction_set(request):
-    """Run tests of the compiled library with each instruction set that the CPU supports."""
+    """Run tests of the native library with each instruction set that the CPU supports."""
     if not hasattr(request, "param"):
         yield
         return

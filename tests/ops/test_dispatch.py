@@ -25,9 +25,9 @@ def test_default_on_a_cpu_is_the_compiled_library_if_it_supports_the_tensors():
 
 
 def test_without_the_library_a_cpu_runs_the_reference(monkeypatch):
-    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the compiled library was not built")
+    monkeypatch.setattr(native, "UNAVAILABLE_REASON", "the native library was not built")
     assert resolve("x", None, X.float()) == "reference"
-    with pytest.raises(ValueError, match="implementation 'cpu' is not available: the compiled library was not"):
+    with pytest.raises(ValueError, match="implementation 'cpu' is not available: the native library was not"):
         resolve("x", "cpu", X.float())
 
 

@@ -1,4 +1,4 @@
-"""The compiled library as a whole: threads, schemas and fake implementations, symbols, and broken files."""
+"""The native library as a whole: threads, schemas and fake implementations, symbols, and broken files."""
 
 import itertools
 import re
@@ -231,4 +231,4 @@ def test_with_a_broken_file_a_warning_is_shown_and_the_reference_runs(broken, tm
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) == pytest.approx(6 * 1.9545, abs=1e-3)
     (sentence,) = [line for line in ran.stderr.splitlines() if "RuntimeWarning" in line]
-    assert "the compiled library does not load, install bertfast again (" in sentence
+    assert "the native library does not load, install bertfast again (" in sentence
