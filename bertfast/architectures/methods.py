@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bertfast.architectures.architecture import Architecture
-from bertfast.runtime.torch_compat import constant_result, module_hooks
+from bertfast.runtime.torch_compat import constant_result, module_hooks, unsharded_class
 
 Function = Callable[..., Any]
 
@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a module had before it was fused, and before FSDP2 derived one from it."""
     original: type[nn.Module] = getattr(kind, "original", kind)  # derived by FSDP2 if the model was sharded first
-    return next(base for base in original.__mro__ if not base.__module__.startswith("torch.distributed."))
+    return unsharded_class(original)
 
 
 def is_genuine(architecture: Architecture, module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from bertfast.runtime.torch_compat import module_hooks
+from bertfast.runtime.torch_compat import is_sharded, module_hooks, unsharded_class
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -24,7 +24,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_linear(module: nn.Module) -> bool:
     """Return what `is_plain` returns once FSDP2 has gathered sharded parameters for the module around them."""
-    if type(module) is not nn.Linear or is_watched(module):
+    if unsharded_class(type(module)) is not nn.Linear or (is_watched(module) and not is_sharded(module)):
         return False
     kinds = {type(module.weight), type(module.bias)} - {nn.Parameter}
     # DTensor is recognised by its module's name, since importing it is slow.

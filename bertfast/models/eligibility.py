@@ -18,9 +18,9 @@ from torch import nn
 from bertfast.architectures import Architecture, activation_name, methods
 from bertfast.architectures.options import defaults_unsupported_reason, options_unsupported_reason
 from bertfast.architectures.snapshot import Snapshot
-from bertfast.encoder import is_plain, is_watched
+from bertfast.encoder import is_linear, is_plain
 from bertfast.models.registry import SNAPSHOT, Fused, FusedModel
-from bertfast.runtime.torch_compat import constant_result
+from bertfast.runtime.torch_compat import constant_result, is_sharded
 
 Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear layer can be read
 
@@ -70,7 +70,7 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
         reason = f"its attention is {attention}"
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
     reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
-    if is_watched(stack):
+    if methods.is_changed(stack):
         reasons[architecture.stack] = "a hook or a forward was set on it, so each of its layers removes padding itself"
     for index, layer in enumerate(layers):
         why = reason or _module_unsupported_reason(layer, architecture.layer_modules, encoder.training)
@@ -86,6 +86,8 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
         part, name = _at(module, path), f"its {path}" if path else "it"
         if methods.is_changed(part):
             return f"a hook or a forward was set on {name}"
+        if kind == "container" and path and is_sharded(part) and not isinstance(module, FusedModel):
+            return f"FSDP2 shards {name} by itself, and it is not called"
         reason = _part_unsupported_reason(module.architecture, part, kind, name)
         if reason is not None:
             return reason
@@ -137,7 +139,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     """Return why the loss of a masked-LM head cannot be computed without its logits."""
     architecture = model.architecture
     transform, decoder = architecture.head["transform"], architecture.head["decoder"]
-    if is_watched(model.base_model):  # the loss does not call it as a module
+    if methods.is_changed(model.base_model):  # the loss does not call it as a module
         return "a hook or a forward was set on its encoder"
     if not methods.runs_family_forward(architecture, model):
         return "its forward was replaced"
@@ -146,6 +148,8 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     parts = [(path, "container") for path in (*architecture.head_containers, transform)]
     reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
     module = _at(model, decoder)
+    if any(is_sharded(_at(model, path)) for path in (*architecture.head_containers, decoder)):
+        is_read = is_linear  # its parameters are gathered before they are read
     return reason or (None if is_read(module) else f"its decoder is a {type(module).__name__}, not a plain Linear")
 
 
@@ -174,7 +178,7 @@ def can_pool_alone(model: FusedModel) -> bool:
     """Return whether the encoder of a head that reads only its pooled output need not compute anything else."""
     encoder = model.base_model
     calls_encoder = model.passes_keywords and methods.runs_family_forward(model.architecture, model)
-    return calls_encoder and isinstance(encoder, Fused) and not is_watched(encoder)
+    return calls_encoder and isinstance(encoder, Fused) and not methods.is_changed(encoder)
 
 
 def called_linears(layer: Fused, is_read: Reading) -> Iterable[tuple[str, nn.Module]]:

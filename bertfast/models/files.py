@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from bertfast.architectures.initialise import initialise
 from bertfast.models import bert
 from bertfast.models.extensions import ExtendedBertConfig, ModelT, class_for
-from bertfast.models.initialise import initialise
 
 logger = logging.getLogger("bertfast")
 

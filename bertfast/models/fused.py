@@ -30,6 +30,7 @@ from bertfast.models.calls import INPUTS, PACKING, Arguments
 from bertfast.models.registry import Fused, FusedModel
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.runtime.torch_compat import call_inside
 
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
@@ -136,15 +137,21 @@ class FusedEncoder(FusedModel):
             pooled=self.pooler is not None,
         )
 
+    def run_packed(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
+        """Run the embeddings and all layers on packed tokens: see `bertfast.encoder.encode`."""
+        return cast(
+            Tensor, call_inside([read(self, self.architecture.stack.split("."))], functions.encode, self, packed, rows)
+        )
+
     def _encode(self, arguments: Arguments, pooled_only: bool) -> BaseModelOutputWithPoolingAndCrossAttentions:
         packed, layout = self.unpadded(arguments)
         # transformers' pooler reads the first column alone, so it may be given a batch that has no other.
         reads_first_column = eligibility.pooler_unsupported_reason(self) is None
         if pooled_only and reads_first_column:
-            first = functions.encode(self, packed, packed.first)
+            first = self.run_packed(packed, packed.first)
             unread = first.new_zeros(()).expand(*layout.shape, first.shape[1])
             return BaseModelOutputWithPoolingAndCrossAttentions(unread, functions.pooled(self, first))
-        hidden = functions.encode(self, packed)
+        hidden = self.run_packed(packed)
         pooled = None
         if reads_first_column:
             pooled = functions.pooled(self, hidden[packed.first])
@@ -235,8 +242,7 @@ class FusedPreTraining(FusedHead):
     def forward(self, **arguments: Any) -> Any:
         if not _loss_needs_no_logits(self, arguments, ("labels", "next_sentence_label")):
             return super().forward(**arguments)
-        loss, first = _masked_lm_loss(self, arguments, first=True)
-        logits = cast(nn.Module, self.masked_lm_parts().next_sentence)(functions.pooled(self, first))
+        loss, logits = _masked_lm_loss(self, arguments, self.masked_lm_parts().next_sentence)
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
         kind = getattr(self.architecture.modeling, self.architecture.pretraining_output)
         return calls.as_requested(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
@@ -261,18 +267,32 @@ def _loss_needs_no_logits(model: FusedModel, arguments: Arguments, labels: tuple
     )
 
 
-def _masked_lm_loss(model: FusedModel, arguments: Arguments, first: bool = False) -> tuple[Tensor, Tensor]:
-    """Compute the loss on labelled rows, and the last layer's output at each sequence's first token if asked for."""
+def _masked_lm_loss(
+    model: FusedModel, arguments: Arguments, next_sentence: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss on labelled rows, and the logits of `next_sentence` if it is given."""
     encoder = cast(FusedEncoder, model.base_model)
     packed, layout = encoder.unpadded(arguments)
     labels = arguments["labels"].reshape(-1)
     labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     rows = labelled if layout.indices is None else layout.slots()[labelled]
     gathered = rows.clamp(min=0)
-    hidden = functions.encode(encoder, packed, torch.cat([gathered, packed.first]) if first else gathered)
-    at_labels = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
     check_below(type(model).__name__, "labels", labels[labelled], model.config.vocab_size, "the vocabulary")
-    total, _, counted = functions.masked_lm_loss(model, at_labels, labels[labelled])
+
+    def run_encoder() -> tuple[Tensor, Tensor]:
+        hidden = encoder.run_packed(packed, torch.cat([gathered, packed.first]) if next_sentence else gathered)
+        at_labels = hidden[: len(rows)].masked_fill((rows < 0)[:, None], 0)  # hidden states are zero at padding
+        first = hidden[len(rows) :]
+        return at_labels, functions.pooled(model, first) if next_sentence else first
+
+    def run_head(hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total, _, counted = functions.masked_lm_loss(model, hidden, labels[labelled])
+        return total, counted, next_sentence(pooled) if next_sentence else pooled
+
+    head = [
+        read(model, path.split("."))
+        for path in (*model.architecture.head_containers, model.architecture.head["decoder"])
+    ]
+    total, counted, logits = call_inside(reversed(head), run_head, *call_inside([encoder], run_encoder))
     items = arguments.get("num_items_in_batch")
-    loss = total / (counted.clamp(min=1) if items is None else items)
-    return loss, hidden[len(rows) :]
+    return total / (counted.clamp(min=1) if items is None else items), logits

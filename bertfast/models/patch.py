@@ -19,7 +19,7 @@ from bertfast.encoder import is_linear, kernel_support
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
 from bertfast.runtime.precision import autocast
-from bertfast.runtime.torch_compat import any_parameter, has_global_hooks
+from bertfast.runtime.torch_compat import any_parameter, has_global_hooks, unsharded_class
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def unpatch(model: nn.Module) -> None:
     if not kinds:
         raise ValueError(f"this {type(model).__name__} is not patched, so there is nothing to undo")
     for kind in kinds:
+        if "original" not in vars(kind) and unsharded_class(kind) is not kind:
+            raise ValueError(f"FSDP2 shards this {original_class(kind).__name__}: unpatch it before fully_shard")
         if "original" not in vars(kind):
             raise ValueError(f"{kind.__name__} derives from {kind.mro()[1].__name__} of bertfast, so it stays fused")
     unfuse(model)

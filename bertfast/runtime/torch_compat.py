@@ -5,7 +5,8 @@ No other module uses names of PyTorch that start with an underscore, except for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,40 @@ def is_transformed() -> bool:
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for all modules, as profilers and FLOP counters do."""
     return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before FSDP2 derived one from it."""
+    return next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
+
+
+@constant_result
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 gathers parameters for the calls of a module."""
+    return any(base.__module__.startswith("torch.distributed.") for base in type(module).__mro__)
+
+
+def call_inside(modules: Iterable[nn.Module], function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as the `forward` of those modules that FSDP2 shards, the last one outermost.
+
+    Their hooks gather the parameters that `function` reads without calling these modules.
+    """
+    for module in modules:
+        if is_sharded(module):
+            function = partial(_call_as_forward, module, function)
+    return function(*args)
+
+
+def _call_as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    def forward(*args: Any) -> Any:
+        del vars(module)["forward"]  # it would count as a method of the module's own
+        return function(*args)
+
+    vars(module)["forward"] = forward
+    try:
+        return module(*args)
+    finally:
+        vars(module).pop("forward", None)
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertConfig, PreTrainedModel
 
+from bertfast.architectures.initialise import initialise
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from bertfast.inference.embed import cached_hidden_states
 from bertfast.inference.predict import predict_outputs
 from bertfast.models.extensions import BertFeaturesForTokenClassification, class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
-from bertfast.models.initialise import initialise
 from bertfast.models.patch import require_packed
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
+from bertfast.architectures.initialise import initialise
 from bertfast.architectures.presets import Preset, preset_config
 from bertfast.models.bert import BertForPreTraining
 from bertfast.models.extensions import ExtendedBertConfig, class_for
 from bertfast.models.files import load, read_config, report_differences
-from bertfast.models.initialise import initialise
 from bertfast.runtime.settings import nearest
 
 

@@ -20,33 +20,62 @@ TOKENS = IDS.masked_fill(MASK == 0, -100)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def shard(kind: type, labels: Tensor, checkpointed: bool) -> dict:
-    """Return the report, loss and gradient norm of a model that FSDP2 shards."""
+# The modules that FSDP2 shards besides the whole model, by a name for each choice.
+GROUPS = {
+    "layers": lambda model: [*model.bert.encoder.layer],
+    "embeddings": lambda model: [*model.bert.encoder.layer, model.bert.embeddings],
+    "encoder": lambda model: [*model.bert.encoder.layer, model.bert],
+    "stack": lambda model: [*model.bert.encoder.layer, model.bert.encoder],
+    "stack alone": lambda model: [model.bert.encoder],
+    "transform": lambda model: [model.cls.predictions.transform],
+    "decoder": lambda model: [*model.bert.encoder.layer, model.cls.predictions.decoder],
+    "head": lambda model: [*model.bert.encoder.layer, model.cls],
+    "nested": lambda model: [model.bert.encoder, model.bert, model.cls.predictions.decoder, model.cls],
+}
+TIES_KEPT = ("layers", "stack", "stack alone", "transform")  # what a choice splits, must not be tied
+
+
+def shard(kind: type, values: dict[str, Tensor], group: str, checkpointed: bool = False, late: bool = False) -> dict:
+    """Return the report, loss and gradient norm of a model that FSDP2 shards, before it is patched if `late`."""
     torch.manual_seed(0)
-    model = kind(transformers.BertConfig(**SIZES | NO_DROPOUT)).train()
-    bertfast.patch(model)
+    ties = group in TIES_KEPT
+    model = kind(transformers.BertConfig(**SIZES | NO_DROPOUT, tie_word_embeddings=ties)).train()
+    whole = copy.deepcopy(model)
+    before = bertfast.patch(whole)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    before = bertfast.report(model)
+    if not late:
+        bertfast.patch(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    if kind is not transformers.BertForMaskedLM:  # whose embeddings are the head's too
-        fully_shard(model.bert.embeddings, mesh=mesh)
+    for module in GROUPS[group](model):
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    outputs = model(input_ids=IDS, attention_mask=MASK, labels=labels)
+    if late:
+        bertfast.patch(model)
+    outputs = model(input_ids=IDS, attention_mask=MASK, **values)
     outputs.loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).full_tensor()
     after = bertfast.report(model)
     return {
         "name": kind.__name__,
+        "group": group,
         "checkpointed": checkpointed,
+        "late": late,
+        "unpatching": unpatching_problem(model),
         "unchanged": before == after and not after.left,
         "fused": len(after.fused),
-        "logits": outputs.logits is not None,
+        "logits": outputs.get("logits", outputs.get("prediction_logits")) is not None,
         "loss": outputs.loss.item(),
         "norm": norm.item(),
     }
+
+
+def unpatching_problem(model: nn.Module) -> str | None:
+    try:
+        bertfast.unpatch(model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def loss_of(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
@@ -100,9 +129,13 @@ def tell(engine: str, found: dict) -> None:
 
 
 dist.init_process_group("gloo")
+tokens, pairs = {"labels": TOKENS}, {"labels": torch.tensor([0, 1, 2, 0])}
 for checkpointed in (False, True):
-    tell("FSDP2", shard(transformers.BertForMaskedLM, TOKENS, checkpointed))
-    tell("FSDP2", shard(bertfast.BertForSequenceClassification, torch.tensor([0, 1, 2, 0]), checkpointed))
+    tell("FSDP2", shard(transformers.BertForMaskedLM, tokens, "layers", checkpointed))
+    tell("FSDP2", shard(bertfast.BertForSequenceClassification, pairs, "embeddings", checkpointed))
+for group in GROUPS:
+    both = tokens | {"next_sentence_label": torch.tensor([0, 1, 1, 0])}
+    tell("FSDP2", shard(transformers.BertForPreTraining, both, group, late=group in ("layers", "nested")))
 for name in BY_CLASS:
     tell("DDP", replicate(name))
 dist.destroy_process_group()

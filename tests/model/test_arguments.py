@@ -9,8 +9,8 @@ from torch import nn
 
 import bertfast
 from bertfast import encoder
+from bertfast.architectures.initialise import initialise
 from bertfast.encoder.unpadding import unpad
-from bertfast.models.initialise import initialise
 
 BY_NAME = {case.name: case for case in CASES}
 IDS = torch.ones(2, 5, dtype=torch.int64)
