@@ -81,7 +81,7 @@ def test_a_loss_with_logits_is_reported(name):
     assert bertfast.report(model).left == {"BertForMaskedLM": "the configuration asks for logits or hidden states"}
 
 
-def test_recomputed_layers_beside_one_with_a_hook_are_not_reported_as_fused(monkeypatch):
+def test_recomputed_layers_next_to_one_with_a_hook_are_not_reported_as_fused(monkeypatch):
     model = live("BertModel").train()
     bertfast.patch(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
