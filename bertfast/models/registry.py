@@ -101,8 +101,8 @@ def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     except ImportError:  # transformers 4
         return
     if isinstance(module, PreTrainedModel):
-        registry: Any = _CAN_RECORD_REGISTRY  # by the class's name in the first versions
-        registry[str(kind) if isinstance(registry, dict) else module] = module._can_record_outputs
+        registry: Any = _CAN_RECORD_REGISTRY  # a plain dict by names of classes in the first versions
+        registry[str(kind) if type(registry) is dict else module] = module._can_record_outputs
 
 
 def _reduce(module: Fused, protocol: int) -> tuple[Any, ...]:
