@@ -90,6 +90,7 @@ DEVICE void online_softmax(float (&scores)[BLOCK / 2], float scale, SoftmaxState
 }
 
 // The consumers: each computes the output of ROWS queries per round.
+// Longer than other functions: the compiler's output (SASS) changed when it was split.
 template <class T, int D>
 DEVICE void attend(ForwardMemory<D>& memory, const TileScheduler& scheduler, const AttentionForward& a) {
   using Memory = ForwardMemory<D>;

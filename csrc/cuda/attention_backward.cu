@@ -280,6 +280,7 @@ DEVICE void load_work(QueryMemory<D>& memory, const TileScheduler& scheduler, co
   }
 }
 
+// Longer than other functions: the compiler's output (SASS) changed when it was split.
 template <class T, int D>
 DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& scheduler, const AttentionBackward& a) {
   using Memory = QueryMemory<D>;

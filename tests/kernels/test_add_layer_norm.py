@@ -154,7 +154,7 @@ def test_nan_does_not_leak_between_rows_of_a_pair(with_nan):
 
 
 @with_half
-def test_half_precision():
+def test_half_precision_is_as_accurate_as_pytorch():
     compare(inputs(96), HALF, dropout_over(SEQUENCES))
 
 
@@ -164,7 +164,7 @@ def test_any_number_of_tokens(tokens):
     compare(inputs(256, tokens), FLOAT, dropout_over(sequences))
 
 
-def test_no_bias():
+def test_the_bias_is_optional():
     x, residual, _, gamma, beta = inputs(96)
     dropout = dropout_over(SEQUENCES)
     compare_with_torch(
@@ -175,7 +175,7 @@ def test_no_bias():
     )
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     arguments = [x.float().detach().requires_grad_() for x in inputs(96, 0)]
     output = kernel(*arguments)
     output.sum().backward()

@@ -150,7 +150,7 @@ def test_padding_slots_are_zero(lengths, padding):
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_no_tokens(lengths, padding):
+def test_sequences_without_tokens_give_zeros(lengths, padding):
     sequences = layout(lengths, padding)
     for result in output_and_gradient(inputs(sequences, dtype=HIGHEST_PRECISION), sequences):
         assert torch.equal(result, torch.zeros_like(result))

@@ -40,7 +40,7 @@ def test_is_as_accurate_as_the_reference(approximate, dtypes, columns):
 
 
 @with_half
-def test_half_precision():
+def test_half_precision_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(96), HALF)
 
 
@@ -81,7 +81,7 @@ def test_after_a_gemm_under_autocast():
     assert {gradient.dtype for gradient in gradients} == {FLOAT}
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     x, bias = (x.float().detach().requires_grad_() for x in inputs(96, 0))
     output = kernel(x, bias)
     output.sum().backward()

@@ -126,7 +126,7 @@ def test_ids_may_have_any_stride():
     assert torch.equal(embeddings(KERNELS, ids=apart)(*parameters), embeddings(KERNELS)(*parameters))
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     parameters = leaves(96)
     output = embeddings(KERNELS, ids=ids(0))(*parameters)
     output.sum().backward()

@@ -67,7 +67,7 @@ def test_nan_does_not_leak_between_rows():
     assert d_x.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
-def test_no_rows():
+def test_no_rows_give_zero_gradients():
     x = torch.ones(9, 8, device=DEVICE, requires_grad=True)
     gather(x, rows=ROWS[:0])[0].sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))

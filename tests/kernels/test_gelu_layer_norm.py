@@ -39,7 +39,7 @@ def test_is_as_accurate_as_the_reference(hidden, dtypes):
 
 
 @with_half
-def test_half_precision():
+def test_half_precision_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(96), HALF)
 
 
@@ -48,7 +48,7 @@ def test_any_number_of_rows(rows):
     compare_with_torch(kernel, reference, inputs(256, rows), FLOAT)
 
 
-def test_no_rows():
+def test_no_rows_give_zero_gradients():
     arguments = [x.float().detach().requires_grad_() for x in inputs(96, 0)]
     output = kernel(*arguments)
     output.sum().backward()

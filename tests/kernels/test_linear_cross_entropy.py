@@ -53,11 +53,11 @@ def test_is_as_accurate_as_the_reference(vocabulary, dtype):
 
 
 @with_half
-def test_half_precision():
+def test_half_precision_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(100), HALF)
 
 
-def test_the_whole_vocabulary():
+def test_the_vocabulary_of_bert_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(30_522, hidden=8), BF16)
 
 

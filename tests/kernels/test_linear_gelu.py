@@ -57,7 +57,7 @@ def test_is_as_accurate_as_the_reference(approximate, dtype, shape):
     )
 
 
-def test_half_precision():
+def test_half_precision_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(11, 24, 40), HALF)
 
 
@@ -73,7 +73,7 @@ def test_stores_the_result_of_the_gemm():
     torch.testing.assert_close(gemm, x @ weight.mT, rtol=2**-7, atol=1e-2)
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     x, weight, bias = (x.float().detach().requires_grad_() for x in inputs(0, 24, 40))
     y = kernel(x, weight, bias)
     y.sum().backward()

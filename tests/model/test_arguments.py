@@ -22,7 +22,7 @@ def model():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_initialisation_is_the_papers(case):
+def test_initial_weights_are_truncated_normal_and_biases_zero(case):
     torch.manual_seed(0)
     sizes = SIZES | case.changes | {"hidden_size": 64, "initializer_range": 0.05}
     model = getattr(bertfast, case.class_name)(bertfast.BertConfig(**sizes), **case.arguments)

@@ -74,7 +74,7 @@ def test_a_row_does_not_depend_on_the_others_even_if_they_are_nan():
     assert torch.equal(add_layer_norm(other, residual, *rest)[1:], whole[1:])
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     arguments = inputs(tokens=0)
     output = add_layer_norm(*arguments)
     output.sum().backward()
@@ -171,7 +171,7 @@ def test_pair_compiles_without_a_graph_break(compute_dtype, residual_dtype):
         torch.testing.assert_close(traced, plain)
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     x, residual, bias, gamma, beta = inputs()
     with pytest.raises(ValueError, match=r"add_layer_norm: residual must have shape \[5, 6\], got \[4, 6\]"):
         add_layer_norm(x, residual[:4], bias, gamma, beta)

@@ -152,7 +152,7 @@ def test_a_constant_added_to_the_keys_changes_nothing():
     torch.testing.assert_close(ops.attention(qkv + shift, sequences), ops.attention(qkv, sequences))
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     qkv, sequences = packed([3, 2])
     with pytest.raises(ValueError, match="qkv holds 4 tokens, the sequences are packed into 5"):
         ops.attention(qkv[:4], sequences)

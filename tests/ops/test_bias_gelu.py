@@ -44,14 +44,14 @@ def test_exact_is_x_times_the_normal_distribution():
     torch.testing.assert_close(output, torch.tensor([expected], dtype=torch.float64))
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     bias = normal(3)
     ops.bias_gelu(normal(0, 3), bias).sum().backward()
     assert torch.equal(bias.grad, torch.zeros_like(bias))
     assert ops.linear_gelu(normal(0, 3), normal(5, 3), normal(5)).shape == (0, 5)
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     x, bias = normal(4, 3), normal(3)
     with pytest.raises(ValueError, match=r"bias_gelu: bias must have shape \[3\], got \[2\]"):
         ops.bias_gelu(x, bias[:2])

@@ -73,7 +73,7 @@ def test_rows_are_normalised():
     torch.testing.assert_close(output.var(1, unbiased=False), torch.ones(9, dtype=output.dtype))
 
 
-def test_no_tokens():
+def test_an_empty_batch_has_zero_gradients():
     none = torch.empty(0, dtype=torch.int64)
     word, *others = parameters()
     output = ops.embeddings(none, none, none, word, *others, 1e-12)
@@ -96,7 +96,7 @@ def test_an_index_outside_its_table_is_named(implementation, wrong):
         ops.embeddings(TOKENS, TYPES * 2, POSITIONS, *tables, 1e-12, implementation=implementation)
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     word, position, token_type, gamma, beta = parameters()
     rest = (word, position, token_type, gamma, beta, 1e-12)
     with pytest.raises(ValueError, match=r"embeddings: token_type_ids must have shape \[8\], got \[9\]"):

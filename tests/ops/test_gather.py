@@ -59,7 +59,7 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(d_x, torch.autograd.grad(indexed(x)[0].square().sum(), x)[0])
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     x = normal(6, 3)
     with pytest.raises(TypeError, match=r"gather: rows must be int64 or int32, got torch\.bool"):
         ops.gather(ROWS > 2, x)

@@ -34,13 +34,13 @@ def test_output_has_the_dtype_of_the_parameters():
     assert gelu_layer_norm(x.bfloat16(), *parameters).dtype == torch.float32
 
 
-def test_no_rows():
+def test_no_rows_give_zero_gradients():
     arguments = inputs(6, rows=0)
     gelu_layer_norm(*arguments).sum().backward()
     assert torch.equal(arguments[2].grad, torch.zeros_like(arguments[2]))
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     x, bias, gamma, beta = inputs(6)
     with pytest.raises(ValueError, match=r"gelu_layer_norm: beta must have shape \[6\], got \[5\]"):
         gelu_layer_norm(x, bias, gamma, beta[:5])

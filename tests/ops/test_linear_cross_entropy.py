@@ -184,7 +184,7 @@ def test_without_rows_all_are_read_in_order():
         assert torch.equal(a, b)
 
 
-def test_wrong_arguments_are_refused():
+def test_errors_name_the_wrong_argument():
     hidden, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[7\], got \[6\]"):
         linear_cross_entropy(hidden, weight, bias, labels=LABELS[:6])
