@@ -29,7 +29,7 @@ from environments import ROOT, Environment, oldest_torch, run
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 # The Makefile has the version of PyTorch that the tests run with.
-TORCH_OF_TESTS = re.search(r"^TORCH *:= *(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+(TORCH_OF_TESTS,) = re.findall(r"^TORCH *:= *(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 BUILD_PACKAGES = ("setuptools>=77", "wheel", "ninja", "pybind11", "numpy")
 
 
