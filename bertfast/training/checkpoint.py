@@ -7,6 +7,7 @@ previous checkpoints intact. Checksums of its files detect later damage.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import zlib
 from pathlib import Path
@@ -22,6 +23,8 @@ from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.training.distributed import Distributed
+
+logger = logging.getLogger("bertfast")
 
 _PREFIX = "step-"
 _CHECKSUMS = "checksums.json"
@@ -75,12 +78,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint and print the names of damaged newer ones; None: there is none."""
+    """Return the newest intact checkpoint and log the names of damaged newer ones; None: there is none."""
     for saved in reversed(checkpoints(folder)):
         damaged = _damaged(saved)
         if not damaged:
             return saved
-        print(f"{saved} is damaged ({', '.join(damaged)}): continuing from the checkpoint before it")
+        logger.warning("%s is damaged (%s): continuing from the checkpoint before it", saved, ", ".join(damaged))
     return None
 
 

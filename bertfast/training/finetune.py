@@ -387,7 +387,7 @@ class Finetuning:
         }
         if self.task.bad_rows.count:
             results["bad_rows"] = self.task.bad_rows.count
-            print(f"{self.task.bad_rows.count} invalid rows were skipped")
+            logger.warning("invalid rows skipped: %d", self.task.bad_rows.count)
         if "test" in self.features:
             self.model.load_state_dict(load(type(self.model), self.folder, self.config)[0].state_dict())
             outputs, metrics = self._predict("test")

@@ -108,7 +108,7 @@ def test_a_run_killed_at_any_moment_resumes(data, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no checksums"])
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, tmp_path, caplog):
     pretrain(settings_for(tmp_path, data, **SHORT))
     expected = load_file(tmp_path / "model.safetensors")
     older, newest = checkpoints(tmp_path / "checkpoints")
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, t
     else:
         file.write_bytes(content[:-50] + bytes([content[-50] ^ 4]) + content[-49:])
     assert newest_whole(tmp_path / "checkpoints") == older
-    assert f"{newest} is damaged ({file.name})" in capsys.readouterr().out
+    assert f"{newest} is damaged ({file.name})" in caplog.text
     pretrain(settings_for(tmp_path, data, **SHORT, resume=True))
     again = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(again[name], expected[name]) for name in expected)
