@@ -27,7 +27,8 @@ def test_a_model_in_a_subfolder_is_loaded(saved, tmp_path):
 
 
 @pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
-def test_cache_folder_and_revision_are_those_of_the_hub(auto, saved, tmp_path):
+def test_cache_folder_and_revision_are_those_of_the_hub(auto, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # adapters are looked for there
     kind = bertfast.AutoModelForMaskedLM if auto else bertfast.BertForMaskedLM
     repository, commit = tmp_path / "models--someone--bert", "0123456789" * 4
     shutil.copytree(saved, repository / "snapshots" / commit)
