@@ -44,7 +44,7 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return "the attention mask has another shape than the input"
     reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
     reason = reason or kernel_support.tracing_unsupported_reason(tokens)
-    if reason is None and _pools_padding(encoder, mask):
+    if reason is None and _pools_padding(encoder, arguments):
         return "a row of the batch is padding alone"
     return reason
 
@@ -57,15 +57,16 @@ def config_unsupported_reason(encoder: FusedModel, use_cache: bool | None = None
     return "the configuration asks for attention weights" if config.output_attentions else None
 
 
-def _pools_padding(encoder: FusedModel, mask: Tensor | None) -> bool:
+def _pools_padding(encoder: FusedModel, arguments: Arguments) -> bool:
     """Return whether a call pools a row without tokens in an attention that adds a finite number to masked scores.
 
     Such a row attends to all of its padding; with a boolean mask, and packed, it attends to nothing.
     """
-    if mask is None or encoder.pooler is None or torch.compiler.is_compiling():
-        return False
+    mask = arguments.get("attention_mask")
     adds_to_scores = IS_TRANSFORMERS_4 or encoder.config._attn_implementation == "eager"
-    return adds_to_scores and not bool(mask.any(1).all())
+    if mask is None or encoder.pooler is None or not adds_to_scores or torch.compiler.is_compiling():
+        return False
+    return kernels_unsupported_reason(encoder, arguments) is None and not bool(mask.any(1).all())
 
 
 def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:
