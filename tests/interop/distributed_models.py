@@ -107,6 +107,7 @@ def replicate(name: str) -> dict:
         {is_double: {key: x[rows] for key, x in own.items()} for is_double, own in dtypes.items()}
         for rows in (slice(0, 2), slice(2, None))
     ]
+    fused.config.use_cache = False  # a decoder that fills a cache is left to transformers
     before = bertfast.report(fused)
     found = gradients_of(fused, DistributedDataParallel(fused), [parts[dist.get_rank()][False]])
     dist.all_reduce(found.outputs["loss"])

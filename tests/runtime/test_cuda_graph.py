@@ -136,7 +136,7 @@ def replay_steps(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_is_bitwise_identical(kind, data, tmp_path, monkeypatch):
+def test_a_replayed_step_is_bitwise_identical(kind, data, tmp_path, monkeypatch, any_precision_runs):
     if kind == "a scaled loss":  # with GEMMs in fp32: a CPU has no fp16 kernels
         monkeypatch.setattr(train_step, "autocast", lambda *precision: nullcontext())
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
