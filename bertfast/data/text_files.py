@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import lzma
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -56,26 +55,6 @@ def read_lines(path: Path, progress: Callable[[int], None] = lambda position: No
         for numbered in _decoded_lines(str(path), _decompressed(raw)):
             progress(raw.tell())
             yield numbered
-
-
-def read_standard_input() -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line including its end) of standard input, read as UTF-8 under every locale.
-
-    Raises:
-        ValueError: Standard input is closed, or a line is not UTF-8.
-    """
-    if sys.stdin is None or sys.stdin.closed:
-        raise ValueError("standard input is closed; name a file, or pipe text into the command")
-    yield from _decoded_lines("standard input", cast(io.BufferedReader, sys.stdin.buffer))
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file, compressed or not, without a byte-order mark.
-
-    Raises:
-        ValueError: As for `read_lines`.
-    """
-    return "".join(line for _, line in read_lines(path))
 
 
 def json_object(path: Path, number: int, line: str, example: str) -> dict[str, Any]:
