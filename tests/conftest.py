@@ -1,5 +1,6 @@
 """Fixtures for all tests; they import programs when used, as kernel tests run without tokenizers."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def short_batches_run_packed(monkeypatch):
     """Run short batches packed, as tests are about the packed encoder."""
     if "bertfast.encoder.kernel_support" in sys.modules:
         monkeypatch.setattr("bertfast.encoder.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 0)
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Return a function that makes its text or bytes the content of standard input."""
+
+    def set_input(content: str | bytes) -> None:
+        raw = io.BytesIO(content if isinstance(content, bytes) else content.encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(raw), encoding="ascii"))
+
+    return set_input
 
 
 @pytest.fixture

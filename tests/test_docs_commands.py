@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import io
 import os
 import re
 import shlex
@@ -103,7 +102,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("arguments", "source"), runnable())
-def test_documented_command_runs(arguments, source, files, tmp_path, monkeypatch):
+def test_documented_command_runs(arguments, source, files, tmp_path, monkeypatch, pipe):
     name = arguments[0]
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package)
@@ -114,7 +113,7 @@ def test_documented_command_runs(arguments, source, files, tmp_path, monkeypatch
         if path.name not in outputs:
             (tmp_path / path.name).symlink_to(path)
     if source:
-        monkeypatch.setattr("sys.stdin", io.StringIO((files / source).read_text()))
+        pipe((files / source).read_text())
     short = list(SHORT.get(name, ()))
     if name == "pretrain" and "--init-from" not in arguments:
         short += ["--config-overrides", MODEL]

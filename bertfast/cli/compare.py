@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
-from bertfast.data.text_files import read_lines, require_file
+from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.models.bert import BertForMultipleChoice, BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
@@ -119,7 +118,8 @@ def outputs(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | 
 def _batches(tokenizer: Tokenizer, settings: TextSettings, device: torch.device) -> list[dict[str, Tensor]]:
     texts = [*islice(filter(None, map(str.strip, _texts(settings.input_file))), settings.texts)]
     if not texts:
-        raise ValueError(f"--input-file {settings.input_file} holds no text: it needs one text per line")
+        name = STANDARD_INPUT if settings.input_file == "-" else f"--input-file {settings.input_file}"
+        raise ValueError(f"{name} holds no text: it needs one text per line")
     batches = []
     for first in range(0, len(texts), settings.per_device_batch_size):
         encodings = tokenizer.encode_batch(texts[first : first + settings.per_device_batch_size])
@@ -133,10 +133,8 @@ def _batches(tokenizer: Tokenizer, settings: TextSettings, device: torch.device)
 
 
 def _texts(file: str | None) -> Iterator[str]:
-    if file == "-":
-        yield from sys.stdin
-    elif file is not None:
-        yield from (line for _, line in read_lines(Path(file)))
+    if file is not None:
+        yield from (line for _, line in (read_standard_input() if file == "-" else read_lines(Path(file))))
     else:
         for _, _, paragraphs in docstring_documents(processes=1):
             yield from paragraphs

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from bertfast.data.corpus import find_files, held_out, read_documents
 from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
+from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from bertfast.runtime.output_folder import LOCK, Origin, output_folder
 from bertfast.runtime.settings import Count, Range, Settings
@@ -253,7 +253,7 @@ def _training_files(corpus: CorpusSettings, folder: Path) -> list[Path]:
         if name == "-":
             inputs.append(folder / "standard-input.txt")
             with open(inputs[-1], "wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
+                shutil.copyfileobj(standard_input(), copy)
         else:
             inputs.append(name)
     return find_files(inputs)

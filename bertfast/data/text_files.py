@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+STANDARD_INPUT = "standard input"
+"""Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -57,8 +60,28 @@ def read_lines(path: Path, progress: Callable[[int], None] = lambda position: No
             yield numbered
 
 
-def json_object(path: Path, number: int, line: str, example: str) -> dict[str, Any]:
-    """Parse line `number` of the .jsonl file `path`.
+def standard_input() -> io.BufferedReader:
+    """Return standard input as bytes; ValueError if it is closed. At a terminal, say how to end the input."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError(f"{STANDARD_INPUT} is closed: pipe text into the command, or give a file")
+    if sys.stdin.isatty():
+        print("reading lines from the keyboard; Ctrl-D ends the input", file=sys.stderr)
+    return cast(io.BufferedReader, sys.stdin.buffer)
+
+
+def read_standard_input() -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line including its end) of standard input, which is read as `read_lines` reads a file.
+
+    Each line is yielded as soon as it has arrived. The locale does not matter: text is UTF-8.
+
+    Raises:
+        ValueError: Standard input is closed, is not text, or a line is not UTF-8; the message names the line.
+    """
+    return _decoded_lines(STANDARD_INPUT, _decompressed(standard_input()))
+
+
+def json_object(path: Path | str, number: int, line: str, example: str) -> dict[str, Any]:
+    """Parse line `number` of the .jsonl file `path`, or of `STANDARD_INPUT`.
 
     Raises:
         ValueError: It is not a JSON object, or a string in it is not Unicode text; the message names file and line,
@@ -106,7 +129,8 @@ def _lines(name: str, stream: io.BufferedReader) -> Iterator[bytes]:
             raise _NotText(f"{name} is {what}")
     if b"\0" in first:
         raise _NotText(f"{name} is not a text file: byte {first.index(0)} is 0")
-    carriage_returns = b"\r" in first and b"\n" not in first
+    # A carriage return at the very end may be the first half of a line end of which the rest has not arrived yet.
+    carriage_returns = b"\r" in first[:-1] and b"\n" not in first
     return _lines_at_carriage_returns(stream) if carriage_returns else iter(stream)
 
 

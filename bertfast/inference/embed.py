@@ -6,7 +6,6 @@ Shapes: S texts, T packed tokens, H hidden size, D embedding size (H, or a multi
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import COMPRESSIONS, read_lines, require_file
+from bertfast.data.text_files import COMPRESSIONS, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
@@ -208,7 +207,7 @@ def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, value
 def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
     path = settings.input_file
     if path in (None, "-"):
-        return (line.rstrip("\r\n") for line in sys.stdin)
+        return (line.rstrip("\r\n") for _, line in read_standard_input())
     if path.endswith(_TEXT_SUFFIXES):
         return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))
     table = read_table(path)

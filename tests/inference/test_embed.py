@@ -1,6 +1,5 @@
 """Embeddings of texts: transformers' hidden states, written in parts."""
 
-import io
 import shutil
 
 import numpy as np
@@ -52,13 +51,13 @@ def test_embeddings_are_transformers_hidden_states(layers, pooling, pretrained, 
         assert lengths.tolist() == [len(state) for state in expected]
 
 
-def test_parquet_from_a_table_equals_safetensors_from_standard_input(pretrained, tmp_path, monkeypatch):
+def test_parquet_from_a_table_equals_safetensors_from_standard_input(pretrained, tmp_path, pipe):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = tmp_path / "a.tsv"
     table.write_text("\n".join(["sentence\tlabel", *(f"{text}\t1" for text in TEXTS)]))
     folder = embed(settings_for(pretrained, tmp_path / "one", input_file=str(table), output_format="parquet"))
     rows = parquet.read_table(folder / "part-00000.parquet")["embeddings"].to_pylist()
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS)))
+    pipe("\n".join(TEXTS))
     other = embed(settings_for(pretrained, tmp_path / "two"))
     torch.testing.assert_close(torch.tensor(rows), load_file(other / "part-00000.safetensors")["embeddings"])
 
@@ -95,8 +94,8 @@ def test_parts_of_another_text_model_or_setting_are_refused(changed, pretrained,
     assert not torch.equal(load_file(folder / "part-00000.safetensors")["embeddings"], before)
 
 
-def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS)))
+def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, pipe):
+    pipe("\n".join(TEXTS))
     embed(settings_for(pretrained, tmp_path))
     with pytest.raises(ValueError, match=r"perhaps of other texts than those on standard input"):
         embed(settings_for(pretrained, tmp_path))

@@ -1,6 +1,5 @@
 """Predictions of a fine-tuned model: packed or padded, from a file or standard input, and in transformers."""
 
-import io
 import json
 import random
 from pathlib import Path
@@ -70,14 +69,14 @@ def test_evaluate_agrees_with_finetune(tuned, files, tmp_path, capsys):
     assert "eval_accuracy" in capsys.readouterr().out
 
 
-def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, capsys, monkeypatch):
+def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, capsys, pipe):
     folder, _ = tuned
     settings = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
     predict(PredictSettings.of(**settings, input_file=files["test_file"]))
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     sentences = [row[1] for row in rows_of(Path(files["test_file"]))[1:]]
     for standard_input in (None, "-"):
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sentences)))
+        pipe("\n".join(sentences))
         predict(PredictSettings.of(**settings, input_file=standard_input))
         assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == from_file
     expected = rows_of(folder / "predictions_test.tsv")[1:]

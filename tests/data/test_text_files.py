@@ -1,0 +1,60 @@
+"""Standard input is read like a file, in any locale, and errors name the line."""
+
+import gzip
+import os
+import threading
+
+import pytest
+
+from bertfast.data.text_files import STANDARD_INPUT, json_object, read_standard_input
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("é\n\n b ".encode(), ["é\n", "\n", " b "]),
+        (b"\xef\xbb\xbfa\r\nb\r\n", ["a\r\n", "b\r\n"]),
+        (b"a\rb\r", ["a\r", "b\r"]),
+        (gzip.compress(b"a\nb\n"), ["a\n", "b\n"]),
+        (b"", []),
+    ],
+)
+def test_lines_have_numbers_whatever_the_line_ends_and_the_locale(content, lines, pipe):
+    pipe(content)
+    assert list(read_standard_input()) == list(enumerate(lines, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\nb\ncaf\xe9\n", r"standard input, line 3: not UTF-8 \(byte 0xe9 at column 4\); convert the text to UTF-8"),
+        (b"a\0b\n", "standard input is not a text file: byte 1 is 0"),
+        ("a\n".encode("utf-16"), "standard input is UTF-16; convert the file to UTF-8"),
+        (gzip.compress(b"a\n" * 99)[:-9], "standard input: cannot be read beyond line"),
+    ],
+)
+def test_input_that_is_not_text_is_refused_with_its_line(content, message, pipe):
+    pipe(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_standard_input())
+
+
+def test_closed_standard_input_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match=r"standard input is closed: pipe text into the command, or give a file"):
+        next(read_standard_input())
+
+
+def test_a_line_end_that_arrives_in_two_pieces_ends_one_line(monkeypatch):
+    reader, writer = os.pipe()
+    os.write(writer, b"a\r")
+    with os.fdopen(reader, encoding="ascii") as standard_input:
+        monkeypatch.setattr("sys.stdin", standard_input)
+        lines = read_standard_input()
+        threading.Timer(0.05, lambda: (os.write(writer, b"\nb\r\n"), os.close(writer))).start()
+        assert list(lines) == [(1, "a\r\n"), (2, "b\r\n")]
+
+
+def test_an_unpaired_surrogate_is_refused_with_its_line():
+    with pytest.raises(ValueError, match=r"standard input, line 7: unpaired surrogate \\ud800"):
+        json_object(STANDARD_INPUT, 7, '{"a": "\\ud800"}', "{}")
