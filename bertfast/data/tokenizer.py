@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import BertProcessing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_BLOCK = 2**16  # characters that the trainer gets at a time
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class SpecialTokens:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = False) -> Tokenizer:
-    """Train a WordPiece vocabulary.
+    """Train a WordPiece vocabulary; token ids depend on nothing but the words of the texts and their counts.
 
     Args:
-        texts: The training texts. Token ids do not depend on their order.
+        texts: The training texts, read once.
         vocab_size: Rounded up to a multiple of 64, for efficient GEMMs; [unused] tokens fill up the vocabulary if the
             texts yield fewer pieces.
         cased: Whether to keep upper case and accents.
@@ -42,19 +44,57 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = Fals
         ValueError: The texts are empty.
     """
     vocab_size = -(-vocab_size // 64) * 64
+    counts = Counter(word for text in texts for word in text.split())
     # Every character takes two entries, one of them as a continuation; a quarter of the vocabulary is the limit.
-    alphabet = min(1000, vocab_size // 8)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, limit_alphabet=alphabet, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-    )
-    trained = _wordpiece({}, cased)  # without special tokens, so that "[MASK]" in a text is treated as text
-    trained.train_from_iterator(texts, trainer)
-    # The trainer numbers the pieces differently in each run, so they are sorted.
-    pieces = sorted(set(trained.get_vocab()) - set(SPECIAL_TOKENS))
+    alphabet = _alphabet(counts, _wordpiece({}, cased).normalizer, min(1000, vocab_size // 8))
+    # The trainer merges pairs of equal counts in the order of their ids, and would number continuations in the order of
+    # a hash table. They get fixed ids as special tokens.
+    continuations = sorted(piece for piece in _train(counts.keys(), 0, alphabet, [], cased) if piece.startswith("##"))
+    repeated = (f"{word} " * count for word, count in counts.items())
+    pieces = sorted(_train(repeated, vocab_size, alphabet, [*SPECIAL_TOKENS, *continuations], cased))
     if not pieces:
         raise ValueError("there is no text to train a vocabulary on")
     unused = [f"[unused{i}]" for i in range(vocab_size - len(SPECIAL_TOKENS) - len(pieces))]
     return _wordpiece({token: i for i, token in enumerate([*SPECIAL_TOKENS, *unused, *pieces])}, cased)
+
+
+def _alphabet(counts: Mapping[str, int], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
+    """Return the most frequent characters of normalized words, at most `limit`; of equally frequent ones the first."""
+    characters: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            characters[character] += count
+    normalized: Counter[str] = Counter()
+    for character, count in characters.items():
+        for part in normalizer.normalize_str(character).strip():
+            normalized[part] += count
+    return sorted(normalized, key=lambda character: (-normalized[character], character))[:limit]
+
+
+def _train(texts: Iterable[str], vocab_size: int, alphabet: list[str], first: list[str], cased: bool) -> set[str]:
+    """Return the pieces of a vocabulary, without special tokens; those in `first` get the first ids in training."""
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=first,
+        show_progress=False,
+    )
+    trained = _wordpiece({}, cased)  # without special tokens, so that "[MASK]" in a text is treated as text
+    trained.train_from_iterator(_blocks(texts), trainer)
+    return set(trained.get_vocab()) - set(SPECIAL_TOKENS)
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts joined by spaces, in blocks of about `_BLOCK` characters."""
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size > _BLOCK:
+            yield " ".join(block)
+            block, size = [], 0
+    yield " ".join(block)
 
 
 def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:

@@ -2,6 +2,9 @@
 
 import json
 import lzma
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +49,23 @@ def test_unused_tokens_fill_up_a_vocabulary_larger_than_the_text_yields():
 
 def test_training_is_reproducible_and_independent_of_the_order_of_the_texts():
     hashes = {tokenizer_hash(train_tokenizer(texts, 256)) for texts in (TEXTS, TEXTS, TEXTS[::-1])}
+    assert len(hashes) == 1
+
+
+def test_a_vocabulary_depends_on_the_text_alone_and_not_on_the_process():
+    """Of pieces and characters that are equally frequent, every process takes the same."""
+    program = (
+        "from bertfast.data.tokenizer import tokenizer_hash, train_tokenizer\n"
+        "words = [chr(97 + i % 26) + chr(0x3b1 + i % 17) + chr(97 + i * i % 23) for i in range(400)]\n"
+        "print(*(tokenizer_hash(train_tokenizer(words, size)) for size in (128, 512)))"
+    )
+    hashes = set()
+    for seed, threads in (("1", "1"), ("2", "3")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        hashes.add(ran.stdout)
     assert len(hashes) == 1
 
 
