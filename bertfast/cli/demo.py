@@ -72,7 +72,8 @@ def demo(settings: DemoSettings) -> dict[str, float]:
             name: _finetune(settings, model, folder / name, train, validation) for name in ("finetuned", "from-scratch")
         }
     except RunStopped as stopped:
-        raise RunStopped(f"{str(stopped).partition(':')[0]}: run the same command again to continue the demo") from None
+        reason = str(stopped).partition(":")[0]
+        raise RunStopped(f"{reason}: run the same command again to continue the demo", stopped.status) from None
 
     print("\n4. Masked tokens: the five most likely predictions for each.")
     masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")

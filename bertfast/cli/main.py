@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bertfast.cli.console import console, say
+from bertfast.cli.errors import describe, is_user_error
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import recipe_names
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.settings import Settings
-from bertfast.runtime.signals import RunStopped
+from bertfast.runtime.signals import exit_on_sigterm
 
 
 class Command(NamedTuple):
@@ -143,8 +145,8 @@ COMMANDS = {
 
 _CONFIG_HELP = "--config FILE.yaml reads flags from a YAML file, in which they have the same names."
 
-# Errors whose message tells the user what to do. Anything else is a bug of this program and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RunStopped)
+# Commands that, given again, continue where they were interrupted.
+_CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,9 +157,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: the command's own if it returns an int, else 0; 1 after an error of the user's, 2 for an
-        unknown command, 130 after an interrupt.
+        unknown command, 130 after Ctrl-C, 141 if the reader of the output has gone. SIGTERM raises SystemExit(143).
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    program = f"bertfast {name}" if name in COMMANDS else "bertfast"
+    try:
+        with console(), exit_on_sigterm():
+            return _run(name, rest)
+    except KeyboardInterrupt:
+        again = "; run the same command again to continue after the last finished step" * (name in _CONTINUE)
+        say(f"\n{program}: interrupted{again}")
+        return 130
+    except BrokenPipeError:
+        return 141  # as for a program that SIGPIPE ends
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        say(f"{program}: {describe(error)}")
+        return getattr(error, "status", 1)
+
+
+def _run(name: str, rest: list[str]) -> int:
     if name in ("-h", "--help"):
         print(_usage())
         return 0
@@ -167,25 +187,15 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"bertfast: unknown command {name!r}; {hint}", file=sys.stderr)
+        say(f"bertfast: unknown command {name!r}; {hint}")
         return 2
     keep_freed_memory()  # a command allocates tensors of the same sizes over and over
     command = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{command.module}")
-    try:
-        about = f"{command.summary}\n\nExample: bertfast {name} {command.example}\n{_CONFIG_HELP}"
-        settings = parse(name, getattr(module, command.settings), rest, about)
-        _require_folder(settings)
-        result = getattr(module, command.function)(settings)
-    except KeyboardInterrupt:
-        print(
-            f"\nbertfast {name}: interrupted; run the same command again to continue after the last finished step",
-            file=sys.stderr,
-        )
-        return 130
-    except USER_ERRORS as error:
-        print(f"bertfast {name}: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
+    about = f"{command.summary}\n\nExample: bertfast {name} {command.example}\n{_CONFIG_HELP}"
+    settings = parse(name, getattr(module, command.settings), rest, about)
+    _require_folder(settings)
+    result = getattr(module, command.function)(settings)
     return result if isinstance(result, int) else 0
 
 

@@ -1,10 +1,12 @@
-"""Ctrl-C and SIGTERM stop a run after the current step."""
+"""Ctrl-C and SIGTERM stop a run after the current step, and other commands at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 
 class RunStopped(Exception):
@@ -18,6 +20,24 @@ class RunStopped(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM raises SystemExit, so that locks and temporary files are removed; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not installed by Python
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
 
 
 class Interrupt:

@@ -180,7 +180,7 @@ class Finetuning:
                 self._report(bar)
                 on_step(self.step)
                 if interrupt.requested:
-                    self._stop(f"stopped after step {self.step} of {self.steps}")
+                    self._stop(f"stopped after step {self.step} of {self.steps}", interrupt.status)
                 if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
                     what = not_finite(self.skipped_loss, self.device)
                     self._stop(f"{SKIPS_IN_A_ROW} steps in a row were skipped, {what}: lower --learning-rate")
@@ -369,10 +369,10 @@ class Finetuning:
         save_tokenizer(self.tokenizer, self.folder)
         self.best_step = self.step
 
-    def _stop(self, reason: str) -> NoReturn:
+    def _stop(self, reason: str, status: int = 1) -> NoReturn:
         if not self.best_step:
             self._save()
-        raise RunStopped(f"{reason}; the best model so far, that of step {self.best_step}, is in {self.folder}")
+        raise RunStopped(f"{reason}; the best model so far, that of step {self.best_step}, is in {self.folder}", status)
 
     def _finish(self) -> dict[str, float]:
         self._read_pending()

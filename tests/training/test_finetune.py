@@ -200,16 +200,20 @@ def test_the_best_model_is_kept_and_early_stopping_ends_the_run(tuned, files, tm
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
 
 
-def test_an_interrupted_run_keeps_the_best_model(pretrained, files, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_the_best_model(number, pretrained, files, tmp_path):
     def interrupt(step: int) -> None:
         if step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     settings = FinetuneSettings.of(
         model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK, eval_steps=3
     )
-    with pytest.raises(RunStopped, match=rf"stopped after step 7 of 60; the best model so far, .* in {tmp_path}"):
+    with pytest.raises(
+        RunStopped, match=rf"stopped after step 7 of 60; the best model so far, .* in {tmp_path}"
+    ) as stopped:
         finetune(settings, interrupt)
+    assert stopped.value.status == 128 + number
     assert BertForSequenceClassification.from_pretrained(tmp_path).config.id2label == {0: "bad", 1: "good"}
     load_tokenizer(tmp_path)
 
