@@ -45,7 +45,7 @@ export PYTHONSAFEPATH := 1
 BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 .PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint compiled-tables types docs soak clean
-.PHONY: bench bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-accuracy gpu-check-speed
+.PHONY: bench bench-compare bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-accuracy gpu-check-speed
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -200,6 +200,13 @@ bench-growth: $(LIBRARY)
 
 bench-figures: $(READY)
 	$(BENCH).figures $(FIGURE)
+
+# Compares the speed of two commits, HEAD by default: make bench-compare BASE=main [COMPARE='--head REF --rounds 20'].
+BASE    ?=
+COMPARE ?=
+bench-compare: $(LIBRARY)
+	$(if $(BASE),,$(error BASE is missing: make bench-compare BASE=main, or another commit))
+	$(BENCH).compare $(BASE) $(COMPARE)
 
 # Takes hours. An interrupted run continues, and finished parts are not repeated. Tables go to bench/results/tables; tables 5, 6
 # and 8 compare models that are pre-trained here. DATA=FOLDER and SOAKED=FOLDER name other folders, and MODEL=FOLDER a
