@@ -4,9 +4,9 @@
 
 Both commits are installed below build/compare/, the native library is compiled only if its sources differ. Each round
 runs every case once with either commit, in processes of their own, in the order A B, B A, A B …, so that drift of the
-machine affects both. The result of a case is the median over the rounds of head's time divided by base's, with its 99 %
-confidence interval (bootstrap over the rounds). If the interval contains 1, there is "no difference" that this many
-rounds can show. Ctrl-C reports the rounds that are complete. Cases: `bench/compare_cases.py` and COMMANDS.
+machine affects both. The result of a case is head's time divided by base's, estimated from the ratios of the rounds,
+with its 99 % confidence interval. If the interval contains 1, there is "no difference" that this many rounds can show.
+Ctrl-C reports the rounds that are complete. Cases: `bench/compare_cases.py` and COMMANDS.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CASES = (*IN_PROCESS, *COMMANDS)
 # As `bertfast.runtime.malloc` does in bertfast's programs; older commits have no function for it.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
 CONFIDENCE = 0.99
-MIN_ROUNDS = 6  # with fewer, not even the range of all ratios has that confidence
+MIN_ROUNDS = 8  # with fewer, not even the range of all ratios has that confidence
 SAME_VALUE = 1e-3  # largest relative difference of the outputs of two commits that compute the same
 CASE_MINUTES = 10  # after which a process is ended
 
@@ -261,11 +261,22 @@ def _run(command: list[str], environment: dict[str, str]) -> tuple[str, str | No
     return ran.stdout, (lines[-1] if lines else f"exit status {ran.returncode}") if ran.returncode else None
 
 
-def ratio_interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the bootstrap interval of the median of the ratios: rounds are drawn with replacement 10,000 times."""
-    draws = np.random.default_rng(0).choice(np.log(ratios), (10_000, len(ratios)))
-    low, high = np.exp(np.quantile(np.median(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2]))
-    return float(low), float(high)
+def ratio_interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Return the Hodges-Lehmann estimate of a ratio and the bounds of its exact interval, from ratios of rounds.
+
+    The estimate is the median of the means of all pairs of logarithms. The interval contains each ratio that the
+    signed-rank test of Wilcoxon does not reject. A bootstrap of ten rounds covers equal commits in 94 % of all cases
+    instead of 99 %.
+    """
+    logs = np.log(ratios)
+    first, second = np.triu_indices(len(logs))
+    means = np.sort((logs[first] + logs[second]) / 2)
+    ways = np.ones(1)  # by the sum of ranks: the number of subsets of ranks with that sum
+    for rank in range(1, len(logs) + 1):
+        ways = np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))
+    outside = int((np.cumsum(ways) / 2 ** len(logs) <= (1 - confidence) / 2).sum()) - 1
+    low, high = np.exp([means[outside], means[-1 - outside]])
+    return float(np.exp(np.median(means))), float(low), float(high)
 
 
 def compare(case: str, base: Commit, head: Commit) -> dict[str, Any]:
@@ -282,7 +293,7 @@ def compare(case: str, base: Commit, head: Commit) -> dict[str, Any]:
     if len(rounds) < MIN_ROUNDS:
         return row | {"verdict": f"not compared: {len(rounds)} complete rounds, at least {MIN_ROUNDS} are needed"}
     ratios = [after / before for before, after in rounds]
-    ratio, (low, high) = statistics.median(ratios), ratio_interval(ratios)
+    ratio, low, high = ratio_interval(ratios)
     return row | {"ratio": ratio, "low": low, "high": high, "verdict": verdict(low, ratio, high, values)}
 
 
