@@ -7,7 +7,6 @@ or on several machines (`--part`). An interrupted run continues; a folder of ano
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -27,14 +27,15 @@ from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
 from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
-from bertfast.runtime.output_folder import LOCK, Origin, output_folder
+from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Count, Range, Settings
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
 SPLITS = ("train", "validation")
-TOKENIZER_ORIGIN = "tokenizer_origin.json"  # what the tokenizer in the folder was trained on
+TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 # Characters to train a vocabulary on, divided equally among the files; more text hardly changes the vocabulary.
 MAX_VOCABULARY_CHARACTERS = 300_000_000
 BATCH_CHARACTERS = 500_000  # text tokenized in one call
@@ -145,15 +146,18 @@ def prepare(settings: PrepareSettings) -> Path:
     """
     corpus = settings.corpus
     folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    train = _training_files(corpus, folder)
-    validation = find_files(corpus.validation_file)
-    if both := set(train) & set(validation):
-        raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
-    contents = () if settings.overwrite_output_dir else SPLITS  # parts have records of their own
-    lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
-    with output_folder(folder, _origin(corpus, train, validation), contents, lock=lock):
-        _prepare(settings, train, validation, folder)
+    with locked_folder(folder, LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"):
+        train = _training_files(corpus, folder)
+        validation = find_files(corpus.validation_file)
+        if both := set(train) & set(validation):
+            raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
+        # Parts have records of their own: those of files that are unchanged are kept.
+        contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
+        origin = _origin(corpus, train, validation)
+        with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
+            check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)()
+            tokenizer = _tokenizer(corpus, train, 0 if validation else corpus.validation_split_percentage, folder)
+        _prepare(settings, train, validation, tokenizer, folder)
     return folder
 
 
@@ -167,21 +171,34 @@ def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -
         values |= {"--vocab-size": corpus.vocab_size, "--cased": corpus.cased}
     else:
         inputs["--tokenizer-name"] = tokenizer_files(corpus.tokenizer_name)
-    return Origin(inputs, values)
+    return Origin(inputs, values, "prepare")
 
 
-def _prepare(settings: PrepareSettings, train: list[Path], validation: list[Path], folder: Path) -> None:
+def _tokenizer(corpus: CorpusSettings, train: list[Path], percentage: float, folder: Path) -> Tokenizer:
+    """Return the tokenizer, after saving it in `folder`; one that an interrupted run has trained is not trained again.
+
+    Args:
+        corpus: Which tokenizer to use.
+        train: Training files.
+        percentage: Percentage of their documents that is held out.
+        folder: Folder with an up-to-date record.
+    """
+    if corpus.tokenizer_name is not None:
+        tokenizer = load_tokenizer(corpus.tokenizer_name)
+        save_tokenizer(tokenizer, folder)
+        return tokenizer
+    if not (folder / "tokenizer.json").exists():
+        save_tokenizer(_train_tokenizer(corpus, train, percentage), folder)
+    return load_tokenizer(folder)
+
+
+def _prepare(
+    settings: PrepareSettings, train: list[Path], validation: list[Path], tokenizer: Tokenizer, folder: Path
+) -> None:
     """Prepare the training and validation files in a locked folder."""
     corpus = settings.corpus
     percentage = 0 if validation else corpus.validation_split_percentage
-    if corpus.tokenizer_name is None:
-        _train_tokenizer(corpus, train, percentage, folder)
-        tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = load_tokenizer(corpus.tokenizer_name)
-        _save_tokenizer(tokenizer, folder, origin=None)
     tokenizer_digest = tokenizer_hash(tokenizer)
-
     files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
     sources = [Source(path, share, corpus.text_column, tokenizer_digest) for path, share in files]
     if settings.part is not None:
@@ -252,25 +269,15 @@ def _training_files(corpus: CorpusSettings, folder: Path) -> list[Path]:
     for name in corpus.train_file:
         if name == "-":
             inputs.append(folder / "standard-input.txt")
-            with open(inputs[-1], "wb") as copy:
+            with atomic_path(folder / "standard-input.txt") as temporary, temporary.open("wb") as copy:
                 shutil.copyfileobj(standard_input(), copy)
         else:
             inputs.append(name)
     return find_files(inputs)
 
 
-def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float, folder: Path) -> None:
-    """Train a vocabulary on `files` and save it in `folder`, unless the one in it was trained on the same input."""
-    record = folder / TOKENIZER_ORIGIN
-    origin = {
-        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "held_out_percentage": percentage,
-        "text_column": corpus.text_column,
-        "vocab_size": corpus.vocab_size,
-        "cased": corpus.cased,
-    }
-    if record.exists() and json.loads(record.read_text()) == origin:
-        return
+def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float) -> Tokenizer:
+    """Train a vocabulary on the training documents of `files`."""
 
     def texts() -> Iterator[str]:
         for path in tqdm(files, desc="vocabulary", unit="file"):
@@ -282,15 +289,7 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: floa
                 if budget < 0:
                     break
 
-    _save_tokenizer(train_tokenizer(texts(), corpus.vocab_size, cased=corpus.cased), folder, origin)
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, origin: dict[str, object] | None) -> None:
-    record = folder / TOKENIZER_ORIGIN
-    record.unlink(missing_ok=True)  # first, so that the record never describes another tokenizer
-    save_tokenizer(tokenizer, folder)
-    if origin is not None:
-        record.write_text(json.dumps(origin, indent=1))
+    return train_tokenizer(texts(), corpus.vocab_size, cased=corpus.cased)
 
 
 def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, processes: int) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing
 
+from bertfast.runtime.atomic_write import write_atomically
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BLOCK = 2**16  # characters that the trainer gets at a time
 
@@ -146,14 +148,13 @@ def tokenizer_files(path: Path | str) -> list[Path]:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
     """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, which `transformers.BertTokenizer` opens."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in _tokens(tokenizer)), encoding="utf-8")
     options = {"tokenizer_class": "BertTokenizer"}
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         options |= {key: getattr(tokenizer.normalizer, name) for key, name in NORMALIZER_OPTIONS.items()}
     options |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(options, indent=1))
+    write_atomically(folder / "tokenizer_config.json", json.dumps(options, indent=1))
+    write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token in _tokens(tokenizer)))
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: the others are there if it is
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:

@@ -126,7 +126,7 @@ def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
         inputs["--input-file"] = [Path(settings.input_file)]
     names = ("text_column", "text_pair_column", "pooling", "layers", "output_format", "texts_per_part")
     values = {flag(name): getattr(settings, name) for name in names}
-    return Origin(inputs, values | {"--max-seq-length": max_length, "--precision": precision})
+    return Origin(inputs, values | {"--max-seq-length": max_length, "--precision": precision}, "embed")
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from bertfast.architectures.initialise import initialise
 from bertfast.models import bert
 from bertfast.models.extensions import ExtendedBertConfig, ModelT, class_for
+from bertfast.runtime.atomic_write import apply_umask, named_in_errors
 
 logger = logging.getLogger("bertfast")
 
@@ -156,16 +157,17 @@ def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] 
         OSError: The files cannot be written; what was saved before is kept.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)
     if weights is not None:
         weights = {key: value for key, value in weights.items() if key not in _tied(model)}
     try:
-        with _quiet():
+        with named_in_errors(folder), _quiet():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             model.save_pretrained(temporary, state_dict=weights)
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
+            apply_umask(temporary)
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written, what was saved before is kept: {error}") from error
     finally:

@@ -20,23 +20,54 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Yields:
         A path that does not exist, with the suffix of `path`.
+
+    Raises:
+        OSError: The path cannot be written, as when the disk is full; see `named_in_errors`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    remove(temporary)  # of a process that was killed
+    with named_in_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)  # of a process that was killed
+        try:
+            yield temporary
+            if path.is_dir() and temporary.is_dir():
+                remove(path)  # a folder cannot be renamed over one that has files
+            os.replace(temporary, path)
+        finally:
+            remove(temporary)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Have an error of the operating system say that `path` cannot be written, and why.
+
+    Errors of a full disk name no file, and those of a temporary file name one that the user does not know. Errors of
+    files elsewhere, which were to be read, are left as they are.
+    """
     try:
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
-            remove(path)  # a folder cannot be renamed over one that has files
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
+        yield
+    except OSError as error:
+        target, named = path.absolute(), Path(error.filename or path).absolute()
+        if error.errno is None or not (target.parent in named.parents or named in target.parents):
+            raise
+        raise type(error)(f"{path} cannot be written: {os.strerror(error.errno)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 file so that a reader never sees a part of it."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files in a folder the permissions of the umask: some libraries write files that only the owner reads."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def remove(path: Path) -> None:

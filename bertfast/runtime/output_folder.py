@@ -1,7 +1,7 @@
 """Output folders: a record of what their contents were made from, and a lock that keeps other runs out.
 
-A command that continues or reuses what a folder contains must not mix it with results of other inputs or settings.
-Every such command opens its folder with `output_folder`, which compares the record in the folder with the run.
+A command must not mix its output with that of other inputs or settings. Every command that writes a folder locks it,
+compares the record in it with the run, and records what the run is made from before it writes anything else.
 """
 
 from __future__ import annotations
@@ -11,20 +11,38 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock, Timeout
 
-from bertfast.runtime.atomic_write import remove, write_atomically
+from bertfast.runtime.atomic_write import named_in_errors, remove, write_atomically
 
 RECORD = "origin.json"
 LOCK = ".lock"
+
+
+class FileRecord(TypedDict):
+    """What a record says about an input: its path, size, modification time in nanoseconds, and SHA-256."""
+
+    path: str
+    bytes: int
+    modified: int
+    sha256: str
+
+
+class Record(TypedDict):
+    """Contents of `origin.json`, without the versions of the libraries: the fields of an `Origin`."""
+
+    command: str
+    inputs: dict[str, list[FileRecord]]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,14 +52,16 @@ class Origin:
     Attributes:
         inputs: Files that are read, by the flag that names them. Where a file lies does not matter, its contents do.
         settings: Settings that the contents depend on, by flag: values that JSON can hold.
+        command: Command that writes the folder.
     """
 
     inputs: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
 
 
 class OriginError(ValueError):
-    """The contents of a folder have another origin than the run, or no record of one.
+    """The contents of a folder have another origin than the run, or no record of one, or cannot be continued.
 
     Attributes:
         problem: The folder and the differences, without what to do about them.
@@ -58,8 +78,6 @@ def output_folder(
 ) -> Iterator[Path]:
     """Lock a folder for this process, and compare its record with an origin or write one.
 
-    The operating system releases the lock when the process ends, however it ends: no stale lock can remain.
-
     Args:
         path: Folder; it is created if it does not exist.
         origin: What this run makes its contents from.
@@ -72,90 +90,170 @@ def output_folder(
 
     Raises:
         OriginError: The contents have another origin or no record.
-        ValueError: Another process writes to the folder.
+        ValueError: Another process writes to the folder, or an input is one of the files to replace.
     """
     with locked_folder(path, lock):
-        existing = [found for pattern in contents for found in path.glob(pattern)]
-        record = None if overwrite else _read_record(path)
-        described = _describe(origin, record)
-        if overwrite:
-            for found in existing:
-                remove(found)
-        elif existing:
-            _check(path, record, described)
-        write_atomically(path / RECORD, json.dumps(described | {"versions": _versions()}, indent=1) + "\n")
+        check_contents(path, origin, contents, overwrite=overwrite)()
         yield path
+
+
+def check_contents(
+    folder: Path, origin: Origin, contents: Sequence[str], *, overwrite: bool = False, continues: bool = True
+) -> Callable[[], None]:
+    """Compare the record of a locked folder with an origin.
+
+    Args:
+        folder: The folder.
+        origin: What the run makes its contents from.
+        contents: Patterns of the files and folders that the command writes.
+        overwrite: Whether these files and folders are to be removed.
+        continues: Whether a run continues from contents of the same origin; False: they are refused as well.
+
+    Returns:
+        A function to call before the first write: it removes what is to be removed, and records the origin.
+
+    Raises:
+        OriginError: The contents have another origin, or no record, or there are some and `continues` is false.
+        ValueError: An input is one of the files to replace.
+    """
+    record = read_record(folder)
+    described = _describe(origin, record)
+    _require_inputs_elsewhere(folder, origin, contents)
+    existing = [path for pattern in contents for path in folder.glob(pattern)]
+    other_command = record is not None and record["command"] != origin.command
+    if not overwrite and (existing or other_command):
+        _check(folder, existing, record, described, continues)
+    return partial(_begin, folder, described, existing if overwrite else [])
+
+
+def require_origin(folder: Path, origin: Origin) -> None:
+    """Compare what an origin names with the record of a finished run, which may name more.
+
+    Raises:
+        OriginError: They differ, or there is no record.
+    """
+    record = read_record(folder)
+    described = _describe(origin, record)
+    if record is not None:
+        inputs = {flag: files for flag, files in record["inputs"].items() if flag in described["inputs"]}
+        settings = {flag: value for flag, value in record["settings"].items() if flag in described["settings"]}
+        record = Record(command=record["command"], inputs=inputs, settings=settings)
+    _check(folder, [folder], record, described, continues=True)
 
 
 @contextmanager
 def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Create a folder if it does not exist, and lock it for this process.
 
+    The operating system releases the lock when the process ends, however it ends: no stale lock can remain.
+
     Raises:
         ValueError: Another process has locked it.
+        OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name, timeout=0, thread_local=False)
-    owner = folder / f"{name}-owner"
+    lock, owner = FileLock(folder / name, timeout=0, thread_local=False), folder / f"{name}-owner"
+    with named_in_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+            raise ValueError(
+                f"{folder} is in use by {holder}: wait for its end, or choose another --output-dir"
+            ) from None
     try:
-        lock.acquire()
-    except Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-        raise ValueError(f"{folder} is in use by {holder}: wait for its end, or choose another --output-dir") from None
-    try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        with named_in_errors(folder):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> Record | None:
     """Return the record of a folder, or None if there is none that can be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record["inputs"], dict) and isinstance(record["settings"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        inputs = {
+            flag: [FileRecord(**{key: file[key] for key in FileRecord.__annotations__}) for file in files]  # type: ignore[typeddict-item]  # JSON
+            for flag, files in record["inputs"].items()
+        }
+        return Record(command=record["command"], inputs=inputs, settings=dict(record["settings"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _describe(origin: Origin, record: Mapping[str, Any] | None) -> dict[str, Any]:
+def _begin(folder: Path, described: Record, old: Sequence[Path]) -> None:
+    """Remove old contents, and write the record of the new ones."""
+    with named_in_errors(folder):
+        for path in old:
+            remove(path)
+    write_atomically(folder / RECORD, json.dumps(described | {"versions": _versions()}, indent=1) + "\n")
+
+
+def _require_inputs_elsewhere(folder: Path, origin: Origin, contents: Sequence[str]) -> None:
+    """Raise ValueError if a file that is read, or the target of a link to one, would be replaced."""
+    root = folder.resolve()
+    for flag, files in origin.inputs.items():
+        for file in files:
+            for path in (file.parent.resolve() / file.name, file.resolve()):
+                if root in path.parents and any(map(Path(path.relative_to(root).parts[0]).match, contents)):
+                    raise ValueError(f"{flag} reads {file}, which would be replaced: choose another --output-dir")
+
+
+def _describe(origin: Origin, record: Record | None) -> Record:
     """Return the record of an origin; a file that is as it was for an earlier record is not hashed again."""
     known = {} if record is None else {file["path"]: file for files in record["inputs"].values() for file in files}
     inputs = {flag: [_describe_file(file, known) for file in files] for flag, files in origin.inputs.items()}
-    return {"inputs": inputs, "settings": json.loads(json.dumps(dict(origin.settings)))}
+    return Record(command=origin.command, inputs=inputs, settings=json.loads(json.dumps(dict(origin.settings))))
 
 
-def _describe_file(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _describe_file(path: Path, known: Mapping[str, FileRecord]) -> FileRecord:
     state, name = path.stat(), str(path.absolute())
-    description = {"path": name, "bytes": state.st_size, "modified": state.st_mtime_ns}
-    if description.items() <= known.get(name, {}).items():
-        return dict(known[name])
+    earlier = known.get(name)
+    if earlier is not None and (earlier["bytes"], earlier["modified"]) == (state.st_size, state.st_mtime_ns):
+        return earlier
     with path.open("rb") as file:
-        return description | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path=name, bytes=state.st_size, modified=state.st_mtime_ns, sha256=digest)
 
 
-def _check(folder: Path, record: Mapping[str, Any] | None, described: Mapping[str, Any]) -> None:
+def _check(folder: Path, existing: Sequence[Path], record: Record | None, described: Record, continues: bool) -> None:
+    """Raise OriginError if existing contents do not have the described origin, or cannot be continued."""
     if record is None:
-        raise OriginError(f"{folder} has contents without a record of their inputs and settings")
+        raise OriginError(f"{folder} has contents without a record of their inputs and settings ({existing[0].name})")
+    differences = _differences(record, described)
+    if differences:
+        raise OriginError(f"{folder} was written with other inputs or settings: {'; '.join(differences)}")
+    if not continues:
+        raise OriginError(f"{folder} has the results of a run with the same inputs and settings")
+
+
+def _differences(record: Record, described: Record) -> list[str]:
+    """Return what differs, with old and new values."""
+    if record["command"] != described["command"]:
+        return [f"the command was {record['command'] or 'unknown'} and is {described['command'] or 'unknown'}"]
     differences = []
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
-        before, now = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
-        if [file["sha256"] for file in before] != [file["sha256"] for file in now]:
-            differences.append(f"{flag} was {_files(before)} and is {_files(now)}")
+        old_files, new_files = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
+        if [file["sha256"] for file in old_files] != [file["sha256"] for file in new_files]:
+            differences.append(f"{flag} was {_files(old_files)} and is {_files(new_files)}")
     for flag in sorted(record["settings"].keys() | described["settings"].keys()):
         before, now = record["settings"].get(flag), described["settings"].get(flag)
         if before != now:
             differences.append(f"{flag} was {json.dumps(before)} and is {json.dumps(now)}")
-    if differences:
-        raise OriginError(f"{folder} was written with other inputs or settings: {'; '.join(differences)}")
+    return differences
 
 
-def _files(files: Sequence[Mapping[str, Any]]) -> str:
+def _files(files: Sequence[FileRecord]) -> str:
     """Return files for a message: the first two with size and hash, and how many more there are."""
     shown = [f"{file['path']} ({file['bytes']:,} bytes, SHA-256 {file['sha256'][:8]}…)" for file in files[:2]]
     return " and ".join(shown + [f"{len(files) - 2} more"] * (len(files) > 2)) or "absent"
 
 
 def _versions() -> dict[str, str]:
-    return {"bertfast": version("bertfast"), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        **{name: version(name) for name in ("bertfast", "transformers", "tokenizers")},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

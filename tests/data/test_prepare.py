@@ -168,6 +168,22 @@ def test_an_interrupted_run_continues(texts, vocabulary, run, monkeypatch):
     assert content(folder) == content(whole)
 
 
+def test_a_vocabulary_of_an_interrupted_run_is_not_used_for_another_one(texts, run, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "prepare_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("out", texts, vocab_size=128)
+    before = modified(texts.parent / "out")
+    with pytest.raises(ValueError, match="--vocab-size was 128 and is 192"):
+        run("out", texts, vocab_size=192)
+    assert modified(texts.parent / "out") == before
+    folder = run("out", texts, vocab_size=192, overwrite=True)
+    assert load_tokenizer(folder).get_vocab_size() == 192
+
+
 def test_validation_files_replace_the_held_out_documents(texts, vocabulary, run):
     folder = run("out", texts / "0.txt", validation_file=[str(texts / "2.txt")], tokenizer_name=vocabulary)
     assert {document[0].split()[1] for document in read(folder, "train")} == {"0"}

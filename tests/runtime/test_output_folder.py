@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -9,9 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
 
+from bertfast.architectures.presets import preset_config
+from bertfast.data.tokenizer import SPECIAL_TOKENS, save_tokenizer
+from bertfast.models.bert import BertModel
+from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path, write_atomically
-from bertfast.runtime.output_folder import Origin, output_folder
+from bertfast.runtime.output_folder import Origin, OriginError, check_contents, output_folder, require_origin
+from bertfast.runtime.tensor_file import write_tensors
 
 PARTS = ("part-*",)
 
@@ -129,6 +137,91 @@ def test_a_living_owner_keeps_others_out_and_a_dead_one_does_not(tmp_path):
     assert reopen(tmp_path, Origin()) == []
 
 
+def test_contents_of_another_command_are_refused(written):
+    folder, origin = written
+    (folder / "part-0").unlink()
+    with pytest.raises(ValueError, match="the command was unknown and is embed"):
+        reopen(folder, Origin(origin.inputs, origin.settings, "embed"))
+
+
+def test_a_run_that_cannot_continue_refuses_contents_of_the_same_origin(written):
+    with pytest.raises(OriginError, match="results of a run with the same inputs and settings: choose"):
+        check_contents(*written, PARTS, continues=False)
+
+
+def test_old_contents_stay_until_the_run_begins(written):
+    folder, origin = written
+    begin = check_contents(folder, origin, PARTS, overwrite=True, continues=False)
+    assert (folder / "part-0").exists()
+    begin()
+    assert not (folder / "part-0").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "linked folder"])
+def test_an_input_is_never_replaced(kind, tmp_path):
+    folder = tmp_path / "out"
+    part = folder / ("part-0/text.txt" if kind == "folder" else "part-0")
+    part.parent.mkdir(parents=True)
+    part.write_text("text")
+    source = part
+    if kind == "link":
+        source = tmp_path / "link"
+        source.symlink_to(part)
+    elif kind == "linked folder":
+        (tmp_path / "link").symlink_to(folder)
+        source = tmp_path / "link" / "part-0"
+    with pytest.raises(ValueError, match=f"--input-file reads {source}, which would be replaced"):
+        reopen(folder, Origin({"--input-file": [source]}), overwrite=True)
+    assert part.read_text() == "text"
+
+
+def test_a_finished_run_is_compared_in_what_is_known_of_it(written):
+    folder, origin = written
+    require_origin(folder, Origin(origin.inputs, {"--pooling": "mean"}))
+    with pytest.raises(OriginError, match='--pooling was "mean" and is "cls"'):
+        require_origin(folder, Origin(origin.inputs, {"--pooling": "cls"}))
+    (folder / "origin.json").unlink()
+    with pytest.raises(OriginError, match="without a record"):
+        require_origin(folder, origin)
+
+
+@pytest.fixture
+def small_disk():
+    """A disk on which no file gets larger than 64 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("kind", ["text", "tensors", "model", "tokenizer"])
+def test_a_full_disk_leaves_what_was_saved_before(kind, tmp_path):
+    def write(size: int) -> None:
+        if kind == "text":
+            write_atomically(tmp_path / "text", "x" * size)
+        elif kind == "tensors":
+            with atomic_path(tmp_path / "tensors") as temporary:
+                write_tensors({"x": torch.zeros(size)}, temporary)
+        elif kind == "model":
+            save(BertModel(preset_config("tiny", vocab_size=64 + size, hidden_size=2)), tmp_path)
+        else:
+            vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *map(str, range(size))])}
+            save_tokenizer(Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), tmp_path)
+
+    write(10)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match=rf"^{tmp_path}.* (cannot|could not) be written"):
+        write(100_000)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"^{tmp_path}/file/out cannot be written: Not a directory"):
+        reopen(tmp_path / "file" / "out", Origin())
+
+
 def write_half(path: Path) -> None:
     with path.open("w") as file:
         file.write("half")
@@ -157,6 +250,10 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_atomically(tmp_path / "file", "")
+        write_tensors({"x": torch.zeros(1)}, tmp_path / "tensors")
+        save(BertModel(preset_config("tiny", vocab_size=64, hidden_size=2)), tmp_path / "model")
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
