@@ -165,7 +165,7 @@ def compiled(factory: Factory) -> Factory:
     """Return a factory of the same implementation under torch.compile."""
 
     def build(case: Case) -> Implementation:
-        require_gpu("torch.compile")  # on a CPU, compiling takes longer than the tests may
+        require_gpu("torch.compile", "compiling takes longer than the tests may")
         torch.compiler.reset()  # otherwise graphs of other sizes count towards the limit of recompilations
         made = make(factory, case)
         return replace(made, function=torch.compile(made.function, dynamic=False, fullgraph=True))
@@ -175,15 +175,15 @@ def compiled(factory: Factory) -> Factory:
 
 def liger() -> ModuleType:
     """Return Liger's functions; skip the benchmark if they are not available."""
-    require_gpu("Liger")
+    require_gpu("Liger", "its kernels are written in Triton")
     module: ModuleType = pytest.importorskip("liger_kernel.transformers.functional", exc_type=ImportError)
     return module
 
 
-def require_gpu(name: str) -> None:
-    """Skip the benchmark without a GPU."""
+def require_gpu(name: str, reason: str) -> None:
+    """Skip the benchmark without a GPU, for the given reason."""
     if not ON_GPU:
-        pytest.skip(f"{name} is timed on a GPU only")
+        pytest.skip(f"{name} is timed on a GPU only: {reason}")
 
 
 @lru_cache(maxsize=1)  # both directions of a case follow one another

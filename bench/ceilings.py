@@ -39,6 +39,25 @@ def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repe
     return flops / min(side_by_side({"gemm": run}, repeats)["gemm"]).seconds
 
 
+def int8_gemm_throughput(shapes: list[tuple[int, int, int]], repeats: int = 3) -> float | None:
+    """Return the operations/s of the GEMMs of `shapes` in int8 with sums in int32, None if PyTorch has none here."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
+
+    operands = {(m, k, n): (random(m, k), random(n, k).t()) for m, k, n in set(shapes)}
+    operations = sum(2 * m * k * n for m, k, n in shapes)
+
+    def run() -> None:
+        for shape in shapes:
+            torch._int_mm(*operands[shape])
+
+    try:
+        return operations / min(side_by_side({"gemm": run}, repeats)["gemm"]).seconds
+    except RuntimeError:
+        return None
+
+
 def layer_gemms(config: BertConfig, tokens: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of the GEMMs of one layer in the forward pass."""
     hidden, wide = config.hidden_size, config.intermediate_size

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]  # `bench` may be a link, see `gpu_check`
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"  # texts next to the checkout, which are not part of the project
+PUBLISHED = ROOT / "build" / "minilm"  # a package with a published model, see the Makefile
 PACKAGES = ["torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy"]
-PACKAGES += ["onnxruntime", "openvino"]
+PACKAGES += ["onnxruntime", "openvino", "nncf", "sentence-transformers", "optimum"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
@@ -232,7 +233,7 @@ def origin() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "commit": _COMMIT,
         **({"gpu": _gpu()} if ON_GPU else {}),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -268,7 +269,8 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, its family and the instruction sets that matter here."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

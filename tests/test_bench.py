@@ -229,11 +229,28 @@ def test_a_call_that_times_out_or_fails_gets_a_reason():
 
 
 def test_inference_is_compared_with_the_installed_runtimes(tmp_path):
-    program("end_to_end.inference", "trial", "--repeats=2", f"--results={tmp_path}")
+    options = ("--repeats=1", f"--data={tmp_path / 'nowhere'}", f"--results={tmp_path}")
+    program("end_to_end.inference", "trial", *options)
     result = json.loads((tmp_path / "inference-trial.json").read_text())
-    timed = result["implementations"].keys()
-    assert timed >= {"bertfast", "transformers"}
-    assert timed | result["not_run"].keys() == {"bertfast", "transformers", "onnxruntime", "openvino"}
+    assert result["precisions"].keys() == result["not_run"].keys() | result["errors"].keys()
+    for name, workload in result["workloads"].items():
+        assert workload["runtimes"].keys() >= {"bertfast", "transformers", "transformers, eager attention"}
+        assert workload["lower_bound_s"]["fp32"] > 0
+        in_order = name.split(",")[0] in ("sst2", "squad")
+        assert (workload["padded_tokens"] > sum(workload["lengths"])) == in_order
+    ordered, in_length = (result["workloads"][f"sst2, {order}"] for order in ("file order", "sorted"))
+    assert sorted(ordered["lengths"]) == in_length["lengths"]
+    assert in_length["padded_tokens"] < ordered["padded_tokens"]
+
+
+def test_a_runtime_with_wrong_outputs_is_not_timed():
+    from bench.end_to_end.inference import wrong_outputs
+
+    assert wrong_outputs("fp32", {"relative": 1e-6, "cosine": 1.0}) is None
+    assert "differ by 0.01" in wrong_outputs("fp32", {"relative": 0.01, "cosine": 1.0})
+    assert "differ by nan" in wrong_outputs("bf16", {"relative": float("nan"), "cosine": float("nan")})
+    assert wrong_outputs("int8", {"relative": 0.3, "cosine": 0.97}) is None
+    assert "a cosine of 0.500" in wrong_outputs("int8", {"relative": 0.3, "cosine": 0.5})
 
 
 def test_growth_is_measured_and_drawn(tmp_path):

@@ -1,15 +1,16 @@
-"""Time inference of a base model on 32 real texts against transformers, ONNX Runtime and OpenVINO.
+"""Time inference of a model on real texts and on single sentences, in all runtimes of `bench.end_to_end.runtimes`.
 
-    python -m bench.end_to_end.inference [CASE …] [--repeats N] [--data FOLDER] [--results FOLDER]
+    python -m bench.end_to_end.inference [MODEL …] [--repeats N] [--data FOLDER] [--results FOLDER]
 
-Sentences of SST-2 are classified; paragraphs of SQuAD become hidden states. FOLDER of --data contains
-glue/SST-2/dev.tsv.gz, squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt. All runtimes get the same padded
-token ids, random weights and number of threads; their outputs must agree before anything is timed. Install the other
-runtimes into a separate folder and put it on the path (`make bench-inference` does so):
+The workloads are sentences of SST-2 and paragraphs of SQuAD, in batches in file order and sorted by length, and single
+sentences of LENGTHS tokens. All runtimes get the same padded token ids, random weights and number of threads, and
+return hidden states. Before anything is timed, these are compared with transformers' in fp32: a runtime in fp32 or bf16
+must agree within TOLERANCE, one in int8 must reach MIN_COSINE. FOLDER of --data contains glue/SST-2/dev.tsv.gz,
+squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt; without it, lengths are drawn at random.
 
-    pip install --no-deps --target .venv/runtimes \\
-        onnxruntime openvino onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
-    PYTHONPATH=.venv/runtimes:. python -m bench.end_to_end.inference
+The lower bound of a workload is the time of its model FLOPs, without padding, at the GEMM throughput measured here in
+that precision, or that of reading the weights once per batch at the bandwidth of a copy, if it is longer. `make
+bench-inference` installs the runtimes into a folder of their own.
 """
 
 from __future__ import annotations
@@ -18,24 +19,21 @@ import gzip
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
 
 import bertfast
-from bench.ceilings import gemm_throughput, layer_gemms
+from bench.ceilings import copy_bandwidth, gemm_throughput, int8_gemm_throughput, layer_gemms
+from bench.end_to_end.runtimes import RUNTIMES, Inputs, Precision, Predict, Weights
 from bench.harness import (
     DATA,
     DEVICE,
     Sample,
-    hf_config,
-    median_ratio,
     require_clean_tree,
     result_parser,
     seconds_of,
@@ -48,149 +46,193 @@ from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
-BATCH = 32
+MODELS: dict[str, Preset] = {"base": "base", "small": "small", "trial": "tiny"}  # "trial": to try the program
 MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of outputs, relative to the largest absolute value, at least 1
-Run = Callable[[], Tensor]
+LENGTHS = (8, 32, 128, 384)  # tokens of single sentences
+SINGLE_CALLS = 5  # of which a sample of a single sentence is the mean
+BATCHES = {"sst2": (64, 16), "squad": (8, 4)}  # texts and batch size
+TRIAL_TEXTS = 8  # per workload of "trial"
+# Largest error of hidden states relative to the largest absolute value, and smallest cosine with them.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.1}
+MIN_COSINE = 0.9
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 
 
 @dataclass(frozen=True)
-class Case:
-    """The class and size of the model, the texts and the precision."""
+class Workload:
+    """Batches of texts.
 
-    model: str
-    texts: str
-    dtype: torch.dtype = torch.float32
-    preset: Preset = "base"
+    Attributes:
+        batches: Inputs of each batch, padded to its longest text.
+        calls: Calls per sample.
+    """
 
+    batches: list[Inputs]
+    calls: int = 1
 
-CASES = {
-    f"{texts}-{precision}": Case(model, texts, dtype)
-    for texts, model in (("sst2", "BertForSequenceClassification"), ("squad", "BertModel"))
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-}
-TRIAL = {"trial": Case("BertModel", "random", preset="tiny")}  # to try the program
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [length for batch in self.batches for length in batch["attention_mask"].sum(1).tolist()]
+
+    @property
+    def padded_tokens(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self.batches)
+
+    def run(self, predict: Predict) -> None:
+        """Run all batches, `calls` times."""
+        for _ in range(self.calls):
+            for batch in self.batches:
+                predict(batch)
 
 
 def main() -> None:
     parser = result_parser(__doc__)
-    known = CASES | TRIAL
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(known)}")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds of which the median is taken")
+    parser.add_argument("models", nargs="*", default=["base"], metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is taken")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(known):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    if unknown := set(arguments.models) - set(MODELS):
+        parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
     require_clean_tree(arguments.results)
     keep_freed_memory()
-    print("| case | implementation | s | sentences/s | tokens/s | relative time | GEMM efficiency |")
-    print("|---|---|---|---|---|---|---|")
-    for name in arguments.cases:
-        case = known[name]
-        if case.dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
-            print(f"{name}: skipped, this processor has no bf16 instructions", file=sys.stderr)
-        elif case.texts != "random" and not arguments.data.is_dir():
-            print(f"{name}: skipped, there is no folder {arguments.data} (--data)", file=sys.stderr)
-        else:
-            result = measure(name, case, arguments.repeats, arguments.data)
-            write_result(f"inference-{name}", result, arguments.results)
-            print_result(result)
-    print(f"\nwritten to {arguments.results}")
+    for name in arguments.models:
+        result = measure(name, arguments.repeats, arguments.data)
+        path = write_result(f"inference-{name}", result, arguments.results)
+        print(f"\nwritten to {path}")
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """Print a table row per implementation, and the reasons of those that did not run."""
-    for name, row in result["implementations"].items():
-        print(
-            f"| {result['case']} | {name} | {row['median_s']:.4f} | {row['sentences_per_second']:.1f} | "
-            f"{row['tokens_per_second']:.0f} | {row['relative_time']:.2f} | {row['gemm_efficiency']:.0%} |",
-            flush=True,
-        )
-    for name, reason in result["not_run"].items():
-        print(f"{result['case']}: {name} did not run: {reason}", file=sys.stderr, flush=True)
-
-
-def measure(name: str, case: Case, repeats: int, data: Path) -> dict[str, object]:
-    """Time a case and return its result.
-
-    Raises:
-        SystemExit: The outputs differ.
-    """
+def measure(name: str, repeats: int, data: Path) -> dict[str, Any]:
+    """Time all workloads on a model, print a table and return the result."""
     torch.manual_seed(0)
-    config = bertfast.preset_config(case.preset)
-    inputs = padded(token_ids(case.texts, data, config))
-    attended = inputs["attention_mask"].bool()
+    config = bertfast.preset_config(MODELS[name], vocab_size=30522)
+    workloads = build_workloads(name, data)
     with TemporaryDirectory() as folder, torch.inference_mode():
-        runs, errors, not_run = build(case, config, inputs, Path(folder))
-        if not max(errors.values()) <= TOLERANCE[case.dtype]:
-            raise SystemExit(f"{name}: the outputs differ, so nothing is timed: {errors}")
-        timed = side_by_side(runs, repeats)
-    lengths = attended.sum(1).tolist()
-    flops = model_flops(config, lengths)
-    tokens = sum(lengths)
-    throughput = gemm_throughput(layer_gemms(config, tokens) * config.num_hidden_layers, case.dtype)
+        calibration = [batch for workload in workloads.values() for batch in workload.batches]
+        weights = Weights(config, calibration[::-1], Path(folder))
+        runtimes, errors, not_run = build(weights)
+        ceilings = measured_ceilings(config, sum(workloads["sst2, file order"].lengths))
+        print(
+            "| workload | runtime | ms | 20 to 80 % | texts/s | share of the lower bound |\n|---|---|---|---|---|---|"
+        )
+        results = {}
+        for workload_name, workload in workloads.items():
+            timed = side_by_side({key: partial(workload.run, run) for key, run in runtimes.items()}, repeats)
+            bounds = lower_bounds(config, workload, ceilings)
+            results[workload_name] = {
+                "lengths": workload.lengths,
+                "padded_tokens": workload.padded_tokens,
+                "batch": len(workload.batches[0]["input_ids"]),
+                "lower_bound_s": bounds,
+                "runtimes": {key: entry(samples, workload.calls) for key, samples in timed.items()},
+            }
+            print_rows(workload_name, results[workload_name])
+    for key, reason in not_run.items():
+        print(f"{key} did not run: {reason}", file=sys.stderr)
     return {
-        "case": name,
-        "lengths": lengths,
-        "padded_tokens": attended.numel(),
-        "model_gflop": flops / 1e9,
-        "gemm_gflops": throughput / 1e9,
-        "implementations": {
-            implementation: entry(samples, timed["bertfast"], tokens, flops / throughput, errors[implementation])
-            for implementation, samples in timed.items()
-        },
+        "model": name,
+        "weights": "random",
+        "repeats": repeats,
+        "ceilings": ceilings,
+        "precisions": {key: runtime.precision for key, runtime in RUNTIMES.items()},
+        "errors": errors,
         "not_run": not_run,
+        "workloads": results,
     }
 
 
-def entry(
-    samples: list[Sample], bertfast_samples: list[Sample], tokens: int, lower_bound: float, error: float
-) -> dict[str, object]:
-    """Return the entry of an implementation in the result."""
-    median = statistics.median(seconds_of(samples))
+def build(weights: Weights) -> tuple[dict[str, Predict], dict[str, dict[str, float]], dict[str, str]]:
+    """Return the runtimes whose outputs are right, the errors of all that ran, and why the others are not timed.
+
+    Raises:
+        SystemExit: bertfast's own outputs are wrong.
+    """
+    batch = weights.batches[-1]
+    attended = batch["attention_mask"].bool()
+    expected = weights.reference(**batch)[0][attended]
+    runs: dict[str, Predict] = {}
+    errors: dict[str, dict[str, float]] = {}
+    not_run: dict[str, str] = {}
+    for name, runtime in RUNTIMES.items():
+        try:
+            predict = runtime.build(weights)
+            hidden = predict(batch)[attended].float()
+        except Exception as error:
+            not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        errors[name] = {
+            "relative": ((hidden - expected).abs().max() / expected.abs().max()).item(),
+            "cosine": torch.nn.functional.cosine_similarity(hidden, expected).mean().item(),
+        }
+        if wrong := wrong_outputs(runtime.precision, errors[name]):
+            if name.startswith("bertfast"):
+                raise SystemExit(f"{name}: {wrong}, so nothing is timed")
+            not_run[name] = wrong
+        else:
+            runs[name] = predict
+    return runs, errors, not_run
+
+
+def wrong_outputs(precision: Precision, error: dict[str, float]) -> str | None:
+    """Return why outputs in this precision count as wrong, None if they do not; NaN is wrong."""
+    if precision in TOLERANCE and not error["relative"] <= TOLERANCE[precision]:
+        return f"its hidden states differ by {error['relative']:.2g} of the largest"
+    if not error["cosine"] >= MIN_COSINE:
+        return f"its hidden states have a cosine of {error['cosine']:.3f} with those in fp32"
+    return None
+
+
+def entry(samples: list[Sample], calls: int) -> dict[str, Any]:
+    """Return the seconds of a runtime per call: median, 20th and 80th percentile, and all samples."""
+    seconds = [value / calls for value in seconds_of(samples)]
+    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 2
     return {
-        "median_s": median,
-        "sentences_per_second": BATCH / median,
-        "tokens_per_second": tokens / median,
-        "relative_time": median_ratio(samples, bertfast_samples),
-        "gemm_efficiency": lower_bound / median,
-        "error": error,
-        "seconds": [sample.seconds for sample in samples],
+        "median_s": statistics.median(seconds),
+        "p20_s": p20,
+        "p80_s": p80,
+        "seconds": [sample.seconds / calls for sample in samples],
         "cores": [sample.cores for sample in samples],
     }
 
 
-def build(
-    case: Case, config: bertfast.BertConfig, inputs: dict[str, Tensor], folder: Path
-) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """Return the functions to time, their errors relative to bertfast's outputs, and why the others cannot run."""
-    attended = inputs["attention_mask"].bool()
-    model = getattr(bertfast, case.model)(config).eval()
-    hf_model = getattr(transformers, case.model)(hf_config(config)).eval()
-    hf_model.load_state_dict(model.state_dict())
-
-    def without_padding(output: Tensor) -> Tensor:
-        output = torch.as_tensor(output).float()
-        return output[attended] if case.model == "BertModel" else output
-
-    not_run, runs, outputs = {}, {}, {}
-    for name, factory in FACTORIES.items():
-        try:
-            run = factory(model if name == "bertfast" else hf_model, inputs, case.dtype, folder)
-            outputs[name], runs[name] = without_padding(run()), run
-        except Exception as error:
-            if name == "bertfast":
-                raise
-            not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    largest = max(outputs["bertfast"].abs().max().item(), 1)
-    errors = {name: (output - outputs["bertfast"]).abs().max().item() / largest for name, output in outputs.items()}
-    return runs, errors, not_run
+def print_rows(name: str, result: dict[str, Any]) -> None:
+    """Print a table row per runtime of a workload."""
+    for runtime, row in result["runtimes"].items():
+        bound = result["lower_bound_s"].get(RUNTIMES[runtime].precision)
+        share = f"{bound / row['median_s']:.0%}" if bound else ""
+        print(
+            f"| {name} | {runtime} | {row['median_s'] * 1e3:.1f} | {row['p20_s'] * 1e3:.1f} to {row['p80_s'] * 1e3:.1f}"
+            f" | {len(result['lengths']) / row['median_s']:.1f} | {share} |",
+            flush=True,
+        )
 
 
-def token_ids(texts: str, data: Path, config: bertfast.BertConfig) -> list[list[int]]:
-    """Return the ids of BATCH texts, evenly spread over the file, each truncated to MAX_LENGTH tokens."""
-    if texts == "random":
-        return [torch.randint(1000, config.vocab_size, (length,)).tolist() for length in range(4, 4 + BATCH)]
+def build_workloads(model: str, data: Path) -> dict[str, Workload]:
+    """Return the workloads by name."""
+    workloads = {}
+    for texts, (number, size) in BATCHES.items():
+        if model == "trial":
+            number, size = TRIAL_TEXTS, TRIAL_TEXTS // 2
+        sequences = token_ids(texts, number, data)
+        for order, found in (("file order", sequences), ("sorted", sorted(sequences, key=len))):
+            batches = [padded(found[start : start + size]) for start in range(0, number, size)]
+            workloads[f"{texts}, {order}"] = Workload(batches)
+    for length in LENGTHS:
+        workloads[f"1 x {length} tokens"] = Workload([padded([random_ids(length)])], SINGLE_CALLS)
+    return workloads
+
+
+def random_ids(length: int) -> list[int]:
+    ids: list[int] = torch.randint(1000, 30000, (length,)).tolist()
+    return ids
+
+
+def token_ids(texts: str, number: int, data: Path) -> list[list[int]]:
+    """Return the ids of texts, evenly spread over the file, of at most MAX_LENGTH tokens; without data, random ids."""
+    if not data.is_dir():
+        print(f"there is no folder {data} (--data): random texts replace {texts}", file=sys.stderr)
+        longest = 60 if texts == "sst2" else MAX_LENGTH
+        return [random_ids(int(length)) for length in torch.randint(8, longest, (number,))]
     if texts == "sst2":
         lines = read_table(data / "glue" / "SST-2" / "dev.tsv.gz").texts("sentence")
     else:
@@ -200,10 +242,10 @@ def token_ids(texts: str, data: Path, config: bertfast.BertConfig) -> list[list[
     tokenizer = load_tokenizer(data / "vocab" / "bert-base-uncased-vocab.txt")
     tokenizer.enable_truncation(MAX_LENGTH)
     tokenizer.no_padding()
-    return [encoding.ids for encoding in tokenizer.encode_batch(lines[:: len(lines) // BATCH][:BATCH])]
+    return [encoding.ids for encoding in tokenizer.encode_batch(lines[:: len(lines) // number][:number])]
 
 
-def padded(sequences: list[list[int]]) -> dict[str, Tensor]:
+def padded(sequences: list[list[int]]) -> Inputs:
     """Return the inputs of the models, padded to the longest sequence."""
     length = max(map(len, sequences))
     ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences])
@@ -211,68 +253,39 @@ def padded(sequences: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
-def eager(model: torch.nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, _folder: Path) -> Run:
-    model = model.to(dtype)
-    return lambda: model(**inputs)[0]
+def measured_ceilings(config: bertfast.BertConfig, tokens: int) -> dict[str, float]:
+    """Return the FLOP/s of a layer's GEMMs on this many tokens by precision, and the bytes/s of a copy as "bytes"."""
+    shapes = layer_gemms(config, tokens) * 2
+    found = {"fp32": gemm_throughput(shapes, torch.float32), "bytes": copy_bandwidth(64 << 20)}
+    if has_bf16_gemm(DEVICE):
+        found["bf16"] = gemm_throughput(shapes, torch.bfloat16)
+    if rate := int8_gemm_throughput(shapes):
+        found["int8"] = rate
+    return found
 
 
-def onnxruntime(model: torch.nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> Run:
-    import onnxruntime
-
-    if dtype != torch.float32:
-        raise NotImplementedError("its CPU kernels do not support bf16")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads go on spinning and slow down the implementation that is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    path = str(exported(model, inputs, folder))
-    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    feeds = {name: x.numpy() for name, x in inputs.items()}
-    return lambda: session.run(None, feeds)[0]
-
-
-def openvino(model: torch.nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> Run:
-    import openvino
-
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
+def lower_bounds(config: bertfast.BertConfig, workload: Workload, ceilings: dict[str, float]) -> dict[str, float]:
+    """Return the lower bound of a workload in seconds, by precision."""
+    flops = model_flops(config, workload.lengths)
+    weights = len(workload.batches) * encoder_parameters(config)
+    return {
+        precision: max(flops / ceilings[precision], weights * size / ceilings["bytes"])
+        for precision, size in BYTES.items()
+        if precision in ceilings
     }
-    compiled = openvino.compile_model(str(exported(model.float(), inputs, folder)), "CPU", settings)
-    feeds = {name: x.numpy() for name, x in inputs.items()}
-    return lambda: compiled(feeds)[0]
 
 
-FACTORIES = {"bertfast": eager, "transformers": eager, "onnxruntime": onnxruntime, "openvino": openvino}
-
-
-def exported(model: torch.nn.Module, inputs: dict[str, Tensor], folder: Path) -> Path:
-    """Return the model as an ONNX file for inputs of this shape."""
-    path = folder / "model.onnx"
-    if not path.exists():
-
-        class FirstOutput(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-                output: Tensor = self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[0]
-                return output
-
-        names = list(inputs)
-        torch.onnx.export(
-            FirstOutput().eval(), tuple(inputs.values()), path, input_names=names, output_names=["output"]
-        )
-    return path
+def encoder_parameters(config: bertfast.BertConfig) -> int:
+    """Return the number of weights in the GEMMs of all layers."""
+    hidden: int = config.hidden_size
+    return int(config.num_hidden_layers * hidden * (4 * hidden + 2 * config.intermediate_size))
 
 
 def model_flops(config: bertfast.BertConfig, lengths: list[int]) -> int:
     """Return 2 · encoder parameters · tokens + 4 · layers · H · Σ s²; padding is not counted."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-    return 2 * parameters * sum(lengths) + 4 * layers * hidden * sum(length**2 for length in lengths)
+    squares = sum(length**2 for length in lengths)
+    return 2 * encoder_parameters(config) * sum(lengths) + 4 * layers * hidden * squares
 
 
 if __name__ == "__main__":

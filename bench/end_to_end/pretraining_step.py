@@ -29,7 +29,7 @@ import torch
 import transformers
 
 import bertfast
-from bench.ceilings import gemm_throughput, layer_gemms
+from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
 from bench.end_to_end.samples import LENGTHS, count_lengths, random_samples, uniform_lengths, wikipedia_lengths
 from bench.harness import (
     DEVICE,
@@ -53,6 +53,8 @@ from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
 DROPOUT = 0.1
+# Bytes per parameter that AdamW in fp32 moves: it reads weight, gradient, two moments, and writes all but the gradient.
+ADAMW_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,8 @@ def measure(
     packed = steps.packed
     flops = step_flops(config, packed)
     throughput = gemm_throughput(gemm_shapes(config, packed.sequences.num_tokens, packed.masked), case.dtype)
+    bandwidth = copy_bandwidth(2 << 30 if ON_GPU else 256 << 20)
+    parameters = sum(parameter.numel() for parameter in steps.models["bertfast"].parameters())
     return {
         "case": name,
         "lengths": lengths,
@@ -287,6 +291,8 @@ def measure(
         "compiling_s": compiling,
         "not_run": not_run,
         "optimizer_s": steps.optimizer_seconds(),
+        "optimizer_lower_bound_s": ADAMW_BYTES * parameters / bandwidth,
+        "copy_gb_per_s": bandwidth / 1e9,
         "target": case.target,
         **efficiency(flops, throughput, statistics.median(seconds_of(timed["bertfast"]))),
     }

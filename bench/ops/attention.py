@@ -150,7 +150,7 @@ def sdpa_loop(case: AttentionCase) -> Implementation:
 
 
 def varlen(case: AttentionCase) -> Implementation:
-    require_gpu("varlen_attn")
+    require_gpu("varlen_attn", "PyTorch has no CPU kernel for it")
     _without_dropout(case, "varlen_attn")
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
     starts, max_seqlen = case.sequences.cu_seqlens, case.sequences.max_seqlen

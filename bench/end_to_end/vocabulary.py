@@ -1,0 +1,106 @@
+"""Measure how time and memory of the masked-LM loss grow with the vocabulary, compared with other implementations.
+
+    python -m bench.end_to_end.vocabulary [--rows N] [--width H] [--max-vocab V] [--results FOLDER]
+
+The loss of N masked tokens of width H, with its gradients, in fp32. The implementations are those of
+`bench/ops/linear_cross_entropy.py`; their results must agree with PyTorch's plain loss. Each point runs in its own
+process; its memory is the peak of the process minus what the process held before the first call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import Factory, Function
+from bench.end_to_end.growth import peak_memory
+from bench.harness import ON_GPU, require_clean_tree, result_parser, seconds_of, side_by_side, stopwatch, write_result
+from bench.ops.linear_cross_entropy import LossCase, chunked, cut_cross_entropy, fused, plain, with_liger
+
+FACTORIES: dict[str, Factory] = {
+    "bertfast": fused,
+    "torch": plain,
+    "torch.compile": lambda case: torch.compile(plain(case)),
+    "F.linear_cross_entropy": chunked,
+    "liger": with_liger,
+    "cut_cross_entropy": cut_cross_entropy,
+}
+TOLERANCE = 1e-4  # of loss and gradients, relative to their norms
+MIN_VOCAB = 8192
+TIMED_ONCE = 5  # seconds of a call above which it is timed only once
+
+
+def main() -> None:
+    parser = result_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=1024, help="masked tokens")
+    parser.add_argument("--width", type=int, default=768, help="width of the hidden states")
+    parser.add_argument("--max-vocab", type=int, default=131_072, help="largest size of the vocabulary")
+    parser.add_argument("--point", nargs=2, metavar=("NAME", "VOCAB"), help="measure only this point and print it")
+    arguments = parser.parse_args()
+    if arguments.point:
+        print(json.dumps(point(arguments)))
+        return
+    if ON_GPU:
+        parser.error("this program measures a CPU")
+    require_clean_tree(arguments.results)
+    points = []
+    print("| vocabulary | implementation | s | MB |\n|---|---|---|---|")
+    for vocab_size in (MIN_VOCAB << i for i in range((arguments.max_vocab // MIN_VOCAB).bit_length())):
+        for name in FACTORIES:
+            found = in_a_process(name, vocab_size, arguments)
+            points.append({"implementation": name, "vocab_size": vocab_size, **found})
+            cells = found.get("reason") or f"{found['seconds']:.3f} | {found['peak_bytes'] / 1e6:.0f}"
+            print(f"| {vocab_size} | {name} | {cells} |", flush=True)
+    result = {"rows": arguments.rows, "width": arguments.width, "points": points}
+    print(f"\nwritten to {write_result('vocabulary', result, arguments.results)}")
+
+
+def in_a_process(name: str, vocab_size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a point in its own process; return its result, or the reason of a failure."""
+    options = ["--rows", str(arguments.rows), "--width", str(arguments.width), "--point", name, str(vocab_size)]
+    command = [sys.executable, "-m", "bench.end_to_end.vocabulary", *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        lines = [line for line in ran.stderr.splitlines() if line.strip()]
+        return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def point(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds and peak bytes of a call with gradients, or the reason why it cannot run."""
+    name, vocab_size = arguments.point[0], int(arguments.point[1])
+    case = LossCase(
+        tokens=arguments.rows, rows=arguments.rows, width=arguments.width, vocab_size=vocab_size, dtype=torch.float32
+    )
+    inputs = [x.requires_grad_() for x in case.inputs(torch.Generator().manual_seed(0))]
+    try:
+        loss: Function = FACTORIES[name](case)
+        before = peak_memory()
+        repeats = 1 if stopwatch(lambda: loss_and_gradients(loss, inputs)) > TIMED_ONCE else 3
+        timed = side_by_side({"call": lambda: loss_and_gradients(loss, inputs)}, repeats)["call"]
+        peak = peak_memory() - before
+    except pytest.skip.Exception as skipped:
+        return {"reason": str(skipped)}
+    pairs = zip(loss_and_gradients(loss, inputs), loss_and_gradients(plain(case), inputs), strict=True)
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None)
+    if not error <= TOLERANCE:
+        return {"reason": f"not timed because its results are wrong: the relative error is {error:.2g}"}
+    return {"seconds": statistics.median(seconds_of(timed)), "peak_bytes": peak, "relative_error": error}
+
+
+def loss_and_gradients(loss: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return the loss and the gradients of hidden states, weight and bias; None for a bias that it does not have."""
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Run the benchmarks of this machine, each in a process of its own, and skip those that are up to date.
+
+    python -m bench.suite [PART …] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
+
+Results go to the folder of this processor, see `machine_folder`. A part is up to date if each of its result files was
+measured on this processor, with as many threads, from a commit without changes whose measured sources are those of now.
+So an interrupted run continues where it stopped. The estimates are those of two cores; all parts take about 40 minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness import (
+    DATA,
+    DEVICE,
+    PUBLISHED,
+    RESULTS,
+    ROOT,
+    changed_files,
+    processor,
+    require_clean_tree,
+    result_parser,
+)
+from bertfast.runtime.precision import has_bf16_gemm
+
+# What a result depends on; `bench` is left out below where it only draws or writes pages.
+SOURCES = ("bertfast", "kernels", "csrc", "setup.py", "build_support", "bench")
+NOT_MEASURED = ("bench/results", "bench/LOG.md", "bench/suite.py", "bench/page", "bench/figures.py", "bench/report.py")
+VOCABULARY = Path("vocab", "bert-base-uncased-vocab.txt")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program of `bench`.
+
+    Attributes:
+        minutes: Estimated duration on two cores.
+        arguments: Module below `bench` and its arguments; {data}, {model} and {results} are folders.
+        files: Names of the result files, without suffix.
+        bf16: Whether it requires bf16 instructions.
+        threads: Threads it runs on; None: PyTorch's default.
+    """
+
+    minutes: float
+    arguments: tuple[str, ...]
+    files: tuple[str, ...]
+    bf16: bool = False
+    threads: int | None = None
+
+    def folders(self) -> set[str]:
+        """Return which of "data" and "model" it requires."""
+        return {name for name in ("data", "model") if any(f"{{{name}}}" in text for text in self.arguments)}
+
+
+def step(case: str, minutes: float, bf16: bool = False) -> Part:
+    """Return the part that measures a pre-training step."""
+    arguments = ("end_to_end.pretraining_step", case, "--repeats", "5", "--compile-seconds", "240")
+    return Part(minutes, arguments, (f"pretraining_step-{case}",), bf16)
+
+
+TUNED = ("sst-2", "squad")
+PARTS = {
+    "ceilings": Part(0.5, ("ceilings",), ("ceilings",)),
+    "step, base": step("base-128-fp32", 4),
+    "step, base, bf16": step("base-128-bf16", 4, bf16=True),
+    "step, small": step("small-128-fp32", 2),
+    "parts of a step": Part(1, ("end_to_end.step_parts",), ("step_parts",)),
+    "inference": Part(12, ("end_to_end.inference", "base", "--data", "{data}"), ("inference-base",)),
+    "fine-tuning step": Part(
+        2,
+        ("end_to_end.finetuning", "{model}", "{data}", "--speed", "5", "--output", "build/bench", "--tasks", *TUNED),
+        tuple(f"finetuning-speed-{task}" for task in TUNED),
+    ),
+    "patched model": Part(2, ("end_to_end.patched", "{model}", "{data}", "--rounds", "5"), ("patched",)),
+    "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
+    "data": Part(
+        1.5,
+        ("end_to_end.data", "{data}/corpus/wikipedia-valid.txt.xz", "--tokenizer", f"{{data}}/{VOCABULARY}"),
+        ("data",),
+    ),
+    "memory": Part(3, ("end_to_end.growth", "--max-length", "2048", "--max-sequences", "16"), ("growth",)),
+    "memory of the loss": Part(1.5, ("end_to_end.vocabulary",), ("vocabulary",)),
+    "operators": Part(4, ("cpu_operators", "--seconds", "0.3"), ("cpu_operators",)),
+}
+
+
+def main() -> None:
+    parser = result_parser(__doc__, machine_folder())
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--plan", action="store_true", help="only print what would be measured")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
+    default = next(PUBLISHED.glob("*/model"), PUBLISHED)
+    parser.add_argument("--model", type=Path, default=default, help="folder of a published model, such as MiniLM")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    require_clean_tree(arguments.results)
+    folders = {"data": arguments.data, "model": arguments.model, "results": arguments.results}
+    reasons = {name: reason_to_skip(PARTS[name], folders) for name in arguments.parts}
+    print_plan(reasons)
+    if not arguments.plan and (failed := run([name for name in reasons if reasons[name] is None], folders)):
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def reason_to_skip(part: Part, folders: dict[str, Path]) -> str | None:
+    """Return why a part is not run, None if it is."""
+    if part.bf16 and not has_bf16_gemm(DEVICE):
+        return "this processor has no bf16 instructions"
+    for name in sorted(part.folders()):
+        if not (folders[name] / ("config.json" if name == "model" else ".")).exists():
+            return f"there is no {folders[name]} (--{name})"
+    if all(up_to_date(folders["results"] / f"{name}.json") for name in part.files):
+        return "up to date"
+    return None
+
+
+def print_plan(reasons: dict[str, str | None]) -> None:
+    """Print what will be measured, with the estimates, and what is skipped."""
+    for name, reason in reasons.items():
+        print(f"{name:<20} {f'{PARTS[name].minutes:4.1f} min' if reason is None else reason}")
+    print(f"{'all':<20} {minutes_of(name for name in reasons if reasons[name] is None):4.1f} min", flush=True)
+
+
+def minutes_of(names: Any) -> float:
+    """Return the estimated minutes of parts."""
+    return sum(PARTS[name].minutes for name in names)
+
+
+def run(names: Sequence[str], folders: dict[str, Path]) -> list[str]:
+    """Run parts one after another, print the time that is left, and return the names of those that failed."""
+    failed, planned, started = [], 0.0, time.monotonic()
+    for index, name in enumerate(names):
+        print(f"\n== {name}", flush=True)
+        module, *rest = (text.format_map(folders) for text in PARTS[name].arguments)
+        command = [sys.executable, "-m", f"bench.{module}", *rest, "--results", str(folders["results"])]
+        if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path_of_children()}).returncode:
+            failed.append(name)
+        planned += PARTS[name].minutes
+        # The estimates of the other parts, corrected by how long the parts up to now took.
+        elapsed = (time.monotonic() - started) / 60
+        left = minutes_of(names[index + 1 :]) * elapsed / planned
+        print(f"== {name} ended after {elapsed:.1f} min; about {left:.0f} min left", flush=True)
+    return failed
+
+
+def path_of_children() -> str:
+    """Return PYTHONPATH with the checkout, which contains `bench`."""
+    return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+
+
+def machine_folder(results: Path = RESULTS) -> Path:
+    """Return the folder of this processor's results: the one that has some already, or one that is named after it."""
+    mine = processor()
+    for file in sorted(results.rglob("*.json")):
+        if origin_of(file).get("processor") == mine:
+            return results / file.relative_to(results).parts[0] if file.parent != results else results
+    return results / re.sub(r"[^a-z0-9]+", "-", mine.lower().replace("(r)", "")).strip("-")
+
+
+def origin_of(file: Path) -> dict[str, Any]:
+    """Return the origin of a result file; empty if it has none or cannot be read."""
+    try:
+        origin = json.loads(file.read_text(encoding="utf-8")).get("origin", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def up_to_date(file: Path) -> bool:
+    """Return whether a result was measured on this processor from the sources of the checkout, without changes."""
+    origin = origin_of(file)
+    commit = str(origin.get("commit", ""))
+    if origin.get("processor") != processor() or not re.fullmatch("[0-9a-f]{7,40}", commit):
+        return False
+    excluded = [f":(exclude){path}" for path in NOT_MEASURED]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *SOURCES, *excluded]
+    return not changed_files(ROOT) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
