@@ -183,7 +183,8 @@ $(RUNTIMES): $(READY)
 	  pydot tabulate rich psutil pandas optimum optimum-onnx optimum-intel
 
 # Benchmarks on a CPU. RESULTS=FOLDER is the folder for result files; without it they are written to bench/results/, which is
-# refused if there are uncommitted changes. bench-figures draws the figure of the README from FIGURE, a result of bench-step.
+# refused if there are uncommitted changes. bench-figures draws the figure of the README from FIGURE, a result of bench-step,
+# and writes docs/BENCHMARKS.md and its plots.
 RESULTS_FLAG = $(if $(RESULTS),--results '$(RESULTS)')
 FIGURE ?= bench/results/avx512/pretraining_step-base-128-fp32.json
 # `make bench` measures what BENCHMARKS.md shows of this processor: 40 minutes on two cores, less after an interruption.
@@ -204,6 +205,7 @@ bench-growth: $(LIBRARY)
 
 bench-figures: $(READY)
 	$(BENCH).figures $(FIGURE)
+	$(BENCH).page
 
 # Compares the speed of two commits, HEAD by default: make bench-compare BASE=main [COMPARE='--head REF --rounds 20'].
 BASE    ?=

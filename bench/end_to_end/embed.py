@@ -1,11 +1,12 @@
-"""Time `bertfast embed` against sentence-transformers on the same sentences, and measure the peak memory of both.
+"""Time `bertfast embed` against sentence-transformers and its backends, and measure the peak memory.
 
     python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
 
 MODEL is a folder that SentenceTransformer opens and whose pooling is the mean of all tokens; DATA contains
-glue/SST-2/train.tsv.gz. Both read a file with one sentence per line and write the embeddings to disk, in fp32; they are
-timed alternately. For the memory, each runs in its own process on N sentences, those of SST-2 repeated, and the result
-is the peak of the process.
+glue/SST-2/train.tsv.gz. All read a file with one sentence per line and write the embeddings to disk, in fp32; they are
+timed alternately. The backends "onnx" and "openvino" of sentence-transformers get models that were exported before.
+For the memory, bertfast and sentence-transformers run in their own processes on N sentences, those of SST-2 repeated,
+and the result is the peak of the process.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,7 +52,7 @@ def main() -> None:
         name, file = arguments.point
         started = time.perf_counter()
         with TemporaryDirectory() as folder:
-            IMPLEMENTATIONS[name](arguments.model, Path(file), Path(folder))
+            WITH_MEMORY[name](arguments.model, Path(file), Path(folder))
         print(peak_memory(), time.perf_counter() - started)
         return
     require_clean_tree(arguments.results)
@@ -68,9 +71,11 @@ def embed_with_bertfast(model: Path, file: Path, folder: Path) -> torch.Tensor:
     return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
 
 
-def embed_with_sentence_transformers(model: Path, file: Path, folder: Path) -> torch.Tensor:
+def embed_with_sentence_transformers(
+    model: Path, file: Path, folder: Path, backend: Literal["torch", "onnx", "openvino"] = "torch"
+) -> torch.Tensor:
     """Write the embeddings to one .npy file in `folder`; return them."""
-    encoder = SentenceTransformer(str(model), device="cpu")
+    encoder = SentenceTransformer(str(model), device="cpu", backend=backend)
     encoder.max_seq_length = LENGTH
     lines = file.read_text(encoding="utf-8").splitlines()
     vectors = encoder.encode(lines, batch_size=BATCH, show_progress_bar=False)
@@ -78,33 +83,56 @@ def embed_with_sentence_transformers(model: Path, file: Path, folder: Path) -> t
     return torch.from_numpy(vectors)
 
 
-IMPLEMENTATIONS = {"bertfast": embed_with_bertfast, "sentence-transformers": embed_with_sentence_transformers}
+Embed = Callable[[Path, Path, Path], torch.Tensor]
+WITH_MEMORY: dict[str, Embed] = {
+    "bertfast": embed_with_bertfast,
+    "sentence-transformers": embed_with_sentence_transformers,
+}
+BACKENDS: tuple[Literal["onnx", "openvino"], ...] = ("onnx", "openvino")
+
+
+def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Embed]], dict[str, str]]:
+    """Return each implementation with its model, exported into `folder` if it needs that, and why others cannot run."""
+    found: dict[str, tuple[Path, Embed]] = {name: (model, run) for name, run in WITH_MEMORY.items()}
+    not_run = {}
+    for backend in BACKENDS:
+        name, exported = f"sentence-transformers, {backend}", folder / backend
+        try:
+            SentenceTransformer(str(model), device="cpu", backend=backend).save_pretrained(str(exported))
+        except Exception as error:
+            not_run[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            print(f"{name} did not run: {not_run[name]}", file=sys.stderr, flush=True)
+        else:
+            found[name] = exported, partial(embed_with_sentence_transformers, backend=backend)
+    return found, not_run
 
 
 def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, Any]:
-    """Time both alternately, on other sentences in each round, after an untimed round that compares the embeddings."""
-    samples: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    """Time all alternately, on other sentences in each round, after an untimed round that compares the embeddings."""
+    runs, not_run = implementations(arguments.model, folder)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(arguments.rounds + 1):
         file = repeated(folder / "round.txt", sentences[number * TIMED :], TIMED)
-        found = []
-        for name, run in IMPLEMENTATIONS.items():
+        expected: torch.Tensor | None = None
+        for name, (model, run) in runs.items():
             with TemporaryDirectory() as out:
                 started = time.perf_counter()
-                found.append(torch.nn.functional.normalize(run(arguments.model, file, Path(out))))
+                found = torch.nn.functional.normalize(run(model, file, Path(out)))
                 samples[name].append(time.perf_counter() - started)
-        worst = (found[0] - found[1]).abs().max().item()
-        if not worst < TOLERANCE:
-            raise SystemExit(f"the embeddings differ by {worst}, so nothing is timed")
+            expected = found if expected is None else expected
+            if not (worst := (found - expected).abs().max().item()) < TOLERANCE:
+                raise SystemExit(f"{name}: the embeddings differ by {worst}, so nothing is timed")
     samples = {name: seconds[1:] for name, seconds in samples.items()}
-    ratio = statistics.median(other / bertfast for bertfast, other in zip(*samples.values(), strict=True))
-    return {"sentences": TIMED, **samples, "median_ratio": ratio}
+    pairs = zip(samples["bertfast"], samples["sentence-transformers"], strict=True)
+    ratio = statistics.median(other / bertfast for bertfast, other in pairs)
+    return {"sentences": TIMED, **samples, "not_run": not_run, "median_ratio": ratio}
 
 
 def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> list[dict[str, object]]:
-    """Return peak bytes and seconds for each number of sentences; for the largest number only those of bertfast."""
+    """Return peak bytes and seconds for each number of sentences; from a million on only those of bertfast."""
     points = []
-    for number, name in itertools.product(arguments.memory, IMPLEMENTATIONS):
-        if name != "bertfast" and number == max(arguments.memory):
+    for number, name in itertools.product(arguments.memory, WITH_MEMORY):
+        if name != "bertfast" and number >= 1_000_000:
             continue  # it would take an hour
         file = repeated(folder / "many.txt", sentences, number)
         command = [sys.executable, "-m", "bench.end_to_end.embed", str(arguments.model), str(arguments.data)]

@@ -1,0 +1,1 @@
+"""docs/BENCHMARKS.md and its plots, made from the files in bench/results/."""

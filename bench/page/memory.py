@@ -1,0 +1,86 @@
+"""Time and peak memory against a size: of a layer, of the loss and of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.page.rows import Result
+from bench.page.text import duration, table
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measured points of a result file.
+
+    Attributes:
+        title: What was measured.
+        short_title: The same in a list.
+        column: Heading of the sizes.
+        points: By size, in ascending order, the points by implementation.
+    """
+
+    title: str
+    short_title: str
+    column: str
+    points: dict[str, dict[str, Point]]
+
+
+def sweep_of(result: Result) -> Sweep | None:
+    """Return the points of a result file, None if it has none."""
+    values = result.values
+    if result.name == "growth":
+        found = [point for sweep in values["sweeps"].values() for point in sweep]
+        title = f"One layer of BERT-{values['preset']}, forward and backward, fp32"
+        return _sweep(title, "one layer, training", "batch", found, _batch)
+    if result.name == "vocabulary":
+        title = f"Masked-LM loss of {values['rows']} tokens of width {values['width']} with gradients, fp32"
+        return _sweep(title, "masked-LM loss", "vocabulary", values["points"], lambda point: (point["vocab_size"],))
+    if result.name == "embed" and values["memory"]:
+        return _sweep("Embeddings", "embeddings", "sentences", values["memory"], lambda point: (point["sentences"],))
+    return None
+
+
+def _batch(point: Point) -> tuple[int, ...]:
+    return point["sequences"] * point["length"], point["sequences"], point["length"]
+
+
+def _sweep(title: str, short: str, column: str, points: list[Point], size: Callable[[Point], tuple[int, ...]]) -> Sweep:
+    sizes: dict[str, dict[str, Point]] = {}
+    for point in sorted((point for point in points if "peak_bytes" in point), key=size):
+        key = size(point)
+        name = f"{key[0]:,}" if len(key) == 1 else f"{key[1]} x {key[2]} tokens"
+        sizes.setdefault(name, {})[point["implementation"]] = point
+    return Sweep(title, short, column, sizes)
+
+
+def memory_table(sweep: Sweep) -> str:
+    """Return the table of time and peak memory."""
+    names = list(dict.fromkeys(name for found in sweep.points.values() for name in found))
+    rows = [[size, *(_cell(found.get(name)) for name in names)] for size, found in sweep.points.items()]
+    return f"{sweep.title} (time, peak memory):\n\n{table([sweep.column, *names], rows)}\n"
+
+
+def _cell(point: Point | None) -> str:
+    return f"{duration(point['seconds'])}, {megabytes(point)}" if point else ""
+
+
+def megabytes(point: Point) -> str:
+    """Return the peak memory of a point."""
+    return f"{point['peak_bytes'] / 1e6:,.0f} MB"
+
+
+def ahead_in(sweep: Sweep) -> list[str]:
+    """Return where another implementation takes less time or less memory than bertfast."""
+    lines = []
+    for size, found in sweep.points.items():
+        for name, point in found.items():
+            fused = found.get("bertfast", point)
+            if point["seconds"] < fused["seconds"]:
+                lines.append(f"{name} {duration(point['seconds'])} vs {duration(fused['seconds'])} at {size}")
+            if point["peak_bytes"] < fused["peak_bytes"]:
+                lines.append(f"{name} {megabytes(point)} vs {megabytes(fused)} at {size}")
+    return lines

@@ -1,0 +1,166 @@
+"""Result files of all programs as rows of one kind: a workload, a system, its time, and the lower bound."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.figures import STEP_CASE
+
+SYSTEMS = {  # as result files name them, and as the page does
+    "transformers-sdpa": "transformers",
+    "transformers-compile": "transformers, compiled",
+    "transformers-eager": "transformers, eager attention",
+    "transformers-fp32": "transformers, fp32",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+TEXTS = {"sst2": "sentences of SST-2", "squad": "paragraphs of SQuAD"}
+TASKS = {"sst-2": "SST-2", "squad": "SQuAD 1.1", "wnut": "WNUT-17"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured time.
+
+    Attributes:
+        workload: What was computed.
+        precision: "fp32", "bf16" or "int8".
+        system: What computed it; bertfast's own start with "bertfast".
+        seconds: Median.
+        spread: 20th and 80th percentile in seconds.
+        lower_bound: Seconds that any system needs at least, if known.
+        threads: Threads of all systems.
+        file: Path of the result file below bench/results.
+    """
+
+    workload: str
+    precision: str
+    system: str
+    seconds: float
+    spread: tuple[float, float]
+    lower_bound: float | None
+    threads: int
+    file: str
+
+    @property
+    def is_bertfast(self) -> bool:
+        return self.system.startswith("bertfast")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file: its path below the folder of results, its content and its origin."""
+
+    file: str
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        origin: dict[str, Any] = self.values["origin"]
+        return origin
+
+    def row(
+        self, workload: str, precision: str, system: str, samples: Sequence[float], lower_bound: float | None = None
+    ) -> Row:
+        """Return a row whose median and spread are those of `samples` in seconds."""
+        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 2
+        name = SYSTEMS.get(system, system)
+        threads = self.origin["threads"]
+        return Row(workload, precision, name, statistics.median(samples), (p20, p80), lower_bound, threads, self.file)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return all result files below a folder that were measured here, that is, that have an origin."""
+    results = []
+    for path in sorted(folder.rglob("*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "origin" in values:
+            results.append(Result(path.relative_to(folder).as_posix(), values))
+    return results
+
+
+def rows_of(result: Result) -> list[Row]:
+    """Return the rows of a result file; none if it has no times to compare."""
+    for prefix, found in KINDS.items():
+        if result.name.startswith(prefix):
+            return list(found(result))
+    return []
+
+
+def step_rows(result: Result) -> Iterator[Row]:
+    case = STEP_CASE.fullmatch(result.values["case"])
+    if case is None:
+        raise ValueError(f"{result.file}: the name of the case is not understood: {result.values['case']}")
+    samples = len(result.values["lengths"])
+    workload = f"pre-training step, {case['preset']}, {samples} x ≤ {case['length']} tokens"
+    bound = result.values["lower_bound_s"] + result.values.get("optimizer_lower_bound_s", 0)
+    for system, seconds in result.values["seconds"].items():
+        yield result.row(workload, case["precision"] or "bf16", system, seconds, bound)
+
+
+def inference_rows(result: Result) -> Iterator[Row]:
+    if "implementations" in result.values:  # the format of before 29 November 2026: one batch of 32 texts per file
+        texts, precision = result.values["case"].split("-")
+        bound = result.values["model_gflop"] / result.values["gemm_gflops"]
+        for system, entry in result.values["implementations"].items():
+            workload = f"inference, base, a batch of 32 {TEXTS[texts]}"
+            yield result.row(workload, precision, system, entry["seconds"], bound)
+        return
+    for key, workload in result.values["workloads"].items():
+        texts, _, order = key.partition(", ")
+        number, size = len(workload["lengths"]), workload["batch"]
+        title = f"{number} {TEXTS[texts]} in batches of {size}, {order}" if order else key
+        for system, entry in workload["runtimes"].items():
+            precision = result.values["precisions"][system]
+            bound = workload["lower_bound_s"].get(precision)
+            yield result.row(
+                f"inference, {result.values['model']}, {title}", precision, system, entry["seconds"], bound
+            )
+
+
+def patched_rows(result: Result) -> Iterator[Row]:
+    for name, entry in result.values.items():
+        if isinstance(entry, dict) and "plain_s" in entry:
+            for system, key in (("bertfast.patch", "patched_s"), ("transformers", "plain_s")):
+                yield result.row(f"patched MiniLM, {name}", "fp32", system, entry[key])
+
+
+def finetuning_rows(result: Result) -> Iterator[Row]:
+    case = result.values["case"]
+    kind = "windows" if case["task"] == "squad" else "sentences"
+    task = TASKS.get(result.name.removeprefix("finetuning-speed-"), case["task"])
+    workload = f"fine-tuning step, MiniLM, {task}, {case['batch']} {kind} of ≤ {case['length']} tokens"
+    for system in ("bertfast", "transformers"):
+        yield result.row(workload, "fp32", system, result.values[f"{system}_s"])
+
+
+def embed_rows(result: Result) -> Iterator[Row]:
+    speed = result.values["speed"]
+    for system, samples in speed.items():
+        if isinstance(samples, list):
+            name = "bertfast embed" if system == "bertfast" else system
+            yield result.row(f"embeddings, MiniLM, {speed['sentences']:,} sentences", "fp32", name, samples)
+
+
+KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
+    "pretraining_step-": step_rows,
+    "finetuning-speed-": finetuning_rows,
+    "inference-": inference_rows,
+    "patched": patched_rows,
+    "embed": embed_rows,
+}
+
+
+def missing_reasons(result: Result) -> dict[str, str]:
+    """Return why alternatives have no time in a result file, by their names."""
+    found = result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {}
+    return {SYSTEMS.get(name, name): reason for name, reason in found.items()}

@@ -1,0 +1,99 @@
+"""docs/BENCHMARKS.md and the README's figures are those of result files that say where they come from."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.page.document import document, leaders
+from bench.page.memory import ahead_in, sweep_of
+from bench.page.rows import Result, Row, read_results, rows_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_page_is_made_from_the_result_files():
+    page = (ROOT / "docs" / "BENCHMARKS.md").read_text(encoding="utf-8")
+    assert page == document(read_results(RESULTS), RESULTS), "run `make bench-figures`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_result_files_that_a_document_names_have_hardware_versions_and_a_clean_commit(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`(bench/results/[\w./*-]+\.json)`", text):
+        files = list(ROOT.glob(name))
+        assert files, f"{page.name} names {name}, which does not exist"
+        for file in files:
+            if file.name != "published.json":  # of others
+                origin = json.loads(file.read_text(encoding="utf-8"))["origin"]
+                assert re.fullmatch("[0-9a-f]{12}", origin["commit"]), f"{name}: {origin['commit']}"
+                assert origin["processor"]
+                assert origin["threads"] > 0
+                assert {"torch", "transformers"} <= origin["versions"].keys()
+
+
+def readme_rows() -> list[list[str]]:
+    """Return the cells of the README's table of results, without its two header lines."""
+    section = README.split("## Results")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("cells", readme_rows(), ids=lambda cells: " ".join(cells[:3]))
+def test_the_table_of_the_readme_is_that_of_its_result_files(cells):
+    model, batch, cpu, *figures = cells
+    preset, precision = model.split(", ")
+    sequences, length = re.fullmatch(r"(\d+) . ≤ (\d+) tokens", batch).groups()
+    folder = RESULTS / "avx512" if cpu == "AVX-512" else RESULTS
+    file = folder / f"pretraining_step-{preset}-{length}-{precision}.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert len(result["lengths"]) == int(sequences)
+    names = ("transformers-sdpa_median_s", "transformers-compile_median_s", "bertfast_median_s", "lower_bound_s")
+    ratio = min(result["ratios"][name] for name in ("transformers-sdpa", "transformers-compile"))
+    assert figures == [f"{value:.2f}" for value in (*(result[name] for name in names), ratio)]
+
+
+def test_the_text_of_the_readme_picture_has_the_figures_of_the_table():
+    text = re.search(r"!\[(Seconds of a BERT-base .*?)\]", README, re.DOTALL)[1]
+    base = next(cells for cells in readme_rows() if (cells[0], cells[2]) == ("base, fp32", "AVX-512"))
+    assert re.findall(r"\d+\.\d\d", text) == base[3:7]
+
+
+def row(system: str, precision: str, seconds: float) -> Row:
+    return Row("inference", precision, system, seconds, (seconds, seconds), None, 2, "file.json")
+
+
+def test_alternatives_that_are_ahead_are_found_at_equal_precision():
+    fused = [row("bertfast", "fp32", 2.0), row("bertfast, bf16", "bf16", 1.0)]
+    others = [row("OpenVINO", "fp32", 1.5), row("OpenVINO, bf16", "bf16", 1.5), row("OpenVINO, int8", "int8", 0.5)]
+    assert [(a.system, b.precision) for a, b in leaders(fused + others)] == [
+        ("OpenVINO, int8", "fp32"),
+        ("OpenVINO", "fp32"),
+    ]
+
+
+def test_results_of_inference_become_rows_with_their_lower_bound():
+    workload = {
+        "lengths": [8, 8], "batch": 2, "lower_bound_s": {"fp32": 0.5},
+        "runtimes": {name: {"seconds": [1.0, 2.0, 3.0]} for name in ("bertfast", "PyTorch, int8")},
+    }  # fmt: skip
+    values = {
+        "origin": {"threads": 2}, "model": "base", "precisions": {"bertfast": "fp32", "PyTorch, int8": "int8"},
+        "workloads": {"sst2, sorted": workload, "1 x 8 tokens": workload},
+    }  # fmt: skip
+    first, second, *_ = rows_of(Result("inference-base.json", values))
+    assert (first.precision, first.seconds, first.lower_bound, second.lower_bound) == ("fp32", 2.0, 0.5, None)
+    assert first.workload == "inference, base, 2 sentences of SST-2 in batches of 2, sorted"
+
+
+def test_less_memory_elsewhere_is_named():
+    points = [
+        {"implementation": name, "vocab_size": 10, "seconds": seconds, "peak_bytes": size}
+        for name, seconds, size in (("bertfast", 1.0, 2e6), ("torch", 2.0, 1e6))
+    ]
+    sweep = sweep_of(Result("vocabulary.json", {"rows": 1, "width": 2, "points": points}))
+    assert ahead_in(sweep) == ["torch 1 MB vs 2 MB at 10"]
