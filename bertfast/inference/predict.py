@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -21,10 +21,9 @@ from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
+from bertfast.tasks.rows import Skipped
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.task import Outputs, Task
-
-_LINES_PER_CHUNK = 1000
+from bertfast.tasks.task import ROWS_PER_CHUNK, HasRows, Outputs, Prediction, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +40,33 @@ class PredictSettings(TaskSettings):
 
 
 def predict(settings: PredictSettings) -> None:
-    """Print one JSON object per example, with the prediction and its probability."""
+    """Print one JSON object per row of the input: its number from 1, its id if it has one, and the prediction.
+
+    A row that is skipped is printed as {"row": …, "skipped": why}.
+    """
     file = settings.input_file
     if file not in (None, "-"):
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, task.config)
-    chunks = _from_lines(task) if file in (None, "-") else [task.read(file, labelled=False)]
-    for examples in chunks:
-        examples, features = task.featurize(examples, tokenizer, length)
-        outputs = predict_outputs(task, model, features)
-        for prediction in task.predictions(examples, features, outputs):
+    for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
+        for prediction in _predict_rows(task, model, tokenizer, length, examples):
             print(json.dumps(prediction, ensure_ascii=False))
         sys.stdout.flush()
+
+
+def _predict_rows(
+    task: Task[Any], model: PreTrainedModel, tokenizer: Tokenizer, length: int, examples: HasRows
+) -> Iterator[Prediction]:
+    """Yield a JSON object for each row of the examples and each row that was skipped on the way, in order."""
+    predictions: Iterable[Prediction] = ()
+    if len(examples):
+        examples, features = task.featurize(examples, tokenizer, length)
+        predictions = task.predictions(examples, features, predict_outputs(task, model, features))
+    for row, row_id, value in examples.rows.aligned(predictions):
+        numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
+        yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)
+    task.bad_rows.skipped.clear()
 
 
 def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, Tokenizer]:
@@ -100,6 +113,8 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
 
 
 def _from_lines(task: Task[Any]) -> Iterator[Any]:
-    chunk_size = 1 if sys.stdin.isatty() else _LINES_PER_CHUNK  # at a terminal, respond to each line
+    chunk_size = 1 if sys.stdin.isatty() else ROWS_PER_CHUNK  # at a terminal, respond to each line
+    first_row = 1
     while lines := [line.rstrip("\r\n") for line in islice(sys.stdin, chunk_size)]:
-        yield task.parse_lines(lines)
+        yield task.parse_lines(lines, first_row)
+        first_row += len(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -15,7 +15,6 @@ class Benchmark:
         pair: Column of the second text; None: single texts.
         label: Column of the label.
         metrics: Names of metrics; the first selects the best model.
-        header: Column names of labelled files that have no header line; None: they have one.
         submission: Name of the file that the evaluation server accepts (columns index and prediction), without .tsv.
         unlabelled: Label of rows without a gold label, which are dropped.
         regression: Whether labels are real numbers.
@@ -25,7 +24,6 @@ class Benchmark:
     pair: str | None = None
     label: str = "label"
     metrics: Sequence[str] = ("accuracy", "loss")
-    header: Sequence[str] | None = None
     submission: str | None = None
     unlabelled: str | None = None
     regression: bool = False
@@ -38,7 +36,6 @@ BENCHMARKS = {
     "cola": Benchmark(
         "sentence",
         metrics=("matthews_correlation", "accuracy", "loss"),
-        header=("source", "label", "star", "sentence"),
         submission="CoLA",
     ),
     "sst-2": Benchmark("sentence", submission="SST-2"),
@@ -53,3 +50,26 @@ BENCHMARKS = {
     "wnli": Benchmark(*_PAIR, submission="WNLI"),
     "snli": Benchmark(*_PAIR, "gold_label", unlabelled="-"),
 }
+
+# Columns that tell a benchmark's files from others, labelled or not; the first that matches counts.
+_COLUMNS = {
+    "mrpc": {"#1 String", "#2 String"},
+    "qqp": {"question1", "question2"},
+    "qnli": {"question", "sentence"},
+    "sts-b": {"sentence1", "sentence2", "score"},
+    "mnli": {"sentence1", "sentence2", "gold_label", "genre"},
+    "snli": {"sentence1", "sentence2", "gold_label"},
+    "cola": {"source", "label", "star", "sentence"},
+}
+
+
+def infer_benchmark(columns: Collection[str]) -> str | None:
+    """Return the benchmark whose files have these columns; None for other files and where default names suffice."""
+    return next((name for name, own in _COLUMNS.items() if own.issubset(columns)), None)
+
+
+def columns_without_header(first_row: Sequence[str]) -> Sequence[str] | None:
+    """Return the names of the columns of CoLA's labelled files, which have no header line; None for other files."""
+    if len(first_row) == 4 and first_row[1] in ("0", "1") and first_row[2] in ("", "*"):
+        return ("source", "label", "star", "sentence")
+    return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,11 +17,14 @@ from transformers import PreTrainedModel
 from bertfast.encoder import multiple_choice_loss, sequence_logits
 from bertfast.models.bert import BertForMultipleChoice
 from bertfast.tasks.features import Features, ModelInputs, tokenize
+from bertfast.tasks.labels import canonical
 from bertfast.tasks.metrics import classification_metrics
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import softmax
-from bertfast.tasks.tables import Table, read_table
-from bertfast.tasks.task import Outputs, Prediction, Task, json_lines, write_rows
+from bertfast.tasks.tables import Table, read_chunks, read_table
+from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
 
+_LABEL = "label"
 _LINE_EXAMPLE = '{"sent1": "…", "sent2": "…", "endings": ["…", "…"]}'
 
 
@@ -30,15 +35,22 @@ class MultipleChoiceExamples:
     Attributes:
         texts: The first text of each example.
         endings: Candidate endings of each example, the same number for all.
+        rows: The rows that they come from.
         labels: Index of the correct ending of each example; None: unknown.
     """
 
     texts: list[str]
     endings: list[list[str]]
-    labels: list[int] | None
+    rows: Rows
+    labels: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def select(self, indices: Sequence[int]) -> MultipleChoiceExamples:
+        """Return the examples at `indices`, without labels."""
+        texts, endings = [self.texts[i] for i in indices], [self.endings[i] for i in indices]
+        return MultipleChoiceExamples(texts, endings, self.rows.select(indices))
 
 
 class MultipleChoiceTask(Task[MultipleChoiceExamples]):
@@ -52,29 +64,30 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
         ending1, … or, in JSONL, a list endings."""
         table = read_table(path, bad=self.bad_rows)
-        first_texts, second_texts = table.texts("sent1"), table.columns.get("sent2", [""] * len(table))
-        rows_of_endings = _endings(table)
-        label_column = table.column("label") if labelled else table.columns.get("label")
-        examples = MultipleChoiceExamples([], [], None if label_column is None else [])
-        for row in range(len(table)):
-            count = len(rows_of_endings[row])
-            problem = None
-            if count < 2 or count != len(rows_of_endings[0]):
-                problem = f"{count} endings where the first row has {len(rows_of_endings[0])}; at least two are needed"
-            elif label_column is not None:
-                label = label_column[row]
-                if not (str(label).isdecimal() and int(label) < count):
-                    problem = f"the label {label!r} is not in 0 to {count - 1}"
-            if problem is not None:
-                self.bad_rows.add(f"{table.where(row)}: {problem}")
+        if labelled:
+            table.column(_LABEL)  # raises, naming the columns of the file, before the rows without labels are reported
+        examples, table = _usable(table)
+        if not labelled and _LABEL not in table.columns:
+            return examples
+        labels, usable = [], []
+        for row, (value, endings) in enumerate(zip(table.column(_LABEL), examples.endings, strict=True)):
+            label = canonical(str(value).strip())
+            if label.isdecimal() and int(label) < len(endings):
+                labels.append(int(label))
+                usable.append(row)
                 continue
-            examples.texts.append(first_texts[row])
-            examples.endings.append(_joined(second_texts[row], rows_of_endings[row]))
-            if examples.labels is not None and label_column is not None:
-                examples.labels.append(int(label_column[row]))
-        if not examples:
+            problem = f"the label {value!r} is not in 0 to {len(endings) - 1}"
+            if not labelled:
+                report_no_metrics(examples.rows, row, problem)
+                return examples
+            examples.rows.reject(row, problem)
+        if not usable:
             raise ValueError(f"{path} has no usable rows")
-        return examples
+        return replace(examples.select(usable), labels=labels)
+
+    def read_chunks(self, path: str) -> Iterator[MultipleChoiceExamples]:
+        """Yield the examples of a file in parts; see `Task.read_chunks`."""
+        return (_usable(table)[0] for table in read_chunks(path, ROWS_PER_CHUNK, bad=self.bad_rows))
 
     def featurize(
         self, examples: MultipleChoiceExamples, tokenizer: Tokenizer, max_length: int
@@ -115,31 +128,54 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
     def write_predictions(
         self, folder: Path, split: str, examples: MultipleChoiceExamples, features: Features, outputs: Outputs
     ) -> None:
-        """Write predictions_SPLIT.tsv: index, prediction and the probability of each choice."""
-        header = ["index", "prediction", *(f"ending{i}" for i in range(features.num_choices))]
-        rows = (
-            [index, int(logits.argmax()), *(f"{score:.6g}" for score in softmax(logits))]
-            for index, logits in enumerate(outputs)
-        )
-        write_rows(folder / f"predictions_{split}.tsv", header, rows)
+        """Write predictions_SPLIT.tsv: row, prediction and the probability of each choice."""
+        header = ["prediction", *(f"ending{i}" for i in range(features.num_choices))]
+        values = ([int(logits.argmax()), *(f"{score:.6g}" for score in softmax(logits))] for logits in outputs)
+        write_aligned(folder / f"predictions_{split}.tsv", examples.rows, header, values)
 
-    def parse_lines(self, lines: Sequence[str]) -> MultipleChoiceExamples:
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> MultipleChoiceExamples:
         """Parse one JSON object per line."""
-        rows = json_lines(lines, _LINE_EXAMPLE)
-        if not all(isinstance(row.get("sent1"), str) and isinstance(row.get("endings"), list) for row in rows):
-            raise ValueError(f"each line of standard input must be an object such as {_LINE_EXAMPLE}")
-        endings = [_joined(row.get("sent2"), row["endings"]) for row in rows]
-        if len(set(map(len, endings))) != 1:
-            raise ValueError("all lines of standard input must have the same number of endings")
-        return MultipleChoiceExamples([row["sent1"] for row in rows], endings, None)
+        objects, rows = json_lines(lines, first_row, _LINE_EXAMPLE, self.bad_rows, ("sent1", str), ("endings", list))
+        columns = {name: [row.get(name) for row in objects] for name in ("sent1", "sent2", "endings")}
+        return _usable(Table(columns, rows))[0]
 
 
-def _joined(second_text: str | None, endings: list[str]) -> list[str]:
-    """Return the second text, if there is one, followed by each ending."""
-    return [" ".join(filter(None, (second_text, ending))) for ending in endings]
+def _usable(table: Table) -> tuple[MultipleChoiceExamples, Table]:
+    """Return the examples of a table, without labels, and the rows that they come from."""
+    table = table.with_texts("sent1")
+    second_texts, choices = table.columns.get("sent2", [""] * len(table)), _endings(table)
+    usable: list[int] = []
+    joined: list[list[str]] = []
+    for row, (second, endings) in enumerate(zip(second_texts, choices, strict=True)):
+        problem = _problem(second, endings, len(joined[0]) if joined else None)
+        if problem is None:
+            usable.append(row)
+            joined.append([" ".join(filter(None, (second, ending))) for ending in endings])
+        else:
+            table.rows.reject(row, problem)
+    table = table.select(usable)
+    return MultipleChoiceExamples(table.column("sent1"), joined, table.rows), table
 
 
-def _endings(table: Table) -> list[list[str]]:
+def _problem(second_text: Any, endings: Any, count: int | None) -> str | None:
+    """Return why a row cannot be used; None: it can.
+
+    Args:
+        second_text: The second text, if there is one.
+        endings: The endings.
+        count: Number of endings of the first row; None: this is the first.
+    """
+    if second_text is not None and not isinstance(second_text, str):
+        return f"column 'sent2' holds {json.dumps(second_text)}, not a text"
+    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+        return f"the endings are {json.dumps(endings)}, not a list of texts"
+    if len(endings) < 2 or count not in (None, len(endings)):
+        first = "" if count is None else f" where the first row has {count}"
+        return f"{len(endings)} ending{'s' * (len(endings) != 1)}{first}; at least two are needed, as many in each row"
+    return None
+
+
+def _endings(table: Table) -> list[Any]:
     """Return the endings of each row, from the column `endings` or from the columns ending0, ending1, …"""
     if "endings" in table.columns:
         return table.column("endings")

@@ -26,6 +26,7 @@ from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks.features import Features, ModelInputs
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
@@ -76,11 +77,13 @@ class Questions:
     Attributes:
         questions: The questions.
         labelled: Whether the gold answers are known.
+        rows: The rows that the questions come from; a question is a row.
         windows: One for each sequence of the features; those of a question are adjacent.
     """
 
     questions: list[Question]
     labelled: bool
+    rows: Rows
     windows: list[Window] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -109,22 +112,24 @@ class QuestionAnsweringTask(Task[Questions]):
 
     def read(self, path: str, *, labelled: bool) -> Questions:
         """Read a file in SQuAD's format, optionally compressed by gzip; see `Task.read`."""
-        questions, has_answers = [], labelled
-        for entry, context in _entries(Path(path)):
+        questions, numbers, has_answers = [], [], labelled
+        for row, (entry, context) in enumerate(_entries(Path(path)), 1):
             answers = tuple((answer["text"], answer["answer_start"]) for answer in entry.get("answers", []))
             misplaced = next((text for text, start in answers if context[start : start + len(text)] != text), None)
             if misplaced is not None:
                 problem = f"the answer {misplaced!r} is not in the context at its answer_start"
-                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}")
+                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}", file=path, row=row, row_id=entry["id"])
             elif labelled and not answers and not entry.get("is_impossible"):
                 problem = "there is no answer, but is_impossible is not true"
-                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}")
+                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}", file=path, row=row, row_id=entry["id"])
             else:
                 has_answers |= bool(answers)
                 questions.append(Question(entry["id"], entry["question"], context, answers))
+                numbers.append(row)
         if not questions:
             raise ValueError(f"{path} has no usable questions")
-        return Questions(questions, has_answers)
+        rows = Rows(path, numbers, None, [question.id for question in questions], self.bad_rows)
+        return Questions(questions, has_answers, rows)
 
     def label_config(self, examples: Questions) -> dict[str, Any]:
         """Return whether there are unanswerable questions."""
@@ -225,12 +230,14 @@ class QuestionAnsweringTask(Task[Questions]):
             text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
             write_atomically(folder / f"{name}_{split}.json", text)
 
-    def parse_lines(self, lines: Sequence[str]) -> Questions:
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> Questions:
         """Parse one JSON object per line."""
-        rows = json_lines(lines, _LINE_EXAMPLE)
-        if not all(isinstance(row.get("question"), str) and isinstance(row.get("context"), str) for row in rows):
-            raise ValueError(f"each line of standard input must be an object such as {_LINE_EXAMPLE}")
-        return Questions([Question(str(i), row["question"], row["context"]) for i, row in enumerate(rows)], False)
+        required = ("question", str), ("context", str)
+        entries, rows = json_lines(lines, first_row, _LINE_EXAMPLE, self.bad_rows, *required)
+        numbered = zip(rows.numbers, entries, strict=True)
+        return Questions(
+            [Question(str(row), entry["question"], entry["context"]) for row, entry in numbered], False, rows
+        )
 
     @property
     def _may_abstain(self) -> bool:

@@ -10,9 +10,10 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.text_files import read_lines
 from bertfast.tasks.glue import BENCHMARKS
+from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
-from bertfast.tasks.sequence_classification import PROBLEM_TYPES, SequenceClassificationTask
+from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import Task
 from bertfast.tasks.token_classification import TokenClassificationTask

@@ -6,7 +6,7 @@ Shapes: E examples.
 from __future__ import annotations
 
 import json
-import math
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,31 +21,50 @@ from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs, tokenize
-from bertfast.tasks.glue import BENCHMARKS, Benchmark
+from bertfast.tasks.glue import BENCHMARKS, Benchmark, infer_benchmark
+from bertfast.tasks.labels import (
+    LABEL_SEPARATOR,
+    MULTI_LABEL,
+    PROBLEM_TYPES,
+    REGRESSION,
+    SINGLE_LABEL,
+    Label,
+    LabelEncoder,
+    has_fractions,
+    names_of,
+    read_label,
+    shown,
+    sorted_labels,
+)
 from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.tables import BadRows, Table, read_table
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id, write_rows
+from bertfast.tasks.tables import Table, read_chunks, read_table
+from bertfast.tasks.task import (
+    ROWS_PER_CHUNK,
+    ConfusionMatrix,
+    Outputs,
+    Prediction,
+    Task,
+    label_to_id,
+    report_no_metrics,
+    write_aligned,
+    write_rows,
+)
 
 TEXT_COLUMNS = ("sentence", "sentence1", "text")
 TEXT_PAIR_COLUMN = "sentence2"
 LABEL_COLUMN = "label"
-LABEL_SEPARATOR = ","  # of several labels in one field
 
-# Values of `problem_type` in a model's configuration.
-SINGLE_LABEL, REGRESSION, MULTI_LABEL = "single_label_classification", "regression", "multi_label_classification"
-PROBLEM_TYPES = {"sequence-classification": SINGLE_LABEL, "regression": REGRESSION, "multi-label": MULTI_LABEL}
 METRICS = {
     SINGLE_LABEL: task_metrics.CLASSIFICATION,
     REGRESSION: task_metrics.REGRESSION,
     MULTI_LABEL: task_metrics.MULTI_LABEL,
 }
-_MAX_LABELS_SHOWN = 10  # in error messages
 
+logger = logging.getLogger("bertfast")
 Text = str | tuple[str, str]
 """A text or a pair of texts."""
-Label = str | list[str]
-"""A label as written in the file, or the list of an example's labels if there may be several."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +93,15 @@ class Columns:
             text_pair = TEXT_PAIR_COLUMN
         return cls(text, text_pair, label or LABEL_COLUMN)
 
+    def with_texts(self, table: Table) -> Table:
+        """Return the rows that have all texts; the others are bad rows."""
+        return table.with_texts(*filter(None, (self.text, self.text_pair)))
+
     def texts(self, table: Table) -> list[Text]:
         """Return the texts of the table's rows, or the pairs of texts if there is a second text column."""
-        texts: list[Text] = [*table.texts(self.text)]
-        if self.text_pair is not None:
-            texts = list(zip(table.texts(self.text), table.texts(self.text_pair), strict=True))
-        return texts
+        table = self.with_texts(table)
+        texts: list[str] = table.column(self.text)
+        return [*texts] if self.text_pair is None else [*zip(texts, table.column(self.text_pair), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,24 +110,23 @@ class TextExamples:
 
     Attributes:
         texts: The texts, or pairs of texts.
+        rows: The rows that they come from.
         labels: Label of each example; None: unknown.
-        where: File and line of each example.
-        indices: Index of each example in a benchmark's test file, else its number from 0.
+        optional: Whether examples without a usable label are usable.
     """
 
     texts: list[Text]
-    labels: list[Label] | None
-    where: list[str]
-    indices: list[str]
+    rows: Rows
+    labels: list[Label] | None = None
+    optional: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def select(self, rows: Sequence[int]) -> TextExamples:
-        """Return the examples at `rows`."""
-        labels = None if self.labels is None else [self.labels[row] for row in rows]
-        where, indices = ([values[row] for row in rows] for values in (self.where, self.indices))
-        return TextExamples([self.texts[row] for row in rows], labels, where, indices)
+    def select(self, indices: Sequence[int]) -> TextExamples:
+        """Return the examples at `indices`."""
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return TextExamples([self.texts[i] for i in indices], self.rows.select(indices), labels, self.optional)
 
 
 class SequenceClassificationTask(Task[TextExamples]):
@@ -115,6 +136,7 @@ class SequenceClassificationTask(Task[TextExamples]):
         benchmark: The GLUE task that the settings name, if any.
         columns: Names of the text, text-pair and label columns; None: default names.
         problem_type: `SINGLE_LABEL`, `REGRESSION` or `MULTI_LABEL`; None until labels or a model are known.
+        label_column: Column of the labels in the last file with labels.
     """
 
     model_class = BertForSequenceClassification
@@ -122,6 +144,7 @@ class SequenceClassificationTask(Task[TextExamples]):
 
     def __init__(self, settings: TaskSettings):
         super().__init__(settings)
+        self.label_column = LABEL_COLUMN
         self.benchmark: Benchmark | None = BENCHMARKS.get(settings.task)
         columns = settings.columns
         self.columns = (columns.text_column, columns.text_pair_column, columns.label_column)
@@ -147,26 +170,34 @@ class SequenceClassificationTask(Task[TextExamples]):
 
     def read(self, path: str, *, labelled: bool) -> TextExamples:
         """Read a .tsv, .csv or .jsonl file; see `Task.read`."""
-        header = self.benchmark.header if self.benchmark is not None and labelled else None
-        table = read_table(path, header=header, bad=self.bad_rows)
-        columns = Columns.choose(table, *self.columns)
-        if labelled and self.benchmark is not None and self.benchmark.unlabelled is not None:
-            label = table.column(columns.label)
-            table = table.rows(row for row in range(len(table)) if label[row] != self.benchmark.unlabelled)
-        where = [table.where(row) for row in range(len(table))]
-        indices = table.columns.get("index", [str(row) for row in range(len(table))])
-        examples = TextExamples(columns.texts(table), None, where, indices)
-        if not labelled and columns.label not in table.columns:
-            return examples
-        labels = self._labels(table.column(columns.label), columns.label, where)
-        usable = [row for row, label in enumerate(labels) if label is not None]
-        return replace(examples.select(usable), labels=[label for label in labels if label is not None])
+        table = read_table(path, bad=self.bad_rows)
+        columns, benchmark = self._choose_columns(table)
+        if labelled:
+            self._adopt(benchmark)
+            self.label_column = columns.label
+            table = self._labelled_rows(table, columns.label, benchmark)
+        elif columns.label not in table.columns:
+            return self._examples(table, columns)
+        table = columns.with_texts(table)
+        if labelled:
+            table.texts(columns.text)  # raises if all are blank
+        labels = [read_label(value, self.problem_type) for value in table.column(columns.label)]
+        return replace(self._examples(table, columns), labels=labels, optional=not labelled)
+
+    def read_chunks(self, path: str) -> Iterator[TextExamples]:
+        """Yield the texts of a file in parts; see `Task.read_chunks`."""
+        columns = None
+        for table in read_chunks(path, ROWS_PER_CHUNK, bad=self.bad_rows):
+            if columns is None:
+                columns, _ = self._choose_columns(table)
+            yield self._examples(table, columns)
 
     def label_config(self, examples: TextExamples) -> dict[str, Any]:
         """Return the number of labels, their names and the problem type."""
-        labels = [name for label in examples.labels or [] for name in _names(label)]
+        labels = [name for label in examples.labels or [] for name in names_of(label)]
         if self.problem_type is None:
             self.problem_type = REGRESSION if has_fractions(labels) else SINGLE_LABEL
+            self._report_problem_type(labels)
         names = ["LABEL_0"] if self.problem_type == REGRESSION else sorted_labels(labels)
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "problem_type": self.problem_type}
 
@@ -182,8 +213,9 @@ class SequenceClassificationTask(Task[TextExamples]):
         """Tokenize each text or pair as one sequence; see `Task.featurize`."""
         labels = {}
         if examples.labels is not None:
-            encoded, usable = self._encode_labels(examples)
-            examples, labels = examples.select(usable), {"labels": encoded}
+            targets, usable = self._encode_labels(examples.labels, examples)
+            if targets is not None:
+                examples, labels = examples.select(usable), {"labels": targets}
         return examples, replace(tokenize(tokenizer, examples.texts, max_length), labels=labels)
 
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
@@ -220,14 +252,12 @@ class SequenceClassificationTask(Task[TextExamples]):
     def write_predictions(
         self, folder: Path, split: str, examples: TextExamples, features: Features, outputs: Outputs
     ) -> None:
-        """Write predictions_SPLIT.tsv (index, prediction, probability of each label) and the test set's submission."""
+        """Write predictions_SPLIT.tsv (row, id, prediction, probability of each label) and a submission."""
         regression = self.problem_type == REGRESSION
         names = [] if regression else self.label_names
         scores: np.ndarray
         values, rows = [], []
-        for index, prediction, logits in zip(
-            examples.indices, self.predictions(examples, features, outputs), outputs, strict=True
-        ):
+        for prediction, logits in zip(self.predictions(examples, features, outputs), outputs, strict=True):
             if regression:
                 value, scores = f"{prediction['score']:.6g}", np.empty(0)
             elif self.problem_type == MULTI_LABEL:
@@ -235,13 +265,12 @@ class SequenceClassificationTask(Task[TextExamples]):
             else:
                 value, scores = prediction["label"], softmax(logits)
             values.append(value)
-            rows.append([index, value, *(f"{score:.6g}" for score in scores)])
-        write_rows(folder / f"predictions_{split}.tsv", ["index", "prediction", *names], rows)
+            rows.append([value, *(f"{score:.6g}" for score in scores)])
+        write_aligned(folder / f"predictions_{split}.tsv", examples.rows, ["prediction", *names], rows)
         if split == "test" and self.benchmark is not None and self.benchmark.submission is not None:
             if regression:  # the evaluation server accepts scores from 0 to 5
                 values = [f"{min(max(float(value), 0), 5):.3f}" for value in values]
-            submitted = zip(examples.indices, values, strict=True)
-            write_rows(folder / f"{self.benchmark.submission}.tsv", ["index", "prediction"], submitted)
+            self._write_submission(folder / f"{self.benchmark.submission}.tsv", examples.rows, values)
 
     def confusion_matrix(self, examples: TextExamples, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
         """Return the confusion matrix of single-label classification; see `Task.confusion_matrix`."""
@@ -251,63 +280,89 @@ class SequenceClassificationTask(Task[TextExamples]):
         predictions = np.stack(outputs).argmax(1)
         return names, task_metrics.confusion_matrix(features.labels["labels"], predictions, len(names))
 
-    def parse_lines(self, lines: Sequence[str]) -> TextExamples:
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TextExamples:
         """Parse one text per line, or a pair separated by a tab."""
         parts = [line.split("\t", 1) for line in lines]
         texts: list[Text] = [(part[0], part[1]) if len(part) == 2 else part[0] for part in parts]
-        return TextExamples(texts, None, [""] * len(texts), list(map(str, range(len(texts)))))
+        return TextExamples(texts, Rows.of_input(len(lines), first_row, self.bad_rows))
 
-    def _labels(self, values: list[Any], column: str, where: list[str]) -> list[Label | None]:
-        """Return labels as strings (lists of them if multi-label); None for bad rows."""
-        labels: list[Label | None] = []
-        for value, location in zip(values, where, strict=True):
-            if self.problem_type == MULTI_LABEL:
-                names = value if isinstance(value, list) else (value or "").split(LABEL_SEPARATOR)
-                labels.append([str(name).strip() for name in names if str(name).strip()])
-            elif value is None or value == "":
-                self.bad_rows.add(f"{location}: no label in column {column!r}")
-                labels.append(None)
+    def _choose_columns(self, table: Table) -> tuple[Columns, Benchmark | None]:
+        """Return the columns of a table, and the benchmark that the settings name or whose columns these are."""
+        benchmark = self.benchmark
+        if benchmark is None and not any(self.columns) and (name := infer_benchmark(table.columns)) is not None:
+            benchmark = BENCHMARKS[name]
+            logger.info("inferred --task %s from the columns of %s", name, table.path)
+        text, text_pair, label = self.columns
+        if benchmark is not None:
+            text, text_pair = text or benchmark.text, text_pair or benchmark.pair
+            label = label or benchmark.label
+        return Columns.choose(table, text, text_pair, label), benchmark
+
+    def _adopt(self, benchmark: Benchmark | None) -> None:
+        """Use the metrics and the submission format of the benchmark whose columns the training file has."""
+        if benchmark is not None and self.settings.task == "auto" and self.problem_type is None:
+            self.benchmark = benchmark
+            self.problem_type = REGRESSION if benchmark.regression else SINGLE_LABEL
+
+    def _examples(self, table: Table, columns: Columns) -> TextExamples:
+        table = columns.with_texts(table)
+        return TextExamples(columns.texts(table), table.rows)
+
+    def _labelled_rows(self, table: Table, column: str, benchmark: Benchmark | None) -> Table:
+        """Return the rows that have a label."""
+        labelled, rows = [], table.rows
+        for row, value in enumerate(table.column(column)):
+            if benchmark is not None and value == benchmark.unlabelled:
+                problem, row_id = f"{rows.where(row)}: no gold label", None if rows.ids is None else rows.ids[row]
+                rows.bad.leave_out(problem, file=rows.file, row=rows.numbers[row], row_id=row_id)
+            elif isinstance(value, (list, dict)) and self.problem_type != MULTI_LABEL:
+                rows.reject(
+                    row, f"column {column!r} holds {json.dumps(value)}; for several labels use --task multi-label"
+                )
+            elif self.problem_type != MULTI_LABEL and not read_label(value, self.problem_type):
+                rows.reject(row, f"no label in column {column!r}")
             else:
-                labels.append(value if isinstance(value, str) else json.dumps(value))
-        return labels
+                labelled.append(row)
+        return table.select(labelled)
 
-    def _encode_labels(self, examples: TextExamples) -> tuple[np.ndarray, list[int]]:
+    def _encode_labels(self, labels: list[Label], examples: TextExamples) -> tuple[np.ndarray | None, list[int]]:
         """Encode labels as the model's targets.
 
         Returns:
             Targets of usable rows: int64 [E], float32 [E] (regression) or float32 [E, labels] (multi-label); and the
-            indices of those rows.
+            indices of those rows. The targets are None if labels are optional and one is missing.
         """
-        ids = label_to_id(self.config)
+        encoder, rows = LabelEncoder(label_to_id(self.config), self.problem_type), examples.rows
         targets, usable = [], []
-        for row, label in enumerate(examples.labels or []):
-            target = _encode_label(_names(label), ids, self.problem_type, examples.where[row], self.bad_rows)
-            if target is not None:
-                targets.append(target)
+        for row, label in enumerate(labels):
+            try:
+                targets.append(encoder.target(label))
                 usable.append(row)
+            except ValueError as error:
+                if examples.optional:
+                    report_no_metrics(rows, row, str(error))
+                    return None, []
+                rows.reject(row, str(error))
         if not usable:
-            raise ValueError("no row has a usable label")
+            raise ValueError(f"{rows.file}: no row has a usable label")
+        if examples.optional and self.problem_type == REGRESSION and {*targets} == {-1.0}:
+            logger.warning("no metrics of %s: every label is -1, which stands for no label", rows.file)
+            return None, []
         return np.array(targets, np.int64 if self.problem_type == SINGLE_LABEL else np.float32), usable
 
+    def _report_problem_type(self, labels: list[str]) -> None:
+        names = sorted({*labels}) if self.problem_type == REGRESSION else sorted_labels(labels)
+        task = next(name for name, problem_type in PROBLEM_TYPES.items() if problem_type == self.problem_type)
+        logger.info("inferred --task %s from labels %s in column %r", task, shown(names), self.label_column)
 
-def sorted_labels(labels: list[str]) -> list[str]:
-    """Return the distinct labels, sorted by value if all are integers, else alphabetically.
-
-    Raises:
-        ValueError: There is only one distinct label.
-    """
-    names = set(labels)
-    if len(names) < 2:
-        raise ValueError(f"every label is {labels[0]!r}; classification needs at least two different labels")
-    return sorted(names, key=int if all(name.removeprefix("-").isdecimal() for name in names) else None)
-
-
-def has_fractions(labels: list[str]) -> bool:
-    """Return whether all labels are numbers, and at least one is not an integer."""
-    try:
-        return not all(float(label).is_integer() for label in labels)
-    except ValueError:
-        return False
+    @staticmethod
+    def _write_submission(path: Path, rows: Rows, values: list[str]) -> None:
+        """Write a file for the evaluation server: the id of each row, else its number from 0, and its prediction."""
+        if rows.file in rows.bad.skipped:
+            logger.warning("%s is not written, as rows of %s were skipped", path.name, rows.file)
+            return
+        indices = rows.ids or [number - 1 for number in rows.numbers]
+        write_rows(path, ["index", "prediction"], zip(indices, values, strict=True))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -320,40 +375,3 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
     probabilities: np.ndarray = 1 / (1 + np.exp(-logits))
     return probabilities
-
-
-def _names(label: Label) -> list[str]:
-    return label if isinstance(label, list) else [label]
-
-
-def _encode_label(
-    names: list[str], ids: dict[str, int], problem_type: str | None, where: str, bad: BadRows
-) -> float | np.ndarray | None:
-    """Return the target of one example: a number, an id, or float32 [labels] of 0 and 1; None for a bad row.
-
-    Args:
-        names: Labels of the example: one, or any number if multi-label.
-        ids: Id of each label by its name.
-        problem_type: Problem type of the model.
-        where: File and line of the example.
-        bad: Collects bad rows.
-    """
-    if problem_type == REGRESSION:
-        try:
-            value = float(names[0])
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value):
-            return value
-        bad.add(f"{where}: the label {names[0]!r} is not a finite number, which regression requires")
-        return None
-    for name in names:
-        if name not in ids:
-            known = ", ".join([*ids][:_MAX_LABELS_SHOWN]) + (", …" if len(ids) > _MAX_LABELS_SHOWN else "")
-            bad.add(f"{where}: unknown label {name!r}; known labels: {known}")
-            return None
-    if problem_type == SINGLE_LABEL:
-        return ids[names[0]]
-    multi_hot = np.zeros(max(ids.values()) + 1, np.float32)
-    multi_hot[[ids[name] for name in names]] = 1
-    return multi_hot

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from bertfast.runtime.precision import Precision
 from bertfast.runtime.settings import Count, Range, Settings
-from bertfast.tasks.tables import OnBadRows
+from bertfast.tasks.rows import OnBadRows
 
 
 @dataclass(frozen=True, kw_only=True)

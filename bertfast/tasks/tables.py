@@ -4,64 +4,48 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.tasks.glue import columns_without_header
+from bertfast.tasks.rows import BadRows, Rows
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
-
-OnBadRows = Literal["stop", "skip"]
-_MAX_WARNINGS = 3  # further bad rows are only counted
-
-logger = logging.getLogger("bertfast")
-
-
-class BadRows:
-    """Rows that cannot be used: raise at the first, or skip and count them.
-
-    Attributes:
-        action: "stop" or "skip".
-        count: Number of rows skipped.
-    """
-
-    def __init__(self, action: OnBadRows = "stop"):
-        self.action, self.count = action, 0
-
-    def add(self, problem: str) -> None:
-        """Count a bad row and warn about it; ValueError if the action is "stop"."""
-        if self.action == "stop":
-            raise ValueError(problem)
-        self.count += 1
-        if self.count <= _MAX_WARNINGS:
-            logger.warning("skipped: %s", problem)
+SEPARATORS = {".tsv": "\t", ".csv": ","}
+ID_COLUMNS = ("id", "index", "idx", "guid")
+_OTHER_SEPARATORS = {
+    "\t": "tabs; give it the suffix .tsv",
+    ",": "commas; give it the suffix .csv",
+    ";": "semicolons; replace them by tabs and give it the suffix .tsv",
+}
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows of a file, column by column.
+    """The rows of a file, or of a part of it, column by column.
 
     Attributes:
-        path: The file.
         columns: Values of each row by column name: strings, or JSON values (None if missing) in JSONL.
-        lines: Line number of each row, from 1.
+        rows: Where each row comes from.
     """
 
-    path: Path
     columns: dict[str, list[Any]]
-    lines: list[int]
+    rows: Rows
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.rows)
 
-    def where(self, row: int) -> str:
-        """Return the file and line of a row, for messages."""
-        return f"{self.path}, line {self.lines[row]}"
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self.rows.file
 
     def column(self, name: str) -> list[Any]:
         """Return the values of a column; ValueError, naming the columns of the file, if there is none of that name."""
@@ -72,90 +56,274 @@ class Table:
         return self.columns[name]
 
     def texts(self, name: str) -> list[str]:
-        """Return the values of a text column; ValueError if one is not a string, or if all are blank."""
-        texts = self.column(name)
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"{self.where(row)}: column {name!r} holds {json.dumps(text)}, not a text")
+        """Return the texts of a column without bad rows; ValueError if all are blank."""
+        texts = self.with_texts(name).column(name)
         if not any(map(str.strip, texts)):
             raise ValueError(f"{self.path} holds no text in its column {name!r}")
         return texts
 
-    def rows(self, indices: Iterable[int]) -> Table:
+    def with_texts(self, *names: str) -> Table:
+        """Return the rows in which these columns hold texts; the others are bad rows."""
+        usable = []
+        for row, values in enumerate(zip(*map(self.column, names), strict=True)):
+            wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+            if wrong is None:
+                usable.append(row)
+            else:
+                self.rows.reject(row, f"column {names[wrong]!r} holds {json.dumps(values[wrong])}, not a text")
+        return self if len(usable) == len(self) else self.select(usable)
+
+    def select(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`."""
         indices = list(indices)
         columns = {name: [values[row] for row in indices] for name, values in self.columns.items()}
-        return Table(self.path, columns, [self.lines[row] for row in indices])
+        return Table(columns, self.rows.select(indices))
 
 
-def read_table(path: Path | str, *, header: Sequence[str] | None = None, bad: BadRows | None = None) -> Table:
-    """Read a .tsv, .csv or .jsonl file, optionally compressed.
+def read_table(path: Path | str, *, bad: BadRows | None = None) -> Table:
+    """Read a .tsv, .csv or .jsonl file, optionally compressed; see `read_chunks`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The suffix is unknown, the file has no usable rows, or a row is malformed.
+    """
+    table = next(read_chunks(path, None, bad=bad))
+    if not len(table):
+        raise ValueError(f"{path} holds no usable rows")
+    return table
+
+
+def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = None) -> Iterator[Table]:
+    """Yield the tables of `size` rows that make up a .tsv, .csv or .jsonl file, optionally compressed.
 
     Args:
         path: The file.
-        header: Column names of a file without a header line.
+        size: Rows per table, bad ones included; None: all rows in one table.
         bad: Collects malformed rows; None: raise at the first.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The suffix is unknown, the file has no rows, or a row is malformed.
+        ValueError: The suffix is unknown, the file has no rows, its columns are ambiguous, quotes make rows ambiguous,
+            or a row is malformed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path} has an unknown file type; use one of {', '.join(SUFFIXES)}")
     suffix = next(suffix for suffix in FORMATS if suffix in path.suffixes[-2:])
     bad = bad or BadRows()
     if suffix == ".jsonl":
-        table = _read_jsonl(path, bad)
+        names: list[str] = []
+        records = _json_records(path)
     else:
-        table = _read_fields(path, _tsv_rows(path) if suffix == ".tsv" else _csv_rows(path), header, bad)
-    if not len(table):
+        records = _tsv_records(path) if suffix == ".tsv" else _csv_records(path)
+        names, records = _header(path, SEPARATORS[suffix], records)
+    reader = _TableReader(path, names, bad)
+    first = next(records, None)
+    if first is None:
         raise ValueError(f"{path} holds no rows")
-    return table
+    records = chain([first], records)
+    while chunk := list(islice(records, size)):
+        yield reader.table(chunk)
+
+
+@dataclass(slots=True)
+class _Record:
+    """A row as it stands in a file.
+
+    Attributes:
+        line: Its first line, from 1.
+        values: Fields, or values by name.
+        problem: Why it cannot be read, with file and line.
+        parts: Of a row on several lines: the fields of each line if its quotes are not heeded.
+    """
+
+    line: int
+    values: list[str] | dict[str, Any]
+    problem: str | None = None
+    parts: Sequence[list[str]] = ()
+
+
+class _TableReader:
+    """Makes tables of records.
+
+    Args:
+        path: The file.
+        names: Names of the columns; those of JSON objects are added as they appear.
+        bad: Collects malformed rows.
+    """
+
+    def __init__(self, path: Path, names: list[str], bad: BadRows):
+        self.path, self.names, self.bad = path, names, bad
+        self.number = 0  # of the last row
+        self.ids: set[int] = set()  # hashes, which bound memory
+
+    def table(self, records: list[_Record]) -> Table:
+        """Return the table of the next records without those that cannot be used."""
+        numbers, lines, rows = [], [], []
+        for record in records:
+            self.number += 1
+            problem = record.problem or self._problem(record)
+            if problem is not None:
+                self.bad.add(problem, file=str(self.path), row=self.number)
+                continue
+            numbers.append(self.number)
+            lines.append(record.line)
+            rows.append(record.values)
+        self._require_plausible_quotes(records)
+        return self._without_repeated_ids(
+            Table(self._columns(rows), Rows(str(self.path), numbers, lines, None, self.bad))
+        )
+
+    def _columns(self, rows: list[list[str] | dict[str, Any]]) -> dict[str, list[Any]]:
+        objects = [row for row in rows if isinstance(row, dict)]
+        self.names += dict.fromkeys(name for row in objects for name in row if name not in self.names)
+        if objects:
+            return {name: [row.get(name) for row in objects] for name in self.names}
+        return {name: [row[i] for row in rows if isinstance(row, list)] for i, name in enumerate(self.names)}
+
+    def _problem(self, record: _Record) -> str | None:
+        if isinstance(record.values, dict) or len(record.values) == len(self.names):
+            return None
+        is_csv = ".csv" in self.path.suffixes[-2:]
+        hint = (
+            "a field that holds a comma must be quoted" if is_csv else "a .tsv has no quoting, so no field holds a tab"
+        )
+        hint = f"; {hint}" if len(record.values) > len(self.names) else ""
+        counted = f"{len(record.values)} field" + "s" * (len(record.values) != 1)
+        return f"{self.path}, line {record.line}: {counted} where the header has {len(self.names)}{hint}"
+
+    def _without_repeated_ids(self, table: Table) -> Table:
+        """Return a table whose rows have ids, if there is a column of ids; rows that repeat an id are bad rows."""
+        name = next((name for name in ID_COLUMNS if name in table.columns), None)
+        if name is None:
+            return table
+        usable, rows = [], Rows(table.path, table.rows.numbers, table.rows.lines, table.columns[name], self.bad)
+        for row, value in enumerate(table.columns[name]):
+            if value not in (None, ""):
+                key = hash(str(value))
+                if key in self.ids:
+                    rows.reject(row, f"the {name} {value!r} is repeated: remove the row, or rename the column {name!r}")
+                    continue
+                self.ids.add(key)
+            usable.append(row)
+        return Table(table.columns, rows).select(usable)
+
+    def _require_plausible_quotes(self, records: list[_Record]) -> None:
+        """Raise ValueError at a row on several lines of which each looks like a row of its own.
+
+        That is so if each line has as many fields as there are columns and, in one column, only values that rows on one
+        line have there too, such as labels.
+        """
+        for record in records:
+            if not record.parts or any(len(fields) != len(self.names) for fields in record.parts):
+                continue
+            for column in range(len(self.names)):
+                usual = {
+                    other.values[column]
+                    for other in records
+                    if not other.parts and isinstance(other.values, list) and len(other.values) == len(self.names)
+                }
+                if all(fields[column] in usual for fields in record.parts):
+                    raise ValueError(
+                        f"{self.path}, line {record.line}: the quote that opens here swallows "
+                        f"{len(record.parts) - 1} further rows; write a quote within a text twice and quote the text: "
+                        '"a ""word"""'
+                    )
+
+
+def _header(path: Path, separator: str, records: Iterator[_Record]) -> tuple[list[str], Iterator[_Record]]:
+    """Return the names of the columns, and the rows below them.
+
+    Raises:
+        ValueError: The file is separated otherwise than its suffix says, or names are missing or repeated.
+    """
+    first = next((record for record in records if record.values or record.problem), None)
+    if first is None:
+        raise ValueError(f"{path} holds no rows")
+    names = [*first.values]
+    where = f"{path}, line {first.line}"
+    if first.problem is not None:
+        raise ValueError(first.problem)
+    if (columns := columns_without_header(names)) is not None:
+        return [*columns], (record for record in chain([first], records) if record.values or record.problem)
+    _require_separator(separator, names, where)
+    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if repeated is not None:
+        raise ValueError(f"{where}: two columns are called {repeated!r}; rename one of them")
+    # An unnamed first column is the row index that pandas writes, as in SWAG's files.
+    unnamed = next((i for i, name in enumerate(names[1:], 2) if not name.strip()), None)
+    if unnamed is not None:
+        raise ValueError(f"{where}: column {unnamed} of {len(names)} has no name; give it one")
+    if len(names) > 1:
+        return names, (record for record in records if record.values or record.problem)
+    # In a file of one column an empty line is a row.
+    return names, (_Record(record.line, record.values or [""], record.problem, record.parts) for record in records)
+
+
+def _require_separator(separator: str, names: list[str], where: str) -> None:
+    """Raise ValueError if a header is separated otherwise than the file's suffix says."""
+    if len(names) > 1:
+        return
+    [name] = names
+    if name.lstrip().startswith(("{", "[")):
+        raise ValueError(f"{where}: holds JSON; give a file of one JSON object per line the suffix .jsonl")
+    for other, remedy in _OTHER_SEPARATORS.items():
+        if other != separator and other in name:
+            raise ValueError(f"{where}: the columns {name!r} are separated by {remedy}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered non-empty lines without line ends and byte-order mark."""
-    stripped = ((number, line.rstrip("\r\n").removeprefix("\ufeff")) for number, line in read_lines(path))
-    return ((number, line) for number, line in stripped if line)
+    """Yield numbered lines without line ends."""
+    return ((number, line.rstrip("\r\n")) for number, line in read_lines(path))
 
 
-def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    return ((number, line.split("\t")) for number, line in _lines(path))
+def _tsv_records(path: Path) -> Iterator[_Record]:
+    """Yield the rows of a .tsv file, empty ones included (without fields)."""
+    return (_Record(number, line.split("\t") if line else []) for number, line in _lines(path))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(line.removeprefix("\ufeff") for _, line in read_lines(path))
-    return ((reader.line_num, row) for row in reader if row)
-
-
-def _read_fields(
-    path: Path, lines: Iterator[tuple[int, list[str]]], header: Sequence[str] | None, bad: BadRows
-) -> Table:
-    names = list(header) if header else next(lines, (0, [""]))[1]
-    rows, numbers = [], []
-    for number, fields in lines:
-        if len(fields) != len(names):
-            bad.add(
-                f"{path}, line {number}: {len(fields)} fields where the header has {len(names)}"
-                + ("; a .tsv has no quoting, so no field holds a tab" if ".tsv" in path.suffixes[-2:] else "")
-            )
-            continue
-        rows.append(fields)
-        numbers.append(number)
-    return Table(path, {name: [row[i] for row in rows] for i, name in enumerate(names)}, numbers)
-
-
-def _read_jsonl(path: Path, bad: BadRows) -> Table:
-    rows, numbers = [], []
+def _json_records(path: Path) -> Iterator[_Record]:
     for number, line in _lines(path):
+        if line:
+            try:
+                yield _Record(number, json_object(path, number, line, '{"sentence": "…", "label": "…"}'))
+            except ValueError as error:
+                yield _Record(number, {}, str(error))
+
+
+def _csv_records(path: Path) -> Iterator[_Record]:
+    """Yield the rows of a .csv file, empty ones included (without fields).
+
+    Raises:
+        ValueError: A quote that spans several lines is not closed as it should be, which leaves the rows unknown.
+    """
+    lines: list[str] = []  # of the current row
+
+    def remembered() -> Iterator[str]:
+        for _, line in read_lines(path):
+            lines.append(line)
+            yield line
+
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader, line = csv.reader(remembered(), strict=True), 1
+    while True:
+        where = f"{path}, line {line}"
         try:
-            rows.append(json_object(path, number, line, '{"sentence": "…", "label": "…"}'))
-        except ValueError as error:
-            bad.add(str(error))
-            continue
-        numbers.append(number)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table(path, {name: [row.get(name) for row in rows] for name in names}, numbers)
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if len(lines) > 1:
+                raise ValueError(
+                    f"{where}: the quote that opens here is not closed properly until line {reader.line_num}"
+                ) from None
+            if "end of data" in str(error):
+                raise ValueError(f"{where}: the quote that opens here is never closed") from None
+            yield _Record(line, [], f"{where}: {error}; write a quote within a quoted field twice")
+        else:
+            parts = [part.rstrip("\r\n").split(",") for part in lines] if len(lines) > 1 else ()
+            yield _Record(line, values, parts=parts)
+        line = reader.line_num + 1
+        lines.clear()

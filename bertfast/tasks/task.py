@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
+from bertfast.data.text_files import json_object
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks.features import Features, ModelInputs
+from bertfast.tasks.rows import BadRows, Rows, Skipped
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.tables import BadRows
+
+logger = logging.getLogger("bertfast")
+
+ROWS_PER_CHUNK = 1000  # rows that are predicted at a time, which bounds memory
 
 Outputs = Sequence[np.ndarray]
 """Logits of each example: float32 [labels], or [tokens, labels] if each token has its own."""
@@ -25,7 +31,18 @@ ConfusionMatrix = tuple[list[str], np.ndarray]
 Prediction = dict[str, Any]
 """The prediction for one example: the JSON object that `bertfast predict` prints."""
 
-Examples = TypeVar("Examples", bound=Sized)
+
+class HasRows(Protocol):
+    """Examples that know the rows they come from."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows(self) -> Rows:
+        """The row of each example."""
+
+
+Examples = TypeVar("Examples", bound=HasRows)
 """The examples of a task, as its `read` returns them."""
 
 
@@ -40,7 +57,7 @@ class Task(ABC, Generic[Examples]):
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
         head_prefix: Prefix of the names of the head's weights, without which predictions are meaningless.
         settings: Settings of the command.
-        bad_rows: Counts the rows that cannot be used.
+        bad_rows: Collects the rows that cannot be used.
     """
 
     model_class: type[PreTrainedModel]
@@ -81,6 +98,10 @@ class Task(ABC, Generic[Examples]):
             ValueError: The file is malformed, or a row cannot be used and `on_bad_rows` is "stop".
         """
 
+    def read_chunks(self, path: str) -> Iterator[Examples]:
+        """Yield the examples of a file to predict, in parts that bound memory; labels are not read. See `read`."""
+        yield self.read(path, labelled=False)
+
     def label_config(self, examples: Examples) -> dict[str, Any]:
         """Return the entries of a model's configuration that follow from the training examples, such as `id2label`."""
         return {}
@@ -116,7 +137,7 @@ class Task(ABC, Generic[Examples]):
 
     @abstractmethod
     def predictions(self, examples: Examples, features: Features, outputs: Outputs) -> Iterator[Prediction]:
-        """Yield the prediction for each example, as `bertfast predict` prints it."""
+        """Yield the prediction for each example, as `bertfast predict` prints it after the row's number and id."""
 
     @abstractmethod
     def compute_metrics(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
@@ -126,11 +147,19 @@ class Task(ABC, Generic[Examples]):
     def write_predictions(
         self, folder: Path, split: str, examples: Examples, features: Features, outputs: Outputs
     ) -> None:
-        """Write predictions into `folder`, in the benchmark's submission format if it has one."""
+        """Write predictions into `folder`, in the benchmark's submission format if it has one.
+
+        There is a prediction for each row of the file, in order; skipped rows are marked (see `Rows.aligned`).
+        """
 
     @abstractmethod
-    def parse_lines(self, lines: Sequence[str]) -> Examples:
-        """Return examples from lines of standard input."""
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> Examples:
+        """Return examples from lines of standard input.
+
+        Args:
+            lines: Lines without their ends; each is a row.
+            first_row: Number of the first line.
+        """
 
     def confusion_matrix(self, examples: Examples, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
         """Return the confusion matrix; None if the task has none or the examples have no labels."""
@@ -150,21 +179,62 @@ def label_to_id(config: BertConfig) -> dict[str, int]:
     return unnamed | {name: i for i, name in enumerate(names)}
 
 
+def report_no_metrics(rows: Rows, index: int, problem: str) -> None:
+    """Say why there are no metrics: the label of the row at `index` is none."""
+    logger.warning("no metrics of %s, as not all labels are known: %s: %s", rows.file, rows.where(index), problem)
+
+
 def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a .tsv file."""
-    lines = ["\t".join(header), *("\t".join(map(str, row)) for row in rows)]
+    """Write a .tsv file; tabs and line ends in values become spaces."""
+    lines = ["\t".join(re.sub(r"[\t\r\n]+", " ", str(value)) for value in row) for row in (header, *rows)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def json_lines(lines: Sequence[str], example: str) -> list[dict[str, Any]]:
-    """Parse lines of standard input, each a JSON object; ValueError, showing `example`, if one is not."""
-    objects = []
-    for number, line in enumerate(lines, 1):
+def write_aligned(path: Path, rows: Rows, header: Sequence[str], values: Iterable[Sequence[object]]) -> None:
+    """Write a .tsv file with a line for each row of a data file: its number, its id if it has one, and values.
+
+    Args:
+        path: The file to write.
+        rows: The rows that have values; a last column "skipped" says why others have none.
+        header: Names of the values.
+        values: Values of each row.
+    """
+    lines: list[list[object]] = []
+    has_ids, has_skipped = rows.ids is not None, rows.file in rows.bad.skipped
+    for number, row_id, value in rows.aligned(values):
+        line: list[object] = [number, *(["" if row_id is None else row_id] if has_ids else [])]
+        line += [*[""] * len(header), value.problem] if isinstance(value, Skipped) else [*value, *[""] * has_skipped]
+        lines.append(line)
+    write_rows(path, ["row", *["id"] * has_ids, *header, *["skipped"] * has_skipped], lines)
+
+
+def json_lines(
+    lines: Sequence[str], first_row: int, example: str, bad: BadRows, *required: tuple[str, type]
+) -> tuple[list[dict[str, Any]], Rows]:
+    """Parse lines of standard input, each a JSON object.
+
+    Args:
+        lines: Lines without their ends.
+        first_row: Number of the first line.
+        example: A valid line, shown in messages.
+        bad: Collects lines that are no such objects.
+        required: Names and types of the values that each object must have.
+
+    Returns:
+        The objects of the usable lines, and their rows.
+    """
+    rows = Rows.of_input(len(lines), first_row, bad)
+    objects, usable = [], []
+    for index, line in enumerate(lines):
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError(f"line {number} of standard input is not a JSON object such as {example}")
+            value = json_object(Path(rows.file), rows.numbers[index], line, example)
+        except ValueError as error:
+            bad.add(str(error), file=rows.file, row=rows.numbers[index])
+            continue
+        missing = next((name for name, kind in required if not isinstance(value.get(name), kind)), None)
+        if missing is not None:
+            rows.reject(index, f"no {missing!r} as in {example}")
+            continue
         objects.append(value)
-    return objects
+        usable.append(index)
+    return objects, rows.select(usable)

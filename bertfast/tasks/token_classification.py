@@ -27,6 +27,7 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.tables import SUFFIXES
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
 from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id
@@ -57,13 +58,13 @@ class TaggedSentences:
     Attributes:
         words: Words of each sentence.
         tags: Tags of each sentence; None: unknown.
-        where: File and line of each sentence.
+        rows: The rows that the sentences come from; a sentence is a row.
         segments: After `featurize`, one for each sequence of the features.
     """
 
     words: list[list[str]]
     tags: list[list[str]] | None
-    where: list[str]
+    rows: Rows
     segments: list[Segment] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class TaggedSentences:
     def select(self, rows: Sequence[int]) -> TaggedSentences:
         """Return the sentences at `rows`."""
         tags = None if self.tags is None else [self.tags[row] for row in rows]
-        return TaggedSentences([self.words[row] for row in rows], tags, [self.where[row] for row in rows])
+        return TaggedSentences([self.words[row] for row in rows], tags, self.rows.select(rows))
 
 
 class TokenClassificationTask(Task[TaggedSentences]):
@@ -91,19 +92,21 @@ class TokenClassificationTask(Task[TaggedSentences]):
         sentences = list(self._sentences(Path(path), labelled))
         if not sentences:
             raise ValueError(f"{path} has no sentences: it must have one word and its tag per line")
-        words, tags, where = (list(column) for column in zip(*sentences, strict=True))
+        words, tags = [words for words, *_ in sentences], [tags for _, tags, *_ in sentences]
+        numbers, lines = [number for *_, number, _ in sentences], [line for *_, line in sentences]
+        rows = Rows(path, numbers, lines, None, self.bad_rows)
         if not all(map(len, tags)):
-            return TaggedSentences(words, None, where)
+            return TaggedSentences(words, None, rows)
         scheme = detect_scheme(tags)
         usable, converted = [], []
         for row, sentence in enumerate(tags):
             problem = tag_error(sentence, scheme)
             if problem is not None:
-                self.bad_rows.add(f"{where[row]}: {problem}")
+                rows.reject(row, problem)
                 continue
             usable.append(row)
             converted.append(iob1_to_iob2(sentence) if scheme == "IOB1" else list(map(bioes_tag, sentence)))
-        return replace(TaggedSentences(words, None, where).select(usable), tags=converted)
+        return replace(TaggedSentences(words, None, rows).select(usable), tags=converted)
 
     def label_config(self, examples: TaggedSentences) -> dict[str, Any]:
         """Return the number of tags and their names, O first."""
@@ -125,10 +128,8 @@ class TokenClassificationTask(Task[TaggedSentences]):
         """
         special, ids_of_tags = special_tokens(tokenizer), label_to_id(self.config)
         if examples.tags is not None:
-            located = enumerate(zip(examples.tags, examples.where, strict=True))
-            examples = examples.select(
-                [row for row, (tags, where) in located if self._are_known(tags, ids_of_tags, where)]
-            )
+            tags_of_rows, rows = enumerate(examples.tags), examples.rows
+            examples = examples.select([row for row, tags in tags_of_rows if _are_known(tags, ids_of_tags, rows, row)])
         room = max_length - 2  # for tokens between [CLS] and [SEP]
         token_ids: list[int] = []
         lengths: list[int] = []
@@ -225,20 +226,21 @@ class TokenClassificationTask(Task[TaggedSentences]):
         names = self.label_names
         return names, task_metrics.confusion_matrix(gold, predicted, len(names))
 
-    def parse_lines(self, lines: Sequence[str]) -> TaggedSentences:
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TaggedSentences:
         """Parse one sentence per line, words separated by white space."""
-        return TaggedSentences([line.split() for line in lines], None, [""] * len(lines))
+        rows = Rows.of_input(len(lines), first_row, self.bad_rows)
+        return TaggedSentences([line.split() for line in lines], None, rows)
 
-    def _sentences(self, path: Path, labelled: bool) -> Iterator[tuple[list[str], list[str], str]]:
-        """Yield (words, tags, location) of each sentence; tags are empty if any is missing."""
+    def _sentences(self, path: Path, labelled: bool) -> Iterator[tuple[list[str], list[str], int, int]]:
+        """Yield (words, tags, row number, first line) of each sentence; tags are empty if any is missing."""
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        words, tags, where, problem, column = [], [], "", None, self.settings.columns.tag_column
+        words, tags, row, first, problem, column = [], [], 1, 0, None, self.settings.columns.tag_column
         for number, line in (*read_lines(path), (0, "")):  # an empty line after the last sentence
             _require_conll(path, number, line)
             fields = line.split()
             if fields and fields[0] != DOCUMENT_START:
-                where = where or f"{path}, line {number}"
+                first = first or number
                 words.append(fields[0])
                 if len(fields) > 1 and -len(fields) <= column < len(fields):
                     tags.append(fields[column])
@@ -246,17 +248,11 @@ class TokenClassificationTask(Task[TaggedSentences]):
                     problem = f"{path}, line {number}: no tag in column {column} of {len(fields)}"
                 continue
             if problem is not None:
-                self.bad_rows.add(problem)
+                self.bad_rows.add(problem, file=str(path), row=row)
             elif words:
-                yield words, tags if len(tags) == len(words) else [], where
-            words, tags, where, problem = [], [], "", None
-
-    def _are_known(self, tags: list[str], known: dict[str, int], where: str) -> bool:
-        """Return whether all tags of a sentence are known; if not, it is a bad row."""
-        unknown = next((tag for tag in tags if tag not in known), None)
-        if unknown is not None:
-            self.bad_rows.add(f"{where}: unknown tag {unknown!r}; known tags: {', '.join(known)}")
-        return unknown is None
+                yield words, tags if len(tags) == len(words) else [], row, first
+            row += bool(words)
+            words, tags, first, problem = [], [], 0, None
 
     def _predicted_tags(self, examples: TaggedSentences, outputs: Outputs) -> list[list[str]]:
         """Return the predicted tag of each word; label 0 (O if there is an O) for words without a token."""
@@ -266,6 +262,14 @@ class TokenClassificationTask(Task[TaggedSentences]):
             for word, label in zip(words.tolist(), logits[positions].argmax(1).tolist(), strict=True):
                 tags[sentence][word] = names[label]
         return tags
+
+
+def _are_known(tags: list[str], known: dict[str, int], rows: Rows, row: int) -> bool:
+    """Return whether all tags of a sentence are known; if not, it is a bad row."""
+    unknown = next((tag for tag in tags if tag not in known), None)
+    if unknown is not None:
+        rows.reject(row, f"unknown tag {unknown!r}; known tags: {', '.join(known)}")
+    return unknown is None
 
 
 def _require_conll(path: Path, number: int, line: str) -> None:

@@ -78,7 +78,10 @@ def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, c
     for standard_input in (None, "-"):
         pipe("\n".join(sentences))
         predict(PredictSettings.of(**settings, input_file=standard_input))
-        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == from_file
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+            {name: value for name, value in prediction.items() if name != "id"} for prediction in from_file
+        ]
+    assert [prediction["row"] for prediction in from_file] == [*range(1, 1 + len(sentences))]
     expected = rows_of(folder / "predictions_test.tsv")[1:]
-    assert [answer["label"] for answer in from_file] == [row[1] for row in expected]
-    assert [answer["score"] for answer in from_file] == pytest.approx([max(map(float, row[2:])) for row in expected])
+    assert [answer["label"] for answer in from_file] == [row[2] for row in expected]
+    assert [answer["score"] for answer in from_file] == pytest.approx([max(map(float, row[3:])) for row in expected])

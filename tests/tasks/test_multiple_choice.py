@@ -39,7 +39,7 @@ def test_swag_files_are_read_in_their_published_format(tmp_path):
     predictions = list(task.predictions(examples, features, outputs))
     assert predictions[0]["ending"] == "c g"
     task.write_predictions(tmp_path, "dev", examples, features, outputs)
-    assert (tmp_path / "predictions_dev.tsv").read_text().splitlines()[1].startswith("0\t2\t")
+    assert (tmp_path / "predictions_dev.tsv").read_text().splitlines()[1].startswith("1\t2\t")
 
 
 def test_json_lines_may_have_any_number_of_endings(tmp_path):
@@ -54,7 +54,7 @@ def test_json_lines_may_have_any_number_of_endings(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"sent1": "a", "endings": ["b"], "label": 0}, "line 2: 1 endings where the first row has 2"),
+        ({"sent1": "a", "endings": ["b"], "label": 0}, "line 2: 1 ending where the first row has 2"),
         ({"sent1": "a", "endings": ["b", "c"], "label": 2}, "line 2: the label 2 is not in 0 to 1"),
     ],
 )
@@ -68,9 +68,9 @@ def test_bad_rows_are_reported_or_skipped(row, message, tmp_path):
 
 
 def test_malformed_lines_raise():
-    with pytest.raises(ValueError, match="line 1 of standard input is not a JSON object"):
+    with pytest.raises(ValueError, match="standard input, line 1: not JSON"):
         task_for().parse_lines(["a b c"])
-    with pytest.raises(ValueError, match="must be an object such as"):
+    with pytest.raises(ValueError, match="line 1: no 'sent1' as in"):
         task_for().parse_lines(['{"text": "a"}'])
 
 

@@ -10,11 +10,11 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.features import Features
+from bertfast.tasks.labels import has_fractions, sorted_labels
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import (
     Columns,
     SequenceClassificationTask,
-    has_fractions,
-    sorted_labels,
 )
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import Table
@@ -22,7 +22,8 @@ from bertfast.tasks.task import label_to_id
 
 
 def table(**columns: list) -> Table:
-    return Table(Path("a.tsv"), columns, list(range(2, 2 + len(next(iter(columns.values()))))))
+    numbers = range(1, 1 + len(next(iter(columns.values()))))
+    return Table(columns, Rows("a.tsv", numbers, numbers))
 
 
 def test_columns_default_to_common_names():
@@ -90,7 +91,7 @@ def test_labels_are_encoded_by_problem_type(tmp_path):
         ("a\tno\nb\t\n", YES_OR_NO, "line 3: no label in column 'label'"),
         ("a\t0.5\nb\tx\n", BertConfig(num_labels=1), "line 3: the label 'x' is not a finite number"),
         ("a\tnan\nb\t1\n", BertConfig(num_labels=1), "line 2: the label 'nan' is not a finite number"),
-        ("a\tno\nb\n", YES_OR_NO, "line 3: 1 fields where the header has 2"),
+        ("a\tno\nb\n", YES_OR_NO, "line 3: 1 field where the header has 2"),
     ],
 )
 def test_bad_rows_are_reported_or_skipped_and_counted(rows, config, message, tmp_path):
@@ -153,7 +154,7 @@ def test_benchmarks_are_read_in_their_published_format(name, tmp_path):
     examples = task.read(str(tmp_path / "train.tsv"), labelled=True)
     assert (examples.texts, examples.labels) == (texts, labels)
     test = task.read(str(tmp_path / "test.tsv"), labelled=False)
-    assert (test.labels, test.indices) == (None, ["7"])
+    assert (test.labels, test.rows.ids) == (None, ["7"])
 
 
 def test_glue_files_have_the_published_number_of_rows(shared_data):

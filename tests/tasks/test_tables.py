@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bertfast.tasks.tables import BadRows, read_table
+from bertfast.tasks.rows import BadRows
+from bertfast.tasks.tables import read_table
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -29,16 +30,16 @@ def test_tsv_and_jsonl_give_the_same_rows(tmp_path, compression, end):
         table = read_table(written(tmp_path, name + compression, text))
         assert table.texts("sentence") == [text for text, _ in ROWS]
         assert table.column("label") == [label for _, label in ROWS]
-        assert table.where(2).endswith(f"{name}{compression}, line {4 if 'tsv' in name else 3}")
+        assert table.rows.where(2).endswith(f"{name}{compression}, line {4 if 'tsv' in name else 3}")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 fields where the header has 2"),
+        ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 field where the header has 2"),
         ("a.tsv", "sentence\tlabel\n", "holds no rows"),
         ("a.tsv", "", "holds no rows"),
-        ("a.csv", 'sentence,label\n"one, and",1\ntwo\n', "line 3: 1 fields where the header has 2"),
+        ("a.csv", 'sentence,label\n"one, and",1\ntwo\n', "line 3: 1 field where the header has 2"),
         ("a.odt", "sentence,label\n", "unknown file type; use one of .tsv"),
         ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON"),
         ("a.jsonl", '["x"]\n', "line 1: not an object"),
@@ -77,7 +78,7 @@ def test_sst2_has_the_published_number_of_rows(shared_data):
 def test_csv_fields_may_contain_quotes_and_line_ends(tmp_path):
     table = read_table(written(tmp_path, "a.csv.gz", '\ufeffsentence,label\n"a, ""b""\nc",1\nd,0\n'))
     assert table.texts("sentence") == ['a, "b"\nc', "d"]
-    assert table.lines == [3, 4]
+    assert table.rows.lines == [2, 4]
 
 
 def test_bad_rows_are_skipped_and_counted(tmp_path):

@@ -42,12 +42,12 @@ def test_fine_tuning_writes_a_model_metrics_and_predictions(tuned, files):
     assert validations[results["best_step"]] == max(validations.values()) == results["eval_accuracy"]
     assert [entry["step"] for entry in entries if "tokens_per_second" in entry] == [50]
     header, *rows = rows_of(folder / "predictions_validation.tsv")
-    assert header == ["index", "prediction", "bad", "good"]
+    assert header == ["row", "id", "prediction", "bad", "good"]
     labels = [row[2] for row in rows_of(Path(files["validation_file"]))[1:]]
-    right = [row[1] == label for row, label in zip(rows, labels, strict=True)]
+    right = [row[2] == label for row, label in zip(rows, labels, strict=True)]
     assert np.mean(right) == pytest.approx(results["eval_accuracy"])
-    for index, (number, prediction, bad, good) in enumerate(rows):
-        assert (int(number), prediction) == (index, "good" if float(good) > float(bad) else "bad")
+    for row, (number, index, prediction, bad, good) in enumerate(rows, 1):
+        assert (int(number), int(index), prediction) == (row, row - 1, "good" if float(good) > float(bad) else "bad")
         assert float(bad) + float(good) == pytest.approx(1, abs=1e-5)
     # The test file holds the same sentences, so the best model says the same of them.
     assert (folder / "predictions_test.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
@@ -113,7 +113,7 @@ def test_regression(pretrained, tmp_path, capsys):
     )
     assert results["eval_pearson"] >= 0.9
     header, *rows = rows_of(tmp_path / "out" / "predictions_validation.tsv")
-    assert header == ["index", "prediction"]
+    assert header == ["row", "prediction"]
     capsys.readouterr()
     where = {"model_name_or_path": str(tmp_path / "out"), "device": "cpu", "precision": "fp32"}
     predict(PredictSettings.of(**where, input_file=str(tmp_path / "validation.tsv")))

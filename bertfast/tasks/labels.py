@@ -1,0 +1,120 @@
+"""Labels of sequence classification: as written in files, and as targets of single-label, multi-label or regression."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Values of `problem_type` in a model's configuration.
+SINGLE_LABEL, REGRESSION, MULTI_LABEL = "single_label_classification", "regression", "multi_label_classification"
+PROBLEM_TYPES = {"sequence-classification": SINGLE_LABEL, "regression": REGRESSION, "multi-label": MULTI_LABEL}
+LABEL_SEPARATOR = ","  # of several labels in one field
+_MAX_LABELS_SHOWN = 10  # in messages
+
+Label = str | list[str]
+"""A label as written in the file, or the list of an example's labels if there may be several."""
+
+
+def read_label(value: Any, problem_type: str | None) -> Label:
+    """Return the label in a field without surrounding white space, "" if there is none; a list if multi-label."""
+    if problem_type == MULTI_LABEL:
+        names = value if isinstance(value, list) else str(value or "").split(LABEL_SEPARATOR)
+        return [str(name).strip() for name in names if str(name).strip()]
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def names_of(label: Label) -> list[str]:
+    """Return the names in a label."""
+    return label if isinstance(label, list) else [label]
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first names, separated by commas, for messages."""
+    return ", ".join(names[:_MAX_LABELS_SHOWN]) + (", …" if len(names) > _MAX_LABELS_SHOWN else "")
+
+
+def sorted_labels(labels: Sequence[str]) -> list[str]:
+    """Return the distinct labels, sorted by value if all are integers, else alphabetically.
+
+    Of spellings of one integer, such as 1 and 1.0, the shortest is returned; nan and inf are no labels among numbers.
+
+    Raises:
+        ValueError: There are fewer than two distinct labels.
+    """
+    spellings: dict[str, str] = {}
+    for label in sorted({*labels}, key=len, reverse=True):
+        spellings[canonical(label)] = label
+    names = {*spellings.values()}
+    if _numbers(names) is not None:
+        names = {name for name in names if math.isfinite(float(name))} or names
+    if len(names) < 2:
+        every = f"every label is {labels[0]!r}" if labels else "there are no labels"
+        raise ValueError(f"{every}; classification needs at least two different labels")
+    return sorted(names, key=int if all(name.removeprefix("-").isdecimal() for name in names) else None)
+
+
+def has_fractions(labels: Iterable[str]) -> bool:
+    """Return whether all labels are numbers, and at least one is finite and not an integer."""
+    return any(math.isfinite(value) and not value.is_integer() for value in _numbers(labels) or [])
+
+
+class LabelEncoder:
+    """Encodes labels as the targets of a model.
+
+    Args:
+        ids: Id of each label by its name.
+        problem_type: Problem type of the model.
+    """
+
+    def __init__(self, ids: Mapping[str, int], problem_type: str | None):
+        self.ids, self.problem_type = ids, problem_type
+        self.canonical_ids = {canonical(name): i for name, i in ids.items()}
+        self.num_labels = max(ids.values()) + 1
+
+    def target(self, label: Label) -> float | np.ndarray:
+        """Return the target of an example: a number, an id, or float32 [labels] of 0 and 1 if multi-label.
+
+        Raises:
+            ValueError: A label is unknown, or not a number.
+        """
+        names = names_of(label)
+        if self.problem_type == REGRESSION:
+            [value] = _numbers(names) or [math.nan]
+            if not math.isfinite(value):
+                raise ValueError(f"the label {names[0]!r} is not a finite number, which regression requires")
+            return value
+        targets = [self._id(name) for name in names]
+        if self.problem_type != MULTI_LABEL:
+            return targets[0]
+        multi_hot = np.zeros(self.num_labels, np.float32)
+        multi_hot[targets] = 1
+        return multi_hot
+
+    def _id(self, name: str) -> int:
+        found = self.ids.get(name, self.canonical_ids.get(canonical(name)))
+        if found is None:
+            raise ValueError(f"unknown label {name!r}; known labels: {shown([*self.ids])}")
+        return found
+
+
+def canonical(label: str) -> str:
+    """Return a label without the decimals of an integer: 1.0, as pandas writes it, is the label 1."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
+
+
+def _numbers(labels: Iterable[str]) -> list[float] | None:
+    """Return the values of labels, of which some may be nan; None if a label is no number."""
+    labels = [*labels]
+    if any("_" in label for label in labels):  # float reads 1_0 as 10
+        return None
+    try:
+        return list(map(float, labels))
+    except ValueError:
+        return None
