@@ -22,9 +22,9 @@ STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UNREADABLE = {  # first bytes of a file: what it is and what to do
-    _LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
+    LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
     b"PAR1": "a Parquet file; give it the suffix .parquet",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"\xff\xfe": "UTF-16; convert the file to UTF-8",
@@ -101,6 +101,24 @@ def json_object(path: Path | str, number: int, line: str, example: str) -> dict[
             raise ValueError(
                 f"{path}, line {number}: unpaired surrogate {surrogate}, which is not a character"
             ) from None
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object, as the configurations of models and tokenizers do.
+
+    Raises:
+        ValueError: The file is not UTF-8 text, or is not a whole JSON object; the message names it.
+    """
+    text = "".join(line for _, line in read_lines(path))
+    if not text.strip():
+        raise ValueError(f"{path} is empty: copy or download it again")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is cut off or not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, {{…}}, got {text.strip():.40}")
     return value
 
 

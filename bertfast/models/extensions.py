@@ -90,11 +90,10 @@ class ExtendedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a model, with or without weights of extensions; see transformers."""
-        if any(
-            Path(pretrained_model_name_or_path).glob(f"model*.{VARIANT}*")
-        ):  # of one file, of shards, or their index
+        folder = pretrained_model_name_or_path
+        if folder is not None and any(Path(folder).glob(f"model*.{VARIANT}*")):  # one file, shards, or their index
             kwargs.setdefault("variant", VARIANT)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(folder, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save a model; see transformers."""

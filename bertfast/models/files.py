@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bertfast.architectures.initialise import initialise
+from bertfast.data.text_files import read_json
 from bertfast.models import bert
-from bertfast.models.extensions import ExtendedBertConfig, ModelT, class_for
+from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
+from bertfast.models.weights import read_weights, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
 
 logger = logging.getLogger("bertfast")
 
-_DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError, ValueError)
+_SIZES = (  # entries of a configuration that are numbers of something
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+_MAX_SIZE, _MAX_LAYERS = 2**24, 10_000  # larger ones are damage, and would fill all memory
 
 
 def resolve(name: str | Path) -> Path:
@@ -72,12 +81,12 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
 
     Raises:
         FileNotFoundError: There is no `config.json`.
-        ValueError: It is that of another family.
+        ValueError: It cannot be read, or is that of another family.
     """
     path = Path(folder, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model's folder")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     model_type = values.pop("model_type", "bert")
     if model_type not in ("bert", ExtendedBertConfig.model_type):
         raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT")
@@ -89,7 +98,29 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     values |= changes
     # Folders from before extensions had a model type of their own have "bert", and the extension's field.
     is_extended = model_type == ExtendedBertConfig.model_type or any(map(values.get, ExtendedBertConfig.extensions))
-    return (ExtendedBertConfig if is_extended else BertConfig).from_dict(values)
+    return config_from(values, path, ExtendedBertConfig if is_extended else BertConfig)
+
+
+def config_from(values: dict[str, Any], path: Path, kind: type[BertConfig] = BertConfig) -> BertConfig:
+    """Make a configuration of the entries of a file.
+
+    Raises:
+        ValueError: They are not those of a BERT; the message names `path`.
+    """
+    for name in _SIZES:
+        size, limit = values.get(name, 1), _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+        if type(size) is not int or not 0 < size <= limit:
+            raise ValueError(f"{path}: {name} must be a whole number from 1 to {limit}, got {size!r:.40}")
+    try:
+        config: BertConfig = kind.from_dict(values)
+    except Exception as error:  # transformers' validation raises exceptions of many classes
+        raise ValueError(f"{path} is not the configuration of a BERT: {' '.join(str(error).split())}") from error
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{path}: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and "
+            f"{config.num_attention_heads}"
+        )
+    return config
 
 
 def load(
@@ -100,7 +131,7 @@ def load(
     Args:
         kind: A fused class; if the configuration has extensions, its counterpart with extensions is opened.
         name: Folder or hub id.
-        config: Configuration of the model; None: that of the folder.
+        config: Configuration of the model; None: that of the folder. If it ties weights that differ, it is changed.
         fresh: Parameters whose names begin with these are initialised, also where the checkpoint has them.
 
     Returns:
@@ -109,22 +140,41 @@ def load(
 
     Raises:
         FileNotFoundError: There are no weights.
-        ValueError: They are damaged, or of other sizes.
+        ValueError: They are damaged, of other sizes, or not those of a BERT.
     """
     folder = resolve(name)
     config = read_config(folder) if config is None else config
+    model_class = class_for(kind, config)
+    weights = read_weights(folder, VARIANT if isinstance(config, ExtendedBertConfig) else None)
+    if kind._tied_weights_keys:
+        separate_tied(weights, config, str(name))
     try:
         with _quiet():  # the caller decides what may be missing
-            opened: Any = class_for(kind, config).from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            opened: Any = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-    except OSError as error:
-        raise FileNotFoundError(f"the weights of {name} cannot be read: {error}") from error
-    except _DAMAGED as error:
-        raise ValueError(f"{name} is damaged or holds other things than weights: {error}") from error
-    model: PreTrainedModel = opened[0]
-    info: dict[str, Any] = opened[1]
-    for entry in info["mismatched_keys"]:
+    except (ArithmeticError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: its config.json does not describe a BERT with its weights: {error}") from error
+    model, info = opened
+    missing = [key for key in model.state_dict() if key in info["missing_keys"]]
+    _check_loaded(model, str(name), info["mismatched_keys"], missing, [*weights], fresh)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
+    return model.eval(), missing, sorted(set(info["unexpected_keys"]) - dict(model.named_buffers()).keys())
+
+
+def _check_loaded(
+    model: PreTrainedModel, name: str, mismatched: Any, missing: list[str], stored: list[str], fresh: tuple[str, ...]
+) -> None:
+    """Raise ValueError if weights have other shapes than the model's, or if there are none of its layers."""
+    for entry in mismatched:
         key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
         if not key.startswith(fresh):
             size = list(model.get_parameter(key).shape)
@@ -132,9 +182,11 @@ def load(
                 f"{name} is of another size: its {key} is not {size}, as its config.json says: take the config.json "
                 "that belongs to the weights"
             )
-    missing = [key for key in model.state_dict() if key in info["missing_keys"]]
-    initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
-    return model.eval(), missing, sorted(set(info["unexpected_keys"]) - dict(model.named_buffers()).keys())
+    if {key for key in model.state_dict() if "encoder.layer." in key} <= {*missing}:
+        raise ValueError(
+            f"{name} has no weights of an encoder, such as bert.encoder.layer.0.output.dense.weight; it has "
+            f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' BertModel names them"
+        )
 
 
 def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:

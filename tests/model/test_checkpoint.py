@@ -1,6 +1,7 @@
 """Saved models open in transformers and the other way round; messages name what does not fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,10 +98,150 @@ def test_old_files_are_read(folder):
     assert_same_weights(fused, models(MASKED_LM)[1])
 
 
-def test_a_pickle_that_holds_more_than_tensors_is_not_run(folder):
+PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model.model."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_weights_saved_from_a_wrapped_model_are_read(prefix, folder):
+    rewrite(folder, lambda weights: {prefix + name: x for name, x in weights.items()})
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
+    assert differences == [[], []]
+    assert_same_weights(fused, models(MASKED_LM)[1])
+    encoder, *_ = load(bertfast.BertModel, folder)
+    assert_same_weights(encoder.encoder, models(MASKED_LM)[1].bert.encoder)
+
+
+@pytest.mark.parametrize("wrapped", [("state_dict",), ("model_state_dict",), ("model", "state_dict")])
+def test_weights_inside_a_training_state_are_read(wrapped, folder):
+    state = {f"module.{name}": x for name, x in load_file(folder / "model.safetensors").items()}
+    for key in wrapped:
+        state = {"epoch": 3, key: state, "optimizer": {"state": {}}}
     (folder / "model.safetensors").unlink()
-    torch.save({"run": print}, folder / "pytorch_model.bin")
-    with pytest.raises((ValueError, FileNotFoundError), match=r"holds other things than weights|cannot be read"):
+    torch.save(state, folder / "pytorch_model.bin")
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
+    assert differences == [[], []]
+    assert_same_weights(fused, models(MASKED_LM)[1])
+
+
+def test_weights_of_compiled_layers_are_read(folder):
+    rewrite(folder, lambda weights: {name.replace("layer.1.", "layer.1._orig_mod."): x for name, x in weights.items()})
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
+    assert differences == [[], []]
+    assert_same_weights(fused, models(MASKED_LM)[1])
+
+
+@pytest.mark.parametrize("rename", [lambda name: f"student.{name}", lambda name: name.replace("encoder", "blocks")])
+def test_a_checkpoint_without_weights_of_the_encoder_is_refused(rename, folder):
+    rewrite(folder, lambda weights: {rename(name): x for name, x in weights.items() if "embeddings" not in name})
+    for kind in (bertfast.BertForMaskedLM, bertfast.BertForSequenceClassification, bertfast.BertModel):
+        with pytest.raises(ValueError, match=f"has no weights of an encoder.*{rename('bert.encoder')}") as raised:
+            load(kind, folder)
+        assert str(folder) in str(raised.value)
+
+
+def test_two_weights_of_one_name_are_refused(folder):
+    key = "cls.predictions.bias"
+    rewrite(folder, lambda weights: weights | {f"module.{key}": weights[key] + 1})
+    with pytest.raises(ValueError, match=f"holds two different weights {key}"):
+        load(bertfast.BertForMaskedLM, folder)
+
+
+def test_tied_weights_that_differ_are_kept_apart(folder, tmp_path, caplog):
+    decoder = "cls.predictions.decoder.weight"
+    other = torch.randn(models(MASKED_LM)[0].get_input_embeddings().weight.shape)
+    rewrite(folder, lambda weights: weights | {decoder: other})
+    model, *differences = load(bertfast.BertForMaskedLM, folder)
+    assert differences == [[], []]
+    assert f"{decoder} that differs from its word embeddings" in caplog.text
+    save(model, tmp_path / "again")
+    caplog.clear()
+    again, *_ = load(bertfast.BertForMaskedLM, tmp_path / "again")
+    assert not caplog.records
+    for opened in (model, again):
+        assert torch.equal(opened.get_output_embeddings().weight, other)
+        assert torch.equal(opened.get_output_embeddings().bias, models(MASKED_LM)[1].cls.predictions.bias)
+        assert_same_weights(opened.bert, models(MASKED_LM)[1].bert)
+    classifier, *_ = load(bertfast.BertForSequenceClassification, folder)
+    assert classifier.config.tie_word_embeddings
+    assert not caplog.records
+
+
+def test_embeddings_saved_under_the_decoder_alone_are_read(folder):
+    embeddings, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    rewrite(folder, lambda weights: {decoder if name == embeddings else name: x for name, x in weights.items()})
+    fused, *differences = load(bertfast.BertForMaskedLM, folder)
+    assert differences == [[], []]
+    assert_same_weights(fused, models(MASKED_LM)[1])
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_run(folder, tmp_path):
+    class Program:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (folder / "model.safetensors").unlink()
+    for content in (Program(), {"state_dict": {"a": Program()}}, {"run": print}):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(
+            ValueError, match=r"pytorch_model.bin is damaged or holds other things than weights"
+        ) as raised:
+            load(bertfast.BertForMaskedLM, folder)
+        assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {"bert.weight": 1.0}, {"state_dict": {"x": "y"}}])
+def test_a_file_of_other_objects_is_refused(content, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds .*: save a state_dict"):
+        load(bertfast.BertForMaskedLM, folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-100], "is damaged or"),
+        (lambda content: content[: len(content) // 2], "is damaged or"),
+        (lambda content: content[:5], "is damaged or"),
+        (lambda content: b"\xff" * 64 + content[64:], "is damaged or"),
+        (lambda content: b"<!DOCTYPE html><html>not found</html>", "is damaged or"),
+        (lambda content: b"", "is empty"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(name, damage, message, folder):
+    weights = load_file(folder / "model.safetensors")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / name)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=message) as raised:
+        load(bertfast.BertForMaskedLM, folder)
+    assert f"{folder / name} is" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"weight_map": {"a": "../secret.safetensors"}},
+            r"names '../secret.safetensors': only files in its own folder",
+        ),
+        ({"weight_map": {"a": "/etc/passwd"}}, "only files in its own folder"),
+        ({"weight_map": {"a": "gone.safetensors"}}, r"gone.safetensors is missing, although model.safetensors.index"),
+        ({"weight_map": {"a": "weights.safetensors"}}, "says that weights.safetensors holds a, but it does not"),
+        ({"weight_map": {"a": 3}}, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_an_index_that_does_not_match_its_shards_is_refused(index, message, folder):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load(bertfast.BertForMaskedLM, folder)
 
 
@@ -151,11 +292,15 @@ def test_what_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
         load(bertfast.BertModel, tmp_path)
     bertfast.BertConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cannot be read: .*no file named"):
-        load(bertfast.BertModel, tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises((ValueError, FileNotFoundError), match=r"is damaged or holds other things|cannot be read"):
-        load(bertfast.BertModel, tmp_path)
+    for name, remedy in (
+        ("config.json", "there must be a model.safetensors or a pytorch_model.bin"),
+        ("tf_model.h5", "those of TensorFlow and Flax are not read"),
+        ("adapter_config.json", "merge it into its base model"),
+        ("bert_model.ckpt.index", "with `bertfast import`"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(FileNotFoundError, match=f"holds no weights: .*{remedy}"):
+            load(bertfast.BertModel, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -62,6 +62,39 @@ def test_unknown_names_are_refused(tmp_path):
         class_named_by(bertfast.BertConfig(architectures=["MyBert"]))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ('{"hidden_size": 24', "is cut off or not JSON"),
+        ("[1]", r"must hold a JSON object, {…}, got \[1\]"),
+        ('{"a":' * 100_000, "is cut off or not JSON"),
+        (b'{"note": "\xe9"}', "line 1: not UTF-8"),
+        ('{"hidden_size": 24}'.encode("utf-16"), "is UTF-16; convert the file to UTF-8"),
+        ("version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
+        ('{"hidden_size": "24"}', "hidden_size must be a whole number from 1 to"),
+        ('{"vocab_size": -1}', "vocab_size must be a whole number"),
+        ('{"hidden_size": 1000000000000}', "hidden_size must be a whole number"),
+        ('{"num_hidden_layers": 1000000000}', "num_hidden_layers must be a whole number"),
+        ('{"hidden_size": 30, "num_attention_heads": 4}', "must be a multiple of num_attention_heads, got 30 and 4"),
+        ('{"id2label": ["a", "b"]}', "is not the configuration of a BERT"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_by_name(content, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_config(tmp_path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 24, "note": "é"}), encoding="utf-8-sig")
+    assert read_config(tmp_path, num_attention_heads=2).hidden_size == 24
+
+
 def test_a_file_in_place_of_a_model_folder_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")

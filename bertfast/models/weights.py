@@ -1,0 +1,150 @@
+"""Read the weights in a model's folder: safetensors or `torch.save` of tensors, whole or in shards; no other pickles.
+
+Training programs save weights under the names of wrappers (`module.` of DistributedDataParallel, `_orig_mod.` of
+`torch.compile`, `model.` of Lightning) or in a dictionary with other state; both are undone here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertConfig
+
+from bertfast.data.text_files import LFS_POINTER, read_json
+
+logger = logging.getLogger("bertfast")
+
+Weights = dict[str, Tensor]
+
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WRAPPER = re.compile(
+    r"^(?:(?:module|model|_orig_mod)\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_NESTED = ("state_dict", "model_state_dict", "model", "module")  # entries of training states that hold the weights
+
+
+def read_weights(folder: Path, variant: str | None = None) -> Weights:
+    """Read all weights of a folder.
+
+    Args:
+        folder: Folder of the model.
+        variant: Variant of the files to prefer, as "bertfast" in "model.bertfast.safetensors".
+
+    Returns:
+        The weights by the name that they have in a model without wrappers.
+
+    Raises:
+        FileNotFoundError: There are no weights, or a shard is missing.
+        ValueError: A file is damaged or holds other things than weights, or an index names a file outside the folder.
+    """
+    preferred = [] if variant is None else [f".{variant}.".join(name.rsplit(".", 1)) for name in _FILES[:2]]
+    path = next((folder / name for name in (*preferred, *_FILES) if (folder / name).exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no weights: {_what_else(folder)}")
+    stored = _read_shards(path) if path.suffix == ".json" else _read_file(path)
+    weights: Weights = {}
+    for key, value in stored.items():
+        name = _WRAPPER.sub("", key)
+        if name in weights and not torch.equal(weights[name], value):
+            raise ValueError(f"{path} holds two different weights {name}, one of them as {key}")
+        weights[name] = value
+    return weights
+
+
+def separate_tied(weights: Weights, config: BertConfig, name: str) -> None:
+    """Keep the masked-LM decoder apart from the word embeddings if the configuration ties them but they differ.
+
+    Args:
+        weights: Weights of a model with a masked-LM head; entries that the decoder lacks are added.
+        config: Its configuration, which ties no more if they differ.
+        name: Folder or hub id, for the warning.
+    """
+    decoder, bias = "cls.predictions.decoder.weight", "cls.predictions.bias"
+    if not config.tie_word_embeddings or decoder not in weights:
+        return
+    embeddings = next((key for key in weights if key.endswith("embeddings.word_embeddings.weight")), None)
+    if embeddings is None:  # only the other name of the shared tensor was saved
+        weights["bert.embeddings.word_embeddings.weight"] = weights[decoder]
+    elif not torch.equal(weights[embeddings], weights[decoder]):
+        logger.warning("%s has a %s that differs from its word embeddings: kept apart from them", name, decoder)
+        config.tie_word_embeddings = False
+        if bias in weights:
+            weights.setdefault("cls.predictions.decoder.bias", weights[bias].clone())
+
+
+def _read_shards(index: Path) -> Weights:
+    """Read the files that an index names."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError(f"{index} is not the index of a model's weights: it has no weight_map from names to files")
+    weights: Weights = {}
+    for name in sorted(set(where.values())):
+        if PurePath(name).name != name or "\\" in name:
+            raise ValueError(f"{index} names {name!r}: only files in its own folder are read")
+        if not index.with_name(name).is_file():
+            raise FileNotFoundError(
+                f"{index.with_name(name)} is missing, although {index.name} names it: add that file"
+            )
+        weights |= _read_file(index.with_name(name))
+    absent = where.keys() - weights.keys()
+    if absent:
+        key = min(absent)
+        raise ValueError(
+            f"{index} says that {where[key]} holds {key}, but it does not: the files belong to other models"
+        )
+    return weights
+
+
+def _read_file(path: Path) -> Weights:
+    """Read a file of weights."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+    if not start:
+        raise ValueError(f"{path} is empty: copy or download it again")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}): copy or download it again") from error
+    except Exception as error:  # unpickling damaged data raises exceptions of any class
+        reason = str(error).strip().partition("\n")[0]
+        if "Unsupported" in str(error):  # do not repeat PyTorch's advice to load it anyway
+            reason = "a pickle of Python objects, which are not loaded because they could run any program"
+        raise ValueError(
+            f"{path} is damaged or holds other things than weights ({reason}): save a state_dict"
+        ) from error
+    while isinstance(loaded, Mapping) and (key := next((key for key in _NESTED if _is_nested(loaded, key)), None)):
+        loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__} and no weights: save a state_dict")
+    other = next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        kind = type(loaded[other]).__name__
+        raise ValueError(f"{path} holds other things than weights ({other!r} is a {kind}): save a state_dict")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _is_nested(loaded: Mapping[object, object], key: str) -> bool:
+    return isinstance(loaded.get(key), Mapping)
+
+
+def _what_else(folder: Path) -> str:
+    """Return what to do with a folder without weights, for a message."""
+    if any(folder.glob("*.ckpt.index")):
+        return "convert its TensorFlow checkpoint with `bertfast import`"
+    if (folder / "adapter_config.json").exists():
+        return "it is an adapter; merge it into its base model with peft's merge_and_unload, and save that"
+    if any((folder / name).exists() for name in ("tf_model.h5", "flax_model.msgpack")):
+        return "those of TensorFlow and Flax are not read; save them with transformers 4 as model.safetensors"
+    return "there must be a model.safetensors or a pytorch_model.bin"
