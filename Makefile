@@ -45,7 +45,8 @@ export PYTHONSAFEPATH := 1
 BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 .PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint compiled-tables types docs soak clean
-.PHONY: bench bench-compare bench-operators bench-step bench-inference bench-growth bench-figures gpu-check gpu-check-accuracy gpu-check-speed
+.PHONY: bench bench-compare bench-operators bench-step bench-inference bench-growth bench-instructions bench-figures
+.PHONY: gpu-check gpu-check-accuracy gpu-check-speed
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -202,6 +203,10 @@ bench-inference: $(LIBRARY) $(RUNTIMES)
 
 bench-growth: $(LIBRARY)
 	$(BENCH).end_to_end.growth $(RESULTS_FLAG)
+
+# Counts the instructions of the CPU kernels per token with valgrind; make test fails if they grow by more than 5 %.
+bench-instructions: $(LIBRARY)
+	$(BENCH).instructions $(RESULTS_FLAG)
 
 bench-figures: $(READY)
 	$(BENCH).figures $(FIGURE)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import bertfast
 
-SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
-MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-BASE: dict[str, int] = {}  # transformers' defaults
+Sizes = dict[str, Any]  # of a BertConfig
+SMALL: Sizes = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
+MINILM: Sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+BASE: Sizes = {}  # transformers' defaults
 PAIRS = [32 + round(index * 96 / 15) for index in range(16)]  # tokens of 16 samples for pre-training
 # Tokens of 32 sentences of SST-2.
 SENTENCES = [10, 32, 21, 19, 34, 29, 25, 17, 12, 40, 15, 29, 30, 13, 40, 40]
@@ -45,7 +46,7 @@ def padded(lengths: list[int]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
-def build(source: Any, name: str, sizes: dict[str, int]) -> Any:
+def build(source: Any, name: str, sizes: Sizes) -> Any:
     """Return the model NAME of `source`, transformers or bertfast, with the weights that transformers initialises."""
     torch.manual_seed(0)
     config = transformers.BertConfig(**sizes)
@@ -57,7 +58,7 @@ def build(source: Any, name: str, sizes: dict[str, int]) -> Any:
     return model.eval()
 
 
-def training(name: str, sizes: dict[str, int], inputs: dict[str, Tensor]) -> Prepared:
+def training(name: str, sizes: Sizes, inputs: dict[str, Tensor]) -> Prepared:
     """Return a training step with dropout 0.1 and fused AdamW; its value is the loss without dropout."""
     model = build(bertfast, name, sizes)
     with torch.no_grad():

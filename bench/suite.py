@@ -3,7 +3,7 @@
     python -m bench.suite [PART …] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
 
 Results go to the folder of this processor, see `machine_folder`. A part is up to date if each of its result files was
-measured on this processor, with as many threads, from a commit without changes whose measured sources are those of now.
+measured on this processor, from a commit without changes whose measured sources are those of now.
 So an interrupted run continues where it stopped. The estimates are those of two cores; all parts take about 40 minutes.
 """
 
@@ -48,14 +48,12 @@ class Part:
         arguments: Module below `bench` and its arguments; {data}, {model} and {results} are folders.
         files: Names of the result files, without suffix.
         bf16: Whether it requires bf16 instructions.
-        threads: Threads it runs on; None: PyTorch's default.
     """
 
     minutes: float
     arguments: tuple[str, ...]
     files: tuple[str, ...]
     bf16: bool = False
-    threads: int | None = None
 
     def folders(self) -> set[str]:
         """Return which of "data" and "model" it requires."""
@@ -90,7 +88,11 @@ PARTS = {
     ),
     "memory": Part(3, ("end_to_end.growth", "--max-length", "2048", "--max-sequences", "16"), ("growth",)),
     "memory of the loss": Part(1.5, ("end_to_end.vocabulary",), ("vocabulary",)),
-    "operators": Part(4, ("cpu_operators", "--seconds", "0.3"), ("cpu_operators",)),
+    "operators": Part(
+        4,
+        ("cpu_operators", "attention", "add_layer_norm", "linear_gelu", "linear_cross_entropy", "--seconds", "0.3"),
+        ("cpu_operators",),
+    ),
 }
 
 

@@ -47,7 +47,8 @@ class Weights:
     @cached_property
     def reference(self) -> transformers.BertModel:
         """transformers' model, with PyTorch's scaled-dot-product attention, in fp32."""
-        return transformers.BertModel(hf_config(self.config), add_pooling_layer=False).eval()
+        model: transformers.BertModel = transformers.BertModel(hf_config(self.config), add_pooling_layer=False).eval()
+        return model
 
     def in_transformers(self, attention: str = "sdpa") -> transformers.BertModel:
         """Return transformers' model with an implementation of attention and the same tensors as weights."""
@@ -59,7 +60,8 @@ class Weights:
 
     def _shared(self, model: transformers.BertModel) -> transformers.BertModel:
         model.load_state_dict(self.reference.state_dict(), assign=True)
-        return model.eval()
+        model.eval()
+        return model
 
     @cached_property
     def onnx(self) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Factory, Function
+from bench.cases import Factory, Function, make
 from bench.end_to_end.growth import peak_memory
 from bench.harness import ON_GPU, require_clean_tree, result_parser, seconds_of, side_by_side, stopwatch, write_result
 from bench.ops.linear_cross_entropy import LossCase, chunked, cut_cross_entropy, fused, plain, with_liger
@@ -82,7 +82,7 @@ def point(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     inputs = [x.requires_grad_() for x in case.inputs(torch.Generator().manual_seed(0))]
     try:
-        loss: Function = FACTORIES[name](case)
+        loss: Function = make(FACTORIES[name], case).function
         before = peak_memory()
         repeats = 1 if stopwatch(lambda: loss_and_gradients(loss, inputs)) > TIMED_ONCE else 3
         timed = side_by_side({"call": lambda: loss_and_gradients(loss, inputs)}, repeats)["call"]
@@ -90,7 +90,7 @@ def point(arguments: argparse.Namespace) -> dict[str, Any]:
     except pytest.skip.Exception as skipped:
         return {"reason": str(skipped)}
     pairs = zip(loss_and_gradients(loss, inputs), loss_and_gradients(plain(case), inputs), strict=True)
-    error = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None)
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
     if not error <= TOLERANCE:
         return {"reason": f"not timed because its results are wrong: the relative error is {error:.2g}"}
     return {"seconds": statistics.median(seconds_of(timed)), "peak_bytes": peak, "relative_error": error}

@@ -43,7 +43,8 @@ def document(results: list[Result], folder: Path) -> str:
     sections = [INTRODUCTION, ahead_section(machines)]
     sections += [machine_section(name, found, folder) for name, found in machines.items()]
     single = {result.file: result for result in results}
-    sections += [attention_section(single), programs_section(single), curves_section(single)]
+    sections += [attention_section(single), instructions_section(single)]
+    sections += [programs_section(single), curves_section(single)]
     sections.append(published_section(folder / "published.json"))
     return "\n".join(section for section in sections if section)
 
@@ -174,6 +175,22 @@ def attention_section(single: dict[str, Result]) -> str:
         f"(`bench/results/{result.file}`, {result.origin['processor']}, "
         f"{threads_of(result.origin['threads'])}). The lower bound is the time of the FLOPs at the rate at which a "
         f"core multiplies 64³ blocks from its cache.\n\n{table(header, rows)}\n"
+    )
+
+
+def instructions_section(single: dict[str, Result]) -> str:
+    """Return the table of instructions per token."""
+    result = single.get("instructions.json")
+    if result is None:
+        return ""
+    counts = result.values["per_token"]
+    kernels = dict.fromkeys(name.partition(", ")[0] for name in counts)
+    rows = [[kernel, *(f"{counts[f'{kernel}, {way}']:,.0f}" for way in ("forward", "backward"))] for kernel in kernels]
+    return (
+        "## Instructions of the CPU kernels\n\nPer token of BERT-base, fp32, dropout 0.1, sequences of 128 tokens, "
+        f"{result.values['instruction_set']}, {result.values['compiler']} (`bench/results/{result.file}`, commit "
+        f"{result.origin['commit']}). A test fails when a count grows by more than 5 %.\n\n"
+        f"{table(['kernel', 'forward', 'backward'], rows)}\n"
     )
 
 
