@@ -19,7 +19,7 @@ from bertfast.data.text_files import STANDARD_INPUT, json_object, read_standard_
         (b"", []),
     ],
 )
-def test_lines_have_numbers_whatever_the_line_ends_and_the_locale(content, lines, pipe):
+def test_lines_have_numbers_with_any_line_ends_and_locale(content, lines, pipe):
     pipe(content)
     assert list(read_standard_input()) == list(enumerate(lines, 1))
 
