@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -17,22 +17,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import COMPRESSIONS, read_lines, read_standard_input, require_file
+from bertfast.data.text_files import COMPRESSIONS, STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
 from bertfast.models.files import model_files, resolve
+from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, output_folder
-from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
 from bertfast.runtime.settings import Count, Settings, flag
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
-from bertfast.tasks.sequence_classification import Columns
+from bertfast.tasks.sequence_classification import Columns, Text
 from bertfast.tasks.settings import ComputeSettings
+from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 from bertfast.tasks.tables import read_table
 
 Pooling = Literal["cls", "mean", "none"]
@@ -47,8 +49,8 @@ class EmbedSettings(Settings):
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
         overwrite_output_dir: Replace the parts of another run in --output-dir.
-        input_file: A .txt file with one text per line, read as a stream, or a .tsv, .csv or .jsonl file; none or "-":
-            lines of standard input.
+        input_file: A .txt file with one text per line, blank lines included, read as a stream, or a .tsv, .csv or
+            .jsonl file; none or "-": lines of standard input.
         text_column: Column of the text; none: sentence, sentence1 or text.
         text_pair_column: Column of the second text of a pair; none: sentence2 if there is one.
         pooling: mean: average over all tokens; cls: the [CLS] token; none: one embedding per token.
@@ -81,16 +83,18 @@ class EmbedSettings(Settings):
 
 
 def embed(settings: EmbedSettings) -> Path:
-    """Write the embeddings of all texts.
+    """Write the embeddings of all texts, in their order: one for each line of text or row of a table, also if blank.
 
-    Each part holds `embeddings`, fp32 [S, D]; with pooling "none", fp32 [T, D], and `cu_seqlens`, int64 [S + 1], where
-    the tokens of each text start, and T. Parquet files have one column `embeddings` of lists.
+    Each part holds `embeddings`, fp32 [S, D], and `rows`, int64 [S], the number of each text's row (or line) from 1.
+    With pooling "none", embeddings are fp32 [T, D], and `cu_seqlens`, int64 [S + 1], says where the tokens of each text
+    start, and T. Parquet files have the columns `row`, `id` if the table has it, and `embeddings`, of lists.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: A text cannot be read, or the folder has parts of other texts, another model or other settings.
+        ValueError: There is no text, one cannot be read, or the folder has parts of other texts, another model or other
+            settings.
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
@@ -100,16 +104,22 @@ def embed(settings: EmbedSettings) -> Path:
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
     opened = output_folder(Path(settings.output_dir), origin, ("part-*",), overwrite=settings.overwrite_output_dir)
     with opened as folder, tqdm(desc="embed", unit="text") as bar:
-        texts = _texts(settings)
+        rows = enumerate(_texts(settings), 1)
         for part in count():
-            chunk = list(islice(texts, settings.texts_per_part))
+            chunk = list(islice(rows, settings.texts_per_part))
             if not chunk:
                 break
             path = folder / f"part-{part:05}.{settings.output_format}"
             if not path.exists():
-                _write(path, compute_embeddings(model, tokenize(tokenizer, chunk, max_length), settings))
+                features = tokenize(tokenizer, [text for _, (text, _) in chunk], max_length)
+                tensors = compute_embeddings(model, features, settings)
+                tensors["rows"] = torch.tensor([row for row, _ in chunk])
+                _write(path, tensors, [identifier for _, (_, identifier) in chunk])
                 give_freed_memory_back()  # else memory use grows with the number of parts
             bar.update(len(chunk))
+        if not bar.n:
+            source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
+            raise ValueError(f"{source} is empty: it needs one text per line")
     return folder
 
 
@@ -148,10 +158,11 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
 
     capture = capture_for(model, precision, enabled=settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
+    bucketed = capture is not None or caches_shapes(model.device, half(precision))
     with side_stream(model.device):
         for rows in batches_by_length(features, settings.compute.eval_tokens):
             lengths = features.lengths[rows]
-            inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
+            inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
             hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots
             if per_token:
                 _scatter_tokens(embeddings.numpy(), features, rows, hidden.numpy())
@@ -204,17 +215,22 @@ def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, value
         out[features.cu_seqlens[row] : features.cu_seqlens[row + 1]] = part
 
 
-def _texts(settings: EmbedSettings) -> Iterator[str | tuple[str, str]]:
+def _texts(settings: EmbedSettings) -> Iterator[tuple[Text, str | None]]:
+    """Yield each row's text, or pair of texts, and its id if the file has any."""
     path = settings.input_file
     if path in (None, "-"):
-        return (line.rstrip("\r\n") for _, line in read_standard_input())
+        return ((line.rstrip("\r\n"), None) for _, line in read_standard_input())
     if path.endswith(_TEXT_SUFFIXES):
-        return (line.rstrip("\r\n") for _, line in read_lines(Path(path)))
+        return ((line.rstrip("\r\n"), None) for _, line in read_lines(Path(path)))
+    if not path.endswith(TABLE_SUFFIXES):
+        raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv or .jsonl")
     table = read_table(path)
-    return iter(Columns.choose(table, settings.text_column, settings.text_pair_column, None).texts(table))
+    texts = Columns.choose(table, settings.text_column, settings.text_pair_column, None).texts(table)
+    return zip(texts, map(str, table.columns["id"]) if "id" in table.columns else repeat(None), strict=False)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], ids: list[str | None]) -> None:
+    """Write a part; `ids` are those of its texts, all None if they have none."""
     if path.suffix == ".safetensors":
         with atomic_path(path) as temporary:
             write_tensors(tensors, temporary)
@@ -226,5 +242,6 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`") from None
     embeddings = tensors["embeddings"].numpy()
     lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
+    columns = {"row": tensors["rows"].numpy()} | ({} if None in ids else {"id": ids}) | {"embeddings": lists}
     with atomic_path(path) as temporary:
-        parquet.write_table(pyarrow.table({"embeddings": lists}), temporary)
+        parquet.write_table(pyarrow.table(columns), temporary)

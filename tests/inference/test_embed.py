@@ -36,6 +36,7 @@ def test_embeddings_are_transformers_hidden_states(layers, pooling, pretrained, 
     changes = {"layers": layers, "pooling": pooling, "eval_tokens": 12, "texts_per_part": 2}
     folder = embed(settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "texts.txt"), **changes))
     parts = sorted(folder.glob("part-*"))
+    assert torch.cat([load_file(part)["rows"] for part in parts]).tolist() == [1, 2, 3, 4, 5]
     assert [part.name for part in parts] == [f"part-0000{i}.safetensors" for i in range(3)]
     found = [load_file(part) for part in parts]
     rows = torch.cat([part["embeddings"] for part in found])
@@ -54,12 +55,49 @@ def test_embeddings_are_transformers_hidden_states(layers, pooling, pretrained, 
 def test_parquet_from_a_table_equals_safetensors_from_standard_input(pretrained, tmp_path, pipe):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = tmp_path / "a.tsv"
-    table.write_text("\n".join(["sentence\tlabel", *(f"{text}\t1" for text in TEXTS)]))
+    table.write_text("\n".join(["sentence\tid", *(f"{text}\ta{i}" for i, text in enumerate(TEXTS))]))
     folder = embed(settings_for(pretrained, tmp_path / "one", input_file=str(table), output_format="parquet"))
-    rows = parquet.read_table(folder / "part-00000.parquet")["embeddings"].to_pylist()
+    columns = parquet.read_table(folder / "part-00000.parquet")
+    assert (columns.column_names, columns["row"].to_pylist()) == (["row", "id", "embeddings"], [1, 2, 3, 4, 5])
+    assert columns["id"].to_pylist() == ["a0", "a1", "a2", "a3", "a4"]
+    rows = columns["embeddings"].to_pylist()
     pipe("\n".join(TEXTS))
     other = embed(settings_for(pretrained, tmp_path / "two"))
     torch.testing.assert_close(torch.tensor(rows), load_file(other / "part-00000.safetensors")["embeddings"])
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_blank_lines_have_vectors_too(source, pretrained, tmp_path, pipe):
+    content = "\ufeffgood\r\n\r\n  \r\nbad\r\n\r\n"
+    (tmp_path / "texts.txt").write_bytes(content.encode())
+    pipe(content)
+    input_file = str(tmp_path / "texts.txt") if source == "file" else None
+    part = load_file(
+        embed(settings_for(pretrained, tmp_path / "out", input_file=input_file)) / "part-00000.safetensors"
+    )
+    assert part["rows"].tolist() == [1, 2, 3, 4, 5]
+    vectors = part["embeddings"]
+    assert torch.equal(vectors[1], vectors[2])
+    assert torch.equal(vectors[1], vectors[4])
+    assert len({tuple(vector.tolist()) for vector in vectors}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", r"--input-file .*a\.txt is empty: it needs one text per line"),
+        (None, "standard input is empty"),
+        ("a.md", r"--input-file .*a\.md: give text as \.txt, or a table as \.tsv, \.csv or \.jsonl"),
+    ],
+)
+def test_input_without_texts_is_refused(name, message, pretrained, tmp_path, pipe):
+    pipe("")
+    input_file = name and str(tmp_path / name)
+    if input_file:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=message):
+        embed(settings_for(pretrained, tmp_path / "out", input_file=input_file))
+    assert not list(tmp_path.glob("out/part-*"))
 
 
 def test_existing_parts_are_not_recomputed(pretrained, tmp_path):
