@@ -231,6 +231,8 @@ def _from_mask(
     """Find the tokens of a padded batch; the last result is bool [B], which rows need a query-only token, if any do."""
     (rows, columns), device = tokens.shape[:2], tokens.device
     size, ids = rows * columns, torch.arange(rows, device=device)
+    if mask is None and bucketed:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
     if mask is None:
         cu_seqlens = torch.arange(0, size + 1, columns, dtype=torch.int32, device=device)
         layout = Layout((rows, columns), torch.arange(size, device=device))
@@ -248,7 +250,7 @@ def _from_mask(
         # Reading these waits for the device, once.
         num_tokens, any_masked = torch.stack([lengths.sum(), starts_masked.any()]).tolist()
         has_query_only = pooled and bool(any_masked)
-        slots = min(bucket(num_tokens), size) if bucketed else num_tokens
+        slots = bucket(num_tokens) if bucketed else num_tokens
         has_padding_slots = has_query_only or slots > num_tokens
         # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
         slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from bertfast.data.text_files import require_file
 from bertfast.models.files import read_config, resolve
+from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
-from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
@@ -100,9 +101,10 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
 
     capture = capture_for(cast(CapturableModel, model), precision, enabled=task.settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
+    bucketed = capture is not None or caches_shapes(model.device, half(precision))
     with side_stream(model.device):
         for rows in batches_by_length(features, task.settings.compute.eval_tokens):
-            inputs = features.model_inputs(rows, labels=False, bucketed=capture is not None)
+            inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
             logits = runner(inputs).clone().cpu().numpy()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.
             parts = features.split_by_example(rows, logits[0]) if logits.ndim == 3 else logits[: len(rows)]

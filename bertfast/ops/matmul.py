@@ -57,6 +57,15 @@ def uses_onednn(a: Tensor, b: Tensor) -> bool:
     return fp32 and min(*a.shape, len(b)) >= _MIN_SIZE and onednn_is_faster() and not is_transformed()
 
 
+def caches_shapes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a linear layer of this dtype is computed by oneDNN, which keeps code for each number of rows.
+
+    oneDNN keeps the last 1,024 combinations of sizes, of about 1 MiB each: batches of ever new numbers of tokens fill a
+    GiB of memory, and each waits for its code to be generated. Batches are therefore padded to a few sizes.
+    """
+    return device.type == "cpu" and (dtype in (torch.bfloat16, torch.float16) or onednn_is_faster())
+
+
 @cache
 def onednn_is_faster() -> bool:
     """Return whether oneDNN's fp32 GEMMs are faster than MKL's on this CPU: AMD's from Zen 5 on.
