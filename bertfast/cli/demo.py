@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bertfast.data.corpus import held_out
+from bertfast.data.held_out import HeldOut
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.sentences import split_sentences
 from bertfast.inference.fill_mask import fill_mask
@@ -104,6 +104,7 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
     Returns:
         The training file and the validation file, which has sentences of other modules.
     """
+    held_out = HeldOut.share(HELD_OUT)
     # Whether held out: package: sentences.
     sentences: dict[bool, dict[str, list[str]]] = {split: defaultdict(list) for split in (False, True)}
     with corpus.open(encoding="utf-8") as file:
@@ -111,7 +112,7 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
             module = json.loads(line)
             paragraphs = module["text"].split("\n")
             found = [s for paragraph in paragraphs for s in split_sentences(paragraph) if len(s.split()) >= WORDS]
-            sentences[held_out(paragraphs, HELD_OUT)][module["package"]] += found
+            sentences[held_out.holds(paragraphs)][module["package"]] += found
     packages = sorted(sentences[False], key=lambda name: -len(sentences[False][name]))[:PACKAGES]
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,15 @@ column whose lines are paragraphs.
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.runtime.output_folder import RECORD
+
+logger = logging.getLogger("bertfast")
 
 SUFFIXES = (*(f"{form}{compression}" for form in (".txt", ".jsonl") for compression in COMPRESSIONS), ".parquet")
 MAX_DOCUMENT_CHARACTERS = 1_000_000  # longer documents of .txt files are split, which bounds memory
@@ -20,17 +24,20 @@ MAX_DOCUMENT_CHARACTERS = 1_000_000  # longer documents of .txt files are split,
 def find_files(inputs: Iterable[Path | str]) -> list[Path]:
     """Return the text files that `inputs` name, in a fixed order and without duplicates.
 
+    Folders are searched recursively, also through links. In them, hidden files and folders, which editors and operating
+    systems write, are left out, and so are output folders of this package.
+
     Args:
-        inputs: Files, and folders that are searched recursively.
+        inputs: Files and folders.
 
     Raises:
-        FileNotFoundError: One of them does not exist.
+        FileNotFoundError: One of them, or the target of a link in a folder, does not exist.
         ValueError: A file has an unknown suffix, or a folder has no text file.
     """
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            found = sorted(_files_below(path))
             if not found:
                 raise ValueError(f"the folder {path} holds no text: the file types are {', '.join(SUFFIXES)}")
             files += found
@@ -43,10 +50,38 @@ def find_files(inputs: Iterable[Path | str]) -> list[Path]:
     return list(dict.fromkeys(file.resolve() for file in files))
 
 
+def _files_below(top: Path) -> Iterator[Path]:
+    """Yield the text files in a folder and the folders below it."""
+    seen = set()
+    for name, folders, files in os.walk(top, followlinks=True, onerror=_raise):
+        folder = Path(name)
+        if folder.resolve() in seen or (folder != top and RECORD in files):
+            folders.clear()  # a link to a folder that has been searched, or an output folder
+            if RECORD in files:
+                logger.warning("%s is left out: it is the output of a run; name it as well to read it", folder)
+            continue
+        seen.add(folder.resolve())
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for file in files:
+            path = folder / file
+            if file.startswith(".") or not file.endswith(SUFFIXES):
+                continue
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is a link to {os.readlink(path)}, which does not exist: remove the link"
+                )
+            if path.is_file():
+                yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def read_documents(
     path: Path, text_column: str = "text", progress: Callable[[int], None] = lambda position: None
 ) -> Iterator[list[str]]:
-    """Yield the documents of a text file, each a list of non-empty paragraphs.
+    """Yield the documents of a text file, each a list of non-empty paragraphs; an empty file has none.
 
     Args:
         path: A file of one of SUFFIXES.
@@ -54,7 +89,7 @@ def read_documents(
         progress: Called with the number of bytes of the file read so far.
 
     Raises:
-        ValueError: Something cannot be read, or there is no text; the message names file and line.
+        ValueError: Something cannot be read; the message names file and line.
     """
     if path.suffix == ".parquet":
         documents = _rows(path, text_column, progress)
@@ -62,20 +97,10 @@ def read_documents(
         documents = _records(path, text_column, progress)
     else:
         documents = _paragraph_lines(path, progress)
-    empty = True
     for document in documents:
         paragraphs = [stripped for line in document if (stripped := line.strip())]
         if paragraphs:
-            empty = False
             yield paragraphs
-    if empty:
-        raise ValueError(f"{path} holds no text")
-
-
-def held_out(paragraphs: list[str], percentage: float) -> bool:
-    """Return whether a document is for validation, decided by a hash of its text, so equal documents stay together."""
-    digest = hashlib.blake2b("\n".join(paragraphs).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < percentage / 100 * 2**64
 
 
 def _paragraph_lines(path: Path, progress: Callable[[int], None]) -> Iterator[list[str]]:

@@ -7,6 +7,8 @@ or on several machines (`--part`). An interrupted run continues; a folder of ano
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import multiprocessing
 import os
 import re
@@ -21,18 +23,20 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from bertfast.data.corpus import find_files, held_out, read_documents
+from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.docstrings import gather_docstrings
-from bertfast.data.sentences import split_sentences
-from bertfast.data.shards import PartWriter, Shards, part_origin, token_dtype, write_manifest
+from bertfast.data.held_out import HeldOut
+from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_manifest
 from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder
-from bertfast.runtime.settings import Count, Range, Settings
+from bertfast.runtime.settings import Count, Range, Settings, given, refuse_without_effect
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
+
+logger = logging.getLogger("bertfast")
 
 SPLITS = ("train", "validation")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
@@ -47,8 +51,10 @@ class CorpusSettings(Settings):
 
     Attributes:
         train_file: Text files and folders, or "-" for standard input; none: the docstrings of the installed packages.
+            Hidden files in folders are left out.
         validation_file: Text files and folders for validation; none: hold out a part of the training documents.
-        validation_split_percentage: Percentage of the training documents to hold out.
+        validation_split_percentage: Percentage of the training documents to hold out; if they are few, of the sentences
+            of the longest one.
         text_column: Field of .jsonl files, or column of .parquet files, that holds the text.
         tokenizer_name: A vocab.txt, a tokenizer.json or a folder with either; none: train a vocabulary on the text.
         vocab_size: Size of the vocabulary to train, rounded up to a multiple of 64.
@@ -61,9 +67,16 @@ class CorpusSettings(Settings):
     validation_split_percentage: Annotated[float, Range(0, below=100)] = 5
     text_column: str = "text"
     tokenizer_name: str | None = None
-    vocab_size: Annotated[int, Range(64)] = 30_528
+    vocab_size: Annotated[int, Range(64, 2**20)] = 30_528
     cased: bool = False
     processes: Count | None = None
+
+    def validate(self) -> None:
+        flags = set(given(self))
+        if self.tokenizer_name is not None:
+            refuse_without_effect(sorted(flags & {"--vocab-size", "--cased"}), "--tokenizer-name gives the vocabulary")
+        if self.validation_file:
+            refuse_without_effect(flags & {"--validation-split-percentage"}, "--validation-file gives the text")
 
 
 @dataclass(frozen=True)
@@ -98,10 +111,10 @@ class PrepareSettings(Settings):
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the corpus, the percentage of it that is held out for validation, and the tokenizer's hash."""
+    """One file of the corpus, which part of it is held out for validation, and the tokenizer's hash."""
 
     path: Path
-    held_out_percentage: float
+    held_out: HeldOut
     text_column: str
     tokenizer_hash: str
 
@@ -121,7 +134,7 @@ class Source:
             "path": str(self.path),
             "bytes": self.bytes,
             "modified": self.path.stat().st_mtime_ns,
-            "held_out_percentage": self.held_out_percentage,
+            "held_out": self.held_out.description(),
             "text_column": self.text_column,
             "tokenizer_hash": self.tokenizer_hash,
         }
@@ -140,8 +153,8 @@ def prepare(settings: PrepareSettings) -> Path:
         The folder. `Shards.open` opens its subfolders `train` and `validation`; the latter may have no documents.
 
     Raises:
-        ValueError: The settings contradict each other, a file cannot be read, no document is left for training, or the
-            folder is in use.
+        ValueError: The settings contradict each other, a file cannot be read, there is too little text, or the folder
+            is in use.
         OriginError: The folder has shards of other text or other settings.
     """
     corpus = settings.corpus
@@ -154,10 +167,13 @@ def prepare(settings: PrepareSettings) -> Path:
         # Parts have records of their own: those of files that are unchanged are kept.
         contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
         origin = _origin(corpus, train, validation)
+        _require_text({"--train-file": train, "--validation-file": validation}, corpus.text_column)
+        percentage = 0 if validation else corpus.validation_split_percentage
+        held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
         with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
             check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)()
-            tokenizer = _tokenizer(corpus, train, 0 if validation else corpus.validation_split_percentage, folder)
-        _prepare(settings, train, validation, tokenizer, folder)
+            tokenizer = _tokenizer(corpus, train, held_out, folder)
+        _prepare(settings, train, validation, held_out, tokenizer, folder)
     return folder
 
 
@@ -174,13 +190,13 @@ def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -
     return Origin(inputs, values, "prepare")
 
 
-def _tokenizer(corpus: CorpusSettings, train: list[Path], percentage: float, folder: Path) -> Tokenizer:
+def _tokenizer(corpus: CorpusSettings, train: list[Path], held_out: HeldOut, folder: Path) -> Tokenizer:
     """Return the tokenizer, after saving it in `folder`; one that an interrupted run has trained is not trained again.
 
     Args:
         corpus: Which tokenizer to use.
         train: Training files.
-        percentage: Percentage of their documents that is held out.
+        held_out: Which part of them is held out.
         folder: Folder with an up-to-date record.
     """
     if corpus.tokenizer_name is not None:
@@ -188,19 +204,23 @@ def _tokenizer(corpus: CorpusSettings, train: list[Path], percentage: float, fol
         save_tokenizer(tokenizer, folder)
         return tokenizer
     if not (folder / "tokenizer.json").exists():
-        save_tokenizer(_train_tokenizer(corpus, train, percentage), folder)
+        save_tokenizer(_train_tokenizer(corpus, train, held_out), folder)
     return load_tokenizer(folder)
 
 
 def _prepare(
-    settings: PrepareSettings, train: list[Path], validation: list[Path], tokenizer: Tokenizer, folder: Path
+    settings: PrepareSettings,
+    train: list[Path],
+    validation: list[Path],
+    held_out: HeldOut,
+    tokenizer: Tokenizer,
+    folder: Path,
 ) -> None:
     """Prepare the training and validation files in a locked folder."""
     corpus = settings.corpus
-    percentage = 0 if validation else corpus.validation_split_percentage
     tokenizer_digest = tokenizer_hash(tokenizer)
-    files = [(path, percentage) for path in train] + [(path, 100) for path in validation]
-    sources = [Source(path, share, corpus.text_column, tokenizer_digest) for path, share in files]
+    files = [(path, held_out) for path in train] + [(path, HeldOut.share(100)) for path in validation]
+    sources = [Source(path, rule, corpus.text_column, tokenizer_digest) for path, rule in files]
     if settings.part is not None:
         first, step = map(int, settings.part.split("/"))
         sources = sources[first - 1 :: step]
@@ -216,8 +236,39 @@ def _prepare(
             names = [source.name for source in sources]
             size = tokenizer.get_vocab_size()
             write_manifest(folder / split, names, vocab_size=size, tokenizer_hash=tokenizer_digest)
-        if not Shards.open(folder / "train").documents:
-            raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
+        _summarise(folder, sources)
+
+
+def _require_text(files: dict[str, list[Path]], text_column: str) -> None:
+    """Raise ValueError if none of the files of a flag has a document."""
+    for name, paths in files.items():
+        if paths and not any(True for _ in _documents(paths, text_column)):
+            shown = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more files" if len(paths) > 3 else "")
+            raise ValueError(f"{name}: there is no text in {shown}")
+
+
+def _documents(files: list[Path], text_column: str) -> Iterator[list[str]]:
+    return (document for path in files for document in read_documents(path, text_column))
+
+
+def _summarise(folder: Path, sources: list[Source]) -> None:
+    """Log the size of both splits, and warn of files without text."""
+    manifests = [json.loads((folder / split / "manifest.json").read_text(encoding="utf-8")) for split in SPLITS]
+    documents = [
+        sum(part["documents"] for part in parts) for parts in zip(*(m["parts"] for m in manifests), strict=True)
+    ]
+    empty = [source.path for source, count in zip(sources, documents, strict=True) if not count]
+    if empty:
+        logger.warning("%d of %d files hold no text and are left out, such as %s", len(empty), len(sources), empty[0])
+    train, validation = (
+        ", ".join(f"{manifest[name]:,} {name}" for name in ("documents", "sentences", "tokens"))
+        for manifest in manifests
+    )
+    logger.info("text: %s", train)
+    logger.info("held out for validation: %s", validation)
+    logger.info("vocabulary: %s tokens", f"{manifests[0]['vocab_size']:,}")
+    if not manifests[0]["documents"]:
+        raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
 
 
 def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], object]) -> None:
@@ -241,12 +292,12 @@ def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: C
     parts = [PartWriter(folder / split, source.name, dtype, source.origin()) for split in SPLITS]
     with parts[0] as train, parts[1] as validation:
         for batch in _batches(documents):
-            sentences = [[s for paragraph in document for s in split_sentences(paragraph)] for document in batch]
-            flat = [sentence for document in sentences for sentence in document]
+            divided = [source.held_out.divide(document) for document in batch]
+            flat = [sentence for split in divided for sentences in split for sentence in sentences]
             encoded = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-            for document, its_sentences in zip(batch, sentences, strict=True):
-                part = validation if held_out(document, source.held_out_percentage) else train
-                part.add([next(encoded).ids for _ in its_sentences])
+            for for_training, for_validation in divided:
+                train.add([next(encoded).ids for _ in for_training])
+                validation.add([next(encoded).ids for _ in for_validation])
 
 
 def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
@@ -276,15 +327,15 @@ def _training_files(corpus: CorpusSettings, folder: Path) -> list[Path]:
     return find_files(inputs)
 
 
-def _train_tokenizer(corpus: CorpusSettings, files: list[Path], percentage: float) -> Tokenizer:
-    """Train a vocabulary on the training documents of `files`."""
+def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOut) -> Tokenizer:
+    """Train a vocabulary on the training text of `files`."""
 
     def texts() -> Iterator[str]:
         for path in tqdm(files, desc="vocabulary", unit="file"):
             budget = MAX_VOCABULARY_CHARACTERS // len(files)
             for document in read_documents(path, corpus.text_column):
-                if not held_out(document, percentage):
-                    yield from document
+                if not held_out.holds(document):
+                    yield from held_out.divide(document)[0] if held_out.is_divided(document) else document
                     budget -= sum(map(len, document))
                 if budget < 0:
                     break

@@ -123,7 +123,7 @@ def plan_samples(boundaries: CorpusBoundaries, sampling: Sampling, generator: np
         generator: Source of all randomness.
 
     Raises:
-        ValueError: There is no text, or only one document for next-sentence prediction.
+        ValueError: There is no text, or only one sentence for next-sentence prediction.
     """
     if boundaries.document_starts.size < 2:
         raise ValueError("the shards hold no text: run `bertfast prepare` on files with text")
@@ -135,10 +135,10 @@ def _pairs(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.rando
     """Return sentence pairs, half of them with a random B; see `plan_samples`."""
     starts, document_starts = boundaries
     documents = document_starts.size - 1
-    if documents < 2:
+    if starts.size < 3:
         raise ValueError(
-            "next-sentence prediction requires at least two documents and the shards hold one: "
-            "separate documents by a blank line, or pass --objective mlm"
+            "next-sentence prediction requires at least two sentences and the shards hold one: use more text, or pass "
+            "--objective mlm"
         )
     # One entry per chunk that is not used up: its document, its next sentence, and the sentence after its last.
     document, sentence, stop = _chunks(document_starts)
@@ -150,11 +150,16 @@ def _pairs(boundaries: CorpusBoundaries, sampling: Sampling, generator: np.rando
         split = sentence + 1 + generator.integers(0, np.maximum(end - sentence - 1, 1))
 
         # Random B: starts at a random sentence of another document; as long as A leaves of the target, at least one
-        # sentence.
+        # sentence. If there is no other document, at any sentence but the one that follows A.
         random = (split == end) | (generator.random(sentence.size) < 0.5)
-        other = generator.integers(0, documents - 1, sentence.size)
-        other += other >= document  # uniform over all documents but `document`
-        other_sentence = generator.integers(document_starts[other], document_starts[other + 1])
+        if documents == 1:
+            other = document
+            other_sentence = generator.integers(0, document_starts[1] - 1, sentence.size)
+            other_sentence += other_sentence >= split
+        else:
+            other = generator.integers(0, documents - 1, sentence.size)
+            other += other >= document  # uniform over all documents but `document`
+            other_sentence = generator.integers(document_starts[other], document_starts[other + 1])
         remaining = np.maximum(target - (starts[split] - starts[sentence]), 1)
         other_end = np.searchsorted(starts, starts[other_sentence] + remaining)
         other_end = np.minimum(other_end, document_starts[other + 1])

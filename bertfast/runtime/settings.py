@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -38,7 +39,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
             and (self.above is None or value > self.above)
@@ -56,6 +57,8 @@ class Range:
         }
         return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
 
+
+_LARGEST = 2**31 - 1  # of integers without a declared maximum, as arrays and kernels count in 32 bits
 
 Count = Annotated[int, Range(1)]
 """At least 1."""
@@ -133,12 +136,38 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def given(settings: Settings) -> list[str]:
+    """Return the flags of all values that differ from their defaults, those of groups included."""
+    changed = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, Settings):
+            changed += given(value)
+        elif value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
+            changed.append(flag(field.name))
+    return changed
+
+
+def refuse_without_effect(flags: Iterable[str], reason: str) -> None:
+    """Raise ValueError if flags are given that would have no effect, with the reason."""
+    if flags := list(flags):
+        raise ValueError(f"{' and '.join(flags)} would have no effect: {reason}")
+
+
+def refuse_repeated(name: str, values: Sequence[object]) -> None:
+    """Raise ValueError if a list has a value twice, as runs with it would count twice."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"{flag(name)} has {value} more than once")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean NAME?" with the known name that is most similar, or "" if none is."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
+@cache
 def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
     """Return the types of a class's fields, with their ranges."""
     hints = get_type_hints(settings_class, include_extras=True)
@@ -218,7 +247,9 @@ def _check(name: str, hint: Any, value: Any, limits: Range | None = None) -> Non
     elif limits is not None:
         if not isinstance(value, int if hint is int else (int, float)):
             raise ValueError(f"{flag(name)} must be {'an integer' if hint is int else 'a number'}, got {value!r}")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{flag(name)} must be finite, got {value}")
+        if hint is int and limits.maximum is None and limits.below is None and abs(value) > _LARGEST:
+            raise ValueError(f"{flag(name)} must be at most {_LARGEST}, got {value}")
         if value not in limits:
             raise ValueError(f"{flag(name)} must be {limits}, got {value}")

@@ -62,7 +62,9 @@ class Corpus:
             )
         train, validation = (Shards.open(folder / split, key) for split in ("train", "validation"))
         if not validation.documents:
-            raise ValueError(f"{folder} contains no validation text: raise --validation-split-percentage")
+            raise ValueError(
+                f"{folder} contains no validation text: raise --validation-split-percentage, or pass --validation-file"
+            )
         return cls(tokenizer, train, validation)
 
     def hashes(self) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """All file types give the same documents, and invalid input is refused with file and line."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 
 from bertfast.data import corpus, text_files
-from bertfast.data.corpus import find_files, held_out, read_documents
+from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.sentences import split_sentences
 from bertfast.data.text_files import COMPRESSIONS
 
@@ -103,9 +105,6 @@ def test_a_very_long_document_is_split(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.txt", b"good\nbad \xff byte\n", r"a\.txt, line 2: not UTF-8 \(byte 0xff at column 5\)"),
-        ("a.txt", "", r"a\.txt holds no text"),
-        ("a.txt", "\n \n", r"a\.txt holds no text"),
-        ("a.jsonl", '{"text": " "}\n', r"a\.jsonl holds no text"),
         ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: not an object"),
         (
@@ -146,15 +145,44 @@ def test_folders_are_searched_recursively_in_a_fixed_order(tmp_path):
         find_files([tmp_path / "empty"])
 
 
-def test_the_validation_split_is_fixed_and_grows_with_the_percentage():
-    documents = [[f"document {i}", "and its text"] for i in range(4000)]
-    ten = {i for i, document in enumerate(documents) if held_out(document, 10)}
-    twenty = {i for i, document in enumerate(documents) if held_out(document, 20)}
-    assert abs(len(ten) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
-    assert ten < twenty
-    assert not any(held_out(document, 0) for document in documents)
-    assert all(held_out(document, 100) for document in documents)
-    assert min(ten) == 11  # the split of a corpus must not change between versions
+def test_links_are_followed_and_loops_end(tmp_path):
+    for name in ("folder/b.txt", "elsewhere/a.txt", "elsewhere/deeper/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / "loop").symlink_to(tmp_path / "folder")
+    (tmp_path / "elsewhere" / "deeper" / "loop").symlink_to("..")
+    (tmp_path / "folder" / "again.txt").symlink_to("b.txt")
+    found = find_files([tmp_path / "folder"])
+    assert sorted(path.name for path in found) == ["a.txt", "b.txt", "c.txt"]
+    (tmp_path / "folder" / "dangling.txt").symlink_to("gone.txt")
+    with pytest.raises(FileNotFoundError, match=r"dangling\.txt is a link to gone\.txt, which does not exist"):
+        find_files([tmp_path / "folder"])
+
+
+def test_hidden_files_and_outputs_of_runs_in_a_folder_are_left_out(tmp_path, caplog):
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "shards/vocab.txt", "shards/origin.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert f"{tmp_path / 'shards'} is left out: it is the output of a run" in caplog.text
+    assert find_files([tmp_path / "shards", tmp_path / "._a.txt"]) == [
+        tmp_path / "shards" / "vocab.txt",
+        tmp_path / "._a.txt",
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+
+    def scandir(path, original=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files([tmp_path])
 
 
 @pytest.mark.parametrize(

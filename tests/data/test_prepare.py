@@ -243,7 +243,7 @@ def test_docstrings_are_the_default_text(run, monkeypatch):
     [
         ({"validation_split_percentage": 100}, None, "--validation-split-percentage must be"),
         ({"validation_split_percentage": -1}, None, "--validation-split-percentage must be"),
-        ({"vocab_size": 5}, None, "--vocab-size must be at least 64"),
+        ({"vocab_size": 5}, None, "--vocab-size must be from 64 to"),
         ({"processes": 0}, None, "--processes must be at least 1"),
         ({"tokenizer_name": "t", "train_file": ["f"]}, "0/2", "--part must be i/n"),
         ({"tokenizer_name": "t", "train_file": ["f"]}, "3/2", "--part must be i/n"),
@@ -269,6 +269,44 @@ def test_an_invalid_file_is_refused_by_name_and_finished_parts_are_kept(texts, v
 
 
 def test_an_empty_training_split_is_refused(tmp_path, vocabulary, run):
-    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "a.txt").write_text("\x01\n")
     with pytest.raises(ValueError, match="no document is left for training"):
-        run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=99.999)
+        run("out", tmp_path / "a.txt", tokenizer_name=vocabulary, validation_split_percentage=0)
+
+
+@pytest.mark.parametrize("tokenizer", ["given", "trained"])
+def test_empty_files_among_many_are_left_out_with_a_warning(tokenizer, texts, vocabulary, run, caplog):
+    options = {"tokenizer_name": vocabulary} if tokenizer == "given" else {"vocab_size": 256}
+    whole = read(run("whole", texts, **options), "train")
+    (texts / "3.txt").touch()
+    (texts / "4.jsonl").write_text('{"text": " "}\n')
+    assert read(run("out", texts, **options), "train") == whole
+    assert f"2 of 5 files hold no text and are left out, such as {texts / '3.txt'}" in caplog.text
+    for path in sorted(texts.glob("[0-2].txt")):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"--train-file: there is no text in .*3\.txt, .*4\.jsonl"):
+        run("empty", texts, **options)
+
+
+@pytest.mark.parametrize("documents", [1, 12])
+def test_a_part_of_a_small_corpus_is_held_out_and_a_summary_ends_the_run(documents, tmp_path, run, caplog):
+    text = "\n\n".join("\n".join(paragraphs) for paragraphs in make_documents(1, documents))
+    (tmp_path / "a.txt").write_text(text)
+    with caplog.at_level("INFO"):
+        folder = run("out", tmp_path / "a.txt", vocab_size=128)
+    train, validation = (Shards.open(folder / split) for split in preparation.SPLITS)
+    assert min(train.sentences, validation.sentences) >= 2
+    assert caplog.messages[-3:] == [
+        f"text: {train.documents} documents, {train.sentences} sentences, {train.tokens} tokens",
+        f"held out for validation: {validation.documents} documents, {validation.sentences} sentences, "
+        f"{validation.tokens} tokens",
+        "vocabulary: 128 tokens",
+    ]
+
+
+def test_plain_text_named_gz_is_read_and_a_file_that_is_not_text_is_named(texts, vocabulary, run):
+    (texts / "0.txt").rename(texts / "0.txt.gz")
+    assert len(read(run("out", texts, tokenizer_name=vocabulary, validation_split_percentage=0), "train")) == 120
+    (texts / "1.txt").write_bytes(b"a line\n\0\1")
+    with pytest.raises(ValueError, match=r"1\.txt is not a text file: byte 7 is 0"):
+        run("other", texts, tokenizer_name=vocabulary)

@@ -171,10 +171,20 @@ def test_an_epoch_is_a_function_of_its_generator_and_randomly_ordered(prose):
     assert share_is(rising.mean(), 0.5, rising.size)
 
 
-def test_next_sentence_prediction_requires_two_documents(make_shards):
-    with pytest.raises(ValueError, match="at least two documents"):
-        plan(make_shards([[3, 4]]))
-    assert plan(make_shards([[3, 4]]), objective="mlm").first_length.sum() == 7
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_second_segment_of_a_single_document_does_not_follow_the_first(make_shards, seed):
+    samples = plan(make_shards([[3, 4] * 40]), seed=seed, max_seq_length=24)
+    follows = samples.second_start == samples.first_start + samples.first_length
+    whole = samples.first_length + samples.second_length < 21  # no token was cut between the two
+    assert (follows == ~samples.random_second)[whole].all()
+    assert 0 < samples.random_second.mean() < 1
+
+
+def test_next_sentence_prediction_requires_two_sentences(make_shards):
+    with pytest.raises(ValueError, match="requires at least two sentences and the shards hold one: use more text"):
+        plan(make_shards([[3]]))
+    assert plan(make_shards([[3, 4]])).first_length.sum() > 0
+    assert plan(make_shards([[3]]), objective="mlm").first_length.sum() == 3
 
 
 def test_shards_without_text_are_refused(make_shards):
