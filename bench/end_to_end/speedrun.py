@@ -42,7 +42,7 @@ from bench.harness import (
 )
 from bertfast.cli.flags import parse
 from bertfast.data.batches import Batch
-from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.plotting import draw
@@ -106,7 +106,7 @@ def pack(data: Path, archive: Path, files: int) -> None:
     with TemporaryDirectory() as scratch, tarfile.open(archive, "w:xz") as target:
         vocabulary = str(data / "vocab" / "bert-base-uncased-vocab.txt")
         train = [*books, *wikipedia[:files]]
-        chosen = settings.replace(train_file=train, tokenizer_name=vocabulary, vocab_size=30_522)
+        chosen = CorpusSettings(train, settings.validation_file, tokenizer_name=vocabulary)
         target.add(prepare(PrepareSettings(scratch, chosen)), "shards")
         target.add(data / "glue" / "SST-2", "sst-2")
     print(f"{archive.stat().st_size / 2**20:.1f} MiB")

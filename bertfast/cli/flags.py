@@ -40,7 +40,7 @@ def parse(
         prog=f"bertfast {command}",
         description=description,
         args=_without_config(arguments, command, settings_class),
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),  # help texts are given below
     )
     return settings_class.of(**dict(_values(parsed)))
 

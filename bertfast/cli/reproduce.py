@@ -17,7 +17,7 @@ from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest
+from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest, refuse_repeated
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
@@ -58,6 +58,9 @@ class ReproduceSettings(Settings):
     seeds: list[Seed] = field(default_factory=lambda: [42])
     only: list[str] = field(default_factory=list)
     device: str | None = None
+
+    def validate(self) -> None:
+        refuse_repeated("seeds", self.seeds)
 
 
 def reproduce(settings: ReproduceSettings) -> Path:

@@ -12,6 +12,7 @@ from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.plotting import draw, plot_title
 from bertfast.runtime.precision import choose_precision
+from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
@@ -38,6 +39,11 @@ class EvaluateSettings(TaskSettings):
     validation_file: str
     objective: Literal["task", "mlm"] = "task"
     output_dir: str | None = None
+
+    def validate(self) -> None:
+        if self.objective == "mlm":
+            flags = {"--task"}.intersection(given(self)).union(given(self.columns), given(self.question_answering))
+            refuse_without_effect(sorted(flags), "--objective mlm evaluates on plain text")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from bertfast.runtime.settings import Count, Fraction, NonNegative, Positive, Range, Seed, Settings
+from bertfast.runtime.settings import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+    given,
+    refuse_without_effect,
+)
 from bertfast.tasks.settings import TaskSettings
 
 
@@ -46,8 +56,8 @@ class FeatureBasedSettings(Settings):
 
     strategy: Literal["fine-tuning", "feature-based"] = "fine-tuning"
     feature_layers: str = "concat-last-four"
-    lstm_size: Count = 768
-    lstm_layers: Count = 2
+    lstm_size: Annotated[int, Range(1, 2**16)] = 768
+    lstm_layers: Annotated[int, Range(1, 64)] = 2
     features_dir: str | None = None
 
 
@@ -144,11 +154,11 @@ class FinetuneBase(TaskSettings):
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def validate(self) -> None:
-        evaluation, features_dir = self.evaluation, self.feature_based.features_dir
+        evaluation = self.evaluation
         if self.validation_file is None and (evaluation.early_stopping_patience or evaluation.metric_for_best_model):
             raise ValueError("--early-stopping-patience and --metric-for-best-model require --validation-file")
-        if features_dir is not None and self.feature_based.strategy != "feature-based":
-            raise ValueError("--features-dir requires --strategy feature-based, in which the encoder does not change")
+        if self.feature_based.strategy == "fine-tuning":
+            refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
 
 
 @dataclass(frozen=True, kw_only=True)

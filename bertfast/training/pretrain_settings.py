@@ -18,7 +18,8 @@ from bertfast.runtime.settings import (
     Range,
     Seed,
     Settings,
-    flag,
+    given,
+    refuse_without_effect,
     settings_of,
 )
 from bertfast.training.optimizer import OptimizerName
@@ -243,12 +244,16 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"--second-phase-length must be 0 (off) or at least 5, got {self.batch.second_phase_length}"
             )
-        if self.data_dir is not None and self.corpus != CorpusSettings():
-            defaults = CorpusSettings().flat()
-            unused = [flag(name) for name, value in self.corpus.flat().items() if value != defaults[name]]
-            raise ValueError(
-                f"--data-dir holds text that is already prepared, so {', '.join(unused)} would have no effect: "
-                "leave out --data-dir or these flags"
+        if self.data_dir is not None:
+            refuse_without_effect(given(self.corpus), "--data-dir holds text that is already prepared")
+        if self.model.init_from is not None:
+            refuse_without_effect(
+                {"--vocab-size", "--cased"}.intersection(given(self.corpus)),
+                "the model of --init-from has a vocabulary",
+            )
+        if not self.batch.second_phase_length:
+            refuse_without_effect(
+                {"--second-phase-share"}.intersection(given(self.batch)), "there is no --second-phase-length"
             )
         if self.duration.minutes is not None and (self.batch.batch_ramp or self.batch.second_phase_length):
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag
+from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag, refuse_repeated
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
@@ -37,6 +37,7 @@ class Grid(Settings):
         for name, values in self.flat().items():
             if not values:
                 raise ValueError(f"{flag(name)} requires at least one value")
+            refuse_repeated(name, values)
 
 
 @dataclass(frozen=True, kw_only=True)

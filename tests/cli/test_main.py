@@ -80,6 +80,37 @@ def test_a_command_accepts_only_flags_that_it_uses(flag, capsys):
     assert flag in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prepare --output-dir o --tokenizer-name t --cased", "--cased would have no effect: --tokenizer-name gives"),
+        (
+            "prepare --output-dir o --train-file t --validation-file v --validation-split-percentage 7",
+            "--validation-split-percentage would have no effect: --validation-file gives the text",
+        ),
+        ("pretrain --output-dir o --init-from m --vocab-size 640", "--vocab-size would have no effect: the model of"),
+        ("pretrain --output-dir o --second-phase-share 0.3", "--second-phase-share would have no effect: there is no"),
+        (
+            "finetune --output-dir o --model-name-or-path m --train-file t --lstm-size 7",
+            "--lstm-size would have no effect: this belongs to --strategy feature-based",
+        ),
+        (
+            "evaluate --model-name-or-path m --validation-file v --objective mlm --task mnli --on-bad-rows skip",
+            "--on-bad-rows and --task would have no effect: --objective mlm evaluates on plain text",
+        ),
+        ("sweep --output-dir o --model-name-or-path m --train-file t --seeds 1 2 1", "--seeds has 1 more than once"),
+        ("reproduce --output-dir o --table 1 --data d --seeds 3 3", "--seeds has 3 more than once"),
+        ("prepare --output-dir o --vocab-size 10000000", "--vocab-size must be from 64 to 1048576, got 10000000"),
+        (f"prepare --output-dir o --processes {2**70}", f"--processes must be at most 2147483647, got {2**70}"),
+    ],
+)
+def test_flags_without_effect_and_absurd_values_are_refused(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_has_a_declared_range(command):
     module = importlib.import_module(f"bertfast.{COMMANDS[command].module}")

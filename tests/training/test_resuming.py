@@ -244,7 +244,7 @@ def test_metrics_have_throughput_and_waiting_time(data, tmp_path):
             r"a batch of 2000000000 tokens does not fit .* --tokens-per-batch \d+ is the largest that fits",
         ),
         ({"shard": True, "optimizer": "muon"}, "--shard requires --optimizer adamw"),
-        ({"train_file": ["a.txt"], "cased": True}, "so --train-file, --cased would have no effect"),
+        ({"train_file": ["a.txt"], "cased": True}, "--train-file and --cased would have no effect"),
         ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
     ],
 )
