@@ -15,7 +15,7 @@ _HASHES = 2**64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A rule that divides each document on its own, so that files can be processed in any order and place.
+    """A rule that divides each document on its own, so that files can be processed in any order and on any machine.
 
     Attributes:
         below: Documents with a smaller hash are held out whole: of a large corpus, a random share. Equal documents
@@ -35,7 +35,7 @@ class HeldOut:
 
     @classmethod
     def of_corpus(cls, percentage: float, documents: Callable[[], Iterator[list[str]]]) -> HeldOut:
-        """Return the rule that holds out a percentage of a corpus, and at least two sentences of it.
+        """Return the rule that holds out a percentage of a corpus, and at least two sentences.
 
         Where the hashes hold out less, because the documents are few, it is the end of the longest document, or, if all
         documents are short, a few whole documents.
