@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.text_files import require_file
+from bertfast.data.text_files import read_standard_input, require_file
 from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
@@ -115,8 +115,9 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
 
 
 def _from_lines(task: Task[Any]) -> Iterator[Any]:
+    numbered_lines = read_standard_input()
     chunk_size = 1 if sys.stdin.isatty() else ROWS_PER_CHUNK  # at a terminal, respond to each line
     first_row = 1
-    while lines := [line.rstrip("\r\n") for line in islice(sys.stdin, chunk_size)]:
+    while lines := [line.rstrip("\r\n") for _, line in islice(numbered_lines, chunk_size)]:
         yield task.parse_lines(lines, first_row)
         first_row += len(lines)

@@ -57,8 +57,8 @@ _COLUMNS = {
     "qqp": {"question1", "question2"},
     "qnli": {"question", "sentence"},
     "sts-b": {"sentence1", "sentence2", "score"},
-    "mnli": {"sentence1", "sentence2", "gold_label", "genre"},
-    "snli": {"sentence1", "sentence2", "gold_label"},
+    "snli": {"sentence1", "sentence2", "gold_label", "captionID"},
+    "mnli": {"sentence1", "sentence2", "gold_label"},
     "cola": {"source", "label", "star", "sentence"},
 }
 

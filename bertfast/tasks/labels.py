@@ -98,6 +98,8 @@ class LabelEncoder:
         return multi_hot
 
     def _id(self, name: str) -> int:
+        if not name:
+            raise ValueError("no label")
         found = self.ids.get(name, self.canonical_ids.get(canonical(name)))
         if found is None:
             raise ValueError(f"unknown label {name!r}; known labels: {shown([*self.ids])}")

@@ -42,7 +42,7 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         config: Configuration of a fine-tuned model.
 
     Raises:
-        ValueError: There is no task of that name.
+        ValueError: There is no task of that name, or the model was fine-tuned for a task of another kind.
     """
     name, architectures = settings.task, [] if config is None else config.architectures or []
     task_of_model = getattr(config, FINETUNING_TASK, None)
@@ -50,8 +50,13 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         name = task_of_model
     if name not in ("auto", *TASKS):
         raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
-    by_architecture = (cls for cls in _TASK_CLASSES for model in _models(cls) if model.__name__ in architectures)
-    task_class = TASKS.get(name) or next(by_architecture, None) or _by_file(file)
+    of_model = next((cls for cls in _TASK_CLASSES for model in _models(cls) if model.__name__ in architectures), None)
+    task_class = TASKS.get(name) or of_model or _by_file(file)
+    if of_model not in (None, task_class):
+        raise ValueError(
+            f"--task {name} requires a {task_class.model_class.__name__}, but {settings.model_name_or_path} is a "
+            f"{', '.join(architectures)}: leave --task out, or fine-tune a model for that task"
+        )
     task = task_class(replace(settings, task=name))
     models = _models(task_class)
     task.model_class = next((model for model in models if model.__name__ in architectures), task_class.model_class)

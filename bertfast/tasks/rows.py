@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-STANDARD_INPUT = "standard input"  # named in messages like a file
+from bertfast.data.text_files import STANDARD_INPUT
 
 OnBadRows = Literal["stop", "skip"]
 _MAX_WARNINGS = 3  # further bad rows are only counted

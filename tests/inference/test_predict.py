@@ -85,3 +85,67 @@ def test_predictions_for_a_file_and_for_standard_input_are_equal(tuned, files, c
     expected = rows_of(folder / "predictions_test.tsv")[1:]
     assert [answer["label"] for answer in from_file] == [row[2] for row in expected]
     assert [answer["score"] for answer in from_file] == pytest.approx([max(map(float, row[3:])) for row in expected])
+
+
+def predicted(folder: Path, capsys: pytest.CaptureFixture, file: Path | None, **settings) -> list[dict]:
+    """Return the JSON objects that `predict` prints."""
+    where = {"model_name_or_path": str(folder), "device": "cpu", "precision": "fp32"}
+    predict(PredictSettings.of(**where, input_file=None if file is None else str(file), **settings))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1000, 2])
+def test_each_row_has_a_prediction_or_the_reason_why_not(tuned, rows_per_chunk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bertfast.tasks.sequence_classification.ROWS_PER_CHUNK", rows_per_chunk)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": i, "sentence": "good"} for i in "abc"]
+    path.write_text(
+        "\n".join([json.dumps(rows[0]), '{"id"', "", '{"sentence": 1, "id": 7}', *map(json.dumps, rows[1:])])
+    )
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        predicted(tuned[0], capsys, path)
+    found = predicted(tuned[0], capsys, path, on_bad_rows="skip")
+    assert [(row["row"], row.get("id"), row.get("label")) for row in found] == [
+        (1, "a", "good"),
+        (2, None, None),
+        (3, 7, None),
+        (4, "b", "good"),
+        (5, "c", "good"),
+    ]
+    assert "line 2: not JSON" in found[1]["skipped"]
+    assert found[2]["skipped"].endswith("line 4: column 'sentence' holds 1, not a text")
+
+
+@pytest.mark.parametrize("label", ["-1", "", "_", "neutral", "nan"])
+def test_labels_do_not_matter_to_predict(tuned, label, tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text(f"sentence\tlabel\ngood\tgood\nbad\t{label}\n\t{label}\n")
+    assert [row["row"] for row in predicted(tuned[0], capsys, tmp_path / "a.tsv")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_blank_rows_of_one_column_are_rows(tuned, suffix, tmp_path, capsys):
+    (tmp_path / f"a.{suffix}").write_text("sentence\ngood\n\nbad\n")
+    found = predicted(tuned[0], capsys, tmp_path / f"a.{suffix}")
+    assert [(row["row"], row["label"]) for row in found[::2]] == [(1, "good"), (3, "bad")]
+    assert len(found) == 3
+
+
+def test_blank_lines_of_standard_input_are_rows_and_chunks_keep_counting(tuned, pipe, monkeypatch, capsys):
+    monkeypatch.setattr("bertfast.inference.predict.ROWS_PER_CHUNK", 2)
+    pipe("good\n\nbad\tbad\nna\u00efve\nbad\n")
+    assert [row["row"] for row in predicted(tuned[0], capsys, None)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("task", ["token-classification", "question-answering", "swag"])
+def test_a_model_of_another_task_is_refused(tuned, task, capsys):
+    with pytest.raises(ValueError, match=rf"--task {task} requires a Bert\w+, but .* is a BertForSequenceClass"):
+        predicted(tuned[0], capsys, None, task=task)
+
+
+def test_a_long_file_is_read_in_parts(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("sentence\n" + "good\n" * 5000)
+    task = SequenceClassificationTask(PredictSettings.of(model_name_or_path=""))
+    parts = [examples.rows.numbers for examples in task.read_chunks(str(path))]
+    assert {len(numbers) for numbers in parts} == {1000}
+    assert (parts[0][0], parts[4][-1]) == (1, 5000)

@@ -55,6 +55,11 @@ def test_json_lines_may_have_any_number_of_endings(tmp_path):
     ("row", "message"),
     [
         ({"sent1": "a", "endings": ["b"], "label": 0}, "line 2: 1 ending where the first row has 2"),
+        ({"sent1": "a", "endings": None, "label": 0}, "line 2: the endings are null, not a list of texts"),
+        ({"sent1": "a", "endings": ["b", None], "label": 0}, "line 2: the endings are .*, not a list of texts"),
+        ({"sent1": None, "endings": ["b", "c"], "label": 0}, "line 2: column 'sent1' holds null, not a text"),
+        ({"sent1": "a", "sent2": 1, "endings": ["b", "c"], "label": 0}, "line 2: column 'sent2' holds 1, not a text"),
+        ({"sent1": "a", "endings": ["b", "c"], "label": -1}, "line 2: the label -1 is not in 0 to 1"),
         ({"sent1": "a", "endings": ["b", "c"], "label": 2}, "line 2: the label 2 is not in 0 to 1"),
     ],
 )
@@ -98,3 +103,20 @@ def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     path = tmp_path / name
     path.write_text(text)
     assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))).__name__ == task_class
+
+
+@pytest.mark.parametrize("labels", [(-1, -1), (0, -1), (0, ""), (None, 1)])
+def test_test_files_without_labels_keep_all_rows(labels, tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"sent1": "a", "endings": ["b", "c"], "label": label} for label in labels]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples = task_for().read(str(path), labelled=False)
+    assert (examples.rows.numbers, examples.labels) == ([1, 2], None)
+    assert "no metrics of" in caplog.text
+    assert [part.rows.numbers for part in task_for().read_chunks(str(path))] == [[1, 2]]
+
+
+def test_labels_may_be_written_as_decimals(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("sent1,ending0,ending1,label\na,b,c,1.0\na,b,c, 0\n")
+    assert task_for().read(str(path), labelled=True).labels == [1, 0]

@@ -10,7 +10,7 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.features import Features
-from bertfast.tasks.labels import has_fractions, sorted_labels
+from bertfast.tasks.labels import LabelEncoder, has_fractions, sorted_labels
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import (
     Columns,
@@ -50,10 +50,31 @@ def test_a_single_label_raises():
 
 @pytest.mark.parametrize(
     ("labels", "fractions"),
-    [(["0.5", "1"], True), (["5.000", "4.750"], True), (["0", "1"], False), (["1.0", "2.0"], False), (["a"], False)],
+    [
+        (["0.5", "1"], True),
+        (["5.000", "4.750"], True),
+        (["0", "1"], False),
+        (["1", "nan", "inf"], False),
+        (["0.5", "nan"], True),
+        (["1.0", "2.0"], False),
+        (["a"], False),
+    ],
 )
 def test_only_numbers_that_are_not_all_integers_have_fractions(labels, fractions):
     assert has_fractions(labels) == fractions
+
+
+def test_spellings_of_a_number_are_one_label_and_nan_is_none():
+    assert sorted_labels(["1", "0", "1.0"]) == ["0", "1"]
+    assert sorted_labels(["1.0", "0.0"]) == ["0.0", "1.0"]
+    assert sorted_labels(["1", "nan", "0", "inf"]) == ["0", "1"]
+    assert sorted_labels(["nan", "person"]) == ["nan", "person"]
+    encoder = LabelEncoder({"0": 0, "1": 1}, "single_label_classification")
+    assert [encoder.target(label) for label in ("0.0", "1", "1.00")] == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"unknown label '0\.1'; known labels: 0, 1"):
+        encoder.target("0.1")
+    with pytest.raises(ValueError, match="not a finite number"):
+        LabelEncoder({"LABEL_0": 0}, "regression").target("1_0")
 
 
 def task_for(name: str = "auto", **settings) -> SequenceClassificationTask:
@@ -200,3 +221,82 @@ def test_multi_label_predictions_and_metrics():
     assert (measured["accuracy"], measured["f1_micro"]) == (0.5, pytest.approx(2 / 3))
     assert measured["loss"] == pytest.approx(np.log1p(np.exp([-3.0, -3.0, 1.0, -1.0])).mean())
     assert json.dumps(predictions)
+
+
+@pytest.mark.parametrize(
+    ("labels", "inferred", "label_ids"),
+    [
+        (["1", "0", "1 ", "nan"], "--task sequence-classification from labels 0, 1 in column 'label'", [1, 0, 1]),
+        (["0.5", "2", " 1", "inf"], "--task regression from labels 0.5, 1, 2, inf in column 'label'", [0.5, 2, 1]),
+        (["b", " a", "b", ""], "--task sequence-classification from labels a, b in column 'label'", [1, 0, 1]),
+    ],
+)
+def test_kind_of_task_is_inferred_from_valid_rows_and_said(labels, inferred, label_ids, tmp_path, caplog):
+    caplog.set_level("INFO", "bertfast")
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"a\t{label}\n" for label in labels))
+    task = task_for(on_bad_rows="skip")
+    examples = task.read(str(path), labelled=True)
+    task.set_config(BertConfig(**task.label_config(examples)))
+    assert f"inferred {inferred}" in caplog.messages
+    examples, features = task.featurize(examples, train_tokenizer(["a b c d"], 64), 32)
+    assert (features.labels["labels"].tolist(), examples.rows.numbers) == (label_ids, [1, 2, 3])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_benchmarks_are_recognised_by_their_columns(name, tmp_path, caplog):
+    caplog.set_level("INFO", "bertfast")
+    labelled, unlabelled, texts, labels = PUBLISHED[name]
+    (tmp_path / "train.tsv").write_text(labelled, encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(unlabelled, encoding="utf-8")
+    task = task_for()
+    examples = task.read(str(tmp_path / "train.tsv"), labelled=True)
+    assert (examples.texts, examples.labels) == (texts, labels)
+    assert f"inferred --task {name} from the columns of {tmp_path / 'train.tsv'}" in caplog.messages
+    assert task.metrics == task_for(name).metrics
+    # Predictions need no --task either.
+    test, named = (one.read(str(tmp_path / "test.tsv"), labelled=False) for one in (task_for(), task_for(name)))
+    assert (test.texts, test.rows.ids) == (named.texts, ["7"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (["no", "-1"], r"line 3: unknown label '-1'"),
+        (["", ""], "line 2: no label"),
+        (["_", "no"], r"line 2: unknown label '_'"),
+    ],
+)
+def test_test_files_without_labels_keep_all_rows_and_have_no_metrics(labels, named, tmp_path, caplog):
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"a\t{label}\n" for label in labels))
+    task = task_for()
+    task.set_config(YES_OR_NO)
+    examples, features = task.featurize(task.read(str(path), labelled=False), train_tokenizer(["a b c d"], 64), 32)
+    assert (examples.rows.numbers, features.labels) == ([1, 2], {})
+    assert task.compute_metrics(examples, features, [np.array([0.0, 1.0])] * 2) == {}
+    [message] = caplog.messages
+    assert "no metrics of" in message
+    assert named in message
+
+
+def test_no_submission_is_written_without_predictions_for_all_rows(tmp_path, caplog):
+    (tmp_path / "test.tsv").write_text("index\tsentence\n7\ta\n8\n9\tb\n")
+    task = task_for("sst-2", on_bad_rows="skip")
+    task.set_config(YES_OR_NO)
+    examples = task.read(str(tmp_path / "test.tsv"), labelled=False)
+    features = task.featurize(examples, train_tokenizer(["a b c d"], 64), 32)[1]
+    task.write_predictions(tmp_path, "test", examples, features, [np.array([0.0, 1.0])] * 2)
+    lines = (tmp_path / "predictions_test.tsv").read_text().splitlines()
+    assert [line.split("\t")[:3] for line in lines[1:]] == [["1", "7", "yes"], ["2", "", ""], ["3", "9", "yes"]]
+    assert lines[2].endswith("line 3: 1 field where the header has 2")
+    assert not (tmp_path / "SST-2.tsv").exists()
+    assert "SST-2.tsv is not written" in caplog.text
+
+
+def test_a_list_of_labels_needs_the_multi_label_task(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": ["x", "y"]}\n')
+    with pytest.raises(ValueError, match=r"line 1: column 'label' holds \["):
+        task_for().read(str(path), labelled=True)
+    assert task_for("multi-label").read(str(path), labelled=True).labels == [["x", "y"]]

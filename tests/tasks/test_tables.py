@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertfast.tasks.rows import BadRows
-from bertfast.tasks.tables import read_table
+from bertfast.tasks.tables import read_chunks, read_table
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -33,9 +33,34 @@ def test_tsv_and_jsonl_give_the_same_rows(tmp_path, compression, end):
         assert table.rows.where(2).endswith(f"{name}{compression}, line {4 if 'tsv' in name else 3}")
 
 
+SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        (
+            "a.csv",
+            SWALLOWED.replace("text 3", '"text 3').replace("text 6", 'text 6"'),
+            "line 5: the quote that opens here swallows 3 further rows",
+        ),
+        ("a.csv", SWALLOWED.replace("text 3", '"text 3'), "line 5: the quote that opens here is not closed"),
+        ("a.csv", SWALLOWED.replace("text 8", '"text 8'), "line 10: the quote that opens here is never closed"),
+        ("a.csv", SWALLOWED.replace("text 3", '"text" 3'), "line 5: ',' expected after '\"'; write a quote within"),
+        ("a.csv", "text;label\nx;1\n", "line 1: the columns 'text;label' are separated by semicolons; replace them by"),
+        ("a.csv", "text\tlabel\nx\t1\n", "are separated by tabs; give it the suffix .tsv"),
+        ("a.tsv", "text,label\nx,1\n", "are separated by commas; give it the suffix .csv"),
+        (
+            "a.tsv",
+            '{"text": "x", "label": 1}\n',
+            "line 1: holds JSON; give a file of one JSON object per line",
+        ),
+        ("a.csv", "text\nx, y\n", "line 2: 2 fields where the header has 1; a field that holds a comma must be quoted"),
+        ("a.tsv", "text\tlabel\ttext\nx\t1\ty\n", "line 1: two columns are called 'text'; rename one"),
+        ("a.csv", "text,,label\nx,y,1\n", "line 1: column 2 of 3 has no name"),
+        ("a.csv", "id,text\n7,x\n7,y\n", "line 3: the id '7' is repeated: remove the row, or rename the column 'id'"),
+        ("a.jsonl", '{"idx": 7, "text": "x"}\n{"idx": 7, "text": "x"}\n', "line 2: the idx 7 is repeated"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', "line 1: unpaired surrogate"),
         ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 field where the header has 2"),
         ("a.tsv", "sentence\tlabel\n", "holds no rows"),
         ("a.tsv", "", "holds no rows"),
@@ -87,3 +112,51 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     assert (table.texts("sentence"), bad.count) == (["one", "three"], 1)
     table = read_table(written(tmp_path, "a.jsonl", '{"text": "x"}\n{"text"\n'), bad=bad)
     assert (len(table), bad.count) == (1, 2)
+
+
+def test_repeated_ids_are_bad_rows_and_missing_ids_are_not(tmp_path):
+    bad = BadRows("skip")
+    table = read_table(written(tmp_path, "a.csv", "text,id\na,7\nb,\nc,7\nd,\n"), bad=bad)
+    assert (table.column("text"), table.rows.ids, table.rows.numbers) == (["a", "b", "d"], ["7", "", ""], [1, 2, 4])
+    assert bad.skipped[table.path][3].id == "7"
+
+
+def test_long_fields_and_carriage_returns_are_read(tmp_path):
+    text = "word " * 30_000
+    assert read_table(written(tmp_path, "a.csv", f"sentence,label\n{text},1\n")).column("sentence") == [text]
+    assert read_table(written(tmp_path, "b.csv", "sentence,label\rgood,1\rbad,0\r")).column("label") == ["1", "0"]
+
+
+def test_line_breaks_in_quoted_texts_are_no_swallowed_rows(tmp_path):
+    rows = [("Dear Sir, hello\nbye", "1"), ("one, 1\ntwo, 2\nthree, 3", "0"), ("a", "1"), ("b", "0")]
+    text = "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows)
+    table = read_table(written(tmp_path, "a.csv", text))
+    assert list(zip(table.column("text"), table.column("label"), strict=True)) == rows
+    assert table.rows.lines == [2, 4, 7, 8]
+
+
+def test_empty_lines_are_rows_in_a_file_of_one_column_only(tmp_path):
+    for suffix in ("tsv", "csv"):
+        table = read_table(written(tmp_path, f"a.{suffix}", "text\nx\n\ny\n"))
+        assert (table.column("text"), table.rows.numbers, table.rows.lines) == (["x", "", "y"], [1, 2, 3], [2, 3, 4])
+        fields = ("text,label\nx,1\n\ny,0\n").replace(",", "," if suffix == "csv" else "\t")
+        table = read_table(written(tmp_path, f"b.{suffix}", fields))
+        assert (table.rows.numbers, table.rows.lines) == ([1, 2], [2, 4])
+
+
+def test_an_unnamed_first_column_is_the_index_that_pandas_writes(tmp_path):
+    assert read_table(written(tmp_path, "a.csv", ",text\n0,x\n")).column("text") == ["x"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_chunks_have_the_columns_of_the_file_and_number_their_rows(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    lines = {
+        "csv": ["a,b", "1,x", "2,", "3,", "4,"],
+        "jsonl": ['{"a": "1", "b": "x"}', *(f'{{"a": "{i}"}}' for i in "234")],
+    }
+    written(tmp_path, path.name, "\n".join(lines[suffix]))
+    tables = list(read_chunks(path, 3))
+    assert [table.rows.numbers for table in tables] == [[1, 2, 3], [4]]
+    assert tables[1].column("a") == ["4"]
+    assert tables[1].column("b") in ([""], [None])
