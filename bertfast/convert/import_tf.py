@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +14,21 @@ from transformers import BertConfig, PreTrainedModel
 from tyro.conf import Positional
 
 from bertfast.convert.tensor_bundle import find_index, read_tensors
-from bertfast.models.bert import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
-from bertfast.models.files import save
+from bertfast.data.text_files import read_json
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
+from bertfast.models.bert import (
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
+from bertfast.models.files import config_from, save
 from bertfast.runtime.settings import Settings
+from bertfast.tasks.pretrained import require_vocabulary
+
+logger = logging.getLogger("bertfast")
 
 # Substitutions from TensorFlow's parameter names to PyTorch's, applied in order. TensorFlow kernels, of shape
 # [inputs, outputs], are transposed to PyTorch's [outputs, inputs].
@@ -30,11 +41,12 @@ _SUBSTITUTIONS = (
     (r"^cls\.predictions\.output_bias$", "cls.predictions.bias"),
     (r"^cls\.seq_relationship\.output_weights$", "cls.seq_relationship.weight"),
     (r"^cls\.seq_relationship\.output_bias$", "cls.seq_relationship.bias"),
+    (r"^cls\.squad\.output_weights$", "qa_outputs.weight"),
+    (r"^cls\.squad\.output_bias$", "qa_outputs.bias"),
     (r"^output_weights$", "classifier.weight"),
     (r"^output_bias$", "classifier.bias"),
     (r"(embeddings\.\w+_embeddings)$", r"\1.weight"),
 )
-_TRAINING_STATE = re.compile(r"(^|/)(adam_[mv]|lamb_[mv]|global_step|beta[12]_power|good_steps|loss_scale)(_\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,15 @@ class ImportSettings(Settings):
         output_dir: Folder for config.json, model.safetensors and the vocabulary.
         bert_config: The model's bert_config.json; none: the one in the checkpoint's folder.
         vocab: The model's vocab.txt; none: the one in the checkpoint's folder, if there is one.
+        casing: Whether the tokenizer keeps upper case and accents: cased or uncased; auto: cased if the vocabulary has
+            upper-case letters.
     """
 
     checkpoint: Positional[str]
     output_dir: Positional[str]
     bert_config: str | None = None
     vocab: str | None = None
+    casing: Literal["auto", "cased", "uncased"] = "auto"
 
 
 def import_checkpoint(settings: ImportSettings) -> Path:
@@ -73,47 +88,69 @@ def import_checkpoint(settings: ImportSettings) -> Path:
     if settings.vocab is not None and not vocabulary.is_file():
         raise FileNotFoundError(f"there is no {vocabulary}: name the model's vocab.txt with --vocab")
     model_class, config, weights = _read(settings.checkpoint, config_file)
+    tokenizer = None
+    if vocabulary.is_file():
+        cased = {"auto": None, "cased": True, "uncased": False}[settings.casing]
+        tokenizer = load_tokenizer(vocabulary, cased=cased)
+        require_vocabulary(tokenizer, vocabulary, config)
+    _check(model_class, config, weights, settings.checkpoint, config_file)
     model = model_class(config)
-    _load(model, weights, settings.checkpoint, config_file)
+    model.load_state_dict(weights, strict=False)  # the decoder is tied to the embeddings
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save(model, folder)
-    if vocabulary.is_file():
-        shutil.copyfile(vocabulary, folder / "vocab.txt")
+    if tokenizer is None:
+        logger.warning(
+            "there is no %s: %s has no tokenizer; name the model's vocab.txt with --vocab", vocabulary, folder
+        )
+    else:
+        save_tokenizer(tokenizer, folder)
     print(f"{folder} holds a {model_class.__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return folder
 
 
 def _read(checkpoint: str, config_file: Path) -> tuple[type[PreTrainedModel], BertConfig, dict[str, torch.Tensor]]:
     """Return the model class that a checkpoint's heads imply, its configuration, and the weights by PyTorch name."""
-    values = json.loads(config_file.read_text(encoding="utf-8"))
+    tensors = read_tensors(checkpoint)
+    # Optimizers and averages name their state of a parameter NAME/adam_m, NAME/Adam_1, NAME/ExponentialMovingAverage
+    # and the like. Steps, powers of β and loss scales are scalars, which no parameter of BERT is.
     weights = {
         _pytorch_name(name): torch.from_numpy(np.array(array.T if name.endswith("kernel") else array, order="C"))
-        for name, array in read_tensors(checkpoint).items()
-        if not _TRAINING_STATE.search(name)
+        for name, array in tensors.items()
+        if array.ndim and name.rpartition("/")[0] not in tensors
     }
     model_class = _model_class(weights)
+    if model_class in (BertForMaskedLM, BertForQuestionAnswering):  # TensorFlow's model always has a pooler
+        weights = {name: value for name, value in weights.items() if not name.startswith("bert.pooler.")}
     if model_class is BertModel:
         weights = {name.removeprefix("bert."): value for name, value in weights.items()}
-    options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    options: dict[str, Any] = {name: x for name, x in read_json(config_file).items() if x is not None}
     if "classifier.bias" in weights:
         options["num_labels"] = len(weights["classifier.bias"])
-    return model_class, BertConfig(**options), weights
+    return model_class, config_from(options, config_file), weights
 
 
-def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], checkpoint: str, config_file: Path) -> None:
-    """Load the weights into the model, or raise ValueError if names or shapes do not match."""
-    unexpected = [name for name in weights if name not in model.state_dict()]
-    missing = [name for name in model.state_dict() if name not in weights and "decoder" not in name]
+def _check(
+    model_class: type[PreTrainedModel],
+    config: BertConfig,
+    weights: dict[str, torch.Tensor],
+    checkpoint: str,
+    config_file: Path,
+) -> None:
+    """Raise ValueError if names or shapes of the weights are not those of the model, before memory is allocated."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in model_class(config).state_dict().items()}
+    unexpected = [name for name in weights if name not in shapes]
+    missing = [name for name in shapes if name not in weights and "decoder" not in name]
     for names, what in ((unexpected, "has unexpected weights"), (missing, "lacks weights")):
         if names:
             raise ValueError(f"{checkpoint} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights of {checkpoint} do not have the shapes that {config_file} implies: {error}"
-        ) from error
+    for name, value in weights.items():
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(
+                f"the weights of {checkpoint} do not have the shapes that {config_file} implies: {name} is "
+                f"{[*value.shape]} and should be {[*shapes[name]]}"
+            )
 
 
 def _pytorch_name(name: str) -> str:
@@ -125,7 +162,11 @@ def _pytorch_name(name: str) -> str:
 def _model_class(weights: dict[str, torch.Tensor]) -> type[PreTrainedModel]:
     if "classifier.bias" in weights:
         return BertForSequenceClassification
+    if "qa_outputs.bias" in weights:
+        return BertForQuestionAnswering
     heads = {name.split(".")[1] for name in weights if name.startswith("cls.")}
     if heads == {"predictions"}:
         return BertForMaskedLM
+    if heads == {"seq_relationship"}:
+        return BertForNextSentencePrediction
     return BertForPreTraining if heads else BertModel

@@ -20,7 +20,11 @@ Value = TypeVar("Value", int, bytes)
 Fields = dict[int, list[int | bytes]]
 """Values of a protocol buffer by field number: integers for varints, bytes for all other wire types."""
 
-_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # enum DataType of types.proto
+# enum DataType of types.proto
+_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 4: "<u1", 5: "<i2", 6: "<i1", 9: "<i8", 10: "?", 17: "<u2", 19: "<f2"}
+# Limits for damaged or malicious files: an index has about 100 bytes per tensor, and names share prefixes.
+_MAX_INDEX_BYTES, _MAX_NAME_BYTES = 2**26, 4096
+_DAMAGE = (IndexError, KeyError, OverflowError, TypeError, UnicodeDecodeError, struct.error)
 
 
 def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
@@ -34,18 +38,31 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
         ValueError: A file is damaged, or an entry is not an array of numbers.
     """
     index = find_index(prefix)
+    if index.stat().st_size > _MAX_INDEX_BYTES:
+        raise ValueError(f"{index} is not the index of a TensorFlow checkpoint: it has {index.stat().st_size:,} bytes")
     try:
         entries = {key.decode(): _fields(value) for key, value in _table(index.read_bytes())}
-    except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
+        shards = _first(entries.pop("", {}), 1, 1)
+    except _DAMAGE as error:
         raise ValueError(f"{index} is damaged or not the index of a TensorFlow checkpoint: {error}") from error
-    shards = _first(entries.pop("", {}), 1, 1)
+    if "_CHECKPOINTABLE_OBJECT_GRAPH" in entries:
+        raise ValueError(
+            f"{prefix} is a checkpoint of TensorFlow 2 objects, whose names are not those of Google's BERT: write its "
+            "variables with tf.compat.v1.train.Saver, or convert it with transformers 4"
+        )
     data = []
     for number in range(shards):
         file = Path(f"{prefix}.data-{number:05}-of-{shards:05}")
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, although {index.name} refers to it")
         data.append(np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8))
-    return {name: _tensor(name, entry, data) for name, entry in entries.items()}
+    tensors = {}
+    for name, entry in entries.items():
+        try:
+            tensors[name] = _tensor(name, entry, data)
+        except _DAMAGE as error:
+            raise ValueError(f"{index} is damaged: its entry of {name} cannot be read ({error})") from error
+    return tensors
 
 
 def find_index(prefix: str | Path) -> Path:
@@ -70,6 +87,8 @@ def _tensor(name: str, entry: Fields, data: list[np.ndarray]) -> np.ndarray:
     content = data[_first(entry, 3, 0)][start : start + size]
     if len(content) != size or size != prod(shape) * np.dtype(_DTYPES[code]).itemsize:
         raise ValueError(f"the data file is damaged: {name} of shape {shape} has {len(content)} of {size} bytes")
+    if not size:
+        return np.empty(0, _DTYPES[code])  # whatever its shape, which may be absurd
     array: np.ndarray = content.view(_DTYPES[code]).reshape(shape)
     return array
 
@@ -103,6 +122,8 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         unshared, position = _varint(block, position)
         length, position = _varint(block, position)
         key = key[:shared] + block[position : position + unshared]
+        if len(key) > _MAX_NAME_BYTES:
+            raise IndexError("the name of a tensor is too long")
         yield key, block[position + unshared : position + unshared + length]
         position += unshared + length
 
@@ -146,3 +167,5 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 0x80:
             return value, position
+        if shift > 63:
+            raise IndexError("an integer has more than 64 bits")

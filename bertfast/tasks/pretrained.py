@@ -28,13 +28,18 @@ class MissingHeadError(ValueError):
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     """Open the tokenizer in a model's folder; ValueError if its vocabulary is larger than the model's."""
     tokenizer = load_tokenizer(folder)
+    require_vocabulary(tokenizer, folder, config)
+    return tokenizer
+
+
+def require_vocabulary(tokenizer: Tokenizer, path: Path, config: BertConfig) -> None:
+    """Raise ValueError if the vocabulary of the tokenizer at `path` is larger than that of a configuration."""
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {vocab_size} tokens, but the model's vocab_size is {config.vocab_size}: "
+            f"the tokenizer in {path} has {vocab_size} tokens, but the model's vocab_size is {config.vocab_size}: "
             "they do not belong together"
         )
-    return tokenizer
 
 
 def open_model(

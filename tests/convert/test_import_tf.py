@@ -2,7 +2,9 @@
 
 import json
 import os
+import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from parity import SIZES
 import bertfast
 from bertfast.cli.main import main
 from bertfast.convert.tensor_bundle import read_tensors
+from bertfast.data.tokenizer import load_tokenizer
 
 # TensorFlow has an environment of its own, because its requirements conflict with those of the tests.
 TENSORFLOW = Path(os.environ.get("TENSORFLOW_PYTHON", Path("build", "tensorflow", "bin", "python").absolute()))
@@ -41,6 +44,8 @@ def original_name(name: str) -> tuple[str, bool]:
         ("cls.predictions.bias", "cls.predictions.output_bias"),
         ("cls.seq_relationship.weight", "cls.seq_relationship.output_weights"),
         ("cls.seq_relationship.bias", "cls.seq_relationship.output_bias"),
+        ("qa_outputs.weight", "cls.squad.output_weights"),
+        ("qa_outputs.bias", "cls.squad.output_bias"),
         ("classifier.weight", "output_weights"),
         ("classifier.bias", "output_bias"),
         ("LayerNorm.weight", "LayerNorm.gamma"),
@@ -127,6 +132,167 @@ def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     assert "is damaged or not the index" in refused()
     config.unlink()
     assert "with --bert-config" in refused()
+
+
+CODES = {"float32": 1, "int32": 3, "int64": 9, "bool": 10}
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def message(*fields: tuple[int, int | bytes]) -> bytes:
+    """A protocol buffer of integers and byte strings by field number."""
+    parts = [
+        varint(number << 3) + varint(value)
+        if isinstance(value, int)
+        else varint(number << 3 | 2) + varint(len(value)) + value
+        for number, value in fields
+    ]
+    return b"".join(parts)
+
+
+def block(entries: dict[str, bytes]) -> bytes:
+    """A block of a sorted table, without shared prefixes, and its trailer."""
+    content = b"".join(
+        varint(0) + varint(len(name)) + varint(len(value)) + name.encode() + value for name, value in entries.items()
+    )
+    return content + struct.pack("<II", 0, 1) + bytes(5)
+
+
+def write_bundle(prefix: Path, tensors: dict[str, np.ndarray]) -> str:
+    """Write a checkpoint as TensorFlow does, without TensorFlow."""
+    entries, data = {"": message((1, 1))}, b""
+    for name, array in sorted(tensors.items()):
+        shape = b"".join(message((2, message((1, size)))) for size in array.shape)
+        entries[name] = message((1, CODES[array.dtype.name]), (2, shape), (4, len(data)), (5, array.nbytes))
+        data += array.tobytes()
+    first = block(entries)
+    index = block({max(entries): varint(0) + varint(len(first) - 5)})
+    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
+    Path(f"{prefix}.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
+    Path(f"{prefix}.data-00000-of-00001").write_bytes(data)
+    return str(prefix)
+
+
+def tensorflow_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if "decoder" not in name:
+            original, transposed = original_name(name)
+            tensors[original] = np.ascontiguousarray((parameter.T if transposed else parameter).detach().numpy())
+    return tensors
+
+
+def write_small(name: str, folder: Path, vocabulary: str = "[PAD] [UNK] [CLS] [SEP] [MASK] The the a é", **changes):
+    """Write a small model of transformers as a checkpoint with training state; return the model and the prefix."""
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(transformers.BertConfig(**SIZES | changes)).eval()
+    tensors = tensorflow_tensors(model)
+    pooler = torch.nn.ModuleDict(
+        {"bert": torch.nn.ModuleDict({"pooler": torch.nn.ModuleDict({"dense": model_pooler()})})}
+    )
+    tensors = tensorflow_tensors(pooler) | tensors  # TensorFlow's BERT always has a pooler
+    slots = ("adam_m", "adam_v", "Adam", "Adam_1", "AdamWeightDecayOptimizer", "Momentum", "ExponentialMovingAverage")
+    state = {f"{weight}/{slot}": array for weight, array in tensors.items() for slot in (*slots, "lamb_m", "lamb_v_1")}
+    for scalar in ("beta1_power", "beta2_power", "loss_scale", "current_loss_scale", "cond/beta1_power"):
+        state[scalar] = np.float32(0.9).reshape(())
+    for counter in ("global_step", "good_steps", "num_good_steps"):
+        state[counter] = np.int64(7).reshape(())
+    state["signal_early_stopping/STOP"] = np.array(False)
+    config = {key: value for key, value in model.config.to_dict().items() if key in SIZES and key != "num_labels"}
+    (folder / "bert_config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary.split()) + "\n", encoding="utf-8")
+    return model, write_bundle(folder / "model.ckpt-7", tensors | state)
+
+
+def model_pooler() -> torch.nn.Module:
+    return torch.nn.Linear(SIZES["hidden_size"], SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("BertForQuestionAnswering", {"num_labels": 2}),
+        ("BertForSequenceClassification", {"num_labels": 3}),
+        ("BertForSequenceClassification", {"num_labels": 1}),
+        ("BertForMaskedLM", {}),
+        ("BertForNextSentencePrediction", {}),
+    ],
+)
+def test_heads_of_fine_tuning_are_converted_and_training_state_is_left_out(name, changes, tmp_path, capsys):
+    hf, prefix = write_small(name, tmp_path, **changes)
+    assert main(["import", prefix, str(tmp_path / "out")]) == 0
+    assert f"holds a {name} of" in capsys.readouterr().out
+    opened, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    for key, value in hf.state_dict().items():
+        assert torch.equal(opened.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("flags", "cased"), [([], True), (["--casing", "cased"], True), (["--casing", "uncased"], False)]
+)
+def test_an_imported_tokenizer_is_the_same_in_both_libraries(flags, cased, tmp_path):
+    prefix = write_small("BertForMaskedLM", tmp_path)[1]
+    assert main(["import", prefix, str(tmp_path / "out"), *flags]) == 0
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = load_tokenizer(tmp_path / "out").encode("The the é").ids
+    assert hf("The the é")["input_ids"] == expected
+    assert expected == ([2, 5, 6, 8, 3] if cased else [2, 6, 6, 1, 3])
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    }
+
+
+def test_a_vocabulary_of_another_model_is_refused_before_anything_is_written(tmp_path, capsys):
+    words = " ".join(f"w{i}" for i in range(SIZES["vocab_size"]))
+    prefix = write_small("BertForMaskedLM", tmp_path, f"[PAD] [UNK] [CLS] [SEP] [MASK] {words}")[1]
+    assert main(["import", prefix, str(tmp_path / "out")]) == 1
+    assert "they do not belong together" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_index_is_refused_without_a_traceback(tmp_path):
+    prefix = write_small("BertForMaskedLM", tmp_path)[1]
+    index = Path(f"{prefix}.index")
+    whole = index.read_bytes()
+    generator = np.random.default_rng(0)
+    for number in range(150):
+        damaged = bytearray(whole)
+        for position in generator.integers(0, len(whole) if number % 3 else 2000, 1 + number % 4):
+            damaged[position] = generator.integers(256)
+        index.write_bytes(damaged[: len(damaged) - number % 5])
+        with suppress(FileNotFoundError, ValueError):
+            read_tensors(prefix)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        message((1, 1), (2, message((2, message((1, 2**62))))), (5, 2**64 - 1)),
+        message((1, 1), (2, message((2, message((1, 2**40))), (2, message((1, 2**40))))), (5, 2**63)),
+        message((1, 1), (3, 2**40), (5, 4)),
+        message((1, b"x"), (5, 4)),
+        message((1, 1), (2, 7)),
+    ],
+)
+def test_absurd_sizes_in_an_index_are_refused(entry, tmp_path):
+    write_bundle(tmp_path / "x", {"name": np.zeros(3, np.float32)})
+    first = block({"": message((1, 1)), "name": entry})
+    index = block({"name": varint(0) + varint(len(first) - 5)})
+    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
+    (tmp_path / "x.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
+    with pytest.raises(ValueError, match="name"):
+        read_tensors(tmp_path / "x")
+
+
+def test_a_checkpoint_of_tensorflow_2_objects_is_refused(tmp_path):
+    prefix = write_bundle(tmp_path / "x", {"_CHECKPOINTABLE_OBJECT_GRAPH": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="a checkpoint of TensorFlow 2 objects"):
+        read_tensors(prefix)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
