@@ -19,7 +19,7 @@ from bertfast.encoder import PackedHead, pack
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops.sequences import bucket
 
-_TOKENIZER_BATCH = 10_000  # texts; bounds memory, as the tokenizer's objects are many times as large as the ids
+TOKENIZER_BATCH = 10_000  # texts; bounds memory, as the tokenizer's objects are many times as large as the ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +166,8 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
     lengths: list[int] = []
     num_truncated = 0
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        encodings = tokenizer.encode_batch_fast(texts[start : start + _TOKENIZER_BATCH])
+    for start in range(0, len(texts), TOKENIZER_BATCH):
+        encodings = tokenizer.encode_batch_fast(texts[start : start + TOKENIZER_BATCH])
         ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
         types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.uint8))
         lengths += map(len, encodings)

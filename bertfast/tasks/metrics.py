@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -89,6 +90,23 @@ def multi_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
         "accuracy": float((predictions == labels).all(1).mean()),
         "loss": float(losses.mean()),
     }
+
+
+def mean_cross_entropy(logits: Iterable[np.ndarray], labels: Iterable[np.ndarray]) -> float:
+    """Compute the mean cross-entropy in nats of the labels that are not negative.
+
+    Args:
+        logits: Of each sequence, float [rows, classes].
+        labels: Of each sequence, int [rows].
+    """
+    from scipy.special import log_softmax
+
+    total, count = 0.0, 0
+    for scores, targets in zip(logits, labels, strict=True):
+        rows = np.flatnonzero(targets >= 0)
+        total -= float(log_softmax(scores[rows].astype(np.float64), axis=1)[np.arange(len(rows)), targets[rows]].sum())
+        count += len(rows)
+    return total / max(count, 1)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:

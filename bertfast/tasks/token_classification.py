@@ -8,8 +8,10 @@ Shapes: T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,6 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.text_files import read_lines
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification
@@ -26,15 +27,16 @@ from bertfast.models.extensions import BertFeaturesForTokenClassification
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
-from bertfast.tasks.features import Features, ModelInputs
-from bertfast.tasks.rows import Rows
-from bertfast.tasks.tables import SUFFIXES
-from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, detect_scheme, entities, iob1_to_iob2, tag_error
-from bertfast.tasks.task import ConfusionMatrix, Outputs, Prediction, Task, label_to_id
+from bertfast.tasks.conll import read_sentences, split_words
+from bertfast.tasks.features import TOKENIZER_BATCH, Features, ModelInputs
+from bertfast.tasks.rows import Rows, Skipped
+from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, converted, detect_scheme, entities, mark_entities, tag_error
+from bertfast.tasks.task import ROWS_PER_CHUNK, ConfusionMatrix, Outputs, Prediction, Task, label_to_id
 
-DOCUMENT_START = "-DOCSTART-"
-_TSV = {suffix for suffix in SUFFIXES if suffix.startswith(".tsv")}  # tabs also separate the columns of CoNLL files
-_HEADERS = ("sentence", "sentence1", "text")  # first columns of tables of texts
+_ENTITY_METRICS, _WORD_METRICS = ("f1", "precision", "recall"), ("accuracy", "loss")
+_LONG_SENTENCE = 1000  # words; a file with no other sentence probably lacks empty lines
+
+logger = logging.getLogger("bertfast")
 
 
 class Segment(NamedTuple):
@@ -58,22 +60,39 @@ class TaggedSentences:
     Attributes:
         words: Words of each sentence.
         tags: Tags of each sentence; None: unknown.
-        rows: The rows that the sentences come from; a sentence is a row.
+        rows: Where each sentence comes from.
+        labelled: Whether each word must have a tag; if not, tags that cannot be used are left out.
         segments: After `featurize`, one for each sequence of the features.
     """
 
     words: list[list[str]]
     tags: list[list[str]] | None
     rows: Rows
+    labelled: bool = False
     segments: list[Segment] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def select(self, rows: Sequence[int]) -> TaggedSentences:
-        """Return the sentences at `rows`."""
-        tags = None if self.tags is None else [self.tags[row] for row in rows]
-        return TaggedSentences([self.words[row] for row in rows], tags, self.rows.select(rows))
+    def select(self, indices: Sequence[int]) -> TaggedSentences:
+        """Return the sentences at `indices`."""
+        tags = None if self.tags is None else [self.tags[i] for i in indices]
+        words = [self.words[i] for i in indices]
+        return replace(self, words=words, tags=tags, rows=self.rows.select(indices), segments=[])
+
+    def usable(self, problems: Iterable[str | None]) -> TaggedSentences:
+        """Return the sentences without problems, one of which, or None, is given for each; the others are bad rows.
+
+        If tags are not required, return all sentences, without tags if there is a problem.
+        """
+        found = {i: problem for i, problem in enumerate(problems) if problem is not None}
+        if found and not self.labelled:
+            first, problem = next(iter(found.items()))
+            logger.warning("no metrics, as not all tags can be used: %s: %s", self.rows.where(first), problem)
+            return replace(self, tags=None)
+        for i, problem in found.items():
+            self.rows.reject(i, problem)
+        return self.select([i for i in range(len(self)) if i not in found]) if found else self
 
 
 class TokenClassificationTask(Task[TaggedSentences]):
@@ -82,31 +101,56 @@ class TokenClassificationTask(Task[TaggedSentences]):
     model_class = BertForTokenClassification
     feature_based_model = BertFeaturesForTokenClassification
     head_prefix = "classifier."
-    metrics = ("f1", "precision", "recall", "accuracy")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of entities first; where tags mark no entities, such as parts of speech, only those of words."""
+        return (*_ENTITY_METRICS, *_WORD_METRICS) if self.marks_entities else _WORD_METRICS
+
+    @property
+    def marks_entities(self) -> bool:
+        """Whether the model's tags mark entities."""
+        return mark_entities(self.label_names)
 
     def read(self, path: str, *, labelled: bool) -> TaggedSentences:
         """Read a CoNLL file: one word per line with its tag in a column, an empty line between sentences.
 
-        IOB1 is converted to IOB2, and BILOU to BIOES. -DOCSTART- lines are skipped. See `Task.read`.
+        IOB1 is converted to IOB2, and BILOU and BMES to BIOES. See `bertfast.tasks.conll` and `Task.read`.
         """
-        sentences = list(self._sentences(Path(path), labelled))
-        if not sentences:
-            raise ValueError(f"{path} has no sentences: it must have one word and its tag per line")
-        words, tags = [words for words, *_ in sentences], [tags for _, tags, *_ in sentences]
-        numbers, lines = [number for *_, number, _ in sentences], [line for *_, line in sentences]
-        rows = Rows(path, numbers, lines, None, self.bad_rows)
-        if not all(map(len, tags)):
-            return TaggedSentences(words, None, rows)
-        scheme = detect_scheme(tags)
-        usable, converted = [], []
-        for row, sentence in enumerate(tags):
-            problem = tag_error(sentence, scheme)
-            if problem is not None:
-                rows.reject(row, problem)
-                continue
-            usable.append(row)
-            converted.append(iob1_to_iob2(sentence) if scheme == "IOB1" else list(map(bioes_tag, sentence)))
-        return replace(TaggedSentences(words, None, rows).select(usable), tags=converted)
+        words, tags, numbers, lines = [], [], [], []
+        column = self.settings.columns.tag_column
+        for sentence in read_sentences(Path(path), column, self.bad_rows, labelled=labelled):
+            words.append(sentence.words)
+            tags.append(sentence.tags)
+            numbers.append(sentence.number)
+            lines.append(sentence.line)
+        if not words:
+            raise ValueError(f"{path} has no usable sentences: it must have one word and its tag per line")
+        if len(words) == 1 and len(words[0]) > _LONG_SENTENCE:
+            logger.warning(
+                "%s holds one sentence of %d words: put an empty line between sentences", path, len(words[0])
+            )
+        rows = Rows(path, numbers, lines, bad=self.bad_rows)
+        known = [sentence for sentence in tags if sentence is not None]
+        if len(known) < len(tags):
+            if known:
+                logger.warning("no metrics, as %d of %d sentences in %s have tags", len(known), len(tags), path)
+            return TaggedSentences(words, None, rows, labelled)
+        scheme = detect_scheme(known)
+        examples = TaggedSentences(words, known, rows, labelled).usable(tag_error(one, scheme) for one in known)
+        for one in examples.tags or []:
+            one[:] = converted(one, scheme)
+        return examples
+
+    def read_chunks(self, path: str) -> Iterator[TaggedSentences]:
+        """Yield the sentences of a file in parts; see `Task.read_chunks`."""
+        column = self.settings.columns.tag_column
+        sentences = read_sentences(Path(path), column, self.bad_rows, labelled=False)
+        while chunk := list(islice(sentences, ROWS_PER_CHUNK)):
+            words, _, numbers, lines = map(list, zip(*chunk, strict=True))
+            yield TaggedSentences(words, None, Rows(path, numbers, lines, bad=self.bad_rows))
+        if self.bad_rows.skipped:  # after the last part
+            yield TaggedSentences([], None, Rows(path, [], [], bad=self.bad_rows))
 
     def label_config(self, examples: TaggedSentences) -> dict[str, Any]:
         """Return the number of tags and their names, O first."""
@@ -126,31 +170,31 @@ class TokenClassificationTask(Task[TaggedSentences]):
             The sentences with segments, and the features. Labels are int64 [T], -100 except at the first token of each
             word. `num_truncated` counts words that are longer than a sequence.
         """
-        special, ids_of_tags = special_tokens(tokenizer), label_to_id(self.config)
+        ids_of_tags = self._ids_of_tags
         if examples.tags is not None:
-            tags_of_rows, rows = enumerate(examples.tags), examples.rows
-            examples = examples.select([row for row, tags in tags_of_rows if _are_known(tags, ids_of_tags, rows, row)])
+            examples = examples.usable(_unknown_tag(tags, ids_of_tags) for tags in examples.tags)
+        if not examples:
+            raise ValueError(f"{examples.rows.file} has no usable sentences")
         room = max_length - 2  # for tokens between [CLS] and [SEP]
-        token_ids: list[int] = []
-        lengths: list[int] = []
+        special = special_tokens(tokenizer)
+        token_ids: list[np.ndarray] = []  # of each sequence
         labels: list[np.ndarray] = []
         segments: list[Segment] = []
         num_truncated = 0
-        encodings = tokenizer.encode_batch(examples.words, is_pretokenized=True, add_special_tokens=False)
-        for sentence, encoding in enumerate(encodings):
+        for sentence, encoding in enumerate(_encodings(examples.words, tokenizer)):
             for start, end, words, positions in _segments(encoding, room):
                 num_truncated += end - start > room
                 end = min(end, start + room)
-                token_ids += [special.cls, *encoding.ids[start:end], special.sep]
-                lengths.append(end - start + 2)
+                token_ids.append(np.array([special.cls, *encoding.ids[start:end], special.sep], np.int32))
                 segments.append(Segment(sentence, words, positions))
                 if examples.tags is not None:
-                    targets = np.full(lengths[-1], IGNORE_INDEX, np.int64)
+                    targets = np.full(len(token_ids[-1]), IGNORE_INDEX, np.int64)
                     targets[positions] = [ids_of_tags[examples.tags[sentence][word]] for word in words]
                     labels.append(targets)
+        lengths = [*map(len, token_ids)]
         features = Features(
-            np.array(token_ids, np.int32),
-            np.zeros(len(token_ids), np.uint8),
+            np.concatenate(token_ids),
+            np.zeros(sum(lengths), np.uint8),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             num_truncated,
             {"labels": np.concatenate(labels)} if labels else {},
@@ -173,42 +217,39 @@ class TokenClassificationTask(Task[TaggedSentences]):
 
     def predictions(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"words", "tags", "entities": [{"type", "text", "start", "end"}]}, positions in words."""
+        marks_entities = self.marks_entities
         for words, tags in zip(examples.words, self._predicted_tags(examples, outputs), strict=True):
             found = [
                 {"type": kind, "text": " ".join(words[start:end]), "start": start, "end": end}
-                for kind, start, end in entities(tags)
+                for kind, start, end in (entities(tags) if marks_entities else ())
             ]
             yield {"words": words, "tags": tags, "entities": found}
 
     def compute_metrics(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> dict[str, float]:
-        """Compute precision, recall and F1 of whole entities as conlleval does, and the accuracy of words' tags."""
+        """Compute the accuracy of words' tags and their mean cross-entropy in nats; where tags mark entities, also
+        precision, recall and F1 of whole entities as conlleval does."""
         if examples.tags is None:
             return {}
-        predicted = self._predicted_tags(examples, outputs)
-        gold_entities, predicted_entities = (
-            [{*entities(tags)} for tags in sentences] for sentences in (examples.tags, predicted)
-        )
-        num_correct = sum(len(a & b) for a, b in zip(gold_entities, predicted_entities, strict=True))
-        precision, recall = (
-            num_correct / max(sum(map(len, sentences)), 1) for sentences in (predicted_entities, gold_entities)
-        )
+        predicted, ids = self._predicted_tags(examples, outputs), self._ids_of_tags
         pairs = zip(examples.tags, predicted, strict=True)
-        return {
-            "precision": precision,
-            "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if num_correct else 0.0,
-            "accuracy": float(np.mean([a == b for gold, tags in pairs for a, b in zip(gold, tags, strict=True)])),
-        }
+        correct = [ids[a] == ids[b] for gold, tags in pairs for a, b in zip(gold, tags, strict=True)]
+        labels = np.split(features.labels["labels"], features.cu_seqlens[1:-1])
+        values = {"accuracy": float(np.mean(correct)), "loss": task_metrics.mean_cross_entropy(outputs, labels)}
+        return values | (_entity_metrics(examples.tags, predicted) if self.marks_entities else {})
 
     def write_predictions(
         self, folder: Path, split: str, examples: TaggedSentences, features: Features, outputs: Outputs
     ) -> None:
-        """Write predictions_SPLIT.conll: word, true tag if known, and predicted tag."""
-        lines = []
-        for row, (words, predicted) in enumerate(
-            zip(examples.words, self._predicted_tags(examples, outputs), strict=True)
+        """Write predictions_SPLIT.conll: word, true tag if known, predicted tag; comments for skipped sentences."""
+        gold: Sequence[list[str] | None] = examples.tags or [None] * len(examples)
+        lines: list[str] = []
+        for number, _, value in examples.rows.aligned(
+            zip(examples.words, gold, self._predicted_tags(examples, outputs), strict=True)
         ):
-            columns = [words, *([] if examples.tags is None else [examples.tags[row]]), predicted]
+            if isinstance(value, Skipped):
+                lines += [f"# skipped sentence {number}: {value.problem}", ""]
+                continue
+            columns = [column for column in value if column is not None]
             lines += ["\t".join(line) for line in zip(*columns, strict=True)] + [""]
         write_atomically(folder / f"predictions_{split}.conll", "\n".join(lines) + "\n")
 
@@ -218,7 +259,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
         """Return the confusion matrix of words' tags; see `Task.confusion_matrix`."""
         if examples.tags is None:
             return None
-        ids_of_tags = label_to_id(self.config)
+        ids_of_tags = self._ids_of_tags
         gold, predicted = (
             np.array([ids_of_tags[tag] for tags in sentences for tag in tags])
             for sentences in (examples.tags, self._predicted_tags(examples, outputs))
@@ -227,61 +268,59 @@ class TokenClassificationTask(Task[TaggedSentences]):
         return names, task_metrics.confusion_matrix(gold, predicted, len(names))
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TaggedSentences:
-        """Parse one sentence per line, words separated by white space."""
+        """Parse one sentence per line, words separated by spaces."""
         rows = Rows.of_input(len(lines), first_row, self.bad_rows)
-        return TaggedSentences([line.split() for line in lines], None, rows)
+        return TaggedSentences([split_words(line) for line in lines], None, rows)
 
-    def _sentences(self, path: Path, labelled: bool) -> Iterator[tuple[list[str], list[str], int, int]]:
-        """Yield (words, tags, row number, first line) of each sentence; tags are empty if any is missing."""
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        words, tags, row, first, problem, column = [], [], 1, 0, None, self.settings.columns.tag_column
-        for number, line in (*read_lines(path), (0, "")):  # an empty line after the last sentence
-            _require_conll(path, number, line)
-            fields = line.split()
-            if fields and fields[0] != DOCUMENT_START:
-                first = first or number
-                words.append(fields[0])
-                if len(fields) > 1 and -len(fields) <= column < len(fields):
-                    tags.append(fields[column])
-                elif labelled and problem is None:
-                    problem = f"{path}, line {number}: no tag in column {column} of {len(fields)}"
-                continue
-            if problem is not None:
-                self.bad_rows.add(problem, file=str(path), row=row)
-            elif words:
-                yield words, tags if len(tags) == len(words) else [], row, first
-            row += bool(words)
-            words, tags, first, problem = [], [], 0, None
+    @property
+    def _ids_of_tags(self) -> dict[str, int]:
+        """Ids of the model's tags by name; those of BILOU and BMES also by their BIOES equivalents."""
+        ids = label_to_id(self.config)
+        return {bioes_tag(tag): i for tag, i in ids.items()} | ids if self.marks_entities else ids
 
     def _predicted_tags(self, examples: TaggedSentences, outputs: Outputs) -> list[list[str]]:
-        """Return the predicted tag of each word; label 0 (O if there is an O) for words without a token."""
+        """Return the predicted tag of each word."""
         names = self.label_names
-        tags = [[names[0]] * len(words) for words in examples.words]
+        tags = [[""] * len(words) for words in examples.words]
         for (sentence, words, positions), logits in zip(examples.segments, outputs, strict=True):
             for word, label in zip(words.tolist(), logits[positions].argmax(1).tolist(), strict=True):
                 tags[sentence][word] = names[label]
         return tags
 
 
-def _are_known(tags: list[str], known: dict[str, int], rows: Rows, row: int) -> bool:
-    """Return whether all tags of a sentence are known; if not, it is a bad row."""
+def _unknown_tag(tags: list[str], known: dict[str, int]) -> str | None:
+    """Return what is wrong with the tags of a sentence if the model does not know one."""
     unknown = next((tag for tag in tags if tag not in known), None)
-    if unknown is not None:
-        rows.reject(row, f"unknown tag {unknown!r}; known tags: {', '.join(known)}")
-    return unknown is None
+    return None if unknown is None else f"unknown tag {unknown!r}; known tags: {', '.join(known)}"
 
 
-def _require_conll(path: Path, number: int, line: str) -> None:
-    """Raise ValueError if a line is from a table of texts, or its file is one, instead of one word per line."""
-    first, *others = line.rstrip("\r\n").split("\t")
-    is_table = path.name.endswith(tuple(set(SUFFIXES) - _TSV)) or ".json" in path.suffixes[-2:]
-    is_header = number == 1 and first in _HEADERS and bool(others)
-    if is_table or is_header or (others and " " in first.strip()):
-        raise ValueError(
-            f"{path}, line {number}: not a CoNLL file, which has one word and its tag per line and an empty line "
-            "between sentences: for a label per text use --task sequence-classification"
-        )
+def _entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Compute precision, recall and F1 of whole entities, given the true and the predicted tags of each sentence."""
+    gold_entities, predicted_entities = ([{*entities(tags)} for tags in sentences] for sentences in (gold, predicted))
+    num_correct = sum(len(a & b) for a, b in zip(gold_entities, predicted_entities, strict=True))
+    precision, recall = (
+        num_correct / max(sum(map(len, sentences)), 1) for sentences in (predicted_entities, gold_entities)
+    )
+    f1 = 2 * precision * recall / (precision + recall) if num_correct else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def _encodings(sentences: list[list[str]], tokenizer: Tokenizer) -> Iterator[Encoding]:
+    """Yield the tokens of each sentence, at least one for each word.
+
+    A word of which the tokenizer leaves nothing, such as a zero-width space, becomes an unknown token: so it has a tag.
+    """
+    unknown = tokenizer.id_to_token(special_tokens(tokenizer).unk)
+    for start in range(0, len(sentences), TOKENIZER_BATCH):
+        batch = sentences[start : start + TOKENIZER_BATCH]
+        encodings = tokenizer.encode_batch(batch, is_pretokenized=True, add_special_tokens=False)
+        for words, encoding in zip(batch, encodings, strict=True):
+            with_tokens = {*encoding.word_ids}
+            if len(with_tokens) == len(words):
+                yield encoding
+            else:
+                filled = [word if i in with_tokens else unknown for i, word in enumerate(words)]
+                yield tokenizer.encode(filled, is_pretokenized=True, add_special_tokens=False)
 
 
 def _segments(encoding: Encoding, room: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:

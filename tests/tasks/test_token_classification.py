@@ -40,6 +40,8 @@ def write(path: Path, *sentences: str) -> str:
         ("I-PER I-PER O I-LOC", [Entity("PER", 0, 2), Entity("LOC", 3, 4)]),
         ("S-PER B-LOC I-LOC E-LOC E-PER", [Entity("PER", 0, 1), Entity("LOC", 1, 4), Entity("PER", 4, 5)]),
         ("S-PER S-PER", [Entity("PER", 0, 1), Entity("PER", 1, 2)]),
+        ("U-PER B-LOC L-LOC O B-PER M-PER E-PER", [Entity("PER", 0, 1), Entity("LOC", 1, 3), Entity("PER", 4, 7)]),
+        ("B I O B", [Entity("", 0, 2), Entity("", 3, 4)]),  # entities of one type
         ("O O", []),
         ("NOUN VERB", []),
     ],
@@ -56,7 +58,11 @@ def test_entities_are_found_in_tags(tags, found):
         (["B-PER I-PER O", "I-LOC"], "IOB2"),
         (["S-PER O", "B-PER E-PER"], "BIOES"),
         (["U-PER O", "B-PER L-PER"], "BIOES"),
+        (["B-PER M-PER E-PER O", "S-LOC"], "BIOES"),
+        (["B I O"], "IOB2"),
+        (["B-PER I-PER PER O O O"], "IOB2"),  # most tags
         (["NOUN VERB"], None),
+        (["NOUN M VERB", "NOUN B"], None),
         (["O O"], None),
     ],
 )
@@ -85,6 +91,8 @@ def test_iob1_is_converted_to_iob2():
         ("S-PER E-PER", "BIOES", "'E-PER' after 'S-PER'"),
         ("B-PER I-PER O B-LOC", "IOB2", None),
         ("B-PER I-PER E-PER S-LOC O", "BIOES", None),
+        ("B-PER PER", "IOB2", "'PER' is neither O nor begins with B- or I-"),
+        ("I-PER PER", "IOB1", "'PER' is neither O nor begins with B- or I-"),
         ("NOUN VERB", None, None),
     ],
 )
@@ -130,7 +138,7 @@ def test_columns_of_a_tsv_are_read_as_words_and_tags(tmp_path):
 
 def test_bad_sentences_are_reported_or_skipped(tmp_path):
     path = write(tmp_path / "a.conll", "Ann/B-PER", "Bob/O Rome/I-LOC", "lives", "Rome/B-LOC")
-    with pytest.raises(ValueError, match=r"a\.conll, line 6: no tag in column -1 of 1"):
+    with pytest.raises(ValueError, match=r"a\.conll, line 6: 1 column where most lines have 2"):
         task_for().read(path, labelled=True)
     task = task_for(on_bad_rows="skip")
     assert task.read(path, labelled=True).words == [["Ann"], ["Rome"]]
@@ -186,14 +194,90 @@ def test_word_longer_than_a_sequence_is_truncated(tokenizer):
     assert (features.lengths <= 4).all()
 
 
-def test_word_without_tokens_is_predicted_as_outside(tokenizer):
+def test_word_without_tokens_has_a_predicted_tag(tokenizer, tmp_path):
     task = task_for()
-    examples, features = task.featurize(task.parse_lines(["ann \u200b rome", ""]), tokenizer, 16)
-    outputs = outputs_for(task, examples, features, [["B-PER", "B-LOC", "B-LOC"], []])
-    assert [prediction["tags"] for prediction in task.predictions(examples, features, outputs)] == [
-        ["B-PER", "O", "B-LOC"],
-        [],
+    sentences = task.parse_lines(["ann \u200b rome", "", "\u00a0"])
+    assert sentences.words == [["ann", "\u200b", "rome"], [], ["\u00a0"]]
+    examples, features = task.featurize(sentences, tokenizer, 16)
+    tags = [["B-PER", "I-PER", "B-LOC"], [], ["B-LOC"]]
+    outputs = outputs_for(task, examples, features, tags)
+    assert [prediction["tags"] for prediction in task.predictions(examples, features, outputs)] == tags
+    path = write(tmp_path / "a.conll", "ann/B-PER \x01/I-PER rome/B-LOC")
+    _, features = task.featurize(task.read(path, labelled=True), tokenizer, 16)
+    labels = features.labels["labels"]
+    assert [NAMES[label] for label in labels[labels >= 0]] == ["B-PER", "I-PER", "B-LOC"]
+
+
+def test_parts_of_speech_are_measured_by_accuracy_and_loss(tokenizer, tmp_path):
+    """F1 of entities is 0 with every model where tags mark none, so that it cannot choose the best one."""
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path=""))
+    examples = task.read(write(tmp_path / "pos.conll", "ann/NOUN lives/VERB", "rome/NOUN"), labelled=True)
+    task.set_config(BertConfig(**task.label_config(examples)))
+    assert task.metrics == ("accuracy", "loss")
+    examples, features = task.featurize(examples, tokenizer, 16)
+    outputs = [np.tile([2.0, 0.0], (length, 1)) for length in features.lengths]  # NOUN everywhere
+    measured = task.compute_metrics(examples, features, outputs)
+    expected = (2 * np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 3
+    assert measured == {"accuracy": pytest.approx(2 / 3), "loss": pytest.approx(expected)}
+    assert next(task.predictions(examples, features, outputs))["entities"] == []
+
+
+def test_tags_of_a_model_in_another_scheme_are_found(tokenizer, tmp_path):
+    task = task_for()
+    task.set_config(BertConfig(id2label=dict(enumerate(["O", "U-PER", "B-PER", "L-PER"]))))
+    path = write(tmp_path / "a.conll", "ann/U-PER lives/O new/B-PER york/L-PER")
+    examples, features = task.featurize(task.read(path, labelled=True), tokenizer, 16)
+    assert features.labels["labels"].tolist() == [-100, 1, 0, 2, 3, -100]
+    outputs = [np.eye(4)[np.maximum(features.labels["labels"], 0)]]
+    measured = task.compute_metrics(examples, features, outputs)
+    assert (measured["f1"], measured["accuracy"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("tags", "warns"),
+    [
+        ("B-PER/O", False),
+        ("_/_", False),
+        ("B-PER/_", True),
+        ("B-PER/B-ORG", True),
+        ("B-PER/I-LOC", True),
+        ("O/PER", True),
+    ],
+)
+def test_tags_of_files_to_predict_are_optional(tags, warns, tokenizer, tmp_path, caplog):
+    """Tags that are missing, unknown or malformed never cost a prediction; metrics need all of them."""
+    task = task_for()
+    first, second = tags.split("/")
+    examples = task.read(write(tmp_path / "a.conll", f"ann/{first} bob/O", f"rome/{second} x/O"), labelled=False)
+    examples, features = task.featurize(examples, tokenizer, 16)
+    assert len(features) == len(examples) == 2
+    outputs = outputs_for(task, examples, features, [["O", "O"], ["O", "O"]])
+    assert ("accuracy" in task.compute_metrics(examples, features, outputs)) == (tags == "B-PER/O")
+    assert ("no metrics" in caplog.text) == warns
+    assert task.bad_rows.count == 0
+
+
+def test_skipped_sentences_are_marked_in_predictions(tokenizer, tmp_path):
+    path = write(
+        tmp_path / "a.conll", "ann/x/B-PER", "bob/O rome/y/I-LOC", "rome/O", "x/y/B-ORG/O", "bob/O", "ann/O/O/O"
+    )
+    task = task_for(on_bad_rows="skip")
+    examples, features = task.featurize(task.read(path, labelled=False), tokenizer, 16)
+    assert examples.rows.numbers == [3, 5]
+    task.write_predictions(tmp_path, "test", examples, features, outputs_for(task, examples, features, [["O"], ["O"]]))
+    written = [line for line in (tmp_path / "predictions_test.conll").read_text().splitlines() if line]
+    assert [line.split(":")[0] for line in written] == [
+        "# skipped sentence 1",
+        "# skipped sentence 2",
+        "rome\tO\tO",
+        "# skipped sentence 4",
+        "bob\tO\tO",
+        "# skipped sentence 6",
     ]
+    task = task_for(on_bad_rows="skip")
+    chunks = list(task.read_chunks(path))
+    assert [sentence for chunk in chunks for sentence in chunk.words] == [["rome"], ["bob"]]
+    assert [*task.bad_rows.skipped[path]] == [1, 2, 4, 6]
 
 
 def test_wnut_has_the_published_number_of_sentences(shared_data):
