@@ -8,49 +8,37 @@ Shapes: W windows (one sequence each), T packed tokens.
 
 from __future__ import annotations
 
-import gzip
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
-from bertfast.tasks.rows import Rows
+from bertfast.tasks.rows import Rows, Skipped
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.squad import LINE_EXAMPLE, Question, read_questions
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
-from bertfast.tasks.task import Outputs, Prediction, Task, json_lines
+from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines
 
 UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
-_LINE_EXAMPLE = '{"question": "…", "context": "…"}'
+_QUESTIONS_PER_BATCH = 2000  # tokenized at a time, which bounds memory; a context's tokens are shared within a batch
 
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a context.
-
-    Attributes:
-        id: Identifier in the file.
-        question: The question.
-        context: The text that may contain the answer.
-        answers: Gold answers as (text, start in the context in characters); empty: unknown, or unanswerable.
-    """
-
-    id: str
-    question: str
-    context: str
-    answers: tuple[tuple[str, int], ...] = ()
+logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +64,14 @@ class Questions:
 
     Attributes:
         questions: The questions.
+        rows: Where each question comes from.
         labelled: Whether the gold answers are known.
-        rows: The rows that the questions come from; a question is a row.
         windows: One for each sequence of the features; those of a question are adjacent.
     """
 
     questions: list[Question]
-    labelled: bool
     rows: Rows
+    labelled: bool
     windows: list[Window] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -104,35 +92,30 @@ class QuestionAnsweringTask(Task[Questions]):
 
     model_class = BertForQuestionAnswering
     head_prefix = "qa_outputs."
-    metrics = ("f1", "exact_match")
+    metrics = ("f1", "exact_match", "loss")
 
     def __init__(self, settings: TaskSettings):
         super().__init__(settings)
         self.options = settings.question_answering
 
     def read(self, path: str, *, labelled: bool) -> Questions:
-        """Read a file in SQuAD's format, optionally compressed by gzip; see `Task.read`."""
-        questions, numbers, has_answers = [], [], labelled
-        for row, (entry, context) in enumerate(_entries(Path(path)), 1):
-            answers = tuple((answer["text"], answer["answer_start"]) for answer in entry.get("answers", []))
-            misplaced = next((text for text, start in answers if context[start : start + len(text)] != text), None)
-            if misplaced is not None:
-                problem = f"the answer {misplaced!r} is not in the context at its answer_start"
-                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}", file=path, row=row, row_id=entry["id"])
-            elif labelled and not answers and not entry.get("is_impossible"):
-                problem = "there is no answer, but is_impossible is not true"
-                self.bad_rows.add(f"{path}, question {entry['id']}: {problem}", file=path, row=row, row_id=entry["id"])
-            else:
-                has_answers |= bool(answers)
-                questions.append(Question(entry["id"], entry["question"], context, answers))
-                numbers.append(row)
+        """Read a file of questions; see `bertfast.tasks.squad` for its formats, and `Task.read`."""
+        questions, rows, known = read_questions(Path(path), self.bad_rows, labelled=labelled)
         if not questions:
             raise ValueError(f"{path} has no usable questions")
-        rows = Rows(path, numbers, None, [question.id for question in questions], self.bad_rows)
-        return Questions(questions, has_answers, rows)
+        return Questions(questions, rows, known)
+
+    def read_chunks(self, path: str) -> Iterator[Questions]:
+        """Yield the questions of a file in parts; see `Task.read_chunks`."""
+        questions, rows, _ = read_questions(Path(path), self.bad_rows, labelled=False)
+        for start in range(0, max(len(questions), 1), ROWS_PER_CHUNK):
+            part = slice(start, start + ROWS_PER_CHUNK)
+            yield Questions(questions[part], rows.select(range(len(questions))[part]), False)
 
     def label_config(self, examples: Questions) -> dict[str, Any]:
         """Return whether there are unanswerable questions."""
+        if not any(question.answers for question in examples.questions):
+            raise ValueError(f"no question in {examples.rows.file} has an answer, so there is nothing to learn")
         return {UNANSWERABLE: any(not question.answers for question in examples.questions)}
 
     def featurize(self, examples: Questions, tokenizer: Tokenizer, max_length: int) -> tuple[Questions, Features]:
@@ -140,35 +123,38 @@ class QuestionAnsweringTask(Task[Questions]):
 
         Returns:
             The questions with windows, and the features. Labels are the first and last token of the answer, int64 [W],
-            or 0 ([CLS]) in windows that do not contain it whole.
+            or 0 ([CLS]) in windows that do not contain it whole; -100 if the answer has no tokens.
         """
-        texts = list(dict.fromkeys(text for q in examples.questions for text in (q.question, q.context)))
-        encodings = dict(zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True))
         special = special_tokens(tokenizer)
+        max_query_length = min(self.options.max_query_length, max_length // 2)
         windows: list[Window] = []
-        sequences: list[tuple[list[int], list[int]]] = []  # of each window: question and context, with special tokens
+        parts: list[np.ndarray] = []  # token ids of each window's question and context, with special tokens
         answers: list[tuple[int, int]] = []
-        for index, question in enumerate(examples.questions):
-            max_query_length = min(self.options.max_query_length, max_length // 2)
-            prefix = [special.cls, *encodings[question.question].ids[:max_query_length], special.sep]
-            context = encodings[question.context]
-            spans, added = self._windows(index, context, len(prefix), max_length)
+        num_cut = num_not_whole = 0
+        for index, (question, query, context) in enumerate(_tokenized(examples.questions, tokenizer)):
+            num_cut += len(query.ids) > max_query_length
+            prefix = np.array([special.cls, *query.ids[:max_query_length], special.sep], np.int32)
+            spans, added = self._windows(index, context.offsets, len(prefix), max_length)
             windows += added
-            sequences += [(prefix, [*context.ids[first:last], special.sep]) for first, last in spans]
+            for first, last in spans:
+                parts += [prefix, np.append(context.ids[first:last], np.int32(special.sep))]
             gold = question.answers[0] if examples.labelled and question.answers else None
-            answers += _answer_positions(gold, context, spans, len(prefix))
+            positions = _answer_positions(gold, context.offsets, spans, len(prefix))
+            num_not_whole += gold is not None and not any(start > 0 for start, _ in positions)
+            answers += positions
+        if num_cut:
+            logger.warning("%d questions are cut to %d tokens (--max-query-length)", num_cut, max_query_length)
+        if num_not_whole:
+            logger.warning("%d answers are whole in no window: raise --max-seq-length", num_not_whole)
         labels = {}
         if examples.labelled:
             starts, ends = np.array(answers, np.int64).T
             labels = {"start_positions": starts, "end_positions": ends}
-        # Both parts of all sequences in order, [2 W]; their types alternate.
-        parts = [part for pair in sequences for part in pair]
-        types = np.tile(np.array([0, 1], np.uint8), len(sequences))
-        lengths = [len(first) + len(second) for first, second in sequences]
+        lengths = np.array([len(part) for part in parts], np.int64)
         features = Features(
-            np.array([token for part in parts for token in part], np.int32),
-            np.repeat(types, [len(part) for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.concatenate(parts),
+            np.repeat(np.tile(np.array([0, 1], np.uint8), len(windows)), lengths),
+            np.concatenate([[0], np.cumsum(lengths)[1::2]]).astype(np.int64),
             labels=labels,
         )
         return replace(examples, windows=windows), features
@@ -192,8 +178,8 @@ class QuestionAnsweringTask(Task[Questions]):
             yield {"answer": answer.text, "score": float(probabilities[index]), "start": answer.start}
 
     def compute_metrics(self, examples: Questions, features: Features, outputs: Outputs) -> dict[str, float]:
-        """Compute exact_match and f1 in percent; if there are unanswerable questions, also HasAns_*, NoAns_* and the
-        best threshold on the no-answer score."""
+        """Compute exact_match and f1 in percent, and the loss of windows in nats; if there are unanswerable questions,
+        also HasAns_*, NoAns_* and the best threshold on the no-answer score."""
         if not examples.labelled:
             return {}
         candidates = list(self._candidates(examples, outputs))
@@ -207,47 +193,61 @@ class QuestionAnsweringTask(Task[Questions]):
             best_f1 = np.array([answer_scores(best[0].text, answers)[1] for (best, _), answers in pairs])
             differences = np.array([null.score - best[0].score for best, null in candidates])
             values |= best_threshold(best_f1, unanswerable, differences)
+        targets = np.stack([features.labels["start_positions"], features.labels["end_positions"]], 1)
+        values["loss"] = task_metrics.mean_cross_entropy((logits.T for logits in outputs), targets)
         return {name: float(value) for name, value in values.items()}
 
     def write_predictions(
         self, folder: Path, split: str, examples: Questions, features: Features, outputs: Outputs
     ) -> None:
         """Write predictions_SPLIT.json for the official scripts, nbest_SPLIT.json and, if the model may predict no
-        answer, null_odds_SPLIT.json."""
-        answers, n_best, null_odds = {}, {}, {}
-        for question, (best, null) in zip(examples.questions, self._candidates(examples, outputs), strict=True):
-            answers[question.id] = self._choose(best, null)[0].text
+        answer, null_odds_SPLIT.json.
+
+        A skipped question has the answer "" and no candidates; skipped_SPLIT.json says why it was skipped.
+        """
+        answers: dict[str, str] = {}
+        n_best: dict[str, list[dict[str, object]]] = {}
+        null_odds: dict[str, float] = {}
+        skipped = []
+        for row, question_id, value in examples.rows.aligned(self._candidates(examples, outputs)):
+            if isinstance(value, Skipped):
+                skipped.append({"row": row, "id": question_id, "skipped": value.problem})
+                if question_id is not None and question_id not in answers:
+                    answers[question_id], n_best[question_id] = "", []
+                continue
+            best, null = value
+            answers[question_id] = self._choose(best, null)[0].text
             considered = [*best, *([null] if self._may_abstain else [])]
             considered.sort(key=lambda candidate: -candidate.score)
             probabilities = softmax(np.array([candidate.score for candidate in considered]))
-            n_best[question.id] = [
+            n_best[question_id] = [
                 {"text": candidate.text, "probability": float(p), "score": candidate.score, "start": candidate.start}
                 for candidate, p in zip(considered, probabilities, strict=True)
             ]
-            null_odds[question.id] = null.score - best[0].score
-        files = {"predictions": answers, "nbest": n_best} | ({"null_odds": null_odds} if self._may_abstain else {})
+            null_odds[question_id] = null.score - best[0].score
+        files: dict[str, object] = {"predictions": answers, "nbest": n_best}
+        files |= ({"null_odds": null_odds} if self._may_abstain else {}) | ({"skipped": skipped} if skipped else {})
         for name, values in files.items():
             text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
             write_atomically(folder / f"{name}_{split}.json", text)
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> Questions:
         """Parse one JSON object per line."""
-        required = ("question", str), ("context", str)
-        entries, rows = json_lines(lines, first_row, _LINE_EXAMPLE, self.bad_rows, *required)
-        numbered = zip(rows.numbers, entries, strict=True)
-        return Questions(
-            [Question(str(row), entry["question"], entry["context"]) for row, entry in numbered], False, rows
-        )
+        required = (("question", str), ("context", str))
+        objects, rows = json_lines(lines, first_row, LINE_EXAMPLE, self.bad_rows, *required)
+        ids = [str(row["id"]) if row.get("id") is not None else None for row in objects]
+        if any(ids):
+            rows = replace(rows, ids=ids)
+        return Questions([Question("", row["question"], row["context"]) for row in objects], rows, False)
 
     @property
     def _may_abstain(self) -> bool:
         return bool(getattr(self.config, UNANSWERABLE, False))
 
     def _windows(
-        self, question: int, context: Encoding, prefix: int, max_length: int
+        self, question: int, offsets: np.ndarray, prefix: int, max_length: int
     ) -> tuple[list[tuple[int, int]], list[Window]]:
         """Return the windows of one question's context, as (first, end) tokens and as `Window`."""
-        offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
         room = max_length - prefix - 1  # for tokens of the context, before the last [SEP]
         spans = _window_spans(len(offsets), room, min(self.options.doc_stride, room))
         best = _max_context_windows(spans, len(offsets))
@@ -302,20 +302,24 @@ class QuestionAnsweringTask(Task[Questions]):
         return candidates
 
 
-def _entries(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (entry of `qas`, context) of a file in SQuAD's format."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            data = json.load(file)["data"]
-        for article in data:
-            for paragraph in article["paragraphs"]:
-                for entry in paragraph["qas"]:
-                    yield entry, paragraph["context"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not in SQuAD's format, {{'data': [{{'paragraphs': …}}]}}: {error!r}") from None
+class _Tokens(NamedTuple):
+    """Token ids, int32 [n], and their start and end in characters, int64 [n, 2]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+
+def _tokenized(questions: list[Question], tokenizer: Tokenizer) -> Iterator[tuple[Question, _Tokens, _Tokens]]:
+    """Yield each question with the tokens of the question and of its context."""
+    for start in range(0, len(questions), _QUESTIONS_PER_BATCH):
+        batch = questions[start : start + _QUESTIONS_PER_BATCH]
+        texts = list(dict.fromkeys(text for one in batch for text in (one.question, one.context)))
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        tokens = {
+            text: _Tokens(np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for text, encoding in zip(texts, encodings, strict=True)
+        }
+        yield from ((one, tokens[one.question], tokens[one.context]) for one in batch)
 
 
 def _window_spans(num_tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
@@ -356,13 +360,21 @@ def _max_context_windows(spans: list[tuple[int, int]], num_tokens: int) -> np.nd
 
 
 def _answer_positions(
-    answer: tuple[str, int] | None, context: Encoding, spans: list[tuple[int, int]], prefix: int
+    answer: tuple[str, int] | None, offsets: np.ndarray, spans: list[tuple[int, int]], prefix: int
 ) -> list[tuple[int, int]]:
-    """Return the answer's first and last position in each window's sequence, (0, 0) if it is not whole in it."""
-    offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
-    tokens = None if answer is None else _token_span(offsets, answer)
-    if tokens is None:
+    """Return the answer's first and last position in each window's sequence, (0, 0) if it is not whole in it.
+
+    Args:
+        answer: Text and start in characters; None: there is no answer.
+        offsets: int64 [n, 2], start and end in characters of the context's tokens.
+        spans: First and end token of each window.
+        prefix: Tokens before the context.
+    """
+    if answer is None:
         return [(0, 0)] * len(spans)
+    tokens = _token_span(offsets, answer)
+    if tokens is None:  # such as an answer of control characters
+        return [(IGNORE_INDEX, IGNORE_INDEX)] * len(spans)
     start, end = tokens
     return [
         (start - first + prefix, end - first + prefix) if first <= start and end < last else (0, 0)

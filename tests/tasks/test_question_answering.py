@@ -104,7 +104,7 @@ def test_answers_are_substrings_of_the_context(tokenizer, tmp_path):
     context = "WAA  wab, Wac-wad"
     task = task_for()
     path = write(tmp_path / "a.json", context, entry("1", ("wab, Wac", 5)), entry("2", ("Wad", 14), ("wad", 14)))
-    with pytest.raises(ValueError, match=r"question 2: the answer 'Wad' is not in the context at its answer_start"):
+    with pytest.raises(ValueError, match=r"question 2 \('2'\): the answer 'Wad' is not in the context at its"):
         task.read(path, labelled=True)
     task = task_for(on_bad_rows="skip", n_best=3)
     questions, features = task.featurize(task.read(path, labelled=True), tokenizer, 32)
@@ -113,9 +113,12 @@ def test_answers_are_substrings_of_the_context(tokenizer, tmp_path):
     outputs = [logits(window, 5, 13)]
     [answer] = task.predictions(questions, features, outputs)
     assert (answer["answer"], answer["start"]) == ("wab, Wac", 5)
-    assert task.compute_metrics(questions, features, outputs) == {"exact_match": 100, "f1": 100}
+    measured = task.compute_metrics(questions, features, outputs)
+    assert (measured["exact_match"], measured["f1"]) == (100, 100)
+    others = features.lengths[0] - 1  # tokens with logit 0; that of the right one is 5, at the start and at the end
+    assert measured["loss"] == pytest.approx(np.log(np.exp(5) + others) - 5)
     task.write_predictions(tmp_path, "dev", questions, features, outputs)
-    assert json.loads((tmp_path / "predictions_dev.json").read_text()) == {"1": "wab, Wac"}
+    assert json.loads((tmp_path / "predictions_dev.json").read_text()) == {"1": "wab, Wac", "2": ""}
     best = json.loads((tmp_path / "nbest_dev.json").read_text())["1"]
     assert len(best) == 3
     assert best[0]["text"] == "wab, Wac"
@@ -163,16 +166,66 @@ def test_unanswerable_questions_are_predicted_and_measured(tokenizer, tmp_path):
     assert odds == {"1": -10.0, "2": 10.0, "3": -2.0}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("[]", "is not in SQuAD's format"), ('{"data": [{"paragraphs": 3}]}', "SQuAD's format"), ("{", "SQuAD's format")],
-)
-def test_malformed_files_raise(text, message, tmp_path):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        task_for().read(str(tmp_path / "a.json"), labelled=True)
-    with pytest.raises(ValueError, match=r"question 1: there is no answer, but is_impossible is not true"):
-        task_for().read(write(tmp_path / "b.json", "waa", entry("1")), labelled=True)
+def test_questions_that_are_skipped_are_in_the_outputs(tokenizer, tmp_path):
+    entries = [entry("1", question=""), entry("2", ("wab", 4)), entry(None), entry("2"), entry("5", ("x", 0))]
+    path = write(tmp_path / "a.json", "waa wab", *entries)
+    task = task_for(on_bad_rows="skip")
+    questions, features = task.featurize(task.read(path, labelled=False), tokenizer, 32)
+    assert ([question.id for question in questions.questions], questions.rows.numbers) == (["2", "5"], [2, 5])
+    outputs = [logits(window, 4, 7) for window in questions.windows]
+    assert task.compute_metrics(questions, features, outputs) == {}  # the answer of 5 is wrong
+    task.write_predictions(tmp_path, "test", questions, features, outputs)
+    assert json.loads((tmp_path / "predictions_test.json").read_text()) == {"1": "", "2": "wab", "5": "wab"}
+    assert json.loads((tmp_path / "nbest_test.json").read_text())["1"] == []
+    skipped = json.loads((tmp_path / "skipped_test.json").read_text())
+    assert [(one["row"], one["id"]) for one in skipped] == [(1, "1"), (3, None), (4, "2")]
+    assert skipped[0]["skipped"] == f"{path}, question 1 ('1'): it has no question"
+    task = task_for(on_bad_rows="skip")
+    [chunk] = task.read_chunks(path)
+    assert (len(chunk), [*task.bad_rows.skipped[path]]) == (2, [1, 3, 4])
+
+
+def test_lines_of_standard_input_keep_their_numbers_and_ids(tokenizer):
+    task = task_for(on_bad_rows="skip")
+    lines = [asked("waa"), "", '{"question": "who", "context": null}', json.dumps({"id": 7} | json.loads(asked("wab")))]
+    questions, features = task.featurize(task.parse_lines(lines, 11), tokenizer, 32)
+    rows = questions.rows.aligned(task.predictions(questions, features, [logits(w, 0, 3) for w in questions.windows]))
+    found = [(row, row_id, getattr(value, "problem", None) or value["answer"]) for row, row_id, value in rows]
+    assert [row for row, _, _ in found] == [11, 12, 13, 14]
+    assert (found[0][1:], found[3][1:]) == ((None, "waa"), ("7", "wab"))
+    assert "standard input, line 13" in found[2][2]
+
+
+def test_question_without_context_has_an_empty_answer(tokenizer):
+    task = task_for()
+    questions, features = task.featurize(task.parse_lines([asked(""), asked("\u200b"), asked("waa")]), tokenizer, 32)
+    assert len(features) == 3
+    outputs = [np.ones((length, 2), np.float32) for length in features.lengths]
+    assert [answer["answer"] for answer in task.predictions(questions, features, outputs)] == ["", "", "waa"]
+
+
+def test_what_is_cut_is_reported(tokenizer, tmp_path, caplog):
+    context = " ".join(WORDS)
+    long_answer = " ".join(WORDS[:30])
+    entries = [entry("1", (long_answer, 0), question="who " * 9), entry("2", (WORDS[1], context.index(WORDS[1])))]
+    task = task_for(max_query_length=4)
+    _, features = task.featurize(task.read(write(tmp_path / "a.json", context, *entries), labelled=True), tokenizer, 24)
+    assert (features.lengths <= 24).all()
+    assert "1 questions are cut to 4 tokens (--max-query-length)" in caplog.text
+    assert "1 answers are whole in no window: raise --max-seq-length" in caplog.text
+
+
+def test_answer_without_tokens_is_ignored_in_the_loss(tokenizer, tmp_path):
+    path = write(tmp_path / "a.json", "waa \u200b wab", entry("1", ("\u200b", 4)), entry("2", ("wab", 6)))
+    _, features = task_for().featurize(task_for().read(path, labelled=True), tokenizer, 32)
+    assert features.labels["start_positions"][0] == features.labels["end_positions"][0] == -100
+    assert features.labels["start_positions"][1] > 0
+
+
+def test_training_file_without_any_answer_is_refused(tmp_path):
+    path = write(tmp_path / "a.json", "waa", entry("1", is_impossible=True))
+    with pytest.raises(ValueError, match=r"no question in .*a\.json has an answer"):
+        task_for().label_config(task_for().read(path, labelled=True))
 
 
 @pytest.mark.parametrize(("name", "count"), [("dev-v1.1", 10_570), ("dev-v2.0", 11_873)])
@@ -180,8 +233,7 @@ def test_gold_answers_of_squad_are_spans_of_tokens(name, count, shared_data):
     task = task_for()
     examples = task.read(str(shared_data / "squad" / f"{name}.json.gz"), labelled=True)
     assert len(examples) == count
-    rows = range(0, len(examples), 40)
-    subset = Questions(examples.questions[::40], True, examples.rows.select(rows))
+    subset = Questions(examples.questions[::40], examples.rows.select(range(0, count, 40)), True)
     tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased-vocab.txt")
     subset, features = task.featurize(subset, tokenizer, 384)
     outputs = []

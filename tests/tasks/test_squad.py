@@ -1,0 +1,135 @@
+"""Files of questions as they are found: formats, encodings, and questions that cannot be used."""
+
+import gzip
+import json
+import lzma
+import re
+from pathlib import Path
+
+import pytest
+
+from bertfast.tasks.rows import BadRows
+from bertfast.tasks.squad import Question, QuestionFile, read_questions
+
+CONTEXT = "Denver Broncos won the game in Santa Clara."
+ANSWER = {"text": "Denver", "answer_start": 0}
+GOOD = {"id": "good", "question": "Who won?", "answers": [ANSWER]}
+READ = Question("good", "Who won?", CONTEXT, (("Denver", 0),))
+FLAT = {"id": "good", "question": "Who won?", "context": CONTEXT, "answers": {"text": ["Denver"], "answer_start": [0]}}
+
+
+def squad(*entries: object, context: object = CONTEXT) -> dict:
+    return {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": list(entries)}]}]}
+
+
+def read(path: Path, content: object, *, labelled: bool = True, skip: bool = False) -> QuestionFile:
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return read_questions(path, BadRows("skip" if skip else "stop"), labelled=labelled)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", squad(GOOD)),
+        ("a.json", squad(GOOD | {"answers": FLAT["answers"]})),
+        ("a.json", {"data": [FLAT]}),
+        ("a.json", [FLAT]),
+        ("a.json", squad(GOOD)["data"]),
+        ("a.jsonl", json.dumps(FLAT).encode() + b"\n\n"),
+        ("a.json", "\ufeff".encode() + json.dumps(squad(GOOD)).encode()),
+        ("a.json", json.dumps(squad(GOOD), indent=1).replace("\n", "\r\n").encode()),
+        ("a.json.xz", lzma.compress(json.dumps(squad(GOOD)).encode())),
+        ("a.json", gzip.compress(json.dumps(squad(GOOD)).encode())),
+        ("a.json.gz", squad(GOOD)),  # not compressed
+    ],
+)
+def test_files_whose_meaning_is_clear_are_read(name, content, tmp_path):
+    questions, rows, labelled = read(tmp_path / name, content)
+    assert (questions, rows.numbers, rows.ids, labelled) == ([READ], [1], ["good"], True)
+
+
+BAD = {
+    "id": ({"id": None}, "1 ('Who?'): it has no id"),
+    "question": ({"question": None}, "1 ('1'): it has no question"),
+    "start": ({"answers": [{"text": "Denver"}]}, "answer_start of the answer 'Denver' is null, not an integer"),
+    "negative": ({"answers": [{"text": "Clara.", "answer_start": -6}]}, "not in the context at its answer_start -6"),
+    "elsewhere": ({"answers": [{"text": "won", "answer_start": 3}]}, "at its answer_start 3; it is at 15"),
+    "empty": ({"answers": [{"text": " ", "answer_start": 6}]}, "the text of an answer is"),
+    "null": ({"answers": None}, "there is no answer, but is_impossible is not true"),
+    "none": ({"answers": []}, "there is no answer, but is_impossible is not true"),
+    "text": ({"answers": "Denver"}, "its answers are not a list of objects"),
+    "strings": ({"answers": ["Denver"]}, "its answers are not a list of objects"),
+    "lengths": ({"answers": {"text": ["Denver"], "answer_start": []}}, "are not lists of the same length"),
+    "contradiction": ({"is_impossible": True}, "is_impossible is true, but there are answers"),
+    "impossible": ({"is_impossible": "False"}, "is_impossible is 'False', not true or false"),
+    "surrogate": ({"question": "Who\ud83d?"}, "1 ('1'): it holds the unpaired surrogate"),
+    "repeated": ({"id": "good"}, "the id 'good' is repeated, after question 1 ('good')"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_questions_that_cannot_be_used_are_named_and_skipped(changes, message, tmp_path):
+    entries = [{"id": "1", "question": "Who?", "answers": [ANSWER]} | changes, GOOD]
+    content = squad(*(reversed(entries) if "repeated" in message else entries))
+    with pytest.raises(ValueError, match=rf"a\.json, question .*{re.escape(message)}"):
+        read(tmp_path / "a.json", content)
+    questions, rows, _ = read(tmp_path / "a.json", content, skip=True)
+    assert questions == [READ]
+    assert len(rows.bad.skipped[rows.file]) == 1
+
+
+def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
+    content = {"data": [*squad(GOOD)["data"], *squad({"id": "2", "question": "?"}, context=None)["data"]]}
+    with pytest.raises(ValueError, match=r"question 2 \('2'\): its context is null, not a text"):
+        read(tmp_path / "a.json", content)
+    assert read(tmp_path / "a.json", content, skip=True).questions == [READ]
+    with pytest.raises(ValueError, match=r"question 1 .*: 3 is not an object"):
+        read(tmp_path / "a.json", squad(3, GOOD))
+    lines = b"{\n" + json.dumps(FLAT).encode()
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not JSON"):
+        read(tmp_path / "a.jsonl", lines)
+    assert read(tmp_path / "a.jsonl", lines, skip=True).rows.numbers == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"", "not in SQuAD's format"),
+        ("a.json", b"{", "not in SQuAD's format"),
+        ("a.json", b"[" * 100_000, "nested too deeply|not JSON"),
+        ("a.json", b"3", "not in SQuAD's format"),
+        ("a.json", {"data": [{"paragraphs": 3}]}, "not in SQuAD's format"),
+        ("a.json", {"data": [{"paragraphs": [{"context": "a"}]}]}, "no list 'qas'"),
+        ("a.json", {"data": [{"title": "t"}]}, "no 'paragraphs'"),
+        ("a.json", b"{}\n{}\n", r"one object per line the suffix \.jsonl"),
+        ("a.json", '{"data": "na\u00efve"}'.encode("latin-1"), "line 1: not UTF-8"),
+        ("a.json.gz", gzip.compress(json.dumps(squad(GOOD)).encode())[:-20], "cannot be read beyond line"),
+    ],
+)
+def test_malformed_files_are_named(name, content, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"a\.json.*({message})"):
+        read(tmp_path / name, content)
+
+
+IMPOSSIBLE = {"id": "2", "question": "?", "is_impossible": True}
+EMPTY = {"id": "3", "question": "?", "answers": {"text": [], "answer_start": []}}
+
+
+@pytest.mark.parametrize(
+    ("entries", "labelled"),
+    [
+        ([GOOD], True),
+        ([GOOD, IMPOSSIBLE], True),
+        ([GOOD, EMPTY], True),
+        ([IMPOSSIBLE], True),
+        ([EMPTY], False),  # of a test set as the library datasets writes it
+        ([{"id": "4", "question": "?"}], False),
+        ([GOOD, {"id": "4", "question": "?"}], False),
+        ([GOOD, {"id": "4", "question": "?", "answers": [{"text": "x"}]}], False),
+    ],
+)
+def test_files_to_predict_need_no_answers(entries, labelled, tmp_path, caplog):
+    """All questions are read; metrics are computed only if all answers are known."""
+    questions, rows, known = read(tmp_path / "a.json", squad(*entries), labelled=False)
+    assert (len(questions), known, rows.bad.count) == (len(entries), labelled, 0)
+    assert ("no metrics" in caplog.text) == (not labelled and GOOD in entries)
