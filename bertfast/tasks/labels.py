@@ -112,7 +112,7 @@ def canonical(label: str) -> str:
 
 
 def _numbers(labels: Iterable[str]) -> list[float] | None:
-    """Return the values of labels, of which some may be nan; None if a label is no number."""
+    """Return the values of labels, of which some may be nan; None if one is not a number."""
     labels = [*labels]
     if any("_" in label for label in labels):  # float reads 1_0 as 10
         return None

@@ -95,7 +95,7 @@ def predicted(folder: Path, capsys: pytest.CaptureFixture, file: Path | None, **
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1000, 2])
-def test_each_row_has_a_prediction_or_the_reason_why_not(tuned, rows_per_chunk, tmp_path, monkeypatch, capsys):
+def test_each_row_has_a_prediction_or_is_marked_as_skipped(tuned, rows_per_chunk, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bertfast.tasks.sequence_classification.ROWS_PER_CHUNK", rows_per_chunk)
     path = tmp_path / "rows.jsonl"
     rows = [{"id": i, "sentence": "good"} for i in "abc"]

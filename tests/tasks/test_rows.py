@@ -38,7 +38,7 @@ def test_aligned_tables_say_why_rows_have_no_values(tmp_path):
     assert (tmp_path / "a.tsv").read_text().splitlines()[1:] == ["1\tx y\tyes\t", "2\t\t\ta.csv, line 3: empty"]
 
 
-def test_json_lines_keep_the_numbers_of_their_lines():
+def test_json_lines_keep_their_line_numbers():
     bad = BadRows("skip")
     objects, rows = json_lines(['{"a": 1}', "", '{"b": 2}', '{"a": 3}'], 11, '{"a": 1}', bad, ("a", int))
     assert (objects, rows.numbers) == ([{"a": 1}, {"a": 3}], [11, 14])
