@@ -7,7 +7,6 @@ sentence documents, once from the pre-trained weights and once from scratch, and
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.sentences import split_sentences
 from bertfast.inference.fill_mask import fill_mask
 from bertfast.models.bert import BertForMaskedLM
+from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.settings import Positive, Seed, Settings
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.pretrained import open_model
@@ -26,6 +27,7 @@ from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
+_CONTENTS = ("data", "model", "task", "finetuned", "from-scratch", "results.json")
 HELD_OUT = 4  # percent of the modules, held out from pre-training and fine-tuning
 PACKAGES = 10  # classes of the classifier: the packages with the most sentences
 SENTENCES = 1000  # maximum number of training sentences per package
@@ -46,18 +48,30 @@ class DemoSettings(Settings):
 
     Attributes:
         output_dir: Folder for all files; finished steps in it are not repeated.
+        overwrite_output_dir: Replace a demo with other settings in --output-dir.
         minutes: Duration of pre-training in minutes.
         seed: Seed of all random numbers.
     """
 
     output_dir: str = "demo"
+    overwrite_output_dir: bool = False
     minutes: Positive = 4.0
     seed: Seed = 1
 
 
 def demo(settings: DemoSettings) -> dict[str, float]:
-    """Run the demo, print its results, and return them by name."""
-    folder = Path(settings.output_dir)
+    """Run the demo, print its results, and return them by name.
+
+    Raises:
+        ValueError: The folder has a demo with other settings, or is in use.
+    """
+    origin = Origin({}, {"--minutes": settings.minutes, "--seed": settings.seed}, "demo")
+    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
+        return _demo(settings, folder)
+
+
+def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
+    """Run the demo in its locked folder."""
     print("1. Text: the docstrings of the installed Python packages.")
     corpus = CorpusSettings(vocab_size=4096, validation_split_percentage=HELD_OUT)
     data = prepare(PrepareSettings(str(folder / "data"), corpus))
@@ -115,11 +129,10 @@ def write_task(corpus: Path, folder: Path, seed: int) -> tuple[Path, Path]:
             sentences[held_out.holds(paragraphs)][module["package"]] += found
     packages = sorted(sentences[False], key=lambda name: -len(sentences[False][name]))[:PACKAGES]
     generator = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for split, limit in ((False, SENTENCES), (True, SENTENCES // 5)):
         paths.append(folder / f"{'validation' if split else 'train'}.jsonl")
-        with paths[-1].open("w", encoding="utf-8") as file:
+        with atomic_path(paths[-1]) as temporary, temporary.open("w", encoding="utf-8") as file:
             for package in packages:
                 texts = sentences[split][package]
                 for index in generator.permutation(len(texts))[:limit]:
@@ -151,13 +164,13 @@ def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSet
 
 
 def _finetune(settings: DemoSettings, model: Path, output: Path, train: Path, validation: Path) -> float:
-    shutil.rmtree(output, ignore_errors=True)
     results = finetune(
         FinetuneSettings.of(
             model_name_or_path=str(model),
             train_file=str(train),
             validation_file=str(validation),
             output_dir=str(output),
+            overwrite_output_dir=True,
             random_init=output.name == "from-scratch",
             max_seq_length=64,
             num_train_epochs=2,

@@ -17,9 +17,13 @@ from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
 from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest, refuse_repeated
 from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretrain_checkpointing import pretrain_origin
+from bertfast.training.pretrain_data import Corpus
 
 _ABSENT = "no data"
 
@@ -33,6 +37,7 @@ class ReproduceSettings(Settings):
             7 named entities, 8 masking.
         data: Folder with glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/ and corpus/.
         output_dir: Folder for models, runs and the table; finished runs in it are not repeated.
+        overwrite_output_dir: Replace runs of other models, data or settings in --output-dir; the others are kept.
         recipes: Folder with table-N.yaml; none: the recipes installed with bertfast.
         model_name_or_path: Model (folder or hub id) for the rows with the default pre-training; none: pre-train one.
         preset: Published size of the models to pre-train.
@@ -48,6 +53,7 @@ class ReproduceSettings(Settings):
     table: Annotated[int, Range(1, 8)]
     data: str
     output_dir: str
+    overwrite_output_dir: bool = False
     recipes: str | None = None
     model_name_or_path: str | None = None
     preset: Preset = "small"
@@ -71,7 +77,7 @@ def reproduce(settings: ReproduceSettings) -> Path:
 
     Raises:
         FileNotFoundError: There is no recipe of this table, no folder `data`, or none of the table's files in it.
-        ValueError: `only` names a column that the table does not have.
+        ValueError: `only` names a column that the table does not have, or a run in the folder has another origin.
     """
     recipes = Path(settings.recipes) if settings.recipes is not None else recipes_folder() / "paper"
     recipe = recipes / f"table-{settings.table}.yaml"
@@ -79,16 +85,16 @@ def reproduce(settings: ReproduceSettings) -> Path:
         raise FileNotFoundError(f"there is no recipe {recipe}: choose another --table, or the folder with --recipes")
     table = read_yaml(recipe, str(recipe))
     columns = _columns(settings, table)
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / f"table-{settings.table}.md"
     cells = {}
-    for row in table["rows"]:
-        for name in columns:
-            cells[row["name"], name] = _cell(settings, table, row, name, folder)
-            write_atomically(page, render(table, cells, settings))
-            if cells[row["name"], name] != _ABSENT:
-                print(f"{row['name']}, {name}: {cells[row['name'], name]}", flush=True)
+    # Every run has a record of its own; tables may share runs.
+    with output_folder(Path(settings.output_dir), Origin(command="reproduce"), ()) as folder:
+        page = folder / f"table-{settings.table}.md"
+        for row in table["rows"]:
+            for name in columns:
+                cells[row["name"], name] = _cell(settings, table, row, name, folder)
+                write_atomically(page, render(table, cells, settings))
+                if cells[row["name"], name] != _ABSENT:
+                    print(f"{row['name']}, {name}: {cells[row['name'], name]}", flush=True)
     print(page.read_text(encoding="utf-8"))
     return page
 
@@ -149,14 +155,16 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
     for seed in settings.seeds:
         # Several columns may show metrics of the same run.
         run = folder / f"{_plain(row['name'])}-{_plain(column.get('run', name))}-{seed}"
-        if not (run / "all_results.json").exists():
-            flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
-            flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
-            flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
-            flags["overwrite-output-dir"] = True  # files of an interrupted run
-            if settings.num_train_epochs is not None:
-                flags["num-train-epochs"] = settings.num_train_epochs
-            finetune(parse("finetune", FinetuneSettings, flags_of(flags | _where(settings))))
+        flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
+        flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
+        flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
+        flags["overwrite-output-dir"] = True  # files of an interrupted run
+        if settings.num_train_epochs is not None:
+            flags["num-train-epochs"] = settings.num_train_epochs
+        finetuning = parse("finetune", FinetuneSettings, flags_of(flags | _where(settings)))
+        finished = (run / "all_results.json").exists()
+        if not finished or _is_stale(run, finetune_origin(finetuning, "finetune"), settings):
+            finetune(finetuning)
         results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
         scores.append(results[f"eval_{column['metric']}"] * column.get("times", 100))
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
@@ -170,27 +178,47 @@ def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> st
         return settings.model_name_or_path
     name = _plain(" ".join(f"{flag} {value}" for flag, value in changes.items())) or "default"
     model = folder / f"model-{name}"
-    if not (model / "config.json").exists():
-        shards = prepare(PrepareSettings(str(folder / "shards"), _corpus(Path(settings.data, "corpus"))))
-        flags = {
-            "preset": settings.preset,
-            "max-seq-length": 128,
-            "tokens-per-batch": settings.tokens_per_batch,
-            "minutes": settings.minutes,
-            "optimizer": "muon",
-            "learning-rate": 0.003,
-            "adam-beta2": 0.98,
-            "warmup-ratio": 0.05,
-            "dropout": 0,
-            "eval-batches": 20,
-            "eval-steps": 10**6,
-            "data-dir": shards,
-            "output-dir": model,
-            "resume": True,
-            **changes,
-        }
-        pretrain(parse("pretrain", PretrainSettings, flags_of(flags | _where(settings))))
+    corpus = _corpus(Path(settings.data, "corpus"))
+    shards = prepare(
+        PrepareSettings(str(folder / "shards"), corpus, overwrite_output_dir=settings.overwrite_output_dir)
+    )
+    flags = {
+        "preset": settings.preset,
+        "max-seq-length": 128,
+        "tokens-per-batch": settings.tokens_per_batch,
+        "minutes": settings.minutes,
+        "optimizer": "muon",
+        "learning-rate": 0.003,
+        "adam-beta2": 0.98,
+        "warmup-ratio": 0.05,
+        "dropout": 0,
+        "eval-batches": 20,
+        "eval-steps": 10**6,
+        "data-dir": shards,
+        "output-dir": model,
+        **changes,
+    }
+    pretraining = parse("pretrain", PretrainSettings, flags_of(flags | _where(settings)))
+    origin = pretrain_origin(pretraining, None, Corpus.of(shards).hashes())
+    stale = read_record(model) is not None and _is_stale(model, origin, settings)
+    if stale or not (model / "config.json").exists():
+        pretrain(pretraining.replace(overwrite_output_dir=stale, resume=not stale))
     return str(model)
+
+
+def _is_stale(run: Path, origin: Origin, settings: ReproduceSettings) -> bool:
+    """Return whether a run has another origin and is to be replaced.
+
+    Raises:
+        OriginError: It has another origin and is not to be replaced.
+    """
+    try:
+        require_origin(run, origin)
+    except OriginError:
+        if not settings.overwrite_output_dir:
+            raise
+        return True
+    return False
 
 
 def _corpus(folder: Path) -> CorpusSettings:

@@ -21,10 +21,13 @@ from tyro.conf import Positional
 
 from bertfast.models.bert import BertForMultipleChoice
 from bertfast.models.extensions import ExtendedBertConfig
-from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve, save
+from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
+from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.settings import Settings
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_CONTENTS = ("config.json", "model*.safetensors*", *_TOKENIZER, "model.onnx", "model.pt2")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OUTPUTS = {
     "BertModel": ("last_hidden_state", "pooler_output"),
@@ -46,12 +49,14 @@ class ExportSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model.
         output_dir: Folder to write to.
+        overwrite_output_dir: Replace the export of another model in the folder.
         to: transformers: config.json, model.safetensors and the tokenizer; onnx: also model.onnx, checked with ONNX
             Runtime; torch-export: also model.pt2.
     """
 
     model_name_or_path: Positional[str]
     output_dir: Positional[str]
+    overwrite_output_dir: bool = False
     to: Literal["transformers", "onnx", "torch-export"] = "transformers"
 
 
@@ -62,34 +67,43 @@ def export(settings: ExportSettings) -> Path:
         The folder or, for a graph, its file.
 
     Raises:
-        ValueError: `transformers` has no such model, or the outputs differ.
+        ValueError: `transformers` has no such model, the outputs differ, or the folder has another model.
         ImportError: A package is missing that the export requires.
     """
     source = resolve(settings.model_name_or_path)
     model_class = _model_class(source)
     _check_packages(settings.to)
-    folder = Path(settings.output_dir)
-    if folder.exists() and folder.samefile(source):
-        raise ValueError(f"{folder} is the folder of the model: name another folder")
+    origin = Origin({"--model-name-or-path": model_files(source)}, command="export")
+    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
+        return _export(source, folder, model_class, settings.to)
+
+
+def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: str) -> Path:
+    """Export a model from one folder to another, which is locked."""
     model, missing, unexpected = load(model_class, source)
     report_differences(model, str(source), missing, unexpected)
     save(model, folder)
     for name in _TOKENIZER:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            with atomic_path(folder / name) as temporary:
+                shutil.copyfile(source / name, temporary)
     hf = _open_strictly(folder, model_class.__name__)
-    if settings.to == "transformers":
+    if to == "transformers":
         print(f"{folder} holds a {model_class.__name__} that transformers can load")
         return folder
     traced = _Outputs(hf, _OUTPUTS.get(model_class.__name__, ("logits",))).eval()
     multiple_choice = model_class is BertForMultipleChoice
-    write = _to_onnx if settings.to == "onnx" else _to_program
+    write, path = (_to_onnx, folder / "model.onnx") if to == "onnx" else (_to_program, folder / "model.pt2")
     example = _example(hf.config, 3, 11, multiple_choice)
-    path, run = write(traced, folder, example, _dynamic_shapes(hf.config, multiple_choice))
-    sizes = ((2, 7), (1, 3), (5, 16))
-    worst = max(_difference(traced, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
-    if not worst < 1e-4:
-        raise ValueError(f"the outputs of {path} differ from those of the model by up to {worst:.3g}: do not use it")
+    with atomic_path(path) as temporary:
+        run = write(traced, temporary, example, _dynamic_shapes(hf.config, multiple_choice))
+        sizes = ((2, 7), (1, 3), (5, 16))
+        worst = max(_difference(traced, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
+        if not worst < 1e-4:
+            raise ValueError(
+                f"{path} is not written: its outputs differ from those of the model by up to {worst:.3g}, so "
+                "use another format with --to"
+            )
     print(f"{path} gives the outputs of the model to within {worst:.1g}, for any batch size and sequence length")
     return path
 
@@ -164,20 +178,18 @@ def _dynamic_shapes(config: PretrainedConfig, multiple_choice: bool) -> Shapes:
     return (shape,) * len(_INPUTS)
 
 
-def _to_program(model: nn.Module, folder: Path, example: tuple[Tensor, ...], shapes: Shapes) -> tuple[Path, Graph]:
-    """Write the `torch.export` program of a model; return its file and the program."""
+def _to_program(model: nn.Module, path: Path, example: tuple[Tensor, ...], shapes: Shapes) -> Graph:
+    """Write the `torch.export` program of a model, and return it."""
     with torch.no_grad():
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
-    path = folder / "model.pt2"
     torch.export.save(program, path)
-    return path, torch.export.load(path).module()
+    return torch.export.load(path).module()
 
 
-def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes: Shapes) -> tuple[Path, Graph]:
-    """Write the ONNX graph of a model; return its file and a function that runs it."""
+def _to_onnx(model: _Outputs, path: Path, example: tuple[Tensor, ...], shapes: Shapes) -> Graph:
+    """Write the ONNX graph of a model, and return a function that runs it."""
     import onnxruntime
 
-    path = folder / "model.onnx"
     with torch.no_grad():
         torch.onnx.export(
             model,
@@ -196,4 +208,4 @@ def _to_onnx(model: _Outputs, folder: Path, example: tuple[Tensor, ...], shapes:
         feeds = {name: x.numpy() for name, x in zip(_INPUTS, inputs, strict=True)}
         return [torch.from_numpy(x) for x in session.run(None, feeds)]
 
-    return path, run
+    return run

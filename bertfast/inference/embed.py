@@ -23,7 +23,7 @@ from bertfast.models.bert import BertModel
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
 from bertfast.models.files import model_files, resolve
 from bertfast.ops.matmul import caches_shapes
-from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, output_folder
@@ -199,6 +199,7 @@ def cached_hidden_states(
         shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
         with atomic_path(path) as temporary:
             hidden_states = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            reserve(temporary)
             for rows in batches_by_length(features, tokens):
                 inputs = features.model_inputs(rows, labels=False).to(model.device)
                 with autocast(model.device, precision):

@@ -59,6 +59,13 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def reserve(path: Path) -> None:
+    """Reserve the disk space of a file that is written through a memory map: a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def apply_umask(folder: Path) -> None:
     """Give the files in a folder the permissions of the umask: some libraries write files that only the owner reads."""
     probe = folder / ".permissions"

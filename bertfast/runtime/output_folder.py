@@ -29,7 +29,7 @@ LOCK = ".lock"
 
 
 class FileRecord(TypedDict):
-    """What a record says about an input: its path, size, modification time in nanoseconds, and SHA-256."""
+    """What a record says about an input: path, size, modification time in ns, and SHA-256 (empty: a pipe)."""
 
     path: str
     bytes: int
@@ -143,7 +143,7 @@ def require_origin(folder: Path, origin: Origin) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Create a folder if it does not exist, and lock it for this process.
+    """Create a folder if it does not exist, and lock it for this process; at the end, an unused new one is removed.
 
     The operating system releases the lock when the process ends, however it ends: no stale lock can remain.
 
@@ -152,6 +152,7 @@ def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
         OSError: The folder cannot be written.
     """
     lock, owner = FileLock(folder / name, timeout=0, thread_local=False), folder / f"{name}-owner"
+    new = not folder.exists()
     with named_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -167,7 +168,12 @@ def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        unused = new and [path.name for path in folder.iterdir()] in ([], [name])
+        if unused:  # as after an error before any work
+            (folder / name).unlink(missing_ok=True)
         lock.release()
+        if unused:
+            folder.rmdir()
 
 
 def read_record(folder: Path) -> Record | None:
@@ -213,8 +219,10 @@ def _describe_file(path: Path, known: Mapping[str, FileRecord]) -> FileRecord:
     earlier = known.get(name)
     if earlier is not None and (earlier["bytes"], earlier["modified"]) == (state.st_size, state.st_mtime_ns):
         return earlier
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = ""
+    if path.is_file():  # a pipe can be read only once
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path=name, bytes=state.st_size, modified=state.st_mtime_ns, sha256=digest)
 
 
@@ -236,7 +244,8 @@ def _differences(record: Record, described: Record) -> list[str]:
     differences = []
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
         old_files, new_files = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
-        if [file["sha256"] for file in old_files] != [file["sha256"] for file in new_files]:
+        old, new = ([file["sha256"] for file in files] for files in (old_files, new_files))
+        if old != new or "" in new:
             differences.append(f"{flag} was {_files(old_files)} and is {_files(new_files)}")
     for flag in sorted(record["settings"].keys() | described["settings"].keys()):
         before, now = record["settings"].get(flag), described["settings"].get(flag)
@@ -247,7 +256,9 @@ def _differences(record: Record, described: Record) -> list[str]:
 
 def _files(files: Sequence[FileRecord]) -> str:
     """Return files for a message: the first two with size and hash, and how many more there are."""
-    shown = [f"{file['path']} ({file['bytes']:,} bytes, SHA-256 {file['sha256'][:8]}…)" for file in files[:2]]
+    shown = [
+        f"{file['path']} ({file['bytes']:,} bytes, SHA-256 {file['sha256'][:8] or 'unknown'}…)" for file in files[:2]
+    ]
     return " and ".join(shown + [f"{len(files) - 2} more"] * (len(files) > 2)) or "absent"
 
 

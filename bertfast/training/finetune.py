@@ -6,10 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,9 +20,8 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures.initialise import initialise
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
-from bertfast.inference.embed import cached_hidden_states
 from bertfast.inference.predict import predict_outputs
-from bertfast.models.extensions import BertFeaturesForTokenClassification, class_for
+from bertfast.models.extensions import class_for
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.ops.reference import IGNORE_INDEX
@@ -36,6 +34,8 @@ from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
 from bertfast.tasks.task import Outputs, Task
 from bertfast.training.evaluate import write_results
+from bertfast.training.feature_based import replace_inputs_by_states
+from bertfast.training.finetune_folder import finetune_folder
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, not_finite, step_if_finite
@@ -59,12 +59,21 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
         The content of all_results.json.
 
     Raises:
-        ValueError: Settings, data and model do not fit together.
+        ValueError: Settings, data and model do not fit together, or `output_dir` has results or is in use.
         RunStopped: After Ctrl-C, or when steps give no finite loss and gradient; the best model so far is kept.
     """
-    run = Finetuning(settings)
-    with side_stream(run.device):
+    with open_run(settings) as run:
         return run.run(on_step)
+
+
+@contextmanager
+def open_run(settings: FinetuneSettings) -> Iterator[Finetuning]:
+    """Open a run in its locked output folder, where old results are replaced once data and model have been read."""
+    with finetune_folder(settings) as begin:
+        run = Finetuning(settings)
+        begin()
+        with side_stream(run.device):
+            yield run
 
 
 class Finetuning:
@@ -90,10 +99,6 @@ class Finetuning:
         self.settings, self.folder = settings, Path(settings.output_dir)
         self.metrics_log: MetricsLog | None = None
         self.hyperparameters = settings.hyperparameters
-        if (self.folder / "config.json").exists() and not settings.overwrite_output_dir:
-            raise ValueError(
-                f"{self.folder} holds a model already: choose another --output-dir, or add --overwrite-output-dir"
-            )
         self.device = choose_device(settings.compute.device)
         self.task = self._choose_task()
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
@@ -110,9 +115,8 @@ class Finetuning:
         self._featurize(examples, paths)
         torch.manual_seed(self.hyperparameters.seed)
         self.model = self._build_model(source)
-        self._scratch: TemporaryDirectory[str] | None = None
         if settings.feature_based.strategy == "feature-based":
-            self._replace_inputs_by_states()
+            replace_inputs_by_states(self.features, self.model, settings, self.precision)
         rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
         self.optimizers = build_optimizers(self.model, "adamw", rate, decay)
         # Captured steps read these tensors at fixed addresses.
@@ -156,16 +160,6 @@ class Finetuning:
                 logger.warning(
                     "%s: cut %d of %d texts to %d tokens", files[split], features.num_truncated, sequences, length
                 )
-
-    def _replace_inputs_by_states(self) -> None:
-        """Make the frozen encoder's layers, stored on disk, the model's inputs (feature-based)."""
-        assert isinstance(self.model, BertFeaturesForTokenClassification)
-        self._scratch = TemporaryDirectory()  # removed with the run
-        folder = Path(self.settings.feature_based.features_dir or self._scratch.name)
-        for split, features in self.features.items():
-            tokens = self.settings.compute.eval_tokens
-            states = cached_hidden_states(folder, self.model, features, self.precision, tokens)
-            self.features[split] = replace(features, inputs={"features": states})
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """Train, validate, and predict on the test data with the best model; return all results."""

@@ -167,7 +167,7 @@ class FinetuneSettings(FinetuneBase):
 
     Attributes:
         hyperparameters: Hyperparameters that the BERT paper varies between tasks.
-        overwrite_output_dir: Overwrite a model in --output-dir.
+        overwrite_output_dir: Replace the model and the results of another run in --output-dir.
     """
 
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)

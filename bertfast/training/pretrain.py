@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
+from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision, half
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.training.checkpoint import checkpoints, read_progress
+from bertfast.training.checkpoint import checkpoints
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
 from bertfast.training.flops import gemm_throughput, step_flops
@@ -33,12 +35,7 @@ from bertfast.training.initial_model import initial_config, initial_model
 from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers
-from bertfast.training.pretrain_checkpointing import (
-    Progress,
-    checkpoint_to_load,
-    require_same_text,
-    settings_to_compare,
-)
+from bertfast.training.pretrain_checkpointing import Progress, check_run, checkpoint_to_load, recorded_precision
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter
 from bertfast.training.pretrain_settings import PretrainSettings, check_positions
@@ -67,11 +64,15 @@ def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda
     """
     deterministic, distributed = torch.are_deterministic_algorithms_enabled(), Distributed.init(settings.compute.device)
     run: Pretraining | None = None
+    replay, lock = settings.checkpoint.replay, ExitStack()
     try:
+        if not replay:
+            distributed.run_on_main(lambda: lock.enter_context(locked_folder(Path(settings.output_dir))))
         run = Pretraining(settings, distributed)
         with side_stream(run.device):
-            return run.replay(settings.checkpoint.replay) if settings.checkpoint.replay else run.run(on_step)
+            return run.replay(replay) if replay else run.run(on_step)
     finally:
+        lock.close()
         torch.use_deterministic_algorithms(deterministic)
         # The traceback of an error keeps the run alive, and DistributedDataParallel must be freed before the process
         # group is destroyed: otherwise its end waits for the other ranks.
@@ -114,16 +115,17 @@ class Pretraining:
         initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
         config = self._configure(initial)
         self.precision = choose_precision(self.device, settings.compute.precision, config)
-        self.saved = self._find_checkpoint()
-        if self.saved is not None:  # a resumed run keeps the precision that "auto" chose
-            self.precision = read_progress(self.saved)[1]["settings"]["precision"]
+        self.saved = self.distributed.broadcast(self.distributed.run_on_main(lambda: checkpoint_to_load(settings)))
+        if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
+            self.precision = recorded_precision(settings) or self.precision
         if settings.compute.residual_precision == "bf16" and self.precision != "bf16":
             raise ValueError(
                 f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
                 "add --precision bf16, or leave --residual-precision out"
             )
         self.corpus = Corpus.open(settings, self.distributed, initial)
-        require_same_text(self.saved, self.corpus.hashes())
+        check = partial(check_run, settings, initial, self.corpus.hashes(), self.bins_per_step, self.precision)
+        self._begin = self.distributed.run_on_main(check)
         vocab_size = self.corpus.train.vocab_size
         config.vocab_size = max(config.vocab_size, vocab_size) if initial else vocab_size
         self.model = self._build_model(config, initial)
@@ -161,6 +163,7 @@ class Pretraining:
         settings = self.settings
         tokens, dtype = settings.batch.tokens_per_batch, half(self.precision)
         throughput = gemm_throughput(self.model.config, tokens, dtype, self.device)
+        self.distributed.run_on_main(lambda: self._begin and self._begin())
         self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput)
         self._announce()
         with self.interrupt, self.reporter.bar:
@@ -204,10 +207,6 @@ class Pretraining:
         print(f"step {step}: {losses}")
         print(f"gradients that are not finite: {', '.join(not_finite)}" if not_finite else "all gradients are finite")
         return losses
-
-    def _find_checkpoint(self) -> Path | None:
-        arguments = self.settings, self.bins_per_step, self.precision
-        return self.distributed.broadcast(self.distributed.run_on_main(lambda: checkpoint_to_load(*arguments)))
 
     def _configure(self, initial: Path | None) -> BertConfig:
         settings = self.settings
@@ -349,9 +348,8 @@ class Pretraining:
         return metrics
 
     def _save(self) -> None:
-        compared = settings_to_compare(self.settings, self.bins_per_step, self.precision)
         folder, keep = self.folder / "checkpoints", self.settings.checkpoint.save_total_limit
-        self.progress.save(folder, self.train_step, self.model, self.distributed, keep, compared, self.corpus.hashes())
+        self.progress.save(folder, self.train_step, self.model, self.distributed, keep)
 
     def _stop(self) -> None:
         """Save a checkpoint and raise RunStopped."""

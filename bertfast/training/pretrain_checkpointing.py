@@ -1,21 +1,26 @@
-"""Checkpoints of a pre-training run: its progress, which checkpoint to resume from, and whether settings match."""
+"""Checkpoints of a pre-training run: its progress, which one to resume from, and whether the run is the same."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
+from bertfast.models.files import model_files
+from bertfast.runtime.output_folder import Origin, OriginError, check_contents, read_record
+from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.distributed import Distributed
 from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, PretrainSettings
 from bertfast.training.step import TrainStep
 
+_CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png")
 
-@dataclasses.dataclass
+
+@dataclass
 class Progress:
     """How far a run has come.
 
@@ -42,8 +47,6 @@ class Progress:
         model: PreTrainedModel,
         distributed: Distributed,
         keep: int,
-        settings: dict[str, Any],
-        text: dict[str, str],
     ) -> None:
         """Write a checkpoint of the run.
 
@@ -53,8 +56,6 @@ class Progress:
             model: Model that is trained.
             distributed: Processes of the run; all of them must call this.
             keep: Number of newest checkpoints to keep.
-            settings: What must be equal when the run is resumed; see `settings_to_compare`.
-            text: Hashes that must be equal, too; see `Corpus.hashes`.
         """
         scaler = train_step.scaler
         values = {
@@ -63,8 +64,6 @@ class Progress:
             "validation_loss": self.validation_loss,
             "loss_ema": self.loss_ema,
             "scaler": scaler and scaler.state_dict(),
-            "settings": settings,
-            "text": text,
         }
         save_state(folder, self.step, model, train_step.optimizers, values, keep, distributed)
 
@@ -84,59 +83,86 @@ class Progress:
         )
 
 
-def require_same_text(saved: Path | None, hashes: dict[str, str]) -> None:
-    """Raise ValueError if there is a checkpoint, and it was trained on another text than that of `Corpus.hashes`."""
-    if saved is None:
-        return
-    before = read_progress(saved)[1].get("text", {})
-    for name, now in hashes.items():
-        if (old := before.get(name, "unknown")) != now:
-            raise ValueError(
-                f"the run in {saved.parents[1]} was started with another {name} (SHA-256 {old[:12]}, now {now[:12]}): "
-                "name the folder of its shards with --data-dir, or choose another --output-dir"
-            )
+def pretrain_origin(settings: PretrainSettings, initial: Path | None, text: Mapping[str, str]) -> Origin:
+    """Return what a run depends on and is known before it begins.
+
+    Args:
+        settings: Settings of the run.
+        initial: Folder of the initial model; None: random weights.
+        text: See `Corpus.hashes`.
+    """
+    values = {flag(name): value for name, value in settings.flat().items() if name not in RESUME_MAY_CHANGE}
+    del values["--precision"]  # what "auto" chooses depends on the device
+    inputs = {} if initial is None else {"--init-from": model_files(initial)}
+    return Origin(inputs, values | dict(text), "pretrain")
 
 
-def settings_to_compare(settings: PretrainSettings, bins_per_step: int, precision: str) -> dict[str, Any]:
-    """Return the settings that must be equal when a run is resumed."""
-    values = {name: value for name, value in settings.flat().items() if name not in RESUME_MAY_CHANGE}
-    return values | {"bins_per_step": bins_per_step, "precision": precision}
+def check_run(
+    settings: PretrainSettings, initial: Path | None, text: Mapping[str, str], bins_per_step: int, precision: str
+) -> Callable[[], None]:
+    """Compare a run with the record in its output folder.
+
+    Args:
+        settings: Settings of the run.
+        initial: Folder of the initial model; None: random weights.
+        text: See `Corpus.hashes`.
+        bins_per_step: Batches per optimizer step, over all ranks.
+        precision: fp32, bf16 or fp16.
+
+    Returns:
+        A function to call before the first write; see `check_contents`.
+
+    Raises:
+        ValueError: The run in the folder had other settings, another text or another initial model.
+    """
+    origin = pretrain_origin(settings, initial, text)
+    origin = replace(origin, settings={**origin.settings, "batches per step": bins_per_step, "--precision": precision})
+    try:
+        return check_contents(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+    except OriginError as error:
+        raise ValueError(
+            f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
+            "--data-dir if the text has changed, or choose another --output-dir"
+        ) from None
 
 
-def checkpoint_to_load(settings: PretrainSettings, bins_per_step: int, precision: str) -> Path | None:
+def recorded_precision(settings: PretrainSettings) -> ChosenPrecision | None:
+    """Return the precision of the run in `output_dir`; None: it has no record."""
+    record = read_record(Path(settings.output_dir))
+    return None if record is None else record["settings"].get("--precision")
+
+
+def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
     """Return the checkpoint that a run continues from, or None for a new run.
 
     With --replay it is the newest one before that step, with --resume the newest intact one.
 
     Raises:
-        ValueError: The folder already contains a run, every checkpoint is damaged, there is none before the replayed
-            step, or the run had other settings.
+        ValueError: The folder already contains a run or a model, every checkpoint is damaged, or there is none before
+            the replayed step.
     """
-    folder = Path(settings.output_dir, "checkpoints")
+    output = Path(settings.output_dir)
+    folder = output / "checkpoints"
     saved = checkpoints(folder)
     if settings.checkpoint.replay:
         earlier = [path for path in saved if read_progress(path)[0] < settings.checkpoint.replay]
         if not earlier:
             raise ValueError(f"{folder} contains no checkpoint of a step before --replay {settings.checkpoint.replay}")
         return earlier[-1]
+    if settings.overwrite_output_dir:
+        return None
     if not settings.checkpoint.resume:
-        if saved:
+        if saved or (output / "config.json").exists():
             raise ValueError(
-                f"{folder} already holds a run: add --resume to continue it, or choose another --output-dir"
+                f"{output} already holds a {'run: add --resume to continue it' if saved else 'model'}, choose another "
+                "--output-dir, or pass --overwrite-output-dir to replace it"
             )
         return None
     if not saved:
         return None  # stopped before its first checkpoint: the run starts again
     newest = newest_whole(folder)
     if newest is None:
-        raise ValueError(f"every checkpoint in {folder} is damaged: start again with another --output-dir")
-    before, now = read_progress(newest)[1]["settings"], settings_to_compare(settings, bins_per_step, precision)
-    if settings.compute.precision == "auto":
-        now["precision"] = before["precision"]
-    changed = sorted(flag(name) for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
         raise ValueError(
-            f"the run in {settings.output_dir} was started with other settings ({', '.join(changed)}): "
-            "repeat its command with --resume added"
+            f"every checkpoint in {folder} is damaged: start again with another --output-dir or --overwrite-output-dir"
         )
     return newest

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bertfast.data.batches import Batch, Batches
-from bertfast.data.prepare import PrepareSettings, prepare
+from bertfast.data.prepare import SPLITS, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
@@ -53,19 +53,24 @@ class Corpus:
         """
         folder = _prepare(settings, distributed, initial)
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-        tokenizer = load_tokenizer(folder)
-        key = tokenizer_hash(tokenizer)
-        if initial is not None and tokenizer_hash(load_tokenizer(initial)) != key:
+        corpus = cls.of(folder)
+        if initial is not None and tokenizer_hash(load_tokenizer(initial)) != corpus.train.tokenizer_hash:
             raise ValueError(
                 f"the text in {folder} was tokenised with another tokenizer than that of {initial}: "
                 f"prepare it again with --tokenizer-name {initial}"
             )
-        train, validation = (Shards.open(folder / split, key) for split in ("train", "validation"))
-        if not validation.documents:
+        if not corpus.validation.documents:
             raise ValueError(
                 f"{folder} contains no validation text: raise --validation-split-percentage, or pass --validation-file"
             )
-        return cls(tokenizer, train, validation)
+        return corpus
+
+    @classmethod
+    def of(cls, folder: Path) -> Corpus:
+        """Open the tokenizer and the shards in a folder that `prepare` wrote."""
+        tokenizer = load_tokenizer(folder)
+        key = tokenizer_hash(tokenizer)
+        return cls(tokenizer, *(Shards.open(folder / split, key) for split in SPLITS))
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the tokenizer and of the shards of both splits; a resumed run must have the same."""
@@ -148,10 +153,11 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
 
     def prepare_text() -> None:
         try:
-            prepare(PrepareSettings(str(folder), corpus))
+            prepare(PrepareSettings(str(folder), corpus, overwrite_output_dir=settings.overwrite_output_dir))
         except OriginError as error:
             raise ValueError(
-                f"{error.problem}: choose another --output-dir, or keep the earlier text with --data-dir {folder}"
+                f"{error.problem}: choose another --output-dir, keep the earlier text with --data-dir {folder}, "
+                "or pass --overwrite-output-dir to start again"
             ) from None
 
     distributed.run_on_main(prepare_text)

@@ -27,12 +27,14 @@ from bertfast.training.schedule import ScheduleName
 
 # Settings that may differ between a run and its continuation: where it computes and how often it reports. The number
 # of batches per step must stay the same, but not how they are divided among ranks. Text and tokenizer must stay the
-# same, but not the flags that name them: `Corpus.hashes` are compared.
+# same, but not the flags that name them: `Corpus.hashes` are compared, and the files of the initial model.
 RESUME_MAY_CHANGE = (
     "output_dir",
     "data_dir",
     *settings_of(CorpusSettings),
+    "init_from",
     "resume",
+    "overwrite_output_dir",
     "device",
     "dataloader_num_workers",
     "gradient_accumulation_steps",
@@ -214,6 +216,7 @@ class PretrainSettings(Settings):
         output_dir: Output folder for the model, checkpoints, metrics.jsonl and loss.png.
         data_dir: Folder written by `bertfast prepare`; none: the text is prepared first, in the folder data of
             --output-dir.
+        overwrite_output_dir: Replace the run or the model in --output-dir.
         seed: Random seed of initial weights, samples, masks and dropout.
         corpus: Text of the corpus, and its tokenizer.
         sampling: Length, objective and masking of samples.
@@ -228,6 +231,7 @@ class PretrainSettings(Settings):
 
     output_dir: str
     data_dir: str | None = None
+    overwrite_output_dir: bool = False
     seed: Seed = 42
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     sampling: Sampling = field(default_factory=Sampling)
@@ -240,6 +244,8 @@ class PretrainSettings(Settings):
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def validate(self) -> None:
+        if self.overwrite_output_dir and (self.checkpoint.resume or self.checkpoint.replay):
+            raise ValueError("--overwrite-output-dir removes the run that --resume and --replay need: leave one out")
         if 0 < self.batch.second_phase_length < 5:
             raise ValueError(
                 f"--second-phase-length must be 0 (off) or at least 5, got {self.batch.second_phase_length}"

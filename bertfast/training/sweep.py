@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.output_folder import Origin, output_folder, require_origin
 from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag, refuse_repeated
 from bertfast.training.evaluate import write_results
-from bertfast.training.finetune import Finetuning
+from bertfast.training.finetune import open_run
+from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
+
+_CONTENTS = ("rate-*", "features", "sweep.json", "sweep.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +49,12 @@ class SweepSettings(FinetuneBase):
     """Settings of a sweep: those of a fine-tuning run, and the hyperparameters to combine.
 
     Attributes:
-        grid: Hyperparameters to combine.
+        grid: Hyperparameters to combine. Runs of other combinations in --output-dir are kept.
+        overwrite_output_dir: Replace the runs of another sweep in --output-dir.
     """
 
     grid: Grid = field(default_factory=Grid)
+    overwrite_output_dir: bool = False
 
     def validate(self) -> None:
         super().validate()
@@ -84,8 +90,20 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     Returns:
         The content of sweep.json: "metric", "best" (folder of the best run) and "combinations" (fields of
         `Combination`).
+
+    Raises:
+        OriginError: The folder has runs with another model, other data or other settings.
     """
-    folder, grid = Path(settings.output_dir), settings.grid
+    origin = finetune_origin(settings, "sweep")
+    values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
+    origin = Origin(origin.inputs, values, origin.command)
+    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
+        return _sweep(settings, folder)
+
+
+def _sweep(settings: SweepSettings, folder: Path) -> dict[str, Any]:
+    """Run what is missing of a sweep in its locked folder."""
+    grid = settings.grid
     shared = {name: value for name, value in settings.flat().items() if name not in grid.flat()}
     if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
         shared["features_dir"] = str(folder / "features")
@@ -127,10 +145,13 @@ def table(metric: str, best: str, combinations: list[Combination]) -> str:
 
 def _score(settings: FinetuneSettings) -> tuple[str, float]:
     """Return the metric that selects the best model, and its best value in a run; a finished run is not repeated."""
-    finished = Path(settings.output_dir, "sweep_score.json")
-    if not finished.exists():
-        run = Finetuning(settings)
-        results = run.run(lambda step: None)
-        write_results(finished, {"metric": run.metric, "score": results[f"eval_{run.metric}"]})
+    folder = Path(settings.output_dir)
+    finished = folder / "sweep_score.json"
+    if finished.exists():
+        require_origin(folder, finetune_origin(settings, "finetune"))
+    else:
+        with open_run(settings) as run:
+            results = run.run(lambda step: None)
+            write_results(finished, {"metric": run.metric, "score": results[f"eval_{run.metric}"]})
     saved = json.loads(finished.read_text(encoding="utf-8"))
     return saved["metric"], saved["score"]

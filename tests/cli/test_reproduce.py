@@ -10,6 +10,7 @@ from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.cli.reproduce import ReproduceSettings, reproduce
 from bertfast.data.prepare import CorpusSettings
+from bertfast.runtime.output_folder import OriginError
 from bertfast.training.finetune import FinetuneSettings
 from bertfast.training.pretrain import PretrainSettings
 
@@ -96,6 +97,18 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     (tmp_path / "out" / "ltr-own-2" / "all_results.json").unlink()  # as after an interrupted run
     assert reproduce(settings).read_text() == page
+    with pytest.raises(OriginError, match=r"--learning-rate was 0\.0001 and is 0\.5: .*--overwrite-output-dir"):
+        reproduce(settings.replace(learning_rate=0.5))
+    with pytest.raises(OriginError, match=r"--minutes was 0\.02 and is 0\.03"):
+        reproduce(settings.replace(minutes=0.03))
+    (data / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows, *rows]))
+    with pytest.raises(OriginError, match=r"--train-file was .* and is .*; --validation-file was"):
+        reproduce(settings)
+    reproduce(settings.replace(overwrite_output_dir=True))
+    kept = {path: path.stat().st_mtime_ns for path in times if path.parent.name.startswith("model-")}
+    assert kept
+    assert kept.items() <= times.items()
+    assert not any(times[path] == path.stat().st_mtime_ns for path in times.keys() - kept.keys())
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
         reproduce(settings.replace(table=8))
 

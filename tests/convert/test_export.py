@@ -79,6 +79,32 @@ def test_torch_export_of_a_patched_model_traces_transformers_code():
     torch.testing.assert_close(program.module()(input_ids=ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_export_of_another_model_is_refused_or_replaced(tmp_path, capsys):
+    saved(tmp_path / "model", next(case for case in CASES if case.name == "sequence"))
+    saved(tmp_path / "other", next(case for case in CASES if case.name == "question"))
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert main(["export", str(tmp_path / "model"), str(out)]) == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert main(["export", str(tmp_path / "other"), str(out)]) == 1
+    assert "--model-name-or-path was" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert main(["export", str(tmp_path / "other"), str(out), "--overwrite-output-dir"]) == 0
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertForQuestionAnswering"]
+    (out / "origin.json").unlink()
+    assert main(["export", str(tmp_path / "model"), str(out)]) == 1
+    assert "without a record" in capsys.readouterr().err
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path, capsys, monkeypatch):
+    saved(tmp_path / "model", next(case for case in CASES if case.name == "sequence"))
+    monkeypatch.setattr("bertfast.convert.export._to_program", lambda model, path, *rest: path.write_text("half"))
+    monkeypatch.setattr("bertfast.convert.export._difference", lambda *arguments: 1.0)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "torch-export"]) == 1
+    assert "model.pt2 is not written: its outputs differ" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").glob("*.pt2")]
+
+
 def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     case = next(case for case in CASES if case.name == "sequence")
     own = extensions.ExtendedBertConfig(**SIZES, bilstm=True)
@@ -88,7 +114,9 @@ def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     saved(tmp_path / "plain", case)
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "plain")]) == 1
-    assert "name another folder" in capsys.readouterr().err
+    assert "which would be replaced" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "plain"), "--overwrite-output-dir"]) == 1
+    assert "which would be replaced" in capsys.readouterr().err
     config = tmp_path / "plain" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForBirds"]}))
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out")]) == 1

@@ -15,7 +15,7 @@ from bertfast.inference.predict import predict_outputs
 from bertfast.models import extensions
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification
 from bertfast.models.files import load, read_config, save
-from bertfast.training.finetune import Finetuning
+from bertfast.training.finetune import Finetuning, finetune
 
 SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2}
 
@@ -49,8 +49,9 @@ def test_a_feature_based_model_learns_with_a_frozen_encoder_and_opens_again(pret
         validation_file=dev,
         **SMALL,
     )
-    results = Finetuning(settings).run(lambda step: None)
+    results = finetune(settings)
     assert results["eval_f1"] > 0.95
+    assert not (tmp_path / "out" / ".features").exists()
     model = BertFeaturesForTokenClassification.from_pretrained(tmp_path / "out")
     before = BertForPreTraining.from_pretrained(pretrained).bert.state_dict()
     after = model.bert.state_dict()

@@ -16,6 +16,7 @@ from task_examples import settings_for, write_examples
 from bertfast import BertForPreTraining, BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.inference.predict import PredictSettings, predict
+from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import EvaluateSettings, evaluate
@@ -50,7 +51,7 @@ def test_fine_tuning_writes_a_model_metrics_and_predictions(tuned, files):
         assert (int(number), int(index), prediction) == (row, row - 1, "good" if float(good) > float(bad) else "bad")
         assert float(bad) + float(good) == pytest.approx(1, abs=1e-5)
     # The test file holds the same sentences, so the best model says the same of them.
-    assert (folder / "predictions_test.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
+    assert (folder / "predictions_old.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
     assert not [name for name in results if name.startswith("test_")]
 
 
@@ -194,7 +195,7 @@ def test_the_best_model_is_kept_and_early_stopping_ends_the_run(tuned, files, tm
     assert losses[results["best_step"]] == min(losses.values()) == results["eval_loss"]
     assert max(losses) == results["best_step"] + 4 < 40
     # The test file holds the same sentences, and it is the best model that answers.
-    assert (tmp_path / "predictions_test.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
+    assert (tmp_path / "predictions_old.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
     where = {"model_name_or_path": str(tmp_path), "device": "cpu", "precision": "fp32"}
     evaluated = evaluate(EvaluateSettings.of(**where, validation_file=files["validation_file"]))
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
@@ -237,7 +238,7 @@ def test_without_a_finite_gradient_the_run_stops_with_finite_weights(pretrained,
         ({"max_seq_length": 25}, "from 4 to 24 \\(the model's number of positions\\), got 25"),
         ({"metric_for_best_model": "f2"}, "one of accuracy, f1, matthews_correlation, loss in this task, got 'f2'"),
         ({"task": "regression"}, "line 2: the label '(good|bad)' is not a finite number"),
-        ({"train_file": "missing.tsv"}, "there is no file missing.tsv"),
+        ({"train_file": "missing.tsv"}, "--train-file missing.tsv: no such file"),
         ({"num_train_epochs": 0}, "--num-train-epochs must be more than 0, got 0"),
         ({"eval_steps": 0}, "--eval-steps must be at least 1, got 0"),
         ({"eval_tokens": 0}, "--eval-tokens must be at least 1, got 0"),
@@ -262,13 +263,36 @@ def test_an_unknown_validation_label_is_refused(pretrained, files, tmp_path):
         finetune(FinetuneSettings.of(**settings | {"validation_file": str(odd)}))
 
 
-def test_a_folder_with_a_model_is_not_overwritten(tuned, files):
+def test_a_folder_with_a_model_is_not_overwritten(tuned, pretrained, files):
     folder, _ = tuned
     before = (folder / "model.safetensors").read_bytes()
-    settings = FinetuneSettings.of(model_name_or_path=str(folder), output_dir=str(folder), **files, **QUICK)
-    with pytest.raises(ValueError, match="holds a model already"):
+    settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)
+    with pytest.raises(OriginError, match="has the results of a run with the same inputs and settings"):
         finetune(settings)
+    with pytest.raises(OriginError, match=r"--learning-rate was 0\.003 and is 0\.1; --seed was 42 and is 3: choose"):
+        finetune(settings.replace(learning_rate=0.1, seed=3))
+    for overwrite in (False, True):  # the model to start from
+        with pytest.raises(ValueError, match=r"--model-name-or-path reads .*config\.json, which would be replaced"):
+            finetune(settings.replace(model_name_or_path=str(folder), overwrite_output_dir=overwrite))
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_old_results_stay_until_model_and_data_have_been_read(pretrained, files, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "predictions_old.tsv", "notes.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    settings = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out")} | files | QUICK
+    with pytest.raises(OriginError, match=r"contents without a record of their inputs and settings \(config\.json\)"):
+        finetune(FinetuneSettings.of(**settings))
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("sentence\tlabel\nno label\n")
+    settings["overwrite_output_dir"] = True
+    with pytest.raises(ValueError, match=r"bad\.tsv, line 2"):
+        finetune(FinetuneSettings.of(**settings | {"train_file": str(bad)}))
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    finetune(FinetuneSettings.of(**settings, num_train_epochs=0.1))
+    assert not (tmp_path / "out" / "predictions_old.tsv").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "old"
 
 
 def test_unsuitable_checkpoints_are_refused(pretrained, files, tmp_path):

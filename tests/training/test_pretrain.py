@@ -1,6 +1,7 @@
 """A pre-training run: its results, its output folder, and resuming after interruptions."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,8 +118,28 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(finished, data, tmp_path)
 def test_a_folder_with_a_run_is_not_overwritten_and_other_settings_do_not_resume_it(finished, data):
     with pytest.raises(ValueError, match="already holds a run: add --resume"):
         pretrain(settings_for(finished, data))
-    with pytest.raises(ValueError, match=r"other settings \(--learning-rate\)"):
+    with pytest.raises(ValueError, match=r"--learning-rate was 0\.01 and is 1\.0: repeat the command of that run with"):
         pretrain(settings_for(finished, data, resume=True, learning_rate=1.0))
+
+
+def test_a_model_is_replaced_only_on_request_and_never_while_it_is_read(finished, data, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    short = {"max_steps": 1, "config_overrides": "", "overwrite_output_dir": True}
+    with pytest.raises(ValueError, match=r"already holds a model, choose another .*--overwrite-output-dir"):
+        pretrain(settings_for(folder, data))
+    with pytest.raises(ValueError, match=r"--init-from reads .*config\.json, which would be replaced"):
+        pretrain(settings_for(folder, data, init_from=str(folder), **short))
+    with pytest.raises(ValueError, match="the command was prepare and is pretrain"):
+        pretrain(settings_for(data, data))
+    with pytest.raises(ValueError, match="--overwrite-output-dir removes the run that --resume and"):
+        settings_for(folder, data, resume=True, **short)
+    assert_same_weights(finished, folder)
+    pretrain(settings_for(folder, data, init_from=str(finished), **short))
+    assert [entry["step"] for entry in entries(folder) if "masked_lm_loss" in entry] == [1]
+    record = json.loads((folder / "origin.json").read_text())
+    assert record["inputs"]["--init-from"]
+    assert {"tokenizer", "training text", "--precision", "--seed"} <= record["settings"].keys()
 
 
 def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
@@ -133,11 +154,11 @@ def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"--train-file was .* and is .*--data-dir .*data"):
         pretrain(settings.replace(resume=True))
     other = prepare(PrepareSettings(str(tmp_path / "other"), settings.corpus))
-    with pytest.raises(ValueError, match=r"another tokenizer \(SHA-256 .*--data-dir"):
+    with pytest.raises(ValueError, match=r"tokenizer was .* and is .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
     same = settings.corpus.replace(tokenizer_name=str(tmp_path / "run" / "data"))
     other = prepare(PrepareSettings(str(tmp_path / "same"), same))
-    with pytest.raises(ValueError, match=r"another (training|validation) text \(SHA-256 .*--data-dir"):
+    with pytest.raises(ValueError, match=r"(training|validation) text was .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
     pretrain(settings.replace(resume=True, data_dir=str(tmp_path / "run" / "data"), corpus=CorpusSettings()))
 

@@ -7,6 +7,7 @@ import pytest
 from sentiment import QUICK
 from task_examples import write_examples
 
+from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.settings import settings_of
 from bertfast.training.sweep import SweepSettings, sweep
 
@@ -39,6 +40,33 @@ def test_a_sweep_names_the_best_run_and_repeats_none(pretrained, tmp_path, capsy
     times = [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")]
     assert sweep(settings) == results
     assert times == [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")]
+
+
+def test_runs_of_another_sweep_are_refused_or_replaced(pretrained, tmp_path, capsys):
+    one = {"learning_rates": [1e-2], "seeds": [1]}
+    settings = settings_for(pretrained, tmp_path, **one)
+    sweep(settings)
+    run = tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-1"
+    before = (run / "sweep_score.json").stat().st_mtime_ns
+    sweep(settings.replace(seeds=[1, 2]))  # more combinations: finished runs are kept
+    assert (run / "sweep_score.json").stat().st_mtime_ns == before
+    with pytest.raises(OriginError, match=r"--weight-decay was 0\.01 and is 0\.5: .*--overwrite-output-dir"):
+        sweep(settings.replace(weight_decay=0.5))
+    write_examples(tmp_path, "sequence-classification", 40, seed=1)
+    with pytest.raises(OriginError, match=r"--train-file was .* and is .*; --validation-file was"):
+        sweep(settings)
+    assert len(sweep(settings.replace(overwrite_output_dir=True))["combinations"]) == 1
+    assert not (tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-2").exists()
+
+
+def test_a_part_of_another_sweep_is_refused(pretrained, tmp_path, capsys):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-2], seeds=[1])
+    sweep(settings)
+    # As if the run were a copy, or its rate had the same first six digits.
+    record = tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-1" / "origin.json"
+    record.write_text(record.read_text().replace('"--learning-rate": 0.01', '"--learning-rate": 0.010000001'))
+    with pytest.raises(OriginError, match=r"--learning-rate was 0\.010000001 and is 0\.01"):
+        sweep(settings)
 
 
 @pytest.mark.parametrize(
