@@ -88,7 +88,7 @@ def _tensor(name: str, entry: Fields, data: list[np.ndarray]) -> np.ndarray:
     if len(content) != size or size != prod(shape) * np.dtype(_DTYPES[code]).itemsize:
         raise ValueError(f"the data file is damaged: {name} of shape {shape} has {len(content)} of {size} bytes")
     if not size:
-        return np.empty(0, _DTYPES[code])  # whatever its shape, which may be absurd
+        return np.empty(0, _DTYPES[code])  # not reshaped, as the shape may be absurd
     array: np.ndarray = content.view(_DTYPES[code]).reshape(shape)
     return array
 

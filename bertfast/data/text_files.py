@@ -22,6 +22,7 @@ STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
+_MAX_JSON = 2**28  # characters of a file that is read whole
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UNREADABLE = {  # first bytes of a file: what it is and what to do
     LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
@@ -110,7 +111,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is not UTF-8 text, or is not a whole JSON object; the message names it.
     """
-    text = "".join(line for _, line in read_lines(path))
+    pieces, size = [], 0
+    for _, line in read_lines(path):
+        pieces.append(line)
+        size += len(line)
+        if size > _MAX_JSON:  # of a small compressed file, perhaps
+            raise ValueError(f"{path} has more than {_MAX_JSON:,} characters, which no configuration or tokenizer has")
+    text = "".join(pieces)
     if not text.strip():
         raise ValueError(f"{path} is empty: copy or download it again")
     try:

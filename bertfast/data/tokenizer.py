@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing
 
+from bertfast.data.text_files import read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -112,10 +113,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
         ValueError: It is not a WordPiece tokenizer with BERT's special tokens.
     """
     path = tokenizer_files(path)[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _from_vocabulary(path)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer = _from_json(path) if path.suffix == ".json" else _from_vocabulary(path)
     if not isinstance(tokenizer.model, models.WordPiece):
         raise ValueError(f"{path} holds a {type(tokenizer.model).__name__} model, but BERT requires WordPiece")
     if len(tokenizer.get_vocab()) != 1 + max(tokenizer.get_vocab().values(), default=-1):
@@ -123,7 +121,10 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
     _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special_tokens(tokenizer)
+    try:
+        special_tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the vocabulary of a BERT: {error}") from None
     return tokenizer
 
 
@@ -209,23 +210,41 @@ def _wordpiece(vocabulary: dict[str, int], cased: bool) -> Tokenizer:
     return tokenizer
 
 
+def _from_json(path: Path) -> Tokenizer:
+    content = json.dumps(read_json(path))
+    try:
+        return Tokenizer.from_str(content)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
 def _from_vocabulary(path: Path) -> Tokenizer:
-    # Not str.splitlines, which also splits at characters that tokens may contain.
-    with path.open(encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file]
-    vocabulary = {token: i for i, token in enumerate(lines)}
-    if len(vocabulary) != len(lines):
-        raise ValueError(f"{len(lines) - len(vocabulary)} of its lines are repeated")
+    # Lines end at line feeds only: tokens may contain other characters at which str.splitlines splits.
+    tokens = [line.removesuffix("\n").removesuffix("\r") for _, line in read_lines(path)]
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    vocabulary: dict[str, int] = {}
+    for token_id, token in enumerate(tokens):
+        line = f"{path}, line {token_id + 1}"
+        if token in vocabulary:
+            raise ValueError(
+                f"{line}: {token!r} is repeated, first on line {vocabulary[token] + 1}; remove one of them"
+            )
+        if " " in token.strip(" ") or "\t" in token:
+            raise ValueError(f"{line}: {token!r:.80} is more than one token; a vocab.txt has one token per line")
+        vocabulary[token] = token_id
     cased = any(token != token.lower() for token in vocabulary if not token.startswith("["))
     return _wordpiece(vocabulary, cased)
 
 
 def _configure(tokenizer: Tokenizer, config: Path, cased: bool | None) -> None:
     """Set the normalizer's options from the file `config`, if it exists, and `cased`, if it is given."""
-    options = json.loads(config.read_text()) if config.exists() else {}
+    options = read_json(config) if config.exists() else {}
     if cased is not None:
         options["do_lower_case"] = not cased
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         for key, name in NORMALIZER_OPTIONS.items():
             if key in options:
+                if not isinstance(options[key], bool | None):
+                    raise ValueError(f"{config}: {key} must be true or false, got {json.dumps(options[key]):.40}")
                 setattr(tokenizer.normalizer, name, options[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,9 @@ from bertfast.models.files import load, read_config, report_differences, resolve
 from bertfast.models.patch import require_packed
 from bertfast.runtime.precision import Precision, choose_precision
 
+logger = logging.getLogger("bertfast")
+
+_MAX_PADDING = 512  # vocabularies are often padded to a multiple of a power of two, for efficient GEMMs
 HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
 
 
@@ -33,12 +37,19 @@ def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
 
 
 def require_vocabulary(tokenizer: Tokenizer, path: Path, config: BertConfig) -> None:
-    """Raise ValueError if the vocabulary of the tokenizer at `path` is larger than that of a configuration."""
+    """Raise ValueError if the vocabulary of the tokenizer at `path` is larger than a model's; warn if it is smaller."""
     vocab_size = tokenizer.get_vocab_size()
     if vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has {vocab_size} tokens, but the model's vocab_size is {config.vocab_size}: "
             "they do not belong together"
+        )
+    if config.vocab_size - vocab_size >= _MAX_PADDING:
+        logger.warning(
+            "the tokenizer in %s has %d tokens, but the model's vocab_size is %d: check that they belong together",
+            path,
+            vocab_size,
+            config.vocab_size,
         )
 
 

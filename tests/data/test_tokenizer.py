@@ -138,8 +138,15 @@ def test_a_vocabulary_without_mask_token_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.txt", "[PAD]\na\na\n", "repeated"),
-        ("vocab.txt", b"\xff\xfe", "is not a tokenizer"),
+        ("vocab.txt", "[PAD]\na\nb\na\n", "line 4: 'a' is repeated, first on line 2"),
+        ("vocab.txt", "[PAD]\n[UNK] [CLS]\n", r"line 2: '\[UNK\] \[CLS\]' is more than one token"),
+        ("vocab.txt", "[PAD]\t0\n", "line 1: .* is more than one token"),
+        ("vocab.txt", b"\xff\xfe", "is UTF-16"),
+        ("vocab.txt", b"a\nb\xe9\n", "line 2: not UTF-8"),
+        ("vocab.txt", "", r"no \[PAD\] and no \[UNK\]"),
+        ("vocab.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+        ("tokenizer.json", "", "is empty"),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Wor', "is cut off or not JSON"),
         ("tokenizer.json", "{}", "is not a tokenizer"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "holds a BPE model"),
     ],
@@ -150,6 +157,59 @@ def test_files_that_are_not_a_wordpiece_tokenizer_are_refused_by_name(tmp_path, 
     with pytest.raises(ValueError, match=message) as raised:
         load_tokenizer(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["mark", "windows", "old mac", "blank lines"])
+def test_a_vocabulary_of_other_editors_is_read(tmp_path, change):
+    plain = "".join(f"{token}\n" for token in [*SPECIAL_TOKENS, "é", "\u2028", "##a"])
+    text = {"windows": plain.replace("\n", "\r\n"), "old mac": plain.replace("\n", "\r"), "blank lines": plain + "\n\n"}
+    content = text.get(change, plain).encode("utf-8-sig" if change == "mark" else "utf-8")
+    (tmp_path / "vocab.txt").write_bytes(content)
+    vocabulary = load_tokenizer(tmp_path).get_vocab()
+    assert sorted(vocabulary, key=vocabulary.__getitem__) == [*SPECIAL_TOKENS, "é", "\u2028", "##a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "is empty"),
+        ('{"do_lower_case": tr', "is cut off or not JSON"),
+        (b'{"note": "\xe9"}', "line 1: not UTF-8"),
+        ('{"do_lower_case": "yes"}', 'do_lower_case must be true or false, got "yes"'),
+    ],
+)
+def test_damaged_options_are_refused_by_name(tmp_path, options, message):
+    save_tokenizer(train_tokenizer(TEXTS, 128), tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(options if isinstance(options, bytes) else options.encode())
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tokenizer(tmp_path)
+    assert str(path) in str(raised.value)
+
+
+def test_files_of_a_tokenizer_are_read_as_utf8_in_every_locale(tmp_path):
+    tokenizer = train_tokenizer(["été à Zürich, déjà vu"] * 5, 128, cased=True)
+    save_tokenizer(tokenizer, tmp_path)
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+        content = (
+            (tmp_path / name).read_text(encoding="utf-8").replace('"tokenizer_class"', '"note": "é", "tokenizer_class"')
+        )
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    program = (
+        "import sys; from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash\n"
+        "tokenizers = [load_tokenizer(f'{sys.argv[1]}/{name}') for name in ('', 'vocab.txt')]\n"
+        "save_tokenizer(tokenizers[0], sys.argv[1] + '/again')\n"
+        "print(*{tokenizer_hash(tokenizer) for tokenizer in [*tokenizers, load_tokenizer(sys.argv[1] + '/again')]})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stderr == ""
+    assert ran.stdout.split() == [tokenizer_hash(tokenizer)]
 
 
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path):

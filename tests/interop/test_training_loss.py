@@ -141,3 +141,27 @@ def test_labels_that_do_not_fit_are_refused(misfit):
     model = bertfast.BertForMaskedLM(transformers.BertConfig(**SIZES)).train()
     with pytest.raises((ValueError, IndexError)):
         model(VALUES["input_ids"], VALUES["attention_mask"], labels=misfit(VALUES["input_ids"]))
+
+
+@pytest.mark.parametrize("label", [-1, 60])
+@pytest.mark.parametrize(
+    ("name", "argument", "shape"),
+    [
+        ("BertForMaskedLM", "labels", (3, 11)),
+        ("BertForPreTraining", "labels", (3, 11)),
+        ("BertForPreTraining", "next_sentence_label", (3,)),
+        ("BertForNextSentencePrediction", "labels", (3,)),
+        ("BertForSequenceClassification", "labels", (3,)),
+        ("BertForTokenClassification", "labels", (3, 11)),
+        ("BertForMultipleChoice", "labels", (1,)),
+    ],
+)
+def test_a_label_outside_its_range_is_refused_by_value(name, argument, shape, label):
+    model = getattr(bertfast, name)(transformers.BertConfig(**SIZES | {"vocab_size": 53})).train()
+    ids = torch.ones(*((1, 3, 11) if name == "BertForMultipleChoice" else (3, 11)), dtype=torch.long)
+    labels = {"labels": torch.zeros(3, 11, dtype=torch.long), "next_sentence_label": torch.zeros(3, dtype=torch.long)}
+    labels = labels if name == "BertForPreTraining" else {}
+    values = torch.zeros(shape, dtype=torch.long)
+    values.view(-1)[-1] = label
+    with pytest.raises(IndexError, match=str(label)):
+        model(ids, **labels | {argument: values})
