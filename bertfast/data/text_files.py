@@ -89,7 +89,7 @@ def json_object(path: Path | str, number: int, line: str, example: str) -> dict[
             and shows `example`.
     """
     try:
-        value = json.loads(line)
+        value = _JSON.decode(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -127,6 +127,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, {{…}}, got {text.strip():.40}")
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError if a key is repeated, of which json would keep the last value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
+    return value
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _decoded_lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:

@@ -179,6 +179,8 @@ class SequenceClassificationTask(Task[TextExamples]):
         elif columns.label not in table.columns:
             return self._examples(table, columns)
         table = columns.with_texts(table)
+        if labelled and not len(table):
+            raise ValueError(f"{path} has no row with a text and a label")
         if labelled:
             table.texts(columns.text)  # raises if all are blank
         labels = [read_label(value, self.problem_type) for value in table.column(columns.label)]

@@ -184,8 +184,11 @@ class _TableReader:
         return {name: [row[i] for row in rows if isinstance(row, list)] for i, name in enumerate(self.names)}
 
     def _problem(self, record: _Record) -> str | None:
-        if isinstance(record.values, dict) or len(record.values) == len(self.names):
+        if isinstance(record.values, dict):
             return None
+        if len(record.values) == len(self.names):
+            repeated = record.values == self.names and len(self.names) > 1
+            return f"{self.path}, line {record.line}: repeats the header; remove the line" if repeated else None
         is_csv = ".csv" in self.path.suffixes[-2:]
         hint = (
             "a field that holds a comma must be quoted" if is_csv else "a .tsv has no quoting, so no field holds a tab"

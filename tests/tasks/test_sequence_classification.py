@@ -294,6 +294,15 @@ def test_no_submission_is_written_without_predictions_for_all_rows(tmp_path, cap
     assert "SST-2.tsv is not written" in caplog.text
 
 
+def test_a_file_without_labels_cannot_train(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tlabel\na\t\nb\t\n")
+    with pytest.raises(ValueError, match=r"line 2: no label in column 'label'"):
+        task_for().read(str(path), labelled=True)
+    with pytest.raises(ValueError, match="has no row with a text and a label"):
+        task_for(on_bad_rows="skip").read(str(path), labelled=True)
+
+
 def test_a_list_of_labels_needs_the_multi_label_task(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": ["x", "y"]}\n')

@@ -60,6 +60,8 @@ SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
         ("a.csv", "text,,label\nx,y,1\n", "line 1: column 2 of 3 has no name"),
         ("a.csv", "id,text\n7,x\n7,y\n", "line 3: the id '7' is repeated: remove the row, or rename the column 'id'"),
         ("a.jsonl", '{"idx": 7, "text": "x"}\n{"idx": 7, "text": "x"}\n', "line 2: the idx 7 is repeated"),
+        ("a.csv", "text,label\nx,1\ntext,label\ny,0\n", "line 3: repeats the header; remove the line"),
+        ("a.jsonl", '{"text": "x", "text": "y"}\n', "line 1: not JSON (the key 'text' is repeated)"),
         ("a.jsonl", '{"text": "\\ud83d"}\n', "line 1: unpaired surrogate"),
         ("a.tsv", "sentence\tlabel\none\t1\ntwo\n", "line 3: 1 field where the header has 2"),
         ("a.tsv", "sentence\tlabel\n", "holds no rows"),
