@@ -14,7 +14,7 @@ from bertfast.encoder.linear import is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul
-from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.malloc import reuse_freed_memory
 
 
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
@@ -61,7 +61,7 @@ def encode(
     if residual_dtype is not None:
         hidden = hidden.to(residual_dtype)
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        keep_freed_memory()
+        reuse_freed_memory()
     # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
     copies = copy_dtype(hidden) is not None
     takes = [copies and _takes_copy(module) for module in layers]

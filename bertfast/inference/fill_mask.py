@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tyro.conf import Positional
 
+from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import masked_lm_logits, pack
 from bertfast.models.bert import BertForMaskedLM
@@ -21,7 +22,7 @@ class FillMaskSettings(Settings):
 
     Attributes:
         model_name_or_path: Folder or hub id of a model with a masked-LM head, and its tokenizer.
-        text: A text that contains [MASK].
+        text: A text that contains [MASK]; "-": lines of standard input, each such a text.
         top_k: Number of tokens to print for each [MASK].
     """
 
@@ -44,8 +45,12 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
         For each [MASK], the `top_k` most probable tokens with their probabilities, most probable first.
 
     Raises:
-        ValueError: There is no [MASK], or the text has more tokens than the model has positions.
+        ValueError: There is no [MASK], the text has more tokens than the model has positions, or it is not Unicode text.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not UTF-8 (character {error.start + 1}); convert it to UTF-8") from None
     ids = tokenizer.encode(text).ids
     positions = model.config.max_position_embeddings
     if len(ids) > positions:
@@ -68,8 +73,20 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
 def fill_mask_command(settings: FillMaskSettings) -> None:
     """Print the most probable tokens for each [MASK]."""
     model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, "cls.predictions.transform")
-    predictions_per_mask = fill_mask(model, tokenizer, settings.text, settings.top_k)
-    print(settings.text)
+    if settings.text != "-":
+        _print(settings.text, fill_mask(model, tokenizer, settings.text, settings.top_k))
+        return
+    for number, line in read_standard_input():
+        text = line.rstrip("\r\n")
+        try:
+            predictions = fill_mask(model, tokenizer, text, settings.top_k)
+        except ValueError as error:
+            raise ValueError(f"{STANDARD_INPUT}, line {number}: {error}") from None
+        _print(text, predictions)
+
+
+def _print(text: str, predictions_per_mask: list[list[tuple[str, float]]]) -> None:
+    print(text)
     for number, predictions in enumerate(predictions_per_mask, 1):
         print(f"[MASK] {number}")
         for token, probability in predictions:

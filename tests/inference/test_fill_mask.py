@@ -71,3 +71,22 @@ def test_invalid_input_raises(model, config, tmp_path):
     save_tokenizer(TOKENIZER, tmp_path)
     with pytest.raises(ValueError, match="was not trained as a BertForMaskedLM"):
         fill_mask_command(FillMaskSettings(str(tmp_path), "[MASK]"))
+
+
+def test_lines_of_standard_input_are_texts(model, tmp_path, capsys, pipe):
+    model.save_pretrained(tmp_path)
+    save_tokenizer(TOKENIZER, tmp_path)
+    pipe("the [MASK] sat\r\non [MASK]\r\nthe cat\r\n")
+    with pytest.raises(ValueError, match=r"standard input, line 3: no \[MASK\] in 'the cat'"):
+        fill_mask_command(FillMaskSettings(str(tmp_path), "-", top_k=1))
+    assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")] == [
+        "the [MASK] sat",
+        "[MASK] 1",
+        "on [MASK]",
+        "[MASK] 1",
+    ]
+
+
+def test_text_that_is_not_utf8_is_refused(model):
+    with pytest.raises(ValueError, match=r"the text is not UTF-8 \(character 12\)"):
+        fill_mask(model, TOKENIZER, "the [MASK] \udce9")
