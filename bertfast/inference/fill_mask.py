@@ -45,7 +45,7 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
         For each [MASK], the `top_k` most probable tokens with their probabilities, most probable first.
 
     Raises:
-        ValueError: There is no [MASK], the text has more tokens than the model has positions, or it is not Unicode text.
+        ValueError: There is no [MASK], the text has more tokens than the model has positions, or it is not UTF-8.
     """
     try:
         text.encode()
