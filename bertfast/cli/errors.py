@@ -7,7 +7,7 @@ from types import TracebackType
 
 from bertfast.runtime.signals import RunStopped
 
-# Errors of which the message says what is wrong, whoever raised them.
+# Errors of which the message says what is wrong, no matter where they were raised.
 _DESCRIBED = (OSError, ImportError, EOFError, RunStopped)
 # Errors of damaged files, named by module so that recognising them imports none of the libraries.
 _DAMAGED_FILE = {
