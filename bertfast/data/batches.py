@@ -35,8 +35,8 @@ class Batch:
         masked_rows: int64 [M], the slot of each masked token, ascending; unused entries name distinct other slots,
             because gathering one row many times would serialise the scatter of the gradient.
         labels: int64 [M], the original token ids; -100 in unused slots.
-        next_sentence_labels: int64 [S], 0 if B follows A, 1 if it is from another document, -100 in unused slots; None
-            if samples are not sentence pairs.
+        next_sentence_labels: int64 [S], 0 if B follows A, 1 if it is from elsewhere, -100 in unused slots; None if
+            samples are not sentence pairs.
         masked: Number of masked tokens, at most M, known to the host.
     """
 
