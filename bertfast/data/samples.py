@@ -94,7 +94,7 @@ class Samples(NamedTuple):
         first_length: int32 [N], tokens of A.
         second_start: int64 [N], position of B's first token.
         second_length: int32 [N], tokens of B; 0 if samples are not pairs.
-        random_second: bool [N], whether B is from another document, or elsewhere in the only one; otherwise it follows A.
+        random_second: bool [N], whether B is from another document or, if there is none, elsewhere; else B follows A.
     """
 
     first_start: np.ndarray
