@@ -73,7 +73,9 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
 def fill_mask_command(settings: FillMaskSettings) -> None:
     """Print the most probable tokens for each [MASK]."""
     if any("\ud800" <= character <= "\udfff" for character in settings.text):
-        raise ValueError("the text is not UTF-8: a byte of it is not part of a character; check the terminal's encoding")
+        raise ValueError(
+            "the text is not UTF-8: a byte of it is not part of a character; check the terminal's encoding"
+        )
     model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, "cls.predictions.transform")
     if settings.text != "-":
         _print(settings.text, fill_mask(model, tokenizer, settings.text, settings.top_k))

@@ -14,11 +14,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-@cache
 def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
     """Return the types of a class's fields, with their ranges."""
+    return _hints(cast("Hashable", settings_class))  # mypy takes the __hash__ of instances for that of the class
+
+
+@cache
+def _hints(settings_class: Any) -> dict[str, Any]:
     hints = get_type_hints(settings_class, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
 
