@@ -66,9 +66,9 @@ class HeldOut:
                 "nothing with --validation-split-percentage 0"
             )
         number = max(MIN_SENTENCES, round(percentage / 100 * total))
-        longest, document = max(lengths, default=(0, 0))
+        longest, key = max(lengths, default=(0, 0))
         if longest >= 2 * MIN_SENTENCES:
-            return cls(0, document, min(number, longest // 2))
+            return cls(0, key, min(number, longest // 2))
         return cls(_threshold(lengths, number))
 
     def is_divided(self, paragraphs: list[str]) -> bool:
