@@ -7,6 +7,14 @@ from typing import Any
 
 import yaml
 
+_MAX_BYTES, _MAX_ALIASES, _MAX_DEPTH = 2**18, 10, 20
+_STARTS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -44,10 +52,17 @@ def read_yaml(path: Path, label: str) -> dict[str, Any]:
         label: What the user typed to name the file, for messages.
 
     Raises:
-        ValueError: The file is not UTF-8 text, not valid YAML, or holds something other than `name: value` lines.
+        ValueError: The file is not UTF-8 text, not valid YAML, too large, or holds something other than `name: value`
+            lines.
     """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(
+            f"{label}: has {path.stat().st_size:,} bytes; give `name: value` lines, at most {_MAX_BYTES:,}"
+        )
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        _check_bounds(text, label)
+        entries = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{label}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.MarkedYAMLError as error:
@@ -56,8 +71,18 @@ def read_yaml(path: Path, label: str) -> dict[str, Any]:
         raise ValueError(f"{label}{line}: {problem or 'invalid YAML'}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{label}: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{label}: too deeply nested; give `name: value` lines") from None
     if not isinstance(entries, dict | None):
         raise ValueError(f"{label}: must hold `name: value` lines, got {entries!r:.60}")
     return entries or {}
+
+
+def _check_bounds(text: str, label: str) -> None:
+    """Raise ValueError if YAML is nested deeply, or has so many aliases of aliases that it could fill all memory."""
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
+        if aliases > _MAX_ALIASES:
+            raise ValueError(f"{label}: has more than {_MAX_ALIASES} aliases (*name); repeat the values instead")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"{label}: too deeply nested; give `name: value` lines")
