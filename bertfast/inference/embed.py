@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice, repeat
+from importlib.util import find_spec
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ from bertfast.tasks.pretrained import open_model, sequence_length
 from bertfast.tasks.sequence_classification import Columns, Text
 from bertfast.tasks.settings import ComputeSettings
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
-from bertfast.tasks.tables import read_table
+from bertfast.tasks.tables import read_chunks
 
 Pooling = Literal["cls", "mean", "none"]
 _TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
@@ -98,23 +99,25 @@ def embed(settings: EmbedSettings) -> Path:
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
+    if settings.output_format == "parquet" and find_spec("pyarrow") is None:
+        raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`")
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device, settings.compute.precision)
     max_length = sequence_length(settings.max_seq_length, model.config)
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
     opened = output_folder(Path(settings.output_dir), origin, ("part-*",), overwrite=settings.overwrite_output_dir)
     with opened as folder, tqdm(desc="embed", unit="text") as bar:
-        rows = enumerate(_texts(settings), 1)
+        rows = _rows(settings)
         for part in count():
             chunk = list(islice(rows, settings.texts_per_part))
             if not chunk:
                 break
             path = folder / f"part-{part:05}.{settings.output_format}"
             if not path.exists():
-                features = tokenize(tokenizer, [text for _, (text, _) in chunk], max_length)
+                features = tokenize(tokenizer, [row.text for row in chunk], max_length)
                 tensors = compute_embeddings(model, features, settings)
-                tensors["rows"] = torch.tensor([row for row, _ in chunk])
-                _write(path, tensors, [identifier for _, (_, identifier) in chunk])
+                tensors["rows"] = torch.tensor([row.number for row in chunk])
+                _write(path, tensors, [row.id for row in chunk])
                 give_freed_memory_back()  # else memory use grows with the number of parts
             bar.update(len(chunk))
         if not bar.n:
@@ -216,18 +219,30 @@ def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, value
         out[features.cu_seqlens[row] : features.cu_seqlens[row + 1]] = part
 
 
-def _texts(settings: EmbedSettings) -> Iterator[tuple[Text, str | None]]:
-    """Yield each row's text, or pair of texts, and its id if the file has any."""
+@dataclass(frozen=True)
+class _Row:
+    """A text, or pair of texts, its row's number from 1, and the row's id if the file has any."""
+
+    number: int
+    text: Text
+    id: str | None = None
+
+
+def _rows(settings: EmbedSettings) -> Iterator[_Row]:
+    """Yield the rows of the input, of which only a part is in memory at a time."""
     path = settings.input_file
-    if path in (None, "-"):
-        return ((line.rstrip("\r\n"), None) for _, line in read_standard_input())
-    if path.endswith(_TEXT_SUFFIXES):
-        return ((line.rstrip("\r\n"), None) for _, line in read_lines(Path(path)))
+    if path in (None, "-") or path.endswith(_TEXT_SUFFIXES):
+        lines = read_standard_input() if path in (None, "-") else read_lines(Path(path))
+        yield from (_Row(number, line.rstrip("\r\n")) for number, line in lines)
+        return
     if not path.endswith(TABLE_SUFFIXES):
         raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv or .jsonl")
-    table = read_table(path)
-    texts = Columns.choose(table, settings.text_column, settings.text_pair_column, None).texts(table)
-    return zip(texts, map(str, table.columns["id"]) if "id" in table.columns else repeat(None), strict=False)
+    columns = None
+    for table in read_chunks(path, settings.texts_per_part):
+        columns = columns or Columns.choose(table, settings.text_column, settings.text_pair_column, None)
+        ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
+        for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
+            yield _Row(number, text, None if row_id is None else str(row_id))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], ids: list[str | None]) -> None:
@@ -236,13 +251,12 @@ def _write(path: Path, tensors: dict[str, Tensor], ids: list[str | None]) -> Non
         with atomic_path(path) as temporary:
             write_tensors(tensors, temporary)
         return
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`") from None
+    import pyarrow
+    from pyarrow import parquet
+
     embeddings = tensors["embeddings"].numpy()
     lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
-    columns = {"row": tensors["rows"].numpy()} | ({} if None in ids else {"id": ids}) | {"embeddings": lists}
+    named = {"id": ids} if any(row_id is not None for row_id in ids) else {}
+    columns = {"row": tensors["rows"].numpy()} | named | {"embeddings": lists}
     with atomic_path(path) as temporary:
         parquet.write_table(pyarrow.table(columns), temporary)

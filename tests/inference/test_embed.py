@@ -82,6 +82,15 @@ def test_blank_lines_have_vectors_too(source, pretrained, tmp_path, pipe):
     assert len({tuple(vector.tolist()) for vector in vectors}) == 3
 
 
+def test_tables_are_read_in_chunks_with_their_row_numbers(pretrained, tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_text("sentence\n" + "\n".join(["good", '""', "bad", "good", "the"]) + "\n")
+    settings = settings_for(pretrained, tmp_path / "out", input_file=str(table), texts_per_part=2)
+    parts = [load_file(part) for part in sorted(embed(settings).glob("part-*"))]
+    assert [part["rows"].tolist() for part in parts] == [[1, 2], [3, 4], [5]]
+    assert torch.equal(parts[0]["embeddings"][0], parts[1]["embeddings"][1])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
