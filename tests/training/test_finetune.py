@@ -51,7 +51,7 @@ def test_fine_tuning_writes_a_model_metrics_and_predictions(tuned, files):
         assert (int(number), int(index), prediction) == (row, row - 1, "good" if float(good) > float(bad) else "bad")
         assert float(bad) + float(good) == pytest.approx(1, abs=1e-5)
     # The test file holds the same sentences, so the best model says the same of them.
-    assert (folder / "predictions_old.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
+    assert (folder / "predictions_test.tsv").read_text() == (folder / "predictions_validation.tsv").read_text()
     assert not [name for name in results if name.startswith("test_")]
 
 
@@ -195,7 +195,7 @@ def test_the_best_model_is_kept_and_early_stopping_ends_the_run(tuned, files, tm
     assert losses[results["best_step"]] == min(losses.values()) == results["eval_loss"]
     assert max(losses) == results["best_step"] + 4 < 40
     # The test file holds the same sentences, and it is the best model that answers.
-    assert (tmp_path / "predictions_old.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
+    assert (tmp_path / "predictions_test.tsv").read_text() == (tmp_path / "predictions_validation.tsv").read_text()
     where = {"model_name_or_path": str(tmp_path), "device": "cpu", "precision": "fp32"}
     evaluated = evaluate(EvaluateSettings.of(**where, validation_file=files["validation_file"]))
     assert evaluated["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-6)
