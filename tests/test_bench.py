@@ -1,5 +1,6 @@
 """The benchmarks run at small sizes, and report what they should."""
 
+import argparse
 import gzip
 import json
 import lzma
@@ -353,3 +354,24 @@ def test_no_figure_is_drawn_of_uncommitted_code(tmp_path):
     ran = run("-m", "bench.figures", str(tmp_path / "dirty.json"), "--output", str(tmp_path / "step.png"))
     assert ran.returncode == 2
     assert "uncommitted changes" in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["bertfast", "torch", "F.linear_cross_entropy"])
+def test_losses_agree_before_their_memory_counts(name):
+    from bench.end_to_end import vocabulary
+
+    found = vocabulary.point(argparse.Namespace(point=(name, "96"), rows=8, width=16))
+    assert found["seconds"] > 0
+    assert found["peak_bytes"] >= 0
+    assert found["relative_error"] < 1e-5
+
+
+def test_the_time_of_a_step_is_divided_among_groups_of_operators():
+    from bench.end_to_end import step_parts
+
+    seconds = step_parts.measure("trial", 1)["seconds"]
+    assert seconds.keys() == {"bertfast", "transformers", "transformers, eager attention"}
+    for groups in seconds.values():
+        for name in ("GEMM", "attention", "optimizer", "loss", "dropout, LayerNorm, GELU"):
+            assert groups[name] > 0, (groups, name)
+        assert groups["other"] < 0.25 * sum(groups.values())

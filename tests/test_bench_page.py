@@ -8,7 +8,7 @@ import pytest
 
 from bench.page.document import document, leaders
 from bench.page.memory import ahead_in, sweep_of
-from bench.page.rows import Result, Row, read_results, rows_of
+from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -95,5 +95,7 @@ def test_less_memory_elsewhere_is_named():
         {"implementation": name, "vocab_size": 10, "seconds": seconds, "peak_bytes": size}
         for name, seconds, size in (("bertfast", 1.0, 2e6), ("torch", 2.0, 1e6))
     ]
-    sweep = sweep_of(Result("vocabulary.json", {"rows": 1, "width": 2, "points": points}))
-    assert ahead_in(sweep) == ["torch 1 MB vs 2 MB at 10"]
+    points.append({"implementation": "liger", "vocab_size": 10, "reason": "it needs a GPU"})
+    result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": points})
+    assert ahead_in(sweep_of(result)) == ["torch 1 MB vs 2 MB at 10"]
+    assert missing_reasons(result) == {"liger": "it needs a GPU"}

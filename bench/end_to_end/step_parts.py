@@ -26,12 +26,12 @@ from bertfast.runtime.malloc import keep_freed_memory
 # By group, a pattern of the names of its operators; the first that matches counts.
 GROUPS = {
     "optimizer": r"adamw|_fused_adam|optimizer",
-    "attention": r"attention|sdpa|flash",
-    "loss": r"cross_entropy|nll_loss|log_softmax",
-    "GEMM": r"^aten::(addmm|mm|bmm|linear|baddbmm)$|mkldnn|gemm|onednn|matmul",
-    "dropout, LayerNorm, GELU": r"dropout|bernoulli|layer_norm|gelu",
+    "loss": r"cross_?entropy|nll_loss|log_softmax",
+    "attention": r"attention|sdpa|flash|^aten::(bmm|baddbmm)$|softmax",  # BERT has batched matmuls nowhere else
+    "GEMM": r"^aten::(addmm|mm|linear)$|mkldnn|gemm|onednn|matmul",
+    "dropout, LayerNorm, GELU": r"dropout|bernoulli|layer_?norm|gelu",
     "embeddings": r"embed|index_select|gather|scatter|index_put|index_add",
-    "copies and sums": r"copy_|add|sum|mul|fill_|zero_|clone|empty|cat|contiguous",
+    "copies and sums": r"^aten::(copy|add|sum|mul|fill|zero|clone|empty|cat|contiguous)_?$",
 }
 OTHERS = {"bertfast": None, "transformers": Alternative(), "transformers, eager attention": Alternative("eager")}
 

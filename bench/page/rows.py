@@ -162,5 +162,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
 
 def missing_reasons(result: Result) -> dict[str, str]:
     """Return why alternatives have no time in a result file, by their names."""
-    found = result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {}
+    found = dict(result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {})
+    points = [point for point in result.values.get("points", []) if "reason" in point]
+    found |= {point["implementation"]: point["reason"] for point in points}
     return {SYSTEMS.get(name, name): reason for name, reason in found.items()}
