@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -127,6 +128,11 @@ def seconds_of(samples: list[Sample]) -> list[float]:
 def median_ratio(slow: list[Sample], fast: list[Sample]) -> float:
     """Return the median of the ratios per round of two functions that were timed alternately."""
     return statistics.median(a / b for a, b in in_one_mode(slow, fast))
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line for a result file, without paths of this machine in brackets."""
+    return re.sub(r" \(/[^)]*\)", "", f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
 
 @contextmanager

@@ -229,6 +229,12 @@ def test_a_call_that_times_out_or_fails_gets_a_reason():
     assert within(9, lambda: None)[1] is None
 
 
+def test_reasons_in_result_files_have_no_paths_of_the_machine():
+    error = ImportError("cannot import name 'x' from 'y' (/home/me/site-packages/y.py)\nmore")
+    assert harness.reason_of(error) == "ImportError: cannot import name 'x' from 'y'"
+    assert harness.reason_of(TimeoutError()) == "TimeoutError:"
+
+
 def test_inference_is_compared_with_the_installed_runtimes(tmp_path):
     options = ("--repeats=1", f"--data={tmp_path / 'nowhere'}", f"--results={tmp_path}")
     program("end_to_end.inference", "trial", *options)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from bench.end_to_end.growth import peak_memory
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import reason_of, require_clean_tree, result_parser, write_result
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.tasks.tables import read_table
 
@@ -100,7 +100,7 @@ def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Em
         try:
             SentenceTransformer(str(model), device="cpu", backend=backend).save_pretrained(str(exported))
         except Exception as error:
-            not_run[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            not_run[name] = reason_of(error)
             print(f"{name} did not run: {not_run[name]}", file=sys.stderr, flush=True)
         else:
             found[name] = exported, partial(embed_with_sentence_transformers, backend=backend)

@@ -34,6 +34,7 @@ from bench.harness import (
     DATA,
     DEVICE,
     Sample,
+    reason_of,
     require_clean_tree,
     result_parser,
     seconds_of,
@@ -158,7 +159,7 @@ def build(weights: Weights) -> tuple[dict[str, Predict], dict[str, dict[str, flo
             predict = runtime.build(weights)
             hidden = predict(batch)[attended].float()
         except Exception as error:
-            not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            not_run[name] = reason_of(error)
             continue
         errors[name] = {
             "relative": ((hidden - expected).abs().max() / expected.abs().max()).item(),

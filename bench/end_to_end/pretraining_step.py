@@ -37,6 +37,7 @@ from bench.harness import (
     Sample,
     hf_config,
     median_ratio,
+    reason_of,
     require_clean_tree,
     result_parser,
     seconds_of,
@@ -332,7 +333,7 @@ def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | N
         with time_limit(seconds):
             function()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = reason_of(error)
     return time.perf_counter() - started, reason
 
 
