@@ -13,6 +13,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 
+def pytest_addoption(parser):
+    """Add the number of calls of tests/cli/test_bad_calls.py."""
+    parser.addoption("--bad-calls", type=int, default=200, help="Calls with bad inputs to make.")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder `shared/data` next to the repository, with text and checkpoints; skip the test without it."""
