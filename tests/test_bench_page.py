@@ -87,6 +87,7 @@ def test_results_of_inference_become_rows_with_their_lower_bound():
     }  # fmt: skip
     first, second, *_ = rows_of(Result("inference-base.json", values))
     assert (first.precision, first.seconds, first.lower_bound, second.lower_bound) == ("fp32", 2.0, 0.5, None)
+    assert (first.system, second.system) == ("bertfast", "PyTorch")
     assert first.workload == "inference, base, 2 sentences of SST-2 in batches of 2, sorted"
 
 
