@@ -72,6 +72,8 @@ def _by_file(file: str | None) -> type[Task[Any]]:
         first_line = next((line for _, line in read_lines(path)), "")
         if "ending0" in first_line or '"endings"' in first_line:
             return MultipleChoiceTask
+        if '"question"' in first_line and '"context"' in first_line:
+            return QuestionAnsweringTask
     return SequenceClassificationTask
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bertfast.tasks.question_answering import QuestionAnsweringTask
+from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import BadRows
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.squad import Question, QuestionFile, read_questions
 
 CONTEXT = "Denver Broncos won the game in Santa Clara."
@@ -46,6 +49,12 @@ def read(path: Path, content: object, *, labelled: bool = True, skip: bool = Fal
 def test_files_whose_meaning_is_clear_are_read(name, content, tmp_path):
     questions, rows, labelled = read(tmp_path / name, content)
     assert (questions, rows.numbers, rows.ids, labelled) == ([READ], [1], ["good"], True)
+
+
+def test_lines_with_a_question_and_a_context_are_recognised(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(FLAT))
+    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.jsonl"))
+    assert isinstance(task, QuestionAnsweringTask)
 
 
 BAD = {
