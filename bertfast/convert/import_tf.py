@@ -25,10 +25,13 @@ from bertfast.models.bert import (
     BertModel,
 )
 from bertfast.models.files import config_from, save
+from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.settings import Settings
 from bertfast.tasks.pretrained import require_vocabulary
 
 logger = logging.getLogger("bertfast")
+
+_CONTENTS = ("config.json", "model*.safetensors*", "vocab.txt", "tokenizer*.json")
 
 # Substitutions from TensorFlow's parameter names to PyTorch's, applied in order. TensorFlow kernels, of shape
 # [inputs, outputs], are transposed to PyTorch's [outputs, inputs].
@@ -60,6 +63,7 @@ class ImportSettings(Settings):
         vocab: The model's vocab.txt; none: the one in the checkpoint's folder, if there is one.
         casing: Whether the tokenizer keeps upper case and accents: cased or uncased; auto: cased if the vocabulary has
             upper-case letters.
+        overwrite_output_dir: Replace the model in the folder if it was imported from another checkpoint.
     """
 
     checkpoint: Positional[str]
@@ -67,6 +71,7 @@ class ImportSettings(Settings):
     bert_config: str | None = None
     vocab: str | None = None
     casing: Literal["auto", "cased", "uncased"] = "auto"
+    overwrite_output_dir: bool = False
 
 
 def import_checkpoint(settings: ImportSettings) -> Path:
@@ -77,9 +82,9 @@ def import_checkpoint(settings: ImportSettings) -> Path:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The checkpoint is damaged, or is not a BERT of the configured sizes.
+        ValueError: The checkpoint is damaged, is not a BERT of the configured sizes, or the folder has another model.
     """
-    find_index(settings.checkpoint)
+    index = find_index(settings.checkpoint)
     source = Path(settings.checkpoint).parent
     config_file = Path(settings.bert_config or source / "bert_config.json")
     if not config_file.is_file():
@@ -96,15 +101,17 @@ def import_checkpoint(settings: ImportSettings) -> Path:
     _check(model_class, config, weights, settings.checkpoint, config_file)
     model = model_class(config)
     model.load_state_dict(weights, strict=False)  # the decoder is tied to the embeddings
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(model, folder)
-    if tokenizer is None:
-        logger.warning(
-            "there is no %s: %s has no tokenizer; name the model's vocab.txt with --vocab", vocabulary, folder
-        )
-    else:
-        save_tokenizer(tokenizer, folder)
+    inputs = {"CHECKPOINT": sorted(source.glob(f"{index.stem}.*")), "--bert-config": [config_file]}
+    inputs |= {"--vocab": [vocabulary]} if tokenizer is not None else {}
+    origin = Origin(inputs, {"--casing": settings.casing}, "import")
+    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
+        save(model, folder)
+        if tokenizer is None:
+            logger.warning(
+                "there is no %s: %s has no tokenizer; name the model's vocab.txt with --vocab", vocabulary, folder
+            )
+        else:
+            save_tokenizer(tokenizer, folder)
     print(f"{folder} holds a {model_class.__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return folder
 

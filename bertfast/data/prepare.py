@@ -29,7 +29,7 @@ from bertfast.data.held_out import HeldOut
 from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_manifest
 from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
-from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.atomic_write import atomic_path, named_in_errors
 from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Count, Range, Settings, given, refuse_without_effect
 
@@ -173,7 +173,8 @@ def prepare(settings: PrepareSettings) -> Path:
         with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
             check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)()
             tokenizer = _tokenizer(corpus, train, held_out, folder)
-        _prepare(settings, train, validation, held_out, tokenizer, folder)
+        with named_in_errors(folder):
+            _prepare(settings, train, validation, held_out, tokenizer, folder)
     return folder
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bertfast.runtime.atomic_write import atomic_path
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -48,6 +50,7 @@ def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -
 
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     paint(axes)
-    figure.savefig(path, dpi=120)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     return True

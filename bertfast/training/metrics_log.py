@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bertfast.runtime.atomic_write import named_in_errors, write_atomically
 from bertfast.runtime.plotting import COLORS, draw
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class MetricsLog:
         """
         self.path, self.writers = folder / "metrics.jsonl", writers
         kept: list[Entry] = [entry for entry in self.entries() if entry["step"] <= steps_done] if steps_done else []
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def entries(self) -> list[Entry]:
         """Return all entries so far."""
@@ -69,7 +70,7 @@ class MetricsLog:
 
     def write(self, **entry: Any) -> None:
         """Append an entry."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with named_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for writer in self.writers:
             writer({name: value for name, value in entry.items() if name != "step"}, entry["step"])

@@ -1,0 +1,85 @@
+"""Every command that writes a folder keeps a second run out of it, and names a folder that cannot be written."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sentiment import write_sentiment
+
+from bertfast.cli.main import main
+from bertfast.runtime import output_folder
+from bertfast.runtime.output_folder import locked_folder
+
+COMMANDS = ("demo", "embed", "export", "finetune", "prepare", "pretrain", "reproduce", "sweep")
+
+
+@pytest.fixture
+def arguments(pretrained, tmp_path):
+    """Return a function from a command to its arguments, which write to tmp_path/out."""
+    file = str(write_sentiment(tmp_path / "a.tsv", 8, seed=0))
+    (tmp_path / "data" / "glue" / "SST-2").mkdir(parents=True)
+    for split in ("train", "dev"):
+        shutil.copyfile(file, tmp_path / "data" / "glue" / "SST-2" / f"{split}.tsv.gz")
+    model, out = str(pretrained), str(tmp_path / "out")
+    tuning = ["--model-name-or-path", model, "--train-file", file, "--validation-file", file, "--output-dir", out]
+    return {
+        "demo": ["--output-dir", out],
+        "embed": ["--model-name-or-path", model, "--input-file", file, "--output-dir", out],
+        "export": [model, out],
+        "finetune": tuning,
+        "prepare": ["--train-file", file, "--tokenizer-name", model, "--output-dir", out],
+        "pretrain": ["--train-file", file, "--tokenizer-name", model, "--output-dir", out, "--device", "cpu"],
+        "reproduce": ["--table", "1", "--data", str(tmp_path / "data"), "--only", "SST-2", "--output-dir", out],
+        "sweep": tuning,
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_in_use_is_refused(command, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    with locked_folder(out):
+        before = sorted(out.iterdir())
+        assert main([command, *arguments[command]]) == 1
+        assert sorted(out.iterdir()) == before
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{out} is in use by process {os.getpid()} on " in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_output_of_another_command_is_refused(command, arguments, tmp_path, capsys):
+    with output_folder.output_folder(tmp_path / "out", output_folder.Origin(command="other"), ()):
+        pass
+    assert main([command, *arguments[command]]) == 1
+    assert f"the command was other and is {command}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_folder_is_named_in_one_sentence(command, arguments, tmp_path, capsys, monkeypatch):
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # as root, no folder is read-only
+    assert main([command, *arguments[command]]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"bertfast {command}: {tmp_path / 'out'} cannot be written: Permission denied"
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(arguments, tmp_path):
+    command = [sys.executable, "-m", "bertfast", "finetune", *arguments["finetune"], "--num-train-epochs", "1000000"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        try:
+            while not (tmp_path / "out" / "metrics.jsonl").exists():
+                assert first.poll() is None
+            second = subprocess.run(command, capture_output=True, text=True)
+            assert second.returncode == 1
+            assert second.stderr.strip().endswith(
+                f"process {first.pid} on {os.uname().nodename}: wait for its end, or choose another --output-dir"
+            )
+        finally:
+            first.kill()
+    assert main(["finetune", *arguments["finetune"], "--num-train-epochs", "1", "--overwrite-output-dir"]) == 0
