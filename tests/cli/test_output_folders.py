@@ -24,6 +24,8 @@ def arguments(pretrained, tmp_path):
     (tmp_path / "data" / "glue" / "SST-2").mkdir(parents=True)
     for split in ("train", "dev"):
         shutil.copyfile(file, tmp_path / "data" / "glue" / "SST-2" / f"{split}.tsv.gz")
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(f"Line {number} is here.\nAnother follows." for number in range(30)))
     model, out = str(pretrained), str(tmp_path / "out")
     tuning = ["--model-name-or-path", model, "--train-file", file, "--validation-file", file, "--output-dir", out]
     return {
@@ -31,8 +33,8 @@ def arguments(pretrained, tmp_path):
         "embed": ["--model-name-or-path", model, "--input-file", file, "--output-dir", out],
         "export": [model, out],
         "finetune": tuning,
-        "prepare": ["--train-file", file, "--tokenizer-name", model, "--output-dir", out],
-        "pretrain": ["--train-file", file, "--tokenizer-name", model, "--output-dir", out, "--device", "cpu"],
+        "prepare": ["--train-file", str(text), "--tokenizer-name", model, "--output-dir", out],
+        "pretrain": ["--train-file", str(text), "--tokenizer-name", model, "--output-dir", out, "--device", "cpu"],
         "reproduce": ["--table", "1", "--data", str(tmp_path / "data"), "--only", "SST-2", "--output-dir", out],
         "sweep": tuning,
     }
