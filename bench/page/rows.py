@@ -122,9 +122,8 @@ def inference_rows(result: Result) -> Iterator[Row]:
         for system, entry in workload["runtimes"].items():
             precision = result.values["precisions"][system]
             bound = workload["lower_bound_s"].get(precision)
-            yield result.row(
-                f"inference, {result.values['model']}, {title}", precision, system, entry["seconds"], bound
-            )
+            name = f"inference, {result.values['model']}, {title}"
+            yield result.row(name, precision, system.removesuffix(f", {precision}"), entry["seconds"], bound)
 
 
 def patched_rows(result: Result) -> Iterator[Row]:
@@ -162,7 +161,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
 
 def missing_reasons(result: Result) -> dict[str, str]:
     """Return why alternatives have no time in a result file, by their names."""
-    found = dict(result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {})
+    found: dict[str, str] = {**(result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {})}
     points = [point for point in result.values.get("points", []) if "reason" in point]
     found |= {point["implementation"]: point["reason"] for point in points}
     return {SYSTEMS.get(name, name): reason for name, reason in found.items()}
