@@ -250,7 +250,8 @@ def _from_mask(
         # Reading these waits for the device, once.
         num_tokens, any_masked = torch.stack([lengths.sum(), starts_masked.any()]).tolist()
         has_query_only = pooled and bool(any_masked)
-        slots = bucket(num_tokens) if bucketed else num_tokens
+        query_only = rows * has_query_only
+        slots = bucket(num_tokens + query_only) - query_only if bucketed else num_tokens
         has_padding_slots = has_query_only or slots > num_tokens
         # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
         slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)

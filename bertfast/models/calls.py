@@ -85,12 +85,17 @@ def _kernels_unsupported_reason(encoder: FusedModel, shape: tuple[int, int] | No
     return kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight), head_dimension, shape)
 
 
-def is_short(arguments: Arguments) -> bool:
-    """Return whether a call has so few tokens, and no padding, that transformers' own code is at least as fast."""
+def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
+    """Return whether a call has so few tokens, and no padding, that transformers' own code is at least as fast.
+
+    In half precision none is: transformers' code would fill oneDNN's cache, see `matmul.caches_shapes`.
+    """
     tokens, mask = main_input(arguments), arguments.get("attention_mask")
     if tokens is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens.device.type != "cpu":
         return False
     if tokens.shape[0] * tokens.shape[1] >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
+        return False
+    if kernel_support.gemm_dtype(torch_compat.any_parameter(encoder)).itemsize < 4:
         return False
     return mask is None or bool(mask.all())
 

@@ -101,7 +101,7 @@ class FusedEncoder(FusedModel):
         reason = calls.call_unsupported_reason(self, arguments)
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
-        if reason is None and not is_packed and calls.is_short(arguments):
+        if reason is None and not is_packed and calls.is_short(self, arguments):
             return super().forward(**arguments)
         layers = {}
         if reason is None and calls.kernels_unsupported_reason(self, arguments) is None:

@@ -265,9 +265,7 @@ def require(condition: Tensor, rule: str, value: Callable[[], Tensor]) -> None:
 def bucket(count: int) -> int:
     """Round a number of tokens up to one of few sizes, at most 12.5 % larger, since a CUDA graph is captured per size.
 
-    The sizes are 8 … 15 times a power of two, at least 64; a count of 0 stays 0.
+    The sizes are multiples of 8 and, from 64 on, 8 … 15 times a power of two; below, up to 7 tokens are added.
     """
-    if count == 0:
-        return 0
     step = max(1 << max((count - 1).bit_length() - 4, 0), 8)
-    return max(-(-count // step) * step, 64)
+    return -(-count // step) * step

@@ -15,6 +15,7 @@ from bertfast.encoder import kernel_support
 from bertfast.models import fused
 from bertfast.ops import native
 from bertfast.ops.attention import HEAD_DIMENSIONS
+from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
 
 pytestmark = pytest.mark.usefixtures("small_batches_are_packed")
 
@@ -157,3 +158,6 @@ def test_short_inference_without_padding_is_left_to_transformers(monkeypatch):
         assert len(calls) == 2
     patched(ids)
     assert len(calls) == 3
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # few sizes instead, which oneDNN keeps code for
+        patched(ids)
+    assert len(calls) == (4 if cpu_has_bf16_gemm() else 3)

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import bertfast
+from bertfast.encoder import kernel_support
 from bertfast.ops import native
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
@@ -24,9 +25,22 @@ def patched():
 
 
 def batch(generator):
-    lengths = generator.integers(3, 17, generator.integers(2, 6))
+    lengths = generator.integers(3, 17, generator.integers(1, 6))
     mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
     return {"input_ids": torch.from_numpy(generator.integers(0, 64, tuple(mask.shape))), "attention_mask": mask}
+
+
+def recorded_capacities(monkeypatch) -> list[int]:
+    """Return a list that receives the number of slots of each batch."""
+    capacities = []
+    encode = bertfast.encoder.encode
+
+    def record(model, packed, rows=None):
+        capacities.append(packed.sequences.capacity)
+        return encode(model, packed, rows)
+
+    monkeypatch.setattr("bertfast.encoder.encode", record)
+    return capacities
 
 
 def resident_memory() -> int:
@@ -35,7 +49,8 @@ def resident_memory() -> int:
 
 @pytest.mark.skipif(native.UNAVAILABLE_REASON is not None or not cpu_has_bf16_gemm(), reason="no kernels for bf16")
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_memory_after_2000_batches_is_that_after_200(precision):
+def test_memory_after_2000_batches_is_that_after_200(precision, monkeypatch):
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS_WITHOUT_PADDING", 128)
     model, generator = patched(), np.random.default_rng(0)
     memory = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -46,18 +61,25 @@ def test_memory_after_2000_batches_is_that_after_200(precision):
     assert memory[1] - memory[0] < 20 << 20
 
 
+@pytest.mark.skipif(native.UNAVAILABLE_REASON is not None or not cpu_has_bf16_gemm(), reason="no kernels for bf16")
+def test_single_sentences_and_masked_starts_have_few_token_counts(monkeypatch):
+    monkeypatch.setattr(kernel_support, "MIN_SLOTS_WITHOUT_PADDING", 128)
+    model, capacities = patched(), recorded_capacities(monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for length in range(2, 41):
+            mask = torch.ones(1, length)
+            model(torch.zeros(1, length, dtype=torch.long), mask)
+            mask[0, 0] = 0
+            model(torch.zeros(1, length, dtype=torch.long), mask)
+    assert len(capacities) == 2 * 39
+    assert set(capacities) == {8, 16, 24, 32, 40}
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("shapes_cached", [True, False])
 def test_inference_pads_token_counts_where_code_is_kept_per_shape(masked, shapes_cached, monkeypatch):
     monkeypatch.setattr("bertfast.ops.matmul.caches_shapes", lambda device, dtype: shapes_cached)
-    model, capacities = patched(), []
-    encode = bertfast.encoder.encode
-
-    def record(model, packed, rows=None):
-        capacities.append(packed.sequences.capacity)
-        return encode(model, packed, rows)
-
-    monkeypatch.setattr("bertfast.encoder.encode", record)
+    model, capacities = patched(), recorded_capacities(monkeypatch)
     ids = torch.randint(0, 64, (5, 67))
     mask = torch.ones_like(ids)
     mask[0, 3:] = 0
