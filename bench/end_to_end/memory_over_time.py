@@ -1,17 +1,16 @@
 """Measure the memory of inference on a CPU over many batches of changing shapes, compared with transformers.
 
-    python -m bench.end_to_end.memory_over_time [--batches 20000] [--size minilm] [--lines 1000000] [--results FOLDER]
+    python -m bench.end_to_end.memory_over_time [--batches 20000] [--size tiny] [--lines 1000000] [--results FOLDER]
 
 An encoder with random weights embeds padded batches of 1 to 16 sequences of 3 to 64 tokens, in fp32 and under bf16
 autocast, in both libraries, each in its own process; its resident memory is read after 200 batches and at the end.
 `bertfast predict` and `bertfast embed` then read files of a fifth of the lines and of all lines of 1 to 24 words; their
-peak memory is compared. FOLDER gets memory_over_time.json.
+peak memory is compared. FOLDER gets memory_over_time-SIZE.json and memory_over_time-commands.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from bench.end_to_end.growth import peak_memory
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.cli.main import main as run_command
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
+from bertfast.runtime.malloc import resident_memory
 
 SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
@@ -39,8 +39,8 @@ IMPLEMENTATIONS, PRECISIONS = ("transformers", "bertfast"), ("fp32", "bf16")
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("--batches", type=int, default=20_000, help="number of batches")
-    parser.add_argument("--size", choices=SIZES, default="minilm", help="size of the model")
+    parser.add_argument("--batches", type=int, default=20_000, help="number of batches; 0: none")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="size of the model")
     parser.add_argument("--lines", type=int, default=1_000_000, help="lines of text for the commands; 0: none")
     parser.add_argument("--point", nargs=2, metavar=("NAME", "PRECISION"), help="run only this and print bytes")
     parser.add_argument("--command", nargs="+", metavar="ARGUMENT", help="run only this command and print bytes")
@@ -54,24 +54,18 @@ def main() -> None:
         print(peak_memory(), file=sys.stderr)
         raise SystemExit(status)
     require_clean_tree(arguments.results)
-    batches = {
-        f"{name}-{precision}": _child(arguments, ["--point", name, precision])
-        for precision in PRECISIONS
-        for name in IMPLEMENTATIONS
-    }
-    values: dict[str, Any] = {
-        "size": arguments.size,
-        "threads": torch.get_num_threads(),
-        "bytes_after_batches": batches,
-    }
+    setting: dict[str, Any] = {"size": arguments.size, "threads": torch.get_num_threads()}
+    if arguments.batches:
+        memory = {
+            f"{name}-{precision}": _child(arguments, ["--point", name, precision])
+            for precision in PRECISIONS
+            for name in IMPLEMENTATIONS
+        }
+        values = setting | {"bytes_after_batches": memory}
+        write_result(f"memory_over_time-{arguments.size}", values, arguments.results)
     if arguments.lines:
-        values["peak_bytes_of_commands"] = memory_of_commands(arguments.size, arguments.lines)
-    write_result("memory_over_time", values, arguments.results)
-
-
-def resident_memory() -> int:
-    """Return the resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        values = setting | {"peak_bytes_by_lines": memory_of_commands(arguments.size, arguments.lines)}
+        write_result("memory_over_time-commands", values, arguments.results)
 
 
 def memory_of_batches(name: str, precision: str, size: str, batches: int) -> dict[int, int]:
@@ -119,6 +113,7 @@ def _command(folder: Path, command: str, precision: str, count: int) -> int:
     program = [sys.executable, "-m", "bench.end_to_end.memory_over_time", "--command", *arguments]
     with (folder / f"{count}.txt").open("rb") as text:
         ran = subprocess.run(program, stdin=text, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+    print(command, precision, count, ran.stderr.split()[-1].decode(), flush=True)
     return int(ran.stderr.split()[-1])
 
 
