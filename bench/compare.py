@@ -3,10 +3,11 @@
     python -m bench.compare BASE [--head REF] [--cases NAME …] [--rounds N] [--results FOLDER]
 
 Both commits are installed below build/compare/, the native library is compiled only if its sources differ. Each round
-runs every case once with either commit, in processes of their own, in the order A B, B A, A B …, so that drift of the
-machine affects both. The result of a case is head's time divided by base's, estimated from the ratios of the rounds,
-with its 99 % confidence interval. If the interval contains 1, there is "no difference" that this many rounds can show.
-Ctrl-C reports the rounds that are complete. Cases: `bench/compare_cases.py` and COMMANDS.
+starts a process of either commit, which take turns call by call, in the order A B, B A, A B …, so that drift of the
+machine affects both; commands take turns as whole processes. The ratio of a round is the median over its pairs of
+calls. The result of a case is head's time divided by base's, estimated from the ratios of the rounds, with its 99 %
+confidence interval. If the interval contains 1, there is "no difference" that this many rounds can show. Ctrl-C reports
+the rounds that are complete. Cases: `bench/compare_cases.py` and COMMANDS.
 """
 
 from __future__ import annotations
@@ -14,24 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from bench.harness import ON_GPU, ROOT, changed_files, require_clean_tree, result_parser, write_result
+from bench.harness import ROOT, changed_files, require_clean_tree, result_parser, write_result
+from bench.installed_commits import WORK, Commit, install, resolve
 
-WORK = ROOT / "build" / "compare"
-NATIVE = ("csrc", "setup.py", "build_support")  # sources of the native library
-LIBRARY = ("_C.abi3.so", "_C.cuda.json")
 IN_PROCESS = (
     "pre-training step",
     "fine-tuning step",
@@ -55,28 +53,23 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483
 CONFIDENCE = 0.99
 MIN_ROUNDS = 8  # with fewer, not even the range of all ratios has that confidence
 SAME_VALUE = 1e-3  # largest relative difference of the outputs of two commits that compute the same
-CASE_MINUTES = 10  # after which a process is ended
+COMMAND_MINUTES = 10  # after which a process is ended
+MIN_PAIRS, MAX_PAIRS = 3, 200  # of calls per case and round
+PAUSE = 0.01  # seconds before a call, in which the threads of the other process go to sleep
 
 
-@dataclass
-class Commit:
-    """An installed commit.
+class Round(NamedTuple):
+    """A case in one round: median seconds of a call of either commit, and the median of head's time over base's."""
 
-    Attributes:
-        name: As it was given.
-        sha: Its full hash.
-        folder: Folder to put on the path.
-        seconds: By case, the seconds of each round.
-        values: By case, a number computed from the outputs of the first round.
-        reasons: By case, why it did not run.
-    """
+    base_s: float
+    head_s: float
+    ratio: float
 
-    name: str
-    sha: str
-    folder: Path
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[float, float]]) -> Round:
+        """Return the round of pairs of calls, base's seconds first."""
+        base, head = zip(*pairs, strict=True)
+        return cls(statistics.median(base), statistics.median(head), statistics.median(b / a for a, b in pairs))
 
 
 def main() -> None:
@@ -85,11 +78,12 @@ def main() -> None:
     base, head = resolve(arguments.base), resolve(arguments.head)
     commits = {"base": base, "head": head}
     install(commits, arguments.rebuild)
+    rounds: dict[str, list[Round]] = {case: [] for case in arguments.cases}
     try:
-        measure(list(commits.values()), arguments.cases, arguments.rounds, arguments.seconds)
+        measure(base, head, rounds, arguments.rounds, arguments.seconds)
     except KeyboardInterrupt:
         print("\ninterrupted; only complete rounds count", file=sys.stderr)
-    rows = [compare(case, base, head) for case in arguments.cases]
+    rows = [compare(case, base, head, rounds[case]) for case in arguments.cases]
     print(table(base, head, rows))
     result = {name: {"ref": commit.name, "commit": commit.sha} for name, commit in commits.items()}
     path = write_result(f"{base.sha[:9]}-{head.sha[:9]}", result | {"cases": rows}, arguments.results)
@@ -102,8 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head", default="HEAD", metavar="REF", help="commit to measure (default: HEAD)")
     names = ", ".join(CASES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="NAME", help=f"of {names}")
-    parser.add_argument("--rounds", type=int, default=10, help="pairs of processes per case (default: 10)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="duration of a case in a process (default: 1)")
+    parser.add_argument("--rounds", type=int, default=10, help="pairs of processes (default: 10)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of a case in a round (default: 4)")
     parser.add_argument("--rebuild", action="store_true", help="install both commits again")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):
@@ -118,147 +112,155 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def git(*arguments: str) -> str:
-    """Return what git prints.
+def measure(base: Commit, head: Commit, rounds: dict[str, list[Round]], count: int, seconds: float) -> None:
+    """Append rounds to the lists of the cases that run, after an untimed one that finds those that do not.
 
-    Raises:
-        SystemExit: It fails, with its message.
+    Args:
+        base, head: The installed commits.
+        rounds: A list for each case.
+        count: Number of rounds.
+        seconds: Duration of a case in a round.
     """
-    ran = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(f"git {arguments[0]}: {ran.stderr.strip() or ran.returncode}")
-    return ran.stdout.strip()
-
-
-def resolve(ref: str) -> Commit:
-    """Return the commit that `ref` names.
-
-    Raises:
-        SystemExit: There is none.
-    """
-    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"]
-    sha = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    if not sha:
-        raise SystemExit(f"there is no commit {ref!r}: name a hash, branch or tag that `git log` shows")
-    return Commit(ref, sha, WORK / sha[:12])
-
-
-def same_native_sources(*refs: str) -> bool:
-    """Return whether two commits, or one and the checkout, have the same sources of the native library."""
-    return not git("diff", "--name-only", *refs, "--", *NATIVE)
-
-
-def install(commits: dict[str, Commit], rebuild: bool) -> None:
-    """Install the commits into their folders, each with the native library of its sources.
-
-    Equal sources get the same file: that of the checkout, if it is of these sources too, or one that is compiled.
-    """
-    base, head = commits["base"], commits["head"]
-    for commit in {commit.sha: commit for commit in commits.values()}.values():
-        if rebuild:
-            shutil.rmtree(commit.folder, ignore_errors=True)
-    same = same_native_sources(base.sha, head.sha)
-    checkout = ROOT / "bertfast"
-    from_checkout = same and (checkout / LIBRARY[0]).is_file() and same_native_sources(head.sha)
-    _install(head, checkout if from_checkout else None)
-    _install(base, head.folder / "bertfast" if same else None)
-
-
-def _install(commit: Commit, library_folder: Path | None) -> None:
-    """Install a commit with the library in `library_folder`; None: compile it."""
-    step = "build" if library_folder is None else "build_py"
-    done = commit.folder / "installed.txt"  # the last step, written at the end
-    if not done.is_file() or (library_folder is None and done.read_text(encoding="utf-8") != "build"):
-        compiling = ", compiling the native library" * (library_folder is None)
-        print(f"installing {commit.name} ({commit.sha[:9]}){compiling}", file=sys.stderr, flush=True)
-        shutil.rmtree(commit.folder, ignore_errors=True)
-        commit.folder.mkdir(parents=True)
-        _run_setup(commit, step)
-    if library_folder is not None:
-        for name in LIBRARY:
-            if (library_folder / name).is_file():
-                shutil.copy2(library_folder / name, commit.folder / "bertfast" / name)
-    done.write_text(step, encoding="utf-8")
-
-
-def _run_setup(commit: Commit, step: str) -> None:
-    """Run a step of setup.py in a worktree of the commit.
-
-    Raises:
-        SystemExit: It fails.
-    """
-    environment = os.environ | ({} if ON_GPU else {"NVCC": ""})  # a CPU needs no CUDA kernels
-    with TemporaryDirectory(dir=WORK) as folder:
-        checkout = Path(folder, "checkout")
-        git("worktree", "add", "--quiet", "--detach", str(checkout), commit.sha)
-        try:
-            command = [sys.executable, "setup.py", "--quiet", step, "--build-lib", str(commit.folder)]
-            ran = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-        finally:
-            git("worktree", "remove", "--force", str(checkout))
-    if ran.returncode:
-        raise SystemExit(f"{commit.name} cannot be installed:\n{ran.stdout}{ran.stderr}")
-
-
-def measure(commits: Sequence[Commit], cases: Sequence[str], rounds: int, seconds: float) -> None:
-    """Run all rounds, after an untimed one that fills the caches of the file system and finds cases that cannot run."""
     with TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")
         sentences = (f"the house {i} is old and the river is {i % 7} miles wide .\nit was cold ." for i in range(2000))
         text.write_text("\n\n".join(sentences), encoding="utf-8")
         print("warm-up", file=sys.stderr, flush=True)
-        runnable = list(cases)
-        for commit in commits:
-            first = run_cases(commit, runnable, 0, text)
-            commit.reasons = {case: found["reason"] for case, found in first.items() if "reason" in found}
-            commit.values = {case: found["value"] for case, found in first.items() if "value" in found}
-            commit.seconds = {case: [] for case in cases}
-        runnable = [case for case in cases if not any(case in commit.reasons for commit in commits)]
+        runnable = [*take_turns(base, head, rounds, 0, text, 0)]
         started = time.monotonic()
-        for number in range(rounds):
-            order = list(commits) if number % 2 == 0 else list(commits)[::-1]
-            results = {id(commit): run_cases(commit, runnable, seconds, text) for commit in order}
-            for commit in commits:
-                found = results[id(commit)]
-                for case in runnable:
-                    commit.seconds[case].append(found[case].get("seconds", float("nan")))
-            left = (time.monotonic() - started) / (number + 1) * (rounds - number - 1)
-            print(f"round {number + 1} of {rounds}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+        for number in range(count):
+            found = take_turns(base, head, runnable, seconds, text, number)
+            for case in runnable:
+                if case in found:
+                    rounds[case].append(found[case])
+            left = (time.monotonic() - started) / (number + 1) * (count - number - 1)
+            print(f"round {number + 1} of {count}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
-def run_cases(commit: Commit, cases: Sequence[str], seconds: float, text: Path) -> dict[str, dict[str, Any]]:
-    """Run the cases once; return by case its "seconds" and "value", or the "reason" why it did not run."""
-    environment = os.environ | KEEP_FREED_MEMORY | {"PYTHONPATH": str(commit.folder), "PYTHONSAFEPATH": "1"}
-    found: dict[str, dict[str, Any]] = {}
-    if in_process := [case for case in cases if case in IN_PROCESS]:
-        command = [sys.executable, str(ROOT / "bench" / "compare_cases.py"), "--seconds", str(seconds), *in_process]
-        output, reason = _run(command, environment)
-        for line in output.splitlines():
-            entry = json.loads(line)
-            if not Path(entry["package"]).is_relative_to(commit.folder):
-                raise SystemExit(f"the commit {commit.name} was not measured, but {entry['package']}")
-            found[entry.pop("case")] = entry
-        missing = {"reason": reason or "the process printed no result"}
-        found |= {case: missing for case in in_process if case not in found}
+def take_turns(
+    base: Commit, head: Commit, cases: Iterable[str], seconds: float, text: Path, first: int
+) -> dict[str, Round]:
+    """Run a round of the cases; return those that both commits run. `first` is even if base begins, odd if head."""
+    found: dict[str, Round] = {}
+    in_process = [case for case in cases if case in IN_PROCESS]
+    if in_process:
+        with Process(base, in_process) as old, Process(head, in_process) as new:
+            for case in in_process:
+                if all([old.prepare(case), new.prepare(case)]):  # both read their line
+                    found[case] = _pairs_of_calls(old, new, seconds, first)
+                    old.send("next")
+                    new.send("next")
     for case in cases:
         if case in COMMANDS:
-            with TemporaryDirectory() as output_folder:
-                words = [part.format(text=text, output=output_folder) for part in COMMANDS[case]]
-                started = time.perf_counter()
-                _, reason = _run([sys.executable, *words], environment)
-                elapsed = time.perf_counter() - started
-            found[case] = {"reason": reason} if reason else {"seconds": elapsed}
+            elapsed = {commit.sha: _run_command(commit, case, text) for commit in _ordered(base, head, first)}
+            pair = elapsed[base.sha], elapsed[head.sha]
+            if None not in pair:
+                found[case] = Round.of_pairs([cast(tuple[float, float], pair)])
     return found
 
 
-def _run(command: list[str], environment: dict[str, str]) -> tuple[str, str | None]:
-    """Return what a process prints, and why it failed (None: it did not)."""
-    try:
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * CASE_MINUTES)
-    except subprocess.TimeoutExpired:
-        return "", f"not done after {CASE_MINUTES} minutes"
-    lines = [line for line in ran.stderr.splitlines() if line.strip()]
-    return ran.stdout, (lines[-1] if lines else f"exit status {ran.returncode}") if ran.returncode else None
+def _ordered(base: Any, head: Any, number: int) -> tuple[Any, Any]:
+    return (base, head) if number % 2 == 0 else (head, base)
+
+
+def _pairs_of_calls(old: Process, new: Process, seconds: float, first: int) -> Round:
+    """Time calls of both processes in turn."""
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < MIN_PAIRS or (sum(map(sum, pairs)) < seconds and len(pairs) < MAX_PAIRS):
+        elapsed = {process: process.call() for process in _ordered(old, new, first + len(pairs))}
+        pairs.append((elapsed[old], elapsed[new]))
+    return Round.of_pairs(pairs)
+
+
+class Process:
+    """A process that runs cases of a commit, and waits while it is not its turn."""
+
+    def __init__(self, commit: Commit, cases: Sequence[str]):
+        self.commit = commit
+        self._errors = TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "bench" / "compare_cases.py"), *cases],
+            env=_environment(commit),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def prepare(self, case: str) -> bool:
+        """Wait until a case can be called; False, with the reason in the commit, if it cannot."""
+        line = self._read()
+        entry = json.loads(line) if line else {"reason": self._last_words()}
+        if line and not Path(entry["package"]).is_relative_to(self.commit.folder):
+            raise SystemExit(f"the commit {self.commit.name} was not measured, but {entry['package']}")
+        if "reason" in entry:
+            self.commit.reasons[case] = entry["reason"]
+            return False
+        self.commit.values[case] = entry["value"]
+        return True
+
+    def call(self) -> float:
+        """Return the seconds of a call.
+
+        Raises:
+            SystemExit: The process has ended.
+        """
+        time.sleep(PAUSE)
+        self.send("call")
+        line = self._read()
+        if not line:
+            raise SystemExit(f"a process of {self.commit.name} ended: {self._last_words()}")
+        return float(line)
+
+    def send(self, word: str) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{word}\n")
+            self._process.stdin.flush()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return _last_line(self._errors.read()) or f"exit status {self._process.wait()}"
+
+
+def _environment(commit: Commit) -> dict[str, str]:
+    return os.environ | KEEP_FREED_MEMORY | {"PYTHONPATH": str(commit.folder), "PYTHONSAFEPATH": "1"}
+
+
+def _run_command(commit: Commit, case: str, text: Path) -> float | None:
+    """Return the seconds of a command; None, with the reason in the commit, if it fails."""
+    with TemporaryDirectory() as output_folder:
+        command = [sys.executable, *(word.format(text=text, output=output_folder) for word in COMMANDS[case])]
+        started = time.perf_counter()
+        try:
+            ran = subprocess.run(
+                command, env=_environment(commit), capture_output=True, text=True, timeout=60 * COMMAND_MINUTES
+            )
+        except subprocess.TimeoutExpired:
+            commit.reasons[case] = f"not done after {COMMAND_MINUTES} minutes"
+            return None
+        elapsed = time.perf_counter() - started
+    if ran.returncode:
+        commit.reasons[case] = _last_line(ran.stderr) or f"exit status {ran.returncode}"
+        return None
+    return elapsed
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def ratio_interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -279,20 +281,19 @@ def ratio_interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> t
     return float(np.exp(np.median(means))), float(low), float(high)
 
 
-def compare(case: str, base: Commit, head: Commit) -> dict[str, Any]:
+def compare(case: str, base: Commit, head: Commit, rounds: Sequence[Round]) -> dict[str, Any]:
     """Return the result of a case: medians, ratio of head to base, its interval and the verdict in words."""
     for commit in (base, head):
         if reason := commit.reasons.get(case):
             return {"case": case, "verdict": f"not compared: {commit.name} lacks it or fails ({reason})"}
-    columns = [commit.seconds.get(case, []) for commit in (base, head)]
-    rounds = [pair for pair in zip(*columns, strict=True) if not np.isnan(pair).any()]
-    row: dict[str, Any] = {"case": case, "base_s": [a for a, _ in rounds], "head_s": [b for _, b in rounds]}
+    columns = ("base_s", [each.base_s for each in rounds]), ("head_s", [each.head_s for each in rounds])
+    ratios = [each.ratio for each in rounds]
+    row: dict[str, Any] = {"case": case, **dict(columns), "ratios": ratios}
     values = [commit.values.get(case) for commit in (base, head)]
     if None not in values:
         row["values"] = values
     if len(rounds) < MIN_ROUNDS:
         return row | {"verdict": f"not compared: {len(rounds)} complete rounds, at least {MIN_ROUNDS} are needed"}
-    ratios = [after / before for before, after in rounds]
     ratio, low, high = ratio_interval(ratios)
     return row | {"ratio": ratio, "low": low, "high": high, "verdict": verdict(low, ratio, high, values)}
 

@@ -1,16 +1,18 @@
 """Time the cases of `bench.compare` in this process, with the bertfast that is on the path.
 
-    PYTHONPATH=FOLDER python bench/compare_cases.py --seconds S CASE …
+    PYTHONPATH=FOLDER python bench/compare_cases.py CASE …
 
-Prints a line of JSON per case: the seconds of its calls and a number computed from its outputs, or why it did not run.
-Only public names of bertfast are used, so that older commits can be measured, and nothing else of `bench` is imported.
+Prints a line of JSON per case: a number computed from its outputs, or why it does not run. Then it answers each line of
+standard input: to "call" with the seconds of a call, to anything else with the next case. So two processes can take
+turns. Only public names of bertfast are used, so that older commits can be measured, and nothing else of `bench` is
+imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +31,6 @@ PAIRS = [32 + round(index * 96 / 15) for index in range(16)]  # tokens of 16 sam
 # Tokens of 32 sentences of SST-2.
 SENTENCES = [10, 32, 21, 19, 34, 29, 25, 17, 12, 40, 15, 29, 30, 13, 40, 40]
 SENTENCES += [16, 31, 44, 22, 10, 20, 12, 22, 27, 23, 36, 35, 24, 15, 52, 25]
-MIN_CALLS, MAX_CALLS = 2, 200  # timed calls per case
 
 
 class Prepared(NamedTuple):
@@ -114,31 +115,23 @@ CASES: dict[str, Callable[[], Prepared]] = {
 }
 
 
-def timed(call: Callable[[], object], budget: float) -> list[float]:
-    """Return the seconds of calls after an untimed one, until `budget` seconds have passed."""
-    call()
-    seconds: list[float] = []
-    while len(seconds) < MIN_CALLS or (sum(seconds) < budget and len(seconds) < MAX_CALLS):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--seconds", type=float, default=1.0, help="duration of the timed calls of a case")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
+    for name in parser.parse_args().cases:
         found: dict[str, object] = {"case": name, "package": bertfast.__file__}
+        prepared: Prepared | None = None
         try:
             prepared = CASES[name]()
+            prepared.call()
             found["value"] = prepared.value
-            found["seconds"] = statistics.median(timed(prepared.call, arguments.seconds))
         except Exception as error:  # an older commit may lack what the case needs
             found["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
         print(json.dumps(found), flush=True)
+        while prepared is not None and sys.stdin.readline() == "call\n":
+            started = time.perf_counter()
+            prepared.call()
+            print(time.perf_counter() - started, flush=True)
 
 
 if __name__ == "__main__":

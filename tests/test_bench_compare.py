@@ -1,14 +1,11 @@
 """`make bench-compare`: what it says about two commits."""
 
-import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from bench import compare, compare_cases
+from bench import compare, compare_cases, installed_commits
 
 ROOT = compare.ROOT
 
@@ -17,21 +14,34 @@ def noise(scale: float, rounds: int = 10) -> np.ndarray:
     return np.random.default_rng(1).normal(1, scale, rounds)
 
 
-def commit(name: str, seconds: dict[str, list[float]], **options) -> compare.Commit:
-    return compare.Commit(name, "0" * 40, ROOT, seconds, **options)
+def commit(name: str, **options) -> installed_commits.Commit:
+    return installed_commits.Commit(name, "0" * 40, ROOT, **options)
+
+
+def compared(before, after, old=None, new=None) -> dict:
+    """Return the result of rounds with one pair of calls each."""
+    rounds = [compare.Round.of_pairs([pair]) for pair in zip(before, after, strict=True)]
+    return compare.compare("case", old or commit("old"), new or commit("new"), rounds)
 
 
 def test_a_difference_is_reported_only_if_it_exceeds_the_noise():
     before = list(noise(0.01))
     for factor, start in ((1.0, "no difference"), (1.2, "slower by 20.0%"), (0.8, "faster by 20.0%")):
         after = [factor * seconds for seconds in reversed(before)]
-        row = compare.compare("case", commit("old", {"case": before}), commit("new", {"case": after}))
+        row = compared(before, after)
         assert row["verdict"].startswith(start)
         assert row["low"] <= row["ratio"] <= row["high"]
     # Drift that affects both processes of a round cancels out.
     drift = np.linspace(1, 3, 10)
-    old, new = commit("old", {"case": list(drift)}), commit("new", {"case": list(1.05 * drift * noise(0.005))})
-    assert compare.compare("case", old, new)["verdict"].startswith("slower by ")
+    assert compared(drift, 1.05 * drift * noise(0.005))["verdict"].startswith("slower by ")
+
+
+def test_a_round_is_the_median_over_pairs_of_calls():
+    drift = np.linspace(1, 3, 7)
+    pairs = [(seconds, 1.1 * seconds) for seconds in drift] + [(1.0, 50.0)]
+    found = compare.Round.of_pairs(pairs)
+    assert found.ratio == pytest.approx(1.1)
+    assert found.base_s == pytest.approx(np.median([*drift, 1.0]))
 
 
 def test_intervals_of_equal_commits_contain_1():
@@ -42,37 +52,45 @@ def test_intervals_of_equal_commits_contain_1():
 
 
 def test_a_case_that_a_commit_lacks_and_outputs_that_differ_are_named():
-    seconds = {"case": [1.0] * 8}
-    lacks = commit("old", {"case": []}, reasons={"case": "AttributeError: no patch"})
-    verdict = compare.compare("case", lacks, commit("new", seconds))["verdict"]
+    seconds = [1.0] * 8
+    lacks = commit("old", reasons={"case": "AttributeError: no patch"})
+    verdict = compared([], [], old=lacks)["verdict"]
     assert verdict == "not compared: old lacks it or fails (AttributeError: no patch)"
-    old, new = (commit(name, seconds, values={"case": value}) for name, value in (("old", 0.5), ("new", 0.6)))
-    assert "THE OUTPUTS DIFFER: 0.5, 0.6" in compare.compare("case", old, new)["verdict"]
-    few = commit("new", {"case": [1.0] * 7 + [float("nan")]})
-    assert "7 complete rounds" in compare.compare("case", old, few)["verdict"]
+    old, new = (commit(name, values={"case": value}) for name, value in (("old", 0.5), ("new", 0.6)))
+    assert "THE OUTPUTS DIFFER: 0.5, 0.6" in compared(seconds, seconds, old, new)["verdict"]
+    assert "7 complete rounds" in compared(seconds[:7], seconds[:7])["verdict"]
 
 
 def test_unknown_commits_and_too_few_rounds_are_refused(monkeypatch):
     with pytest.raises(SystemExit, match="there is no commit 'nowhere'"):
-        compare.resolve("nowhere")
+        installed_commits.resolve("nowhere")
     monkeypatch.setattr(sys, "argv", ["compare", "HEAD", "--rounds", "3"])
     with pytest.raises(SystemExit):
         compare.parse_arguments()
 
 
 @pytest.mark.slow
-def test_cases_measure_the_package_on_the_path_and_say_what_it_lacks(tmp_path):
+def test_processes_take_turns_and_say_what_their_package_lacks(tmp_path, monkeypatch):
     assert set(compare_cases.CASES) == set(compare.IN_PROCESS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "bertfast").mkdir()
-    package = tmp_path / "bertfast" / "__init__.py"
-    package.write_text("from transformers import BertForSequenceClassification\n")
-    command = [sys.executable, str(ROOT / "bench" / "compare_cases.py"), "--seconds", "0"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    cases = ["patched model", "fine-tuning step"]
-    ran = subprocess.run([*command, *cases], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    lacking, timed = map(json.loads, ran.stdout.splitlines())
-    assert lacking["reason"] == "AttributeError: module 'bertfast' has no attribute 'patch'"
-    assert timed["seconds"] > 0
-    assert 0.4 < timed["value"] < 1  # the loss of two labels from random weights
-    assert {lacking["package"], timed["package"]} == {str(package)}
+    (tmp_path / "bertfast" / "__init__.py").write_text("from transformers import BertForSequenceClassification\n")
+    (tmp_path / "bertfast" / "__main__.py").write_text("raise SystemExit('there is no command')\n")
+    both = [installed_commits.Commit(name, name, tmp_path) for name in ("old", "new")]
+    cases = ["patched model", "fine-tuning step", "bertfast --help"]
+    found = compare.take_turns(*both, cases, 0, tmp_path, 0)
+    assert [*found] == ["fine-tuning step"]
+    assert found["fine-tuning step"].base_s > 0
+    assert 0.4 < both[0].values["fine-tuning step"] == both[1].values["fine-tuning step"] < 1  # the loss of two labels
+    for each in both:
+        assert each.reasons["patched model"] == "AttributeError: module 'bertfast' has no attribute 'patch'"
+        assert each.reasons["bertfast --help"] == "there is no command"
+
+
+def test_another_package_than_the_commits_is_not_measured(tmp_path):
+    elsewhere = installed_commits.Commit("old", "old", tmp_path)
+    with (
+        compare.Process(elsewhere, ["sentence of 8 tokens"]) as process,
+        pytest.raises(SystemExit, match="the commit old was not measured, but"),
+    ):
+        process.prepare("sentence of 8 tokens")
