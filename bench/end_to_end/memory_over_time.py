@@ -33,7 +33,7 @@ SIZES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 SETTLED = 200  # batches after which memory should hardly grow
-VOCAB_SIZE, MAX_ROWS, MAX_LENGTH, MAX_WORDS = 1000, 16, 64, 24
+VOCAB_SIZE, MAX_ROWS, MAX_LENGTH, MAX_WORDS = 1024, 16, 64, 24
 IMPLEMENTATIONS, PRECISIONS = ("transformers", "bertfast"), ("fp32", "bf16")
 
 
@@ -112,7 +112,9 @@ def _command(folder: Path, command: str, precision: str, count: int) -> int:
         arguments += ["+output-dir", str(folder / f"vectors-{precision}-{count}")]
     program = [sys.executable, "-m", "bench.end_to_end.memory_over_time", "--command", *arguments]
     with (folder / f"{count}.txt").open("rb") as text:
-        ran = subprocess.run(program, stdin=text, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        ran = subprocess.run(program, stdin=text, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if ran.returncode:
+        raise SystemExit(ran.stderr.decode())
     print(command, precision, count, ran.stderr.split()[-1].decode(), flush=True)
     return int(ran.stderr.split()[-1])
 
