@@ -198,7 +198,7 @@ class Process:
     def prepare(self, case: str) -> bool:
         """Wait until a case can be called; False, with the reason in the commit, if it cannot."""
         line = self._read()
-        entry = json.loads(line) if line else {"reason": self._last_words()}
+        entry: dict[str, Any] = json.loads(line) if line else {"reason": self._last_words()}
         if line and not Path(entry["package"]).is_relative_to(self.commit.folder):
             raise SystemExit(f"the commit {self.commit.name} was not measured, but {entry['package']}")
         if "reason" in entry:
