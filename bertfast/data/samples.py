@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from bertfast.data.shards import Shards
-from bertfast.runtime.settings import Fraction, Range, Settings
+from bertfast.runtime.settings import Fraction, Range, Settings, given, refuse_without_effect
 
 # A longer document is processed in chunks of this many sentences, which bounds the number of rounds.
 CHUNK_SENTENCES = 1024
@@ -44,6 +44,9 @@ class Sampling(Settings):
     whole_word: bool = False
 
     def validate(self) -> None:
+        if self.objective == "ltr":
+            masking = {"--mlm-probability", "--mask-replace-prob", "--random-replace-prob", "--whole-word"}
+            refuse_without_effect(sorted(masking.intersection(given(self))), "--objective ltr masks no tokens")
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise ValueError(
                 "--mask-replace-prob and --random-replace-prob must add up to at most 1, "

@@ -29,7 +29,7 @@ from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
-from bertfast.runtime.settings import Count, Settings, flag
+from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -81,6 +81,14 @@ class EmbedSettings(Settings):
             raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
         if self.output_format == "parquet" and self.pooling == "none":
             raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
+        if self.reads_lines:
+            columns = {"--text-column", "--text-pair-column"}
+            refuse_without_effect(sorted(columns.intersection(given(self))), "the input is lines, not a table")
+
+    @property
+    def reads_lines(self) -> bool:
+        """Whether each line of the input is a text; else the input is a table."""
+        return self.input_file in (None, "-") or self.input_file.endswith(_TEXT_SUFFIXES)
 
 
 def embed(settings: EmbedSettings) -> Path:
@@ -231,7 +239,7 @@ class _Row:
 def _rows(settings: EmbedSettings) -> Iterator[_Row]:
     """Yield the rows of the input, of which only a part is in memory at a time."""
     path = settings.input_file
-    if path in (None, "-") or path.endswith(_TEXT_SUFFIXES):
+    if path is None or settings.reads_lines:
         lines = read_standard_input() if path in (None, "-") else read_lines(Path(path))
         yield from (_Row(number, line.rstrip("\r\n")) for number, line in lines)
         return

@@ -64,7 +64,7 @@ class Features:
         ends = np.cumsum(lengths)
         # Gather index [T of the batch]: the sequence that starts at slot ends - lengths of the batch starts at
         # cu_seqlens[sequence] of all tokens; shift the batch's own slot numbers by the difference.
-        indices = np.repeat(self.cu_seqlens[sequences] - (ends - lengths), lengths) + np.arange(ends[-1])
+        indices = np.repeat(self.cu_seqlens[sequences] - (ends - lengths), lengths) + np.arange(lengths.sum())
         arrays = {
             "input_ids": self.token_ids[indices][None].astype(np.int64),
             "token_type_ids": self.token_type_ids[indices][None].astype(np.int64),
@@ -174,7 +174,9 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
         num_truncated += sum(bool(encoding.overflowing) for encoding in encodings)
     tokenizer.no_truncation()  # the caller owns the tokenizer
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Features(np.concatenate(ids), np.concatenate(types), cu_seqlens, num_truncated)
+    # Without texts there is no array to concatenate: begin with an empty one.
+    token_ids = np.concatenate([np.empty(0, np.int32), *ids])
+    return Features(token_ids, np.concatenate([np.empty(0, np.uint8), *types]), cu_seqlens, num_truncated)
 
 
 def shuffled_batches(num_examples: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
@@ -185,6 +187,8 @@ def shuffled_batches(num_examples: int, size: int, seed: int, epoch: int) -> Ite
 
 def within_budget(features: Features, rows: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Split `rows`, in order, into batches of about `tokens` tokens, exceeded by less than one example."""
+    if not len(rows):
+        return []  # np.split returns one empty part
     lengths = features.lengths[rows]
     # A new batch starts wherever the number of tokens before an example passes a multiple of `tokens`.
     batch = (np.cumsum(lengths) - lengths) // tokens

@@ -26,11 +26,12 @@ from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.settings import flag, hints_of
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.rows import Rows, Skipped
 from bertfast.tasks.sequence_classification import softmax
-from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.settings import QuestionAnsweringSettings, TaskSettings
 from bertfast.tasks.squad import LINE_EXAMPLE, Question, read_questions
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines
@@ -92,6 +93,7 @@ class QuestionAnsweringTask(Task[Questions]):
 
     model_class = BertForQuestionAnswering
     head_prefix = "qa_outputs."
+    flags = frozenset(map(flag, hints_of(QuestionAnsweringSettings)))
     metrics = ("f1", "exact_match", "loss")
 
     def __init__(self, settings: TaskSettings):

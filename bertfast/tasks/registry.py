@@ -9,6 +9,7 @@ from typing import Any
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.text_files import read_lines
+from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
@@ -42,7 +43,8 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         config: Configuration of a fine-tuned model.
 
     Raises:
-        ValueError: There is no task of that name, or the model was fine-tuned for a task of another kind.
+        ValueError: There is no task of that name, the model was fine-tuned for a task of another kind, or a flag has no
+            effect on the task.
     """
     name, architectures = settings.task, [] if config is None else config.architectures or []
     task_of_model = getattr(config, FINETUNING_TASK, None)
@@ -57,6 +59,9 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
             f"--task {name} requires a {task_class.model_class.__name__}, but {settings.model_name_or_path} is a "
             f"{', '.join(architectures)}: leave --task out, or fine-tune a model for that task"
         )
+    flags = {*given(settings.columns), *given(settings.question_answering)} - {"--on-bad-rows", *task_class.flags}
+    kind = name if name in TASKS else next(known for known, other in TASKS.items() if other is task_class)
+    refuse_without_effect(sorted(flags), f"the task is {kind}")
     task = task_class(replace(settings, task=name))
     models = _models(task_class)
     task.model_class = next((model for model in models if model.__name__ in architectures), task_class.model_class)

@@ -56,6 +56,7 @@ class Task(ABC, Generic[Examples]):
         model_class: Class of the model to open; a fine-tuned model may replace it.
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
         head_prefix: Prefix of the names of the head's weights, without which predictions are meaningless.
+        flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
     """
@@ -63,6 +64,7 @@ class Task(ABC, Generic[Examples]):
     model_class: type[PreTrainedModel]
     feature_based_model: ClassVar[type[PreTrainedModel] | None] = None
     head_prefix: ClassVar[str]
+    flags: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: TaskSettings):
         self.settings, self.bad_rows = settings, BadRows(settings.columns.on_bad_rows)

@@ -101,6 +101,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
     model_class = BertForTokenClassification
     feature_based_model = BertFeaturesForTokenClassification
     head_prefix = "classifier."
+    flags = frozenset({"--tag-column"})
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -159,6 +159,8 @@ class FinetuneBase(TaskSettings):
             raise ValueError("--early-stopping-patience and --metric-for-best-model require --validation-file")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
+        elif self.model.bilstm:
+            refuse_without_effect(["--bilstm"], "--strategy feature-based has a BiLSTM of its own")
 
 
 @dataclass(frozen=True, kw_only=True)

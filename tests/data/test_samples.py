@@ -200,6 +200,10 @@ def test_shards_without_text_are_refused(make_shards):
         ({"mlm_probability": 1.5}, "--mlm-probability must be from 0 to 1, got 1.5"),
         ({"short_seq_probability": -0.1}, "--short-seq-probability must be"),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "must add up to at most 1"),
+        (
+            {"objective": "ltr", "whole_word": True, "mlm_probability": 0.3},
+            "--mlm-probability and --whole-word would have no effect: --objective ltr masks no tokens",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

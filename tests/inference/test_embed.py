@@ -154,6 +154,7 @@ def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, pipe)
         ({"layers": "first"}, "--layers must be one of embeddings, second-to-last, .*, got 'first'"),
         ({"pooling": "none", "output_format": "parquet"}, "use --output-format safetensors"),
         ({"texts_per_part": 0}, "--texts-per-part must be at least 1, got 0"),
+        ({"text_column": "a", "input_file": "a.txt.gz"}, "--text-column would have no effect: the input is lines"),
     ],
 )
 def test_invalid_settings_raise(changes, message, tmp_path):

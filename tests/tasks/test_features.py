@@ -146,3 +146,9 @@ def test_without_labels_the_number_of_examples_is_bucketed(tokenizer, num_choice
         lengths = arguments["cu_seq_lens_q"].diff().tolist()
         assert len(lengths) == slots * num_choices
         assert not any(lengths[count * num_choices :])
+
+
+def test_no_texts_have_no_batches(tokenizer):
+    features = tokenize(tokenizer, [], 16)
+    assert (len(features), features.max_seqlen, batches_by_length(features, 64)) == (0, 0, [])
+    assert features.batch(np.empty(0, np.int64))["input_ids"].shape == (1, 0)
