@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BertConfig, GenerationConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from bertfast.architectures.initialise import initialise
@@ -22,19 +23,26 @@ from bertfast.models import bert
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.weights import read_weights, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
+from bertfast.runtime.settings import Range
 
 logger = logging.getLogger("bertfast")
 
-_SIZES = (  # entries of a configuration that are numbers of something
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-_MAX_SIZE, _MAX_LAYERS = 2**24, 10_000  # larger ones are damage, and would fill all memory
+_SIZE = Range(1, 2**24)  # a larger one is damage, and would fill all memory
+_SIZES = {  # entries of a configuration that are numbers of something
+    "vocab_size": _SIZE,
+    "hidden_size": _SIZE,
+    "num_hidden_layers": Range(1, 10_000),
+    "num_attention_heads": _SIZE,
+    "intermediate_size": _SIZE,
+    "max_position_embeddings": _SIZE,
+    "type_vocab_size": _SIZE,
+}
+_OPTIONS = {  # other numbers
+    "layer_norm_eps": Range(0),
+    "initializer_range": Range(0),
+    "hidden_dropout_prob": Range(0, below=1),
+    "attention_probs_dropout_prob": Range(0, below=1),
+}
 
 
 def resolve(name: str | Path) -> Path:
@@ -101,23 +109,35 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     return config_from(values, path, ExtendedBertConfig if is_extended else BertConfig)
 
 
-def config_from(values: dict[str, Any], path: Path, kind: type[BertConfig] = BertConfig) -> BertConfig:
-    """Make a configuration of the entries of a file.
+def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfig] = BertConfig) -> BertConfig:
+    """Make a configuration of its entries.
+
+    Args:
+        values: The entries.
+        source: The file or the flag that they are from.
+        kind: Class of the configuration.
 
     Raises:
-        ValueError: They are not those of a BERT; the message names `path`.
+        ValueError: They are not those of a BERT; the message names `source`.
     """
-    for name in _SIZES:
-        size, limit = values.get(name, 1), _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        if type(size) is not int or not 0 < size <= limit:
-            raise ValueError(f"{path}: {name} must be a whole number from 1 to {limit}, got {size!r:.40}")
+    for name, limits in (_SIZES | _OPTIONS).items():
+        types, number = ((int,), "a whole number") if name in _SIZES else ((int, float), "a number")
+        if name in values and not (type(values[name]) in types and values[name] in limits):
+            raise ValueError(f"{source}: {name} must be {number} {limits}, got {values[name]!r:.40}")
     try:
         config: BertConfig = kind.from_dict(values)
     except Exception as error:  # transformers' validation raises exceptions of many classes
-        raise ValueError(f"{path} is not the configuration of a BERT: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source} is not the configuration of a BERT: {' '.join(str(error).split())}") from error
+    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
+        raise ValueError(f"{source}: hidden_act must name an activation, such as gelu, got {config.hidden_act!r}")
+    if config.pad_token_id is not None and config.pad_token_id not in range(config.vocab_size):
+        raise ValueError(
+            f"{source}: pad_token_id must be from 0 to {config.vocab_size - 1}, the last token of the vocabulary, got "
+            f"{config.pad_token_id!r:.40}"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"{path}: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and "
+            f"{source}: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and "
             f"{config.num_attention_heads}"
         )
     return config

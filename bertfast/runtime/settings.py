@@ -100,9 +100,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
             _check(name, hint, getattr(self, name))
-        given = [flag(name) for name in self.exclusive if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give only one of them")
+        rivals = [name for name in given(self) if name in map(flag, self.exclusive)]
+        if len(rivals) > 1:
+            raise ValueError(f"{' and '.join(rivals)} exclude each other: give only one of them")
         self.validate()
 
     def validate(self) -> None:

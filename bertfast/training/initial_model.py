@@ -12,8 +12,15 @@ from bertfast.architectures.initialise import initialise
 from bertfast.architectures.presets import Preset, preset_config
 from bertfast.models.bert import BertForPreTraining
 from bertfast.models.extensions import ExtendedBertConfig, class_for
-from bertfast.models.files import load, read_config, report_differences
+from bertfast.models.files import config_from, load, read_config, report_differences
 from bertfast.runtime.settings import nearest
+
+_DETERMINED_BY = {  # entries of a configuration that overrides cannot change
+    "hidden_dropout_prob": "--dropout",
+    "attention_probs_dropout_prob": "--dropout",
+    "vocab_size": "the tokenizer",
+    "pad_token_id": "the tokenizer",
+}
 
 
 def initial_config(
@@ -46,8 +53,8 @@ def initial_config(
         changes |= {"is_decoder": True, "pool_last": True}
     if initial is not None:
         return read_config(initial, **changes)
-    config = preset_config(preset, **changes)
-    return ExtendedBertConfig.from_dict(config.to_dict()) if causal else config
+    values = preset_config(preset).to_dict() | changes
+    return config_from(values, "--config-overrides", ExtendedBertConfig if causal else BertConfig)
 
 
 def initial_model(config: BertConfig, initial: Path | None) -> BertForPreTraining:
@@ -97,6 +104,8 @@ def _parse_overrides(text: str) -> dict[str, int | float | str]:
             raise ValueError(
                 f"--config-overrides: {name!r} is not a size or option of a BERT configuration{nearest(name, known)}"
             )
+        if name in _DETERMINED_BY:
+            raise ValueError(f"--config-overrides: {name} would have no effect: {_DETERMINED_BY[name]} determines it")
         try:
             changes[name] = types[name](value)
         except ValueError:

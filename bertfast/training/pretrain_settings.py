@@ -59,12 +59,15 @@ class ModelSettings(Settings):
     """Model that is pre-trained.
 
     Attributes:
-        preset: Published model size.
+        preset: Published model size. Excludes --init-from.
         config_overrides: Changes to the model configuration, such as "num_hidden_layers=2,hidden_size=256".
-        init_from: Model to start from (folder or hub id); none: random weights.
+        init_from: Model to start from (folder or hub id); none: random weights. Excludes --preset; after --config, it
+            replaces that of the file.
         max_positions: Number of position embeddings; the positions of a smaller checkpoint are extended to it.
         dropout: Dropout probability of hidden activations and attention weights.
     """
+
+    exclusive = ("preset", "init_from")
 
     preset: Preset = "small"
     config_overrides: str = ""

@@ -79,6 +79,10 @@ def test_unknown_names_are_refused(tmp_path):
         ('{"num_hidden_layers": 1000000000}', "num_hidden_layers must be a whole number"),
         ('{"hidden_size": 30, "num_attention_heads": 4}', "must be a multiple of num_attention_heads, got 30 and 4"),
         ('{"id2label": ["a", "b"]}', "is not the configuration of a BERT"),
+        ('{"layer_norm_eps": -1}', "layer_norm_eps must be a number at least 0, got -1"),
+        ('{"hidden_dropout_prob": 7}', "hidden_dropout_prob must be a number at least 0 and less than 1, got 7"),
+        ('{"hidden_act": "none"}', "hidden_act must name an activation, such as gelu, got 'none'"),
+        ('{"pad_token_id": 1000000}', "pad_token_id must be from 0 to 30521, the last token of the vocabulary"),
     ],
 )
 def test_a_damaged_configuration_is_refused_by_name(content, message, tmp_path):

@@ -260,6 +260,18 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
         ),
         ({"config_overrides": "hiden_size=3"}, "'hiden_size' is not a size"),
         ({"config_overrides": "hidden_size=wide"}, "--config-overrides: hidden_size must be an integer, got 'wide'"),
+        (
+            {"config_overrides": "hidden_size=33"},
+            "--config-overrides: hidden_size must be a multiple of",
+        ),
+        (
+            {"config_overrides": "num_hidden_layers=0"},
+            "--config-overrides: num_hidden_layers must be a whole",
+        ),
+        ({"config_overrides": "hidden_act=wide"}, "--config-overrides: hidden_act must name an activation"),
+        ({"config_overrides": "layer_norm_eps=nan"}, "--config-overrides: layer_norm_eps must be a number at least 0"),
+        ({"config_overrides": "hidden_dropout_prob=0.5"}, "hidden_dropout_prob would have no effect: --dropout"),
+        ({"preset": "base", "init_from": "model"}, "--preset and --init-from exclude each other"),
         ({"tokens_per_batch": 8}, "cannot hold a sample"),
         ({"init_from": "nowhere/at/all"}, "not a folder"),
         ({"device": "cuda:7"}, "--device cuda:7 is not available"),
