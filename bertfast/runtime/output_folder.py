@@ -12,7 +12,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -38,7 +38,10 @@ class FileRecord(TypedDict):
 
 
 class Record(TypedDict):
-    """Contents of `origin.json`, without the versions of the libraries: the fields of an `Origin`."""
+    """Contents of `origin.json` that are compared: the fields of an `Origin`.
+
+    The file also has the versions of Python and the libraries, for information: an update does not end a run.
+    """
 
     command: str
     inputs: dict[str, list[FileRecord]]
@@ -143,7 +146,9 @@ def require_origin(folder: Path, origin: Origin) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Create a folder if it does not exist, and lock it for this process; at the end, an unused new one is removed.
+    """Create a folder if it does not exist, and lock it for this process.
+
+    At the end, a new folder without contents is removed, with the new folders above it.
 
     The operating system releases the lock when the process ends, however it ends: no stale lock can remain.
 
@@ -152,7 +157,7 @@ def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
         OSError: The folder cannot be written.
     """
     lock, owner = FileLock(folder / name, timeout=0, thread_local=False), folder / f"{name}-owner"
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with named_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -168,12 +173,14 @@ def locked_folder(folder: Path, name: str = LOCK) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        unused = new and [path.name for path in folder.iterdir()] in ([], [name])
+        unused = bool(new) and [path.name for path in folder.iterdir()] in ([], [name])
         if unused:  # as after an error before any work
             (folder / name).unlink(missing_ok=True)
         lock.release()
         if unused:
-            folder.rmdir()
+            with suppress(OSError):  # another process has begun to use one of them
+                for path in new:
+                    path.rmdir()
 
 
 def read_record(folder: Path) -> Record | None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from bertfast.data.corpus import find_files
 from bertfast.inference.predict import open_finetuned, predict_outputs
+from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.plotting import draw, plot_title
 from bertfast.runtime.precision import choose_precision
-from bertfast.runtime.settings import given, refuse_without_effect
+from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
+from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
 from bertfast.training.validation import evaluate_masked_lm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_CONTENTS = ("eval_results.json", "confusion.png", *PREDICTIONS)
 _LABELS_SHOWN = 30  # of a confusion matrix; larger ones are not plotted
 
 
@@ -34,26 +39,52 @@ class EvaluateSettings(TaskSettings):
         objective: task: metrics of the predictions of a fine-tuned model; mlm: masked-LM metrics of a model on text.
         output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png;
             none: print only.
+        overwrite_output_dir: Replace the results of another evaluation in --output-dir.
     """
 
     validation_file: str
     objective: Literal["task", "mlm"] = "task"
     output_dir: str | None = None
+    overwrite_output_dir: bool = False
 
     def validate(self) -> None:
+        if self.output_dir is None and self.overwrite_output_dir:
+            raise ValueError("--overwrite-output-dir has no effect without --output-dir: leave it out")
         if self.objective == "mlm":
             flags = {"--task"}.intersection(given(self)).union(given(self.columns), given(self.question_answering))
             refuse_without_effect(sorted(flags), "--objective mlm evaluates on plain text")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
-    """Evaluate a model: print its metrics, write them to `output_dir`, and return them."""
-    metrics = _evaluate_task(settings) if settings.objective == "task" else _evaluate_text(settings)
-    for name, value in metrics.items():
-        print(f"{name:<28}{value:>12.6g}")
-    if settings.output_dir is not None:
-        write_results(Path(settings.output_dir, "eval_results.json"), metrics)
+    """Evaluate a model: print its metrics, write them to `output_dir`, and return them.
+
+    Raises:
+        OriginError: The folder has results of another model, other data or other settings.
+        ValueError: Another process writes to the folder, or model, data and settings do not fit together.
+    """
+    if settings.output_dir is None:
+        return _evaluate(settings)[0]
+    folder = Path(settings.output_dir)
+    with locked_folder(folder):
+        begin = check_contents(folder, _origin(settings), _CONTENTS, overwrite=settings.overwrite_output_dir)
+        metrics, write_predictions = _evaluate(settings)
+        begin()
+        write_predictions(folder)
+        write_results(folder / "eval_results.json", metrics)
     return metrics
+
+
+def _origin(settings: EvaluateSettings) -> Origin:
+    """Return what the results depend on."""
+    if settings.objective == "task":
+        return finetune_origin(settings, "evaluate")
+    inputs = {
+        "--model-name-or-path": model_files(resolve(settings.model_name_or_path)),
+        "--validation-file": find_files([settings.validation_file]),
+    }
+    values = settings.flat()  # batches, and with them the masked tokens, depend on --eval-tokens
+    names = ("objective", "max_seq_length", "precision", "eval_tokens")
+    return Origin(inputs, {flag(name): values[name] for name in names}, "evaluate")
 
 
 def write_results(path: Path, metrics: Mapping[str, object]) -> None:
@@ -61,7 +92,18 @@ def write_results(path: Path, metrics: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(metrics, indent=2) + "\n")
 
 
-def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
+def _evaluate(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
+    """Compute and print metrics; return them, and a function that writes predictions and plots to a folder."""
+    if settings.objective == "task":
+        metrics, write_predictions = _evaluate_task(settings)
+    else:
+        metrics, write_predictions = _evaluate_text(settings), lambda folder: None
+    for name, value in metrics.items():
+        print(f"{name:<28}{value:>12.6g}")
+    return metrics, write_predictions
+
+
+def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
     require_libraries()
     task, model, tokenizer = open_finetuned(settings)
     examples = task.read(settings.validation_file, labelled=True)
@@ -69,8 +111,8 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
     examples, features = task.featurize(examples, tokenizer, length)
     outputs = predict_outputs(task, model, features)
     metrics = task.compute_metrics(examples, features, outputs)
-    if settings.output_dir is not None:
-        folder = Path(settings.output_dir)
+
+    def write_predictions(folder: Path) -> None:
         task.write_predictions(folder, "validation", examples, features, outputs)
         table = task.confusion_matrix(examples, features, outputs)
         if table is not None and len(table[0]) <= _LABELS_SHOWN:
@@ -78,8 +120,10 @@ def _evaluate_task(settings: EvaluateSettings) -> dict[str, float]:
             title = plot_title(settings.model_name_or_path, model.device, precision)
             if not draw_confusion(table, folder / "confusion.png", title):
                 print("No confusion.png: plots require `pip install bertfast[plots]`.")
+
     skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
-    return {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped
+    metrics = {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped
+    return metrics, write_predictions
 
 
 def draw_confusion(table: ConfusionMatrix, path: Path, title: str) -> bool:

@@ -11,19 +11,13 @@ from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.settings import flag
-from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings
+from bertfast.tasks.settings import TaskSettings
+from bertfast.training.finetune_settings import FinetuneSettings
 
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
+PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*")  # what `Task.write_predictions` writes
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
-_CONTENTS = (
-    "config.json",
-    "model*.safetensors*",
-    "all_results.json",
-    "sweep_score.json",
-    "predictions_*",
-    "nbest_*",
-    "null_odds_*",
-)
+_CONTENTS = ("config.json", "model*.safetensors*", "all_results.json", "sweep_score.json", *PREDICTIONS)
 _MODELS = ("model_name_or_path", "init_from_task")
 _DATA = ("train_file", "validation_file", "test_file")
 # Settings that results do not depend on: where and how fast they are computed, and where they are written.
@@ -61,8 +55,8 @@ def finetune_folder(settings: FinetuneSettings) -> Iterator[Callable[[], None]]:
             remove(folder / SCRATCH)
 
 
-def finetune_origin(settings: FinetuneBase, command: str) -> Origin:
-    """Return what the results of a run depend on.
+def finetune_origin(settings: TaskSettings, command: str) -> Origin:
+    """Return what the results of a run, a sweep or an evaluation depend on.
 
     Raises:
         FileNotFoundError: There is no such model or file.
@@ -70,11 +64,11 @@ def finetune_origin(settings: FinetuneBase, command: str) -> Origin:
     values = settings.flat()
     inputs: dict[str, list[Path]] = {}
     for name in _DATA:
-        if values[name] is not None:
+        if values.get(name) is not None:
             require_file(values[name], flag(name))
             inputs[flag(name)] = [Path(values[name])]
     for name in _MODELS:
-        if values[name] is not None:
+        if values.get(name) is not None:
             inputs[flag(name)] = model_files(resolve(values[name]))
     left_out = {*_MODELS, *_DATA, *_NO_INFLUENCE}
     return Origin(inputs, {flag(name): value for name, value in values.items() if name not in left_out}, command)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +21,59 @@ MetricsWriter = Callable[[Entry, int], None]
 
 
 def tensorboard(folder: Path) -> MetricsWriter:
-    """Return a writer of TensorBoard event files in `folder`/tensorboard."""
+    """Return a writer of TensorBoard event files in `folder`/tensorboard.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+        OSError: The folder cannot be written; also raised by the writer.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError("--tensorboard requires `pip install bertfast[tensorboard]`") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    path = folder / "tensorboard"
+    with named_in_errors(path):
+        writer = SummaryWriter(str(path))
 
     def write(entry: Entry, step: int) -> None:
-        for name, value in entry.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, step)
-        writer.flush()
+        with named_in_errors(path):
+            for name, value in entry.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(name, value, step)
+            writer.flush()
 
     return write
 
 
 def wandb(folder: Path, settings: dict[str, Any]) -> MetricsWriter:
-    """Return a writer to Weights & Biases; the run is named after the folder."""
+    """Return a writer to Weights & Biases; the run is named after the folder.
+
+    Raises:
+        ImportError: The library is not installed.
+        ValueError: The library reports an error, such as a missing login; also raised by the writer.
+        OSError: The folder cannot be written; also raised by the writer.
+    """
     try:
         import wandb as library  # type: ignore[import-not-found]  # not a requirement
     except ImportError:
         raise ImportError("--wandb requires `pip install wandb`") from None
-    run = library.init(name=folder.name, dir=str(folder), config=settings, resume="allow")
-    return lambda entry, step: run.log(entry, step=step)
+
+    @contextmanager
+    def described() -> Iterator[None]:
+        try:
+            with named_in_errors(folder / "wandb"):
+                yield
+        except library.Error as error:
+            raise ValueError(f"--wandb: {error} (WANDB_MODE=offline in the environment needs no account)") from error
+
+    with described():
+        run = library.init(name=folder.name, dir=str(folder), config=settings, resume="allow")
+
+    def write(entry: Entry, step: int) -> None:
+        with described():
+            run.log(entry, step=step)
+
+    return write
 
 
 class MetricsLog:

@@ -14,7 +14,7 @@ from bertfast.cli.main import main
 from bertfast.runtime import output_folder
 from bertfast.runtime.output_folder import locked_folder
 
-COMMANDS = ("demo", "embed", "export", "finetune", "prepare", "pretrain", "reproduce", "sweep")
+COMMANDS = ("demo", "embed", "evaluate", "export", "finetune", "prepare", "pretrain", "reproduce", "sweep")
 
 
 @pytest.fixture
@@ -31,6 +31,16 @@ def arguments(pretrained, tmp_path):
     return {
         "demo": ["--output-dir", out],
         "embed": ["--model-name-or-path", model, "--input-file", file, "--output-dir", out],
+        "evaluate": [
+            "--model-name-or-path",
+            model,
+            "--validation-file",
+            str(text),
+            "--objective",
+            "mlm",
+            "--output-dir",
+            out,
+        ],
         "export": [model, out],
         "finetune": tuning,
         "prepare": ["--train-file", str(text), "--tokenizer-name", model, "--output-dir", out],
@@ -68,6 +78,26 @@ def test_a_read_only_folder_is_named_in_one_sentence(command, arguments, tmp_pat
     assert main([command, *arguments[command]]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"bertfast {command}: {tmp_path / 'out'} cannot be written: Permission denied"
+
+
+def test_results_of_another_evaluation_are_refused_and_replaced_on_request(arguments, tmp_path, capsys):
+    command, results = ["evaluate", *arguments["evaluate"]], tmp_path / "out" / "eval_results.json"
+    assert main(command) == 0
+    first = results.read_text()
+    assert main(command) == 0
+    assert results.read_text() == first
+    capsys.readouterr()
+    assert main([*command, "--max-seq-length", "16"]) == 1
+    assert "--max-seq-length was null and is 16: " in capsys.readouterr().err
+    assert results.read_text() == first
+    assert main([*command, "--max-seq-length", "16", "--overwrite-output-dir"]) == 0
+    assert results.read_text() != first
+
+
+def test_a_refused_run_leaves_no_folders(arguments, tmp_path):
+    nested = tmp_path / "new" / "below" / "out"
+    assert main(["finetune", *arguments["finetune"], "--output-dir", str(nested), "--task", "question-answering"]) == 1
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
