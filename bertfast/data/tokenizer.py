@@ -21,6 +21,7 @@ from bertfast.runtime.atomic_write import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BLOCK = 2**16  # characters that the trainer gets at a time
+_LONGEST_WORD = 100  # characters; the tokenizer replaces longer words by [UNK], as BERT's does
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = Fals
         ValueError: The texts are empty.
     """
     vocab_size = -(-vocab_size // 64) * 64
-    counts = Counter(word for text in texts for word in text.split())
+    counts = _count_words(texts, _wordpiece({}, cased))
     # Every character takes two entries, one of them as a continuation; a quarter of the vocabulary is the limit.
     alphabet = _alphabet(counts, _wordpiece({}, cased).normalizer, min(1000, vocab_size // 8))
     # The trainer merges pairs of equal counts in the order of their ids, and would number continuations in the order of
@@ -59,6 +60,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = Fals
         raise ValueError("there is no text to train a vocabulary on")
     unused = [f"[unused{i}]" for i in range(vocab_size - len(SPECIAL_TOKENS) - len(pieces))]
     return _wordpiece({token: i for i, token in enumerate([*SPECIAL_TOKENS, *unused, *pieces])}, cased)
+
+
+def _count_words(texts: Iterable[str], tokenizer: Tokenizer) -> Counter[str]:
+    """Count the words of texts, separated by spaces.
+
+    Long ones are divided as the tokenizer does it, and left out if they stay too long for it: training takes time
+    quadratic in the length of a word.
+    """
+    counts = Counter(word for text in texts for word in text.split())
+    for long_word in [word for word in counts if len(word) > _LONGEST_WORD]:
+        count = counts.pop(long_word)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(long_word)):
+            if len(word) <= _LONGEST_WORD:
+                counts[word] += count
+    return counts
 
 
 def _alphabet(counts: Mapping[str, int], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
@@ -200,7 +216,7 @@ def _tokens(tokenizer: Tokenizer) -> list[str]:
 
 
 def _wordpiece(vocabulary: dict[str, int], cased: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()

@@ -69,6 +69,13 @@ def test_a_vocabulary_depends_on_the_text_alone_and_not_on_the_process():
     assert len(hashes) == 1
 
 
+def test_words_that_are_too_long_for_the_tokenizer_are_left_out_of_training():
+    long = "x" * 100_000  # minutes, if the trainer gets it
+    with_long = train_tokenizer([*TEXTS, long, f"{long}。一二," + "三" * 200], 256)
+    assert with_long.get_vocab().keys() == train_tokenizer([*TEXTS, "。一二," + "三" * 200], 256).get_vocab().keys()
+    assert with_long.encode(long, add_special_tokens=False).tokens == ["[UNK]"]
+
+
 def test_special_tokens_in_the_training_text_do_not_become_pieces():
     tokenizer = train_tokenizer([*TEXTS, "[MASK] and [SEP] [MASK]"] * 9, 256)
     assert not [t for t in tokenizer.get_vocab() if any(map(str.isupper, t)) and t not in SPECIAL_TOKENS]
