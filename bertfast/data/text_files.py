@@ -152,7 +152,8 @@ def _decoded_lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, 
     except _NotText:
         raise
     except Exception as error:  # each decompressor raises exceptions of its own
-        raise ValueError(f"{name}: cannot be read beyond line {number} ({error})") from error
+        beyond = f" beyond line {number}" if number else ""
+        raise ValueError(f"{name}: cannot be read{beyond} ({error}); copy or download it again") from error
 
 
 class _NotText(ValueError):

@@ -19,6 +19,7 @@ from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
+from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
@@ -38,6 +39,10 @@ class PredictSettings(TaskSettings):
     """
 
     input_file: str | None = None
+
+    def validate(self) -> None:
+        labels = {"--label-column"}.intersection(given(self.columns))
+        refuse_without_effect(labels, "labels are not read for predictions")
 
 
 def predict(settings: PredictSettings) -> None:

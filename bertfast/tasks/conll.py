@@ -123,11 +123,11 @@ class Format:
 
         Args:
             line: The row.
-            labelled: Whether it must have a tag; if not, it may have the word alone.
+            labelled: Whether it must have a tag; if not, it may have the word alone, without spaces.
         """
         fields, problem = self.fields(line), None
-        if len(fields) != self.num_columns and (labelled or len(fields) > 1):
-            remedy = "" if self.tabs else "; separate columns by tabs where words contain spaces"
+        if len(fields) != self.num_columns and (labelled or len(fields) > 1 or " " in fields[0].strip()):
+            remedy = "; separate columns by tabs" + ("" if self.tabs else " where words contain spaces")
             counted = f"{len(fields)} column" + "s" * (len(fields) > 1)
             problem = f"{counted} where most lines have {self.num_columns}{remedy}"
         tag = fields[self.tag_column].strip() if self.tag_column is not None and self.tag_column < len(fields) else ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,9 @@ SINGLE_LABEL, REGRESSION, MULTI_LABEL = "single_label_classification", "regressi
 PROBLEM_TYPES = {"sequence-classification": SINGLE_LABEL, "regression": REGRESSION, "multi-label": MULTI_LABEL}
 LABEL_SEPARATOR = ","  # of several labels in one field
 _MAX_LABELS_SHOWN = 10  # in messages
+_MISSING = {"na", "n/a", "#n/a", "<na>", "null", "none"}  # among numbers; nan is a number
+
+logger = logging.getLogger("bertfast")
 
 Label = str | list[str]
 """A label as written in the file, or the list of an example's labels if there may be several."""
@@ -43,21 +48,43 @@ def shown(names: Sequence[str]) -> str:
 def sorted_labels(labels: Sequence[str]) -> list[str]:
     """Return the distinct labels, sorted by value if all are integers, else alphabetically.
 
-    Of spellings of one integer, such as 1 and 1.0, the shortest is returned; nan and inf are no labels among numbers.
-
-    Raises:
-        ValueError: There are fewer than two distinct labels.
+    Of spellings of one integer, such as 1 and 1.0, the shortest is returned; nan, inf and what stands for a missing
+    value, such as n/a, are no labels among numbers.
     """
     spellings: dict[str, str] = {}
     for label in sorted({*labels}, key=len, reverse=True):
         spellings[canonical(label)] = label
     names = {*spellings.values()}
     if _numbers(names) is not None:
-        names = {name for name in names if math.isfinite(float(name))} or names
+        names = {name for name in names if _is_finite(name)} or names
+    integers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if integers else 0, name))
+
+
+def require_classes(names: Sequence[str], file: str) -> None:
+    """Warn of classes whose names differ in case, form of characters, sign or leading zeros only.
+
+    Args:
+        names: Names of the classes.
+        file: The file that they come from.
+
+    Raises:
+        ValueError: There are fewer than two classes.
+    """
     if len(names) < 2:
-        every = f"every label is {labels[0]!r}" if labels else "there are no labels"
-        raise ValueError(f"{every}; classification needs at least two different labels")
-    return sorted(names, key=int if all(name.removeprefix("-").isdecimal() for name in names) else None)
+        every = f"every label is {names[0]!r}" if names else "there are no labels"
+        raise ValueError(f"{file}: {every}; classification needs at least two different labels")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        key = unicodedata.normalize("NFKC", name).casefold()
+        alike.setdefault(re.sub(r"^\+?0*(?=\d)", "", key), []).append(name)
+    for spellings in alike.values():
+        if len(spellings) > 1:
+            logger.warning(
+                "%s: the labels %s are different classes: write them alike if they are one",
+                file,
+                " and ".join(map(repr, spellings)),
+            )
 
 
 def has_fractions(labels: Iterable[str]) -> bool:
@@ -86,10 +113,9 @@ class LabelEncoder:
         """
         names = names_of(label)
         if self.problem_type == REGRESSION:
-            [value] = _numbers(names) or [math.nan]
-            if not math.isfinite(value):
+            if not _is_finite(names[0]):
                 raise ValueError(f"the label {names[0]!r} is not a finite number, which regression requires")
-            return value
+            return float(names[0])
         targets = [self._id(name) for name in names]
         if self.problem_type != MULTI_LABEL:
             return targets[0]
@@ -101,6 +127,8 @@ class LabelEncoder:
         if not name:
             raise ValueError("no label")
         found = self.ids.get(name, self.canonical_ids.get(canonical(name)))
+        if found is None and name.casefold() in _MISSING:
+            raise ValueError(f"the label {name!r} stands for a missing value; if it is a class, rename it")
         if found is None:
             raise ValueError(f"unknown label {name!r}; known labels: {shown([*self.ids])}")
         return found
@@ -112,11 +140,16 @@ def canonical(label: str) -> str:
 
 
 def _numbers(labels: Iterable[str]) -> list[float] | None:
-    """Return the values of labels, of which some may be nan; None if one is not a number."""
-    labels = [*labels]
+    """Return the values of labels, of which some may be nan or missing; None if another is not a number."""
+    labels = ["nan" if label.casefold() in _MISSING else label for label in labels]
     if any("_" in label for label in labels):  # float reads 1_0 as 10
         return None
     try:
         return list(map(float, labels))
     except ValueError:
         return None
+
+
+def _is_finite(label: str) -> bool:
+    [value] = _numbers([label]) or [math.nan]
+    return math.isfinite(value)

@@ -180,6 +180,6 @@ def _endings(table: Table) -> list[Any]:
     if "endings" in table.columns:
         return table.column("endings")
     names = sorted((name for name in table.columns if re.fullmatch(r"ending\d+", name)), key=lambda name: int(name[6:]))
-    if not names:
-        table.column("ending0")  # raises, naming the columns of the file
+    for i in range(max(len(names), 1)):
+        table.column(f"ending{i}")  # raises, naming the columns of the file, if they are not numbered from 0
     return [list(row) for row in zip(*(table.column(name) for name in names), strict=True)]

@@ -102,14 +102,16 @@ class QuestionAnsweringTask(Task[Questions]):
 
     def read(self, path: str, *, labelled: bool) -> Questions:
         """Read a file of questions; see `bertfast.tasks.squad` for its formats, and `Task.read`."""
-        questions, rows, known = read_questions(Path(path), self.bad_rows, labelled=labelled)
-        if not questions:
+        file = read_questions(Path(path), self.bad_rows, labelled=labelled)
+        if not file.questions:
             raise ValueError(f"{path} has no usable questions")
-        return Questions(questions, rows, known)
+        if file.no_metrics is not None:
+            logger.warning("no metrics, as %s", file.no_metrics)
+        return Questions(file.questions, file.rows, file.labelled)
 
     def read_chunks(self, path: str) -> Iterator[Questions]:
         """Yield the questions of a file in parts; see `Task.read_chunks`."""
-        questions, rows, _ = read_questions(Path(path), self.bad_rows, labelled=False)
+        questions, rows, *_ = read_questions(Path(path), self.bad_rows, labelled=False)
         for start in range(0, max(len(questions), 1), ROWS_PER_CHUNK):
             part = slice(start, start + ROWS_PER_CHUNK)
             yield Questions(questions[part], rows.select(range(len(questions))[part]), False)

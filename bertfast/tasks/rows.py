@@ -35,12 +35,13 @@ class BadRows:
 
     Attributes:
         action: "stop" or "skip".
+        remedy: What is appended to the message of the error.
         count: Number of bad rows skipped.
         skipped: Of each file, the rows without an example by row number.
     """
 
-    def __init__(self, action: OnBadRows = "stop"):
-        self.action, self.count = action, 0
+    def __init__(self, action: OnBadRows = "stop", remedy: str = ""):
+        self.action, self.remedy, self.count = action, remedy, 0
         self.skipped: dict[str, dict[int, Skipped]] = {}
 
     def add(self, problem: str, *, file: str, row: int, row_id: Any = None) -> None:
@@ -53,7 +54,7 @@ class BadRows:
             row_id: Id of the row, if it has one.
         """
         if self.action == "stop":
-            raise ValueError(problem)
+            raise ValueError(problem + self.remedy)
         self.count += 1
         if self.count <= _MAX_WARNINGS:
             logger.warning("skipped: %s", problem)

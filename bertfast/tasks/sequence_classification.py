@@ -33,6 +33,7 @@ from bertfast.tasks.labels import (
     has_fractions,
     names_of,
     read_label,
+    require_classes,
     shown,
     sorted_labels,
 )
@@ -55,6 +56,7 @@ from bertfast.tasks.task import (
 TEXT_COLUMNS = ("sentence", "sentence1", "text")
 TEXT_PAIR_COLUMN = "sentence2"
 LABEL_COLUMN = "label"
+_FEW_LABELS = 20  # more, if most have a single example, are probably no labels
 
 METRICS = {
     SINGLE_LABEL: task_metrics.CLASSIFICATION,
@@ -201,7 +203,14 @@ class SequenceClassificationTask(Task[TextExamples]):
         if self.problem_type is None:
             self.problem_type = REGRESSION if has_fractions(labels) else SINGLE_LABEL
             self._report_problem_type(labels)
-        names = ["LABEL_0"] if self.problem_type == REGRESSION else sorted_labels(labels)
+        if self.problem_type == REGRESSION:
+            names = ["LABEL_0"]
+        else:
+            names = sorted_labels(labels)
+            require_classes(names, examples.rows.file)
+            if len(names) > max(len(labels) / 2, _FEW_LABELS):
+                counted = f"{examples.rows.file}: {len(names)} different labels in {len(examples)} rows"
+                logger.warning("%s: is %r the column of the labels? (--label-column)", counted, self.label_column)
         return {"num_labels": len(names), "id2label": dict(enumerate(names)), "problem_type": self.problem_type}
 
     def set_config(self, config: BertConfig) -> None:

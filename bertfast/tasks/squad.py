@@ -8,7 +8,6 @@ SQuAD's nests questions in paragraphs of articles: {"data": [{"paragraphs": [{"c
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ _SHOWN = 40  # characters of a value in messages
 
 Answers = tuple[tuple[str, int], ...]
 """Gold answers as (text, start in the context in characters)."""
-
-logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,13 @@ class QuestionFile(NamedTuple):
         questions: The questions.
         rows: Where each comes from; rows are counted in the file's order.
         labelled: Whether the gold answers are known.
+        no_metrics: Why there are no metrics although some gold answers are known; None: that is not so.
     """
 
     questions: list[Question]
     rows: Rows
     labelled: bool
+    no_metrics: str | None
 
 
 class _Entry(NamedTuple):
@@ -103,10 +102,10 @@ def read_questions(path: Path, bad: BadRows, *, labelled: bool) -> QuestionFile:
         any_answered |= is_answered
         questions.append(Question(question_id, question, context, answers or ()))
         numbers.append(number)
-    if any_answered and unknown is not None and not labelled:
-        logger.warning("no metrics, as not all questions have usable answers: %s", unknown)
+    partly = any_answered and unknown is not None and not labelled
+    no_metrics = f"not all questions have usable answers: {unknown}" if partly else None
     rows = Rows(str(path), numbers, None, [question.id for question in questions], bad)
-    return QuestionFile(questions, rows, labelled or (any_answered and unknown is None))
+    return QuestionFile(questions, rows, labelled or (any_answered and unknown is None), no_metrics)
 
 
 def _lines(path: Path) -> Iterator[_Entry]:
@@ -142,7 +141,10 @@ def _pairs(path: Path, data: object) -> Iterator[tuple[object, object]]:
         elif {"question", "context"} & article.keys():
             yield article, article.get("context")
         else:
-            raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: an article has no 'paragraphs'")
+            raise ValueError(
+                f"{path} is not in SQuAD's format, {_FORMAT}: an article has no 'paragraphs'; for another task than "
+                "question answering, write one object per line into a .jsonl file"
+            )
 
 
 def _objects(path: Path, values: object) -> list[dict[str, object]]:

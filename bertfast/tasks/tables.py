@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,6 +26,8 @@ _OTHER_SEPARATORS = {
     ";": "semicolons; replace them by tabs and give it the suffix .tsv",
 }
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
+
+logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +113,10 @@ def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = Non
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} has an unknown file type; use one of {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{path} has an unknown file type; use one of {', '.join(FORMATS)}, optionally compressed "
+            f"({', '.join(filter(None, COMPRESSIONS))})"
+        )
     suffix = next(suffix for suffix in FORMATS if suffix in path.suffixes[-2:])
     bad = bad or BadRows()
     if suffix == ".jsonl":
@@ -158,6 +164,8 @@ class _TableReader:
         self.path, self.names, self.bad = path, names, bad
         self.number = 0  # of the last row
         self.ids: set[int] = set()  # hashes, which bound memory
+        self.previous: list[_Record] = []  # those of the last table, with which a short one is compared
+        self.warned = False  # of a row on several lines
 
     def table(self, records: list[_Record]) -> Table:
         """Return the table of the next records without those that cannot be used."""
@@ -214,26 +222,42 @@ class _TableReader:
         return Table(table.columns, rows).select(usable)
 
     def _require_plausible_quotes(self, records: list[_Record]) -> None:
-        """Raise ValueError at a row on several lines of which each looks like a row of its own.
+        """Check the rows on several lines of which each looks like a row of its own, with as many fields as columns.
 
-        That is so if each line has as many fields as there are columns and, in one column, only values that rows on one
-        line have there too, such as labels.
+        Warn, once per file, as a stray quote may have swallowed the lines.
+
+        Raises:
+            ValueError: In one column, all those lines have values as rows on one line have them, such as labels, or
+                numbers where those rows have nothing else.
         """
-        for record in records:
-            if not record.parts or any(len(fields) != len(self.names) for fields in record.parts):
-                continue
-            for column in range(len(self.names)):
-                usual = {
-                    other.values[column]
-                    for other in records
-                    if not other.parts and isinstance(other.values, list) and len(other.values) == len(self.names)
-                }
-                if all(fields[column] in usual for fields in record.parts):
-                    raise ValueError(
-                        f"{self.path}, line {record.line}: the quote that opens here swallows "
-                        f"{len(record.parts) - 1} further rows; write a quote within a text twice and quote the text: "
-                        '"a ""word"""'
-                    )
+        suspicious = [
+            record
+            for record in records
+            if record.parts and all(len(fields) == len(self.names) for fields in record.parts)
+        ]
+        compared = [*self.previous, *records]
+        self.previous = records
+        if not suspicious:
+            return
+        lists = (record.values for record in compared if not record.parts and isinstance(record.values, list))
+        columns = [*map(set, zip(*(values for values in lists if len(values) == len(self.names)), strict=True))]
+        for record in suspicious:
+            lines = f"{self.path}, line {record.line}: the quote that opens here"
+            remedy = 'write a quote within a text twice and quote the text: "a ""word"""'
+            for usual, values in zip(columns, zip(*record.parts, strict=True), strict=False):
+                if usual.issuperset(values) or all(map(_is_number, chain(usual, values))):
+                    raise ValueError(f"{lines} swallows {len(record.parts) - 1} further rows; {remedy}")
+            if not self.warned:
+                logger.warning("%s goes on for %d lines; if these are rows, %s", lines, len(record.parts), remedy)
+                self.warned = True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _header(path: Path, separator: str, records: Iterator[_Record]) -> tuple[list[str], Iterator[_Record]]:

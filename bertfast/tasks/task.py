@@ -67,7 +67,8 @@ class Task(ABC, Generic[Examples]):
     flags: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: TaskSettings):
-        self.settings, self.bad_rows = settings, BadRows(settings.columns.on_bad_rows)
+        self.settings = settings
+        self.bad_rows = BadRows(settings.columns.on_bad_rows, " (--on-bad-rows skip leaves such rows out)")
         self._config: BertConfig | None = None
 
     @property

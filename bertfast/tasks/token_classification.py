@@ -29,6 +29,7 @@ from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.conll import read_sentences, split_words
 from bertfast.tasks.features import TOKENIZER_BATCH, Features, ModelInputs
+from bertfast.tasks.labels import require_classes
 from bertfast.tasks.rows import Rows, Skipped
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, converted, detect_scheme, entities, mark_entities, tag_error
 from bertfast.tasks.task import ROWS_PER_CHUNK, ConfusionMatrix, Outputs, Prediction, Task, label_to_id
@@ -135,7 +136,8 @@ class TokenClassificationTask(Task[TaggedSentences]):
         known = [sentence for sentence in tags if sentence is not None]
         if len(known) < len(tags):
             if known:
-                logger.warning("no metrics, as %d of %d sentences in %s have tags", len(known), len(tags), path)
+                where = rows.where(tags.index(None))
+                logger.warning("no metrics, as not all tags are known: not those of the sentence at %s", where)
             return TaggedSentences(words, None, rows, labelled)
         scheme = detect_scheme(known)
         examples = TaggedSentences(words, known, rows, labelled).usable(tag_error(one, scheme) for one in known)
@@ -158,8 +160,13 @@ class TokenClassificationTask(Task[TaggedSentences]):
         names = sorted(
             {tag for sentence in examples.tags or [] for tag in sentence}, key=lambda tag: (tag != OUTSIDE, tag)
         )
-        if len(names) < 2:
-            raise ValueError(f"every tag is {names[0]!r}; classification needs at least two different tags")
+        require_classes(names, examples.rows.file)
+        if not mark_entities(names) and mark_entities(name.upper().replace("_", "-") for name in names):
+            logger.warning(
+                "%s: the tags are no entities but classes of words, as %r is not spelled like B-PER",
+                examples.rows.file,
+                next(name for name in names if not mark_entities([name]) and name != OUTSIDE),
+            )
         return {"num_labels": len(names), "id2label": dict(enumerate(names))}
 
     def featurize(

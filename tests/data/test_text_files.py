@@ -30,7 +30,7 @@ def test_lines_have_numbers_with_any_line_ends_and_locale(content, lines, pipe):
         (b"a\nb\ncaf\xe9\n", r"standard input, line 3: not UTF-8 \(byte 0xe9 at column 4\); convert the text to UTF-8"),
         (b"a\0b\n", "standard input is not a text file: byte 1 is 0"),
         ("a\n".encode("utf-16"), "standard input is UTF-16; convert the file to UTF-8"),
-        (gzip.compress(b"a\n" * 99)[:-9], "standard input: cannot be read beyond line"),
+        (gzip.compress(b"a\n" * 99)[:-9], "standard input: cannot be read"),
     ],
 )
 def test_input_that_is_not_text_is_refused_with_its_line(content, message, pipe):

@@ -80,6 +80,12 @@ def test_files_without_words_or_tags_are_refused(text, column, message, tmp_path
         read(tmp_path / "a.conll", text, column)
 
 
+@pytest.mark.parametrize("line", ["Bob O", "# a comment"])
+def test_lines_without_tabs_are_no_words_where_tabs_separate(line, tmp_path):
+    with pytest.raises(ValueError, match="line 2: 1 column where most lines have 2; separate columns by tabs"):
+        read(tmp_path / "a.conll", f"Ann\tO\n{line}\nEve\tO\n", labelled=False)
+
+
 def test_words_without_tags_are_read_where_tags_are_optional(tmp_path):
     path = tmp_path / "a.conll"
     assert read(path, "Ann\n#\n\n#tag\n", labelled=False) == [(["Ann", "#"], None), (["#tag"], None)]

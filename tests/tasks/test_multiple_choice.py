@@ -105,6 +105,13 @@ def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))).__name__ == task_class
 
 
+def test_endings_are_numbered_from_zero(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("sent1,ending0,ending2,label\na,b,c,1\n")
+    with pytest.raises(ValueError, match="no column 'ending1', only"):
+        task_for().read(str(path), labelled=True)
+
+
 @pytest.mark.parametrize("labels", [(-1, -1), (0, -1), (0, ""), (None, 1)])
 def test_test_files_without_labels_keep_all_rows(labels, tmp_path, caplog):
     path = tmp_path / "rows.jsonl"

@@ -10,11 +10,12 @@ import pytest
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
 from bertfast.tasks.features import Features
-from bertfast.tasks.labels import LabelEncoder, has_fractions, sorted_labels
+from bertfast.tasks.labels import LabelEncoder, has_fractions, require_classes, sorted_labels
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import (
     Columns,
     SequenceClassificationTask,
+    TextExamples,
 )
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import Table
@@ -44,8 +45,8 @@ def test_sorted_labels_sort_integers_by_value(labels, names):
 
 
 def test_a_single_label_raises():
-    with pytest.raises(ValueError, match="every label is 'x'"):
-        sorted_labels(["x", "x"])
+    with pytest.raises(ValueError, match=r"a\.tsv: every label is 'x'"):
+        require_classes(sorted_labels(["x", "x"]), "a.tsv")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_a_single_label_raises():
         (["1", "nan", "inf"], False),
         (["0.5", "nan"], True),
         (["1.0", "2.0"], False),
+        (["0.5", "2", "n/a"], True),
         (["a"], False),
     ],
 )
@@ -107,8 +109,8 @@ def test_labels_are_encoded_by_problem_type(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "config", "message"),
     [
-        ("a\tno\nb\t2\n", YES_OR_NO, "line 3: unknown label '2'; known labels: no, yes$"),
-        ("a\t0\nb\tx\n", BertConfig(num_labels=11), r"known labels: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …$"),
+        ("a\tno\nb\t2\n", YES_OR_NO, "line 3: unknown label '2'; known labels: no, yes \\(--on-bad-rows skip leaves"),
+        ("a\t0\nb\tx\n", BertConfig(num_labels=11), r"known labels: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … \(--on-bad"),
         ("a\tno\nb\t\n", YES_OR_NO, "line 3: no label in column 'label'"),
         ("a\t0.5\nb\tx\n", BertConfig(num_labels=1), "line 3: the label 'x' is not a finite number"),
         ("a\tnan\nb\t1\n", BertConfig(num_labels=1), "line 2: the label 'nan' is not a finite number"),
@@ -224,10 +226,35 @@ def test_multi_label_predictions_and_metrics():
 
 
 @pytest.mark.parametrize(
+    ("labels", "alike"),
+    [
+        (["True", "TRUE", "False"], "'TRUE' and 'True'"),
+        (["1", "01", "+1", "0"], "'+1' and '01' and '1'"),
+        (["caf\u00e9", "cafe\u0301", "bar"], "'cafe\u0301' and 'caf\u00e9'"),
+        (["0", "00", "10"], "'0' and '00'"),
+        (["-1", "1", "0", "10"], None),
+    ],
+)
+def test_labels_that_are_spelled_alike_are_reported(labels, alike, caplog):
+    require_classes(sorted_labels(labels), "a.tsv")
+    found = [f"a.tsv: the labels {alike} are different classes: write them alike if they are one"]
+    assert caplog.messages == (found if alike else [])
+
+
+def test_more_labels_than_rows_per_label_are_suspicious(caplog):
+    task = task_for()
+    rows = Rows("a.tsv", range(30), range(30))
+    task.label_config(TextExamples(["x"] * 30, rows, [f"{i},5" for i in range(30)]))
+    assert "a.tsv: 30 different labels in 30 rows: is 'label' the column of the labels?" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("labels", "inferred", "label_ids"),
     [
         (["1", "0", "1 ", "nan"], "--task sequence-classification from labels 0, 1 in column 'label'", [1, 0, 1]),
         (["0.5", "2", " 1", "inf"], "--task regression from labels 0.5, 1, 2, inf in column 'label'", [0.5, 2, 1]),
+        (["1", "0", "1", "NA"], "--task sequence-classification from labels 0, 1 in column 'label'", [1, 0, 1]),
+        (["0.5", "2", "1", "None"], "--task regression from labels 0.5, 1, 2, None in column 'label'", [0.5, 2, 1]),
         (["b", " a", "b", ""], "--task sequence-classification from labels a, b in column 'label'", [1, 0, 1]),
     ],
 )

@@ -44,6 +44,11 @@ SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
             SWALLOWED.replace("text 3", '"text 3').replace("text 6", 'text 6"'),
             "line 5: the quote that opens here swallows 3 further rows",
         ),
+        (
+            "a.csv",
+            'text,score\na,0.1\n"b,0.2\nc,0.3\nd",0.4\ne,0.5\n',
+            "line 3: the quote that opens here swallows 2 further rows",
+        ),
         ("a.csv", SWALLOWED.replace("text 3", '"text 3'), "line 5: the quote that opens here is not closed"),
         ("a.csv", SWALLOWED.replace("text 8", '"text 8'), "line 10: the quote that opens here is never closed"),
         ("a.csv", SWALLOWED.replace("text 3", '"text" 3'), "line 5: ',' expected after '\"'; write a quote within"),
@@ -135,6 +140,21 @@ def test_line_breaks_in_quoted_texts_are_no_swallowed_rows(tmp_path):
     table = read_table(written(tmp_path, "a.csv", text))
     assert list(zip(table.column("text"), table.column("label"), strict=True)) == rows
     assert table.rows.lines == [2, 4, 7, 8]
+
+
+def test_swallowed_rows_are_found_in_a_short_last_chunk(tmp_path):
+    path = written(tmp_path, "a.csv", SWALLOWED + '"x,0\ny,1\nz",0\n')
+    with pytest.raises(ValueError, match="line 11: the quote that opens here swallows 2 further rows"):
+        list(read_chunks(path, 9))
+
+
+def test_rows_that_may_be_swallowed_are_reported_once(tmp_path, caplog):
+    path = written(tmp_path, "a.csv", 'text\n"a\nb"\n"c\nd"\n')
+    assert read_table(path).column("text") == ["a\nb", "c\nd"]
+    [message] = caplog.messages
+    assert message.startswith(
+        f"{path}, line 2: the quote that opens here goes on for 2 lines; if these are rows, write"
+    )
 
 
 def test_empty_lines_are_rows_in_a_file_of_one_column_only(tmp_path):

@@ -208,6 +208,19 @@ def test_word_without_tokens_has_a_predicted_tag(tokenizer, tmp_path):
     assert [NAMES[label] for label in labels[labels >= 0]] == ["B-PER", "I-PER", "B-LOC"]
 
 
+@pytest.mark.parametrize(
+    ("tags", "named"), [("b-per/i-per/O", "'b-per'"), ("B_PER/O/O", "'B_PER'"), ("NOUN/b/O", None)]
+)
+def test_tags_that_nearly_mark_entities_are_reported(tags, named, tmp_path, caplog):
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path=""))
+    first, second, third = tags.split("/")
+    path = write(tmp_path / "a.conll", f"ann/{first} lives/{second} here/{third}")
+    task.label_config(task.read(path, labelled=True))
+    messages = [message for message in caplog.messages if "no entities but classes of words" in message]
+    assert len(messages) == (named is not None)
+    assert all(f"{named} is not spelled like B-PER" in message for message in messages)
+
+
 def test_parts_of_speech_are_measured_by_accuracy_and_loss(tokenizer, tmp_path):
     """F1 of entities is 0 with every model where tags mark none, so that it cannot choose the best one."""
     task = TokenClassificationTask(TaskSettings.of(model_name_or_path=""))
