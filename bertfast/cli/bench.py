@@ -38,6 +38,10 @@ class BenchSettings(TextSettings):
     seconds: Positive = 30.0
     plot: str = "speed.png"
 
+    def validate(self) -> None:
+        if Path(self.plot).suffix != ".png" or not Path(self.plot).parent.is_dir():
+            raise ValueError(f"--plot must be a .png file in a folder that exists, got {self.plot}")
+
 
 def bench(settings: BenchSettings) -> dict[str, float]:
     """Measure, print and plot the throughput of bertfast and transformers.

@@ -167,7 +167,8 @@ def prepare(settings: PrepareSettings) -> Path:
         # Parts have records of their own: those of files that are unchanged are kept.
         contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
         origin = _origin(corpus, train, validation)
-        _require_text({"--train-file": train, "--validation-file": validation}, corpus.text_column)
+        for files in filter(None, (train, validation)):
+            _require_text(files, corpus.text_column)
         percentage = 0 if validation else corpus.validation_split_percentage
         held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
         with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
@@ -240,12 +241,11 @@ def _prepare(
         _summarise(folder, sources)
 
 
-def _require_text(files: dict[str, list[Path]], text_column: str) -> None:
-    """Raise ValueError if none of the files of a flag has a document."""
-    for name, paths in files.items():
-        if paths and not any(True for _ in _documents(paths, text_column)):
-            shown = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more files" if len(paths) > 3 else "")
-            raise ValueError(f"{name}: there is no text in {shown}")
+def _require_text(files: list[Path], text_column: str) -> None:
+    """Raise ValueError if none of the files has a document."""
+    if not any(True for _ in _documents(files, text_column)):
+        shown = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+        raise ValueError(f"there is no text in {shown}")
 
 
 def _documents(files: list[Path], text_column: str) -> Iterator[list[str]]:

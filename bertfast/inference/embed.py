@@ -79,6 +79,9 @@ class EmbedSettings(Settings):
     def validate(self) -> None:
         if self.layers not in LAYERS:
             raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
+        if self.input_file in (None, "-") or self.input_file.endswith(_TEXT_SUFFIXES):
+            columns = {"--text-column", "--text-pair-column"}.intersection(given(self))
+            refuse_without_effect(sorted(columns), "lines of text have no columns")
         if self.output_format == "parquet" and self.pooling == "none":
             raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
         if self.reads_lines:
@@ -128,7 +131,7 @@ def embed(settings: EmbedSettings) -> Path:
                 _write(path, tensors, [row.id for row in chunk])
                 give_freed_memory_back()  # else memory use grows with the number of parts
             bar.update(len(chunk))
-        if not bar.n:
+        if not part:
             source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
             raise ValueError(f"{source} is empty: it needs one text per line")
     return folder

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import named_in_errors, write_atomically
 from bertfast.runtime.plotting import COLORS, draw
 
@@ -95,8 +96,14 @@ class MetricsLog:
         """Return all entries so far."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
+        example, entries = '{"step": 1}', []
+        for number, line in read_lines(self.path):
+            if line.endswith("\n"):  # a kill may cut the last line short
+                entry = json_object(self.path, number, line, example)
+                if not isinstance(entry.get("step"), int):
+                    raise ValueError(f"{self.path}, line {number}: not an entry like {example}; remove the line")
+                entries.append(entry)
+        return entries
 
     def write(self, **entry: Any) -> None:
         """Append an entry."""

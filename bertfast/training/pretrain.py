@@ -194,6 +194,8 @@ class Pretraining:
         """
         if step <= self.step:
             raise ValueError(f"the oldest checkpoint is of step {self.step}: choose a later step for --replay")
+        if self.settings.duration.minutes is None and step > self.plan.steps:
+            raise ValueError(f"the run has {self.plan.steps} steps: choose one of them for --replay, not {step}")
         while self.step < step - 1:
             self._train_step(self._learning_rate())
             self.progress.step += 1

@@ -117,9 +117,13 @@ def check_run(
     """
     origin = pretrain_origin(settings, initial, text)
     origin = replace(origin, settings={**origin.settings, "batches per step": bins_per_step, "--precision": precision})
+    folder = Path(settings.output_dir)
     try:
-        return check_contents(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+        return check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
     except OriginError as error:
+        record = read_record(folder)
+        if record is None or record["command"] != origin.command:  # there is no run to resume
+            raise
         raise ValueError(
             f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
             "--data-dir if the text has changed, or choose another --output-dir"

@@ -284,7 +284,7 @@ def test_empty_files_among_many_are_left_out_with_a_warning(tokenizer, texts, vo
     assert f"2 of 5 files hold no text and are left out, such as {texts / '3.txt'}" in caplog.text
     for path in sorted(texts.glob("[0-2].txt")):
         path.unlink()
-    with pytest.raises(ValueError, match=r"--train-file: there is no text in .*3\.txt, .*4\.jsonl"):
+    with pytest.raises(ValueError, match=r"there is no text in .*3\.txt, .*4\.jsonl"):
         run("empty", texts, **options)
 
 

@@ -1,12 +1,14 @@
 """Embeddings of texts: transformers' hidden states, written in parts."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
@@ -109,6 +111,13 @@ def test_input_without_texts_is_refused(name, message, pretrained, tmp_path, pip
     assert not list(tmp_path.glob("out/part-*"))
 
 
+def test_texts_are_counted_without_a_progress_bar(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("bertfast.inference.embed.tqdm", partial(tqdm, disable=True))  # as TQDM_DISABLE=1 does
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    folder = embed(settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "texts.txt")))
+    assert len(load_file(folder / "part-00000.safetensors")["rows"]) == len(TEXTS)
+
+
 def test_existing_parts_are_not_recomputed(pretrained, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     settings = settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "texts.txt"), texts_per_part=2)
@@ -153,6 +162,7 @@ def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, pipe)
     [
         ({"layers": "first"}, "--layers must be one of embeddings, second-to-last, .*, got 'first'"),
         ({"pooling": "none", "output_format": "parquet"}, "use --output-format safetensors"),
+        ({"text_column": "text"}, "--text-column would have no effect: lines of text have no columns"),
         ({"texts_per_part": 0}, "--texts-per-part must be at least 1, got 0"),
         ({"text_column": "a", "input_file": "a.txt.gz"}, "--text-column would have no effect: the input is lines"),
     ],

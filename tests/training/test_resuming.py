@@ -189,6 +189,8 @@ def test_a_step_can_be_replayed(data, tmp_path, capsys):
         assert replayed["masked_lm_loss"] == losses(tmp_path)[step - 1]
         assert "all gradients are finite" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    with pytest.raises(ValueError, match=r"the run has \d+ steps: choose one of them for --replay, not 99"):
+        pretrain(settings_for(tmp_path, data, **SHORT, replay=99))
     with pytest.raises(ValueError, match="no checkpoint of a step before --replay 2"):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
 
