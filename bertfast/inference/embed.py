@@ -79,9 +79,6 @@ class EmbedSettings(Settings):
     def validate(self) -> None:
         if self.layers not in LAYERS:
             raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
-        if self.input_file in (None, "-") or self.input_file.endswith(_TEXT_SUFFIXES):
-            columns = {"--text-column", "--text-pair-column"}.intersection(given(self))
-            refuse_without_effect(sorted(columns), "lines of text have no columns")
         if self.output_format == "parquet" and self.pooling == "none":
             raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
         if self.reads_lines:

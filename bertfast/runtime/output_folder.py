@@ -124,7 +124,7 @@ def check_contents(
     _require_inputs_elsewhere(folder, origin, contents)
     existing = [path for pattern in contents for path in folder.glob(pattern)]
     other_command = record is not None and record["command"] != origin.command
-    if record is None and not overwrite and (folder / RECORD).exists():
+    if record is None and not existing and not overwrite and (folder / RECORD).exists():
         raise OriginError(f"{folder / RECORD} is damaged")
     if not overwrite and (existing or other_command):
         _check(folder, existing, record, described, continues)

@@ -162,7 +162,7 @@ def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, pipe)
     [
         ({"layers": "first"}, "--layers must be one of embeddings, second-to-last, .*, got 'first'"),
         ({"pooling": "none", "output_format": "parquet"}, "use --output-format safetensors"),
-        ({"text_column": "text"}, "--text-column would have no effect: lines of text have no columns"),
+        ({"text_column": "text"}, "--text-column would have no effect: the input is lines"),
         ({"texts_per_part": 0}, "--texts-per-part must be at least 1, got 0"),
         ({"text_column": "a", "input_file": "a.txt.gz"}, "--text-column would have no effect: the input is lines"),
     ],

@@ -102,6 +102,15 @@ def test_contents_without_a_readable_record_are_refused(written, record):
         reopen(folder, origin)
 
 
+def test_a_damaged_record_is_refused_without_contents_too(written):
+    folder, origin = written
+    (folder / "part-0").unlink()
+    (folder / "origin.json").write_text("{")
+    with pytest.raises(ValueError, match=r"origin\.json is damaged"):
+        reopen(folder, Origin({}, {}, "export"))
+    assert reopen(folder, origin, overwrite=True) == []
+
+
 def test_overwriting_removes_the_contents_and_nothing_else(written):
     folder, origin = written
     (folder / "notes.txt").write_text("a user's file")
