@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 def pytest_addoption(parser):
     """Add the number of calls of tests/cli/test_bad_calls.py."""
-    parser.addoption("--bad-calls", type=int, default=200, help="Calls with bad inputs to make.")
+    parser.addoption("--bad-calls", type=int, default=60, help="Calls with bad inputs to make.")
 
 
 @pytest.fixture(scope="session")

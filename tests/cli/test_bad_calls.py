@@ -14,7 +14,7 @@ from bad_calls import Call, Generator, Inputs, fault_of
 
 from bertfast.cli.main import COMMANDS
 
-CALLS_PER_TEST = 40
+CALLS_PER_TEST = 20
 ALL_CALLS = 2000
 
 PROCESSES = [  # how the process is started, and a command line
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc):
     if "first_call" in metafunc.fixturenames:
         metafunc.parametrize("first_call", range(0, calls, CALLS_PER_TEST))
     if "process" in metafunc.fixturenames:
-        metafunc.parametrize("process", PROCESSES[: calls * len(PROCESSES) // ALL_CALLS])
+        metafunc.parametrize("process", PROCESSES[: -(-calls * len(PROCESSES) // ALL_CALLS)])
 
 
 @pytest.fixture(scope="module")
