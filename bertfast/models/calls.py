@@ -12,6 +12,8 @@ from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout
 from bertfast.models.registry import FusedModel
+from bertfast.ops import matmul
+from bertfast.ops.sequences import bucket
 from bertfast.runtime import torch_compat
 
 Arguments = dict[str, Any]  # of a model's `forward`, by name
@@ -88,14 +90,17 @@ def _kernels_unsupported_reason(encoder: FusedModel, shape: tuple[int, int] | No
 def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
     """Return whether a call has so few tokens, and no padding, that transformers' own code is at least as fast.
 
-    In half precision none is: transformers' code would fill oneDNN's cache, see `matmul.caches_shapes`.
+    Where oneDNN keeps code for each number of tokens, it must also be one to which others are padded: see
+    `matmul.caches_shapes`.
     """
     tokens, mask = main_input(arguments), arguments.get("attention_mask")
     if tokens is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens.device.type != "cpu":
         return False
-    if tokens.shape[0] * tokens.shape[1] >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
+    slots = tokens.shape[0] * tokens.shape[1]
+    if slots >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
         return False
-    if kernel_support.gemm_dtype(torch_compat.any_parameter(encoder)).itemsize < 4:
+    dtype = kernel_support.gemm_dtype(torch_compat.any_parameter(encoder))
+    if matmul.caches_shapes(tokens.device, dtype) and bucket(slots) != slots:
         return False
     return mask is None or bool(mask.all())
 

@@ -71,7 +71,7 @@ def test_single_sentences_and_masked_starts_have_few_token_counts(monkeypatch):
             model(torch.zeros(1, length, dtype=torch.long), mask)
             mask[0, 0] = 0
             model(torch.zeros(1, length, dtype=torch.long), mask)
-    assert len(capacities) == 2 * 39
+    assert len(capacities) == 2 * 39 - 5  # without padding, transformers' own code runs the multiples of 8
     assert set(capacities) == {8, 16, 24, 32, 40}
 
 
