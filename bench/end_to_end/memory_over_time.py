@@ -28,7 +28,7 @@ from bertfast.cli.main import main as run_command
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 from bertfast.runtime.malloc import resident_memory
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {  # of a BertConfig
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--command", nargs="+", metavar="ARGUMENT", help="run only this command and print bytes")
     arguments = parser.parse_args()
     if arguments.point:
-        print(json.dumps(memory_of_batches(*arguments.point, arguments.size, arguments.batches)))
+        name, precision = arguments.point
+        print(json.dumps(memory_of_batches(name, precision, arguments.size, arguments.batches)))
         return
     if arguments.command:
         name, *rest = arguments.command
