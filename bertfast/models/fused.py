@@ -31,7 +31,7 @@ from bertfast.models.registry import Fused, FusedModel
 from bertfast.ops import matmul
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
-from bertfast.runtime.torch_compat import call_inside
+from bertfast.runtime.torch_compat import any_parameter, call_inside
 
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
@@ -129,7 +129,7 @@ class FusedEncoder(FusedModel):
 
     def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
-        weight = next(self.parameters())
+        weight = any_parameter(self)
         dtype, infers = kernel_support.gemm_dtype(weight), not torch.is_grad_enabled()
         return unpad(
             *(arguments.get(name) for name in INPUTS),

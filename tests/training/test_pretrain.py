@@ -156,7 +156,8 @@ def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
     other = prepare(PrepareSettings(str(tmp_path / "other"), settings.corpus))
     with pytest.raises(ValueError, match=r"tokenizer was .* and is .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
-    same = settings.corpus.replace(tokenizer_name=str(tmp_path / "run" / "data"))
+    default_size = CorpusSettings().vocab_size
+    same = settings.corpus.replace(tokenizer_name=str(tmp_path / "run" / "data"), vocab_size=default_size)
     other = prepare(PrepareSettings(str(tmp_path / "same"), same))
     with pytest.raises(ValueError, match=r"(training|validation) text was .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
