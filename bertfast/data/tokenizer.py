@@ -21,6 +21,7 @@ from bertfast.runtime.atomic_write import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BLOCK = 2**16  # characters that the trainer gets at a time
+_REPEATED = 2**12  # occurrences of a word in one string
 _LONGEST_WORD = 100  # characters; the tokenizer replaces longer words by [UNK], as BERT's does
 
 
@@ -54,7 +55,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = Fals
     # The trainer merges pairs of equal counts in the order of their ids, and would number continuations in the order of
     # a hash table. They get fixed ids as special tokens.
     continuations = sorted(piece for piece in _train(counts.keys(), 0, alphabet, [], cased) if piece.startswith("##"))
-    repeated = (f"{word} " * count for word, count in counts.items())
+    repeated = (
+        f"{word} " * min(_REPEATED, count - start)
+        for word, count in counts.items()
+        for start in range(0, count, _REPEATED)
+    )
     pieces = sorted(_train(repeated, vocab_size, alphabet, [*SPECIAL_TOKENS, *continuations], cased))
     if not pieces:
         raise ValueError("there is no text to train a vocabulary on")

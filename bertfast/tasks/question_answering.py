@@ -112,6 +112,8 @@ class QuestionAnsweringTask(Task[Questions]):
     def read_chunks(self, path: str) -> Iterator[Questions]:
         """Yield the questions of a file in parts; see `Task.read_chunks`."""
         questions, rows, *_ = read_questions(Path(path), self.bad_rows, labelled=False)
+        if not questions and path not in self.bad_rows.skipped:
+            raise ValueError(f"{path} holds no questions")
         for start in range(0, max(len(questions), 1), ROWS_PER_CHUNK):
             part = slice(start, start + ROWS_PER_CHUNK)
             yield Questions(questions[part], rows.select(range(len(questions))[part]), False)

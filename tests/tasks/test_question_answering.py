@@ -196,6 +196,14 @@ def test_lines_of_standard_input_keep_their_numbers_and_ids(tokenizer):
     assert "standard input, line 13" in found[2][2]
 
 
+@pytest.mark.parametrize("content", ['{"data": []}', "[]"])
+def test_a_file_without_questions_is_refused(content, tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"empty\.json holds no questions"):
+        [*task_for().read_chunks(str(path))]
+
+
 def test_question_without_context_has_an_empty_answer(tokenizer):
     task = task_for()
     questions, features = task.featurize(task.parse_lines([asked(""), asked("\u200b"), asked("waa")]), tokenizer, 32)
