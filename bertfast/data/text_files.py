@@ -24,7 +24,7 @@ COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
 _MAX_JSON = 2**28  # characters of a file that is read whole
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_UNREADABLE = {  # first bytes of a file: what it is and what to do
+UNREADABLE = {  # first bytes of a file: what it is and what to do
     LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
     b"PAR1": "a Parquet file; give it the suffix .parquet",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -94,15 +94,18 @@ def json_object(path: Path | str, number: int, line: str, example: str) -> dict[
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}, line {number}: not an object like {example}")
-    if "\\u" in line:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            surrogate = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(
-                f"{path}, line {number}: unpaired surrogate {surrogate}, which is not a character"
-            ) from None
+    if "\\u" in line and (problem := unpaired_surrogate(json.dumps(value, ensure_ascii=False))) is not None:
+        raise ValueError(f"{path}, line {number}: {problem}")
     return value
+
+
+def unpaired_surrogate(text: str) -> str | None:
+    """Return which part of a text is not a character, for messages; None: it is Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"unpaired surrogate \\u{ord(text[error.start]):04x}, which is not a character"
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class _NotText(ValueError):
 
 def _lines(name: str, stream: io.BufferedReader) -> Iterator[bytes]:
     first = stream.peek()
-    for start, what in _UNREADABLE.items():
+    for start, what in UNREADABLE.items():
         if first.startswith(start):
             raise _NotText(f"{name} is {what}")
     if b"\0" in first:

@@ -99,10 +99,15 @@ def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
     slots = tokens.shape[0] * tokens.shape[1]
     if slots >= kernel_support.MIN_SLOTS_WITHOUT_PADDING:
         return False
-    dtype = kernel_support.gemm_dtype(torch_compat.any_parameter(encoder))
-    if matmul.caches_shapes(tokens.device, dtype) and bucket(slots) != slots:
+    if caches_shapes(encoder) and bucket(slots) != slots:
         return False
     return mask is None or bool(mask.all())
+
+
+def caches_shapes(encoder: FusedModel) -> bool:
+    """Return whether code is kept for each number of tokens that an encoder gets: see `matmul.caches_shapes`."""
+    weight = torch_compat.any_parameter(encoder)
+    return matmul.caches_shapes(weight.device, kernel_support.gemm_dtype(weight))
 
 
 def pack_outputs(outputs: Any, layout: Layout) -> Any:

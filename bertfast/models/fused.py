@@ -28,10 +28,9 @@ from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_
 from bertfast.models import calls, eligibility
 from bertfast.models.calls import INPUTS, PACKING, Arguments
 from bertfast.models.registry import Fused, FusedModel
-from bertfast.ops import matmul
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
-from bertfast.runtime.torch_compat import any_parameter, call_inside
+from bertfast.runtime.torch_compat import call_inside
 
 _POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
 
@@ -129,8 +128,7 @@ class FusedEncoder(FusedModel):
 
     def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
-        weight = any_parameter(self)
-        dtype, infers = kernel_support.gemm_dtype(weight), not torch.is_grad_enabled()
+        infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return unpad(
             *(arguments.get(name) for name in INPUTS),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
@@ -138,7 +136,7 @@ class FusedEncoder(FusedModel):
             positions=self.config.max_position_embeddings,
             training=self.training and eligibility.has_dropout(self),
             pooled=self.pooler is not None,
-            bucketed=infers and not torch.compiler.is_compiling() and matmul.caches_shapes(weight.device, dtype),
+            bucketed=infers and calls.caches_shapes(self),
         )
 
     def run_packed(self, packed: Packed, rows: Tensor | None = None) -> Tensor:

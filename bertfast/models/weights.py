@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig
 
-from bertfast.data.text_files import LFS_POINTER, read_json
+from bertfast.data.text_files import LFS_POINTER, UNREADABLE, read_json
 
 logger = logging.getLogger("bertfast")
 
@@ -108,7 +108,7 @@ def _read_file(path: Path) -> Weights:
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull")
+        raise ValueError(f"{path} is {UNREADABLE[LFS_POINTER]}")
     if not start:
         raise ValueError(f"{path} is empty: copy or download it again")
     try:

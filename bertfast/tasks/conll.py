@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bertfast.data.text_files import read_lines
-from bertfast.tasks.rows import BadRows
+from bertfast.tasks.rows import BadRows, counted
 from bertfast.tasks.tables import SUFFIXES
 
 _NO_TAG = ("", "_")  # what stands in the column of tags where a word has none
@@ -128,8 +128,7 @@ class Format:
         fields, problem = self.fields(line), None
         if len(fields) != self.num_columns and (labelled or len(fields) > 1 or " " in fields[0].strip()):
             remedy = "; separate columns by tabs" + ("" if self.tabs else " where words contain spaces")
-            counted = f"{len(fields)} column" + "s" * (len(fields) > 1)
-            problem = f"{counted} where most lines have {self.num_columns}{remedy}"
+            problem = f"{counted(len(fields), 'column')} where most lines have {self.num_columns}{remedy}"
         tag = fields[self.tag_column].strip() if self.tag_column is not None and self.tag_column < len(fields) else ""
         if not fields[0]:
             problem = problem or "there is no word in the first column"

@@ -19,7 +19,7 @@ from bertfast.models.bert import BertForMultipleChoice
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.labels import canonical
 from bertfast.tasks.metrics import classification_metrics
-from bertfast.tasks.rows import Rows
+from bertfast.tasks.rows import Rows, counted
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tables import Table, read_chunks, read_table
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
@@ -171,7 +171,7 @@ def _problem(second_text: Any, endings: Any, count: int | None) -> str | None:
         return f"the endings are {json.dumps(endings)}, not a list of texts"
     if len(endings) < 2 or count not in (None, len(endings)):
         first = "" if count is None else f" where the first row has {count}"
-        return f"{len(endings)} ending{'s' * (len(endings) != 1)}{first}; at least two are needed, as many in each row"
+        return f"{counted(len(endings), 'ending')}{first}; at least two are needed, as many in each row"
     return None
 
 

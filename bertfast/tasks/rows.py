@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from bertfast.data.text_files import STANDARD_INPUT
 
@@ -15,6 +15,11 @@ _MAX_WARNINGS = 3  # further bad rows are only counted
 Value = TypeVar("Value")
 
 logger = logging.getLogger("bertfast")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural unless the number is 1."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Skipped:
 
     problem: str
     id: Any = None
+
+
+class _Position(TypedDict):
+    file: str
+    row: int
+    row_id: Any
 
 
 class BadRows:
@@ -100,8 +111,14 @@ class Rows:
 
     def reject(self, index: int, problem: str) -> None:
         """Add the row at `index` to the bad rows."""
-        row_id = None if self.ids is None else self.ids[index]
-        self.bad.add(f"{self.where(index)}: {problem}", file=self.file, row=self.numbers[index], row_id=row_id)
+        self.bad.add(f"{self.where(index)}: {problem}", **self._position(index))
+
+    def leave_out(self, index: int, problem: str) -> None:
+        """Say why the row at `index` has no example, though nothing is wrong with it."""
+        self.bad.leave_out(f"{self.where(index)}: {problem}", **self._position(index))
+
+    def _position(self, index: int) -> _Position:
+        return {"file": self.file, "row": self.numbers[index], "row_id": None if self.ids is None else self.ids[index]}
 
     def select(self, indices: Iterable[int]) -> Rows:
         """Return the rows at `indices`."""

@@ -325,8 +325,7 @@ class SequenceClassificationTask(Task[TextExamples]):
         labelled, rows = [], table.rows
         for row, value in enumerate(table.column(column)):
             if benchmark is not None and value == benchmark.unlabelled:
-                problem, row_id = f"{rows.where(row)}: no gold label", None if rows.ids is None else rows.ids[row]
-                rows.bad.leave_out(problem, file=rows.file, row=rows.numbers[row], row_id=row_id)
+                rows.leave_out(row, "no gold label")
             elif isinstance(value, (list, dict)) and self.problem_type != MULTI_LABEL:
                 rows.reject(
                     row, f"column {column!r} holds {json.dumps(value)}; for several labels use --task multi-label"

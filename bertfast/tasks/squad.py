@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.data.text_files import json_object, read_lines
+from bertfast.data.text_files import json_object, read_lines, unpaired_surrogate
 from bertfast.tasks.rows import BadRows, Rows
 
 LINE_EXAMPLE = '{"question": "…", "context": "…"}'
@@ -187,11 +187,8 @@ def _texts(question_id: str, entry: _Entry) -> tuple[str, str]:
     if not isinstance(entry.context, str):
         raise ValueError(f"its context is {json.dumps(entry.context)[:_SHOWN]}, not a text")
     for text in (question_id, question, entry.context):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            character = f"\\u{ord(text[error.start]):04x}"
-            raise ValueError(f"it holds the unpaired surrogate {character}, which is not a character") from None
+        if (problem := unpaired_surrogate(text)) is not None:
+            raise ValueError(f"it holds the {problem}")
     return question, entry.context
 
 

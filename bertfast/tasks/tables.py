@@ -14,7 +14,7 @@ from typing import Any
 
 from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
 from bertfast.tasks.glue import columns_without_header
-from bertfast.tasks.rows import BadRows, Rows
+from bertfast.tasks.rows import BadRows, Rows, counted
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
@@ -202,8 +202,8 @@ class _TableReader:
             "a field that holds a comma must be quoted" if is_csv else "a .tsv has no quoting, so no field holds a tab"
         )
         hint = f"; {hint}" if len(record.values) > len(self.names) else ""
-        counted = f"{len(record.values)} field" + "s" * (len(record.values) != 1)
-        return f"{self.path}, line {record.line}: {counted} where the header has {len(self.names)}{hint}"
+        fields = counted(len(record.values), "field")
+        return f"{self.path}, line {record.line}: {fields} where the header has {len(self.names)}{hint}"
 
     def _without_repeated_ids(self, table: Table) -> Table:
         """Return a table whose rows have ids, if there is a column of ids; rows that repeat an id are bad rows."""

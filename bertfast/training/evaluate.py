@@ -48,8 +48,9 @@ class EvaluateSettings(TaskSettings):
     overwrite_output_dir: bool = False
 
     def validate(self) -> None:
-        if self.output_dir is None and self.overwrite_output_dir:
-            raise ValueError("--overwrite-output-dir has no effect without --output-dir: leave it out")
+        if self.output_dir is None:
+            flags = {"--overwrite-output-dir"}.intersection(given(self))
+            refuse_without_effect(flags, "there is no --output-dir")
         if self.objective == "mlm":
             flags = {"--task"}.intersection(given(self)).union(given(self.columns), given(self.question_answering))
             refuse_without_effect(sorted(flags), "--objective mlm evaluates on plain text")
