@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import ROOT
+from bench.harness import ROOT, threads_of
 from bertfast.runtime.plotting import COLORS
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def hardware(origin: dict[str, Any]) -> str:
         return str(origin["gpu"]["name"])
     processor = origin["processor"]
     instruction_set = "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
-    threads = f"{origin['threads']} thread{'s' * (origin['threads'] > 1)}"
-    return f"{processor.split(' (')[0]}, {instruction_set}, {threads}"
+    return f"{processor.split(' (')[0]}, {instruction_set}, {threads_of(origin['threads'])}"
 
 
 def runs_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import get_args, get_origin
 from bad_inputs import write_files, write_models, write_yaml
 
 import bertfast
+from bench.harness import time_limit
 from bertfast.cli.errors import is_out_of_memory
 from bertfast.cli.main import COMMANDS, main
 from bertfast.runtime.atomic_write import remove
@@ -282,8 +282,9 @@ def fault_of(call: Call, inputs: Inputs, folder: Path) -> str | None:
             link.symlink_to(path)
     content = b"" if call.standard_input is None else (inputs.folder / call.standard_input).read_bytes()
     err, out = _ErrorStream(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    limit = time_limit(SECONDS, RuntimeError)  # a TimeoutError would be taken for one of the user's errors
     try:
-        with _in_folder(folder), _standard_input(content), redirect_stderr(err), redirect_stdout(out), _time_limit():
+        with _in_folder(folder), _standard_input(content), redirect_stderr(err), redirect_stdout(out), limit:
             status: object = main(call.arguments)
     except SystemExit as stop:
         status = stop.code
@@ -342,17 +343,3 @@ def _standard_input(content: bytes) -> Iterator[None]:
         yield
     finally:
         sys.stdin = before
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise RuntimeError(f"the call takes more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

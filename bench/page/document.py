@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from bench.harness import threads_of
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, missing_reasons, rows_of
@@ -260,7 +261,3 @@ def published_section(path: Path) -> str:
     text = "Published by others, not measured here; for orientation only (`bench/results/published.json`)."
     columns = ["system", "hardware", "published figure", "source"]
     return f"## Published figures of GPUs\n\n{text}\n\n{table(columns, rows)}\n"
-
-
-def threads_of(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"

@@ -99,37 +99,30 @@ def add_layer_norm_cases(representative: bool) -> Cases:
         vector, statistics = torch.zeros(hidden), torch.zeros(16)
         dropout = _hidden_dropout(16) if dropped else (None, None, None, 0, 0)
 
-        def launch(
-            x: Tensor = x,
-            residual: Tensor = residual,
-            vector: Tensor = vector,
-            statistics: Tensor = statistics,
-            dropout: tuple[Any, ...] = dropout,
-        ) -> None:
-            torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout)
-            torch.ops.bertfast.triton_add_layer_norm_backward(
-                residual, x, residual, vector, vector, statistics, statistics, *dropout
-            )
-
-        # Under autocast a layer also writes a copy of the output, and gets gradients of both.
-        def launch_pair(
-            x: Tensor = x,
-            residual: Tensor = residual,
-            vector: Tensor = vector,
-            statistics: Tensor = statistics,
-            dropout: tuple[Any, ...] = dropout,
-        ) -> None:
-            copy = None if x.dtype == residual.dtype else x.dtype  # in bf16 the copy is the output itself
-            torch.ops.bertfast.triton_add_layer_norm_forward(x, residual, vector, vector, vector, 1e-12, *dropout, copy)
-            torch.ops.bertfast.triton_add_layer_norm_backward(
-                residual, x, residual, vector, vector, statistics, statistics, *dropout, x
-            )
-
         dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
         case = f"{dtypes}, H = {hidden}{', dropout' if dropped else ''}"
-        yield case, launch
-        if x_dtype == BF16:
-            yield f"{case}, with a copy", launch_pair
+        # Under autocast a layer also writes a copy of the output, and gets gradients of both.
+        for copies in (False, True) if x_dtype == BF16 else (False,):
+            copy = x_dtype if copies and x_dtype != dtype else None  # in bf16 the copy is the output itself
+            copy_gradient = x if copies else None
+
+            def launch(
+                x: Tensor = x,
+                residual: Tensor = residual,
+                vector: Tensor = vector,
+                statistics: Tensor = statistics,
+                dropout: tuple[Any, ...] = dropout,
+                copy: torch.dtype | None = copy,
+                copy_gradient: Tensor | None = copy_gradient,
+            ) -> None:
+                torch.ops.bertfast.triton_add_layer_norm_forward(
+                    x, residual, vector, vector, vector, 1e-12, *dropout, copy
+                )
+                torch.ops.bertfast.triton_add_layer_norm_backward(
+                    residual, x, residual, vector, vector, statistics, statistics, *dropout, copy_gradient
+                )
+
+            yield f"{case}, with a copy" if copies else case, launch
 
 
 def bias_gelu_cases(representative: bool) -> Cases:
