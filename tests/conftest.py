@@ -18,6 +18,11 @@ def pytest_addoption(parser):
     parser.addoption("--bad-calls", type=int, default=60, help="Calls with bad inputs to make.")
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their parameter: the time in a gzip header would give each worker of pytest-xdist other names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder `shared/data` next to the repository, with text and checkpoints; skip the test without it."""
