@@ -15,7 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_origin
 
-from bad_inputs import write_files, write_models, write_yaml
+from bad_inputs import GOOD, write_files, write_yaml
+from bad_models import write_checkpoints, write_models
 
 import bertfast
 from bench.harness import time_limit
@@ -23,6 +24,7 @@ from bertfast.cli.errors import is_out_of_memory
 from bertfast.cli.main import COMMANDS, main
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.settings import Setting, flag, range_of, settings_of
+from bertfast.tasks.registry import TASKS
 
 SECONDS = 60  # after which a call is taken to hang
 PACKAGE = str(Path(bertfast.__file__).parent)
@@ -34,6 +36,15 @@ _MIX = [
 ]
 TINY = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=32,max_position_embeddings=24"
 
+BAD_TEXTS = {  # by setting: values that only look right
+    "config_overrides": [
+        *("hidden_size=33", "num_hidden_layers=0", "hidden_act=x", "layer_norm_eps=nan", "pad_token_id=1000000"),
+        *("hidden_size=-64", "initializer_range=-1", "vocab_size=3", "=", ",", "hidden_size", "model_type=gpt2"),
+    ],
+    "task": [*TASKS, "x", ""],
+    "to": ["x", ""],  # an export that starts takes long
+}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -43,10 +54,11 @@ class Inputs:
     files: dict[str, list[str]]
     models: list[str]
     configs: list[str]
+    checkpoints: list[str]
 
     @classmethod
     def write(cls, folder: Path) -> "Inputs":
-        return cls(folder, write_files(folder), write_models(folder), write_yaml(folder))
+        return cls(folder, write_files(folder), write_models(folder), write_yaml(folder), write_checkpoints(folder))
 
 
 @dataclass(frozen=True)
@@ -72,17 +84,19 @@ class Generator:
         self.inputs = inputs
         self.random = random.Random()
         self.standard_input: str | None = None
+        self.damage = 0.0
 
     def call(self, index: int) -> Call:
         """Return call `index`: intact arguments of a command, of which one to three are replaced by bad ones."""
         self.random.seed(index)
         self.standard_input = None
+        self.damage = self.random.choice([0.2, 1])
         command = self.random.choice(_MIX)
         values = self._arguments(command)
         settings = settings_of(
             getattr(import_module(f"bertfast.{COMMANDS[command].module}"), COMMANDS[command].settings)
         )
-        if self.random.random() < 0.5:
+        if self.random.random() < 0.4:
             for _ in range(self.random.randint(1, 2)):
                 name, value = self._bad_setting(settings)
                 if (command, name) != ("demo", "output_dir"):  # a demo that starts takes minutes
@@ -107,21 +121,26 @@ class Generator:
         return [flag(name), *map(str, value if isinstance(value, list) else [value])]
 
     def _file(self, *forms: str, or_standard_input: bool = False) -> str:
-        """Return a file: mostly of one of the forms, sometimes of another one."""
+        """Return a file: the intact one, or a damaged one, mostly of one of the forms, sometimes of another."""
         form = self.random.choice(forms if self.random.random() < 0.8 else list(self.inputs.files))
         name = self.random.choice(self.inputs.files[form])
+        if self.random.random() >= self.damage and forms[0] in GOOD:
+            name = f"{forms[0]}_good{GOOD[forms[0]][0]}"
         if or_standard_input and self.random.random() < 0.3 and os.path.isfile(self.inputs.folder / name):
             self.standard_input = name
             return "-"
         return name
 
     def _model(self, kind: str = "model") -> str:
-        """Return a model: intact ones and damaged ones are equally likely."""
+        """Return a model: an intact one of a kind, or any model."""
         return (
             kind
-            if self.random.random() < 0.5
+            if self.random.random() < 1 - self.damage / 2
             else self.random.choice([*self.inputs.models, *self.inputs.files["path"]])
         )
+
+    def _output(self) -> str:
+        return "text_good.txt" if self.random.random() < self.damage / 4 else "out"
 
     def _labelled(self) -> tuple[str, dict[str, object], dict[str, object]]:
         """Return the format of a task's files, a model with its task, and the files of a run."""
@@ -220,11 +239,13 @@ class Generator:
                 ),
             },
             "import": lambda: {
-                "<checkpoint>": self.random.choice([self._model(), self._file("path"), "model/model.safetensors"]),
-                "<output>": self.random.choice(["out", "text_good.txt"]),
-                "bert_config": self.random.choice(["model/config.json", self._file("path", "squad")]),
+                "<checkpoint>": self.random.choice(
+                    [*self.inputs.checkpoints, self._model(), self._file("path"), "model/model.safetensors"]
+                ),
+                "<output>": self._output(),
+                "bert_config": self.random.choice(["checkpoint/bert_config.json", self._file("path", "squad")]),
             },
-            "export": lambda: {"<model>": self._model(), "<output>": self.random.choice(["out", "text_good.txt"])},
+            "export": lambda: {"<model>": self._model(), "<output>": self._output()},
             "verify": lambda: {
                 "<model>": self._model(),
                 "input_file": self._file("text", or_standard_input=True),
@@ -232,7 +253,7 @@ class Generator:
                 **device,
             },
             "bench": lambda: {
-                "<model>": self._model("none"),
+                "<model>": self._model(),
                 "input_file": self._file("text", or_standard_input=True),
                 "texts": 1,
                 "seconds": 0.1,
@@ -244,6 +265,8 @@ class Generator:
     def _bad_setting(self, settings: dict[str, Setting]) -> tuple[str, object]:
         """Return a setting with a value that is out of its range or meaningless."""
         setting = settings[self.random.choice(list(settings))]
+        if setting.name in BAD_TEXTS:
+            return setting.name, self.random.choice(BAD_TEXTS[setting.name])
         if range_of(setting.hint) is not None:
             values = ["-1", "0", "nan", "inf", "-inf", "1e400", "x", "", "1.5", "-5", "1e-320", "٣", "0x10"]
             if setting.name not in (*LENGTHS, "dataloader_num_workers"):
@@ -256,7 +279,8 @@ class Generator:
             return setting.name, self.random.choice(
                 [*filter(lambda x: isinstance(x, str), get_args(setting.hint)), "x"]
             )
-        return setting.name, self.random.choice(["", "x", "-", "a/b", "\udc80", "x" * 300, "a b", "label", "cuda", "é"])
+        values = ["", "x", "-", "a/b", "\udc80", "x" * 300, "a b", "label", "cuda", "é"]
+        return setting.name, self.random.choice(values)
 
 
 class _ErrorStream(io.StringIO):

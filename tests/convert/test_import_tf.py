@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from parity import SIZES
+from tensorflow_checkpoint import block, message, original_name, tensors_of, varint, write_bundle
 
 import bertfast
 from bertfast.cli.main import main
@@ -34,26 +35,6 @@ with graph.as_default(), tf.compat.v1.Session() as session:
     session.run(tf.compat.v1.global_variables_initializer())
     tf.compat.v1.train.Saver().save(session, prefix, write_meta_graph=False)
 """
-
-
-def original_name(name: str) -> tuple[str, bool]:
-    """Return the TensorFlow name of a PyTorch parameter, and whether it is transposed."""
-    name = name.replace(".layer.", ".layer_")
-    name = name.removesuffix(".weight") if "_embeddings" in name else name
-    for pytorch, tensorflow in (
-        ("cls.predictions.bias", "cls.predictions.output_bias"),
-        ("cls.seq_relationship.weight", "cls.seq_relationship.output_weights"),
-        ("cls.seq_relationship.bias", "cls.seq_relationship.output_bias"),
-        ("qa_outputs.weight", "cls.squad.output_weights"),
-        ("qa_outputs.bias", "cls.squad.output_bias"),
-        ("classifier.weight", "output_weights"),
-        ("classifier.bias", "output_bias"),
-        ("LayerNorm.weight", "LayerNorm.gamma"),
-        ("LayerNorm.bias", "LayerNorm.beta"),
-    ):
-        name = name.replace(pytorch, tensorflow)
-    transposed = name.endswith(".weight")
-    return (name.removesuffix("weight") + "kernel" if transposed else name).replace(".", "/"), transposed
 
 
 def write_checkpoint(model: torch.nn.Module, folder: Path) -> str:
@@ -134,65 +115,15 @@ def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     assert "with --bert-config" in refused()
 
 
-CODES = {"float32": 1, "int32": 3, "int64": 9, "bool": 10}
-
-
-def varint(value: int) -> bytes:
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
-
-
-def message(*fields: tuple[int, int | bytes]) -> bytes:
-    """A protocol buffer of integers and byte strings by field number."""
-    parts = [
-        varint(number << 3) + varint(value)
-        if isinstance(value, int)
-        else varint(number << 3 | 2) + varint(len(value)) + value
-        for number, value in fields
-    ]
-    return b"".join(parts)
-
-
-def block(entries: dict[str, bytes]) -> bytes:
-    """A block of a sorted table, without shared prefixes, and its trailer."""
-    content = b"".join(
-        varint(0) + varint(len(name)) + varint(len(value)) + name.encode() + value for name, value in entries.items()
-    )
-    return content + struct.pack("<II", 0, 1) + bytes(5)
-
-
-def write_bundle(prefix: Path, tensors: dict[str, np.ndarray]) -> str:
-    """Write a checkpoint as TensorFlow does, without TensorFlow."""
-    entries, data = {"": message((1, 1))}, b""
-    for name, array in sorted(tensors.items()):
-        shape = b"".join(message((2, message((1, size)))) for size in array.shape)
-        entries[name] = message((1, CODES[array.dtype.name]), (2, shape), (4, len(data)), (5, array.nbytes))
-        data += array.tobytes()
-    first = block(entries)
-    index = block({max(entries): varint(0) + varint(len(first) - 5)})
-    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
-    Path(f"{prefix}.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
-    Path(f"{prefix}.data-00000-of-00001").write_bytes(data)
-    return str(prefix)
-
-
-def tensorflow_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if "decoder" not in name:
-            original, transposed = original_name(name)
-            tensors[original] = np.ascontiguousarray((parameter.T if transposed else parameter).detach().numpy())
-    return tensors
-
-
 def write_small(name: str, folder: Path, vocabulary: str = "[PAD] [UNK] [CLS] [SEP] [MASK] The the a é", **changes):
     """Write a small model of transformers as a checkpoint with training state; return the model and the prefix."""
     torch.manual_seed(0)
     model = getattr(transformers, name)(transformers.BertConfig(**SIZES | changes)).eval()
-    tensors = tensorflow_tensors(model)
+    tensors = tensors_of(model)
     pooler = torch.nn.ModuleDict(
         {"bert": torch.nn.ModuleDict({"pooler": torch.nn.ModuleDict({"dense": model_pooler()})})}
     )
-    tensors = tensorflow_tensors(pooler) | tensors  # TensorFlow's BERT always has a pooler
+    tensors = tensors_of(pooler) | tensors  # TensorFlow's BERT always has a pooler
     slots = ("adam_m", "adam_v", "Adam", "Adam_1", "AdamWeightDecayOptimizer", "Momentum", "ExponentialMovingAverage")
     state = {f"{weight}/{slot}": array for weight, array in tensors.items() for slot in (*slots, "lamb_m", "lamb_v_1")}
     for scalar in ("beta1_power", "beta2_power", "loss_scale", "current_loss_scale", "cond/beta1_power"):
