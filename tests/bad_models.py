@@ -138,7 +138,7 @@ def write_checkpoints(folder: Path) -> list[str]:
     names = ["checkpoint"]
     for file in [path.name for path in checkpoint.iterdir()]:
         for fault in (*_FILE_FAULTS, "absent"):
-            names.append(f"{file}_{fault}")
+            names.append(f"checkpoint_{file}_{fault}")
             shutil.copytree(checkpoint, folder / names[-1])
             path = folder / names[-1] / file
             path.unlink() if fault == "absent" else path.write_bytes(FAULTS[fault](path.read_bytes()))
