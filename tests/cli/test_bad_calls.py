@@ -85,7 +85,12 @@ def test_the_calls_are_the_same_each_time_and_use_all_commands_and_inputs(inputs
     assert [Generator(inputs).call(index) for index in (3, 7)] == [calls[3], calls[7]]
     assert {call.arguments[0] for call in calls} == set(COMMANDS)
     words = {word for call in calls for word in [*call.arguments, call.standard_input]}
-    named = [*inputs.models, *inputs.configs, *inputs.checkpoints, *(name for names in inputs.files.values() for name in names)]
+    named = [
+        *inputs.models,
+        *inputs.configs,
+        *inputs.checkpoints,
+        *(name for names in inputs.files.values() for name in names),
+    ]
     assert len(set(named) - words) < 0.1 * len(named)
 
 
