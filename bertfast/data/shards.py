@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.atomic_write import atomic_path, write_atomically
 
 FORMAT = "bertfast shards 2"
 FILES = ("tokens", "sentence_starts", "document_starts")
@@ -88,20 +88,23 @@ class PartWriter:
 
     def __init__(self, folder: Path | str, name: str, dtype: DTypeLike, origin: object = None):
         self.target = Path(folder) / name
-        self.temporary = self.target.with_name(f".{name}.partial")
         token_ids = np.dtype(dtype).newbyteorder("<")
         self.dtypes = {"tokens": token_ids, "sentence_starts": np.dtype("<i8"), "document_starts": np.dtype("<i8")}
         self.origin = origin
         self.documents = self.sentences = self.tokens = 0
         self.files: dict[str, BinaryIO] = {}
         self.digests = {name: hashlib.sha256() for name in FILES}
+        self._opened = ExitStack()
 
     def __enter__(self) -> PartWriter:
-        shutil.rmtree(self.temporary, ignore_errors=True)  # left behind by a run that was killed
-        self.temporary.mkdir(parents=True)
-        self.files = {name: (self.temporary / f"{name}.bin").open("wb") for name in FILES}
-        self._append("sentence_starts", [0])
-        self._append("document_starts", [0])
+        with ExitStack() as opened:
+            self.temporary = opened.enter_context(atomic_path(self.target))
+            self.temporary.mkdir()
+            for name in FILES:
+                self.files[name] = opened.enter_context((self.temporary / f"{name}.bin").open("wb"))
+            self._append("sentence_starts", [0])
+            self._append("document_starts", [0])
+            self._opened = opened.pop_all()
         return self
 
     def add(self, document: Sequence[Sequence[int]]) -> None:
@@ -125,10 +128,8 @@ class PartWriter:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in self.files.values():
-            file.close()
         if error_type is not None:
-            shutil.rmtree(self.temporary)
+            self._opened.__exit__(error_type, error, traceback)
             return
         description = {
             "documents": self.documents,
@@ -138,9 +139,8 @@ class PartWriter:
             "checksums": {name: digest.hexdigest() for name, digest in self.digests.items()},
             "origin": self.origin,
         }
-        (self.temporary / "part.json").write_text(json.dumps(description, indent=1))
-        shutil.rmtree(self.target, ignore_errors=True)
-        self.temporary.rename(self.target)
+        with self._opened:  # closes the files, of which the last writes may fail, and renames the folder
+            (self.temporary / "part.json").write_text(json.dumps(description, indent=1))
 
 
 def write_part(
