@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +31,7 @@ from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_man
 from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from bertfast.runtime.atomic_write import atomic_path, named_in_errors
-from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder
+from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder, require_command
 from bertfast.runtime.settings import Count, Range, Settings, given, refuse_without_effect
 
 if TYPE_CHECKING:
@@ -160,20 +161,27 @@ def prepare(settings: PrepareSettings) -> Path:
     corpus = settings.corpus
     folder = Path(settings.output_dir)
     with locked_folder(folder, LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"):
-        train = _training_files(corpus, folder)
-        validation = find_files(corpus.validation_file)
-        if both := set(train) & set(validation):
-            raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
-        # Parts have records of their own: those of files that are unchanged are kept.
-        contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
-        origin = _origin(corpus, train, validation)
-        for files in filter(None, (train, validation)):
-            _require_text(files, corpus.text_column)
-        percentage = 0 if validation else corpus.validation_split_percentage
-        held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
-        with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
-            check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)()
-            tokenizer = _tokenizer(corpus, train, held_out, folder)
+        require_command(folder, "prepare")
+        copy = folder.resolve() / "standard-input.txt"
+        # The copy of an earlier run is replaced at the end of this block, after all checks.
+        with atomic_path(copy) if "-" in corpus.train_file else nullcontext(copy) as new_copy:
+            train = _training_files(corpus, folder, new_copy)
+            validation = find_files(corpus.validation_file)
+            if both := set(train) & set(validation):
+                raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
+            # Parts have records of their own: those of files that are unchanged are kept.
+            contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
+            origin = _origin(corpus, train, validation)
+            for files in filter(None, (train, validation)):
+                _require_text(files, corpus.text_column)
+            percentage = 0 if validation else corpus.validation_split_percentage
+            held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
+            with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
+                begin = check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)
+                tokenizer = _tokenizer(corpus, train, held_out, None if settings.overwrite_output_dir else folder)
+                begin()
+                save_tokenizer(tokenizer, folder)
+        train = [copy if path == new_copy else path for path in train]
         with named_in_errors(folder):
             _prepare(settings, train, validation, held_out, tokenizer, folder)
     return folder
@@ -192,22 +200,20 @@ def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -
     return Origin(inputs, values, "prepare")
 
 
-def _tokenizer(corpus: CorpusSettings, train: list[Path], held_out: HeldOut, folder: Path) -> Tokenizer:
-    """Return the tokenizer, after saving it in `folder`; one that an interrupted run has trained is not trained again.
+def _tokenizer(corpus: CorpusSettings, train: list[Path], held_out: HeldOut, interrupted: Path | None) -> Tokenizer:
+    """Return the tokenizer to use; one that an interrupted run has trained is not trained again.
 
     Args:
         corpus: Which tokenizer to use.
         train: Training files.
         held_out: Which part of them is held out.
-        folder: Folder with an up-to-date record.
+        interrupted: Folder of an interrupted run on the same text with the same settings; None: there is none.
     """
     if corpus.tokenizer_name is not None:
-        tokenizer = load_tokenizer(corpus.tokenizer_name)
-        save_tokenizer(tokenizer, folder)
-        return tokenizer
-    if not (folder / "tokenizer.json").exists():
-        save_tokenizer(_train_tokenizer(corpus, train, held_out), folder)
-    return load_tokenizer(folder)
+        return load_tokenizer(corpus.tokenizer_name)
+    if interrupted is not None and (interrupted / "tokenizer.json").exists():
+        return load_tokenizer(interrupted)
+    return _train_tokenizer(corpus, train, held_out)
 
 
 def _prepare(
@@ -313,19 +319,14 @@ def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
     yield batch
 
 
-def _training_files(corpus: CorpusSettings, folder: Path) -> list[Path]:
-    """Return the training files; standard input and docstrings are first written to files in `folder`."""
+def _training_files(corpus: CorpusSettings, folder: Path, copy: Path) -> list[Path]:
+    """Return the training files; docstrings are first written to a file in `folder`, standard input to `copy`."""
     if not corpus.train_file:
         return find_files([gather_docstrings(folder / "docstrings.jsonl", corpus.processes or os.cpu_count() or 1)])
-    inputs: list[Path | str] = []
-    for name in corpus.train_file:
-        if name == "-":
-            inputs.append(folder / "standard-input.txt")
-            with atomic_path(folder / "standard-input.txt") as temporary, temporary.open("wb") as copy:
-                shutil.copyfileobj(standard_input(), copy)
-        else:
-            inputs.append(name)
-    return find_files(inputs)
+    if "-" in corpus.train_file:
+        with copy.open("wb") as file:
+            shutil.copyfileobj(standard_input(), file)
+    return find_files([copy if name == "-" else name for name in corpus.train_file])
 
 
 def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOut) -> Tokenizer:

@@ -227,6 +227,33 @@ def test_standard_input_gives_the_same_shards_as_a_file(texts, vocabulary, run, 
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("Other text.\n" * 9, {}, "--train-file was .* and is .*--overwrite-output-dir"),
+        ("", {"overwrite": True}, "there is no text in"),
+        ("Other text.\n" * 9, {"overwrite": True, "tokenizer_name": "absent"}, "absent"),
+        ("a", {"overwrite": True}, "the text has 1 sentence"),
+    ],
+)
+def test_the_copy_of_standard_input_is_replaced_only_after_all_checks(
+    text, options, message, texts, vocabulary, run, monkeypatch
+):
+    def pipe(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    pipe((texts / "0.txt").read_bytes())
+    folder = run("out", "-", tokenizer_name=vocabulary)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    pipe(text.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("out", "-", **{"tokenizer_name": vocabulary} | options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    pipe(b"Other text.\n" * 9)
+    run("out", "-", tokenizer_name=vocabulary, overwrite=True)
+    assert (folder / "standard-input.txt").read_bytes() == b"Other text.\n" * 9
+
+
 def test_docstrings_are_the_default_text(run, monkeypatch):
     def gather(path, processes):
         records = [{"package": "a", "text": "\n".join(document)} for document in make_documents(0, 9)]
