@@ -93,7 +93,8 @@ def output_folder(
 
     Raises:
         OriginError: The contents have another origin or no record.
-        ValueError: Another process writes to the folder, or an input is one of the files to replace.
+        ValueError: Another process writes to the folder, it belongs to another command, or an input is one of the files
+            to replace.
     """
     with locked_folder(path, lock):
         check_contents(path, origin, contents, overwrite=overwrite)()
@@ -117,18 +118,30 @@ def check_contents(
 
     Raises:
         OriginError: The contents have another origin, or no record, or there are some and `continues` is false.
-        ValueError: An input is one of the files to replace.
+        ValueError: The folder belongs to another command, or an input is one of the files to replace.
     """
+    require_command(folder, origin.command)
     record = read_record(folder)
     described = _describe(origin, record)
     _require_inputs_elsewhere(folder, origin, contents)
     existing = [path for pattern in contents for path in folder.glob(pattern)]
-    other_command = record is not None and record["command"] != origin.command
     if record is None and not existing and not overwrite and (folder / RECORD).exists():
         raise OriginError(f"{folder / RECORD} is damaged")
-    if not overwrite and (existing or other_command):
+    if existing and not overwrite:
         _check(folder, existing, record, described, continues)
     return partial(_begin, folder, described, existing if overwrite else [])
+
+
+def require_command(folder: Path, command: str) -> None:
+    """Raise ValueError if the record of a folder names another command.
+
+    Its files are not replaced on request either: those that the new command does not write would stay under its record.
+    """
+    record = read_record(folder)
+    if record is not None and record["command"] != command:
+        raise ValueError(
+            f"{folder} belongs to `bertfast {record['command']}`: choose another --output-dir, or delete it first"
+        )
 
 
 def require_origin(folder: Path, origin: Origin) -> None:
@@ -136,7 +149,9 @@ def require_origin(folder: Path, origin: Origin) -> None:
 
     Raises:
         OriginError: They differ, or there is no record.
+        ValueError: The folder belongs to another command.
     """
+    require_command(folder, origin.command)
     record = read_record(folder)
     described = _describe(origin, record)
     if record is not None:
@@ -248,8 +263,6 @@ def _check(folder: Path, existing: Sequence[Path], record: Record | None, descri
 
 def _differences(record: Record, described: Record) -> list[str]:
     """Return what differs, with old and new values."""
-    if record["command"] != described["command"]:
-        return [f"the command was {record['command'] or 'unknown'} and is {described['command'] or 'unknown'}"]
     differences = []
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
         old_files, new_files = record["inputs"].get(flag, []), described["inputs"].get(flag, [])

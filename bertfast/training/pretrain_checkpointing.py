@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from bertfast.models.files import model_files
-from bertfast.runtime.output_folder import Origin, OriginError, check_contents, read_record
+from bertfast.runtime.output_folder import Origin, OriginError, check_contents, read_record, require_command
 from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
@@ -121,8 +121,7 @@ def check_run(
     try:
         return check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
     except OriginError as error:
-        record = read_record(folder)
-        if record is None or record["command"] != origin.command:  # there is no run to resume
+        if read_record(folder) is None:  # there is no run to resume
             raise
         raise ValueError(
             f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
@@ -142,10 +141,11 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
     With --replay it is the newest one before that step, with --resume the newest intact one.
 
     Raises:
-        ValueError: The folder already contains a run or a model, every checkpoint is damaged, or there is none before
-            the replayed step.
+        ValueError: The folder already contains a run or a model, or belongs to another command, every checkpoint is
+            damaged, or there is none before the replayed step.
     """
     output = Path(settings.output_dir)
+    require_command(output, "pretrain")
     folder = output / "checkpoints"
     saved = checkpoints(folder)
     if settings.checkpoint.replay:

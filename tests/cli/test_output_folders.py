@@ -62,12 +62,16 @@ def test_a_folder_in_use_is_refused(command, arguments, tmp_path, capsys):
     assert f"{out} is in use by process {os.getpid()} on " in error
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_output_of_another_command_is_refused(command, arguments, tmp_path, capsys):
-    with output_folder.output_folder(tmp_path / "out", output_folder.Origin(command="other"), ()):
-        pass
-    assert main([command, *arguments[command]]) == 1
-    assert f"the command was other and is {command}: " in capsys.readouterr().err
+def test_the_output_of_another_command_is_refused(command, overwrite, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    with output_folder.output_folder(out, output_folder.Origin(command="import"), ()):
+        (out / "config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main([command, *arguments[command], *["--overwrite-output-dir"] * overwrite]) == 1
+    assert f"{out} belongs to `bertfast import`: choose another --output-dir, or delete" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)

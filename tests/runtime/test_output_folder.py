@@ -107,7 +107,7 @@ def test_a_damaged_record_is_refused_without_contents_too(written):
     (folder / "part-0").unlink()
     (folder / "origin.json").write_text("{")
     with pytest.raises(ValueError, match=r"origin\.json is damaged"):
-        reopen(folder, Origin({}, {}, "export"))
+        reopen(folder, origin)
     assert reopen(folder, origin, overwrite=True) == []
 
 
@@ -146,11 +146,16 @@ def test_a_living_owner_keeps_others_out_and_a_dead_one_does_not(tmp_path):
     assert reopen(tmp_path, Origin()) == []
 
 
-def test_contents_of_another_command_are_refused(written):
-    folder, origin = written
-    (folder / "part-0").unlink()
-    with pytest.raises(ValueError, match="the command was unknown and is embed"):
-        reopen(folder, Origin(origin.inputs, origin.settings, "embed"))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_of_another_command_is_refused_and_left_as_it_is(overwrite, tmp_path):
+    folder = tmp_path / "out"
+    with output_folder(folder, Origin(command="prepare"), ("train",)):
+        (folder / "train").mkdir()
+    before = (folder / "origin.json").read_text()
+    with pytest.raises(ValueError, match=r"out belongs to `bertfast prepare`: choose another --output-dir, or delete"):
+        reopen(folder, Origin(command="embed"), overwrite=overwrite)
+    assert (folder / "train").is_dir()
+    assert (folder / "origin.json").read_text() == before
 
 
 def test_a_run_that_cannot_continue_refuses_contents_of_the_same_origin(written):

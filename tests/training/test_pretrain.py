@@ -130,7 +130,7 @@ def test_a_model_is_replaced_only_on_request_and_never_while_it_is_read(finished
         pretrain(settings_for(folder, data))
     with pytest.raises(ValueError, match=r"--init-from reads .*config\.json, which would be replaced"):
         pretrain(settings_for(folder, data, init_from=str(folder), **short))
-    with pytest.raises(ValueError, match="the command was prepare and is pretrain"):
+    with pytest.raises(ValueError, match="belongs to `bertfast prepare`: choose another"):
         pretrain(settings_for(data, data))
     with pytest.raises(ValueError, match="--overwrite-output-dir removes the run that --resume and"):
         settings_for(folder, data, resume=True, **short)
