@@ -16,6 +16,7 @@ from bertfast.architectures.presets import Preset
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
 from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest, refuse_repeated
@@ -165,7 +166,7 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
         finished = (run / "all_results.json").exists()
         if not finished or _is_stale(run, finetune_origin(finetuning, "finetune"), settings):
             finetune(finetuning)
-        results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
+        results = read_json(run / "all_results.json")
         scores.append(results[f"eval_{column['metric']}"] * column.get("times", 100))
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.1f}{spread}"

@@ -23,7 +23,7 @@ from bertfast.models.bert import BertForMultipleChoice
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
 from bertfast.runtime.atomic_write import atomic_path
-from bertfast.runtime.output_folder import Origin, output_folder
+from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Settings
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
@@ -74,15 +74,18 @@ def export(settings: ExportSettings) -> Path:
     model_class = _model_class(source)
     _check_packages(settings.to)
     origin = Origin({"--model-name-or-path": model_files(source)}, command="export")
-    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
+    folder = Path(settings.output_dir)
+    with locked_folder(folder):
+        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+        model, missing, unexpected = load(model_class, source)
+        report_differences(model, str(source), missing, unexpected)
+        begin()
+        save(model, folder)
         return _export(source, folder, model_class, settings.to)
 
 
 def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: str) -> Path:
-    """Export a model from one folder to another, which is locked."""
-    model, missing, unexpected = load(model_class, source)
-    report_differences(model, str(source), missing, unexpected)
-    save(model, folder)
+    """Complete the export of a model from one folder to another, which is locked and has its weights."""
     for name in _TOKENIZER:
         if (source / name).is_file():
             with atomic_path(folder / name) as temporary:

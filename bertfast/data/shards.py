@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from bertfast.runtime.atomic_write import atomic_path, write_atomically
+
+logger = logging.getLogger("bertfast")
 
 FORMAT = "bertfast shards 2"
 FILES = ("tokens", "sentence_starts", "document_starts")
@@ -153,10 +156,17 @@ def write_part(
 
 
 def part_origin(folder: Path | str, name: str) -> object:
-    """Return the origin of the finished part `folder/name`; None if there is no such part."""
+    """Return the origin of the finished part `folder/name`; None if there is no such part, or if it is damaged."""
+    path = Path(folder) / name
+    if not (path / "part.json").exists():
+        return None
     try:
-        return json.loads((Path(folder) / name / "part.json").read_text())["origin"]
-    except FileNotFoundError:
+        description: PartDescription = json.loads((path / "part.json").read_text(encoding="utf-8"))
+        if description["documents"]:
+            _open_part(path, description)
+        return description["origin"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged and is written again: %s", path, str(error).partition(";")[0])
         return None
 
 

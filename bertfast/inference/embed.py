@@ -6,6 +6,7 @@ Shapes: S texts, T packed tokens, H hidden size, D embedding size (H, or a multi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +29,7 @@ from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.malloc import give_freed_memory_back
-from bertfast.runtime.output_folder import Origin, output_folder
+from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
 from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
 from bertfast.runtime.tensor_file import write_tensors
@@ -38,6 +40,9 @@ from bertfast.tasks.settings import ComputeSettings
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 from bertfast.tasks.tables import read_chunks
 
+logger = logging.getLogger("bertfast")
+
+_CONTENTS = ("part-[0-9]*.safetensors", "part-[0-9]*.parquet")
 Pooling = Literal["cls", "mean", "none"]
 _TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
 
@@ -113,15 +118,18 @@ def embed(settings: EmbedSettings) -> Path:
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device, settings.compute.precision)
     max_length = sequence_length(settings.max_seq_length, model.config)
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
-    opened = output_folder(Path(settings.output_dir), origin, ("part-*",), overwrite=settings.overwrite_output_dir)
-    with opened as folder, tqdm(desc="embed", unit="text") as bar:
+    folder = Path(settings.output_dir)
+    with locked_folder(folder), tqdm(desc="embed", unit="text") as bar:
+        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
         rows = _rows(settings)
         for part in count():
             chunk = list(islice(rows, settings.texts_per_part))
             if not chunk:
                 break
+            if not part:
+                begin()
             path = folder / f"part-{part:05}.{settings.output_format}"
-            if not path.exists():
+            if not _is_whole(path, [row.number for row in chunk]):
                 features = tokenize(tokenizer, [row.text for row in chunk], max_length)
                 tensors = compute_embeddings(model, features, settings)
                 tensors["rows"] = torch.tensor([row.number for row in chunk])
@@ -138,7 +146,8 @@ def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
     """Return what the embeddings depend on."""
     inputs = {"--model-name-or-path": model_files(resolve(settings.model_name_or_path))}
     if settings.input_file in (None, "-"):
-        if any(Path(settings.output_dir).glob("part-*")) and not settings.overwrite_output_dir:
+        existing = (path for pattern in _CONTENTS for path in Path(settings.output_dir).glob(pattern))
+        if any(existing) and not settings.overwrite_output_dir:
             raise ValueError(
                 f"{settings.output_dir} has embeddings, perhaps of other texts than those on standard input: "
                 "choose another --output-dir, or pass --overwrite-output-dir to replace them"
@@ -251,6 +260,27 @@ def _rows(settings: EmbedSettings) -> Iterator[_Row]:
         ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
         for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
             yield _Row(number, text, None if row_id is None else str(row_id))
+
+
+def _is_whole(path: Path, numbers: list[int]) -> bool:
+    """Return whether a part exists and holds the rows of these numbers; warn of a part that does not."""
+    if not path.exists():
+        return False
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:  # raises if the size is not that of the header
+                found = file.get_tensor("rows").tolist()
+        else:
+            from pyarrow import parquet
+
+            found = parquet.read_table(path, columns=["row"])["row"].to_pylist()
+    except (SafetensorError, OSError, ValueError) as error:  # those of pyarrow are OSError or ValueError
+        logger.warning("%s is damaged (%s): its embeddings are computed again", path, error)
+        return False
+    if found != numbers:
+        logger.warning("%s has %d rows, not %d: its embeddings are computed again", path, len(found), len(numbers))
+        return False
+    return True
 
 
 def _write(path: Path, tensors: dict[str, Tensor], ids: list[str | None]) -> None:

@@ -37,7 +37,7 @@ from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers
 from bertfast.training.pretrain_checkpointing import Progress, check_run, checkpoint_to_load, recorded_precision
 from bertfast.training.pretrain_data import BatchPlan, Corpus
-from bertfast.training.pretrain_reporting import PendingStep, Reporter
+from bertfast.training.pretrain_reporting import PendingStep, Reporter, open_writers
 from bertfast.training.pretrain_settings import PretrainSettings, check_positions
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
@@ -163,8 +163,9 @@ class Pretraining:
         settings = self.settings
         tokens, dtype = settings.batch.tokens_per_batch, half(self.precision)
         throughput = gemm_throughput(self.model.config, tokens, dtype, self.device)
+        writers = self.distributed.run_on_main(partial(open_writers, settings)) or []
         self.distributed.run_on_main(lambda: self._begin and self._begin())
-        self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput)
+        self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput, writers)
         self._announce()
         with self.interrupt, self.reporter.bar:
             while self._fraction_done() < 1:

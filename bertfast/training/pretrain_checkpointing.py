@@ -14,10 +14,11 @@ from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
 from bertfast.training.distributed import Distributed
+from bertfast.training.pretrain_data import replace_data
 from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, PretrainSettings
 from bertfast.training.step import TrainStep
 
-_CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png")
+_CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
 
 
 @dataclass
@@ -119,7 +120,7 @@ def check_run(
     origin = replace(origin, settings={**origin.settings, "batches per step": bins_per_step, "--precision": precision})
     folder = Path(settings.output_dir)
     try:
-        return check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
     except OriginError as error:
         if read_record(folder) is None:  # there is no run to resume
             raise
@@ -127,6 +128,12 @@ def check_run(
             f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
             "--data-dir if the text has changed, or choose another --output-dir"
         ) from None
+
+    def replace_earlier_run() -> None:
+        begin()
+        replace_data(settings)
+
+    return replace_earlier_run
 
 
 def recorded_precision(settings: PretrainSettings) -> ChosenPrecision | None:

@@ -17,6 +17,7 @@ from bertfast.data.prepare import SPLITS, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
+from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import OriginError
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
@@ -147,21 +148,39 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
                 f"--data-dir {folder}: no such folder; `bertfast prepare --output-dir {folder}` writes it"
             )
         return folder
-    corpus, folder = settings.corpus, Path(settings.output_dir, "data")
+    corpus, folder, replacement = settings.corpus, *_data_folders(settings)
     if initial is not None and corpus.tokenizer_name is None:
         corpus = corpus.replace(tokenizer_name=str(initial))
 
-    def prepare_text() -> None:
+    def prepare_text() -> Path:
         try:
-            prepare(PrepareSettings(str(folder), corpus, overwrite_output_dir=settings.overwrite_output_dir))
+            if not (settings.overwrite_output_dir and "-" in corpus.train_file):  # which can be read only once
+                prepare(PrepareSettings(str(folder), corpus))
+                remove(replacement)  # of a run that was to replace this one, and was refused
+                return folder
         except OriginError as error:
-            raise ValueError(
-                f"{error.problem}: choose another --output-dir, keep the earlier text with --data-dir {folder}, "
-                "or pass --overwrite-output-dir to start again"
-            ) from None
+            if not settings.overwrite_output_dir:
+                raise ValueError(
+                    f"{error.problem}: choose another --output-dir, keep the earlier text with --data-dir {folder}, "
+                    "or pass --overwrite-output-dir to start again"
+                ) from None
+        return prepare(PrepareSettings(str(replacement), corpus, overwrite_output_dir=True))
 
-    distributed.run_on_main(prepare_text)
-    return folder
+    return distributed.broadcast(distributed.run_on_main(prepare_text) or folder)
+
+
+def replace_data(settings: PretrainSettings) -> None:
+    """Replace the shards of an earlier run by those of a run that begins, if they are others."""
+    folder, replacement = _data_folders(settings)
+    if settings.overwrite_output_dir and settings.data_dir is None and replacement.is_dir():
+        remove(folder)
+        replacement.rename(folder)
+
+
+def _data_folders(settings: PretrainSettings) -> tuple[Path, Path]:
+    """Return the folder of a run's shards, and that of shards which replace those of an earlier run when it begins."""
+    output = Path(settings.output_dir)
+    return output / "data", output / "data-new"
 
 
 def _indices(curriculum: Curriculum, step: int, rank: int) -> Iterator[BatchIndex]:

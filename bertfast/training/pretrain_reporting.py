@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.distributed import Distributed
-from bertfast.training.metrics_log import MetricsLog, tensorboard, wandb
+from bertfast.training.metrics_log import MetricsLog, MetricsWriter, tensorboard, wandb
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite
 from bertfast.training.pretrain_checkpointing import Progress
 from bertfast.training.pretrain_settings import PretrainSettings
@@ -48,6 +49,22 @@ class PendingStep:
     results: Tensor
 
 
+def open_writers(settings: PretrainSettings) -> list[MetricsWriter]:
+    """Return the writers of metrics that the settings name, besides metrics.jsonl.
+
+    Raises:
+        ImportError: A library is not installed.
+        OSError: A file cannot be written.
+        ValueError: A library reports an error.
+    """
+    writers, folder = [], Path(settings.output_dir)
+    if settings.report.tensorboard:
+        writers.append(tensorboard(folder))
+    if settings.report.wandb:
+        writers.append(wandb(folder, settings.flat()))
+    return writers
+
+
 class Reporter:
     """Progress bar, messages and metrics of a run; only the main process prints and writes.
 
@@ -57,6 +74,7 @@ class Reporter:
         progress: Updated with the training time, skipped steps and the loss EMA.
         total_steps: Steps of the run.
         gemm_throughput: Measured FLOP/s of a GEMM, of which `gemm_efficiency` is a share.
+        writers: Receive the metrics as well; see `open_writers`.
 
     Attributes:
         metrics_log: Log of the run in the main process, None in the others.
@@ -70,10 +88,12 @@ class Reporter:
         progress: Progress,
         total_steps: int,
         gemm_throughput: float,
+        writers: Sequence[MetricsWriter],
     ):
         self.settings, self.distributed, self.progress = settings, distributed, progress
         self.gemm_throughput = gemm_throughput
-        self.metrics_log = self._open_metrics_log()
+        folder, step = Path(settings.output_dir), progress.step
+        self.metrics_log = MetricsLog(folder, steps_done=step, writers=writers) if distributed.is_main else None
         self.bar = self._progress_bar(total_steps)
         self._pending: list[PendingStep] = []
         self._seconds_pending = 0.0  # since results were last read
@@ -124,16 +144,6 @@ class Reporter:
         """Print a line above the progress bar."""
         if self.distributed.is_main:
             tqdm.write(text)
-
-    def _open_metrics_log(self) -> MetricsLog | None:
-        if not self.distributed.is_main:
-            return None
-        settings, folder, writers = self.settings, Path(self.settings.output_dir), []
-        if settings.report.tensorboard:
-            writers.append(tensorboard(folder))
-        if settings.report.wandb:
-            writers.append(wandb(folder, settings.flat()))
-        return MetricsLog(folder, steps_done=self.progress.step, writers=writers)
 
     def _progress_bar(self, total_steps: int) -> tqdm[Any]:
         minutes, hidden = self.settings.duration.minutes, not self.distributed.is_main

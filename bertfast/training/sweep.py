@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.output_folder import Origin, output_folder, require_origin
+from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
 from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag, refuse_repeated
 from bertfast.training.evaluate import write_results
-from bertfast.training.finetune import open_run
+from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
 
@@ -97,30 +97,43 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     origin = finetune_origin(settings, "sweep")
     values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
     origin = Origin(origin.inputs, values, origin.command)
-    with output_folder(Path(settings.output_dir), origin, _CONTENTS, overwrite=settings.overwrite_output_dir) as folder:
-        return _sweep(settings, folder)
+    folder, grid = Path(settings.output_dir), settings.grid
+    with locked_folder(folder):
+        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+        if settings.overwrite_output_dir:  # check model, data and settings before earlier runs are removed
+            first = next(itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs, grid.seeds))
+            Finetuning(_run_settings(settings, *first))
+        begin()
+        return _sweep(settings)
 
 
-def _sweep(settings: SweepSettings, folder: Path) -> dict[str, Any]:
-    """Run what is missing of a sweep in its locked folder."""
-    grid = settings.grid
-    shared = {name: value for name, value in settings.flat().items() if name not in grid.flat()}
+def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float, seed: int) -> FinetuneSettings:
+    """Return the settings of the run with a combination of hyperparameters."""
+    folder = Path(settings.output_dir)
+    shared = {name: value for name, value in settings.flat().items() if name not in settings.grid.flat()}
     if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
         shared["features_dir"] = str(folder / "features")
+    output = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
+    hyperparameters = Hyperparameters(
+        learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
+    )
+    changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
+    return FinetuneSettings.of(**shared | changes)
+
+
+def _sweep(settings: SweepSettings) -> dict[str, Any]:
+    """Run what is missing of a sweep in its locked folder."""
+    folder, grid = Path(settings.output_dir), settings.grid
     metric = ""
     combinations: list[Combination] = []
     runs: list[tuple[float, str]] = []
     for rate, size, epochs in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs):
         scores = []
         for seed in grid.seeds:
-            output = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
-            hyperparameters = Hyperparameters(
-                learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
-            )
-            changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
-            metric, score = _score(FinetuneSettings.of(**shared | changes))
+            run = _run_settings(settings, rate, size, epochs, seed)
+            metric, score = _score(run)
             scores.append(score)
-            runs.append((score, str(output)))
+            runs.append((score, run.output_dir))
         spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
         combinations.append(Combination(rate, size, epochs, scores, statistics.mean(scores), spread))
     sign = -1 if metric == "loss" else 1
@@ -153,5 +166,5 @@ def _score(settings: FinetuneSettings) -> tuple[str, float]:
         with open_run(settings) as run:
             results = run.run(lambda step: None)
             write_results(finished, {"metric": run.metric, "score": results[f"eval_{run.metric}"]})
-    saved = json.loads(finished.read_text(encoding="utf-8"))
+    saved = read_json(finished)
     return saved["metric"], saved["score"]

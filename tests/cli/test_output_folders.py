@@ -121,6 +121,49 @@ def test_prepare_on_a_full_disk_is_refused_in_one_sentence_and_continues(limit, 
     assert main(arguments) == 0
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by name, without hidden ones."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+
+
+SHORT = ["--preset", "tiny", "--max-steps", "1", "--max-seq-length", "32", "--tokens-per-batch", "256"]
+GRID = ["--learning-rates", "1e-4", "--batch-sizes", "8", "--epochs", "1"]
+REFUSED = {  # flags of a first run, those of a run that is refused late, and why
+    "embed": (["--pooling", "cls"], ["--text-column", "absent"], "no column 'absent'"),
+    "evaluate": ([], ["--validation-file", "EMPTY"], "no text"),
+    "export": ([], ["DAMAGED", "OUT"], "damaged"),
+    "finetune": (["--num-train-epochs", "1"], ["--train-file", "EMPTY"], "EMPTY"),
+    "prepare": ([], ["--train-file", "EMPTY"], "no text"),
+    "pretrain": (SHORT, ["--train-file", "OTHER", *SHORT[:-1], "100000000"], "does not fit into memory"),
+    "sweep": (GRID, [*GRID, "--train-file", "EMPTY"], "EMPTY"),
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_overwriting_loses_nothing_before_all_checks(command, arguments, pretrained, tmp_path, capsys):
+    first, refused, message = REFUSED[command]
+    out, damaged = tmp_path / "out", tmp_path / "damaged"
+    assert main([command, *arguments[command], *first]) == 0
+    before = contents(out)
+    shutil.copytree(pretrained, damaged)
+    (damaged / "model.safetensors").write_bytes((pretrained / "model.safetensors").read_bytes()[:-1])
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "other.txt").write_text("\n\n".join(f"Another line {number}.\nIt goes on." for number in range(30)))
+    empty = tmp_path / f"empty.{'txt' if command in ('evaluate', 'prepare') else 'tsv'}"
+    names = {"EMPTY": str(empty), "OTHER": str(tmp_path / "other.txt"), "DAMAGED": str(damaged), "OUT": str(out)}
+    refused, message = [names.get(word, word) for word in refused], names.get(message, message)
+    usual = [] if command == "export" else arguments[command]  # positional arguments cannot be repeated
+    capsys.readouterr()
+    assert main([command, *usual, *refused, "--overwrite-output-dir"]) == 1
+    assert message in capsys.readouterr().err
+    assert {name: text for name, text in contents(out).items() if not name.startswith("data-new")} == before
+    if command == "pretrain":
+        assert main([command, *usual, "--train-file", names["OTHER"], *SHORT, "--overwrite-output-dir"]) == 0
+        assert not (out / "data-new").exists()
+        assert "other.txt" in (out / "data" / "origin.json").read_text()
+
+
 @pytest.mark.slow
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(arguments, tmp_path):
     command = [sys.executable, "-m", "bertfast", "finetune", *arguments["finetune"], "--num-train-epochs", "1000000"]

@@ -168,6 +168,17 @@ def test_an_interrupted_run_continues(texts, vocabulary, run, monkeypatch):
     assert content(folder) == content(whole)
 
 
+@pytest.mark.parametrize("file", ["tokens.bin", "part.json"])
+def test_a_part_that_was_cut_off_is_written_again(file, texts, vocabulary, run, caplog):
+    folder = run("out", texts, tokenizer_name=vocabulary)
+    before = content(folder)
+    [damaged] = (folder / "train").glob(f"1.txt-*/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    run("out", texts, tokenizer_name=vocabulary)
+    assert content(folder) == before
+    assert f"{damaged.parent} is damaged and is written again" in caplog.text
+
+
 def test_a_vocabulary_of_an_interrupted_run_is_not_used_for_another_one(texts, run, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

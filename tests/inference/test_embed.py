@@ -68,6 +68,25 @@ def test_parquet_from_a_table_equals_safetensors_from_standard_input(pretrained,
     torch.testing.assert_close(torch.tensor(rows), load_file(other / "part-00000.safetensors")["embeddings"])
 
 
+@pytest.mark.parametrize("output_format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other rows"])
+def test_a_damaged_part_is_computed_again(damage, output_format, pretrained, tmp_path, caplog):
+    if output_format == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    options = {"texts_per_part": 2, "output_format": output_format, "input_file": str(tmp_path / "texts.txt")}
+    settings = settings_for(pretrained, tmp_path / "out", **options)
+    first, second, _ = sorted(embed(settings).glob("part-*"))
+    whole = second.read_bytes()
+    second.write_bytes({"cut off": whole[:-1], "empty": b"", "other rows": first.read_bytes()}[damage])
+    kept = first.stat().st_mtime_ns
+    embed(settings)
+    assert second.read_bytes() == whole
+    assert first.stat().st_mtime_ns == kept
+    assert caplog.text.count("computed again") == 1
+    assert str(second) in caplog.text
+
+
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_blank_lines_have_vectors_too(source, pretrained, tmp_path, pipe):
     content = "\ufeffgood\r\n\r\n  \r\nbad\r\n\r\n"
