@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from bertfast.data.sentences import split_sentences
+from bertfast.runtime.settings import counted
 
 MIN_SENTENCES = 2  # in each split: a pair of sentences
 _HASHES = 2**64
@@ -61,7 +62,7 @@ class HeldOut:
         total = sum(length for length, _ in lengths)
         if 0 < total < 2 * MIN_SENTENCES:
             raise ValueError(
-                f"the text has {total} {'sentence' if total == 1 else 'sentences'} and at least {2 * MIN_SENTENCES} "
+                f"the text has {counted(total, 'sentence')} and at least {2 * MIN_SENTENCES} "
                 f"are required, of which {MIN_SENTENCES} are held out for validation: use more text, or hold out "
                 "nothing with --validation-split-percentage 0"
             )

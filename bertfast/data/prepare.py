@@ -32,7 +32,7 @@ from bertfast.data.text_files import standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from bertfast.runtime.atomic_write import atomic_path, named_in_errors
 from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder, require_command
-from bertfast.runtime.settings import Count, Range, Settings, given, refuse_without_effect
+from bertfast.runtime.settings import Count, Range, Settings, counted, given, refuse_without_effect
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -268,11 +268,12 @@ def _summarise(folder: Path, sources: list[Source]) -> None:
     if empty:
         logger.warning("%d of %d files hold no text and are left out, such as %s", len(empty), len(sources), empty[0])
     train, validation = (
-        ", ".join(f"{manifest[name]:,} {name}" for name in ("documents", "sentences", "tokens"))
+        ", ".join(counted(manifest[f"{noun}s"], noun) for noun in ("document", "sentence", "token"))
         for manifest in manifests
     )
     logger.info("text: %s", train)
-    logger.info("held out for validation: %s", validation)
+    if manifests[1]["documents"]:
+        logger.info("held out for validation: %s", validation)
     logger.info("vocabulary: %s tokens", f"{manifests[0]['vocab_size']:,}")
     if not manifests[0]["documents"]:
         raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")

@@ -161,6 +161,11 @@ def refuse_repeated(name: str, values: Sequence[object]) -> None:
             raise ValueError(f"{flag(name)} has {value} more than once")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean NAME?" with the known name that is most similar, or "" if none is."""
     near = difflib.get_close_matches(name, list(known), 1)

@@ -17,11 +17,6 @@ Value = TypeVar("Value")
 logger = logging.getLogger("bertfast")
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, in the plural unless the number is 1."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 @dataclass(frozen=True)
 class Skipped:
     """A row without an example.

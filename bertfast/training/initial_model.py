@@ -43,11 +43,15 @@ def initial_config(
         causal: Whether the model is causal. Then [CLS] attends only to itself, and the last token is pooled instead.
 
     Raises:
-        ValueError: An override is not a valid entry of the configuration.
+        ValueError: An override is not a valid entry of the configuration, or repeats `max_positions`.
     """
     changes = _parse_overrides(overrides)
     changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     if max_positions is not None:
+        if "max_position_embeddings" in changes:
+            raise ValueError(
+                "--max-positions and max_position_embeddings in --config-overrides set the same value: give only one"
+            )
         changes["max_position_embeddings"] = max_positions
     if causal:
         changes |= {"is_decoder": True, "pool_last": True}

@@ -26,6 +26,7 @@ from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
 from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision, half
+from bertfast.runtime.settings import counted
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.training.checkpoint import checkpoints
 from bertfast.training.curriculum import Curriculum
@@ -258,8 +259,7 @@ class Pretraining:
 
     def _build_train_step(self) -> TrainStep:
         settings, distributed = self.settings, self.distributed
-        residual_dtype = torch.bfloat16 if settings.compute.residual_precision == "bf16" else None
-        objective = Objective(self.model, residual_dtype)
+        objective = Objective(self.model, torch.bfloat16 if settings.compute.residual_precision == "bf16" else None)
         # With several ranks the backward pass communicates, which is not captured.
         capturable = distributed.world_size == 1 and can_capture(self.model.config, self.precision, self.device)
         return TrainStep(
@@ -391,7 +391,7 @@ class Pretraining:
         tokens = self.bins_per_step * self.settings.batch.tokens_per_batch
         self.reporter.say(
             f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, hidden size "
-            f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {train.documents} documents, "
+            f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {counted(train.documents, 'document')}, "
             f"{tokens} tokens per step, {self.precision} on {self.device}"
             + (f", {ranks} ranks" if ranks > 1 else "")
             + (f", from step {self.step}" if self.step else "")

@@ -45,6 +45,11 @@ def folder(tmp_path_factory):
             "pretrain --output-dir p --train-file text.txt --config-overrides hiden_size=3",
             "'hiden_size' is not a size or option of a BERT configuration; did you mean hidden_size?",
         ),
+        (
+            "pretrain --output-dir p --train-file text.txt --max-positions 64 "
+            "--config-overrides max_position_embeddings=32",
+            "--max-positions and max_position_embeddings in --config-overrides set the same value: give only one",
+        ),
     ],
 )
 def test_invalid_input_is_refused_and_the_correction_named(arguments, message, folder, monkeypatch, capsys):

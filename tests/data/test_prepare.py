@@ -334,10 +334,10 @@ def test_a_part_of_a_small_corpus_is_held_out_and_a_summary_ends_the_run(documen
         folder = run("out", tmp_path / "a.txt", vocab_size=128)
     train, validation = (Shards.open(folder / split) for split in preparation.SPLITS)
     assert min(train.sentences, validation.sentences) >= 2
+    documents = [f"{split.documents} document{'s' * (split.documents != 1)}" for split in (train, validation)]
     assert caplog.messages[-3:] == [
-        f"text: {train.documents} documents, {train.sentences} sentences, {train.tokens} tokens",
-        f"held out for validation: {validation.documents} documents, {validation.sentences} sentences, "
-        f"{validation.tokens} tokens",
+        f"text: {documents[0]}, {train.sentences} sentences, {train.tokens} tokens",
+        f"held out for validation: {documents[1]}, {validation.sentences} sentences, {validation.tokens} tokens",
         "vocabulary: 128 tokens",
     ]
 

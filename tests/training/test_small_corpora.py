@@ -6,6 +6,7 @@ import pytest
 from runs import SIZES
 
 from bertfast.cli.main import main
+from bertfast.runtime.settings import counted
 from bertfast.training.evaluate import EvaluateSettings, evaluate
 
 SENTENCE = "the film number {} was good and the plot was bad."
@@ -42,11 +43,14 @@ def test_a_text_of_three_sentences_is_refused_with_what_is_required(tmp_path, ca
 
 
 @pytest.mark.parametrize("documents", [1, 2])
-def test_one_document_is_evaluated_without_pairs(documents, pretrained, tmp_path):
+def test_one_document_is_evaluated_without_pairs(documents, pretrained, tmp_path, caplog):
     text = write(tmp_path / "text.txt", documents)
     settings = EvaluateSettings.of(
         model_name_or_path=str(pretrained), validation_file=text, objective="mlm", device="cpu", precision="fp32"
     )
-    metrics = evaluate(settings)
+    with caplog.at_level("INFO"):
+        metrics = evaluate(settings)
+    assert f"text: {counted(documents, 'document')}, " in caplog.text
+    assert "held out" not in caplog.text
     assert metrics["validation_loss"] > 0
     assert ("next_sentence_accuracy" in metrics) == (documents == 2)
