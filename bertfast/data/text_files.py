@@ -89,7 +89,7 @@ def json_object(path: Path | str, number: int, line: str, example: str) -> dict[
             and shows `example`.
     """
     try:
-        value = _JSON.decode(line)
+        value = decode_json(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -97,6 +97,11 @@ def json_object(path: Path | str, number: int, line: str, example: str) -> dict[
     if "\\u" in line and (problem := unpaired_surrogate(json.dumps(value, ensure_ascii=False))) is not None:
         raise ValueError(f"{path}, line {number}: {problem}")
     return value
+
+
+def decode_json(text: str) -> Any:
+    """Parse JSON; ValueError if a key of an object is repeated, of which the json module would keep the last value."""
+    return json.loads(text, object_pairs_hook=_unique_keys)
 
 
 def unpaired_surrogate(text: str) -> str | None:
@@ -133,15 +138,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; ValueError if a key is repeated, of which json would keep the last value."""
+    """Return a JSON object; ValueError if a key is repeated."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is repeated")
     return value
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _decoded_lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bertfast.data.text_files import read_lines
-from bertfast.tasks.rows import BadRows, counted
+from bertfast.runtime.settings import counted
+from bertfast.tasks.rows import BadRows
 from bertfast.tasks.tables import SUFFIXES
 
 _NO_TAG = ("", "_")  # what stands in the column of tags where a word has none
@@ -176,6 +177,14 @@ def read_sentences(path: Path, tag_column: int, bad: BadRows, *, labelled: bool)
             words.append(sys.intern(word))
             if tag:
                 tags.append(sys.intern(tag))
+
+
+def is_tagged(path: Path) -> bool:
+    """Return whether a file named like a table is a CoNLL file, with tags such as B-ORG and O in its last column."""
+    lines = [line for _, line in islice(read_lines(path), _SAMPLE)]
+    rows = [_fields(line, tabs=True) for line in lines if not _separates(line)]
+    tags = {row[-1].strip() if len(row) > 1 else "" for row in rows}
+    return "O" in tags and all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
 
 
 def split_words(line: str) -> list[str]:

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from bertfast.encoder import multiple_choice_loss, sequence_logits
 from bertfast.models.bert import BertForMultipleChoice
+from bertfast.runtime.settings import counted
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.labels import canonical
 from bertfast.tasks.metrics import classification_metrics
-from bertfast.tasks.rows import Rows, counted
+from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tables import Table, read_chunks, read_table
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
@@ -135,7 +136,8 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> MultipleChoiceExamples:
         """Parse one JSON object per line."""
-        objects, rows = json_lines(lines, first_row, _LINE_EXAMPLE, self.bad_rows, ("sent1", str), ("endings", list))
+        required = (("sent1", str), ("endings", list))
+        objects, rows = json_lines(lines, first_row, _LINE_EXAMPLE, self.bad_rows, self.known_ids, *required)
         columns = {name: [row.get(name) for row in objects] for name in ("sent1", "sent2", "endings")}
         return _usable(Table(columns, rows))[0]
 

@@ -240,7 +240,7 @@ class QuestionAnsweringTask(Task[Questions]):
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> Questions:
         """Parse one JSON object per line."""
         required = (("question", str), ("context", str))
-        objects, rows = json_lines(lines, first_row, LINE_EXAMPLE, self.bad_rows, *required)
+        objects, rows = json_lines(lines, first_row, LINE_EXAMPLE, self.bad_rows, self.known_ids, *required)
         ids = [str(row["id"]) if row.get("id") is not None else None for row in objects]
         if any(ids):
             rows = replace(rows, ids=ids)

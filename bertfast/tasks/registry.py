@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.text_files import read_lines
 from bertfast.runtime.settings import given, refuse_without_effect
+from bertfast.tasks.conll import is_tagged
 from bertfast.tasks.glue import BENCHMARKS
 from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
@@ -19,6 +22,7 @@ from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import Task
 from bertfast.tasks.token_classification import TokenClassificationTask
 
+_LINES = 20  # of a .json or .jsonl file, which may be indented; the keys of its first object are in them
 FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
 TASKS: dict[str, type[Task[Any]]] = {
@@ -69,17 +73,26 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
 
 
 def _by_file(file: str | None) -> type[Task[Any]]:
+    """Return the task that a file looks like; ValueError for a CoNLL file named like a table."""
     path = Path(file or "")
-    for suffix, task_class in _BY_SUFFIX.items():
-        if suffix in path.suffixes[-2:]:
-            return task_class
-    if path.is_file() and {".csv", ".jsonl"} & {*path.suffixes[-2:]}:
-        first_line = next((line for _, line in read_lines(path)), "")
-        if "ending0" in first_line or '"endings"' in first_line:
-            return MultipleChoiceTask
-        if '"question"' in first_line and '"context"' in first_line:
-            return QuestionAnsweringTask
-    return SequenceClassificationTask
+    suffixes = {*path.suffixes[-2:]}
+    if path.is_file() and suffixes & {".tsv", ".csv", ".jsonl", ".json"}:
+        if suffixes & {".tsv", ".csv"}:
+            header = next((line for _, line in read_lines(path)), "")
+            if re.search(r'(^|[\t,"])ending0($|[\t,"\r\n])', header):
+                return MultipleChoiceTask
+        else:
+            start = "".join(line for _, line in islice(read_lines(path), _LINES))
+            if re.search(r'"(endings|ending0)"\s*:', start):
+                return MultipleChoiceTask
+            if '"question"' in start and '"context"' in start:
+                return QuestionAnsweringTask
+        if ".tsv" in suffixes and is_tagged(path):
+            raise ValueError(
+                f"{path} looks like a CoNLL file, with one word and its tag per line and an empty line between "
+                "sentences: add --task token-classification, or give the file the suffix .conll"
+            )
+    return next((_BY_SUFFIX[suffix] for suffix in _BY_SUFFIX if suffix in suffixes), SequenceClassificationTask)
 
 
 def _models(task_class: type[Task[Any]]) -> list[type[PreTrainedModel]]:

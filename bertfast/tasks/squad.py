@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.data.text_files import json_object, read_lines, unpaired_surrogate
+from bertfast.data.text_files import decode_json, json_object, read_lines, unpaired_surrogate
 from bertfast.tasks.rows import BadRows, Rows
 
 LINE_EXAMPLE = '{"question": "…", "context": "…"}'
@@ -155,14 +155,17 @@ def _objects(path: Path, values: object) -> list[dict[str, object]]:
 
 def _json(path: Path) -> object:
     """Return the content of a JSON file."""
+    text = "".join([line for _, line in read_lines(path)])
     try:
-        return json.loads("".join([line for _, line in read_lines(path)]))
+        return decode_json(text)
     except json.JSONDecodeError as error:
         several = error.msg == "Extra data"
         remedy = "; give a file of one object per line the suffix .jsonl" if several else ""
         raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: not JSON ({error}){remedy}") from None
     except RecursionError:
         raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} within an object; remove one of the two") from None
 
 
 def _id(entry: _Entry) -> str:

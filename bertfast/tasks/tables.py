@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.runtime.settings import counted
 from bertfast.tasks.glue import columns_without_header
-from bertfast.tasks.rows import BadRows, Rows, counted
+from bertfast.tasks.rows import BadRows, Rows
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
@@ -116,6 +117,7 @@ def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = Non
         raise ValueError(
             f"{path} has an unknown file type; use one of {', '.join(FORMATS)}, optionally compressed "
             f"({', '.join(filter(None, COMPRESSIONS))})"
+            + ("; .jsonl is the suffix of one JSON object per line" if ".json" in path.suffixes[-2:] else "")
         )
     suffix = next(suffix for suffix in FORMATS if suffix in path.suffixes[-2:])
     bad = bad or BadRows()

@@ -59,6 +59,7 @@ class Task(ABC, Generic[Examples]):
         flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
+        known_ids: Hashes of the ids on standard input so far.
     """
 
     model_class: type[PreTrainedModel]
@@ -69,6 +70,7 @@ class Task(ABC, Generic[Examples]):
     def __init__(self, settings: TaskSettings):
         self.settings = settings
         self.bad_rows = BadRows(settings.columns.on_bad_rows, " (--on-bad-rows skip leaves such rows out)")
+        self.known_ids: set[int] = set()
         self._config: BertConfig | None = None
 
     @property
@@ -212,7 +214,7 @@ def write_aligned(path: Path, rows: Rows, header: Sequence[str], values: Iterabl
 
 
 def json_lines(
-    lines: Sequence[str], first_row: int, example: str, bad: BadRows, *required: tuple[str, type]
+    lines: Sequence[str], first_row: int, example: str, bad: BadRows, known_ids: set[int], *required: tuple[str, type]
 ) -> tuple[list[dict[str, Any]], Rows]:
     """Parse lines of standard input, each a JSON object.
 
@@ -221,6 +223,7 @@ def json_lines(
         first_row: Number of the first line.
         example: A valid line, shown in messages.
         bad: Collects lines that are no such objects.
+        known_ids: Hashes of the ids of earlier lines; those of these lines are added.
         required: Names and types of the values that each object must have.
 
     Returns:
@@ -238,6 +241,12 @@ def json_lines(
         if missing is not None:
             rows.reject(index, f"no {missing!r} as in {example}")
             continue
+        if value.get("id") is not None:
+            key = hash(str(value["id"]))
+            if key in known_ids:
+                rows.reject(index, f"the id {value['id']!r} is repeated")
+                continue
+            known_ids.add(key)
         objects.append(value)
         usable.append(index)
     return objects, rows.select(usable)

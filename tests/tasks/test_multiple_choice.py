@@ -95,6 +95,10 @@ def test_codah_has_the_published_number_of_rows(shared_data):
         ("a.csv", "text,label\na,b", "SequenceClassificationTask"),
         ("a.jsonl", '{"text": "a", "label": 0}', "SequenceClassificationTask"),
         ("a.tsv", "text\tlabel", "SequenceClassificationTask"),
+        ("a.tsv", "sent1\tending0\tending1\tlabel\n", "MultipleChoiceTask"),
+        ("a.tsv", "text\tlabel of ending0\n", "SequenceClassificationTask"),
+        ("a.json", '[\n {\n  "sent1": "a",\n  "endings": ["b", "c"]\n }\n]', "MultipleChoiceTask"),
+        ("a.json", '{"data": [{"title": "\\"endings\\": a title"}]}', "QuestionAnsweringTask"),
         ("a.json", "{}", "QuestionAnsweringTask"),
         ("a.conll", "a\tO", "TokenClassificationTask"),
     ],
@@ -103,6 +107,22 @@ def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     path = tmp_path / name
     path.write_text(text)
     assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))).__name__ == task_class
+
+
+def test_a_conll_file_named_like_a_table_is_named_with_the_remedy(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("Ann\tB-PER\nsees\tO\n\nRome\tB-LOC\n")
+    with pytest.raises(ValueError, match=r"a\.tsv looks like a CoNLL file, .*: add --task token-classification"):
+        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    settings = TaskSettings.of(model_name_or_path="", task="token-classification")
+    assert len(choose_task(settings, file=str(path)).read(str(path), labelled=True)) == 2
+
+
+def test_choices_in_a_json_file_are_refused_with_the_suffix_to_use(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"sent1": "a", "endings": ["b", "c"], "label": 0}\n')
+    with pytest.raises(ValueError, match=r"a\.json has an unknown file type; .*\.jsonl is the suffix of one JSON"):
+        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path)).read(str(path), labelled=True)
 
 
 def test_endings_are_numbered_from_zero(tmp_path):

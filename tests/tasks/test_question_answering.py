@@ -196,6 +196,16 @@ def test_lines_of_standard_input_keep_their_numbers_and_ids(tokenizer):
     assert "standard input, line 13" in found[2][2]
 
 
+def test_repeated_ids_on_standard_input_are_refused_as_in_files():
+    lines = [json.dumps({"id": 7} | json.loads(asked(word))) for word in ("waa", "wab")]
+    task = task_for()
+    task.parse_lines(lines[:1])
+    with pytest.raises(ValueError, match="standard input, line 2: the id 7 is repeated"):
+        task.parse_lines(lines[1:], 2)
+    task = task_for(on_bad_rows="skip")
+    assert [question.question for question in task.parse_lines(lines).questions] == [json.loads(lines[0])["question"]]
+
+
 @pytest.mark.parametrize("content", ['{"data": []}', "[]"])
 def test_a_file_without_questions_is_refused(content, tmp_path):
     path = tmp_path / "empty.json"

@@ -110,6 +110,7 @@ def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
         ("a.json", {"data": [{"paragraphs": 3}]}, "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": [{"context": "a"}]}]}, "no list 'qas'"),
         ("a.json", {"data": [{"title": "t"}]}, "no 'paragraphs'"),
+        ("a.json", b'{"data": [], "data": []}', r"the key 'data' is repeated within an object; remove one"),
         ("a.json", b"{}\n{}\n", r"one object per line the suffix \.jsonl"),
         ("a.json", '{"data": "na\u00efve"}'.encode("latin-1"), "line 1: not UTF-8"),
         (
