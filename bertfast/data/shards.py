@@ -20,11 +20,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import atomic_path, write_atomically
 
 logger = logging.getLogger("bertfast")
@@ -161,7 +162,7 @@ def part_origin(folder: Path | str, name: str) -> object:
     if not (path / "part.json").exists():
         return None
     try:
-        description: PartDescription = json.loads((path / "part.json").read_text(encoding="utf-8"))
+        description = cast(PartDescription, read_json(path / "part.json"))
         if description["documents"]:
             _open_part(path, description)
         return description["origin"]
@@ -174,7 +175,7 @@ def write_manifest(folder: Path | str, names: Iterable[str], *, vocab_size: int,
     """Write the manifest of a shards folder, which consists of the finished parts `names` in that order."""
     folder = Path(folder)
     parts: list[PartDescription] = [
-        {"name": name} | json.loads((folder / name / "part.json").read_text()) for name in names
+        cast(PartDescription, {"name": name} | read_json(folder / name / "part.json")) for name in names
     ]
     manifest: Manifest = {
         "format": FORMAT,
@@ -261,14 +262,14 @@ class Shards:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
-        manifest: Manifest = json.loads(path.read_text())
+        manifest = cast(Manifest, read_json(path))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no manifest.json: give --data-dir a folder that `bertfast prepare` wrote"
         ) from None
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it is not JSON; run `bertfast prepare` again") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{error}; run `bertfast prepare` again") from None
+    found = manifest.get("format")
     if found != FORMAT:
         raise ValueError(
             f"{path} has format {found!r}, not {FORMAT!r}: it is from another version; run `bertfast prepare` again"

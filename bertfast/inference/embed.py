@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count, islice
@@ -215,8 +216,9 @@ def cached_hidden_states(
     for array in (*(weight.numpy(force=True) for weight in model.bert.state_dict().values()), *arrays):
         cache_key.update(np.ascontiguousarray(array).view(np.uint8).data)
     path = folder / f"{cache_key.hexdigest()[:32]}.npy"
-    if not path.exists():
-        shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
+    shape = (len(features.token_ids), len(model.layer_indices), model.config.hidden_size)
+    cached = _open_cache(path, shape)
+    if cached is None:
         with atomic_path(path) as temporary:
             hidden_states = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             reserve(temporary)
@@ -226,8 +228,20 @@ def cached_hidden_states(
                     states = model.features(inputs.packed(model)).float().cpu().numpy()
                 _scatter_tokens(hidden_states, features, rows, states)
             hidden_states.flush()
-    cached: np.ndarray = np.load(path, mmap_mode="r")
+        cached = np.lib.format.open_memmap(path, "r")
     return cached
+
+
+def _open_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Memory-map cached hidden states; None: there are none, or the file is damaged."""
+    if not path.exists():
+        return None
+    with suppress(OSError, ValueError):
+        cached: np.ndarray = np.lib.format.open_memmap(path, "r")
+        if cached.shape == shape:
+            return cached
+    logger.warning("%s is damaged: it is computed again", path)
+    return None
 
 
 def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, values: np.ndarray) -> None:

@@ -209,7 +209,7 @@ def read_record(folder: Path) -> Record | None:
             for flag, files in record["inputs"].items()
         }
         return Record(command=record["command"], inputs=inputs, settings=dict(record["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from bertfast.data.text_files import read_json
 from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.tensor_file import write_tensors
@@ -63,8 +64,8 @@ def save_state(
             checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         saved = checkpoints(folder)
-        losses = {path: read_progress(path)[1]["validation_loss"] for path in saved}
-        best = min((path for path in saved if losses[path] is not None), key=losses.__getitem__, default=None)
+        losses = {path: loss for path in saved if (loss := _validation_loss(path)) is not None}
+        best = min(losses, key=losses.__getitem__, default=None)
         for old in saved[:-keep]:
             if old != best:
                 shutil.rmtree(old)
@@ -88,9 +89,25 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def read_progress(saved: Path) -> tuple[int, dict[str, Any]]:
-    """Return the number of steps done at a checkpoint, and the run's progress."""
-    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-    return state["step"], state["progress"]
+    """Return the number of steps done at a checkpoint, and the run's progress.
+
+    Raises:
+        OSError: The file that holds them is missing.
+        ValueError: It is damaged; the message names it.
+    """
+    state = read_json(saved / "state.json")
+    step, progress = state.get("step"), state.get("progress")
+    if not isinstance(step, int) or not isinstance(progress, dict):
+        raise ValueError(f"{saved / 'state.json'} is damaged: it has no step and progress")
+    return step, progress
+
+
+def _validation_loss(saved: Path) -> float | None:
+    """Return the validation loss of a checkpoint; None: it has none, or is damaged."""
+    try:
+        return read_progress(saved)[1].get("validation_loss")
+    except (OSError, ValueError):
+        return None
 
 
 def load_state(saved: Path, optimizers: list[Optimizer]) -> None:
@@ -132,8 +149,10 @@ def _distribute_like(parameter: Tensor, value: Tensor) -> Tensor:
 def _damaged(saved: Path) -> list[str]:
     """Return the names of a checkpoint's files that are missing or have another checksum."""
     try:
-        checksums = json.loads((saved / _CHECKSUMS).read_text(encoding="utf-8"))
+        checksums = read_json(saved / _CHECKSUMS)
     except (OSError, ValueError):
+        return [_CHECKSUMS]
+    if "state.json" not in checksums:
         return [_CHECKSUMS]
     return [name for name, sum in checksums.items() if not (saved / name).is_file() or _checksum(saved / name) != sum]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
+
+logger = logging.getLogger("bertfast")
 
 _CONTENTS = ("rate-*", "features", "sweep.json", "sweep.md")
 
@@ -160,11 +163,22 @@ def _score(settings: FinetuneSettings) -> tuple[str, float]:
     """Return the metric that selects the best model, and its best value in a run; a finished run is not repeated."""
     folder = Path(settings.output_dir)
     finished = folder / "sweep_score.json"
-    if finished.exists():
+    if saved := _read_score(finished):
         require_origin(folder, finetune_origin(settings, "finetune"))
-    else:
-        with open_run(settings) as run:
-            results = run.run(lambda step: None)
-            write_results(finished, {"metric": run.metric, "score": results[f"eval_{run.metric}"]})
-    saved = read_json(finished)
-    return saved["metric"], saved["score"]
+        return saved
+    with open_run(settings) as run:
+        score = run.run(lambda step: None)[f"eval_{run.metric}"]
+        write_results(finished, {"metric": run.metric, "score": score})
+        return run.metric, score
+
+
+def _read_score(path: Path) -> tuple[str, float] | None:
+    """Return the metric and the score of a finished run; None: there is none, or its file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        saved = read_json(path)
+        return str(saved["metric"]), float(saved["score"])
+    except (KeyError, TypeError, ValueError):
+        logger.warning("%s is damaged: the run is repeated", path)
+        return None

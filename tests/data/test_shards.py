@@ -72,6 +72,9 @@ def test_a_part_stores_its_origin(tmp_path):
         pass
     assert part_origin(tmp_path, "a") == {"path": "x"}
     assert part_origin(tmp_path, "b") is None
+    for damaged in ("{", "[]", "[" * 100_000, "\0"):
+        (tmp_path / "a" / "part.json").write_text(damaged)
+        assert part_origin(tmp_path, "a") is None
 
 
 def test_shards_of_another_tokenizer_are_refused(folder):
@@ -85,7 +88,7 @@ def test_a_folder_without_manifest_is_refused_by_name(tmp_path):
         Shards.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "bertfast shards 1"}'])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\0", '{"format": "bertfast shards 1"}'])
 def test_an_invalid_manifest_is_refused_by_name(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="manifest"):

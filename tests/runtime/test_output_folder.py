@@ -94,7 +94,7 @@ def test_a_missing_or_added_input_is_refused(written, tmp_path):
         reopen(folder, Origin({}, origin.settings))
 
 
-@pytest.mark.parametrize("record", [None, "{", "[]", '{"inputs": 3}', "null"])
+@pytest.mark.parametrize("record", [None, "{", "[]", "[" * 100_000, '{"inputs": 3}', "null"])
 def test_contents_without_a_readable_record_are_refused(written, record):
     folder, origin = written
     (folder / "origin.json").unlink() if record is None else (folder / "origin.json").write_text(record)

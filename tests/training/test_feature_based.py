@@ -75,6 +75,12 @@ def test_hidden_states_are_recomputed_only_for_other_text_or_another_encoder(pre
         changed.delattr(BertFeaturesForTokenClassification, "features")
         again = run(lstm_size=8, seed=3).features["train"].inputs["features"]
     np.testing.assert_array_equal(first, again)
+    (cache,) = kept.glob("*.npy")
+    whole = cache.read_bytes()
+    for damaged in (b"", b"3", whole[:-100], whole.replace(b"12", b"13", 1)):
+        cache.unlink()  # not overwritten, as arrays are mapped from it
+        cache.write_bytes(damaged)
+        np.testing.assert_array_equal(first, run().features["train"].inputs["features"])
     run(feature_layers="embeddings")
     run(random_init=True)
     (tmp_path / "more").mkdir()

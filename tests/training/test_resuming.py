@@ -127,6 +127,15 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, t
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(("file", "content"), [("state.json", "{}"), ("state.json", "3"), ("checksums.json", "[]")])
+def test_a_damaged_checkpoint_does_not_end_the_run_that_continues(file, content, data, tmp_path):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    _, newest = checkpoints(tmp_path / "checkpoints")
+    (newest / file).write_text(content)
+    pretrain(settings_for(tmp_path, data, **SHORT, resume=True, save_total_limit=9))
+    assert newest_whole(tmp_path / "checkpoints") == newest
+
+
 def test_a_run_with_only_damaged_checkpoints_is_refused(data, tmp_path):
     pretrain(settings_for(tmp_path, data, **SHORT))
     for saved in checkpoints(tmp_path / "checkpoints"):

@@ -59,6 +59,16 @@ def test_runs_of_another_sweep_are_refused_or_replaced(pretrained, tmp_path, cap
     assert not (tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-2").exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"metric": "accuracy"}'])
+def test_a_run_with_a_damaged_score_is_repeated(content, pretrained, tmp_path, caplog):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-2], seeds=[1])
+    results = sweep(settings)
+    score = tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-1" / "sweep_score.json"
+    score.write_text(content)
+    assert sweep(settings) == results
+    assert f"{score} is damaged: the run is repeated" in caplog.text
+
+
 def test_a_part_of_another_sweep_is_refused(pretrained, tmp_path, capsys):
     settings = settings_for(pretrained, tmp_path, learning_rates=[1e-2], seeds=[1])
     sweep(settings)
