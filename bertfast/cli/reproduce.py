@@ -6,8 +6,9 @@ not repeated, and the table, which also shows the figures of the paper, is rewri
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from bertfast.architectures.presets import Preset
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.text_files import read_json
+from bertfast.data.text_files import json_object, read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
 from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest, refuse_repeated
@@ -25,6 +26,8 @@ from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.pretrain_checkpointing import pretrain_origin
 from bertfast.training.pretrain_data import Corpus
+
+logger = logging.getLogger("bertfast")
 
 _ABSENT = "no data"
 
@@ -85,10 +88,14 @@ def reproduce(settings: ReproduceSettings) -> Path:
     if not recipe.is_file():
         raise FileNotFoundError(f"there is no recipe {recipe}: choose another --table, or the folder with --recipes")
     table = read_yaml(recipe, str(recipe))
+    check_recipe(table, recipe)
     columns = _columns(settings, table)
+    if settings.model_name_or_path is None or any("pretrain" in row for row in table["rows"]):
+        _corpus(Path(settings.data, "corpus"))
     cells = {}
     # Every run has a record of its own; tables may share runs.
-    with output_folder(Path(settings.output_dir), Origin(command="reproduce"), ()) as folder:
+    overwrite = settings.overwrite_output_dir
+    with output_folder(Path(settings.output_dir), Origin(command="reproduce"), (), overwrite=overwrite) as folder:
         page = folder / f"table-{settings.table}.md"
         for row in table["rows"]:
             for name in columns:
@@ -98,6 +105,34 @@ def reproduce(settings: ReproduceSettings) -> Path:
                     print(f"{row['name']}, {name}: {cells[row['name'], name]}", flush=True)
     print(page.read_text(encoding="utf-8"))
     return page
+
+
+def check_recipe(table: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a recipe lacks an entry, or has one of another type."""
+    required = {"title": str, "paper": str, "columns": dict, "rows": list}
+    _check_entries(table, str(path), required, {"finetune": dict, "note": str})
+    for name, column in table["columns"].items():
+        where = f"{path}: column {name}"
+        _check_entries(column, where, {"metric": str}, {"finetune": dict, "run": str, "times": int})
+        if column["metric"] != "perplexity":
+            _check_entries(column, where, {"task": str, "train-file": str, "validation-file": str}, {})
+    for number, row in enumerate(table["rows"], 1):
+        optional = {"finetune": dict, "paper": dict, "pretrain": dict}
+        _check_entries(row, f"{path}: row {number}", {"name": str}, optional)
+
+
+_KINDS = {str: "text", int: "a whole number", dict: "`name: value` lines", list: "a list"}
+
+
+def _check_entries(entries: object, where: str, required: Mapping[str, type], optional: Mapping[str, type]) -> None:
+    """Raise ValueError if an entry is missing or of another type than the one given with its name."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"{where} must hold `name: value` lines, got {entries!r:.60}")
+    for name, kind in {**required, **optional}.items():
+        if name in entries and not isinstance(entries[name], kind):
+            raise ValueError(f"{where}: {name} must be {_KINDS[kind]}, got {entries[name]!r:.60}")
+        if name in required and name not in entries:
+            raise ValueError(f"{where} has no {name}")
 
 
 def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: ReproduceSettings) -> str:
@@ -146,8 +181,7 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
     """Return the text of a cell, after the runs that it still needs."""
     column = table["columns"][name]
     if column.get("metric") == "perplexity":
-        last = Path(_model(settings, row, folder), "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        return f"{json.loads(last)['validation_perplexity']:.2f}"
+        return f"{_perplexity(Path(_model(settings, row, folder), 'metrics.jsonl')):.2f}"
     train, validation = _files(column, Path(settings.data))
     if not (train.is_file() and validation.is_file()):
         return _ABSENT
@@ -163,13 +197,37 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
         if settings.num_train_epochs is not None:
             flags["num-train-epochs"] = settings.num_train_epochs
         finetuning = parse("finetune", FinetuneSettings, flags_of(flags | _where(settings)))
-        finished = (run / "all_results.json").exists()
-        if not finished or _is_stale(run, finetune_origin(finetuning, "finetune"), settings):
-            finetune(finetuning)
-        results = read_json(run / "all_results.json")
-        scores.append(results[f"eval_{column['metric']}"] * column.get("times", 100))
+        results = _results(run)
+        if results is None or _is_stale(run, finetune_origin(finetuning, "finetune"), settings):
+            results = finetune(finetuning)
+        score = results.get(f"eval_{column['metric']}")
+        if score is None:
+            known = ", ".join(key.removeprefix("eval_") for key in results if key.startswith("eval_"))
+            raise ValueError(f"column {name}: {run} has no {column['metric']}; give the recipe one of {known}")
+        scores.append(score * column.get("times", 100))
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.1f}{spread}"
+
+
+def _results(run: Path) -> dict[str, Any] | None:
+    """Return the results of a finished run; None: there are none, or they are damaged."""
+    path = run / "all_results.json"
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except ValueError as error:
+        logger.warning("the run is repeated: %s", error)
+        return None
+
+
+def _perplexity(metrics: Path) -> float:
+    """Return the last validation perplexity of a pre-training run."""
+    number, line = (*read_lines(metrics), (1, ""))[-2]
+    perplexity = json_object(metrics, number, line, '{"validation_perplexity": 9}').get("validation_perplexity")
+    if not isinstance(perplexity, float):
+        raise ValueError(f"{metrics} is damaged: it has no validation_perplexity; pass --overwrite-output-dir")
+    return perplexity
 
 
 def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> str:
@@ -223,8 +281,14 @@ def _is_stale(run: Path, origin: Origin, settings: ReproduceSettings) -> bool:
 
 
 def _corpus(folder: Path) -> CorpusSettings:
+    """Return the text to pre-train on; FileNotFoundError if there is none."""
     files = {split: sorted(folder.glob(f"*-{split}*.txt.xz")) for split in ("train", "valid")}
     chosen = {split: [str(file) for file in found if "wikitext" not in file.name] for split, found in files.items()}
+    if not chosen["train"]:
+        raise FileNotFoundError(
+            f"{folder} has no *-train*.txt.xz to pre-train on: add one to --data, or give --model-name-or-path if the "
+            "table needs no other model"
+        )
     return CorpusSettings(chosen["train"], chosen["valid"], vocab_size=16_384)
 
 

@@ -25,6 +25,8 @@ def arguments(pretrained, tmp_path):
     (tmp_path / "data" / "glue" / "SST-2").mkdir(parents=True)
     for split in ("train", "dev"):
         shutil.copyfile(file, tmp_path / "data" / "glue" / "SST-2" / f"{split}.tsv.gz")
+    (tmp_path / "data" / "corpus").mkdir()
+    (tmp_path / "data" / "corpus" / "a-train.txt.xz").write_text("A text.\n")
     text = tmp_path / "a.txt"
     text.write_text("\n\n".join(f"Line {number} is here.\nAnother follows." for number in range(30)))
     model, out = str(pretrained), str(tmp_path / "out")

@@ -8,7 +8,7 @@ import yaml
 
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
-from bertfast.cli.reproduce import ReproduceSettings, reproduce
+from bertfast.cli.reproduce import ReproduceSettings, check_recipe, reproduce
 from bertfast.data.prepare import CorpusSettings
 from bertfast.runtime.output_folder import OriginError
 from bertfast.training.finetune import FinetuneSettings
@@ -41,7 +41,9 @@ TABLE = {
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_recipes_use_valid_flags_and_columns(number):
-    table = yaml.safe_load((RECIPES / f"table-{number}.yaml").read_text(encoding="utf-8"))
+    path = RECIPES / f"table-{number}.yaml"
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    check_recipe(table, path)
     for row in table["rows"]:
         assert set(row.get("paper", {})) <= set(table["columns"])
         parse("pretrain", PretrainSettings, ["--output-dir", "out", *flags_of(row.get("pretrain", {}))])
@@ -128,6 +130,45 @@ def test_a_folder_without_the_data_of_the_table_is_refused_and_nothing_written(t
 def test_an_unknown_column_is_refused_and_the_closest_one_suggested(tmp_path):
     settings = ReproduceSettings(table=5, data=str(tmp_path), output_dir=str(tmp_path / "out"), only=["SST2"])
     with pytest.raises(ValueError, match="--only SST2: table 5 has no such column; did you mean SST-2"):
+        reproduce(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 3}, "rows must be a list, got 3"),
+        ({"rows": ["a"]}, "row 1 must hold `name: value` lines, got 'a'"),
+        ({"rows": [{"finetune": {}}]}, "row 1 has no name"),
+        ({"columns": {"Own": {"metric": "f1"}}}, "column Own has no task"),
+        ({"columns": {"Own": COLUMN | {"train-file": 3}}}, "column Own: train-file must be text, got 3"),
+    ],
+)
+def test_a_recipe_without_an_entry_or_with_another_type_is_refused_by_name(changes, message, tmp_path):
+    path = tmp_path / "table-5.yaml"
+    path.write_text(yaml.safe_dump(TABLE | changes))
+    settings = ReproduceSettings(table=5, data=str(tmp_path), output_dir=str(tmp_path / "out"), recipes=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{path}: {message}"):
+        reproduce(settings)
+
+
+def test_a_table_of_models_to_pre_train_requires_a_corpus(tmp_path):
+    (tmp_path / "table-5.yaml").write_text(yaml.safe_dump(TABLE))
+    (tmp_path / "a.tsv").write_text("")
+    settings = ReproduceSettings(table=5, data=str(tmp_path), output_dir=str(tmp_path / "out"), recipes=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"corpus has no \*-train\*\.txt\.xz to pre-train on"):
+        reproduce(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused(pretrained, tmp_path):
+    column = COLUMN | {"metric": "f7"}
+    table = TABLE | {"columns": {"A": column}, "rows": [{"name": "a"}], "finetune": {"num-train-epochs": 1}}
+    (tmp_path / "table-5.yaml").write_text(yaml.safe_dump(table))
+    rows = [f"the film was {word}\t{word}" for word in ("good", "bad")] * 4
+    (tmp_path / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    folders = {"data": str(tmp_path), "output_dir": str(tmp_path / "out"), "recipes": str(tmp_path)}
+    settings = ReproduceSettings(table=5, model_name_or_path=str(pretrained), device="cpu", **folders)
+    with pytest.raises(ValueError, match=r"column A: .* has no f7; give the recipe one of .*accuracy"):
         reproduce(settings)
 
 
