@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 
 from bertfast.cli.recipes import find_config, read_yaml
-from bertfast.runtime.settings import Settings, group_class, hints_of, nearest, range_of, settings_of
+from bertfast.runtime.settings import Settings, flag, group_class, hints_of, nearest, range_of, settings_of
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -32,7 +32,7 @@ def parse(
         description: Text above the flags in `--help`; None: the first paragraph of the class's docstring.
 
     Raises:
-        ValueError: A value is out of its range, or the YAML file has an entry that is not a setting.
+        ValueError: A value is empty or out of its range, or the YAML file has an entry that is not a setting.
         SystemExit: A flag is unknown, required or cannot be read, or `--help` was given.
     """
     parsed = tyro.cli(
@@ -42,7 +42,9 @@ def parse(
         args=_without_config(arguments, command, settings_class),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),  # help texts are given below
     )
-    return settings_class.of(**dict(_values(parsed)))
+    values = dict(_values(parsed))
+    _refuse_empty(settings_class, values)
+    return settings_class.of(**values)
 
 
 def flags_of(entries: Mapping[str, Any]) -> list[str]:
@@ -54,6 +56,23 @@ def flags_of(entries: Mapping[str, Any]) -> list[str]:
         else:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def _refuse_empty(settings_class: type[Settings], values: dict[str, Any]) -> None:
+    """Raise ValueError if a text or a path is empty, as when a shell's variable is not set."""
+    for name, setting in settings_of(settings_class).items():
+        if (values[name] == "" != setting.field.default) or (isinstance(values[name], list) and "" in values[name]):
+            shown = _metavar(name) if _is_positional(setting.hint) else flag(name)
+            raise ValueError(f"{shown} is empty: give a value, or leave it out")
+
+
+def _is_positional(hint: Any) -> bool:
+    return get_args(hint)[1:] == get_args(tyro.conf.Positional[str])[1:]
+
+
+def _metavar(name: str) -> str:
+    """Return the name of an argument without a flag."""
+    return name.replace("_", "-").upper()
 
 
 def _without_config(arguments: list[str], command: str, settings_class: type[Settings]) -> list[str]:
@@ -117,8 +136,7 @@ def _flag_class(settings_class: type[Settings], default: Settings | None = None)
             hint = _flag_class(nested, value)
             fields.append((field.name, hint, dataclasses.field(default_factory=hint)))
             continue
-        is_positional = get_args(hint)[1:] == get_args(tyro.conf.Positional[str])[1:]
-        metavar = field.name.replace("_", "-").upper() if is_positional else None
+        metavar = _metavar(field.name) if _is_positional(hint) else None
         hint = Annotated[hint, tyro.conf.arg(help=_help(texts[field.name], hint), metavar=metavar)]
         new = dataclasses.field() if required else dataclasses.field(default_factory=partial(copy.copy, value))
         fields.append((field.name, hint, new))

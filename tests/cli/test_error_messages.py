@@ -34,6 +34,8 @@ def folder(tmp_path_factory):
             "pretrain --output-dir o --data-dir none",
             "--data-dir none: no such folder; `bertfast prepare --output-dir none` writes it",
         ),
+        ("predict --model-name-or-path= --input-file data.tsv", "--model-name-or-path is empty: give a value"),
+        ("prepare --output-dir o --train-file text.txt --validation-file=", "--validation-file is empty"),
         ("import none o", "there is no checkpoint none, since none.index is missing"),
         (
             "verify ./no/such/model",
