@@ -79,7 +79,7 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     config = read_config(folder)
     if isinstance(config, ExtendedBertConfig):
         raise ValueError(f"{name} has parts that transformers does not have, so there is nothing to compare with")
-    model_class = class_named_by(config)
+    model_class = class_named_by(config, folder)
     if model_class is BertForMultipleChoice:
         model_class = BertModel  # multiple choice takes several texts per example, and these are single ones
     tokenizer = open_tokenizer(folder, config)

@@ -130,7 +130,7 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
         raise ValueError(
             f"{folder} has {', '.join(unsupported)}, which transformers does not have: so only bertfast can run it"
         )
-    return class_named_by(config)
+    return class_named_by(config, folder)
 
 
 def _check_packages(to: str) -> None:

@@ -50,16 +50,16 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
             f"{prefix} is a checkpoint of TensorFlow 2 objects, whose names are not those of Google's BERT: write its "
             "variables with tf.compat.v1.train.Saver, or convert it with transformers 4"
         )
-    data = []
+    data: list[tuple[Path, np.ndarray]] = []
     for number in range(shards):
         file = Path(f"{prefix}.data-{number:05}-of-{shards:05}")
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, although {index.name} refers to it")
-        data.append(np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8))
+        data.append((file, np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)))
     tensors = {}
     for name, entry in entries.items():
         try:
-            tensors[name] = _tensor(name, entry, data)
+            tensors[name] = _tensor(name, entry, index, data)
         except _DAMAGE as error:
             raise ValueError(f"{index} is damaged: its entry of {name} cannot be read ({error})") from error
     return tensors
@@ -76,17 +76,20 @@ def find_index(prefix: str | Path) -> Path:
     return index
 
 
-def _tensor(name: str, entry: Fields, data: list[np.ndarray]) -> np.ndarray:
+def _tensor(name: str, entry: Fields, index: Path, data: list[tuple[Path, np.ndarray]]) -> np.ndarray:
     """Return the array of a BundleEntryProto: 1 dtype, 2 shape, 3 shard, 4 offset, 5 size, 7 slices."""
     code = _first(entry, 1, 0)
     if code not in _DTYPES or 7 in entry:
-        raise ValueError(f"{name} is not an unpartitioned array of numbers (data type {code})")
+        raise ValueError(f"{index}: {name} is not an unpartitioned array of numbers (data type {code})")
     dimensions = _fields(_first(entry, 2, b"")).get(2, [])
     shape = [_first(_fields(dimension), 1, 0) for dimension in dimensions if isinstance(dimension, bytes)]
     start, size = _first(entry, 4, 0), _first(entry, 5, 0)
-    content = data[_first(entry, 3, 0)][start : start + size]
+    file, content = data[_first(entry, 3, 0)]
+    content = content[start : start + size]
     if len(content) != size or size != prod(shape) * np.dtype(_DTYPES[code]).itemsize:
-        raise ValueError(f"the data file is damaged: {name} of shape {shape} has {len(content)} of {size} bytes")
+        raise ValueError(
+            f"{file} is damaged, copy or download it again: {name} of shape {shape} has {len(content)} of {size} bytes"
+        )
     if not size:
         return np.empty(0, _DTYPES[code])  # not reshaped, as the shape may be absurd
     array: np.ndarray = content.view(_DTYPES[code]).reshape(shape)

@@ -164,8 +164,10 @@ def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tens
     labels = labels.view_as(logits).to(logits.dtype)
     if problem == "regression":
         total = F.mse_loss(logits, labels, reduction="sum")
-    else:
+    elif problem == "multi_label_classification":
         total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    else:
+        raise ValueError(f"config.problem_type {problem!r} is unknown, so there is no loss for it")
     return total / logits.shape[1] / num_items  # a mean over rows and columns; `num_items` counts rows
 
 

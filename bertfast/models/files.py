@@ -44,6 +44,8 @@ _OPTIONS = {  # other numbers
     "attention_probs_dropout_prob": Range(0, below=1),
 }
 
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
 
 def resolve(name: str | Path) -> Path:
     """Return the folder of a model: one that exists, or the local copy of a hub id.
@@ -135,6 +137,9 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
             f"{source}: pad_token_id must be from 0 to {config.vocab_size - 1}, the last token of the vocabulary, got "
             f"{config.pad_token_id!r:.40}"
         )
+    if config.problem_type not in _PROBLEM_TYPES:
+        known = ", ".join(filter(None, _PROBLEM_TYPES))
+        raise ValueError(f"{source}: problem_type must be one of {known}, got {config.problem_type!r:.40}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"{source}: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and "
@@ -265,8 +270,8 @@ def _tied(model: PreTrainedModel) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*dict(model.named_parameters())}
 
 
-def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
-    """Return the fused class that a folder's configuration names, `BertModel` if it names none.
+def class_named_by(config: BertConfig, folder: Path) -> type[PreTrainedModel]:
+    """Return the fused class that the configuration of a folder names, `BertModel` if it names none.
 
     Raises:
         ValueError: The class that it names is not one of bertfast.
@@ -275,5 +280,5 @@ def class_named_by(config: BertConfig) -> type[PreTrainedModel]:
     known = {name: kind for name, kind in classes.items() if issubclass(kind, PreTrainedModel)}
     name = next(iter(config.architectures or ["BertModel"]))
     if name not in known:
-        raise ValueError(f"its config names {name}, which is none of {', '.join(known)}")
+        raise ValueError(f"{folder / 'config.json'} names {name}, which is none of {', '.join(known)}")
     return known[name]

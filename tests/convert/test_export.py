@@ -120,4 +120,4 @@ def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     config = tmp_path / "plain" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForBirds"]}))
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out")]) == 1
-    assert "its config names BertForBirds" in capsys.readouterr().err
+    assert "config.json names BertForBirds" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     config.write_text(kept)
     data = tmp_path / "bert_model.ckpt.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:-100])
-    assert "the data file is damaged" in refused()
+    assert "data-00000-of-00001 is damaged" in refused()
     data.unlink()
     assert "is missing, although" in refused()
     index = tmp_path / "bert_model.ckpt.index"
