@@ -185,6 +185,37 @@ FAULTS: dict[str, Callable[[bytes], bytes]] = {  # faults that a file of any for
     "parquet": lambda content: b"PAR1" + content,
 }
 
+_JSON_TEXTS = {
+    "list": b"[]",
+    "number": b"3",
+    "null": b"null",
+    "other_keys": b'{"a": 1}',
+    "deep": b"[" * 100_000,
+}
+
+
+def _nulls(content: bytes) -> bytes:
+    """Replace all values of a JSON object by null."""
+    try:
+        return json.dumps(dict.fromkeys(json.loads(content))).encode()
+    except (ValueError, TypeError):
+        return content.replace(b"1", b"null")
+
+
+FILE_FAULTS: dict[str, Callable[[bytes], bytes | None]] = {  # of files that programs write; None: the file is absent
+    **{name: FAULTS[name] for name in ("bom", "nul", "lfs", "empty", "cut", "random", "spaces")},
+    **{name: lambda content, text=text: text for name, text in _JSON_TEXTS.items()},
+    "nulls": _nulls,
+    "absent": lambda content: None,
+}
+
+
+def replace(path: Path, content: bytes | None) -> None:
+    """Replace the content of a file; None: remove it."""
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+
 
 def write_files(folder: Path) -> dict[str, list[str]]:
     """Write the files of every format and fault; return their names by format.

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from bad_inputs import FAULTS
+from bad_inputs import FAULTS, FILE_FAULTS, replace
 from safetensors.torch import load_file, save_file
 from sentiment import FILLERS
 from tensorflow_checkpoint import tensors_of, write_bundle
@@ -14,8 +14,6 @@ from torch import Tensor
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 from bertfast.models import bert
 from bertfast.models.bert import BertConfig
-
-_FILE_FAULTS = ("bom", "nul", "lfs", "empty", "cut", "random", "spaces")
 
 
 def write_models(folder: Path) -> list[str]:
@@ -38,14 +36,12 @@ def write_models(folder: Path) -> list[str]:
     contents: dict[str, dict[str, bytes | None]] = {}
     for file in ("config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         whole = (model / file).read_bytes()
-        for fault in _FILE_FAULTS:
-            contents[f"{file}_{fault}"] = {file: FAULTS[fault](whole)}
-        contents[f"{file}_absent"] = {file: None}
-        if file.endswith(".json"):
-            for index, text in enumerate((b"[]", b"3", b"null", b'{"a": 1}', b"[" * 100_000)):
-                contents[f"{file}_{index}"] = {file: text}
+        for fault, change in FILE_FAULTS.items():
+            contents[f"{file}_{fault}"] = {file: change(whole)}
     for index, change in enumerate(_CONFIG_CHANGES):
         contents[f"config_{index}"] = {"config.json": json.dumps(config | change).encode()}
+    multi_label = config | {"problem_type": "multi_label_classification"}
+    contents["multi_label"] = {"config.json": json.dumps(multi_label).encode()}
     for name, text in {
         "twice": vocabulary + b"good\n",
         "no_special": vocabulary.replace(b"[MASK]", b"[MASQUE]"),
@@ -64,9 +60,7 @@ def write_models(folder: Path) -> list[str]:
     for name, changes in contents.items():
         shutil.copytree(model, folder / name)
         for file, content in changes.items():
-            (folder / name / file).unlink(missing_ok=True)
-            if content is not None:
-                (folder / name / file).write_bytes(content)
+            replace(folder / name / file, content)
         names.append(name)
     shutil.copytree(model, folder / "foreign_weights")
     save_file({"a.weight": torch.zeros(2)}, folder / "foreign_weights/model.safetensors", {"format": "pt"})
@@ -137,9 +131,8 @@ def write_checkpoints(folder: Path) -> list[str]:
     (checkpoint / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     names = ["checkpoint"]
     for file in [path.name for path in checkpoint.iterdir()]:
-        for fault in (*_FILE_FAULTS, "absent"):
+        for fault, change in FILE_FAULTS.items():
             names.append(f"checkpoint_{file}_{fault}")
             shutil.copytree(checkpoint, folder / names[-1])
-            path = folder / names[-1] / file
-            path.unlink() if fault == "absent" else path.write_bytes(FAULTS[fault](path.read_bytes()))
+            replace(folder / names[-1] / file, change((checkpoint / file).read_bytes()))
     return [f"{name}/bert.ckpt" for name in names]

@@ -10,7 +10,8 @@ import traceback
 from importlib import import_module
 
 import pytest
-from bad_calls import Call, Generator, Inputs, fault_of
+from bad_calls import Call, Generator, Inputs
+from bad_outcomes import fault_of
 
 from bertfast.cli.main import COMMANDS
 
@@ -89,6 +90,7 @@ def test_the_calls_are_the_same_each_time_and_use_all_commands_and_inputs(inputs
         *inputs.models,
         *inputs.configs,
         *inputs.checkpoints,
+        *inputs.recipes,
         *(name for names in inputs.files.values() for name in names),
     ]
     assert len(set(named) - words) < 0.1 * len(named)
@@ -111,7 +113,7 @@ def test_a_planted_fault_is_found(planted, inputs, tmp_path, monkeypatch):
         return {"a wrong status": 3, "an error without a sentence": 1}.get(planted)
 
     monkeypatch.setattr(import_module("bertfast.inference.fill_mask"), "fill_mask_command", run)
-    assert fault_of(Call(["fill-mask", "a", "b"], None), inputs, tmp_path / "calls")
+    assert fault_of(Call(["fill-mask", "a", "b"]), inputs, tmp_path / "calls")
 
 
 @pytest.mark.slow
