@@ -25,6 +25,7 @@ from bertfast.models.files import class_named_by, load, model_files, read_config
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Settings
+from bertfast.tasks.pretrained import open_tokenizer
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 _CONTENTS = ("config.json", "model*.safetensors*", *_TOKENIZER, "model.onnx", "model.pt2")
@@ -72,6 +73,8 @@ def export(settings: ExportSettings) -> Path:
     """
     source = resolve(settings.model_name_or_path)
     model_class = _model_class(source)
+    if any((source / name).is_file() for name in _TOKENIZER):
+        open_tokenizer(source, read_config(source))  # raises if it is damaged, or of another model
     _check_packages(settings.to)
     origin = Origin({"--model-name-or-path": model_files(source)}, command="export")
     folder = Path(settings.output_dir)

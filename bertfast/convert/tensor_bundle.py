@@ -62,6 +62,11 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
             tensors[name] = _tensor(name, entry, index, data)
         except _DAMAGE as error:
             raise ValueError(f"{index} is damaged: its entry of {name} cannot be read ({error})") from error
+    for shard, (file, content) in enumerate(data):
+        ends = [_first(entry, 4, 0) + _first(entry, 5, 0) for entry in entries.values() if _first(entry, 3, 0) == shard]
+        end = max(ends, default=0)
+        if len(content) != end:  # there are more, which have perhaps shifted the tensors
+            raise ValueError(f"{file} is damaged, copy or download it again: it has {len(content)} of {end} bytes")
     return tensors
 
 

@@ -213,6 +213,14 @@ def _check_loaded(
             f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' BertModel names them"
         )
 
+    absent = [key for key in missing if ("encoder.layer." in key or "embeddings." in key) and not key.startswith(fresh)]
+    if absent:
+        others = f" and {len(absent) - 1} more" * (len(absent) > 1)
+        raise ValueError(
+            f"{name} lacks weights that its config.json describes, {absent[0]}{others}: take the config.json that "
+            "belongs to the weights"
+        )
+
 
 def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:
     """Warn of parameters that a checkpoint lacks, and of weights that the model does not have."""

@@ -96,6 +96,19 @@ def test_an_export_of_another_model_is_refused_or_replaced(tmp_path, capsys):
     assert "without a record" in capsys.readouterr().err
 
 
+def test_a_damaged_tokenizer_is_not_exported(tmp_path, capsys):
+    saved(tmp_path / "model", next(case for case in CASES if case.name == "sequence"))
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    assert "tokenizer.json is cut off or not JSON" in capsys.readouterr().err
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(1000))]
+    (tmp_path / "model" / "vocab.txt").write_text("\n".join(tokens))
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    assert "they do not belong together" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_graph_that_differs_is_not_written(tmp_path, capsys, monkeypatch):
     saved(tmp_path / "model", next(case for case in CASES if case.name == "sequence"))
     monkeypatch.setattr("bertfast.convert.export._to_program", lambda model, path, *rest: path.write_text("half"))

@@ -104,8 +104,11 @@ def test_damaged_checkpoints_and_wrong_configs_are_refused(tmp_path, capsys):
     assert "do not have the shapes that" in refused()
     config.write_text(kept)
     data = tmp_path / "bert_model.ckpt.data-00000-of-00001"
-    data.write_bytes(data.read_bytes()[:-100])
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-100])
     assert "data-00000-of-00001 is damaged" in refused()
+    data.write_bytes(b"\xef\xbb\xbf" + whole)
+    assert f"it has {len(whole) + 3} of {len(whole)} bytes" in refused()
     data.unlink()
     assert "is missing, although" in refused()
     index = tmp_path / "bert_model.ckpt.index"

@@ -245,6 +245,18 @@ def test_an_index_that_does_not_match_its_shards_is_refused(index, message, fold
         load(bertfast.BertForMaskedLM, folder)
 
 
+@pytest.mark.parametrize(
+    "absent", ["bert.encoder.layer.1.", "bert.encoder.layer.0.output.dense.bias", "bert.embeddings.pos"]
+)
+def test_a_checkpoint_with_a_part_of_the_encoder_is_refused(absent, folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith(absent)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights that its config.json describes, {absent}.*: take the config"):
+        load(bertfast.BertForMaskedLM, folder)
+
+
 def test_missing_and_extra_heads_are_named(folder, caplog):
     model, missing, unexpected = load(bertfast.BertForSequenceClassification, folder)
     report_differences(model, "it", missing, unexpected)
