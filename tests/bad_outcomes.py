@@ -58,10 +58,12 @@ def fault_of(call: Call, inputs: Inputs, folder: Path) -> str | None:
         for written in folder.iterdir():
             if written not in links:
                 remove(written)
-    return _fault(status, err, out)
+    known = ["standard input", "the text", *(path.name for path in links), *call.arguments[1:]]
+    return _fault(status, err, out, known)
 
 
-def _fault(status: object, err: _ErrorStream, out: io.TextIOWrapper) -> str | None:
+def _fault(status: object, err: _ErrorStream, out: io.TextIOWrapper, known: list[str]) -> str | None:
+    """Return what is wrong with how a call ended, or None; `known` are words of which an error must have one."""
     text = err.getvalue()
     sentences = re.findall(r"^bertfast(?: \S+)?: .*", text, re.MULTILINE)
     out.flush()
@@ -74,9 +76,19 @@ def _fault(status: object, err: _ErrorStream, out: io.TextIOWrapper) -> str | No
         return f"exit code {status} with {len(sentences)} error sentences:\n{text}"
     if sentences and not text.rstrip().endswith(sentences[0].rstrip()):
         return f"the error has more than one line:\n{text}"
+    if sentences and not names_its_cause(sentences[0], known):
+        return f"an error that names neither a flag nor a file:\n{text}"
     if isinstance(err.error, Exception) and not (is_out_of_memory(err.error) or is_deliberate(err.error)):
         return "an error that was not worded for users:\n" + "".join(traceback.format_exception(err.error))
     return None
+
+
+def names_its_cause(sentence: str, known: list[str]) -> bool:
+    """Return whether an error names a flag, an argument such as OUTPUT-DIR, or one of the known words."""
+    message = sentence.partition(": ")[2]
+    if re.search(r"--[a-z]|^[A-Z-]+ is", message):
+        return True
+    return any(message.startswith(name) or (len(name) > 2 and name in message) for name in filter(None, known))
 
 
 def is_deliberate(error: BaseException) -> bool:

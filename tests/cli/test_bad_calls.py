@@ -14,6 +14,7 @@ from bad_calls import Call, Generator, Inputs
 from bad_outcomes import fault_of
 
 from bertfast.cli.main import COMMANDS
+from bertfast.runtime.settings import refuse_without_effect
 
 CALLS_PER_TEST = 20
 ALL_CALLS = 2000
@@ -96,11 +97,17 @@ def test_the_calls_are_the_same_each_time_and_use_all_commands_and_inputs(inputs
     assert len(set(named) - words) < 0.1 * len(named)
 
 
-@pytest.mark.parametrize(
-    "planted", ["a bug", "a message of Python", "a printed traceback", "a wrong status", "an error without a sentence"]
-)
+PLANTED = [
+    *("a bug", "a message of Python", "a message without a file or flag"),
+    *("a printed traceback", "a wrong status", "an error without a sentence"),
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_fault_is_found(planted, inputs, tmp_path, monkeypatch):
     def run(settings):
+        if planted == "a message without a file or flag":
+            refuse_without_effect(["something"], "there is no reason")
         if planted == "a bug":
             return {}["key"]
         if planted == "a message of Python":
