@@ -28,7 +28,7 @@ from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.held_out import HeldOut
 from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_manifest
-from bertfast.data.text_files import standard_input
+from bertfast.data.text_files import named_standard_input, standard_input
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
 from bertfast.runtime.atomic_write import atomic_path, named_in_errors
 from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder, require_command
@@ -160,9 +160,10 @@ def prepare(settings: PrepareSettings) -> Path:
     """
     corpus = settings.corpus
     folder = Path(settings.output_dir)
-    with locked_folder(folder, LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"):
+    copy = folder.resolve() / "standard-input.txt"
+    lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
+    with locked_folder(folder, lock), named_standard_input(copy):
         require_command(folder, "prepare")
-        copy = folder.resolve() / "standard-input.txt"
         # The copy of an earlier run is replaced at the end of this block, after all checks.
         with atomic_path(copy) if "-" in corpus.train_file else nullcontext(copy) as new_copy:
             train = _training_files(corpus, folder, new_copy)

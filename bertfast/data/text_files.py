@@ -12,6 +12,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,6 +80,20 @@ def read_standard_input() -> Iterator[tuple[int, str]]:
         ValueError: Standard input is closed, is not text, or a line is not UTF-8; the message names the line.
     """
     return _decoded_lines(STANDARD_INPUT, _decompressed(standard_input()))
+
+
+@contextmanager
+def named_standard_input(copy: Path) -> Iterator[None]:
+    """Have errors in the copy of standard input, or in its temporary file, name standard input."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for path in (copy.with_name(f".{copy.name}"), copy):
+            message = message.replace(str(path), STANDARD_INPUT)
+        if type(error) is not ValueError or message == str(error):
+            raise
+        raise ValueError(message) from error
 
 
 def json_object(path: Path | str, number: int, line: str, example: str) -> dict[str, Any]:

@@ -242,7 +242,8 @@ def test_standard_input_gives_the_same_shards_as_a_file(texts, vocabulary, run, 
     ("text", "options", "message"),
     [
         ("Other text.\n" * 9, {}, "--train-file was .* and is .*--overwrite-output-dir"),
-        ("", {"overwrite": True}, "there is no text in"),
+        ("", {"overwrite": True}, "there is no text in standard input"),
+        ("A text.\n\ud800\n", {"overwrite": True}, "^standard input, line 2: not UTF-8"),
         ("Other text.\n" * 9, {"overwrite": True, "tokenizer_name": "absent"}, "absent"),
         ("a", {"overwrite": True}, "the text has 1 sentence"),
     ],
@@ -256,7 +257,7 @@ def test_the_copy_of_standard_input_is_replaced_only_after_all_checks(
     pipe((texts / "0.txt").read_bytes())
     folder = run("out", "-", tokenizer_name=vocabulary)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    pipe(text.encode())
+    pipe(text.encode(errors="surrogatepass"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run("out", "-", **{"tokenizer_name": vocabulary} | options)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
