@@ -35,7 +35,24 @@ def embeddings(
     dropout: Dropout | None,
     padding_index: int | None,
 ) -> Tensor:
-    """Return dropout(LN(word[token] + token_type[type] + position[position])), [T, H]; see `ops.embeddings`."""
+    """Return dropout(LN(word[token] + token_type[type] + position[position])).
+
+    Args:
+        token_ids: int [T]; None if `word` holds the embedded tokens [T, H].
+        token_type_ids: int [T].
+        position_ids: int [T].
+        word: [V, H], token embeddings.
+        position: [positions, H], position embeddings.
+        token_type: [types, H], token-type embeddings.
+        gamma: [H], weight of the LayerNorm.
+        beta: [H], bias of the LayerNorm.
+        eps: ε of the LayerNorm.
+        dropout: Dropout on the output; None: no dropout.
+        padding_index: Row of `word` that gets no gradient; None: all rows get one.
+
+    Returns:
+        [T, H] in word's dtype.
+    """
     tokens = word if token_ids is None else F.embedding(token_ids, word, padding_idx=padding_index)
     total = tokens + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
     return drop_hidden(layer_norm(total, gamma, beta, eps).to(tokens.dtype), dropout)
@@ -44,9 +61,20 @@ def embeddings(
 def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:
-    """Return dropout(softmax(Q K^T · scale)) V of each sequence, [T, A, D], zero at padding slots; see `ops.attention`.
+    """Return dropout(softmax(Q K^T · scale)) V of each sequence.
 
     It takes memory in proportion to S · max_seqlen_bound²; `bertfast.ops.attention_fallback` takes less.
+
+    Args:
+        qkv: [T, 3, A, D]: queries, keys and values.
+        sequences: Which slots belong to which sequence.
+        scale: Factor of the attention scores.
+        causal: Whether position i attends only to positions j <= i.
+        window: Position i attends only to positions with |i - j| <= window; None: no limit.
+        dropout: Dropout on the attention probabilities; None: no dropout.
+
+    Returns:
+        [T, A, D] in qkv's dtype, zero at padding slots.
     """
     probabilities, value = attention_probabilities(qkv, sequences, scale, causal, window, dropout)
     context = (probabilities.to(value.dtype) @ value).transpose(1, 2)
@@ -56,7 +84,7 @@ def attention(
 def attention_probabilities(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the attention probabilities after dropout.
+    """Compute the attention probabilities after dropout; the arguments are those of `attention`.
 
     Position i attends to position j if j <= i or not `causal`, and if |i - j| <= window or that is None.
 
@@ -92,13 +120,13 @@ def query_only_attention(
     sequence. Its position for dropout is the one after the last token.
 
     Args:
-        query: [S, A, D].
+        query: [S, A, D], one query per sequence.
         qkv: [T, 3, A, D], of which only keys and values are read.
         sequences: Which slots belong to which sequence.
-        scale: Of the scores.
-        causal: See above.
+        scale: Factor of the attention scores.
+        causal: The token attends to no key; see above.
         window: The token attends only to positions up to this one; None: no limit.
-        dropout: Of the probabilities.
+        dropout: Dropout on the attention probabilities; None: no dropout.
 
     Returns:
         [S, A, D].
@@ -121,7 +149,15 @@ def query_only_attention(
 
 
 def to_rows(x: Tensor, sequences: Sequences) -> Tensor:
-    """Gather packed values [T, …] into one row per sequence [S, max_seqlen_bound, …], zero after its last token."""
+    """Gather packed values into one row per sequence.
+
+    Args:
+        x: [T, …].
+        sequences: Which slots belong to which sequence.
+
+    Returns:
+        [S, max_seqlen_bound, …], zero after a sequence's last token.
+    """
     position = torch.arange(sequences.max_seqlen_bound, device=x.device)
     index = sequences.cu_seqlens[:-1, None] + position
     # Absent positions read a row of zeros after the last slot, since other slots may hold NaN.
@@ -131,7 +167,15 @@ def to_rows(x: Tensor, sequences: Sequences) -> Tensor:
 
 
 def to_slots(rows: Tensor, sequences: Sequences) -> Tensor:
-    """Return rows [S, max_seqlen_bound, …] as packed slots [T, …], zero at padding slots."""
+    """Scatter one row per sequence to packed slots, the inverse of `to_rows`.
+
+    Args:
+        rows: [S, max_seqlen_bound, …].
+        sequences: Which slots belong to which sequence.
+
+    Returns:
+        [T, …], zero at padding slots.
+    """
     count, bound, *shape = rows.shape
     index = sequences.sequence_index * bound + sequences.position
     index = torch.where(sequences.is_token, index, count * bound)
@@ -139,9 +183,16 @@ def to_slots(rows: Tensor, sequences: Sequences) -> Tensor:
 
 
 def not_attended(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys (columns) a query (row) of the same sequence does not attend to, bool [L, L]; None: all False.
+    """Return which keys a query of the same sequence does not attend to. It always attends to its own position.
 
-    A query always attends to its own position.
+    Args:
+        length: Number of positions, L.
+        causal: Whether position i attends only to positions j <= i.
+        window: Position i attends only to positions with |i - j| <= window; None: no limit.
+        device: Device of the result.
+
+    Returns:
+        bool [L, L], queries in rows and keys in columns; None: all are attended to.
     """
     if not causal and window is None:
         return None
@@ -158,7 +209,7 @@ def masked_softmax(
     Args:
         query: [..., Q, D].
         key: [..., K, D].
-        scale: Of the scores.
+        scale: Factor of the scores.
         masked: bool, broadcasts to [..., Q, K]: scores that are excluded; None: none are.
         keep: bool, broadcasts to [..., Q, K]: probabilities that dropout keeps; None: no dropout.
         dropout: Its scale applies to kept probabilities.
@@ -187,7 +238,21 @@ def add_layer_norm(
     dropout: Dropout | None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return LN(residual + dropout(x + bias)), [T, H] in residual's dtype, and also in `compute_dtype` if given."""
+    """Return LN(residual + dropout(x + bias)).
+
+    Args:
+        x: [T, H], the output of a GEMM.
+        residual: [T, H].
+        bias: [H]; None: no bias.
+        gamma: [H], weight of the LayerNorm.
+        beta: [H], bias of the LayerNorm.
+        eps: ε of the LayerNorm.
+        dropout: Dropout on x + bias; None: no dropout.
+        compute_dtype: Dtype of a second copy of the result; None: no copy.
+
+    Returns:
+        [T, H] in residual's dtype; with `compute_dtype` a pair of it and the copy.
+    """
     x = accumulating(x)
     x = drop_hidden(x if bias is None else x + bias, dropout)
     y = layer_norm(x + residual, gamma, beta, eps)
@@ -195,27 +260,67 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """Return gelu(x + bias), [T, columns] in x's dtype."""
+    """Return gelu(x + bias).
+
+    Args:
+        x: [T, columns], the output of a GEMM.
+        bias: [columns].
+        approximate: "none": the exact GELU; "tanh": its approximation by tanh.
+
+    Returns:
+        [T, columns] in x's dtype.
+    """
     return F.gelu(accumulating(x) + bias, approximate=approximate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """Return gelu(x W^T + bias), [T, columns]."""
+    """Return gelu(x W^T + bias).
+
+    Args:
+        x: [T, H].
+        weight: W, [columns, H].
+        bias: [columns].
+        approximate: "none": the exact GELU; "tanh": its approximation by tanh.
+
+    Returns:
+        [T, columns] in x's dtype, or that of autocast.
+    """
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
 def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Return LN(gelu(x + bias)) with the exact GELU, [R, H] in gamma's dtype."""
+    """Return LN(gelu(x + bias)) with the exact GELU.
+
+    Args:
+        x: [R, H], the output of a GEMM.
+        bias: [H].
+        gamma: [H], weight of the LayerNorm.
+        beta: [H], bias of the LayerNorm.
+        eps: ε of the LayerNorm.
+
+    Returns:
+        [R, H] in gamma's dtype.
+    """
     return layer_norm(F.gelu(accumulating(x) + bias), gamma, beta, eps).to(gamma.dtype)
 
 
 def linear_cross_entropy(
     hidden: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss [], correct int64 [], counted int64 []) of hidden[rows] W^T + bias; see `ops.linear_cross_entropy`.
+    """Return the summed cross entropy of the logits hidden[rows] W^T + bias.
 
-    A label outside the vocabulary makes the loss NaN. All logits are materialised;
-    `bertfast.ops.linear_cross_entropy_fallback` computes them in chunks.
+    All logits are materialised; `bertfast.ops.linear_cross_entropy_fallback` computes them in chunks.
+
+    Args:
+        hidden: [T, H].
+        rows: int [R], the rows of `hidden` to read; None: all rows in order, R = T.
+        weight: W, [V, H].
+        bias: [V].
+        labels: int [R]; rows with a negative label are ignored.
+
+    Returns:
+        The loss [] in nats, at least fp32, which a label of V or more makes NaN; how many rows predict their label,
+        int64 []; how many have one, int64 [].
     """
     counted = labels >= 0
     x = hidden if rows is None else hidden[rows]
@@ -229,14 +334,32 @@ def linear_cross_entropy(
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Return (x - mean) / sqrt(var + eps) · gamma + beta over the last dimension, at least fp32 (Ba et al., 2016)."""
+    """Return (x - mean) / sqrt(var + eps) · gamma + beta over the last dimension (Ba et al., 2016).
+
+    Args:
+        x: […, H].
+        gamma: [H], weight.
+        beta: [H], bias.
+        eps: ε, added to the variance.
+
+    Returns:
+        […, H], at least fp32.
+    """
     x = accumulating(x)
     with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta.to(x.dtype), eps)
 
 
 def drop_hidden(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """Return dropout(x) of activations [T, H]."""
+    """Return dropout(x) of activations.
+
+    Args:
+        x: [T, H].
+        dropout: Probability and RNG coordinates of the T slots; None: x is returned.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
     if dropout is None:
         return x
     return x * _factors(hidden_keep(dropout, x.shape[1]), dropout, x.dtype)
