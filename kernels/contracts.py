@@ -26,7 +26,7 @@ class Contract:
     """Schema and fake implementation of an operation, common to all its implementations.
 
     Attributes:
-        schema: In PyTorch's notation, without the name.
+        schema: Schema in PyTorch's notation, without the name.
         fake: Takes the operation's arguments and returns uninitialised tensors like its results.
     """
 

@@ -37,8 +37,8 @@ def linear_cross_entropy(
         weight: [V, H].
         bias: [V].
         labels: int [R]; rows with a negative label are ignored.
-        needs_grad: For hidden, weight and bias.
-        dtype: Of the GEMMs.
+        needs_grad: Whether the gradients of hidden, weight and bias are needed.
+        dtype: Dtype of the GEMMs.
         in_chunks: (x [R, H], weight, bias, labels, needs_grad) -> losses and correct counts, per row or summed, d_x,
             d_weight, d_bias.
         sum_by_index: (d_x, rows, T, dtype) -> d_hidden.
@@ -83,7 +83,7 @@ def gradients_in_chunks(
     Args:
         x: [R, H], in the dtype of the GEMMs; becomes d_x if that is needed.
         weight: [V, H].
-        needs_grad: For x, weight and bias.
+        needs_grad: Whether the gradients of x, weight and bias are needed.
         chunk: Rows of a chunk.
         differentiate: (padded [chunk, C], slice of the rows): replaces the logits padded[:, :V], without bias, by their
             gradient; the other columns are zero.

@@ -138,7 +138,7 @@ def sum_groups(
 
     Args:
         values: [T, H], contiguous.
-        groups: From `group_by_index` with these tables' indices.
+        groups: Result of `group_by_index` for these tables' indices.
         tables: (rows, dtype) of each table.
         zero_row: Row of the first table that is set to zero; -1: none.
 

@@ -33,7 +33,7 @@ def assert_as_accurate_as_torch(
         actual: The result to check.
         expected: PyTorch's own result in `dtype`.
         truth: The float64 result; ulps are those of its largest value.
-        name: Of the result, for the message.
+        name: Name of the result, for the message.
         dtype: The dtype whose ulps are taken; default: that of `actual`.
         neighbour: For a truth that cancels to zero, such as the gradient of a key's bias, one of the tensors that it is
             the difference of: its norm scales the ulps.

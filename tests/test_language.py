@@ -71,6 +71,11 @@ FORBIDDEN = {
     r"is known by": "is identified by",
     r"does without|do without": "does not need",
     r"of it\.(?=\s|$)": "name what it is",
+    r"behind (an?|the|its?|their|those|them|these|each|every|all)": "after",
+    r"hold no values": "are fake or on meta",
+    # descriptions of arguments and settings
+    r"(?<=: )(?-i:Of) (an?|the|each|x)(?=[^:\n]*\.)": "a noun first: Factor of the scores.",
+    r"(?<=[;.] )(?-i:none): ": "If not given: …",
 }
 # A group per pattern, so that one search finds the next match of any. Parts of identifiers count, and so does the first
 # word of a sentence: patterns match in any case, except those that say otherwise with (?-i:…).

@@ -33,7 +33,7 @@ class Architecture:
     """A family of models of transformers that the packed encoder runs. Paths are attribute names joined by dots.
 
     Attributes:
-        model_type: As in a configuration.
+        model_type: `model_type` of a configuration.
         module: Name of the module of transformers with the family's classes.
         embeddings, stack, layers: Paths from the encoder to its embeddings, to the module around the layers, and to
             the layers.

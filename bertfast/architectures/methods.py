@@ -99,7 +99,7 @@ def foreign_attention(architecture: Architecture, name: str | None) -> str | Non
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Return whether a module does more than its class says; hooks of transformers and of distributed engines apart."""
+    """Return whether a module does more than its class says, ignoring hooks of transformers and distributed engines."""
     if not isinstance(module, nn.Module):  # a function as activation
         return False
     kind = type(module)

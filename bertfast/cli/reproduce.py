@@ -136,7 +136,7 @@ def _check_entries(entries: object, where: str, required: Mapping[str, type], op
 
 
 def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: ReproduceSettings) -> str:
-    """Return the table as Markdown; each cell shows our result and, in parentheses, that of the paper."""
+    """Return the table as Markdown; each cell shows bertfast's result and, in parentheses, that of the paper."""
     lines = [f"# {table['title']}", "", f"bertfast (in parentheses: the paper, {table['paper']}).", ""]
     lines += ["| | " + " | ".join(table["columns"]) + " |", "|---" * (len(table["columns"]) + 1) + "|"]
     for row in table["rows"]:

@@ -33,7 +33,7 @@ def mask_counts(maskable: NDArray[np.int64], sampling: Sampling) -> NDArray[np.i
 
     Args:
         maskable: int64 [N], tokens of each sample that may be masked, which are all but [CLS] and [SEP].
-        sampling: With the objective and the masking probability.
+        sampling: Objective and masking probability.
 
     Returns:
         int64 [N]. Masked LM: the rounded share of `maskable`, at least 1 unless `maskable` is 0. Causal LM: all tokens

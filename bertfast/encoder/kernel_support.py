@@ -7,8 +7,8 @@ GPU that waits for the device and is slower than transformers. On a CPU its time
 - fp32, rows of 8 or 16 tokens: 1.16 to 1.24; 128 slots in rows of 32 or 128: 1.04 to 1.08; 512 slots: 0.87 to 0.97,
   and less with padding, which is not computed (0.5 to 0.7 with a third of it);
 - bf16 up to 2.8 and fp16 up to 1.2, in wall-clock time;
-- with the kernels, but with 48 columns per head, which the attention kernels do not take: bf16 1.5 to 2.5 in inference
-  and 1.0 to 1.9 in training, so that such a model is treated as one without kernels.
+- with the kernels, but with head dimension 48, which the attention kernels do not support: bf16 1.5 to 2.5 in
+  inference and 1.0 to 1.9 in training, so that such a model is treated as one without kernels.
 
 Few tokens without padding are no faster packed, even with the kernels: most of a call's time goes to reading the
 weights, and an operator costs as much as those of PyTorch that it replaces. Measured in inference on a Xeon with AMX,
@@ -48,7 +48,7 @@ def unsupported_reason(
     Args:
         device: Device of the model's parameters.
         dtype: Dtype of its GEMMs.
-        head_dimension: Columns per attention head; None if the call has no attention.
+        head_dimension: Dimension of an attention head; None if the call has no attention.
         shape: Rows and columns of the padded batch; None if they do not matter, or the batch is packed already.
     """
     is_large = shape is None or (math.prod(shape) >= MIN_SLOTS and shape[1] >= MIN_COLUMNS)
@@ -60,8 +60,8 @@ def unsupported_reason(
         activations = cast(Tensor, SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda"))
         reason = dispatch.unsupported_reason("cpu" if device.type == "cpu" else "triton", "attention", activations)
         if reason is None and head_dimension not in (None, *HEAD_DIMENSIONS):
-            sizes = ", ".join(map(str, HEAD_DIMENSIONS))
-            reason = f"its heads have {head_dimension} columns, the kernels take {sizes}"
+            *sizes, last = map(str, HEAD_DIMENSIONS)
+            reason = f"its head dimension is {head_dimension}; the kernels support {', '.join(sizes)} and {last}"
     return None if reason is None else f"no fast kernels for {str(dtype).removeprefix('torch.')} on {device}: {reason}"
 
 
@@ -74,7 +74,7 @@ def tracing_unsupported_reason(x: Tensor) -> str | None:
     if torch_compat.is_jit_tracing():
         return "torch.jit makes graphs without operations of bertfast"
     if not torch_compat.has_values(x):
-        return "the tensors hold no values"
+        return "the tensors are fake or on meta"
     if torch_compat.is_transformed():
         return "torch.func transforms the call"
     return None

@@ -166,7 +166,7 @@ def _add_layer_norm(
     dropout: Dropout | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the residual stream behind a projection, and its copy in `compute_dtype` if that is given."""
+    """Return the residual stream after a projection, and its copy in `compute_dtype` if that is given."""
     projected, bias = (matmul.linear(x, dense.weight), dense.bias) if is_plain(dense) else (dense(x), None)
     output = ops.add_layer_norm(
         projected, residual, bias, norm.weight, norm.bias, norm.eps, dropout, compute_dtype=compute_dtype

@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingParts:
-    """The embedding tables of a model, their LayerNorm, and the dropout probability behind it."""
+    """The embedding tables of a model, their LayerNorm, and the dropout probability after it."""
 
     token_embeddings: nn.Embedding
     position_embeddings: nn.Embedding
@@ -29,7 +29,7 @@ class LayerParts:
         scale: Factor of the attention scores; None: 1 / sqrt(head dimension).
         causal: Whether a position attends to no later one.
         attention_dropout, attention_output_dropout, output_dropout: Dropout probabilities: of the attention weights,
-            behind the attention's output projection, and behind the feed-forward layer.
+            after the attention's output projection, and after the feed-forward layer.
     """
 
     query: nn.Module

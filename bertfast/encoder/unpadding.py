@@ -27,7 +27,7 @@ class Packed:
         token_type_ids, position_ids: int [T].
         sequences: The sequence and position of each token.
         first: int64 [S], the row of each sequence that is pooled: its [CLS].
-        query_only: Number of slots for query-only tokens, behind those of the sequences: S, one per sequence, or 0. A
+        query_only: Number of slots for query-only tokens, after those of the sequences: S, one per sequence, or 0. A
             query-only token attends to its sequence without being attended to; it is the [CLS] of a padded row whose
             mask excludes it. Slots of sequences that need none are padding slots.
         rng: The tokens' RNG coordinates, for dropout; None if nothing is dropped.
@@ -89,7 +89,7 @@ class Layout:
         if self.indices is None:
             return values.unsqueeze(0)
         size = self.shape[0] * self.shape[1]
-        # Padding slots are written behind the last row, which is cut off.
+        # Padding slots are written after the last row, which is cut off.
         padded = values.new_full((size + self.has_padding_slots, *values.shape[1:]), fill)
         return torch.unflatten(padded.index_copy(0, self.indices, values)[:size], 0, self.shape)
 
@@ -218,7 +218,7 @@ def _pooled_slots(sequences: Sequences, pool_last: bool, masked_starts: Tensor |
 
 def _rng_coordinates(sequences: Sequences, has_query_only: bool) -> RngCoordinates:
     ids, position = sequences.token_sequence_ids, sequences.position
-    if has_query_only:  # their positions are those behind their sequences' last tokens
+    if has_query_only:  # their positions are those after their sequences' last tokens
         rest = sequences.capacity - len(sequences)
         ids = torch.cat([ids[:rest], sequences.sequence_ids])
         position = torch.cat([position[:rest], sequences.cu_seqlens.diff().long()])
@@ -253,7 +253,7 @@ def _from_mask(
         query_only = rows * has_query_only
         slots = bucket(num_tokens + query_only) - query_only if bucketed else num_tokens
         has_padding_slots = has_query_only or slots > num_tokens
-        # Each attended position, flattened, is written to its slot; the others are written behind the last slot.
+        # Each attended position, flattened, is written to its slot; the others are written after the last slot.
         slot = torch.where(attended.flatten(), attended.flatten().cumsum(0) - 1, slots)
         indices = torch.full((slots + 1,), size, device=device)
         indices = indices.scatter(0, slot, torch.arange(size, device=device))[:slots]

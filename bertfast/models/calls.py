@@ -33,7 +33,7 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
     """Return why a call asks for something that the packed encoder does not compute."""
     unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in _KNOWN]
     if unknown:
-        return f"the packed encoder does not take {', '.join(unknown)}"
+        return f"the packed encoder does not support {', '.join(unknown)}"
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     tokens = main_input(arguments)
     has_both = ids is not None and embeddings is not None
@@ -47,7 +47,7 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
     reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
     reason = reason or kernel_support.tracing_unsupported_reason(tokens)
     if reason is None and _pools_padding(encoder, arguments):
-        return "a row of the batch is padding alone"
+        return "a row of the batch contains only padding"
     return reason
 
 
@@ -55,7 +55,7 @@ def config_unsupported_reason(encoder: FusedModel, use_cache: bool | None = None
     """Return why the configuration asks for something that the packed encoder does not compute."""
     config = encoder.config
     if getattr(config, "is_decoder", False) and (config.use_cache if use_cache is None else use_cache):
-        return "calls fill a cache, unless they have use_cache=False"
+        return "the model is a decoder: pass use_cache=False"
     return "the configuration asks for attention weights" if config.output_attentions else None
 
 

@@ -86,7 +86,7 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     """Read a model's configuration.
 
     Args:
-        folder: With `config.json`.
+        folder: Folder with a `config.json`.
         changes: Entries to set, also those that `BertConfig` does not know. Extensions make it an `ExtendedBertConfig`.
 
     Raises:
@@ -187,7 +187,7 @@ def load(
         raise ValueError(f"{name}: its config.json does not describe a BERT with its weights: {error}") from error
     model, info = opened
     missing = [key for key in model.state_dict() if key in info["missing_keys"]]
-    _check_loaded(model, str(name), info["mismatched_keys"], missing, [*weights], fresh)
+    _check_loaded(model, str(name), info["mismatched_keys"], missing, weights, fresh)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
@@ -196,16 +196,23 @@ def load(
 
 
 def _check_loaded(
-    model: PreTrainedModel, name: str, mismatched: Any, missing: list[str], stored: list[str], fresh: tuple[str, ...]
+    model: PreTrainedModel,
+    name: str,
+    mismatched: Any,
+    missing: list[str],
+    stored: dict[str, Tensor],
+    fresh: tuple[str, ...],
 ) -> None:
     """Raise ValueError if weights have other shapes than the model's, or if there are none of its layers."""
     for entry in mismatched:
         key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
         if not key.startswith(fresh):
-            size = list(model.get_parameter(key).shape)
+            implied = list(model.get_parameter(key).shape)
+            # Names in a checkpoint of the encoder alone lack the prefix of the model's, and the other way round.
+            shape = next([*x.shape] for other, x in stored.items() if key.endswith(other) or other.endswith(key))
             raise ValueError(
-                f"{name} is of another size: its {key} is not {size}, as its config.json says: take the config.json "
-                "that belongs to the weights"
+                f"{name}: {key} has shape {shape}, but config.json implies {implied}: use the config.json that belongs "
+                "to the weights"
             )
     if {key for key in model.state_dict() if "encoder.layer." in key} <= {*missing}:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 Each call takes the fastest of three ways:
 
-- padding is removed before the embeddings and restored behind the last layer;
+- padding is removed before the embeddings and restored after the last layer;
 - transformers' own loop runs, and each layer that can be fused removes padding and restores it for itself: if another
   layer cannot be fused, because it has a hook, say, or if hidden states are recorded;
 - transformers' own code runs: for attention weights, caches, masks between pairs of tokens, cross-attention and export,
@@ -67,7 +67,7 @@ class FusedLayer(Fused):
 
 
 class FusedTransform(Fused):
-    """The masked-LM head's transform, in one operation behind its GEMM."""
+    """The masked-LM head's transform, in one operation after its GEMM."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         device, dtype = hidden_states.device, kernel_support.gemm_dtype(hidden_states)
@@ -84,7 +84,7 @@ class FusedTransform(Fused):
 
 
 class FusedEncoder(FusedModel):
-    """An encoder, which removes padding before its embeddings and restores it behind its last layer."""
+    """An encoder, which removes padding before its embeddings and restores it after its last layer."""
 
     def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
         """Return the embeddings and the layers: see `bertfast.encoder.PackedModel`."""

@@ -93,7 +93,7 @@ def _require_module(function: str, model: nn.Module) -> None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give the modules of a fused model the classes back that they had.
+    """Restore the original classes of a fused model's modules.
 
     Raises:
         ValueError: The model is not fused, or is of a class that derives from a fused one.
@@ -203,7 +203,7 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
         result.left[name] = reason
         return
     if "forward" in vars(encoder):
-        result.left[name] = "a forward was set on it, which calls what it was before"
+        result.left[name] = "its `forward` was replaced on the instance"
     reasons = eligibility.unsupported_reasons(encoder)
     if encoder.recomputes() and (encoder.config.output_hidden_states or any(reasons.values())):
         alone = "its activations are recomputed, which requires that the encoder is fused whole"
@@ -214,4 +214,6 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
         if reason is None and isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
                 kind = type(linear)
-                result.left[f"{name}.{path}.{linear_path}"] = f"{kind.__module__}.{kind.__name__} is called as it is"
+                result.left[f"{name}.{path}.{linear_path}"] = (
+                    f"{kind.__module__}.{kind.__name__} is called as a module: its weights cannot be read"
+                )

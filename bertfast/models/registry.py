@@ -87,7 +87,7 @@ def fuse(model: nn.Module, left: Collection[nn.Module] = ()) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every fused module of a tree back the class that it had."""
+    """Restore the original class of every fused module in a tree."""
     for module in [*model.modules()]:
         if isinstance(module, Fused):
             vars(module).pop(SNAPSHOT, None)

@@ -72,8 +72,8 @@ def add_layer_norm(
         bias: [H]; None: no bias.
         gamma: [H].
         beta: [H].
-        eps: Used in fp32 (1e-12 is 0 in fp16).
-        dropout: Of x + bias. A probability draws a seed from torch's generator; None: no dropout.
+        eps: ε of the LayerNorm, used in fp32 (1e-12 is 0 in fp16).
+        dropout: Dropout on x + bias. A float draws a seed from torch's generator; None: no dropout.
         compute_dtype: Dtype in which the next GEMM reads the output, such as autocast's. The same kernel then also
             writes a copy in this dtype, and the backward pass adds the gradients of output and copy in registers.
         implementation: Default: the fastest one that supports the arguments.

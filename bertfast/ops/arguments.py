@@ -65,7 +65,7 @@ class Arguments:
         """Check that each tensor matches its description, and that all are on one device.
 
         Args:
-            tensors: In the order of the descriptions.
+            tensors: The tensors, in the order of the descriptions.
             dropout: Its coordinates must have the size of the dimension "tokens".
 
         Raises:

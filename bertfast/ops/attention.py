@@ -44,10 +44,10 @@ def attention(
         sequences: Which of the T slots belong to which sequence: `Sequences`; or `cu_seqlens`, int [S + 1], as in other
             variable-length attention; or a list of lengths. The last two must cover all T slots. With a `cu_seqlens`
             on a GPU, the kernels are configured for one sequence of T tokens; `Sequences` has a tighter bound.
-        scale: Of the scores; default 1 / sqrt(D).
+        scale: Factor of the attention scores; None: 1 / sqrt(D).
         causal: Position i attends only to positions up to i.
         window: Position i attends only to positions at most this far away; None: no limit.
-        dropout: Of the probabilities, for fewer than 256 heads. A probability draws a seed from torch's generator.
+        dropout: Dropout on the attention probabilities (fewer than 256 heads). A float draws a seed from torch.
         implementation: Default: the fastest one that supports the arguments.
 
     Returns:

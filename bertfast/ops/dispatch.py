@@ -14,7 +14,7 @@ from bertfast.ops import cuda_build, native
 from bertfast.runtime.torch_compat import autocast_dtype, is_transformed
 
 Implementation = Literal["reference", "cpu", "triton", "cuda"]
-"""Plain PyTorch, the native library, Triton, or CUDA C++ for Hopper."""
+"""Plain PyTorch, the native library, Triton, or CUDA C++."""
 
 
 HAS_TRITON = find_spec("triton") is not None

@@ -32,7 +32,7 @@ def reference_gradients(
 
     Args:
         definition: The operator's reference; its differentiable outputs come first.
-        arguments: As saved: the tensors are still connected to their graph.
+        arguments: The saved arguments: the tensors are still connected to their graph.
         needs_grad: Which arguments require a gradient.
         d_outputs: Gradients of the differentiable outputs; None for outputs that were not used.
     """

@@ -115,7 +115,7 @@ def row_coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 KernelArguments = tuple[Tensor | None, Tensor | None, Tensor | None, int, int]
-"""Dropout as the kernels take it: (seed, sequence ids, positions, counter word, threshold)."""
+"""Dropout as it is passed to the kernels: (seed, sequence ids, positions, counter word, threshold)."""
 
 
 def kernel_arguments(dropout: Dropout | None) -> KernelArguments:

@@ -51,10 +51,10 @@ def embeddings(
         word: [V, H], floating point.
         position: [positions, H], floating point.
         token_type: [types, H], floating point.
-        gamma: [H], of the LayerNorm.
-        beta: [H], of the LayerNorm.
-        eps: Of the LayerNorm, used in fp32.
-        dropout: Of the output. A probability draws a seed from torch's generator; None: no dropout.
+        gamma: [H], weight of the LayerNorm.
+        beta: [H], bias of the LayerNorm.
+        eps: ε of the LayerNorm, used in fp32.
+        dropout: Dropout on the output. A float draws a seed from torch's generator; None: no dropout.
         padding_index: Row of `word` that gets no gradient, as in `torch.nn.Embedding`.
         implementation: Default: the fastest one that supports the arguments.
 

@@ -24,7 +24,7 @@ def gather(rows: Tensor, *tensors: Tensor, implementation: Implementation | None
     Args:
         rows: int [R], in 0 … T - 1; a row may occur more than once.
         tensors: Each [T, H], floating point. Their gradients share one sort of `rows`.
-        implementation: Of the gradient: "triton", "cpu" or "reference".
+        implementation: Implementation of the gradient: "triton", "cpu" or "reference"; None: the fastest.
 
     Returns:
         [R, H] for each tensor, in its dtype.

@@ -31,7 +31,7 @@ def gelu_layer_norm(
         bias: [H].
         gamma: [H].
         beta: [H].
-        eps: Of the LayerNorm, used in fp32.
+        eps: ε of the LayerNorm, used in fp32.
         implementation: Default: the fastest one that supports the arguments.
 
     Returns:

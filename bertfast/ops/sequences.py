@@ -81,7 +81,7 @@ class Sequences:
             sequence_ids: See `from_cu_seqlens`.
             capacity: See `from_cu_seqlens`.
             max_seqlen_bound: See `from_cu_seqlens`.
-            device: Of the result; default: that of a tensor, else the CPU.
+            device: Device of the result; None: that of a tensor, else the CPU.
 
         Raises:
             TypeError: A length is not an integer.

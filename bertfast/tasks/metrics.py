@@ -96,8 +96,8 @@ def mean_cross_entropy(logits: Iterable[np.ndarray], labels: Iterable[np.ndarray
     """Compute the mean cross-entropy in nats of the labels that are not negative.
 
     Args:
-        logits: Of each sequence, float [rows, classes].
-        labels: Of each sequence, int [rows].
+        logits: Logits of each sequence, float [rows, classes].
+        labels: Labels of each sequence, int [rows].
     """
     from scipy.special import log_softmax
 

@@ -43,7 +43,7 @@ class BadRows:
         action: "stop" or "skip".
         remedy: What is appended to the message of the error.
         count: Number of bad rows skipped.
-        skipped: Of each file, the rows without an example by row number.
+        skipped: By file, the rows without an example by row number.
     """
 
     def __init__(self, action: OnBadRows = "stop", remedy: str = ""):

@@ -144,7 +144,7 @@ class _Record:
         line: Its first line, from 1.
         values: Fields, or values by name.
         problem: Why it cannot be read, with file and line.
-        parts: Of a row on several lines: the fields of each line if its quotes are not heeded.
+        parts: If the row has several lines, the fields of each line when its quotes are ignored.
     """
 
     line: int

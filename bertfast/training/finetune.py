@@ -86,7 +86,7 @@ class Finetuning:
         task: The task: reads files, computes losses and metrics.
         config, tokenizer, model: What is fine-tuned.
         metric: Name of the metric that selects the best model.
-        examples, features: Of each split: the examples, and their token ids and labels.
+        examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
         step, best_step: Steps done, and the step of the best model.
         losses: Losses of the steps that were read and not skipped.

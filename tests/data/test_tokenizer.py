@@ -53,7 +53,7 @@ def test_training_is_reproducible_and_independent_of_the_order_of_the_texts():
 
 
 def test_a_vocabulary_depends_on_the_text_alone_and_not_on_the_process():
-    """Of pieces and characters that are equally frequent, every process takes the same."""
+    """Every process chooses the same among pieces and characters that are equally frequent."""
     program = (
         "from bertfast.data.tokenizer import tokenizer_hash, train_tokenizer\n"
         "words = [chr(97 + i % 26) + chr(0x3b1 + i % 17) + chr(97 + i * i % 23) for i in range(400)]\n"

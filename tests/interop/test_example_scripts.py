@@ -34,7 +34,7 @@ class Task:
     """What an example script does besides its loop.
 
     Attributes:
-        model: What the model's class is called behind "AutoModelFor" and "BertFor".
+        model: Name of the model's class after "AutoModelFor" and "BertFor".
         features: Turns a tokenizer and rows of letters into what the dataset holds.
         collator: Makes batches of features.
         labels: Names of the labels in a batch.

@@ -109,7 +109,7 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
     [
         ("cuda", (7, 5), torch.float16, 64, "no fast kernels for float16 on cuda: .* sm_80 or later"),
         ("cuda", (8, 0), torch.float64, 64, "no fast kernels for float64 on cuda: "),
-        ("cuda", (9, 0), torch.bfloat16, 80, "its heads have 80 columns, the kernels take 32, 64, 128"),
+        ("cuda", (9, 0), torch.bfloat16, 80, "its head dimension is 80; the kernels support 32, 64 and 128"),
         (
             "mps",
             None,
@@ -118,7 +118,7 @@ def test_the_report_says_that_a_model_is_left_to_transformers():
             "no fast kernels for float32 on mps: the kernels run on CPUs and on NVIDIA GPUs",
         ),
         pytest.param(
-            *("cpu", None, torch.bfloat16, 48, "its heads have 48 columns, the kernels take 32, 64, 128"),
+            *("cpu", None, torch.bfloat16, 48, "its head dimension is 48; the kernels support 32, 64 and 128"),
             marks=pytest.mark.skipif(native.UNAVAILABLE_REASON is not None, reason=str(native.UNAVAILABLE_REASON)),
         ),
         ("cpu", None, torch.float32, 48, None),  # packed without kernels, see `kernel_support`

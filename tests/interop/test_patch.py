@@ -109,7 +109,9 @@ def test_the_report_says_what_is_fused_and_why_the_rest_is_not():
     }
     assert report.left == {
         "BertForMaskedLM": "encoder.layer.1: a hook or a forward was set on it",
-        "bert.encoder.layer.0.attention.self.query": f"{Doubled.__module__}.Doubled is called as it is",
+        "bert.encoder.layer.0.attention.self.query": (
+            f"{Doubled.__module__}.Doubled is called as a module: its weights cannot be read"
+        ),
         "bert.encoder.layer.1": "a hook or a forward was set on it",
         "bert.encoder.layer.2": "its activation is Mish",
     }
@@ -160,7 +162,7 @@ def test_patching_does_not_change_saved_files(tmp_path):
 def test_a_forward_set_on_the_encoder_is_reported():
     model = live()
     model.bert.forward = model.bert.forward
-    assert "a forward was set on it" in bertfast.patch(model).left["bert"]
+    assert "its `forward` was replaced on the instance" in bertfast.patch(model).left["bert"]
 
 
 def test_token_embeddings_can_be_resized():

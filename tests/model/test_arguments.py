@@ -82,7 +82,7 @@ def test_input_of_wrong_shape_is_refused(arguments, sentence):
 
 
 def test_packed_positions_stay_within_their_sequences(model):
-    """More tokens than positions are allowed, and so are padding slots behind the last sequence."""
+    """More tokens than positions are allowed, and so are padding slots after the last sequence."""
     ids = torch.ones(1, 40, dtype=torch.int64)
     outputs = model(ids, cu_seq_lens_q=torch.tensor([0, 12, 14]))
     assert outputs.last_hidden_state.shape == (1, 40, 64)
