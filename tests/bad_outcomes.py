@@ -88,7 +88,13 @@ def names_its_cause(sentence: str, known: list[str]) -> bool:
     message = sentence.partition(": ")[2]
     if re.search(r"--[a-z]|^[A-Z-]+ is", message):
         return True
-    return any(message.startswith(name) or (len(name) > 2 and name in message) for name in filter(None, known))
+    return any(
+        (len(name) > 2 and name in message)
+        or message.startswith(name)
+        or message.endswith((f" {name}", repr(name)))
+        or f"in {name!r}" in message
+        for name in filter(None, known)
+    )
 
 
 def is_deliberate(error: BaseException) -> bool:

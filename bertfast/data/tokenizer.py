@@ -268,4 +268,5 @@ def _configure(tokenizer: Tokenizer, config: Path, cased: bool | None) -> None:
             if key in options:
                 if not isinstance(options[key], bool | None):
                     raise ValueError(f"{config}: {key} must be true or false, got {json.dumps(options[key]):.40}")
-                setattr(tokenizer.normalizer, name, options[key])
+                if options[key] is not None or name == "strip_accents":  # of other options, null is the default
+                    setattr(tokenizer.normalizer, name, options[key])

@@ -194,6 +194,13 @@ def test_damaged_options_are_refused_by_name(tmp_path, options, message):
     assert str(path) in str(raised.value)
 
 
+def test_a_null_option_has_its_default(tmp_path):
+    save_tokenizer(train_tokenizer(TEXTS, 128), tmp_path)
+    options = {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    assert load_tokenizer(tmp_path).normalizer.lowercase
+
+
 def test_files_of_a_tokenizer_are_read_as_utf8_in_every_locale(tmp_path):
     tokenizer = train_tokenizer(["été à Zürich, déjà vu"] * 5, 128, cased=True)
     save_tokenizer(tokenizer, tmp_path)
