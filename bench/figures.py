@@ -47,7 +47,7 @@ def main() -> None:
 def plot_steps(results: list[dict[str, Any]], path: Path) -> None:
     """Draw a panel per result with a bar for each implementation and for the lower bound.
 
-    The numbers in brackets are the medians of the ratios of rounds to bertfast.
+    The numbers in brackets are the ratios of the medians to that of bertfast.
     """
     import matplotlib
 
@@ -68,13 +68,13 @@ def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
     bars = axis.barh(list(seconds), list(seconds.values()), color=[STEP_COLORS[name] for name in seconds])
     labels = [f"{value:.2f}" for value in seconds.values()]
     for index, name in enumerate(seconds):
-        if ratio := result["ratios"].get(STEP_BARS[name].removesuffix("_median_s")):
-            labels[index] += f"   ({ratio:.1f}x)"
+        if STEP_BARS[name].removesuffix("_median_s") in result["ratios"]:
+            labels[index] += f"   ({seconds[name] / seconds['bertfast']:.2f}x)"
     axis.bar_label(bars, labels, padding=4)
     axis.set_xlim(0, 1.2 * max(seconds.values()))  # leaves space for the labels
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("time of a pre-training step (s), lower is better\nin brackets: median of the ratios to bertfast")
+    axis.set_xlabel("time of a pre-training step (s), lower is better\nin brackets: ratio to bertfast")
     axis.set_title(_step_title(result), fontsize="medium", loc="left")
 
 

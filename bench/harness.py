@@ -12,18 +12,16 @@ import platform
 import re
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bertfast.cli.doctor import driver_version
+from bertfast.cli.doctor import driver_version, output_of, package_version
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -217,7 +215,7 @@ def result_parser(description: str | None, results: Path = RESULTS) -> argparse.
 
 def changed_files(root: Path) -> list[str]:
     """Return the tracked files with uncommitted changes, except results and the log."""
-    lines = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_SOURCES)
+    lines = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_SOURCES)
     return [line[2:].strip() for line in lines.splitlines()]
 
 
@@ -247,7 +245,7 @@ def origin() -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := package_version(name))},
     }
 
 
@@ -258,14 +256,6 @@ def write_result(name: str, values: dict[str, Any], folder: Path = RESULTS) -> P
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"origin": origin(), **values}, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _output(*command: str) -> str:
-    """Return what a program prints, "" if it is not installed."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()
-    except OSError:
-        return ""
 
 
 def _gpu() -> dict[str, Any]:
@@ -292,14 +282,7 @@ def processor() -> str:
     return f"{values.get('model name', platform.machine())} (family {values.get('cpu family')}, {' '.join(flags)})"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 _NOT_SOURCES = (":(exclude)bench/results", ":(exclude)bench/LOG.md")
 # Both are read when the program starts: the code that runs does not change when files are edited meanwhile.
 _CHANGED = changed_files(ROOT)
-_COMMIT = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + ("+changes" if _CHANGED else "")
+_COMMIT = output_of("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + ("+changes" if _CHANGED else "")

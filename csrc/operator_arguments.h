@@ -90,7 +90,7 @@ static Type type_of(const Tensor& x) {
     case ScalarType::Float: return Type::float32;
     case ScalarType::BFloat16: return Type::bfloat16;
     case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and, on a GPU, float16");
+    default: STD_TORCH_CHECK(false, "the kernels support float32, bfloat16 and, on a GPU, float16");
   }
 }
 
@@ -123,7 +123,7 @@ class Indices {
   OptionalTensor tensor_;
 };
 
-// The dropout arguments of an operation, as the kernels take them.
+// The dropout arguments of an operation, as the kernels support them.
 class Mask {
  public:
   Mask(const OptionalTensor& seed, const OptionalTensor& sequence_ids, const OptionalTensor& positions,

@@ -15,4 +15,4 @@ with tempfile.TemporaryDirectory() as temporary:
     arguments = ["--input-file", f"{work}/texts.txt", "--output-dir", f"{work}/vectors", "--pooling", "mean"]
     if main(["embed", "--model-name-or-path", source, *arguments]) != 0:
         sys.exit(1)
-    print(sorted(path.name for path in (work / "vectors").iterdir()))  # ['part-00000.safetensors']
+    print(sorted(path.name for path in (work / "vectors").glob("part-*")))  # ['part-00000.safetensors']

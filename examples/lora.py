@@ -1,4 +1,4 @@
-"""Train LoRA adapters on a fused model with PEFT: lora.py [FOLDER]."""
+"""Train LoRA adapters on a fused model with PEFT: lora.py [FOLDER]. Requires `pip install peft`."""
 
 import sys
 

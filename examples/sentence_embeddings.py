@@ -1,4 +1,4 @@
-"""Speed up a SentenceTransformer: sentence_embeddings.py [FOLDER]."""
+"""Speed up a SentenceTransformer: sentence_embeddings.py [FOLDER]. Requires `pip install sentence-transformers`."""
 
 import sys
 import tempfile

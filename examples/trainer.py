@@ -1,4 +1,7 @@
-"""Fine-tune with transformers' Trainer on batches without padding: trainer.py [FOLDER]."""
+"""Fine-tune with transformers' Trainer on batches without padding: trainer.py [FOLDER].
+
+Requires `pip install accelerate`.
+"""
 
 import random
 import sys

@@ -1,5 +1,6 @@
 """Every script in examples/ runs offline on a tiny model, all in this process, which imports torch once."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "tiny_model")  # which three of them import
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "tiny_model")  # which others import
 NEEDS = {
     "lora": ["peft"],
     "onnx_export": ["onnx", "onnxruntime", "onnxscript"],
@@ -28,7 +29,10 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed
+    for promised in re.findall(r"# (\[.+\])$", script.read_text(encoding="utf-8"), re.MULTILINE):
+        assert promised in printed
 
 
 def test_there_are_ten_examples():

@@ -115,7 +115,7 @@ def versions() -> dict[str, str | None]:
     built = cuda_build.BUILD
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
         "nvcc": nvcc_version(),
         "nvcc_of_build": built.nvcc if built is not None else None,
     }
@@ -150,11 +150,11 @@ def _environment(device: torch.device, devices: list[torch.device]) -> dict[str,
         "versions": ", ".join(f"{name} {found or 'not installed'}" for name, found in packages.items()),
         "commit": _commit(),
         "Python": f"{platform.python_version()} on {platform.platform()}",
-        "CPU": f"{_cpu_model()}; {torch.get_num_threads()} threads, {os.cpu_count()} logical CPUs",
+        "CPU": f"{_cpu_model()}; threads: {torch.get_num_threads()}, logical CPUs: {os.cpu_count()}",
         "library": _library(),
         **({} if native.UNAVAILABLE_REASON else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
-        "driver": f"{driver_version() or 'none'}; torch was built for CUDA {torch.version.cuda}",
+        "driver": f"{driver_version() or 'none'}; torch was built for {_cuda_of_torch()}",
         "fp32 GEMM": f"{'oneDNN (faster on this CPU)' if onednn_is_faster() else 'MKL'} on the CPU",
         "training": f"on {device} in {_precision(device)}",
     }
@@ -215,28 +215,28 @@ def _commit() -> str:
     """Return the commit of a checkout, or of an installation from a repository."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
-        return _output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+        return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
     try:
         source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         source = {}
-    return str(source.get("vcs_info", {}).get("commit_id", "unknown: neither a checkout nor installed from one"))
+    return str(source.get("vcs_info", {}).get("commit_id", "unknown: the installed package does not record it"))
 
 
 def driver_version() -> str:
     """Return the version of NVIDIA's driver, empty if there is none."""
-    return _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
 def nvcc_version() -> str | None:
     """Return the version of the nvcc that NVCC, CUDA_HOME or PATH names; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     nvcc = os.environ.get("NVCC") or (str(Path(home, "bin", "nvcc")) if home else "nvcc")
-    release = re.search(r"release [\d.]+, V([\d.]+)", _output_of(nvcc, "--version"))
+    release = re.search(r"release [\d.]+, V([\d.]+)", output_of(nvcc, "--version"))
     return release and release[1]
 
 
-def _output_of(*command: str) -> str:
+def output_of(*command: str) -> str:
     """Return the standard output of a program, empty if there is no such program."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -244,7 +244,8 @@ def _output_of(*command: str) -> str:
         return ""
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -256,6 +257,10 @@ def _cpu_model() -> str:
     lines = description.read_text().splitlines() if description.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def _cuda_of_torch() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
 
 
 def _library() -> str:
@@ -274,8 +279,9 @@ def _gpu(device: torch.device) -> str:
 def _precision(device: torch.device) -> str:
     chosen = choose_precision(device)
     if not has_bf16_gemm(device):
-        return f"{chosen}: this CPU has no bf16 matmul instructions"
-    return chosen if device.type == "cuda" else f"{chosen}: the faster one on this CPU, as measured"
+        return f"{chosen}: this device has no native bf16 GEMMs"
+    is_measured = device.type == "cpu" and native.UNAVAILABLE_REASON is None
+    return f"{chosen}: the faster one on this CPU, as measured" if is_measured else chosen
 
 
 def _dispatch(devices: list[torch.device]) -> Dispatch:

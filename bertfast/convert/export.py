@@ -23,6 +23,7 @@ from bertfast.models.bert import BertForMultipleChoice
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
 from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Settings
 from bertfast.tasks.pretrained import open_tokenizer
@@ -140,7 +141,7 @@ def _check_packages(to: str) -> None:
     """Raise ImportError if a package is missing, before anything is written."""
     for name in ("onnxruntime", "onnxscript") if to == "onnx" else ():
         if find_spec(name) is None:
-            raise ImportError(f"an export to {to} requires {name}: `pip install bertfast[onnx]`")
+            raise ImportError(f"an export to {to} requires {name}: {install_command('onnx')}")
 
 
 def _open_strictly(folder: Path, name: str) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import RECORD
 
 logger = logging.getLogger("bertfast")
@@ -134,7 +135,7 @@ def _rows(path: Path, text_column: str, progress: Callable[[int], None]) -> Iter
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ImportError(f'{path}: reading Parquet requires pyarrow; run pip install "bertfast[parquet]"') from None
+        raise ImportError(f"{path}: reading Parquet requires pyarrow: {install_command('parquet')}") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:

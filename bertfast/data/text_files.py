@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bertfast.runtime.extras import install_command
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -219,7 +221,7 @@ class _ZstandardFrames(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise ImportError('reading Zstandard requires zstandard; run pip install "bertfast[zstd]"') from None
+            raise ImportError(f"reading Zstandard requires zstandard: {install_command('zstd')}") from None
         self.new_frame = zstandard.ZstdDecompressor().decompressobj
         self.raw, self.content = raw, b""
         self.frame: zstandard.ZstdDecompressionObj | None = None

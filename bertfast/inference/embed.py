@@ -29,6 +29,7 @@ from bertfast.models.files import model_files, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
@@ -114,7 +115,7 @@ def embed(settings: EmbedSettings) -> Path:
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
     if settings.output_format == "parquet" and find_spec("pyarrow") is None:
-        raise ImportError("--output-format parquet requires `pip install bertfast[parquet]`")
+        raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device, settings.compute.precision)
     max_length = sequence_length(settings.max_seq_length, model.config)

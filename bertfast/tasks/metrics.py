@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,15 +9,6 @@ import numpy as np
 CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "loss")
 REGRESSION = ("pearson", "spearmanr", "loss")
 MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy", "loss")
-
-
-def require_libraries() -> None:
-    """Raise ImportError, with the command to run, if scikit-learn or SciPy is missing; call it before any work."""
-    for library in ("sklearn", "scipy"):
-        try:
-            importlib.import_module(library)
-        except ImportError:
-            raise ImportError('metrics need scikit-learn and SciPy; run pip install "bertfast[eval]"') from None
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

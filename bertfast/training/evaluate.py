@@ -12,11 +12,11 @@ from bertfast.data.corpus import find_files
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.plotting import draw, plot_title
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
-from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
@@ -105,7 +105,6 @@ def _evaluate(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[P
 
 
 def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
-    require_libraries()
     task, model, tokenizer = open_finetuned(settings)
     examples = task.read(settings.validation_file, labelled=True)
     length = sequence_length(settings.max_seq_length, task.config)
@@ -120,7 +119,7 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
             precision = choose_precision(model.device, settings.compute.precision, model.config)
             title = plot_title(settings.model_name_or_path, model.device, precision)
             if not draw_confusion(table, folder / "confusion.png", title):
-                print("No confusion.png: plots require `pip install bertfast[plots]`.")
+                print(f"No confusion.png: plots require matplotlib: {install_command('plots')}")
 
     skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
     metrics = {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped

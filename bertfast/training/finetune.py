@@ -29,7 +29,6 @@ from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches, within_budget
-from bertfast.tasks.metrics import require_libraries
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
 from bertfast.tasks.task import Outputs, Task
@@ -95,7 +94,6 @@ class Finetuning:
     """
 
     def __init__(self, settings: FinetuneSettings):
-        require_libraries()
         self.settings, self.folder = settings, Path(settings.output_dir)
         self.metrics_log: MetricsLog | None = None
         self.hyperparameters = settings.hyperparameters

@@ -42,9 +42,9 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         return (
-            f"estimated memory: parameters {_gib(self.parameters)}, gradients {_gib(self.gradients)}, "
-            f"optimizer state {_gib(self.optimizer)}, activations {self.per_token / 1024:.0f} KiB per token, "
-            f"total {_gib(self.total)}"
+            f"estimated memory: parameters {_size(self.parameters)}, gradients {_size(self.gradients)}, "
+            f"optimizer state {_size(self.optimizer)}, activations {self.per_token / 1024:.0f} KiB per token, "
+            f"total {_size(self.total)}"
         )
 
     def check(self, available: int | None) -> None:
@@ -62,8 +62,8 @@ class MemoryEstimate:
             else "no batch fits: use a smaller model, or --shard on several GPUs"
         )
         raise ValueError(
-            f"a batch of {self.tokens} tokens does not fit into memory: it needs {_gib(self.total)} and "
-            f"{_gib(available)} are free; {remedy}; --checkpoint-layers reduces the memory of activations"
+            f"a batch of {self.tokens} tokens does not fit into memory: it needs {_size(self.total)} and "
+            f"{_size(available)} are free; {remedy}; --checkpoint-layers reduces the memory of activations"
         )
 
 
@@ -126,5 +126,5 @@ def available_memory(device: torch.device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import named_in_errors, write_atomically
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.plotting import COLORS, draw
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def tensorboard(folder: Path) -> MetricsWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ImportError("--tensorboard requires `pip install bertfast[tensorboard]`") from None
+        raise ImportError(f"--tensorboard requires TensorBoard: {install_command('tensorboard')}") from None
     path = folder / "tensorboard"
     with named_in_errors(path):
         writer = SummaryWriter(str(path))

@@ -23,6 +23,7 @@ from bertfast.models.bert import BertForPreTraining
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
+from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision, half
@@ -371,7 +372,7 @@ class Pretraining:
         save_tokenizer(self.corpus.tokenizer, self.folder)
         title = plot_title(self.folder, self.device, self.precision)
         if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", title, unigram_entropy):
-            print("No loss.png: plots require `pip install bertfast[plots]`.")
+            print(f"No loss.png: plots require matplotlib: {install_command('plots')}")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 
     def _fraction_done(self) -> float:

@@ -92,6 +92,14 @@ struct BackwardBuffers {
     }
     std::memset(d_k, 0, 2 * padded * D * sizeof(float));
   }
+
+  [[gnu::always_inline]] void pack_queries(const T* q_rows, int64_t q_stride, const T* d_o_rows, int64_t o_stride,
+                                           int queries) const {
+    pack_columns<D>(q_rows, q_stride, queries, q_columns);
+    pack_columns<D>(d_o_rows, o_stride, queries, d_o_columns);
+    pack_stacked<D>(q_rows, q_stride, queries, even(queries), q);
+    pack_stacked<D>(d_o_rows, o_stride, queries, even(queries), d_o);
+  }
 };
 
 // Write x [count, D] times a factor to the tokens from `token` on of part 0 (d_q), 1 (d_k) or 2 (d_v) of d_qkv.
@@ -131,12 +139,8 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
     const int block_begin = mask.kv_begin(query), block_end = mask.kv_end(query + queries, task.length);
     const int begin = block_begin > kv_begin ? block_begin : kv_begin, end = block_end < kv_end ? block_end : kv_end;
     if (begin >= end) continue;
-    const T* const q_block = query_rows + query * a.stride;
     const T* const d_o_block = (const T*)a.d_o + o_start + query * o_stride;
-    pack_columns<D>(q_block, a.stride, queries, b.q_columns);
-    pack_columns<D>(d_o_block, o_stride, queries, b.d_o_columns);
-    pack_stacked<D>(q_block, a.stride, queries, even(queries), b.q);
-    pack_stacked<D>(d_o_block, o_stride, queries, even(queries), b.d_o);
+    b.pack_queries(query_rows + query * a.stride, a.stride, d_o_block, o_stride, queries);
     dot_rows<D>(d_o_block, (const T*)a.o + o_start + query * o_stride, o_stride, queries, 1 / dropout_scale, delta);
     std::memset(lse, 0, sizeof lse);
     std::memcpy(lse, a.lse + head * a.capacity + task.start + query, queries * sizeof(float));
