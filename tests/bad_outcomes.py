@@ -67,7 +67,7 @@ def _fault(status: object, err: _ErrorStream, out: io.TextIOWrapper, known: list
     text = err.getvalue()
     sentences = re.findall(r"^bertfast(?: \S+)?: .*", text, re.MULTILINE)
     out.flush()
-    printed = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    printed = out.buffer.getvalue().decode()  # type: ignore[attr-defined]  # it is a BytesIO
     if status not in (0, 1, 2):
         return f"exit code {status}"
     if "Traceback (most recent call last)" in text + printed:
@@ -110,7 +110,7 @@ def is_deliberate(error: BaseException) -> bool:
 @contextmanager
 def _standard_input(content: bytes) -> Iterator[None]:
     before = sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)), encoding="utf-8")  # type: ignore[arg-type]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
     try:
         yield
     finally:

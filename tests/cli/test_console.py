@@ -159,8 +159,9 @@ def test_a_bug_keeps_its_traceback(function, error, doctor):
 
 
 def test_processes_end_with_the_statuses_of_their_signals():
-    code = (
-        "import sys, time; from bertfast.cli import main; "
+    code = (  # a shell lets its background jobs ignore SIGINT
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from bertfast.cli import main; "
         "main._run = lambda *_: print('on', flush=True) or time.sleep(60); sys.exit(main.main(['x']))"
     )
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
