@@ -32,13 +32,13 @@ class TextSettings(Settings):
     """Which texts to run a model on, and where.
 
     Attributes:
-        input_file: Text file with one text per line; "-": standard input; none: the docstrings of the installed Python
-            packages.
+        input_file: Text file with one text per line; "-": standard input. If not given: the docstrings of the installed
+            Python packages.
         texts: Number of texts.
         per_device_batch_size: Texts per batch.
-        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated; none: the
-            model's number of positions.
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated. If not given: the model's
+            number of positions.
+        device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available.
     """
 
     input_file: str | None = None

@@ -45,10 +45,11 @@ class DoctorSettings(Settings):
     """What to report and check.
 
     Attributes:
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available, and with `--check` the CPU as well.
+        device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available, and with `--check` the CPU as
+            well.
         check: Run every available kernel, forward and backward, and compare it with a float64 reference.
         only: With `--check`, run only the checks whose line contains all of these words, such as attention D=64.
-        seconds: With `--check`, time limit in seconds, after which no check starts; none: 55.
+        seconds: With `--check`, time limit in seconds, after which no check starts. If not given: 55.
         json: Print one JSON object instead of text.
     """
 

@@ -8,14 +8,67 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from bertfast.cli.recipes import find_config, read_yaml
 from bertfast.runtime.settings import Settings, flag, group_class, hints_of, nearest, range_of, settings_of
 
+_NOUNS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number"}
 SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read a string or number, or one that may be None, and show it in help as a string or number.
+
+    YAML's null arrives as "None".
+    """
+    alternatives = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+    is_optional = NoneType in alternatives
+    kind, *others = [_without_range(kind) for kind in alternatives if kind is not NoneType] or [NoneType]
+    if others or kind not in _NOUNS:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=lambda texts: None if is_optional and texts == ["None"] else _read(kind, texts[0]),
+        is_instance=lambda value: isinstance(value, kind) or (is_optional and value is None),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _values_of_list(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read a list of numbers, so that a message names the one that is none."""
+    kind = _without_range(get_args(info.type)[0]) if get_origin(info.type) is list else None
+    if kind not in (int, float):
+        return None
+    name = kind.__name__.upper()
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{name} [{name} ...]]",
+        instance_from_str=lambda texts: [_read(kind, text) for text in texts],
+        is_instance=lambda values: isinstance(values, list),
+        str_from_instance=lambda values: [*map(str, values)],
+    )
+
+
+def _without_range(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _read(kind: Any, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"must be {_NOUNS[kind]}, got {text!r}") from None
 
 
 def parse(
@@ -40,6 +93,7 @@ def parse(
         prog=f"bertfast {command}",
         description=description,
         args=_without_config(arguments, command, settings_class),
+        registry=_REGISTRY,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),  # help texts are given below
     )
     values = dict(_values(parsed))
@@ -129,6 +183,8 @@ def _flag_class(settings_class: type[Settings], default: Settings | None = None)
     texts = _descriptions(settings_class)
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(settings_class):
+        if field.name in settings_class.unused:
+            continue
         hint = hints_of(settings_class)[field.name]
         required, value = _default(field, default)
         nested = group_class(hint)
@@ -137,7 +193,10 @@ def _flag_class(settings_class: type[Settings], default: Settings | None = None)
             fields.append((field.name, hint, dataclasses.field(default_factory=hint)))
             continue
         metavar = _metavar(field.name) if _is_positional(hint) else None
-        hint = Annotated[hint, tyro.conf.arg(help=_help(texts[field.name], hint), metavar=metavar)]
+        # An empty default is not shown: the text says what happens if the flag is not given.
+        shown = "" if not required and value in (None, "", [], ()) else None
+        text = _help(texts[field.name], hint)
+        hint = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
         new = dataclasses.field() if required else dataclasses.field(default_factory=partial(copy.copy, value))
         fields.append((field.name, hint, new))
     summary = inspect.cleandoc(settings_class.__doc__ or "").split("\n\n")[0]
@@ -156,8 +215,10 @@ def _default(field: dataclasses.Field[Any], default: Settings | None) -> tuple[b
 
 
 def _help(text: str, hint: Any) -> str:
-    limits = str(range_of(hint) or "")
-    return f"{text} Range: {limits}." if limits else text
+    limits = range_of(hint)
+    if limits is None:
+        return text
+    return f"{text} Range: {str(limits) or ('any integer' if get_args(hint)[0] is int else 'any finite number')}."
 
 
 def _descriptions(settings_class: type[Settings]) -> dict[str, str]:

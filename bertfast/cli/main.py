@@ -144,6 +144,19 @@ COMMANDS = {
 }
 
 _CONFIG_HELP = "--config FILE.yaml reads flags from a YAML file, in which they have the same names."
+_RECIPE_HELP = "--config RECIPE reads those of an installed recipe: "
+
+# Names that users of other tools may try, and the command that does it.
+_SYNONYMS = {
+    "features": "embed",
+    "encode": "embed",
+    "train": "pretrain",
+    "tokenize": "prepare",
+    "classify": "predict",
+    "convert": "import",
+    "benchmark": "bench",
+    "test": "evaluate",
+}
 
 # Commands that, given again, continue where they were interrupted.
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
@@ -185,7 +198,7 @@ def _run(name: str, rest: list[str]) -> int:
         print(f"bertfast {importlib.import_module('bertfast').__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         say(f"bertfast: unknown command {name!r}; {hint}")
         return 2
@@ -193,6 +206,8 @@ def _run(name: str, rest: list[str]) -> int:
     command = COMMANDS[name]
     module = importlib.import_module(f"bertfast.{command.module}")
     about = f"{command.summary}\n\nExample: bertfast {name} {command.example}\n{_CONFIG_HELP}"
+    if name == "pretrain":
+        about += f"\n{_RECIPE_HELP}{', '.join(recipe_names())}."
     settings = parse(name, getattr(module, command.settings), rest, about)
     _require_folder(settings)
     result = getattr(module, command.function)(settings)
@@ -212,7 +227,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join(
         [
-            "usage: bertfast COMMAND [--config FILE.yaml | RECIPE] [--flag value …]",
+            "usage: bertfast COMMAND [--config FILE.yaml|RECIPE] [--flag value …]",
             "       bertfast --version",
             "",
             "Commands:",

@@ -42,16 +42,17 @@ class ReproduceSettings(Settings):
         data: Folder with glue/NAME/{train,dev}.tsv.gz, squad/, swag/, wnut17/ and corpus/.
         output_dir: Folder for models, runs and the table; finished runs in it are not repeated.
         overwrite_output_dir: Replace runs of other models, data or settings in --output-dir; the others are kept.
-        recipes: Folder with table-N.yaml; none: the recipes installed with bertfast.
-        model_name_or_path: Model (folder or hub id) for the rows with the default pre-training; none: pre-train one.
+        recipes: Folder with table-N.yaml. If not given: the recipes installed with bertfast.
+        model_name_or_path: Model (folder or hub id) for the rows with the default pre-training. If not given: pre-train
+            one.
         preset: Published size of the models to pre-train.
         minutes: Duration of each pre-training run in minutes.
         tokens_per_batch: Tokens per batch in pre-training.
         learning_rate: Peak learning rate of fine-tuning; small models need a higher one than those of the paper.
-        num_train_epochs: Number of passes over the training data of fine-tuning; none: as in the recipe.
+        num_train_epochs: Number of passes over the training data of fine-tuning. If not given: as in the recipe.
         seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
-        only: Columns to fill in; none: all.
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
+        only: Columns to fill in. If not given: all.
+        device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available.
     """
 
     table: Annotated[int, Range(1, 8)]

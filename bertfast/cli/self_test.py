@@ -118,7 +118,7 @@ def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> 
 
     Args:
         devices: Devices whose kernels are checked, one after the other.
-        only: Words that a check's line must all contain ("triton", "D=64", …); none: all checks.
+        only: Words that a check's line must all contain ("triton", "D=64", …); empty: all checks.
         budget: Time limit in seconds: no check starts that is expected to end later.
     """
     started, longest = time.monotonic(), 0.0

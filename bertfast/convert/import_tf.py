@@ -59,8 +59,8 @@ class ImportSettings(Settings):
     Attributes:
         checkpoint: Prefix of the checkpoint's files, such as uncased_L-12_H-768_A-12/bert_model.ckpt.
         output_dir: Folder for config.json, model.safetensors and the vocabulary.
-        bert_config: The model's bert_config.json; none: the one in the checkpoint's folder.
-        vocab: The model's vocab.txt; none: the one in the checkpoint's folder, if there is one.
+        bert_config: The model's bert_config.json. If not given: the one in the checkpoint's folder.
+        vocab: The model's vocab.txt. If not given: the one in the checkpoint's folder, if there is one.
         casing: Whether the tokenizer keeps upper case and accents: cased or uncased; auto: cased if the vocabulary has
             upper-case letters.
         overwrite_output_dir: Replace the model in the folder if it was imported from another checkpoint.

@@ -51,16 +51,17 @@ class CorpusSettings(Settings):
     """Which text to use, and how to tokenize it.
 
     Attributes:
-        train_file: Text files and folders, or "-" for standard input; none: the docstrings of the installed packages.
-            Hidden files in folders are left out.
-        validation_file: Text files and folders for validation; none: hold out a part of the training documents.
+        train_file: Text files and folders, or "-" for standard input. If not given: the docstrings of the installed
+            packages. Hidden files in folders are left out.
+        validation_file: Text files and folders for validation. If not given: hold out a part of the training documents.
         validation_split_percentage: Percentage of the training documents to hold out; if they are few, of the sentences
             of the longest one.
         text_column: Field of .jsonl files, or column of .parquet files, that holds the text.
-        tokenizer_name: A vocab.txt, a tokenizer.json or a folder with either; none: train a vocabulary on the text.
+        tokenizer_name: A vocab.txt, a tokenizer.json or a folder with either. If not given: train a vocabulary on the
+            text.
         vocab_size: Size of the vocabulary to train, rounded up to a multiple of 64.
         cased: Whether the vocabulary to train distinguishes upper and lower case.
-        processes: Number of files to process at the same time; none: one per CPU core.
+        processes: Number of files to process at the same time. If not given: one per CPU core.
     """
 
     train_file: list[str] = field(default_factory=list)

@@ -58,15 +58,15 @@ class EmbedSettings(Settings):
         output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
         overwrite_output_dir: Replace the parts of another run in --output-dir.
         input_file: A .txt file with one text per line, blank lines included, read as a stream, or a .tsv, .csv or
-            .jsonl file; none or "-": lines of standard input.
-        text_column: Column of the text; none: sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair; none: sentence2 if there is one.
-        pooling: mean: average over all tokens; cls: the [CLS] token; none: one embedding per token.
+            .jsonl file. If not given, or "-": lines of standard input.
+        text_column: Column of the text. If not given: sentence, sentence1 or text.
+        text_pair_column: Column of the second text of a pair. If not given: sentence2 if there is one.
+        pooling: mean: average over all tokens; cls: the [CLS] token; or none: one embedding per token.
         layers: Hidden states to use: embeddings, second-to-last, last, mean-last-four, concat-last-four or mean-all.
         output_format: safetensors, or parquet (one row per text).
         texts_per_part: Texts per output file.
-        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated; none: the
-            model's number of positions.
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated. If not given: the model's
+            number of positions.
         compute: Device, precision and batch size of inference.
     """
 

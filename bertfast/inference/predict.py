@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
 
@@ -19,13 +19,26 @@ from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
-from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import Skipped
-from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.settings import ColumnSettings, QuestionAnsweringSettings, TaskSettings
 from bertfast.tasks.task import ROWS_PER_CHUNK, HasRows, Outputs, Prediction, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputColumnSettings(ColumnSettings):
+    """Columns of the input file, and rows that cannot be used."""
+
+    unused = ("label_column",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings(QuestionAnsweringSettings):
+    """Windows of long contexts, and choice of the answers, in question answering."""
+
+    unused = ("n_best",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +46,14 @@ class PredictSettings(TaskSettings):
     """Input and model of `bertfast predict`.
 
     Attributes:
-        input_file: A file as for fine-tuning; none or "-": standard input, where each line is a text, a pair of texts
-            separated by a tab, a sentence of words separated by spaces, or a JSON object with a question or with
-            choices.
+        input_file: A file as for fine-tuning. If not given, or "-": standard input, where each line is a text, a pair
+            of texts separated by a tab, a sentence of words separated by spaces, or a JSON object with a question or
+            with choices.
     """
 
     input_file: str | None = None
-
-    def validate(self) -> None:
-        labels = {"--label-column"}.intersection(given(self.columns))
-        refuse_without_effect(labels, "labels are not read for predictions")
+    columns: InputColumnSettings = field(default_factory=InputColumnSettings)
+    question_answering: AnswerSettings = field(default_factory=AnswerSettings)
 
 
 def predict(settings: PredictSettings) -> None:

@@ -93,9 +93,11 @@ class Settings:
 
     Attributes:
         exclusive: Names of fields of which at most one may be given.
+        unused: Names of inherited fields that a program does not read: they keep their defaults, and have no flag.
     """
 
     exclusive: ClassVar[tuple[str, ...]] = ()
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
@@ -180,7 +182,8 @@ def hints_of(settings_class: type[Settings]) -> dict[str, Any]:
 @cache
 def _hints(settings_class: Any) -> dict[str, Any]:
     hints = get_type_hints(settings_class, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
+    names = [field.name for field in dataclasses.fields(settings_class)]
+    return {name: hints[name] for name in names if name not in settings_class.unused}
 
 
 def group_class(hint: Any) -> type[Settings] | None:
@@ -209,13 +212,13 @@ def range_of(hint: Any) -> Range | None:
 
 
 def _walk(settings_class: type[Settings], group: str | None = None) -> Iterator[Setting]:
-    for field in dataclasses.fields(settings_class):
-        hint = hints_of(settings_class)[field.name]
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    for name, hint in hints_of(settings_class).items():
         nested = group_class(hint)
         if nested is None:
-            yield Setting(field.name, hint, field, group)
+            yield Setting(name, hint, fields[name], group)
         else:
-            yield from _walk(nested, field.name)
+            yield from _walk(nested, name)
 
 
 def _by_field(settings_class: type[Settings], values: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

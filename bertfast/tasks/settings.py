@@ -15,9 +15,9 @@ class ColumnSettings(Settings):
     """Columns of a data file, and rows that cannot be used.
 
     Attributes:
-        text_column: Column of the text; none: the task's, else sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair; none: the task's, else sentence2 if there is one.
-        label_column: Column of the label; none: the task's, else label.
+        text_column: Column of the text. If not given: the task's, else sentence, sentence1 or text.
+        text_pair_column: Column of the second text of a pair. If not given: the task's, else sentence2 if there is one.
+        label_column: Column of the label. If not given: the task's, else label.
         tag_column: Column of a word's tag in token-classification files, counted from 0; -1 is the last.
         on_bad_rows: Stop at the first row that cannot be used, or skip and count such rows.
     """
@@ -56,7 +56,7 @@ class ComputeSettings(Settings):
         eval_tokens: Approximate tokens per batch in evaluation and prediction.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
         precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available.
+        device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available.
     """
 
     eval_tokens: Count = 8192
@@ -75,7 +75,7 @@ class TaskSettings(Settings):
             question-answering, token-classification, or the name of a data set: cola, sst-2, mrpc, sts-b, qqp, mnli,
             mnli-mm, ax, qnli, rte, wnli, snli, swag, squad, squad-2, conll or wnut; auto: inferred from the model,
             else from the file.
-        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated or split; none: the
+        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated or split. If not given: the
             model's number of positions.
         columns: Columns of a data file, and rows that cannot be used.
         question_answering: Windows of long contexts, and choice of the answers, in question answering.

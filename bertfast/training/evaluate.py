@@ -37,8 +37,8 @@ class EvaluateSettings(TaskSettings):
     Attributes:
         validation_file: Labelled data as for fine-tuning; with --objective mlm, a text file or folder.
         objective: task: metrics of the predictions of a fine-tuned model; mlm: masked-LM metrics of a model on text.
-        output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png;
-            none: print only.
+        output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png. If
+            not given: print only.
         overwrite_output_dir: Replace the results of another evaluation in --output-dir.
     """
 

@@ -26,9 +26,9 @@ class InitialModelSettings(Settings):
     Attributes:
         random_init: Use only configuration and tokenizer of the model, with random weights.
         init_from_task: Model fine-tuned on another task whose encoder to start from, such as MNLI for RTE; its head is
-            not used.
+            not used. If not given: start from --model-name-or-path.
         bilstm: Put a BiLSTM of two layers, as wide as the model, between the encoder and the head.
-        dropout: Dropout probability of hidden activations and attention weights; none: that of the model.
+        dropout: Dropout probability of hidden activations and attention weights. If not given: that of the model.
     """
 
     exclusive = ("random_init", "init_from_task")
@@ -51,7 +51,7 @@ class FeatureBasedSettings(Settings):
         lstm_size: Hidden size of each direction of the feature-based BiLSTM.
         lstm_layers: Number of layers of the feature-based BiLSTM.
         features_dir: With --strategy feature-based, folder that keeps the hidden states, which are reused for the same
-            encoder and text; none: a temporary folder.
+            encoder and text. If not given: a temporary folder.
     """
 
     strategy: Literal["fine-tuning", "feature-based"] = "fine-tuning"
@@ -97,9 +97,9 @@ class EvaluationSettings(Settings):
     """Validation, choice of the best model, and metrics.
 
     Attributes:
-        eval_steps: Steps between validations; none: once per epoch.
-        metric_for_best_model: Metric that selects the best model; none: the task's first.
-        early_stopping_patience: Stop after this many validations in a row without improvement; none: never.
+        eval_steps: Steps between validations. If not given: once per epoch.
+        metric_for_best_model: Metric that selects the best model. If not given: the task's first.
+        early_stopping_patience: Stop after this many validations in a row without improvement. If not given: never.
         logging_steps: Steps between entries of metrics.jsonl.
     """
 
@@ -134,8 +134,9 @@ class FinetuneBase(TaskSettings):
         train_file: Training data: .tsv (with header, no quoting), .csv, .jsonl, SQuAD's .json, or .conll with one word
             and its label per line; may be compressed.
         output_dir: Output folder for the best model, metrics.jsonl, all_results.json and predictions.
-        validation_file: Validation data in the same format; none: the last model counts as the best.
-        test_file: Data that the best model predicts on; labels are optional and only used for metrics.
+        validation_file: Validation data in the same format. If not given: the last model counts as the best.
+        test_file: Data that the best model predicts on; labels are optional and only used for metrics. If not given: no
+            predictions.
         model: Model that is fine-tuned.
         feature_based: Fine-tuning of the whole model, or training of a BiLSTM on its layers.
         batch: Division of the examples of a step.

@@ -61,9 +61,10 @@ class ModelSettings(Settings):
     Attributes:
         preset: Published model size. Excludes --init-from.
         config_overrides: Changes to the model configuration, such as "num_hidden_layers=2,hidden_size=256".
-        init_from: Model to start from (folder or hub id); none: random weights. Excludes --preset; after --config, it
-            replaces that of the file.
-        max_positions: Number of position embeddings; the positions of a smaller checkpoint are extended to it.
+        init_from: Model to start from (folder or hub id). If not given: random weights. Excludes --preset; given after
+            --config, it overrides the file's value.
+        max_positions: Number of position embeddings; the positions of a smaller checkpoint are extended to it. If not
+            given: as in the model's configuration.
         dropout: Dropout probability of hidden activations and attention weights.
     """
 
@@ -97,15 +98,15 @@ class BatchSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DurationSettings(Settings):
-    """Length of the run: in steps, epochs or minutes; none of them: one epoch.
+    """Length of the run: in steps, epochs or minutes. If not given: one epoch.
 
     Attributes:
-        max_steps: Number of optimizer steps (0 = off). Excludes --num-train-epochs and --minutes; after --config, it
-            replaces those of the file.
-        num_train_epochs: Number of passes over the training data. Excludes --max-steps and --minutes; after --config,
-            it replaces those of the file.
+        max_steps: Number of optimizer steps (0 = off). Excludes --num-train-epochs and --minutes; given after --config,
+            it overrides the file's values.
+        num_train_epochs: Number of passes over the training data. Excludes --max-steps and --minutes; given after
+            --config, it overrides the file's values.
         minutes: Length of the run in minutes; the learning rate reaches 0 at its end. Excludes --max-steps and
-            --num-train-epochs; after --config, it replaces those of the file.
+            --num-train-epochs; given after --config, it overrides the file's values.
     """
 
     exclusive = ("max_steps", "num_train_epochs", "minutes")
@@ -147,7 +148,8 @@ class ComputeSettings(Settings):
     """Device, precision and use of memory.
 
     Attributes:
-        device: Device such as "cpu" or "cuda:0"; none: a GPU if one is available, under torchrun one per process.
+        device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available, under torchrun one per
+            process.
         precision: fp32, or bf16 or fp16 GEMMs with fp32 weights (fp16 scales the loss); auto: bf16 if the device has
             native bf16 GEMMs and, on a CPU, is faster with them.
         residual_precision: Precision of the residual stream between GEMMs in bf16. bf16 moves less memory than fp32,
@@ -155,7 +157,7 @@ class ComputeSettings(Settings):
         checkpoint_layers: Number of layers, counted from the first, whose activations are recomputed in the backward
             pass.
         shard: Shard parameters, gradients and optimizer state over the ranks (FSDP2).
-        dataloader_num_workers: Worker processes that prepare batches; none: two with a GPU, otherwise zero.
+        dataloader_num_workers: Worker processes that prepare batches. If not given: two with a GPU, otherwise zero.
         cuda_graph: Capture the step in a CUDA graph after its warm-up calls and replay it (one GPU only).
         deterministic: Forbid PyTorch operations that are not deterministic on a GPU.
     """
@@ -217,7 +219,7 @@ class PretrainSettings(Settings):
 
     Attributes:
         output_dir: Output folder for the model, checkpoints, metrics.jsonl and loss.png.
-        data_dir: Folder written by `bertfast prepare`; none: the text is prepared first, in the folder data of
+        data_dir: Folder written by `bertfast prepare`. If not given: the text is prepared first, in the folder data of
             --output-dir.
         overwrite_output_dir: Replace the run or the model in --output-dir.
         seed: Random seed of initial weights, samples, masks and dropout.

@@ -243,6 +243,8 @@ def test_operators_are_imported_on_first_use():
 def test_an_unknown_command_is_refused_and_the_closest_one_suggested(capsys):
     assert main(["pretran"]) == 2
     assert "'pretrain'" in capsys.readouterr().err
+    assert main(["features"]) == 2
+    assert "did you mean 'embed'?" in capsys.readouterr().err
 
 
 def test_a_user_error_is_printed_as_one_line(tmp_path, capsys):
@@ -264,6 +266,10 @@ def test_every_command_explains_each_of_its_flags(command, capsys):
     assert "STR (default" not in text
     assert "INT (default" not in text
     assert "FLOAT (default" not in text
+    # An empty default says nothing, and "none" is a value only where it is listed.
+    assert "(default: )" not in text
+    assert "(default: None)" not in text
+    assert "{None}" not in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -275,6 +281,49 @@ def test_the_example_of_a_command_is_valid_and_shown_by_its_help(command, capsys
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{summary} Example: bertfast {command} {example}" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        (
+            "finetune",
+            "--model-name-or-path m --train-file t --output-dir o --eval-steps none",
+            "an integer, got 'none'",
+        ),
+        ("pretrain", "--output-dir o --minutes soon", "--minutes: must be a number, got 'soon'"),
+        (
+            "sweep",
+            "--model-name-or-path m --train-file t --output-dir o --seeds 1 1.5",
+            "must be an integer, got '1.5'",
+        ),
+    ],
+)
+def test_a_value_that_is_no_number_is_refused_in_one_sentence(command, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main([command, *flags.split()])
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in error
+    assert "no type matching" not in error
+    assert "typing." not in error
+
+
+def test_predict_has_no_flags_that_it_does_not_read(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--label-column" not in text
+    assert "--n-best" not in text
+    assert "Range: any integer." in text
+    assert "Range: any finite number." in text
+
+
+def test_the_help_of_pretrain_names_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    assert (
+        f"--config RECIPE reads those of an installed recipe: {', '.join(recipe_names())}." in capsys.readouterr().out
+    )
 
 
 def test_help_lists_every_task(capsys):
