@@ -51,7 +51,10 @@ class _StandardError(logging.Handler):
     """Write log messages to what is standard error at the time, which tests and progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(sys.stderr):  # clears progress bars, and draws them again below the message
+            say(self.format(record))
 
 
 class _Format(logging.Formatter):

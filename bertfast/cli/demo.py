@@ -7,6 +7,7 @@ sentence documents, once from the pre-trained weights and once from scratch, and
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import PretrainSettings, pretrain
+
+logger = logging.getLogger("bertfast")
 
 _CONTENTS = ("data", "model", "task", "finetuned", "from-scratch", "results.json")
 HELD_OUT = 4  # percent of the modules, held out from pre-training and fine-tuning
@@ -72,16 +75,16 @@ def demo(settings: DemoSettings) -> dict[str, float]:
 
 def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
     """Run the demo in its locked folder."""
-    print("1. Text: the docstrings of the installed Python packages.")
+    logger.info("1. Text: the docstrings of the installed Python packages.")
     corpus = CorpusSettings(vocab_size=4096, validation_split_percentage=HELD_OUT)
     data = prepare(PrepareSettings(str(folder / "data"), corpus))
 
     model = folder / "model"
     train, validation = write_task(data / "docstrings.jsonl", folder / "task", settings.seed)
     try:
-        print("2. Pre-training: masked LM and next-sentence prediction.")
+        logger.info("2. Pre-training: masked LM and next-sentence prediction.")
         pretrained = pretrain(_pretraining(settings, data, model))
-        print("3. Fine-tuning: which package does this sentence document?")
+        logger.info("3. Fine-tuning: which package does this sentence document?")
         scores = {
             name: _finetune(settings, model, folder / name, train, validation) for name in ("finetuned", "from-scratch")
         }
@@ -89,7 +92,7 @@ def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
         reason = str(stopped).partition(":")[0]
         raise RunStopped(f"{reason}: run the same command again to continue the demo", stopped.status) from None
 
-    print("\n4. Masked tokens: the five most likely predictions for each.")
+    print("4. Masked tokens: the five most likely predictions for each.")
     masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")
     for text in MASKED_TEXTS:
         predictions = fill_mask(masked_lm, tokenizer, text)[0]

@@ -60,7 +60,7 @@ COMMANDS = {
     "finetune": Command(
         "training.finetune",
         "FinetuneSettings",
-        "finetune",
+        "finetune_command",
         "Fine-tune a pre-trained model on a labelled task.",
         "--model-name-or-path bert --train-file train.tsv --validation-file dev.tsv --output-dir tuned",
     ),

@@ -103,7 +103,7 @@ def reproduce(settings: ReproduceSettings) -> Path:
                 cells[row["name"], name] = _cell(settings, table, row, name, folder)
                 write_atomically(page, render(table, cells, settings))
                 if cells[row["name"], name] != _ABSENT:
-                    print(f"{row['name']}, {name}: {cells[row['name'], name]}", flush=True)
+                    logger.info("%s, %s: %s", row["name"], name, cells[row["name"], name])
     print(page.read_text(encoding="utf-8"))
     return page
 

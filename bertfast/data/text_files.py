@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from bertfast.runtime.extras import install_command
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+logger = logging.getLogger("bertfast")
 
 STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
@@ -69,7 +72,7 @@ def standard_input() -> io.BufferedReader:
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError(f"{STANDARD_INPUT} is closed: pipe text into the command, or give a file")
     if sys.stdin.isatty():
-        print("reading lines from the keyboard; Ctrl-D ends the input", file=sys.stderr)
+        logger.info("reading lines from the keyboard; Ctrl-D ends the input")
     return cast(io.BufferedReader, sys.stdin.buffer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from bertfast.training.validation import evaluate_masked_lm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+logger = logging.getLogger("bertfast")
 
 _CONTENTS = ("eval_results.json", "confusion.png", *PREDICTIONS)
 _LABELS_SHOWN = 30  # of a confusion matrix; larger ones are not plotted
@@ -93,14 +96,19 @@ def write_results(path: Path, metrics: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(metrics, indent=2) + "\n")
 
 
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Print one metric per line."""
+    for name, value in metrics.items():
+        print(f"{name:<28}{value:>12.6g}")
+
+
 def _evaluate(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
     """Compute and print metrics; return them, and a function that writes predictions and plots to a folder."""
     if settings.objective == "task":
         metrics, write_predictions = _evaluate_task(settings)
     else:
         metrics, write_predictions = _evaluate_text(settings), lambda folder: None
-    for name, value in metrics.items():
-        print(f"{name:<28}{value:>12.6g}")
+    print_metrics(metrics)
     return metrics, write_predictions
 
 
@@ -119,7 +127,7 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
             precision = choose_precision(model.device, settings.compute.precision, model.config)
             title = plot_title(settings.model_name_or_path, model.device, precision)
             if not draw_confusion(table, folder / "confusion.png", title):
-                print(f"No confusion.png: plots require matplotlib: {install_command('plots')}")
+                logger.info("No confusion.png: plots require matplotlib: %s", install_command("plots"))
 
     skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
     metrics = {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped

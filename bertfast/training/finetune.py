@@ -32,7 +32,7 @@ from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches,
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import FINETUNING_TASK, choose_task
 from bertfast.tasks.task import Outputs, Task
-from bertfast.training.evaluate import write_results
+from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
 from bertfast.training.finetune_folder import finetune_folder
 from bertfast.training.finetune_settings import FinetuneSettings
@@ -63,6 +63,12 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
     """
     with open_run(settings) as run:
         return run.run(on_step)
+
+
+def finetune_command(settings: FinetuneSettings) -> None:
+    """Fine-tune a model, and print the results."""
+    print_metrics(finetune(settings))
+    print(f"The best model, metrics.jsonl and all_results.json are in {settings.output_dir}.")
 
 
 @contextmanager
@@ -164,7 +170,7 @@ class Finetuning:
         settings = self.settings
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_log = MetricsLog(self.folder)
-        print(f"fine-tuning on {len(self.examples['train'])} examples, {self.precision} on {self.device}")
+        logger.info("fine-tuning on %d examples, %s on %s", len(self.examples["train"]), self.precision, self.device)
         eval_steps = settings.evaluation.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
             for rows in islice(self.rows_of_steps(), self.steps):
@@ -177,7 +183,7 @@ class Finetuning:
                     what = not_finite(self.skipped_loss, self.device)
                     self._stop(f"{SKIPS_IN_A_ROW} steps in a row were skipped, {what}: lower --learning-rate")
                 if self.step % eval_steps == 0 or self.step == self.steps:
-                    self._validate(bar)
+                    self._validate()
                 if self.validations_without_better == settings.evaluation.early_stopping_patience:
                     break
         return self._finish()
@@ -329,14 +335,14 @@ class Finetuning:
         """Passes over the training data so far."""
         return self.step / self.steps_per_epoch
 
-    def _validate(self, bar: tqdm[Any]) -> None:
+    def _validate(self) -> None:
         self._read_pending()
         if "validation" not in self.features:
             self._save()
             return
         outputs, metrics = self._predict("validation")
         self._log(**metrics)
-        bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
         loss = metrics.get("eval_loss", 0.0)  # breaks ties
         if (sign * metrics[f"eval_{self.metric}"], -loss) > self.best_score:

@@ -372,7 +372,7 @@ class Pretraining:
         save_tokenizer(self.corpus.tokenizer, self.folder)
         title = plot_title(self.folder, self.device, self.precision)
         if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", title, unigram_entropy):
-            print(f"No loss.png: plots require matplotlib: {install_command('plots')}")
+            self.reporter.say(f"No loss.png: plots require matplotlib: {install_command('plots')}")
         print(f"Model, metrics.jsonl and checkpoints are in {self.folder}.")
 
     def _fraction_done(self) -> float:
@@ -387,14 +387,13 @@ class Pretraining:
         return settings.learning_rate * schedule(settings.schedule, self._fraction_done(), settings.warmup_ratio)
 
     def _announce(self) -> None:
-        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
-        train, ranks = self.corpus.train, self.distributed.world_size
-        tokens = self.bins_per_step * self.settings.batch.tokens_per_batch
+        config, train, ranks = self.model.config, self.corpus.train, self.distributed.world_size
+        parameters = sum(p.numel() for p in self.model.parameters())
         self.reporter.say(
             f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, hidden size "
             f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {counted(train.documents, 'document')}, "
-            f"{tokens} tokens per step, {self.precision} on {self.device}"
-            + (f", {ranks} ranks" if ranks > 1 else "")
-            + (f", from step {self.step}" if self.step else "")
+            f"{self.bins_per_step * self.settings.batch.tokens_per_batch} tokens per step, "
+            f"{self.precision} on {self.device}"
+            + (f", {ranks} ranks" * (ranks > 1) + f", from step {self.step}" * (self.step > 0))
         )
         self.reporter.say(f"{self.memory_estimate}; GEMM throughput {self.reporter.gemm_throughput / 1e12:.3g} TFLOP/s")

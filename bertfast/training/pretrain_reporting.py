@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from bertfast.training.metrics_log import MetricsLog, MetricsWriter, tensorboard
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite
 from bertfast.training.pretrain_checkpointing import Progress
 from bertfast.training.pretrain_settings import PretrainSettings
+
+logger = logging.getLogger("bertfast")
 
 LOSS_EMA_DECAY = 0.98
 SPIKE_THRESHOLD = 0.5  # nats above the loss EMA from which on a step is marked in metrics.jsonl
@@ -66,7 +69,7 @@ def open_writers(settings: PretrainSettings) -> list[MetricsWriter]:
 
 
 class Reporter:
-    """Progress bar, messages and metrics of a run; only the main process prints and writes.
+    """Progress bar, messages and metrics of a run; only the main process logs and writes.
 
     Args:
         settings: Settings of the run.
@@ -123,7 +126,7 @@ class Reporter:
         return bool(self._pending)
 
     def validation(self, metrics: dict[str, float]) -> None:
-        """Write and print the metrics of a validation."""
+        """Write and log the metrics of a validation."""
         progress = self.progress
         self.write(step=progress.step, seconds=round(progress.seconds, 3), **metrics)
         pairs = ""
@@ -141,9 +144,9 @@ class Reporter:
             self.metrics_log.write(**entry)
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Log a line in the main process."""
         if self.distributed.is_main:
-            tqdm.write(text)
+            logger.info(text)
 
     def _progress_bar(self, total_steps: int) -> tqdm[Any]:
         minutes, hidden = self.settings.duration.minutes, not self.distributed.is_main

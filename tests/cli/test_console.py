@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from bertfast.cli.main import main
 
@@ -98,6 +100,18 @@ def test_log_messages_go_to_standard_error(doctor, capsys):
     for _ in range(2):
         assert main(["doctor"]) == 0
         assert capsys.readouterr() == ("", "read 3 rows\nwarning: one is empty\n")
+
+
+def test_log_messages_stand_above_progress_bars(doctor, capsys):
+    def log_during_progress():
+        with tqdm(total=3, leave=False) as bar:
+            bar.update(1)
+            logging.getLogger("bertfast").info("read 3 rows")
+
+    doctor(log_during_progress)
+    assert main(["doctor"]) == 0
+    lines = re.split("[\r\n]", capsys.readouterr().err)
+    assert "read 3 rows" in lines  # and not at the end of a bar's line
 
 
 def loads_deeply_nested_json():

@@ -142,7 +142,12 @@ def test_finetune_predict_and_evaluate_from_the_command_line(kind, pretrained, t
     }
     minimum = 90 if kind == "question-answering" else 0.9
     assert results[first.get(kind, "eval_accuracy")] > minimum
-    capsys.readouterr()
+    out, err = capsys.readouterr()
+    *scores, last = out.splitlines()
+    assert [line.split()[0] for line in scores] == list(results)
+    assert str(tmp_path / "out") in last
+    assert "fine-tuning on 400 examples" in err
+    assert f"step {results['best_step']}: eval_" in err
     model = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu", "--precision", "fp32"]
     checked = ["--validation-file", str(dev), "--output-dir", str(tmp_path / "checked")]
     assert main(["evaluate", *model, *checked]) == 0

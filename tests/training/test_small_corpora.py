@@ -33,7 +33,10 @@ def test_a_small_corpus_pretrains_with_default_settings(documents, initial, pret
     validated = [entry for entry in entries if "validation_loss" in entry]
     assert validated[-1]["validation_loss"] > 0
     assert validated[-1]["next_sentence_accuracy"] >= 0
-    assert "held out for validation: " in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == f"Model, metrics.jsonl and checkpoints are in {tmp_path / 'out'}.\n"
+    for progress in ("held out for validation: ", "M parameters", "estimated memory", "validation loss"):
+        assert progress in err
 
 
 def test_a_text_of_three_sentences_is_refused_with_what_is_required(tmp_path, capsys):
