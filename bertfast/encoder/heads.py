@@ -30,7 +30,16 @@ Count = Tensor | float
 
 @dataclass(frozen=True, eq=False)
 class PretrainingLoss:
-    """Sums over a batch, and the number of labels in each; 0-dimensional tensors."""
+    """Sums over a batch, and the number of labels in each; 0-dimensional tensors.
+
+    Attributes:
+        masked_lm: Sum of the cross entropies of masked tokens in nats, fp32 at least.
+        masked_correct: Number of masked tokens that are predicted correctly, int64.
+        masked: Number of masked tokens, int64.
+        next_sentence: Sum of the cross entropies of next-sentence labels in nats, fp32 at least.
+        next_sentence_correct: Number of next-sentence labels that are predicted correctly, int64.
+        pairs: Number of next-sentence labels, int64.
+    """
 
     masked_lm: Tensor
     masked_correct: Tensor
@@ -89,7 +98,7 @@ def pretraining_loss(
     The last layer runs only on the masked tokens and [CLS], and logits are never materialised.
 
     Args:
-        model: With a masked-LM head, and where the batch has pairs a pooler and a next-sentence head.
+        model: Model with a masked-LM head, and where the batch has pairs a pooler and a next-sentence head.
         batch: The batch, with a fixed number of tokens, sequences and masked tokens.
         seed: int64 [], the seed of dropout; None: no dropout.
         residual_dtype: See `encode`.
@@ -118,7 +127,7 @@ def masked_lm_loss(model: PackedMaskedLM, hidden: Tensor, labels: Tensor) -> tup
     """Compute the masked-LM loss of rows that have labels.
 
     Args:
-        model: With a masked-LM head.
+        model: Model with a masked-LM head.
         hidden: [R, H], the encoder's output at those rows.
         labels: int64 [R], -100 where a row does not count.
 
@@ -131,7 +140,16 @@ def masked_lm_loss(model: PackedMaskedLM, hidden: Tensor, labels: Tensor) -> tup
 
 
 def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Tensor:
-    """Compute the vocabulary's logits at `rows` (int64 [R]) -> [R, V]."""
+    """Compute the vocabulary's logits of some tokens.
+
+    Args:
+        model: Model with a masked-LM head.
+        packed: The batch.
+        rows: int64 [R], indices of the tokens.
+
+    Returns:
+        [R, V].
+    """
     parts = model.masked_lm_parts()
     logits: Tensor = parts.decoder(parts.transform(_encode(model, packed, rows)))
     return logits
@@ -174,7 +192,18 @@ def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tens
 def multiple_choice_loss(
     model: PackedHead, packed: Packed, labels: Tensor, num_items: Count, *, num_choices: int
 ) -> Tensor:
-    """Compute the cross entropy between choices: one sequence each, in order; labels are int64 [S / choices]."""
+    """Compute the cross entropy between choices.
+
+    Args:
+        model: Model with a head that gives each sequence one logit.
+        packed: The batch: one sequence per choice, the choices of an example in a row.
+        labels: int64 [S / num_choices], the right choice of each example; -100 is ignored.
+        num_items: Examples in the whole step.
+        num_choices: Choices per example.
+
+    Returns:
+        [], the loss in nats per example of the step.
+    """
     return cross_entropy_sum(sequence_logits(model, packed).view(-1, num_choices), labels) / num_items
 
 
@@ -185,7 +214,17 @@ def token_logits(model: PackedHead, packed: Packed) -> Tensor:
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
-    """Compute the cross entropy of tokens: labels int64 [T], -100 ignored."""
+    """Compute the cross entropy of tokens.
+
+    Args:
+        model: Model with a head for tokens.
+        packed: The batch.
+        labels: int64 [T]; -100 is ignored.
+        num_items: Labels in the whole step.
+
+    Returns:
+        [], the loss in nats per label of the step.
+    """
     return cross_entropy_sum(token_logits(model, packed), labels) / num_items
 
 
@@ -224,14 +263,30 @@ def question_answering_loss(
 
 
 def pooled(model: PackedHead, first: Tensor) -> Tensor:
-    """Call the pooler on the rows that represent their sequences: [S, H] -> [S, H]."""
+    """Call the pooler on the rows that represent their sequences.
+
+    Args:
+        model: Model whose encoder has a pooler.
+        first: [S, H], the encoder's output at each sequence's [CLS].
+
+    Returns:
+        [S, H].
+    """
     pooler = cast(nn.Module, model.base_model.pooler)
     output: Tensor = pooler(first[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
     return output
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the sum of cross entropies in fp32 at least: logits [R, classes], labels [R], -100 ignored -> []."""
+    """Compute the sum of cross entropies.
+
+    Args:
+        logits: [R, classes].
+        labels: int64 with R elements; -100 is ignored.
+
+    Returns:
+        [], in nats, fp32 at least.
+    """
     return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 

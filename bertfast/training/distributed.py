@@ -78,7 +78,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and prints (rank 0)."""
+        """Whether this is the process that writes files, logs and prints (rank 0)."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
