@@ -51,6 +51,15 @@ def runs_family_loss(architecture: Architecture, model: nn.Module) -> bool:
     )
 
 
+def overridden_method(kind: type[nn.Module]) -> str | None:
+    """Return the first method that a user's class on a fused one has instead of its family's; None if it has none."""
+    bases = kind.__mro__
+    first_fused = next((index for index, base in enumerate(bases) if "original" in vars(base)), 0)
+    original: type = original_class(kind)
+    names = method_names(original)
+    return next((name for name in names if any(name in vars(base) for base in bases[:first_fused])), None)
+
+
 def takes_loss_keywords(kind: type[nn.Module]) -> bool | None:
     """Return whether Trainer passes `num_items_in_batch` to a user's class, as it decides that without bertfast.
 

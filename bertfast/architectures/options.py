@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast.architectures.architecture import Architecture
+from bertfast.architectures.methods import foreign_attention
 from bertfast.runtime.torch_compat import has_values
 
 
@@ -26,6 +27,9 @@ def defaults_unsupported_reason(architecture: Architecture, embeddings: nn.Modul
 def options_unsupported_reason(architecture: Architecture, config: Any, layer: nn.Module) -> str | None:
     """Return why the options of a layer's attention are not those of the configuration."""
     attention = attrgetter(str(architecture.layer["query"]).rpartition(".")[0])(layer)
+    foreign = foreign_attention(architecture, getattr(attention, "config", config)._attn_implementation)
+    if foreign is not None:
+        return f"its attention is {foreign}"
     heads, causal = (attrgetter(str(architecture.layer[name]))(layer) for name in ("heads", "causal"))
     is_decoder = getattr(config, "is_decoder", False)
     if heads != config.num_attention_heads:

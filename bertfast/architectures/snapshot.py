@@ -45,6 +45,8 @@ class Snapshot:
         self._classes, self._methods = [kind for kind, _ in methods], [name for _, name in methods]
         self._norms = [module_tables(module)[0] for module in modules if isinstance(module, nn.LayerNorm)]
         self._buffers = [*encoder.buffers()]
+        # In transformers 5 an attention reads its own configuration, most often that of the encoder.
+        self._configured = [attributes for attributes in self._attributes if "config" in attributes]
         tables: list[dict[Any, Any]] = []
         for module in modules:
             tables += [*module_tables(module)[1:], *module_hooks(module)]
@@ -72,7 +74,7 @@ class Snapshot:
         return is_same and not any(self._empty_tables)
 
     def _state(self, encoder: Any) -> tuple[list[Any], ...]:
-        config = encoder.config
+        configs = {id(attributes["config"]): attributes["config"] for attributes in self._configured}
         return (
             [*map(type, self._modules)],
             [*map(len, self._attributes)],  # grows by a method that is set on a module
@@ -80,5 +82,7 @@ class Snapshot:
             [*map(getattr, self._classes, self._methods)],
             [norm.get("weight") is None or norm.get("bias") is None for norm in self._norms],
             [*map(write_count, self._buffers)],
-            [getattr(config, "is_decoder", False), attention_function(self._architecture, config._attn_implementation)],
+            [getattr(encoder.config, "is_decoder", False)],
+            [id(attributes["config"]) for attributes in self._configured],
+            [attention_function(self._architecture, config._attn_implementation) for config in configs.values()],
         )

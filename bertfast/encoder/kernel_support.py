@@ -65,6 +65,15 @@ def unsupported_reason(
     return None if reason is None else f"no fast kernels for {str(dtype).removeprefix('torch.')} on {device}: {reason}"
 
 
+def module_unsupported_reason(
+    parameter: Tensor | None, head_dimension: int | None = None, shape: tuple[int, int] | None = None
+) -> str | None:
+    """Return `unsupported_reason` for the device and dtype of a module's parameter; None: the module has none."""
+    if parameter is None:
+        return "its parameters are flattened by FSDP1: pass use_orig_params=True"
+    return unsupported_reason(parameter.device, gemm_dtype(parameter), head_dimension, shape)
+
+
 def tracing_unsupported_reason(x: Tensor) -> str | None:
     """Return why a call with the input `x` runs under a transform, or hooks, that fused modules do not support."""
     if torch.compiler.is_compiling():

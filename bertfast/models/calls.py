@@ -82,9 +82,9 @@ def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str
 
 @torch_compat.constant_result
 def _kernels_unsupported_reason(encoder: FusedModel, shape: tuple[int, int] | None) -> str | None:
-    weight, config = torch_compat.any_parameter(encoder), encoder.config
+    config = encoder.config
     head_dimension = config.hidden_size // config.num_attention_heads
-    return kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight), head_dimension, shape)
+    return kernel_support.module_unsupported_reason(torch_compat.any_parameter(encoder), head_dimension, shape)
 
 
 def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
@@ -107,7 +107,7 @@ def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
 def caches_shapes(encoder: FusedModel) -> bool:
     """Return whether code is kept for each number of tokens that an encoder gets: see `matmul.caches_shapes`."""
     weight = torch_compat.any_parameter(encoder)
-    return matmul.caches_shapes(weight.device, kernel_support.gemm_dtype(weight))
+    return weight is not None and matmul.caches_shapes(weight.device, kernel_support.gemm_dtype(weight))
 
 
 def pack_outputs(outputs: Any, layout: Layout) -> Any:

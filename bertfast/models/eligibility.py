@@ -10,10 +10,12 @@ their modes and their options. As everywhere in torch.compile, hooks that are re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 from bertfast.architectures import Architecture, activation_name, methods
 from bertfast.architectures.options import defaults_unsupported_reason, options_unsupported_reason
@@ -31,7 +33,16 @@ _PLAIN: dict[str, tuple[type[nn.Module], Callable[[Any], bool]]] = {
     "norm": (nn.LayerNorm, lambda x: x.weight is not None and x.bias is not None),
 }
 # The attributes of modules that decide here what `whole_unsupported_reason` returns, besides those of an architecture.
-_OPTIONS = {"training", "p", "sparse", "max_norm", "scale_grad_by_freq", "is_causal", "position_embedding_type"}
+_OPTIONS = {
+    "training",
+    "p",
+    "sparse",
+    "max_norm",
+    "scale_grad_by_freq",
+    "is_causal",
+    "position_embedding_type",
+    "act",
+}
 
 
 @constant_result
@@ -61,7 +72,10 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
         cannot share packed tokens.
     """
     architecture, config = encoder.architecture, encoder.config
-    embeddings, stack, layers = attrgetter(architecture.embeddings, architecture.stack, architecture.layers)(encoder)
+    paths = (architecture.embeddings, architecture.stack, architecture.layers)
+    embeddings, stack, layers = (_at(encoder, path) for path in paths)
+    if embeddings is None or stack is None or layers is None:
+        return {path: "it was replaced by another module" for path in paths if _at(encoder, path) is None}
     reason = None
     if not methods.runs_family_forward(architecture, encoder) or not methods.is_genuine(architecture, stack):
         reason = "the forward of its encoder was replaced"
@@ -84,6 +98,8 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
         return "it was put in after patching: patch the model again"
     for path, kind in parts:
         part, name = _at(module, path), f"its {path}" if path else "it"
+        if part is None:
+            return f"it has no {path}"
         if methods.is_changed(part):
             return f"a hook or a forward was set on {name}"
         if kind == "container" and path and is_sharded(part) and not isinstance(module, FusedModel):
@@ -100,7 +116,11 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    return attrgetter(path)(module) if path else module  # an activation may be a function
+    """Return the part at a path, which may be a function as activation; None if other modules were put in."""
+    try:
+        return attrgetter(path)(module) if path else module
+    except AttributeError:
+        return None
 
 
 def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: str, name: str) -> str | None:
@@ -113,7 +133,8 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
         activation = getattr(part, "__name__", type(part).__name__)
         if activation_name(part) is None:
             return f"its activation is {activation}"
-        return None if methods.is_original(type(part), "forward") else f"the forward of {activation} was replaced"
+        is_own = methods.is_original(type(part), "forward") and _calls_own_function(part)
+        return None if is_own else f"the forward of {activation} was replaced"
     if kind == "container":
         positions = getattr(part, "position_embedding_type", "absolute")
         if positions != "absolute":
@@ -122,6 +143,14 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
     plain, has_known_options = _PLAIN[kind]
     is_plain_part = type(part) is plain and has_known_options(part) and methods.is_original(plain, "forward")
     return None if is_plain_part else f"{name} is not a plain {plain.__name__}"
+
+
+def _calls_own_function(activation: nn.Module) -> bool:
+    """Return whether an activation calls the function that its class has set; GELUActivation and its like have one."""
+    function, own = (getattr(x, "act", None) for x in (activation, ACT2FN[str(activation_name(activation))]))
+    if isinstance(function, partial) and isinstance(own, partial):
+        return (function.func, function.args, function.keywords) == (own.func, own.args, own.keywords)
+    return function is own or getattr(function, "__self__", None) is activation
 
 
 def transform_unsupported_reason(transform: Fused, is_read: Reading = is_plain) -> str | None:
@@ -139,18 +168,23 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     """Return why the loss of a masked-LM head cannot be computed without its logits."""
     architecture = model.architecture
     transform, decoder = architecture.head["transform"], architecture.head["decoder"]
-    if methods.is_changed(model.base_model):  # the loss does not call it as a module
-        return "a hook or a forward was set on its encoder"
+    own = methods.overridden_method(type(model.base_model))
+    if methods.is_changed(model.base_model) or own is not None:  # the loss does not call it as a module
+        return "a hook or a forward was set on its encoder" if own is None else f"its encoder has a {own} of its own"
     if not methods.runs_family_forward(architecture, model):
         return "its forward was replaced"
     if not methods.runs_family_loss(architecture, model):
         return "PyTorch's cross entropy was replaced"
     parts = [(path, "container") for path in (*architecture.head_containers, transform)]
     reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
+    if reason is not None:
+        return reason
+    if any(methods.is_changed(module) for module in _at(model, transform).modules()):
+        return "a hook or a forward was set in its transform"
     module = _at(model, decoder)
     if any(is_sharded(_at(model, path)) for path in (*architecture.head_containers, decoder)):
         is_read = is_linear  # its parameters are gathered before they are read
-    return reason or (None if is_read(module) else f"its decoder is a {type(module).__name__}, not a plain Linear")
+    return None if is_read(module) else f"its decoder is a {type(module).__name__}, not a plain Linear"
 
 
 @constant_result
@@ -160,8 +194,7 @@ def loss_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     if getattr(config, "return_logits", False) or config.output_hidden_states:
         return "the configuration asks for logits or hidden states"
     reason = head_unsupported_reason(model, is_read) or whole_unsupported_reason(encoder)
-    around, _, next_sentence = model.architecture.head["next_sentence"].rpartition(".")
-    reads_pooler = hasattr(_at(model, around), next_sentence)
+    reads_pooler = _at(model, model.architecture.head["next_sentence"]) is not None
     return reason or (pooler_unsupported_reason(encoder) if reads_pooler else None)
 
 
@@ -178,7 +211,8 @@ def can_pool_alone(model: FusedModel) -> bool:
     """Return whether the encoder of a head that reads only its pooled output need not compute anything else."""
     encoder = model.base_model
     calls_encoder = model.passes_keywords and methods.runs_family_forward(model.architecture, model)
-    return calls_encoder and isinstance(encoder, Fused) and not methods.is_changed(encoder)
+    is_own = isinstance(encoder, Fused) and methods.overridden_method(type(encoder)) is None
+    return calls_encoder and is_own and not methods.is_changed(encoder)
 
 
 def called_linears(layer: Fused, is_read: Reading) -> Iterable[tuple[str, nn.Module]]:

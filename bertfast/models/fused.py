@@ -115,16 +115,17 @@ class FusedEncoder(FusedModel):
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
         """Return the layers that remove padding for themselves in transformers' own loop, and their indices."""
-        if torch.compiler.is_compiling() or self.recomputes():  # recomputed layers run when this call is over
+        if torch.compiler.is_compiling():
             return {}
         reasons, path = eligibility.unsupported_reasons(self), self.architecture.layers
+        if path in reasons or self.recomputes():  # recomputed layers run when this call is over
+            return {}
         layers = enumerate(self.packed_modules()[1])
         return {layer: index for index, layer in layers if reasons[f"{path}.{index}"] is None}
 
     def recomputes(self) -> bool:
         """Return whether activations of layers are recomputed in the backward pass."""
-        layers = self.packed_modules()[1]
-        return self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        return self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
@@ -199,8 +200,9 @@ class FusedHead(FusedModel):
 class FusedMeanLoss(FusedHead):
     """A head whose loss is the mean over a batch's labels, or over a whole step's if `num_items_in_batch` is passed."""
 
-    # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide.
-    accepts_loss_kwargs = True
+    # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide. That of transformers 4
+    # would also pass it to calls without labels, and leave a user's own loss undivided.
+    accepts_loss_kwargs = not IS_TRANSFORMERS_4
 
     def forward(self, **arguments: Any) -> Any:
         labels, num_items_in_batch = arguments.get("labels"), arguments.get("num_items_in_batch")

@@ -14,7 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bertfast.architectures import Architecture
-from bertfast.architectures.methods import original_class, replaced_method, runs_family_loss
+from bertfast.architectures.methods import (
+    is_genuine,
+    original_class,
+    overridden_method,
+    replaced_method,
+    runs_family_loss,
+)
 from bertfast.encoder import is_linear, kernel_support
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
@@ -120,9 +126,8 @@ def report(module: nn.Module) -> PatchReport:
         if isinstance(child, fused.FusedEncoder):
             _report_encoder(result, name, child)
         elif isinstance(child, fused.FusedTransform):
-            weight = any_parameter(child)
             reason = eligibility.transform_unsupported_reason(child, is_linear) or global_reason
-            reason = reason or kernel_support.unsupported_reason(weight.device, kernel_support.gemm_dtype(weight))
+            reason = reason or kernel_support.module_unsupported_reason(any_parameter(child))
             result._add(name, "bias, GELU and LayerNorm are one operation", reason)
         elif isinstance(child, fused.FusedMaskedLM | fused.FusedPreTraining):
             reason = "its encoder is not fused"
@@ -155,6 +160,7 @@ def require_packed(model: PreTrainedModel, precision: str = "fp32") -> None:
     encoder, name = model.base_model, type(model).__name__
     with autocast(model.device, precision):
         is_packed = isinstance(encoder, fused.FusedEncoder) and eligibility.whole_unsupported_reason(encoder) is None
+        is_packed = is_packed and overridden_method(type(encoder)) is None
         reason = calls.kernels_unsupported_reason(encoder, {}) if isinstance(encoder, fused.FusedEncoder) else None
         if isinstance(model, fused.FusedMaskedLM | fused.FusedPreTraining):
             is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
@@ -184,6 +190,8 @@ def _own_method(encoder: nn.Module) -> str | None:
 def _check(encoder: PreTrainedModel) -> None:
     config, architecture = encoder.config, _architecture(encoder)
     embeddings, paths = attrgetter(architecture.embeddings)(encoder), architecture.embedding
+    if not is_genuine(architecture, embeddings):
+        return
     tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
     sizes = {name: table.num_embeddings for name, table in tables.items()}
     sizes["hidden_size"] = next(iter(tables.values())).embedding_dim
@@ -202,6 +210,9 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
     if reason is not None:
         result.left[name] = reason
         return
+    own = overridden_method(type(encoder))
+    if own is not None:
+        result.left[name] = f"{type(encoder).__name__} has a {own} of its own, which its heads call"
     if "forward" in vars(encoder):
         result.left[name] = "its `forward` was replaced on the instance"
     reasons = eligibility.unsupported_reasons(encoder)
@@ -210,8 +221,8 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
         reasons = {path: reason or alone for path, reason in reasons.items()}
     for path, reason in reasons.items():
         result._add(f"{name}.{path}", "runs on packed tokens", reason)
-        module = encoder.get_submodule(path)
-        if reason is None and isinstance(module, fused.FusedLayer):
+        module = encoder.get_submodule(path) if reason is None else None
+        if isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
                 kind = type(linear)
                 result.left[f"{name}.{path}.{linear_path}"] = (

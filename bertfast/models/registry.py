@@ -51,6 +51,7 @@ class FusedModel(Fused, PreTrainedModel):
         super().__init_subclass__(**keywords)
         if "original" in vars(cls):
             _name_arguments(cls)
+            _keep_signature(cls)
         takes_loss_keywords = methods.takes_loss_keywords(cls)
         if takes_loss_keywords is not None:  # a user's class decides it, as with transformers
             cls.accepts_loss_kwargs = takes_loss_keywords
@@ -113,6 +114,16 @@ def _reduce(module: Fused, protocol: int) -> tuple[Any, ...]:
 def _restore(original: type[nn.Module]) -> nn.Module:
     kind = fused_class(original) or original
     return kind.__new__(kind)
+
+
+def _keep_signature(kind: type[FusedModel]) -> None:
+    """Give a model's fused class a constructor with the signature of the original's."""
+
+    @functools.wraps(kind.original.__init__)
+    def __init__(self: FusedModel, *args: Any, **kwargs: Any) -> None:
+        super(kind, self).__init__(*args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]  # the same, under a signature that tools can read
 
 
 def _name_arguments(kind: type[FusedModel]) -> None:

@@ -86,13 +86,17 @@ def module_tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
 
 
-def any_parameter(module: nn.Module) -> Tensor:
-    """Return a parameter, or the corresponding tensor of a replica made by DataParallel, which has no parameters."""
+def any_parameter(module: nn.Module) -> Tensor | None:
+    """Return a parameter, or the corresponding tensor of a replica made by DataParallel, which has no parameters.
+
+    Returns:
+        None for a module without either, whose parameters FSDP1 has flattened.
+    """
     parameter = next(module.parameters(), None)
     if parameter is not None:
         return parameter
     tables: Iterator[dict[str, Tensor]] = (getattr(child, "_former_parameters", {}) for child in module.modules())
-    return next(tensor for table in tables for tensor in table.values())
+    return next((tensor for table in tables for tensor in table.values()), None)
 
 
 def write_count(x: Tensor) -> int | None:

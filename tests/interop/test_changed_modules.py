@@ -6,6 +6,7 @@ from live_models import Doubled, batch, live, outputs_of, watch, watch_layer
 from parity import SIZES
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import bertfast
 import bertfast.encoder.encode
@@ -50,6 +51,20 @@ def another_activation(model):
     model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
 
 
+def another_function_of_the_activation(model):
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn.act = torch.tanh
+
+
+class TokenEmbeddings(nn.Embedding):
+    def forward(self, input_ids=None, **others):
+        return super().forward(input_ids)
+
+
+def another_embeddings(model):
+    torch.manual_seed(1)
+    model.bert.embeddings = TokenEmbeddings(SIZES["vocab_size"], SIZES["hidden_size"])
+
+
 def another_norm(model):
     model.bert.encoder.layer[0].output.LayerNorm = nn.Identity()
 
@@ -78,6 +93,8 @@ CHANGES = (
     reparametrise,
     quantise,
     another_activation,
+    another_function_of_the_activation,
+    another_embeddings,
     another_norm,
     own_forward,
     another_pooler,
@@ -102,6 +119,31 @@ def test_a_change_of_a_module_keeps_its_effect(change, when):
     mask = batch()["attention_mask"].bool()
     for fused, hf in zip(got, expected.hidden_states, strict=True):
         torch.testing.assert_close(fused[mask], hf[mask], rtol=1e-4, atol=1e-5)
+
+
+class OneLinear(nn.Module):
+    """What a user may have instead of all layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(SIZES["hidden_size"], SIZES["hidden_size"])
+
+    def forward(self, hidden, *args, **options):
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.linear(hidden))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_module_instead_of_the_layers_is_run_and_reported(when):
+    model, same = live(), live()
+    if when == "after":
+        bertfast.patch(model)
+        outputs_of(model)
+    for changed in (model, same):
+        torch.manual_seed(1)
+        changed.bert.encoder = OneLinear()
+    report = bertfast.patch(model)
+    assert report.left["bert.encoder.layer"] == "it was replaced by another module"
+    torch.testing.assert_close(outputs_of(model).logits, outputs_of(same).logits)
 
 
 def test_a_hook_on_a_layer_gets_padded_hidden_states():

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from parity import BY_CLASS, SIZES, transformers
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import bertfast
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +25,17 @@ VALUES = {
     "BertForPreTraining": {"labels": TOKENS, "next_sentence_label": torch.tensor([0, 1, 1, 0])},
 }
 TIES_KEPT = ("layers", "stack", "stack alone", "transform")
+
+
+def test_parameters_that_fsdp1_flattens_are_left_to_transformers(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = bertfast.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+        sharded = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+        sharded(IDS, attention_mask=MASK).logits.sum().backward()
+        assert "flattened by FSDP1" in bertfast.report(sharded).left["_fsdp_wrapped_module.bert"]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

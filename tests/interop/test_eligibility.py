@@ -223,6 +223,22 @@ def _remove_bias(encoder: nn.Module) -> None:
     encoder.encoder.layer[0].output.LayerNorm.register_parameter("bias", None)
 
 
+@pytest.mark.skipif(not is_5, reason="before version 5 an attention has no function")
+def test_a_layer_with_another_configuration_runs_its_attention_function():
+    patched, plain = pair()
+    patched(**VALUES)
+    transformers.AttentionInterface.register("nothing", nothing)
+    try:
+        for model in (patched, plain):
+            config = copy.deepcopy(model.config)
+            config._attn_implementation = "nothing"
+            model.bert.encoder.layer[1].attention.self.config = config
+        assert_same(patched, plain)
+        assert [*bertfast.report(patched).left] == ["bert.encoder.layer.1"]
+    finally:
+        transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping.pop("nothing", None)
+
+
 def _scale_feed_forward(encoder: nn.Module) -> None:
     layer = encoder.encoder.layer[0]
     original = layer.feed_forward_chunk

@@ -6,6 +6,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 import bertfast
 from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.models import bert as fused
+from bertfast.models.patch import require_packed
 
 NAMES = [name for name in fused.__all__ if name.startswith("BertFor") or name in ("BertModel", "BertLMHeadModel")]
 IDS = torch.arange(3, 15).view(2, 6)
@@ -136,6 +138,44 @@ def test_a_users_class_on_a_fused_one_is_fused_and_keeps_what_it_does():
     assert is_whole(model)
     with pytest.raises(ValueError, match="Shifted derives from BertForSequenceClassification"):
         bertfast.unpatch(model)
+
+
+def with_own_encoder(library, name):
+    """Return a model with an encoder of a user's class, which returns other outputs than its base."""
+
+    class Encoder(library.BertModel):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.last_hidden_state = outputs.last_hidden_state * 3
+            if self.pooler is not None:
+                outputs.pooler_output = outputs.last_hidden_state[:, 1]
+            return outputs
+
+    class Model(getattr(library, name)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = Encoder(config, add_pooling_layer=self.bert.pooler is not None)
+            self.post_init()
+
+    torch.manual_seed(0)
+    return Model(transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("BertForSequenceClassification", torch.tensor([0, 1])), ("BertForMaskedLM", IDS)]
+)
+def test_an_encoder_of_a_users_class_on_a_fused_one_is_called_by_its_head(name, labels):
+    model, plain = with_own_encoder(bertfast, name), with_own_encoder(transformers, name)
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(IDS, labels=labels).loss, plain(IDS, labels=labels).loss)
+    assert bertfast.report(model).left["bert"] == "Encoder has a forward of its own, which its heads call"
+    with pytest.raises(ValueError, match="cannot run on packed batches"):
+        require_packed(model)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_a_constructor_has_the_signature_of_transformers(name):
+    assert signature(getattr(bertfast, name).__init__) == signature(getattr(transformers, name).__init__)
 
 
 @pytest.mark.parametrize("kind", [Doubled, Named])
@@ -262,8 +302,6 @@ def test_inherited_methods_work():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_program_is_told_why_a_model_cannot_take_packed_batches(whole):
-    from bertfast.models.patch import require_packed
-
     model = make(bertfast.BertForMaskedLM)
     if whole:
         require_packed(model)

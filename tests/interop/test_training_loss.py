@@ -59,11 +59,17 @@ def watch_encoder(model):
     model.bert.register_forward_hook(lambda *_: None)
 
 
+def watch_dense_of_transform(model):
+    model.cls.predictions.transform.dense.register_forward_hook(lambda *_: None)
+
+
 def request_logits(model):
     model.config.return_logits = True
 
 
-@pytest.mark.parametrize("change", [watch_decoder, watch_head, watch_encoder, request_logits, nn.Module.eval])
+@pytest.mark.parametrize(
+    "change", [watch_decoder, watch_head, watch_encoder, watch_dense_of_transform, request_logits, nn.Module.eval]
+)
 def test_logits_are_computed_if_they_may_be_read(trained, change):
     patched, plain, values = trained
     change(patched)
