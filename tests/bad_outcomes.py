@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import cast
 
 from bad_calls import Call, Inputs
 
@@ -110,7 +111,8 @@ def is_deliberate(error: BaseException) -> bool:
 @contextmanager
 def _standard_input(content: bytes) -> Iterator[None]:
     before = sys.stdin
-    sys.stdin = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+    buffered = io.BufferedReader(cast(io.RawIOBase, io.BytesIO(content)))  # has `peek`, as a pipe has
+    sys.stdin = io.TextIOWrapper(buffered, encoding="utf-8")
     try:
         yield
     finally:
