@@ -31,7 +31,7 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     assert printed
-    for promised in re.findall(r"# (\[.+\])$", script.read_text(encoding="utf-8"), re.MULTILINE):
+    for promised in re.findall(r"# (\['.+\])$", script.read_text(encoding="utf-8"), re.MULTILINE):
         assert promised in printed
 
 

@@ -31,7 +31,7 @@ at the GEMM throughput measured in the same run, or of reading the weights once 
 traffic of AdamW at the bandwidth of a copy, where the result file contains it; the last column is the share of the
 bound in the time. On family 26, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`, `bench/LOG.md`).
 
-No figure below is one of a GPU that was measured here ([status of the backends](../README.md#backends)). `make
+No GPU was measured here ([status of the backends](../README.md#backends)). `make
 gpu-check-accuracy` and `make gpu-check-speed` check and measure the kernels on a GPU machine without a network
 ([KERNELS.md](KERNELS.md)); `bench/LOG.md` has predictions, and `make compiled-tables` writes registers and shared
 memory of each kernel for sm_80, 90, 100 and 120.
