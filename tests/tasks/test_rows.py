@@ -40,6 +40,6 @@ def test_aligned_tables_say_why_rows_have_no_values(tmp_path):
 
 def test_json_lines_keep_their_line_numbers():
     bad = BadRows("skip")
-    objects, rows = json_lines(['{"a": 1}', "", '{"b": 2}', '{"a": 3}'], 11, '{"a": 1}', bad, ("a", int))
+    objects, rows = json_lines(['{"a": 1}', "", '{"b": 2}', '{"a": 3}'], 11, '{"a": 1}', bad, set(), ("a", int))
     assert (objects, rows.numbers) == ([{"a": 1}, {"a": 3}], [11, 14])
     assert [*bad.skipped["standard input"]] == [12, 13]
