@@ -172,13 +172,20 @@ def double(hf: nn.Module) -> nn.Module:
     return copy.deepcopy(hf).double()
 
 
-def assert_parity(fused: Results, hf: Results, truth: Results, dtype: torch.dtype = torch.float32) -> None:
-    """Check every output and every gradient by the accuracy rule."""
+def assert_parity(
+    fused: Results, hf: Results, truth: Results, dtype: torch.dtype = torch.float32, leniency: float = 1
+) -> None:
+    """Check every output and every gradient by the accuracy rule.
+
+    Of hundreds of random configurations transformers happens to compute a few losses and gradients almost without an
+    error: `leniency` multiplies their allowed errors, but not those of other outputs.
+    """
     assert fused.outputs.keys() == hf.outputs.keys()
     # Untied, transformers has a second bias of the vocabulary that nothing reads; bertfast keeps one under both names.
     assert fused.gradients.keys() - hf.gradients.keys() <= {"cls.predictions.bias"}
     for name, value in fused.outputs.items():
-        assert_as_accurate_as_torch(value, hf.outputs[name], truth.outputs[name], name=name, dtype=dtype)
+        expected, true, factor = hf.outputs[name], truth.outputs[name], 2 * leniency if name == "loss" else 2
+        assert_as_accurate_as_torch(value, expected, true, name=name, dtype=dtype, factor=factor)
     relative_errors = []
     for name, their in hf.gradients.items():
         true = truth.gradients[name]
@@ -192,11 +199,11 @@ def assert_parity(fused: Results, hf: Results, truth: Results, dtype: torch.dtyp
             name=name,
             dtype=dtype,
             neighbour=weight if zero else None,
-            factor=SINGLE_GRADIENT_FACTOR,
+            factor=SINGLE_GRADIENT_FACTOR * leniency,
         )
         if not zero and true.norm() > 0:
             pair = (fused.gradients[name], their)
             relative_errors.append([float((x.double() - true).norm() / true.norm()) for x in pair])
     fused_error, hf_error = torch.tensor(relative_errors, dtype=torch.float64).norm(dim=0)
-    allowed = 2 * hf_error + ULPS * torch.finfo(dtype).eps
+    allowed = 2 * leniency * hf_error + ULPS * torch.finfo(dtype).eps
     assert fused_error <= allowed, f"all gradients together: error {fused_error:.3g}, transformers {hf_error:.3g}"

@@ -1,8 +1,54 @@
 """One adapter per model family: where the packed encoder finds the parts of its models, and what they run."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+
 from bertfast.architectures import supported_versions  # noqa: F401  first: it raises if transformers is not supported
-from bertfast.architectures.architecture import Architecture, activation_name, read
+from bertfast.architectures.architecture import Architecture, activation_name, part_at, read
 from bertfast.architectures.bert import BERT
 from bertfast.architectures.supported_versions import IS_TRANSFORMERS_4
 
-__all__ = ["BERT", "IS_TRANSFORMERS_4", "Architecture", "activation_name", "read"]
+__all__ = [
+    "BERT",
+    "FAMILIES",
+    "IS_TRANSFORMERS_4",
+    "Architecture",
+    "activation_name",
+    "families",
+    "family",
+    "family_by_type",
+    "family_of",
+    "part_at",
+    "read",
+]
+
+FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert")
+"""The families that are fused: names of the adapters' modules, and of the folders of transformers."""
+
+
+@cache
+def family(name: str) -> Architecture:
+    """Return the adapter of a family, an element of `FAMILIES`; imports transformers' module of its classes."""
+    architecture: Architecture = getattr(import_module(f"bertfast.architectures.{name}"), name.upper())
+    return architecture
+
+
+def family_by_type(model_type: str) -> Architecture | None:
+    """Return the adapter of a configuration's `model_type`; None if there is none."""
+    name = model_type.replace("-", "_")
+    return family(name) if name in FAMILIES else None
+
+
+def families() -> Iterator[Architecture]:
+    """Return the adapters of all families."""
+    return map(family, FAMILIES)
+
+
+def family_of(kind: type) -> Architecture | None:
+    """Return the adapter of the family that a class of transformers belongs to; None if there is none."""
+    package, _, name = kind.__module__.rpartition(".modeling_")
+    is_family = name in FAMILIES and package == f"transformers.models.{name}"
+    return family(name) if is_family else None

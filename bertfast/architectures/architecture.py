@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts
+from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts, transform
 
 _DROPOUTS = ("attention_dropout", "attention_output_dropout", "output_dropout")
 # What a part is, by the last word of its name; parts of other names are options, not modules.
@@ -25,6 +27,7 @@ _KINDS = {
     "query": "linear",
     "value": "linear",
 }
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}  # that tasks name
 _ACTIVATION_NAMES = {type(ACT2FN[name]): name for name in reversed(ACTIVATIONS)}
 
 
@@ -35,19 +38,34 @@ class Architecture:
     Attributes:
         model_type: `model_type` of a configuration.
         module: Name of the module of transformers with the family's classes.
+        prefix: What the names of its models begin with.
+        classes: Names of these classes, by the roles of the mixins in `bertfast.models.fused` that fuse them.
         embeddings, stack, layers: Paths from the encoder to its embeddings, to the module around the layers, and to
             the layers.
         embedding: Paths from the embeddings to the parts, by their names in `EmbeddingParts`.
         layer: Paths from a layer to the parts, by their names in `LayerParts`; a path that is None is of an option
-            that this version of transformers does not have.
+            that the family, or this version of transformers, does not have.
         sizes: The embedding tables, by their names in `embedding`, whose number of rows is in a configuration, by its
             name there.
         default_inputs: The difference between neighbours in the embeddings' buffers that hold the default token types,
             0, and positions, 0, 1, …, by the names of these buffers.
-        transform: Paths from the masked-LM head's transform to its "dense", "activation" and "norm".
-        head: Paths from a model to its masked-LM head: "transform", which is called, "decoder", whose parameters are
-            read, and "next_sentence", which is called.
+        output: Name in `transformers.modeling_outputs` of what the encoder returns.
+        tasks: What heads call one after the other on rows of the encoder's output, by the end of the model's name:
+            paths to modules, names of functions, and "pooler" for the encoder's.
+        head: Paths from a model to its masked-LM head: "transform", the module around the parts of `transform`,
+            "decoder", whose parameters are read, and if the family has it "next_sentence", which is called.
         head_containers: Paths from a model to the modules around those of its head, which must not be hooked.
+        transform: Paths from the masked-LM head's transform to its "dense", "activation" (GELU if it has none) and
+            "norm".
+        width: Name in a configuration of the number of columns of the embedding tables.
+        projection: Name in the encoder of a layer after the embeddings, which not every model has.
+        padding_index: Path from the encoder to the token id that positions skip; they are counted from it + 1. None:
+            positions are columns.
+        first_token_readers: Paths from models that read the encoder's output at the first token alone to the modules
+            that do, by the names of these models; "" if it is in their own `forward`.
+        loss: Name in models of a module that computes their loss, if it is not made at each call.
+        other_heads: Paths from models to modules of heads that programs do not run.
+        config_names: Names in its configuration of what BERT's names otherwise, by BERT's names.
         pretraining_output: Name in `module` of what the model with both heads returns.
         modeling: The module of that name.
         embedding_modules, layer_modules, transform_modules: The modules that the packed encoder reads, as pairs of a
@@ -57,6 +75,8 @@ class Architecture:
 
     model_type: str
     module: str
+    prefix: str
+    classes: Mapping[str, Sequence[str]]
     embeddings: str
     stack: str
     layers: str
@@ -64,10 +84,19 @@ class Architecture:
     layer: Mapping[str, str | None]
     sizes: Mapping[str, str]
     default_inputs: Mapping[str, int]
-    transform: Mapping[str, str]
+    output: str
+    tasks: Mapping[str, Sequence[str]]
     head: Mapping[str, str]
     head_containers: Sequence[str]
-    pretraining_output: str
+    transform: Mapping[str, str]
+    width: str = "hidden_size"
+    projection: str | None = None
+    padding_index: str | None = None
+    first_token_readers: Mapping[str, str] = field(default_factory=dict)
+    loss: str | None = None
+    other_heads: Sequence[str] = ()
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    pretraining_output: str | None = None
     modeling: ModuleType = field(init=False)
     embedding_modules: tuple[tuple[str, str], ...] = field(init=False)
     layer_modules: tuple[tuple[str, str], ...] = field(init=False)
@@ -100,14 +129,73 @@ class Architecture:
         values: dict[str, Any] = {name: path and read(module, path) for name, path in self._layer_paths}
         values["activation"] = activation_name(values["activation"])
         for name in _DROPOUTS:
-            values[name] = values[name].p
+            values[name] = 0.0 if values[name] is None else values[name].p
         return LayerParts(**values)
+
+    def projection_of(self, encoder: nn.Module) -> nn.Module | None:
+        """Return the layer after an encoder's embeddings, None if it has none."""
+        module: nn.Module | None = None if self.projection is None else getattr(encoder, self.projection, None)
+        return module
+
+    @property
+    def has_transform_module(self) -> bool:
+        """Whether the masked-LM head's transform is a module of its own, which is called."""
+        return bool(self.classes.get("transform"))
 
     def masked_lm_parts(self, model: nn.Module) -> MaskedLMParts:
         """Read the modules of a model's masked-LM head, and of its next-sentence head if it has one."""
-        *parents, name = self.head["next_sentence"].split(".")
-        transform, decoder = (read(model, self.head[part].split(".")) for part in ("transform", "decoder"))
-        return MaskedLMParts(transform, decoder, getattr(read(model, parents), name, None))
+        module, decoder = (part_at(model, self.head[part]) for part in ("transform", "decoder"))
+        around, _, name = self.head.get("next_sentence", "").rpartition(".")
+        next_sentence = getattr(part_at(model, around), name, None) if name else None
+        if self.has_transform_module:
+            return MaskedLMParts(module, decoder, next_sentence)
+        dense, norm = (part_at(module, self.transform[part]) for part in ("dense", "norm"))
+        activation = part_at(module, self.transform["activation"]) if "activation" in self.transform else None
+        is_gelu = activation is None or activation_name(activation) == "gelu"
+        return MaskedLMParts(partial(transform, dense, None if is_gelu else activation, norm), decoder, next_sentence)
+
+    def task_steps(self, model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+        """Return what a task's head calls one after the other on rows [R, H] of the encoder's output."""
+        kinds = [kind.__name__ for kind in type(model).__mro__]
+        steps = next(steps for task, steps in self.tasks.items() if any(name.endswith(task) for name in kinds))
+        functions = _FUNCTIONS | {"pooler": partial(_pool, cast(nn.Module, model.base_model))}
+        return [functions.get(name) or part_at(model, name) for name in steps]
+
+    def head_prefixes(self, kind: type) -> tuple[str, ...]:
+        """Return what the names of the weights begin with that a model of a class has besides the encoder's."""
+        if kind.__name__.endswith("ForMaskedLM"):
+            return (".".join([*filter(None, (self.head["transform"], self.transform["dense"])), ""]),)
+        paths = [path for task, steps in self.tasks.items() if kind.__name__.endswith(task) for path in steps]
+        return tuple(dict.fromkeys(f"{path.partition('.')[0]}." for path in paths if path != "pooler"))
+
+    @property
+    def all_head_prefixes(self) -> tuple[str, ...]:
+        """What the names of the weights of all heads begin with."""
+        transform = self.head["transform"]
+        parts = [path for name, path in self.head.items() if name != "transform"]
+        parts += [transform] if transform else [*self.transform.values()]
+        paths = [*parts, *(path for steps in self.tasks.values() for path in steps), *self.other_heads]
+        return tuple(dict.fromkeys(f"{path.partition('.')[0]}." for path in paths))
+
+    def config_name(self, name: str) -> str:
+        """Return the family's name of an entry of a configuration that BERT calls `name`."""
+        return self.config_names.get(name, name)
+
+    def max_positions(self, config: Any) -> int:
+        """Return the number of tokens that a sequence may have."""
+        positions: int = config.max_position_embeddings
+        return positions if self.padding_index is None else positions - config.pad_token_id - 1
+
+
+def _pool(encoder: nn.Module, rows: Tensor) -> Tensor:
+    pooler = cast(nn.Module, encoder.pooler)
+    output: Tensor = pooler(rows[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
+    return output
+
+
+def part_at(module: nn.Module, path: str) -> Any:
+    """Read an attribute by its path, "" for the module itself."""
+    return read(module, path.split(".")) if path else module
 
 
 def _modules(paths: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:

@@ -47,6 +47,7 @@ def runs_family_loss(architecture: Architecture, model: nn.Module) -> bool:
         runs_family_forward(architecture, model)
         and loss is nn.CrossEntropyLoss
         and is_original(loss, "forward")
+        and _is_plain_cross_entropy(getattr(model, architecture.loss or "", loss()))
         and _is_written_in(nn.functional.cross_entropy, "torch.nn.functional", "cross_entropy")
     )
 
@@ -58,6 +59,14 @@ def overridden_method(kind: type[nn.Module]) -> str | None:
     original: type = original_class(kind)
     names = method_names(original)
     return next((name for name in names if any(name in vars(base) for base in bases[:first_fused])), None)
+
+
+def _is_plain_cross_entropy(module: nn.Module) -> bool:
+    """Return whether a loss is the mean cross entropy of all labels that are not ignored."""
+    plain = nn.CrossEntropyLoss()
+    options = ("weight", "ignore_index", "reduction", "label_smoothing")
+    same = type(module) is type(plain) and all(getattr(module, name) == getattr(plain, name) for name in options)
+    return same and not is_changed(module)
 
 
 def takes_loss_keywords(kind: type[nn.Module]) -> bool | None:
@@ -85,7 +94,8 @@ def is_original(kind: type, name: str) -> bool:
 def method_names(kind: type) -> tuple[str, ...]:
     """Return the names of the functions in a class body, without those that make, load or resize a module."""
     others = ("__", "_init_weights", "get_", "set_", "prune", "_prune", "tie_", "_tie", "resize_", "extra_repr")
-    names = [name for name, x in vars(kind).items() if isfunction(x) and not name.startswith(others)]
+    functions = [name for name, x in vars(kind).items() if isfunction(x) or isinstance(x, staticmethod)]
+    names = [name for name in functions if not name.startswith(others)]
     return (*dict.fromkeys(["forward", *names]),)
 
 

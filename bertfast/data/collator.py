@@ -23,8 +23,9 @@ class PaddingFreeCollator:
 
     Returns:
         A call returns input_ids and, if the samples have them, token_type_ids and token labels, int64 [1, T]; sequence
-        labels [S] or [S, labels]; next_sentence_label int64 [S]; position_ids int64 [1, T]; cu_seq_lens_q and
-        cu_seq_lens_k int32 [S + 1]; max_length_q and max_length_k int.
+        labels [S] or [S, labels]; next_sentence_label int64 [S]; cu_seq_lens_q and cu_seq_lens_k int32 [S + 1];
+        max_length_q and max_length_k int. If an `attention_mask` excludes a token before others, also position_ids
+        int64 [1, T], the tokens' indices in their samples; else the model counts positions as its family does.
     """
 
     tokenizer: object = None
@@ -46,7 +47,8 @@ class PaddingFreeCollator:
             for name in ("input_ids", "token_type_ids")
             if name in samples[0]
         }
-        batch["position_ids"] = torch.cat([mask.nonzero().squeeze(1) for mask in attended])[None]
+        if not all(mask[: int(length)].all() for mask, length in zip(attended, lengths, strict=True)):
+            batch["position_ids"] = torch.cat([mask.nonzero().squeeze(1) for mask in attended])[None]
         batch |= {
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,

@@ -6,11 +6,12 @@ T tokens, R gathered rows, H hidden.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.encoder.layer import copy_dtype
-from bertfast.encoder.linear import is_watched
+from bertfast.encoder.linear import is_plain, is_watched
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul
@@ -19,14 +20,18 @@ from bertfast.runtime.malloc import reuse_freed_memory
 
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
     """Compute the embeddings of packed tokens -> [T, H]."""
-    rng = packed.rng
+    rng, positions = packed.rng, parts.position_embeddings
+    position, types = positions.weight, parts.token_type_embeddings
+    if positions.padding_idx is not None and position.requires_grad and torch.is_grad_enabled():
+        row = torch.arange(len(position), device=position.device)[:, None] == positions.padding_idx
+        position = torch.where(row, position.detach(), position)  # this row gets no gradient
     return ops.embeddings(
         packed.token_ids,
         packed.token_type_ids,
         packed.position_ids,
         parts.token_embeddings.weight if packed.embeddings is None else packed.embeddings,
-        parts.position_embeddings.weight,
-        parts.token_type_embeddings.weight,
+        position,
+        position.new_zeros(1, position.shape[1]) if types is None else types.weight,
         parts.norm.weight,
         parts.norm.bias,
         parts.norm.eps,
@@ -90,6 +95,18 @@ def _takes_copy(module: nn.Module) -> bool:
     return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
 
 
-def transform(dense: nn.Linear, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    """Compute the masked-LM head's transform, LayerNorm(GELU(dense(hidden))): [R, H] -> [R, H]."""
+def transform(dense: nn.Module, activation: nn.Module | None, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """Compute the masked-LM head's transform, norm(activation(dense(hidden))): [R, H] -> [R, H].
+
+    Args:
+        dense: A linear layer.
+        activation: None: GELU.
+        norm: The LayerNorm.
+        hidden: [R, H], the encoder's output.
+    """
+    if activation is not None or not is_plain(dense):
+        rows: Tensor = dense(hidden)
+        rows = F.gelu(rows) if activation is None else activation(rows)
+        output: Tensor = norm(rows)
+        return output
     return ops.gelu_layer_norm(matmul.linear(hidden, dense.weight), dense.bias, norm.weight, norm.bias, norm.eps)

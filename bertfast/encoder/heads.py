@@ -1,7 +1,7 @@
 """The outputs and losses of task heads on packed batches: what programs call instead of a head's `forward`.
 
-Each function takes a model with a task's head and reads `pooler`, `dropout`, `classifier` or `qa_outputs` from
-it, or its `masked_lm_parts()`; the model must be one that `bertfast.report` shows fused whole. A loss is the sum over
+Each function takes a model with a task's head and calls its `task_steps()`, or reads its `masked_lm_parts()`; the
+model must be one that `bertfast.report` shows fused whole. A loss is the sum over
 the batch's labels divided by `num_items`, so that the batches of a step can be accumulated.
 
 T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
@@ -64,12 +64,15 @@ def pack(
         cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
         max_length_q: Bound on the lengths of the sequences; None: they are read.
     """
+    if getattr(model.config, "type_vocab_size", 0) < 2:  # its tokenizer may tell texts of a pair apart nevertheless
+        token_type_ids = None
     packed, _ = unpad(
         input_ids,
         token_type_ids=token_type_ids,
         cu_seq_lens_q=cu_seq_lens_q,
         max_length_q=max_length_q,
         positions=model.config.max_position_embeddings,
+        padding_index=_packed_model(model).padding_index(),
         training=model.training,
         pool_last=getattr(model.config, "pool_last", False),
     )
@@ -156,17 +159,16 @@ def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Ten
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of `classifier` for each sequence's pooled [CLS] -> [S, labels]; multiple choice: [S, 1]."""
-    first = pooled(model, _encode(model, packed, packed.first))
-    logits: Tensor = model.classifier(_drop(model, first, packed.rng and packed.rng.at(packed.first)))
-    return logits
+    """Compute the logits of each sequence by its [CLS] -> [S, labels]; multiple choice: [S, 1]."""
+    first = _encode(model, packed, packed.first)
+    return _run_steps(model, first, packed.rng and packed.rng.at(packed.first))
 
 
 def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
     """Compute the loss of `config.problem_type`; where that is not set, the number and dtype of labels decide.
 
     Args:
-        model: With a pooler and `classifier`.
+        model: With a head for sequences.
         packed: The batch.
         labels: [S] of classes (int64, -100 ignored) or of values to regress, or [S, labels].
         num_items: Labels, or rows of them, in the whole step.
@@ -208,9 +210,8 @@ def multiple_choice_loss(
 
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of `classifier` for each token -> [T, labels]."""
-    logits: Tensor = model.classifier(_drop(model, _encode(model, packed), packed.rng))
-    return logits
+    """Compute the logits of each token -> [T, labels]."""
+    return _run_steps(model, _encode(model, packed), packed.rng)
 
 
 def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:
@@ -229,9 +230,8 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of `qa_outputs` for each token as the start and the end of the answer -> [T, 2]."""
-    logits: Tensor = model.qa_outputs(_encode(model, packed))
-    return logits
+    """Compute the logits of each token as the start and the end of the answer -> [T, 2]."""
+    return _run_steps(model, _encode(model, packed), packed.rng)
 
 
 def question_answering_loss(
@@ -240,7 +240,7 @@ def question_answering_loss(
     """Compute the mean cross entropy of an answer's start and end, each a softmax over the sequence's own tokens.
 
     Args:
-        model: With `qa_outputs`.
+        model: With a head for answers.
         packed: The batch.
         start_positions, end_positions: int64 [S], positions in the sequences; ignored where no token is.
         num_items: Answers in the whole step.
@@ -290,8 +290,16 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _drop(model: PackedHead, x: Tensor, rng: RngCoordinates | None) -> Tensor:
-    return reference.drop_hidden(x, None if rng is None else rng.dropout(model.dropout.p, "classifier"))
+def _run_steps(model: PackedHead, rows: Tensor, rng: RngCoordinates | None) -> Tensor:
+    """Call what a head calls on rows of the encoder's output; dropout is a function of `rng`."""
+    sites = iter(("classifier", "projection"))
+    for step in model.task_steps():
+        if isinstance(step, nn.Dropout):
+            dropout = None if rng is None else rng.dropout(step.p, next(sites))
+            rows = reference.drop_hidden(rows, dropout)
+        else:
+            rows = step(rows)
+    return rows
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

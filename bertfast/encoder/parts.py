@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bertfast.encoder.unpadding import Packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -14,9 +18,9 @@ class EmbeddingParts:
 
     token_embeddings: nn.Embedding
     position_embeddings: nn.Embedding
-    token_type_embeddings: nn.Embedding
     norm: nn.LayerNorm
     dropout: float
+    token_type_embeddings: nn.Embedding | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,7 @@ class MaskedLMParts:
         next_sentence: Called on pooled [S, H] -> [S, 2]; None in a model without that head.
     """
 
-    transform: nn.Module
+    transform: Callable[[Tensor], Tensor]
     decoder: nn.Linear
     next_sentence: nn.Module | None
 
@@ -67,8 +71,8 @@ class MaskedLMParts:
 class PackedModel(Protocol):
     """An encoder that takes packed tokens; `bertfast.models` makes one of a model of transformers."""
 
-    def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
-        """Return the modules that `encode` calls.
+    def packed_modules(self) -> tuple[Callable[[Packed], Tensor], nn.ModuleList]:
+        """Return what `encode` calls.
 
         Returns:
             The embeddings, called as `embeddings(packed)` -> [T, H], and the layers, each called as
@@ -76,11 +80,16 @@ class PackedModel(Protocol):
         """
         ...
 
+    def padding_index(self) -> int | None:
+        """Return the token id that positions skip, which are then counted from it + 1; None: they are columns."""
+        ...
+
 
 class PackedHead(Protocol):
     """A model with a task's head, as transformers has them.
 
-    Its `base_model` is a `PackedModel`. Its other modules depend on the task; each function names those that it reads.
+    Its `base_model` is a `PackedModel`. Its other modules depend on the task: `task_steps()` returns what its head
+    calls one after the other on rows [R, H] of the encoder's output.
     """
 
     training: bool
@@ -91,7 +100,7 @@ class PackedHead(Protocol):
         ...
 
     def __getattr__(self, name: str) -> Any:
-        """Return a module of the head, or the configuration, `config`."""
+        """Return `task_steps`, or the configuration, `config`."""
         ...
 
 

@@ -7,7 +7,6 @@ the graph leaves open.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +110,7 @@ def unpad(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     positions: int,
+    padding_index: int | None = None,
     training: bool = False,
     pooled: bool = True,
     pool_last: bool = False,
@@ -125,7 +125,8 @@ def unpad(
         inputs_embeds: [B, L, H]; None with `input_ids`.
         cu_seq_lens_q: int [S + 1], the start of each sequence of a packed batch, and the end.
         max_length_q: Bound on the lengths of a packed batch; None: their maximum on a CPU, else tokens or positions.
-        positions: Number of positions of the model.
+        positions: Number of rows of the model's position table.
+        padding_index: See `_default_positions`.
         training: Whether to draw a seed for dropout.
         pooled: Whether column 0 of every row will be read, even where it is masked out.
         pool_last: Whether a sequence's last token is pooled, as in a causal model.
@@ -135,31 +136,29 @@ def unpad(
         The packed tokens, and the layout that restores padding.
 
     Raises:
-        ValueError: The inputs have other shapes, or more tokens in a row than the model has positions.
+        ValueError: The inputs have other shapes, or more tokens in a row than there are positions.
     """
     tokens = _tokens(input_ids, inputs_embeds)
     if cu_seq_lens_q is not None:
         limit = tokens.shape[1] if position_ids is not None else min(tokens.shape[1], positions)
         layout, sequences, masked_starts = _from_cu_seqlens(tokens, attention_mask, cu_seq_lens_q, max_length_q, limit)
-        columns, max_seqlen = sequences.position, sequences.max_seqlen_bound
     else:
         layout, sequences, masked_starts = _from_mask(tokens, attention_mask, pooled, bucketed)
-        indices, max_seqlen = cast(Tensor, layout.indices), layout.shape[1]
-        columns = indices % max_seqlen
-    if position_ids is None and max_seqlen > positions:
-        raise ValueError(f"{max_seqlen} tokens in a row are more than the {positions} positions that the model knows")
-    types = torch.zeros_like(columns) if token_type_ids is None else layout.unpad_ids(token_type_ids, "token_type_ids")
-    packed = Packed(
+    if position_ids is None:
+        slot_positions = _default_positions(input_ids, padding_index, sequences, layout, positions)
+    else:
+        slot_positions = layout.unpad_ids(position_ids, "position_ids")
+    types = None if token_type_ids is None else layout.unpad_ids(token_type_ids, "token_type_ids")
+    return Packed(
         token_ids=None if input_ids is None else layout.unpad(input_ids, "input_ids"),
         embeddings=None if inputs_embeds is None else layout.unpad(inputs_embeds, "inputs_embeds"),
-        token_type_ids=types,
-        position_ids=columns if position_ids is None else layout.unpad_ids(position_ids, "position_ids"),
+        token_type_ids=torch.zeros_like(slot_positions) if types is None else types,
+        position_ids=slot_positions,
         sequences=sequences,
         first=_pooled_slots(sequences, pool_last, masked_starts),
         query_only=0 if masked_starts is None else len(sequences),
         rng=_rng_coordinates(sequences, masked_starts is not None) if training else None,
-    )
-    return packed, layout
+    ), layout
 
 
 def pad_packed(inputs: dict[str, Tensor], cu_seq_lens_q: Tensor) -> tuple[dict[str, Tensor], Layout]:
@@ -205,6 +204,39 @@ def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if tokens.dim() != dims or 0 in tokens.shape:
         raise ValueError(f"{rule}, none of them 0, got {list(tokens.shape)}")
     return tokens
+
+
+def _default_positions(
+    input_ids: Tensor | None, padding_index: int | None, sequences: Sequences, layout: Layout, rows: int
+) -> Tensor:
+    """Return the positions of slots, int64 [T], for tokens without `position_ids`.
+
+    They are columns if `padding_index` is None. Else they count a sequence's tokens from padding_index + 1 and skip
+    those of this id, which have it as their position, as in RoBERTa; with `inputs_embeds` they count all columns.
+
+    Raises:
+        ValueError: A sequence has more tokens than the table of `rows` rows has positions for them.
+    """
+    limit = rows if padding_index is None else rows - padding_index - 1
+    is_packed = layout.indices is None
+    length = sequences.max_seqlen_bound if is_packed else layout.shape[1]
+    if input_ids is None or padding_index is None:
+        columns = sequences.position if layout.indices is None else layout.indices % length
+        positions = columns if padding_index is None else columns + padding_index + 1
+    else:
+        counts = input_ids != padding_index
+        before = counts.cumsum(1)
+        if is_packed:  # each sequence of the row has its own count
+            counts = counts & sequences.is_token
+            total = F.pad(counts.cumsum(1)[0], (1, 0))
+            before = (total[1:] - total[sequences.cu_seqlens[:-1].long()][sequences.sequence_index])[None]
+        all_positions = torch.where(counts, before, 0) + padding_index
+        if length > limit:  # padding does not count
+            length = 0 if torch.compiler.is_compiling() else int(all_positions.max()) - padding_index
+        positions = layout.unpad(all_positions, "input_ids")
+    if length > limit:
+        raise ValueError(f"{length} tokens in a row are more than the {limit} positions that the model knows")
+    return positions
 
 
 def _pooled_slots(sequences: Sequences, pool_last: bool, masked_starts: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from bertfast.models.patch import is_supported, patch
+from bertfast.models.patch import patch, unsupported_reason
 
 logger = logging.getLogger("bertfast")
 
@@ -37,10 +37,12 @@ class _FusedAuto(_BaseAutoModelClass):
 
 
 def _fused(model: Model) -> Model:
-    if is_supported(model):
+    reason = unsupported_reason(model)
+    if reason is None:
         patch(model)
     else:
-        logger.warning("bertfast does not fuse %s: it runs transformers' own code, unchanged", type(model).__name__)
+        name = type(model).__name__
+        logger.warning("bertfast does not fuse %s, which runs transformers' own code, unchanged: %s", name, reason)
     return model
 
 

@@ -29,9 +29,16 @@ def main_input(arguments: Arguments) -> Tensor | None:
     return arguments.get("input_ids") if embeddings is None else embeddings
 
 
-def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | None:
-    """Return why a call asks for something that the packed encoder does not compute."""
-    unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in _KNOWN]
+def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: bool | None = None) -> str | None:
+    """Return why a call asks for something that the packed encoder does not compute.
+
+    Args:
+        encoder: The encoder.
+        arguments: Of its `forward`.
+        pooled: Whether the first token of each row is read even where it is masked out; None: if there is a pooler.
+    """
+    known = _KNOWN if "token_type_embeddings" in encoder.architecture.embedding else _KNOWN - {"token_type_ids"}
+    unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in known]
     if unknown:
         return f"the packed encoder does not support {', '.join(unknown)}"
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -46,7 +53,8 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str | 
         return "the attention mask has another shape than the input"
     reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
     reason = reason or kernel_support.tracing_unsupported_reason(tokens)
-    if reason is None and _pools_padding(encoder, arguments):
+    pooled = getattr(encoder, "pooler", None) is not None if pooled is None else pooled
+    if reason is None and pooled and _pools_padding(encoder, arguments):
         return "a row of the batch contains only padding"
     return reason
 
@@ -66,7 +74,7 @@ def _pools_padding(encoder: FusedModel, arguments: Arguments) -> bool:
     """
     mask = arguments.get("attention_mask")
     adds_to_scores = IS_TRANSFORMERS_4 or encoder.config._attn_implementation == "eager"
-    if mask is None or encoder.pooler is None or not adds_to_scores or torch.compiler.is_compiling():
+    if mask is None or not adds_to_scores or torch.compiler.is_compiling():
         return False
     return kernels_unsupported_reason(encoder, arguments) is None and not bool(mask.any(1).all())
 

@@ -82,6 +82,9 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     attention = methods.foreign_attention(architecture, config._attn_implementation)
     if attention is not None:
         reason = f"its attention is {attention}"
+    projection = architecture.projection_of(encoder)
+    if projection is not None:
+        reason = reason or _part_unsupported_reason(architecture, projection, "linear", str(architecture.projection))
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
     reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
     if methods.is_changed(stack):
@@ -168,6 +171,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     """Return why the loss of a masked-LM head cannot be computed without its logits."""
     architecture = model.architecture
     transform, decoder = architecture.head["transform"], architecture.head["decoder"]
+    containers = [path for path in (*architecture.head_containers, transform) if path]
     own = methods.overridden_method(type(model.base_model))
     if methods.is_changed(model.base_model) or own is not None:  # the loss does not call it as a module
         return "a hook or a forward was set on its encoder" if own is None else f"its encoder has a {own} of its own"
@@ -175,11 +179,14 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
         return "its forward was replaced"
     if not methods.runs_family_loss(architecture, model):
         return "PyTorch's cross entropy was replaced"
-    parts = [(path, "container") for path in (*architecture.head_containers, transform)]
-    reason = _module_unsupported_reason(model, [*parts, (decoder, "linear")], model.training)
+    parts = [*((path, "container") for path in containers), (decoder, "linear")]
+    if not architecture.has_transform_module:
+        around = f"{transform}." if transform else ""
+        parts += [(around + path, kind) for path, kind in architecture.transform_modules if kind != "container"]
+    reason = _module_unsupported_reason(model, parts, model.training)
     if reason is not None:
         return reason
-    if any(methods.is_changed(module) for module in _at(model, transform).modules()):
+    if architecture.has_transform_module and any(map(methods.is_changed, _at(model, transform).modules())):
         return "a hook or a forward was set in its transform"
     module = _at(model, decoder)
     if any(is_sharded(_at(model, path)) for path in (*architecture.head_containers, decoder)):
@@ -194,25 +201,57 @@ def loss_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     if getattr(config, "return_logits", False) or config.output_hidden_states:
         return "the configuration asks for logits or hidden states"
     reason = head_unsupported_reason(model, is_read) or whole_unsupported_reason(encoder)
-    reads_pooler = _at(model, model.architecture.head["next_sentence"]) is not None
+    next_sentence = model.architecture.head.get("next_sentence")
+    reads_pooler = next_sentence is not None and _at(model, next_sentence) is not None
     return reason or (pooler_unsupported_reason(encoder) if reads_pooler else None)
+
+
+def pooler(encoder: FusedModel) -> nn.Module | None:
+    """Return an encoder's pooler, None if it has none."""
+    module: nn.Module | None = getattr(encoder, "pooler", None)
+    return module
 
 
 @constant_result
 def pooler_unsupported_reason(encoder: FusedModel) -> str | None:
     """Return why a pooler must be given more than the rows that transformers' pooler reads."""
-    if encoder.pooler is None:
+    if pooler(encoder) is None:
         return "it has no pooler"
     return _module_unsupported_reason(encoder, [("pooler", "container")], encoder.training)
+
+
+@constant_result
+def runs_family_forward(model: FusedModel) -> bool:
+    """Return whether a model runs its family's `forward`, and not a user's or a replacement."""
+    return methods.runs_family_forward(model.architecture, model)
 
 
 @constant_result
 def can_pool_alone(model: FusedModel) -> bool:
     """Return whether the encoder of a head that reads only its pooled output need not compute anything else."""
     encoder = model.base_model
-    calls_encoder = model.passes_keywords and methods.runs_family_forward(model.architecture, model)
     is_own = isinstance(encoder, Fused) and methods.overridden_method(type(encoder)) is None
-    return calls_encoder and is_own and not methods.is_changed(encoder)
+    return runs_family_forward(model) and is_own and not methods.is_changed(encoder)
+
+
+@constant_result
+def reads_of_first_token(model: FusedModel) -> str | None:
+    """Return what a head that reads the first token says of this to its encoder: see `bertfast.models.fused`.
+
+    Returns:
+        "first" if nothing else is read, "first and others" if hooks may read more, "padding" if it is configured to
+        read other tokens than the first, None if the code is unknown that reads what the encoder returns.
+    """
+    architecture = model.architecture
+    readers = architecture.first_token_readers
+    path = next(readers[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in readers)
+    reader = _at(model, path)
+    if not runs_family_forward(model) or (path and not methods.is_genuine(architecture, reader)):
+        return None
+    if getattr(reader, "summary_type", "first") != "first":
+        return "padding"
+    is_alone = can_pool_alone(model) and not (path and methods.is_changed(reader))
+    return "first" if is_alone else "first and others"
 
 
 def called_linears(layer: Fused, is_read: Reading) -> Iterable[tuple[str, nn.Module]]:

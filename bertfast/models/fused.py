@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
+from transformers import modeling_outputs
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import ModelOutput
 
 from bertfast import encoder as functions
-from bertfast.architectures import IS_TRANSFORMERS_4, methods, read
+from bertfast.architectures import IS_TRANSFORMERS_4, methods, part_at
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
@@ -32,16 +35,19 @@ from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.torch_compat import call_inside
 
-_POOLED_ONLY = "_bertfast_pooled_only"  # keyword of a call whose caller reads only the pooled output
+# The keyword of a call by which a head says what it reads: "pooled" or "first", the pooled output alone or the first
+# token's; "first and others"; or "padding", which the packed encoder does not compute.
+_READS = "_bertfast_reads"
+_READS_FIRST = ("first", "first and others")
 
 # While transformers' own loop runs: the packed tokens of the call, their layout, and the index of each layer that takes
 # them.
 _CALL: ContextVar[tuple[Packed, Layout, dict[nn.Module, int]] | None] = ContextVar("bertfast_call", default=None)
-# While a head runs that drops keywords: the arguments that say where the sequences of its packed input start.
-_PACKING: ContextVar[Arguments | None] = ContextVar("bertfast_packing", default=None)
+# While a head runs: keywords for its encoder, which heads of transformers 4 and of users would drop or refuse.
+_KEYWORDS: ContextVar[Arguments | None] = ContextVar("bertfast_keywords", default=None)
 
 
-class FusedEmbeddings(Fused):
+class FusedEmbeddings(Fused, role="embeddings"):
     """Embeddings that also take packed tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +56,7 @@ class FusedEmbeddings(Fused):
         return super().forward(*args, **kwargs)
 
 
-class FusedLayer(Fused):
+class FusedLayer(Fused, role="layer"):
     """A layer that also takes packed tokens, or removes padding for itself in transformers' own loop."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +72,7 @@ class FusedLayer(Fused):
         return (output,) if IS_TRANSFORMERS_4 else output
 
 
-class FusedTransform(Fused):
+class FusedTransform(Fused, role="transform"):
     """The masked-LM head's transform, in one operation after its GEMM."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -80,24 +86,35 @@ class FusedTransform(Fused):
         ):
             return cast(Tensor, super().forward(hidden_states))
         dense, norm = attrgetter(self.architecture.transform["dense"], self.architecture.transform["norm"])(self)
-        return functions.transform(dense, norm, hidden_states.flatten(0, -2)).view_as(hidden_states)
+        rows = functions.transform(dense, None, norm, hidden_states.flatten(0, -2))
+        return torch.unflatten(rows, 0, hidden_states.shape[:-1])  # its width may be another
 
 
-class FusedEncoder(FusedModel):
+class FusedEncoder(FusedModel, role="encoder"):
     """An encoder, which removes padding before its embeddings and restores it after its last layer."""
 
-    def packed_modules(self) -> tuple[nn.Module, nn.ModuleList]:
+    def packed_modules(self) -> tuple[Callable[[Packed], Tensor], nn.ModuleList]:
         """Return the embeddings and the layers: see `bertfast.encoder.PackedModel`."""
         architecture = self.architecture
-        return read(self, architecture.embeddings.split(".")), read(self, architecture.layers.split("."))
+        embeddings, layers = (part_at(self, path) for path in (architecture.embeddings, architecture.layers))
+        projection = architecture.projection_of(self)
+        return embeddings if projection is None else partial(_project, embeddings, projection), layers
+
+    def padding_index(self) -> int | None:
+        """Return the token id that positions skip: see `bertfast.encoder.PackedModel`."""
+        path = self.architecture.padding_index
+        return None if path is None else part_at(self, path)
 
     def forward(self, **arguments: Any) -> Any:
-        pooled_only = arguments.pop(_POOLED_ONLY, False)
-        if IS_TRANSFORMERS_4 and not torch.compiler.is_compiling():
-            arguments |= _PACKING.get() or {}
+        if not torch.compiler.is_compiling():
+            arguments |= _KEYWORDS.get() or {}
+        reads = arguments.pop(_READS, None)
         is_packed = arguments.get("cu_seq_lens_q") is not None
         require_same_packing(arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k"))
-        reason = calls.call_unsupported_reason(self, arguments)
+        pooled = self._reads_first(reads)
+        reason = calls.call_unsupported_reason(self, arguments, pooled)
+        if reads == "padding":
+            reason = "its head reads padding"
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
             raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
         if reason is None and not is_packed and calls.is_short(self, arguments):
@@ -107,11 +124,12 @@ class FusedEncoder(FusedModel):
             states = arguments.get("output_hidden_states")
             records = (self.config.output_hidden_states if states is None else states) is not False
             if not records and eligibility.whole_unsupported_reason(self) is None:
-                return calls.as_requested(self, arguments, self._encode(arguments, pooled_only))
+                return calls.as_requested(self, arguments, self._encode(arguments, reads))
             layers = self._layers_in_loop()
         if not layers and not is_packed:
             return super().forward(**arguments)
-        return calls.as_requested(self, arguments, self._run_loop(super().forward, arguments, layers))
+        outputs = self._run_loop(super().forward, arguments, layers, reads in _READS_FIRST)
+        return calls.as_requested(self, arguments, outputs)
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
         """Return the layers that remove padding for themselves in transformers' own loop, and their indices."""
@@ -127,7 +145,13 @@ class FusedEncoder(FusedModel):
         """Return whether activations of layers are recomputed in the backward pass."""
         return self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def unpadded(self, arguments: Arguments) -> tuple[Packed, Layout]:
+    def _reads_first(self, reads: str | None) -> bool:
+        """Return whether the first token of each row is read even where it is masked out."""
+        # A compiled head of transformers 4 cannot say what it reads.
+        is_unknown = IS_TRANSFORMERS_4 and torch.compiler.is_compiling() and bool(self.architecture.first_token_readers)
+        return is_unknown or reads in _READS_FIRST or eligibility.pooler(self) is not None
+
+    def unpadded(self, arguments: Arguments, pooled: bool | None = None) -> tuple[Packed, Layout]:
         """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
         infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return unpad(
@@ -135,36 +159,44 @@ class FusedEncoder(FusedModel):
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
             positions=self.config.max_position_embeddings,
+            padding_index=self.padding_index(),
             training=self.training and eligibility.has_dropout(self),
-            pooled=self.pooler is not None,
+            pooled=self._reads_first(None) if pooled is None else pooled,
             bucketed=infers and calls.caches_shapes(self),
         )
 
     def run_packed(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
         """Run the embeddings and all layers on packed tokens: see `bertfast.encoder.encode`."""
-        return cast(
-            Tensor, call_inside([read(self, self.architecture.stack.split("."))], functions.encode, self, packed, rows)
-        )
+        return cast(Tensor, call_inside([part_at(self, self.architecture.stack)], functions.encode, self, packed, rows))
 
-    def _encode(self, arguments: Arguments, pooled_only: bool) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        packed, layout = self.unpadded(arguments)
+    def _encode(self, arguments: Arguments, reads: str | None) -> ModelOutput:
+        packed, layout = self.unpadded(arguments, self._reads_first(reads))
         # transformers' pooler reads the first column alone, so it may be given a batch that has no other.
         reads_first_column = eligibility.pooler_unsupported_reason(self) is None
-        if pooled_only and reads_first_column:
+        if reads == "pooled" and reads_first_column:
             first = self.run_packed(packed, packed.first)
             unread = first.new_zeros(()).expand(*layout.shape, first.shape[1])
-            return BaseModelOutputWithPoolingAndCrossAttentions(unread, functions.pooled(self, first))
+            return self._output(unread, functions.pooled(self, first))
+        if reads == "first" or (reads == "first and others" and layout.indices is None):
+            return self._output(self.run_packed(packed, packed.first)[:, None])
         hidden = self.run_packed(packed)
-        pooled = None
+        pooled, pooler = None, eligibility.pooler(self)
         if reads_first_column:
             pooled = functions.pooled(self, hidden[packed.first])
-        elif self.pooler is not None:
+        elif pooler is not None:
             sequences = packed.sequences
             by_row = Layout.of(sequences, sequences.max_seqlen_bound) if layout.indices is None else layout
-            pooled = cast(nn.Module, self.pooler)(by_row.pad(hidden))
-        return BaseModelOutputWithPoolingAndCrossAttentions(layout.pad(hidden), pooled)
+            pooled = pooler(by_row.pad(hidden))
+        return self._output(layout.pad(hidden), pooled)
 
-    def _run_loop(self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int]) -> Any:
+    def _output(self, hidden: Tensor, pooled: Tensor | None = None) -> ModelOutput:
+        kind = getattr(modeling_outputs, self.architecture.output)
+        output: ModelOutput = kind(hidden) if pooled is None else kind(hidden, pooled)
+        return output
+
+    def _run_loop(
+        self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int], reads_first: bool
+    ) -> Any:
         """Run transformers' own loop on padded input, in which `layers` remove padding for themselves."""
         caller_layout = None
         cu_seq_lens = arguments.get("cu_seq_lens_q")
@@ -173,31 +205,54 @@ class FusedEncoder(FusedModel):
             packed = {name: arguments[name] for name in INPUTS if arguments.get(name) is not None}
             padded, caller_layout = pad_packed(packed, cu_seq_lens)
             arguments |= padded
-        call = _CALL.set((*self.unpadded(arguments), layers) if layers else None)
+        call = None
+        if layers:
+            call = (*self.unpadded(arguments, self._reads_first("first" if reads_first else None)), layers)
+        token = _CALL.set(call)
         try:
             outputs = forward(**arguments | {"return_dict": True})
         finally:
-            _CALL.reset(call)
-        return outputs if caller_layout is None else calls.pack_outputs(outputs, caller_layout)
+            _CALL.reset(token)
+        if caller_layout is None:
+            return outputs
+        first = outputs.last_hidden_state[:, :1]
+        outputs = calls.pack_outputs(outputs, caller_layout)
+        if reads_first:
+            outputs.last_hidden_state = first
+        return outputs
 
 
-class FusedHead(FusedModel):
+def _project(embeddings: nn.Module, projection: nn.Module, packed: Packed) -> Tensor:
+    """Compute the embeddings and the layer after them, in the dtype of the embeddings."""
+    embedded: Tensor = embeddings(packed)
+    projected: Tensor = projection(embedded)
+    return projected.to(embedded.dtype)
+
+
+class FusedHead(FusedModel, role="head"):
     """A model with a task's head, which runs transformers' own code on a fused encoder."""
 
     def forward(self, **arguments: Any) -> Any:
-        packing = {name: arguments.pop(name) for name in PACKING if IS_TRANSFORMERS_4 and name in arguments}
-        if not packing:
+        names = (*PACKING, _READS) if IS_TRANSFORMERS_4 else (_READS,)
+        keywords = {name: arguments.pop(name) for name in names if name in arguments}
+        if torch.compiler.is_compiling():  # which does not trace a context variable
+            if "cu_seq_lens_q" in keywords:
+                raise ValueError(
+                    "packed input (cu_seq_lens_q) to a compiled head requires transformers 5: pass it padded"
+                )
+            if not IS_TRANSFORMERS_4 and eligibility.runs_family_forward(self):
+                arguments |= keywords  # which the family's forward passes on
+            keywords = {}
+        if not keywords:
             return super().forward(**arguments)
-        if torch.compiler.is_compiling():
-            raise ValueError("packed input (cu_seq_lens_q) to a compiled head requires transformers 5: pass it padded")
-        call = _PACKING.set(packing)
+        call = _KEYWORDS.set(keywords)
         try:
             return super().forward(**arguments)
         finally:
-            _PACKING.reset(call)
+            _KEYWORDS.reset(call)
 
 
-class FusedMeanLoss(FusedHead):
+class FusedMeanLoss(FusedHead, role="mean_loss"):
     """A head whose loss is the mean over a batch's labels, or over a whole step's if `num_items_in_batch` is passed."""
 
     # Trainer then passes `num_items_in_batch`, by which transformers' own heads do not divide. That of transformers 4
@@ -219,16 +274,31 @@ class FusedMeanLoss(FusedHead):
         return outputs
 
 
-class FusedPooled(FusedMeanLoss):
+class FusedPooled(FusedMeanLoss, role="pooled"):
     """A head that reads only the pooled output of the encoder, so that the last layer runs on [CLS] alone."""
 
     def forward(self, **arguments: Any) -> Any:
         if eligibility.can_pool_alone(self):
-            arguments[_POOLED_ONLY] = True
+            arguments[_READS] = "pooled"
         return super().forward(**arguments)
 
 
-class FusedMaskedLM(FusedMeanLoss):
+class FusedFirstToken(FusedMeanLoss, role="first_token"):
+    """A head that reads the encoder's output at the first token, so that the last layer runs on that alone."""
+
+    def forward(self, **arguments: Any) -> Any:
+        reads = eligibility.reads_of_first_token(self)
+        is_packed = arguments.get("cu_seq_lens_q") is not None
+        if reads is None and is_packed and isinstance(self.base_model, FusedEncoder):
+            raise ValueError(
+                "packed input (cu_seq_lens_q) is not supported here, because its forward, or that of the module that "
+                "reads the first token, was replaced: pass it padded"
+            )
+        arguments[_READS] = reads or "first and others"
+        return super().forward(**arguments)
+
+
+class FusedMaskedLM(FusedMeanLoss, role="masked_lm"):
     """The masked-LM head: in training its loss is computed on labelled rows, and there are no logits."""
 
     def forward(self, **arguments: Any) -> Any:
@@ -238,7 +308,7 @@ class FusedMaskedLM(FusedMeanLoss):
         return calls.as_requested(self, arguments, MaskedLMOutput(loss=loss))
 
 
-class FusedPreTraining(FusedHead):
+class FusedPreTraining(FusedHead, role="pretraining"):
     """Both heads of pre-training: in training the masked-LM loss is computed on labelled rows, without logits."""
 
     accepts_loss_kwargs = False  # means of tokens and of pairs: one number of items cannot serve both
@@ -248,7 +318,7 @@ class FusedPreTraining(FusedHead):
             return super().forward(**arguments)
         loss, logits = _masked_lm_loss(self, arguments, self.masked_lm_parts().next_sentence)
         loss = loss + F.cross_entropy(logits, arguments["next_sentence_label"].view(-1))
-        kind = getattr(self.architecture.modeling, self.architecture.pretraining_output)
+        kind = getattr(self.architecture.modeling, str(self.architecture.pretraining_output))
         return calls.as_requested(self, arguments, kind(loss=loss, seq_relationship_logits=logits))
 
 
@@ -293,10 +363,7 @@ def _masked_lm_loss(
         total, _, counted = functions.masked_lm_loss(model, hidden, labels[labelled])
         return total, counted, next_sentence(pooled) if next_sentence else pooled
 
-    head = [
-        read(model, path.split("."))
-        for path in (*model.architecture.head_containers, model.architecture.head["decoder"])
-    ]
+    head = [part_at(model, path) for path in (*model.architecture.head_containers, model.architecture.head["decoder"])]
     total, counted, logits = call_inside(reversed(head), run_head, *call_inside([encoder], run_encoder))
     items = arguments.get("num_items_in_batch")
     return total / (counted.clamp(min=1) if items is None else items), logits

@@ -21,6 +21,7 @@ from bertfast.architectures.methods import (
     replaced_method,
     runs_family_loss,
 )
+from bertfast.architectures.unsupported import family_unsupported_reason
 from bertfast.encoder import is_linear, kernel_support
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
@@ -80,11 +81,9 @@ def patch(model: nn.Module) -> PatchReport:
     """
     _require_module("patch", model)
     encoders = [module for module in model.modules() if _is_encoder(module)]
-    if not encoders:
-        raise ValueError(f"this {type(model).__name__} holds no supported encoder, so there is nothing to fuse")
     left = [encoder for encoder in encoders if _own_method(encoder) is not None]
-    if len(left) == len(encoders):
-        raise ValueError(_own_method(left[0]))
+    if (reason := unsupported_reason(model)) is not None:
+        raise ValueError(f"there is nothing to fuse in this {type(model).__name__}: {reason}")
     for encoder in encoders:
         if encoder not in left:
             _check(encoder)
@@ -134,17 +133,24 @@ def report(module: nn.Module) -> PatchReport:
             if isinstance(encoder := child.base_model, fused.FusedEncoder):
                 reason = _encoder_unsupported_reason(encoder) or eligibility.loss_unsupported_reason(child, is_linear)
             result._add(name, "in training, its loss is computed on labelled rows without logits", reason)
+        elif isinstance(child, fused.FusedFirstToken) and eligibility.reads_of_first_token(child) == "padding":
+            result.left[name] = "it reads other tokens than the first, also padding: so its encoder is not fused either"
         elif isinstance(child, fused.FusedMeanLoss):
             reason = None if runs_family_loss(child.architecture, child) else "its forward or its loss was replaced"
             result._add(name, "the loss of accumulated batches is one mean over all their labels", reason)
         elif _is_encoder(child):
             result.left[name] = _own_method(child) or "it is not patched: call bertfast.patch to fuse it"
+        elif isinstance(child, PreTrainedModel) and not isinstance(child, Fused) and child.base_model is child:
+            result._add(name, "", family_unsupported_reason(child) or "its family is unknown")
     return result
 
 
-def is_supported(model: nn.Module) -> bool:
-    """Return whether a model holds an encoder that can be fused."""
-    return any(_is_encoder(module) and _own_method(module) is None for module in model.modules())
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Return why no encoder of a model can be fused; None if it holds one that can be."""
+    reasons = [_own_method(module) for module in model.modules() if _is_encoder(module)]
+    if not reasons:
+        return family_unsupported_reason(model) or "it holds no supported encoder"
+    return None if None in reasons else reasons[0]
 
 
 def require_packed(model: PreTrainedModel, precision: str = "fp32") -> None:
@@ -164,6 +170,8 @@ def require_packed(model: PreTrainedModel, precision: str = "fp32") -> None:
         reason = calls.kernels_unsupported_reason(encoder, {}) if isinstance(encoder, fused.FusedEncoder) else None
         if isinstance(model, fused.FusedMaskedLM | fused.FusedPreTraining):
             is_packed = is_packed and eligibility.head_unsupported_reason(model) is None
+        if isinstance(model, fused.FusedFirstToken):
+            is_packed = is_packed and eligibility.reads_of_first_token(model) not in (None, "padding")
         if not is_packed:
             raise ValueError(f"this {name} cannot run on packed batches:\n{report(model)}")
     if reason is not None:
@@ -194,7 +202,7 @@ def _check(encoder: PreTrainedModel) -> None:
         return
     tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
     sizes = {name: table.num_embeddings for name, table in tables.items()}
-    sizes["hidden_size"] = next(iter(tables.values())).embedding_dim
+    sizes[architecture.width] = next(iter(tables.values())).embedding_dim
     for name, size in sizes.items():
         if (configured := getattr(config, name, size)) != size:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")

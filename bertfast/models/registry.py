@@ -1,34 +1,40 @@
-"""Which class fuses which: static classes for those of transformers, derived ones for those of users."""
+"""Which class fuses which: static ones for BERT's, derived ones for those of other families and of users."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-from transformers import BertConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import BertConfig, GenerationMixin, PreTrainedModel
 
-from bertfast.architectures import Architecture, methods
+from bertfast.architectures import Architecture, family_of, methods
 from bertfast.encoder import MaskedLMParts
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 _FUSED: dict[type[nn.Module], type[Fused]] = {}
+_MIXINS: dict[str, type[Fused]] = {}  # by the roles that a family's declaration names
 
 
 class Fused(nn.Module):
     """Base of the mixins that fuse a module.
 
     A subclass with the keyword `architecture` is the fused class of `original`, its second base, by `mixin`, its first.
+    A mixin with the keyword `role` fuses the classes that a family declares for this role.
     """
 
     architecture: ClassVar[Architecture]
     original: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[Fused]]
 
-    def __init_subclass__(cls, *, architecture: Architecture | None = None, **keywords: Any) -> None:
+    def __init_subclass__(
+        cls, *, architecture: Architecture | None = None, role: str | None = None, **keywords: Any
+    ) -> None:
         super().__init_subclass__(**keywords)
+        if role is not None:
+            _MIXINS[role] = cls
         if architecture is not None:  # else it is a mixin, or a user's class on a fused one
             cls.architecture = architecture
             cls.mixin, cls.original = cls.__bases__[:2]
@@ -36,13 +42,8 @@ class Fused(nn.Module):
 
 
 class FusedModel(Fused, PreTrainedModel):
-    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name.
+    """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name."""
 
-    Attributes:
-        passes_keywords: Whether the original's `forward` passes on keywords that it does not know to the encoder.
-    """
-
-    passes_keywords: ClassVar[bool]
     accepts_loss_kwargs: ClassVar[bool]  # read by Trainer; not every class has it
     if TYPE_CHECKING:
         config: BertConfig  # or another family's, which has the same fields
@@ -64,18 +65,41 @@ class FusedModel(Fused, PreTrainedModel):
         """Return the modules of the masked-LM head of a model that has one."""
         return self.architecture.masked_lm_parts(self)
 
+    def task_steps(self) -> list[Callable[[Tensor], Tensor]]:
+        """Return what the head of a task calls one after the other: see `bertfast.encoder.PackedHead`."""
+        return self.architecture.task_steps(self)
+
 
 def fused_class(kind: type[nn.Module]) -> type[Fused] | None:
     """Return the class that a module of class `kind` is fused as; None if there is none, or if it is fused."""
     if issubclass(kind, Fused):
         return None
-    fused = next((_FUSED[base] for base in kind.__mro__ if base in _FUSED), None)
+    fused = next((fused for base in kind.__mro__ if (fused := _family_class(base)) is not None), None)
     if fused is None or fused.original is kind:
         return fused
     # A user's class: derive its fused class, under the same name.
     attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     attributes["__reduce_ex__"] = _reduce
     return type(kind.__name__, (fused.mixin, kind), attributes, architecture=fused.architecture)
+
+
+def _family_class(kind: type) -> type[Fused] | None:
+    """Return the fused class of a class of transformers, which is derived when it is first asked for."""
+    if kind in _FUSED:
+        return _FUSED[kind]
+    architecture = family_of(kind)
+    if architecture is None:
+        return None
+    role = next((role for role, names in architecture.classes.items() if kind.__name__ in names), None)
+    if role is None:
+        return None
+    # Where a class must have GenerationMixin, transformers 4 looks at its direct bases.
+    generation = (GenerationMixin,) if issubclass(kind, GenerationMixin) else ()
+    attributes = {"__module__": "bertfast.models.families", "__doc__": f"`transformers`' {kind.__name__}, fused."}
+    derived: type[Fused] = type(
+        kind.__name__, (_MIXINS[role], kind, *generation), attributes, architecture=architecture
+    )
+    return derived
 
 
 def fuse(model: nn.Module, left: Collection[nn.Module] = ()) -> None:
@@ -142,4 +166,3 @@ def _name_arguments(kind: type[FusedModel]) -> None:
         return super(kind, self).forward(**dict(zip(names, args, strict=False)), **kwargs)
 
     kind.forward = forward
-    kind.passes_keywords = any(x.kind is Parameter.VAR_KEYWORD for x in parameters)

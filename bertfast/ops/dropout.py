@@ -31,10 +31,18 @@ _CHUNK = 1 << 17  # counters that are processed at a time: enough for several co
 # The operations with dropout; an operation's id follows from this order.
 _SITES = ("attention", "attention_output", "output")
 _OUTSIDE = ("embeddings", "classifier")
+_SECOND_OF_HEAD = 2**24 - 1  # the last id: those of layers follow the ones above
 
 
 def operation_id(site: str, layer: int | None = None) -> int:
-    """Return the id of the operation at `site`: "embeddings", "classifier", or with a layer one of `_SITES`."""
+    """Return the id of the operation at `site`.
+
+    Args:
+        site: "embeddings", "classifier", "projection" (the second dropout of a head), or with a layer one of `_SITES`.
+        layer: Index of the layer.
+    """
+    if site == "projection":
+        return _SECOND_OF_HEAD
     if layer is None:
         return _OUTSIDE.index(site)
     return len(_OUTSIDE) + len(_SITES) * layer + _SITES.index(site)

@@ -1,10 +1,10 @@
-"""A pytest plugin that patches each BERT model of transformers on construction: `pytest -p patch_everything`."""
+"""A pytest plugin that patches each model of a fused family on construction: `pytest -p patch_everything`."""
 
 import functools
 
-from transformers.models.bert import modeling_bert
-
 import bertfast
+from bertfast.architectures import families
+from bertfast.models.families import model_classes
 
 _UNDER_CONSTRUCTION: list[type] = []
 
@@ -19,12 +19,12 @@ def patch_at_construction(kind: type) -> None:
             construct(self, *arguments, **options)
         finally:
             _UNDER_CONSTRUCTION.pop()
-        if not _UNDER_CONSTRUCTION:  # a head constructs a BertModel, and both are patched together
+        if not _UNDER_CONSTRUCTION:  # a head constructs an encoder, and both are patched together
             bertfast.patch(self)
 
     kind.__init__ = __init__
 
 
-for name in modeling_bert.__all__:
-    if name.startswith("Bert") and name not in ("BertLayer", "BertPreTrainedModel"):
-        patch_at_construction(getattr(modeling_bert, name))
+for architecture in families():
+    for name in model_classes(architecture):
+        patch_at_construction(getattr(architecture.modeling, name))

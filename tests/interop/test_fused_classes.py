@@ -245,9 +245,13 @@ def test_an_auto_class_warns_once_of_an_unsupported_family_and_does_not_change_i
     with caplog.at_level(logging.WARNING, "bertfast"):
         model = bertfast.AutoModel.from_config(other)
     assert type(model) is transformers.MPNetModel
+    reason = "its attention scores depend on relative positions"
     assert [record.getMessage() for record in caplog.records if record.name == "bertfast"] == [
-        "bertfast does not fuse MPNetModel: it runs transformers' own code, unchanged"
+        f"bertfast does not fuse MPNetModel, which runs transformers' own code, unchanged: {reason}"
     ]
+    assert bertfast.report(model).left == {"MPNetModel": reason}
+    with pytest.raises(ValueError, match=f"nothing to fuse in this MPNetModel: {reason}"):
+        bertfast.patch(model)
     with pytest.raises(OSError, match=r"AutoModel\.from_pretrained"):
         bertfast.AutoModel()
 

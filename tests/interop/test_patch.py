@@ -181,7 +181,7 @@ def test_token_embeddings_can_be_resized():
     ("model", "error", "words"),
     [
         (lambda: "bert", TypeError, "takes a torch module"),
-        (lambda: nn.Linear(2, 2), ValueError, "this Linear holds no supported encoder"),
+        (lambda: nn.Linear(2, 2), ValueError, "nothing to fuse in this Linear: it holds no supported encoder"),
         (lambda: OwnForward(transformers.BertConfig(**SIZES)), ValueError, "OwnForward has a forward of its own"),
         (lambda: model_with_config(hidden_size=96), ValueError, "has hidden_size 96, and the weights have 64"),
         (lambda: model_with_config(max_position_embeddings=99), ValueError, "has max_position_embeddings 99"),

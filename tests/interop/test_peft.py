@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from family_models import CASES, inputs, no_dropout, plain
 from parity import SIZES
 
 import bertfast
@@ -62,3 +63,25 @@ def test_merged_adapters_are_fused_again():
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     assert whole_unsupported_reason(merged) is None
+
+
+@pytest.mark.parametrize("name", ["roberta-ForSequenceClassification", "distilbert-ForSequenceClassification"])
+def test_adapters_on_other_families_give_the_same(name):
+    case = next(case for case in CASES if str(case) == name)
+    model = plain(case, **no_dropout(case)).train()
+    values, _ = inputs(case, model)
+    torch.manual_seed(1)
+    targets = ["query", "value"] if case.family == "roberta" else ["q_lin", "v_lin"]
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=4, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    found = []
+    for patched in (False, True):
+        if patched:
+            report = bertfast.patch(model)
+            assert any("is called as a module" in why for why in report.left.values())
+        model.zero_grad()
+        loss = model(**values).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)

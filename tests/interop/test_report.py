@@ -143,7 +143,8 @@ def test_an_auto_class_warns_once_of_an_encoder_with_a_forward_of_its_own(caplog
         model = bertfast.AutoModel.from_config(OwnConfig(**SIZES))
     assert type(model) is OwnEncoder
     assert [record.getMessage() for record in caplog.records if record.name == "bertfast"] == [
-        "bertfast does not fuse OwnEncoder: it runs transformers' own code, unchanged"
+        "bertfast does not fuse OwnEncoder, which runs transformers' own code, unchanged: "
+        "OwnEncoder has a forward of its own, which a fused encoder would not call"
     ]
 
 

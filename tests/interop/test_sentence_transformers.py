@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import PREFIXES, write_model
 from parity import SIZES, transformers
 
 import bertfast
@@ -103,3 +104,20 @@ def test_the_similarities_of_a_published_model_are_the_same():
     bertfast.patch(model)
     got = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
     assert (got @ got.T - expected @ expected.T).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+def test_models_of_other_families_give_the_same(family, tmp_path):
+    texts = ["the film was good", "a bad film", "what", "the plot of the film and the music"]
+    folder = write_model(family, tmp_path / "model", texts * 10)
+    transformer = modules.Transformer(str(folder))
+    model = st.SentenceTransformer(modules=[transformer, modules.Pooling(64, "mean")], device="cpu")
+    expected = model.encode(texts, convert_to_tensor=True)
+    assert not bertfast.patch(model).left
+    torch.testing.assert_close(model.encode(texts, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    reranker = st.CrossEncoder(str(folder), num_labels=1, device="cpu")
+    pairs = [("what film", text) for text in texts]
+    expected = reranker.predict(pairs, convert_to_tensor=True)
+    assert not bertfast.patch(reranker.model).left
+    torch.testing.assert_close(reranker.predict(pairs, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-5)

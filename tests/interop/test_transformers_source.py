@@ -15,6 +15,9 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SUITES = (
     "bert",
+    "roberta",  # the suites of its relatives need downloads
+    "electra",
+    "distilbert",
     "dpr",
     "encoder_decoder",
     "vision_text_dual_encoder",

@@ -1,0 +1,49 @@
+"""Outputs, losses and every gradient of the other families' classes are those of transformers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from family_models import CASES, PREFIXES, inputs, no_dropout, pair, random_case
+from parity import Results, assert_parity, double, results
+
+
+def compared(case, train: bool, autocasts: tuple[bool, ...] = (False, True), leniency: float = 1) -> None:
+    """Compare a patched model with the same of transformers, in fp32 and under autocast."""
+    patched, hf = pair(case, **no_dropout(case) if train else {})
+    values, mask = inputs(case, hf)
+    patched.train(train)
+    hf.train(train)
+    truth = results(double(hf), values, mask)
+    for autocast in autocasts:
+        found, expected = (results(model, values, mask, autocast) for model in (patched, hf))
+        if train and case.task == "ForMaskedLM":
+            assert found.outputs.keys() == {"loss"}
+            expected = Results({"loss": expected.outputs["loss"]}, expected.gradients)
+        assert_parity(found, expected, truth, torch.bfloat16 if autocast else torch.float32, leniency)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, train):
+    compared(case, train)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task in ("Model", "ForQuestionAnswering")], ids=str)
+@pytest.mark.parametrize("kind", ["no padding", "embeddings", "padded by ids"])
+def test_parity_of_other_calls(case, kind):
+    changes = {
+        "no padding": {"paddings": ("none",)},
+        "embeddings": {"gives_embeddings": True},
+        "padded by ids": {"pads_by_id": True},
+    }
+    compared(replace(case, **changes[kind]), train=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("family", PREFIXES)
+def test_parity_of_random_configurations(family, seed):
+    case = random_case(family, seed)
+    autocasts = (seed % 4 < 2 and not case.has_kinks,)
+    compared(case, seed % 2 == 1, autocasts, leniency=2)
