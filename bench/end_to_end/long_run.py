@@ -90,7 +90,7 @@ def corpus(folder: Path) -> CorpusSettings:
 
 def fill(folder: Path) -> dict[str, list[tuple[str, float]]]:
     """Return the five most probable tokens for [MASK] in each sentence, with their probabilities."""
-    model, tokenizer = open_model(BertForMaskedLM, str(folder), "cls.predictions.transform")
+    model, tokenizer = open_model(BertForMaskedLM, str(folder), True)
     return {text: fill_mask(model, tokenizer, text)[0] for text in SENTENCES}
 
 

@@ -29,7 +29,7 @@ class BenchSettings(TextSettings):
     """Which model to measure, on which texts.
 
     Attributes:
-        model_name_or_path: Folder or hub id of a BERT model and its tokenizer.
+        model_name_or_path: Folder or hub id of a model and its tokenizer.
         seconds: Approximate duration of the measurement in seconds.
         plot: PNG file for the plot.
     """

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
 from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
-from bertfast.models.bert import BertForMultipleChoice, BertModel
+from bertfast.models.bert import BertModel
 from bertfast.models.extensions import ExtendedBertConfig
+from bertfast.models.families import class_like
 from bertfast.models.files import class_named_by, load, read_config, report_differences, resolve
 from bertfast.runtime.precision import choose_device
 from bertfast.runtime.settings import Count, Settings
@@ -80,12 +81,16 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     if isinstance(config, ExtendedBertConfig):
         raise ValueError(f"{name} has parts that transformers does not have, so there is nothing to compare with")
     model_class = class_named_by(config, folder)
-    if model_class is BertForMultipleChoice:
-        model_class = BertModel  # multiple choice takes several texts per example, and these are single ones
+    if model_class.__name__.endswith("ForMultipleChoice"):
+        # Multiple choice takes several texts per example, and these are single ones.
+        model_class = class_like(BertModel, config)
     tokenizer = open_tokenizer(folder, config)
     tokenizer.enable_truncation(sequence_length(settings.max_seq_length, config))
-    tokenizer.enable_padding()
+    padding = config.pad_token_id or 0
+    tokenizer.enable_padding(pad_id=padding, pad_token=str(tokenizer.id_to_token(padding)))
     batches = _batches(tokenizer, settings, device)
+    if getattr(config, "type_vocab_size", 0) < 2:  # its tokenizer may tell texts apart nevertheless
+        batches = [{name: x for name, x in batch.items() if name != "token_type_ids"} for batch in batches]
     fused, missing, unexpected = load(model_class, folder, config)
     report_differences(fused, name, missing, unexpected)
     hf = getattr(transformers, model_class.__name__)(copy.deepcopy(config))

@@ -93,7 +93,7 @@ def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
         raise RunStopped(f"{reason}: run the same command again to continue the demo", stopped.status) from None
 
     print("4. Masked tokens: the five most likely predictions for each.")
-    masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), "cls.predictions.transform")
+    masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), True)
     for text in MASKED_TEXTS:
         predictions = fill_mask(masked_lm, tokenizer, text)[0]
         print(f"   {text}\n      " + ", ".join(f"{token} {probability:.0%}" for token, probability in predictions))

@@ -21,7 +21,7 @@ class VerifySettings(TextSettings):
     """Which model to check, on which texts.
 
     Attributes:
-        model_name_or_path: Folder or hub id of a BERT model and its tokenizer.
+        model_name_or_path: Folder or hub id of a model and its tokenizer.
     """
 
     model_name_or_path: Positional[str]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from tyro.conf import Positional
 
-from bertfast.models.bert import BertForMultipleChoice
+from bertfast.data.tokenizer import TOKENIZER_FILES
 from bertfast.models.extensions import ExtendedBertConfig
+from bertfast.models.families import architecture_of
 from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.extras import install_command
@@ -28,19 +29,22 @@ from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.settings import Settings
 from bertfast.tasks.pretrained import open_tokenizer
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
-_CONTENTS = ("config.json", "model*.safetensors*", *_TOKENIZER, "model.onnx", "model.pt2")
+_CONTENTS = ("config.json", "model*.safetensors*", *TOKENIZER_FILES, "model.onnx", "model.pt2")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_OUTPUTS = {
-    "BertModel": ("last_hidden_state", "pooler_output"),
-    "BertForPreTraining": ("prediction_logits", "seq_relationship_logits"),
-    "BertForQuestionAnswering": ("start_logits", "end_logits"),
-}
+_OUTPUTS = (
+    "last_hidden_state",
+    "pooler_output",
+    "logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+    "start_logits",
+    "end_logits",
+)
 
 
 Graph = Callable[..., Sequence[Tensor]]
-"""Runs an exported graph on input_ids, attention_mask and token_type_ids, and returns its outputs."""
-Shapes = tuple[dict[int, torch.export.Dim], ...]
+"""Runs an exported graph on input_ids, attention_mask and, if it has types, token_type_ids; returns its outputs."""
+Shapes = tuple[tuple[dict[int, torch.export.Dim], ...]]
 """Dynamic dimensions of each input."""
 
 
@@ -74,7 +78,7 @@ def export(settings: ExportSettings) -> Path:
     """
     source = resolve(settings.model_name_or_path)
     model_class = _model_class(source)
-    if any((source / name).is_file() for name in _TOKENIZER):
+    if any(path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         open_tokenizer(source, read_config(source))  # raises if it is damaged, or of another model
     _check_packages(settings.to)
     origin = Origin({"--model-name-or-path": model_files(source)}, command="export")
@@ -90,16 +94,15 @@ def export(settings: ExportSettings) -> Path:
 
 def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: str) -> Path:
     """Complete the export of a model from one folder to another, which is locked and has its weights."""
-    for name in _TOKENIZER:
-        if (source / name).is_file():
-            with atomic_path(folder / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
+        with atomic_path(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     hf = _open_strictly(folder, model_class.__name__)
     if to == "transformers":
         print(f"{folder} holds a {model_class.__name__} that transformers can load")
         return folder
-    traced = _Outputs(hf, _OUTPUTS.get(model_class.__name__, ("logits",))).eval()
-    multiple_choice = model_class is BertForMultipleChoice
+    multiple_choice = model_class.__name__.endswith("ForMultipleChoice")
+    traced = _Outputs(hf, _example(hf.config, 1, 2, multiple_choice)).eval()
     write, path = (_to_onnx, folder / "model.onnx") if to == "onnx" else (_to_program, folder / "model.pt2")
     example = _example(hf.config, 3, 11, multiple_choice)
     with atomic_path(path) as temporary:
@@ -116,15 +119,18 @@ def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: 
 
 
 class _Outputs(nn.Module):
-    """A model with positional tensor arguments that returns a tuple of the named outputs that it has."""
+    """A model with positional tensor arguments that returns a tuple of its outputs, those for `example`."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]):
+    def __init__(self, model: nn.Module, example: tuple[Tensor, ...]):
         super().__init__()
-        self.model, self.names = model, names
+        self.model = model
+        with torch.no_grad():
+            outputs = model(**dict(zip(_INPUTS, example, strict=False)))
+        self.names = [name for name in _OUTPUTS if outputs.get(name) is not None]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return tuple(outputs[name] for name in self.names if outputs.get(name) is not None)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(**dict(zip(_INPUTS, inputs, strict=False)))
+        return tuple(outputs[name] for name in self.names)
 
 
 def _model_class(folder: Path) -> type[PreTrainedModel]:
@@ -160,8 +166,10 @@ def _open_strictly(folder: Path, name: str) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _example(config: PretrainedConfig, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _example(config: PretrainedConfig, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, ...]:
     """Return input_ids, attention_mask and token_type_ids int64 [rows, columns] of rows with different lengths.
+
+    A model that knows less than two token types gets none.
 
     For multiple choice they are [rows, 2, columns].
     """
@@ -169,7 +177,9 @@ def _example(config: PretrainedConfig, rows: int, columns: int, multiple_choice:
     shape = (rows, 2, columns) if multiple_choice else (rows, columns)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     lengths = torch.randint(1, columns + 1, (*shape[:-1], 1), generator=generator)
-    return ids, (torch.arange(columns) < lengths).long(), ids % config.type_vocab_size
+    types = getattr(config, "type_vocab_size", 0)
+    inputs = ids, (torch.arange(columns) < lengths).long()
+    return inputs if types < 2 else (*inputs, ids % types)
 
 
 def _difference(model: nn.Module, run: Graph, example: tuple[Tensor, ...]) -> float:
@@ -180,9 +190,9 @@ def _difference(model: nn.Module, run: Graph, example: tuple[Tensor, ...]) -> fl
 
 def _dynamic_shapes(config: PretrainedConfig, multiple_choice: bool) -> Shapes:
     rows = torch.export.Dim("batch")
-    columns = torch.export.Dim("length", max=config.max_position_embeddings)
+    columns = torch.export.Dim("length", max=architecture_of(config).max_positions(config))
     shape = {0: rows, 1: torch.export.Dim("choices"), 2: columns} if multiple_choice else {0: rows, 1: columns}
-    return (shape,) * len(_INPUTS)
+    return ((shape,) * len(_example(config, 1, 1, multiple_choice)),)  # all of them are one variadic argument
 
 
 def _to_program(model: nn.Module, path: Path, example: tuple[Tensor, ...], shapes: Shapes) -> Graph:
@@ -202,8 +212,8 @@ def _to_onnx(model: _Outputs, path: Path, example: tuple[Tensor, ...], shapes: S
             model,
             example,
             path,
-            input_names=[*_INPUTS],
-            output_names=[name for name, _ in zip(model.names, model(*example), strict=False)],
+            input_names=_INPUTS[: len(example)],
+            output_names=model.names,
             dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
@@ -212,7 +222,7 @@ def _to_onnx(model: _Outputs, path: Path, example: tuple[Tensor, ...], shapes: S
     session = onnxruntime.InferenceSession(str(path), None, ["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        feeds = {name: x.numpy() for name, x in zip(_INPUTS, inputs, strict=True)}
+        feeds = {name: x.numpy() for name, x in zip(_INPUTS, inputs, strict=False)}
         return [torch.from_numpy(x) for x in session.run(None, feeds)]
 
     return run

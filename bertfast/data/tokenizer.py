@@ -19,6 +19,9 @@ from tokenizers.processors import BertProcessing
 from bertfast.data.text_files import read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "*.model")
+"""Patterns of the files of a model's tokenizer."""
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BLOCK = 2**16  # characters that the trainer gets at a time
 _REPEATED = 2**12  # occurrences of a word in one string

@@ -117,7 +117,7 @@ def embed(settings: EmbedSettings) -> Path:
     if settings.output_format == "parquet" and find_spec("pyarrow") is None:
         raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
-    model, tokenizer = open_model(BertModel, settings.model_name_or_path, "", device, settings.compute.precision)
+    model, tokenizer = open_model(BertModel, settings.model_name_or_path, False, device, settings.compute.precision)
     max_length = sequence_length(settings.max_seq_length, model.config)
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
     folder = Path(settings.output_dir)

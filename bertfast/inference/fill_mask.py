@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 from tyro.conf import Positional
 
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
-from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import masked_lm_logits, pack
 from bertfast.models.bert import BertForMaskedLM
+from bertfast.models.tokenizers import mask_token
 from bertfast.runtime.settings import Count, Settings
-from bertfast.tasks.pretrained import open_model
+from bertfast.tasks.pretrained import open_model, sequence_length
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FillMaskSettings(Settings):
 
     Attributes:
         model_name_or_path: Folder or hub id of a model with a masked-LM head, and its tokenizer.
-        text: A text that contains [MASK]; "-": lines of standard input, each such a text.
+        text: A text that contains [MASK] (<mask> for a RoBERTa); "-": lines of standard input, each such a text.
         top_k: Number of tokens to print for each [MASK].
     """
 
@@ -52,12 +52,13 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not UTF-8 (character {error.start + 1}); convert it to UTF-8") from None
     ids = tokenizer.encode(text).ids
-    positions = model.config.max_position_embeddings
+    positions = sequence_length(None, model.config)
     if len(ids) > positions:
         raise ValueError(f"the text has {len(ids)} tokens, more than the model's {positions} positions")
-    masked = [position for position, token in enumerate(ids) if token == special_tokens(tokenizer).mask]
+    mask = mask_token(tokenizer)
+    masked = [position for position, token in enumerate(ids) if token == tokenizer.token_to_id(mask)]
     if not masked:
-        raise ValueError(f"no [MASK] in {text!r}: write [MASK] where a token is to be predicted")
+        raise ValueError(f"no {mask} in {text!r}: write {mask} where a token is to be predicted")
     token_ids = torch.tensor([ids], device=model.device)
     packed = pack(model, token_ids, torch.tensor([0, len(ids)], dtype=torch.int32))
     logits = masked_lm_logits(model, packed, torch.tensor(masked, device=model.device))
@@ -76,7 +77,7 @@ def fill_mask_command(settings: FillMaskSettings) -> None:
         raise ValueError(
             "the text is not UTF-8: a byte of it is not part of a character; check the terminal's encoding"
         )
-    model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, "cls.predictions.transform")
+    model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, True)
     if settings.text != "-":
         _print(settings.text, fill_mask(model, tokenizer, settings.text, settings.top_k))
         return

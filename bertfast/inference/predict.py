@@ -93,7 +93,7 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
     name, compute = settings.model_name_or_path, settings.compute
     device = choose_device(compute.device)
     try:
-        model, tokenizer = open_model(task.model_class, name, task.head_prefix, device, compute.precision)
+        model, tokenizer = open_model(task.model_class, name, True, device, compute.precision)
     except MissingHeadError as error:
         raise MissingHeadError(
             f"{error}: fine-tune it with `bertfast finetune`, or measure a pre-trained model on text with "

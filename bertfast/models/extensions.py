@@ -19,6 +19,7 @@ from bertfast.encoder import encode
 from bertfast.encoder.bilstm import BiLSTM
 from bertfast.encoder.unpadding import Packed
 from bertfast.models import bert
+from bertfast.models.families import class_like
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -117,13 +118,15 @@ globals().update({kind.__name__: kind for kind in _EXTENDED.values()})
 
 
 def class_for(kind: type[ModelT], config: BertConfig) -> type[ModelT]:
-    """Return the class of models like those of the fused class `kind` with the extensions of a configuration.
+    """Return the class of models like those of the fused class `kind`, of a configuration's family and with extensions.
 
     Raises:
-        ValueError: The configuration has extensions, and no class like `kind` has them.
+        ValueError: There is no such class.
     """
-    if not isinstance(config, ExtendedBertConfig) or issubclass(kind, ExtendedModel):
+    if issubclass(kind, ExtendedModel):
         return kind
+    if not isinstance(config, ExtendedBertConfig):
+        return class_like(kind, config)
     if kind not in _EXTENDED:
         raise ValueError(f"{kind.__name__} has no extensions: use one of {', '.join(x.__name__ for x in _EXTENDED)}")
     return cast(type[ModelT], _EXTENDED[kind])  # a subclass of `kind`

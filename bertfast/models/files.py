@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import BertConfig, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, BertConfig, GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
+from bertfast.architectures import BERT, FAMILIES, family_by_type
 from bertfast.architectures.initialise import initialise
 from bertfast.data.text_files import read_json
-from bertfast.models import bert
+from bertfast.data.tokenizer import TOKENIZER_FILES
+from bertfast.models import bert, families
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.weights import read_weights, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
@@ -64,7 +66,7 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    files = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt"]
+    files = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except HFValidationError:
@@ -78,8 +80,8 @@ def resolve(name: str | Path) -> Path:
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a model's folder that determine its outputs: configuration, weights and tokenizer."""
-    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "tokenizer*.json")
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def read_config(folder: str | Path, **changes: Any) -> BertConfig:
@@ -87,19 +89,23 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
 
     Args:
         folder: Folder with a `config.json`.
-        changes: Entries to set, also those that `BertConfig` does not know. Extensions make it an `ExtendedBertConfig`.
+        changes: Entries to set under the names that BERT has for them, also those that it does not know. Extensions
+            make it an `ExtendedBertConfig`.
 
     Raises:
         FileNotFoundError: There is no `config.json`.
-        ValueError: It cannot be read, or is that of another family.
+        ValueError: It cannot be read, or is that of an unknown family.
     """
     path = Path(folder, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model's folder")
     values = read_json(path)
     model_type = values.pop("model_type", "bert")
-    if model_type not in ("bert", ExtendedBertConfig.model_type):
-        raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT")
+    architecture = family_by_type("bert" if model_type == ExtendedBertConfig.model_type else str(model_type))
+    if architecture is None:
+        known = ", ".join(name.replace("_", "-") for name in FAMILIES)
+        raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT or one of {known}")
+    changes = {architecture.config_name(name): value for name, value in changes.items()}
     if "id2label" in changes:  # transformers takes the number of labels from it
         changes["label2id"] = {label: index for index, label in changes["id2label"].items()}
         changes.pop("num_labels", None)
@@ -108,7 +114,11 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     values |= changes
     # Folders from before extensions had a model type of their own have "bert", and the extension's field.
     is_extended = model_type == ExtendedBertConfig.model_type or any(map(values.get, ExtendedBertConfig.extensions))
-    return config_from(values, path, ExtendedBertConfig if is_extended else BertConfig)
+    if is_extended and architecture.model_type != "bert":
+        extensions = ", ".join(filter(values.get, ExtendedBertConfig.extensions))
+        raise ValueError(f"{path} is that of a {model_type}, and only BERT can have {extensions}")
+    kind: Any = ExtendedBertConfig if is_extended else CONFIG_MAPPING[architecture.model_type]
+    return config_from(values, path, kind)
 
 
 def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfig] = BertConfig) -> BertConfig:
@@ -120,18 +130,25 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
         kind: Class of the configuration.
 
     Raises:
-        ValueError: They are not those of a BERT; the message names `source`.
+        ValueError: They are not those of such a model; the message names `source`.
     """
-    for name, limits in (_SIZES | _OPTIONS).items():
-        types, number = ((int,), "a whole number") if name in _SIZES else ((int, float), "a number")
+    architecture = family_by_type(kind.model_type) or BERT
+    for bert_name, limits in (_SIZES | _OPTIONS).items():
+        types, number = ((int,), "a whole number") if bert_name in _SIZES else ((int, float), "a number")
+        name = architecture.config_name(bert_name)
         if name in values and not (type(values[name]) in types and values[name] in limits):
             raise ValueError(f"{source}: {name} must be {number} {limits}, got {values[name]!r:.40}")
     try:
         config: BertConfig = kind.from_dict(values)
     except Exception as error:  # transformers' validation raises exceptions of many classes
-        raise ValueError(f"{source} is not the configuration of a BERT: {' '.join(str(error).split())}") from error
-    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACT2FN:
-        raise ValueError(f"{source}: hidden_act must name an activation, such as gelu, got {config.hidden_act!r}")
+        family = "BERT" if architecture is BERT else architecture.model_type
+        raise ValueError(f"{source} is not the configuration of a {family}: {' '.join(str(error).split())}") from error
+    activation_name = architecture.config_name("hidden_act")
+    activation = getattr(config, activation_name)
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise ValueError(f"{source}: {activation_name} must name an activation, such as gelu, got {activation!r}")
+    if config.pad_token_id is None and architecture.padding_index is not None:
+        raise ValueError(f"{source}: pad_token_id must be a token of the vocabulary, as positions follow from it")
     if config.pad_token_id is not None and config.pad_token_id not in range(config.vocab_size):
         raise ValueError(
             f"{source}: pad_token_id must be from 0 to {config.vocab_size - 1}, the last token of the vocabulary, got "
@@ -172,7 +189,7 @@ def load(
     model_class = class_for(kind, config)
     weights = read_weights(folder, VARIANT if isinstance(config, ExtendedBertConfig) else None)
     if kind._tied_weights_keys:
-        separate_tied(weights, config, str(name))
+        separate_tied(weights, config, model_class.base_model_prefix, str(name))
     try:
         with _quiet():  # the caller decides what may be missing
             opened: Any = model_class.from_pretrained(
@@ -184,7 +201,7 @@ def load(
                 ignore_mismatched_sizes=True,
             )
     except (ArithmeticError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: its config.json does not describe a BERT with its weights: {error}") from error
+        raise ValueError(f"{name}: its config.json does not describe a model with its weights: {error}") from error
     model, info = opened
     missing = [key for key in model.state_dict() if key in info["missing_keys"]]
     _check_loaded(model, str(name), info["mismatched_keys"], missing, weights, fresh)
@@ -214,13 +231,17 @@ def _check_loaded(
                 f"{name}: {key} has shape {shape}, but config.json implies {implied}: use the config.json that belongs "
                 "to the weights"
             )
-    if {key for key in model.state_dict() if "encoder.layer." in key} <= {*missing}:
+    architecture = families.architecture_of(model.config)
+    if {key for key in model.state_dict() if f"{architecture.layers}." in key} <= {*missing}:
+        example = f"{architecture.layers}.0.{architecture.layer['output_dense']}.weight"
         raise ValueError(
-            f"{name} has no weights of an encoder, such as bert.encoder.layer.0.output.dense.weight; it has "
-            f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' BertModel names them"
+            f"{name} has no weights of an encoder, such as {model.base_model_prefix}.{example}; it has "
+            f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' "
+            f"{architecture.prefix}Model names them"
         )
 
-    absent = [key for key in missing if ("encoder.layer." in key or "embeddings." in key) and not key.startswith(fresh)]
+    parts = [f"{part}." for part in (architecture.layers, architecture.embeddings, architecture.projection) if part]
+    absent = [key for key in missing if any(part in key for part in parts) and not key.startswith(fresh)]
     if absent:
         others = f" and {len(absent) - 1} more" * (len(absent) > 1)
         raise ValueError(
@@ -286,14 +307,15 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 
 def class_named_by(config: BertConfig, folder: Path) -> type[PreTrainedModel]:
-    """Return the fused class that the configuration of a folder names, `BertModel` if it names none.
+    """Return the fused class that the configuration of a folder names, the family's encoder if it names none.
 
     Raises:
         ValueError: The class that it names is not one of bertfast.
     """
-    classes: dict[str, type] = {name: getattr(bert, name) for name in bert.__all__}
-    known = {name: kind for name, kind in classes.items() if issubclass(kind, PreTrainedModel)}
-    name = next(iter(config.architectures or ["BertModel"]))
+    architecture = families.architecture_of(config)
+    known = families.model_classes(architecture)
+    name = next(iter(config.architectures or [f"{architecture.prefix}Model"]))
     if name not in known:
-        raise ValueError(f"{folder / 'config.json'} names {name}, which is none of {', '.join(known)}")
-    return known[name]
+        raise ValueError(f"{folder / 'config.json'} names {name}, which is none of {', '.join(sorted(known))}")
+    kind: type[PreTrainedModel] = getattr(bert if architecture is BERT else families, name)
+    return kind

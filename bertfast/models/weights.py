@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 from bertfast.data.text_files import LFS_POINTER, UNREADABLE, read_json
+from bertfast.models.families import architecture_of
 
 logger = logging.getLogger("bertfast")
 
@@ -59,25 +60,30 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
     return weights
 
 
-def separate_tied(weights: Weights, config: BertConfig, name: str) -> None:
+def separate_tied(weights: Weights, config: BertConfig, base: str, name: str) -> None:
     """Keep the masked-LM decoder apart from the word embeddings if the configuration ties them but they differ.
 
     Args:
         weights: Weights of a model with a masked-LM head; entries that the decoder lacks are added.
         config: Its configuration, which ties no more if they differ.
+        base: Name of the encoder in the model.
         name: Folder or hub id, for the warning.
     """
-    decoder, bias = "cls.predictions.decoder.weight", "cls.predictions.bias"
+    architecture = architecture_of(config)
+    around, _, name_of_decoder = architecture.head["decoder"].rpartition(".")
+    prefix = f"{around}." if around else ""
+    decoder, bias = f"{prefix}{name_of_decoder}.weight", f"{prefix}bias"
+    word_embeddings = f"{architecture.embeddings}.{architecture.embedding['token_embeddings']}.weight"
     if not config.tie_word_embeddings or decoder not in weights:
         return
-    embeddings = next((key for key in weights if key.endswith("embeddings.word_embeddings.weight")), None)
+    embeddings = next((key for key in weights if key.endswith(word_embeddings)), None)
     if embeddings is None:  # only the other name of the shared tensor was saved
-        weights["bert.embeddings.word_embeddings.weight"] = weights[decoder]
+        weights[f"{base}.{word_embeddings}"] = weights[decoder]
     elif not torch.equal(weights[embeddings], weights[decoder]):
         logger.warning("%s has a %s that differs from its word embeddings: kept apart from them", name, decoder)
         config.tie_word_embeddings = False
         if bias in weights:
-            weights.setdefault("cls.predictions.decoder.bias", weights[bias].clone())
+            weights.setdefault(decoder.removesuffix("weight") + "bias", weights[bias].clone())
 
 
 def _read_shards(index: Path) -> Weights:

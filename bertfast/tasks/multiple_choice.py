@@ -58,7 +58,6 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
     """Multiple choice: one score for each pair of the text and an ending."""
 
     model_class = BertForMultipleChoice
-    head_prefix = "classifier."
     metrics = ("accuracy", "loss")
 
     def read(self, path: str, *, labelled: bool) -> MultipleChoiceExamples:

@@ -11,16 +11,16 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
-from bertfast.data.tokenizer import load_tokenizer
+from bertfast.models.extensions import class_for
+from bertfast.models.families import architecture_of
 from bertfast.models.files import load, read_config, report_differences, resolve
 from bertfast.models.patch import require_packed
+from bertfast.models.tokenizers import load_any_tokenizer
 from bertfast.runtime.precision import Precision, choose_precision
 
 logger = logging.getLogger("bertfast")
 
 _MAX_PADDING = 512  # vocabularies are often padded to a multiple of a power of two, for efficient GEMMs
-HEADS = ("bert.pooler.", "pooler.", "cls.", "classifier.", "qa_outputs.")
-
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -31,14 +31,14 @@ class MissingHeadError(ValueError):
 
 def open_tokenizer(folder: Path, config: BertConfig) -> Tokenizer:
     """Open the tokenizer in a model's folder; ValueError if its vocabulary is larger than the model's."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_any_tokenizer(folder)
     require_vocabulary(tokenizer, folder, config)
     return tokenizer
 
 
 def require_vocabulary(tokenizer: Tokenizer, path: Path, config: BertConfig) -> None:
     """Raise ValueError if the vocabulary of the tokenizer at `path` is larger than a model's; warn if it is smaller."""
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has {vocab_size} tokens, but the model's vocab_size is {config.vocab_size}: "
@@ -56,16 +56,16 @@ def require_vocabulary(tokenizer: Tokenizer, path: Path, config: BertConfig) -> 
 def open_model(
     model_class: type[Model],
     name: str,
-    head_prefix: str,
+    needs_head: bool,
     device: torch.device | None = None,
     precision: Precision = "fp32",
 ) -> tuple[Model, Tokenizer]:
     """Open a model in evaluation mode, and its tokenizer.
 
     Args:
-        model_class: The model's class.
+        model_class: The model's class, or the one of BERT that is like it.
         name: Folder or hub id.
-        head_prefix: Prefix of the names of the weights without which its predictions are meaningless; "": none.
+        needs_head: Whether its predictions are meaningless without the weights of its head.
         device: Device of the model; None: the CPU.
         precision: Precision in which it will run: auto, fp32, bf16 or fp16.
 
@@ -77,13 +77,14 @@ def open_model(
     config = read_config(folder)
     tokenizer = open_tokenizer(folder, config)
     model, missing, unexpected = load(model_class, folder, config)
-    if head_prefix and any(key.startswith(head_prefix) for key in missing):
-        raise MissingHeadError(
-            f"{name} has no weights {head_prefix}…, so it was not trained as a {model_class.__name__}"
-        )
+    architecture = architecture_of(config)
+    absent = [head for head in architecture.head_prefixes(model_class) if any(key.startswith(head) for key in missing)]
+    if needs_head and absent:
+        kind = class_for(model_class, config).__name__
+        raise MissingHeadError(f"{name} has no weights {absent[0]}…, so it was not trained as a {kind}")
+    heads = (f"{model.base_model_prefix}.pooler.", "pooler.", *architecture.all_head_prefixes)
     # Checkpoints often contain heads of other tasks: not worth a warning.
-    report_differences(model, name, missing, [key for key in unexpected if not key.startswith(HEADS)])
-    assert isinstance(model, model_class)  # or a subclass with extensions
+    report_differences(model, name, missing, [key for key in unexpected if not key.startswith(heads)])
     if device is not None:
         nn.Module.to(model, device)  # transformers' own `to` has no usable type
     require_packed(model, choose_precision(model.device, precision, config))
@@ -96,7 +97,7 @@ def sequence_length(max_seq_length: int | None, config: BertConfig) -> int:
     Raises:
         ValueError: The setting is below 4 or exceeds the model's positions.
     """
-    positions = config.max_position_embeddings
+    positions = architecture_of(config).max_positions(config)
     if max_seq_length is None:
         return positions
     if not 4 <= max_seq_length <= positions:

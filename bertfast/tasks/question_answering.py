@@ -21,9 +21,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
+from bertfast.models.tokenizers import template, without_spaces
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.settings import flag, hints_of
@@ -92,7 +92,6 @@ class QuestionAnsweringTask(Task[Questions]):
     """Extractive question answering: the start and end of the answer in the context."""
 
     model_class = BertForQuestionAnswering
-    head_prefix = "qa_outputs."
     flags = frozenset(map(flag, hints_of(QuestionAnsweringSettings)))
     metrics = ("f1", "exact_match", "loss")
 
@@ -131,7 +130,7 @@ class QuestionAnsweringTask(Task[Questions]):
             The questions with windows, and the features. Labels are the first and last token of the answer, int64 [W],
             or 0 ([CLS]) in windows that do not contain it whole; -100 if the answer has no tokens.
         """
-        special = special_tokens(tokenizer)
+        special = template(tokenizer)
         max_query_length = min(self.options.max_query_length, max_length // 2)
         windows: list[Window] = []
         parts: list[np.ndarray] = []  # token ids of each window's question and context, with special tokens
@@ -139,11 +138,12 @@ class QuestionAnsweringTask(Task[Questions]):
         num_cut = num_not_whole = 0
         for index, (question, query, context) in enumerate(_tokenized(examples.questions, tokenizer)):
             num_cut += len(query.ids) > max_query_length
-            prefix = np.array([special.cls, *query.ids[:max_query_length], special.sep], np.int32)
-            spans, added = self._windows(index, context.offsets, len(prefix), max_length)
+            prefix = np.array([*special.start, *query.ids[:max_query_length], *special.middle], np.int32)
+            room = max_length - len(prefix) - len(special.end_of_pair)
+            spans, added = self._windows(index, context.offsets, len(prefix), room)
             windows += added
             for first, last in spans:
-                parts += [prefix, np.append(context.ids[first:last], np.int32(special.sep))]
+                parts += [prefix, np.array([*context.ids[first:last], *special.end_of_pair], np.int32)]
             gold = question.answers[0] if examples.labelled and question.answers else None
             positions = _answer_positions(gold, context.offsets, spans, len(prefix))
             num_not_whole += gold is not None and not any(start > 0 for start, _ in positions)
@@ -251,10 +251,12 @@ class QuestionAnsweringTask(Task[Questions]):
         return bool(getattr(self.config, UNANSWERABLE, False))
 
     def _windows(
-        self, question: int, offsets: np.ndarray, prefix: int, max_length: int
+        self, question: int, offsets: np.ndarray, prefix: int, room: int
     ) -> tuple[list[tuple[int, int]], list[Window]]:
-        """Return the windows of one question's context, as (first, end) tokens and as `Window`."""
-        room = max_length - prefix - 1  # for tokens of the context, before the last [SEP]
+        """Return the windows of one question's context, as (first, end) tokens and as `Window`.
+
+        Each has room for `room` tokens of the context, behind `prefix` others.
+        """
         spans = _window_spans(len(offsets), room, min(self.options.doc_stride, room))
         best = _max_context_windows(spans, len(offsets))
         windows = [
@@ -322,7 +324,7 @@ def _tokenized(questions: list[Question], tokenizer: Tokenizer) -> Iterator[tupl
         texts = list(dict.fromkeys(text for one in batch for text in (one.question, one.context)))
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = {
-            text: _Tokens(np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            text: _Tokens(np.array(encoding.ids, np.int32), without_spaces(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
         }
         yield from ((one, tokens[one.question], tokens[one.context]) for one in batch)

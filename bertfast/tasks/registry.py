@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import BertConfig, PreTrainedModel
 
+from bertfast.architectures import BERT
 from bertfast.data.text_files import read_lines
+from bertfast.models.families import architecture_of, class_like
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.conll import is_tagged
 from bertfast.tasks.glue import BENCHMARKS
@@ -56,19 +58,19 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         name = task_of_model
     if name not in ("auto", *TASKS):
         raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
-    of_model = next((cls for cls in _TASK_CLASSES for model in _models(cls) if model.__name__ in architectures), None)
+    of_model = next((cls for cls in _TASK_CLASSES for model in _names(cls, config) if model in architectures), None)
     task_class = TASKS.get(name) or of_model or _by_file(file)
     if of_model not in (None, task_class):
         raise ValueError(
-            f"--task {name} requires a {task_class.model_class.__name__}, but {settings.model_name_or_path} is a "
+            f"--task {name} requires a {_names(task_class, config)[0]}, but {settings.model_name_or_path} is a "
             f"{', '.join(architectures)}: leave --task out, or fine-tune a model for that task"
         )
     flags = {*given(settings.columns), *given(settings.question_answering)} - {"--on-bad-rows", *task_class.flags}
     kind = name if name in TASKS else next(known for known, other in TASKS.items() if other is task_class)
     refuse_without_effect(sorted(flags), f"the task is {kind}")
     task = task_class(replace(settings, task=name))
-    models = _models(task_class)
-    task.model_class = next((model for model in models if model.__name__ in architectures), task_class.model_class)
+    models = zip(_models(task_class), _names(task_class, config), strict=False)
+    task.model_class = next((model for model, known in models if known in architectures), task_class.model_class)
     return task
 
 
@@ -93,6 +95,14 @@ def _by_file(file: str | None) -> type[Task[Any]]:
                 "sentences: add --task token-classification, or give the file the suffix .conll"
             )
     return next((_BY_SUFFIX[suffix] for suffix in _BY_SUFFIX if suffix in suffixes), SequenceClassificationTask)
+
+
+def _names(task_class: type[Task[Any]], config: BertConfig | None) -> list[str]:
+    """Return the names of a task's classes in a configuration's family."""
+    first, *others = _models(task_class)
+    if config is not None and architecture_of(config) is not BERT:
+        return [class_like(first, config).__name__]
+    return [first.__name__, *(model.__name__ for model in others)]
 
 
 def _models(task_class: type[Task[Any]]) -> list[type[PreTrainedModel]]:

@@ -142,7 +142,6 @@ class SequenceClassificationTask(Task[TextExamples]):
     """
 
     model_class = BertForSequenceClassification
-    head_prefix = "classifier."
     flags = frozenset({"--text-column", "--text-pair-column", "--label-column"})
 
     def __init__(self, settings: TaskSettings):

@@ -55,8 +55,7 @@ class Task(ABC, Generic[Examples]):
     Attributes:
         model_class: Class of the model to open; a fine-tuned model may replace it.
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
-        head_prefix: Prefix of the names of the head's weights, without which predictions are meaningless.
-        flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
+            flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
         known_ids: Hashes of the ids on standard input so far.
@@ -64,7 +63,6 @@ class Task(ABC, Generic[Examples]):
 
     model_class: type[PreTrainedModel]
     feature_based_model: ClassVar[type[PreTrainedModel] | None] = None
-    head_prefix: ClassVar[str]
     flags: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: TaskSettings):

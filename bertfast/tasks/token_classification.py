@@ -20,10 +20,10 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.extensions import BertFeaturesForTokenClassification
+from bertfast.models.tokenizers import mark_words, template, unknown_token
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
@@ -101,7 +101,6 @@ class TokenClassificationTask(Task[TaggedSentences]):
 
     model_class = BertForTokenClassification
     feature_based_model = BertFeaturesForTokenClassification
-    head_prefix = "classifier."
     flags = frozenset({"--tag-column"})
 
     @property
@@ -183,17 +182,17 @@ class TokenClassificationTask(Task[TaggedSentences]):
             examples = examples.usable(_unknown_tag(tags, ids_of_tags) for tags in examples.tags)
         if not examples:
             raise ValueError(f"{examples.rows.file} has no usable sentences")
-        room = max_length - 2  # for tokens between [CLS] and [SEP]
-        special = special_tokens(tokenizer)
+        special = template(tokenizer)
+        room = max_length - len(special.start) - len(special.end)
         token_ids: list[np.ndarray] = []  # of each sequence
         labels: list[np.ndarray] = []
         segments: list[Segment] = []
         num_truncated = 0
         for sentence, encoding in enumerate(_encodings(examples.words, tokenizer)):
-            for start, end, words, positions in _segments(encoding, room):
+            for start, end, words, positions in _segments(encoding, room, len(special.start)):
                 num_truncated += end - start > room
                 end = min(end, start + room)
-                token_ids.append(np.array([special.cls, *encoding.ids[start:end], special.sep], np.int32))
+                token_ids.append(np.array([*special.start, *encoding.ids[start:end], *special.end], np.int32))
                 segments.append(Segment(sentence, words, positions))
                 if examples.tags is not None:
                     targets = np.full(len(token_ids[-1]), IGNORE_INDEX, np.int64)
@@ -318,7 +317,7 @@ def _encodings(sentences: list[list[str]], tokenizer: Tokenizer) -> Iterator[Enc
 
     A word of which the tokenizer leaves nothing, such as a zero-width space, becomes an unknown token: so it has a tag.
     """
-    unknown = tokenizer.id_to_token(special_tokens(tokenizer).unk)
+    mark_words(tokenizer)
     for start in range(0, len(sentences), TOKENIZER_BATCH):
         batch = sentences[start : start + TOKENIZER_BATCH]
         encodings = tokenizer.encode_batch(batch, is_pretokenized=True, add_special_tokens=False)
@@ -327,27 +326,29 @@ def _encodings(sentences: list[list[str]], tokenizer: Tokenizer) -> Iterator[Enc
             if len(with_tokens) == len(words):
                 yield encoding
             else:
+                unknown = unknown_token(tokenizer)
                 filled = [word if i in with_tokens else unknown for i, word in enumerate(words)]
                 yield tokenizer.encode(filled, is_pretokenized=True, add_special_tokens=False)
 
 
-def _segments(encoding: Encoding, room: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+def _segments(encoding: Encoding, room: int, before: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """Yield the segments of a sentence, each of as many words as fit, and at least one segment.
 
     Args:
         encoding: Tokens of the sentence's words, without special tokens.
         room: Maximum tokens per segment; only a single word may exceed it.
+        before: Number of special tokens before a segment.
 
     Returns:
         First and end token (exclusive) of each segment; int64 [n], indices of the words that begin in its first `room`
-        tokens; and int64 [n], the positions of their first tokens in the sequence, where [CLS] is 0.
+        tokens; and int64 [n], the positions of their first tokens in the sequence, special tokens included.
     """
     word_ids = np.array(encoding.word_ids, np.int64)
     num_tokens = len(word_ids)
     first_tokens = np.flatnonzero(np.diff(word_ids, prepend=-1))
     for start, end in _segment_spans(first_tokens, num_tokens, room):
         in_segment = first_tokens[(first_tokens >= start) & (first_tokens < min(end, start + room))]
-        yield start, end, word_ids[in_segment], in_segment - start + 1
+        yield start, end, word_ids[in_segment], in_segment - start + before
 
 
 def _segment_spans(first_tokens: np.ndarray, num_tokens: int, room: int) -> list[tuple[int, int]]:

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures.initialise import initialise
-from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
+from bertfast.data.tokenizer import tokenizer_hash
 from bertfast.inference.predict import predict_outputs
 from bertfast.models.extensions import class_for
+from bertfast.models.families import architecture_of
 from bertfast.models.files import load, read_config, report_differences, resolve, save
 from bertfast.models.patch import require_packed
+from bertfast.models.tokenizers import copy_tokenizer, load_any_tokenizer
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision
@@ -89,6 +91,7 @@ class Finetuning:
 
     Attributes:
         task: The task: reads files, computes losses and metrics.
+        source: Folder of the model that is fine-tuned.
         config, tokenizer, model: What is fine-tuned.
         metric: Name of the metric that selects the best model.
         examples, features: Examples of each split, and their token ids and labels.
@@ -108,7 +111,7 @@ class Finetuning:
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         paths = {split: path for split, path in files.items() if path is not None}
         examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
-        source = resolve(settings.model_name_or_path)
+        self.source = source = resolve(settings.model_name_or_path)
         self.config = self._configure(source, self.task.label_config(examples["train"]))
         self.task.set_config(self.config)
         self.precision = choose_precision(self.device, settings.compute.precision, self.config)
@@ -225,13 +228,14 @@ class Finetuning:
         name = self.settings.model.init_from_task or self.settings.model_name_or_path
         initial = resolve(name)
         config, other_task = read_config(initial), self.settings.model.init_from_task is not None
-        if other_task and tokenizer_hash(load_tokenizer(initial)) != tokenizer_hash(self.tokenizer):
+        if other_task and tokenizer_hash(load_any_tokenizer(initial)) != tokenizer_hash(self.tokenizer):
             raise ValueError(
                 f"{name} has another tokenizer than {source}: --init-from-task needs a model with the same one"
             )
-        other_task |= self.task.model_class.__name__ not in (config.architectures or [])
+        kind = class_for(self.task.model_class, self.config)
+        other_task |= kind.__name__ not in (config.architectures or [])
         other_task |= config.id2label != self.config.id2label
-        fresh = (self.task.head_prefix,) if other_task else ()  # the head of another task is reinitialised
+        fresh = architecture_of(self.config).head_prefixes(kind) if other_task else ()  # the head of another task
         model, missing, unexpected = load(self.task.model_class, initial, self.config, fresh=fresh)
         report_differences(model, name, missing, unexpected)
         return model
@@ -364,7 +368,7 @@ class Finetuning:
 
     def _save(self) -> None:
         save(self.model, self.folder)
-        save_tokenizer(self.tokenizer, self.folder)
+        copy_tokenizer(self.tokenizer, self.source, self.folder)
         self.best_step = self.step
 
     def _stop(self, reason: str, status: int = 1) -> NoReturn:

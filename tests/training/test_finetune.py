@@ -344,7 +344,7 @@ def test_a_precision_without_kernels_is_refused(pretrained, tmp_path):
     with refused:
         Finetuning(settings_for("sequence-classification", folder, file, out, precision="bf16"))
     with refused:
-        open_model(BertForPreTraining, str(folder), "", precision="bf16")
+        open_model(BertForPreTraining, str(folder), False, precision="bf16")
     with refused:
         evaluate_masked_lm(str(folder), "", max_seq_length=None, tokens_per_batch=64, precision="bf16", device="cpu")
-    open_model(BertForPreTraining, str(folder), "", precision="fp32")
+    open_model(BertForPreTraining, str(folder), False, precision="fp32")
