@@ -162,8 +162,7 @@ def plain_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndar
     model = getattr(transformers, name).from_pretrained(
         settings.model_name_or_path, problem_type=run.config.problem_type, **labels
     )
-    head = {k: v for k, v in run.model.state_dict().items() if k.startswith(run.task.head_prefix)}
-    model.load_state_dict(head, strict=False)
+    model.load_state_dict(run.model.state_dict())  # of the head; the encoders are the same already
     optimizer = plain_adamw(model, rate, settings.optimizer.weight_decay)
 
     def step(number: int, rows: np.ndarray) -> float:
