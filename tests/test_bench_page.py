@@ -100,3 +100,14 @@ def test_less_memory_elsewhere_is_named():
     result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": points})
     assert ahead_in(sweep_of(result)) == ["torch 1 MB vs 2 MB at 10"]
     assert missing_reasons(result) == {"liger": "it needs a GPU"}
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.rglob("memory_over_time-*.json")), ids=lambda file: file.stem)
+def test_memory_stays_level_over_batches_and_lines(file):
+    values = json.loads(file.read_text(encoding="utf-8"))
+    after_batches = values.get("bytes_after_batches")
+    for name, memory in (after_batches or values["peak_bytes_by_lines"]).items():
+        fewer, more = memory.values()
+        assert more <= 1.2 * fewer or name.startswith("transformers"), name
+    if after_batches is not None:
+        assert after_batches["bertfast-fp32"]["20000"] <= 1.3 * after_batches["transformers-fp32"]["20000"]

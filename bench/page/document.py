@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.harness import threads_of
-from bench.page.memory import ahead_in, memory_table, sweep_of
+from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, missing_reasons, rows_of
 from bench.page.text import duration, table
@@ -54,7 +54,7 @@ def by_processor(results: list[Result]) -> dict[str, list[Result]]:
     """Return the results that have rows or memory to show, by processor; those with most rows first."""
     machines: dict[str, list[Result]] = {}
     for result in results:
-        if rows_of(result) or result.name in SHOWN:
+        if rows_of(result) or result.name in SHOWN or over_time_table(result):
             machines.setdefault(result.origin["processor"], []).append(result)
     return dict(sorted(machines.items(), key=lambda item: -sum(len(rows_of(result)) for result in item[1])))
 
@@ -126,6 +126,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     if not_run := sorted({f"- {key}: {why}" for result in results for key, why in missing_reasons(result).items()}):
         parts.append("Without a time:\n\n" + "\n".join(not_run) + "\n")
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]
+    parts += filter(None, map(over_time_table, results))
     parts += [data_text(result) for result in results if result.name == "data"]
     parts += [f"![{title}](../bench/results/{path})\n" for title, path in plots_of(results, folder)]
     parts.append(

@@ -64,6 +64,24 @@ def memory_table(sweep: Sweep) -> str:
     return f"{sweep.title} (time, peak memory):\n\n{table([sweep.column, *names], rows)}\n"
 
 
+def over_time_table(result: Result) -> str:
+    """Return the table of memory after few and many batches, or at few and many lines; "" for other results."""
+    values = result.values
+    tables: dict[str, tuple[str, str]] = {
+        "bytes_after_batches": ("Resident memory of inference over batches of changing shapes", "batches"),
+        "peak_bytes_by_lines": ("Peak memory of commands", "lines"),
+    }
+    key = next((key for key in tables if key in values), None)
+    if key is None:
+        return ""
+    (title, unit), found = tables[key], values[key]
+    counts = [f"{int(count):,} {unit}" for count in next(iter(found.values()))]
+    rows = [
+        [name.replace("-", ", "), *(f"{x / 2**20:,.0f} MiB" for x in memory.values())] for name, memory in found.items()
+    ]
+    return f"{title}, {values['size']} model:\n\n{table(['', *counts], rows)}\n"
+
+
 def _cell(point: Point | None) -> str:
     return f"{duration(point['seconds'])}, {megabytes(point)}" if point else ""
 
