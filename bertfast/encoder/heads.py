@@ -159,7 +159,15 @@ def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Ten
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of each sequence by its [CLS] -> [S, labels]; multiple choice: [S, 1]."""
+    """Compute the logits of each sequence from its first token.
+
+    Args:
+        model: Model with a head for sequences.
+        packed: The batch.
+
+    Returns:
+        [S, labels]; of multiple choice [S, 1].
+    """
     first = _encode(model, packed, packed.first)
     return _run_steps(model, first, packed.rng and packed.rng.at(packed.first))
 
@@ -168,7 +176,7 @@ def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tens
     """Compute the loss of `config.problem_type`; where that is not set, the number and dtype of labels decide.
 
     Args:
-        model: With a head for sequences.
+        model: Model with a head for sequences.
         packed: The batch.
         labels: [S] of classes (int64, -100 ignored) or of values to regress, or [S, labels].
         num_items: Labels, or rows of them, in the whole step.
@@ -210,7 +218,15 @@ def multiple_choice_loss(
 
 
 def token_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of each token -> [T, labels]."""
+    """Compute the logits of each token.
+
+    Args:
+        model: Model with a head for tokens.
+        packed: The batch.
+
+    Returns:
+        [T, labels].
+    """
     return _run_steps(model, _encode(model, packed), packed.rng)
 
 
@@ -230,7 +246,15 @@ def token_classification_loss(model: PackedHead, packed: Packed, labels: Tensor,
 
 
 def span_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of each token as the start and the end of the answer -> [T, 2]."""
+    """Compute the logits of each token as the start and the end of the answer.
+
+    Args:
+        model: Model with a head for answers.
+        packed: The batch.
+
+    Returns:
+        [T, 2].
+    """
     return _run_steps(model, _encode(model, packed), packed.rng)
 
 
@@ -240,7 +264,7 @@ def question_answering_loss(
     """Compute the mean cross entropy of an answer's start and end, each a softmax over the sequence's own tokens.
 
     Args:
-        model: With a head for answers.
+        model: Model with a head for answers.
         packed: The batch.
         start_positions, end_positions: int64 [S], positions in the sequences; ignored where no token is.
         num_items: Answers in the whole step.

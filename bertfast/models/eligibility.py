@@ -88,7 +88,9 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
     reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
     if methods.is_changed(stack):
-        reasons[architecture.stack] = "a hook or a forward was set on it, so each of its layers removes padding itself"
+        reasons[architecture.stack] = (
+            "it has a hook or a replaced forward, so each layer removes padding itself"
+        )
     for index, layer in enumerate(layers):
         why = reason or _module_unsupported_reason(layer, architecture.layer_modules, encoder.training)
         reasons[f"{architecture.layers}.{index}"] = why or options_unsupported_reason(architecture, config, layer)
@@ -104,7 +106,7 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
         if part is None:
             return f"it has no {path}"
         if methods.is_changed(part):
-            return f"a hook or a forward was set on {name}"
+            return f"{name} has a hook or a replaced forward"
         if kind == "container" and path and is_sharded(part) and not isinstance(module, FusedModel):
             return f"FSDP2 shards {name} by itself, and it is not called"
         reason = _part_unsupported_reason(module.architecture, part, kind, name)
@@ -174,7 +176,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     containers = [path for path in (*architecture.head_containers, transform) if path]
     own = methods.overridden_method(type(model.base_model))
     if methods.is_changed(model.base_model) or own is not None:  # the loss does not call it as a module
-        return "a hook or a forward was set on its encoder" if own is None else f"its encoder has a {own} of its own"
+        return f"its encoder has {'a hook or a replaced forward' if own is None else f'a {own} of its own'}"
     if not methods.runs_family_forward(architecture, model):
         return "its forward was replaced"
     if not methods.runs_family_loss(architecture, model):
@@ -187,7 +189,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     if reason is not None:
         return reason
     if architecture.has_transform_module and any(map(methods.is_changed, _at(model, transform).modules())):
-        return "a hook or a forward was set in its transform"
+        return "a module of its transform has a hook or a replaced forward"
     module = _at(model, decoder)
     if any(is_sharded(_at(model, path)) for path in (*architecture.head_containers, decoder)):
         is_read = is_linear  # its parameters are gathered before they are read

@@ -108,11 +108,11 @@ def test_the_report_says_what_is_fused_and_why_the_rest_is_not():
         "cls.predictions.transform",
     }
     assert report.left == {
-        "BertForMaskedLM": "encoder.layer.1: a hook or a forward was set on it",
+        "BertForMaskedLM": "encoder.layer.1: it has a hook or a replaced forward",
         "bert.encoder.layer.0.attention.self.query": (
             f"{Doubled.__module__}.Doubled is called as a module: its weights cannot be read"
         ),
-        "bert.encoder.layer.1": "a hook or a forward was set on it",
+        "bert.encoder.layer.1": "it has a hook or a replaced forward",
         "bert.encoder.layer.2": "its activation is Mish",
     }
     assert "left to transformers: 4" in str(report)
