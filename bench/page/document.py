@@ -122,7 +122,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
                     f"{row.lower_bound / row.seconds:.0%}" if row.lower_bound else "",
                 ]
             )
-    parts = [f"## {name}\n", table(columns, rows) + "\n"]
+    parts = [f"## {name}\n", *([table(columns, rows) + "\n"] if rows else [])]
     if not_run := sorted({f"- {key}: {why}" for result in results for key, why in missing_reasons(result).items()}):
         parts.append("Without a time:\n\n" + "\n".join(not_run) + "\n")
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]

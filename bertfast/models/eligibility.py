@@ -88,9 +88,7 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
     reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
     if methods.is_changed(stack):
-        reasons[architecture.stack] = (
-            "it has a hook or a replaced forward, so each layer removes padding itself"
-        )
+        reasons[architecture.stack] = "it has a hook or a replaced forward, so each layer removes padding itself"
     for index, layer in enumerate(layers):
         why = reason or _module_unsupported_reason(layer, architecture.layer_modules, encoder.training)
         reasons[f"{architecture.layers}.{index}"] = why or options_unsupported_reason(architecture, config, layer)
