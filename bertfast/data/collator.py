@@ -25,7 +25,8 @@ class PaddingFreeCollator:
         A call returns input_ids and, if the samples have them, token_type_ids and token labels, int64 [1, T]; sequence
         labels [S] or [S, labels]; next_sentence_label int64 [S]; cu_seq_lens_q and cu_seq_lens_k int32 [S + 1];
         max_length_q and max_length_k int. If an `attention_mask` excludes a token before others, also position_ids
-        int64 [1, T], the tokens' indices in their samples; else the model counts positions as its family does.
+        int64 [1, T], the tokens' indices in their samples, which are BERT's positions but not RoBERTa's; else the model
+        counts positions as its family does.
     """
 
     tokenizer: object = None
