@@ -47,6 +47,12 @@ def console() -> Iterator[None]:
             raise
 
 
+def require_standard_output() -> None:
+    """Raise ValueError if standard output was closed when the context began, so that results would be lost."""
+    if getattr(sys.stdout, "name", None) == os.devnull:
+        raise ValueError("standard output is closed, and the results go there: redirect it to a file (> FILE)")
+
+
 class _StandardError(logging.Handler):
     """Write log messages to what is standard error at the time, which tests and progress bars replace."""
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.cli.console import console, say
+from bertfast.cli.console import console, require_standard_output, say
 from bertfast.cli.errors import describe, is_user_error
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import recipe_names
@@ -159,6 +159,7 @@ _SYNONYMS = {
 }
 
 # Commands that, given again, continue where they were interrupted.
+_PRINT_ALL = ("predict", "fill-mask")  # commands whose results are printed and nowhere else
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 
 
@@ -210,6 +211,8 @@ def _run(name: str, rest: list[str]) -> int:
         about += f"\n{_RECIPE_HELP}{', '.join(recipe_names())}."
     settings = parse(name, getattr(module, command.settings), rest, about)
     _require_folder(settings)
+    if name in _PRINT_ALL:
+        require_standard_output()
     result = getattr(module, command.function)(settings)
     return result if isinstance(result, int) else 0
 

@@ -18,6 +18,18 @@ _ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses repeated keys, of which YAML would keep the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value.replace("-", "_") for key in keys]
+        for index, key in enumerate(keys):
+            if names[index] in names[:index]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def recipes_folder() -> Path:
     """Return the folder of the installed recipes."""
     installed = _PACKAGE / "recipes"
@@ -62,7 +74,7 @@ def read_yaml(path: Path, label: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         _check_bounds(text, label)
-        entries = yaml.safe_load(text)
+        entries = _UniqueKeys(text).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"{label}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.MarkedYAMLError as error:

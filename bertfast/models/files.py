@@ -188,6 +188,9 @@ def load(
     config = read_config(folder) if config is None else config
     model_class = class_for(kind, config)
     weights = read_weights(folder, VARIANT if isinstance(config, ExtendedBertConfig) else None)
+    damaged = next((key for key, x in weights.items() if x.is_floating_point() and not x.isfinite().all()), None)
+    if damaged is not None:
+        raise ValueError(f"{name}: {damaged} has values that are NaN or infinite: use another checkpoint")
     if kind._tied_weights_keys:
         separate_tied(weights, config, model_class.base_model_prefix, str(name))
     try:

@@ -114,7 +114,7 @@ class LabelEncoder:
         names = names_of(label)
         if self.problem_type == REGRESSION:
             if not _is_finite(names[0]):
-                raise ValueError(f"the label {names[0]!r} is not a finite number, which regression requires")
+                raise ValueError(f"the label {names[0]!r} is not a finite number in fp32, which regression requires")
             return float(names[0])
         targets = [self._id(name) for name in names]
         if self.problem_type != MULTI_LABEL:
@@ -152,4 +152,4 @@ def _numbers(labels: Iterable[str]) -> list[float] | None:
 
 def _is_finite(label: str) -> bool:
     [value] = _numbers([label]) or [math.nan]
-    return math.isfinite(value)
+    return abs(value) <= float(np.finfo(np.float32).max)  # false for NaN

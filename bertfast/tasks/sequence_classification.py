@@ -293,9 +293,17 @@ class SequenceClassificationTask(Task[TextExamples]):
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TextExamples:
         """Parse one text per line, or a pair separated by a tab."""
-        parts = [line.split("\t", 1) for line in lines]
-        texts: list[Text] = [(part[0], part[1]) if len(part) == 2 else part[0] for part in parts]
-        return TextExamples(texts, Rows.of_input(len(lines), first_row, self.bad_rows))
+        rows = Rows.of_input(len(lines), first_row, self.bad_rows)
+        texts: list[Text] = []
+        usable = []
+        for index, line in enumerate(lines):
+            text, *others = line.split("\t")
+            if len(others) > 1:
+                rows.reject(index, f"{len(others) + 1} fields separated by tabs: give one text, or two")
+                continue
+            texts.append((text, others[0]) if others else text)
+            usable.append(index)
+        return TextExamples(texts, rows.select(usable))
 
     def _choose_columns(self, table: Table) -> tuple[Columns, Benchmark | None]:
         """Return the columns of a table, and the benchmark that the settings name or whose columns these are."""

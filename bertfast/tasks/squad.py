@@ -131,9 +131,9 @@ def _nested(path: Path) -> Iterator[_Entry]:
 
 def _pairs(path: Path, data: object) -> Iterator[tuple[object, object]]:
     """Yield (question with its answers, context) of the content of a file."""
-    for article in _objects(path, data["data"] if isinstance(data, dict) and "data" in data else data):
+    for article in _objects(path, "article", data["data"] if isinstance(data, dict) and "data" in data else data):
         if "paragraphs" in article:
-            for paragraph in _objects(path, article["paragraphs"]):
+            for paragraph in _objects(path, "paragraph", article["paragraphs"]):
                 qas = paragraph.get("qas")
                 if not isinstance(qas, list):
                     raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a paragraph has no list 'qas'")
@@ -147,9 +147,12 @@ def _pairs(path: Path, data: object) -> Iterator[tuple[object, object]]:
             )
 
 
-def _objects(path: Path, values: object) -> list[dict[str, object]]:
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a list of objects is missing")
+def _objects(path: Path, noun: str, values: object) -> list[dict[str, object]]:
+    if not isinstance(values, list):
+        raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a list of {noun}s is missing")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: {noun} {number} is {value!r:.40}")
     return values
 
 

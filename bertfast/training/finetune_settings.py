@@ -156,8 +156,9 @@ class FinetuneBase(TaskSettings):
 
     def validate(self) -> None:
         evaluation = self.evaluation
-        if self.validation_file is None and (evaluation.early_stopping_patience or evaluation.metric_for_best_model):
-            raise ValueError("--early-stopping-patience and --metric-for-best-model require --validation-file")
+        names = {"--eval-steps", "--early-stopping-patience", "--metric-for-best-model"}.intersection(given(evaluation))
+        if self.validation_file is None:
+            refuse_without_effect(sorted(names), "there is no --validation-file")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
         elif self.model.bilstm:

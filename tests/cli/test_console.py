@@ -52,6 +52,13 @@ def test_a_closed_standard_output_is_no_error(monkeypatch):
     assert main(["--help"]) == 0
 
 
+@pytest.mark.parametrize("arguments", [["predict", "--model-name-or-path", "m"], ["fill-mask", "m", "a [MASK]"]])
+def test_results_that_nobody_would_get_are_refused(arguments, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(arguments) == 1
+    assert "standard output is closed, and the results go there" in capfd.readouterr().err
+
+
 def test_output_is_utf8_in_every_locale(doctor, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)

@@ -145,6 +145,7 @@ def test_an_unknown_config_is_refused_and_the_recipes_are_listed(arguments, caps
     [
         ("output_dir: x\nname: [1, 2\nother: 3\n", r"--config z\.yaml, line 3: .+"),
         ("output_dir: a: b\n", r"--config z\.yaml, line 1: mapping values are not allowed here"),
+        ("max-steps: 3\nname: x\nmax_steps: 4\n", r"--config z\.yaml, line 3: max_steps is given twice"),
         ("output_dir: \x00\n", r"--config z\.yaml: .*special characters are not allowed.*"),
         ("[" * 100_000, r"--config z\.yaml: too deeply nested; give `name: value` lines"),
         ("- a\n- b\n", r"--config z\.yaml: must hold `name: value` lines, got \['a', 'b'\]"),

@@ -198,6 +198,16 @@ def test_a_file_of_other_objects_is_refused(content, folder):
         load(bertfast.BertForMaskedLM, folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name][1, 1] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} has values that are NaN or infinite"):
+        load(bertfast.BertForMaskedLM, folder)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize(
     ("damage", "message"),

@@ -114,6 +114,7 @@ def test_labels_are_encoded_by_problem_type(tmp_path):
         ("a\tno\nb\t\n", YES_OR_NO, "line 3: no label in column 'label'"),
         ("a\t0.5\nb\tx\n", BertConfig(num_labels=1), "line 3: the label 'x' is not a finite number"),
         ("a\tnan\nb\t1\n", BertConfig(num_labels=1), "line 2: the label 'nan' is not a finite number"),
+        ("a\t1e39\nb\t1\n", BertConfig(num_labels=1), "line 2: the label '1e39' is not a finite number in fp32"),
         ("a\tno\nb\n", YES_OR_NO, "line 3: 1 field where the header has 2"),
     ],
 )
@@ -336,3 +337,11 @@ def test_a_list_of_labels_needs_the_multi_label_task(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: column 'label' holds \["):
         task_for().read(str(path), labelled=True)
     assert task_for("multi-label").read(str(path), labelled=True).labels == [["x", "y"]]
+
+
+def test_lines_with_more_than_two_texts_are_bad_rows():
+    task = task_for("sequence-classification", on_bad_rows="skip")
+    examples = task.parse_lines(["a", "a\tb", "a\tb\tc"], 5)
+    assert (examples.texts, examples.rows.numbers) == (["a", ("a", "b")], [5, 6])
+    with pytest.raises(ValueError, match="line 7: 3 fields separated by tabs: give one text, or two"):
+        task_for("sequence-classification").parse_lines(["a\tb\tc"], 7)

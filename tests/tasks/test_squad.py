@@ -109,6 +109,8 @@ def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
         ("a.json", b"3", "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": 3}]}, "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": [{"context": "a"}]}]}, "no list 'qas'"),
+        ("a.json", {"data": [{"paragraphs": []}, None]}, "article 2 is None"),
+        ("a.json", {"data": [{"paragraphs": [{"context": "a", "qas": []}, 5]}]}, "paragraph 2 is 5"),
         ("a.json", {"data": [{"title": "t"}]}, "no 'paragraphs'"),
         ("a.json", b'{"data": [], "data": []}', r"the key 'data' is repeated within an object; remove one"),
         ("a.json", b"{}\n{}\n", r"one object per line the suffix \.jsonl"),
