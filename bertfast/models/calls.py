@@ -29,13 +29,13 @@ def main_input(arguments: Arguments) -> Tensor | None:
     return arguments.get("input_ids") if embeddings is None else embeddings
 
 
-def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: bool | None = None) -> str | None:
+def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: bool) -> str | None:
     """Return why a call asks for something that the packed encoder does not compute.
 
     Args:
         encoder: The encoder.
         arguments: Of its `forward`.
-        pooled: Whether the first token of each row is read even where it is masked out; None: if there is a pooler.
+        pooled: Whether the first token of each row is read even where it is masked out.
     """
     known = _KNOWN if "token_type_embeddings" in encoder.architecture.embedding else _KNOWN - {"token_type_ids"}
     unknown = [name for name, x in arguments.items() if x is not None and x is not False and name not in known]
@@ -53,7 +53,6 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: b
         return "the attention mask has another shape than the input"
     reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
     reason = reason or kernel_support.tracing_unsupported_reason(tokens)
-    pooled = getattr(encoder, "pooler", None) is not None if pooled is None else pooled
     if reason is None and pooled and _pools_padding(encoder, arguments):
         return "a row of the batch contains only padding"
     return reason

@@ -33,16 +33,7 @@ _PLAIN: dict[str, tuple[type[nn.Module], Callable[[Any], bool]]] = {
     "norm": (nn.LayerNorm, lambda x: x.weight is not None and x.bias is not None),
 }
 # The attributes of modules that decide here what `whole_unsupported_reason` returns, besides those of an architecture.
-_OPTIONS = {
-    "training",
-    "p",
-    "sparse",
-    "max_norm",
-    "scale_grad_by_freq",
-    "is_causal",
-    "position_embedding_type",
-    "act",
-}
+_OPTIONS = {"training", "p", "sparse", "max_norm", "scale_grad_by_freq", "is_causal", "position_embedding_type", "act"}
 
 
 @constant_result

@@ -111,8 +111,7 @@ class FusedEncoder(FusedModel, role="encoder"):
         reads = arguments.pop(_READS, None)
         is_packed = arguments.get("cu_seq_lens_q") is not None
         require_same_packing(arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k"))
-        pooled = self._reads_first(reads)
-        reason = calls.call_unsupported_reason(self, arguments, pooled)
+        reason = calls.call_unsupported_reason(self, arguments, self.reads_first(reads))
         if reads == "padding":
             reason = "its head reads padding"
         if reason is not None and is_packed:  # transformers ignores cu_seq_lens_q, so that sequences would mix
@@ -128,7 +127,7 @@ class FusedEncoder(FusedModel, role="encoder"):
             layers = self._layers_in_loop()
         if not layers and not is_packed:
             return super().forward(**arguments)
-        outputs = self._run_loop(super().forward, arguments, layers, reads in _READS_FIRST)
+        outputs = self._run_loop(super().forward, arguments, layers, reads)
         return calls.as_requested(self, arguments, outputs)
 
     def _layers_in_loop(self) -> dict[nn.Module, int]:
@@ -145,14 +144,14 @@ class FusedEncoder(FusedModel, role="encoder"):
         """Return whether activations of layers are recomputed in the backward pass."""
         return self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def _reads_first(self, reads: str | None) -> bool:
-        """Return whether the first token of each row is read even where it is masked out."""
+    def reads_first(self, reads: str | None = None) -> bool:
+        """Return whether the first token of each row is read even where it is masked out; `reads`: see `_READS`."""
         # A compiled head of transformers 4 cannot say what it reads.
         is_unknown = IS_TRANSFORMERS_4 and torch.compiler.is_compiling() and bool(self.architecture.first_token_readers)
         return is_unknown or reads in _READS_FIRST or eligibility.pooler(self) is not None
 
-    def unpadded(self, arguments: Arguments, pooled: bool | None = None) -> tuple[Packed, Layout]:
-        """Remove padding from a call's inputs, of shapes that broadcast in transformers too."""
+    def unpadded(self, arguments: Arguments, reads: str | None = None) -> tuple[Packed, Layout]:
+        """Remove padding from a call's inputs, of shapes that broadcast in transformers too; `reads`: see `_READS`."""
         infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return unpad(
             *(arguments.get(name) for name in INPUTS),
@@ -161,7 +160,7 @@ class FusedEncoder(FusedModel, role="encoder"):
             positions=self.config.max_position_embeddings,
             padding_index=self.padding_index(),
             training=self.training and eligibility.has_dropout(self),
-            pooled=self._reads_first(None) if pooled is None else pooled,
+            pooled=self.reads_first(reads),
             bucketed=infers and calls.caches_shapes(self),
         )
 
@@ -170,7 +169,7 @@ class FusedEncoder(FusedModel, role="encoder"):
         return cast(Tensor, call_inside([part_at(self, self.architecture.stack)], functions.encode, self, packed, rows))
 
     def _encode(self, arguments: Arguments, reads: str | None) -> ModelOutput:
-        packed, layout = self.unpadded(arguments, self._reads_first(reads))
+        packed, layout = self.unpadded(arguments, reads)
         # transformers' pooler reads the first column alone, so it may be given a batch that has no other.
         reads_first_column = eligibility.pooler_unsupported_reason(self) is None
         if reads == "pooled" and reads_first_column:
@@ -195,7 +194,7 @@ class FusedEncoder(FusedModel, role="encoder"):
         return output
 
     def _run_loop(
-        self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int], reads_first: bool
+        self, forward: Callable[..., Any], arguments: Arguments, layers: dict[nn.Module, int], reads: str | None
     ) -> Any:
         """Run transformers' own loop on padded input, in which `layers` remove padding for themselves."""
         caller_layout = None
@@ -205,10 +204,7 @@ class FusedEncoder(FusedModel, role="encoder"):
             packed = {name: arguments[name] for name in INPUTS if arguments.get(name) is not None}
             padded, caller_layout = pad_packed(packed, cu_seq_lens)
             arguments |= padded
-        call = None
-        if layers:
-            call = (*self.unpadded(arguments, self._reads_first("first" if reads_first else None)), layers)
-        token = _CALL.set(call)
+        token = _CALL.set((*self.unpadded(arguments, reads), layers) if layers else None)
         try:
             outputs = forward(**arguments | {"return_dict": True})
         finally:
@@ -217,7 +213,7 @@ class FusedEncoder(FusedModel, role="encoder"):
             return outputs
         first = outputs.last_hidden_state[:, :1]
         outputs = calls.pack_outputs(outputs, caller_layout)
-        if reads_first:
+        if reads in _READS_FIRST:
             outputs.last_hidden_state = first
         return outputs
 
@@ -335,7 +331,7 @@ def _loss_needs_no_logits(model: FusedModel, arguments: Arguments, labels: tuple
         isinstance(encoder, FusedEncoder)
         and tokens is not None
         and arguments["labels"].numel() == tokens.shape[:2].numel()  # transformers refuses others
-        and calls.call_unsupported_reason(encoder, inputs) is None
+        and calls.call_unsupported_reason(encoder, inputs, encoder.reads_first()) is None
         and calls.kernels_unsupported_reason(encoder, inputs) is None
         and eligibility.loss_unsupported_reason(model) is None
     )
