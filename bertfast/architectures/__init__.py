@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 
 from bertfast.architectures import supported_versions  # noqa: F401  first: it raises if transformers is not supported
-from bertfast.architectures.architecture import Architecture, activation_name, part_at, read
+from bertfast.architectures.architecture import Architecture, activation_name, part_at
 from bertfast.architectures.bert import BERT
 from bertfast.architectures.supported_versions import IS_TRANSFORMERS_4
 
@@ -22,7 +22,6 @@ __all__ = [
     "family_by_type",
     "family_of",
     "part_at",
-    "read",
 ]
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts, transform
+from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts, PackedHead, pooled, transform
 
 _DROPOUTS = ("attention_dropout", "attention_output_dropout", "output_dropout")
 # What a part is, by the last word of its name; parts of other names are options, not modules.
@@ -158,7 +158,7 @@ class Architecture:
         """Return what a task's head calls one after the other on rows [R, H] of the encoder's output."""
         kinds = [kind.__name__ for kind in type(model).__mro__]
         steps = next(steps for task, steps in self.tasks.items() if any(name.endswith(task) for name in kinds))
-        functions = _FUNCTIONS | {"pooler": partial(_pool, cast(nn.Module, model.base_model))}
+        functions = _FUNCTIONS | {"pooler": partial(pooled, cast(PackedHead, model))}
         return [functions.get(name) or part_at(model, name) for name in steps]
 
     def head_prefixes(self, kind: type) -> tuple[str, ...]:
@@ -185,12 +185,6 @@ class Architecture:
         """Return the number of tokens that a sequence may have."""
         positions: int = config.max_position_embeddings
         return positions if self.padding_index is None else positions - config.pad_token_id - 1
-
-
-def _pool(encoder: nn.Module, rows: Tensor) -> Tensor:
-    pooler = cast(nn.Module, encoder.pooler)
-    output: Tensor = pooler(rows[:, None])  # transformers' pooler reads column 0 of [batch, length, H]
-    return output
 
 
 def part_at(module: nn.Module, path: str) -> Any:

@@ -29,6 +29,7 @@ ELECTRA = replace(
         "ElectraForMultipleChoice": "sequence_summary",
     },
     tasks={
+        **BERT.tasks,
         "ForSequenceClassification": (
             "classifier.dropout",
             "classifier.dense",
@@ -43,8 +44,6 @@ ELECTRA = replace(
             "sequence_summary.last_dropout",
             "classifier",
         ),
-        "ForTokenClassification": ("dropout", "classifier"),
-        "ForQuestionAnswering": ("qa_outputs",),
     },
     head={"transform": "generator_predictions", "decoder": "generator_lm_head"},
     head_containers=(),

@@ -47,7 +47,7 @@ def runs_family_loss(architecture: Architecture, model: nn.Module) -> bool:
         runs_family_forward(architecture, model)
         and loss is nn.CrossEntropyLoss
         and is_original(loss, "forward")
-        and _is_plain_cross_entropy(getattr(model, architecture.loss or "", loss()))
+        and (architecture.loss is None or _is_plain_cross_entropy(getattr(model, architecture.loss, None)))
         and _is_written_in(nn.functional.cross_entropy, "torch.nn.functional", "cross_entropy")
     )
 
@@ -61,8 +61,10 @@ def overridden_method(kind: type[nn.Module]) -> str | None:
     return next((name for name in names if any(name in vars(base) for base in bases[:first_fused])), None)
 
 
-def _is_plain_cross_entropy(module: nn.Module) -> bool:
-    """Return whether a loss is the mean cross entropy of all labels that are not ignored."""
+def _is_plain_cross_entropy(module: nn.Module | None) -> bool:
+    """Return whether a loss, None for one made at each call, is the mean cross entropy of labels that count."""
+    if module is None:
+        return True
     plain = nn.CrossEntropyLoss()
     options = ("weight", "ignore_index", "reduction", "label_smoothing")
     same = type(module) is type(plain) and all(getattr(module, name) == getattr(plain, name) for name in options)

@@ -35,6 +35,7 @@ def like_roberta(model_type: str, prefix: str) -> Architecture:
         default_inputs={"token_type_ids": 0},
         first_token_readers={f"{prefix}ForSequenceClassification": "classifier"},
         tasks={
+            **BERT.tasks,
             "ForSequenceClassification": (
                 "classifier.dropout",
                 "classifier.dense",
@@ -42,9 +43,6 @@ def like_roberta(model_type: str, prefix: str) -> Architecture:
                 "classifier.dropout",
                 "classifier.out_proj",
             ),
-            "ForMultipleChoice": ("pooler", "dropout", "classifier"),
-            "ForTokenClassification": ("dropout", "classifier"),
-            "ForQuestionAnswering": ("qa_outputs",),
         },
         head={"transform": "lm_head", "decoder": "lm_head.decoder"},
         head_containers=("lm_head",),
