@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
 from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
+from bertfast.encoder import has_token_types
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.families import class_like
@@ -89,7 +90,7 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     padding = config.pad_token_id or 0
     tokenizer.enable_padding(pad_id=padding, pad_token=str(tokenizer.id_to_token(padding)))
     batches = _batches(tokenizer, settings, device)
-    if getattr(config, "type_vocab_size", 0) < 2:  # its tokenizer may tell texts apart nevertheless
+    if not has_token_types(config):
         batches = [{name: x for name, x in batch.items() if name != "token_type_ids"} for batch in batches]
     fused, missing, unexpected = load(model_class, folder, config)
     report_differences(fused, name, missing, unexpected)

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tyro.conf import Positional
 
 from bertfast.data.tokenizer import TOKENIZER_FILES
+from bertfast.encoder import has_token_types
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.families import architecture_of
 from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
@@ -167,19 +168,16 @@ def _open_strictly(folder: Path, name: str) -> PreTrainedModel:
 
 
 def _example(config: PretrainedConfig, rows: int, columns: int, multiple_choice: bool) -> tuple[Tensor, ...]:
-    """Return input_ids, attention_mask and token_type_ids int64 [rows, columns] of rows with different lengths.
+    """Return input_ids, attention_mask and, if the model has token types, token_type_ids of rows of different lengths.
 
-    A model that knows less than two token types gets none.
-
-    For multiple choice they are [rows, 2, columns].
+    They are int64 [rows, columns]; for multiple choice [rows, 2, columns].
     """
     generator = torch.Generator().manual_seed(0)
     shape = (rows, 2, columns) if multiple_choice else (rows, columns)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     lengths = torch.randint(1, columns + 1, (*shape[:-1], 1), generator=generator)
-    types = getattr(config, "type_vocab_size", 0)
     inputs = ids, (torch.arange(columns) < lengths).long()
-    return inputs if types < 2 else (*inputs, ids % types)
+    return (*inputs, ids % config.type_vocab_size) if has_token_types(config) else inputs
 
 
 def _difference(model: nn.Module, run: Graph, example: tuple[Tensor, ...]) -> float:

@@ -22,7 +22,15 @@ from bertfast.encoder.heads import (
 )
 from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, copy_dtype, layer, project
 from bertfast.encoder.linear import is_linear, is_plain, is_watched
-from bertfast.encoder.parts import EmbeddingParts, LayerParts, MaskedLMParts, PackedHead, PackedMaskedLM, PackedModel
+from bertfast.encoder.parts import (
+    EmbeddingParts,
+    LayerParts,
+    MaskedLMParts,
+    PackedHead,
+    PackedMaskedLM,
+    PackedModel,
+    has_token_types,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -40,6 +48,7 @@ __all__ = [
     "cross_entropy_sum",
     "embed",
     "encode",
+    "has_token_types",
     "is_linear",
     "is_plain",
     "is_watched",

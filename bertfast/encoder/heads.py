@@ -1,8 +1,8 @@
 """The outputs and losses of task heads on packed batches: what programs call instead of a head's `forward`.
 
-Each function takes a model with a task's head and calls its `task_steps()`, or reads its `masked_lm_parts()`; the
-model must be one that `bertfast.report` shows fused whole. A loss is the sum over
-the batch's labels divided by `num_items`, so that the batches of a step can be accumulated.
+Each function takes a model with a task's head and calls its `task_steps()`, or reads its `masked_lm_parts()`; the model
+must be one that `bertfast.report` shows fused whole. A loss is the sum over the batch's labels divided by `num_items`,
+so that the batches of a step can be accumulated.
 
 T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
-from bertfast.encoder.parts import PackedHead, PackedMaskedLM, PackedModel
+from bertfast.encoder.parts import PackedHead, PackedMaskedLM, PackedModel, has_token_types
 from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops import reference
 from bertfast.ops.dropout import RngCoordinates
@@ -64,7 +64,7 @@ def pack(
         cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
         max_length_q: Bound on the lengths of the sequences; None: they are read.
     """
-    if getattr(model.config, "type_vocab_size", 0) < 2:  # its tokenizer may tell texts of a pair apart nevertheless
+    if not has_token_types(model.config):
         token_type_ids = None
     packed, _ = unpad(
         input_ids,

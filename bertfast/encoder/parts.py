@@ -110,3 +110,9 @@ class PackedMaskedLM(PackedHead, Protocol):
     def masked_lm_parts(self) -> MaskedLMParts:
         """Return the modules of the head."""
         ...
+
+
+def has_token_types(config: Any) -> bool:
+    """Return whether a configuration's model tells the texts of a pair apart; its tokenizer may do so nevertheless."""
+    types: int = getattr(config, "type_vocab_size", 0)
+    return types > 1
