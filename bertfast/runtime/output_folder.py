@@ -120,8 +120,7 @@ def check_contents(
         OriginError: The contents have another origin, or no record, or there are some and `continues` is false.
         ValueError: The folder belongs to another command, or an input is one of the files to replace.
     """
-    require_command(folder, origin.command)
-    record = read_record(folder)
+    record = require_command(folder, origin.command)
     described = _describe(origin, record)
     _require_inputs_elsewhere(folder, origin, contents)
     existing = [path for pattern in contents for path in folder.glob(pattern)]
@@ -132,8 +131,8 @@ def check_contents(
     return partial(_begin, folder, described, existing if overwrite else [])
 
 
-def require_command(folder: Path, command: str) -> None:
-    """Raise ValueError if the record of a folder names another command.
+def require_command(folder: Path, command: str) -> Record | None:
+    """Return the record of a folder, as `read_record`; raise ValueError if it names another command.
 
     Its files are not replaced on request either: those that the new command does not write would stay under its record.
     """
@@ -142,6 +141,7 @@ def require_command(folder: Path, command: str) -> None:
         raise ValueError(
             f"{folder} belongs to `bertfast {record['command']}`: choose another --output-dir, or delete it first"
         )
+    return record
 
 
 def require_origin(folder: Path, origin: Origin) -> None:
@@ -151,8 +151,7 @@ def require_origin(folder: Path, origin: Origin) -> None:
         OriginError: They differ, or there is no record.
         ValueError: The folder belongs to another command.
     """
-    require_command(folder, origin.command)
-    record = read_record(folder)
+    record = require_command(folder, origin.command)
     described = _describe(origin, record)
     if record is not None:
         inputs = {flag: files for flag, files in record["inputs"].items() if flag in described["inputs"]}
