@@ -13,8 +13,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import ROOT, threads_of
+from bench.harness import ROOT
 from bertfast.runtime.plotting import COLORS
+from bertfast.runtime.settings import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def hardware(origin: dict[str, Any]) -> str:
         return str(origin["gpu"]["name"])
     processor = origin["processor"]
     instruction_set = "AVX-512" if "avx512f" in processor else "AVX2" if "avx2" in processor else "no AVX2"
-    return f"{processor.split(' (')[0]}, {instruction_set}, {threads_of(origin['threads'])}"
+    return f"{processor.split(' (')[0]}, {instruction_set}, {counted(origin['threads'], 'thread')}"
 
 
 def runs_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

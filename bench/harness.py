@@ -133,11 +133,6 @@ def reason_of(error: BaseException) -> str:
     return re.sub(r" \(/[^)]*\)", "", f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
 
-def threads_of(threads: int) -> str:
-    """Return a number of threads in words."""
-    return f"{threads} thread{'s' * (threads > 1)}"
-
-
 @contextmanager
 def time_limit(seconds: int, error: type[Exception] = TimeoutError) -> Iterator[None]:
     """Raise an error in the body after `seconds` (0: never); a call that hangs in C code is not interrupted."""

@@ -274,7 +274,7 @@ class Generator:
             return setting.name, self.random.choice(BAD_TEXTS[setting.name])
         if range_of(setting.hint) is not None:
             values = ["-1", "0", "-5", "7", "1", "nan", "1e400", "1.5", "1e-320"]
-            values += [self.random.choice(["x", "", "٣", "0x10", "-inf"])]  # which no number may be
+            values += [self.random.choice(["x", "", "٣", "0x10", "-inf"])]  # that no numeric setting accepts
             if setting.name not in (*LENGTHS, "dataloader_num_workers", "processes"):
                 values += ["1000000000", str(2**70)]
             return setting.name, self.random.choice(values)

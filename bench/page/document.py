@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from bench.harness import threads_of
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, missing_reasons, rows_of
 from bench.page.text import duration, table
+from bertfast.runtime.settings import counted
 
 SHOWN = ("growth", "vocabulary", "data", "step_parts", "cpu_operators")  # besides results with rows
 
@@ -93,7 +93,9 @@ def ahead_section(machines: dict[str, list[Result]]) -> str:
                 for row, reference in leaders(group)
             ]
             if found:
-                lines.append(f"- {name}, {group[0].workload}, {threads_of(group[0].threads)}: {'; '.join(found)}")
+                lines.append(
+                    f"- {name}, {group[0].workload}, {counted(group[0].threads, 'thread')}: {'; '.join(found)}"
+                )
         for result in results:
             if (sweep := sweep_of(result)) and (found := ahead_in(sweep)):
                 lines.append(f"- {name}, {sweep.short_title}: {'; '.join(found)}")
@@ -175,8 +177,8 @@ def attention_section(single: dict[str, Result]) -> str:
     return (
         "## Attention\n\n12 heads of 64, fp32, vs PyTorch's scaled-dot-product attention on padded batches "
         f"(`bench/results/{result.file}`, {result.origin['processor']}, "
-        f"{threads_of(result.origin['threads'])}). The lower bound is the time of the FLOPs at the rate at which a "
-        f"core multiplies 64³ blocks from its cache.\n\n{table(header, rows)}\n"
+        f"{counted(result.origin['threads'], 'thread')}). The lower bound is the time of the FLOPs at the rate at "
+        f"which a core multiplies 64³ blocks from its cache.\n\n{table(header, rows)}\n"
     )
 
 

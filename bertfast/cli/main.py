@@ -158,8 +158,9 @@ _SYNONYMS = {
     "test": "evaluate",
 }
 
+# Commands whose results go to standard output and nowhere else.
+_PRINT_ALL = ("predict", "fill-mask")
 # Commands that, given again, continue where they were interrupted.
-_PRINT_ALL = ("predict", "fill-mask")  # commands whose results are printed and nowhere else
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 
 

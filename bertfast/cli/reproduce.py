@@ -30,6 +30,8 @@ from bertfast.training.pretrain_data import Corpus
 logger = logging.getLogger("bertfast")
 
 _ABSENT = "no data"
+# How messages call the types of a recipe's entries.
+_KINDS = {str: "text", int: "a whole number", dict: "`name: value` lines", list: "a list"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +122,6 @@ def check_recipe(table: dict[str, Any], path: Path) -> None:
     for number, row in enumerate(table["rows"], 1):
         optional = {"finetune": dict, "paper": dict, "pretrain": dict}
         _check_entries(row, f"{path}: row {number}", {"name": str}, optional)
-
-
-_KINDS = {str: "text", int: "a whole number", dict: "`name: value` lines", list: "a list"}
 
 
 def _check_entries(entries: object, where: str, required: Mapping[str, type], optional: Mapping[str, type]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.settings import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +27,8 @@ def plot_title(model: str | Path, device: torch.device, precision: str) -> str:
     """
     if device.type == "cuda":
         return f"{Path(model).name} ({torch.cuda.get_device_name(device)}, {precision})"
-    threads = torch.get_num_threads()
-    return f"{Path(model).name} ({device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}, {precision})"
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"{Path(model).name} ({device.type.upper()}, {threads}, {precision})"
 
 
 def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:

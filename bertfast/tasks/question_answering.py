@@ -255,7 +255,7 @@ class QuestionAnsweringTask(Task[Questions]):
     ) -> tuple[list[tuple[int, int]], list[Window]]:
         """Return the windows of one question's context, as (first, end) tokens and as `Window`.
 
-        Each has room for `room` tokens of the context, behind `prefix` others.
+        Each has room for `room` tokens of the context, after `prefix` others.
         """
         spans = _window_spans(len(offsets), room, min(self.options.doc_stride, room))
         best = _max_context_windows(spans, len(offsets))
