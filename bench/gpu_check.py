@@ -286,7 +286,7 @@ def self_tests(seconds: float) -> list[list[str]]:
         for precision in ("bf16", "fp32", "fp16")
         for dimension in (64, 32, 128)
     ]
-    others = [name for name in (*OPERATORS, "gather", "linear_gelu") if name != "attention"]
+    others = [name for name in (*OPERATORS, "gather", "linear_gelu", "rotary") if name != "attention"]
     return [
         *attention,
         *(self_test("cuda", seconds, name, "triton") for name in others),

@@ -7,6 +7,7 @@
 #include "attention_operators.h"
 #include "cpu/parallel.h"
 #include "embeddings_operators.h"
+#include "rotary_operators.h"
 #include "row_operators.h"
 
 namespace bertfast {
@@ -75,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_embeddings_forward", TORCH_BOX(&bertfast::operations::embeddings_forward));
   library.impl("cpu_embeddings_backward", TORCH_BOX(&bertfast::operations::embeddings_backward));
   library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
+  library.impl("cpu_rotary_forward", TORCH_BOX(&bertfast::operations::rotary_forward));
+  library.impl("cpu_rotary_backward", TORCH_BOX(&bertfast::operations::rotary_backward));
 }
 
 #if defined(BERTFAST_CUDA)

@@ -242,3 +242,15 @@ def linear_cross_entropy_forward(
         x.new_empty(x.shape if needed else 0) for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
     )
     return loss, correct, torch.empty_like(correct), d_hidden, d_weight, d_bias
+
+
+@contract
+def rotary_forward(qkv: Tensor, table: Tensor) -> Tensor:
+    """Return y [T, 3, A, D] in qkv's dtype; `table` is fp32."""
+    return qkv.new_empty(qkv.shape)
+
+
+@contract
+def rotary_backward(d_y: Tensor, table: Tensor) -> Tensor:
+    """Return d_qkv [T, 3, A, D]."""
+    return d_y.new_empty(d_y.shape)

@@ -49,6 +49,7 @@ def cases(representative: bool = False) -> Cases:
     yield from gelu_layer_norm_cases(representative)
     yield from embeddings_cases(representative)
     yield from linear_cross_entropy_cases(representative)
+    yield from rotary_cases(representative)
 
 
 def attention_cases(representative: bool) -> Cases:
@@ -195,6 +196,19 @@ def linear_cross_entropy_cases(representative: bool) -> Cases:
             torch.ops.bertfast.triton_linear_cross_entropy_forward(hidden, rows, weight, bias, rows, needs_grad, dtype)
 
         yield f"{_name(dtype)}, V = {vocabulary:,}", launch
+
+
+def rotary_cases(representative: bool) -> Cases:
+    from bertfast.kernels import rotary  # noqa: F401
+
+    for dimension, dtype in itertools.product((64,) if representative else (32, 64, 80, 128), (BF16, FLOAT)):
+        qkv, table = torch.zeros(16, 3, 12, dimension, dtype=dtype), torch.zeros(16, dimension)
+
+        def launch(qkv: Tensor = qkv, table: Tensor = table) -> None:
+            torch.ops.bertfast.triton_rotary_forward(qkv, table)
+            torch.ops.bertfast.triton_rotary_backward(qkv, table)
+
+        yield f"{_name(dtype)}, D = {dimension}", launch
 
 
 def _hidden_dropout(tokens: int) -> tuple[Any, ...]:

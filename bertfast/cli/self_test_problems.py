@@ -87,6 +87,7 @@ def _row_problems(shape: str, batch: Sequences, vocab_size: int) -> list[Problem
         _add_layer_norm(shape, batch, dropout=False),
         _add_layer_norm_with_copy(shape, batch),
         _gather(tokens, rows, batch.position.device),
+        _rotary(shape, batch),
     ]
 
 
@@ -155,6 +156,20 @@ def _gather(tokens: int, rows: int, device: torch.device) -> Problem:
         device,
         {"x": (tokens, HIDDEN)},
         lambda implementation, x: ops.gather(selected, x, implementation=implementation)[0],
+    )
+
+
+def _rotary(shape: str, batch: Sequences) -> Problem:
+    heads, dimension, device = HIDDEN // 64, 64, batch.position.device
+    inv_freq = 10_000 ** -(torch.arange(0, dimension, 2, device=device) / dimension)
+    angles = batch.position[:, None] * inv_freq
+    table = torch.cat([angles.cos(), angles.sin()], 1)
+    return Problem(
+        "rotary",
+        f"{shape} D={dimension}",
+        device,
+        {"qkv": (len(batch.position), 3, heads, dimension)},
+        lambda implementation, qkv: ops.rotary(qkv, table, implementation=implementation),
     )
 
 

@@ -7,6 +7,7 @@ from bertfast.ops.embeddings import embeddings
 from bertfast.ops.gather import gather
 from bertfast.ops.gelu_layer_norm import gelu_layer_norm
 from bertfast.ops.linear_cross_entropy import linear_cross_entropy
+from bertfast.ops.rotary import rotary
 
 __all__ = [
     "add_layer_norm",
@@ -17,4 +18,5 @@ __all__ = [
     "gelu_layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
+    "rotary",
 ]

@@ -28,6 +28,7 @@ if HAS_TRITON:  # importing the modules registers their operators
         gelu_layer_norm,
         linear_cross_entropy,
         linear_gelu,
+        rotary,
         sum_by_index,
     )
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors, for tests

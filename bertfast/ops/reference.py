@@ -58,6 +58,22 @@ def embeddings(
     return drop_hidden(layer_norm(total, gamma, beta, eps).to(tokens.dtype), dropout)
 
 
+def rotary(qkv: Tensor, table: Tensor) -> Tensor:
+    """Return qkv with queries and keys rotated by the angles of their positions.
+
+    Args:
+        qkv: [T, 3, A, D]: queries, keys and values.
+        table: fp32 [T, D]: the cosines of D/2 angles, then their sines.
+
+    Returns:
+        [T, 3, A, D] in qkv's dtype.
+    """
+    x, y = accumulating(qkv[:, :2]).chunk(2, -1)  # [T, 2, A, D/2]
+    cos, sin = table.to(x.dtype)[:, None, None].chunk(2, -1)
+    rotated = torch.cat([x * cos - y * sin, y * cos + x * sin], -1)
+    return torch.cat([rotated.to(qkv.dtype), qkv[:, 2:]], 1)
+
+
 def attention(
     qkv: Tensor, sequences: Sequences, scale: float, causal: bool, window: int | None, dropout: Dropout | None
 ) -> Tensor:

@@ -25,7 +25,7 @@ if KERNELS != "triton":
     only_triton = ("attention_tiles", "gather", "linear_gelu", "sum_by_index")
     collect_ignore += [f"test_{name}.py" for name in only_triton]
     if KERNELS == "cuda":
-        collect_ignore.append("test_embeddings.py")
+        collect_ignore += ["test_embeddings.py", "test_rotary.py"]
     if native.UNAVAILABLE_REASON is not None:
         collect_ignore_glob = ["test_*.py"]
 

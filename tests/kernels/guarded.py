@@ -112,6 +112,12 @@ def gather() -> Tensor:
     return sum(y.sum() for y in ops.gather(indices, rows(), rows(), implementation="triton"))
 
 
+def rotary() -> Tensor:
+    qkv, table = (guarded(normal(*shape, dtype=torch.float32)) for shape in ((ROWS, 3, 2, 22), (ROWS, 22)))
+    y = ops.rotary(qkv, table.detach(), implementation=KERNELS)
+    return Weighted.apply(y, guarded(normal(*qkv.shape, dtype=torch.float32)))
+
+
 def out_of_bounds() -> Tensor:
     return operator(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # the bias is too short
 
@@ -128,6 +134,7 @@ CASES = {
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
     **({"gather": gather} if KERNELS == "triton" else {}),
+    **({"rotary": rotary} if KERNELS != "cuda" else {}),
     "out_of_bounds": out_of_bounds,
 }
 

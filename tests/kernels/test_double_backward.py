@@ -11,6 +11,7 @@ from bertfast.ops.sequences import Sequences
 
 TOKENS, HIDDEN = 11, 48
 IDS = torch.arange(TOKENS, device=DEVICE)
+TABLE = normal(TOKENS, 24, dtype=torch.float32, device=DEVICE).detach()  # of `rotary`
 LABELS = torch.where(IDS % 3 == 1, -100, IDS % 7)
 
 
@@ -41,6 +42,10 @@ def gelu_layer_norm(implementation):
     return lambda *x: ops.gelu_layer_norm(*x, 1e-12, implementation=implementation)
 
 
+def rotary(implementation):
+    return lambda qkv: ops.rotary(qkv, TABLE, implementation=implementation)
+
+
 def linear_cross_entropy(implementation):
     rows = (3 * IDS) % (TOKENS - 1)  # one row twice, one never
     return lambda *x: ops.linear_cross_entropy(x[0], rows, *x[1:], LABELS, implementation=implementation)[0]
@@ -53,10 +58,11 @@ CASES = {
     "embeddings": (embeddings, [(5, HIDDEN), (TOKENS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)]),
     "bias_gelu": (bias_gelu, [(TOKENS, HIDDEN), (HIDDEN,)]),
     "gelu_layer_norm": (gelu_layer_norm, [(TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
+    "rotary": (rotary, [(TOKENS, 3, 2, 24)]),
     "linear_cross_entropy": (linear_cross_entropy, [(TOKENS, HIDDEN), (60, HIDDEN), (60,)]),
 }
-if KERNELS == "cuda":  # which has no CUDA C++ kernel
-    del CASES["embeddings"]
+if KERNELS == "cuda":  # which have no CUDA C++ kernel
+    del CASES["embeddings"], CASES["rotary"]
 
 of_each_operator = pytest.mark.parametrize("operator", CASES)
 

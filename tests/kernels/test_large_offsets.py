@@ -62,13 +62,19 @@ def test_rows(operation):
         assert torch.equal(a, b)
 
 
-def test_tokens_of_attention():
-    sequences = Sequences.from_lengths([140, 120], device=DEVICE)
+LONG = Sequences.from_lengths([140, 120], device=DEVICE)
+TABLE = normal(260, 32, dtype=torch.float32, device=DEVICE).detach()
+OF_TOKENS = {
+    "attention": lambda qkv: ops.attention(qkv, LONG, dropout=dropout_over(LONG), implementation=KERNELS),
+    "rotary": lambda qkv: ops.rotary(qkv, TABLE, implementation=KERNELS),
+}
+if KERNELS == "cuda":
+    del OF_TOKENS["rotary"]
+
+
+@pytest.mark.parametrize("operation", OF_TOKENS)
+def test_tokens(operation):
     dense = normal(260, 3, 1, 32, dtype=DTYPE, device=DEVICE).detach()
     far = far_apart(dense, 9_000_000)
-
-    def attend(qkv):
-        return ops.attention(qkv, sequences, dropout=dropout_over(sequences), implementation=KERNELS)
-
-    for a, b in zip(gradients(attend, far), gradients(attend, dense), strict=True):
+    for a, b in zip(gradients(OF_TOKENS[operation], far), gradients(OF_TOKENS[operation], dense), strict=True):
         assert torch.equal(a, b)

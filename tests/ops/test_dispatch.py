@@ -80,6 +80,7 @@ def test_reference_can_be_forced_everywhere():
         ops.gelu_layer_norm(X, X[0], X[1], X[2], 1e-12, implementation="reference"),
         ops.add_layer_norm(X, X, None, X[1], X[2], 1e-12, implementation="reference"),
         ops.embeddings(index, index, index, X, X, X, X[1], X[2], 1e-12, implementation="reference"),
+        ops.rotary(torch.stack([X, X, X], 1)[..., None, :2], X[:, :2].float(), implementation="reference"),
         ops.linear_cross_entropy(X, index, X, X[:, 0], index, implementation="reference")[0],
     ]
     assert all(result.isfinite().all() for result in results)

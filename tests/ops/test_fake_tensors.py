@@ -48,6 +48,11 @@ def linear_cross_entropy(implementation, hidden, weight, bias):
     return ops.linear_cross_entropy(hidden, None, weight, bias, labels, implementation=implementation)[0]
 
 
+def rotary(implementation, qkv):
+    table = torch.ones(TOKENS, DIMENSION, device=qkv.device)
+    return ops.rotary(qkv, table, implementation=implementation)
+
+
 VECTOR, ROWS = (HIDDEN,), (TOKENS, HIDDEN)
 # operator: shapes of its inputs; the first is bf16 where a second, of the same shape, is not
 OPERATORS = {
@@ -57,6 +62,7 @@ OPERATORS = {
     gelu_layer_norm: [ROWS, VECTOR, VECTOR, VECTOR],
     embeddings: [(40, HIDDEN), (50, HIDDEN), (2, HIDDEN), VECTOR, VECTOR],
     gather: [ROWS],
+    rotary: [(TOKENS, 3, HEADS, DIMENSION)],
     linear_gelu: [ROWS, (8, HIDDEN), (8,)],
     linear_cross_entropy: [ROWS, (60, HIDDEN), (60,)],
 }

@@ -85,6 +85,12 @@ def gather() -> list[Tensor]:
     return both_ways(ops.gather(torch.arange(TOKENS) * 7 % 90, x, implementation="cpu")[0], [x])
 
 
+def rotary() -> list[Tensor]:
+    (qkv,) = leaves((TOKENS, 3, 2, 40))
+    table = normal(TOKENS, 40, dtype=torch.float32).detach()
+    return both_ways(ops.rotary(qkv, table, implementation="cpu"), [qkv])
+
+
 TOKENS = 700  # several parts of a loop over tokens, of different sizes
 DROPOUT = dropout_over(Sequences.from_lengths([TOKENS]))
 CASES = {
@@ -97,6 +103,7 @@ CASES = {
     "embeddings": embeddings,
     "gather": gather,
     "linear_cross_entropy": linear_cross_entropy,
+    "rotary": rotary,
 }
 
 

@@ -15,6 +15,7 @@ DROPOUT = Dropout(0.3, torch.tensor(77), 5, SEQUENCES.token_sequence_ids, SEQUEN
 ROWS = torch.tensor([0, 0, 1])
 IDS = torch.arange(TOKENS)
 VECTOR = normal(HIDDEN, dtype=torch.float32).detach()
+TABLE = normal(TOKENS, 32, dtype=torch.float32).detach()
 
 
 def attention(x: Tensor) -> Tensor:
@@ -34,6 +35,7 @@ OPERATORS = {
     "gather": lambda x: ops.gather(ROWS, x.sin())[0],
     "gelu_layer_norm": lambda x: ops.gelu_layer_norm(x, VECTOR, VECTOR, VECTOR, 1e-12),
     "linear_cross_entropy": linear_cross_entropy,
+    "rotary": lambda x: ops.rotary(x.sin().unflatten(1, (1, 2, 32)).repeat(1, 3, 1, 1), TABLE),
     "linear_gelu": lambda x: ops.linear_gelu(x, x.sin(), x[:, 0]),
 }
 of_each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
