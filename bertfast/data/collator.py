@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -20,18 +20,27 @@ class PaddingFreeCollator:
     Args:
         tokenizer: Unused, because nothing is padded; accepted for compatibility with the collators of transformers.
         token_labels: Whether a list of labels holds one per token; None: it does if it is as long as the tokens.
+        model: The fused model that gets the batches. It is required if an `attention_mask` excludes a token before
+            others, because BERT counts the positions of such tokens, and RoBERTa does not count padding.
 
     Returns:
         A call returns input_ids and, if the samples have them, token_type_ids and token labels, int64 [1, T]; sequence
         labels [S] or [S, labels]; next_sentence_label int64 [S]; cu_seq_lens_q and cu_seq_lens_k int32 [S + 1];
         max_length_q and max_length_k int. If an `attention_mask` excludes a token before others, also position_ids
-        int64 [1, T], the tokens' indices in their samples, which are BERT's positions but not RoBERTa's; else the model
-        counts positions as its family does.
+        int64 [1, T], those that the tokens have in a padded batch; else the model counts positions.
     """
 
     tokenizer: object = None
     _: KW_ONLY
     token_labels: bool | None = None
+    model: InitVar[nn.Module | None] = None
+    _has_model: bool = field(init=False, repr=False, default=False)
+    _padding_index: int | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self, model: nn.Module | None) -> None:
+        # The model itself is not kept, as each worker process of a DataLoader would get a copy.
+        if model is not None:
+            self._has_model, self._padding_index = True, _padding_index_of(model)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
         _check(samples)
@@ -49,7 +58,7 @@ class PaddingFreeCollator:
             if name in samples[0]
         }
         if not all(mask[: int(length)].all() for mask, length in zip(attended, lengths, strict=True)):
-            batch["position_ids"] = torch.cat([mask.nonzero().squeeze(1) for mask in attended])[None]
+            batch["position_ids"] = torch.cat([*map(self._positions, ids, attended)])[None]
         batch |= {
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,
@@ -63,6 +72,19 @@ class PaddingFreeCollator:
             batch["labels"] = self._labels([torch.as_tensor(sample[name]) for sample in samples], attended)
         return batch
 
+    def _positions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the positions of the attended tokens of a sample, int64 [n]."""
+        if not self._has_model:
+            raise ValueError(
+                "PaddingFreeCollator: an attention_mask excludes a token before others, and the positions of those "
+                "depend on the model's family: pass PaddingFreeCollator(model=…), the model that gets the batches"
+            )
+        padding = self._padding_index
+        if padding is None:
+            return mask.nonzero().squeeze(1)
+        counts = ids != padding
+        return (torch.where(counts, counts.cumsum(0), 0) + padding)[mask]
+
     def _labels(self, labels: list[Tensor], attended: list[Tensor]) -> Tensor:
         token_labels = self.token_labels
         if token_labels is None:
@@ -70,6 +92,18 @@ class PaddingFreeCollator:
         if token_labels:
             return _joined(labels, attended)
         return torch.stack(labels)
+
+
+def _padding_index_of(model: nn.Module) -> int | None:
+    """Return the token id that positions skip in a fused model; None: they count all tokens."""
+    encoder: Any = next((module for module in model.modules() if hasattr(module, "padding_index")), None)
+    if encoder is None:
+        raise ValueError(
+            f"PaddingFreeCollator: this {type(model).__name__} holds no fused encoder, and others do not take packed "
+            "batches: call bertfast.patch(model) first"
+        )
+    index: int | None = encoder.padding_index()
+    return index
 
 
 def _check(samples: Sequence[Mapping[str, Any]]) -> None:

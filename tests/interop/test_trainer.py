@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from family_models import FamilyCase, inputs, pair
 from parity import SIZES, transformers
 
 import bertfast
@@ -186,14 +187,31 @@ def test_labels_may_have_any_of_their_names():
 
 def test_a_batch_without_padding_excludes_masked_tokens():
     padded = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "labels": [-100, 1, 2]}
-    batch = bertfast.PaddingFreeCollator("a tokenizer")(
-        [padded, {"input_ids": [8], "attention_mask": [1], "labels": [3]}]
-    )
+    samples = [padded, {"input_ids": [8], "attention_mask": [1], "labels": [3]}]
+    batch = bertfast.PaddingFreeCollator("a tokenizer", model=model_of("BertForMaskedLM"))(samples)
     assert batch["input_ids"].tolist() == [[5, 6, 8]]
     assert batch["labels"].tolist() == [[1, 2, 3]]
     assert batch["position_ids"].tolist() == [[1, 2, 0]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 3]
     assert "attention_mask" not in batch
+    with pytest.raises(ValueError, match=r"depend on the model's family: pass PaddingFreeCollator\(model=…\)"):
+        bertfast.PaddingFreeCollator()(samples)
+    with pytest.raises(ValueError, match=r"this Linear holds no fused encoder.*bertfast\.patch"):
+        bertfast.PaddingFreeCollator(model=torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra", "distilbert"])
+def test_tokens_after_excluded_ones_have_the_positions_of_a_padded_batch(family):
+    case = FamilyCase(family, "ForMaskedLM", paddings=("left", "inside", "none", "right"), pads_by_id=True)
+    patched, hf = pair(case)
+    values, mask = inputs(case, hf)
+    values["input_ids"][1, 3] = 9  # excluded, but not padding: RoBERTa counts it
+    rows = [{name: x[row].tolist() for name, x in values.items() if name != "labels"} for row in range(len(mask))]
+    batch = bertfast.PaddingFreeCollator(model=patched)(rows)
+    with torch.no_grad():
+        expected = hf(**{name: x for name, x in values.items() if name != "labels"}).logits[mask]
+        found = patched(**batch).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForNextSentencePrediction"])  # others: example scripts
