@@ -233,14 +233,25 @@ FINE_TUNED = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassif
 """The classes that programs fine-tune; tests/training/test_finetune_families.py runs each of them."""
 
 
+PRETRAINED = ("ForMaskedLM",)
+"""The classes that are pre-trained; tests/training/test_pretrain_families.py trains each of them."""
+GRAPHS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+"""The classes whose ONNX graphs tests/convert/test_export_families.py runs."""
+
+
 def table() -> str:
     """Return the table of classes in docs/COMPATIBILITY.md: what the tests run of each."""
+    programs = {
+        "pre-trained": PRETRAINED,
+        "exported": [task for task in TASKS if task not in GRAPHS],
+        "exported (ONNX)": GRAPHS,
+        "fine-tuned": FINE_TUNED,
+        "embedded": ("Model",),
+    }
     rows = []
     for task in TASKS:
-        cells = []
-        for family in PREFIXES:
-            programs = ", fine-tuned" * (task in FINE_TUNED) + ", embedded" * (task == "Model")
-            cells.append(f"patched, exported{programs}" if has_class(family, task) else "n/a")
+        cell = ", ".join(["patched", *(name for name, tasks in programs.items() if task in tasks)])
+        cells = [cell if has_class(family, task) else "n/a" for family in PREFIXES]
         rows.append(f"| `{task}` | {' | '.join(cells)} |")
     header = ["| class | " + " | ".join(PREFIXES.values()) + " |", "|---" * (len(PREFIXES) + 1) + "|"]
     return "\n".join([*header, *rows])

@@ -26,12 +26,12 @@ PRETRAIN = [
     "--gradient-accumulation-steps",
     "4",
     "--vocab-size",
-    "96",
+    "320",  # no less is possible with bytes
 ]
 PRETRAIN += ["--precision", "fp32", "--device", "cpu", "--eval-batches", "1"]
 # Flags that make the run of a command short.
 SHORT = {
-    "prepare": ["--vocab-size", "96", "--processes", "1"],
+    "prepare": ["--vocab-size", "320", "--processes", "1"],
     "pretrain": PRETRAIN,
     "finetune": ["--num-train-epochs", "1", "--device", "cpu"],
     "sweep": ["--learning-rates", "1e-3", "--batch-sizes", "16", "--epochs", "1", "--seeds", "1", "--device", "cpu"],

@@ -116,7 +116,7 @@ def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, f
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = bertfast.preset_config(preset, **sizes, **dropout)
+    config = bertfast.preset_config(preset, architecture="bert", **sizes, **dropout)
     model: transformers.BertModel
     model = bertfast.BertModel(config) if name == "bertfast" else transformers.BertModel(hf_config(config))
     model.train()

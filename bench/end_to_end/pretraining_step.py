@@ -342,7 +342,7 @@ def build(
 ) -> dict[str, transformers.BertForPreTraining]:
     """Return bertfast's model and transformers' models in training mode with the same weights, by default random."""
     options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = bertfast.preset_config(case.preset, **options)
+    config = bertfast.preset_config(case.preset, architecture="bert", **options)
     models: dict[str, transformers.BertForPreTraining]
     with DEVICE:
         models = {"bertfast": bertfast.BertForPreTraining(config)}

@@ -181,10 +181,20 @@ class Architecture:
         """Return the family's name of an entry of a configuration that BERT calls `name`."""
         return self.config_names.get(name, name)
 
+    def first_position(self, config: Any) -> int:
+        """Return the position of a sequence's first token."""
+        padding: int = -1 if self.padding_index is None else config.pad_token_id
+        return padding + 1
+
     def max_positions(self, config: Any) -> int:
         """Return the number of tokens that a sequence may have."""
         positions: int = config.max_position_embeddings
-        return positions if self.padding_index is None else positions - config.pad_token_id - 1
+        return positions - self.first_position(config)
+
+    @property
+    def has_next_sentence(self) -> bool:
+        """Whether a model of the family has both heads of pre-training."""
+        return "next_sentence" in self.head
 
 
 def part_at(module: nn.Module, path: str) -> Any:

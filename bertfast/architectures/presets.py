@@ -1,35 +1,96 @@
-"""The published sizes of BERT."""
+"""The published sizes of the families, and the kind of their tokenizers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import BertConfig
+from transformers import CONFIG_MAPPING, BertConfig
 
+from bertfast.architectures import family_by_type
+from bertfast.data.tokenizer import TokenizerType
+
+ArchitectureName = Literal["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
 Preset = Literal["tiny", "mini", "small", "medium", "base", "large"]
-# (layers, hidden size) of Turc et al. (2019) and of Devlin et al. (2019); heads are 64 wide.
-_SIZES = {
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "medium": (8, 512),
-    "base": (12, 768),
-    "large": (24, 1024),
+Entries = Mapping[str, Any]
+"""Entries of a configuration, under the names that BERT has for them."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published of a family.
+
+    Attributes:
+        sizes: Entries of a configuration by the name of a preset.
+        entries: Further entries, the same for all presets.
+        tokenizer_type: Kind of the family's tokenizer.
+        bert_special_tokens: Whether a bpe or unigram tokenizer of the family has BERT's special tokens.
+    """
+
+    sizes: Mapping[str, Entries]
+    entries: Entries = field(default_factory=dict)
+    tokenizer_type: TokenizerType = "wordpiece"
+    bert_special_tokens: bool = False
+
+
+def _size(layers: int, hidden: int, **others: int) -> dict[str, int]:
+    """Return the entries of a size; heads are 64 wide."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden}
+    return sizes | {"num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden} | others
+
+
+# Of Turc et al. (2019) and of Devlin et al. (2019). Other families have published base and large; their smaller ones
+# here are as small as BERT's.
+_BERT = {
+    "tiny": _size(2, 128),
+    "mini": _size(4, 256),
+    "small": _size(4, 512),
+    "medium": _size(8, 512),
+    "base": _size(12, 768),
+    "large": _size(24, 1024),
 }
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+
+PUBLISHED: dict[str, Published] = {
+    "bert": Published(_BERT),
+    "roberta": Published(_BERT, _ROBERTA | {"vocab_size": 50265}, "bpe"),
+    "xlm-roberta": Published(_BERT, _ROBERTA | {"vocab_size": 250002}, "unigram"),
+    "camembert": Published(_BERT, _ROBERTA | {"vocab_size": 32005}, "unigram"),
+    # The published small model is a narrow one of twelve layers.
+    "electra": Published(
+        {name: size | {"embedding_size": size["hidden_size"]} for name, size in _BERT.items()}
+        | {"small": _size(12, 256, embedding_size=128)}
+    ),
+    # Half of BERT's layers.
+    "distilbert": Published(
+        {name: size | {"num_hidden_layers": size["num_hidden_layers"] // 2} for name, size in _BERT.items()}
+    ),
+}
+"""By `model_type`: one row per family that is pre-trained."""
 
 
-def preset_config(name: Preset, **changes: Any) -> BertConfig:
+def preset_config(name: Preset, *, architecture: ArchitectureName = "bert", **changes: Any) -> BertConfig:
     """Return the configuration of a published size.
 
     Args:
         name: tiny, mini, small, medium, base or large.
-        changes: Further arguments of `BertConfig`, or replacements of those of the size.
+        architecture: Family of the model.
+        changes: Further arguments of the family's configuration, or replacements of those of the size, under BERT's
+            names or the family's.
+
+    Returns:
+        A configuration of the family: one of BERT, or one whose entries have the same names or other ones for the same.
 
     Raises:
-        ValueError: There is no such size.
+        ValueError: There is no such family or size.
     """
-    if name not in _SIZES:
-        raise ValueError(f"there is no preset {name!r}: use one of {', '.join(_SIZES)}")
-    layers, hidden = _SIZES[name]
-    sizes = {"num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
-    return BertConfig(**{"num_hidden_layers": layers, "hidden_size": hidden} | sizes | changes)
+    published, adapter = PUBLISHED.get(architecture), family_by_type(architecture)
+    if published is None or adapter is None:
+        raise ValueError(f"there are no presets of {architecture!r}: use one of {', '.join(PUBLISHED)}")
+    if name not in published.sizes:
+        raise ValueError(f"there is no preset {name!r}: use one of {', '.join(published.sizes)}")
+    entries = {**published.sizes[name], **published.entries, **changes}
+    kind: Any = CONFIG_MAPPING[architecture]
+    config: BertConfig = kind(**{adapter.config_name(key): value for key, value in entries.items()})
+    return config

@@ -26,6 +26,7 @@ from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.pretrain_checkpointing import pretrain_origin
 from bertfast.training.pretrain_data import Corpus
+from bertfast.training.pretrain_settings import resolve_objective
 
 logger = logging.getLogger("bertfast")
 
@@ -258,6 +259,7 @@ def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> st
         **changes,
     }
     pretraining = parse("pretrain", PretrainSettings, flags_of(flags | _where(settings)))
+    pretraining = resolve_objective(pretraining, pretraining.model.architecture)  # as the run records it
     origin = pretrain_origin(pretraining, None, Corpus.of(shards).hashes())
     stale = read_record(model) is not None and _is_stale(model, origin, settings)
     if stale or not (model / "config.json").exists():

@@ -11,14 +11,13 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 from tokenizers import Tokenizer
@@ -27,15 +26,25 @@ from tqdm import tqdm
 from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.held_out import HeldOut
+from bertfast.data.prepare_settings import CorpusSettings, PrepareSettings
 from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_manifest
 from bertfast.data.text_files import named_standard_input, standard_input
-from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
+from bertfast.data.tokenizer import (
+    encode_sentences,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_files,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from bertfast.runtime.atomic_write import atomic_path, named_in_errors
 from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder, require_command
-from bertfast.runtime.settings import Count, Range, Settings, counted, given, refuse_without_effect
+from bertfast.runtime.settings import counted
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
+
+__all__ = ["CorpusSettings", "PrepareSettings", "prepare", "prepare_file"]
 
 logger = logging.getLogger("bertfast")
 
@@ -44,71 +53,6 @@ TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 # Characters to train a vocabulary on, divided equally among the files; more text hardly changes the vocabulary.
 MAX_VOCABULARY_CHARACTERS = 300_000_000
 BATCH_CHARACTERS = 500_000  # text tokenized in one call
-
-
-@dataclass(frozen=True)
-class CorpusSettings(Settings):
-    """Which text to use, and how to tokenize it.
-
-    Attributes:
-        train_file: Text files and folders, or "-" for standard input. If not given: the docstrings of the installed
-            packages. Hidden files in folders are left out.
-        validation_file: Text files and folders for validation. If not given: hold out a part of the training documents.
-        validation_split_percentage: Percentage of the training documents to hold out; if they are few, of the sentences
-            of the longest one.
-        text_column: Field of .jsonl files, or column of .parquet files, that holds the text.
-        tokenizer_name: A vocab.txt, a tokenizer.json or a folder with either. If not given: train a vocabulary on the
-            text.
-        vocab_size: Size of the vocabulary to train, rounded up to a multiple of 64.
-        cased: Whether the vocabulary to train distinguishes upper and lower case.
-        processes: Number of files to process at the same time. If not given: one per CPU core.
-    """
-
-    train_file: list[str] = field(default_factory=list)
-    validation_file: list[str] = field(default_factory=list)
-    validation_split_percentage: Annotated[float, Range(0, below=100)] = 5
-    text_column: str = "text"
-    tokenizer_name: str | None = None
-    vocab_size: Annotated[int, Range(64, 2**20)] = 30_528
-    cased: bool = False
-    processes: Count | None = None
-
-    def validate(self) -> None:
-        flags = set(given(self))
-        if self.tokenizer_name is not None:
-            refuse_without_effect(sorted(flags & {"--vocab-size", "--cased"}), "--tokenizer-name gives the vocabulary")
-        if self.validation_file:
-            refuse_without_effect(flags & {"--validation-split-percentage"}, "--validation-file gives the text")
-
-
-@dataclass(frozen=True)
-class PrepareSettings(Settings):
-    """What to prepare, and where to write it.
-
-    Attributes:
-        output_dir: Folder for the shards and the tokenizer. The same command again continues an interrupted run.
-        overwrite_output_dir: Replace the shards of another corpus in --output-dir; parts of unchanged files are kept.
-        corpus: Which text to use, and how to tokenize it.
-        part: "i/n" processes every n-th file from the i-th on (1 ≤ i ≤ n), for several machines; then pass --merge.
-        merge: Only combine the finished parts of all machines.
-    """
-
-    output_dir: str
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    part: str | None = None
-    merge: bool = False
-    overwrite_output_dir: bool = False
-
-    def validate(self) -> None:
-        if self.part is not None:
-            if self.merge:
-                raise ValueError("--part and --merge are mutually exclusive: pass --merge when all parts are finished")
-            numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
-            if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-                raise ValueError(f"--part must be i/n with 1 ≤ i ≤ n, such as 1/4, got {self.part!r}")
-            files = self.corpus.train_file
-            if self.corpus.tokenizer_name is None or not files or "-" in files:
-                raise ValueError("--part requires --tokenizer-name and files in --train-file, the same for every part")
 
 
 @dataclass(frozen=True)
@@ -197,6 +141,9 @@ def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -
         values["--validation-split-percentage"] = corpus.validation_split_percentage
     if corpus.tokenizer_name is None:
         values |= {"--vocab-size": corpus.vocab_size, "--cased": corpus.cased}
+        if corpus.tokenizer_type not in (None, "wordpiece"):
+            values["--tokenizer-type"] = corpus.tokenizer_type
+            values["--bert-special-tokens"] = corpus.bert_special_tokens
     else:
         inputs["--tokenizer-name"] = tokenizer_files(corpus.tokenizer_name)
     return Origin(inputs, values, "prepare")
@@ -286,11 +233,10 @@ def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: C
 
     Args:
         source: The file.
-        tokenizer: The tokenizer, which is changed to treat special tokens in the text as text.
+        tokenizer: The tokenizer; see `encode_sentences`.
         folder: Folder of the splits.
         progress: Called with the number of bytes read since its last call.
     """
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
     dtype, position = token_dtype(tokenizer.get_vocab_size()), 0
 
     def advance(to: int) -> None:
@@ -304,10 +250,10 @@ def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: C
         for batch in _batches(documents):
             divided = [source.held_out.divide(document) for document in batch]
             flat = [sentence for split in divided for sentences in split for sentence in sentences]
-            encoded = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+            encoded = encode_sentences(tokenizer, flat)
             for for_training, for_validation in divided:
-                train.add([next(encoded).ids for _ in for_training])
-                validation.add([next(encoded).ids for _ in for_validation])
+                train.add([next(encoded) for _ in for_training])
+                validation.add([next(encoded) for _ in for_validation])
 
 
 def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
@@ -345,7 +291,13 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOu
                 if budget < 0:
                     break
 
-    return train_tokenizer(texts(), corpus.vocab_size, cased=corpus.cased)
+    return train_tokenizer(
+        texts(),
+        corpus.vocab_size,
+        cased=corpus.cased,
+        kind=corpus.tokenizer_type or "wordpiece",
+        bert_special_tokens=corpus.bert_special_tokens,
+    )
 
 
 def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, processes: int) -> None:

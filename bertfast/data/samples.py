@@ -27,7 +27,8 @@ class Sampling(Settings):
     Attributes:
         max_seq_length: Maximum sequence length in tokens, including [CLS] and [SEP]; a pair of one-token texts has 5.
         objective: mlm+nsp: masked LM and next-sentence prediction on sentence pairs; mlm: masked LM on runs of whole
-            sentences; ltr: causal (left-to-right) LM on runs of whole sentences.
+            sentences; ltr: causal (left-to-right) LM on runs of whole sentences; auto: mlm+nsp for BERT, and mlm for
+            families without a next-sentence head.
         short_seq_probability: Fraction of samples with a random target length of at least 2 tokens.
         mlm_probability: Fraction of a sample's tokens to predict.
         mask_replace_prob: Fraction of the tokens to predict that are replaced by [MASK].
@@ -36,7 +37,7 @@ class Sampling(Settings):
     """
 
     max_seq_length: Annotated[int, Range(5)] = 128
-    objective: Literal["mlm+nsp", "mlm", "ltr"] = "mlm+nsp"
+    objective: Literal["auto", "mlm+nsp", "mlm", "ltr"] = "auto"
     short_seq_probability: Fraction = 0.1
     mlm_probability: Fraction = 0.15
     mask_replace_prob: Fraction = 0.8
@@ -56,7 +57,7 @@ class Sampling(Settings):
     @property
     def pairs(self) -> bool:
         """Whether samples are pairs of segments, [CLS] A [SEP] B [SEP], not single ones, [CLS] A [SEP]."""
-        return self.objective == "mlm+nsp"
+        return self.objective in ("auto", "mlm+nsp")
 
     @property
     def max_predicted_share(self) -> float:

@@ -1,4 +1,4 @@
-"""WordPiece tokenizers: training, loading and saving, in the files that `transformers` uses.
+"""Tokenizers of three kinds, WordPiece, BPE and Unigram: training, loading and saving, in the files of `transformers`.
 
 A tokenizer is a plain `tokenizers.Tokenizer`.
 """
@@ -8,29 +8,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing
 
+from bertfast.data.subword_training import in_blocks, repeat_words, train_bpe, train_unigram
 from bertfast.data.text_files import read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "*.model")
 """Patterns of the files of a model's tokenizer."""
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_BLOCK = 2**16  # characters that the trainer gets at a time
-_REPEATED = 2**12  # occurrences of a word in one string
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+"""Class of transformers that opens any tokenizer.json as it is."""
+
+TokenizerType = Literal["wordpiece", "bpe", "unigram"]
+
+# Special tokens in the order of their ids in trained vocabularies.
+BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ROBERTA_TOKENS = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+SPECIAL_TOKENS = tuple(BERT_TOKENS.values())
+MIN_BPE_SIZE = 257  # rounded up, it holds all bytes and the special tokens
 _LONGEST_WORD = 100  # characters; the tokenizer replaces longer words by [UNK], as BERT's does
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids of BERT's five special tokens."""
+    """The ids of the five special tokens; RoBERTa calls cls <s> and sep </s>."""
 
     pad: int
     unk: int
@@ -39,31 +48,38 @@ class SpecialTokens:
     mask: int
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, cased: bool = False) -> Tokenizer:
-    """Train a WordPiece vocabulary; token ids depend on nothing but the words of the texts and their counts.
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    cased: bool = False,
+    kind: TokenizerType = "wordpiece",
+    bert_special_tokens: bool = False,
+) -> Tokenizer:
+    """Train a vocabulary; token ids depend on nothing but the words of the texts and their counts.
 
     Args:
         texts: The training texts, read once.
         vocab_size: Rounded up to a multiple of 64, for efficient GEMMs; [unused] tokens fill up the vocabulary if the
-            texts yield fewer pieces.
-        cased: Whether to keep upper case and accents.
+            texts yield fewer pieces. That of bpe must be at least `MIN_BPE_SIZE`.
+        cased: Whether a WordPiece vocabulary keeps upper case and accents; others always do.
+        kind: wordpiece, bpe (byte-level) or unigram.
+        bert_special_tokens: Whether a bpe or unigram vocabulary has BERT's special tokens and not RoBERTa's.
 
     Raises:
         ValueError: The texts are empty.
     """
     vocab_size = -(-vocab_size // 64) * 64
+    if kind != "wordpiece":
+        train = train_bpe if kind == "bpe" else train_unigram
+        return train(texts, vocab_size, BERT_TOKENS if bert_special_tokens else ROBERTA_TOKENS)
     counts = _count_words(texts, _wordpiece({}, cased))
     # Every character takes two entries, one of them as a continuation; a quarter of the vocabulary is the limit.
     alphabet = _alphabet(counts, _wordpiece({}, cased).normalizer, min(1000, vocab_size // 8))
     # The trainer merges pairs of equal counts in the order of their ids, and would number continuations in the order of
     # a hash table. They get fixed ids as special tokens.
     continuations = sorted(piece for piece in _train(counts.keys(), 0, alphabet, [], cased) if piece.startswith("##"))
-    repeated = (
-        f"{word} " * min(_REPEATED, count - start)
-        for word, count in counts.items()
-        for start in range(0, count, _REPEATED)
-    )
-    pieces = sorted(_train(repeated, vocab_size, alphabet, [*SPECIAL_TOKENS, *continuations], cased))
+    pieces = sorted(_train(repeat_words(counts), vocab_size, alphabet, [*SPECIAL_TOKENS, *continuations], cased))
     if not pieces:
         raise ValueError("there is no text to train a vocabulary on")
     unused = [f"[unused{i}]" for i in range(vocab_size - len(SPECIAL_TOKENS) - len(pieces))]
@@ -108,47 +124,37 @@ def _train(texts: Iterable[str], vocab_size: int, alphabet: list[str], first: li
         show_progress=False,
     )
     trained = _wordpiece({}, cased)  # without special tokens, so that "[MASK]" in a text is treated as text
-    trained.train_from_iterator(_blocks(texts), trainer)
+    trained.train_from_iterator(in_blocks(texts), trainer)
     return set(trained.get_vocab()) - set(SPECIAL_TOKENS)
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts joined by spaces, in blocks of about `_BLOCK` characters."""
-    block, size = [], 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size > _BLOCK:
-            yield " ".join(block)
-            block, size = [], 0
-    yield " ".join(block)
-
-
 def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
-    """Load a tokenizer as `transformers.BertTokenizer` would.
+    """Load a tokenizer: one of WordPiece as `transformers.BertTokenizer` would, one of BPE or Unigram as it is.
 
     Args:
         path: A `vocab.txt`, a `tokenizer.json`, or a folder with either.
-        cased: Whether the vocabulary is cased; None: as `tokenizer_config.json` in the same folder says, else whether
-            the vocabulary contains upper-case letters.
+        cased: Whether a WordPiece vocabulary is cased; None: as `tokenizer_config.json` in the same folder says, else
+            whether the vocabulary contains upper-case letters.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a WordPiece tokenizer with BERT's special tokens.
+        ValueError: It is not a tokenizer of one of these kinds with the special tokens of BERT or of RoBERTa.
     """
     path = tokenizer_files(path)[0]
     tokenizer = _from_json(path) if path.suffix == ".json" else _from_vocabulary(path)
-    if not isinstance(tokenizer.model, models.WordPiece):
-        raise ValueError(f"{path} holds a {type(tokenizer.model).__name__} model, but BERT requires WordPiece")
+    if not isinstance(tokenizer.model, models.WordPiece | models.BPE | models.Unigram):
+        name = type(tokenizer.model).__name__
+        raise ValueError(f"{path} holds a {name} model: use a tokenizer of WordPiece, BPE or Unigram")
     if len(tokenizer.get_vocab()) != 1 + max(tokenizer.get_vocab().values(), default=-1):
         raise ValueError(f"the token ids in {path} have gaps: they must be 0, 1, 2, …")
-    _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
+    if isinstance(tokenizer.model, models.WordPiece):
+        _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     try:
         special_tokens(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{path} is not the vocabulary of a BERT: {error}") from None
+        raise ValueError(f"{path} is not the vocabulary of an encoder: {error}") from None
     return tokenizer
 
 
@@ -162,7 +168,12 @@ def tokenizer_files(path: Path | str) -> list[Path]:
     if path.is_dir():
         names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
         if not names:
-            raise FileNotFoundError(f"the folder {path} holds neither a tokenizer.json nor a vocab.txt")
+            message = f"the folder {path} holds neither a tokenizer.json nor a vocab.txt"
+            if (path / "vocab.json").exists() or any(path.glob("*.model")):
+                message += (
+                    f': transformers writes one, AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}")'
+                )
+            raise FileNotFoundError(message)
         path = path / names[0]
     if not path.exists():
         raise FileNotFoundError(f"there is no tokenizer at {path}: name a vocab.txt, a tokenizer.json or their folder")
@@ -170,15 +181,33 @@ def tokenizer_files(path: Path | str) -> list[Path]:
     return [path, options] if options.exists() else [path]
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json`, which `transformers.BertTokenizer` opens."""
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path | str, *, wordpiece_class: str = "BertTokenizer", token_types: bool = False
+) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` opens.
+
+    Args:
+        tokenizer: The tokenizer; of WordPiece, `vocab.txt` is written, too.
+        folder: The folder.
+        wordpiece_class: Class of transformers for a WordPiece tokenizer.
+        token_types: Whether `PreTrainedTokenizerFast`, which opens all others, returns token types.
+    """
     folder = Path(folder)
-    options = {"tokenizer_class": "BertTokenizer"}
-    if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+    names = _special_names(tokenizer)
+    is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
+    options: dict[str, object] = {"tokenizer_class": wordpiece_class if is_wordpiece else GENERIC_CLASS}
+    if is_wordpiece and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         options |= {key: getattr(tokenizer.normalizer, name) for key, name in NORMALIZER_OPTIONS.items()}
-    options |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+    options |= {f"{role}_token": token for role, token in names.items()}
+    if names is ROBERTA_TOKENS:
+        options |= {"bos_token": names["cls"], "eos_token": names["sep"]}
+    if options["tokenizer_class"] == GENERIC_CLASS:
+        options["model_input_names"] = ["input_ids", *["token_type_ids"] * token_types, "attention_mask"]
     write_atomically(folder / "tokenizer_config.json", json.dumps(options, indent=1))
-    write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token in _tokens(tokenizer)))
+    if is_wordpiece:
+        write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token in _tokens(tokenizer)))
+    else:
+        (folder / "vocab.txt").unlink(missing_ok=True)  # of an earlier tokenizer
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: the others are there if it is
 
 
@@ -188,26 +217,83 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     Raises:
         ValueError: The vocabulary lacks one.
     """
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    found = {token[1:-1].lower(): i for token, i in ids.items() if i is not None}
-    missing = [token for token, i in ids.items() if i is None]
+    vocabulary = tokenizer.get_vocab()
+    return SpecialTokens(**{role: vocabulary[token] for role, token in _special_names(tokenizer).items()})
+
+
+def _special_names(tokenizer: Tokenizer) -> Mapping[str, str]:
+    """Return the special tokens that a vocabulary has: `BERT_TOKENS` or `ROBERTA_TOKENS`."""
+    lacking = [
+        (names, [token for token in names.values() if tokenizer.token_to_id(token) is None])
+        for names in (BERT_TOKENS, ROBERTA_TOKENS)
+    ]
+    names, missing = min(lacking, key=lambda entry: len(entry[1]))
     if missing:
-        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which BERT requires")
-    return SpecialTokens(**found)
+        family = "BERT" if names is BERT_TOKENS else "RoBERTa"
+        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which {family} requires")
+    return names
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Return the hexadecimal SHA-256 of everything that determines the token ids of a text."""
     state = json.loads(tokenizer.to_str())
-    state["model"].pop("vocab")
+    if isinstance(state["model"]["vocab"], dict):  # else a list with the scores of Unigram
+        state["model"].pop("vocab")
     state_parts = [_tokens(tokenizer), state["model"], state["normalizer"], state["pre_tokenizer"]]
     return hashlib.sha256(json.dumps(state_parts, sort_keys=True).encode()).hexdigest()
 
 
-def continuation_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """Return bool [V], True for the tokens that continue a word ("##…")."""
-    prefix = tokenizer.model.continuing_subword_prefix
-    return np.array([token.startswith(prefix) for token in _tokens(tokenizer)])
+def continuation_tokens(tokenizer: Tokenizer, *, whole_word: bool = True) -> np.ndarray:
+    """Return bool [V], True for the tokens that continue a word.
+
+    In WordPiece these begin with "##", in byte-level BPE and Unigram without the mark of a space, "Ġ" or "▁": there a
+    word includes the punctuation after it.
+
+    Args:
+        tokenizer: The tokenizer.
+        whole_word: Whether words are masked whole. If not, any tokenizer is accepted.
+
+    Raises:
+        ValueError: Its tokens do not show where words begin.
+    """
+    tokens, mark = _tokens(tokenizer), _space_mark(tokenizer)
+    if isinstance(tokenizer.model, models.WordPiece):
+        prefix = tokenizer.model.continuing_subword_prefix
+        return np.array([token.startswith(prefix) for token in tokens])
+    if mark is None and whole_word:
+        raise ValueError(
+            "--whole-word requires a tokenizer whose tokens show where words begin: WordPiece (##), byte-level BPE (Ġ) "
+            f"or Unigram (▁); this {type(tokenizer.model).__name__} tokenizer has no such mark: leave it out"
+        )
+    return np.array([mark is not None and not token.startswith(mark) for token in tokens])
+
+
+def _space_mark(tokenizer: Tokenizer) -> str | None:
+    """Return the character for a space in the tokens of BPE and Unigram; None: there is none."""
+    whole = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    for part in whole.get("pretokenizers", [whole]):
+        if part.get("type") == "ByteLevel":
+            return "Ġ"
+        if part.get("type") == "Metaspace":
+            return str(part["replacement"])
+    return None
+
+
+def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the token ids of sentences of running text; names of special tokens in a text are text.
+
+    Other tokenizers than WordPiece see a space before each sentence, which marks its first word.
+    """
+    tokenizer.encode_special_tokens = True
+    before = "" if isinstance(tokenizer.model, models.WordPiece) else " "
+    encoded = tokenizer.encode_batch_fast([before + sentence for sentence in sentences], add_special_tokens=False)
+    special = {tokenizer.token_to_id(token): token for token in _special_names(tokenizer).values()}
+    unknown = special_tokens(tokenizer).unk
+    # Published Unigram vocabularies have these names among their pieces.
+    reads_names = isinstance(tokenizer.model, models.Unigram)
+    for sentence, encoding in zip(sentences, encoded, strict=True):
+        has_name = reads_names and any(token in sentence for token in special.values())
+        yield [unknown if token in special else token for token in encoding.ids] if has_name else encoding.ids
 
 
 NORMALIZER_OPTIONS = {  # name in tokenizer_config.json: attribute of the normalizer

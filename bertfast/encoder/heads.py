@@ -108,9 +108,10 @@ def pretraining_loss(
     """
     sequences = batch.sequences
     rng = None if seed is None else RngCoordinates(seed, sequences.token_sequence_ids, sequences.position)
-    packed = Packed(
-        batch.token_ids, None, batch.token_type_ids, batch.position_ids, sequences, sequences.first, rng=rng
-    )
+    positions, padding_index = batch.position_ids, _packed_model(model).padding_index()
+    if padding_index is not None:  # the batch has no tokens of this id that would be skipped
+        positions = positions + (padding_index + 1)
+    packed = Packed(batch.token_ids, None, batch.token_type_ids, positions, sequences, sequences.first, rng=rng)
     rows, labels = batch.masked_rows, batch.next_sentence_labels
     read = rows if labels is None else torch.cat([rows, sequences.first])
     hidden = encode(_packed_model(model), packed, read, residual_dtype=residual_dtype)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bertfast.architectures import BERT, Architecture, families, family_by_type
-from bertfast.models import fused  # noqa: F401  importing it registers its mixins
-from bertfast.models.registry import fused_class
+from bertfast.models import bert  # importing it registers the mixins, too
+from bertfast.models.registry import FusedModel, fused_class
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -29,6 +29,18 @@ _ALIKE = (
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Return the adapter of a configuration's family, of which those with extensions are BERT's."""
     return family_by_type(config.model_type) or BERT
+
+
+def config_entry(config: PretrainedConfig, name: str) -> Any:
+    """Return the entry of a configuration that BERT calls `name`."""
+    return getattr(config, architecture_of(config).config_name(name))
+
+
+def pretraining_class(config: PretrainedConfig) -> type[FusedModel]:
+    """Return the fused class that is pre-trained: with both heads if the family has them, else the masked-LM model."""
+    has_both = architecture_of(config).has_next_sentence
+    kind: type[FusedModel] = bert.BertForPreTraining if has_both else bert.BertForMaskedLM
+    return class_like(kind, config)
 
 
 def class_like(kind: type[ModelT], config: PretrainedConfig) -> type[ModelT]:

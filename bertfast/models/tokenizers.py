@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
+from bertfast.architectures.presets import PUBLISHED
 from bertfast.data.text_files import read_json
-from bertfast.data.tokenizer import TOKENIZER_FILES, load_tokenizer, save_tokenizer, special_tokens
+from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer, special_tokens
+from bertfast.encoder import has_token_types
+from bertfast.models.families import architecture_of
 from bertfast.runtime.atomic_write import atomic_path
 
 
@@ -110,6 +113,15 @@ def copy_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         with atomic_path(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)
+
+
+def save_model_tokenizer(tokenizer: Tokenizer, folder: Path, config: PretrainedConfig) -> None:
+    """Write a tokenizer into the folder of a model, whose family decides its class and whether it has token types."""
+    architecture = architecture_of(config)
+    # transformers' classes of the other families do not read vocabularies of WordPiece.
+    reads_wordpiece = PUBLISHED[architecture.model_type].tokenizer_type == "wordpiece"
+    wordpiece_class = f"{architecture.prefix}Tokenizer" if reads_wordpiece else GENERIC_CLASS
+    save_tokenizer(tokenizer, folder, wordpiece_class=wordpiece_class, token_types=has_token_types(config))
 
 
 def without_spaces(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

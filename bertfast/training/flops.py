@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig
 
 from bertfast.data.batches import Batch
+from bertfast.models.families import architecture_of, config_entry
 from bertfast.ops.matmul import linear
 from bertfast.runtime.precision import wait_for
 
@@ -16,12 +17,15 @@ def step_flops(config: BertConfig, batch: Batch) -> int:
     """Return the FLOPs of a batch, forward and backward, without padding.
 
     With hidden size H, L layers and vocabulary size V, these are 6 · encoder parameters · tokens + 12 · L · H · Σ s²
-    over the sequence lengths s + 6 · (H² + H · V) · masked tokens.
+    over the sequence lengths s + 6 · (H · E + E · V) · masked tokens, where the embedding size E is H in most families.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    parameters = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
+    embedding: int = getattr(config, architecture_of(config).width)
+    intermediate: int = config_entry(config, "intermediate_size")
+    parameters = layers * hidden * (4 * hidden + 2 * intermediate)
+    parameters += embedding * hidden if embedding != hidden else 0  # their projection
     squares = sum(length**2 for length in batch.sequences.lengths)
-    head = hidden * (hidden + config.vocab_size)
+    head = embedding * (hidden + config.vocab_size)
     return 6 * parameters * batch.num_tokens + 12 * layers * hidden * squares + 6 * head * batch.masked
 
 
@@ -37,7 +41,8 @@ def gemm_throughput(
         device: Device to measure.
         budget: Seconds in which the GEMM is repeated; the fastest counts.
     """
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    hidden: int = config.hidden_size
+    intermediate: int = config_entry(config, "intermediate_size")
     x = torch.randn(tokens, hidden, dtype=dtype, device=device)
     weight = torch.randn(intermediate, hidden, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + budget

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertConfig
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+from transformers import CONFIG_MAPPING, BertConfig, PreTrainedModel
 
+from bertfast.architectures import BERT, part_at
 from bertfast.architectures.initialise import initialise
-from bertfast.architectures.presets import Preset, preset_config
-from bertfast.models.bert import BertForPreTraining
+from bertfast.architectures.presets import ArchitectureName, Preset, preset_config
+from bertfast.data.tokenizer import special_tokens
+from bertfast.encoder import PackedModel
 from bertfast.models.extensions import ExtendedBertConfig, class_for
+from bertfast.models.families import architecture_of, pretraining_class
 from bertfast.models.files import config_from, load, read_config, report_differences
+from bertfast.models.registry import FusedModel
 from bertfast.runtime.settings import nearest
 
-_DETERMINED_BY = {  # entries of a configuration that overrides cannot change
+_DETERMINED_BY = {  # entries of a configuration that overrides cannot change, under BERT's names
     "hidden_dropout_prob": "--dropout",
     "attention_probs_dropout_prob": "--dropout",
     "vocab_size": "the tokenizer",
     "pad_token_id": "the tokenizer",
+    "bos_token_id": "the tokenizer",
+    "eos_token_id": "the tokenizer",
+}
+_TOKEN_IDS = {  # entries of a configuration that name special tokens, and their names in `SpecialTokens`
+    "pad_token_id": "pad",
+    "bos_token_id": "cls",
+    "cls_token_id": "cls",
+    "eos_token_id": "sep",
+    "sep_token_id": "sep",
 }
 
 
@@ -30,6 +47,7 @@ def initial_config(
     dropout: float,
     max_positions: int | None,
     *,
+    architecture: ArchitectureName = "bert",
     causal: bool = False,
 ) -> BertConfig:
     """Return the configuration of the initial model.
@@ -39,79 +57,151 @@ def initial_config(
         preset: Published size.
         overrides: Changes to the configuration, such as "hidden_size=256,hidden_act=relu".
         dropout: Dropout probability of hidden activations and attention weights.
-        max_positions: Number of position embeddings; None: unchanged.
+        max_positions: Number of tokens that a sequence may have; None: unchanged.
+        architecture: Family of a model with random weights.
         causal: Whether the model is causal. Then [CLS] attends only to itself, and the last token is pooled instead.
 
     Raises:
         ValueError: An override is not a valid entry of the configuration, or repeats `max_positions`.
     """
-    changes = _parse_overrides(overrides)
-    changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    base = preset_config(preset, architecture=architecture) if initial is None else read_config(initial)
+    adapter = architecture_of(base)
+    changes: dict[str, Any] = _parse_overrides(overrides, base)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        changes[adapter.config_name(name)] = dropout
     if max_positions is not None:
         if "max_position_embeddings" in changes:
             raise ValueError(
                 "--max-positions and max_position_embeddings in --config-overrides set the same value: give only one"
             )
-        changes["max_position_embeddings"] = max_positions
-    if causal:
+        changes["max_position_embeddings"] = max_positions + adapter.first_position(base)
+    if causal and adapter is BERT:
         changes |= {"is_decoder": True, "pool_last": True}
     if initial is not None:
         return read_config(initial, **changes)
-    values = preset_config(preset).to_dict() | changes
-    return config_from(values, "--config-overrides", ExtendedBertConfig if causal else BertConfig)
+    kind: Any = ExtendedBertConfig if causal and adapter is BERT else type(base)
+    return config_from(base.to_dict() | changes, "--config-overrides", kind)
 
 
-def initial_model(config: BertConfig, initial: Path | None) -> BertForPreTraining:
+def adapt_to_tokenizer(config: BertConfig, tokenizer: Tokenizer, initial: Path | None) -> None:
+    """Set what the tokenizer determines: the size of the vocabulary and, with random weights, the special tokens.
+
+    Args:
+        config: Configuration of the initial model, changed in place; the number of tokens of a sequence stays.
+        tokenizer: Tokenizer of the text.
+        initial: Folder of an existing model, whose vocabulary may be larger; None: random weights.
+    """
+    size = tokenizer.get_vocab_size()
+    if initial is not None:
+        config.vocab_size = max(config.vocab_size, size)
+        return
+    adapter, special = architecture_of(config), special_tokens(tokenizer)
+    positions = adapter.max_positions(config)
+    config.vocab_size = size
+    for name, role in _TOKEN_IDS.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(special, role))
+    config.max_position_embeddings = positions + adapter.first_position(config)
+
+
+def initial_model(config: BertConfig, initial: Path | None) -> FusedModel:
     """Return the initial model.
 
     Args:
         config: Its configuration.
         initial: Folder of an existing model, whose weights are loaded; None: random weights.
     """
+    kind = pretraining_class(config)
     if initial is None:
-        model = class_for(BertForPreTraining, config)(config)
+        model = class_for(kind, config)(config)
         initialise(model)
         return model
     existing = read_config(initial).max_position_embeddings
     positions = config.max_position_embeddings
     config.max_position_embeddings = min(existing, positions)
-    model, missing, unexpected = load(BertForPreTraining, initial, config)
+    model, missing, unexpected = load(kind, initial, config)
     report_differences(model, str(initial), missing, unexpected)
     if positions > existing:
         _extend_positions(model, positions)
     return model
 
 
-def _extend_positions(model: BertForPreTraining, positions: int) -> None:
-    """Extend the position embeddings to `positions` rows.
+def train_in_part(model: FusedModel, *, pairs: bool, checkpoint_layers: int) -> None:
+    """Freeze what no loss depends on, and have the activations of layers recomputed.
+
+    Args:
+        model: The model.
+        pairs: Whether it is trained on sentence pairs, too: then nothing is frozen.
+        checkpoint_layers: Number of layers, counted from the first.
+    """
+    encoder: Any = model.base_model
+    if not pairs:
+        for unused in filter(None, (getattr(encoder, "pooler", None), model.masked_lm_parts().next_sentence)):
+            unused.requires_grad_(False)
+    layers: Any = encoder_layers(model)  # its items have attributes that ModuleList does not know
+    for layer in layers[:checkpoint_layers]:
+        layer.gradient_checkpointing = True
+        # Dropout masks are a function of seed and position: there is no RNG state to restore.
+        layer._gradient_checkpointing_func = partial(
+            activation_checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of a fused model's encoder."""
+    encoder = cast(PackedModel, model.base_model)
+    return encoder.packed_modules()[1]
+
+
+def _extend_positions(model: FusedModel, rows: int) -> None:
+    """Extend the table of position embeddings to `rows` rows.
 
     The new rows repeat the existing ones, which trains faster than random rows (Beltagy et al., 2020).
     """
-    embeddings = model.bert.embeddings
-    known = embeddings.position_embeddings.weight.detach()
-    repeated = known.repeat(-(-positions // len(known)), 1)[:positions].clone()
-    embeddings.position_embeddings = nn.Embedding(positions, known.shape[1], _weight=repeated)
-    embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
-    types = torch.zeros(1, positions, dtype=torch.long)
-    embeddings.register_buffer("token_type_ids", types, persistent=False)
-    model.config.max_position_embeddings = positions
+    architecture, config = architecture_of(model.config), model.config
+    embeddings: nn.Module = part_at(model.base_model, architecture.embeddings)
+    path = architecture.embedding.get("position_embeddings")
+    if path is not None:
+        table: nn.Embedding = part_at(embeddings, path)
+        known, first = table.weight.detach(), architecture.first_position(config)
+        times = -(-(rows - first) // (len(known) - first))
+        repeated = torch.cat([known[:first], known[first:].repeat(times, 1)])[:rows].clone()
+        setattr(embeddings, path, nn.Embedding(rows, known.shape[1], table.padding_idx, _weight=repeated))
+    for name, values in {"position_ids": torch.arange(rows), "token_type_ids": torch.zeros(rows).long()}.items():
+        if hasattr(embeddings, name):
+            embeddings.register_buffer(name, values[None], persistent=False)
+    config.max_position_embeddings = rows
 
 
-def _parse_overrides(text: str) -> dict[str, int | float | str]:
-    """Parse "hidden_size=256,hidden_act=relu" to {"hidden_size": 256, "hidden_act": "relu"}."""
-    types = {name: type(value) for name, value in BertConfig().to_dict().items()}
-    changes: dict[str, int | float | str] = {}
+def _parse_overrides(text: str, base: BertConfig) -> dict[str, Any]:
+    """Parse "hidden_size=256,hidden_act=relu" to {"hidden_size": 256, "hidden_act": "relu"}.
+
+    Args:
+        text: The changes, under BERT's names or the family's.
+        base: The configuration that is changed.
+
+    Returns:
+        The changes under the family's names.
+    """
+    adapter = architecture_of(base)
+    types = {name: type(value) for name, value in CONFIG_MAPPING[adapter.model_type]().to_dict().items()}
+    types |= {name: types[own] for name, own in adapter.config_names.items()}
+    determined = {adapter.config_name(name): by for name, by in _DETERMINED_BY.items()}
+    changes: dict[str, Any] = {}
     for entry in filter(None, text.split(",")):
         name, _, value = entry.partition("=")
         if types.get(name) not in (int, float, str) or name in ("model_type", "transformers_version"):
             known = [known for known, kind in types.items() if kind in (int, float, str)]
+            family = "BERT" if adapter is BERT else adapter.model_type
             raise ValueError(
-                f"--config-overrides: {name!r} is not a size or option of a BERT configuration{nearest(name, known)}"
+                f"--config-overrides: {name!r} is not a size or option of a {family} configuration"
+                f"{nearest(name, known)}"
             )
-        if name in _DETERMINED_BY:
-            raise ValueError(f"--config-overrides: {name} would have no effect: {_DETERMINED_BY[name]} determines it")
+        own = adapter.config_name(name)
+        if own in determined:
+            raise ValueError(f"--config-overrides: {name} would have no effect: {determined[own]} determines it")
         try:
-            changes[name] = types[name](value)
+            changes[own] = types[name](value)
         except ValueError:
             kind = {int: "an integer", float: "a number"}[types[name]]
             raise ValueError(f"--config-overrides: {name} must be {kind}, got {value!r}") from None

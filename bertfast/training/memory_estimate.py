@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
+from bertfast.models.families import config_entry
+
 _STATES = {"adamw": 2, "lamb": 2, "muon": 1}  # optimizer state tensors per parameter
 
 
@@ -105,7 +107,8 @@ def activations(config: BertConfig, precision: str, residual_precision: str = "f
 
     Under autocast the inputs of GEMMs are saved in 16 bits, and in addition the residual stream if that is fp32.
     """
-    hidden, intermediate, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    intermediate: int = config_entry(config, "intermediate_size")
     lse, statistics = 4 * heads, 4 * 4
     if precision == "fp32":
         # Layer input (hidden), qkv (3 hidden), context (hidden), the two GEMM outputs that add_layer_norm reads

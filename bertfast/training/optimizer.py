@@ -21,7 +21,7 @@ OptimizerName = Literal["adamw", "lamb", "muon"]
 SKIPS_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run stops
 
 # The matrix of a head maps to labels or vocabulary entries, not from features to features: AdamW updates it.
-_HEADS = ("decoder", "seq_relationship", "classifier", "qa_outputs")
+_HEADS = ("decoder", "generator_lm_head", "vocab_projector", "seq_relationship", "classifier", "qa_outputs")
 # Coefficients of the quintic polynomial of Jordan et al. (2024), chosen for the steepest slope at zero.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 

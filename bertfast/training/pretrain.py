@@ -9,19 +9,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from transformers import BertConfig
 
 from bertfast.data.batches import Batch
-from bertfast.data.tokenizer import save_tokenizer
 from bertfast.encoder import PretrainingLoss
-from bertfast.models.bert import BertForPreTraining
+from bertfast.models.families import architecture_of, pretraining_class
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
+from bertfast.models.registry import FusedModel
+from bertfast.models.tokenizers import save_model_tokenizer
 from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import locked_folder
@@ -33,14 +32,20 @@ from bertfast.training.checkpoint import checkpoints
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
 from bertfast.training.flops import gemm_throughput, step_flops
-from bertfast.training.initial_model import initial_config, initial_model
+from bertfast.training.initial_model import (
+    adapt_to_tokenizer,
+    encoder_layers,
+    initial_config,
+    initial_model,
+    train_in_part,
+)
 from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers
 from bertfast.training.pretrain_checkpointing import Progress, check_run, checkpoint_to_load, recorded_precision
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter, open_writers
-from bertfast.training.pretrain_settings import PretrainSettings, check_positions
+from bertfast.training.pretrain_settings import PretrainSettings, check_positions, resolve_objective
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import validate
@@ -51,7 +56,8 @@ __all__ = ["PretrainSettings", "Pretraining", "pretrain"]
 def pretrain(settings: PretrainSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
     """Pre-train a model; under `torchrun`, all of its processes take part in one run.
 
-    Leaves in `output_dir` a folder that `transformers.BertForPreTraining.from_pretrained` opens.
+    Leaves in `output_dir` a folder that `transformers.BertForPreTraining.from_pretrained` opens, or the masked-LM class
+    of another family.
 
     Args:
         settings: Settings of the run.
@@ -116,6 +122,7 @@ class Pretraining:
         torch.manual_seed(settings.seed)
         initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
         config = self._configure(initial)
+        self.settings = settings = resolve_objective(settings, config.model_type)
         self.precision = choose_precision(self.device, settings.compute.precision, config)
         self.saved = self.distributed.broadcast(self.distributed.run_on_main(lambda: checkpoint_to_load(settings)))
         if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
@@ -128,8 +135,7 @@ class Pretraining:
         self.corpus = Corpus.open(settings, self.distributed, initial)
         check = partial(check_run, settings, initial, self.corpus.hashes(), self.bins_per_step, self.precision)
         self._begin = self.distributed.run_on_main(check)
-        vocab_size = self.corpus.train.vocab_size
-        config.vocab_size = max(config.vocab_size, vocab_size) if initial else vocab_size
+        adapt_to_tokenizer(config, self.corpus.tokenizer, initial)
         self.model = self._build_model(config, initial)
         self.memory_estimate = self._estimate_memory()
         self.memory_estimate.check(available_memory(self.device))
@@ -221,28 +227,21 @@ class Pretraining:
             settings.model.config_overrides,
             settings.model.dropout,
             settings.model.max_positions,
+            architecture=settings.model.architecture,
             causal=settings.sampling.objective == "ltr",
         )
-        check_positions(settings, config.max_position_embeddings)
+        check_positions(settings, architecture_of(config).max_positions(config))
         return config
 
-    def _build_model(self, config: BertConfig, initial: Path | None) -> BertForPreTraining:
+    def _build_model(self, config: BertConfig, initial: Path | None) -> FusedModel:
         if self.saved is None:
             model = initial_model(config, initial)
         else:
-            model, _, _ = load(BertForPreTraining, self.saved, config)
+            model, _, _ = load(pretraining_class(config), self.saved, config)
         nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(model.train(), self.precision)
-        if not self.settings.sampling.pairs:  # no loss depends on them
-            for unused in filter(None, (model.bert.pooler, model.cls.seq_relationship)):
-                unused.requires_grad_(False)
-        layers: Any = model.bert.encoder.layer  # its items have attributes that ModuleList does not know
-        for layer in layers[: self.settings.compute.checkpoint_layers]:
-            layer.gradient_checkpointing = True
-            # Dropout masks are a function of seed and position: there is no RNG state to restore.
-            layer._gradient_checkpointing_func = partial(
-                activation_checkpoint, use_reentrant=False, preserve_rng_state=False
-            )
+        settings = self.settings
+        train_in_part(model, pairs=settings.sampling.pairs, checkpoint_layers=settings.compute.checkpoint_layers)
         return model
 
     def _estimate_memory(self) -> MemoryEstimate:
@@ -264,7 +263,7 @@ class Pretraining:
         # With several ranks the backward pass communicates, which is not captured.
         capturable = distributed.world_size == 1 and can_capture(self.model.config, self.precision, self.device)
         return TrainStep(
-            distributed.wrap(objective, self.model.bert.encoder.layer, settings.compute.shard),
+            distributed.wrap(objective, encoder_layers(self.model), settings.compute.shard),
             build_optimizers(
                 self.model,
                 settings.optimizer.optimizer,
@@ -368,8 +367,9 @@ class Pretraining:
     def _finish(self, saved: Path, unigram_entropy: float) -> None:
         """Write the model, its tokenizer and the plot of the losses."""
         # A sharded model is read from the last checkpoint, which holds whole parameters.
-        save(load(BertForPreTraining, saved)[0] if self.settings.compute.shard else self.model, self.folder)
-        save_tokenizer(self.corpus.tokenizer, self.folder)
+        config = self.model.config
+        save(load(pretraining_class(config), saved)[0] if self.settings.compute.shard else self.model, self.folder)
+        save_model_tokenizer(self.corpus.tokenizer, self.folder, config)
         title = plot_title(self.folder, self.device, self.precision)
         if self.metrics_log is None or not self.metrics_log.plot(self.folder / "loss.png", title, unigram_entropy):
             self.reporter.say(f"No loss.png: plots require matplotlib: {install_command('plots')}")

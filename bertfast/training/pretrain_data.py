@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from bertfast.architectures.presets import PUBLISHED
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import SPLITS, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -131,7 +132,7 @@ class BatchPlan:
         return Batches(
             shards,
             special_tokens(self._tokenizer),
-            continuation_tokens(self._tokenizer),
+            continuation_tokens(self._tokenizer, whole_word=sampling.whole_word),
             sampling,
             tokens_per_bin=self._settings.batch.tokens_per_batch,
             bins_per_step=bins_per_step,
@@ -151,6 +152,11 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
     corpus, folder, replacement = settings.corpus, *_data_folders(settings)
     if initial is not None and corpus.tokenizer_name is None:
         corpus = corpus.replace(tokenizer_name=str(initial))
+    published = PUBLISHED[settings.model.architecture]
+    if corpus.tokenizer_name is None and corpus.tokenizer_type is None and published.tokenizer_type != "wordpiece":
+        corpus = corpus.replace(
+            tokenizer_type=published.tokenizer_type, bert_special_tokens=published.bert_special_tokens
+        )
 
     def prepare_text() -> Path:
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from bertfast.architectures.presets import Preset
-from bertfast.data.prepare import CorpusSettings
+from bertfast.architectures import BERT, family_by_type
+from bertfast.architectures.presets import ArchitectureName, Preset
+from bertfast.data.prepare_settings import VOCABULARY_FLAGS, CorpusSettings
 from bertfast.data.samples import Sampling
 from bertfast.runtime.precision import Precision, ResidualPrecision
 from bertfast.runtime.settings import (
@@ -59,17 +60,21 @@ class ModelSettings(Settings):
     """Model that is pre-trained.
 
     Attributes:
+        architecture: Family of a model with random weights. bert is trained as BertForPreTraining, the other families
+            without sentence pairs as their masked-LM models; that of electra, ElectraForMaskedLM, is its generator: the
+            discriminator is not trained.
         preset: Published model size. Excludes --init-from.
         config_overrides: Changes to the model configuration, such as "num_hidden_layers=2,hidden_size=256".
         init_from: Model to start from (folder or hub id). If not given: random weights. Excludes --preset; given after
             --config, it overrides the file's value.
-        max_positions: Number of position embeddings; the positions of a smaller checkpoint are extended to it. If not
-            given: as in the model's configuration.
+        max_positions: Number of tokens that a sequence may have; the positions of a smaller checkpoint are extended to
+            it. If not given: as in the model's configuration.
         dropout: Dropout probability of hidden activations and attention weights.
     """
 
     exclusive = ("preset", "init_from")
 
+    architecture: ArchitectureName = "bert"
     preset: Preset = "small"
     config_overrides: str = ""
     init_from: str | None = None
@@ -259,8 +264,10 @@ class PretrainSettings(Settings):
             refuse_without_effect(given(self.corpus), "--data-dir holds text that is already prepared")
         if self.model.init_from is not None:
             refuse_without_effect(
-                {"--vocab-size", "--cased"}.intersection(given(self.corpus)),
-                "the model of --init-from has a vocabulary",
+                sorted(VOCABULARY_FLAGS.intersection(given(self.corpus))), "the model of --init-from has a vocabulary"
+            )
+            refuse_without_effect(
+                {"--architecture"}.intersection(given(self.model)), "that of --init-from has an architecture"
             )
         if not self.batch.second_phase_length:
             refuse_without_effect(
@@ -275,6 +282,25 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"--shard requires --optimizer adamw: {self.optimizer.optimizer} needs whole matrices on every rank"
             )
+
+
+def resolve_objective(settings: PretrainSettings, model_type: str) -> PretrainSettings:
+    """Return settings in which a family's own objective replaces auto.
+
+    Args:
+        settings: Settings of the run.
+        model_type: That of the model's configuration.
+
+    Raises:
+        ValueError: The family has no head for the objective.
+    """
+    architecture = family_by_type(model_type) or BERT
+    objective = settings.sampling.objective
+    if objective == "auto":
+        return settings.replace(objective="mlm+nsp" if architecture.has_next_sentence else "mlm")
+    if objective != "mlm" and architecture is not BERT:
+        raise ValueError(f"--objective {objective} is for BERT, and the model is a {model_type}: use --objective mlm")
+    return settings
 
 
 def check_positions(settings: PretrainSettings, positions: int) -> None:

@@ -18,9 +18,11 @@ from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import continuation_tokens, special_tokens
 from bertfast.encoder import PretrainingLoss, pretraining_loss
-from bertfast.models.bert import BertForPreTraining
-from bertfast.models.files import load, resolve
+from bertfast.models.bert import BertForMaskedLM
+from bertfast.models.families import architecture_of, class_like, pretraining_class
+from bertfast.models.files import load, read_config, resolve
 from bertfast.models.patch import require_packed
+from bertfast.models.registry import FusedModel
 from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.training.distributed import Distributed
@@ -28,7 +30,7 @@ from bertfast.training.distributed import Distributed
 
 @torch.no_grad()
 def validate(
-    model: BertForPreTraining,
+    model: FusedModel,
     batches: Sequence[Batch],
     precision: str,
     objective: Callable[..., PretrainingLoss] | None = None,
@@ -105,9 +107,12 @@ def evaluate_masked_lm(
         ValueError: The model has no masked-LM head, or there is no text.
     """
     folder = resolve(name)
-    model, missing, _ = load(BertForPreTraining, folder)
-    if "cls.predictions.transform.dense.weight" in missing:
-        raise ValueError(f"{name} has no weights cls.predictions…, so it was not trained as a BertForMaskedLM")
+    config = read_config(folder)
+    architecture, kind = architecture_of(config), class_like(BertForMaskedLM, config)
+    model, missing, _ = load(pretraining_class(config), folder, config)
+    (head,) = architecture.head_prefixes(kind)
+    if any(key.startswith(head) for key in missing):
+        raise ValueError(f"{name} has no weights {head}…, so it was not trained as a {kind.__name__}")
     tokenizer = open_tokenizer(folder, model.config)
     nn.Module.to(model, choose_device(device))  # transformers' own `to` has the type of a plain function
     chosen_precision = choose_precision(model.device, precision, model.config)
@@ -116,11 +121,12 @@ def evaluate_masked_lm(
     with TemporaryDirectory() as scratch:
         corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)
         shards = Shards.open(prepare(PrepareSettings(scratch, corpus)) / "train")
-        pairs = "cls.seq_relationship.weight" not in missing and shards.documents > 1
+        next_sentence = architecture.head.get("next_sentence")
+        pairs = next_sentence is not None and f"{next_sentence}.weight" not in missing and shards.documents > 1
         batches = Batches(
             shards,
             special_tokens(tokenizer),
-            continuation_tokens(tokenizer),
+            continuation_tokens(tokenizer, whole_word=False),
             Sampling(max_seq_length=length, objective="mlm+nsp" if pairs else "mlm"),
             tokens_per_bin=max(tokens_per_batch, length),
             bins_per_step=1,

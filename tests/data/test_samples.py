@@ -196,7 +196,7 @@ def test_shards_without_text_are_refused(make_shards):
     ("settings", "message"),
     [
         ({"max_seq_length": 4}, "--max-seq-length must be at least 5"),
-        ({"objective": "nsp"}, "--objective must be mlm+nsp, mlm or ltr"),
+        ({"objective": "nsp"}, "--objective must be auto, mlm+nsp, mlm or ltr"),
         ({"mlm_probability": 1.5}, "--mlm-probability must be from 0 to 1, got 1.5"),
         ({"short_seq_probability": -0.1}, "--short-seq-probability must be"),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "must add up to at most 1"),

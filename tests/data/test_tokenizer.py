@@ -155,10 +155,11 @@ def test_a_vocabulary_without_mask_token_is_refused(tmp_path):
         ("tokenizer.json", "", "is empty"),
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "Wor', "is cut off or not JSON"),
         ("tokenizer.json", "{}", "is not a tokenizer"),
-        ("tokenizer.json", Tokenizer(models.BPE()).to_str(), "holds a BPE model"),
+        ("tokenizer.json", Tokenizer(models.WordLevel()).to_str(), "holds a WordLevel model"),
+        ("tokenizer.json", Tokenizer(models.BPE()).to_str(), r"no \[PAD\] and no \[UNK\]"),
     ],
 )
-def test_files_that_are_not_a_wordpiece_tokenizer_are_refused_by_name(tmp_path, name, content, message):
+def test_files_that_are_not_a_tokenizer_are_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as raised:
