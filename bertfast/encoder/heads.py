@@ -21,9 +21,9 @@ from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
 from bertfast.encoder.parts import PackedHead, PackedMaskedLM, PackedModel, has_token_types
 from bertfast.encoder.unpadding import Packed, unpad
-from bertfast.ops import reference
 from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.ops.reference_parts import drop_hidden
 
 Count = Tensor | float
 
@@ -321,7 +321,7 @@ def _run_steps(model: PackedHead, rows: Tensor, rng: RngCoordinates | None) -> T
     for step in model.task_steps():
         if isinstance(step, nn.Dropout):
             dropout = None if rng is None else rng.dropout(step.p, next(sites))
-            rows = reference.drop_hidden(rows, dropout)
+            rows = drop_hidden(rows, dropout)
         else:
             rows = step(rows)
     return rows

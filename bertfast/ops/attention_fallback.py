@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bertfast.ops import reference
+from bertfast.ops import reference, reference_parts
 from bertfast.ops.dropout import Dropout, attention_keep
 from bertfast.ops.sequences import Sequences
 
@@ -40,8 +40,8 @@ def _by_length(
     for part, keep in zip(parts, keeps, strict=True):
         if len(part):
             query, key, value = part.permute(1, 2, 0, 3)
-            masked = reference.not_attended(len(part), causal, window, part.device)
-            probabilities = reference.masked_softmax(query, key, scale, masked, keep, dropout)
+            masked = reference_parts.not_attended(len(part), causal, window, part.device)
+            probabilities = reference_parts.masked_softmax(query, key, scale, masked, keep, dropout)
             outputs.append((probabilities.to(value.dtype) @ value).transpose(0, 1))
     # The zeros are computed from qkv, so that the padding slots have a gradient, of zero.
     zeros = padding[:, 0].masked_fill(torch.ones_like(padding[:, 0], dtype=torch.bool), 0)
@@ -83,4 +83,4 @@ def _in_chunks(
         chunk = Sequences(cu_seqlens, sequences.sequence_ids[start : start + at_once], sequences.capacity, bound)
         probabilities, value = reference.attention_probabilities(qkv, chunk, scale, causal, window, dropout)
         rows.append((probabilities.to(value.dtype) @ value).transpose(1, 2))
-    return reference.to_slots(torch.cat(rows), sequences)
+    return reference_parts.to_slots(torch.cat(rows), sequences)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast.ops.reference import accumulating
+from bertfast.ops.reference_parts import accumulating
 
 _LOGIT_ELEMENTS = 1 << 24  # elements of a chunk of logits
 
