@@ -36,6 +36,10 @@ EPS = 1e-12  # of LayerNorm in BERT
 VOCAB_SIZE = 30522
 
 
+Output = Tensor | tuple[Tensor, ...]
+"""What an implementation returns: one output or several, all of which have a gradient."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The least work of a call.
@@ -79,7 +83,7 @@ class Case(ABC):
         """Return random inputs of the operation that have a gradient, on DEVICE."""
 
     @abstractmethod
-    def definition(self, *inputs: Any, **options: Any) -> Tensor:  # so that cases name their inputs
+    def definition(self, *inputs: Any, **options: Any) -> Output:  # so that cases name their inputs
         """Compute the operation by `bertfast.ops.reference`, in the dtype of the inputs."""
 
     @abstractmethod
@@ -104,16 +108,16 @@ class Implementation:
     """One way to compute an operation.
 
     Attributes:
-        function: The timed function, of its own inputs to its own output.
+        function: The timed function, of its own inputs to its own outputs.
         enter: Converts the inputs of the operation to those of the function, for instance by padding; differentiable
             and not timed.
-        leave: Converts the output of the function to that of the operation.
+        leave: Converts the outputs of the function to those of the operation.
         checked: Whether its results are compared with the operation; False if it computes less.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Output]
     enter: Callable[..., Sequence[Tensor]] = lambda *inputs: inputs
-    leave: Callable[[Tensor], Tensor] = lambda output: output
+    leave: Callable[[Any], Output] = lambda output: output
     checked: bool = True
 
     def leaves(self, case: Case, seed: int) -> list[Tensor]:
@@ -122,7 +126,7 @@ class Implementation:
             return [x.detach().requires_grad_() for x in self.enter(*case.inputs(_generator(seed)))]
 
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Output]
 """An implementation without conversions: a function of the inputs of the operation."""
 Factory = Callable[..., Implementation | Function]
 """Makes an implementation for a case of its operation, and for an option `implementation` if it has one."""
@@ -220,11 +224,11 @@ def measured(
 def relative_error(case: Case, implementation: Implementation) -> float:
     """Return the largest error of output and gradients relative to the norm of the float64 result; NaN if any is."""
     inputs = [x.requires_grad_() for x in case.inputs(_generator(0))]
-    output = implementation.leave(implementation.function(*implementation.enter(*inputs)))
-    gradients = torch.autograd.grad(output, inputs, _output_gradient(output), allow_unused=True)
+    outputs = _outputs(implementation.leave(implementation.function(*implementation.enter(*inputs))))
+    gradients = torch.autograd.grad(outputs, inputs, _output_gradients(outputs), allow_unused=True)
     errors = [
         (result.detach().double() - expected).norm() / expected.norm()
-        for result, expected in zip([output, *gradients], _expected(case), strict=True)
+        for result, expected in zip([*outputs, *gradients], _expected(case), strict=True)
         if result is not None
     ]
     return float(torch.stack(errors).max())
@@ -233,8 +237,9 @@ def relative_error(case: Case, implementation: Implementation) -> float:
 @lru_cache(maxsize=2)  # a case with dropout and the same case without
 def _expected(case: Case) -> list[Tensor]:
     inputs = [x.double().requires_grad_() for x in case.inputs(_generator(0))]
-    output = case.definition(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, inputs, _output_gradient(output))]
+    outputs = _outputs(case.definition(*inputs))
+    gradients = torch.autograd.grad(outputs, inputs, _output_gradients(outputs))
+    return [*(output.detach() for output in outputs), *gradients]
 
 
 def calls(case: Case, implementation: Implementation, direction: str) -> list[Callable[[], object]]:
@@ -252,18 +257,19 @@ def calls(case: Case, implementation: Implementation, direction: str) -> list[Ca
     ]
 
 
-def _call(function: Callable[..., Tensor], leaves: list[Tensor], direction: str) -> Callable[[], object]:
+def _call(function: Function, leaves: list[Tensor], direction: str) -> Callable[[], object]:
     if direction == "forward":
-        return lambda: function(*leaves).detach()  # what was saved for a backward pass is released
+        # What was saved for a backward pass is released.
+        return lambda: tuple(output.detach() for output in _outputs(function(*leaves)))
     if direction == "inference":
         return torch.no_grad()(lambda: function(*leaves))
     if direction == "training":  # of a loss
         return lambda: torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
-    output = function(*leaves)
-    if not output.requires_grad:
+    outputs = _outputs(function(*leaves))
+    if not any(output.requires_grad for output in outputs):
         pytest.skip("it has no gradient")
-    d_output = _output_gradient(output)
-    return lambda: torch.autograd.grad(output, leaves, d_output, retain_graph=True, allow_unused=True)
+    d_outputs = _output_gradients(outputs)
+    return lambda: torch.autograd.grad(outputs, leaves, d_outputs, retain_graph=True, allow_unused=True)
 
 
 def extra_memory(case: Case, implementation: Implementation) -> int | None:
@@ -271,18 +277,25 @@ def extra_memory(case: Case, implementation: Implementation) -> int | None:
     if not ON_GPU:
         return None
     leaves = implementation.leaves(case, 0)
-    d_output = _output_gradient(implementation.function(*leaves).detach())
+    d_outputs = _output_gradients([output.detach() for output in _outputs(implementation.function(*leaves))])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = torch.autograd.grad(implementation.function(*leaves), leaves, d_output, allow_unused=True)
+    gradients = torch.autograd.grad(_outputs(implementation.function(*leaves)), leaves, d_outputs, allow_unused=True)
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients if x is not None)
 
 
-def _output_gradient(output: Tensor) -> Tensor:
+def _outputs(output: Output) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _output_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
     # 1 for a loss; otherwise random values, the same for all implementations, that bf16 represents exactly.
-    if output.dim() == 0:
-        return torch.ones_like(output)
-    return torch.randn(output.shape, generator=_generator(1), device=DEVICE).bfloat16().to(output.dtype)
+    return [
+        torch.randn(output.shape, generator=_generator(seed), device=DEVICE).bfloat16().to(output.dtype)
+        if output.dim()
+        else torch.ones_like(output)
+        for seed, output in enumerate(outputs, 1)
+    ]
 
 
 def _generator(seed: int) -> torch.Generator:

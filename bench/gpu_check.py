@@ -54,6 +54,8 @@ LIMITS = {
         "gelu_layer_norm": 15,
         "embeddings": 15,
         "linear_cross_entropy": 25,
+        "gated_activation": 10,
+        "pre_norm": 10,
         "report": 10,
     },
 }
@@ -64,7 +66,8 @@ COMPILE_SECONDS = 35  # time limit of compiling transformers' step
 GRACE = 5  # seconds for an interrupted part to write its results
 PACKING = 5  # seconds between two versions of the tar file
 NO_GPU = "there is no GPU"
-OPERATORS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embeddings", "linear_cross_entropy")
+OPERATORS: tuple[str, ...] = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embeddings")
+OPERATORS += ("linear_cross_entropy", "gated_activation", "pre_norm")
 # For a process with `site` on its path, since only there bertfast is complete, or that of the wheel.
 DESCRIPTION = """
 import json

@@ -8,7 +8,7 @@ namespace bertfast {
 struct AddLayerNormForward {
   int64_t tokens, hidden;
   Rows x, residual;          // [T, H]
-  Vector bias, gamma, beta;  // [H]
+  Vector bias, gamma, beta;  // [H]; bias and beta may be absent
   float eps;
   HiddenDropout dropout;
   Rows y;              // [T, H], of residual's type

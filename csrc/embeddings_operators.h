@@ -17,10 +17,10 @@ static void check_within(const char* name, const int64_t* indices, int64_t count
 
 static std::tuple<Tensor, Tensor, Tensor> embeddings_forward(Tensor word, Tensor position, Tensor token_type,
                                                              OptionalTensor token_ids, Tensor token_type_ids,
-                                                             Tensor position_ids, Tensor gamma, Tensor beta, double eps,
-                                                             OptionalTensor seed, OptionalTensor sequence_ids,
-                                                             OptionalTensor positions, int64_t counter_word,
-                                                             int64_t threshold) {
+                                                             Tensor position_ids, Tensor gamma, OptionalTensor beta,
+                                                             double eps, OptionalTensor seed,
+                                                             OptionalTensor sequence_ids, OptionalTensor positions,
+                                                             int64_t counter_word, int64_t threshold) {
   word = in_rows(word), position = in_rows(position), token_type = in_rows(token_type);
   const int64_t tokens = token_type_ids.size(0), hidden = word.size(1);
   const Indices token_rows(token_ids), position_rows(position_ids), type_rows(token_type_ids);

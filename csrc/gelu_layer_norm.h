@@ -8,7 +8,7 @@ namespace bertfast {
 struct GeluLayerNormForward {
   int64_t count, hidden;
   Rows x;                    // [R, H]
-  Vector bias, gamma, beta;  // [H]
+  Vector bias, gamma, beta;  // [H]; bias and beta may be absent
   float eps;
   Rows y;              // [R, H], of gamma's type
   float *mean, *rstd;  // [R], of z

@@ -6,6 +6,7 @@
 
 #include "attention_operators.h"
 #include "cpu/parallel.h"
+#include "cpu_row_operators.h"
 #include "embeddings_operators.h"
 #include "rotary_operators.h"
 #include "row_operators.h"
@@ -75,7 +76,11 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   bertfast::operations::implement<bertfast::Cpu>(library, "cpu_");
   library.impl("cpu_embeddings_forward", TORCH_BOX(&bertfast::operations::embeddings_forward));
   library.impl("cpu_embeddings_backward", TORCH_BOX(&bertfast::operations::embeddings_backward));
+  library.impl("cpu_gated_activation_forward", TORCH_BOX(&bertfast::operations::gated_activation_forward));
+  library.impl("cpu_gated_activation_backward", TORCH_BOX(&bertfast::operations::gated_activation_backward));
   library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
+  library.impl("cpu_pre_norm_forward", TORCH_BOX(&bertfast::operations::pre_norm_forward));
+  library.impl("cpu_pre_norm_backward", TORCH_BOX(&bertfast::operations::pre_norm_backward));
   library.impl("cpu_rotary_forward", TORCH_BOX(&bertfast::operations::rotary_forward));
   library.impl("cpu_rotary_backward", TORCH_BOX(&bertfast::operations::rotary_backward));
 }

@@ -20,7 +20,7 @@ static void check_copy(ScalarType dtype) {
 
 template <class Device>
 static std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(
-    Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, Tensor beta, double eps, OptionalTensor seed,
+    Tensor x, Tensor residual, OptionalTensor bias, Tensor gamma, OptionalTensor beta, double eps, OptionalTensor seed,
     OptionalTensor sequence_ids, OptionalTensor positions, int64_t counter_word, int64_t threshold,
     std::optional<ScalarType> copy_dtype) {
   if (copy_dtype) check_copy<Device>(*copy_dtype);
@@ -85,8 +85,8 @@ static std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor d_y, Tensor x, Tenso
 }
 
 template <class Device>
-static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tensor bias, Tensor gamma, Tensor beta,
-                                                                  double eps) {
+static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, OptionalTensor bias, Tensor gamma,
+                                                                  OptionalTensor beta, double eps) {
   x = in_rows(x);
   const int64_t count = x.size(0), hidden = x.size(1);
   Tensor y = torch::stable::new_empty(gamma, {count, hidden});
@@ -98,8 +98,8 @@ static std::tuple<Tensor, Tensor, Tensor> gelu_layer_norm_forward(Tensor x, Tens
 }
 
 template <class Device>
-static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, Tensor bias, Tensor gamma, Tensor mean,
-                                                           Tensor rstd) {
+static std::tuple<Tensor, Tensor> gelu_layer_norm_backward(Tensor d_y, Tensor x, OptionalTensor bias, Tensor gamma,
+                                                           Tensor mean, Tensor rstd) {
   d_y = in_rows(d_y), x = in_rows(x);
   const int64_t count = x.size(0), hidden = x.size(1);
   Tensor d_x = torch::stable::new_empty(x, {count, hidden});

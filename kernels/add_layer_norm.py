@@ -37,7 +37,7 @@ def add_layer_norm_forward_kernel(
     residual_ptr,  # [T, H], rows residual_stride apart
     bias_ptr,  # [H], or None
     gamma_ptr,  # [H]
-    beta_ptr,  # [H]
+    beta_ptr,  # [H], or None
     rng_ptr,  # (seed int64 [], sequence ids int [T], positions int [T]); seed None: no dropout
     y_ptr,  # [T, H]
     copy_ptr,  # [T, H], y in the dtype that the next GEMM reads; None: no copy

@@ -53,7 +53,7 @@ def add_layer_norm_forward(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     seed: Tensor | None,
     sequence_ids: Tensor | None,
@@ -158,7 +158,7 @@ def embeddings_forward(
     token_type_ids: Tensor,
     position_ids: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     seed: Tensor | None,
     sequence_ids: Tensor | None,
@@ -197,6 +197,18 @@ def embeddings_backward(
 
 
 @contract
+def gated_activation_forward(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return y [T, I] in x's dtype; x is [T, 2 I], and `activation` is "gelu", "gelu_tanh" or "silu"."""
+    return x.new_empty((x.shape[0], x.shape[1] // 2))
+
+
+@contract
+def gated_activation_backward(d_y: Tensor, x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """Return d_x [T, 2 I] in x's dtype and d_bias, fp32 [2 I], empty without a bias."""
+    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32)
+
+
+@contract
 def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """Return the gradient [tokens, H] of x for each d_y [R, H] of y = x[rows]."""
     return [d_y.new_empty((tokens, d_y.shape[1])) for d_y in d_ys]
@@ -204,7 +216,7 @@ def gather_backward(rows: Tensor, d_ys: Sequence[Tensor], tokens: int) -> list[T
 
 @contract
 def gelu_layer_norm_forward(
-    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [R, H] in gamma's dtype, mean and rstd."""
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
@@ -213,7 +225,7 @@ def gelu_layer_norm_forward(
 
 @contract
 def gelu_layer_norm_backward(
-    d_y: Tensor, x: Tensor, bias: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor
+    d_y: Tensor, x: Tensor, bias: Tensor | None, gamma: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return d_x [R, H] in x's dtype and fp32 [3, H] of d_gamma, d_beta and d_bias."""
     return x.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=torch.float32)
@@ -242,6 +254,58 @@ def linear_cross_entropy_forward(
         x.new_empty(x.shape if needed else 0) for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
     )
     return loss, correct, torch.empty_like(correct), d_hidden, d_weight, d_bias
+
+
+@contract
+def pre_norm_forward(
+    residual: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    eps: float,
+    rms: bool,
+    norm_dtype: torch.dtype,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the stream [T, H] in residual's dtype, empty without x; its norm in `norm_dtype`; mean, rstd.
+
+    With `rms` the norm is an RMSNorm, whose mean is empty.
+    """
+    (tokens, hidden), statistics = residual.shape, residual.new_empty(residual.shape[0], dtype=torch.float32)
+    stream = residual.new_empty((0, 0) if x is None else (tokens, hidden))
+    mean = residual.new_empty(0, dtype=torch.float32) if rms else torch.empty_like(statistics)
+    return stream, residual.new_empty((tokens, hidden), dtype=norm_dtype), mean, statistics
+
+
+@contract
+def pre_norm_backward(
+    stream: Tensor,
+    d_stream: Tensor | None,
+    d_normed: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+    has_bias: bool,
+    x_dtype: torch.dtype | None,
+    seed: Tensor | None,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    counter_word: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d_x in `x_dtype`, empty if that is None or d_x equals d_residual; d_residual; the parameters' gradients.
+
+    These are fp32 [3, H]: d_gamma, d_beta and d_bias. The gradients of the outputs may be absent.
+    """
+    shared = x_dtype is None or (seed is None and x_dtype == stream.dtype)
+    d_x = stream.new_empty((0, 0) if shared else stream.shape, dtype=x_dtype)
+    return d_x, stream.new_empty(stream.shape), stream.new_empty((3, stream.shape[1]), dtype=torch.float32)
 
 
 @contract

@@ -38,7 +38,7 @@ def embeddings_forward_kernel(
     tables_ptr,  # (word [V, H], or [T, H] without token ids; token_type [types, H]; position [positions, H])
     ids_ptr,  # (token_ids, token_type_ids, position_ids), int [T] each; token_ids may be None
     gamma_ptr,  # [H]
-    beta_ptr,  # [H]
+    beta_ptr,  # [H], or None
     rng_ptr,  # (seed int64 [], sequence ids int [T], positions int [T]); seed None: no dropout
     y_ptr,  # [T, H]
     mean_ptr,  # fp32 [T]

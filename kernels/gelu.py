@@ -1,5 +1,6 @@
-"""GELU inside kernels (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside.
+"""Activations inside kernels: GELU (Hendrycks and Gimpel, 2016) and SiLU, u · σ(u).
 
+GELU is u · Φ(u), or u · σ(2 v), which is the tanh formula with v = sqrt(2 / π) · (u + 0.044715 u³) inside.
 Each takes one exponential and one division, which the derivative shares, so that the kernels are bound by memory
 bandwidth: the library's erf alone takes more instructions than the load and store of a bf16 element leave time for.
 """
@@ -13,22 +14,37 @@ _HAS_RECIPROCAL = tl.constexpr(not triton.knobs.runtime.interpret)  # the interp
 @triton.jit
 def gelu(u, APPROXIMATE: tl.constexpr):
     """Return GELU of fp32 `u`; APPROXIMATE is "none" or "tanh"."""
-    if APPROXIMATE == "tanh":
-        distribution, _ = _logistic(_doubled_argument(u))
-    else:
-        distribution, _ = _normal(u)
+    distribution, _ = _gelu_distribution(u, APPROXIMATE)
     return u * distribution
 
 
 @triton.jit
 def gelu_derivative(u, APPROXIMATE: tl.constexpr):
     """Return the derivative of `gelu` at `u`."""
-    if APPROXIMATE == "tanh":
-        distribution, density = _logistic(_doubled_argument(u))
-        return distribution + u * density * (1.5957691216057308 + 0.2140644488178 * u * u)
+    distribution, density = _gelu_distribution(u, APPROXIMATE)
+    return distribution + u * density
+
+
+@triton.jit
+def activate(u, ACTIVATION: tl.constexpr):
+    """Return an activation of fp32 `u` and its derivative; ACTIVATION is "gelu", "gelu_tanh" or "silu"."""
+    if ACTIVATION == "silu":
+        distribution, density = _logistic(u)
+    elif ACTIVATION == "gelu_tanh":
+        distribution, density = _gelu_distribution(u, "tanh")
     else:
-        distribution, density = _normal(u)
-        return distribution + u * density
+        distribution, density = _gelu_distribution(u, "none")
+    return u * distribution, distribution + u * density
+
+
+@triton.jit
+def _gelu_distribution(u, APPROXIMATE: tl.constexpr):
+    """Return the factor of u in GELU and the derivative of that factor."""
+    if APPROXIMATE == "tanh":
+        distribution, density = _logistic(u * (1.5957691216057308 + 0.0713548162726 * u * u))  # 2 v
+        return distribution, density * (1.5957691216057308 + 0.2140644488178 * u * u)
+    else:
+        return _normal(u)
 
 
 @triton.jit
@@ -58,9 +74,3 @@ def _logistic(x):
     e = tl.exp2(-1.4426950408889634 * tl.abs(x))
     tail = e * _reciprocal(1.0 + e)
     return tl.where(x > 0, 1.0 - tail, tail), tail * (1.0 - tail)
-
-
-@triton.jit
-def _doubled_argument(u):
-    """Return 2 v, where v = sqrt(2 / π) · (u + 0.044715 u³)."""
-    return u * (1.5957691216057308 + 0.0713548162726 * u * u)

@@ -34,9 +34,9 @@ from bertfast.kernels.rows import (
 @kernel
 def gelu_layer_norm_forward_kernel(
     x_ptr,  # [R, H], rows x_stride apart
-    bias_ptr,  # [H]
+    bias_ptr,  # [H], or None
     gamma_ptr,  # [H]
-    beta_ptr,  # [H]
+    beta_ptr,  # [H], or None
     y_ptr,  # [R, H]
     mean_ptr,  # fp32 [R]
     rstd_ptr,  # fp32 [R]

@@ -82,8 +82,14 @@ def load_rows(pointer, offset, rows, H: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def load_vector(pointer, H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """Load a vector [H], repeated for each row of a tile, as fp32 chunks: every lane loads its own columns."""
-    return load_rows(pointer, tl.zeros([ROWS, 1], tl.int32), tl.full([ROWS, 1], True, tl.int1), H, CHUNK)
+    """Load a vector [H], repeated for each row of a tile, as fp32 chunks: every lane loads its own columns.
+
+    If the pointer is None, the chunks are zeros.
+    """
+    if pointer is None:
+        return zeros(H, CHUNK, ROWS)
+    else:
+        return load_rows(pointer, tl.zeros([ROWS, 1], tl.int32), tl.full([ROWS, 1], True, tl.int1), H, CHUNK)
 
 
 @triton.jit
@@ -175,4 +181,36 @@ def layer_norm_differentiate(d_y, z, mean, rstd, gamma, H: tl.constexpr):
     d_z: tl.tuple = ()
     for c in tl.static_range(len(z)):
         d_z = d_z + (rstd * (g[c] - mean_g - normalised[c] * mean_gn),)
+    return d_z, multiply(d_y, normalised)
+
+
+@triton.jit
+def rms_norm_statistic(z, eps, H: tl.constexpr):
+    """Return 1 / sqrt(mean(z²) + eps) of each row, [rows, 1]; columns out of bounds are zero."""
+    return 1.0 / tl.sqrt(row_sums(multiply(z, z)) / H + eps)
+
+
+@triton.jit
+def rms_norm_apply(z, rstd, gamma):
+    """Return z · rstd · gamma."""
+    y: tl.tuple = ()
+    for c in tl.static_range(len(z)):
+        y = y + (z[c] * rstd * gamma[c],)
+    return y
+
+
+@triton.jit
+def rms_norm_differentiate(d_y, z, rstd, gamma, H: tl.constexpr):
+    """Return (d_z, d_gamma) of each row, d_gamma not yet summed over rows.
+
+    With n = z · rstd and g = d_y · gamma: d_z = rstd · (g - n · mean(g · n)) (Zhang and Sennrich, 2019).
+    """
+    normalised: tl.tuple = ()
+    for c in tl.static_range(len(z)):
+        normalised = normalised + (z[c] * rstd,)
+    g = multiply(d_y, gamma)
+    mean_gn = row_sums(multiply(g, normalised)) / H
+    d_z: tl.tuple = ()
+    for c in tl.static_range(len(z)):
+        d_z = d_z + (rstd * (g[c] - normalised[c] * mean_gn),)
     return d_z, multiply(d_y, normalised)

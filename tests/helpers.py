@@ -64,6 +64,9 @@ KERNELS: Literal["triton", "cpu", "cuda"] = os.environ.get("BERTFAST_TESTED") or
 """The implementation that is tested: on a GPU Triton, else the native library for CPUs. `TRITON_INTERPRET=1` runs
 Triton on a CPU, `BERTFAST_TESTED=cuda` CUDA C++, on a CPU with a library that emulates it."""
 
+WITHOUT_CUDA_KERNEL = ("embeddings", "gated_activation", "pre_norm", "rotary") if KERNELS == "cuda" else ()
+"""Operators without kernels, if CUDA C++ is tested."""
+
 HIGHEST_PRECISION = torch.float16 if KERNELS == "cuda" else torch.float32
 """The most precise dtype that the attention of this implementation supports."""
 

@@ -99,6 +99,7 @@ def point(arguments: argparse.Namespace) -> dict[str, Any]:
 def loss_and_gradients(loss: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Return the loss and the gradients of hidden states, weight and bias; None for a bias that it does not have."""
     value = loss(*inputs)
+    assert isinstance(value, torch.Tensor), "a loss is one output"
     return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True)]
 
 

@@ -46,7 +46,9 @@ def cases(representative: bool = False) -> Cases:
     yield from attention_cases(representative)
     yield from add_layer_norm_cases(representative)
     yield from bias_gelu_cases(representative)
+    yield from gated_activation_cases(representative)
     yield from gelu_layer_norm_cases(representative)
+    yield from pre_norm_cases(representative)
     yield from embeddings_cases(representative)
     yield from linear_cross_entropy_cases(representative)
     yield from rotary_cases(representative)
@@ -141,6 +143,53 @@ def bias_gelu_cases(representative: bool) -> Cases:
             torch.ops.bertfast.triton_linear_gelu_forward(x[:, : weight.shape[1]], weight, bias, approximate)
 
         yield f"{_name(dtype)}, {columns} columns{', tanh' if approximate == 'tanh' else ''}", launch
+
+
+def gated_activation_cases(representative: bool) -> Cases:
+    from bertfast.kernels import gated_activation  # noqa: F401
+
+    for columns, dtype, activation, has_bias in itertools.product(
+        (1152,) if representative else (512, 1152, 3072), (BF16, FLOAT), ("gelu", "gelu_tanh", "silu"), (False, True)
+    ):
+        x, d_y = torch.zeros(16, 2 * columns, dtype=dtype), torch.zeros(16, columns, dtype=dtype)
+        bias = torch.zeros(2 * columns) if has_bias else None
+
+        def launch(x: Tensor = x, d_y: Tensor = d_y, bias: Tensor | None = bias, activation: str = activation) -> None:
+            torch.ops.bertfast.triton_gated_activation_forward(x, bias, activation)
+            torch.ops.bertfast.triton_gated_activation_backward(d_y, x, bias, activation)
+
+        yield f"{_name(dtype)}, {columns} columns, {activation}{', bias' if has_bias else ''}", launch
+
+
+def pre_norm_cases(representative: bool) -> Cases:
+    from bertfast.kernels import pre_norm  # noqa: F401
+
+    for hidden, (x_dtype, dtype), dropped, rms in itertools.product(
+        (768, 4096) if representative else HIDDEN,
+        ((BF16, FLOAT),) if representative else ((BF16, BF16), (BF16, FLOAT), (FLOAT, FLOAT)),
+        (True,) if representative else (False, True),
+        (False, True),
+    ):
+        x, residual = torch.zeros(16, hidden, dtype=x_dtype), torch.zeros(16, hidden, dtype=dtype)
+        vector, statistics = torch.zeros(hidden), torch.zeros(16)
+        dropout = _hidden_dropout(16) if dropped else (None, None, None, 0, 0)
+
+        def launch(
+            x: Tensor = x,
+            residual: Tensor = residual,
+            vector: Tensor = vector,
+            statistics: Tensor = statistics,
+            dropout: tuple[Any, ...] = dropout,
+            rms: bool = rms,
+        ) -> None:
+            bias = None if rms else vector  # the models with RMSNorm have no biases
+            torch.ops.bertfast.triton_pre_norm_forward(residual, x, bias, vector, bias, 1e-12, rms, x.dtype, *dropout)
+            torch.ops.bertfast.triton_pre_norm_backward(
+                residual, residual, x, vector, statistics, statistics, rms, not rms, x.dtype, *dropout
+            )
+
+        dtypes = _name(dtype) if x_dtype == dtype else f"{_name(x_dtype)} and {_name(dtype)}"
+        yield f"{dtypes}, H = {hidden}{', rms' if rms else ''}{', dropout' if dropped else ''}", launch
 
 
 def gelu_layer_norm_cases(representative: bool) -> Cases:

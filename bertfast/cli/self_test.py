@@ -28,7 +28,7 @@ PRECISIONS = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
     "fp16": (torch.float16, torch.float16),
 }
-ROW_WISE = ("add_layer_norm", "bias_gelu", "gelu_layer_norm")
+ROW_WISE = ("add_layer_norm", "bias_gelu", "gated_activation", "gelu_layer_norm", "pre_norm")
 # Largest relative error of the reference, which is the baseline of all others: what rounding alone can cause. A bf16
 # sum over thousands of rows can be off by 5 %.
 REFERENCE_LIMIT = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
@@ -224,7 +224,7 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
     tf32 = check.implementation == "triton" and check.device.type == "cuda" and lowest == torch.float32
     factor = TF32X3_FACTOR if tf32 and problem.operator == "attention" else 2
     compared: list[tuple[float, str, float, float]] = []
-    outputs = ("output", "copy")[: len(truth) - len(problem.shapes)]
+    outputs = ("output", "second output")[: len(truth) - len(problem.shapes)]
     names = (*outputs, *(f"gradient of {name}" for name in problem.shapes))
     for name, result, expected, true in zip(names, found, baseline, truth, strict=True):
         # The copy for the next GEMM may have a lower precision than the inputs.

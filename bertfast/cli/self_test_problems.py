@@ -13,6 +13,7 @@ from bertfast import ops
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import Implementation
 from bertfast.ops.dropout import Dropout, RngCoordinates
+from bertfast.ops.gated_activation import Activation
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
 
@@ -84,6 +85,10 @@ def _row_problems(shape: str, batch: Sequences, vocab_size: int) -> list[Problem
         _linear_cross_entropy(tokens, rows, vocab_size, batch.position.device),
         _gelu_layer_norm(rows, batch.position.device),
         _linear_gelu(shape, tokens, batch.position.device),
+        _pre_norm(shape, batch, rms=False),
+        _gated_activation(shape, tokens, "gelu", batch.position.device),
+        _pre_norm(shape, batch, rms=True),
+        _gated_activation(shape, tokens, "silu", batch.position.device),
         _add_layer_norm(shape, batch, dropout=False),
         _add_layer_norm_with_copy(shape, batch),
         _gather(tokens, rows, batch.position.device),
@@ -145,6 +150,37 @@ def _add_layer_norm_with_copy(shape: str, batch: Sequences) -> Problem:
         batch.position.device,
         {"x": rows, "residual": rows, "bias": vector, "gamma": vector, "beta": vector},
         call,
+    )
+
+
+def _pre_norm(shape: str, batch: Sequences, rms: bool) -> Problem:
+    """Call it as an RMSNorm without dropout and biases, as EuroBERT does, or as a LayerNorm with all of them."""
+    mask = None if rms else _dropout(batch, "output", 0)
+    rows, vector = (len(batch.position), HIDDEN), (HIDDEN,)
+
+    def call(
+        implementation: Implementation, x: Tensor, residual: Tensor, gamma: Tensor, *biases: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        bias, beta = biases if biases else (None, None)
+        return ops.pre_norm(x, residual, bias, gamma, beta, EPS, mask, rms=rms, implementation=implementation)
+
+    return Problem(
+        "pre_norm",
+        f"{shape} H={HIDDEN} {'rms' if rms else 'dropout'}",
+        batch.position.device,
+        {"x": rows, "residual": rows, "gamma": vector} | ({} if rms else {"bias": vector, "beta": vector}),
+        call,
+    )
+
+
+def _gated_activation(shape: str, tokens: int, activation: Activation, device: torch.device) -> Problem:
+    columns = 3 * HIDDEN  # two halves of 1,152, as in ModernBERT
+    return Problem(
+        "gated_activation",
+        f"{shape} I={columns // 2} {activation}",
+        device,
+        {"x": (tokens, columns), "bias": (columns,)},
+        lambda implementation, x, bias: ops.gated_activation(x, activation, bias, implementation=implementation),
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bertfast.ops import reference
-from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
+from bertfast.ops.arguments import Arguments, check_floating_dtype
+from bertfast.ops.dispatch import Implementation, cast_sums, dtypes_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 
@@ -22,7 +22,7 @@ _ARGUMENTS = Arguments(
     residual="floating [tokens, hidden]",
     bias="optional floating [hidden]",
     gamma="floating [hidden]",
-    beta="floating [hidden]",
+    beta="optional floating [hidden]",
 )
 
 
@@ -32,7 +32,7 @@ def add_layer_norm(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | float | None = None,
     *,
@@ -45,7 +45,7 @@ def add_layer_norm(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | float | None = None,
     *,
@@ -57,7 +57,7 @@ def add_layer_norm(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | float | None = None,
     *,
@@ -71,7 +71,7 @@ def add_layer_norm(
         residual: [T, H], in x's dtype or a wider one.
         bias: [H]; None: no bias.
         gamma: [H].
-        beta: [H].
+        beta: [H]; None: a LayerNorm without bias.
         eps: ε of the LayerNorm, used in fp32 (1e-12 is 0 in fp16).
         dropout: Dropout on x + bias. A float draws a seed from torch's generator; None: no dropout.
         compute_dtype: Dtype in which the next GEMM reads the output, such as autocast's. The same kernel then also
@@ -88,10 +88,9 @@ def add_layer_norm(
     """
     dropout = as_dropout("add_layer_norm", dropout, lambda: row_coordinates(x), x)
     _ARGUMENTS.check(x, residual, bias, gamma, beta, dropout=dropout)
-    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
-        raise TypeError(f"add_layer_norm: compute_dtype must be a floating-point torch.dtype, got {compute_dtype!r}")
+    check_floating_dtype("add_layer_norm", "compute_dtype", compute_dtype)
     copy_dtype = None if compute_dtype == residual.dtype else compute_dtype
-    unsupported = float64_reason(residual, bias, gamma, beta)
+    unsupported = dtypes_reason(implementation, x, residual, bias, gamma, beta)
     if unsupported is None and copy_dtype is not None:
         unsupported = _unsupported_copy_reason(implementation, x, copy_dtype)
     implementation = resolve("add_layer_norm", implementation, x, unsupported)
@@ -126,7 +125,7 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, implementation: Implementation, paired: bool, copy_dtype: torch.dtype | None, x: Tensor,
-        residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, eps: float, *dropout: Any,
+        residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None, eps: float, *dropout: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         ctx.implementation = implementation
         forward = operator(implementation, "add_layer_norm_forward")
@@ -150,7 +149,7 @@ class AddLayerNorm(torch.autograd.Function):
             dropout = from_kernel_arguments(*rng)
 
             def definition(
-                x: Tensor, residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor
+                x: Tensor, residual: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None
             ) -> Tensor | tuple[Tensor, Tensor]:
                 return reference.add_layer_norm(x, residual, bias, gamma, beta, ctx.eps, dropout, ctx.compute_dtype)
 
@@ -163,7 +162,5 @@ class AddLayerNorm(torch.autograd.Function):
             d_y, x, residual, bias, gamma, mean, rstd, *rng, d_copy
         )
         d_x = d_x if d_x.shape == x.shape else d_residual
-        d_gamma, d_beta, d_bias = sums
-        d_bias = None if bias is None else d_bias.to(bias.dtype)
-        parameters = d_bias, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype)
-        return None, None, None, d_x, d_residual, *parameters, None, *[None] * 5
+        d_gamma, d_beta, d_bias = cast_sums(sums, gamma, beta, bias)
+        return None, None, None, d_x, d_residual, d_bias, d_gamma, d_beta, *[None] * 6

@@ -22,6 +22,16 @@ _DESCRIPTION = re.compile(r"(optional |each )?(floating|integer) \[(.*)\]")
 _Sizes = dict[str | int, int]  # by dimension: its name, or a number, which is its own size
 
 
+def check_floating_dtype(operation: str, name: str, dtype: object) -> None:
+    """Check an optional argument that is a floating-point dtype.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{operation}: {name} must be a floating-point torch.dtype, got {dtype!r}")
+
+
 class _Argument(NamedTuple):
     """A parsed description of an argument."""
 

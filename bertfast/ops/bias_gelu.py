@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, float64_reason, gemm_dtype, operator, resolve, run
+from bertfast.ops.dispatch import Implementation, dtypes_reason, gemm_dtype, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.matmul import linear
 
@@ -49,7 +49,7 @@ def bias_gelu(
     """
     _BIAS_GELU.check(x, bias)
     _check_approximate("bias_gelu", approximate)
-    implementation = resolve("bias_gelu", implementation, x, float64_reason(bias))
+    implementation = resolve("bias_gelu", implementation, x, dtypes_reason(implementation, x, bias))
     if implementation == "reference":
         return reference.bias_gelu(x, bias, approximate)
     y: Tensor = run(BiasGelu, implementation, x, bias, approximate)

@@ -25,12 +25,16 @@ if HAS_TRITON:  # importing the modules registers their operators
         attention_backward,
         bias_gelu,
         embeddings,
+        gated_activation,
         gelu_layer_norm,
         linear_cross_entropy,
         linear_gelu,
+        pre_norm,
         rotary,
         sum_by_index,
     )
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors, for tests
 
 
@@ -77,12 +81,25 @@ def resolve(
     return requested
 
 
-def float64_reason(*tensors: Tensor | None) -> str | None:
-    """Return why no kernel supports these tensors if any of them is float64, else None."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return "its kernels do not support float64"
+def dtypes_reason(requested: Implementation | None, x: Activations, *others: Tensor | torch.dtype | None) -> str | None:
+    """Return why an operation's kernels do not support the dtypes of its other tensors; None if they do.
+
+    Args:
+        requested: The caller's `implementation`.
+        x: The operator's main input.
+        others: Its other tensors, or the dtypes of its results.
+    """
+    supported = _CPU_DTYPES if requested == "cpu" or (requested is None and not x.is_cuda) else _GPU_DTYPES
+    for other in others:
+        dtype = other.dtype if isinstance(other, Tensor) else other
+        if dtype is not None and dtype not in supported:
+            return _dtype_reason(supported, dtype)
     return None
+
+
+def _dtype_reason(supported: tuple[torch.dtype, ...], dtype: torch.dtype) -> str:
+    *first, last = (str(each).removeprefix("torch.") for each in supported)
+    return f"its kernels support {', '.join(first)} and {last}, got {dtype}"
 
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -127,6 +144,13 @@ def operator(implementation: Implementation, name: str) -> Callable[..., Any]:
     return registered
 
 
+def cast_sums(sums: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Return the rows of a kernel's fp32 sums in the dtypes of their parameters; None for absent parameters."""
+    return [
+        None if parameter is None else row.to(parameter.dtype) for row, parameter in zip(sums, parameters, strict=True)
+    ]
+
+
 def unsupported_reason(implementation: Implementation, operation: str, x: Activations) -> str | None:
     """Return why an implementation cannot run `operation` on tensors like `x`; None if it can."""
     if implementation == "reference":
@@ -145,9 +169,7 @@ def _cpu_unsupported_reason(x: Activations) -> str | None:
         return native.UNAVAILABLE_REASON
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on a CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"its kernels support float32 and bfloat16, got {x.dtype}"
-    return None
+    return None if x.dtype in _CPU_DTYPES else _dtype_reason(_CPU_DTYPES, x.dtype)
 
 
 def _cuda_unsupported_reason(operation: str, x: Activations) -> str | None:
@@ -158,9 +180,9 @@ def _cuda_unsupported_reason(operation: str, x: Activations) -> str | None:
     if not all(native.has_kernel(f"cuda_{kernel}", x.device) for kernel in kernels):
         reason = cuda_build.unsupported_reason(operation)
         return reason or f"the tensors are on {x.device}, not on a GPU"
-    if x.dtype not in (torch.bfloat16, torch.float16, *([] if operation == "attention" else [torch.float32])):
-        known = f"{'' if operation == 'attention' else 'float32, '}bfloat16 and float16"
-        return f"its kernels support {known}, got {x.dtype}"
+    supported = _GPU_DTYPES[1:] if operation == "attention" else _GPU_DTYPES
+    if x.dtype not in supported:
+        return _dtype_reason(supported, x.dtype)
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
     return cuda_build.unsupported_gpu_reason(operation, x.device)
@@ -169,8 +191,8 @@ def _cuda_unsupported_reason(operation: str, x: Activations) -> str | None:
 def _triton_unsupported_reason(x: Activations) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed: pip install triton"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels support float32, bfloat16 and float16, got {x.dtype}"
+    if x.dtype not in _GPU_DTYPES:
+        return _dtype_reason(_GPU_DTYPES, x.dtype)
     if not x.is_cuda:
         return None if x.device.type == "cpu" and _INTERPRETED else f"the tensors are on {x.device}, not on a GPU"
     if torch.version.hip:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
+from bertfast.ops.dispatch import Implementation, cast_sums, dtypes_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.index_checks import check_below
@@ -18,7 +18,7 @@ _ROWS = {
     "position": "floating [positions, hidden]",
     "token_type": "floating [types, hidden]",
     "gamma": "floating [hidden]",
-    "beta": "floating [hidden]",
+    "beta": "optional floating [hidden]",
 }
 _IDS = {"token_type_ids": "integer [tokens]", "position_ids": "integer [tokens]"}
 _ARGUMENTS = Arguments(
@@ -35,7 +35,7 @@ def embeddings(
     position: Tensor,
     token_type: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | float | None = None,
     *,
@@ -52,7 +52,7 @@ def embeddings(
         position: [positions, H], floating point.
         token_type: [types, H], floating point.
         gamma: [H], weight of the LayerNorm.
-        beta: [H], bias of the LayerNorm.
+        beta: [H], bias of the LayerNorm; None: no bias.
         eps: ε of the LayerNorm, used in fp32.
         dropout: Dropout on the output. A float draws a seed from torch's generator; None: no dropout.
         padding_index: Row of `word` that gets no gradient, as in `torch.nn.Embedding`.
@@ -72,7 +72,7 @@ def embeddings(
         _EMBEDDED_ARGUMENTS.check(*tensors, dropout=dropout)
     else:
         _ARGUMENTS.check(token_ids, *tensors, dropout=dropout)
-    implementation = resolve("embeddings", implementation, word, float64_reason(position, token_type, gamma, beta))
+    implementation = resolve("embeddings", implementation, word, dtypes_reason(implementation, word, *tensors[3:]))
     if implementation == "reference":
         _check_indices(token_ids, token_type_ids, position_ids, word, position, token_type)
         return reference.embeddings(token_ids, *tensors, eps, dropout, padding_index)
@@ -108,8 +108,8 @@ class Embeddings(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, implementation: Implementation, token_ids: Tensor | None, token_type_ids: Tensor,
-        position_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor,
-        eps: float, padding_index: int | None, *dropout: Any,
+        position_ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor,
+        beta: Tensor | None, eps: float, padding_index: int | None, *dropout: Any,
     ) -> Tensor:  # fmt: skip
         inputs = (word, position, token_type, token_ids, token_type_ids, position_ids, gamma)
         ctx.implementation = implementation
@@ -129,9 +129,11 @@ class Embeddings(torch.autograd.Function):
             ids = token_ids, token_type_ids, position_ids
             dropout = from_kernel_arguments(*rng)
 
-            def definition(word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-                parameters = word, position, token_type, gamma, beta
-                return reference.embeddings(*ids, *parameters, ctx.eps, dropout, ctx.padding_index)
+            def definition(
+                word: Tensor, position: Tensor, token_type: Tensor, gamma: Tensor, beta: Tensor | None
+            ) -> Tensor:
+                tables = word, position, token_type
+                return reference.embeddings(*ids, *tables, gamma, beta, ctx.eps, dropout, ctx.padding_index)
 
             needs_grad = ctx.needs_input_grad[4:9]
             gradients = reference_gradients(definition, (*tables, gamma, beta), needs_grad, [d_y])
@@ -139,5 +141,4 @@ class Embeddings(torch.autograd.Function):
         *d_tables, sums = operator(ctx.implementation, "embeddings_backward")(
             d_y, *inputs, gamma, mean, rstd, ctx.padding_index, *rng
         )
-        d_gamma, d_beta = sums
-        return *[None] * 4, *d_tables, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), *[None] * 7
+        return *[None] * 4, *d_tables, *cast_sums(sums, gamma, beta), *[None] * 7

@@ -9,28 +9,34 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments
-from bertfast.ops.dispatch import Implementation, float64_reason, operator, resolve, run
+from bertfast.ops.dispatch import Implementation, cast_sums, dtypes_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 
 _ARGUMENTS = Arguments(
     "gelu_layer_norm",
     x="floating [rows, hidden]",
-    bias="floating [hidden]",
+    bias="optional floating [hidden]",
     gamma="floating [hidden]",
-    beta="floating [hidden]",
+    beta="optional floating [hidden]",
 )
 
 
 def gelu_layer_norm(
-    x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, *, implementation: Implementation | None = None
+    x: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    eps: float,
+    *,
+    implementation: Implementation | None = None,
 ) -> Tensor:
     """Return LN(gelu(x + bias)) with the exact GELU.
 
     Args:
-        x: [R, H], floating point: the output of a GEMM without its bias.
-        bias: [H].
+        x: [R, H], floating point: the output of a GEMM, without its bias unless `bias` is None.
+        bias: [H]; None: no bias.
         gamma: [H].
-        beta: [H].
+        beta: [H]; None: a LayerNorm without bias.
         eps: ε of the LayerNorm, used in fp32.
         implementation: Default: the fastest one that supports the arguments.
 
@@ -42,7 +48,8 @@ def gelu_layer_norm(
         ValueError: Shapes or devices do not match, or `implementation` does not support the arguments.
     """
     _ARGUMENTS.check(x, bias, gamma, beta)
-    implementation = resolve("gelu_layer_norm", implementation, x, float64_reason(bias, gamma, beta))
+    unsupported = dtypes_reason(implementation, x, bias, gamma, beta)
+    implementation = resolve("gelu_layer_norm", implementation, x, unsupported)
     if implementation == "reference":
         return reference.gelu_layer_norm(x, bias, gamma, beta, eps)
     y: Tensor = run(GeluLayerNorm, implementation, x, bias, gamma, beta, eps)
@@ -54,8 +61,9 @@ class GeluLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: Implementation, x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
-    ) -> Tensor:
+        ctx: Any, implementation: Implementation, x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
         ctx.implementation, ctx.eps = implementation, eps
         y: Tensor
         y, mean, rstd = operator(implementation, "gelu_layer_norm_forward")(x, bias, gamma, beta, eps)
@@ -69,5 +77,5 @@ class GeluLayerNorm(torch.autograd.Function):
             arguments = (x, bias, gamma, beta, ctx.eps)
             return None, *reference_gradients(reference.gelu_layer_norm, arguments, ctx.needs_input_grad[1:], [d_y])
         d_x, sums = operator(ctx.implementation, "gelu_layer_norm_backward")(d_y, x, bias, gamma, mean, rstd)
-        d_gamma, d_beta, d_bias = sums
-        return None, d_x, d_bias.to(bias.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None
+        d_gamma, d_beta, d_bias = cast_sums(sums, gamma, beta, bias)
+        return None, d_x, d_bias, d_gamma, d_beta, None

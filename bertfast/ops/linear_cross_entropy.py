@@ -23,7 +23,7 @@ _ALL_ROWS, _SELECTED_ROWS = (
         "linear_cross_entropy",
         hidden="floating [tokens, hidden]",
         weight="floating [vocab_size, hidden]",
-        bias="floating [vocab_size]",
+        bias="optional floating [vocab_size]",
         **of_rows,
     )
     for of_rows in ({"labels": "integer [tokens]"}, {"rows": "integer [rows]", "labels": "integer [rows]"})
@@ -34,7 +34,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     rows: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     *,
     implementation: Implementation | None = None,
@@ -46,7 +46,7 @@ def linear_cross_entropy(
         rows: int [R], the rows of hidden to read; a row may occur more than once. None: all rows in order, R = T, which
             is faster than listing them.
         weight: [V, H].
-        bias: [V].
+        bias: [V]; None: no bias.
         labels: int [R], in 0 … V - 1; rows with a negative label (-100) are ignored. Without labels the loss is 0.
         implementation: Default: the fastest one that supports the arguments.
 
@@ -65,6 +65,8 @@ def linear_cross_entropy(
     else:
         _SELECTED_ROWS.check(hidden, weight, bias, rows, labels)
         check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])  # next to the logits it takes no time
     dtype = gemm_dtype(hidden, weight)
     unsupported = None
     if dtype == torch.float16 and implementation in (None, "cpu") and not hidden.is_cuda:

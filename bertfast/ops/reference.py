@@ -16,10 +16,12 @@ from torch import Tensor
 from bertfast.ops.dropout import Dropout, attention_keep, attention_keep_at
 from bertfast.ops.reference_parts import (
     accumulating,
+    add_residual,
     drop_hidden,
     layer_norm,
     masked_softmax,
     not_attended,
+    rms_norm,
     to_rows,
     to_slots,
 )
@@ -37,7 +39,7 @@ def embeddings(
     position: Tensor,
     token_type: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | None,
     padding_index: int | None,
@@ -52,7 +54,7 @@ def embeddings(
         position: [positions, H], position embeddings.
         token_type: [types, H], token-type embeddings.
         gamma: [H], weight of the LayerNorm.
-        beta: [H], bias of the LayerNorm.
+        beta: [H], bias of the LayerNorm; None: no bias.
         eps: ε of the LayerNorm.
         dropout: Dropout on the output; None: no dropout.
         padding_index: Row of `word` that gets no gradient; None: all rows get one.
@@ -176,7 +178,7 @@ def add_layer_norm(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     dropout: Dropout | None,
     compute_dtype: torch.dtype | None = None,
@@ -188,7 +190,7 @@ def add_layer_norm(
         residual: [T, H].
         bias: [H]; None: no bias.
         gamma: [H], weight of the LayerNorm.
-        beta: [H], bias of the LayerNorm.
+        beta: [H], bias of the LayerNorm; None: no bias.
         eps: ε of the LayerNorm.
         dropout: Dropout on x + bias; None: no dropout.
         compute_dtype: Dtype of a second copy of the result; None: no copy.
@@ -196,10 +198,40 @@ def add_layer_norm(
     Returns:
         [T, H] in residual's dtype; with `compute_dtype` a pair of it and the copy.
     """
-    x = accumulating(x)
-    x = drop_hidden(x if bias is None else x + bias, dropout)
-    y = layer_norm(x + residual, gamma, beta, eps)
+    y = layer_norm(add_residual(x, residual, bias, dropout), gamma, beta, eps)
     return y.to(residual.dtype) if compute_dtype is None else (y.to(residual.dtype), y.to(compute_dtype))
+
+
+def pre_norm(
+    x: Tensor | None,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    eps: float,
+    dropout: Dropout | None,
+    rms: bool,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return stream = residual + dropout(x + bias) and its LayerNorm or RMSNorm.
+
+    Args:
+        x: [T, H], the output of a GEMM; None: nothing is added, and the stream is `residual`.
+        residual: [T, H].
+        bias: [H]; None: no bias.
+        gamma: [H], weight of the norm.
+        beta: [H], bias of the LayerNorm; None: no bias.
+        eps: ε of the norm.
+        dropout: Dropout on x + bias; None: no dropout.
+        rms: RMSNorm instead of LayerNorm; it has no beta.
+        norm_dtype: Dtype of the normalised stream.
+
+    Returns:
+        The stream [T, H] in residual's dtype, and the norm [T, H] of these rounded values in `norm_dtype`.
+    """
+    stream = residual if x is None else add_residual(x, residual, bias, dropout).to(residual.dtype)
+    normed = rms_norm(stream, gamma, eps) if rms else layer_norm(stream, gamma, beta, eps)
+    return stream, normed.to(norm_dtype)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -214,6 +246,25 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
         [T, columns] in x's dtype.
     """
     return F.gelu(accumulating(x) + bias, approximate=approximate).to(x.dtype)
+
+
+def gated_activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return act(x[:, :I] + bias[:I]) · (x[:, I:] + bias[I:]) (Shazeer, 2020).
+
+    Args:
+        x: [T, 2 I], the output of a GEMM.
+        bias: [2 I]; None: no bias.
+        activation: "gelu": the exact GELU; "gelu_tanh": its approximation by tanh; "silu".
+
+    Returns:
+        [T, I] in x's dtype.
+    """
+    hidden, gate = (accumulating(x) if bias is None else accumulating(x) + bias).chunk(2, 1)
+    if activation == "silu":
+        activated = F.silu(hidden)
+    else:
+        activated = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return (activated * gate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -231,20 +282,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Te
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
-def gelu_layer_norm(x: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def gelu_layer_norm(x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None, eps: float) -> Tensor:
     """Return LN(gelu(x + bias)) with the exact GELU.
 
     Args:
         x: [R, H], the output of a GEMM.
-        bias: [H].
+        bias: [H]; None: no bias.
         gamma: [H], weight of the LayerNorm.
-        beta: [H], bias of the LayerNorm.
+        beta: [H], bias of the LayerNorm; None: no bias.
         eps: ε of the LayerNorm.
 
     Returns:
         [R, H] in gamma's dtype.
     """
-    return layer_norm(F.gelu(accumulating(x) + bias), gamma, beta, eps).to(gamma.dtype)
+    x = accumulating(x)
+    return layer_norm(F.gelu(x if bias is None else x + bias), gamma, beta, eps).to(gamma.dtype)
 
 
 def linear_cross_entropy(

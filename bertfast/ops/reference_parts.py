@@ -97,21 +97,43 @@ def masked_softmax(
     return probabilities * _factors(keep, dropout, probabilities.dtype)
 
 
-def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def add_residual(x: Tensor, residual: Tensor, bias: Tensor | None, dropout: Dropout | None) -> Tensor:
+    """Return residual + dropout(x + bias), at least fp32: x and residual [T, H], bias [H]."""
+    x = accumulating(x)
+    return drop_hidden(x if bias is None else x + bias, dropout) + residual
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) · gamma + beta over the last dimension (Ba et al., 2016).
 
     Args:
         x: […, H].
         gamma: [H], weight.
-        beta: [H], bias.
+        beta: [H], bias; None: no bias.
         eps: ε, added to the variance.
 
     Returns:
         […, H], at least fp32.
     """
     x = accumulating(x)
+    beta = None if beta is None else beta.to(x.dtype)
     with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta.to(x.dtype), eps)
+        return F.layer_norm(x, gamma.shape, gamma.to(x.dtype), beta, eps)
+
+
+def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x²) + eps) · gamma over the last dimension (Zhang and Sennrich, 2019).
+
+    Args:
+        x: […, H].
+        gamma: [H], weight.
+        eps: ε, added to the mean of the squares.
+
+    Returns:
+        […, H], at least fp32.
+    """
+    x = accumulating(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gamma.to(x.dtype)
 
 
 def drop_hidden(x: Tensor, dropout: Dropout | None) -> Tensor:

@@ -1,4 +1,4 @@
-// GELU (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside.
+// GELU (Hendrycks and Gimpel, 2016): u · Φ(u), or u · σ(2 v), which is the tanh formula with v inside. SiLU: u · σ(u).
 //
 // Each takes one exponential and one division, which the derivative shares.
 #pragma once
@@ -37,22 +37,24 @@ struct Curve {
   Floats value, slope;
 };
 
-// GELU and its derivative at u. The value is written as a difference, not as a single multiplication, which the
-// compiler might fuse with a later addition in one pass and not in the other; forward and backward pass must agree
-// bitwise.
-template <bool TANH>
-INLINE Curve gelu(Floats u) {
-  Distribution at;
-  Floats inner = splat(1.f);  // the derivative of the distribution's argument
-  if constexpr (TANH) {
-    const Floats square = u * u;  // 2 v = 2 sqrt(2 / π) · (u + 0.044715 u³)
-    at = logistic(u * (square * 0.0713548162726f + 1.5957691216057308f));
-    inner = square * 0.2140644488178f + 1.5957691216057308f;
-  } else {
-    at = normal(u);
-  }
+// Value and derivative of u · F(v(u)), where `at` describes the distribution F at v(u), and `inner` is v's derivative.
+// The value is written as a difference, not as a single multiplication, which the compiler might fuse with a later
+// addition in one pass and not in the other; forward and backward pass must agree bitwise.
+INLINE Curve curve(Floats u, Distribution at, Floats inner) {
   return {maximum(u, splat(0.f)) - absolute(u) * at.tail,
           (u > splat(0.f) ? 1.f - at.tail : at.tail) + u * at.density * inner};
 }
+
+// GELU and its derivative at u.
+template <bool TANH>
+INLINE Curve gelu(Floats u) {
+  if constexpr (!TANH) return curve(u, normal(u), splat(1.f));
+  const Floats square = u * u;  // 2 v = 2 sqrt(2 / π) · (u + 0.044715 u³)
+  const Distribution at = logistic(u * (square * 0.0713548162726f + 1.5957691216057308f));
+  return curve(u, at, square * 0.2140644488178f + 1.5957691216057308f);
+}
+
+// SiLU, u · σ(u), and its derivative at u.
+INLINE Curve silu(Floats u) { return curve(u, logistic(u), splat(1.f)); }
 
 }  // namespace bertfast::BERTFAST_SET

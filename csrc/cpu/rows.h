@@ -48,13 +48,13 @@ INLINE void store_columns(T* p, Floats x, int count) {
   count == LANES ? store(p, x) : store(p, x, count);
 }
 
-// Convert a parameter to fp32, zero beyond its end; all zeros if it is absent.
-static inline void widen(const Vector& vector, int64_t hidden, float* out) {
+// Convert `hidden` elements of a parameter, from `offset` on, to fp32, zero beyond them; all zeros if it is absent.
+static inline void widen(const Vector& vector, int64_t hidden, float* out, int64_t offset = 0) {
   for_each_vector(hidden, [&](int64_t column, int count) {
     Floats x{};
     if (vector.data != nullptr)
-      x = vector.type == Type::float32 ? load_columns((const float*)vector.data + column, count)
-                                       : load_columns((const BFloat16*)vector.data + column, count);
+      x = vector.type == Type::float32 ? load_columns((const float*)vector.data + offset + column, count)
+                                       : load_columns((const BFloat16*)vector.data + offset + column, count);
     store(out + column, x);
   });
 }
@@ -66,14 +66,18 @@ struct LayerNorm {
   [[gnu::always_inline]] Floats operator()(Floats z) const { return (z - mean) * rstd; }
 };
 
-// Store the row that compute(column, count) returns in `z`, and return its mean and rstd, computed in two passes.
-template <class F>
+// Store the row that compute(column, count) returns in `z`, and return its mean and rstd, computed in two passes. If
+// not CENTRED, as in RMSNorm, the mean is not subtracted, and 0 is returned for it; one pass is enough.
+template <bool CENTRED = true, class F>
 INLINE LayerNorm statistics(int64_t hidden, float eps, float* z, const F& compute) {
   Sum sum, squares;
   for_each_vector(hidden, [&](int64_t column, int count) {
     const Floats value = compute(column, count);
-    store(z + column, value), sum += value;
+    store(z + column, value);
+    if constexpr (CENTRED) sum += value;
+    else squares += value * value;
   });
+  if constexpr (!CENTRED) return {0, 1 / __builtin_sqrtf(squares.total() / hidden + eps)};
   const float mean = sum.total() / hidden;
   for_each_vector(hidden, [&](int64_t column, int count) {
     Floats centred = load(z + column) - mean;
@@ -84,8 +88,9 @@ INLINE LayerNorm statistics(int64_t hidden, float eps, float* z, const F& comput
 }
 
 // Gradient of y = LN(z) for one row. z(column, count) and d_y(column, count) return registers, d_y zero beyond the
-// row's end; d_z(column, count, gradient) receives the gradient of z. `buffer` holds two rows.
-template <class Z, class DY, class DZ>
+// row's end; d_z(column, count, gradient) receives the gradient of z. `buffer` holds two rows. If not CENTRED, y is an
+// RMSNorm, and beta_sums is not written.
+template <bool CENTRED = true, class Z, class DY, class DZ>
 INLINE void differentiate(const LayerNorm& norm, int64_t hidden, const float* gamma, float* gamma_sums,
                           float* beta_sums, float* buffer, const Z& z, const DY& d_y, const DZ& d_z) {
   float *const normal = buffer, *const weighted = buffer + padded(hidden);
@@ -93,10 +98,11 @@ INLINE void differentiate(const LayerNorm& norm, int64_t hidden, const float* ga
   for_each_vector(hidden, [&](int64_t column, int count) {
     const Floats n = norm(z(column, count)), d = d_y(column, count), w = d * load(gamma + column);
     store(normal + column, n), store(weighted + column, w);
-    sum += w, projection += w * n;
-    add_to(gamma_sums + column, d * n), add_to(beta_sums + column, d);
+    projection += w * n;
+    add_to(gamma_sums + column, d * n);
+    if constexpr (CENTRED) sum += w, add_to(beta_sums + column, d);
   });
-  const float offset = sum.total() / hidden, slope = projection.total() / hidden;
+  const float offset = CENTRED ? sum.total() / hidden : 0, slope = projection.total() / hidden;
   for_each_vector(hidden, [&](int64_t column, int count) {
     d_z(column, count, (load(weighted + column) - (load(normal + column) * slope + offset)) * norm.rstd);
   });

@@ -103,6 +103,13 @@ INLINE Words load(const uint32_t* p) {
   return x;
 }
 
+// The value that a register has after it was stored as T.
+template <class T>
+INLINE Floats as_stored(Floats x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  else return widen(narrow(x));
+}
+
 INLINE Words load_words(const uint16_t* p) {
   Halves x;
   std::memcpy(&x, p, sizeof x);

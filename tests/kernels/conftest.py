@@ -9,7 +9,7 @@ import os
 import zlib
 
 import pytest
-from helpers import INTERPRETED, KERNELS
+from helpers import INTERPRETED, KERNELS, WITHOUT_CUDA_KERNEL
 
 from bertfast.ops import native
 
@@ -24,8 +24,7 @@ collect_ignore = [] if KERNELS == "cuda" else ["test_cuda.py"]
 if KERNELS != "triton":
     only_triton = ("attention_tiles", "gather", "linear_gelu", "sum_by_index")
     collect_ignore += [f"test_{name}.py" for name in only_triton]
-    if KERNELS == "cuda":
-        collect_ignore += ["test_embeddings.py", "test_rotary.py"]
+    collect_ignore += [f"test_{name}.py" for name in WITHOUT_CUDA_KERNEL]
     if native.UNAVAILABLE_REASON is not None:
         collect_ignore_glob = ["test_*.py"]
 

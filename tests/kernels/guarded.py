@@ -56,12 +56,18 @@ def add_layer_norm() -> Tensor:
 
 
 def add_layer_norm_pair() -> Tensor:
-    y, copy = ops.add_layer_norm(
-        rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
-        compute_dtype=torch.bfloat16, implementation=KERNELS,
+    return pair_sum(
+        ops.add_layer_norm(
+            rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
+            compute_dtype=torch.bfloat16, implementation=KERNELS,
+        )
     )  # fmt: skip
-    weights = rows(), rows(dtype=torch.bfloat16)  # so that both gradients end at a guard page
-    return Weighted.apply(y, weights[0]) + Weighted.apply(copy, weights[1])
+
+
+def pair_sum(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """Return a weighted sum of an fp32 and a bf16 tensor, whose gradients end at guard pages."""
+    weights = rows(), rows(dtype=torch.bfloat16)
+    return Weighted.apply(pair[0], weights[0]) + Weighted.apply(pair[1], weights[1])
 
 
 class Weighted(torch.autograd.Function):
@@ -79,6 +85,27 @@ class Weighted(torch.autograd.Function):
 
 def bias_gelu() -> Tensor:
     return ops.bias_gelu(rows(), vector(), implementation=KERNELS)
+
+
+def gated_activation() -> Tensor:
+    return ops.gated_activation(rows(2 * HIDDEN), "gelu", vector(2 * HIDDEN), implementation=KERNELS)
+
+
+def swiglu_without_bias() -> Tensor:
+    return ops.gated_activation(rows(2 * HIDDEN), "silu", implementation=KERNELS)
+
+
+def pre_norm() -> Tensor:
+    return pair_sum(
+        ops.pre_norm(
+            rows(dtype=torch.bfloat16), rows(), vector(), vector(), vector(), 1e-12, dropout(),
+            norm_dtype=torch.bfloat16, implementation=KERNELS,
+        )
+    )  # fmt: skip
+
+
+def rms_norm_alone() -> Tensor:
+    return ops.pre_norm(None, rows(), None, vector(), None, 1e-12, rms=True, implementation=KERNELS)[1]
 
 
 def linear_gelu() -> Tensor:
@@ -128,15 +155,22 @@ CASES = {
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
+    "gated_activation": gated_activation,
+    "swiglu_without_bias": swiglu_without_bias,
+    "pre_norm": pre_norm,
+    "rms_norm_alone": rms_norm_alone,
     **({"linear_gelu": linear_gelu} if KERNELS == "triton" else {}),
     "gelu_layer_norm": gelu_layer_norm,
-    **({"embeddings": embeddings} if KERNELS != "cuda" else {}),
+    "embeddings": embeddings,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
     **({"gather": gather} if KERNELS == "triton" else {}),
     **({"rotary": rotary} if KERNELS != "cuda" else {}),
     "out_of_bounds": out_of_bounds,
 }
+if KERNELS == "cuda":
+    for name in ("embeddings", "gated_activation", "swiglu_without_bias", "pre_norm", "rms_norm_alone"):
+        del CASES[name]
 
 
 if __name__ == "__main__":

@@ -175,6 +175,18 @@ def test_the_bias_is_optional():
     )
 
 
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16, [BF16, FLOAT, FLOAT]], ids=["fp32", "bf16", "autocast"])
+def test_bias_and_beta_are_optional(dtypes):
+    x, residual, _, gamma, _ = inputs(50)
+    dropout = dropout_over(SEQUENCES)
+    compare_with_torch(
+        lambda x, residual, gamma: kernel(x, residual, None, gamma, None, dropout),
+        lambda x, residual, gamma: reference(x, residual, None, gamma, None, dropout),
+        [x, residual, gamma],
+        dtypes,
+    )
+
+
 def test_an_empty_batch_has_zero_gradients():
     arguments = [x.float().detach().requires_grad_() for x in inputs(96, 0)]
     output = kernel(*arguments)

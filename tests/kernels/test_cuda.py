@@ -25,11 +25,15 @@ def test_attention_supports_16_bit_types_only():
         ops.attention(qkv(torch.float32), SEQUENCES, implementation=KERNELS)
 
 
-def test_embeddings_has_no_cuda_kernel():
+def test_operators_without_a_cuda_kernel_are_refused():
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     table = rows(32)
     with pytest.raises(ValueError, match="implementation 'cuda' is not available: it has no kernel for emb"):
         ops.embeddings(ids, ids, ids, table, table, table, table[0], table[0], 1e-12, implementation=KERNELS)
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available: it has no kernel for gated"):
+        ops.gated_activation(table, "gelu", implementation=KERNELS)
+    with pytest.raises(ValueError, match="implementation 'cuda' is not available: it has no kernel for pre_norm"):
+        ops.pre_norm(table, table, None, table[0], None, 1e-12, implementation=KERNELS)
 
 
 def test_an_error_names_the_operation_and_its_shape():

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import DEVICE, HIGHEST_PRECISION, KERNELS, compare_with_torch, dropout_over, normal
+from helpers import DEVICE, HIGHEST_PRECISION, KERNELS, WITHOUT_CUDA_KERNEL, compare_with_torch, dropout_over, normal
 
 from bertfast import ops
 from bertfast.ops.sequences import Sequences
@@ -38,6 +38,26 @@ def bias_gelu(implementation):
     return lambda *x: ops.bias_gelu(*x, implementation=implementation)
 
 
+def gated_activation(implementation):
+    return lambda x, bias: ops.gated_activation(x, "gelu_tanh", bias, implementation=implementation)
+
+
+def pre_norm(implementation):
+    dropout = dropout_over(Sequences.from_lengths([TOKENS], device=DEVICE))
+
+    def function(*x):
+        stream, normed = ops.pre_norm(*x, 1e-12, dropout, implementation=implementation)
+        return stream.sin() + normed  # different gradients of the two
+
+    return function
+
+
+def rms_norm(implementation):
+    return lambda stream, gamma: ops.pre_norm(
+        None, stream, None, gamma, None, 1e-12, rms=True, implementation=implementation
+    )[1]
+
+
 def gelu_layer_norm(implementation):
     return lambda *x: ops.gelu_layer_norm(*x, 1e-12, implementation=implementation)
 
@@ -57,12 +77,14 @@ CASES = {
     "add_layer_norm": (add_layer_norm, [(TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
     "embeddings": (embeddings, [(5, HIDDEN), (TOKENS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)]),
     "bias_gelu": (bias_gelu, [(TOKENS, HIDDEN), (HIDDEN,)]),
+    "gated_activation": (gated_activation, [(TOKENS, HIDDEN), (HIDDEN,)]),
+    "pre_norm": (pre_norm, [(TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
+    "pre_norm, the norm alone": (rms_norm, [(TOKENS, HIDDEN), (HIDDEN,)]),
     "gelu_layer_norm": (gelu_layer_norm, [(TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]),
     "rotary": (rotary, [(TOKENS, 3, 2, 24)]),
     "linear_cross_entropy": (linear_cross_entropy, [(TOKENS, HIDDEN), (60, HIDDEN), (60,)]),
 }
-if KERNELS == "cuda":  # which have no CUDA C++ kernel
-    del CASES["embeddings"], CASES["rotary"]
+CASES = {name: case for name, case in CASES.items() if not name.startswith(WITHOUT_CUDA_KERNEL)}
 
 of_each_operator = pytest.mark.parametrize("operator", CASES)
 
@@ -137,7 +159,7 @@ def test_a_plain_backward_pass_runs_the_kernel(operator, monkeypatch):
     def refuse(*_):
         raise AssertionError("the reference was differentiated")
 
-    module = import_module(getattr(ops, operator).__module__)
+    module = import_module(getattr(ops, operator.partition(",")[0]).__module__)
     monkeypatch.setattr(module, "reference_gradients", refuse)
     inputs = [x.detach().to(precise_dtype(operator)).requires_grad_() for x in inputs_of(shapes)]
     y = make(KERNELS)(*inputs)

@@ -47,6 +47,15 @@ def compare(inputs, dtypes, **arguments):
     compare_with_torch(embeddings(KERNELS, **arguments), embeddings("reference", **arguments), inputs, dtypes)
 
 
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16], ids=["fp32", "bf16"])
+def test_beta_is_optional(dtypes):
+    functions = [
+        lambda *parameters, name=name: embeddings(name, dropout_over(SEQUENCES))(*parameters, None)
+        for name in (KERNELS, "reference")
+    ]
+    compare_with_torch(*functions, inputs(50)[:-1], dtypes)
+
+
 def leaves(hidden):
     return [x.float().detach().requires_grad_() for x in inputs(hidden)]
 

@@ -38,6 +38,19 @@ def test_is_as_accurate_as_the_reference(hidden, dtypes):
     compare_with_torch(kernel, reference, inputs(hidden), dtypes)
 
 
+@pytest.mark.parametrize("dtypes", [FLOAT, BF16, [BF16, FLOAT]], ids=["fp32", "bf16", "autocast"])
+def test_bias_and_beta_are_optional(dtypes):
+    """ModernBERT's masked-LM head has neither."""
+    x, bias, gamma, beta = inputs(50)
+    functions = [lambda x, gamma, f=f: f(x, None, gamma, None) for f in (kernel, reference)]
+    compare_with_torch(*functions, [x, gamma], dtypes)
+    dtypes = dtypes if isinstance(dtypes, torch.dtype) else [*dtypes, FLOAT]
+    functions = [lambda x, gamma, bias, f=f: f(x, bias, gamma, None) for f in (kernel, reference)]
+    compare_with_torch(*functions, [x, gamma, bias], dtypes)
+    functions = [lambda x, gamma, beta, f=f: f(x, None, gamma, beta) for f in (kernel, reference)]
+    compare_with_torch(*functions, [x, gamma, beta], dtypes)
+
+
 @with_half
 def test_half_precision_is_as_accurate_as_pytorch():
     compare_with_torch(kernel, reference, inputs(96), HALF)

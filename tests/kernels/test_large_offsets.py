@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from helpers import DEVICE, KERNELS, dropout_over, normal
+from helpers import DEVICE, KERNELS, WITHOUT_CUDA_KERNEL, dropout_over, normal
 from torch import Tensor
 
 from bertfast import ops
@@ -50,8 +50,18 @@ CASES = {
         implementation=KERNELS,
     ),
 }  # fmt: skip
-if KERNELS == "cuda":
-    del CASES["embeddings"]
+CASES |= {
+    "gated_activation": lambda x: ops.gated_activation(
+        x, "gelu", vector(1), implementation=KERNELS
+    ),
+    "pre_norm": lambda x: sum(
+        ops.pre_norm(
+            x, x, vector(1), vector(2), vector(3), 1e-12, dropout_over(SEQUENCES), implementation=KERNELS
+        )
+    ),
+}  # fmt: skip
+for name in WITHOUT_CUDA_KERNEL:
+    del CASES[name]
 
 
 @pytest.mark.parametrize("operation", CASES)

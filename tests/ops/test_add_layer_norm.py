@@ -40,6 +40,15 @@ def test_gradient_is_the_derivative(p):
     assert torch.autograd.gradcheck(
         lambda *x: add_layer_norm(x[0], x[1], None, *x[2:], dropout), [x, residual, gamma, beta]
     )
+    assert torch.autograd.gradcheck(
+        lambda *x: add_layer_norm(x[0], x[1], None, x[2], None, dropout), [x, residual, gamma]
+    )
+
+
+def test_without_beta_equals_a_beta_of_zeros():
+    x, residual, bias, gamma, beta = (x.float().detach() for x in inputs())
+    without, zeros = (add_layer_norm(x, residual, bias, gamma, b) for b in (None, torch.zeros_like(beta)))
+    assert torch.equal(without, zeros)
 
 
 def test_dropout_is_the_mask_of_the_specification():

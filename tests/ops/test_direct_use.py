@@ -50,6 +50,7 @@ def calls(dropout):
     ids = torch.arange(TOKENS)
     yield ops.attention(qkv(), LENGTHS, dropout=dropout)
     yield ops.add_layer_norm(x, x, vector, vector, vector, 1e-12, dropout)
+    yield ops.pre_norm(x, x, vector, vector, vector, 1e-12, dropout)[0]
     yield ops.embeddings(ids % 5, ids % 2, ids, x, x, x[:2], vector, vector, 1e-12, dropout)
 
 

@@ -72,12 +72,28 @@ def test_an_unsupported_implementation_is_refused_with_the_reason(monkeypatch):
         resolve("x", "triton", torch.empty(4, 3, device="cuda"))
 
 
+def test_parameters_in_half_precision_run_the_reference_on_a_cpu():
+    """The library would read float16 as bfloat16."""
+    x, vector = X.float(), X[0].half()
+    for operator in (
+        lambda name: ops.bias_gelu(x, vector, implementation=name),
+        lambda name: ops.gelu_layer_norm(x, None, vector, None, 1e-12, implementation=name),
+        lambda name: ops.add_layer_norm(x, x, vector, vector.float(), None, 1e-12, implementation=name),
+        lambda name: ops.gated_activation(x[:, :2], "silu", vector[:2], implementation=name),
+    ):
+        assert torch.equal(operator(None), operator("reference"))
+        with pytest.raises(ValueError, match=r"its kernels support float32 and bfloat16, got torch\.float16"):
+            operator("cpu")
+
+
 def test_reference_can_be_forced_everywhere():
     index = torch.arange(4) % 3
     results = [
         ops.bias_gelu(X, X[0], implementation="reference"),
         ops.linear_gelu(X, X, X[:, 0], implementation="reference"),
         ops.gelu_layer_norm(X, X[0], X[1], X[2], 1e-12, implementation="reference"),
+        ops.gated_activation(X[:, :2], "gelu", implementation="reference"),
+        *ops.pre_norm(X, X, None, X[1], X[2], 1e-12, implementation="reference"),
         ops.add_layer_norm(X, X, None, X[1], X[2], 1e-12, implementation="reference"),
         ops.embeddings(index, index, index, X, X, X, X[1], X[2], 1e-12, implementation="reference"),
         ops.rotary(torch.stack([X, X, X], 1)[..., None, :2], X[:, :2].float(), implementation="reference"),

@@ -37,6 +37,12 @@ def test_is_as_accurate_as_torch(dtype):
 def test_gradient_is_the_derivative(p):
     dropout = dropout_over(SEQUENCES, p) if p else None
     assert torch.autograd.gradcheck(lambda *x: embeddings(*x, dropout=dropout), parameters())
+    assert torch.autograd.gradcheck(lambda *x: embeddings(*x, None, dropout=dropout), parameters()[:-1])
+
+
+def test_without_beta_equals_a_beta_of_zeros():
+    *tables, beta = (x.float().detach() for x in parameters())
+    assert torch.equal(embeddings(*tables, None), embeddings(*tables, torch.zeros_like(beta)))
 
 
 def test_dropout_is_the_mask_of_the_specification():

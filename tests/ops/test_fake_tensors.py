@@ -35,6 +35,15 @@ def embeddings(implementation, *x):
     return ops.embeddings(ids, ids % 2, ids, *x, 1e-12, 0.1, padding_index=0, implementation=implementation)
 
 
+def gated_activation(implementation, x, bias):
+    return ops.gated_activation(x, "silu", bias, implementation=implementation)
+
+
+def pre_norm(implementation, *x):
+    stream, normed = ops.pre_norm(*x, 1e-12, 0.1, norm_dtype=BF16, implementation=implementation)
+    return stream + normed
+
+
 def gather(implementation, x):
     return ops.gather(torch.arange(5, device=x.device), x, implementation=implementation)[0]
 
@@ -61,9 +70,11 @@ OPERATORS = {
     bias_gelu: [ROWS, VECTOR],
     gelu_layer_norm: [ROWS, VECTOR, VECTOR, VECTOR],
     embeddings: [(40, HIDDEN), (50, HIDDEN), (2, HIDDEN), VECTOR, VECTOR],
+    gated_activation: [ROWS, VECTOR],
     gather: [ROWS],
     rotary: [(TOKENS, 3, HEADS, DIMENSION)],
     linear_gelu: [ROWS, (8, HIDDEN), (8,)],
+    pre_norm: [ROWS, ROWS, VECTOR, VECTOR, VECTOR],
     linear_cross_entropy: [ROWS, (60, HIDDEN), (60,)],
 }
 of_each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
@@ -71,7 +82,7 @@ of_each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda ope
 
 def inputs(operator, device: str = "cpu") -> list[torch.Tensor]:
     shapes = OPERATORS[operator]
-    dtypes = [BF16 if index == 0 and operator is add_layer_norm else FLOAT for index in range(len(shapes))]
+    dtypes = [BF16 if index == 0 and shapes[1:2] == shapes[:1] else FLOAT for index in range(len(shapes))]
     return [
         torch.ones(shape, device=device, dtype=dtype, requires_grad=True)
         for shape, dtype in zip(shapes, dtypes, strict=True)

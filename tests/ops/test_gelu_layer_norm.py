@@ -25,7 +25,15 @@ def test_is_as_accurate_as_torch(dtype):
 
 
 def test_gradient_is_the_derivative():
-    assert torch.autograd.gradcheck(gelu_layer_norm, inputs(6))
+    x, bias, gamma, beta = inputs(6)
+    assert torch.autograd.gradcheck(gelu_layer_norm, [x, bias, gamma, beta])
+    assert torch.autograd.gradcheck(lambda x, gamma: gelu_layer_norm(x, None, gamma, None), [x, gamma])
+
+
+def test_without_bias_and_beta_equals_zeros():
+    x, bias, gamma, _ = (x.float().detach() for x in inputs(6))
+    zeros = torch.zeros_like(bias)
+    assert torch.equal(gelu_layer_norm(x, None, gamma, None), gelu_layer_norm(x, zeros, gamma, zeros))
 
 
 def test_output_has_the_dtype_of_the_parameters():

@@ -184,6 +184,17 @@ def test_without_rows_all_are_read_in_order():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_bias_equals_a_bias_of_zeros(implementation, dtype):
+    hidden, weight, bias = (x.detach().to(dtype).requires_grad_() for x in inputs())
+    results = []
+    for each in (None, torch.zeros_like(bias)):
+        loss, *counts = ops.linear_cross_entropy(hidden, ROWS, weight, each, LABELS, implementation=implementation)
+        results.append([loss, *counts, *torch.autograd.grad(loss, [hidden, weight])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_errors_name_the_wrong_argument():
     hidden, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have shape \[7\], got \[6\]"):

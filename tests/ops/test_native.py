@@ -43,6 +43,12 @@ def both_ways(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, inputs, normal(*y.shape, dtype=y.dtype, seed=9).detach())]
 
 
+def both_ways_of_pair(pair: tuple[Tensor, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return two outputs and the gradients of both together."""
+    gradients = [normal(*y.shape, dtype=y.dtype, seed=9).detach() for y in pair]
+    return [*(y.detach() for y in pair), *torch.autograd.grad(pair, inputs, gradients)]
+
+
 def add_layer_norm() -> list[Tensor]:
     x = leaves((TOKENS, 96), (TOKENS, 96), (96,), (96,), (96,))
     return both_ways(ops.add_layer_norm(*x, 1e-12, DROPOUT, implementation="cpu"), x)
@@ -51,13 +57,33 @@ def add_layer_norm() -> list[Tensor]:
 def add_layer_norm_pair() -> list[Tensor]:
     x = leaves((TOKENS, 96), (TOKENS, 96), (96,), (96,), (96,))
     pair = ops.add_layer_norm(*x, 1e-12, DROPOUT, compute_dtype=torch.bfloat16, implementation="cpu")
-    gradients = [normal(*y.shape, dtype=y.dtype, seed=9).detach() for y in pair]
-    return [*(y.detach() for y in pair), *torch.autograd.grad(pair, x, gradients)]
+    return both_ways_of_pair(pair, x)
 
 
 def bias_gelu() -> list[Tensor]:
     x = leaves((TOKENS, 96), (96,))
     return both_ways(ops.bias_gelu(*x, implementation="cpu"), x)
+
+
+def gated_activation() -> list[Tensor]:
+    x = leaves((TOKENS, 96), (96,))
+    return both_ways(ops.gated_activation(x[0], "silu", x[1], implementation="cpu"), x)
+
+
+def gated_activation_without_bias() -> list[Tensor]:
+    (x,) = leaves((TOKENS, 96))
+    return both_ways(ops.gated_activation(x, "gelu", implementation="cpu"), [x])
+
+
+def pre_norm() -> list[Tensor]:
+    x = leaves((TOKENS, 96), (TOKENS, 96), (96,), (96,), (96,))
+    return both_ways_of_pair(ops.pre_norm(*x, 1e-12, DROPOUT, norm_dtype=torch.bfloat16, implementation="cpu"), x)
+
+
+def pre_norm_alone() -> list[Tensor]:
+    x, gamma = leaves((TOKENS, 96), (96,))
+    normed = ops.pre_norm(None, x, None, gamma, None, 1e-12, rms=True, implementation="cpu")[1]
+    return both_ways(normed, [x, gamma])
 
 
 def gelu_layer_norm() -> list[Tensor]:
@@ -99,7 +125,11 @@ CASES = {
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_pair": add_layer_norm_pair,
     "bias_gelu": bias_gelu,
+    "gated_activation": gated_activation,
+    "gated_activation_without_bias": gated_activation_without_bias,
     "gelu_layer_norm": gelu_layer_norm,
+    "pre_norm": pre_norm,
+    "pre_norm_alone": pre_norm_alone,
     "embeddings": embeddings,
     "gather": gather,
     "linear_cross_entropy": linear_cross_entropy,

@@ -32,11 +32,14 @@ OPERATORS = {
     "add_layer_norm": lambda x: ops.add_layer_norm(x, x.sin(), VECTOR, VECTOR, VECTOR, 1e-12, DROPOUT),
     "bias_gelu": lambda x: ops.bias_gelu(x, VECTOR),
     "embeddings": lambda x: ops.embeddings(IDS, IDS % 2, IDS, x, x.sin(), x.cos(), VECTOR, VECTOR, 1e-12, DROPOUT),
+    "gated_activation": lambda x: ops.gated_activation(x, "silu", VECTOR),
     "gather": lambda x: ops.gather(ROWS, x.sin())[0],
     "gelu_layer_norm": lambda x: ops.gelu_layer_norm(x, VECTOR, VECTOR, VECTOR, 1e-12),
     "linear_cross_entropy": linear_cross_entropy,
     "rotary": lambda x: ops.rotary(x.sin().unflatten(1, (1, 2, 32)).repeat(1, 3, 1, 1), TABLE),
     "linear_gelu": lambda x: ops.linear_gelu(x, x.sin(), x[:, 0]),
+    "pre_norm": lambda x: sum(ops.pre_norm(x, x.sin(), VECTOR, VECTOR, VECTOR, 1e-12, DROPOUT)),
+    "pre_norm, the norm alone": lambda x: sum(ops.pre_norm(None, x.sin(), None, VECTOR, None, 1e-12, rms=True)),
 }
 of_each_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 
