@@ -11,9 +11,11 @@ import io
 import json
 import logging
 import lzma
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +30,8 @@ STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
-_MAX_JSON = 2**28  # characters of a file that is read whole
+_MAX_JSON, _MAX_DATA = 2**28, 2**32  # characters of a configuration or tokenizer, and of data, that are read at once
+_SPACE, _DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UNREADABLE = {  # first bytes of a file: what it is and what to do
     LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
@@ -47,22 +50,26 @@ def require_file(path: Path | str, flag: str) -> None:
         raise FileNotFoundError(f"{flag} {path}: is a folder, not a file")
 
 
-def read_lines(path: Path, progress: Callable[[int], None] = lambda position: None) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path, progress: Callable[[int], None] = lambda position: None, *, universal: bool = False
+) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line including its end) of a text file.
 
-    Lines end with a line feed or, in a file whose first block has none, with a carriage return. A compressed file is
-    recognised by its first bytes.
+    Lines end with a line feed, or with a carriage return and a line feed. A carriage return alone ends a line as well
+    in a file whose first block has no line feed; elsewhere it may be part of a text. A compressed file is recognised by
+    its first bytes.
 
     Args:
         path: A text file, compressed or not.
         progress: Called with the number of bytes of the file read so far.
+        universal: Whether a carriage return alone always ends a line: for formats whose lines cannot contain one.
 
     Raises:
         ValueError: The file is not text, a line is not UTF-8, or the compressed file is damaged; the message names file
             and line.
     """
     with path.open("rb") as raw:
-        for numbered in _decoded_lines(str(path), _decompressed(raw)):
+        for numbered in _decoded_lines(str(path), _decompressed(raw), universal):
             progress(raw.tell())
             yield numbered
 
@@ -88,13 +95,13 @@ def read_standard_input() -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def named_standard_input(copy: Path) -> Iterator[None]:
-    """Have errors in the copy of standard input, or in its temporary file, name standard input."""
+def named_standard_input(*copies: Path) -> Iterator[None]:
+    """Have errors in a copy of standard input, or in its temporary file, name standard input."""
     try:
         yield
     except ValueError as error:
         message = str(error)
-        for path in (copy.with_name(f".{copy.name}"), copy):
+        for path in [path for copy in copies for path in (copy.with_name(f".{copy.name}"), copy)]:
             message = message.replace(str(path), STANDARD_INPUT)
         if type(error) is not ValueError or message == str(error):
             raise
@@ -124,6 +131,39 @@ def decode_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_unique_keys)
 
 
+def read_json_list(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, JSON text) of the values in a file that holds one list of them.
+
+    Raises:
+        ValueError: The file is not UTF-8 text, or not a list in JSON; the message names file and line.
+    """
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")  # values contain no line ends
+    start = _after_space(text, 0)
+    if not text.startswith("[", start):
+        raise ValueError(f"{path}: not a list in JSON, [{{…}}, …]")
+    position, line, counted = _after_space(text, start + 1), 1, 0
+    goes_on = not text.startswith("]", position)
+    while goes_on:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            _, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {line}: not JSON ({error})") from None
+        yield line, text[position:end]
+        position = _after_space(text, end)
+        goes_on = text.startswith(",", position)
+        position = _after_space(text, position + goes_on)
+    if text[position:].strip() != "]":
+        line += text.count("\n", counted, position)
+        raise ValueError(f"{path}, line {line}: not JSON (',' or the ']' at the end of the list is missing)")
+
+
+def _after_space(text: str, position: int) -> int:
+    """Return the first position from `position` on that holds no white space of JSON."""
+    space = _SPACE.match(text, position)
+    return position if space is None else space.end()
+
+
 def unpaired_surrogate(text: str) -> str | None:
     """Return which part of a text is not a character, for messages; None: it is Unicode text."""
     try:
@@ -133,19 +173,32 @@ def unpaired_surrogate(text: str) -> str | None:
     return None
 
 
+def read_text(path: Path, limit: int = _MAX_DATA) -> str:
+    """Return the text of a file.
+
+    Args:
+        path: A text file, compressed or not.
+        limit: Maximum number of characters, as a small archive may hold a text that exhausts memory.
+
+    Raises:
+        ValueError: The file is not UTF-8 text, or longer; the message names it.
+    """
+    pieces, size = [], 0
+    for _, line in read_lines(path):
+        pieces.append(line)
+        size += len(line)
+        if size > limit:
+            raise ValueError(f"{path} has more than {limit:,} characters, too many for a file that is read at once")
+    return "".join(pieces)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object, as the configurations of models and tokenizers do.
 
     Raises:
         ValueError: The file is not UTF-8 text, or is not a whole JSON object; the message names it.
     """
-    pieces, size = [], 0
-    for _, line in read_lines(path):
-        pieces.append(line)
-        size += len(line)
-        if size > _MAX_JSON:  # of a small compressed file, perhaps
-            raise ValueError(f"{path} has more than {_MAX_JSON:,} characters, which no configuration or tokenizer has")
-    text = "".join(pieces)
+    text = read_text(path, _MAX_JSON)
     if not text.strip():
         raise ValueError(f"{path} is empty: copy or download it again")
     try:
@@ -166,10 +219,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _decoded_lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
+def _decoded_lines(name: str, stream: io.BufferedReader, universal: bool = False) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        for number, line in enumerate(_lines(name, stream), 1):
+        for number, line in enumerate(_lines(name, stream, universal), 1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
@@ -185,7 +238,7 @@ class _NotText(ValueError):
     """A file's first bytes show that it is not UTF-8 text."""
 
 
-def _lines(name: str, stream: io.BufferedReader) -> Iterator[bytes]:
+def _lines(name: str, stream: io.BufferedReader, universal: bool = False) -> Iterator[bytes]:
     first = stream.peek()
     for start, what in UNREADABLE.items():
         if first.startswith(start):
@@ -194,19 +247,29 @@ def _lines(name: str, stream: io.BufferedReader) -> Iterator[bytes]:
         raise _NotText(f"{name} is not a text file: byte {first.index(0)} is 0")
     # A carriage return at the very end may be the first half of a line end of which the rest has not arrived yet.
     carriage_returns = b"\r" in first[:-1] and b"\n" not in first
-    return _lines_at_carriage_returns(stream) if carriage_returns else iter(stream)
+    if carriage_returns:
+        return _lines_of_blocks(stream)
+    return chain.from_iterable(line.splitlines(keepends=True) for line in stream) if universal else iter(stream)
 
 
-def _lines_at_carriage_returns(stream: io.BufferedReader) -> Iterator[bytes]:
+def _lines_of_blocks(stream: io.BufferedReader) -> Iterator[bytes]:
+    """Yield the lines of a stream which begins with lines that end with carriage returns: it may have no line feed."""
     pieces: list[bytes] = []  # of a line that goes on in the next block
     while block := stream.read1(_BLOCK):
-        *whole, rest = block.split(b"\r")
-        for line in whole:
-            yield b"".join([*pieces, line, b"\r"])
+        if pieces and pieces[-1].endswith(b"\r"):
+            rest_of_end = block.startswith(b"\n")  # of the line end of which the last block had the first half
+            yield b"".join([*pieces, block[:rest_of_end]])
+            block, pieces = block[rest_of_end:], []
+        for line in block.splitlines(keepends=True):
+            if pieces and pieces[-1].endswith((b"\r", b"\n")):
+                yield b"".join(pieces)
+                pieces = []
+            pieces.append(line)
+        if pieces and pieces[-1].endswith(b"\n"):  # nothing can follow, so a reader need not wait
+            yield b"".join(pieces)
             pieces = []
-        pieces.append(rest)
-    if last := b"".join(pieces):
-        yield last
+    if pieces:
+        yield b"".join(pieces)
 
 
 def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:

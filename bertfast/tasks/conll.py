@@ -78,7 +78,7 @@ class Format:
         Raises:
             ValueError: It is another kind of file, such as a table of texts.
         """
-        filled = ((number, line) for number, line in read_lines(path) if not _separates(line))
+        filled = ((number, line) for number, line in read_lines(path, universal=True) if not _separates(line))
         sample = list(islice(filled, _SAMPLE))
         rows = [(number, line) for number, line in sample if line[0] != "#"] or sample
         if not rows:
@@ -161,7 +161,7 @@ def read_sentences(path: Path, tag_column: int, bad: BadRows, *, labelled: bool)
     words: list[str] = []
     tags: list[str] = []
     sentences, first, problem = 0, 0, None
-    for number, line in chain(read_lines(path), [(0, "")]):  # an empty line after the last sentence
+    for number, line in chain(read_lines(path, universal=True), [(0, "")]):  # an empty line after the last sentence
         if _separates(line):
             sentences += bool(words)
             if problem is not None:
@@ -181,7 +181,7 @@ def read_sentences(path: Path, tag_column: int, bad: BadRows, *, labelled: bool)
 
 def is_tagged(path: Path) -> bool:
     """Return whether a file named like a table is a CoNLL file, with tags such as B-ORG and O in its last column."""
-    lines = [line for _, line in islice(read_lines(path), _SAMPLE)]
+    lines = [line for _, line in islice(read_lines(path, universal=True), _SAMPLE)]
     rows = [_fields(line, tabs=True) for line in lines if not _separates(line)]
     tags = {row[-1].strip() if len(row) > 1 else "" for row in rows}
     return "O" in tags and all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)

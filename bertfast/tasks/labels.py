@@ -32,7 +32,7 @@ def read_label(value: Any, problem_type: str | None) -> Label:
         return [str(name).strip() for name in names if str(name).strip()]
     if value is None:
         return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def names_of(label: Label) -> list[str]:
@@ -59,6 +59,11 @@ def sorted_labels(labels: Sequence[str]) -> list[str]:
         names = {name for name in names if _is_finite(name)} or names
     integers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if integers else 0, name))
+
+
+def sorted_numbers(labels: Sequence[str]) -> list[str]:
+    """Return the distinct labels of a regression that can be used, which are finite numbers, sorted by value."""
+    return sorted(filter(_is_finite, {*labels}), key=float)
 
 
 def require_classes(names: Sequence[str], file: str) -> None:

@@ -22,7 +22,7 @@ from bertfast.tasks.labels import canonical
 from bertfast.tasks.metrics import classification_metrics
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import softmax
-from bertfast.tasks.tables import Table, read_chunks, read_table
+from bertfast.tasks.tables import Table, not_text, read_chunks, read_table
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
 
 _LABEL = "label"
@@ -62,7 +62,7 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
 
     def read(self, path: str, *, labelled: bool) -> MultipleChoiceExamples:
         """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
-        ending1, … or, in JSONL, a list endings."""
+        ending1, … or, in JSON, a list endings."""
         table = read_table(path, bad=self.bad_rows)
         if labelled:
             table.column(_LABEL)  # raises, naming the columns of the file, before the rows without labels are reported
@@ -167,9 +167,10 @@ def _problem(second_text: Any, endings: Any, count: int | None) -> str | None:
         count: Number of endings of the first row; None: this is the first.
     """
     if second_text is not None and not isinstance(second_text, str):
-        return f"column 'sent2' holds {json.dumps(second_text)}, not a text"
+        return f"column 'sent2' {not_text(second_text)}"
     if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
-        return f"the endings are {json.dumps(endings)}, not a list of texts"
+        found = "null or missing" if endings is None else json.dumps(endings, ensure_ascii=False)
+        return f"the endings are {found}, not a list of texts"
     if len(endings) < 2 or count not in (None, len(endings)):
         first = "" if count is None else f" where the first row has {count}"
         return f"{counted(len(endings), 'ending')}{first}; at least two are needed, as many in each row"

@@ -89,6 +89,8 @@ def _by_file(file: str | None) -> type[Task[Any]]:
                 return MultipleChoiceTask
             if '"question"' in start and '"context"' in start:
                 return QuestionAnsweringTask
+            if re.search(r'"label"\s*:', start) and '"paragraphs"' not in start:
+                return SequenceClassificationTask
         if ".tsv" in suffixes and is_tagged(path):
             raise ValueError(
                 f"{path} looks like a CoNLL file, with one word and its tag per line and an empty line between "

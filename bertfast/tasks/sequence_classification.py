@@ -5,7 +5,6 @@ Shapes: E examples.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +35,12 @@ from bertfast.tasks.labels import (
     require_classes,
     shown,
     sorted_labels,
+    sorted_numbers,
 )
 from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.tables import Table, read_chunks, read_table
+from bertfast.tasks.tables import Table, not_text, read_chunks, read_table
 from bertfast.tasks.task import (
     ROWS_PER_CHUNK,
     ConfusionMatrix,
@@ -171,7 +171,7 @@ class SequenceClassificationTask(Task[TextExamples]):
         return (*self.benchmark.metrics, *(name for name in of_problem if name not in self.benchmark.metrics))
 
     def read(self, path: str, *, labelled: bool) -> TextExamples:
-        """Read a .tsv, .csv or .jsonl file; see `Task.read`."""
+        """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
         table = read_table(path, bad=self.bad_rows)
         columns, benchmark = self._choose_columns(table)
         if labelled:
@@ -334,9 +334,7 @@ class SequenceClassificationTask(Task[TextExamples]):
             if benchmark is not None and value == benchmark.unlabelled:
                 rows.leave_out(row, "no gold label")
             elif isinstance(value, (list, dict)) and self.problem_type != MULTI_LABEL:
-                rows.reject(
-                    row, f"column {column!r} holds {json.dumps(value)}; for several labels use --task multi-label"
-                )
+                rows.reject(row, f"column {column!r} {not_text(value)}; for several labels use --task multi-label")
             elif self.problem_type != MULTI_LABEL and not read_label(value, self.problem_type):
                 rows.reject(row, f"no label in column {column!r}")
             else:
@@ -369,7 +367,7 @@ class SequenceClassificationTask(Task[TextExamples]):
         return np.array(targets, np.int64 if self.problem_type == SINGLE_LABEL else np.float32), usable
 
     def _report_problem_type(self, labels: list[str]) -> None:
-        names = sorted({*labels}) if self.problem_type == REGRESSION else sorted_labels(labels)
+        names = sorted_numbers(labels) if self.problem_type == REGRESSION else sorted_labels(labels)
         task = next(name for name, problem_type in PROBLEM_TYPES.items() if problem_type == self.problem_type)
         logger.info("inferred --task %s from labels %s in column %r", task, shown(names), self.label_column)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.data.text_files import decode_json, json_object, read_lines, unpaired_surrogate
+from bertfast.data.text_files import decode_json, json_object, read_lines, read_text, unpaired_surrogate
 from bertfast.tasks.rows import BadRows, Rows
 
 LINE_EXAMPLE = '{"question": "…", "context": "…"}'
@@ -57,6 +57,13 @@ class QuestionFile(NamedTuple):
     no_metrics: str | None
 
 
+class _Absent:
+    """Stands for a value that an object lacks, which is not the same as null."""
+
+
+_ABSENT = _Absent()
+
+
 class _Entry(NamedTuple):
     """A question as it stands in a file: where, and its JSON values or why it has none."""
 
@@ -65,6 +72,13 @@ class _Entry(NamedTuple):
     context: object = None
     default_id: str | None = None
     problem: str | None = None
+
+
+class _Malformed(NamedTuple):
+    """An article or a paragraph whose questions cannot be read: where, and why."""
+
+    location: str
+    problem: str
 
 
 def read_questions(path: Path, bad: BadRows, *, labelled: bool) -> QuestionFile:
@@ -118,47 +132,56 @@ def _lines(path: Path) -> Iterator[_Entry]:
         except ValueError as error:
             yield _Entry(location, problem=str(error).removeprefix(f"{path}, {location}: "))
         else:
-            yield _Entry(location, values, values.get("context"), str(row))
+            yield _Entry(location, values, values.get("context", _ABSENT), str(row))
 
 
 def _nested(path: Path) -> Iterator[_Entry]:
-    """Yield the questions of a .json file, paragraph by paragraph."""
-    for number, (values, context) in enumerate(_pairs(path, _json(path)), 1):
+    """Yield the questions of a .json file, paragraph by paragraph; a malformed article or paragraph is one entry."""
+    for number, found in enumerate(_pairs(path, _json(path)), 1):
+        if isinstance(found, _Malformed):
+            yield _Entry(found.location, problem=f"not in SQuAD's format, {_FORMAT}: {found.problem}")
+            continue
+        values, context = found
         known = values if isinstance(values, dict) else {}
         name = next((repr(known[key])[:_SHOWN] for key in ("id", "question") if known.get(key)), "without id")
         yield _Entry(f"question {number} ({name})", values, context)
 
 
-def _pairs(path: Path, data: object) -> Iterator[tuple[object, object]]:
-    """Yield (question with its answers, context) of the content of a file."""
-    for article in _objects(path, "article", data["data"] if isinstance(data, dict) and "data" in data else data):
-        if "paragraphs" in article:
-            for paragraph in _objects(path, "paragraph", article["paragraphs"]):
-                qas = paragraph.get("qas")
-                if not isinstance(qas, list):
-                    raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a paragraph has no list 'qas'")
-                yield from ((values, paragraph.get("context")) for values in qas)
+def _pairs(path: Path, data: object) -> Iterator[tuple[object, object] | _Malformed]:
+    """Yield (question with its answers, context) of the content of a file, and what cannot be read."""
+    articles = data["data"] if isinstance(data, dict) and "data" in data else data
+    if not isinstance(articles, list):
+        raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a list of articles is missing")
+    for number, article in enumerate(articles, 1):
+        where = f"article {number}"
+        if not isinstance(article, dict):
+            yield _Malformed(where, f"it is {_shown(article)}")
+        elif "paragraphs" in article:
+            yield from _questions_of(article["paragraphs"], where)
         elif {"question", "context"} & article.keys():
-            yield article, article.get("context")
+            yield article, article.get("context", _ABSENT)
         else:
-            raise ValueError(
-                f"{path} is not in SQuAD's format, {_FORMAT}: an article has no 'paragraphs'; for another task than "
-                "question answering, write one object per line into a .jsonl file"
-            )
+            remedy = "for another task than question answering, add --task"
+            yield _Malformed(where, f"it has no 'paragraphs'; {remedy}")
 
 
-def _objects(path: Path, noun: str, values: object) -> list[dict[str, object]]:
-    if not isinstance(values, list):
-        raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: a list of {noun}s is missing")
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} is not in SQuAD's format, {_FORMAT}: {noun} {number} is {value!r:.40}")
-    return values
+def _questions_of(paragraphs: object, where: str) -> Iterator[tuple[object, object] | _Malformed]:
+    """Yield what `_pairs` yields, of the paragraphs of one article."""
+    if not isinstance(paragraphs, list):
+        yield _Malformed(where, f"its 'paragraphs' are {_shown(paragraphs)}, not a list")
+        return
+    for number, paragraph in enumerate(paragraphs, 1):
+        if not isinstance(paragraph, dict):
+            yield _Malformed(f"{where}, paragraph {number}", f"it is {_shown(paragraph)}")
+        elif not isinstance(paragraph.get("qas"), list):
+            yield _Malformed(f"{where}, paragraph {number}", "it has no list 'qas'")
+        else:
+            yield from ((values, paragraph.get("context", _ABSENT)) for values in paragraph["qas"])
 
 
 def _json(path: Path) -> object:
     """Return the content of a JSON file."""
-    text = "".join([line for _, line in read_lines(path)])
+    text = read_text(path)
     try:
         return decode_json(text)
     except json.JSONDecodeError as error:
@@ -171,12 +194,17 @@ def _json(path: Path) -> object:
         raise ValueError(f"{path}: {error} within an object; remove one of the two") from None
 
 
+def _shown(value: object) -> str:
+    """Return the beginning of a JSON value, for messages."""
+    return json.dumps(value, ensure_ascii=False)[:_SHOWN]
+
+
 def _id(entry: _Entry) -> str:
     """Return the id of an entry; ValueError if it has none."""
     if entry.problem is not None:
         raise ValueError(entry.problem)
     if not isinstance(entry.values, dict):
-        raise ValueError(f"{json.dumps(entry.values)[:_SHOWN]} is not an object with an id and a question")
+        raise ValueError(f"{_shown(entry.values)} is not an object with an id and a question")
     question_id = entry.values.get("id", entry.default_id)
     if isinstance(question_id, int) and not isinstance(question_id, bool):
         question_id = str(question_id)
@@ -190,8 +218,10 @@ def _texts(question_id: str, entry: _Entry) -> tuple[str, str]:
     question = entry.values.get("question") if isinstance(entry.values, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError("it has no question")
+    if entry.context is _ABSENT:
+        raise ValueError("it has no context")
     if not isinstance(entry.context, str):
-        raise ValueError(f"its context is {json.dumps(entry.context)[:_SHOWN]}, not a text")
+        raise ValueError(f"its context is {_shown(entry.context)}, not a text")
     for text in (question_id, question, entry.context):
         if (problem := unpaired_surrogate(text)) is not None:
             raise ValueError(f"it holds the {problem}")
@@ -240,15 +270,21 @@ def _answer_pairs(values: dict[str, object]) -> tuple[list[tuple[object, object]
         return [], False
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
         raise ValueError('its answers are not a list of objects such as {"text": "…", "answer_start": 0}')
-    return [(answer.get("text"), answer.get("answer_start")) for answer in answers], False
+    return [(answer.get("text", _ABSENT), answer.get("answer_start", _ABSENT)) for answer in answers], False
 
 
 def _located(text: object, start: object, context: str) -> tuple[str, int]:
     """Return an answer; ValueError if it does not begin at character `start` of the context."""
+    if text is _ABSENT:
+        raise ValueError("an answer has no text")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the text of an answer is {json.dumps(text)}")
+        raise ValueError(f"the text of an answer is {_shown(text)}")
+    if start is _ABSENT:
+        found = context.find(text)
+        remedy = "" if found < 0 else f"; the context has it at {found}"
+        raise ValueError(f"the answer {text!r} has no answer_start, its first character in the context{remedy}")
     if not isinstance(start, int) or isinstance(start, bool):
-        raise ValueError(f"answer_start of the answer {text!r} is {json.dumps(start)}, not an integer")
+        raise ValueError(f"answer_start of the answer {text!r} is {_shown(start)}, not an integer")
     if start < 0 or not context.startswith(text, start):
         found = context.find(text)
         remedy = "" if found < 0 else f" {start}; it is at {found}"

@@ -1,23 +1,26 @@
-"""Tables of labelled data: TSV (no quoting), CSV (quoted) or JSONL (one object per line), optionally compressed."""
+"""Tables of labelled data, optionally compressed: TSV (no quoting), CSV (quoted), JSONL (one object per line) or JSON.
+
+A .json file holds one list of objects, or one object per line.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.data.text_files import COMPRESSIONS
 from bertfast.runtime.settings import counted
 from bertfast.tasks.glue import columns_without_header
+from bertfast.tasks.records import Record, csv_records, json_records, tsv_records
 from bertfast.tasks.rows import BadRows, Rows
 
-FORMATS = (".tsv", ".csv", ".jsonl")
+FORMATS = (".tsv", ".csv", ".jsonl", ".json")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
 SEPARATORS = {".tsv": "\t", ".csv": ","}
 ID_COLUMNS = ("id", "index", "idx", "guid")
@@ -26,7 +29,6 @@ _OTHER_SEPARATORS = {
     ",": "commas; give it the suffix .csv",
     ";": "semicolons; replace them by tabs and give it the suffix .tsv",
 }
-_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
 logger = logging.getLogger("bertfast")
 
@@ -36,7 +38,7 @@ class Table:
     """The rows of a file, or of a part of it, column by column.
 
     Attributes:
-        columns: Values of each row by column name: strings, or JSON values (None if missing) in JSONL.
+        columns: Values of each row by column name: strings, or JSON values (None if missing) in JSON.
         rows: Where each row comes from.
     """
 
@@ -74,7 +76,7 @@ class Table:
             if wrong is None:
                 usable.append(row)
             else:
-                self.rows.reject(row, f"column {names[wrong]!r} holds {json.dumps(values[wrong])}, not a text")
+                self.rows.reject(row, f"column {names[wrong]!r} {not_text(values[wrong])}")
         return self if len(usable) == len(self) else self.select(usable)
 
     def select(self, indices: Iterable[int]) -> Table:
@@ -85,7 +87,7 @@ class Table:
 
 
 def read_table(path: Path | str, *, bad: BadRows | None = None) -> Table:
-    """Read a .tsv, .csv or .jsonl file, optionally compressed; see `read_chunks`.
+    """Read a .tsv, .csv, .jsonl or .json file, optionally compressed; see `read_chunks`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -98,7 +100,7 @@ def read_table(path: Path | str, *, bad: BadRows | None = None) -> Table:
 
 
 def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = None) -> Iterator[Table]:
-    """Yield the tables of `size` rows that make up a .tsv, .csv or .jsonl file, optionally compressed.
+    """Yield the tables of `size` rows that make up a .tsv, .csv, .jsonl or .json file, optionally compressed.
 
     Args:
         path: The file.
@@ -117,15 +119,14 @@ def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = Non
         raise ValueError(
             f"{path} has an unknown file type; use one of {', '.join(FORMATS)}, optionally compressed "
             f"({', '.join(filter(None, COMPRESSIONS))})"
-            + ("; .jsonl is the suffix of one JSON object per line" if ".json" in path.suffixes[-2:] else "")
         )
     suffix = next(suffix for suffix in FORMATS if suffix in path.suffixes[-2:])
     bad = bad or BadRows()
-    if suffix == ".jsonl":
+    if suffix not in SEPARATORS:
         names: list[str] = []
-        records = _json_records(path)
+        records = json_records(path)
     else:
-        records = _tsv_records(path) if suffix == ".tsv" else _csv_records(path)
+        records = tsv_records(path) if suffix == ".tsv" else csv_records(path)
         names, records = _header(path, SEPARATORS[suffix], records)
     reader = _TableReader(path, names, bad)
     first = next(records, None)
@@ -134,23 +135,6 @@ def read_chunks(path: Path | str, size: int | None, *, bad: BadRows | None = Non
     records = chain([first], records)
     while chunk := list(islice(records, size)):
         yield reader.table(chunk)
-
-
-@dataclass(slots=True)
-class _Record:
-    """A row as it stands in a file.
-
-    Attributes:
-        line: Its first line, from 1.
-        values: Fields, or values by name.
-        problem: Why it cannot be read, with file and line.
-        parts: If the row has several lines, the fields of each line when its quotes are ignored.
-    """
-
-    line: int
-    values: list[str] | dict[str, Any]
-    problem: str | None = None
-    parts: Sequence[list[str]] = ()
 
 
 class _TableReader:
@@ -166,10 +150,10 @@ class _TableReader:
         self.path, self.names, self.bad = path, names, bad
         self.number = 0  # of the last row
         self.ids: set[int] = set()  # hashes, which bound memory
-        self.previous: list[_Record] = []  # those of the last table, with which a short one is compared
+        self.previous: list[Record] = []  # those of the last table, with which a short one is compared
         self.warned = False  # of a row on several lines
 
-    def table(self, records: list[_Record]) -> Table:
+    def table(self, records: list[Record]) -> Table:
         """Return the table of the next records without those that cannot be used."""
         numbers, lines, rows = [], [], []
         for record in records:
@@ -193,7 +177,7 @@ class _TableReader:
             return {name: [row.get(name) for row in objects] for name in self.names}
         return {name: [row[i] for row in rows if isinstance(row, list)] for i, name in enumerate(self.names)}
 
-    def _problem(self, record: _Record) -> str | None:
+    def _problem(self, record: Record) -> str | None:
         if isinstance(record.values, dict):
             return None
         if len(record.values) == len(self.names):
@@ -223,7 +207,7 @@ class _TableReader:
             usable.append(row)
         return Table(table.columns, rows).select(usable)
 
-    def _require_plausible_quotes(self, records: list[_Record]) -> None:
+    def _require_plausible_quotes(self, records: list[Record]) -> None:
         """Check the rows on several lines of which each looks like a row of its own, with as many fields as columns.
 
         Warn, once per file, as a stray quote may have swallowed the lines.
@@ -254,6 +238,11 @@ class _TableReader:
                 self.warned = True
 
 
+def not_text(value: Any) -> str:
+    """Return what a field holds instead of a text, for messages; JSON objects may also lack it."""
+    return "is null or missing" if value is None else f"holds {json.dumps(value, ensure_ascii=False)}, not a text"
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -262,7 +251,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _header(path: Path, separator: str, records: Iterator[_Record]) -> tuple[list[str], Iterator[_Record]]:
+def _header(path: Path, separator: str, records: Iterator[Record]) -> tuple[list[str], Iterator[Record]]:
     """Return the names of the columns, and the rows below them.
 
     Raises:
@@ -288,7 +277,7 @@ def _header(path: Path, separator: str, records: Iterator[_Record]) -> tuple[lis
     if len(names) > 1:
         return names, (record for record in records if record.values or record.problem)
     # In a file of one column an empty line is a row.
-    return names, (_Record(record.line, record.values or [""], record.problem, record.parts) for record in records)
+    return names, (Record(record.line, record.values or [""], record.problem, record.parts) for record in records)
 
 
 def _require_separator(separator: str, names: list[str], where: str) -> None:
@@ -301,58 +290,3 @@ def _require_separator(separator: str, names: list[str], where: str) -> None:
     for other, remedy in _OTHER_SEPARATORS.items():
         if other != separator and other in name:
             raise ValueError(f"{where}: the columns {name!r} are separated by {remedy}")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines without line ends."""
-    return ((number, line.rstrip("\r\n")) for number, line in read_lines(path))
-
-
-def _tsv_records(path: Path) -> Iterator[_Record]:
-    """Yield the rows of a .tsv file, empty ones included (without fields)."""
-    return (_Record(number, line.split("\t") if line else []) for number, line in _lines(path))
-
-
-def _json_records(path: Path) -> Iterator[_Record]:
-    for number, line in _lines(path):
-        if line:
-            try:
-                yield _Record(number, json_object(path, number, line, '{"sentence": "…", "label": "…"}'))
-            except ValueError as error:
-                yield _Record(number, {}, str(error))
-
-
-def _csv_records(path: Path) -> Iterator[_Record]:
-    """Yield the rows of a .csv file, empty ones included (without fields).
-
-    Raises:
-        ValueError: A quote that spans several lines is not closed as it should be, which leaves the rows unknown.
-    """
-    lines: list[str] = []  # of the current row
-
-    def remembered() -> Iterator[str]:
-        for _, line in read_lines(path):
-            lines.append(line)
-            yield line
-
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader, line = csv.reader(remembered(), strict=True), 1
-    while True:
-        where = f"{path}, line {line}"
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if len(lines) > 1:
-                raise ValueError(
-                    f"{where}: the quote that opens here is not closed properly until line {reader.line_num}"
-                ) from None
-            if "end of data" in str(error):
-                raise ValueError(f"{where}: the quote that opens here is never closed") from None
-            yield _Record(line, [], f"{where}: {error}; write a quote within a quoted field twice")
-        else:
-            parts = [part.rstrip("\r\n").split(",") for part in lines] if len(lines) > 1 else ()
-            yield _Record(line, values, parts=parts)
-        line = reader.line_num + 1
-        lines.clear()

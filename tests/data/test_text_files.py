@@ -6,7 +6,15 @@ import threading
 
 import pytest
 
-from bertfast.data.text_files import STANDARD_INPUT, json_object, read_standard_input
+from bertfast.data import text_files
+from bertfast.data.text_files import (
+    STANDARD_INPUT,
+    json_object,
+    read_json_list,
+    read_lines,
+    read_standard_input,
+    read_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +23,8 @@ from bertfast.data.text_files import STANDARD_INPUT, json_object, read_standard_
         ("é\n\n b ".encode(), ["é\n", "\n", " b "]),
         (b"\xef\xbb\xbfa\r\nb\r\n", ["a\r\n", "b\r\n"]),
         (b"a\rb\r", ["a\r", "b\r"]),
+        (b"a\r\nb\nc\rd\n", ["a\r\n", "b\n", "c\rd\n"]),
+        (b"a\r" * 9000 + b"b\r\nc\nd", ["a\r"] * 9000 + ["b\r\n", "c\n", "d"]),
         (gzip.compress(b"a\nb\n"), ["a\n", "b\n"]),
         (b"", []),
     ],
@@ -58,3 +68,33 @@ def test_a_line_end_that_arrives_in_two_pieces_ends_one_line(monkeypatch):
 def test_an_unpaired_surrogate_is_refused_with_its_line():
     with pytest.raises(ValueError, match=r"standard input, line 7: unpaired surrogate \\ud800"):
         json_object(STANDARD_INPUT, 7, '{"a": "\\ud800"}', "{}")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_line_ends_are_found_wherever_blocks_end(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK", block)
+    content = b"a\rb\r\n\rccccccc\n\n\r\r\nd\r"
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    # The first block that is read decides how: it has a carriage return and no line feed.
+    with path.open("rb", buffering=4) as file:
+        assert [*text_files._lines("a.txt", file)] == content.splitlines(keepends=True)
+
+
+def test_a_carriage_return_ends_a_line_of_formats_that_cannot_contain_one(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"a\r\nb\nc\rd\r\r\n")
+    assert [line for _, line in read_lines(path, universal=True)] == ["a\r\n", "b\n", "c\r", "d\r", "\r\n"]
+
+
+def test_a_list_in_json_is_read_value_by_value(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b' \r[ {"a":\r\n [1, "]"]} ,\r"b\\n"\n, 3 ]\n')
+    assert [*read_json_list(path)] == [(2, '{"a":\n [1, "]"]}'), (4, '"b\\n"'), (5, "3")]
+
+
+def test_a_file_that_is_read_at_once_has_a_limit(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + " " * 100)
+    with pytest.raises(ValueError, match=r"a\.json has more than 50 characters"):
+        read_text(path, limit=50)

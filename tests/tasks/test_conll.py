@@ -26,6 +26,7 @@ def read(path: Path, text: str, column: int = -1, *, labelled: bool = True, skip
         ("Ann  NNP\t O \nruns VBZ O\nnow RB O\n", [["Ann", "runs", "now"]]),  # spaces, and a stray tab
         ("\ufeffAnn\tO\r\n \t \r\nBob\tO", [["Ann"], ["Bob"]]),  # byte-order mark, CRLF, no last line end
         ("Ann O\rBob O\r\rEve O\r", [["Ann", "Bob"], ["Eve"]]),  # CR
+        ("Ann O\r\nBob O\n\nEve O\rIda O\n", [["Ann", "Bob"], ["Eve", "Ida"]]),  # mixed
         ("-DOCSTART- -X- O\n\nAnn NNP O\n-DOCSTART- -X- O\nBob NNP O\n", [["Ann"], ["Bob"]]),
         ("-DOCSTART- (1 a)\n\nAnn\tO\n", [["Ann"]]),
         ("word\ttag\nAnn\tO\n", [["Ann"]]),  # a header

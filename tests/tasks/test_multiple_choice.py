@@ -55,9 +55,9 @@ def test_json_lines_may_have_any_number_of_endings(tmp_path):
     ("row", "message"),
     [
         ({"sent1": "a", "endings": ["b"], "label": 0}, "line 2: 1 ending where the first row has 2"),
-        ({"sent1": "a", "endings": None, "label": 0}, "line 2: the endings are null, not a list of texts"),
+        ({"sent1": "a", "endings": None, "label": 0}, "line 2: the endings are null or missing, not a list"),
         ({"sent1": "a", "endings": ["b", None], "label": 0}, "line 2: the endings are .*, not a list of texts"),
-        ({"sent1": None, "endings": ["b", "c"], "label": 0}, "line 2: column 'sent1' holds null, not a text"),
+        ({"sent1": None, "endings": ["b", "c"], "label": 0}, "line 2: column 'sent1' is null or missing"),
         ({"sent1": "a", "sent2": 1, "endings": ["b", "c"], "label": 0}, "line 2: column 'sent2' holds 1, not a text"),
         ({"sent1": "a", "endings": ["b", "c"], "label": -1}, "line 2: the label -1 is not in 0 to 1"),
         ({"sent1": "a", "endings": ["b", "c"], "label": 2}, "line 2: the label 2 is not in 0 to 1"),
@@ -118,11 +118,55 @@ def test_a_conll_file_named_like_a_table_is_named_with_the_remedy(tmp_path):
     assert len(choose_task(settings, file=str(path)).read(str(path), labelled=True)) == 2
 
 
-def test_choices_in_a_json_file_are_refused_with_the_suffix_to_use(tmp_path):
+CHOICES = [{"sent1": "a", "endings": ["b", "é"], "label": 0}, {"sent1": "[c", "endings": ["d,", "]"], "label": 1}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CHOICES),
+        json.dumps(CHOICES, indent=2, ensure_ascii=False),
+        json.dumps(CHOICES, indent=2).replace("\n", "\r\n"),
+        "\ufeff \n" + json.dumps(CHOICES) + "\n\n",
+        "\n".join(map(json.dumps, CHOICES)),  # one object per line, as the library datasets writes it
+    ],
+)
+def test_choices_in_a_json_file_are_read(text, tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('{"sent1": "a", "endings": ["b", "c"], "label": 0}\n')
-    with pytest.raises(ValueError, match=r"a\.json has an unknown file type; .*\.jsonl is the suffix of one JSON"):
-        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path)).read(str(path), labelled=True)
+    path.write_bytes(text.encode())
+    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    examples = task.read(str(path), labelled=True)
+    assert (examples.texts, examples.endings) == (["a", "[c"], [["b", "é"], ["d,", "]"]])
+    assert (examples.labels, examples.rows.numbers) == ([0, 1], [1, 2])
+    assert [part.texts for part in task_for().read_chunks(str(path))] == [["a", "[c"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[\n{}\n,\n3]", r"line 4: not an object"),
+        ('[{"sent1": "a", "endings": ["b"]}]', r"line 1: 1 ending; at least two"),
+        ("[\n{},\n{]", r"line 3: not JSON"),
+        ("[\n{}\n{}]", r"line 3: not JSON \(',' or the '\]' at the end of the list is missing\)"),
+        ("[\n{}\n", r"not JSON \(',' or the '\]' at the end of the list is missing\)"),
+        ("[{}] x", r"line 1: not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "holds no rows"),
+    ],
+)
+def test_faults_of_a_list_in_json_are_named_with_their_line(text, message, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
+        task_for().read(str(path), labelled=False)
+
+
+def test_objects_of_a_list_that_cannot_be_used_are_skipped(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([CHOICES[0], 3, {"sent1": None}, CHOICES[1]]))
+    task = task_for(on_bad_rows="skip")
+    assert task.read(str(path), labelled=True).rows.numbers == [1, 4]
+    assert sorted(task.bad_rows.skipped[str(path)]) == [2, 3]
 
 
 def test_endings_are_numbered_from_zero(tmp_path):

@@ -253,9 +253,9 @@ def test_more_labels_than_rows_per_label_are_suspicious(caplog):
     ("labels", "inferred", "label_ids"),
     [
         (["1", "0", "1 ", "nan"], "--task sequence-classification from labels 0, 1 in column 'label'", [1, 0, 1]),
-        (["0.5", "2", " 1", "inf"], "--task regression from labels 0.5, 1, 2, inf in column 'label'", [0.5, 2, 1]),
+        (["0.5", "2", " 1", "inf"], "--task regression from labels 0.5, 1, 2 in column 'label'", [0.5, 2, 1]),
         (["1", "0", "1", "NA"], "--task sequence-classification from labels 0, 1 in column 'label'", [1, 0, 1]),
-        (["0.5", "2", "1", "None"], "--task regression from labels 0.5, 1, 2, None in column 'label'", [0.5, 2, 1]),
+        (["0.5", "2", "1", "None"], "--task regression from labels 0.5, 1, 2 in column 'label'", [0.5, 2, 1]),
         (["b", " a", "b", ""], "--task sequence-classification from labels a, b in column 'label'", [1, 0, 1]),
     ],
 )

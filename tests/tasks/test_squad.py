@@ -60,7 +60,15 @@ def test_lines_with_a_question_and_a_context_are_recognised(tmp_path):
 BAD = {
     "id": ({"id": None}, "1 ('Who?'): it has no id"),
     "question": ({"question": None}, "1 ('1'): it has no question"),
-    "start": ({"answers": [{"text": "Denver"}]}, "answer_start of the answer 'Denver' is null, not an integer"),
+    "start": (
+        {"answers": [{"text": "Denver"}]},
+        "'Denver' has no answer_start, its first character in the context; the",
+    ),
+    "null start": (
+        {"answers": [ANSWER | {"answer_start": None}]},
+        "answer_start of the answer 'Denver' is null, not an",
+    ),
+    "no text": ({"answers": [{"answer_start": 0}]}, "an answer has no text"),
     "negative": ({"answers": [{"text": "Clara.", "answer_start": -6}]}, "not in the context at its answer_start -6"),
     "elsewhere": ({"answers": [{"text": "won", "answer_start": 3}]}, "at its answer_start 3; it is at 15"),
     "empty": ({"answers": [{"text": " ", "answer_start": 6}]}, "the text of an answer is"),
@@ -109,8 +117,8 @@ def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
         ("a.json", b"3", "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": 3}]}, "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": [{"context": "a"}]}]}, "no list 'qas'"),
-        ("a.json", {"data": [{"paragraphs": []}, None]}, "article 2 is None"),
-        ("a.json", {"data": [{"paragraphs": [{"context": "a", "qas": []}, 5]}]}, "paragraph 2 is 5"),
+        ("a.json", {"data": [{"paragraphs": []}, None]}, "article 2: .*it is null"),
+        ("a.json", {"data": [{"paragraphs": [{"context": "a", "qas": []}, 5]}]}, "paragraph 2: .*it is 5"),
         ("a.json", {"data": [{"title": "t"}]}, "no 'paragraphs'"),
         ("a.json", b'{"data": [], "data": []}', r"the key 'data' is repeated within an object; remove one"),
         ("a.json", b"{}\n{}\n", r"one object per line the suffix \.jsonl"),
@@ -149,3 +157,36 @@ def test_files_to_predict_need_no_answers(entries, labelled, tmp_path):
     questions, rows, known, no_metrics = read(tmp_path / "a.json", squad(*entries), labelled=False)
     assert (len(questions), known, rows.bad.count) == (len(entries), labelled, 0)
     assert (no_metrics is not None) == (not labelled and GOOD in entries)
+
+
+MALFORMED = {  # of articles between two good ones: where the problem is, and what it is
+    "article": (None, "article 2: not in SQuAD's format, .*: it is null"),
+    "no paragraphs": ({"title": "t"}, "article 2: .*it has no 'paragraphs'"),
+    "paragraphs": ({"paragraphs": 3}, "article 2: .*its 'paragraphs' are 3, not a list"),
+    "paragraph": ({"paragraphs": ["x"]}, 'article 2, paragraph 1: .*it is "x"'),
+    "questions": ({"paragraphs": [{"context": "a", "qas": {}}]}, "article 2, paragraph 1: .*it has no list 'qas'"),
+    "context": ({"paragraphs": [{"qas": [GOOD | {"id": "2"}]}]}, r"question 2 \('2'\): it has no context"),
+}
+
+
+@pytest.mark.parametrize(("article", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_articles_and_paragraphs_are_bad_rows(article, message, tmp_path):
+    content = {"data": [*squad(GOOD)["data"], article, *squad(GOOD | {"id": "last"})["data"]]}
+    with pytest.raises(ValueError, match=rf"a\.json, {message}"):
+        read(tmp_path / "a.json", content)
+    questions, rows, *_ = read(tmp_path / "a.json", content, skip=True)
+    assert ([question.id for question in questions], rows.numbers) == (["good", "last"], [1, 3])
+    [(number, skipped)] = rows.bad.skipped[rows.file].items()
+    assert number == 2
+    assert re.search(message, skipped.problem)
+
+
+def test_malformed_articles_are_listed_among_the_predictions(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [None, *squad(GOOD)["data"]]}))
+    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="", on_bad_rows="skip"))
+    [questions] = task.read_chunks(str(path))
+    aligned = [(row, row_id, str(value)) for row, row_id, value in questions.rows.aligned(["answer"])]
+    assert aligned[0][:2] == (1, None)
+    assert "it is null" in aligned[0][2]
+    assert aligned[1] == (2, "good", "answer")

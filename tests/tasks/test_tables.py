@@ -1,6 +1,7 @@
 """Reading tables, and the errors of malformed ones."""
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -78,7 +79,7 @@ SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
         (
             "a.jsonl",
             '{"sentence": "x"}\n{"text": "y"}\n',
-            "line 2: column 'sentence' holds null, not a text",
+            "line 2: column 'sentence' is null or missing",
         ),
         ("a.jsonl", '{"sentence": "x"}\n{"sentence": 3}\n', "line 2: column 'sentence' holds 3, not a text"),
         ("a.tsv", "sentence\tlabel\n \t1\n\t0\n", "holds no text in its column 'sentence'"),
@@ -182,3 +183,28 @@ def test_chunks_have_the_columns_of_the_file_and_number_their_rows(suffix, tmp_p
     assert [table.rows.numbers for table in tables] == [[1, 2, 3], [4]]
     assert tables[1].column("a") == ["4"]
     assert tables[1].column("b") in ([""], [None])
+
+
+ENDS = b"\r\n", b"\n", b"\r"
+
+
+@pytest.mark.parametrize("ends", [*itertools.permutations(ENDS)], ids=repr)
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_line_ends_may_be_mixed(name, ends, tmp_path):
+    rows = [("text", "label"), ("one", "1"), ("two", "0"), ("three", "1"), ("four", "0")]
+    separator = {"a.tsv": "\t", "a.csv": ","}.get(name)
+    lines = [separator.join(row) if separator else json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows]
+    lines = lines if separator else lines[1:]
+    content = b"".join(line.encode() + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
+    (tmp_path / name).write_bytes(content)
+    table = read_table(tmp_path / name)
+    assert (table.column("text"), table.column("label")) == tuple(map(list, zip(*rows[1:], strict=True)))
+    first = 2 if separator else 1
+    assert table.rows.lines == [*range(first, first + 4)]
+
+
+def test_a_carriage_return_within_a_text_is_part_of_it(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\none\rtwo\t1\n")
+    (tmp_path / "a.csv").write_bytes(b'text,label\n"one\rtwo",1\n')
+    for name in ("a.tsv", "a.csv"):
+        assert read_table(tmp_path / name).column("text") == ["one\rtwo"]
