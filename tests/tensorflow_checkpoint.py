@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bertfast.convert.crc32c import masked_crc32c
+
 CODES = {"float32": 1, "int32": 3, "int64": 9, "bool": 10}
 
 
@@ -44,25 +46,42 @@ def message(*fields: tuple[int, int | bytes]) -> bytes:
     return b"".join(parts)
 
 
+def checksum(content: bytes) -> bytes:
+    """The masked CRC-32C of bytes."""
+    return struct.pack("<I", masked_crc32c(np.frombuffer(content, np.uint8)))
+
+
+def entry_of(array: np.ndarray, offset: int) -> bytes:
+    """The BundleEntryProto of a tensor at an offset of the data."""
+    shape = b"".join(message((2, message((1, size)))) for size in array.shape)
+    entry = message((1, CODES[array.dtype.name]), (2, shape), (4, offset), (5, array.nbytes))
+    return entry + varint(6 << 3 | 5) + checksum(array.tobytes())
+
+
 def block(entries: dict[str, bytes]) -> bytes:
     """A block of a sorted table, without shared prefixes, and its trailer."""
     content = b"".join(
         varint(0) + varint(len(name)) + varint(len(value)) + name.encode() + value for name, value in entries.items()
     )
-    return content + struct.pack("<II", 0, 1) + bytes(5)
+    content += struct.pack("<II", 0, 1) + bytes(1)
+    return content + checksum(content)
+
+
+def write_index(prefix: Path, entries: dict[str, bytes]) -> None:
+    """Write the index of a checkpoint with these entries."""
+    first = block(entries)
+    index = block({max(entries): varint(0) + varint(len(first) - 5)})
+    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
+    Path(f"{prefix}.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
 
 
 def write_bundle(prefix: Path, tensors: dict[str, np.ndarray]) -> str:
     """Write a checkpoint as TensorFlow does, without TensorFlow."""
     entries, data = {"": message((1, 1))}, b""
     for name, array in sorted(tensors.items()):
-        shape = b"".join(message((2, message((1, size)))) for size in array.shape)
-        entries[name] = message((1, CODES[array.dtype.name]), (2, shape), (4, len(data)), (5, array.nbytes))
+        entries[name] = entry_of(array, len(data))
         data += array.tobytes()
-    first = block(entries)
-    index = block({max(entries): varint(0) + varint(len(first) - 5)})
-    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
-    Path(f"{prefix}.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
+    write_index(prefix, entries)
     Path(f"{prefix}.data-00000-of-00001").write_bytes(data)
     return str(prefix)
 

@@ -15,6 +15,8 @@ from typing import TypeVar, cast
 
 import numpy as np
 
+from bertfast.convert.crc32c import masked_crc32c
+
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57
 Value = TypeVar("Value", int, bytes)
 Fields = dict[int, list[int | bytes]]
@@ -67,6 +69,8 @@ def read_tensors(prefix: str | Path) -> dict[str, np.ndarray]:
         end = max(ends, default=0)
         if len(content) != end:  # there are more, which have perhaps shifted the tensors
             raise ValueError(f"{file} is damaged, copy or download it again: it has {len(content)} of {end} bytes")
+    for name, entry in entries.items():
+        _require_checksum(name, entry, data)
     return tensors
 
 
@@ -101,6 +105,15 @@ def _tensor(name: str, entry: Fields, index: Path, data: list[tuple[Path, np.nda
     return array
 
 
+def _require_checksum(name: str, entry: Fields, data: list[tuple[Path, np.ndarray]]) -> None:
+    """Raise ValueError if the content of a tensor does not have the checksum in its BundleEntryProto, field 6."""
+    start, size = _first(entry, 4, 0), _first(entry, 5, 0)
+    file, content = data[_first(entry, 3, 0)]
+    stored = _first(entry, 6, b"")
+    if size and masked_crc32c(content[start : start + size]).to_bytes(4, "little") != stored:
+        raise ValueError(f"{file} is damaged, copy or download it again: the checksum of {name} is wrong")
+
+
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield the (key, value) entries of a sorted table in order."""
     footer = data[-_FOOTER:]
@@ -116,13 +129,14 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Yield the (key, value) entries of a block.
 
-    A block ends with an array of uint32 restart offsets and their number. An entry is the number of bytes that its key
-    shares with the previous key, the number of other key bytes, the number of value bytes, the other key bytes, and the
-    value.
+    A block ends with an array of uint32 restart offsets and their number; after it come the kind of compression, one
+    byte, and a checksum. An entry is the number of bytes that its key shares with the previous key, the number of other
+    key bytes, the number of value bytes, the other key bytes, and the value.
     """
     block = data[start : start + size]
     if data[start + size]:
         raise IndexError("its blocks are compressed, which TensorFlow does not write")
+    _require_block_checksum(data, start, start + size + 1)  # with the kind of compression
     restarts = struct.unpack("<I", block[-4:])[0]
     position, end, key = 0, len(block) - 4 * (restarts + 1), b""
     while position < end:
@@ -134,6 +148,12 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
             raise IndexError("the name of a tensor is too long")
         yield key, block[position + unshared : position + unshared + length]
         position += unshared + length
+
+
+def _require_block_checksum(data: bytes, start: int, end: int) -> None:
+    """Raise IndexError if the bytes from `start` to `end` do not have the checksum that follows them."""
+    if masked_crc32c(np.frombuffer(data, np.uint8)[start:end]).to_bytes(4, "little") != data[end : end + 4]:
+        raise IndexError("the checksum of a block is wrong")
 
 
 def _fields(message: bytes) -> Fields:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,11 @@ import pytest
 import torch
 import transformers
 from parity import SIZES
-from tensorflow_checkpoint import block, message, original_name, tensors_of, varint, write_bundle
+from tensorflow_checkpoint import message, original_name, tensors_of, write_bundle, write_index
 
 import bertfast
 from bertfast.cli.main import main
+from bertfast.convert import tensor_bundle
 from bertfast.convert.tensor_bundle import read_tensors
 from bertfast.data.tokenizer import load_tokenizer
 
@@ -189,7 +189,41 @@ def test_a_vocabulary_of_another_model_is_refused_before_anything_is_written(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_index_is_refused_without_a_traceback(tmp_path):
+def damage(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+def test_the_tensor_that_is_damaged_is_named(tmp_path, capsys):
+    prefix = write_small("BertForMaskedLM", tmp_path)[1]
+    tensors = read_tensors(prefix)
+    ends = np.cumsum([tensors[name].nbytes for name in sorted(tensors)])
+    for name in ("bert/embeddings/word_embeddings", "bert/encoder/layer_0/output/dense/kernel"):
+        data = Path(f"{prefix}.data-00000-of-00001")
+        whole = data.read_bytes()
+        damage(data, int(ends[sorted(tensors).index(name)]) - 1)
+        assert main(["import", prefix, str(tmp_path / "out")]) == 1
+        assert (
+            f"{data} is damaged, copy or download it again: the checksum of {name} is wrong" in capsys.readouterr().err
+        )
+        assert not (tmp_path / "out").exists()
+        data.write_bytes(whole)
+
+
+def test_an_index_of_which_one_bit_is_damaged_is_refused(tmp_path):
+    prefix = write_bundle(tmp_path / "x", {"name": np.zeros(3, np.float32)})
+    damage(Path(f"{prefix}.index"), 20)
+    with pytest.raises(ValueError, match=r"x\.index is damaged .*: the checksum of a block is wrong"):
+        read_tensors(prefix)
+
+
+@pytest.mark.parametrize("checksums", [True, False])  # without them, damage reaches the parser
+def test_a_damaged_index_is_refused_without_a_traceback(checksums, tmp_path, monkeypatch):
+    if not checksums:
+        monkeypatch.setattr(tensor_bundle, "_require_block_checksum", lambda *_: None)
+        monkeypatch.setattr(tensor_bundle, "_require_checksum", lambda *_: None)
     prefix = write_small("BertForMaskedLM", tmp_path)[1]
     index = Path(f"{prefix}.index")
     whole = index.read_bytes()
@@ -215,10 +249,7 @@ def test_a_damaged_index_is_refused_without_a_traceback(tmp_path):
 )
 def test_absurd_sizes_in_an_index_are_refused(entry, tmp_path):
     write_bundle(tmp_path / "x", {"name": np.zeros(3, np.float32)})
-    first = block({"": message((1, 1)), "name": entry})
-    index = block({"name": varint(0) + varint(len(first) - 5)})
-    footer = (bytes(2) + varint(len(first)) + varint(len(index) - 5)).ljust(40, b"\0")
-    (tmp_path / "x.index").write_bytes(first + index + footer + struct.pack("<Q", 0xDB4775248B80FB57))
+    write_index(tmp_path / "x", {"": message((1, 1)), "name": entry})
     with pytest.raises(ValueError, match="name"):
         read_tensors(tmp_path / "x")
 
