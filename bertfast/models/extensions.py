@@ -6,6 +6,7 @@ hidden states of a frozen encoder, as ELMo had it. Their configuration has a `mo
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from bertfast.encoder.bilstm import BiLSTM
 from bertfast.encoder.unpadding import Packed
 from bertfast.models import bert
 from bertfast.models.families import class_like
+
+logger = logging.getLogger("bertfast")
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -148,6 +151,13 @@ def select_layers(name: str, config: BertConfig) -> tuple[list[int], bool]:
     states = config.num_hidden_layers + 1
     indices = range(1, states) if selected is None else selected
     return sorted({max(index % states if index >= 0 else index + states, 0) for index in indices}), concatenated
+
+
+def warn_of_few_layers(flag: str, name: str, config: BertConfig) -> None:
+    """Warn if a model has fewer hidden states than the features that a flag names: then all of them are used."""
+    wanted, states = LAYERS[name][0] or [], config.num_hidden_layers + 1
+    if len(wanted) > states:
+        logger.warning("%s %s: the model has %d hidden states, all of which are used", flag, name, states)
 
 
 class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 
 from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
-from bertfast.models.tokenizers import template, without_spaces
-from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.models.tokenizers import template
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.settings import flag, hints_of
 from bertfast.tasks import metrics as task_metrics
@@ -35,28 +34,11 @@ from bertfast.tasks.settings import QuestionAnsweringSettings, TaskSettings
 from bertfast.tasks.squad import LINE_EXAMPLE, Question, read_questions
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines
+from bertfast.tasks.windows import Window, answer_positions, max_context_windows, query_length, tokenized, window_spans
 
 UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
-_QUESTIONS_PER_BATCH = 2000  # tokenized at a time, which bounds memory; a context's tokens are shared within a batch
 
 logger = logging.getLogger("bertfast")
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """The part of a context that one sequence contains.
-
-    Attributes:
-        question: Index of its question.
-        prefix: Number of tokens before the context: [CLS], the question and [SEP].
-        offsets: int64 [n, 2], start and end in characters of each of the n context tokens.
-        max_context: bool [n], whether no other window has more context around a token (SQuAD's "max context").
-    """
-
-    question: int
-    prefix: int
-    offsets: np.ndarray
-    max_context: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,25 +113,33 @@ class QuestionAnsweringTask(Task[Questions]):
             or 0 ([CLS]) in windows that do not contain it whole; -100 if the answer has no tokens.
         """
         special = template(tokenizer)
-        max_query_length = min(self.options.max_query_length, max_length // 2)
+        max_query_length = query_length(self.options, max_length, special)
         windows: list[Window] = []
         parts: list[np.ndarray] = []  # token ids of each window's question and context, with special tokens
         answers: list[tuple[int, int]] = []
-        num_cut = num_not_whole = 0
-        for index, (question, query, context) in enumerate(_tokenized(examples.questions, tokenizer)):
+        num_cut = num_not_whole = num_adjoining = 0
+        for index, (question, query, context) in enumerate(tokenized(examples.questions, tokenizer)):
             num_cut += len(query.ids) > max_query_length
             prefix = np.array([*special.start, *query.ids[:max_query_length], *special.middle], np.int32)
             room = max_length - len(prefix) - len(special.end_of_pair)
             spans, added = self._windows(index, context.offsets, len(prefix), room)
             windows += added
+            num_adjoining += len(spans) > 1 and room < self.options.doc_stride
             for first, last in spans:
                 parts += [prefix, np.array([*context.ids[first:last], *special.end_of_pair], np.int32)]
             gold = question.answers[0] if examples.labelled and question.answers else None
-            positions = _answer_positions(gold, context.offsets, spans, len(prefix))
+            positions = answer_positions(gold, context.offsets, spans, len(prefix))
             num_not_whole += gold is not None and not any(start > 0 for start, _ in positions)
             answers += positions
         if num_cut:
             logger.warning("%d questions are cut to %d tokens (--max-query-length)", num_cut, max_query_length)
+        if num_adjoining:
+            logger.warning(
+                "%d contexts are split into windows that do not overlap, as a window has room for fewer tokens than "
+                "--doc-stride %d: lower it",
+                num_adjoining,
+                self.options.doc_stride,
+            )
         if num_not_whole:
             logger.warning("%d answers are whole in no window: raise --max-seq-length", num_not_whole)
         labels = {}
@@ -257,8 +247,8 @@ class QuestionAnsweringTask(Task[Questions]):
 
         Each has room for `room` tokens of the context, after `prefix` others.
         """
-        spans = _window_spans(len(offsets), room, min(self.options.doc_stride, room))
-        best = _max_context_windows(spans, len(offsets))
+        spans = window_spans(len(offsets), room, min(self.options.doc_stride, room))  # see query_length
+        best = max_context_windows(spans, len(offsets))
         windows = [
             Window(question, prefix, offsets[first:last], best[first:last] == index)
             for index, (first, last) in enumerate(spans)
@@ -308,90 +298,3 @@ class QuestionAnsweringTask(Task[Questions]):
                 first, last = int(window.offsets[starts[i], 0]), int(window.offsets[ends[j], 1])
                 candidates.append(Candidate(context[first:last], float(scores[i, j]), first))
         return candidates
-
-
-class _Tokens(NamedTuple):
-    """Token ids, int32 [n], and their start and end in characters, int64 [n, 2]."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-
-
-def _tokenized(questions: list[Question], tokenizer: Tokenizer) -> Iterator[tuple[Question, _Tokens, _Tokens]]:
-    """Yield each question with the tokens of the question and of its context."""
-    for start in range(0, len(questions), _QUESTIONS_PER_BATCH):
-        batch = questions[start : start + _QUESTIONS_PER_BATCH]
-        texts = list(dict.fromkeys(text for one in batch for text in (one.question, one.context)))
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        tokens = {
-            text: _Tokens(np.array(encoding.ids, np.int32), without_spaces(text, encoding.offsets))
-            for text, encoding in zip(texts, encodings, strict=True)
-        }
-        yield from ((one, tokens[one.question], tokens[one.context]) for one in batch)
-
-
-def _window_spans(num_tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
-    """Return (first, end) tokens, end exclusive, of the windows of a context of `num_tokens` tokens.
-
-    Args:
-        num_tokens: Length of the context.
-        room: Context tokens that fit into a window.
-        stride: Tokens between the starts of two windows.
-    """
-    if room < 1:
-        raise ValueError("--max-seq-length leaves no room for a context after the question: increase it")
-    spans, first = [], 0
-    while True:
-        last = min(first + room, num_tokens)
-        spans.append((first, last))
-        if last == num_tokens:
-            return spans
-        first += stride
-
-
-def _max_context_windows(spans: list[tuple[int, int]], num_tokens: int) -> np.ndarray:
-    """Return int64 [num_tokens]: the window in which each token has the most context on its shorter side.
-
-    As in SQuAD's reference code, longer windows win ties by a bonus of 0.01 per token.
-    """
-    positions = np.arange(num_tokens)
-    context_sizes = [
-        np.where(
-            (positions >= first) & (positions < last),
-            np.minimum(positions - first, last - 1 - positions) + 0.01 * (last - first),
-            -np.inf,
-        )
-        for first, last in spans
-    ]
-    windows: np.ndarray = np.argmax(context_sizes, axis=0)
-    return windows
-
-
-def _answer_positions(
-    answer: tuple[str, int] | None, offsets: np.ndarray, spans: list[tuple[int, int]], prefix: int
-) -> list[tuple[int, int]]:
-    """Return the answer's first and last position in each window's sequence, (0, 0) if it is not whole in it.
-
-    Args:
-        answer: Text and start in characters; None: there is no answer.
-        offsets: int64 [n, 2], start and end in characters of the context's tokens.
-        spans: First and end token of each window.
-        prefix: Tokens before the context.
-    """
-    if answer is None:
-        return [(0, 0)] * len(spans)
-    tokens = _token_span(offsets, answer)
-    if tokens is None:  # such as an answer of control characters
-        return [(IGNORE_INDEX, IGNORE_INDEX)] * len(spans)
-    start, end = tokens
-    return [
-        (start - first + prefix, end - first + prefix) if first <= start and end < last else (0, 0)
-        for first, last in spans
-    ]
-
-
-def _token_span(offsets: np.ndarray, answer: tuple[str, int]) -> tuple[int, int] | None:
-    """Return the first and last token that overlap an answer (text, start in characters); None if none does."""
-    text, start = answer
-    overlapping = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
-    return (int(overlapping[0]), int(overlapping[-1])) if overlapping.size else None

@@ -34,11 +34,12 @@ class QuestionAnsweringSettings(Settings):
     """Windows of long contexts, and choice of the answers, in question answering.
 
     Attributes:
-        doc_stride: Tokens between the starts of two windows of a long context in question answering.
-        max_query_length: Maximum tokens of a question.
+        doc_stride: Tokens between the starts of two windows of a long context in question answering; the default is
+            less where a window has room for fewer.
+        max_query_length: Maximum tokens of a question; the default is at most half of --max-seq-length.
         max_answer_length: Maximum tokens of an answer.
         null_score_diff_threshold: Predict no answer if its score exceeds the best answer's by more than this.
-        n_best: Answers per question in nbest_SPLIT.json.
+        n_best: Maximum answers per question in nbest_SPLIT.json.
     """
 
     doc_stride: Count = 128

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from bertfast.inference.embed import cached_hidden_states
-from bertfast.models.extensions import BertFeaturesForTokenClassification
+from bertfast.models.extensions import BertFeaturesForTokenClassification, warn_of_few_layers
 from bertfast.tasks.features import Features
 from bertfast.training.finetune_folder import SCRATCH
 from bertfast.training.finetune_settings import FinetuneSettings
@@ -26,6 +26,7 @@ def replace_inputs_by_states(
         precision: Precision of the encoder.
     """
     assert isinstance(model, BertFeaturesForTokenClassification)
+    warn_of_few_layers("--feature-layers", settings.feature_based.feature_layers, model.config)
     folder = Path(settings.feature_based.features_dir or Path(settings.output_dir, SCRATCH))
     for split, tokenized in features.items():
         states = cached_hidden_states(folder, model, tokenized, precision, settings.compute.eval_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -17,6 +18,8 @@ from bertfast.runtime.settings import (
     refuse_without_effect,
 )
 from bertfast.tasks.settings import TaskSettings
+
+logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +128,24 @@ class Hyperparameters(Settings):
     num_train_epochs: Positive = 3.0
     seed: Seed = 42
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps, at least one; warn if --num-train-epochs is less than that."""
+        steps = round(self.num_train_epochs * steps_per_epoch)
+        if not steps:
+            logger.warning(
+                "--num-train-epochs %g is less than one step, of which an epoch has %d: the run takes one",
+                self.num_train_epochs,
+                steps_per_epoch,
+            )
+        return max(steps, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneBase(TaskSettings):
     """Settings of a fine-tuning run without its hyperparameters, which `bertfast finetune` and `bertfast sweep` share.
 
     Attributes:
-        train_file: Training data: .tsv (with header, no quoting), .csv, .jsonl, SQuAD's .json, or .conll with one word
+        train_file: Training data: .tsv (with header, no quoting), .csv, .jsonl, .json, or .conll with one word
             and its label per line; may be compressed.
         output_dir: Output folder for the best model, metrics.jsonl, all_results.json and predictions.
         validation_file: Validation data in the same format. If not given: the last model counts as the best.

@@ -263,3 +263,29 @@ def test_gold_answers_of_squad_are_spans_of_tokens(name, count, shared_data):
     task.set_config(BertConfig(unanswerable=name == "dev-v2.0"))
     measured = task.compute_metrics(subset, features, outputs)
     assert measured["f1"] > 99.5  # a token may contain more than the answer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"doc_stride": 13}, "--doc-stride must be at most 12 in sequences of 16 tokens, got 13"),
+        ({"max_query_length": 9}, "--max-query-length must be at most 8 in sequences of 16 tokens, got 9"),
+    ],
+)
+def test_settings_that_do_not_fit_into_a_sequence_are_refused(settings, message, tokenizer, tmp_path):
+    path = write(tmp_path / "a.json", WORDS[0], entry("1", (WORDS[0], 0)))
+    task = task_for(**settings)
+    with pytest.raises(ValueError, match=message):
+        task.featurize(task.read(path, labelled=True), tokenizer, 16)
+    fits = task_for(**{name: value - 1 for name, value in settings.items()})
+    fits.featurize(fits.read(path, labelled=True), tokenizer, 16)
+
+
+@pytest.mark.parametrize(("settings", "warned"), [({}, True), ({"doc_stride": 12}, True), ({"doc_stride": 4}, False)])
+def test_windows_that_do_not_overlap_are_said(settings, warned, tokenizer, tmp_path, caplog):
+    """The default stride is more than a short window holds, and 12 tokens fit after a question of one token only."""
+    path = write(tmp_path / "a.json", " ".join(WORDS), entry("1", (WORDS[0], 0), question="who when who"))
+    task = task_for(**settings)
+    questions, _ = task.featurize(task.read(path, labelled=True), tokenizer, 16)
+    assert len(questions.windows) > 1
+    assert ("1 contexts are split into windows that do not overlap" in caplog.text) == warned
