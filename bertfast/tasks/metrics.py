@@ -29,10 +29,11 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     predictions = logits.argmax(1)
     average = "binary" if logits.shape[1] == 2 else "macro"
     losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+    one_class = np.unique([labels, predictions]).size == 1  # of which scikit-learn warns
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
         "f1": float(f1_score(labels, predictions, average=average, zero_division=0.0)),
-        "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
+        "matthews_correlation": 0.0 if one_class else float(matthews_corrcoef(labels, predictions)),
         "loss": float(losses.mean()),
     }
 

@@ -1,5 +1,7 @@
 """Metrics on examples computed by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,12 @@ def test_confusion_matrix_has_labels_in_rows_and_predictions_in_columns():
         [0, 1, 0],
         [0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_single_label_warns_of_nothing(label):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = classification_metrics(logits_for([label] * 3, 2), np.full(3, label))
+    assert metrics["matthews_correlation"] == 0
+    assert metrics["accuracy"] == 1
