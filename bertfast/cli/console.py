@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import logging
 import os
@@ -15,6 +16,16 @@ def say(message: str) -> None:
     """Print a message to standard error, if anybody can read it."""
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+
+
+def use_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode if the locale is C and Python was told not to switch it on.
+
+    Python does so itself in the C locale (PEP 540), where ASCII says nothing about arguments and the names of files.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for its worker processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.cli.console import console, require_standard_output, say
+from bertfast.cli.console import console, require_standard_output, say, use_utf8
 from bertfast.cli.errors import describe, is_user_error
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import recipe_names
@@ -174,7 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: the command's own if it returns an int, else 0; 1 after an error of the user's, 2 for an
         unknown command, 130 after Ctrl-C, 141 if the reader of the output has gone. SIGTERM raises SystemExit(143).
     """
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments is None:
+        use_utf8()
+        arguments = sys.argv[1:]
+    name, *rest = arguments or ["--help"]
     program = f"bertfast {name}" if name in COMMANDS else "bertfast"
     try:
         with console(), exit_on_sigterm():

@@ -198,3 +198,16 @@ def test_a_reader_that_has_gone_and_an_ascii_locale_show_no_error():
     process = subprocess.Popen([sys.executable, "-m", "bertfast", "--help"], **PIPES, env=os.environ | ascii_only)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+@pytest.mark.parametrize("utf8_mode", ["", "0"])  # as Python decides, and switched off
+def test_names_of_files_are_utf8_in_the_c_locale(utf8_mode, tmp_path):
+    (tmp_path / "é.txt").write_bytes(b"a line\nbad \xff\n")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": utf8_mode, "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "bertfast", "prepare", "--train-file", "é.txt", "--output-dir", "ausgabe-ß"]
+    ran = subprocess.run(command, **PIPES, env=os.environ | locale, cwd=tmp_path, check=False)
+    error = ran.stderr.decode().strip().splitlines()[-1]
+    assert (ran.returncode, error) == (
+        1,
+        f"bertfast prepare: {tmp_path}/é.txt, line 2: not UTF-8 (byte 0xff at column 5); convert the text to UTF-8",
+    )
