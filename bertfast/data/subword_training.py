@@ -41,7 +41,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Mapping[str, str])
 def train_unigram(texts: Iterable[str], vocab_size: int, special: Mapping[str, str]) -> Tokenizer:
     """Train a Unigram vocabulary, as XLM-RoBERTa and CamemBERT have it; see `train_bpe`.
 
-    Words with rare characters are left out if there are more characters than half of the vocabulary.
+    Words with rare characters are left out if there are more characters than half of the vocabulary. The scores of the
+    pieces, and with them their order, also depend on the process, as the trainer reads words in the order of a hash table.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
@@ -111,8 +112,7 @@ def _trained(
     """Train a tokenizer on counted words, fill up its vocabulary, and add the special tokens around texts."""
     if not counts:
         raise ValueError("there is no text to train a vocabulary on")
-    # In a fixed order, on which the sums of the Unigram trainer depend.
-    tokenizer.train_from_iterator(in_blocks(repeat_words(dict(sorted(counts.items())))), trainer)
+    tokenizer.train_from_iterator(in_blocks(repeat_words(counts)), trainer)
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     # No text has these tokens: BPE has no merges for them, and the input of Unigram has no spaces.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -56,7 +56,7 @@ def train_tokenizer(
     kind: TokenizerType = "wordpiece",
     bert_special_tokens: bool = False,
 ) -> Tokenizer:
-    """Train a vocabulary; token ids depend on nothing but the words of the texts and their counts.
+    """Train a vocabulary; except for unigram, token ids depend on nothing but the words of the texts and their counts.
 
     Args:
         texts: The training texts, read once.
@@ -201,6 +201,8 @@ def save_tokenizer(
     options |= {f"{role}_token": token for role, token in names.items()}
     if names is ROBERTA_TOKENS:
         options |= {"bos_token": names["cls"], "eos_token": names["sep"]}
+    if "add_prefix_space" in (splits := _pre_tokenizer(tokenizer)):  # which transformers 4 sets to False by default
+        options["add_prefix_space"] = splits["add_prefix_space"]
     if options["tokenizer_class"] == GENERIC_CLASS:
         options["model_input_names"] = ["input_ids", *["token_type_ids"] * token_types, "attention_mask"]
     write_atomically(folder / "tokenizer_config.json", json.dumps(options, indent=1))
@@ -268,9 +270,15 @@ def continuation_tokens(tokenizer: Tokenizer, *, whole_word: bool = True) -> np.
     return np.array([mark is not None and not token.startswith(mark) for token in tokens])
 
 
+def _pre_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the options of a tokenizer's pre-tokenizer, as in tokenizer.json."""
+    options: dict[str, Any] | None = json.loads(tokenizer.to_str())["pre_tokenizer"]
+    return options or {}
+
+
 def _space_mark(tokenizer: Tokenizer) -> str | None:
     """Return the character for a space in the tokens of BPE and Unigram; None: there is none."""
-    whole = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    whole = _pre_tokenizer(tokenizer)
     for part in whole.get("pretokenizers", [whole]):
         if part.get("type") == "ByteLevel":
             return "Ġ"

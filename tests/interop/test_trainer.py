@@ -8,6 +8,7 @@ from family_models import FamilyCase, inputs, pair
 from parity import SIZES, transformers
 
 import bertfast
+from bertfast.architectures import IS_TRANSFORMERS_4
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +203,8 @@ def test_a_batch_without_padding_excludes_masked_tokens():
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "distilbert"])
 def test_tokens_after_excluded_ones_have_the_positions_of_a_padded_batch(family):
+    if family == "distilbert" and IS_TRANSFORMERS_4:
+        pytest.skip("its model takes no positions in transformers 4")
     case = FamilyCase(family, "ForMaskedLM", paddings=("left", "inside", "none", "right"), pads_by_id=True)
     patched, hf = pair(case)
     values, mask = inputs(case, hf)
