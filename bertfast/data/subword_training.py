@@ -42,7 +42,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int, special: Mapping[str, s
     """Train a Unigram vocabulary, as XLM-RoBERTa and CamemBERT have it; see `train_bpe`.
 
     Words with rare characters are left out if there are more characters than half of the vocabulary. The scores of the
-    pieces, and with them their order, also depend on the process, as the trainer reads words in the order of a hash table.
+    pieces, and with them their order, also depend on the process: the trainer reads words in the order of a hash table.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 import transformers
 from family_models import PREFIXES, PRETRAINED, write_model
 from runs import SIZES, assert_same_weights, settings_for
+from sentiment import FILLERS
+from task_examples import settings_for as finetuning
+from task_examples import write_examples
 
 from bertfast.architectures import FAMILIES, family_by_type
 from bertfast.architectures.presets import PUBLISHED, ArchitectureName, preset_config
@@ -17,6 +20,7 @@ from bertfast.data.masking import Masker
 from bertfast.encoder import pretraining_loss
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import EvaluateSettings, evaluate
+from bertfast.training.finetune import finetune
 from bertfast.training.pretrain import Pretraining, pretrain
 
 pytestmark = pytest.mark.slow
@@ -91,6 +95,20 @@ def test_a_pre_trained_model_learns_and_opens_in_transformers(family, corpus, tm
         )
     )
     assert scores["validation_loss"] < metrics["unigram_entropy"]
+
+
+@pytest.mark.parametrize(("family", "task"), [("roberta", "token-classification"), ("camembert", "question-answering")])
+def test_a_pre_trained_model_is_fine_tuned(family, task, tmp_path, capsys):
+    file = write_examples(tmp_path, task, 24, 0)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Text {number}. {' '.join(FILLERS)}." for number in range(40)))
+    sizes = SIZES.replace("max_position_embeddings=32", "max_position_embeddings=130")
+    pretrain(family_settings(family, tmp_path / "run", tmp_path / "text.txt", config_overrides=sizes, max_steps=2))
+    finetune(finetuning(task, tmp_path / "run", file, tmp_path / "tuned", precision="fp32", num_train_epochs=1))
+    text = "what film was good"
+    hf = [transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("run", "tuned")]
+    assert hf[0](text).input_ids == hf[1](text).input_ids
+    assert main(["predict", "--model-name-or-path", str(tmp_path / "tuned"), "--input-file", str(file)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 24
 
 
 @pytest.mark.parametrize("family", PREFIXES)
