@@ -207,6 +207,8 @@ GOALS: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {
     ("attention", "64-ragged-d64", "backward"): {("sdpa", "bf16"): 14, ("sdpa-loop", "bf16"): 3},
     ("attention", "8x512-d64-p0.1", "forward"): {("bertfast-p0", "bf16"): 1 / 1.12},
     ("attention", "8x512-d64-p0.1", "backward"): {("bertfast-p0", "bf16"): 1 / 1.12},
+    ("attention", "2x1024-d64-w64", "forward"): {("bertfast-full", "fp32"): 4, ("bertfast-full", "bf16"): 4},
+    ("attention", "2x1024-d64-w64", "backward"): {("bertfast-full", "fp32"): 4, ("bertfast-full", "bf16"): 4},
     ("add_layer_norm", "4096x768-p0.1", "forward"): {("torch", "fp32"): 12, ("torch", "bf16"): 12},
     ("add_layer_norm", "4096x768", "forward"): {
         ("torch", "fp32"): 1.8,

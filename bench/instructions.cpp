@@ -14,6 +14,7 @@
 #include "../csrc/cross_entropy.h"
 #include "../csrc/embeddings.h"
 #include "../csrc/gelu_layer_norm.h"
+#include "../csrc/rotary.h"
 
 namespace bertfast {
 
@@ -27,6 +28,7 @@ using namespace bertfast;
 namespace {
 
 constexpr int64_t HIDDEN = 768, WIDE = 3072, HEADS = 12, HEAD_DIM = 64, VOCAB = 30522, LENGTH = 128;
+constexpr int WINDOW = 64, UNLIMITED = 1 << 30;
 constexpr float EPS = 1e-12f;
 constexpr int THRESHOLD = 26;  // dropout 0.1
 uint64_t seed = 1;
@@ -100,16 +102,16 @@ void cross_entropy(int64_t tokens, bool backward) {
                                floats(tokens), indices(tokens, 1), backward ? floats(VOCAB) : nullptr, nullptr});
 }
 
-void attention(int64_t tokens, bool backward) {
-  const int sequences = (int)(tokens / LENGTH);
+void attention_of(int64_t tokens, int64_t length, int window, bool backward) {
+  const int sequences = (int)(tokens / length);
   int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
-  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= LENGTH;
-  const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, 1 << 30, 1, backward);
+  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= length;
+  const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, window, 1, backward);
   AttentionInputs inputs{};
   inputs.capacity = inputs.num_tokens = tokens, inputs.heads = HEADS, inputs.head_dim = HEAD_DIM;
-  inputs.sequences = sequences, inputs.max_seqlen_bound = LENGTH, inputs.cu_seqlens = cu_seqlens;
+  inputs.sequences = sequences, inputs.max_seqlen_bound = (int)length, inputs.cu_seqlens = cu_seqlens;
   inputs.qkv = floats(tokens * 3 * HIDDEN), inputs.type = Type::float32, inputs.stride = 3 * HIDDEN;
-  inputs.scale = 0.125f, inputs.window = 1 << 30;
+  inputs.scale = 0.125f, inputs.window = window;
   inputs.dropout = {&seed, indices(sequences, sequences), 0, THRESHOLD};
   inputs.tasks = tasks.data(), inputs.task_count = (int64_t)tasks.size();
   void *const o = floats(tokens * HIDDEN), *const d_o = floats(tokens * HIDDEN);
@@ -118,14 +120,25 @@ void attention(int64_t tokens, bool backward) {
   BERTFAST_SET::attention_backward(AttentionBackward{inputs, d_o, o, lse, floats(tokens * 3 * HIDDEN), nullptr});
 }
 
+void attention(int64_t tokens, bool backward) { attention_of(tokens, LENGTH, UNLIMITED, backward); }
+
+// One sequence of all tokens.
+void attention_window(int64_t tokens, bool backward) { attention_of(tokens, tokens, WINDOW, backward); }
+
+void rotary(int64_t tokens, bool backward) {
+  BERTFAST_SET::rotary(
+      {tokens, HEADS, HEAD_DIM, rows(tokens, 3 * HIDDEN), rows(tokens, HEAD_DIM), backward, rows(tokens, 3 * HIDDEN)});
+}
+
 struct Kernel {
   const char* name;
   void (*run)(int64_t tokens, bool backward);
 };
 
-constexpr Kernel KERNELS[] = {{"add_layer_norm", add_layer_norm},   {"bias_gelu", bias_gelu},
-                              {"gelu_layer_norm", gelu_layer_norm}, {"embeddings", embeddings},
-                              {"cross_entropy", cross_entropy},     {"attention", attention}};
+constexpr Kernel KERNELS[] = {{"add_layer_norm", add_layer_norm},     {"bias_gelu", bias_gelu},
+                              {"gelu_layer_norm", gelu_layer_norm},   {"embeddings", embeddings},
+                              {"cross_entropy", cross_entropy},       {"attention", attention},
+                              {"attention_window", attention_window}, {"rotary", rotary}};
 
 }  // namespace
 

@@ -22,9 +22,9 @@ from bench.harness import ROOT, require_clean_tree, result_parser, write_result
 INSTRUCTION_SET = "avx2"
 OBJECTS = ROOT / "build" / "objects"  # of setup.py
 TOKENS = {"add_layer_norm": 64, "bias_gelu": 64, "gelu_layer_norm": 64, "embeddings": 64, "cross_entropy": 8}
-TOKENS |= {"attention": 128}
+TOKENS |= {"attention": 128, "attention_window": 1024, "rotary": 64}  # a window of 64, in one sequence
 DIRECTIONS = ("forward", "backward")
-ONE_FUNCTION = ("cross_entropy",)  # computes the gradient in the same function if it is requested
+ONE_FUNCTION = ("cross_entropy", "rotary")  # compute the gradient in the same function if it is requested
 TOOLS = ("g++", "valgrind")
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"{' and '.join(missing)} must be installed")
     require_clean_tree(arguments.results)
-    counts = per_token(arguments.kernels)
+    with TemporaryDirectory() as folder:
+        counts = per_token(build(Path(folder)), arguments.kernels)
     for name, count in counts.items():
         print(f"{name:<28}{count:>10.0f} instructions per token")
     result = {"compiler": compiler(), "instruction_set": INSTRUCTION_SET, "per_token": counts}
@@ -49,15 +50,13 @@ def compiler() -> str:
     return "g++ " + subprocess.check_output(["g++", "-dumpfullversion"], text=True).strip()
 
 
-def per_token(kernels: Iterable[str]) -> dict[str, float]:
+def per_token(program: Path, kernels: Iterable[str]) -> dict[str, float]:
     """Return the instructions per token of each kernel and direction."""
-    with TemporaryDirectory() as folder:
-        program = build(Path(folder))
-        return {
-            f"{kernel}, {direction}": count(program, kernel, direction) / TOKENS[kernel]
-            for kernel in kernels
-            for direction in DIRECTIONS
-        }
+    return {
+        f"{kernel}, {direction}": count(program, kernel, direction, TOKENS[kernel]) / TOKENS[kernel]
+        for kernel in kernels
+        for direction in DIRECTIONS
+    }
 
 
 def build(folder: Path) -> Path:
@@ -89,12 +88,12 @@ def build(folder: Path) -> Path:
     return program
 
 
-def count(program: Path, kernel: str, direction: str) -> int:
-    """Return the instructions of one call of a kernel."""
-    function = kernel if kernel in ONE_FUNCTION else f"{kernel}_{direction}"
+def count(program: Path, kernel: str, direction: str, tokens: int) -> int:
+    """Return the instructions of one call of a kernel for a number of tokens."""
+    function = kernel if kernel in ONE_FUNCTION else f"{kernel.removesuffix('_window')}_{direction}"
     counted = f"--toggle-collect=bertfast::{INSTRUCTION_SET}::{function}(*"
     valgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", counted]
-    command = [*valgrind, str(program), kernel, direction, str(TOKENS[kernel])]
+    command = [*valgrind, str(program), kernel, direction, str(tokens)]
     ran = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"Collected : (\d+)", ran.stderr)
     if ran.returncode or found is None or int(found[1]) == 0:

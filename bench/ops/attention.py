@@ -2,7 +2,7 @@
 
 PyTorch's functions get queries, keys and values as three tensors, padded where required; bertfast's operator gets one
 packed tensor. Implementations without dropout run only in cases without it. On a CPU, bertfast with dropout is also
-compared with bertfast without.
+compared with bertfast without, and bertfast with a sliding window with full attention.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class AttentionCase(Case):
     lengths: tuple[int, ...]
     heads: int = 12
     dimension: int = 64
+    window: int | None = None
 
     @property
     def size(self) -> str:
-        return f"{self.label}-d{self.dimension}"
+        return f"{self.label}-d{self.dimension}" + (f"-w{self.window}" if self.window is not None else "")
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -68,21 +69,30 @@ class AttentionCase(Case):
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Key mask, bool [sequences, 1, 1, max_seqlen]; None if all sequences have the same length."""
+        """Which keys are attended to, bool [sequences or 1, 1, max_seqlen or 1, max_seqlen]; None if all are."""
         max_seqlen = self.sequences.max_seqlen
         lengths = torch.tensor(self.lengths, device=DEVICE)
-        attended = torch.arange(max_seqlen, device=DEVICE) < lengths[:, None]
-        return None if min(self.lengths) == max_seqlen else attended[:, None, None]
+        present = (torch.arange(max_seqlen, device=DEVICE) < lengths[:, None])[:, None, None]
+        outside = reference.not_attended(max_seqlen, False, self.window, DEVICE)
+        if outside is not None:
+            return present & ~outside
+        return None if min(self.lengths) == max_seqlen else present
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a query and a key that it attends to."""
+        reach = [length - 1 if self.window is None else min(self.window, length - 1) for length in self.lengths]
+        return sum((2 * w + 1) * length - w * (w + 1) for w, length in zip(reach, self.lengths, strict=True))
 
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
         return [self.normal(generator, sum(self.lengths), 3, self.heads, self.dimension)]
 
     def definition(self, qkv: Tensor) -> Tensor:
         dropout = dropout_over(self.sequences, self.dropout, "attention")
-        return reference.attention(qkv, self.sequences, 1 / math.sqrt(self.dimension), False, None, dropout)
+        return reference.attention(qkv, self.sequences, 1 / math.sqrt(self.dimension), False, self.window, dropout)
 
     def work(self, direction: str) -> Work:
-        flops = 4 * self.dimension * self.heads * sum(length**2 for length in self.lengths)
+        flops = 4 * self.dimension * self.heads * self.pairs
         activation = sum(self.lengths) * self.heads * self.dimension * self.dtype.itemsize
         if direction == "forward":  # reads qkv, writes the output
             return Work(4 * activation, flops)
@@ -91,13 +101,21 @@ class AttentionCase(Case):
 
 def fused(case: AttentionCase, implementation: Backend | None = BACKEND) -> Function:
     dropout = dropout_over(case.sequences, case.dropout, "attention")
-    return lambda qkv: ops.attention(qkv, case.sequences, dropout=dropout, implementation=implementation)
+    return lambda qkv: ops.attention(
+        qkv, case.sequences, window=case.window, dropout=dropout, implementation=implementation
+    )
 
 
 def fused_without_dropout(case: AttentionCase) -> Implementation:
     if not case.dropout:
         pytest.skip("the case has no dropout")
     return Implementation(fused(replace(case, dropout=0.0)), checked=False)
+
+
+def fused_without_window(case: AttentionCase) -> Implementation:
+    if case.window is None:
+        pytest.skip("the case has no window")
+    return Implementation(fused(replace(case, window=None)), checked=False)
 
 
 def padded(case: AttentionCase, function: Callable[..., Tensor]) -> Implementation:
@@ -135,6 +153,7 @@ def sdpa(backend: SDPBackend | None, case: AttentionCase) -> Implementation:
 
 def sdpa_loop(case: AttentionCase) -> Implementation:
     """Make PyTorch's attention in a loop over the sequences, without padding."""
+    _only_full(case, "sdpa-loop", dropout=True)
 
     def function(*parts: Tensor) -> Tensor:
         outputs = [
@@ -151,7 +170,7 @@ def sdpa_loop(case: AttentionCase) -> Implementation:
 
 def varlen(case: AttentionCase) -> Implementation:
     require_gpu("varlen_attn", "PyTorch has no CPU kernel for it")
-    _without_dropout(case, "varlen_attn")
+    _only_full(case, "varlen_attn")
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
     starts, max_seqlen = case.sequences.cu_seqlens, case.sequences.max_seqlen
     return Implementation(
@@ -161,7 +180,7 @@ def varlen(case: AttentionCase) -> Implementation:
 
 
 def flex(case: AttentionCase) -> Implementation:
-    _without_dropout(case, "FlexAttention")
+    _only_full(case, "FlexAttention")
     document = case.sequences.sequence_index
     mask = create_block_mask(
         lambda _batch, _head, query, key: document[query] == document[key],
@@ -178,9 +197,12 @@ def flex(case: AttentionCase) -> Implementation:
     )
 
 
-def _without_dropout(case: AttentionCase, name: str) -> None:
-    if case.dropout:
+def _only_full(case: AttentionCase, name: str, dropout: bool = False) -> None:
+    """Skip an implementation in a case with a window, or with dropout unless it has that."""
+    if case.dropout and not dropout:
         pytest.skip(f"{name} has no dropout")
+    if case.window is not None:
+        pytest.skip(f"{name} is compared without a window only")
 
 
 EQUAL = {length: (length,) * (32_768 // length) for length in (128, 512, 2048)}
@@ -190,14 +212,16 @@ ON_CPU = {"8x512": (512,) * 8, "32x128": (128,) * 32, "64-ragged": RAGGED}
 MIXED = tuple(torch.linspace(128, 512, 102).round().int().tolist())
 CASES = {
     "small": in_both_precisions(
-        *(AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1))
+        *(AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1)),
+        AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, window=8),
     ),
     "cpu": in_both_precisions(
         *(
             AttentionCase(label=label, lengths=lengths, dropout=p)
             for label, lengths in ON_CPU.items()
             for p in (0.0, 0.1)
-        )
+        ),
+        AttentionCase(label="2x1024", lengths=(1024,) * 2, window=64),
     ),
     "main": [
         AttentionCase(label="512", lengths=EQUAL[512]),
@@ -226,7 +250,8 @@ IMPLEMENTATIONS: dict[str, Factory] = {
     "torch.compile": compiled(plain),
 }
 if not ON_GPU:
-    IMPLEMENTATIONS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop, "bertfast-p0": fused_without_dropout}
+    IMPLEMENTATIONS |= {"sdpa": partial(sdpa, None), "sdpa-loop": sdpa_loop}
+    IMPLEMENTATIONS |= {"bertfast-p0": fused_without_dropout, "bertfast-full": fused_without_window}
 
 
 def test_attention(measure: Callable[[], None]) -> None:

@@ -191,7 +191,8 @@ def instructions_section(single: dict[str, Result]) -> str:
     kernels = dict.fromkeys(name.partition(", ")[0] for name in counts)
     rows = [[kernel, *(f"{counts[f'{kernel}, {way}']:,.0f}" for way in ("forward", "backward"))] for kernel in kernels]
     return (
-        "## Instructions of the CPU kernels\n\nPer token of BERT-base, fp32, dropout 0.1, sequences of 128 tokens, "
+        "## Instructions of the CPU kernels\n\nPer token of BERT-base, fp32, dropout 0.1, sequences of 128 tokens "
+        "(`attention_window`: one sequence of 1,024 tokens with a window of 64), "
         f"{result.values['instruction_set']}, {result.values['compiler']} (`bench/results/{result.file}`, commit "
         f"{result.origin['commit']}). A test fails when a count grows by more than 5 %.\n\n"
         f"{table(['kernel', 'forward', 'backward'], rows)}\n"

@@ -140,6 +140,22 @@ def test_nan_does_not_leak_between_sequences(options):
         assert torch.equal(actual[others], expected[others])
 
 
+def test_blocks_outside_of_a_window_are_not_visited():
+    """If they were, their NaN would reach the result: 0 times NaN is NaN."""
+    length, window = 768, 64
+    far = window + 2 * 128  # no block has more than 128 queries or keys
+    clean = inputs(layout([length], 0), 1, dtype=HIGHEST_PRECISION).detach()
+    for begin, end, others in ((0, 100, slice(100 + far, None)), (length - 100, length, slice(length - 100 - far))):
+        with_nan = clean.clone()
+        with_nan[begin:end] = math.nan
+        for actual, expected in zip(
+            output_and_gradient(with_nan, layout([length], 0), window=window),
+            output_and_gradient(clean, layout([length], 0), window=window),
+            strict=True,
+        ):
+            assert torch.equal(actual[others], expected[others])
+
+
 @pytest.mark.parametrize("lengths", [[5, 20], [5, 200]], ids=["short", "long"])
 @pytest.mark.parametrize("padding", [1, 300])
 def test_padding_slots_are_zero(lengths, padding):
