@@ -38,7 +38,7 @@ from bench.cases import (
 )
 from bench.harness import DEVICE, ON_GPU
 from bertfast import ops
-from bertfast.ops import reference
+from bertfast.ops import reference, reference_parts
 from bertfast.ops.dispatch import Implementation as Backend
 from bertfast.ops.sequences import Sequences
 
@@ -73,7 +73,7 @@ class AttentionCase(Case):
         max_seqlen = self.sequences.max_seqlen
         lengths = torch.tensor(self.lengths, device=DEVICE)
         present = (torch.arange(max_seqlen, device=DEVICE) < lengths[:, None])[:, None, None]
-        outside = reference.not_attended(max_seqlen, False, self.window, DEVICE)
+        outside = reference_parts.not_attended(max_seqlen, False, self.window, DEVICE)
         if outside is not None:
             return present & ~outside
         return None if min(self.lengths) == max_seqlen else present
