@@ -155,8 +155,8 @@ def select_layers(name: str, config: BertConfig) -> tuple[list[int], bool]:
 
 def warn_of_few_layers(flag: str, name: str, config: BertConfig) -> None:
     """Warn if a model has fewer hidden states than the features that a flag names: then all of them are used."""
-    wanted, states = LAYERS[name][0] or [], config.num_hidden_layers + 1
-    if len(wanted) > states:
+    selected, states = LAYERS[name][0] or [], config.num_hidden_layers + 1
+    if len(selected) > states:
         logger.warning("%s %s: the model has %d hidden states, all of which are used", flag, name, states)
 
 
