@@ -67,6 +67,7 @@ def step(case: str, minutes: float, bf16: bool = False) -> Part:
 
 
 TUNED = ("sst-2", "squad")
+FAMILIES = ("roberta", "modernbert")  # of `bertfast.architectures.FAMILIES`, which take a quarter of an hour together
 PARTS = {
     "ceilings": Part(0.5, ("ceilings",), ("ceilings",)),
     "step, base": step("base-128-fp32", 4),
@@ -80,6 +81,9 @@ PARTS = {
         tuple(f"finetuning-speed-{task}" for task in TUNED),
     ),
     "patched model": Part(2, ("end_to_end.patched", "{model}", "{data}", "--rounds", "5"), ("patched",)),
+    "families": Part(
+        4, ("end_to_end.families", *FAMILIES, "--data", "{data}"), tuple(f"families-{name}" for name in FAMILIES)
+    ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
     "data": Part(
         1.5,

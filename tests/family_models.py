@@ -13,6 +13,7 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from torch import Tensor, nn
 
 import bertfast
+from bertfast.architectures import FAMILIES
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
 
 ROWS, COLUMNS, CHOICES, VOCABULARY = 4, 12, 2, 53
@@ -23,6 +24,8 @@ PREFIXES = {
     "electra": "Electra",
     "distilbert": "DistilBert",
 }
+ROTARY = {"modernbert": "ModernBert", "nomic_bert": "NomicBert", "eurobert": "EuroBert"}
+PREFIXES |= {family: prefix for family, prefix in ROTARY.items() if family in FAMILIES}
 TASKS = (
     "Model",
     "ForMaskedLM",
@@ -33,14 +36,24 @@ TASKS = (
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
-_DISTILBERT = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
+# A family's names of what BERT's configuration has.
+_NAMES = {
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+    },
+    "modernbert": {
+        "hidden_act": "hidden_activation",
+        "layer_norm_eps": "norm_eps",
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+    },
+    "eurobert": {"layer_norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attention_dropout"},
 }
 
 
@@ -74,7 +87,22 @@ def has_class(family: str, task: str) -> bool:
     return hasattr(transformers, PREFIXES[family] + task)
 
 
-CASES = tuple(FamilyCase(family, task) for family in PREFIXES for task in TASKS if has_class(family, task))
+def paddings(family: str) -> tuple[str, ...]:
+    """Return the kinds of padding that run packed: windows of ModernBERT count padding between tokens."""
+    return ("none", "right", "left") if family == "modernbert" else ("none", "right", "left", "inside")
+
+
+def first_case(family: str, task: str) -> FamilyCase:
+    """Return the case of a class."""
+    kinds = paddings(family)
+    if family == "modernbert" and task == "ForSequenceClassification":
+        kinds = ("none", "right")  # nor does a masked first token, which this class reads
+    # NomicBERT's SiLU is also in its masked-LM head, whose operator has GELU.
+    changes = {"hidden_act": "gelu"} if (family, task) == ("nomic_bert", "ForMaskedLM") else {}
+    return FamilyCase(family, task, changes, kinds)
+
+
+CASES = tuple(first_case(family, task) for family in PREFIXES for task in TASKS if has_class(family, task))
 """One case of each class."""
 
 
@@ -94,11 +122,19 @@ def config(case: FamilyCase, **changes) -> transformers.PretrainedConfig:
         sizes["embedding_size"] = 32
     if case.family in ("roberta", "xlm-roberta", "camembert"):
         sizes["type_vocab_size"] = 1
+    if case.family in ROTARY:
+        sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        sizes["attn_implementation"] = "sdpa"  # their eager attention has a softmax in fp32, also in float64
+    if case.family == "modernbert":
+        # Windows of 4 on each side, in the second of two layers.
+        sizes |= {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
+    if case.family == "eurobert":
+        sizes["num_key_value_heads"] = 1
     if case.task == "ForCausalLM":
         sizes["is_decoder"] = True
     sizes |= case.changes | changes
-    if case.family == "distilbert":
-        sizes = {_DISTILBERT.get(name, name): value for name, value in sizes.items()}
+    names = _NAMES.get(case.family, {})
+    sizes = {names.get(name, name): value for name, value in sizes.items()}
     return getattr(transformers, f"{PREFIXES[case.family]}Config")(**sizes)
 
 
@@ -124,6 +160,8 @@ def pair(case: FamilyCase, **changes) -> tuple[nn.Module, nn.Module]:
 
 def no_dropout(case: FamilyCase) -> dict[str, float]:
     changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if case.family == "modernbert":
+        changes |= {"embedding_dropout": 0.0, "classifier_dropout": 0.0}
     if case.family == "electra":
         changes["summary_last_dropout"] = 0.0
     if case.family == "distilbert":
@@ -207,26 +245,46 @@ def random_case(family: str, seed: int) -> FamilyCase:
         changes["attn_implementation"] = "eager"
     if task != "ForQuestionAnswering":
         changes["num_labels"] = draw.choice([2, 3, 5])
-    if family != "distilbert":
+    if family in ROTARY:
+        changes["attn_implementation"] = "sdpa"
+        if (family, task) == ("nomic_bert", "ForMaskedLM"):
+            changes["hidden_act"] = "gelu"
+        changes |= _random_rotary_options(family, draw, heads)
+    elif family != "distilbert":
         changes |= {"layer_norm_eps": draw.choice([1e-12, 1e-5]), "type_vocab_size": draw.choice([1, 2])}
     else:
         changes["sinusoidal_pos_embds"] = draw.random() < 0.5
     if family == "electra":
         changes["embedding_size"] = draw.choice([changes["hidden_size"], 24, 32])
         changes["summary_use_proj"] = draw.random() < 0.8
-    paddings = draw.choice(
-        [("none",), ("right",), ("left",), ("inside",), ("right", "left"), ("none", "right", "left", "inside")]
-    )
+    kinds = draw.choice([*((kind,) for kind in paddings(family)), ("right", "left"), paddings(family)])
     takes_positions = family != "distilbert" or transformers.__version__ >= "5"
     return FamilyCase(
         family,
         task,
         changes,
-        paddings,
+        kinds,
         gives_embeddings=draw.random() < 0.2 and task != "ForMultipleChoice",
         gives_positions=draw.random() < 0.2 and takes_positions and task != "ForMultipleChoice",
         pads_by_id=draw.random() < 0.5,
     )
+
+
+def _random_rotary_options(family: str, draw: random.Random, heads: int) -> dict:
+    changes = {"layer_norm_eps": draw.choice([1e-12, 1e-5])}
+    dropped = draw.random() < 0.3
+    changes["attention_probs_dropout_prob"] = 0.1 * dropped
+    if family == "modernbert":
+        biases = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias")
+        changes |= {name: draw.random() < 0.5 for name in biases}
+        changes |= {"local_attention": draw.choice([2, 6, 64]), "global_attn_every_n_layers": draw.choice([1, 2, 3])}
+        changes |= {"classifier_pooling": draw.choice(["cls", "mean"]), "hidden_dropout_prob": 0.1 * dropped}
+    elif family == "eurobert":
+        changes |= {"num_key_value_heads": draw.choice([1, heads]), "attention_bias": draw.random() < 0.5}
+        changes |= {"mlp_bias": draw.random() < 0.5, "classifier_pooling": draw.choice(["bos", "mean", "late"])}
+    else:
+        changes |= {"type_vocab_size": draw.choice([1, 2]), "hidden_dropout_prob": 0.1 * dropped}
+    return changes
 
 
 FINE_TUNED = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering")
@@ -235,6 +293,8 @@ FINE_TUNED = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassif
 
 PRETRAINED = ("ForMaskedLM",)
 """The classes that are pre-trained; tests/training/test_pretrain_families.py trains each of them."""
+PRETRAINED_FAMILIES = [family for family in PREFIXES if family not in ("nomic_bert", "eurobert")]
+"""The families that are pre-trained."""
 GRAPHS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 """The classes whose ONNX graphs tests/convert/test_export_families.py runs."""
 
@@ -242,7 +302,6 @@ GRAPHS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQu
 def table() -> str:
     """Return the table of classes in docs/COMPATIBILITY.md: what the tests run of each."""
     programs = {
-        "pre-trained": PRETRAINED,
         "exported": [task for task in TASKS if task not in GRAPHS],
         "exported (ONNX)": GRAPHS,
         "fine-tuned": FINE_TUNED,
@@ -250,8 +309,11 @@ def table() -> str:
     }
     rows = []
     for task in TASKS:
-        cell = ", ".join(["patched", *(name for name, tasks in programs.items() if task in tasks)])
-        cells = [cell if has_class(family, task) else "n/a" for family in PREFIXES]
+        cells = []
+        for family in PREFIXES:
+            trained = ["pre-trained"] * (task in PRETRAINED and family in PRETRAINED_FAMILIES)
+            cell = ["patched", *trained, *(name for name, tasks in programs.items() if task in tasks)]
+            cells.append(", ".join(cell) if has_class(family, task) else "n/a")
         rows.append(f"| `{task}` | {' | '.join(cells)} |")
     header = ["| class | " + " | ".join(PREFIXES.values()) + " |", "|---" * (len(PREFIXES) + 1) + "|"]
     return "\n".join([*header, *rows])
@@ -263,14 +325,14 @@ _NAMED = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
 
 def write_tokenizer(family: str, folder: Path, texts: list[str]) -> int:
     """Train a tokenizer of the family's kind, and return the size of its vocabulary."""
-    if family in ("electra", "distilbert"):
+    if family in ("electra", "distilbert", "nomic_bert"):
         tokenizer = train_tokenizer(texts, 128)
         save_tokenizer(tokenizer, folder)
-        kind = "ElectraTokenizer" if family == "electra" else "DistilBertTokenizer"
+        kind = {"electra": "ElectraTokenizer", "distilbert": "DistilBertTokenizer"}.get(family, "BertTokenizer")
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
         return tokenizer.get_vocab_size()
-    if family == "roberta":
+    if family in ("roberta", "modernbert", "eurobert"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import STEP_CASE
+from bertfast.architectures import family
 
 SYSTEMS = {  # as result files name them, and as the page does
     "transformers-sdpa": "transformers",
@@ -133,6 +134,16 @@ def patched_rows(result: Result) -> Iterator[Row]:
                 yield result.row(f"patched MiniLM, {name}", "fp32", system, entry[key])
 
 
+def family_rows(result: Result) -> Iterator[Row]:
+    prefix = family(result.values["family"]).prefix
+    for precision, cases in result.values["precisions"].items():
+        for name, entry in cases.items():
+            for system, key in (("bertfast.patch", "patched_s"), ("transformers", "plain_s")):
+                yield result.row(
+                    f"patched {prefix}, base, {name}", precision, system, entry[key], entry["lower_bound_s"]
+                )
+
+
 def finetuning_rows(result: Result) -> Iterator[Row]:
     case = result.values["case"]
     kind = "windows" if case["task"] == "squad" else "sentences"
@@ -155,6 +166,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
     "finetuning-speed-": finetuning_rows,
     "inference-": inference_rows,
     "patched": patched_rows,
+    "families-": family_rows,
     "embed": embed_rows,
 }
 

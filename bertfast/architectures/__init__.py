@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 from bertfast.architectures import supported_versions  # noqa: F401  first: it raises if transformers is not supported
 from bertfast.architectures.architecture import Architecture, activation_name, part_at
@@ -15,6 +16,7 @@ __all__ = [
     "BERT",
     "FAMILIES",
     "IS_TRANSFORMERS_4",
+    "ROTARY_FAMILIES",
     "Architecture",
     "activation_name",
     "families",
@@ -24,7 +26,13 @@ __all__ = [
     "part_at",
 ]
 
-FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert")
+
+_OLDER = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert")
+ROTARY_FAMILIES = ("modernbert", "nomic_bert", "eurobert")
+"""Families of transformers 5 alone; not each of its versions has all, and that of transformers 4 is another model."""
+FAMILIES = _OLDER + tuple(
+    name for name in ROTARY_FAMILIES if not IS_TRANSFORMERS_4 and find_spec(f"transformers.models.{name}") is not None
+)
 """The families that are fused: names of the adapters' modules, and of the folders of transformers."""
 
 

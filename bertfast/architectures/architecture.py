@@ -15,7 +15,10 @@ from transformers.activations import ACT2FN
 
 from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMParts, PackedHead, pooled, transform
 
-_DROPOUTS = ("attention_dropout", "attention_output_dropout", "output_dropout")
+_DROPOUTS = ("attention_dropout", "attention_output_dropout", "intermediate_dropout", "output_dropout")
+# The parts of a layer that are one part of `LayerParts`, in its order.
+_QKV = ("qkv", "query", "key", "value")
+_INTERMEDIATE = ("intermediate_dense", "gate_dense", "up_dense")
 # What a part is, by the last word of its name; parts of other names are options, not modules.
 _KINDS = {
     "activation": "activation",
@@ -24,6 +27,7 @@ _KINDS = {
     "embeddings": "embedding",
     "key": "linear",
     "norm": "norm",
+    "qkv": "linear",
     "query": "linear",
     "value": "linear",
 }
@@ -41,10 +45,12 @@ class Architecture:
         prefix: What the names of its models begin with.
         classes: Names of these classes, by the roles of the mixins in `bertfast.models.fused` that fuse them.
         embeddings, stack, layers: Paths from the encoder to its embeddings, to the module around the layers, and to
-            the layers.
-        embedding: Paths from the embeddings to the parts, by their names in `EmbeddingParts`.
-        layer: Paths from a layer to the parts, by their names in `LayerParts`; a path that is None is of an option
-            that the family, or this version of transformers, does not have.
+            the layers. `stack` is "" if that is the encoder itself.
+        embedding: Paths from the embeddings to the parts, by their names in `EmbeddingParts`; none if the embeddings
+            are a table of tokens alone, which is called.
+        layer: Paths from a layer to the parts, by their names in `LayerParts`, where `qkv` is one module or "query",
+            "key" and "value", and `intermediate` is "intermediate_dense", or "gate_dense" and "up_dense". A path that
+            is None is of an option that the family, or this version of transformers, does not have.
         sizes: The embedding tables, by their names in `embedding`, whose number of rows is in a configuration, by its
             name there.
         default_inputs: The difference between neighbours in the embeddings' buffers that hold the default token types,
@@ -57,6 +63,12 @@ class Architecture:
         head_containers: Paths from a model to the modules around those of its head, which must not be hooked.
         transform: Paths from the masked-LM head's transform to its "dense", "activation" (GELU if it has none) and
             "norm".
+        pre_norm, gated: See `LayerParts`.
+        final_norm: Name in the encoder of the norm after the last layer.
+        rotary: Name in the encoder of the module that computes the cos and sin of rotary positions.
+        layer_type: Name in a layer of the kind of its attention, "full_attention" or "sliding_attention", which has the
+            window and rotary positions of its own.
+        pooling: Path from a model with a head for sequences to the name of what that reads; None: the first token.
         width: Name in a configuration of the number of columns of the embedding tables.
         projection: Name in the encoder of a layer after the embeddings, which not every model has.
         padding_index: Path from the encoder to the token id that positions skip; they are counted from it + 1. None:
@@ -89,6 +101,12 @@ class Architecture:
     head: Mapping[str, str]
     head_containers: Sequence[str]
     transform: Mapping[str, str]
+    pre_norm: bool = False
+    gated: bool = False
+    final_norm: str | None = None
+    rotary: str | None = None
+    layer_type: str | None = None
+    pooling: str | None = None
     width: str = "hidden_size"
     projection: str | None = None
     padding_index: str | None = None
@@ -129,8 +147,47 @@ class Architecture:
         values: dict[str, Any] = {name: path and read(module, path) for name, path in self._layer_paths}
         values["activation"] = activation_name(values["activation"])
         for name in _DROPOUTS:
-            values[name] = 0.0 if values[name] is None else values[name].p
-        return LayerParts(**values)
+            values[name] = _probability(values.get(name))
+        values["qkv"] = tuple([values.pop(name) for name in _QKV if name in values])
+        values["intermediate"] = tuple([values.pop(name) for name in _INTERMEDIATE if name in values])
+        if isinstance(values["attention_norm"], nn.Identity):
+            values["attention_norm"] = None
+        if self.rotary is not None:
+            values["rotary"] = self.kind_of_layer(module)
+        if values.get("rotary") != "sliding_attention":
+            values["window"] = None
+        return LayerParts(**values, pre_norm=self.pre_norm, gated=self.gated)
+
+    def kind_of_layer(self, module: nn.Module) -> str:
+        """Return the kind of a layer's attention."""
+        kind: str = "full_attention" if self.layer_type is None else getattr(module, self.layer_type)
+        return kind
+
+    def rotary_tables(self, encoder: nn.Module, position_ids: Tensor) -> dict[str, Tensor]:
+        """Compute the rotary tables of an encoder's layers.
+
+        Args:
+            encoder: Its module at `rotary` is called, once for each kind of layer.
+            position_ids: int [T].
+
+        Returns:
+            By kind of layer, fp32 [T, D]: the cos of D / 2 angles, then their sin.
+        """
+        assert self.rotary is not None
+        kinds = dict.fromkeys(self.kind_of_layer(layer) for layer in part_at(encoder, self.layers))
+        like = torch.empty(0, device=position_ids.device)  # of the dtype and device of the cos and sin
+        tables = {}
+        for kind in kinds:
+            arguments = [like, position_ids[None], *([] if self.layer_type is None else [kind])]
+            # transformers repeats the cos and the sin for both halves of a head.
+            halves = [table[0].chunk(2, dim=1)[0] for table in getattr(encoder, self.rotary)(*arguments)]
+            tables[kind] = torch.cat(halves, dim=1)
+        return tables
+
+    def pooling_of(self, model: nn.Module) -> str:
+        """Return what a model's head for sequences reads: see `bertfast.encoder.PackedHead`."""
+        name = "first" if self.pooling is None else str(part_at(model, self.pooling))
+        return "first" if name in ("cls", "bos") else name
 
     def projection_of(self, encoder: nn.Module) -> nn.Module | None:
         """Return the layer after an encoder's embeddings, None if it has none."""
@@ -144,11 +201,13 @@ class Architecture:
 
     def masked_lm_parts(self, model: nn.Module) -> MaskedLMParts:
         """Read the modules of a model's masked-LM head, and of its next-sentence head if it has one."""
-        module, decoder = (part_at(model, self.head[part]) for part in ("transform", "decoder"))
+        module, decoder = (part_at(model, self.head.get(part, "")) for part in ("transform", "decoder"))
         around, _, name = self.head.get("next_sentence", "").rpartition(".")
         next_sentence = getattr(part_at(model, around), name, None) if name else None
         if self.has_transform_module:
             return MaskedLMParts(module, decoder, next_sentence)
+        if not self.transform:
+            return MaskedLMParts(_unchanged, decoder, next_sentence)
         dense, norm = (part_at(module, self.transform[part]) for part in ("dense", "norm"))
         activation = part_at(module, self.transform["activation"]) if "activation" in self.transform else None
         is_gelu = activation is None or activation_name(activation) == "gelu"
@@ -164,14 +223,15 @@ class Architecture:
     def head_prefixes(self, kind: type) -> tuple[str, ...]:
         """Return what the names of the weights begin with that a model of a class has besides the encoder's."""
         if kind.__name__.endswith("ForMaskedLM"):
-            return (".".join([*filter(None, (self.head["transform"], self.transform["dense"])), ""]),)
+            parts = self.head.get("transform"), self.transform.get("dense", self.head["decoder"])
+            return (".".join([*filter(None, parts), ""]),)
         paths = [path for task, steps in self.tasks.items() if kind.__name__.endswith(task) for path in steps]
         return tuple(dict.fromkeys(f"{path.partition('.')[0]}." for path in paths if path != "pooler"))
 
     @property
     def all_head_prefixes(self) -> tuple[str, ...]:
         """What the names of the weights of all heads begin with."""
-        transform = self.head["transform"]
+        transform = self.head.get("transform")
         parts = [path for name, path in self.head.items() if name != "transform"]
         parts += [transform] if transform else [*self.transform.values()]
         paths = [*parts, *(path for steps in self.tasks.values() for path in steps), *self.other_heads]
@@ -187,7 +247,7 @@ class Architecture:
         return padding + 1
 
     def max_positions(self, config: Any) -> int:
-        """Return the number of tokens that a sequence may have."""
+        """Return the number of tokens that a sequence may have, or should: rotary positions know any."""
         positions: int = config.max_position_embeddings
         return positions - self.first_position(config)
 
@@ -195,6 +255,16 @@ class Architecture:
     def has_next_sentence(self) -> bool:
         """Whether a model of the family has both heads of pre-training."""
         return "next_sentence" in self.head
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _probability(dropout: Any) -> float:
+    """Return the probability of a dropout: of a module, of an Identity or None, or the number itself."""
+    p: float = dropout if isinstance(dropout, float | int) else getattr(dropout, "p", 0.0)
+    return p
 
 
 def part_at(module: nn.Module, path: str) -> Any:
@@ -205,7 +275,7 @@ def part_at(module: nn.Module, path: str) -> Any:
 def _modules(paths: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
     """Return the path and kind of each module on the way to the parts at `paths`, the parts included."""
     kinds = {path: _KINDS.get(name.rpartition("_")[2]) for name, path in paths.items() if path is not None}
-    names = [path.split(".")[:-1] for path in kinds]
+    names = [path.split(".")[:-1] for path, kind in kinds.items() if kind is not None]
     containers = {".".join(parents[:end]): "container" for parents in names for end in range(len(parents) + 1)}
     return (*containers.items(), *((path, kind) for path, kind in kinds.items() if kind is not None))
 

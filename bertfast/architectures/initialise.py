@@ -36,4 +36,4 @@ def _fill(module: nn.Module, name: str, parameter: Tensor, deviation: float, gen
         if padding is not None:
             parameter[padding] = 0
     else:
-        parameter.fill_(float(isinstance(module, nn.LayerNorm) and name == "weight"))
+        parameter.fill_(float(name == "weight"))  # of a norm, else a bias

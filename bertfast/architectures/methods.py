@@ -49,7 +49,23 @@ def runs_family_loss(architecture: Architecture, model: nn.Module) -> bool:
         and is_original(loss, "forward")
         and (architecture.loss is None or _is_plain_cross_entropy(getattr(model, architecture.loss, None)))
         and _is_written_in(nn.functional.cross_entropy, "torch.nn.functional", "cross_entropy")
+        and not (_calls_loss_function(original_class(type(model))) and _has_other_loss_function(model))
     )
+
+
+def _calls_loss_function(kind: type[nn.Module]) -> bool:
+    """Return whether a class of transformers 5 computes its loss by what its models have as `loss_function`."""
+    function: Any = kind.forward
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return isfunction(function) and "loss_function" in function.__code__.co_names
+
+
+def _has_other_loss_function(model: Any) -> bool:
+    """Return whether a model's `loss_function` is another than transformers' for masked LM."""
+    module, function = "transformers.loss.loss_utils", model.loss_function
+    is_own = _is_written_in(function, module, "ForMaskedLMLoss")
+    return not is_own or not _is_written_in(function.__globals__["fixed_cross_entropy"], module, "fixed_cross_entropy")
 
 
 def overridden_method(kind: type[nn.Module]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast.architectures.architecture import Architecture
-from bertfast.architectures.methods import foreign_attention
+from bertfast.architectures.methods import foreign_attention, is_changed, is_genuine
 from bertfast.runtime.torch_compat import has_values
 
 
@@ -24,15 +24,30 @@ def defaults_unsupported_reason(architecture: Architecture, embeddings: nn.Modul
     return None
 
 
+def rotary_unsupported_reason(architecture: Architecture, encoder: nn.Module) -> str | None:
+    """Return why the rotary positions of an encoder are not those that the packed encoder computes."""
+    if architecture.rotary is None:
+        return None
+    module: Any = getattr(encoder, architecture.rotary, None)
+    if not isinstance(module, nn.Module) or not is_genuine(architecture, module) or is_changed(module):
+        return f"its {architecture.rotary} was replaced or has a hook"
+    kinds = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+    scaled = next((kind for kind in kinds if kind != "default"), None)
+    return None if scaled is None else f"its rotary positions are scaled ({scaled})"
+
+
 def options_unsupported_reason(architecture: Architecture, config: Any, layer: nn.Module) -> str | None:
     """Return why the options of a layer's attention are not those of the configuration."""
-    attention = attrgetter(str(architecture.layer["query"]).rpartition(".")[0])(layer)
+    projection = str(architecture.layer.get("query") or architecture.layer["qkv"])
+    attention = attrgetter(projection.rpartition(".")[0])(layer)
     foreign = foreign_attention(architecture, getattr(attention, "config", config)._attn_implementation)
     if foreign is not None:
         return f"its attention is {foreign}"
-    heads, causal = (attrgetter(str(architecture.layer[name]))(layer) for name in ("heads", "causal"))
+    causal = attrgetter(str(architecture.layer["causal"]))(layer)
+    path = architecture.layer.get("heads")
+    heads = None if path is None else attrgetter(path)(layer)
     is_decoder = getattr(config, "is_decoder", False)
-    if heads != config.num_attention_heads:
+    if heads not in (None, config.num_attention_heads):
         return f"it has {heads} attention heads and the configuration {config.num_attention_heads}: heads were pruned"
     if not causal == getattr(attention, "is_causal", causal) == is_decoder:
         return f"it was made with is_decoder={causal}, and the configuration has is_decoder={is_decoder}"

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, BertConfig
 from bertfast.architectures import family_by_type
 from bertfast.data.tokenizer import TokenizerType
 
-ArchitectureName = Literal["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
+ArchitectureName = Literal["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"]
 Preset = Literal["tiny", "mini", "small", "medium", "base", "large"]
 Entries = Mapping[str, Any]
 """Entries of a configuration, under the names that BERT has for them."""
@@ -65,6 +65,18 @@ PUBLISHED: dict[str, Published] = {
     # Half of BERT's layers.
     "distilbert": Published(
         {name: size | {"num_hidden_layers": size["num_hidden_layers"] // 2} for name, size in _BERT.items()}
+    ),
+    # Base and large are those of Warner et al. (2024), the smaller ones of Weller et al. (2025): 17, 32 and 68 million.
+    "modernbert": Published(
+        {
+            "tiny": _size(7, 256, intermediate_size=384),
+            "mini": _size(10, 384, intermediate_size=576),
+            "small": _size(19, 512, intermediate_size=768),
+            "base": _size(22, 768, intermediate_size=1152),
+            "large": _size(28, 1024, intermediate_size=2624),
+        },
+        tokenizer_type="bpe",
+        bert_special_tokens=True,
     ),
 }
 """By `model_type`: one row per family that is pre-trained."""

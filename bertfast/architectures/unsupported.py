@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from bertfast.architectures import ROTARY_FAMILIES
+
 _REASONS = {
     "albert": "its layers share their parameters",
     "convbert": "its layers contain convolutions",
@@ -23,4 +25,6 @@ def family_unsupported_reason(model: nn.Module) -> str | None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
         return None
+    if model_type in ROTARY_FAMILIES:
+        return "it requires a later version of transformers"
     return _REASONS.get(model_type, f"bertfast has no adapter for models of type {model_type}")

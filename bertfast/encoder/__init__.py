@@ -4,6 +4,7 @@
 """
 
 from bertfast.encoder.encode import embed, encode, transform
+from bertfast.encoder.feed_forward import ACTIVATIONS
 from bertfast.encoder.heads import (
     PretrainingLoss,
     cross_entropy_sum,
@@ -20,7 +21,7 @@ from bertfast.encoder.heads import (
     token_classification_loss,
     token_logits,
 )
-from bertfast.encoder.layer import ACTIVATIONS, activate, attend, attention_arguments, copy_dtype, layer, project
+from bertfast.encoder.layer import copy_dtype, layer
 from bertfast.encoder.linear import is_linear, is_plain, is_watched
 from bertfast.encoder.parts import (
     EmbeddingParts,
@@ -41,9 +42,6 @@ __all__ = [
     "PackedMaskedLM",
     "PackedModel",
     "PretrainingLoss",
-    "activate",
-    "attend",
-    "attention_arguments",
     "copy_dtype",
     "cross_entropy_sum",
     "embed",
@@ -59,7 +57,6 @@ __all__ = [
     "pack",
     "pooled",
     "pretraining_loss",
-    "project",
     "question_answering_loss",
     "sequence_classification_loss",
     "sequence_logits",

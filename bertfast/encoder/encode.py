@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bertfast import ops
 from bertfast.encoder.layer import copy_dtype
 from bertfast.encoder.linear import is_plain, is_watched
+from bertfast.encoder.norm import normalise
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul
@@ -20,24 +21,34 @@ from bertfast.runtime.malloc import reuse_freed_memory
 
 def embed(parts: EmbeddingParts, packed: Packed) -> Tensor:
     """Compute the embeddings of packed tokens -> [T, H]."""
-    rng, positions = packed.rng, parts.position_embeddings
-    position, types = positions.weight, parts.token_type_embeddings
-    if positions.padding_idx is not None and position.requires_grad and torch.is_grad_enabled():
-        row = torch.arange(len(position), device=position.device)[:, None] == positions.padding_idx
-        position = torch.where(row, position.detach(), position)  # this row gets no gradient
+    rng, tokens = packed.rng, parts.token_embeddings
+    words = tokens.weight if packed.embeddings is None else packed.embeddings
+    token_type_ids, types = _table(parts.token_type_embeddings, packed.token_type_ids, parts.norm.weight)
+    position_ids, positions = _table(parts.position_embeddings, packed.position_ids, parts.norm.weight)
     return ops.embeddings(
         packed.token_ids,
-        packed.token_type_ids,
-        packed.position_ids,
-        parts.token_embeddings.weight if packed.embeddings is None else packed.embeddings,
-        position,
-        position.new_zeros(1, position.shape[1]) if types is None else types.weight,
+        token_type_ids,
+        position_ids,
+        words,
+        positions,
+        types,
         parts.norm.weight,
         parts.norm.bias,
         parts.norm.eps,
         None if rng is None else rng.dropout(parts.dropout, "embeddings"),
-        padding_index=parts.token_embeddings.padding_idx,
+        padding_index=tokens.padding_idx,
     )
+
+
+def _table(module: nn.Embedding | None, ids: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids and the weight of an embedding table; of one that a family does not have, zeros like gamma [H]."""
+    if module is None:
+        return torch.zeros_like(ids), gamma.new_zeros(1, len(gamma))
+    weight: Tensor = module.weight
+    if module.padding_idx is not None and weight.requires_grad and torch.is_grad_enabled():
+        row = torch.arange(len(weight), device=weight.device)[:, None] == module.padding_idx
+        weight = torch.where(row, weight.detach(), weight)  # this row gets no gradient
+    return ids, weight
 
 
 def encode(
@@ -62,14 +73,15 @@ def encode(
         [T, H], or [R, H] with `rows`, in the dtype of the residual stream.
     """
     embeddings, layers = model.packed_modules()
+    packed, norm = model.with_rotary(packed), model.output_norm()
     hidden: Tensor = embeddings(packed)
     if residual_dtype is not None:
         hidden = hidden.to(residual_dtype)
     if hidden.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         reuse_freed_memory()
-    # Layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
+    # Post-norm layers hand each other the copy of the stream that GEMMs read, where both neighbours take it.
     copies = copy_dtype(hidden) is not None
-    takes = [copies and _takes_copy(module) for module in layers]
+    takes = [copies and norm is None and _takes_copy(module) for module in layers]
     copy: Tensor | None = None
     for index, module in enumerate(layers):
         if hidden_states is not None:
@@ -81,13 +93,17 @@ def encode(
         else:
             hidden = module(*arguments) if copy is None else module(*arguments, copy)
             copy = None
+    if rows is not None and not len(layers):
+        (hidden,) = ops.gather(rows, hidden)
+    if norm is not None:
+        hidden = normalise(norm, hidden)
     if hidden_states is not None:
         hidden_states.append(hidden)
-    return hidden if rows is None or len(layers) else ops.gather(rows, hidden)[0]
+    return hidden
 
 
 def _takes_copy(module: nn.Module) -> bool:
-    """Return whether a layer is called with, and for, a copy of the residual stream.
+    """Return whether a post-norm layer is called with, and for, a copy of the residual stream.
 
     One that is watched is not, so that hooks see the stream alone, nor one whose activations are recomputed, which
     would keep the copy besides the stream.

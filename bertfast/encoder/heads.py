@@ -24,6 +24,7 @@ from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.reference_parts import drop_hidden
+from bertfast.ops.sequences import Sequences
 
 Count = Tensor | float
 
@@ -59,7 +60,7 @@ def pack(
     """Make a packed batch of a task's sequences, with dropout if the model is in training mode.
 
     Args:
-        model: Its configuration has the number of positions, and by `pool_last` the token that is pooled.
+        model: Its configuration says by `pool_last` which token is pooled.
         input_ids, token_type_ids: int64 [1, T].
         cu_seq_lens_q: int32 [S + 1], where each sequence starts, and the end.
         max_length_q: Bound on the lengths of the sequences; None: they are read.
@@ -71,7 +72,7 @@ def pack(
         token_type_ids=token_type_ids,
         cu_seq_lens_q=cu_seq_lens_q,
         max_length_q=max_length_q,
-        positions=model.config.max_position_embeddings,
+        positions=_packed_model(model).max_positions(),
         padding_index=_packed_model(model).padding_index(),
         training=model.training,
         pool_last=getattr(model.config, "pool_last", False),
@@ -160,7 +161,7 @@ def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Ten
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
-    """Compute the logits of each sequence from its first token.
+    """Compute the logits of each sequence from what its head reads: its first token, or the mean of all.
 
     Args:
         model: Model with a head for sequences.
@@ -169,8 +170,20 @@ def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
     Returns:
         [S, labels]; of multiple choice [S, 1].
     """
-    first = _encode(model, packed, packed.first)
-    return _run_steps(model, first, packed.rng and packed.rng.at(packed.first))
+    pooling, at_first = model.pooling(), packed.rng and packed.rng.at(packed.first)
+    if pooling == "first":
+        return _run_steps(model, _encode(model, packed, packed.first), at_first)
+    hidden = _encode(model, packed)
+    if pooling == "mean":
+        return _run_steps(model, _mean_of_sequences(hidden, packed.sequences), at_first)
+    return _mean_of_sequences(_run_steps(model, hidden, packed.rng), packed.sequences)
+
+
+def _mean_of_sequences(x: Tensor, sequences: Sequences) -> Tensor:
+    """Compute the mean over each sequence's tokens: [T, …] -> [S, …]."""
+    x = x.masked_fill(~sequences.is_token[:, None], 0)  # padding slots may hold any values
+    sums = x.new_zeros(len(sequences), x.shape[1]).index_add(0, sequences.sequence_index, x)
+    return sums / sequences.cu_seqlens.diff()[:, None]
 
 
 def sequence_classification_loss(model: PackedHead, packed: Packed, labels: Tensor, num_items: Count) -> Tensor:

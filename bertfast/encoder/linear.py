@@ -1,12 +1,15 @@
-"""Decide when a linear layer's parameters may be read instead of calling the layer."""
+"""Linear layers: when their parameters may be read instead of calling them, and several computed at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from bertfast.runtime.torch_compat import is_sharded, module_hooks, unsharded_class
+from bertfast.ops import matmul
+from bertfast.runtime.torch_compat import autocast_dtype, is_sharded, module_hooks, unsharded_class
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -17,7 +20,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and type(module.bias) is nn.Parameter
+        and (module.bias is None or type(module.bias) is nn.Parameter)
         and not is_watched(module)
     )
 
@@ -26,7 +29,7 @@ def is_linear(module: nn.Module) -> bool:
     """Return what `is_plain` returns once FSDP2 has gathered sharded parameters for the module around them."""
     if unsharded_class(type(module)) is not nn.Linear or (is_watched(module) and not is_sharded(module)):
         return False
-    kinds = {type(module.weight), type(module.bias)} - {nn.Parameter}
+    kinds = {type(module.weight), type(module.bias)} - {nn.Parameter, type(None)}
     # DTensor is recognised by its module's name, since importing it is slow.
     return all(kind.__module__.startswith("torch.distributed.tensor") for kind in kinds)
 
@@ -34,3 +37,44 @@ def is_linear(module: nn.Module) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Return whether calling the module does more than its class says: it has hooks, or a `forward` of its own."""
     return any(module_hooks(module)) or "forward" in vars(module)
+
+
+def concatenated(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Compute linear layers of the same input, in one GEMM where that is faster.
+
+    Args:
+        modules: Linear layers; those that are not plain are called.
+        x: [T, H].
+
+    Returns:
+        Their outputs side by side, [T, columns of all].
+    """
+    plain = [module for module in modules if is_plain(module)]
+    has_biases = {module.bias is not None for module in plain}
+    if len(modules) == 1 or len(plain) < len(modules) or len(has_biases) > 1:
+        outputs = [module(x) for module in modules]
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return _at_once(plain, x)
+
+
+def _at_once(linears: list[nn.Linear], x: Tensor) -> Tensor:
+    """Compute plain linear layers, all or none of which have a bias."""
+    rows = [linear.out_features for linear in linears]
+    compiling = torch.compiler.is_compiling()
+    # One tensor of all requires a copy of the weights or of the results: copy the smaller of the two. In half
+    # precision several GEMMs round differently from the single one that a compiler is given.
+    copy_results = not compiling and x.dtype == torch.float32 and len(x) < linears[0].in_features
+    differentiable = torch.is_grad_enabled() or autocast_dtype(x.device) is not None or compiling
+    if not differentiable and not matmul.uses_onednn(x, linears[0].weight):  # oneDNN has no `out=`
+        y = x.new_empty(len(x), sum(rows))
+        for linear, part in zip(linears, y.split(rows, dim=1), strict=True):
+            if linear.bias is None:
+                torch.mm(x, linear.weight.t(), out=part)
+            else:
+                torch.addmm(linear.bias, x, linear.weight.t(), out=part)
+        return y
+    if copy_results:
+        return torch.cat([matmul.linear(x, linear.weight, linear.bias) for linear in linears], dim=1)
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return matmul.linear(x, weight, bias)

@@ -17,40 +17,56 @@ class EmbeddingParts:
     """The embedding tables of a model, their LayerNorm, and the dropout probability after it."""
 
     token_embeddings: nn.Embedding
-    position_embeddings: nn.Embedding
     norm: nn.LayerNorm
     dropout: float
+    position_embeddings: nn.Embedding | None = None
     token_type_embeddings: nn.Embedding | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerParts:
-    """The modules of one post-norm layer, and the options that it was built with.
+    """The modules of one layer, and the options that it was built with.
 
     Attributes:
+        qkv: The projections of queries, keys and values, or one of all three.
+        intermediate: The linear layer before the activation; of a gated one, those of the activated half and of its
+            factor, or one of both.
+        attention_norm, output_norm: Normalise the sums after the attention and after the feed-forward layer, or with
+            `pre_norm` the inputs of both; None: the input as it is.
         activation: Name of the feed-forward layer's activation, one of `ACTIVATIONS`.
-        heads: Number of attention heads.
+        heads: Number of attention heads; None: as many as heads of `head_dimension` fill the projection.
+        head_dimension: Columns of a head; None: they follow from `heads`.
+        query_groups: Number of heads of queries that share a head of keys and values.
         scale: Factor of the attention scores; None: 1 / sqrt(head dimension).
         causal: Whether a position attends to no later one.
-        attention_dropout, attention_output_dropout, output_dropout: Dropout probabilities: of the attention weights,
-            after the attention's output projection, and after the feed-forward layer.
+        window: A position attends only to positions at most this far away; None: no limit.
+        rotary: Which of the batch's rotary tables rotates queries and keys; None: none does.
+        pre_norm: Whether the norms come before the attention and the feed-forward layer.
+        gated: Whether half of the intermediate columns are activated and multiplied by the other half.
+        attention_dropout, attention_output_dropout, intermediate_dropout, output_dropout: Dropout probabilities: of the
+            attention weights, after the attention's output projection, before the last linear layer, and after it.
     """
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    qkv: tuple[nn.Module, ...]
     attention_dense: nn.Module
-    attention_norm: nn.LayerNorm
-    intermediate_dense: nn.Module
+    attention_norm: nn.Module | None
+    intermediate: tuple[nn.Module, ...]
     output_dense: nn.Module
-    output_norm: nn.LayerNorm
+    output_norm: nn.Module
     activation: str
-    heads: int
     scale: float | None
     causal: bool
     attention_dropout: float
     attention_output_dropout: float
     output_dropout: float
+    intermediate_dropout: float = 0.0
+    heads: int | None = None
+    head_dimension: int | None = None
+    query_groups: int = 1
+    window: int | None = None
+    rotary: str | None = None
+    pre_norm: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +96,20 @@ class PackedModel(Protocol):
         """
         ...
 
+    def with_rotary(self, packed: Packed) -> Packed:
+        """Return packed tokens with the rotary tables that the layers read, if they read any."""
+        ...
+
+    def output_norm(self) -> nn.Module | None:
+        """Return the norm after the last layer; None: there is none."""
+        ...
+
     def padding_index(self) -> int | None:
         """Return the token id that positions skip, which are then counted from it + 1; None: they are columns."""
+        ...
+
+    def max_positions(self) -> int | None:
+        """Return the number of rows of the position table; None: there is none."""
         ...
 
 
@@ -89,7 +117,9 @@ class PackedHead(Protocol):
     """A model with a task's head, as transformers has them.
 
     Its `base_model` is a `PackedModel`. Its other modules depend on the task: `task_steps()` returns what its head
-    calls one after the other on rows [R, H] of the encoder's output.
+    calls one after the other on rows [R, H] of the encoder's output, and `pooling()` says which rows those of a head
+    for sequences are: "first", the first token; "mean", the mean of all tokens; "late", each token, and the logits of
+    a sequence are the mean of its tokens' logits.
     """
 
     training: bool
@@ -100,7 +130,7 @@ class PackedHead(Protocol):
         ...
 
     def __getattr__(self, name: str) -> Any:
-        """Return `task_steps`, or the configuration, `config`."""
+        """Return `task_steps`, `pooling`, or the configuration, `config`."""
         ...
 
 

@@ -6,6 +6,8 @@ the graph leaves open.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,8 @@ class Packed:
             query-only token attends to its sequence without being attended to; it is the [CLS] of a padded row whose
             mask excludes it. Slots of sequences that need none are padding slots.
         rng: The tokens' RNG coordinates, for dropout; None if nothing is dropped.
+        rotary: Tables of rotary positions, fp32 [T, D]: the cos of D / 2 angles, then their sin; by the kind of layer
+            that reads them.
     """
 
     token_ids: Tensor | None
@@ -40,6 +44,7 @@ class Packed:
     first: Tensor
     query_only: int = 0
     rng: RngCoordinates | None = None
+    rotary: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +114,7 @@ def unpad(
     *,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    positions: int,
+    positions: int | None,
     padding_index: int | None = None,
     training: bool = False,
     pooled: bool = True,
@@ -125,7 +130,7 @@ def unpad(
         inputs_embeds: [B, L, H]; None with `input_ids`.
         cu_seq_lens_q: int [S + 1], the start of each sequence of a packed batch, and the end.
         max_length_q: Bound on the lengths of a packed batch; None: their maximum on a CPU, else tokens or positions.
-        positions: Number of rows of the model's position table.
+        positions: Number of rows of the model's position table; None: it has none, and knows any position.
         padding_index: See `_default_positions`.
         training: Whether to draw a seed for dropout.
         pooled: Whether column 0 of every row will be read, even where it is masked out.
@@ -140,7 +145,7 @@ def unpad(
     """
     tokens = _tokens(input_ids, inputs_embeds)
     if cu_seq_lens_q is not None:
-        limit = tokens.shape[1] if position_ids is not None else min(tokens.shape[1], positions)
+        limit = tokens.shape[1] if position_ids is not None or positions is None else min(tokens.shape[1], positions)
         layout, sequences, masked_starts = _from_cu_seqlens(tokens, attention_mask, cu_seq_lens_q, max_length_q, limit)
     else:
         layout, sequences, masked_starts = _from_mask(tokens, attention_mask, pooled, bucketed)
@@ -207,7 +212,7 @@ def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
 
 
 def _default_positions(
-    input_ids: Tensor | None, padding_index: int | None, sequences: Sequences, layout: Layout, rows: int
+    input_ids: Tensor | None, padding_index: int | None, sequences: Sequences, layout: Layout, rows: int | None
 ) -> Tensor:
     """Return the positions of slots, int64 [T], for tokens without `position_ids`.
 
@@ -215,9 +220,9 @@ def _default_positions(
     those of this id, which have it as their position, as in RoBERTa; with `inputs_embeds` they count all columns.
 
     Raises:
-        ValueError: A sequence has more tokens than the table of `rows` rows has positions for them.
+        ValueError: A sequence has more tokens than the table of `rows` rows, if there is one, has positions for them.
     """
-    limit = rows if padding_index is None else rows - padding_index - 1
+    limit = sys.maxsize if rows is None else rows if padding_index is None else rows - padding_index - 1
     is_packed = layout.indices is None
     length = sequences.max_seqlen_bound if is_packed else layout.shape[1]
     if input_ids is None or padding_index is None:

@@ -53,9 +53,31 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: b
         return "the attention mask has another shape than the input"
     reason = config_unsupported_reason(encoder, arguments.get("use_cache"))
     reason = reason or kernel_support.tracing_unsupported_reason(tokens)
+    if reason is None and mask is not None:
+        reason = _window_unsupported_reason(encoder, mask, pooled)
     if reason is None and pooled and _pools_padding(encoder, arguments):
         return "a row of the batch contains only padding"
     return reason
+
+
+def _window_unsupported_reason(encoder: FusedModel, mask: Tensor, pooled: bool) -> str | None:
+    """Return why windows, which count columns in transformers, do not count the same tokens without padding."""
+    kind, window = encoder.architecture.layer_type, getattr(encoder.config, "sliding_window", None)
+    columns = mask.shape[1]
+    if kind is None or window is None or columns <= window + 1:
+        return None
+    if torch.compiler.is_compiling():
+        return "a compiler cannot tell whether padding lies between tokens"
+    attended = mask != 0
+    first = attended.int().argmax(1)
+    last = columns - 1 - attended.flip(1).int().argmax(1)
+    lengths = attended.sum(1)
+    has_holes, starts_masked = torch.stack(
+        [((last - first + 1 != lengths) & (lengths > 0)).any(), (~attended[:, 0]).any()]
+    ).tolist()
+    if has_holes:
+        return "padding between tokens counts for windows"
+    return "a masked first token is read in layers with windows" if pooled and starts_masked else None
 
 
 def config_unsupported_reason(encoder: FusedModel, use_cache: bool | None = None) -> str | None:
@@ -90,7 +112,7 @@ def kernels_unsupported_reason(encoder: FusedModel, arguments: Arguments) -> str
 @torch_compat.constant_result
 def _kernels_unsupported_reason(encoder: FusedModel, shape: tuple[int, int] | None) -> str | None:
     config = encoder.config
-    head_dimension = config.hidden_size // config.num_attention_heads
+    head_dimension = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return kernel_support.module_unsupported_reason(torch_compat.any_parameter(encoder), head_dimension, shape)
 
 

@@ -18,7 +18,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from bertfast.architectures import Architecture, activation_name, methods
-from bertfast.architectures.options import defaults_unsupported_reason, options_unsupported_reason
+from bertfast.architectures.options import (
+    defaults_unsupported_reason,
+    options_unsupported_reason,
+    rotary_unsupported_reason,
+)
 from bertfast.architectures.snapshot import Snapshot
 from bertfast.encoder import is_linear, is_plain
 from bertfast.models.registry import SNAPSHOT, Fused, FusedModel
@@ -30,16 +34,21 @@ Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear laye
 _PLAIN: dict[str, tuple[type[nn.Module], Callable[[Any], bool]]] = {
     "dropout": (nn.Dropout, lambda x: 0 <= x.p < 1),
     "embedding": (nn.Embedding, lambda x: not (x.sparse or x.max_norm is not None or x.scale_grad_by_freq)),
-    "norm": (nn.LayerNorm, lambda x: x.weight is not None and x.bias is not None),
+    "norm": (nn.LayerNorm, lambda x: x.weight is not None),
 }
 # The attributes of modules that decide here what `whole_unsupported_reason` returns, besides those of an architecture.
 _OPTIONS = {"training", "p", "sparse", "max_norm", "scale_grad_by_freq", "is_causal", "position_embedding_type", "act"}
+_OPTIONS |= {"attention_dropout", "rope_type"}
 
 
 @constant_result
 def has_dropout(encoder: nn.Module) -> bool:
     """Return whether training drops anything; if not, no seed is drawn and torch's generator stays as it is."""
-    return any(module.p for module in encoder.modules() if isinstance(module, nn.Dropout))
+    modules = [*encoder.modules()]
+    probabilities = [module.p for module in modules if isinstance(module, nn.Dropout)]
+    # In some families that of the attention weights is a number.
+    numbers: list[Any] = [getattr(module, "attention_dropout", None) for module in modules]
+    return any(probabilities) or any(number for number in numbers if isinstance(number, float | int))
 
 
 @constant_result
@@ -50,7 +59,7 @@ def whole_unsupported_reason(encoder: FusedModel) -> str | None:
         return None
     architecture = encoder.architecture
     reason = next((f"{path}: {why}" for path, why in unsupported_reasons(encoder).items() if why is not None), None)
-    options = {(architecture.layer[name] or "").rpartition(".")[2] for name in ("heads", "causal")}
+    options = {(architecture.layer.get(name) or "").rpartition(".")[2] for name in ("heads", "causal")}
     vars(encoder)[SNAPSHOT] = Snapshot(encoder, architecture, _OPTIONS | options) if reason is None else None
     return reason
 
@@ -68,7 +77,9 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     if embeddings is None or stack is None or layers is None:
         return {path: "it was replaced by another module" for path in paths if _at(encoder, path) is None}
     reason = None
-    if not methods.runs_family_forward(architecture, encoder) or not methods.is_genuine(architecture, stack):
+    if not methods.runs_family_forward(architecture, encoder) or not (
+        stack is encoder or methods.is_genuine(architecture, stack)
+    ):
         reason = "the forward of its encoder was replaced"
     attention = methods.foreign_attention(architecture, config._attn_implementation)
     if attention is not None:
@@ -76,9 +87,15 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
     projection = architecture.projection_of(encoder)
     if projection is not None:
         reason = reason or _part_unsupported_reason(architecture, projection, "linear", str(architecture.projection))
-    why = reason or _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
+    if architecture.final_norm is not None:
+        norm = architecture.final_norm
+        reason = reason or _module_unsupported_reason(encoder, [(norm, "norm")], encoder.training)
+    reason = reason or rotary_unsupported_reason(architecture, encoder)
+    why = reason
+    if why is None and architecture.embedding:  # a table alone is called
+        why = _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
     reasons = {architecture.embeddings: why or defaults_unsupported_reason(architecture, embeddings)}
-    if methods.is_changed(stack):
+    if stack is not encoder and methods.is_changed(stack):
         reasons[architecture.stack] = "it has a hook or a replaced forward, so each layer removes padding itself"
     for index, layer in enumerate(layers):
         why = reason or _module_unsupported_reason(layer, architecture.layer_modules, encoder.training)
@@ -102,7 +119,7 @@ def _module_unsupported_reason(module: nn.Module, parts: Iterable[tuple[str, str
         if reason is not None:
             return reason
         # The dropout of attention weights may follow the mode of the module around it.
-        if kind == "dropout" and part.p:
+        if kind == "dropout" and getattr(part, "p", False):
             around = _at(module, path.rpartition(".")[0])
             if not part.training == around.training == training:
                 return f"{name} is in training mode and the model is not, or the other way round"
@@ -117,7 +134,7 @@ def _at(module: nn.Module, path: str) -> Any:
         return None
 
 
-def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: str, name: str) -> str | None:
+def _part_unsupported_reason(architecture: Architecture, part: Any, kind: str, name: str) -> str | None:
     """Return why a part of a kind does not compute what the packed encoder computes instead."""
     if kind == "linear":  # is called if its parameters cannot be read
         if type(part) is nn.Linear and not methods.is_original(nn.Linear, "forward"):
@@ -134,6 +151,12 @@ def _part_unsupported_reason(architecture: Architecture, part: nn.Module, kind: 
         if positions != "absolute":
             return f"its positions are {positions}"
         return None if methods.is_genuine(architecture, part) else f"the forward of {name} is not transformers' own"
+    if kind == "dropout" and isinstance(part, float | int):
+        return None if 0 <= part < 1 else f"{name} is {part}"
+    if type(part) is nn.Identity and (kind == "dropout" or (kind == "norm" and architecture.pre_norm)):
+        return None
+    if kind == "norm" and type(part).__name__.endswith("RMSNorm") and methods.is_genuine(architecture, part):
+        return None
     plain, has_known_options = _PLAIN[kind]
     is_plain_part = type(part) is plain and has_known_options(part) and methods.is_original(plain, "forward")
     return None if is_plain_part else f"{name} is not a plain {plain.__name__}"
@@ -161,7 +184,7 @@ def transform_unsupported_reason(transform: Fused, is_read: Reading = is_plain) 
 def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> str | None:
     """Return why the loss of a masked-LM head cannot be computed without its logits."""
     architecture = model.architecture
-    transform, decoder = architecture.head["transform"], architecture.head["decoder"]
+    transform, decoder = architecture.head.get("transform", ""), architecture.head["decoder"]
     containers = [path for path in (*architecture.head_containers, transform) if path]
     own = methods.overridden_method(type(model.base_model))
     if methods.is_changed(model.base_model) or own is not None:  # the loss does not call it as a module
@@ -171,7 +194,7 @@ def head_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     if not methods.runs_family_loss(architecture, model):
         return "PyTorch's cross entropy was replaced"
     parts = [*((path, "container") for path in containers), (decoder, "linear")]
-    if not architecture.has_transform_module:
+    if architecture.transform and not architecture.has_transform_module:
         around = f"{transform}." if transform else ""
         parts += [(around + path, kind) for path, kind in architecture.transform_modules if kind != "container"]
     reason = _module_unsupported_reason(model, parts, model.training)
@@ -230,8 +253,9 @@ def reads_of_first_token(model: FusedModel) -> str | None:
     """Return what a head that reads the first token says of this to its encoder: see `bertfast.models.fused`.
 
     Returns:
-        "first" if nothing else is read, "first and others" if hooks may read more, "padding" if it is configured to
-        read other tokens than the first, None if the code is unknown that reads what the encoder returns.
+        "first" if nothing else is read, "first and others" if hooks may read more, "tokens" if it reads all tokens and
+        no padding, "padding" if it is configured to read other tokens than the first, None if the code is unknown that
+        reads what the encoder returns.
     """
     architecture = model.architecture
     readers = architecture.first_token_readers
@@ -241,6 +265,8 @@ def reads_of_first_token(model: FusedModel) -> str | None:
         return None
     if getattr(reader, "summary_type", "first") != "first":
         return "padding"
+    if model.pooling() != "first":
+        return "tokens" if model.pooling() in ("mean", "late") else None
     is_alone = can_pool_alone(model) and not (path and methods.is_changed(reader))
     return "first" if is_alone else "first and others"
 

@@ -54,7 +54,18 @@ def class_like(kind: type[ModelT], config: PretrainedConfig) -> type[ModelT]:
         return kind
     if task not in _ALIKE:
         raise ValueError(f"there is no {kind.__name__} of a {architecture.model_type} model: name a BERT model")
+    if not has_class_like(kind, config):
+        raise ValueError(
+            f"transformers has no {architecture.prefix}{task}, so this task requires a model of another type than "
+            f"{architecture.model_type}"
+        )
     return cast(type[ModelT], __getattr__(architecture.prefix + task))  # it has the same methods
+
+
+def has_class_like(kind: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Return whether a configuration's family has a class for the task of a fused class of BERT."""
+    architecture = architecture_of(config)
+    return hasattr(architecture.modeling, architecture.prefix + kind.__name__.removeprefix(BERT.prefix))
 
 
 def model_classes(architecture: Architecture) -> list[str]:

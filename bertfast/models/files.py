@@ -243,7 +243,8 @@ def _check_loaded(
             f"{architecture.prefix}Model names them"
         )
 
-    parts = [f"{part}." for part in (architecture.layers, architecture.embeddings, architecture.projection) if part]
+    names = (architecture.layers, architecture.embeddings, architecture.projection, architecture.final_norm)
+    parts = [f"{part}." for part in names if part]
     absent = [key for key in missing if any(part in key for part in parts) and not key.startswith(fresh)]
     if absent:
         others = f" and {len(absent) - 1} more" * (len(absent) > 1)

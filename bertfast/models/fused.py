@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, cast
@@ -97,13 +98,30 @@ class FusedEncoder(FusedModel, role="encoder"):
         """Return the embeddings and the layers: see `bertfast.encoder.PackedModel`."""
         architecture = self.architecture
         embeddings, layers = (part_at(self, path) for path in (architecture.embeddings, architecture.layers))
+        if not architecture.embedding:
+            embeddings = partial(_look_up, embeddings)
         projection = architecture.projection_of(self)
         return embeddings if projection is None else partial(_project, embeddings, projection), layers
+
+    def with_rotary(self, packed: Packed) -> Packed:
+        """Add the rotary tables that the layers read: see `bertfast.encoder.PackedModel`."""
+        if self.architecture.rotary is None or packed.rotary is not None:
+            return packed
+        return replace(packed, rotary=self.architecture.rotary_tables(self, packed.position_ids))
+
+    def output_norm(self) -> nn.Module | None:
+        """Return the norm after the last layer: see `bertfast.encoder.PackedModel`."""
+        name = self.architecture.final_norm
+        return None if name is None else getattr(self, name)
 
     def padding_index(self) -> int | None:
         """Return the token id that positions skip: see `bertfast.encoder.PackedModel`."""
         path = self.architecture.padding_index
         return None if path is None else part_at(self, path)
+
+    def max_positions(self) -> int | None:
+        """Return the number of rows of the position table: see `bertfast.encoder.PackedModel`."""
+        return self.config.max_position_embeddings if self.architecture.rotary is None else None
 
     def forward(self, **arguments: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -157,7 +175,7 @@ class FusedEncoder(FusedModel, role="encoder"):
             *(arguments.get(name) for name in INPUTS),
             cu_seq_lens_q=arguments.get("cu_seq_lens_q"),
             max_length_q=arguments.get("max_length_q"),
-            positions=self.config.max_position_embeddings,
+            positions=self.max_positions(),
             padding_index=self.padding_index(),
             training=self.training and eligibility.has_dropout(self),
             pooled=self.reads_first(reads),
@@ -166,7 +184,9 @@ class FusedEncoder(FusedModel, role="encoder"):
 
     def run_packed(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
         """Run the embeddings and all layers on packed tokens: see `bertfast.encoder.encode`."""
-        return cast(Tensor, call_inside([part_at(self, self.architecture.stack)], functions.encode, self, packed, rows))
+        stack = part_at(self, self.architecture.stack)
+        around = [] if stack is self else [stack]
+        return cast(Tensor, call_inside(around, functions.encode, self, packed, rows))
 
     def _encode(self, arguments: Arguments, reads: str | None) -> ModelOutput:
         packed, layout = self.unpadded(arguments, reads)
@@ -204,7 +224,11 @@ class FusedEncoder(FusedModel, role="encoder"):
             packed = {name: arguments[name] for name in INPUTS if arguments.get(name) is not None}
             padded, caller_layout = pad_packed(packed, cu_seq_lens)
             arguments |= padded
-        token = _CALL.set((*self.unpadded(arguments, reads), layers) if layers else None)
+        call = None
+        if layers:
+            tokens, layout = self.unpadded(arguments, reads)
+            call = self.with_rotary(tokens), layout, layers
+        token = _CALL.set(call)
         try:
             outputs = forward(**arguments | {"return_dict": True})
         finally:
@@ -216,6 +240,11 @@ class FusedEncoder(FusedModel, role="encoder"):
         if reads in _READS_FIRST:
             outputs.last_hidden_state = first
         return outputs
+
+
+def _look_up(table: nn.Module, packed: Packed) -> Tensor:
+    """Call a table of token embeddings, or return the embeddings that the call has instead."""
+    return table(packed.token_ids) if packed.embeddings is None else packed.embeddings
 
 
 def _project(embeddings: nn.Module, projection: nn.Module, packed: Packed) -> Tensor:
@@ -285,12 +314,13 @@ class FusedFirstToken(FusedMeanLoss, role="first_token"):
     def forward(self, **arguments: Any) -> Any:
         reads = eligibility.reads_of_first_token(self)
         is_packed = arguments.get("cu_seq_lens_q") is not None
-        if reads is None and is_packed and isinstance(self.base_model, FusedEncoder):
-            raise ValueError(
-                "packed input (cu_seq_lens_q) is not supported here, because its forward, or that of the module that "
-                "reads the first token, was replaced: pass it padded"
-            )
-        arguments[_READS] = reads or "first and others"
+        if reads in (None, "tokens") and is_packed and isinstance(self.base_model, FusedEncoder):
+            mean = f"this {type(self).__name__} reads the mean of a row's tokens"
+            replaced = "its forward, or that of the module that reads the first token, was replaced"
+            reason = replaced if reads is None else mean
+            raise ValueError(f"packed input (cu_seq_lens_q) is not supported here, because {reason}: pass it padded")
+        if reads != "tokens":
+            arguments[_READS] = reads or "first and others"
         return super().forward(**arguments)
 
 

@@ -202,7 +202,7 @@ def _check(encoder: PreTrainedModel) -> None:
         return
     tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
     sizes = {name: table.num_embeddings for name, table in tables.items()}
-    sizes[architecture.width] = next(iter(tables.values())).embedding_dim
+    sizes[architecture.width] = attrgetter(paths["token_embeddings"])(embeddings).embedding_dim
     for name, size in sizes.items():
         if (configured := getattr(config, name, size)) != size:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")

@@ -61,9 +61,19 @@ class FusedModel(Fused, PreTrainedModel):
         super().__init__(*args, **kwargs)
         fuse(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return whether the class that is fused is one of a user: transformers renames weights only of its own."""
+        original: Any = vars(cls).get("original")
+        return original is None or bool(original.is_custom_code())
+
     def masked_lm_parts(self) -> MaskedLMParts:
         """Return the modules of the masked-LM head of a model that has one."""
         return self.architecture.masked_lm_parts(self)
+
+    def pooling(self) -> str:
+        """Return what the head for sequences reads: see `bertfast.encoder.PackedHead`."""
+        return self.architecture.pooling_of(self)
 
     def task_steps(self) -> list[Callable[[Tensor], Tensor]]:
         """Return what the head of a task calls one after the other: see `bertfast.encoder.PackedHead`."""

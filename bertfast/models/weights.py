@@ -73,7 +73,8 @@ def separate_tied(weights: Weights, config: BertConfig, base: str, name: str) ->
     around, _, name_of_decoder = architecture.head["decoder"].rpartition(".")
     prefix = f"{around}." if around else ""
     decoder, bias = f"{prefix}{name_of_decoder}.weight", f"{prefix}bias"
-    word_embeddings = f"{architecture.embeddings}.{architecture.embedding['token_embeddings']}.weight"
+    table = architecture.embedding.get("token_embeddings")
+    word_embeddings = ".".join([architecture.embeddings, *filter(None, [table]), "weight"])
     if not config.tie_word_embeddings or decoder not in weights:
         return
     embeddings = next((key for key in weights if key.endswith(word_embeddings)), None)

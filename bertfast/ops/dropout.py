@@ -32,17 +32,21 @@ _CHUNK = 1 << 17  # counters that are processed at a time: enough for several co
 _SITES = ("attention", "attention_output", "output")
 _OUTSIDE = ("embeddings", "classifier")
 _SECOND_OF_HEAD = 2**24 - 1  # the last id: those of layers follow the ones above
+_INTERMEDIATE = _SECOND_OF_HEAD - 1  # of layer 0; those of later layers count down
 
 
 def operation_id(site: str, layer: int | None = None) -> int:
     """Return the id of the operation at `site`.
 
     Args:
-        site: "embeddings", "classifier", "projection" (the second dropout of a head), or with a layer one of `_SITES`.
+        site: "embeddings", "classifier", "projection" (the second dropout of a head), or with a layer "intermediate"
+            (before the last linear layer) or one of `_SITES`.
         layer: Index of the layer.
     """
     if site == "projection":
         return _SECOND_OF_HEAD
+    if site == "intermediate" and layer is not None:
+        return _INTERMEDIATE - layer
     if layer is None:
         return _OUTSIDE.index(site)
     return len(_OUTSIDE) + len(_SITES) * layer + _SITES.index(site)

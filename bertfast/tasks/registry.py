@@ -12,7 +12,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures import BERT
 from bertfast.data.text_files import read_lines
-from bertfast.models.families import architecture_of, class_like
+from bertfast.models.families import architecture_of, class_like, has_class_like
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.conll import is_tagged
 from bertfast.tasks.glue import BENCHMARKS
@@ -103,7 +103,7 @@ def _names(task_class: type[Task[Any]], config: BertConfig | None) -> list[str]:
     """Return the names of a task's classes in a configuration's family."""
     first, *others = _models(task_class)
     if config is not None and architecture_of(config) is not BERT:
-        return [class_like(first, config).__name__]
+        return [class_like(first, config).__name__] if has_class_like(first, config) else []
     return [first.__name__, *(model.__name__ for model in others)]
 
 

@@ -18,15 +18,21 @@ def step_flops(config: BertConfig, batch: Batch) -> int:
 
     With hidden size H, L layers and vocabulary size V, these are 6 · encoder parameters · tokens + 12 · L · H · Σ s²
     over the sequence lengths s + 6 · (H · E + E · V) · masked tokens, where the embedding size E is H in most families.
+    In a layer with a window of w positions on each side, s · (2 w + 1) replaces s² if that is less.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    embedding: int = getattr(config, architecture_of(config).width)
+    hidden, layers, architecture = config.hidden_size, config.num_hidden_layers, architecture_of(config)
+    embedding: int = getattr(config, architecture.width)
     intermediate: int = config_entry(config, "intermediate_size")
-    parameters = layers * hidden * (4 * hidden + 2 * intermediate)
+    parameters = layers * hidden * (4 * hidden + (3 if architecture.gated else 2) * intermediate)
     parameters += embedding * hidden if embedding != hidden else 0  # their projection
-    squares = sum(length**2 for length in batch.sequences.lengths)
+    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    widest = max(batch.sequences.lengths, default=0)
+    spans = [
+        widest if kind == "full_attention" else 2 * getattr(config, "sliding_window", widest) + 1 for kind in kinds
+    ]
+    pairs = sum(length * min(length, span) for span in spans for length in batch.sequences.lengths)
     head = embedding * (hidden + config.vocab_size)
-    return 6 * parameters * batch.num_tokens + 12 * layers * hidden * squares + 6 * head * batch.masked
+    return 6 * parameters * batch.num_tokens + 12 * hidden * pairs + 6 * head * batch.masked
 
 
 def gemm_throughput(

@@ -80,7 +80,10 @@ def initial_config(
     if initial is not None:
         return read_config(initial, **changes)
     kind: Any = ExtendedBertConfig if causal and adapter is BERT else type(base)
-    return config_from(base.to_dict() | changes, "--config-overrides", kind)
+    values = base.to_dict()
+    if "num_hidden_layers" in changes:
+        values.pop("layer_types", None)  # follows from the number of layers
+    return config_from(values | changes, "--config-overrides", kind)
 
 
 def adapt_to_tokenizer(config: BertConfig, tokenizer: Tokenizer, initial: Path | None) -> None:
@@ -114,7 +117,8 @@ def initial_model(config: BertConfig, initial: Path | None) -> FusedModel:
     kind = pretraining_class(config)
     if initial is None:
         model = class_for(kind, config)(config)
-        initialise(model)
+        if not architecture_of(config).pre_norm:  # whose own initialisation depends on the number of layers
+            initialise(model)
         return model
     existing = read_config(initial).max_position_embeddings
     positions = config.max_position_embeddings

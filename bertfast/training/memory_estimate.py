@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
-from bertfast.models.families import config_entry
+from bertfast.models.families import architecture_of, config_entry
 
 _STATES = {"adamw": 2, "lamb": 2, "muon": 1}  # optimizer state tensors per parameter
 
@@ -107,15 +107,17 @@ def activations(config: BertConfig, precision: str, residual_precision: str = "f
 
     Under autocast the inputs of GEMMs are saved in 16 bits, and in addition the residual stream if that is fp32.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    intermediate: int = config_entry(config, "intermediate_size")
+    hidden: int = config.hidden_size
+    heads: int = config.num_attention_heads
+    # The MLP's first GEMM and its activation; a gated one has two columns for each that is activated.
+    mlp: int = (3 if architecture_of(config).gated else 2) * config_entry(config, "intermediate_size")
     lse, statistics = 4 * heads, 4 * 4
     if precision == "fp32":
         # Layer input (hidden), qkv (3 hidden), context (hidden), the two GEMM outputs that add_layer_norm reads
-        # (2 hidden), the first LayerNorm's output (hidden), the MLP's first GEMM and GELU (2 intermediate).
-        return 4 * (hidden + 3 * hidden + hidden + 2 * hidden + hidden + 2 * intermediate) + lse + statistics
+        # (2 hidden), the first LayerNorm's output (hidden). A pre-norm layer saves as much: two streams, two norms.
+        return 4 * (hidden + 3 * hidden + hidden + 2 * hidden + hidden + mlp) + lse + statistics
     stream = 4 * 2 * hidden if residual_precision == "fp32" else 0  # in bf16 it is itself the input of the GEMMs
-    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + 2 * intermediate) + stream + lse + statistics
+    return 2 * (2 * hidden + 3 * hidden + hidden + 2 * hidden + mlp) + stream + lse + statistics
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from family_models import CASES, COLUMNS, FamilyCase, inputs, no_dropout, pair, 
 from torch import nn
 
 import bertfast
+from bertfast import encoder
 from bertfast.architectures import FAMILIES, IS_TRANSFORMERS_4, family
 from bertfast.models.fused import FusedEncoder
 from bertfast.models.patch import require_packed
@@ -92,7 +94,8 @@ def packed(values, mask):
 @pytest.mark.parametrize("hidden_states", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case.task not in ("ForMultipleChoice",)], ids=str)
 def test_packed_is_padded(case, hidden_states):
-    case = FamilyCase(case.family, case.task, paddings=("right", "none"), pads_by_id=True)
+    pooling = {"classifier_pooling": "bos"} if case.family == "eurobert" else {}
+    case = replace(case, changes=case.changes | pooling, paddings=("right", "none"), pads_by_id=True)
     patched, hf = pair(case)
     values, mask = inputs(case, hf)
     values = without_labels(values)
@@ -230,6 +233,66 @@ def test_another_loss_of_distilbert_is_used():
         model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.3)
         model.train()
     assert_close(patched(**values).loss, hf(**values).loss)
+
+
+def modernbert(task, **changes):
+    if IS_TRANSFORMERS_4:
+        pytest.skip("bertfast fuses ModernBERT of transformers 5")
+    return FamilyCase("modernbert", task, changes)
+
+
+@pytest.mark.parametrize(("padding", "task"), [("inside", "Model"), ("left", "ForSequenceClassification")])
+def test_windows_that_count_padding_are_left_to_transformers(padding, task):
+    case = replace(modernbert(task), paddings=(padding, "none"))
+    patched, hf = pair(case)
+    values, _ = inputs(case, hf)
+    assert torch.equal(outputs(patched, values)[0], outputs(hf, values)[0])
+    windows = {name: x[:, :5] for name, x in without_labels(values).items()}
+    assert not torch.equal(outputs(patched, windows)[0], outputs(hf, windows)[0])  # no longer than a window: packed
+
+
+@pytest.mark.parametrize("pooling", ["mean", "late"])
+def test_packed_input_of_a_head_that_reads_the_mean_is_refused(pooling):
+    family = "modernbert" if pooling == "mean" else "eurobert"
+    modernbert("Model")
+    case = FamilyCase(family, "ForSequenceClassification", {"classifier_pooling": pooling}, ("none",))
+    patched, hf = pair(case)
+    values, mask = inputs(case, hf)
+    with pytest.raises(ValueError, match="reads the mean of a row's tokens: pass it padded"):
+        patched(**packed(without_labels(values), mask))
+    require_packed(patched)
+    hidden = encoder.pack(patched, **packed(without_labels(values), mask))
+    assert_close(encoder.sequence_logits(patched, hidden), outputs(hf, values).logits)
+
+
+def test_scaled_rotary_positions_are_named():
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    rope = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    case = modernbert("Model", rope_parameters=rope)
+    hf = plain(case)
+    patched = copy.deepcopy(hf)
+    assert "its rotary positions are scaled (linear)" in bertfast.patch(patched).left["ModernBertModel.embeddings"]
+    values, _ = inputs(case, hf)
+    assert torch.equal(outputs(patched, values)[0], outputs(hf, values)[0])
+
+
+def test_a_hook_on_rotary_positions_is_called():
+    case = modernbert("Model")
+    patched, hf = pair(case)
+    values, _ = inputs(case, hf)
+    for model in (patched, hf):
+        model.rotary_emb.register_forward_hook(lambda module, arguments, tables: tuple(2 * x for x in tables))
+    assert "its rotary_emb was replaced or has a hook" in str(bertfast.report(patched))
+    assert torch.equal(outputs(patched, values)[0], outputs(hf, values)[0])
+
+
+def test_another_loss_function_is_used():
+    case = modernbert("ForMaskedLM")
+    patched, hf = pair(case, **no_dropout(case))
+    values, _ = inputs(case, hf)
+    for model in (patched.train(), hf.train()):
+        model.loss_function = lambda logits, labels, **keywords: logits.square().mean()
+    torch.testing.assert_close(patched(**values).loss, hf(**values).loss)
 
 
 def test_token_types_of_a_family_without_them_are_left_to_transformers():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_models import CASES, PREFIXES, plain, write_model
+from family_models import CASES, PREFIXES, has_class, plain, write_model
 from sentiment import FILLERS
 from task_examples import settings_for, write_examples
+from tokenizers.pre_tokenizers import ByteLevel
 
 from bertfast.cli.main import main
 from bertfast.inference.predict import open_finetuned, predict_outputs
@@ -17,6 +18,12 @@ from bertfast.training.finetune import finetune
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
 TEXTS = ["the film was good", "a bad film it was", "what film", " ".join(FILLERS)] * 10
+HEADS = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+    "multiple-choice": "ForMultipleChoice",
+}
 FAST = [("roberta", TASKS[0]), ("xlm-roberta", TASKS[2]), ("electra", TASKS[3]), ("distilbert", TASKS[1])]
 CLASSES = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -33,8 +40,11 @@ def offline(monkeypatch):
 
 def hf_inputs(task, examples, folder):
     """Tokenize the first two examples as transformers' scripts do."""
-    options = {"add_prefix_space": True} if task == "token-classification" else {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if task == "token-classification" and isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel):
+        # Some classes ignore the option of this name, and others require it.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
+        tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     if task == "sequence-classification":
         return [tokenizer(text, return_tensors="pt") for text in examples.texts[:2]]
     if task == "token-classification":
@@ -80,6 +90,10 @@ def test_a_fine_tuned_model_predicts_what_transformers_computes(family, task, tm
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", PREFIXES)
 def test_all_tasks_of_all_families(family, task, tmp_path, capsys):
+    if not has_class(family, HEADS[task]):
+        with pytest.raises(ValueError, match=f"transformers has no .*{HEADS[task]}, so this task requires a model"):
+            check(family, task, tmp_path)
+        return
     folder, file = check(family, task, tmp_path)
     assert main(["predict", "--model-name-or-path", str(folder), "--input-file", str(file)]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 24

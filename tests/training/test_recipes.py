@@ -21,7 +21,7 @@ def test_every_recipe_is_valid(name):
 
 
 def test_there_are_four_recipes():
-    assert set(RECIPES) == {"paper", "fast", "cpu", "speedrun"}
+    assert set(RECIPES) == {"paper", "fast", "cpu", "speedrun", "modern"}
 
 
 def test_the_demo_uses_the_settings_of_the_cpu_recipe():
