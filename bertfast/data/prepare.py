@@ -1,23 +1,18 @@
 """`bertfast prepare`: tokenize text into a folder with a tokenizer and the shards of `train` and `validation`.
 
 Each file of the corpus becomes one part of each split, independently of other files: in any order, in several processes
-or on several machines (`--part`). An interrupted run continues; a folder of another corpus is refused.
+or on several machines (`--part`). All is built beside the contents that the folder has, and replaces them at the end.
+An interrupted run continues; a folder of another corpus is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 from tokenizers import Tokenizer
@@ -26,74 +21,39 @@ from tqdm import tqdm
 from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.docstrings import gather_docstrings
 from bertfast.data.held_out import HeldOut
+from bertfast.data.parts import SPLITS, Source, prepare_files
 from bertfast.data.prepare_settings import CorpusSettings, PrepareSettings
-from bertfast.data.shards import PartWriter, part_origin, token_dtype, write_manifest
+from bertfast.data.shards import read_manifest, write_manifest
 from bertfast.data.text_files import named_standard_input, standard_input
-from bertfast.data.tokenizer import (
-    encode_sentences,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_files,
-    tokenizer_hash,
-    train_tokenizer,
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
+from bertfast.runtime.atomic_write import CannotWriteError, atomic_path, named_in_errors, remove
+from bertfast.runtime.output_folder import (
+    LOCK,
+    RECORD,
+    UNFINISHED,
+    Origin,
+    locked_folder,
+    require_command,
+    staged_contents,
 )
-from bertfast.runtime.atomic_write import atomic_path, named_in_errors
-from bertfast.runtime.output_folder import LOCK, Origin, check_contents, locked_folder, require_command
 from bertfast.runtime.settings import counted
 
-if TYPE_CHECKING:
-    from multiprocessing.sharedctypes import Synchronized
-
-__all__ = ["CorpusSettings", "PrepareSettings", "prepare", "prepare_file"]
+__all__ = ["SPLITS", "CorpusSettings", "PrepareSettings", "prepare"]
 
 logger = logging.getLogger("bertfast")
 
-SPLITS = ("train", "validation")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+STANDARD_INPUT_COPY, DOCSTRINGS = "standard-input.txt", "docstrings.jsonl"
+_CONTENTS = (*SPLITS, *TOKENIZER, STANDARD_INPUT_COPY, DOCSTRINGS)
+_GATHERED = ".gathered"  # folder of a text that is gathered, until all checks are done
 # Characters to train a vocabulary on, divided equally among the files; more text hardly changes the vocabulary.
 MAX_VOCABULARY_CHARACTERS = 300_000_000
-BATCH_CHARACTERS = 500_000  # text tokenized in one call
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of the corpus, which part of it is held out for validation, and the tokenizer's hash."""
-
-    path: Path
-    held_out: HeldOut
-    text_column: str
-    tokenizer_hash: str
-
-    @property
-    def name(self) -> str:
-        """Name of the file's part in each split."""
-        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file on disk."""
-        return self.path.stat().st_size
-
-    def origin(self) -> dict[str, object]:
-        """Return everything that the parts depend on; while it is unchanged, they are up to date."""
-        return {
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "modified": self.path.stat().st_mtime_ns,
-            "held_out": self.held_out.description(),
-            "text_column": self.text_column,
-            "tokenizer_hash": self.tokenizer_hash,
-        }
-
-    def is_finished(self, folder: Path) -> bool:
-        """Return whether both parts exist and are up to date."""
-        return all(part_origin(folder / split, self.name) == self.origin() for split in SPLITS)
 
 
 def prepare(settings: PrepareSettings) -> Path:
     """Write a tokenizer and the shards of both splits.
 
-    With `settings.part`, only that part of the files is processed, and a last run with `merge` writes the manifests.
+    With `settings.part`, only that part of the files is processed, and a last run with `merge` completes the folder.
 
     Returns:
         The folder. `Shards.open` opens its subfolders `train` and `validation`; the latter may have no documents.
@@ -101,36 +61,90 @@ def prepare(settings: PrepareSettings) -> Path:
     Raises:
         ValueError: The settings contradict each other, a file cannot be read, there is too little text, or the folder
             is in use.
-        OriginError: The folder has shards of other text or other settings.
+        OriginError: The folder has shards of other text or other settings, finished or not.
+        CannotWriteError: The folder cannot be written, as when the disk is full: then it is as it was before.
     """
-    corpus = settings.corpus
-    folder = Path(settings.output_dir)
-    copy = folder.resolve() / "standard-input.txt"
+    corpus, folder = settings.corpus, Path(settings.output_dir)
     lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
-    with locked_folder(folder, lock), named_standard_input(copy):
+    copies = [folder.resolve() / place / STANDARD_INPUT_COPY for place in (_GATHERED, UNFINISHED, "")]
+    with locked_folder(folder, lock), named_standard_input(*copies), ExitStack() as stack:
         require_command(folder, "prepare")
-        # The copy of an earlier run is replaced at the end of this block, after all checks.
-        with atomic_path(copy) if "-" in corpus.train_file else nullcontext(copy) as new_copy:
-            train = _training_files(corpus, folder, new_copy)
-            validation = find_files(corpus.validation_file)
-            if both := set(train) & set(validation):
-                raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
-            # Parts have records of their own: those of files that are unchanged are kept.
-            contents = TOKENIZER if settings.overwrite_output_dir else (*SPLITS, *TOKENIZER)
-            origin = _origin(corpus, train, validation)
-            for files in filter(None, (train, validation)):
-                _require_text(files, corpus.text_column)
-            percentage = 0 if validation else corpus.validation_split_percentage
-            held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
-            with FileLock(folder / f"{LOCK}-tokenizer"):  # machines with different parts may start at the same time
-                begin = check_contents(folder, origin, contents, overwrite=settings.overwrite_output_dir)
-                tokenizer = _tokenizer(corpus, train, held_out, None if settings.overwrite_output_dir else folder)
-                begin()
-                save_tokenizer(tokenizer, folder)
-        train = [copy if path == new_copy else path for path in train]
+        gathered = stack.enter_context(_gathered_text(corpus, folder.resolve()))
+        train = find_files([str(gathered) if name == "-" else name for name in corpus.train_file or ["-"]])
+        validation = find_files(corpus.validation_file)
+        if both := set(train) & set(validation):
+            raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
+        origin = _origin(corpus, train, validation)
+        for files in filter(None, (train, validation)):
+            _require_text(files, corpus.text_column)
+        percentage = 0 if validation else corpus.validation_split_percentage
+        held_out = HeldOut.of_corpus(percentage, lambda: _documents(train, corpus.text_column))
+        with _beginning(settings, folder):
+            building = stack.enter_context(_built(settings, folder, origin))
+            if gathered is not None:
+                now = building.resolve() / gathered.name
+                os.replace(gathered, now)
+                train = [now if path == gathered else path for path in train]
+            tokenizer = _tokenizer(settings, train, held_out)
+            save_tokenizer(tokenizer, building)
+        rules = [(path, held_out) for path in train] + [(path, HeldOut.share(100)) for path in validation]
+        key = tokenizer_hash(tokenizer)
         with named_in_errors(folder):
-            _prepare(settings, train, validation, held_out, tokenizer, folder)
+            _prepare(settings, [_source(path, rule, settings, key) for path, rule in rules], tokenizer)
     return folder
+
+
+def _beginning(settings: PrepareSettings, folder: Path) -> AbstractContextManager[object]:
+    """Return a context that keeps others out while a run begins: machines with different parts may start together."""
+    return nullcontext() if settings.part is None else FileLock(folder / f"{LOCK}-tokenizer")
+
+
+@contextmanager
+def _gathered_text(corpus: CorpusSettings, folder: Path) -> Iterator[Path | None]:
+    """Yield a file with the text that is not in files: standard input, or the docstrings; None: there is no such text.
+
+    It is removed at the end if it was not moved. Docstrings that an earlier run has gathered are used again.
+    """
+    scratch = folder / _GATHERED
+    try:
+        if not corpus.train_file:
+            path = scratch / DOCSTRINGS
+            with named_in_errors(folder):
+                scratch.mkdir(exist_ok=True)
+                earlier = [place / DOCSTRINGS for place in (folder / UNFINISHED, folder)]
+                for found in [file for file in earlier if file.exists()][:1]:
+                    _link(found, path)
+            yield gather_docstrings(path, corpus.processes or os.cpu_count() or 1)
+        elif "-" in corpus.train_file:
+            path = scratch / STANDARD_INPUT_COPY
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                shutil.copyfileobj(standard_input(), file)
+            yield path
+        else:
+            yield None
+    finally:
+        remove(scratch)
+
+
+@contextmanager
+def _built(settings: PrepareSettings, folder: Path, origin: Origin) -> Iterator[Path]:
+    """Yield the folder in which a run builds, see `staged_contents`; parts of files that are unchanged are kept."""
+
+    def keeps(error: BaseException) -> bool:
+        if settings.part is not None or not isinstance(error, Exception):  # other machines go on, or it was interrupted
+            return True
+        building = folder / UNFINISHED
+        return not isinstance(error, CannotWriteError) and any(building.glob("*/[!.]*/part.json"))
+
+    def reset(building: Path) -> None:
+        for name in {*_CONTENTS, RECORD} - {*SPLITS}:
+            remove(building / name)
+
+    overwrite, completes = settings.overwrite_output_dir, settings.part is None
+    with staged_contents(
+        folder, origin, _CONTENTS, keeps=keeps, reset=reset, overwrite=overwrite, completes=completes
+    ) as building:
+        yield building
 
 
 def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -> Origin:
@@ -146,54 +160,105 @@ def _origin(corpus: CorpusSettings, train: list[Path], validation: list[Path]) -
             values["--bert-special-tokens"] = corpus.bert_special_tokens
     else:
         inputs["--tokenizer-name"] = tokenizer_files(corpus.tokenizer_name)
-    return Origin(inputs, values, "prepare")
+    consequences = {}
+    if corpus.tokenizer_name is None:
+        text = ("--train-file", "--text-column", "--validation-split-percentage")
+        consequences["the tokenizer, which is trained on the text, would be another"] = text
+    return Origin(inputs, values, "prepare", consequences)
 
 
-def _tokenizer(corpus: CorpusSettings, train: list[Path], held_out: HeldOut, interrupted: Path | None) -> Tokenizer:
-    """Return the tokenizer to use; one that an interrupted run has trained is not trained again.
+def _tokenizer(settings: PrepareSettings, train: list[Path], held_out: HeldOut) -> Tokenizer:
+    """Return the tokenizer to use; one that an earlier or interrupted run of the same origin has trained is kept.
 
     Args:
-        corpus: Which tokenizer to use.
+        settings: Settings of the run.
         train: Training files.
         held_out: Which part of them is held out.
-        interrupted: Folder of an interrupted run on the same text with the same settings; None: there is none.
     """
+    corpus, folder = settings.corpus, Path(settings.output_dir)
     if corpus.tokenizer_name is not None:
         return load_tokenizer(corpus.tokenizer_name)
-    if interrupted is not None and (interrupted / "tokenizer.json").exists():
-        return load_tokenizer(interrupted)
+    for place in (folder / UNFINISHED, *([] if settings.overwrite_output_dir else [folder])):
+        if (place / "tokenizer.json").exists():
+            return load_tokenizer(place)
     return _train_tokenizer(corpus, train, held_out)
 
 
-def _prepare(
-    settings: PrepareSettings,
-    train: list[Path],
-    validation: list[Path],
-    held_out: HeldOut,
-    tokenizer: Tokenizer,
-    folder: Path,
-) -> None:
+def _source(path: Path, held_out: HeldOut, settings: PrepareSettings, tokenizer_hash: str) -> Source:
+    """Return a file of the corpus; one that is being built will be moved into the output folder."""
+    folder = Path(settings.output_dir).resolve()
+    is_built = path.parent == folder / UNFINISHED
+    final, now = (folder / path.name, path) if is_built else (path, None)
+    return Source(final, held_out, settings.corpus.text_column, tokenizer_hash, now)
+
+
+def _prepare(settings: PrepareSettings, sources: list[Source], tokenizer: Tokenizer) -> None:
     """Prepare the training and validation files in a locked folder."""
-    corpus = settings.corpus
-    tokenizer_digest = tokenizer_hash(tokenizer)
-    files = [(path, held_out) for path in train] + [(path, HeldOut.share(100)) for path in validation]
-    sources = [Source(path, rule, corpus.text_column, tokenizer_digest) for path, rule in files]
+    folder = Path(settings.output_dir)
+    building = folder / UNFINISHED
     if settings.part is not None:
         first, step = map(int, settings.part.split("/"))
         sources = sources[first - 1 :: step]
-    unfinished = [source for source in sources if not source.is_finished(folder)]
+    finished = {source.name for source in sources if source.is_finished(folder)}
+    if settings.part is None and not settings.overwrite_output_dir and _is_complete(folder, sources, finished):
+        _summarise(folder, sources)
+        remove(building)  # nothing is to be replaced
+        return
+    unfinished = []
+    for source in sources:
+        if source.name in finished:
+            _reuse(source, folder, building)
+        elif not source.is_finished(building):
+            unfinished.append(source)
     if settings.merge and unfinished:
         raise ValueError(
             f"{len(unfinished)} of {len(sources)} files are not finished, such as {unfinished[0].path}: pass --merge "
             "when the runs with --part are finished"
         )
-    _prepare_sources(unfinished, tokenizer, folder, corpus.processes or os.cpu_count() or 1)
-    if settings.part is None:
-        for split in SPLITS:
-            names = [source.name for source in sources]
-            size = tokenizer.get_vocab_size()
-            write_manifest(folder / split, names, vocab_size=size, tokenizer_hash=tokenizer_digest)
-        _summarise(folder, sources)
+    prepare_files(unfinished, tokenizer, building, settings.corpus.processes or os.cpu_count() or 1)
+    if settings.part is not None:
+        return
+    names = [source.name for source in sources]
+    for split in SPLITS:
+        for path in (building / split).iterdir():
+            if path.name not in names:  # a part of a file that is no longer in the corpus
+                remove(path)
+        size, key = tokenizer.get_vocab_size(), sources[0].tokenizer_hash
+        write_manifest(building / split, names, vocab_size=size, tokenizer_hash=key)
+    if not _summarise(building, sources):
+        remove(building)
+        raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
+
+
+def _reuse(source: Source, folder: Path, building: Path) -> None:
+    """Take over the finished parts of a file from the contents that are to be replaced."""
+    for split in SPLITS:
+        target = building / split / source.name
+        remove(target)
+        shutil.copytree(folder / split / source.name, target, copy_function=_link)
+
+
+def _is_complete(folder: Path, sources: Sequence[Source], finished: set[str]) -> bool:
+    """Return whether a folder has a tokenizer, the parts of all sources, and manifests of them."""
+    names = [source.name for source in sources]
+    if finished != {*names} or not (folder / "tokenizer.json").is_file():
+        return False
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        manifests = [read_manifest(folder / split) for split in SPLITS]
+        return all(
+            manifest["tokenizer_hash"] == sources[0].tokenizer_hash
+            and [part["name"] for part in manifest["parts"]] == names
+            for manifest in manifests
+        )
+    return False
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Link a file, which takes no space, or copy it with its time if the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _require_text(files: list[Path], text_column: str) -> None:
@@ -207,9 +272,9 @@ def _documents(files: list[Path], text_column: str) -> Iterator[list[str]]:
     return (document for path in files for document in read_documents(path, text_column))
 
 
-def _summarise(folder: Path, sources: list[Source]) -> None:
-    """Log the size of both splits, and warn of files without text."""
-    manifests = [json.loads((folder / split / "manifest.json").read_text(encoding="utf-8")) for split in SPLITS]
+def _summarise(folder: Path, sources: list[Source]) -> int:
+    """Log the size of both splits, warn of files without text, and return the number of training documents."""
+    manifests = [read_manifest(folder / split) for split in SPLITS]
     documents = [
         sum(part["documents"] for part in parts) for parts in zip(*(m["parts"] for m in manifests), strict=True)
     ]
@@ -217,65 +282,14 @@ def _summarise(folder: Path, sources: list[Source]) -> None:
     if empty:
         logger.warning("%d of %d files hold no text and are left out, such as %s", len(empty), len(sources), empty[0])
     train, validation = (
-        ", ".join(counted(manifest[f"{noun}s"], noun) for noun in ("document", "sentence", "token"))
-        for manifest in manifests
+        f"{counted(x['documents'], 'document')}, {counted(x['sentences'], 'sentence')}, {counted(x['tokens'], 'token')}"
+        for x in manifests
     )
     logger.info("text: %s", train)
     if manifests[1]["documents"]:
         logger.info("held out for validation: %s", validation)
     logger.info("vocabulary: %s tokens", f"{manifests[0]['vocab_size']:,}")
-    if not manifests[0]["documents"]:
-        raise ValueError("no document is left for training: use more text or lower --validation-split-percentage")
-
-
-def prepare_file(source: Source, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], object]) -> None:
-    """Write the two parts of one file.
-
-    Args:
-        source: The file.
-        tokenizer: The tokenizer; see `encode_sentences`.
-        folder: Folder of the splits.
-        progress: Called with the number of bytes read since its last call.
-    """
-    dtype, position = token_dtype(tokenizer.get_vocab_size()), 0
-
-    def advance(to: int) -> None:
-        nonlocal position
-        progress(to - position)
-        position = to
-
-    documents = read_documents(source.path, source.text_column, advance)
-    parts = [PartWriter(folder / split, source.name, dtype, source.origin()) for split in SPLITS]
-    with parts[0] as train, parts[1] as validation:
-        for batch in _batches(documents):
-            divided = [source.held_out.divide(document) for document in batch]
-            flat = [sentence for split in divided for sentences in split for sentence in sentences]
-            encoded = encode_sentences(tokenizer, flat)
-            for for_training, for_validation in divided:
-                train.add([next(encoded) for _ in for_training])
-                validation.add([next(encoded) for _ in for_validation])
-
-
-def _batches(documents: Iterator[list[str]]) -> Iterator[list[list[str]]]:
-    """Group documents so that a group has a little more than BATCH_CHARACTERS."""
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += sum(map(len, document))
-        if characters > BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
-
-
-def _training_files(corpus: CorpusSettings, folder: Path, copy: Path) -> list[Path]:
-    """Return the training files; docstrings are first written to a file in `folder`, standard input to `copy`."""
-    if not corpus.train_file:
-        return find_files([gather_docstrings(folder / "docstrings.jsonl", corpus.processes or os.cpu_count() or 1)])
-    if "-" in corpus.train_file:
-        with copy.open("wb") as file:
-            shutil.copyfileobj(standard_input(), file)
-    return find_files([copy if name == "-" else name for name in corpus.train_file])
+    return manifests[0]["documents"]
 
 
 def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOut) -> Tokenizer:
@@ -298,45 +312,3 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOu
         kind=corpus.tokenizer_type or "wordpiece",
         bert_special_tokens=corpus.bert_special_tokens,
     )
-
-
-def _prepare_sources(sources: list[Source], tokenizer: Tokenizer, folder: Path, processes: int) -> None:
-    if not sources:
-        return
-    with tqdm(total=sum(source.bytes for source in sources), desc="tokens", unit="B", unit_scale=True) as bar:
-        processes = min(processes, len(sources))
-        if processes <= 1:
-            for source in sources:
-                prepare_file(source, tokenizer, folder, bar.update)
-            return
-        context = multiprocessing.get_context("spawn")  # forked processes would lack the tokenizer's threads
-        counter = context.Value("q", 0)
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        with ProcessPoolExecutor(processes, context, _start_worker, (counter, threads)) as pool:
-            pending = {pool.submit(_prepare_in_worker, source, tokenizer, folder) for source in sources}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.3)
-                    for future in done:
-                        future.result()
-                    bar.update(counter.value - bar.n)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-_bytes_read: Synchronized[int]  # set in a worker process: shared counter of the bytes that all workers have read
-
-
-def _start_worker(counter: Synchronized[int], threads: int) -> None:
-    global _bytes_read
-    _bytes_read = counter
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-
-
-def _prepare_in_worker(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    def progress(count: int) -> None:
-        with _bytes_read.get_lock():
-            _bytes_read.value += count
-
-    prepare_file(source, tokenizer, folder, progress)

@@ -224,7 +224,7 @@ class Shards:
             ValueError: They are damaged, of another format, or of another tokenizer.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if tokenizer_hash is not None and tokenizer_hash != manifest["tokenizer_hash"]:
             raise ValueError(
                 f"the shards in {folder} were made with another tokenizer ({manifest['tokenizer_hash'][:12]}, not "
@@ -249,7 +249,7 @@ class Shards:
         Raises:
             ValueError: A file is damaged.
         """
-        for part in _read_manifest(self.folder)["parts"]:
+        for part in read_manifest(self.folder)["parts"]:
             for name, checksum in part["checksums"].items():
                 path = self.folder / part["name"] / f"{name}.bin"
                 with path.open("rb") as file:
@@ -259,7 +259,7 @@ class Shards:
                         )
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         manifest = cast(Manifest, read_json(path))

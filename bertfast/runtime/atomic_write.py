@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class CannotWriteError(OSError):
+    """A file or folder cannot be written; the message names it, and says why."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; what was written there replaces `path` at the end.
@@ -22,7 +26,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         A path that does not exist, with the suffix of `path`.
 
     Raises:
-        OSError: The path cannot be written, as when the disk is full; see `named_in_errors`.
+        CannotWriteError: The path cannot be written, as when the disk is full; see `named_in_errors`.
     """
     temporary = path.with_name(f".{path.name}")
     with named_in_errors(path):
@@ -50,7 +54,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
         target, named = path.absolute(), Path(error.filename or path).absolute()
         if error.errno is None or not (target.parent in named.parents or named in target.parents):
             raise
-        raise type(error)(f"{path} cannot be written: {os.strerror(error.errno)}") from error
+        raise CannotWriteError(f"{path} cannot be written: {os.strerror(error.errno)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from bertfast.runtime.atomic_write import named_in_errors, remove, write_atomica
 
 RECORD = "origin.json"
 LOCK = ".lock"
+UNFINISHED = ".unfinished"
+"""Name of the folder in which contents are built before they replace those of the folder around it."""
 
 
 class FileRecord(TypedDict):
@@ -56,11 +59,13 @@ class Origin:
         inputs: Files that are read, by the flag that names them. Where a file lies does not matter, its contents do.
         settings: Settings that the contents depend on, by flag: values that JSON can hold.
         command: Command that writes the folder.
+        consequences: What else changes with inputs and settings, as a sentence for messages: by it, their flags.
     """
 
     inputs: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    consequences: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class OriginError(ValueError):
@@ -120,6 +125,67 @@ def check_contents(
         OriginError: The contents have another origin, or no record, or there are some and `continues` is false.
         ValueError: The folder belongs to another command, or an input is one of the files to replace.
     """
+    described, existing = _compare(folder, origin, contents, overwrite, continues)
+    return partial(_begin, folder, described, existing if overwrite else [])
+
+
+@contextmanager
+def staged_contents(
+    folder: Path,
+    origin: Origin,
+    contents: Sequence[str],
+    *,
+    keeps: Callable[[BaseException], bool],
+    reset: Callable[[Path], None] = remove,
+    overwrite: bool = False,
+    completes: bool = True,
+) -> Iterator[Path]:
+    """Context in which the contents of a locked folder are built beside the old ones, which they replace at its end.
+
+    Until then the old contents and their record stay as they are. An interrupted run of the same origin continues.
+
+    Args:
+        folder: The folder.
+        origin: What the run makes its contents from.
+        contents: Patterns of the files and folders that the command writes.
+        keeps: Whether what was built until an error is kept, for a run that continues.
+        reset: Removes from what another run has built what this run cannot use.
+        overwrite: Whether contents of another origin, finished or not, are to be replaced.
+        completes: Whether the contents are complete at the end of the context; else they stay unfinished.
+
+    Yields:
+        The folder to build in. If it is gone at the end, nothing is replaced.
+
+    Raises:
+        OriginError: The contents, or those of an unfinished run, have another origin, or no record.
+        ValueError: The folder belongs to another command, or an input is one of the files to replace.
+    """
+    described, existing = _compare(folder, origin, contents, overwrite, continues=True)
+    building = folder / UNFINISHED
+    record = read_record(building)
+    differ = record is not None and _differences(record, described)
+    if differ and not overwrite and not existing:  # else the contents are those of this run already
+        _check(folder, [building], record, described, origin, continues=True)
+    try:
+        if differ:
+            reset(building)
+        elif record is None:
+            remove(building)  # of a run that was killed before it began
+        if record is None or differ:
+            _begin(building, described, [])
+        yield building
+        if completes and building.exists():
+            _publish(building, folder, contents)
+    except BaseException as error:
+        if not keeps(error):
+            remove(building)
+        raise
+
+
+def _compare(
+    folder: Path, origin: Origin, contents: Sequence[str], overwrite: bool, continues: bool
+) -> tuple[Record, list[Path]]:
+    """Compare a locked folder with an origin, see `check_contents`; return the new record and the contents."""
     record = require_command(folder, origin.command)
     described = _describe(origin, record)
     _require_inputs_elsewhere(folder, origin, contents)
@@ -127,8 +193,26 @@ def check_contents(
     if record is None and not existing and not overwrite and (folder / RECORD).exists():
         raise OriginError(f"{folder / RECORD} is damaged")
     if existing and not overwrite:
-        _check(folder, existing, record, described, continues)
-    return partial(_begin, folder, described, existing if overwrite else [])
+        _check(folder, existing, record, described, origin, continues)
+    return described, existing
+
+
+def _publish(building: Path, folder: Path, contents: Sequence[str]) -> None:
+    """Replace the contents of a folder, and its record, by those that were built.
+
+    First all old contents are moved away: if the process is killed meanwhile, some are missing, but none are mixed.
+    """
+    old = building / "old"
+    with named_in_errors(folder):
+        remove(old)
+        old.mkdir()
+        if read_record(folder) is None:  # a run that is killed from here on continues
+            shutil.copyfile(building / RECORD, folder / RECORD)
+        for source, target in ((folder, old), (building, folder)):
+            for path in [path for pattern in contents for path in source.glob(pattern)]:
+                os.replace(path, target / path.name)
+        os.replace(building / RECORD, folder / RECORD)
+        remove(building)
 
 
 def require_command(folder: Path, command: str) -> Record | None:
@@ -153,11 +237,21 @@ def require_origin(folder: Path, origin: Origin) -> None:
     """
     record = require_command(folder, origin.command)
     described = _describe(origin, record)
-    if record is not None:
-        inputs = {flag: files for flag, files in record["inputs"].items() if flag in described["inputs"]}
-        settings = {flag: value for flag, value in record["settings"].items() if flag in described["settings"]}
-        record = Record(command=record["command"], inputs=inputs, settings=settings)
-    _check(folder, [folder], record, described, continues=True)
+    _check(folder, [folder], record and _restricted(record, described), described, origin, continues=True)
+
+
+def differences_from(folder: Path, origin: Origin) -> list[str]:
+    """Return how what an origin names differs from the record of a folder, which may name more and may be missing."""
+    record = read_record(folder)
+    described = _describe(origin, record)
+    return [] if record is None else [*_differences(_restricted(record, described), described).values()]
+
+
+def _restricted(record: Record, described: Record) -> Record:
+    """Return what a record says about the inputs and settings that another one names."""
+    inputs = {flag: files for flag, files in record["inputs"].items() if flag in described["inputs"]}
+    settings = {flag: value for flag, value in record["settings"].items() if flag in described["settings"]}
+    return Record(command=record["command"], inputs=inputs, settings=settings)
 
 
 @contextmanager
@@ -249,29 +343,33 @@ def _describe_file(path: Path, known: Mapping[str, FileRecord]) -> FileRecord:
     return FileRecord(path=name, bytes=state.st_size, modified=state.st_mtime_ns, sha256=digest)
 
 
-def _check(folder: Path, existing: Sequence[Path], record: Record | None, described: Record, continues: bool) -> None:
+def _check(
+    folder: Path, existing: Sequence[Path], record: Record | None, described: Record, origin: Origin, continues: bool
+) -> None:
     """Raise OriginError if existing contents do not have the described origin, or cannot be continued."""
     if record is None:
         raise OriginError(f"{folder} has contents without a record of their inputs and settings ({existing[0].name})")
     differences = _differences(record, described)
     if differences:
-        raise OriginError(f"{folder} was written with other inputs or settings: {'; '.join(differences)}")
+        found = [*differences.values()]
+        found += [what for what, flags in origin.consequences.items() if differences.keys() & {*flags}]
+        raise OriginError(f"{folder} was written with other inputs or settings: {'; '.join(found)}")
     if not continues:
         raise OriginError(f"{folder} has the results of a run with the same inputs and settings")
 
 
-def _differences(record: Record, described: Record) -> list[str]:
-    """Return what differs, with old and new values."""
-    differences = []
+def _differences(record: Record, described: Record) -> dict[str, str]:
+    """Return what differs by flag, with old and new values."""
+    differences = {}
     for flag in sorted(record["inputs"].keys() | described["inputs"].keys()):
         old_files, new_files = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
         old, new = ([file["sha256"] for file in files] for files in (old_files, new_files))
         if old != new or "" in new:
-            differences.append(f"{flag} was {_files(old_files)} and is {_files(new_files)}")
+            differences[flag] = f"{flag} was {_files(old_files)} and is {_files(new_files)}"
     for flag in sorted(record["settings"].keys() | described["settings"].keys()):
         before, now = record["settings"].get(flag), described["settings"].get(flag)
         if before != now:
-            differences.append(f"{flag} was {json.dumps(before)} and is {json.dumps(now)}")
+            differences[flag] = f"{flag} was {_shown(before)} and is {_shown(now)}"
     return differences
 
 
@@ -281,6 +379,10 @@ def _files(files: Sequence[FileRecord]) -> str:
         f"{file['path']} ({file['bytes']:,} bytes, SHA-256 {file['sha256'][:8] or 'unknown'}…)" for file in files[:2]
     ]
     return " and ".join(shown + [f"{len(files) - 2} more"] * (len(files) > 2)) or "absent"
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from bertfast.data import parts
 from bertfast.data import prepare as preparation
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.sentences import split_sentences
@@ -83,7 +84,8 @@ def content(folder):
 
 
 def modified(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
+    """Return when the parts were written, by split and name, wherever in the folder they are."""
+    return {path.parts[-3:-1]: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
 
 
 def test_every_sentence_is_in_exactly_one_split(texts, vocabulary, run):
@@ -124,7 +126,7 @@ def test_only_changed_files_are_processed_again(texts, vocabulary, run):
 
     (texts / "1.txt").write_text("Another text. It has two sentences.")
     run("out", texts, tokenizer_name=vocabulary, overwrite=True)
-    again = {path.parent.name[:5] for path, time in modified(folder).items() if time != before[path]}
+    again = {name[:5] for (split, name), time in modified(folder).items() if time != before[split, name]}
     assert again == {"1.txt"}
 
     save_tokenizer(train_tokenizer(WORDS, 128), vocabulary)
@@ -151,13 +153,13 @@ def test_a_folder_of_another_corpus_is_refused(changed, texts, vocabulary, run):
 def test_an_interrupted_run_continues(texts, vocabulary, run, monkeypatch):
     whole = run("whole", texts, tokenizer_name=vocabulary)
 
-    def interrupted(source, *rest, original=preparation.prepare_file):
+    def interrupted(source, *rest, original=parts.prepare_file):
         if source.path.name == "1.txt":
             raise KeyboardInterrupt
         original(source, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "prepare_file", interrupted)
+        patch.setattr(parts, "prepare_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("out", texts, tokenizer_name=vocabulary)
     folder = texts.parent / "out"
@@ -184,7 +186,7 @@ def test_a_vocabulary_of_an_interrupted_run_is_not_used_for_another_one(texts, r
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "prepare_file", interrupted)
+        patch.setattr(parts, "prepare_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("out", texts, vocab_size=128)
     before = modified(texts.parent / "out")
@@ -302,7 +304,9 @@ def test_an_invalid_file_is_refused_by_name_and_finished_parts_are_kept(texts, v
     (texts / "2.txt").write_bytes(b"good line\nbad \xff\n")
     with pytest.raises(ValueError, match=r"2\.txt, line 2: not UTF-8"):
         run("out", texts, tokenizer_name=vocabulary, processes=processes)
-    kept = {path.name[:5] for path in (texts.parent / "out" / "train").iterdir() if not path.name.startswith(".")}
+    assert not (texts.parent / "out" / "train").exists()
+    unfinished = texts.parent / "out" / ".unfinished" / "train"
+    kept = {path.name[:5] for path in unfinished.iterdir() if not path.name.startswith(".")}
     # With two processes, one may still be at work when the other fails.
     assert kept == {"0.txt", "1.txt"} if processes == 1 else kept <= {"0.txt", "1.txt"}
 

@@ -18,7 +18,17 @@ from bertfast.data.tokenizer import SPECIAL_TOKENS, save_tokenizer
 from bertfast.models.bert import BertModel
 from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path, write_atomically
-from bertfast.runtime.output_folder import Origin, OriginError, check_contents, output_folder, require_origin
+from bertfast.runtime.output_folder import (
+    UNFINISHED,
+    Origin,
+    OriginError,
+    check_contents,
+    differences_from,
+    locked_folder,
+    output_folder,
+    require_origin,
+    staged_contents,
+)
 from bertfast.runtime.tensor_file import write_tensors
 
 PARTS = ("part-*",)
@@ -271,3 +281,66 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def build(folder: Path, origin: Origin, content: str | BaseException, *, keep: bool = True, **options) -> None:
+    """Build part-0 with this content, or fail after it was begun."""
+    with (
+        locked_folder(folder),
+        staged_contents(folder, origin, PARTS, keeps=lambda error: keep, **options) as building,
+    ):
+        (building / "part-0").write_text(content if isinstance(content, str) else "half")
+        if isinstance(content, BaseException):
+            raise content
+
+
+def test_contents_that_are_built_replace_the_old_ones_at_the_end(written):
+    folder, origin = written
+    (folder / "part-1").write_text("1")
+    (folder / "notes.txt").write_text("a user's file")
+    other = Origin(origin.inputs, {"--pooling": "cls"})
+    with pytest.raises(OriginError, match="--pooling was"):
+        build(folder, other, "new")
+    assert (folder / "part-0").read_text() == "0"
+    build(folder, other, "new", overwrite=True)
+    assert (folder / "part-0").read_text() == "new"
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == [
+        *([".lock"] if (folder / ".lock").exists() else []),
+        "notes.txt",
+        "origin.json",
+        "part-0",
+    ]
+    assert json.loads((folder / "origin.json").read_text())["settings"] == {"--pooling": "cls"}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_was_built_until_an_error_is_kept_if_asked(keep, written):
+    folder, origin = written
+    before = (folder / "origin.json").read_text()
+    other = Origin(origin.inputs, {"--pooling": "cls"})
+    with pytest.raises(KeyError):
+        build(folder, other, KeyError("x"), keep=keep, overwrite=True)
+    assert ((folder / "part-0").read_text(), (folder / "origin.json").read_text()) == ("0", before)
+    assert (folder / UNFINISHED / "part-0").exists() == keep
+
+
+def test_contents_that_are_not_complete_replace_nothing(written):
+    folder, origin = written
+    build(folder, origin, "new", completes=False)
+    assert (folder / "part-0").read_text() == "0"
+    assert (folder / UNFINISHED / "part-0").read_text() == "new"
+
+
+def test_what_follows_from_a_difference_is_named_with_it(written):
+    folder, origin = written
+    consequences = {"the vectors would be others": ["--pooling"], "the names would be others": ["--input-file"]}
+    other = Origin(origin.inputs, {"--pooling": "cls", "--layers": [1, 2]}, "", consequences)
+    with pytest.raises(OriginError, match='--pooling was "mean" and is "cls"; the vectors would be others: choose'):
+        reopen(folder, other)
+
+
+def test_only_what_an_origin_names_is_compared(written, tmp_path):
+    folder, origin = written
+    assert differences_from(folder, Origin({}, {"--pooling": "mean"})) == []
+    assert differences_from(folder, Origin({}, {"--layers": "é"})) == ['--layers was [1, 2] and is "é"']
+    assert differences_from(tmp_path / "nowhere", origin) == []
