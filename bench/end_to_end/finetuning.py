@@ -146,7 +146,7 @@ def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
         loss = train(step, rows)
         timed["transformers"].append(time.perf_counter() - started)
         # Dropout masks differ, and for question answering transformers' softmax includes padding.
-        if step == 0 and abs(loss - (bertfast_loss := float(run.pending[0][0]))) > 0.25 * loss:
+        if step == 0 and abs(loss - (bertfast_loss := float(run.results.pending[0][0]))) > 0.25 * loss:
             raise SystemExit(f"{settings.task}: the losses differ, {bertfast_loss} and {loss}, so nothing is timed")
     ratios = [b / a for a, b in zip(timed["bertfast"][1:], timed["transformers"][1:], strict=True)]
     return {f"{side}_s": seconds[1:] for side, seconds in timed.items()} | {"median_ratio": statistics.median(ratios)}

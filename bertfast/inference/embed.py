@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,12 @@ from tqdm import tqdm
 from bertfast.data.text_files import COMPRESSIONS, STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
 from bertfast.models.bert import BertModel
-from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification, select_layers
+from bertfast.models.extensions import (
+    LAYERS,
+    BertFeaturesForTokenClassification,
+    select_layers,
+    warn_of_few_layers,
+)
 from bertfast.models.files import model_files, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path, reserve
@@ -32,7 +37,7 @@ from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
-from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
 from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
@@ -58,7 +63,7 @@ class EmbedSettings(Settings):
         output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
         overwrite_output_dir: Replace the parts of another run in --output-dir.
         input_file: A .txt file with one text per line, blank lines included, read as a stream, or a .tsv, .csv or
-            .jsonl file. If not given, or "-": lines of standard input.
+            .jsonl file, or a .json list. If not given, or "-": lines of standard input.
         text_column: Column of the text. If not given: sentence, sentence1 or text.
         text_pair_column: Column of the second text of a pair. If not given: sentence2 if there is one.
         pooling: mean: average over all tokens; cls: the [CLS] token; or none: one embedding per token.
@@ -118,29 +123,29 @@ def embed(settings: EmbedSettings) -> Path:
         raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, False, device, settings.compute.precision)
+    warn_of_few_layers("--layers", settings.layers, model.config)
     max_length = sequence_length(settings.max_seq_length, model.config)
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
     folder = Path(settings.output_dir)
-    with locked_folder(folder), tqdm(desc="embed", unit="text") as bar:
+    with locked_folder(folder):
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
         rows = _rows(settings)
-        for part in count():
-            chunk = list(islice(rows, settings.texts_per_part))
-            if not chunk:
-                break
-            if not part:
-                begin()
-            path = folder / f"part-{part:05}.{settings.output_format}"
-            if not _is_whole(path, [row.number for row in chunk]):
-                features = tokenize(tokenizer, [row.text for row in chunk], max_length)
-                tensors = compute_embeddings(model, features, settings)
-                tensors["rows"] = torch.tensor([row.number for row in chunk])
-                _write(path, tensors, [row.id for row in chunk])
-                give_freed_memory_back()  # else memory use grows with the number of parts
-            bar.update(len(chunk))
-        if not part:
+        chunks = iter(lambda: list(islice(rows, settings.texts_per_part)), [])
+        first = next(chunks, None)
+        if first is None:
             source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
             raise ValueError(f"{source} is empty: it needs one text per line")
+        begin()
+        with tqdm(desc="embed", unit="text") as bar:  # not before the checks, as it would stand above a refusal
+            for part, chunk in enumerate(chain([first], chunks)):
+                path = folder / f"part-{part:05}.{settings.output_format}"
+                if not _is_whole(path, [row.number for row in chunk]):
+                    features = tokenize(tokenizer, [row.text for row in chunk], max_length)
+                    tensors = compute_embeddings(model, features, settings)
+                    tensors["rows"] = torch.tensor([row.number for row in chunk])
+                    _write(path, tensors, [row.id for row in chunk])
+                    give_freed_memory_back()  # else memory use grows with the number of parts
+                bar.update(len(chunk))
     return folder
 
 
@@ -186,6 +191,7 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
             lengths = features.lengths[rows]
             inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
             hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots
+            require_finite(hidden, model.name_or_path)
             if per_token:
                 _scatter_tokens(embeddings.numpy(), features, rows, hidden.numpy())
             elif settings.pooling == "cls":
@@ -268,7 +274,7 @@ def _rows(settings: EmbedSettings) -> Iterator[_Row]:
         yield from (_Row(number, line.rstrip("\r\n")) for number, line in lines)
         return
     if not path.endswith(TABLE_SUFFIXES):
-        raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv or .jsonl")
+        raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv, .jsonl or .json")
     columns = None
     for table in read_chunks(path, settings.texts_per_part):
         columns = columns or Columns.choose(table, settings.text_column, settings.text_pair_column, None)

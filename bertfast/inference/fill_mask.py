@@ -12,6 +12,7 @@ from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
 from bertfast.encoder import masked_lm_logits, pack
 from bertfast.models.bert import BertForMaskedLM
 from bertfast.models.tokenizers import mask_token
+from bertfast.runtime.precision import require_finite
 from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.pretrained import open_model, sequence_length
 
@@ -45,12 +46,16 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
         For each [MASK], the `top_k` most probable tokens with their probabilities, most probable first.
 
     Raises:
-        ValueError: There is no [MASK], the text has more tokens than the model has positions, or it is not UTF-8.
+        ValueError: There is no [MASK], the text has more tokens than the model has positions, it is not UTF-8, or
+            `top_k` is more than the vocabulary has.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not UTF-8 (character {error.start + 1}); convert it to UTF-8") from None
+    vocab_size = tokenizer.get_vocab_size()
+    if top_k > vocab_size:
+        raise ValueError(f"--top-k must be at most {vocab_size}, the size of the vocabulary, got {top_k}")
     ids = tokenizer.encode(text).ids
     positions = sequence_length(None, model.config)
     if len(ids) > positions:
@@ -62,9 +67,9 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
     token_ids = torch.tensor([ids], device=model.device)
     packed = pack(model, token_ids, torch.tensor([0, len(ids)], dtype=torch.int32))
     logits = masked_lm_logits(model, packed, torch.tensor(masked, device=model.device))
+    require_finite(logits, model.name_or_path)
     # vocab_size of a model may be rounded up; ids beyond the tokenizer's vocabulary are not predicted.
-    vocab_size = tokenizer.get_vocab_size()
-    best = logits[:, :vocab_size].float().softmax(1).topk(min(top_k, vocab_size))
+    best = logits[:, :vocab_size].float().softmax(1).topk(top_k)
     return [
         [(str(tokenizer.id_to_token(token)), probability) for token, probability in zip(tokens, values, strict=True)]
         for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

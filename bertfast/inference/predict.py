@@ -18,7 +18,7 @@ from bertfast.data.text_files import read_standard_input, require_file
 from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
-from bertfast.runtime.precision import autocast, choose_device, choose_precision, half
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
 from bertfast.tasks.features import Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
@@ -121,9 +121,11 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
     with side_stream(model.device):
         for rows in batches_by_length(features, task.settings.compute.eval_tokens):
             inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
-            logits = runner(inputs).clone().cpu().numpy()  # the next replay overwrites the runner's result
+            logits = runner(inputs).clone().cpu()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.
-            parts = features.split_by_example(rows, logits[0]) if logits.ndim == 3 else logits[: len(rows)]
+            used = logits[0, : features.lengths[rows].sum()] if logits.ndim == 3 else logits[: len(rows)]
+            require_finite(used, model.name_or_path)
+            parts = features.split_by_example(rows, used.numpy()) if logits.ndim == 3 else used.numpy()
             for row, part in zip(rows, parts, strict=True):
                 outputs[row] = part
     model.train(training)

@@ -87,6 +87,35 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, _HALVES.get(precision, torch.bfloat16), enabled=precision in _HALVES)
 
 
+class NotFiniteError(ValueError):
+    """A model computes NaN or infinite values.
+
+    Args:
+        model: Folder or name of the model.
+
+    Attributes:
+        problem: What is wrong, without what to do about it.
+    """
+
+    def __init__(self, model: str):
+        self.problem = "the model's outputs are not finite"
+        super().__init__(
+            f"the outputs of {model} are not finite: its weights are too large, or --precision fp16 cannot hold its "
+            "hidden states; use another model, or --precision fp32"
+        )
+
+
+def require_finite(outputs: torch.Tensor, model: str | None) -> None:
+    """Raise NotFiniteError if a value that a model computed is NaN or infinite.
+
+    Args:
+        outputs: The values.
+        model: Folder or name of the model, if it has one.
+    """
+    if not outputs.isfinite().all():
+        raise NotFiniteError(model or "the model")
+
+
 @cache
 def _bf16_is_faster(budget: float = 0.5) -> bool:
     """Return whether a layer's GEMM is faster in bf16 than in fp32 on this CPU, measured in `budget` seconds."""

@@ -28,7 +28,7 @@ from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import copy_tokenizer, load_any_tokenizer
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
-from bertfast.runtime.precision import autocast, choose_device, choose_precision
+from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
@@ -39,8 +39,9 @@ from bertfast.training.feature_based import replace_inputs_by_states
 from bertfast.training.finetune_folder import finetune_folder
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.optimizer import SKIPS_IN_A_ROW, build_optimizers, not_finite, step_if_finite
+from bertfast.training.optimizer import build_optimizers, remedy_for, step_if_finite
 from bertfast.training.schedule import schedule, set_learning_rate
+from bertfast.training.step_results import StepResults
 
 __all__ = ["FinetuneSettings", "Finetuning", "finetune"]
 
@@ -97,8 +98,7 @@ class Finetuning:
         examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
         step, best_step: Steps done, and the step of the best model.
-        losses: Losses of the steps that were read and not skipped.
-        pending: Results of steps that were not read yet; see `_update_eagerly`.
+        results: Losses of the steps.
         steps_per_read: Steps after which results are read.
     """
 
@@ -137,13 +137,11 @@ class Finetuning:
         passes = settings.batch.gradient_accumulation_steps
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
-        self.steps = max(round(self.hyperparameters.num_train_epochs * self.steps_per_epoch), 1)
-        self.step = self.best_step = self.skipped_in_a_row = self.validations_without_better = 0
+        self.steps = self.hyperparameters.steps(self.steps_per_epoch)
+        self.step = self.best_step = self.validations_without_better = 0
         self.best_score = (-math.inf, -math.inf)
         self.best_metrics: dict[str, float] = {}
-        self.losses: list[float] = []
-        self.skipped_loss = math.nan  # loss of the last skipped step
-        self.pending: list[Tensor] = []
+        self.results = StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
         self.tokens, self.seconds = 0, 0.0
@@ -182,9 +180,8 @@ class Finetuning:
                 on_step(self.step)
                 if interrupt.requested:
                     self._stop(f"stopped after step {self.step} of {self.steps}", interrupt.status)
-                if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
-                    what = not_finite(self.skipped_loss, self.device)
-                    self._stop(f"{SKIPS_IN_A_ROW} steps in a row were skipped, {what}: lower --learning-rate")
+                if (problem := self.results.too_many_skipped()) is not None:
+                    self._stop(problem)
                 if self.step % eval_steps == 0 or self.step == self.steps:
                     self._validate()
                 if self.validations_without_better == settings.evaluation.early_stopping_patience:
@@ -269,7 +266,7 @@ class Finetuning:
             self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
         share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
         set_learning_rate(self.optimizers, self.hyperparameters.learning_rate * share)
-        self.pending.append(self._update().clone())  # a replay overwrites the previous result
+        self.results.pending.append(self._update().clone())  # a replay overwrites the previous result
         self.step += 1
         self.tokens += int(features.lengths[rows].sum())
         self.seconds += time.perf_counter() - clock
@@ -290,17 +287,7 @@ class Finetuning:
     def _read_pending(self) -> None:
         """Read the results of pending steps; waits for the device."""
         clock = time.perf_counter()
-        results = torch.stack(self.pending).tolist() if self.pending else []
-        self.pending.clear()
-        for loss, norm in results:
-            if math.isfinite(norm):
-                self.skipped_in_a_row = 0
-                self.losses.append(loss)
-            else:
-                self.skipped_in_a_row += 1
-                self.skipped_loss = loss
-            if self.skipped_in_a_row >= SKIPS_IN_A_ROW:
-                break
+        self.results.read()
         self.seconds += time.perf_counter() - clock
 
     def _weight(self, batch: dict[str, Tensor]) -> float:
@@ -322,12 +309,12 @@ class Finetuning:
         if self.step % self.steps_per_read == 0:
             self._read_pending()
         speed = self.tokens / self.seconds
-        recent = self.losses[-self.settings.evaluation.logging_steps :]
-        loss = sum(recent) / max(len(recent), 1)
+        loss = self.results.mean(last=self.settings.evaluation.logging_steps)
+        known = {} if math.isnan(loss) else {"loss": loss}  # metrics.jsonl holds numbers only
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if self.step % self.settings.evaluation.logging_steps == 0:
-            self._log(loss=loss, tokens_per_second=speed)
+            self._log(**known, tokens_per_second=speed)
 
     def _log(self, **values: float) -> None:
         """Write an entry of metrics.jsonl."""
@@ -341,8 +328,12 @@ class Finetuning:
 
     def _validate(self) -> None:
         self._read_pending()
-        if "validation" not in self.features:
-            self._save()
+        validated = "validation" in self.features
+        if (problem := self.results.fault(only_sign=not validated and self.step == self.steps)) is not None:
+            self._stop(problem)
+        if not validated:
+            if not self.results.skipped_in_a_row:
+                self._save()
             return
         outputs, metrics = self._predict("validation")
         self._log(**metrics)
@@ -358,7 +349,11 @@ class Finetuning:
             self.validations_without_better += 1
 
     def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
-        outputs = predict_outputs(self.task, self.model, self.features[split])
+        try:
+            outputs = predict_outputs(self.task, self.model, self.features[split])
+        except NotFiniteError as error:
+            remedy = remedy_for(any_step_taken=bool(self.results.losses))
+            self._stop(f"after step {self.step}, {error.problem} on the {split} data: {remedy}", usable=False)
         metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -371,10 +366,13 @@ class Finetuning:
         copy_tokenizer(self.tokenizer, self.source, self.folder)
         self.best_step = self.step
 
-    def _stop(self, reason: str, status: int = 1) -> NoReturn:
-        if not self.best_step:
+    def _stop(self, reason: str, status: int = 1, *, usable: bool = True) -> NoReturn:
+        """Raise RunStopped; if no model was saved yet, and this one has been trained and is usable, it is saved."""
+        self._read_pending()
+        if not self.best_step and self.results.losses and not self.results.skipped_in_a_row and usable:
             self._save()
-        raise RunStopped(f"{reason}; the best model so far, that of step {self.best_step}, is in {self.folder}", status)
+        kept = f"the best model so far, that of step {self.best_step}, is" if self.best_step else "there is no model"
+        raise RunStopped(f"{reason}; {kept} in {self.folder}", status)
 
     def _finish(self) -> dict[str, float]:
         self._read_pending()
@@ -383,10 +381,12 @@ class Finetuning:
             "best_step": self.best_step,
             **self.best_metrics,
             "train_samples": len(self.examples["train"]),
-            "train_loss": sum(self.losses) / max(len(self.losses), 1),
+            "train_loss": self.results.mean(),
             "train_runtime": self.seconds,
             "train_tokens_per_second": self.tokens / self.seconds,
         }
+        if self.results.skipped:
+            results["skipped_steps"] = self.results.skipped
         if self.task.bad_rows.count:
             results["bad_rows"] = self.task.bad_rows.count
             logger.warning("invalid rows skipped: %d", self.task.bad_rows.count)

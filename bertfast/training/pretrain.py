@@ -25,8 +25,7 @@ from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
-from bertfast.runtime.precision import choose_precision, half
-from bertfast.runtime.settings import counted
+from bertfast.runtime.precision import NotFiniteError, choose_precision, half
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.training.checkpoint import checkpoints
 from bertfast.training.curriculum import Curriculum
@@ -41,11 +40,17 @@ from bertfast.training.initial_model import (
 )
 from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
 from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.optimizer import build_optimizers
-from bertfast.training.pretrain_checkpointing import Progress, check_run, checkpoint_to_load, recorded_precision
+from bertfast.training.optimizer import build_optimizers, remedy_for
+from bertfast.training.pretrain_checkpointing import (
+    Progress,
+    changed_settings,
+    check_run,
+    checkpoint_to_load,
+    recorded_precision,
+)
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter, open_writers
-from bertfast.training.pretrain_settings import PretrainSettings, check_positions, resolve_objective
+from bertfast.training.pretrain_settings import PretrainSettings, check_sizes, resolve_objective
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import validate
@@ -132,7 +137,8 @@ class Pretraining:
                 f"--residual-precision bf16 goes with --precision bf16, and this run's precision is {self.precision}: "
                 "add --precision bf16, or leave --residual-precision out"
             )
-        self.corpus = Corpus.open(settings, self.distributed, initial)
+        differences = partial(changed_settings, settings, initial, self.bins_per_step, self.precision)
+        self.corpus = Corpus.open(settings, self.distributed, initial, differences)
         check = partial(check_run, settings, initial, self.corpus.hashes(), self.bins_per_step, self.precision)
         self._begin = self.distributed.run_on_main(check)
         adapt_to_tokenizer(config, self.corpus.tokenizer, initial)
@@ -174,7 +180,7 @@ class Pretraining:
         writers = self.distributed.run_on_main(partial(open_writers, settings)) or []
         self.distributed.run_on_main(lambda: self._begin and self._begin())
         self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput, writers)
-        self._announce()
+        self._reporter.announce(self.model, self.corpus.train, self.precision, self.memory_estimate)
         with self.interrupt, self.reporter.bar:
             while self._fraction_done() < 1:
                 started = time.perf_counter()
@@ -189,6 +195,7 @@ class Pretraining:
                 if self._fraction_done() < 1:
                     self._validate_and_save_if_due()
             self._read_pending()
+        self.reporter.require_a_step_taken()
         metrics = self._validate()
         self._save()
         saved = checkpoints(self.folder / "checkpoints")[-1]
@@ -230,7 +237,7 @@ class Pretraining:
             architecture=settings.model.architecture,
             causal=settings.sampling.objective == "ltr",
         )
-        check_positions(settings, architecture_of(config).max_positions(config))
+        check_sizes(settings, architecture_of(config).max_positions(config), config.num_hidden_layers)
         return config
 
     def _build_model(self, config: BertConfig, initial: Path | None) -> FusedModel:
@@ -344,7 +351,12 @@ class Pretraining:
         def objective(batch: Batch, seed: None) -> PretrainingLoss:
             return PretrainingLoss(*self.train_step.objective(batch, seed))
 
-        metrics = validate(self.model, self.plan.held_out, self.precision, objective, self.distributed)
+        try:
+            metrics = validate(self.model, self.plan.held_out, self.precision, objective, self.distributed)
+        except NotFiniteError as error:
+            remedy = remedy_for(any_step_taken=self.progress.skipped < self.step)
+            where = f"after step {self.step}, {error.problem} on the validation text"
+            raise self.reporter.stopped(f"{where}: {remedy}") from None
         metrics |= {"unigram_entropy": self.plan.unigram_entropy}
         self.progress.validation_loss = metrics["validation_loss"]
         self.reporter.validation(metrics)
@@ -385,15 +397,3 @@ class Pretraining:
         """Return the learning rate of the next step."""
         settings = self.settings.optimizer
         return settings.learning_rate * schedule(settings.schedule, self._fraction_done(), settings.warmup_ratio)
-
-    def _announce(self) -> None:
-        config, train, ranks = self.model.config, self.corpus.train, self.distributed.world_size
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.reporter.say(
-            f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, hidden size "
-            f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {counted(train.documents, 'document')}, "
-            f"{self.bins_per_step * self.settings.batch.tokens_per_batch} tokens per step, "
-            f"{self.precision} on {self.device}"
-            + (f", {ranks} ranks" * (ranks > 1) + f", from step {self.step}" * (self.step > 0))
-        )
-        self.reporter.say(f"{self.memory_estimate}; GEMM throughput {self.reporter.gemm_throughput / 1e12:.3g} TFLOP/s")

@@ -9,7 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from bertfast.models.files import model_files
-from bertfast.runtime.output_folder import Origin, OriginError, check_contents, read_record, require_command
+from bertfast.runtime.output_folder import (
+    Origin,
+    OriginError,
+    check_contents,
+    differences_from,
+    read_record,
+    require_command,
+)
 from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag
 from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
@@ -98,6 +105,20 @@ def pretrain_origin(settings: PretrainSettings, initial: Path | None, text: Mapp
     return Origin(inputs, values | dict(text), "pretrain")
 
 
+def changed_settings(settings: PretrainSettings, initial: Path | None, bins_per_step: int, precision: str) -> list[str]:
+    """Return what differs from the run in the output folder besides the text; see `check_run`."""
+    origin = _origin_of_run(settings, initial, {}, bins_per_step, precision)
+    return differences_from(Path(settings.output_dir), origin)
+
+
+def _origin_of_run(
+    settings: PretrainSettings, initial: Path | None, text: Mapping[str, str], bins_per_step: int, precision: str
+) -> Origin:
+    """Return what a run depends on; see `check_run`."""
+    origin = pretrain_origin(settings, initial, text)
+    return replace(origin, settings={**origin.settings, "batches per step": bins_per_step, "--precision": precision})
+
+
 def check_run(
     settings: PretrainSettings, initial: Path | None, text: Mapping[str, str], bins_per_step: int, precision: str
 ) -> Callable[[], None]:
@@ -116,8 +137,7 @@ def check_run(
     Raises:
         ValueError: The run in the folder had other settings, another text or another initial model.
     """
-    origin = pretrain_origin(settings, initial, text)
-    origin = replace(origin, settings={**origin.settings, "batches per step": bins_per_step, "--precision": precision})
+    origin = _origin_of_run(settings, initial, text, bins_per_step, precision)
     folder = Path(settings.output_dir)
     try:
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)

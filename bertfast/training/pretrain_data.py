@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from bertfast.training.loader import BatchIndex, Loader
 from bertfast.training.pretrain_settings import PretrainSettings
 from bertfast.training.validation import unigram_entropy
 
+logger = logging.getLogger("bertfast")
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -41,19 +44,26 @@ class Corpus:
     validation: Shards
 
     @classmethod
-    def open(cls, settings: PretrainSettings, distributed: Distributed, initial: Path | None) -> Corpus:
+    def open(
+        cls,
+        settings: PretrainSettings,
+        distributed: Distributed,
+        initial: Path | None,
+        differences: Callable[[], list[str]] = list,
+    ) -> Corpus:
         """Open the shards of a run; without `data_dir`, the main process prepares the text first.
 
         Args:
             settings: Settings of the run.
             distributed: Processes of the run.
             initial: Folder of the initial model, whose tokenizer must be that of the shards; None: random weights.
+            differences: Returns what else differs from the run in the output folder, for messages.
 
         Raises:
             ValueError: The text was tokenised with another tokenizer or has changed since the run began, or there is
                 no validation text.
         """
-        folder = _prepare(settings, distributed, initial)
+        folder = _prepare(settings, distributed, initial, differences)
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         corpus = cls.of(folder)
         if initial is not None and tokenizer_hash(load_tokenizer(initial)) != corpus.train.tokenizer_hash:
@@ -114,6 +124,10 @@ class BatchPlan:
             longer = settings.sampling.replace(max_seq_length=settings.batch.second_phase_length)
             self.second_phase = self._batches(corpus.train, longer, bins_per_step)
         ramp = round(settings.batch.batch_ramp * self.steps)
+        empty = ["--batch-ramp"] * (settings.batch.batch_ramp > 0 and not ramp)
+        empty += ["--second-phase-length"] * (first_step == self.steps)
+        if empty and distributed.is_main:
+            logger.warning("no effect in a run of %d steps: %s", self.steps, " and ".join(empty))
         self.curriculum = Curriculum(bins_per_step, distributed.world_size, ramp, first_step)
         held_out = self._batches(corpus.validation, settings.sampling, 1)
         self.held_out = list(held_out.first_epoch(settings.report.eval_batches))
@@ -140,7 +154,9 @@ class BatchPlan:
         )
 
 
-def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path | None) -> Path:
+def _prepare(
+    settings: PretrainSettings, distributed: Distributed, initial: Path | None, differences: Callable[[], list[str]]
+) -> Path:
     """Return the folder of the shards; without `data_dir`, the main process prepares the corpus first."""
     if settings.data_dir is not None:
         folder = Path(settings.data_dir)
@@ -167,8 +183,8 @@ def _prepare(settings: PretrainSettings, distributed: Distributed, initial: Path
         except OriginError as error:
             if not settings.overwrite_output_dir:
                 raise ValueError(
-                    f"{error.problem}: choose another --output-dir, keep the earlier text with --data-dir {folder}, "
-                    "or pass --overwrite-output-dir to start again"
+                    f"{'; '.join([error.problem, *differences()])}: choose another --output-dir, keep the earlier text "
+                    f"with --data-dir {folder}, or pass --overwrite-output-dir to start again"
                 ) from None
         return prepare(PrepareSettings(str(replacement), corpus, overwrite_output_dir=True))
 

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from bertfast.data.shards import Shards
+from bertfast.runtime.settings import counted
 from bertfast.runtime.signals import RunStopped
+from bertfast.training.checkpoint import checkpoints
 from bertfast.training.distributed import Distributed
+from bertfast.training.memory_estimate import MemoryEstimate
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter, tensorboard, wandb
-from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite
+from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite, remedy_for
 from bertfast.training.pretrain_checkpointing import Progress
 from bertfast.training.pretrain_settings import PretrainSettings
 
@@ -99,6 +104,7 @@ class Reporter:
         self.metrics_log = MetricsLog(folder, steps_done=step, writers=writers) if distributed.is_main else None
         self.bar = self._progress_bar(total_steps)
         self._pending: list[PendingStep] = []
+        self._reason = ""  # why the last skipped step was skipped
         self._seconds_pending = 0.0  # since results were last read
 
     def add(self, step: PendingStep, seconds: float) -> None:
@@ -125,6 +131,19 @@ class Reporter:
         """Whether results of steps are still to be read."""
         return bool(self._pending)
 
+    def stopped(self, reason: str) -> RunStopped:
+        """Return the exception that ends a run before its end, with what is kept."""
+        folder = Path(self.settings.output_dir, "checkpoints")
+        kept = f"the newest checkpoint in {folder} is kept" if checkpoints(folder) else "there is no checkpoint yet"
+        return RunStopped(f"{reason}; {kept}")
+
+    def require_a_step_taken(self) -> None:
+        """Raise RunStopped at the end of a run if all of its steps were skipped."""
+        skipped = self.progress.skipped
+        if skipped and skipped == self.progress.step:
+            steps, remedy = counted(skipped, "step"), remedy_for(any_step_taken=False)
+            raise self.stopped(f"all {steps} were skipped, from step 1 on: {self._reason}; {remedy}")
+
     def validation(self, metrics: dict[str, float]) -> None:
         """Write and log the metrics of a validation."""
         progress = self.progress
@@ -137,6 +156,27 @@ class Reporter:
             f"(unigram baseline {metrics['unigram_entropy']:.3f}), MLM accuracy {metrics['validation_accuracy']:.1%}, "
             f"perplexity {metrics['validation_perplexity']:.1f}{pairs}"
         )
+
+    def announce(self, model: PreTrainedModel, train: Shards, precision: str, estimate: MemoryEstimate) -> None:
+        """Log what is trained, on what and how.
+
+        Args:
+            model: Model that is trained.
+            train: Training text.
+            precision: fp32, bf16 or fp16.
+            estimate: Estimated memory of a rank.
+        """
+        config, ranks, step = model.config, self.distributed.world_size, self.progress.step
+        batch = self.settings.batch
+        tokens_per_step = batch.gradient_accumulation_steps * ranks * batch.tokens_per_batch
+        parameters = sum(p.numel() for p in model.parameters())
+        self.say(
+            f"{parameters / 1e6:.1f} M parameters ({config.num_hidden_layers} layers, hidden size "
+            f"{config.hidden_size}), {train.tokens / 1e6:.1f} M tokens in {counted(train.documents, 'document')}, "
+            f"{tokens_per_step} tokens per step, {precision} on {self.distributed.device}"
+            + (f", {ranks} ranks" * (ranks > 1) + f", from step {step}" * (step > 0))
+        )
+        self.say(f"{estimate}; GEMM throughput {self.gemm_throughput / 1e12:.3g} TFLOP/s")
 
     def write(self, **entry: Any) -> None:
         """Write an entry of metrics.jsonl."""
@@ -213,13 +253,13 @@ class Reporter:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
+        self._reason = not_finite(loss, self.distributed.device)
         self.say(
-            f"step {step.step}: {not_finite(loss, self.distributed.device)}; skipped "
+            f"step {step.step}: {self._reason}; skipped "
             f"({progress.skipped} so far); --replay {step.step} computes it again"
         )
         self.write(step=step.step, skipped=progress.skipped, first_batch=step.first_batch)
         if progress.skipped_in_a_row == SKIPS_IN_A_ROW:
-            raise RunStopped(
-                f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: lower --learning-rate; "
-                f"the newest checkpoint in {Path(self.settings.output_dir, 'checkpoints')} is kept"
-            )
+            remedy = remedy_for(any_step_taken=progress.skipped < step.step)
+            steps = f"{SKIPS_IN_A_ROW} steps in a row, up to step {step.step}, were skipped"
+            raise self.stopped(f"{steps}: {self._reason}; {remedy}")

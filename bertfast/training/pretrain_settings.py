@@ -184,7 +184,7 @@ class ReportSettings(Settings):
     Attributes:
         logging_steps: Steps between entries of metrics.jsonl.
         eval_steps: Steps between validations; the end of the run is always validated.
-        eval_batches: Number of validation batches.
+        eval_batches: Maximum number of validation batches.
         tensorboard: Also write metrics for TensorBoard.
         wandb: Also send metrics to Weights & Biases.
     """
@@ -303,8 +303,17 @@ def resolve_objective(settings: PretrainSettings, model_type: str) -> PretrainSe
     return settings
 
 
-def check_positions(settings: PretrainSettings, positions: int) -> None:
-    """Raise ValueError if sequences of either phase are longer than the model's number of positions."""
+def check_sizes(settings: PretrainSettings, positions: int, layers: int) -> None:
+    """Raise ValueError if sequences of either phase do not fit into a model, or it has too few layers to recompute.
+
+    Args:
+        settings: Settings of the run.
+        positions: The model's number of positions.
+        layers: Its number of layers.
+    """
+    recomputed = settings.compute.checkpoint_layers
+    if recomputed > layers:
+        raise ValueError(f"--checkpoint-layers must be at most {layers}, as many as the model has, got {recomputed}")
     lengths = {
         "--max-seq-length": settings.sampling.max_seq_length,
         "--second-phase-length": settings.batch.second_phase_length,

@@ -92,7 +92,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
 
     Returns:
         The content of sweep.json: "metric", "best" (folder of the best run) and "combinations" (fields of
-        `Combination`).
+        `Combination`, with None for NaN).
 
     Raises:
         OriginError: The folder has runs with another model, other data or other settings.
@@ -142,7 +142,9 @@ def _sweep(settings: SweepSettings) -> dict[str, Any]:
     sign = -1 if metric == "loss" else 1
     combinations.sort(key=lambda combination: -sign * combination.mean)
     best = max(runs, key=lambda run: sign * run[0])[1]
-    results = {"metric": metric, "best": best, "combinations": [asdict(combination) for combination in combinations]}
+    # JSON has no NaN.
+    rows = [asdict(row) | ({"spread": None} if math.isnan(row.spread) else {}) for row in combinations]
+    results = {"metric": metric, "best": best, "combinations": rows}
     write_results(folder / "sweep.json", results)
     page = table(metric, best, combinations)
     write_atomically(folder / "sweep.md", page)

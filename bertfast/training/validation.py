@@ -23,7 +23,7 @@ from bertfast.models.families import architecture_of, class_like, pretraining_cl
 from bertfast.models.files import load, read_config, resolve
 from bertfast.models.patch import require_packed
 from bertfast.models.registry import FusedModel
-from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision
+from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision, require_finite
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.training.distributed import Distributed
 
@@ -47,6 +47,7 @@ def validate(
         distributed: Processes that divide the batches among them; None: only this one.
 
     Raises:
+        NotFiniteError: The losses are not finite.
         ValueError: There is no masked token.
     """
     training = model.training
@@ -61,7 +62,9 @@ def validate(
         if index < len(batches):
             sums += torch.stack([getattr(loss, field.name).double() for field in dataclasses.fields(loss)])
     model.train(training)
-    masked_lm, correct, masked, next_sentence, next_correct, pairs = distributed.sum(sums).tolist()
+    sums = distributed.sum(sums)
+    require_finite(sums, model.name_or_path)
+    masked_lm, correct, masked, next_sentence, next_correct, pairs = sums.tolist()
     if not masked:
         raise ValueError("there is no masked token to validate on: provide more validation text")
     metrics = {
@@ -118,6 +121,8 @@ def evaluate_masked_lm(
     chosen_precision = choose_precision(model.device, precision, model.config)
     require_packed(model, chosen_precision)
     length = sequence_length(max_seq_length, model.config)
+    if tokens_per_batch < length:
+        raise ValueError(f"--eval-tokens must be at least --max-seq-length {length}, got {tokens_per_batch}")
     with TemporaryDirectory() as scratch:
         corpus = CorpusSettings(train_file=[text], tokenizer_name=str(folder), validation_split_percentage=0)
         shards = Shards.open(prepare(PrepareSettings(scratch, corpus)) / "train")
@@ -128,7 +133,7 @@ def evaluate_masked_lm(
             special_tokens(tokenizer),
             continuation_tokens(tokenizer, whole_word=False),
             Sampling(max_seq_length=length, objective="mlm+nsp" if pairs else "mlm"),
-            tokens_per_bin=max(tokens_per_batch, length),
+            tokens_per_bin=tokens_per_batch,
             bins_per_step=1,
             seed=0,
         )

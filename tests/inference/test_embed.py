@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from bertfast.cli.main import main
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.models.extensions import LAYERS, select_layers
@@ -117,7 +118,7 @@ def test_tables_are_read_in_chunks_with_their_row_numbers(pretrained, tmp_path):
     [
         ("a.txt", r"--input-file .*a\.txt is empty: it needs one text per line"),
         (None, "standard input is empty"),
-        ("a.md", r"--input-file .*a\.md: give text as \.txt, or a table as \.tsv, \.csv or \.jsonl"),
+        ("a.md", r"--input-file .*a\.md: give text as \.txt, or a table as \.tsv, \.csv, \.jsonl or \.json"),
     ],
 )
 def test_input_without_texts_is_refused(name, message, pretrained, tmp_path, pipe):
@@ -189,3 +190,24 @@ def test_parts_are_not_continued_from_standard_input(pretrained, tmp_path, pipe)
 def test_invalid_settings_raise(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         settings_for("m", tmp_path, **changes)
+
+
+@pytest.mark.parametrize("fault", ["empty", "no column", "other run", "bad row"])
+def test_a_refusal_stands_below_no_progress_bar(fault, pretrained, tmp_path, capfd):
+    file, model = tmp_path / "a.jsonl", ["--model-name-or-path", str(pretrained), "--device", "cpu"]
+    text = {"empty": "", "no column": '{"other": "a"}\n', "other run": '{"text": "a"}\n', "bad row": '{"text": 3}\n'}
+    file.write_text(text[fault])
+    arguments = ["embed", *model, "--input-file", str(file), "--output-dir", str(tmp_path / "out")]
+    if fault == "other run":
+        assert main([*arguments, "--pooling", "cls"]) == 0
+        assert "embed:" in capfd.readouterr().err  # the progress bar of a run that is not refused
+    assert main(arguments) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("bertfast embed: ")
+    assert error.count("\n") == 1
+
+
+def test_layers_that_the_model_does_not_have_are_said(pretrained, tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a film\n")
+    embed(settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "a.txt"), layers="concat-last-four"))
+    assert "--layers concat-last-four: the model has 2 hidden states, all of which are used" in caplog.text

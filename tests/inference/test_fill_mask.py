@@ -65,6 +65,8 @@ def test_invalid_input_raises(model, config, tmp_path):
         fill_mask(model, TOKENIZER, "the cat")
     with pytest.raises(ValueError, match="22 tokens, more than the model's 12 positions"):
         fill_mask(model, TOKENIZER, "[MASK] " * 20)
+    with pytest.raises(ValueError, match="--top-k must be at most 128, the size of the vocabulary, got 129"):
+        fill_mask(model, TOKENIZER, "the [MASK] sat", top_k=129)
     with pytest.raises(ValueError, match="--top-k must be at least 1, got 0"):
         FillMaskSettings("x", "[MASK]", top_k=0)
     BertForSequenceClassification(config).save_pretrained(tmp_path)

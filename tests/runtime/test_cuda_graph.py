@@ -281,8 +281,8 @@ def test_replayed_fine_tuning_is_bitwise_identical_with_eager(kind, pretrained, 
     replayed = finetuned(kind, pretrained, tmp_path / "replayed")
     assert len(captured) >= 2, "the gradients and the update"
     assert len(replayed._accumulate.calls) >= len(captured) - 1
-    assert eager.losses == replayed.losses
-    assert len(set(eager.losses)) == eager.steps
+    assert eager.results.losses == replayed.results.losses
+    assert len(set(eager.results.losses)) == eager.steps
     assert_same_weights(tmp_path / "eager" / "out", tmp_path / "replayed" / "out")
 
 
@@ -293,7 +293,7 @@ def test_padding_slots_change_no_step_of_fine_tuning(kind, pretrained, tmp_path,
     capture_passes(monkeypatch, finetuning, never)
     padded = finetuned(kind, pretrained, tmp_path / "padded")
     assert all(shape[0][1][0][1] % 8 == 0 for shape in padded._accumulate.calls)
-    assert padded.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert padded.results.losses == pytest.approx(plain.results.losses, abs=1e-5)
 
 
 def test_pending_fine_tuning_steps_are_read_together_on_a_device(pretrained, tmp_path):
@@ -308,7 +308,7 @@ def test_pending_fine_tuning_steps_are_read_together_on_a_device(pretrained, tmp
         )
         run.steps_per_read = steps
         run.run(lambda step: None)
-        runs.append((run.losses, [entry.get("loss") for entry in entries(folder / "out")]))
+        runs.append((run.results.losses, [entry.get("loss") for entry in entries(folder / "out")]))
     assert runs[0] == runs[1]
     assert len(runs[0][0]) == run.steps
 

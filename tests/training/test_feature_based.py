@@ -107,7 +107,7 @@ def test_a_bilstm_reads_each_sequence_separately(kind, pretrained, tmp_path):
     settings = settings_for(kind, pretrained, file, tmp_path / "out", bilstm=True, num_train_epochs=8)
     run = Finetuning(settings)
     run.run(lambda step: None)
-    assert np.mean(run.losses[-4:]) < np.mean(run.losses[:4])
+    assert np.mean(run.results.losses[-4:]) < np.mean(run.results.losses[:4])
     model = type(run.model).from_pretrained(tmp_path / "out")
     assert model.bilstm is not None
     outputs = []

@@ -106,8 +106,8 @@ def test_losses_equal_those_of_a_training_loop_with_transformers(kind, accumulat
     assert run.steps == STEPS
     expected = hf_losses(run, tmp_path / "transformers")
     run.run(lambda step: None)
-    assert run.losses == pytest.approx(expected, abs=1e-4)
-    assert np.mean(run.losses[-10:]) < np.mean(run.losses[:10])
+    assert run.results.losses == pytest.approx(expected, abs=1e-4)
+    assert np.mean(run.results.losses[-10:]) < np.mean(run.results.losses[:10])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +117,7 @@ def test_tokens_per_batch_changes_no_step(kind, pretrained, tmp_path):
         settings = settings_for(kind, pretrained, file, tmp_path / str(budget), tokens_per_batch=budget)
         run = Finetuning(settings)
         run.run(lambda step: None)
-        losses.append(run.losses)
+        losses.append(run.results.losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -188,8 +188,8 @@ def test_balanced_class_weights_weight_rare_labels_more(pretrained, tmp_path):
         labels = batch.pop("labels")
         expected = F.cross_entropy(run.model(**batch).logits, labels, run.weights).item()
         run.run(lambda step: None)
-        assert run.losses[0] == pytest.approx(expected, abs=1e-6)
-        losses.append(run.losses)
+        assert run.results.losses[0] == pytest.approx(expected, abs=1e-6)
+        losses.append(run.results.losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     with pytest.raises(ValueError, match="--class-weights requires a task in which"):
         Finetuning(

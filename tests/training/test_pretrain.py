@@ -151,8 +151,11 @@ def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
         pretrain(settings, signal_at(7))
     with text.open("a") as file:
         file.write("\n\nA document that was added later.\n")
-    with pytest.raises(ValueError, match=r"--train-file was .* and is .*--data-dir .*data"):
+    trained = "the tokenizer, which is trained on the text, would be another"
+    with pytest.raises(ValueError, match=rf"--train-file was .* and is .*; {trained}: .*--data-dir .*data"):
         pretrain(settings.replace(resume=True))
+    with pytest.raises(ValueError, match=rf"--train-file was .*; {trained}; --seed was 42 and is 7: choose"):
+        pretrain(settings.replace(resume=True, seed=7))
     other = prepare(PrepareSettings(str(tmp_path / "other"), settings.corpus))
     with pytest.raises(ValueError, match=r"tokenizer was .* and is .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
@@ -195,7 +198,10 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
         return loss
 
     monkeypatch.setattr(train_step, "pretraining_loss", poisoned)
-    with pytest.raises(RunStopped, match=r"10 steps in a row.*checkpoint"):
+    with pytest.raises(
+        RunStopped,
+        match=r"10 steps in a row, up to step 20, were skipped: .*; lower --learning-rate; the newest checkpoint",
+    ):
         pretrain(settings_for(tmp_path, data, max_steps=100))
     skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
     assert skipped == {7: 1} | {step: step - 9 for step in range(11, 21)}
@@ -274,6 +280,7 @@ def test_evaluate_scores_a_checkpoint_on_text(finished, corpus, tmp_path, capsys
         ({"config_overrides": "hidden_dropout_prob=0.5"}, "hidden_dropout_prob would have no effect: --dropout"),
         ({"preset": "base", "init_from": "model"}, "--preset and --init-from exclude each other"),
         ({"tokens_per_batch": 8}, "cannot hold a sample"),
+        ({"checkpoint_layers": 2}, "--checkpoint-layers must be at most 1, as many as the model has, got 2"),
         ({"init_from": "nowhere/at/all"}, "not a folder"),
         ({"device": "cuda:7"}, "--device cuda:7 is not available"),
         ({"precision": "fp8"}, "auto, fp32, bf16 or fp16"),
@@ -317,3 +324,9 @@ def test_a_causal_model_learns_and_attends_to_no_later_token(data, tmp_path):
     torch.testing.assert_close(pooled, lasts)
     with pytest.raises(TypeError, match="has extensions that run only on packed batches"):
         model(ids)
+
+
+def test_parts_of_a_run_that_have_no_step_are_said(data, tmp_path, caplog):
+    values = {"max_steps": 3, "second_phase_length": 30, "second_phase_share": 0.01, "batch_ramp": 0.1}
+    Pretraining(settings_for(tmp_path, data, gradient_accumulation_steps=4, **values))
+    assert "no effect in a run of 3 steps: --batch-ramp and --second-phase-length" in caplog.text
