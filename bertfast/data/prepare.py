@@ -1,7 +1,7 @@
 """`bertfast prepare`: tokenize text into a folder with a tokenizer and the shards of `train` and `validation`.
 
 Each file of the corpus becomes one part of each split, independently of other files: in any order, in several processes
-or on several machines (`--part`). All is built beside the contents that the folder has, and replaces them at the end.
+or on several machines (`--part`). All is built next to the contents that the folder has, and replaces them at the end.
 An interrupted run continues; a folder of another corpus is refused.
 """
 
@@ -66,7 +66,7 @@ def prepare(settings: PrepareSettings) -> Path:
     """
     corpus, folder = settings.corpus, Path(settings.output_dir)
     lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
-    copies = [folder.resolve() / place / STANDARD_INPUT_COPY for place in (_GATHERED, UNFINISHED, "")]
+    copies = [folder.resolve() / parent / STANDARD_INPUT_COPY for parent in (_GATHERED, UNFINISHED, "")]
     with locked_folder(folder, lock), named_standard_input(*copies), ExitStack() as stack:
         require_command(folder, "prepare")
         gathered = stack.enter_context(_gathered_text(corpus, folder.resolve()))
@@ -111,7 +111,7 @@ def _gathered_text(corpus: CorpusSettings, folder: Path) -> Iterator[Path | None
             path = scratch / DOCSTRINGS
             with named_in_errors(folder):
                 scratch.mkdir(exist_ok=True)
-                earlier = [place / DOCSTRINGS for place in (folder / UNFINISHED, folder)]
+                earlier = [parent / DOCSTRINGS for parent in (folder / UNFINISHED, folder)]
                 for found in [file for file in earlier if file.exists()][:1]:
                     _link(found, path)
             yield gather_docstrings(path, corpus.processes or os.cpu_count() or 1)
@@ -178,9 +178,9 @@ def _tokenizer(settings: PrepareSettings, train: list[Path], held_out: HeldOut) 
     corpus, folder = settings.corpus, Path(settings.output_dir)
     if corpus.tokenizer_name is not None:
         return load_tokenizer(corpus.tokenizer_name)
-    for place in (folder / UNFINISHED, *([] if settings.overwrite_output_dir else [folder])):
-        if (place / "tokenizer.json").exists():
-            return load_tokenizer(place)
+    for parent in (folder / UNFINISHED, *([] if settings.overwrite_output_dir else [folder])):
+        if (parent / "tokenizer.json").exists():
+            return load_tokenizer(parent)
     return _train_tokenizer(corpus, train, held_out)
 
 

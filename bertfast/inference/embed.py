@@ -136,7 +136,7 @@ def embed(settings: EmbedSettings) -> Path:
             source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
-        with tqdm(desc="embed", unit="text") as bar:  # not before the checks, as it would stand above a refusal
+        with tqdm(desc="embed", unit="text") as bar:  # not before the checks, as it would stand above an error
             for part, chunk in enumerate(chain([first], chunks)):
                 path = folder / f"part-{part:05}.{settings.output_format}"
                 if not _is_whole(path, [row.number for row in chunk]):

@@ -140,7 +140,7 @@ def staged_contents(
     overwrite: bool = False,
     completes: bool = True,
 ) -> Iterator[Path]:
-    """Context in which the contents of a locked folder are built beside the old ones, which they replace at its end.
+    """Context in which the contents of a locked folder are built next to the old ones, which they replace at its end.
 
     Until then the old contents and their record stay as they are. An interrupted run of the same origin continues.
 

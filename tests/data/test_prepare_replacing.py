@@ -1,4 +1,4 @@
-"""`bertfast prepare --overwrite-output-dir` builds beside the old shards, which stay until the new are complete."""
+"""`bertfast prepare --overwrite-output-dir` builds next to the old shards, which stay until the new are complete."""
 
 import os
 import shutil

@@ -193,7 +193,7 @@ def test_invalid_settings_raise(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["empty", "no column", "other run", "bad row"])
-def test_a_refusal_stands_below_no_progress_bar(fault, pretrained, tmp_path, capfd):
+def test_an_error_before_any_work_stands_below_no_progress_bar(fault, pretrained, tmp_path, capfd):
     file, model = tmp_path / "a.jsonl", ["--model-name-or-path", str(pretrained), "--device", "cpu"]
     text = {"empty": "", "no column": '{"other": "a"}\n', "other run": '{"text": "a"}\n', "bad row": '{"text": 3}\n'}
     file.write_text(text[fault])
