@@ -111,12 +111,12 @@ define part
 endef
 
 test-fast: $(LIBRARY)
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not exhaustive'
 
 test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED) $(OLDER_HF)
 	@rm -f $(TIMES)
-	$(call part,pytest,$(PYTEST))
-	$(call part,transformers 4.57,$(OLDER_TRANSFORMERS) $(PYTEST) -m 'not slow' tests/interop tests/model)
+	$(call part,pytest,$(PYTEST) -m 'not exhaustive')
+	$(call part,transformers 4.57,$(OLDER_TRANSFORMERS) $(PYTEST) -m 'not slow and not exhaustive' tests/interop tests/model)
 	$(MAKE) checked emulated
 	$(call part,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels)
 	$(call part,Triton kernels compiled,$(BENCH).sass_model.compiled_kernels --architectures 90 --representative)
@@ -142,7 +142,8 @@ nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md || exit; \
 	done
 
-test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_5)
+test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_5) $(RUNTIMES)
+	PYTHONPATH=$(CURDIR)/$(RUNTIMES) $(PYTEST) -m exhaustive
 	$(PYTEST) --bad-calls 2000 tests/cli/test_bad_calls.py
 	PYTHONPATH=$(CURDIR)/$(FIRST_HF_5) $(PYTEST) -m 'not slow' tests/interop tests/model
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli

@@ -10,7 +10,7 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx`")
 pytest.importorskip("onnxscript", reason="the extra `onnx`")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("family", "task"), [(family, task) for family in PREFIXES for task in GRAPHS if has_class(family, task)]

@@ -41,7 +41,7 @@ def test_parity_of_other_calls(case, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 100))])
 @pytest.mark.parametrize("family", PREFIXES)
 def test_parity_of_random_configurations(family, seed):
     case = random_case(family, seed)

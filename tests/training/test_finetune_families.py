@@ -25,6 +25,7 @@ HEADS = {
     "multiple-choice": "ForMultipleChoice",
 }
 FAST = [("roberta", TASKS[0]), ("xlm-roberta", TASKS[2]), ("electra", TASKS[3]), ("distilbert", TASKS[1])]
+FAST += [(family, TASKS[0]) for family in ("modernbert", "nomic_bert", "eurobert") if family in PREFIXES]
 CLASSES = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
@@ -86,7 +87,7 @@ def test_a_fine_tuned_model_predicts_what_transformers_computes(family, task, tm
     check(family, task, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", PREFIXES)
 def test_all_tasks_of_all_families(family, task, tmp_path, capsys):
