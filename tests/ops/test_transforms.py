@@ -83,7 +83,8 @@ def test_vmap_draws_dropout_by_its_randomness_option(randomness):
 
     x = normal(TOKENS, 3 * HIDDEN, dtype=torch.float32).detach()
     first, second = torch.func.vmap(draw, randomness=randomness)(torch.stack([x, x]))
-    assert torch.equal(first, second) == (randomness == "same")
+    # PyTorch's batched GEMM may round the two differently.
+    assert torch.allclose(first, second, rtol=1e-4, atol=1e-5) == (randomness == "same")
 
 
 def test_compilation_without_a_transform_keeps_the_kernels():
