@@ -74,7 +74,7 @@ PARTS = {
     "step, base, bf16": step("base-128-bf16", 4, bf16=True),
     "step, small": step("small-128-fp32", 2),
     "parts of a step": Part(1, ("end_to_end.step_parts",), ("step_parts",)),
-    "inference": Part(12, ("end_to_end.inference", "base", "--data", "{data}"), ("inference-base",)),
+    "inference": Part(8, ("end_to_end.inference", "base", "--data", "{data}"), ("inference-base",)),
     "fine-tuning step": Part(
         2,
         ("end_to_end.finetuning", "{model}", "{data}", "--speed", "5", "--output", "build/bench", "--tasks", *TUNED),
@@ -91,7 +91,7 @@ PARTS = {
         ("data",),
     ),
     "memory": Part(3, ("end_to_end.growth", "--max-length", "2048", "--max-sequences", "16"), ("growth",)),
-    "memory of the loss": Part(1.5, ("end_to_end.vocabulary",), ("vocabulary",)),
+    "memory of the loss": Part(3, ("end_to_end.vocabulary", "--max-vocab", "65536"), ("vocabulary",)),
     "operators": Part(
         4,
         ("cpu_operators", "attention", "add_layer_norm", "linear_gelu", "linear_cross_entropy", "--seconds", "0.3"),

@@ -8,6 +8,7 @@ import pytest
 
 from bench.page.document import document, leaders
 from bench.page.memory import ahead_in, sweep_of
+from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,19 @@ def test_result_files_that_a_document_names_have_hardware_versions_and_a_clean_c
                 assert origin["processor"]
                 assert origin["threads"] > 0
                 assert {"torch", "transformers"} <= origin["versions"].keys()
+
+
+@pytest.mark.parametrize("result", read_results(RESULTS), ids=lambda result: result.file)
+def test_every_result_file_has_hardware_versions_and_a_clean_commit(result):
+    assert re.fullmatch("[0-9a-f]{12}", result.origin["commit"])
+    assert result.origin["processor"]
+    assert result.origin["threads"] > 0
+    assert {"torch", "transformers"} <= result.origin["versions"].keys()
+
+
+@pytest.mark.parametrize("row", [row for result in read_results(RESULTS) for row in rows_of(result)], ids=str)
+def test_no_system_is_faster_than_the_lower_bound(row):
+    assert row.lower_bound is None or row.precision == "int8" or row.seconds > 0.97 * row.lower_bound
 
 
 def readme_rows() -> list[list[str]]:
@@ -63,17 +77,36 @@ def test_the_text_of_the_readme_picture_has_the_figures_of_the_table():
     assert re.findall(r"\d+\.\d\d", text) == base[3:7]
 
 
-def row(system: str, precision: str, seconds: float) -> Row:
-    return Row("inference", precision, system, seconds, (seconds, seconds), None, 2, "file.json")
+def row(system: str, precision: str, seconds: float, spread: tuple[float, float] | None = None) -> Row:
+    return Row("inference", precision, system, seconds, spread or (seconds, seconds), None, 2, 5, "file.json")
 
 
 def test_alternatives_that_are_ahead_are_found_at_equal_precision():
     fused = [row("bertfast", "fp32", 2.0), row("bertfast, bf16", "bf16", 1.0)]
     others = [row("OpenVINO", "fp32", 1.5), row("OpenVINO, bf16", "bf16", 1.5), row("OpenVINO, int8", "int8", 0.5)]
     assert [(a.system, b.precision) for a, b in leaders(fused + others)] == [
-        ("OpenVINO, int8", "fp32"),
         ("OpenVINO", "fp32"),
+        ("OpenVINO, int8", "fp32"),
     ]
+
+
+def test_an_alternative_that_is_faster_within_the_spread_is_not_ahead():
+    fused = row("bertfast", "fp32", 2.0, (1.8, 2.2))
+    assert leaders([fused, row("OpenVINO", "fp32", 1.9, (1.8, 2.0))]) == []
+    assert len(leaders([fused, row("OpenVINO", "fp32", 1.7, (1.6, 1.79))])) == 1
+
+
+def test_operators_are_compared_with_the_fastest_alternative():
+    def run(name, median):
+        info = {"operation": "attention", "case": "8x512", "direction": "forward", "implementation": name}
+        info |= {"p20_s": 0.99 * median, "p80_s": 1.01 * median, "roofline_efficiency": 0.5}
+        return {"extra_info": info, "stats": {"median": median}}
+
+    runs = [run(*pair) for pair in (("bertfast", 2.0), ("sdpa", 3.0), ("sdpa-loop", 1.0), ("bertfast-p0", 0.1))]
+    values = {"origin": {"threads": 2}, "benchmarks": runs}
+    (found,) = comparisons(Result("cpu_operators.json", values))
+    assert found.is_behind
+    assert found.cells[4:] == ["SDPA, a call per sequence 1.00 s", "0.50 x", "50%"]
 
 
 def test_results_of_inference_become_rows_with_their_lower_bound():
@@ -99,7 +132,7 @@ def test_less_memory_elsewhere_is_named():
     points.append({"implementation": "liger", "vocab_size": 10, "reason": "it needs a GPU"})
     result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": points})
     assert ahead_in(sweep_of(result)) == ["torch 1 MB vs 2 MB at 10"]
-    assert missing_reasons(result) == {"liger": "it needs a GPU"}
+    assert missing_reasons(result) == {"Liger": "it needs a GPU"}
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.rglob("memory_over_time-*.json")), ids=lambda file: file.stem)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
+from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
-from bench.page.rows import Result, Row, missing_reasons, rows_of
+from bench.page.rows import Result, Row, is_clearly_faster, missing_reasons, rows_of
 from bench.page.text import duration, table
-from bertfast.runtime.settings import counted
 
 SHOWN = ("growth", "vocabulary", "data", "step_parts", "cpu_operators")  # besides results with rows
 
@@ -23,13 +22,16 @@ INTRODUCTION = """\
 number of threads and versions; programs refuse to write results of uncommitted code. `make bench` measures this
 processor in about 40 minutes and continues after an interruption, `make bench-compare BASE=REF` compares two commits.
 
-All systems of a workload get the same tokens, weights and number of threads, and run alternately in one process that
-keeps freed memory. Outputs are compared before anything is timed: fp32 must agree within 1e-4, bf16 within 0.1 of the
-largest value, and int8 must reach a cosine of 0.9 with fp32. Times are medians, with the 20th and 80th percentile.
-bertfast has no int8; there it is compared in fp32. The *lower bound* is the time of the model's FLOPs, without padding,
-at the GEMM throughput measured in the same run, or of reading the weights once per batch, if that is longer, plus the
-traffic of AdamW at the bandwidth of a copy, where the result file contains it; the last column is the share of the
-bound in the time. On family 26, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`, `bench/LOG.md`).
+All systems of a workload get the same tokens, weights (random ones, but for MiniLM) and number of threads, and run
+alternately in one process that keeps freed memory. Outputs are compared before anything is timed: fp32 must agree
+within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are medians of
+n calls, with the 20th and 80th percentile; a ratio above 1 means slower than bertfast. bertfast has no int8; there it
+is compared in fp32. The *lower bound* is the time of the model's FLOPs, without padding, at the GEMM throughput that
+bertfast's `linear` reaches in the same run, or of reading the weights once per batch, if that is longer; the traffic of
+the optimizer is not in it. The last column is the share of the bound in the time; it is empty where the program
+measures no throughput. The throughput of fp32 GEMMs on family 26 differs by a quarter between runs, so that shares of
+different files are not comparable. There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`,
+`bench/LOG.md`).
 
 No GPU was measured here ([status of the backends](../README.md#backends)). `make
 gpu-check-accuracy` and `make gpu-check-speed` check and measure the kernels on a GPU machine without a network
@@ -44,7 +46,7 @@ def document(results: list[Result], folder: Path) -> str:
     sections = [INTRODUCTION, ahead_section(machines)]
     sections += [machine_section(name, found, folder) for name, found in machines.items()]
     single = {result.file: result for result in results}
-    sections += [attention_section(single), instructions_section(single)]
+    sections.append(instructions_section(single))
     sections += [programs_section(single), curves_section(single)]
     sections.append(published_section(folder / "published.json"))
     return "\n".join(section for section in sections if section)
@@ -68,9 +70,10 @@ def reference_of(row: Row, group: Sequence[Row]) -> Row | None:
 
 
 def leaders(group: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Return the alternatives that are faster than bertfast, each with bertfast's row, fastest first."""
+    """Return the alternatives that are clearly faster than bertfast, each with bertfast's row, fastest first."""
     pairs = [(row, reference) for row in group if (reference := reference_of(row, group))]
-    return sorted((pair for pair in pairs if pair[0].seconds < pair[1].seconds), key=lambda pair: pair[0].seconds)
+    ahead = [(row, reference) for row, reference in pairs if is_clearly_faster(row.spread, reference.spread)]
+    return sorted(ahead, key=lambda pair: (pair[0].precision != pair[1].precision, pair[0].seconds))
 
 
 def groups_of(results: Iterable[Result]) -> list[list[Row]]:
@@ -83,30 +86,41 @@ def groups_of(results: Iterable[Result]) -> list[list[Row]]:
 
 
 def ahead_section(machines: dict[str, list[Result]]) -> str:
-    """Return the list of workloads in which an alternative is ahead."""
-    lines = ["## Where an alternative is ahead\n"]
+    """Return the tables of what alternatives do faster, by processor, and in less memory."""
+    parts = [
+        "## Where an alternative is ahead\n",
+        "By more than the spread, at equal precision first. Other differences are in the tables below.\n",
+    ]
     for name, results in machines.items():
-        for group in groups_of(results):
-            found = [
-                f"{row.system} ({row.precision}) {duration(row.seconds)} vs {duration(reference.seconds)} in "
-                f"bertfast ({reference.precision})"
-                for row, reference in leaders(group)
-            ]
-            if found:
-                lines.append(
-                    f"- {name}, {group[0].workload}, {counted(group[0].threads, 'thread')}: {'; '.join(found)}"
-                )
+        rows = [
+            [row.workload, str(row.threads), f"{row.system}, {row.precision}", duration(row.seconds),
+             f"{duration(reference.seconds)}, {reference.precision}", f"{reference.seconds / row.seconds:.2f} x"]
+            for group in groups_of(results)
+            for row, reference in leaders(group)
+        ]  # fmt: skip
         for result in results:
-            if (sweep := sweep_of(result)) and (found := ahead_in(sweep)):
-                lines.append(f"- {name}, {sweep.short_title}: {'; '.join(found)}")
-    if len(lines) == 1:
-        lines.append("In none of the workloads below.")
-    return "\n".join(lines) + "\n"
+            for each in (each for each in comparisons(result) if each.is_behind):
+                operator, case, direction, own, other, *_ = each.cells
+                ratio = each.bertfast["median"] / each.alternative["median"]
+                threads = str(result.origin["threads"])
+                alternative, _, time = other.rpartition(" ")
+                alternative, _, value = alternative.rpartition(" ")
+                rows.append(
+                    [f"{operator}, {case}, {direction}", threads, alternative, f"{value} {time}", own, f"{ratio:.2f} x"]
+                )
+        if rows:
+            columns = ["workload", "threads", "alternative", "its time", "bertfast", "bertfast / alternative"]
+            parts.append(f"{name}:\n\n{table(columns, rows)}\n")
+        sweeps = [(sweep, ahead_in(sweep)) for result in results if (sweep := sweep_of(result))]
+        parts += [f"- {name}, {sweep.short_title}: {'; '.join(found)}\n" for sweep, found in sweeps if found]
+    if len(parts) == 2:
+        parts.append("In none of the workloads below.\n")
+    return "\n".join(parts)
 
 
 def machine_section(name: str, results: list[Result], folder: Path) -> str:
     """Return the table of a processor, what did not run, memory, plots and the files with their origin."""
-    columns = ["workload", "threads", "system", "precision", "time", "20 to 80 %", "vs bertfast", "bound / time"]
+    columns = ["workload", "threads", "system", "precision", "time", "20 to 80 %", "n", "vs bertfast", "bound / time"]
     rows = []
     for group in groups_of(results):
         ordered = sorted(group, key=lambda row: (("fp32", "bf16", "int8").index(row.precision), row.seconds))
@@ -120,6 +134,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
                     row.precision,
                     duration(row.seconds),
                     " to ".join(duration(value) for value in row.spread),
+                    str(row.samples),
                     f"{row.seconds / reference.seconds:.2f} x" if reference else "",
                     f"{row.lower_bound / row.seconds:.0%}" if row.lower_bound else "",
                 ]
@@ -127,6 +142,8 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     parts = [f"## {name}\n", *([table(columns, rows) + "\n"] if rows else [])]
     if not_run := sorted({f"- {key}: {why}" for result in results for key, why in missing_reasons(result).items()}):
         parts.append("Without a time:\n\n" + "\n".join(not_run) + "\n")
+    parts += filter(None, map(errors_text, results))
+    parts += filter(None, map(operators_text, results))
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]
     parts += filter(None, map(over_time_table, results))
     parts += [data_text(result) for result in results if result.name == "data"]
@@ -156,30 +173,13 @@ def data_text(result: Result) -> str:
     )
 
 
-def attention_section(single: dict[str, Result]) -> str:
-    """Return the table of the attention operator."""
-    result = single.get("cpu-attention/cpu_operators.json")
-    if result is None:
+def errors_text(result: Result) -> str:
+    """Return the differences of outputs that a result file has, "" if it has none."""
+    errors = result.values.get("errors")
+    if not isinstance(errors, dict):
         return ""
-    rows = []
-    runs = [run["extra_info"] | run["stats"] for run in result.values["benchmarks"]]
-    runs = [run for run in runs if run["operation"] == "attention" and run["case"].endswith("-d64-fp32")]
-    for case, of_case in groupby(runs, key=lambda run: run["case"]):
-        found = {(run["implementation"], run["direction"]): run for run in of_case}
-        if ("sdpa", "backward") in found:
-            ratios, shares = [], []
-            for direction in ("forward", "backward"):
-                fused = found["bertfast", direction]
-                ratios.append(f"{found['sdpa', direction]['median'] / fused['median']:.2f} x")
-                shares.append(f"{fused['roofline_efficiency']:.0%}")
-            rows.append([case.removesuffix("-d64-fp32").replace("x", " x "), *ratios, ", ".join(shares)])
-    header = ["batch", "forward", "backward", "roofline efficiency: forward, backward"]
-    return (
-        "## Attention\n\n12 heads of 64, fp32, vs PyTorch's scaled-dot-product attention on padded batches "
-        f"(`bench/results/{result.file}`, {result.origin['processor']}, "
-        f"{counted(result.origin['threads'], 'thread')}). The lower bound is the time of the FLOPs at the rate at "
-        f"which a core multiplies 64³ blocks from its cache.\n\n{table(header, rows)}\n"
-    )
+    found = [f"{name} {error['relative']:.1e} (cosine {error['cosine']:.4f})" for name, error in errors.items()]
+    return f"Errors of the outputs in `bench/results/{result.file}`: {'; '.join(found)}.\n"
 
 
 def instructions_section(single: dict[str, Result]) -> str:

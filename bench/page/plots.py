@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from bench.figures import hardware, runs_of
 from bench.page.rows import Result
-from bertfast.runtime.plotting import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,10 +77,10 @@ def roofline(axis: Axes, result: Result) -> None:
 def vocabulary(axis: Axes, result: Result) -> None:
     """Draw the peak memory of the loss against the size of the vocabulary."""
     points = [point for point in result.values["points"] if "peak_bytes" in point]
-    for name in dict.fromkeys(point["implementation"] for point in points):
+    for index, name in enumerate(dict.fromkeys(point["implementation"] for point in points)):
         own = [point for point in points if point["implementation"] == name]
         x, y = ([point[key] for point in own] for key in ("vocab_size", "peak_bytes"))
-        axis.plot(x, [value / 1e6 for value in y], "o-", label=name, color=COLORS.get(name))
+        axis.plot(x, [value / 1e6 for value in y], "o-", label=name, color=f"C{index}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("vocabulary")

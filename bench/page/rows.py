@@ -16,9 +16,10 @@ SYSTEMS = {  # as result files name them, and as the page does
     "transformers-sdpa": "transformers",
     "transformers-compile": "transformers, compiled",
     "transformers-eager": "transformers, eager attention",
-    "transformers-fp32": "transformers, fp32",
+    "transformers-fp32": "transformers",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "liger": "Liger",
 }
 TEXTS = {"sst2": "sentences of SST-2", "squad": "paragraphs of SQuAD"}
 TASKS = {"sst-2": "SST-2", "squad": "SQuAD 1.1", "wnut": "WNUT-17"}
@@ -36,6 +37,7 @@ class Row:
         spread: 20th and 80th percentile in seconds.
         lower_bound: Seconds that any system needs at least, if known.
         threads: Threads of all systems.
+        samples: Number of times that the median is of.
         file: Path of the result file below bench/results.
     """
 
@@ -46,6 +48,7 @@ class Row:
     spread: tuple[float, float]
     lower_bound: float | None
     threads: int
+    samples: int
     file: str
 
     @property
@@ -76,7 +79,13 @@ class Result:
         p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 2
         name = SYSTEMS.get(system, system)
         threads = self.origin["threads"]
-        return Row(workload, precision, name, statistics.median(samples), (p20, p80), lower_bound, threads, self.file)
+        median, number = statistics.median(samples), len(samples)
+        return Row(workload, precision, name, median, (p20, p80), lower_bound, threads, number, self.file)
+
+
+def is_clearly_faster(spread: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Return whether a time is shorter than another by more than the spread, from their 20th to 80th percentiles."""
+    return spread[1] < other[0]
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -103,9 +112,9 @@ def step_rows(result: Result) -> Iterator[Row]:
         raise ValueError(f"{result.file}: the name of the case is not understood: {result.values['case']}")
     samples = len(result.values["lengths"])
     workload = f"pre-training step, {case['preset']}, {samples} x ≤ {case['length']} tokens"
-    bound = result.values["lower_bound_s"] + result.values.get("optimizer_lower_bound_s", 0)
     for system, seconds in result.values["seconds"].items():
-        yield result.row(workload, case["precision"] or "bf16", system, seconds, bound)
+        precision = "fp32" if system == "transformers-fp32" else case["precision"] or "bf16"
+        yield result.row(workload, precision, system, seconds, result.values["lower_bound_s"])
 
 
 def inference_rows(result: Result) -> Iterator[Row]:
@@ -176,4 +185,5 @@ def missing_reasons(result: Result) -> dict[str, str]:
     found: dict[str, str] = {**(result.values.get("not_run") or result.values.get("speed", {}).get("not_run") or {})}
     points = [point for point in result.values.get("points", []) if "reason" in point]
     found |= {point["implementation"]: point["reason"] for point in points}
-    return {SYSTEMS.get(name, name): reason for name, reason in found.items()}
+    precision = ", bf16" * str(result.values.get("case", "")).endswith("-bf16")
+    return {SYSTEMS.get(name, name) + precision: reason for name, reason in found.items()}
