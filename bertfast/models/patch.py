@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -202,7 +202,9 @@ def _check(encoder: PreTrainedModel) -> None:
         return
     tables = {name: attrgetter(paths[table])(embeddings) for name, table in architecture.sizes.items()}
     sizes = {name: table.num_embeddings for name, table in tables.items()}
-    sizes[architecture.width] = attrgetter(paths["token_embeddings"])(embeddings).embedding_dim
+    norm: Any = attrgetter(paths["norm"])(embeddings)
+    widths = [*(table.embedding_dim for table in tables.values()), *getattr(norm, "normalized_shape", ())]
+    sizes[architecture.width] = widths[0]
     for name, size in sizes.items():
         if (configured := getattr(config, name, size)) != size:
             raise ValueError(f"the config has {name} {configured}, and the weights have {size}: correct one of them")

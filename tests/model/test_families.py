@@ -8,8 +8,14 @@ from family_models import CASES, PREFIXES, inputs, no_dropout, pair, random_case
 from parity import Results, assert_parity, double, results
 
 
-def compared(case, train: bool, autocasts: tuple[bool, ...] = (False, True), leniency: float = 1) -> None:
-    """Compare a patched model with the same of transformers, in fp32 and under autocast."""
+def compared(
+    case, train: bool, autocasts: tuple[bool, ...] = (False, True), leniency: float = 1, with_loss: bool = True
+) -> None:
+    """Compare a patched model with the same of transformers, in fp32 and under autocast.
+
+    Without `with_loss` a loss is left out where there are logits: of many scalars some have, by chance, no rounding error
+    in PyTorch.
+    """
     patched, hf = pair(case, **no_dropout(case) if train else {})
     values, mask = inputs(case, hf)
     patched.train(train)
@@ -20,6 +26,9 @@ def compared(case, train: bool, autocasts: tuple[bool, ...] = (False, True), len
         if train and case.task == "ForMaskedLM":
             assert found.outputs.keys() == {"loss"}
             expected = Results({"loss": expected.outputs["loss"]}, expected.gradients)
+        if not with_loss and len(found.outputs) > 1:
+            for each in (found, expected, truth):
+                each.outputs.pop("loss", None)
         assert_parity(found, expected, truth, torch.bfloat16 if autocast else torch.float32, leniency)
 
 
@@ -46,4 +55,4 @@ def test_parity_of_other_calls(case, kind):
 def test_parity_of_random_configurations(family, seed):
     case = random_case(family, seed)
     autocasts = (seed % 4 < 2 and not case.has_kinks,)
-    compared(case, seed % 2 == 1, autocasts, leniency=2)
+    compared(case, seed % 2 == 1, autocasts, leniency=2, with_loss=False)
