@@ -18,6 +18,7 @@ from bertfast.data.corpus import read_documents
 from bertfast.data.held_out import HeldOut
 from bertfast.data.shards import PartWriter, part_origin, token_dtype
 from bertfast.data.tokenizer import encode_sentences
+from bertfast.runtime.signals import interrupts_ignored
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -52,7 +53,7 @@ class Source:
     @property
     def name(self) -> str:
         """Name of the file's part in each split."""
-        return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"
+        return f"{self.path.name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
 
     @property
     def bytes(self) -> int:
@@ -88,7 +89,8 @@ def prepare_files(sources: list[Source], tokenizer: Tokenizer, folder: Path, pro
         counter = context.Value("q", 0)
         threads = max(1, (os.cpu_count() or 1) // processes)
         with ProcessPoolExecutor(processes, context, _start_worker, (counter, threads)) as pool:
-            pending = {pool.submit(_prepare_in_worker, source, tokenizer, folder) for source in sources}
+            with interrupts_ignored():  # which the processes that are started here inherit
+                pending = {pool.submit(_prepare_in_worker, source, tokenizer, folder) for source in sources}
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.3)

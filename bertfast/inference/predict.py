@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -139,3 +140,14 @@ def _from_lines(task: Task[Any]) -> Iterator[Any]:
     while lines := [line.rstrip("\r\n") for _, line in islice(numbered_lines, chunk_size)]:
         yield task.parse_lines(lines, first_row)
         first_row += len(lines)
+
+
+def has_finite_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> bool:
+    """Return whether a model's outputs for the first few examples are finite."""
+    precision, training = choose_precision(model.device, task.settings.compute.precision, model.config), model.training
+    inputs = features.model_inputs(np.arange(min(8, len(features))), labels=False).to(model.device)
+    model.train(False)
+    with torch.no_grad(), autocast(model.device, precision):
+        is_finite = bool(task.logits(model, inputs).isfinite().all())
+    model.train(training)
+    return is_finite

@@ -66,6 +66,7 @@ CountOrOff = Annotated[int, Range(0)]
 """At least 0, which switches something off or stands for none."""
 Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
+LearningRate = Annotated[float, Range(0, 3e38)]  # optimizers hold it in fp32
 Positive = Annotated[float, Range(above=0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 

@@ -35,6 +35,19 @@ def exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not installed by Python
 
 
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Context in which Ctrl-C is ignored, also by processes that are started in it: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
 def _exit(number: int, frame: object) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     raise SystemExit(128 + number)

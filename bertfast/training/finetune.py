@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BertConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bertfast.architectures.initialise import initialise
 from bertfast.data.tokenizer import tokenizer_hash
-from bertfast.inference.predict import predict_outputs
+from bertfast.inference.predict import has_finite_outputs, predict_outputs
 from bertfast.models.extensions import class_for
 from bertfast.models.families import architecture_of
 from bertfast.models.files import load, read_config, report_differences, resolve, save
@@ -32,11 +32,12 @@ from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, 
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
-from bertfast.tasks.registry import FINETUNING_TASK, choose_task
+from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import Outputs, Task
 from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
 from bertfast.training.finetune_folder import finetune_folder
+from bertfast.training.finetune_model import model_config
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers, remedy_for, step_if_finite
@@ -112,7 +113,7 @@ class Finetuning:
         paths = {split: path for split, path in files.items() if path is not None}
         examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
         self.source = source = resolve(settings.model_name_or_path)
-        self.config = self._configure(source, self.task.label_config(examples["train"]))
+        self.config = model_config(settings, source, self.task.label_config(examples["train"]))
         self.task.set_config(self.config)
         self.precision = choose_precision(self.device, settings.compute.precision, self.config)
         self.metric = self._choose_metric()
@@ -187,21 +188,6 @@ class Finetuning:
                 if self.validations_without_better == settings.evaluation.early_stopping_patience:
                     break
         return self._finish()
-
-    def _configure(self, source: Path, labels: dict[str, Any]) -> BertConfig:
-        names, known = labels.get("id2label"), read_config(source).id2label
-        if names is not None and sorted((known or {}).values()) == sorted(names.values()):
-            labels = labels | {"id2label": known}
-        if (dropout := self.settings.model.dropout) is not None:
-            labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
-        if self.settings.task != "auto":
-            labels |= {FINETUNING_TASK: self.settings.task}
-        if self.settings.model.bilstm:
-            labels |= {"bilstm": True}
-        if self.settings.feature_based.strategy == "feature-based":
-            values = self.settings.feature_based.flat()
-            labels |= {name: values[name] for name in ("feature_layers", "lstm_size", "lstm_layers")}
-        return read_config(source, **labels)
 
     def _choose_metric(self) -> str:
         known = self.task.metrics
@@ -333,6 +319,8 @@ class Finetuning:
             self._stop(problem)
         if not validated:
             if not self.results.skipped_in_a_row:
+                if not has_finite_outputs(self.task, self.model, self.features["train"]):
+                    self._stop_not_finite("training")
                 self._save()
             return
         outputs, metrics = self._predict("validation")
@@ -351,12 +339,16 @@ class Finetuning:
     def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
         try:
             outputs = predict_outputs(self.task, self.model, self.features[split])
-        except NotFiniteError as error:
-            remedy = remedy_for(any_step_taken=bool(self.results.losses))
-            self._stop(f"after step {self.step}, {error.problem} on the {split} data: {remedy}", usable=False)
+        except NotFiniteError:
+            self._stop_not_finite(split)
         metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _stop_not_finite(self, split: str) -> NoReturn:
+        remedy = remedy_for(any_step_taken=bool(self.results.losses))
+        problem = f"after step {self.step}, the model's outputs are not finite on the {split} data"
+        self._stop(f"{problem}: {remedy}", usable=False)
 
     def _write(self, split: str, outputs: Outputs) -> None:
         self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)

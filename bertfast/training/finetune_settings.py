@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from bertfast.runtime.settings import (
     Count,
     Fraction,
+    LearningRate,
     NonNegative,
     Positive,
     Range,
@@ -123,7 +124,7 @@ class Hyperparameters(Settings):
         seed: Random seed of new weights, the order of examples and dropout.
     """
 
-    learning_rate: NonNegative = 5e-5
+    learning_rate: LearningRate = 5e-5
     per_device_train_batch_size: Count = 32
     num_train_epochs: Positive = 3.0
     seed: Seed = 42

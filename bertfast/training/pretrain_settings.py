@@ -14,6 +14,7 @@ from bertfast.runtime.settings import (
     Count,
     CountOrOff,
     Fraction,
+    LearningRate,
     NonNegative,
     Positive,
     Range,
@@ -139,7 +140,7 @@ class OptimizerSettings(Settings):
     """
 
     optimizer: OptimizerName = "adamw"
-    learning_rate: NonNegative = 1e-4
+    learning_rate: LearningRate = 1e-4
     schedule: ScheduleName = "linear"
     warmup_ratio: Fraction = 0.01
     weight_decay: NonNegative = 0.01

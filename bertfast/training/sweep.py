@@ -13,7 +13,7 @@ from typing import Any
 from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
-from bertfast.runtime.settings import Count, NonNegative, Positive, Seed, Settings, flag, refuse_repeated
+from bertfast.runtime.settings import Count, LearningRate, Positive, Seed, Settings, flag, refuse_repeated
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import finetune_origin
@@ -35,7 +35,7 @@ class Grid(Settings):
         seeds: Random seeds; on small training sets, results vary considerably between seeds.
     """
 
-    learning_rates: list[NonNegative] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
+    learning_rates: list[LearningRate] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
     batch_sizes: list[Count] = field(default_factory=lambda: [16, 32])
     epochs: list[Positive] = field(default_factory=lambda: [2, 3, 4])
     seeds: list[Seed] = field(default_factory=lambda: [42])

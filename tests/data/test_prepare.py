@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -100,6 +101,12 @@ def test_every_sentence_is_in_exactly_one_split(texts, vocabulary, run):
     assert 10 <= len(validation) <= 40
     kept = [document for document in expected if document not in validation]
     assert train == kept
+
+
+def test_the_name_of_a_text_need_not_be_utf_8(texts, vocabulary, run):
+    (texts / "0.txt").rename(texts / os.fsdecode(b"\xff.txt"))
+    folder = run("out", texts, tokenizer_name=vocabulary, validation_split_percentage=20)
+    assert len(read(folder, "train")) + len(read(folder, "validation")) == 120
 
 
 def test_shards_do_not_depend_on_processes_and_parts(texts, vocabulary, run):

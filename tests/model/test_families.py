@@ -13,8 +13,8 @@ def compared(
 ) -> None:
     """Compare a patched model with the same of transformers, in fp32 and under autocast.
 
-    Without `with_loss` a loss is left out where there are logits: of many scalars some have, by chance, no rounding error
-    in PyTorch.
+    Without `with_loss` a loss is left out where there are logits: of many scalars some happen to have no rounding
+    error in PyTorch.
     """
     patched, hf = pair(case, **no_dropout(case) if train else {})
     values, mask = inputs(case, hf)

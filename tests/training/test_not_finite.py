@@ -91,6 +91,12 @@ def test_outputs_that_are_not_finite_are_no_validation_results(pretrained, tmp_p
     assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
+def test_a_model_whose_outputs_are_not_finite_is_not_saved_without_validation(pretrained, tmp_path):
+    with pytest.raises(RunStopped, match="outputs are not finite on the training data: lower --learning-rate"):
+        finetune(settings_of_three_steps(pretrained, tmp_path, learning_rate=1e38))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_pre_training_without_a_finite_loss_ends_with_an_error_and_no_model(data, tmp_path, monkeypatch):
     def poisoned(*arguments, **options):
         loss = pretraining_loss(*arguments, **options)
