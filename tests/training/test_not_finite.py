@@ -16,6 +16,7 @@ from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder import pretraining_loss
 from bertfast.runtime.precision import NotFiniteError
 from bertfast.runtime.signals import RunStopped
+from bertfast.training import finetune as finetuning
 from bertfast.training import step as train_step
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.pretrain import pretrain
@@ -91,9 +92,21 @@ def test_outputs_that_are_not_finite_are_no_validation_results(pretrained, tmp_p
     assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
-def test_a_model_whose_outputs_are_not_finite_is_not_saved_without_validation(pretrained, tmp_path):
-    with pytest.raises(RunStopped, match="outputs are not finite on the training data: lower --learning-rate"):
-        finetune(settings_of_three_steps(pretrained, tmp_path, learning_rate=1e38))
+def test_a_model_whose_outputs_are_not_finite_is_not_saved_without_validation(pretrained, tmp_path, monkeypatch):
+    settings = settings_of_three_steps(pretrained, tmp_path)
+    step = finetuning.Finetuning.train_step
+
+    def overflow_in_the_last(self, rows):
+        step(self, rows)
+        if self.step == self.steps:
+            for parameter in self.model.parameters():
+                parameter.data.fill_(1e30)
+
+    monkeypatch.setattr(finetuning.Finetuning, "train_step", overflow_in_the_last)
+    with pytest.raises(
+        RunStopped, match="outputs are not finite on the training data: lower --learning-rate; there is no"
+    ):
+        finetune(settings)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
