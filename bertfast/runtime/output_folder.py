@@ -365,12 +365,21 @@ def _differences(record: Record, described: Record) -> dict[str, str]:
         old_files, new_files = record["inputs"].get(flag, []), described["inputs"].get(flag, [])
         old, new = ([file["sha256"] for file in files] for files in (old_files, new_files))
         if old != new or "" in new:
-            differences[flag] = f"{flag} was {_files(old_files)} and is {_files(new_files)}"
+            differences[flag] = f"{flag} was {_changed(old_files, new)} and is {_changed(new_files, old)}"
     for flag in sorted(record["settings"].keys() | described["settings"].keys()):
         before, now = record["settings"].get(flag), described["settings"].get(flag)
         if before != now:
             differences[flag] = f"{flag} was {_shown(before)} and is {_shown(now)}"
     return differences
+
+
+def _changed(files: Sequence[FileRecord], others: Sequence[str]) -> str:
+    """Return the files for a message whose hashes are not among `others`; all, if only their order differs."""
+    changed = [file for file in files if not file["sha256"] or file["sha256"] not in others]
+    if not changed and len(files) == len(others):
+        return _files(files)
+    unchanged = len(files) - len(changed)
+    return _files(changed) + f", next to {unchanged} unchanged" * (unchanged > 0)
 
 
 def _files(files: Sequence[FileRecord]) -> str:
@@ -386,8 +395,5 @@ def _shown(value: object) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        **{name: version(name) for name in ("bertfast", "transformers", "tokenizers")},
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    packages = {name: version(name) for name in ("bertfast", "transformers", "tokenizers")}
+    return packages | {"torch": torch.__version__, "python": platform.python_version()}

@@ -173,6 +173,8 @@ class Finetuning:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_log = MetricsLog(self.folder)
         logger.info("fine-tuning on %d examples, %s on %s", len(self.examples["train"]), self.precision, self.device)
+        if self.steps == 1 and settings.optimizer.warmup_ratio:
+            logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
         eval_steps = settings.evaluation.eval_steps or self.steps_per_epoch
         with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
             for rows in islice(self.rows_of_steps(), self.steps):

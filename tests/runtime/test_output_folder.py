@@ -78,6 +78,24 @@ def test_other_contents_are_refused_with_both_values(written, text):
     assert (folder / "part-0").read_text() == "0"
 
 
+def test_of_many_inputs_those_that_differ_are_named(tmp_path):
+    files = [tmp_path / f"{number}.txt" for number in range(5)]
+    for path in files:
+        path.write_text(path.name)
+    folder = tmp_path / "out"
+    with output_folder(folder, Origin({"--input-file": files}), PARTS):
+        (folder / "part-0").write_text("0")
+    files[3].write_text("changed")
+    expected = r"was .*/3.txt \(5 .*, next to 4 unchanged and is .*/3.txt \(7 .*, next to 4 unchanged"
+    with pytest.raises(ValueError, match=expected):
+        reopen(folder, Origin({"--input-file": files}))
+    files[3].write_text("3.txt")
+    with pytest.raises(ValueError, match=r"was .*/1.txt .*, next to 4 unchanged and is absent, next to 4 unchanged"):
+        reopen(folder, Origin({"--input-file": [files[0], *files[2:]]}))
+    with pytest.raises(ValueError, match=r"was .*0.txt .* 3 more and is .*1.txt .* 3 more"):
+        reopen(folder, Origin({"--input-file": [*files[1:], files[0]]}))
+
+
 def test_contents_of_equal_size_and_another_time_are_refused(written, text):
     folder, origin = written
     text.write_text("one lime\n")
