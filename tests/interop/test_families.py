@@ -304,6 +304,7 @@ def test_token_types_of_a_family_without_them_are_left_to_transformers():
     assert torch.equal(outputs(patched, values).last_hidden_state, outputs(hf, values).last_hidden_state)
 
 
+@pytest.mark.skipif(IS_TRANSFORMERS_4, reason="the table has the families of transformers 5")
 def test_the_table_of_classes_in_the_docs_is_current():
     document = (Path(__file__).parents[2] / "docs" / "COMPATIBILITY.md").read_text()
     assert table() in document, f"put this table into docs/COMPATIBILITY.md:\n{table()}"
