@@ -24,6 +24,7 @@ from bench.end_to_end.inference import padded, random_ids, token_ids
 from bench.harness import DATA, DEVICE, require_clean_tree, result_parser, seconds_of, side_by_side, write_result
 from bertfast.architectures import FAMILIES, family
 from bertfast.runtime.precision import has_bf16_gemm
+from bertfast.training.flops import encoder_flops
 
 BATCH = 32
 SIZES = {
@@ -77,7 +78,9 @@ def measure(name: str, precision: str, ids: list[list[int]], rounds: int) -> dic
     calls = {"patched_s": partial(patched, **inputs), "plain_s": partial(plain, **inputs)}
     timed = side_by_side(calls, rounds)
     lengths = [len(each) for each in ids]
-    bound = flops(plain, lengths) / gemm_throughput(gemms(plain, sum(lengths)), next(plain.parameters()).dtype)
+    config: Any = plain.config
+    throughput = gemm_throughput(gemms(plain, sum(lengths)), next(plain.parameters()).dtype)
+    bound = encoder_flops(config, lengths) / throughput
     seconds = {key: seconds_of(samples) for key, samples in timed.items()}
     best = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     ratio = best["plain_s"] / best["patched_s"]
@@ -110,24 +113,6 @@ def gemms(model: nn.Module, tokens: int) -> list[tuple[int, int, int]]:
     config: Any = model.config
     first = linears(model)[: len(linears(model)) // config.num_hidden_layers]
     return [(tokens, linear.in_features, linear.out_features) for linear in first] * 2
-
-
-def flops(model: nn.Module, lengths: list[int]) -> int:
-    """Return 2 · weights of linear layers · tokens + 4 · H · Σ (keys of each query) of all layers."""
-    config: Any = model.config
-    weights = sum(linear.weight.numel() for linear in linears(model))
-    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    pairs = 0
-    for kind in kinds:
-        window = max(lengths) if kind == "full_attention" else config.sliding_window
-        pairs += sum(windowed(length, window) for length in lengths)
-    hidden: int = config.hidden_size
-    return 2 * weights * sum(lengths) + 4 * hidden * pairs
-
-
-def windowed(length: int, window: int) -> int:
-    """Return the number of pairs of positions that are at most `window` apart."""
-    return sum(min(position + window, length - 1) - max(position - window, 0) + 1 for position in range(length))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
+from bertfast.training.flops import encoder_flops, encoder_parameters
 
 MODELS: dict[str, Preset] = {"base": "base", "small": "small", "trial": "tiny"}  # "trial": to try the program
 MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
@@ -267,26 +268,13 @@ def measured_ceilings(config: bertfast.BertConfig, tokens: int) -> dict[str, flo
 
 def lower_bounds(config: bertfast.BertConfig, workload: Workload, ceilings: dict[str, float]) -> dict[str, float]:
     """Return the lower bound of a workload in seconds, by precision."""
-    flops = model_flops(config, workload.lengths)
+    flops = encoder_flops(config, workload.lengths)
     weights = len(workload.batches) * encoder_parameters(config)
     return {
         precision: max(flops / ceilings[precision], weights * size / ceilings["bytes"])
         for precision, size in BYTES.items()
         if precision in ceilings
     }
-
-
-def encoder_parameters(config: bertfast.BertConfig) -> int:
-    """Return the number of weights in the GEMMs of all layers."""
-    hidden: int = config.hidden_size
-    return int(config.num_hidden_layers * hidden * (4 * hidden + 2 * config.intermediate_size))
-
-
-def model_flops(config: bertfast.BertConfig, lengths: list[int]) -> int:
-    """Return 2 · encoder parameters · tokens + 4 · layers · H · Σ s²; padding is not counted."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    squares = sum(length**2 for length in lengths)
-    return 2 * encoder_parameters(config) * sum(lengths) + 4 * layers * hidden * squares
 
 
 if __name__ == "__main__":

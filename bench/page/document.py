@@ -100,14 +100,11 @@ def ahead_section(machines: dict[str, list[Result]]) -> str:
         ]  # fmt: skip
         for result in results:
             for each in (each for each in comparisons(result) if each.is_behind):
-                operator, case, direction, own, other, *_ = each.cells
+                operator, case, direction, own, *_ = each.cells
                 ratio = each.bertfast["median"] / each.alternative["median"]
-                threads = str(result.origin["threads"])
-                alternative, _, time = other.rpartition(" ")
-                alternative, _, value = alternative.rpartition(" ")
-                rows.append(
-                    [f"{operator}, {case}, {direction}", threads, alternative, f"{value} {time}", own, f"{ratio:.2f} x"]
-                )
+                workload, threads = f"{operator}, {case}, {direction}", str(result.origin["threads"])
+                time = duration(each.alternative["median"])
+                rows.append([workload, threads, each.alternative_name, time, own, f"{ratio:.2f} x"])
         if rows:
             columns = ["workload", "threads", "alternative", "its time", "bertfast", "bertfast / alternative"]
             parts.append(f"{name}:\n\n{table(columns, rows)}\n")

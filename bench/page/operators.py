@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.page.rows import Result, is_clearly_faster
 from bench.page.text import duration, table
+from bertfast.runtime.settings import counted
 
 NAMES = {
     "F.linear_cross_entropy": "PyTorch's fused loss",
@@ -42,10 +43,16 @@ class Comparison:
             own["case"],
             own["direction"],
             duration(own["median"]),
-            f"{NAMES.get(other['implementation'], other['implementation'])} {duration(other['median'])}",
+            f"{self.alternative_name} {duration(other['median'])}",
             f"{other['median'] / own['median']:.2f} x",
             f"{own['roofline_efficiency']:.0%}",
         ]
+
+    @property
+    def alternative_name(self) -> str:
+        """Name of the alternative on the page."""
+        name: str = self.alternative["implementation"]
+        return NAMES.get(name, name)
 
     @property
     def is_behind(self) -> bool:
@@ -73,9 +80,9 @@ def operators_text(result: Result) -> str:
     if not rows:
         return ""
     columns = ["operator", "case", "pass", "bertfast", "fastest alternative", "alternative / bertfast", "bound / time"]
-    threads = result.origin["threads"]
+    threads = counted(result.origin["threads"], "thread")
     return (
-        f"Operators, {threads} thread{'s' * (threads != 1)} (`bench/results/{result.file}`). Attention has 12 heads; "
+        f"Operators, {threads} (`bench/results/{result.file}`). Attention has 12 heads; "
         '"32x128" is 32 sequences of 128 tokens, "64-ragged" 64 of different lengths, "p0.1" has dropout; without '
         '"fp32" the dtype is bf16. Alternatives on padded batches also compute the padding.\n\n'
         f"{table(columns, rows)}\n"

@@ -150,8 +150,6 @@ class Architecture:
             values[name] = _probability(values.get(name))
         values["qkv"] = tuple([values.pop(name) for name in _QKV if name in values])
         values["intermediate"] = tuple([values.pop(name) for name in _INTERMEDIATE if name in values])
-        if isinstance(values["attention_norm"], nn.Identity):
-            values["attention_norm"] = None
         if self.rotary is not None:
             values["rotary"] = self.kind_of_layer(module)
         if values.get("rotary") != "sliding_attention":

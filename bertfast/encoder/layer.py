@@ -56,7 +56,7 @@ def layer(
     context = attend(parts, _gemm_input(hidden, copy, *parts.qkv), packed, index)
     context, hidden, rng = _at_rows(rows, context, hidden, packed.rng)
     dropout = _dropout(rng, parts.attention_output_dropout, "attention_output", index)
-    hidden, copy = add_norm(parts.attention_dense, _norm(parts.attention_norm), context, hidden, dropout, dtype)
+    hidden, copy = add_norm(parts.attention_dense, parts.attention_norm, context, hidden, dropout, dtype)
     activated = intermediate(parts, _gemm_input(hidden, copy, *parts.intermediate))
     dropout = _dropout(rng, parts.output_dropout, "output", index)
     dtype = dtype if return_copy else None
@@ -67,7 +67,7 @@ def layer(
 def _pre_norm_layer(parts: LayerParts, hidden: Tensor, packed: Packed, index: int, rows: Tensor | None) -> Tensor:
     """Run a layer whose halves each normalise their input and add their output to the residual stream."""
     dtype = copy_dtype(hidden)
-    normed = hidden if parts.attention_norm is None else normalise(parts.attention_norm, hidden, dtype)
+    normed = normalise(parts.attention_norm, hidden, dtype)
     context = attend(parts, normed, packed, index)
     context, hidden, rng = _at_rows(rows, context, hidden, packed.rng)
     dropout = _dropout(rng, parts.attention_output_dropout, "attention_output", index)
@@ -103,8 +103,3 @@ def _dropout(rng: RngCoordinates | None, p: float, site: str, index: int) -> Dro
 def _gemm_input(hidden: Tensor, copy: Tensor | None, *linears: nn.Module) -> Tensor:
     """Return what these linear layers read: the copy, or the stream itself where one of them is not plain."""
     return copy if copy is not None and all(map(is_plain, linears)) else hidden
-
-
-def _norm(norm: nn.Module | None) -> nn.Module:
-    assert norm is not None, "a post-norm layer has a norm after its attention"
-    return norm

@@ -70,7 +70,9 @@ def add_pre_norm(
 
 
 def normalise(norm: nn.Module, x: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """Compute the norm of x [T, H], in `compute_dtype` or that of x."""
+    """Compute the norm of x [T, H], in `compute_dtype` or that of x; an Identity returns x as it is."""
+    if isinstance(norm, nn.Identity):
+        return x
     gamma, beta, eps, rms = _norm_arguments(norm)
     return ops.pre_norm(None, x, None, gamma, beta, eps, rms=rms, norm_dtype=compute_dtype)[1]
 

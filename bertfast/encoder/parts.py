@@ -32,7 +32,7 @@ class LayerParts:
         intermediate: The linear layer before the activation; of a gated one, those of the activated half and of its
             factor, or one of both.
         attention_norm, output_norm: Normalise the sums after the attention and after the feed-forward layer, or with
-            `pre_norm` the inputs of both; None: the input as it is.
+            `pre_norm` the inputs of both, where an Identity leaves the input as it is.
         activation: Name of the feed-forward layer's activation, one of `ACTIVATIONS`.
         heads: Number of attention heads; None: as many as heads of `head_dimension` fill the projection.
         head_dimension: Columns of a head; None: they follow from `heads`.
@@ -49,7 +49,7 @@ class LayerParts:
 
     qkv: tuple[nn.Module, ...]
     attention_dense: nn.Module
-    attention_norm: nn.Module | None
+    attention_norm: nn.Module
     intermediate: tuple[nn.Module, ...]
     output_dense: nn.Module
     output_norm: nn.Module

@@ -142,12 +142,12 @@ def _from_lines(task: Task[Any]) -> Iterator[Any]:
         first_row += len(lines)
 
 
-def has_finite_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> bool:
-    """Return whether a model's outputs for the first few examples are finite."""
+def require_finite_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> None:
+    """Raise NotFiniteError if a model's outputs for the first few examples are not finite."""
     precision, training = choose_precision(model.device, task.settings.compute.precision, model.config), model.training
     inputs = features.model_inputs(np.arange(min(8, len(features))), labels=False).to(model.device)
     model.train(False)
     with torch.no_grad(), autocast(model.device, precision):
-        is_finite = bool(task.logits(model, inputs).isfinite().all())
+        outputs = task.logits(model, inputs)
     model.train(training)
-    return is_finite
+    require_finite(outputs, model.name_or_path)

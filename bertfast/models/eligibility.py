@@ -44,11 +44,13 @@ _OPTIONS |= {"attention_dropout", "rope_type"}
 @constant_result
 def has_dropout(encoder: nn.Module) -> bool:
     """Return whether training drops anything; if not, no seed is drawn and torch's generator stays as it is."""
-    modules = [*encoder.modules()]
-    probabilities = [module.p for module in modules if isinstance(module, nn.Dropout)]
-    # In some families that of the attention weights is a number.
-    numbers: list[Any] = [getattr(module, "attention_dropout", None) for module in modules]
-    return any(probabilities) or any(number for number in numbers if isinstance(number, float | int))
+    return any(map(_drops, encoder.modules()))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module is a dropout, or has the probability of one of attention weights as a number."""
+    p = module.p if isinstance(module, nn.Dropout) else vars(module).get("attention_dropout")
+    return isinstance(p, float | int) and p > 0
 
 
 @constant_result

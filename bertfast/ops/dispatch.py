@@ -144,11 +144,10 @@ def operator(implementation: Implementation, name: str) -> Callable[..., Any]:
     return registered
 
 
-def cast_sums(sums: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+def cast_sums(sums: Tensor, *parameters: Tensor | torch.dtype | None) -> list[Tensor | None]:
     """Return the rows of a kernel's fp32 sums in the dtypes of their parameters; None for absent parameters."""
-    return [
-        None if parameter is None else row.to(parameter.dtype) for row, parameter in zip(sums, parameters, strict=True)
-    ]
+    dtypes = [parameter.dtype if isinstance(parameter, Tensor) else parameter for parameter in parameters]
+    return [None if dtype is None else row.to(dtype) for row, dtype in zip(sums, dtypes, strict=True)]
 
 
 def unsupported_reason(implementation: Implementation, operation: str, x: Activations) -> str | None:

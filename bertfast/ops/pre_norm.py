@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bertfast.ops import reference
 from bertfast.ops.arguments import Arguments, check_floating_dtype
-from bertfast.ops.dispatch import Implementation, dtypes_reason, operator, resolve, run
+from bertfast.ops.dispatch import Implementation, cast_sums, dtypes_reason, operator, resolve, run
 from bertfast.ops.double_backward import must_be_differentiable, reference_gradients
 from bertfast.ops.dropout import Dropout, as_dropout, from_kernel_arguments, kernel_arguments, row_coordinates
 from bertfast.ops.reference_parts import accumulating, drop_hidden
@@ -134,10 +134,8 @@ class PreNorm(torch.autograd.Function):
             d_x = None
         elif d_x.shape != stream.shape:
             d_x = d_residual
-        d_gamma, d_beta, d_bias = sums
-        d_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
-        d_beta = None if beta is None else d_beta.to(beta.dtype)
-        return None, d_x, d_residual, d_bias, d_gamma.to(gamma.dtype), d_beta, *[None] * 8
+        d_gamma, d_beta, d_bias = cast_sums(sums, gamma, beta, ctx.bias_dtype)
+        return None, d_x, d_residual, d_bias, d_gamma, d_beta, *[None] * 8
 
 
 def _differentiable_gradients(

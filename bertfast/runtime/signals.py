@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 
@@ -22,30 +22,27 @@ class RunStopped(Exception):
         self.status = status
 
 
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> AbstractContextManager[None]:
     """Context in which SIGTERM raises SystemExit, so that locks and temporary files are removed; a second one kills."""
+    return _handled(signal.SIGTERM, _exit)
+
+
+def interrupts_ignored() -> AbstractContextManager[None]:
+    """Context in which Ctrl-C is ignored, also by processes that are started in it: their parent ends them."""
+    return _handled(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Context in which a signal has another handler."""
     if threading.current_thread() is not threading.main_thread():  # no other thread may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, _exit)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not installed by Python
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Context in which Ctrl-C is ignored, also by processes that are started in it: their parent ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        signal.signal(number, before or signal.SIG_DFL)  # None: not installed by Python
 
 
 def _exit(number: int, frame: object) -> NoReturn:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bertfast.architectures.initialise import initialise
 from bertfast.data.tokenizer import tokenizer_hash
-from bertfast.inference.predict import has_finite_outputs, predict_outputs
+from bertfast.inference.predict import predict_outputs, require_finite_outputs
 from bertfast.models.extensions import class_for
 from bertfast.models.families import architecture_of
 from bertfast.models.files import load, read_config, report_differences, resolve, save
@@ -321,8 +321,10 @@ class Finetuning:
             self._stop(problem)
         if not validated:
             if not self.results.skipped_in_a_row:
-                if not has_finite_outputs(self.task, self.model, self.features["train"]):
-                    self._stop_not_finite("training")
+                try:
+                    require_finite_outputs(self.task, self.model, self.features["train"])
+                except NotFiniteError as error:
+                    self._stop_not_finite(error, "training")
                 self._save()
             return
         outputs, metrics = self._predict("validation")
@@ -341,16 +343,15 @@ class Finetuning:
     def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
         try:
             outputs = predict_outputs(self.task, self.model, self.features[split])
-        except NotFiniteError:
-            self._stop_not_finite(split)
+        except NotFiniteError as error:
+            self._stop_not_finite(error, split)
         metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _stop_not_finite(self, split: str) -> NoReturn:
+    def _stop_not_finite(self, error: NotFiniteError, split: str) -> NoReturn:
         remedy = remedy_for(any_step_taken=bool(self.results.losses))
-        problem = f"after step {self.step}, the model's outputs are not finite on the {split} data"
-        self._stop(f"{problem}: {remedy}", usable=False)
+        self._stop(f"after step {self.step}, {error.problem} on the {split} data: {remedy}", usable=False)
 
     def _write(self, split: str, outputs: Outputs) -> None:
         self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)

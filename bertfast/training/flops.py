@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import BertConfig
@@ -16,23 +17,39 @@ from bertfast.runtime.precision import wait_for
 def step_flops(config: BertConfig, batch: Batch) -> int:
     """Return the FLOPs of a batch, forward and backward, without padding.
 
-    With hidden size H, L layers and vocabulary size V, these are 6 · encoder parameters · tokens + 12 · L · H · Σ s²
-    over the sequence lengths s + 6 · (H · E + E · V) · masked tokens, where the embedding size E is H in most families.
-    In a layer with a window of w positions on each side, s · (2 w + 1) replaces s² if that is less.
+    The backward pass takes twice those of the forward pass: 3 · `encoder_flops` + 6 · (H · E + E · V) · masked tokens,
+    with hidden size H, vocabulary size V and embedding size E, which is H in most families.
     """
+    embedding: int = getattr(config, architecture_of(config).width)
+    head = embedding * (config.hidden_size + config.vocab_size)
+    return 3 * encoder_flops(config, batch.sequences.lengths) + 6 * head * batch.masked
+
+
+def encoder_flops(config: BertConfig, lengths: Sequence[int]) -> int:
+    """Return the FLOPs of an encoder's forward pass on sequences: 2 · parameters · tokens + 4 · H · attended pairs."""
+    hidden: int = config.hidden_size
+    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    pairs = 0
+    for kind in kinds:
+        window = None if kind == "full_attention" else config.sliding_window
+        pairs += sum(_pairs(length, window) for length in lengths)
+    return 2 * encoder_parameters(config) * sum(lengths) + 4 * hidden * pairs
+
+
+def encoder_parameters(config: BertConfig) -> int:
+    """Return the number of weights in the GEMMs of all layers, and of one between embeddings and layers if there is."""
     hidden, layers, architecture = config.hidden_size, config.num_hidden_layers, architecture_of(config)
     embedding: int = getattr(config, architecture.width)
     intermediate: int = config_entry(config, "intermediate_size")
-    parameters = layers * hidden * (4 * hidden + (3 if architecture.gated else 2) * intermediate)
-    parameters += embedding * hidden if embedding != hidden else 0  # their projection
-    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    widest = max(batch.sequences.lengths, default=0)
-    spans = [
-        widest if kind == "full_attention" else 2 * getattr(config, "sliding_window", widest) + 1 for kind in kinds
-    ]
-    pairs = sum(length * min(length, span) for span in spans for length in batch.sequences.lengths)
-    head = embedding * (hidden + config.vocab_size)
-    return 6 * parameters * batch.num_tokens + 12 * hidden * pairs + 6 * head * batch.masked
+    parameters: int = layers * hidden * (4 * hidden + (3 if architecture.gated else 2) * intermediate)
+    return parameters + (embedding * hidden if embedding != hidden else 0)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Return the number of pairs of positions in a sequence that are at most `window` apart; None: all pairs."""
+    if window is None or length <= window:
+        return length**2
+    return length * (2 * window + 1) - window * (window + 1)  # the window is cut off at both ends
 
 
 def gemm_throughput(
