@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.harness import DEVICE, ON_GPU, ROOT, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
+from bertfast.models.families import architecture_of, config_entry
 from bertfast.ops.matmul import linear
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def int8_gemm_throughput(shapes: list[tuple[int, int, int]], repeats: int = 3) -
 
 
 def layer_gemms(config: BertConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Return the shapes (m, k, n) of the GEMMs of one layer in the forward pass."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    return [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, wide), (tokens, wide, hidden)]
+    """Return the shapes (m, k, n) of the GEMMs of one layer in the forward pass, of any family."""
+    hidden, wide = config.hidden_size, config_entry(config, "intermediate_size")
+    inner = (2 if architecture_of(config).gated else 1) * wide
+    return [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, inner), (tokens, wide, hidden)]
 
 
 @cache

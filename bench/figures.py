@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.bounds import step_bound
 from bench.harness import ROOT
+from bertfast.architectures import family_by_type
 from bertfast.runtime.plotting import COLORS
 from bertfast.runtime.settings import counted
 
@@ -25,9 +28,44 @@ STEP_BARS = {
     "transformers": "transformers-sdpa_median_s",
     "transformers, compiled": "transformers-compile_median_s",
     "bertfast": "bertfast_median_s",
-    "lower bound": "lower_bound_s",
 }
-STEP_CASE = re.compile(r"(?:gpu-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia)?(?:-(?P<precision>fp32|bf16))?")
+STEP_CASE = re.compile(
+    r"(?:gpu-)?(?:(?P<architecture>[a-z]+)-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia|-uniform)?"
+    r"(?:-(?P<precision>fp32|bf16))?"
+)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A case of `bench.end_to_end.pretraining_step`.
+
+    Attributes:
+        model: Architecture, if it is not BERT, and size.
+        batch: Number of samples and their length.
+        precision: Precision of the GEMMs.
+    """
+
+    model: str
+    batch: str
+    precision: str
+
+
+def step_case(result: dict[str, Any]) -> StepCase:
+    """Return the case of a result file of a pre-training step, from its name.
+
+    Raises:
+        ValueError: The name is not understood.
+    """
+    case = STEP_CASE.fullmatch(result["case"])
+    if case is None:
+        raise ValueError(f"the name of the case is not understood: {result['case']}")
+    named = family_by_type(case["architecture"] or "bert")
+    if named is None:
+        raise ValueError(f"the name of the case has an unknown architecture: {result['case']}")
+    model = case["preset"] if named.model_type == "bert" else f"{named.prefix}-{case['preset']}"
+    length, lengths = int(case["length"]), result["lengths"]
+    batch = f"{len(lengths)} x {'' if min(lengths) == length else '≤ '}{length:,} tokens"
+    return StepCase(model, batch, case["precision"] or "bf16")
 
 
 def main() -> None:
@@ -66,10 +104,11 @@ def plot_steps(results: list[dict[str, Any]], path: Path) -> None:
 
 def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
     seconds = {name: result[key] for name, key in STEP_BARS.items() if key in result}
+    seconds["lower bound"] = step_bound(result)
     bars = axis.barh(list(seconds), list(seconds.values()), color=[STEP_COLORS[name] for name in seconds])
     labels = [f"{value:.2f}" for value in seconds.values()]
     for index, name in enumerate(seconds):
-        if STEP_BARS[name].removesuffix("_median_s") in result["ratios"]:
+        if STEP_BARS.get(name, "").removesuffix("_median_s") in result["ratios"]:
             labels[index] += f"   ({seconds[name] / seconds['bertfast']:.2f}x)"
     axis.bar_label(bars, labels, padding=4)
     axis.set_xlim(0, 1.2 * max(seconds.values()))  # leaves space for the labels
@@ -81,11 +120,14 @@ def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
 
 def _step_title(result: dict[str, Any]) -> str:
     """Return the model, the batch, the precision, the device and the number of threads."""
-    case = STEP_CASE.fullmatch(result["case"])
-    if case is None:
-        raise ValueError(f"the name of the case is not understood: {result['case']}")
-    batch = f"{len(result['lengths'])} x ≤ {case['length']} tokens"
-    return f"BERT-{case['preset']}, {batch}, {case['precision'] or 'bf16'}; {hardware(result['origin'])}"
+    return f"{case_title(result)}; {hardware(result['origin'])}"
+
+
+def case_title(result: dict[str, Any]) -> str:
+    """Return the model, the batch and the precision of a result file of a pre-training step."""
+    case = step_case(result)
+    model = case.model if "-" in case.model else f"BERT-{case.model}"
+    return f"{model}, {case.batch}, {case.precision}"
 
 
 def hardware(origin: dict[str, Any]) -> str:

@@ -265,7 +265,10 @@ def test_growth_is_measured_and_drawn(tmp_path):
     program("end_to_end.growth", "--max-length=128", "--max-sequences=1", "--preset=tiny", f"--results={tmp_path}")
     sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
     assert [len(results) for results in sweeps.values()] == [2, 2, 2]
-    assert all(result["seconds"] > 0 and result["peak_bytes"] > 0 for results in sweeps.values() for result in results)
+    for result in [result for results in sweeps.values() for result in results]:
+        assert result["seconds"] in result["seconds_samples"]
+        assert result["bound_s"] > 0
+        assert result["peak_bytes"] >= 0.9 * result["bound_bytes"] > 0, result
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -368,7 +371,8 @@ def test_losses_agree_before_their_memory_counts(name):
 
     found = vocabulary.point(argparse.Namespace(point=(name, "96"), rows=8, width=16))
     assert found["seconds"] > 0
-    assert found["peak_bytes"] >= 0
+    assert found["bound_bytes"] == 4 * (8 * 16 + 96 * 16 + 96)
+    assert found["bound_s"] > 0
     assert found["relative_error"] < 1e-5
 
 

@@ -70,3 +70,5 @@ def test_steps_of_both_sides_are_timed(model, tmp_path):
     finetuning(model, tmp_path, "sst-2", "--speed=1")
     result = json.loads((tmp_path / "finetuning-speed-sst-2.json").read_text())
     assert result["median_ratio"] == pytest.approx(result["transformers_s"][0] / result["bertfast_s"][0])
+    assert 0 < result["lower_bound_s"] < result["bertfast_s"][0]
+    assert result["gemm_gflops"] > 0

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.bounds import step_bound
 from bench.page.document import document, leaders
-from bench.page.memory import ahead_in, sweep_of
+from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
 
@@ -66,9 +67,9 @@ def test_the_table_of_the_readme_is_that_of_its_result_files(cells):
     file = folder / f"pretraining_step-{preset}-{length}-{precision}.json"
     result = json.loads(file.read_text(encoding="utf-8"))
     assert len(result["lengths"]) == int(sequences)
-    names = ("transformers-sdpa_median_s", "transformers-compile_median_s", "bertfast_median_s", "lower_bound_s")
+    names = ("transformers-sdpa_median_s", "transformers-compile_median_s", "bertfast_median_s")
     ratio = min(result[name] for name in names[:2]) / result["bertfast_median_s"]
-    assert figures == [f"{value:.2f}" for value in (*(result[name] for name in names), ratio)]
+    assert figures == [f"{value:.2f}" for value in (*(result[name] for name in names), step_bound(result), ratio)]
 
 
 def test_the_text_of_the_readme_picture_has_the_figures_of_the_table():
@@ -116,12 +117,24 @@ def test_results_of_inference_become_rows_with_their_lower_bound():
     }  # fmt: skip
     values = {
         "origin": {"threads": 2}, "model": "base", "precisions": {"bertfast": "fp32", "PyTorch, int8": "int8"},
+        "ceilings": {"fp32": 4e11, "bytes": 1e10},
         "workloads": {"sst2, sorted": workload, "1 x 8 tokens": workload},
     }  # fmt: skip
     first, second, *_ = rows_of(Result("inference-base.json", values))
     assert (first.precision, first.seconds, first.lower_bound, second.lower_bound) == ("fp32", 2.0, 0.5, None)
     assert (first.system, second.system) == ("bertfast", "PyTorch")
     assert first.workload == "inference, base, 2 sentences of SST-2 in batches of 2, sorted"
+    assert (first.gemm_gflops, second.gemm_gflops) == (400, None)
+
+
+def test_the_spread_and_the_lower_bound_of_a_sweep_are_shown():
+    point = {"implementation": "bertfast", "vocab_size": 10, "seconds": 2.0, "peak_bytes": 2e6}
+    measured = {"seconds_samples": [1.0, 2.0, 3.0], "bound_s": 0.5, "bound_bytes": 1e6, "gemm_gflops": 400}
+    for values, cells in ((point, ["2.00 s, 2 MB", ""]), (point | measured, ["2.00 s (1.40 s to 2.60 s), 2 MB"])):
+        result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": [values]})
+        row = memory_table(sweep_of(result)).splitlines()[-1]
+        assert [cell.strip() for cell in row.split("|")[2:4]][: len(cells)] == cells
+    assert "500 ms at 400 GFLOP/s, 1 MB" in row
 
 
 def test_less_memory_elsewhere_is_named():

@@ -6,15 +6,16 @@ MODEL is a folder that SentenceTransformer opens and whose pooling is the mean o
 glue/SST-2/train.tsv.gz. All read a file with one sentence per line and write the embeddings to disk, in fp32; they are
 timed alternately. The backends "onnx" and "openvino" of sentence-transformers get models that were exported before.
 For the memory, bertfast and sentence-transformers run in their own processes on N sentences, those of SST-2 repeated,
-and the result is the peak of the process.
+and the result is the peak of the process. The lower bound of the time is that of `bench.bounds`, for batches of BATCH
+sentences, without reading text and writing vectors; that of the memory is the weights, since vectors go to disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,9 +29,12 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from bench.end_to_end.growth import peak_memory
+from bench.bounds import Rates
 from bench.harness import reason_of, require_clean_tree, result_parser, write_result
+from bench.points import in_a_process, peak_memory
+from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
+from bertfast.models.files import read_config
 from bertfast.tasks.tables import read_table
 
 TIMED = 4096  # sentences per round
@@ -45,15 +49,14 @@ def main() -> None:
     sizes = [10_000, 100_000, 1_000_000]
     parser.add_argument("--memory", type=int, nargs="*", default=sizes, metavar="N", help="numbers of sentences")
     parser.add_argument(
-        "--point", nargs=2, metavar=("NAME", "FILE"), help="run only one implementation and print bytes and seconds"
+        "--point", nargs=2, metavar=("NAME", "FILE"), help="run only one implementation and print bytes"
     )
     arguments = parser.parse_args()
     if arguments.point:
         name, file = arguments.point
-        started = time.perf_counter()
         with TemporaryDirectory() as folder:
             WITH_MEMORY[name](arguments.model, Path(file), Path(folder))
-        print(peak_memory(), time.perf_counter() - started)
+        print(json.dumps({"peak_bytes": peak_memory()}))
         return
     require_clean_tree(arguments.results)
     sentences = read_table(arguments.data / "glue" / "SST-2" / "train.tsv.gz").columns["sentence"]
@@ -108,7 +111,10 @@ def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Em
 
 
 def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, Any]:
-    """Time all alternately, on other sentences in each round, after an untimed round that compares the embeddings."""
+    """Time all alternately, on other sentences in each round, after an untimed round that compares the embeddings.
+
+    The lower bound is the median of those of the rounds, whose sentences differ.
+    """
     runs, not_run = implementations(arguments.model, folder)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(arguments.rounds + 1):
@@ -125,21 +131,40 @@ def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> 
     samples = {name: seconds[1:] for name, seconds in samples.items()}
     pairs = zip(samples["bertfast"], samples["sentence-transformers"], strict=True)
     ratio = statistics.median(other / bertfast for bertfast, other in pairs)
-    return {"sentences": TIMED, **samples, "not_run": not_run, "median_ratio": ratio}
+    entries = {"sentences": TIMED, **samples, "not_run": not_run, "median_ratio": ratio}
+    return entries | lower_bound(arguments, sentences)
+
+
+def lower_bound(arguments: argparse.Namespace, sentences: list[str]) -> dict[str, float]:
+    """Return the median of the lower bounds of the timed rounds, and the measured rates."""
+    tokenizer, config = load_tokenizer(arguments.model), read_config(arguments.model)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LENGTH)
+    rounds = []
+    for number in range(1, arguments.rounds + 1):
+        texts = list(itertools.islice(itertools.cycle(sentences[number * TIMED :]), TIMED))
+        lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+        rounds.append([lengths[start : start + BATCH] for start in range(0, TIMED, BATCH)])
+    tokens = sum(map(sum, rounds[0])) // len(rounds[0])
+    rates = Rates.measured(config, tokens, torch.float32)
+    bound = statistics.median(rates.inference(config, batches) for batches in rounds)
+    return {"lower_bound_s": bound, **rates.entries()}
 
 
 def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> list[dict[str, object]]:
-    """Return peak bytes and seconds for each number of sentences; from a million on only those of bertfast."""
+    """Return peak bytes for each number of sentences, from a million on only those of bertfast; and the weights'."""
     points = []
+    weights = 4 * sum(x.numel() for x in SentenceTransformer(str(arguments.model), device="cpu").parameters())
     for number, name in itertools.product(arguments.memory, WITH_MEMORY):
         if name != "bertfast" and number >= 1_000_000:
             continue  # it would take an hour
         file = repeated(folder / "many.txt", sentences, number)
-        command = [sys.executable, "-m", "bench.end_to_end.embed", str(arguments.model), str(arguments.data)]
-        ran = subprocess.run([*command, "--point", name, str(file)], stdout=subprocess.PIPE, text=True, check=True)
-        peak, seconds = ran.stdout.split()[-2:]
-        points.append({"implementation": name, "sentences": number, "peak_bytes": int(peak), "seconds": float(seconds)})
-        print(f"{name}, {number} sentences: {int(peak) / 1e6:.0f} MB, {float(seconds):.0f} s", flush=True)
+        options = [str(arguments.model), str(arguments.data), "--point", name, str(file)]
+        found = in_a_process("end_to_end.embed", options)
+        if "reason" in found:
+            raise SystemExit(f"{name}, {number} sentences: {found['reason']}")
+        points.append({"implementation": name, "sentences": number, **found, "bound_bytes": weights})
+        print(f"{name}, {number} sentences: {found['peak_bytes'] / 1e6:.0f} MB", flush=True)
     return points
 
 

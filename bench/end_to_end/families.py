@@ -3,8 +3,8 @@
     python -m bench.end_to_end.families [FAMILY …] [--rounds N] [--data FOLDER] [--results FOLDER]
 
 Models have the base size of their family and random weights. Both run alternately, without gradients, after their
-outputs at tokens have been compared. The lower bound is the time of the FLOPs of the tokens, without padding, at the
-throughput of the encoder's own GEMMs, measured in the same run; windows count the keys inside them.
+outputs at tokens have been compared. The lower bound is that of `bench.bounds`, at the throughput of the encoder's own
+GEMMs, measured in the same run; windows count the keys inside them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import transformers
 from torch import Tensor, nn
 
 import bertfast
-from bench.ceilings import gemm_throughput
+from bench.bounds import Rates
 from bench.end_to_end.inference import padded, random_ids, token_ids
 from bench.harness import DATA, DEVICE, require_clean_tree, result_parser, seconds_of, side_by_side, write_result
 from bertfast.architectures import FAMILIES, family
 from bertfast.runtime.precision import has_bf16_gemm
-from bertfast.training.flops import encoder_flops
 
 BATCH = 32
 SIZES = {
@@ -79,13 +78,14 @@ def measure(name: str, precision: str, ids: list[list[int]], rounds: int) -> dic
     timed = side_by_side(calls, rounds)
     lengths = [len(each) for each in ids]
     config: Any = plain.config
-    throughput = gemm_throughput(gemms(plain, sum(lengths)), next(plain.parameters()).dtype)
-    bound = encoder_flops(config, lengths) / throughput
+    weight = next(plain.parameters())
+    rates = Rates.measured(config, sum(lengths), weight.dtype)
+    bound = rates.inference(config, [lengths], weight.itemsize)
     seconds = {key: seconds_of(samples) for key, samples in timed.items()}
     best = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     ratio = best["plain_s"] / best["patched_s"]
     print(f"{name}, {precision}, {lengths[:3]}…: {best['patched_s']:.3f} s, {ratio:.2f} x", flush=True)
-    return {**seconds, "lengths": lengths, "lower_bound_s": bound, "relative_error": error}
+    return {**seconds, "lengths": lengths, "lower_bound_s": bound, **rates.entries(), "relative_error": error}
 
 
 def base_model(name: str) -> nn.Module:
@@ -101,18 +101,6 @@ def at_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return a model's hidden states at the tokens of a padded batch, [T, H] in fp32."""
     hidden: Tensor = model(**inputs).last_hidden_state
     return hidden[inputs["attention_mask"].bool()].float()
-
-
-def linears(model: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers of an encoder's layers."""
-    return [module for path, module in model.named_modules() if isinstance(module, nn.Linear) and "layer" in path]
-
-
-def gemms(model: nn.Module, tokens: int) -> list[tuple[int, int, int]]:
-    """Return (m, k, n) of the GEMMs of an encoder's first layer, twice."""
-    config: Any = model.config
-    first = linears(model)[: len(linears(model)) // config.num_hidden_layers]
-    return [(tokens, linear.in_features, linear.out_features) for linear in first] * 2
 
 
 if __name__ == "__main__":

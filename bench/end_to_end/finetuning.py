@@ -23,6 +23,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
@@ -138,7 +139,9 @@ def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
     run = Finetuning(settings)
     _, train = plain_loop(run)
     timed: dict[str, list[float]] = {"bertfast": [], "transformers": []}
+    lengths: list[list[int]] = []
     for step, rows in zip(range(steps + 1), run.rows_of_steps(), strict=False):
+        lengths.append(run.features["train"].batch(rows)["cu_seq_lens_q"].diff().tolist())
         started = time.perf_counter()
         run.train_step(rows)
         timed["bertfast"].append(time.perf_counter() - started)
@@ -149,7 +152,17 @@ def speed(settings: FinetuneSettings, steps: int) -> dict[str, object]:
         if step == 0 and abs(loss - (bertfast_loss := float(run.results.pending[0][0]))) > 0.25 * loss:
             raise SystemExit(f"{settings.task}: the losses differ, {bertfast_loss} and {loss}, so nothing is timed")
     ratios = [b / a for a, b in zip(timed["bertfast"][1:], timed["transformers"][1:], strict=True)]
-    return {f"{side}_s": seconds[1:] for side, seconds in timed.items()} | {"median_ratio": statistics.median(ratios)}
+    seconds = {f"{side}_s": samples[1:] for side, samples in timed.items()}
+    return {**seconds, "median_ratio": statistics.median(ratios), **lower_bound(run, lengths[1:])}
+
+
+def lower_bound(run: Finetuning, lengths: list[list[int]]) -> dict[str, float]:
+    """Return the median of the lower bounds of steps, whose tokens differ, and the measured rates."""
+    tokens = statistics.median_low(map(sum, lengths))
+    rates = Rates.measured(run.config, tokens, torch.float32, training=True)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    bounds = [rates.training(run.config, of_step, parameters) for of_step in lengths]
+    return {"lower_bound_s": statistics.median(bounds), **rates.entries()}
 
 
 def plain_loop(run: Finetuning) -> tuple[torch.nn.Module, Callable[[int, np.ndarray], float]]:

@@ -5,16 +5,15 @@
 One layer of the width of the preset, forward and backward pass in training with dropout 0.1 and without padding: from
 128 to `--max-length` tokens, as one sequence and as a batch of `--max-length` tokens in total, and from 1 to
 `--max-sequences` sequences of 128 tokens. Each point runs in its own process, limited to 16 GiB; its memory is the peak
-of the process minus what the process held before the first step. FOLDER gets growth.json and growth.png.
+of the process minus what the process held before the first step. The lower bound of the time is that of `bench.bounds`;
+that of the memory is the gradients, which all exist after a step, and the last hidden states with their gradient.
+FOLDER gets growth.json and growth.png.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,16 @@ import torch
 import transformers
 
 import bertfast
+from bench.bounds import Rates
 from bench.figures import hardware
-from bench.harness import (
-    DEVICE,
-    ON_GPU,
-    hf_config,
-    require_clean_tree,
-    result_parser,
-    seconds_of,
-    side_by_side,
-    stopwatch,
-    write_result,
-)
+from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
+from bench.points import in_a_process, peak_memory, restart_peak, timed
 from bertfast.architectures.presets import Preset
 from bertfast.runtime.plotting import COLORS
 
 MIN_LENGTH = 128
 IMPLEMENTATIONS = ("bertfast", "transformers")
 MEMORY_LIMIT = 16 << 30  # bytes per process
-TIMED_ONCE = 5  # seconds of a step above which it is timed only once
 
 
 def main() -> None:
@@ -73,7 +63,8 @@ def measure(max_length: int, max_sequences: int, preset: Preset) -> dict[str, li
     print("|---|---|---|---|---|")
     for sequences, length in dict.fromkeys(shape for shapes in sweeps.values() for shape in shapes):
         for name in IMPLEMENTATIONS:
-            result = in_a_process(name, sequences, length, preset)
+            options = ["--preset", preset, "--point", name, str(sequences), str(length)]
+            result = in_a_process("end_to_end.growth", options)
             measured[sequences, length, name] = result
             cells = result.get("reason") or f"{result['seconds']:.4f} | {result['peak_bytes'] / 1e6:.0f}"
             print(f"| {sequences} | {length} | {name} | {cells} |", flush=True)
@@ -98,20 +89,8 @@ def points(max_length: int, max_sequences: int) -> dict[str, list[tuple[int, int
     }
 
 
-def in_a_process(name: str, sequences: int, length: int, preset: Preset) -> dict[str, Any]:
-    """Measure a point in its own process; return its result, or the reason of a failure."""
-    options = ["--preset", preset, "--point", name, str(sequences), str(length)]
-    command = [sys.executable, "-m", "bench.end_to_end.growth", *options]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        lines = [line for line in ran.stderr.splitlines() if line.strip()]
-        return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}
-    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return result
-
-
-def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, float]:
-    """Return the seconds of a step, and the peak memory beyond that before the first step in bytes."""
+def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, Any]:
+    """Return the seconds of a step, the peak memory beyond that before the first step in bytes, and lower bounds."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "vocab_size": 1024, "max_position_embeddings": length}
@@ -123,20 +102,24 @@ def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, f
     ids = torch.randint(config.vocab_size, (sequences, length), device=DEVICE)
     mask = torch.ones_like(ids)
 
+    def loss() -> torch.Tensor:
+        mean: torch.Tensor = model(ids, attention_mask=mask).last_hidden_state.square().mean()
+        return mean
+
     def step() -> None:
-        model(ids, attention_mask=mask).last_hidden_state.square().mean().backward()
+        loss().backward()
         model.zero_grad(set_to_none=True)
 
-    before = peak_memory()
-    repeats = 1 if stopwatch(step) > TIMED_ONCE else 3
-    seconds = statistics.median(seconds_of(side_by_side({"step": step}, repeats)["step"]))
-    return {"seconds": seconds, "peak_bytes": peak_memory() - before}
-
-
-def peak_memory() -> int:
-    """Return the peak memory of this program in bytes; `ru_maxrss` would include that of the parent process."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    before = restart_peak()
+    found = timed(step)
+    found["peak_bytes"] = peak_memory() - before
+    loss().backward()
+    gradients = sum(x.grad.nbytes for x in model.parameters() if x.grad is not None)
+    hidden = sequences * length * config.hidden_size * 4
+    lengths = [length] * sequences
+    rates = Rates.measured(config, sequences * length, torch.float32, training=True)
+    found |= {"bound_bytes": gradients + 2 * hidden, "bound_s": rates.training(config, lengths)}
+    return found | rates.entries()
 
 
 def plot(path: Path) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import bertfast
+from bench.bounds import Rates
 from bench.ceilings import copy_bandwidth, gemm_throughput, int8_gemm_throughput, layer_gemms
 from bench.end_to_end.runtimes import RUNTIMES, Inputs, Precision, Predict, Weights
 from bench.harness import (
@@ -46,7 +47,6 @@ from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
-from bertfast.training.flops import encoder_flops, encoder_parameters
 
 MODELS: dict[str, Preset] = {"base": "base", "small": "small", "trial": "tiny"}  # "trial": to try the program
 MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
@@ -268,10 +268,9 @@ def measured_ceilings(config: bertfast.BertConfig, tokens: int) -> dict[str, flo
 
 def lower_bounds(config: bertfast.BertConfig, workload: Workload, ceilings: dict[str, float]) -> dict[str, float]:
     """Return the lower bound of a workload in seconds, by precision."""
-    flops = encoder_flops(config, workload.lengths)
-    weights = len(workload.batches) * encoder_parameters(config)
+    batches = [batch["attention_mask"].sum(1).tolist() for batch in workload.batches]
     return {
-        precision: max(flops / ceilings[precision], weights * size / ceilings["bytes"])
+        precision: Rates(ceilings[precision], ceilings["bytes"]).inference(config, batches, size)
         for precision, size in BYTES.items()
         if precision in ceilings
     }

@@ -27,8 +27,8 @@ import torch
 import transformers
 
 import bertfast
-from bench.end_to_end.growth import peak_memory
 from bench.harness import require_clean_tree, result_parser, write_result
+from bench.points import peak_memory
 from bertfast.cli.main import main as run_command
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.runtime.malloc import resident_memory

@@ -3,7 +3,8 @@
     python -m bench.end_to_end.patched MODEL DATA [--rounds N] [--results FOLDER]
 
 MODEL is a folder with a BERT and its tokenizer; DATA contains glue/SST-2/dev.tsv.gz and squad/dev-v1.1.json.gz. Both
-models run alternately, without gradients except in training, after their outputs have been compared.
+models run alternately, without gradients except in training, after their outputs have been compared. The lower bounds
+are those of `bench.bounds`; that of Trainer includes its updates by AdamW.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.bounds import Rates
 from bench.harness import require_clean_tree, result_parser, stopwatch, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
 
 BATCH, TOLERANCE = 32, 1e-4
+MIN_ROUNDS = 5
 
 
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("data", type=Path, help="folder of the data")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of SST-2, and steps of Trainer per part")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of SST-2, at least five of the other texts")
+    parser.add_argument("--steps", type=int, default=5, help="steps of Trainer per part, of which five are timed")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     write_result("patched", measure(arguments), arguments.results)
@@ -51,10 +55,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     plain = transformers.BertForSequenceClassification.from_pretrained(arguments.model).eval()
     patched = copy.deepcopy(plain)
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "patching_s": stopwatch(lambda: patch(patched))}
+    config: Any = plain.config
     # Batches of texts, and their rounds relative to `--rounds`.
     cases = {
         "sst-2, batches of 32": ([sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)], 1),
-        "squad, batches of 32": ([paragraphs], 0.25),
+        "squad, batches of 32": ([paragraphs], 0.4),
         "one sentence of 8 tokens": ([["a truly good and moving film"]], 25),
     }
     for name, (texts, factor) in cases.items():
@@ -65,12 +70,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             worst = max((plain(**b).logits - patched(**b).logits).abs().max().item() for b in batches)
             if not worst < TOLERANCE:
                 raise SystemExit(f"{name}: the outputs differ by {worst}, so nothing is timed")
-            rounds = max(3, int(arguments.rounds * factor))
+            rounds = max(MIN_ROUNDS, int(arguments.rounds * factor))
             timed = alternately(partial(run_all, batches), plain, patched, rounds)
-        tokens = [batches[0]["input_ids"].shape[1], int(sum(b["attention_mask"].sum() for b in batches))]
-        result[name] = {**timed, "tokens": tokens}
+        lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+        tokens = [batches[0]["input_ids"].shape[1], sum(map(sum, lengths))]
+        rates = Rates.measured(config, tokens[1] // len(batches), torch.float32)
+        bound = {"lower_bound_s": rates.inference(config, lengths), **rates.entries()}
+        result[name] = {**timed, "tokens": tokens, **bound}
         print(name, f"{result[name]['median_ratio']:.2f} x", flush=True)
-    result["trainer, sst-2"] = trainer(plain, patched, tokenizer, columns, arguments.rounds)
+    result["trainer, sst-2"] = trainer(plain, patched, tokenizer, columns, arguments.steps)
     print("trainer", f"{result['trainer, sst-2']['median_ratio']:.2f} x", flush=True)
     return result
 
@@ -100,13 +108,13 @@ def trainer(
     columns: dict[str, list[str]],
     steps: int,
 ) -> dict[str, Any]:
-    """Time four parts of `steps` steps of Trainer with dynamic padding, alternately."""
+    """Time parts of `steps` steps of Trainer with dynamic padding, alternately, after an untimed part."""
     texts = zip(columns["sentence"], columns["label"], strict=True)
     samples = [{**tokenizer(text), "labels": int(label)} for text, label in texts]
-    collator = transformers.DataCollatorWithPadding(tokenizer)
+    collator = CountingCollator(tokenizer)
     times: dict[str, list[float]] = {"plain_s": [], "patched_s": []}
     with TemporaryDirectory() as folder:
-        for part in range(4):
+        for part in range(MIN_ROUNDS + 1):
             for name, model in (("plain_s", plain), ("patched_s", patched)):
                 settings = transformers.TrainingArguments(
                     folder, max_steps=steps, per_device_train_batch_size=BATCH, report_to=[], save_strategy="no",
@@ -116,8 +124,28 @@ def trainer(
                 started = time.perf_counter()
                 loop.train()
                 times[name].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in list(zip(*times.values(), strict=True))[1:]]
-    return {**times, "steps": steps, "median_ratio": statistics.median(ratios)}
+    times = {name: seconds[1:] for name, seconds in times.items()}
+    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+    config: Any = plain.config
+    tokens = int(statistics.mean(map(sum, collator.lengths)))
+    rates = Rates.measured(config, tokens, torch.float32, training=True)
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    # The loader reads more batches than it trains on, so the bound is that of an average one.
+    bound = steps * statistics.mean(rates.training(config, lengths, parameters) for lengths in collator.lengths)
+    found = {"steps": steps, "median_ratio": statistics.median(ratios), "lower_bound_s": bound}
+    return {**times, **found, **rates.entries()}
+
+
+class CountingCollator(transformers.DataCollatorWithPadding):
+    """Pads batches and notes the tokens of the texts of each in `lengths`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
+        self.lengths: list[list[int]] = []
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        self.lengths.append([len(feature["input_ids"]) for feature in features])
+        return super().__call__(features)
 
 
 if __name__ == "__main__":

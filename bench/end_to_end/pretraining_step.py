@@ -29,6 +29,7 @@ import torch
 import transformers
 
 import bertfast
+from bench.bounds import COPIED, Rates, with_backward
 from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
 from bench.end_to_end.samples import LENGTHS, count_lengths, random_samples, uniform_lengths, wikipedia_lengths
 from bench.harness import (
@@ -54,8 +55,6 @@ from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
 
 DROPOUT = 0.1
-# Bytes per parameter that AdamW in fp32 moves: it reads weight, gradient, two moments, and writes all but the gradient.
-ADAMW_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -278,8 +277,8 @@ def measure(
     timed = side_by_side({name: partial(steps.step, name) for name in steps.models}, repeats)
     packed = steps.packed
     flops = step_flops(config, packed)
-    throughput = gemm_throughput(gemm_shapes(config, packed.sequences.num_tokens, packed.masked), case.dtype)
-    bandwidth = copy_bandwidth(2 << 30 if ON_GPU else 256 << 20)
+    shapes = gemm_shapes(config, packed.sequences.num_tokens, packed.masked)
+    rates = Rates(gemm_throughput(shapes, case.dtype), copy_bandwidth(COPIED))
     parameters = sum(parameter.numel() for parameter in steps.models["bertfast"].parameters())
     return {
         "case": name,
@@ -292,10 +291,10 @@ def measure(
         "compiling_s": compiling,
         "not_run": not_run,
         "optimizer_s": steps.optimizer_seconds(),
-        "optimizer_lower_bound_s": ADAMW_BYTES * parameters / bandwidth,
-        "copy_gb_per_s": bandwidth / 1e9,
+        "optimizer_lower_bound_s": rates.update(parameters),
+        "copy_gb_per_s": rates.bytes / 1e9,
         "target": case.target,
-        **efficiency(flops, throughput, statistics.median(seconds_of(timed["bertfast"]))),
+        **efficiency(flops, rates.flops, statistics.median(seconds_of(timed["bertfast"]))),
     }
 
 
@@ -362,8 +361,7 @@ def packed_loss(model: bertfast.BertForPreTraining, batch: Batch) -> torch.Tenso
 def gemm_shapes(config: bertfast.BertConfig, tokens: int, masked: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of all GEMMs of a step: layers and masked-LM head, forward and backward."""
     head = (masked, config.hidden_size, config.vocab_size)
-    forward = [*layer_gemms(config, tokens) * config.num_hidden_layers, head]
-    return [shape for m, k, n in forward for shape in ((m, k, n), (m, n, k), (n, m, k))]
+    return with_backward([*layer_gemms(config, tokens) * config.num_hidden_layers, head])
 
 
 if __name__ == "__main__":

@@ -4,25 +4,26 @@
 
 The loss of N masked tokens of width H, with its gradients, in fp32. The implementations are those of
 `bench/ops/linear_cross_entropy.py`; their results must agree with PyTorch's plain loss. Each point runs in its own
-process; its memory is the peak of the process minus what the process held before the first call.
+process; its memory is the peak of the process minus what the process held before the first call. The lower bound of the
+time is that of the GEMMs of logits and gradients, and of the memory the gradients, which a call returns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from bench.bounds import with_backward
 from bench.cases import Factory, Function, make
-from bench.end_to_end.growth import peak_memory
-from bench.harness import ON_GPU, require_clean_tree, result_parser, seconds_of, side_by_side, stopwatch, write_result
+from bench.ceilings import gemm_throughput
+from bench.harness import ON_GPU, require_clean_tree, result_parser, write_result
 from bench.ops.linear_cross_entropy import LossCase, chunked, cut_cross_entropy, fused, plain, with_liger
+from bench.points import in_a_process, peak_memory, restart_peak, timed
 
 FACTORIES: dict[str, Factory] = {
     "bertfast": fused,
@@ -34,7 +35,6 @@ FACTORIES: dict[str, Factory] = {
 }
 TOLERANCE = 1e-4  # of loss and gradients, relative to their norms
 MIN_VOCAB = 8192
-TIMED_ONCE = 5  # seconds of a call above which it is timed only once
 
 
 def main() -> None:
@@ -54,24 +54,13 @@ def main() -> None:
     print("| vocabulary | implementation | s | MB |\n|---|---|---|---|")
     for vocab_size in (MIN_VOCAB << i for i in range((arguments.max_vocab // MIN_VOCAB).bit_length())):
         for name in FACTORIES:
-            found = in_a_process(name, vocab_size, arguments)
+            options = ["--rows", str(arguments.rows), "--width", str(arguments.width), "--point", name, str(vocab_size)]
+            found = in_a_process("end_to_end.vocabulary", options)
             points.append({"implementation": name, "vocab_size": vocab_size, **found})
             cells = found.get("reason") or f"{found['seconds']:.3f} | {found['peak_bytes'] / 1e6:.0f}"
             print(f"| {vocab_size} | {name} | {cells} |", flush=True)
     result = {"rows": arguments.rows, "width": arguments.width, "points": points}
     print(f"\nwritten to {write_result('vocabulary', result, arguments.results)}")
-
-
-def in_a_process(name: str, vocab_size: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure a point in its own process; return its result, or the reason of a failure."""
-    options = ["--rows", str(arguments.rows), "--width", str(arguments.width), "--point", name, str(vocab_size)]
-    command = [sys.executable, "-m", "bench.end_to_end.vocabulary", *options]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        lines = [line for line in ran.stderr.splitlines() if line.strip()]
-        return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
 
 
 def point(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,9 +72,8 @@ def point(arguments: argparse.Namespace) -> dict[str, Any]:
     inputs = [x.requires_grad_() for x in case.inputs(torch.Generator().manual_seed(0))]
     try:
         loss: Function = make(FACTORIES[name], case).function
-        before = peak_memory()
-        repeats = 1 if stopwatch(lambda: loss_and_gradients(loss, inputs)) > TIMED_ONCE else 3
-        timed = side_by_side({"call": lambda: loss_and_gradients(loss, inputs)}, repeats)["call"]
+        before = restart_peak()
+        measured = timed(lambda: loss_and_gradients(loss, inputs))
         peak = peak_memory() - before
     except pytest.skip.Exception as skipped:
         return {"reason": str(skipped)}
@@ -93,7 +81,18 @@ def point(arguments: argparse.Namespace) -> dict[str, Any]:
     error = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
     if not error <= TOLERANCE:
         return {"reason": f"not timed because its results are wrong: the relative error is {error:.2g}"}
-    return {"seconds": statistics.median(seconds_of(timed)), "peak_bytes": peak, "relative_error": error}
+    return {**measured, "peak_bytes": peak, "relative_error": error, **lower_bounds(case, inputs)}
+
+
+def lower_bounds(case: LossCase, inputs: list[torch.Tensor]) -> dict[str, float]:
+    """Return the seconds of the three GEMMs, the bytes of the gradients that a call returns, and the rate."""
+    shape = case.rows, case.width, case.vocab_size
+    throughput = gemm_throughput(with_backward([shape]), case.dtype)
+    return {
+        "bound_s": 6 * math.prod(shape) / throughput,
+        "bound_bytes": sum(x.nbytes for x in inputs),
+        "gemm_gflops": throughput / 1e9,
+    }
 
 
 def loss_and_gradients(loss: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -11,7 +11,7 @@ from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, is_clearly_faster, missing_reasons, rows_of
-from bench.page.text import duration, table
+from bench.page.text import bound_text, duration, table
 
 SHOWN = ("growth", "vocabulary", "data", "step_parts", "cpu_operators")  # besides results with rows
 
@@ -26,12 +26,15 @@ All systems of a workload get the same tokens, weights (random ones, but for Min
 alternately in one process that keeps freed memory. Outputs are compared before anything is timed: fp32 must agree
 within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are medians of
 n calls, with the 20th and 80th percentile; a ratio above 1 means slower than bertfast. bertfast has no int8; there it
-is compared in fp32. The *lower bound* is the time of the model's FLOPs, without padding, at the GEMM throughput that
-bertfast's `linear` reaches in the same run, or of reading the weights once per batch, if that is longer; the traffic of
-the optimizer is not in it. The last column is the share of the bound in the time; it is empty where the program
-measures no throughput. The throughput of fp32 GEMMs on family 26 differs by a quarter between runs, so that shares of
-different files are not comparable. There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`,
-`bench/LOG.md`).
+is compared in fp32.
+
+The *lower bound* of a time (`bench/bounds.py`) is that of the model's FLOPs, without padding, at the GEMM throughput
+that bertfast's `linear` reaches in the same run, or of reading the weights once per batch, if that is longer; in
+training the traffic of the optimizer at the bandwidth of a copy is added. The throughput is shown next to it, because
+fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with different throughputs are not comparable.
+There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The lower bound of a memory is what has to
+exist at once: gradients and outputs of a step, or the weights of a process. Tables that compare a process with itself
+over time have no bound. An empty cell means that the file is older than the column.
 
 No GPU was measured here ([status of the backends](../README.md#backends)). `make
 gpu-check-accuracy` and `make gpu-check-speed` check and measure the kernels on a GPU machine without a network
@@ -117,7 +120,8 @@ def ahead_section(machines: dict[str, list[Result]]) -> str:
 
 def machine_section(name: str, results: list[Result], folder: Path) -> str:
     """Return the table of a processor, what did not run, memory, plots and the files with their origin."""
-    columns = ["workload", "threads", "system", "precision", "time", "20 to 80 %", "n", "vs bertfast", "bound / time"]
+    columns = ["workload", "threads", "system", "precision", "time", "20 to 80 %", "n", "vs bertfast"]
+    columns += ["lower bound", "bound / time"]
     rows = []
     for group in groups_of(results):
         ordered = sorted(group, key=lambda row: (("fp32", "bf16", "int8").index(row.precision), row.seconds))
@@ -133,6 +137,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
                     " to ".join(duration(value) for value in row.spread),
                     str(row.samples),
                     f"{row.seconds / reference.seconds:.2f} x" if reference else "",
+                    bound_text(row.lower_bound, row.gemm_gflops),
                     f"{row.lower_bound / row.seconds:.0%}" if row.lower_bound else "",
                 ]
             )

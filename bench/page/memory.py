@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.page.rows import Result
-from bench.page.text import duration, table
+from bench.page.rows import Result, is_clearly_faster, spread_of
+from bench.page.text import bound_text, duration, table
 
 Point = dict[str, Any]
 
@@ -21,12 +21,14 @@ class Sweep:
         short_title: The same in a list.
         column: Heading of the sizes.
         points: By size, in ascending order, the points by implementation.
+        timed: Whether time is shown; that of embeddings has rows of its own.
     """
 
     title: str
     short_title: str
     column: str
     points: dict[str, dict[str, Point]]
+    timed: bool = True
 
 
 def sweep_of(result: Result) -> Sweep | None:
@@ -40,7 +42,9 @@ def sweep_of(result: Result) -> Sweep | None:
         title = f"Masked-LM loss of {values['rows']} tokens of width {values['width']} with gradients, fp32"
         return _sweep(title, "masked-LM loss", "vocabulary", values["points"], lambda point: (point["vocab_size"],))
     if result.name == "embed" and values["memory"]:
-        return _sweep("Embeddings", "embeddings", "sentences", values["memory"], lambda point: (point["sentences"],))
+        points = values["memory"]
+        sweep = _sweep("Embeddings", "embeddings", "sentences", points, lambda point: (point["sentences"],))
+        return replace(sweep, timed=False)
     return None
 
 
@@ -58,10 +62,14 @@ def _sweep(title: str, short: str, column: str, points: list[Point], size: Calla
 
 
 def memory_table(sweep: Sweep) -> str:
-    """Return the table of time and peak memory."""
+    """Return the table of peak memory, and where it is measured with it, of time with its spread."""
     names = list(dict.fromkeys(name for found in sweep.points.values() for name in found))
-    rows = [[size, *(_cell(found.get(name)) for name in names)] for size, found in sweep.points.items()]
-    return f"{sweep.title} (time, peak memory):\n\n{table([sweep.column, *names], rows)}\n"
+    rows = [
+        [size, *(_cell(found.get(name), sweep.timed) for name in names), _bounds(found, sweep.timed)]
+        for size, found in sweep.points.items()
+    ]
+    shown = "median time, 20 to 80 %, peak memory" if sweep.timed else "peak memory"
+    return f"{sweep.title} ({shown}):\n\n{table([sweep.column, *names, 'lower bound'], rows)}\n"
 
 
 def over_time_table(result: Result) -> str:
@@ -82,8 +90,24 @@ def over_time_table(result: Result) -> str:
     return f"{title}, {values['size']} model:\n\n{table(['', *counts], rows)}\n"
 
 
-def _cell(point: Point | None) -> str:
-    return f"{duration(point['seconds'])}, {megabytes(point)}" if point else ""
+def _cell(point: Point | None, timed: bool) -> str:
+    if point is None or not timed:
+        return megabytes(point) if point else ""
+    samples = point.get("seconds_samples")
+    spread = f" ({' to '.join(map(duration, spread_of(samples)))})" if samples and len(samples) > 1 else ""
+    return f"{duration(point['seconds'])}{spread}, {megabytes(point)}"
+
+
+def _bounds(found: dict[str, Point], timed: bool) -> str:
+    """Return the smallest lower bounds that the processes of a size computed, "" if none did."""
+    points = [point for point in found.values() if "bound_bytes" in point]
+    if not points:
+        return ""
+    memory = f"{min(point['bound_bytes'] for point in points) / 1e6:,.0f} MB"
+    if not timed:
+        return memory
+    fastest = min(points, key=lambda point: float(point["bound_s"]))
+    return f"{bound_text(fastest['bound_s'], fastest['gemm_gflops'])}, {memory}"
 
 
 def megabytes(point: Point) -> str:
@@ -97,8 +121,14 @@ def ahead_in(sweep: Sweep) -> list[str]:
     for size, found in sweep.points.items():
         for name, point in found.items():
             fused = found.get("bertfast", point)
-            if point["seconds"] < fused["seconds"]:
+            if sweep.timed and _is_faster(point, fused):
                 lines.append(f"{name} {duration(point['seconds'])} vs {duration(fused['seconds'])} at {size}")
             if point["peak_bytes"] < fused["peak_bytes"]:
                 lines.append(f"{name} {megabytes(point)} vs {megabytes(fused)} at {size}")
     return lines
+
+
+def _is_faster(point: Point, fused: Point) -> bool:
+    """Return whether a point took less time, by more than the spread where it was measured."""
+    both = [each.get("seconds_samples") or [each["seconds"]] for each in (point, fused)]
+    return is_clearly_faster(*map(spread_of, both))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.figures import STEP_CASE
+from bench.bounds import step_bound
+from bench.figures import step_case
 from bertfast.architectures import family
 
 SYSTEMS = {  # as result files name them, and as the page does
@@ -39,6 +40,7 @@ class Row:
         threads: Threads of all systems.
         samples: Number of times that the median is of.
         file: Path of the result file below bench/results.
+        gemm_gflops: GEMM throughput in GFLOP/s that the lower bound was computed with, if known.
     """
 
     workload: str
@@ -50,6 +52,7 @@ class Row:
     threads: int
     samples: int
     file: str
+    gemm_gflops: float | None = None
 
     @property
     def is_bertfast(self) -> bool:
@@ -73,14 +76,26 @@ class Result:
         return origin
 
     def row(
-        self, workload: str, precision: str, system: str, samples: Sequence[float], lower_bound: float | None = None
+        self,
+        workload: str,
+        precision: str,
+        system: str,
+        samples: Sequence[float],
+        lower_bound: float | None = None,
+        gemm_gflops: float | None = None,
     ) -> Row:
         """Return a row whose median and spread are those of `samples` in seconds."""
-        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 2
+        spread = spread_of(samples)
         name = SYSTEMS.get(system, system)
         threads = self.origin["threads"]
         median, number = statistics.median(samples), len(samples)
-        return Row(workload, precision, name, median, (p20, p80), lower_bound, threads, number, self.file)
+        return Row(workload, precision, name, median, spread, lower_bound, threads, number, self.file, gemm_gflops)
+
+
+def spread_of(samples: Sequence[float]) -> tuple[float, float]:
+    """Return the 20th and the 80th percentile of samples."""
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 2
+    return p20, p80
 
 
 def is_clearly_faster(spread: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -107,14 +122,13 @@ def rows_of(result: Result) -> list[Row]:
 
 
 def step_rows(result: Result) -> Iterator[Row]:
-    case = STEP_CASE.fullmatch(result.values["case"])
-    if case is None:
-        raise ValueError(f"{result.file}: the name of the case is not understood: {result.values['case']}")
-    samples = len(result.values["lengths"])
-    workload = f"pre-training step, {case['preset']}, {samples} x ≤ {case['length']} tokens"
-    for system, seconds in result.values["seconds"].items():
-        precision = "fp32" if system == "transformers-fp32" else case["precision"] or "bf16"
-        yield result.row(workload, precision, system, seconds, result.values["lower_bound_s"])
+    case, values = step_case(result.values), result.values
+    workload = f"pre-training step, {case.model}, {case.batch}"
+    bound = step_bound(values), values["gemm_gflops"]
+    for system, seconds in values["seconds"].items():
+        precision = "fp32" if system == "transformers-fp32" else case.precision
+        # The throughput was measured in the precision of the case.
+        yield result.row(workload, precision, system, seconds, *(bound if precision == case.precision else ()))
 
 
 def inference_rows(result: Result) -> Iterator[Row]:
@@ -123,8 +137,9 @@ def inference_rows(result: Result) -> Iterator[Row]:
         bound = result.values["model_gflop"] / result.values["gemm_gflops"]
         for system, entry in result.values["implementations"].items():
             workload = f"inference, base, a batch of 32 {TEXTS[texts]}"
-            yield result.row(workload, precision, system, entry["seconds"], bound)
+            yield result.row(workload, precision, system, entry["seconds"], bound, result.values["gemm_gflops"])
         return
+    rates = result.values["ceilings"]
     for key, workload in result.values["workloads"].items():
         texts, _, order = key.partition(", ")
         number, size = len(workload["lengths"]), workload["batch"]
@@ -132,15 +147,16 @@ def inference_rows(result: Result) -> Iterator[Row]:
         for system, entry in workload["runtimes"].items():
             precision = result.values["precisions"][system]
             bound = workload["lower_bound_s"].get(precision)
+            rate = rates[precision] / 1e9 if precision in rates else None
             name = f"inference, {result.values['model']}, {title}"
-            yield result.row(name, precision, system.removesuffix(f", {precision}"), entry["seconds"], bound)
+            yield result.row(name, precision, system.removesuffix(f", {precision}"), entry["seconds"], bound, rate)
 
 
 def patched_rows(result: Result) -> Iterator[Row]:
     for name, entry in result.values.items():
         if isinstance(entry, dict) and "plain_s" in entry:
             for system, key in (("bertfast.patch", "patched_s"), ("transformers", "plain_s")):
-                yield result.row(f"patched MiniLM, {name}", "fp32", system, entry[key])
+                yield result.row(f"patched MiniLM, {name}", "fp32", system, entry[key], *bound_in(entry))
 
 
 def family_rows(result: Result) -> Iterator[Row]:
@@ -148,9 +164,8 @@ def family_rows(result: Result) -> Iterator[Row]:
     for precision, cases in result.values["precisions"].items():
         for name, entry in cases.items():
             for system, key in (("bertfast.patch", "patched_s"), ("transformers", "plain_s")):
-                yield result.row(
-                    f"patched {prefix}, base, {name}", precision, system, entry[key], entry["lower_bound_s"]
-                )
+                workload = f"patched {prefix}, base, {name}"
+                yield result.row(workload, precision, system, entry[key], *bound_in(entry))
 
 
 def finetuning_rows(result: Result) -> Iterator[Row]:
@@ -159,7 +174,7 @@ def finetuning_rows(result: Result) -> Iterator[Row]:
     task = TASKS.get(result.name.removeprefix("finetuning-speed-"), case["task"])
     workload = f"fine-tuning step, MiniLM, {task}, {case['batch']} {kind} of ≤ {case['length']} tokens"
     for system in ("bertfast", "transformers"):
-        yield result.row(workload, "fp32", system, result.values[f"{system}_s"])
+        yield result.row(workload, "fp32", system, result.values[f"{system}_s"], *bound_in(result.values))
 
 
 def embed_rows(result: Result) -> Iterator[Row]:
@@ -167,7 +182,13 @@ def embed_rows(result: Result) -> Iterator[Row]:
     for system, samples in speed.items():
         if isinstance(samples, list):
             name = "bertfast embed" if system == "bertfast" else system
-            yield result.row(f"embeddings, MiniLM, {speed['sentences']:,} sentences", "fp32", name, samples)
+            workload = f"embeddings, MiniLM, {speed['sentences']:,} sentences"
+            yield result.row(workload, "fp32", name, samples, *bound_in(speed))
+
+
+def bound_in(entry: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return the lower bound in seconds and the GEMM throughput of an entry; older ones have neither."""
+    return entry.get("lower_bound_s"), entry.get("gemm_gflops")
 
 
 KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {

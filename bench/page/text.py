@@ -11,6 +11,13 @@ def duration(seconds: float) -> str:
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
 
 
+def bound_text(seconds: float | None, gemm_gflops: float | None) -> str:
+    """Return a lower bound with the GEMM throughput that it was computed with, as far as they are known."""
+    if seconds is None:
+        return ""
+    return duration(seconds) + (f" at {gemm_gflops:.0f} GFLOP/s" if gemm_gflops else "")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
