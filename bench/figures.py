@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import struct
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from bertfast.runtime.settings import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 STEP_COLORS = COLORS | {"transformers, compiled": "tab:red", "lower bound": "tab:gray"}
 STEP_BARS = {
@@ -29,6 +33,16 @@ STEP_BARS = {
     "transformers, compiled": "transformers-compile_median_s",
     "bertfast": "bertfast_median_s",
 }
+OPERATOR_NAMES = {  # of implementations, as result files of operators name them, and as tables and plots do
+    "F.linear_cross_entropy": "PyTorch's fused loss",
+    "definition": "reference",
+    "linear+bias_gelu": "GEMM and bias_gelu",
+    "sdpa": "SDPA, padded",
+    "sdpa-flash": "SDPA, padded, FlashAttention",
+    "sdpa-loop": "SDPA, a call per sequence",
+    "torch": "PyTorch",
+}
+INPUTS = "Inputs"  # text of a PNG file: the fingerprints of the results that it shows
 STEP_CASE = re.compile(
     r"(?:gpu-)?(?:(?P<architecture>[a-z]+)-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia|-uniform)?"
     r"(?:-(?P<precision>fp32|bf16))?"
@@ -98,8 +112,43 @@ def plot_steps(results: list[dict[str, Any]], path: Path) -> None:
     for axis, result in zip(axes[:, 0], results, strict=True):
         _plot_step(axis, result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path, results)
+
+
+def save(figure: Figure, path: Path, results: list[dict[str, Any]]) -> None:
+    """Write a plot with the fingerprints of the results that it shows, and close it."""
+    from matplotlib import pyplot
+
+    inputs = " ".join(map(fingerprint, results))
+    figure.savefig(path, dpi=110, metadata={"Software": None, INPUTS: inputs})
     pyplot.close(figure)
+
+
+def fingerprint(result: dict[str, Any]) -> str:
+    """Return a hash of the content of a result file."""
+    return sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def inputs_of(path: Path) -> list[str]:
+    """Return the fingerprints of the results that a PNG file shows; none if it contains none."""
+    content = path.read_bytes()
+    start = 8  # after the signature: chunks of length, type, data and checksum
+    while start < len(content):
+        length, kind = struct.unpack(">I4s", content[start : start + 8])
+        key, _, text = content[start + 8 : start + 8 + length].partition(b"\0")
+        if kind == b"tEXt" and key.decode("latin-1") == INPUTS:
+            return text.decode("latin-1").split()
+        start += 12 + length
+    return []
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with numbers such as 200 instead of powers, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
@@ -111,7 +160,7 @@ def _plot_step(axis: Axes, result: dict[str, Any]) -> None:
         if STEP_BARS.get(name, "").removesuffix("_median_s") in result["ratios"]:
             labels[index] += f"   ({seconds[name] / seconds['bertfast']:.2f}x)"
     axis.bar_label(bars, labels, padding=4)
-    axis.set_xlim(0, 1.2 * max(seconds.values()))  # leaves space for the labels
+    axis.set_xlim(0, 1.3 * max(seconds.values()))  # leaves space for the labels
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("time of a pre-training step (s), lower is better\nin brackets: ratio to bertfast")
@@ -164,16 +213,16 @@ def plot_operators(results: list[dict[str, Any]], folder: Path) -> list[Path]:
         of_operation = [run for run in runs if run["operation"] == operation]
         directions = list(dict.fromkeys(run["direction"] for run in of_operation))
         cases = list(dict.fromkeys(run["case"] for run in of_operation))
-        size = (4 + 1.6 * len(cases), 6)
+        size = (6 + 1.0 * len(cases), 6)
         figure, axes = pyplot.subplots(len(directions), figsize=size, sharex=True, squeeze=False, layout="constrained")
         for axis, direction in zip(axes[:, 0], directions, strict=True):
             _plot_efficiency(axis, [run for run in of_operation if run["direction"] == direction], cases)
-            axis.set_ylabel(f"{direction}: roofline efficiency (%)")
-        figure.suptitle(f"{operation}; {', '.join(devices)}")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+            axis.set_ylabel(f"{direction}: lower bound / time (%)")
+        # A title of the figure would be centred over the legend.
+        axes[0, 0].set_title(f"{operation}; {', '.join(devices)}", fontsize="medium", loc="left")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         written.append(folder / f"{operation}.png")
-        figure.savefig(written[-1], dpi=120)
-        pyplot.close(figure)
+        save(figure, written[-1], [result for result in results if result.get("benchmarks")])
     return written
 
 
@@ -185,8 +234,9 @@ def _plot_efficiency(axis: Axes, runs: list[dict[str, Any]], cases: list[str]) -
         own = [run for run in runs if run["implementation"] == implementation]
         x = [cases.index(run["case"]) + width * index for run in own]
         y = [100 * run["roofline_efficiency"] for run in own]
-        axis.bar(x, y, width, align="edge", label=implementation, color=f"C{index}")
-    axis.set_xticks([index + 0.4 for index in range(len(cases))], cases, rotation=20)
+        label = OPERATOR_NAMES.get(implementation, implementation)
+        axis.bar(x, y, width, align="edge", label=label, color=f"C{index}")
+    axis.set_xticks([index + 0.4 for index in range(len(cases))], cases, rotation=20, ha="right")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.bounds import step_bound
+from bench.figures import fingerprint, inputs_of, save
 from bench.page.document import document, leaders
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
@@ -38,12 +39,74 @@ def test_result_files_that_a_document_names_have_hardware_versions_and_a_clean_c
                 assert {"torch", "transformers"} <= origin["versions"].keys()
 
 
+# Speeds and ratios of times, which somebody measured.
+MEASURED = re.compile(
+    r"\d\s?(?:tokens/s|sequences/s|[GT]?FLOPs?/s|[GT]FLOP/s|[GT]B/s|[mµ]s\b)"
+    r"|\d\s(?:times|x|\u00d7)\s(?:as\s(?:fast|slow|long|many|much|quick)|faster|slower|longer|less|more)"
+    r"|\d\s?%\s(?:faster|slower|quicker|longer|less\stime|more\stime|as\sfast)"
+)
+
+
+def unsourced_figures(text: str) -> list[str]:
+    """Return the measured figures of a document in paragraphs that name no result file."""
+    paragraphs = [part for part in re.split(r"\n\s*\n", text) if "bench/results/" not in part]
+    return [found for part in paragraphs for found in MEASURED.findall(part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_measured_figures_stand_next_to_their_result_file(page):
+    if page.name != "BENCHMARKS.md":  # made from the files
+        assert unsourced_figures(page.read_text(encoding="utf-8")) == []
+
+
+def test_measured_figures_without_a_result_file_are_found():
+    assert unsourced_figures(
+        "One is 2.1 times as fast as\nMKL.\n\nAnother is 10 to 15 % slower, 45 % more memory."
+    ) == [
+        "1 times as fast",
+        "5 % slower",
+    ]
+    assert unsourced_figures("It takes 8 ms and reaches 3,164 tokens/s, at\n20 GFLOP/s.") == [
+        "8 ms",
+        "4 tokens/s",
+        "0 GFLOP/s",
+    ]
+    assert (
+        unsourced_figures("It takes 8 ms (`bench/results/data.json`).\n\nTiles of 6 x 2; 0 times NaN; ≤ 128 tokens.")
+        == []
+    )
+
+
+@pytest.mark.parametrize("entry", json.loads((RESULTS / "published.json").read_text(encoding="utf-8"))["published"])
+def test_published_figures_have_a_link_to_their_source(entry):
+    assert re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|github\.com/[\w./-]+)", entry["url"])
+    assert f"[{entry['source']}]({entry['url']})" in (ROOT / "docs" / "BENCHMARKS.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("result", read_results(RESULTS), ids=lambda result: result.file)
 def test_every_result_file_has_hardware_versions_and_a_clean_commit(result):
     assert re.fullmatch("[0-9a-f]{12}", result.origin["commit"])
     assert result.origin["processor"]
     assert result.origin["threads"] > 0
     assert {"torch", "transformers"} <= result.origin["versions"].keys()
+
+
+@pytest.mark.parametrize("plot", [*RESULTS.rglob("*.png"), *(ROOT / "docs").rglob("*.png")], ids=lambda path: path.stem)
+def test_plots_show_the_result_files_of_now(plot):
+    known = {fingerprint(json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.rglob("*.json")}
+    inputs = inputs_of(plot)
+    assert inputs, "it was drawn without `bench.figures.save`"
+    assert set(inputs) <= known, "run `make bench-figures`"
+
+
+def test_a_plot_of_another_result_is_out_of_date(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    results = [{"seconds": 1.0}, {"seconds": 2.0}]
+    save(pyplot.figure(), tmp_path / "plot.png", results)
+    assert inputs_of(tmp_path / "plot.png") == [fingerprint(result) for result in results]
+    assert fingerprint(results[0]) != fingerprint(results[1])
+    pyplot.figure().savefig(tmp_path / "plot.png")
+    assert inputs_of(tmp_path / "plot.png") == []
 
 
 @pytest.mark.parametrize("row", [row for result in read_results(RESULTS) for row in rows_of(result)], ids=str)

@@ -22,7 +22,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bench.figures import hardware
+from bench.figures import hardware, save
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
@@ -190,7 +190,7 @@ def plot(path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats), mean of the last 20 steps")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    save(figure, path.with_suffix(".png"), [result])
 
 
 if __name__ == "__main__":

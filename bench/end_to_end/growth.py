@@ -22,7 +22,7 @@ import transformers
 
 import bertfast
 from bench.bounds import Rates
-from bench.figures import hardware
+from bench.figures import hardware, plain_ticks, save
 from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
 from bench.points import in_a_process, peak_memory, restart_peak, timed
 from bertfast.architectures.presets import Preset
@@ -145,14 +145,16 @@ def plot(path: Path) -> None:
                 axis.plot([result[x] for result in own], y, "o-", label=name, color=COLORS[name])
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            plain_ticks(axis.yaxis)
+            sizes = sorted({result[x] for result in results})
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
             axis.grid(alpha=0.3)
         column[0].set_title(sweep)
         column[1].set_xlabel("sequences" if x == "sequences" else "tokens per sequence")
     axes[0, 0].set_ylabel("time of a step (s)")
     axes[1, 0].set_ylabel("peak memory (MB)")
     axes[0, 0].legend()
-    figure.savefig(path.with_suffix(".png"), dpi=100)
-    pyplot.close(figure)
+    save(figure, path.with_suffix(".png"), [result])
 
 
 if __name__ == "__main__":

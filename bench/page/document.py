@@ -263,7 +263,10 @@ def published_section(path: Path) -> str:
     if not path.is_file():
         return ""
     entries = json.loads(path.read_text(encoding="utf-8"))["published"]
-    rows = [[entry["system"], entry["hardware"], entry["figure"], entry["source"]] for entry in entries]
+    rows = [
+        [entry["system"], entry["hardware"], entry["figure"], f"[{entry['source']}]({entry['url']})"]
+        for entry in entries
+    ]
     text = "Published by others, not measured here; for orientation only (`bench/results/published.json`)."
     columns = ["system", "hardware", "published figure", "source"]
     return f"## Published figures of GPUs\n\n{text}\n\n{table(columns, rows)}\n"

@@ -7,19 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from bench.figures import OPERATOR_NAMES
 from bench.page.rows import Result, is_clearly_faster
 from bench.page.text import duration, table
 from bertfast.runtime.settings import counted
-
-NAMES = {
-    "F.linear_cross_entropy": "PyTorch's fused loss",
-    "definition": "reference",
-    "linear+bias_gelu": "GEMM and bias_gelu",
-    "sdpa": "SDPA, padded",
-    "sdpa-flash": "SDPA, padded, FlashAttention",
-    "sdpa-loop": "SDPA, a call per sequence",
-    "torch": "PyTorch",
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Comparison:
     def alternative_name(self) -> str:
         """Name of the alternative on the page."""
         name: str = self.alternative["implementation"]
-        return NAMES.get(name, name)
+        return OPERATOR_NAMES.get(name, name)
 
     @property
     def is_behind(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bench.figures import hardware, runs_of
+from bench.end_to_end import curve_parity, growth
+from bench.figures import OPERATOR_NAMES, case_title, hardware, plain_ticks, plot_operators, runs_of, save
 from bench.page.rows import Result
 
 if TYPE_CHECKING:
@@ -44,8 +45,12 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
             plot(axis, result)
             axis.set_title(f"{TITLES[result.name]}; {hardware(result.origin)}", fontsize="medium", loc="left")
             written.append((folder / result.file).with_suffix(".png"))
-            figure.savefig(written[-1], dpi=110, metadata={"Software": None})
-            pyplot.close(figure)
+            save(figure, written[-1], [result.values])
+        if own := DRAWN_BY_PROGRAMS.get(result.name):
+            own(folder / result.file)
+            written.append((folder / result.file).with_suffix(".png"))
+        if result.name == "cpu_operators":
+            written += plot_operators([result.values], (folder / result.file).parent)
     return written
 
 
@@ -67,6 +72,8 @@ def roofline(axis: Axes, result: Result) -> None:
                 axis.plot(intensity, rate, marker, color=f"C{index}", label=f"{operation}, {run['direction']}")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    plain_ticks(axis.xaxis)
+    plain_ticks(axis.yaxis)
     axis.set_xlabel("FLOPs per byte to and from memory")
     axis.set_ylabel("GFLOP/s")
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))  # one entry per label
@@ -80,13 +87,21 @@ def vocabulary(axis: Axes, result: Result) -> None:
     for index, name in enumerate(dict.fromkeys(point["implementation"] for point in points)):
         own = [point for point in points if point["implementation"] == name]
         x, y = ([point[key] for point in own] for key in ("vocab_size", "peak_bytes"))
-        axis.plot(x, [value / 1e6 for value in y], "o-", label=name, color=f"C{index}")
+        axis.plot(x, [value / 1e6 for value in y], "o-", label=OPERATOR_NAMES.get(name, name), color=f"C{index}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    plain_ticks(axis.yaxis)
+    axis.set_xticks(*label_all(points, "vocab_size"))
     axis.set_xlabel("vocabulary")
     axis.set_ylabel("peak memory of loss and gradients (MB)")
     axis.legend()
     axis.grid(alpha=0.3)
+
+
+def label_all(points: list[dict[str, Any]], key: str) -> tuple[list[int], list[str]]:
+    """Return the sizes that were measured, and their labels."""
+    sizes = sorted({point[key] for point in points})
+    return sizes, [f"{size:,}" for size in sizes]
 
 
 def step_parts(axis: Axes, result: Result) -> None:
@@ -98,7 +113,10 @@ def step_parts(axis: Axes, result: Result) -> None:
         axis.barh(list(seconds), widths, left=list(left.values()), label=group, color=f"C{index}")
         left = {name: left[name] + width for name, width in zip(seconds, widths, strict=True)}
     axis.invert_yaxis()
-    axis.set_xlabel(f"time of a pre-training step (s), {result.values['case']}")
+    for index, total in enumerate(left.values()):
+        axis.text(total, index, f" {total:.2f} s", va="center")
+    axis.set_xlim(0, 1.1 * max(left.values()))
+    axis.set_xlabel(f"time (s) of a pre-training step of {case_title(result.values)}")
     axis.legend(ncols=2, fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -108,7 +126,8 @@ PLOTS: dict[str, Callable[[Axes, Result], None]] = {
     "vocabulary": vocabulary,
     "step_parts": step_parts,
 }
-TITLES = {  # growth.png is drawn by its program
+DRAWN_BY_PROGRAMS: dict[str, Callable[[Path], None]] = {"growth": growth.plot, "curve_parity": curve_parity.plot}
+TITLES = {
     "cpu_operators": "Roofline of operators with matmuls, fp32",
     "vocabulary": "Memory of the masked-LM loss",
     "step_parts": "Where the time of a pre-training step goes",
