@@ -22,10 +22,16 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     return unsharded_class(original)
 
 
-def is_genuine(architecture: Architecture, module: nn.Module) -> bool:
-    """Return whether a module is of a class of the family, and runs the methods that were written there."""
+def is_genuine(architecture: Architecture, module: nn.Module, *, is_called: bool = False) -> bool:
+    """Return whether a module is of a class of the family, and runs the methods that were written there.
+
+    Args:
+        architecture: The family's.
+        module: The module.
+        is_called: Whether it is called, so that its methods may be decorated by `torch.no_grad`.
+    """
     kind = original_class(type(module))
-    return kind.__module__ == architecture.module and _replaced_method(kind, kind) is None
+    return kind.__module__ == architecture.module and _replaced_method(kind, kind, is_called) is None
 
 
 def runs_family_forward(architecture: Architecture, model: nn.Module) -> bool:
@@ -163,11 +169,21 @@ def _without_partial(function: Function) -> Function:
     return function
 
 
-def _replaced_method(kind: type, family_class: type) -> str | None:
+def _replaced_method(kind: type, family_class: type, is_called: bool = False) -> str | None:
     """Return the first method of a class that is not the one in the body of `family_class`, itself or a base."""
     module, name = family_class.__module__, family_class.__name__
-    names = method_names(family_class)
-    return next((own for own in names if not _is_written_in(getattr(kind, own), module, f"{name}.{own}")), None)
+    methods = {own: getattr(kind, own) for own in method_names(family_class)}
+    if is_called:
+        methods = {own: _inside_no_grad(function) for own, function in methods.items()}
+    return next((own for own, x in methods.items() if not _is_written_in(x, module, f"{name}.{own}")), None)
+
+
+def _inside_no_grad(function: Function) -> Function:
+    """Return the function that `torch.no_grad` decorates, or a function without that decorator as it is."""
+    module = "torch.utils._contextlib"
+    while isfunction(function) and function.__globals__["__name__"] == module and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
 
 
 @cache

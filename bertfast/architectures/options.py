@@ -29,7 +29,7 @@ def rotary_unsupported_reason(architecture: Architecture, encoder: nn.Module) ->
     if architecture.rotary is None:
         return None
     module: Any = getattr(encoder, architecture.rotary, None)
-    if not isinstance(module, nn.Module) or not is_genuine(architecture, module) or is_changed(module):
+    if not isinstance(module, nn.Module) or not is_genuine(architecture, module, is_called=True) or is_changed(module):
         return f"its {architecture.rotary} was replaced or has a hook"
     kinds = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
     scaled = next((kind for kind in kinds if kind != "default"), None)

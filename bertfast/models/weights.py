@@ -75,7 +75,8 @@ def separate_tied(weights: Weights, config: BertConfig, base: str, name: str) ->
     decoder, bias = f"{prefix}{name_of_decoder}.weight", f"{prefix}bias"
     table = architecture.embedding.get("token_embeddings")
     word_embeddings = ".".join([architecture.embeddings, *filter(None, [table]), "weight"])
-    if not config.tie_word_embeddings or decoder not in weights:
+    # CamemBERT's configuration of transformers 5.2 does not say it, which it takes for no.
+    if not getattr(config, "tie_word_embeddings", False) or decoder not in weights:
         return
     embeddings = next((key for key in weights if key.endswith(word_embeddings)), None)
     if embeddings is None:  # only the other name of the shared tensor was saved

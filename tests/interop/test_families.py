@@ -253,9 +253,10 @@ def test_windows_that_count_padding_are_left_to_transformers(padding, task):
 
 @pytest.mark.parametrize("pooling", ["mean", "late"])
 def test_packed_input_of_a_head_that_reads_the_mean_is_refused(pooling):
-    family = "modernbert" if pooling == "mean" else "eurobert"
-    modernbert("Model")
-    case = FamilyCase(family, "ForSequenceClassification", {"classifier_pooling": pooling}, ("none",))
+    name = "modernbert" if pooling == "mean" else "eurobert"
+    if name not in FAMILIES:
+        pytest.skip("this version of transformers has no such family")
+    case = FamilyCase(name, "ForSequenceClassification", {"classifier_pooling": pooling}, ("none",))
     patched, hf = pair(case)
     values, mask = inputs(case, hf)
     with pytest.raises(ValueError, match="reads the mean of a row's tokens: pass it padded"):
@@ -304,7 +305,7 @@ def test_token_types_of_a_family_without_them_are_left_to_transformers():
     assert torch.equal(outputs(patched, values).last_hidden_state, outputs(hf, values).last_hidden_state)
 
 
-@pytest.mark.skipif(IS_TRANSFORMERS_4, reason="the table has the families of transformers 5")
+@pytest.mark.skipif("eurobert" not in FAMILIES, reason="the table has the families of later versions of transformers")
 def test_the_table_of_classes_in_the_docs_is_current():
     document = (Path(__file__).parents[2] / "docs" / "COMPATIBILITY.md").read_text()
     assert table() in document, f"put this table into docs/COMPATIBILITY.md:\n{table()}"
