@@ -84,7 +84,10 @@ class FamilyCase:
 
 
 def has_class(family: str, task: str) -> bool:
-    return hasattr(transformers, PREFIXES[family] + task)
+    """Return whether transformers has a class that runs: two of 5.2 read a pooler that they do not make."""
+    is_broken = family in ("xlm-roberta", "camembert") and task == "ForMultipleChoice"
+    is_broken = is_broken and transformers.__version__.startswith("5.2.")
+    return hasattr(transformers, PREFIXES[family] + task) and not is_broken
 
 
 def paddings(family: str) -> tuple[str, ...]:
@@ -294,7 +297,7 @@ FINE_TUNED = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassif
 PRETRAINED = ("ForMaskedLM",)
 """The classes that are pre-trained; tests/training/test_pretrain_families.py trains each of them."""
 PRETRAINED_FAMILIES = [family for family in PREFIXES if family not in ("nomic_bert", "eurobert")]
-"""The families that are pre-trained."""
+"""The families that are pre-trained from random weights; the others are from a checkpoint."""
 GRAPHS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 """The classes whose ONNX graphs tests/convert/test_export_families.py runs."""
 
@@ -311,7 +314,8 @@ def table() -> str:
     for task in TASKS:
         cells = []
         for family in PREFIXES:
-            trained = ["pre-trained"] * (task in PRETRAINED and family in PRETRAINED_FAMILIES)
+            how = "pre-trained" if family in PRETRAINED_FAMILIES else "pre-trained from a checkpoint"
+            trained = [how] * (task in PRETRAINED)
             cell = ["patched", *trained, *(name for name, tasks in programs.items() if task in tasks)]
             cells.append(", ".join(cell) if has_class(family, task) else "n/a")
         rows.append(f"| `{task}` | {' | '.join(cells)} |")

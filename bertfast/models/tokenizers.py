@@ -118,8 +118,9 @@ def copy_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
 def save_model_tokenizer(tokenizer: Tokenizer, folder: Path, config: PretrainedConfig) -> None:
     """Write a tokenizer into the folder of a model, whose family decides its class and whether it has token types."""
     architecture = architecture_of(config)
-    # transformers' classes of the other families do not read vocabularies of WordPiece.
-    reads_wordpiece = PUBLISHED[architecture.model_type].tokenizer_type == "wordpiece"
+    # transformers' classes of the other families do not read vocabularies of WordPiece, or there are none.
+    published = PUBLISHED.get(architecture.model_type)
+    reads_wordpiece = published is not None and published.tokenizer_type == "wordpiece"
     wordpiece_class = f"{architecture.prefix}Tokenizer" if reads_wordpiece else GENERIC_CLASS
     save_tokenizer(tokenizer, folder, wordpiece_class=wordpiece_class, token_types=has_token_types(config))
 

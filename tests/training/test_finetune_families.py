@@ -133,7 +133,13 @@ def test_masked_tokens_are_predicted(family, mask, tmp_path, capsys):
     assert f"write {mask} where a token is to be predicted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["camembert", "distilbert"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in ("camembert", "distilbert") else pytest.mark.exhaustive)
+        for family in PREFIXES
+    ],
+)
 def test_embeddings_are_those_of_transformers(family, tmp_path):
     model, texts = write_model(family, tmp_path / "model", TEXTS), tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS[:3]))
