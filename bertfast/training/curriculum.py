@@ -47,7 +47,11 @@ class Curriculum:
     def bins_of_rank(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
         """Yield (phase, bin) of the bins of a step that a rank computes."""
         first = self.first(step)
-        return ((int(self._in_second_phase(step)), first + i) for i in range(rank, self.bins(step), self.ranks))
+        return ((int(self.in_second_phase(step)), first + i) for i in range(rank, self.bins(step), self.ranks))
+
+    def in_second_phase(self, step: int) -> bool:
+        """Return whether a step is in the second phase."""
+        return self.second_phase is not None and step >= self.second_phase
 
     def _before(self, step: int) -> int:
         """Return the number of bins of all steps before `step`."""
@@ -56,6 +60,3 @@ class Curriculum:
         spans = (min(step, half), min(max(step - half, 0), self.ramp - half), max(step - self.ramp, 0))
         counts = (*(self.bins_per_step // fraction for fraction in FRACTIONS), self.bins_per_step)
         return sum(span * count for span, count in zip(spans, counts, strict=True))
-
-    def _in_second_phase(self, step: int) -> bool:
-        return self.second_phase is not None and step >= self.second_phase

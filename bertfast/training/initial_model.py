@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, BertConfig, PreTrainedModel
 from bertfast.architectures import BERT, part_at
 from bertfast.architectures.initialise import initialise
 from bertfast.architectures.presets import ArchitectureName, Preset, preset_config
+from bertfast.architectures.rope_theta import with_rope_theta
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import PackedModel
 from bertfast.models.extensions import ExtendedBertConfig, class_for
@@ -22,6 +23,7 @@ from bertfast.models.families import architecture_of, pretraining_class
 from bertfast.models.files import config_from, load, read_config, report_differences
 from bertfast.models.registry import FusedModel
 from bertfast.runtime.settings import nearest
+from bertfast.training.pretrain_settings import PretrainSettings, check_rope_theta, check_sizes
 
 _DETERMINED_BY = {  # entries of a configuration that overrides cannot change, under BERT's names
     "hidden_dropout_prob": "--dropout",
@@ -40,6 +42,31 @@ _TOKEN_IDS = {  # entries of a configuration that name special tokens, and their
 }
 
 
+def configure(settings: PretrainSettings, initial: Path | None) -> BertConfig:
+    """Return the configuration of a run's initial model.
+
+    Args:
+        settings: Settings of the run.
+        initial: Folder of an existing model; None: random weights.
+
+    Raises:
+        ValueError: The settings do not fit the model.
+    """
+    config = initial_config(
+        initial,
+        settings.model.preset,
+        settings.model.config_overrides,
+        settings.model.dropout,
+        settings.model.max_positions,
+        architecture=settings.model.architecture,
+        causal=settings.sampling.objective == "ltr",
+        rope_theta=settings.model.rope_theta,
+    )
+    check_rope_theta(settings, config.model_type)
+    check_sizes(settings, architecture_of(config).max_positions(config), config.num_hidden_layers)
+    return config
+
+
 def initial_config(
     initial: Path | None,
     preset: Preset,
@@ -49,6 +76,7 @@ def initial_config(
     *,
     architecture: ArchitectureName = "bert",
     causal: bool = False,
+    rope_theta: float | None = None,
 ) -> BertConfig:
     """Return the configuration of the initial model.
 
@@ -60,6 +88,7 @@ def initial_config(
         max_positions: Number of tokens that a sequence may have; None: unchanged.
         architecture: Family of a model with random weights.
         causal: Whether the model is causal. Then [CLS] attends only to itself, and the last token is pooled instead.
+        rope_theta: Base of the angles of rotary positions, of a family that has them; None: unchanged.
 
     Raises:
         ValueError: An override is not a valid entry of the configuration, or repeats `max_positions`.
@@ -75,6 +104,8 @@ def initial_config(
                 "--max-positions and max_position_embeddings in --config-overrides set the same value: give only one"
             )
         changes["max_position_embeddings"] = max_positions + adapter.first_position(base)
+    if rope_theta is not None and adapter.rotary is not None:
+        changes["rope_parameters"] = with_rope_theta(adapter, base, rope_theta)
     if causal and adapter is BERT:
         changes |= {"is_decoder": True, "pool_last": True}
     if initial is not None:

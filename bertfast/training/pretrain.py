@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from bertfast.architectures.rope_theta import set_rope_theta
 from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss
 from bertfast.models.families import architecture_of, pretraining_class
@@ -33,8 +34,8 @@ from bertfast.training.distributed import Distributed
 from bertfast.training.flops import gemm_throughput, step_flops
 from bertfast.training.initial_model import (
     adapt_to_tokenizer,
+    configure,
     encoder_layers,
-    initial_config,
     initial_model,
     train_in_part,
 )
@@ -50,7 +51,7 @@ from bertfast.training.pretrain_checkpointing import (
 )
 from bertfast.training.pretrain_data import BatchPlan, Corpus
 from bertfast.training.pretrain_reporting import PendingStep, Reporter, open_writers
-from bertfast.training.pretrain_settings import PretrainSettings, check_sizes, resolve_objective
+from bertfast.training.pretrain_settings import PretrainSettings, resolve_objective
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import validate
@@ -126,7 +127,7 @@ class Pretraining:
         Curriculum(self.bins_per_step, self.distributed.world_size, ramp=int(settings.batch.batch_ramp > 0))
         torch.manual_seed(settings.seed)
         initial = None if settings.model.init_from is None else resolve(settings.model.init_from)
-        config = self._configure(initial)
+        config = configure(settings, initial)
         self.settings = settings = resolve_objective(settings, config.model_type)
         self.precision = choose_precision(self.device, settings.compute.precision, config)
         self.saved = self.distributed.broadcast(self.distributed.run_on_main(lambda: checkpoint_to_load(settings)))
@@ -148,6 +149,7 @@ class Pretraining:
         self.plan = BatchPlan(settings, self.corpus, self.distributed, self.bins_per_step)
         self.train_step = self._build_train_step()
         self.progress = Progress() if self.saved is None else Progress.restore(self.saved, self.train_step)
+        self._set_rope_theta()
         self.loader = self.plan.loader(self.step, self.device)
         self.batches_of_step: list[Batch] = []
         self.interrupt = Interrupt()
@@ -226,20 +228,6 @@ class Pretraining:
         print(f"gradients that are not finite: {', '.join(not_finite)}" if not_finite else "all gradients are finite")
         return losses
 
-    def _configure(self, initial: Path | None) -> BertConfig:
-        settings = self.settings
-        config = initial_config(
-            initial,
-            settings.model.preset,
-            settings.model.config_overrides,
-            settings.model.dropout,
-            settings.model.max_positions,
-            architecture=settings.model.architecture,
-            causal=settings.sampling.objective == "ltr",
-        )
-        check_sizes(settings, architecture_of(config).max_positions(config), config.num_hidden_layers)
-        return config
-
     def _build_model(self, config: BertConfig, initial: Path | None) -> FusedModel:
         if self.saved is None:
             model = initial_model(config, initial)
@@ -306,6 +294,7 @@ class Pretraining:
 
     def _take_batches(self) -> tuple[int, int]:
         """Load the batches of the next step; return its masked tokens and pairs, over all ranks."""
+        self._set_rope_theta()
         count = self.plan.curriculum.bins(self.step) // self.distributed.world_size
         self.batches_of_step = [self.loader.next() for _ in range(count)]
         masked = sum(batch.masked for batch in self.batches_of_step)
@@ -315,6 +304,12 @@ class Pretraining:
         masked, pairs, requested = self.distributed.sum(counts).tolist()
         self.stop_requested = requested > 0  # all ranks stop after the same step
         return max(masked, 1), max(pairs, 1)
+
+    def _set_rope_theta(self) -> None:
+        """Give the model the rotary positions of the second phase if the next step, or the last one done, is in it."""
+        theta = self.settings.batch.second_phase_rope_theta
+        if theta is not None and self.plan.curriculum.in_second_phase(self.step):
+            set_rope_theta(architecture_of(self.model.config), self.model, theta)
 
     def _compare_with_second_pass(self, masked: int, pairs: int) -> None:
         """Compute the step's gradients again; stop the run if they are not bitwise identical."""

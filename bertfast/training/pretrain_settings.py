@@ -71,6 +71,8 @@ class ModelSettings(Settings):
         max_positions: Number of tokens that a sequence may have; the positions of a smaller checkpoint are extended to
             it. If not given: as in the model's configuration.
         dropout: Dropout probability of hidden activations and attention weights.
+        rope_theta: Base of the angles of rotary positions, in layers without a window. If not given: as in the model's
+            configuration.
     """
 
     exclusive = ("preset", "init_from")
@@ -81,6 +83,7 @@ class ModelSettings(Settings):
     init_from: str | None = None
     max_positions: Count | None = None
     dropout: Annotated[float, Range(0, below=1)] = 0.1
+    rope_theta: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ class BatchSettings(Settings):
         batch_ramp: Fraction of the run in which a step takes a quarter, then half of its batches (0 = off).
         second_phase_length: Maximum sequence length, in tokens, of a second phase at the end of the run (0 = off).
         second_phase_share: Fraction of the run's steps that are in the second phase.
+        second_phase_rope_theta: Like --rope-theta, in the second phase. If not given: as in the first.
     """
 
     tokens_per_batch: Count = 4096
@@ -100,6 +104,7 @@ class BatchSettings(Settings):
     batch_ramp: Fraction = 0.0
     second_phase_length: CountOrOff = 0
     second_phase_share: Annotated[float, Range(above=0, below=1)] = 0.1
+    second_phase_rope_theta: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +277,8 @@ class PretrainSettings(Settings):
             )
         if not self.batch.second_phase_length:
             refuse_without_effect(
-                {"--second-phase-share"}.intersection(given(self.batch)), "there is no --second-phase-length"
+                sorted({"--second-phase-share", "--second-phase-rope-theta"}.intersection(given(self.batch))),
+                "there is no --second-phase-length",
             )
         if self.duration.minutes is not None and (self.batch.batch_ramp or self.batch.second_phase_length):
             raise ValueError(
@@ -302,6 +308,24 @@ def resolve_objective(settings: PretrainSettings, model_type: str) -> PretrainSe
     if objective != "mlm" and architecture is not BERT:
         raise ValueError(f"--objective {objective} is for BERT, and the model is a {model_type}: use --objective mlm")
     return settings
+
+
+def check_rope_theta(settings: PretrainSettings, model_type: str) -> None:
+    """Raise ValueError if a base of rotary positions is given for a model that has none.
+
+    Args:
+        settings: Settings of the run.
+        model_type: That of the model's configuration.
+    """
+    given_bases = {
+        "--rope-theta": settings.model.rope_theta,
+        "--second-phase-rope-theta": settings.batch.second_phase_rope_theta,
+    }
+    if (family_by_type(model_type) or BERT).rotary is None:
+        refuse_without_effect(
+            [name for name, theta in given_bases.items() if theta is not None],
+            f"a {model_type} model has no rotary positions",
+        )
 
 
 def check_sizes(settings: PretrainSettings, positions: int, layers: int) -> None:
