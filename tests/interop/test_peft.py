@@ -1,10 +1,12 @@
 """LoRA by peft on a patched model: the adapters are called, the rest is fused, and the losses are the same."""
 
+import copy
+
 import pytest
 import torch
 import transformers
-from family_models import CASES, inputs, no_dropout, plain
-from parity import SIZES
+from family_models import CASES, PREFIXES, inputs, no_dropout, plain
+from parity import SIZES, assert_parity, double, results
 
 import bertfast
 from bertfast.models.eligibility import whole_unsupported_reason
@@ -65,23 +67,30 @@ def test_merged_adapters_are_fused_again():
     assert whole_unsupported_reason(merged) is None
 
 
-@pytest.mark.parametrize("name", ["roberta-ForSequenceClassification", "distilbert-ForSequenceClassification"])
-def test_adapters_on_other_families_give_the_same(name):
-    case = next(case for case in CASES if str(case) == name)
+TARGETS_OF_FAMILIES = {
+    "roberta": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "modernbert": ["Wqkv", "Wo", "Wi"],  # the projections of the attention and of the feed-forward layer
+    "nomic_bert": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    "eurobert": ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", [family for family in TARGETS_OF_FAMILIES if family in PREFIXES])
+def test_adapters_on_other_families_are_as_accurate_as_in_transformers(family, autocast):
+    case = next(case for case in CASES if str(case) == f"{family}-ForSequenceClassification")
     model = plain(case, **no_dropout(case)).train()
-    values, _ = inputs(case, model)
+    values, mask = inputs(case, model)
     torch.manual_seed(1)
-    targets = ["query", "value"] if case.family == "roberta" else ["q_lin", "v_lin"]
+    targets = TARGETS_OF_FAMILIES[family]
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=4, init_lora_weights=False)
-    model = peft.get_peft_model(model, config)
-    found = []
-    for patched in (False, True):
-        if patched:
-            report = bertfast.patch(model)
-            assert any("is called as a module" in why for why in report.left.values())
-        model.zero_grad()
-        loss = model(**values).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+    hf = peft.get_peft_model(model, config)
+    patched = copy.deepcopy(hf)
+    report = bertfast.patch(patched)
+    assert any("is called as a module" in why for why in report.left.values())
+    assert whole_unsupported_reason(patched.base_model.model.base_model) is None  # all but the projections runs packed
+    truth = results(double(hf), values, mask)
+    found, expected = (results(each, values, mask, autocast) for each in (patched, hf))
+    assert any("lora_A" in name for name in expected.gradients)
+    assert_parity(found, expected, truth, torch.bfloat16 if autocast else torch.float32)
