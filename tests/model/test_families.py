@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_models import CASES, PREFIXES, inputs, no_dropout, pair, random_case
+from family_models import CASES, PREFIXES, FamilyCase, inputs, no_dropout, pair, random_case
 from parity import Results, assert_parity, double, results
+
+import bertfast
 
 
 def compared(
@@ -47,6 +49,16 @@ def test_parity_of_other_calls(case, kind):
         "padded by ids": {"pads_by_id": True},
     }
     compared(replace(case, **changes[kind]), train=False)
+
+
+@pytest.mark.skipif("nomic_bert" not in PREFIXES, reason="this version of transformers has no NomicBERT")
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_parity_of_a_masked_lm_head_whose_activation_has_no_operator(train):
+    case = FamilyCase("nomic_bert", "ForMaskedLM", {"hidden_act": "silu"}, leaves_transform=True)
+    patched, _ = pair(case)
+    (reason,) = bertfast.report(patched).left.values()
+    assert "its activation is not GELU" in reason
+    compared(case, train)  # in training the loss is computed without logits nevertheless
 
 
 @pytest.mark.slow
