@@ -195,9 +195,11 @@ def _never_synchronises(call: Callable[[], object]) -> bool:
 
 def hf_config(config: BertConfig, attention: str | None = "sdpa") -> BertConfig:
     """Return a configuration for a model of transformers, with the name of its implementation of attention."""
-    from transformers import BertConfig
+    from transformers import CONFIG_MAPPING
 
-    return BertConfig.from_dict({**config.to_dict(), "attn_implementation": attention})
+    kind: Any = CONFIG_MAPPING[config.model_type]
+    found: BertConfig = kind.from_dict({**config.to_dict(), "attn_implementation": attention})
+    return found
 
 
 def result_parser(description: str | None, results: Path = RESULTS) -> argparse.ArgumentParser:

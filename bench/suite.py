@@ -1,10 +1,11 @@
 """Run the benchmarks of this machine, each in a process of its own, and skip those that are up to date.
 
-    python -m bench.suite [PART …] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
+    python -m bench.suite [PART …] [--all] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
 
 Results go to the folder of this processor, see `machine_folder`. A part is up to date if each of its result files was
 measured on this processor, from a commit without changes whose measured sources are those of now.
-So an interrupted run continues where it stopped. The estimates are those of two cores; all parts take about 40 minutes.
+So an interrupted run continues where it stopped. The estimates are those of two cores; the parts that run by default
+take about 40 minutes, the others run with their names or `--all`.
 """
 
 from __future__ import annotations
@@ -48,22 +49,24 @@ class Part:
         arguments: Module below `bench` and its arguments; {data}, {model} and {results} are folders.
         files: Names of the result files, without suffix.
         bf16: Whether it requires bf16 instructions.
+        by_name: Whether it runs only if it is named, or with `--all`.
     """
 
     minutes: float
     arguments: tuple[str, ...]
     files: tuple[str, ...]
     bf16: bool = False
+    by_name: bool = False
 
     def folders(self) -> set[str]:
         """Return which of "data" and "model" it requires."""
         return {name for name in ("data", "model") if any(f"{{{name}}}" in text for text in self.arguments)}
 
 
-def step(case: str, minutes: float, bf16: bool = False) -> Part:
+def step(case: str, minutes: float, bf16: bool = False, by_name: bool = False) -> Part:
     """Return the part that measures a pre-training step."""
     arguments = ("end_to_end.pretraining_step", case, "--repeats", "5", "--compile-seconds", "240")
-    return Part(minutes, arguments, (f"pretraining_step-{case}",), bf16)
+    return Part(minutes, arguments, (f"pretraining_step-{case}",), bf16, by_name)
 
 
 TUNED = ("sst-2", "squad")
@@ -97,22 +100,29 @@ PARTS = {
         ("cpu_operators", "attention", "add_layer_norm", "linear_gelu", "linear_cross_entropy", "--seconds", "0.3"),
         ("cpu_operators",),
     ),
+    "step, ModernBERT": step("modernbert-base-1024-fp32", 8, by_name=True),
+    "step, ModernBERT, bf16": step("modernbert-base-1024-bf16", 4, bf16=True, by_name=True),
+    "step, ModernBERT, uniform": step("modernbert-base-1024-uniform-fp32", 7, by_name=True),
+    "step, ModernBERT, uniform, bf16": step("modernbert-base-1024-uniform-bf16", 4, bf16=True, by_name=True),
 }
+DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 
 def main() -> None:
     parser = result_parser(__doc__, machine_folder())
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: `make bench`'s)")
+    parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     default = next(PUBLISHED.glob("*/model"), PUBLISHED)
     parser.add_argument("--model", type=Path, default=default, help="folder of a published model, such as MiniLM")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
+    parts = arguments.parts or (list(PARTS) if arguments.all else DEFAULT)
+    if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     require_clean_tree(arguments.results)
     folders = {"data": arguments.data, "model": arguments.model, "results": arguments.results}
-    reasons = {name: reason_to_skip(PARTS[name], folders) for name in arguments.parts}
+    reasons = {name: reason_to_skip(PARTS[name], folders) for name in parts}
     print_plan(reasons)
     if not arguments.plan and (failed := run([name for name in reasons if reasons[name] is None], folders)):
         raise SystemExit(f"failed: {', '.join(failed)}")
@@ -133,8 +143,8 @@ def reason_to_skip(part: Part, folders: dict[str, Path]) -> str | None:
 def print_plan(reasons: dict[str, str | None]) -> None:
     """Print what will be measured, with the estimates, and what is skipped."""
     for name, reason in reasons.items():
-        print(f"{name:<20} {f'{PARTS[name].minutes:4.1f} min' if reason is None else reason}")
-    print(f"{'all':<20} {minutes_of(name for name in reasons if reasons[name] is None):4.1f} min", flush=True)
+        print(f"{name:<31} {f'{PARTS[name].minutes:4.1f} min' if reason is None else reason}")
+    print(f"{'all':<31} {minutes_of(name for name in reasons if reasons[name] is None):4.1f} min", flush=True)
 
 
 def minutes_of(names: Any) -> float:

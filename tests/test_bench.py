@@ -15,6 +15,11 @@ import pytest
 import torch
 
 from bench import harness
+from bench.end_to_end.step_cases import CASES, GPU_CASES, MODERNBERT_CASES
+from bench.figures import case_title, step_case
+from bench.page.data import data_text
+from bench.page.rows import Result
+from bertfast.architectures import FAMILIES
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
 pytestmark = pytest.mark.slow
@@ -197,6 +202,30 @@ def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
     assert result["optimizer_s"] > 0
 
 
+@pytest.mark.skipif("modernbert" not in FAMILIES, reason="this transformers has another ModernBERT, or none")
+def test_a_pretraining_step_of_modernbert_is_timed(tmp_path):
+    program("end_to_end.pretraining_step", "trial-modernbert", "--repeats=1", f"--results={tmp_path}")
+    result = json.loads((tmp_path / "pretraining_step-trial-modernbert.json").read_text())
+    assert result["lengths"] == [64, 64]
+    assert result["tokens"] == result["padded_tokens"] == 128
+    assert 0.15 < result["masked"] / result["tokens"] < 0.45
+    assert result["seconds"].keys() == {"bertfast", "transformers-sdpa"}
+    bertfast, transformers = result["loss_without_dropout"].values()
+    assert bertfast == pytest.approx(transformers, rel=1e-4)
+
+
+def test_cases_of_steps_are_named_after_model_batch_and_precision():
+    values = {"case": "modernbert-base-1024-bf16", "lengths": [1024] * 8}
+    assert case_title(values) == "ModernBert-base, 8 x 1,024 tokens, bf16"
+    assert case_title({"case": "gpu-large-512", "lengths": [100, 512]}) == "BERT-large, 2 x ≤ 512 tokens, bf16"
+    for name, case in (CASES | MODERNBERT_CASES | GPU_CASES).items():
+        found = step_case({"case": name, "lengths": case.sample_lengths()})
+        assert found.precision == ("fp32" if case.dtype == torch.float32 else "bf16")
+        assert found.model.lower().split("-")[-1] == case.preset
+    with pytest.raises(ValueError, match="not understood"):
+        step_case({"case": "trial", "lengths": [1]})
+
+
 def test_speedrun_trains_both_sides_and_finetunes(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"house {i} is old and the river is wide . it was cold ." for i in range(300)))
@@ -270,6 +299,22 @@ def test_growth_is_measured_and_drawn(tmp_path):
         assert result["bound_s"] > 0
         assert result["peak_bytes"] >= 0.9 * result["bound_bytes"] > 0, result
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_is_prepared_as_many_tokens_as_transformers_finds(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "house", "is", "old", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "text.txt").write_text("the house is old . the old house is old .\n\n" * 500)
+    options = (f"--tokenizer={tmp_path / 'vocab.txt'}", "--repeats=2", f"--results={tmp_path}")
+    program("end_to_end.data", str(tmp_path / "text.txt"), *options)
+    values = json.loads((tmp_path / "data.json").read_text())
+    made, alternatives = values["preparation"], values["alternatives"]
+    assert alternatives["preparation"]["tokens"] == made["tokens"] == 500 * 11
+    assert len(made["seconds_samples"]) == len(alternatives["preparation"]["seconds_samples"]) == 2
+    text = data_text(Result("data.json", values))
+    assert "transformers, tokenizer only" in text
+    row = next(line for line in text.splitlines() if line.startswith("| ≤ 128 tokens, masked LM | 4,096"))
+    assert row.endswith(" x |")
 
 
 @pytest.mark.parametrize("other", [1.9, 1.0])

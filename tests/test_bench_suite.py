@@ -75,7 +75,9 @@ def test_parts_that_cannot_run_say_what_is_missing(tmp_path):
     folders = dict.fromkeys(("data", "model", "results"), tmp_path / "nowhere")
     assert suite.reason_to_skip(suite.PARTS["inference"], folders) == f"there is no {tmp_path / 'nowhere'} (--data)"
     assert suite.reason_to_skip(suite.PARTS["ceilings"], folders) is None
-    assert suite.minutes_of(suite.PARTS) <= 42
+    assert suite.minutes_of(suite.DEFAULT) <= 42
+    assert not any(suite.PARTS[name].by_name for name in suite.DEFAULT)
+    assert set(suite.DEFAULT) < set(suite.PARTS)
 
 
 def test_the_time_that_is_left_follows_the_parts_that_ran(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,12 @@
-"""Time a pre-training step (masked LM + next sentence, AdamW included) against transformers on the same samples.
+"""Time a pre-training step (masked LM, for BERT + next sentence, AdamW included) against transformers.
 
-transformers gets padded batches. Lengths are "uniform" between a quarter of the maximum and the maximum, or those of
-sentence pairs from Wikipedia. All implementations use dropout 0.1 and PyTorch's fused AdamW. The losses without dropout
-must agree before anything is timed. transformers runs with PyTorch's attention, eager and compiled; on a GPU also with
-its plain attention; for bf16 on a CPU also in fp32, its default. The process keeps freed memory, as bertfast's programs
-do, so that no implementation pays for page faults.
+All get the same samples, transformers padded. Lengths are "uniform" between a quarter of the maximum and the maximum,
+those of sentence pairs from Wikipedia, or all the maximum (`bench.end_to_end.step_cases`). BERT has dropout 0.1,
+ModernBERT none; all use PyTorch's fused AdamW. The losses without dropout must agree before anything is timed.
+transformers runs with PyTorch's attention, eager and compiled; on a GPU also with its plain attention; BERT's bf16 on a
+CPU also in fp32, its default. ModernBERT is not compiled, and computes logits of masked tokens only, an option that
+transformers has for it. The process keeps freed memory, as bertfast's programs do, so that no implementation pays for
+page faults.
 
     python -m bench.end_to_end.pretraining_step [CASE …] [--repeats N] [--results FOLDER]
 
@@ -28,10 +30,10 @@ from typing import Any
 import torch
 import transformers
 
-import bertfast
 from bench.bounds import COPIED, Rates, with_backward
 from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
-from bench.end_to_end.samples import LENGTHS, count_lengths, random_samples, uniform_lengths, wikipedia_lengths
+from bench.end_to_end.samples import LENGTHS, count_lengths
+from bench.end_to_end.step_cases import ALL, CASES, GPU_CASES, Case
 from bench.harness import (
     DEVICE,
     ON_GPU,
@@ -46,62 +48,13 @@ from bench.harness import (
     time_limit,
     write_result,
 )
-from bertfast.architectures.presets import Preset
 from bertfast.data.batches import Batch
 from bertfast.encoder import pretraining_loss
+from bertfast.models.families import pretraining_class
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.training.flops import step_flops
 from bertfast.training.optimizer import build_optimizers
-
-DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and a batch.
-
-    Attributes:
-        preset: Size of the model.
-        sequences: Number of samples.
-        max_seqlen: Largest length of a sample in tokens.
-        dtype: Precision of the matmuls.
-        lengths: "uniform" or "wikipedia".
-        target: Speedup to reach.
-        compiled: Whether transformers is also timed with torch.compile.
-    """
-
-    preset: Preset
-    sequences: int
-    max_seqlen: int
-    dtype: torch.dtype
-    lengths: str = "uniform"
-    target: float | None = None
-    compiled: bool = True
-
-
-SIZES: dict[str, tuple[Preset, int, int]] = {
-    "base-128": ("base", 16, 128),
-    "base-512": ("base", 4, 512),
-    "small-128": ("small", 16, 128),
-}
-CASES = {
-    f"{size}{'-wikipedia' * (lengths == 'wikipedia')}-{precision}": Case(*SIZES[size], dtype, lengths, 3.0)
-    for size in SIZES
-    for lengths in ("uniform", "wikipedia")
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-}
-GPU_CASES = {
-    "gpu-base-128": Case("base", 256, 128, torch.bfloat16, "wikipedia"),
-    "gpu-base-512": Case("base", 64, 512, torch.bfloat16, "wikipedia"),
-    "gpu-large-512": Case("large", 16, 512, torch.bfloat16, "wikipedia"),
-    "gpu-large-128": Case("large", 128, 128, torch.bfloat16, "wikipedia"),
-}
-TRIAL = {  # to try the program
-    "trial": Case("tiny", 4, 32, torch.float32, compiled=False),
-    "trial-wikipedia": Case("tiny", 4, 128, torch.float32, "wikipedia", compiled=False),
-}
-ALL = CASES | GPU_CASES | TRIAL
 
 
 @dataclass(frozen=True)
@@ -129,7 +82,7 @@ def alternatives(case: Case) -> dict[str, Alternative]:
         found["transformers-compile"] = Alternative(compiled=True)
     if ON_GPU:
         return {"transformers-eager": Alternative("eager"), **found}
-    if case.dtype == torch.bfloat16:
+    if case.dtype == torch.bfloat16 and case.architecture == "bert":
         found["transformers-fp32"] = Alternative(fp32=True)
     return found
 
@@ -220,9 +173,7 @@ class Steps:
         mixed = self.case.dtype == torch.bfloat16 and not (name in self.others and self.others[name].fp32)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
             if name == "bertfast":
-                model = self.models[name]
-                assert isinstance(model, bertfast.BertForPreTraining), "see `build`"
-                return packed_loss(model, self.packed)
+                return packed_loss(self.models[name], self.packed)
             loss: torch.Tensor = self.models[name](**self.padded).loss
             return loss
 
@@ -263,16 +214,14 @@ def measure(
         SystemExit: The losses differ.
     """
     torch.manual_seed(0)
-    config = bertfast.preset_config(case.preset)
-    lengths = (wikipedia_lengths if case.lengths == "wikipedia" else uniform_lengths)(case.sequences, case.max_seqlen)
-    batch = random_samples(lengths, case.max_seqlen, config.vocab_size)
+    config, batch = case.config(), case.samples()
     steps = Steps(case, others, batch, dropout=0.0)
     losses = {name: steps.loss(name).item() for name in steps.models}
     tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
     if max(losses.values()) - min(losses.values()) > tolerance * losses["bertfast"]:
         raise SystemExit(f"{name}: the losses differ, so nothing is timed: {losses}")
 
-    steps = Steps(case, others, batch, DROPOUT, steps.models["bertfast"].state_dict())
+    steps = Steps(case, others, batch, case.dropout, steps.models["bertfast"].state_dict())
     compiling, not_run = steps.compile(compile_seconds)
     timed = side_by_side({name: partial(steps.step, name) for name in steps.models}, repeats)
     packed = steps.packed
@@ -282,7 +231,7 @@ def measure(
     parameters = sum(parameter.numel() for parameter in steps.models["bertfast"].parameters())
     return {
         "case": name,
-        "lengths": lengths,
+        "lengths": case.sample_lengths(),
         "tokens": packed.sequences.num_tokens,
         "padded_tokens": case.sequences * case.max_seqlen,
         "masked": packed.masked,
@@ -338,27 +287,31 @@ def within(seconds: int, function: Callable[[], object]) -> tuple[float, str | N
 
 def build(
     case: Case, others: dict[str, Alternative], dropout: float, weights: dict[str, torch.Tensor] | None = None
-) -> dict[str, transformers.BertForPreTraining]:
+) -> dict[str, Any]:
     """Return bertfast's model and transformers' models in training mode with the same weights, by default random."""
-    options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = bertfast.preset_config(case.preset, architecture="bert", **options)
-    models: dict[str, transformers.BertForPreTraining]
+    config = case.config(dropout)
+    kind = pretraining_class(config)
+    models: dict[str, Any]
     with DEVICE:
-        models = {"bertfast": bertfast.BertForPreTraining(config)}
+        models = {"bertfast": kind(config)}
         for name, how in others.items():
-            models[name] = transformers.BertForPreTraining(hf_config(config, how.attention))
+            plain: Any = hf_config(config, how.attention)
+            if hasattr(plain, "sparse_prediction"):  # of ModernBERT: no logits of other tokens
+                plain.sparse_prediction = True
+            models[name] = getattr(transformers, kind.__name__)(plain)
     for model in models.values():
         model.train().load_state_dict(weights or models["bertfast"].state_dict())
     return models
 
 
-def packed_loss(model: bertfast.BertForPreTraining, batch: Batch) -> torch.Tensor:
-    """Return the mean masked-LM loss plus the mean next-sentence loss, as transformers adds them."""
+def packed_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the mean masked-LM loss, for pairs plus the mean next-sentence loss, as transformers adds them."""
     loss = pretraining_loss(model, batch, torch.randint(2**62, (), device=DEVICE))
-    return loss.masked_lm / loss.masked + loss.next_sentence / loss.pairs
+    masked_lm = loss.masked_lm / loss.masked
+    return masked_lm if batch.next_sentence_labels is None else masked_lm + loss.next_sentence / loss.pairs
 
 
-def gemm_shapes(config: bertfast.BertConfig, tokens: int, masked: int) -> list[tuple[int, int, int]]:
+def gemm_shapes(config: transformers.BertConfig, tokens: int, masked: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of all GEMMs of a step: layers and masked-LM head, forward and backward."""
     head = (masked, config.hidden_size, config.vocab_size)
     return with_backward([*layer_gemms(config, tokens) * config.num_hidden_layers, head])

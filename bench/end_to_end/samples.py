@@ -46,30 +46,36 @@ def count_lengths(data: Path) -> dict[int, list[int]]:
     return counts
 
 
-def random_samples(lengths: list[int], max_seqlen: int, vocab_size: int) -> tuple[dict[str, torch.Tensor], Batch]:
-    """Return random samples of these lengths, padded for transformers and packed for bertfast, on DEVICE."""
+def random_samples(
+    lengths: list[int], max_seqlen: int, vocab_size: int, *, pairs: bool = True, masked: float = MASKED
+) -> tuple[dict[str, torch.Tensor], Batch]:
+    """Return random samples of these lengths, padded for transformers and packed for bertfast, on DEVICE.
+
+    Args:
+        lengths: Tokens of each sample.
+        max_seqlen: Length of a padded sample.
+        vocab_size: Number of token ids.
+        pairs: Whether samples are sentence pairs.
+        masked: Share of masked tokens.
+    """
     sequences, layout, ends = len(lengths), Sequences.from_lengths(lengths), torch.tensor(lengths)[:, None]
     attended = torch.arange(max_seqlen) < ends
     ids = torch.randint(1000, vocab_size, (sequences, max_seqlen)) * attended
     types = ((torch.arange(max_seqlen) > ends // 2) & attended).long()
-    labels = torch.where((torch.rand(sequences, max_seqlen) < MASKED) & attended, ids, -100)
+    labels = torch.where((torch.rand(sequences, max_seqlen) < masked) & attended, ids, -100)
     order = torch.randint(0, 2, (sequences,))
-    padded = {
-        "input_ids": ids,
-        "attention_mask": attended.long(),
-        "token_type_ids": types,
-        "labels": labels,
-        "next_sentence_label": order,
-    }
+    padded = {"input_ids": ids, "attention_mask": attended.long(), "labels": labels}
+    if pairs:
+        padded |= {"token_type_ids": types, "next_sentence_label": order}
     rows = (labels[attended] >= 0).nonzero().squeeze(1)
     packed = Batch(
         token_ids=ids[attended],
-        token_type_ids=types[attended],
+        token_type_ids=types[attended] if pairs else torch.zeros_like(ids[attended]),
         position_ids=layout.position,
         sequences=layout,
         masked_rows=rows,
         labels=labels[attended][rows],
-        next_sentence_labels=order,
+        next_sentence_labels=order if pairs else None,
         masked=len(rows),
     )
     return {name: x.to(DEVICE) for name, x in padded.items()}, packed.to(DEVICE)

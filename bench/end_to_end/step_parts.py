@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import bertfast
-from bench.end_to_end.pretraining_step import ALL, DROPOUT, Alternative, Steps
-from bench.end_to_end.samples import random_samples, uniform_lengths, wikipedia_lengths
+from bench.end_to_end.pretraining_step import Alternative, Steps
+from bench.end_to_end.step_cases import ALL
 from bench.harness import ON_GPU, require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 
@@ -57,9 +56,8 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     """Return the seconds of each group of operators per implementation, medians over the steps."""
     case = ALL[name]
     torch.manual_seed(0)
-    lengths = (wikipedia_lengths if case.lengths == "wikipedia" else uniform_lengths)(case.sequences, case.max_seqlen)
-    batch = random_samples(lengths, case.max_seqlen, bertfast.preset_config(case.preset).vocab_size)
-    steps = Steps(case, {key: how for key, how in OTHERS.items() if how}, batch, DROPOUT)
+    steps = Steps(case, {key: how for key, how in OTHERS.items() if how}, case.samples(), case.dropout)
+    lengths = case.sample_lengths()
     samples: dict[str, list[dict[str, float]]] = {key: [] for key in OTHERS}
     for number in range(repeats + 1):
         for key, found in samples.items():

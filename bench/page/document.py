@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bench.page.data import data_text
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
@@ -20,7 +21,8 @@ INTRODUCTION = """\
 
 `make bench-figures` writes this page from the files in `bench/results/`, each of which contains its commit, processor,
 number of threads and versions; programs refuse to write results of uncommitted code. `make bench` measures this
-processor in about 40 minutes and continues after an interruption, `make bench-compare BASE=REF` compares two commits.
+processor in about 40 minutes and continues after an interruption, `make bench-all` takes longer and adds the rest, and
+`make bench-compare BASE=REF` compares two commits.
 
 All systems of a workload get the same tokens, weights (random ones, but for MiniLM) and number of threads, and run
 alternately in one process that keeps freed memory. Outputs are compared before anything is timed: fp32 must agree
@@ -34,7 +36,13 @@ training the traffic of the optimizer at the bandwidth of a copy is added. The t
 fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with different throughputs are not comparable.
 There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The lower bound of a memory is what has to
 exist at once: gradients and outputs of a step, or the weights of a process. Tables that compare a process with itself
-over time have no bound. An empty cell means that the file is older than the column.
+over time have no bound. The FLOPs are those of all tokens in all layers. Where only masked tokens or [CLS] are read,
+bertfast computes fewer rows in the last layer, so that its time can come close to the bound or fall below it: in
+pre-training, sequence classification and its fine-tuning. An empty cell means that the file is older than the column.
+
+ModernBERT's pre-training step has 8 sequences of 1,024 tokens (8,192 tokens per update, nothing to pad), or of 256 to
+1,024 tokens (5,120 tokens, "≤ 1,024"), 30 % of them masked, no dropout, and fused AdamW. transformers computes logits
+of masked tokens only there (`sparse_prediction`).
 
 No GPU was measured here ([status of the backends](../README.md#backends)). `make
 gpu-check-accuracy` and `make gpu-check-speed` check and measure the kernels on a GPU machine without a network
@@ -161,18 +169,6 @@ def origin_row(result: Result) -> list[str]:
     origin = result.origin
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return [f"`{result.file}`", origin["date"], origin["commit"], f"Python {origin['python']}, {versions}"]
-
-
-def data_text(result: Result) -> str:
-    """Return the figures of data preparation and of batches."""
-    made, batches = result.values["preparation"], result.values["batches"]
-    rates, fills = ([batch[key] for batch in batches] for key in ("tokens_per_second", "fill"))
-    return (
-        f"Data: {made['tokens'] / 1e6:.1f} M tokens, from {made['bytes'] / 1e6:.1f} MB of compressed files, become "
-        f"shards in {made['seconds']:.0f} s, in processes of at most {made['peak_memory_mb']:.0f} MB. One process on "
-        f"one core then assembles {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} M tokens per second into batches, "
-        f"including planning; {min(fills):.1%} to {max(fills):.2%} of their slots contain tokens.\n"
-    )
 
 
 def errors_text(result: Result) -> str:
