@@ -1,0 +1,105 @@
+"""The benchmarks of a pre-training step and of data preparation run at small sizes, and report what they should."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_bench import program, run
+
+from bench.end_to_end.step_cases import CASES, GPU_CASES, MODERNBERT_CASES
+from bench.figures import case_title, step_case
+from bench.page.data import data_text
+from bench.page.rows import Result
+from bertfast.architectures import FAMILIES
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_pretraining_step_is_timed_with_real_lengths(tmp_path):
+    program("end_to_end.pretraining_step", "trial-wikipedia", "--repeats=1", f"--results={tmp_path}")
+    result = json.loads((tmp_path / "pretraining_step-trial-wikipedia.json").read_text())
+    assert len(result["lengths"]) == 4
+    assert max(result["lengths"]) <= 128
+    assert result["tokens"] == sum(result["lengths"])
+    assert result["ratios"]["transformers-sdpa"] > 0
+    assert result["optimizer_s"] > 0
+
+
+@pytest.mark.skipif("modernbert" not in FAMILIES, reason="this transformers has another ModernBERT, or none")
+def test_a_pretraining_step_of_modernbert_is_timed(tmp_path):
+    program("end_to_end.pretraining_step", "trial-modernbert", "--repeats=1", f"--results={tmp_path}")
+    result = json.loads((tmp_path / "pretraining_step-trial-modernbert.json").read_text())
+    assert result["lengths"] == [64, 64]
+    assert result["tokens"] == result["padded_tokens"] == 128
+    assert 0.15 < result["masked"] / result["tokens"] < 0.45
+    assert result["seconds"].keys() == {"bertfast", "transformers-sdpa"}
+    bertfast, transformers = result["loss_without_dropout"].values()
+    assert bertfast == pytest.approx(transformers, rel=1e-4)
+
+
+def test_cases_of_steps_are_named_after_model_batch_and_precision():
+    values = {"case": "modernbert-base-1024-bf16", "lengths": [1024] * 8}
+    assert case_title(values) == "ModernBert-base, 8 x 1,024 tokens, bf16"
+    assert case_title({"case": "gpu-large-512", "lengths": [100, 512]}) == "BERT-large, 2 x ≤ 512 tokens, bf16"
+    for name, case in (CASES | MODERNBERT_CASES | GPU_CASES).items():
+        found = step_case({"case": name, "lengths": case.sample_lengths()})
+        assert found.precision == ("fp32" if case.dtype == torch.float32 else "bf16")
+        assert found.model.lower().split("-")[-1] == case.preset
+    with pytest.raises(ValueError, match="not understood"):
+        step_case({"case": "trial", "lengths": [1]})
+
+
+def test_a_call_that_times_out_or_fails_gets_a_reason():
+    from bench.end_to_end.pretraining_step import within
+
+    seconds, reason = within(1, lambda: time.sleep(60))
+    assert 1 <= seconds < 30
+    assert reason == "TimeoutError: not done after 1 s"
+    assert within(9, lambda: {}["key"])[1] == "KeyError: 'key'"
+    assert within(9, lambda: None)[1] is None
+
+
+def test_data_is_prepared_as_many_tokens_as_transformers_finds(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "house", "is", "old", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "text.txt").write_text("the house is old . the old house is old .\n\n" * 500)
+    options = (f"--tokenizer={tmp_path / 'vocab.txt'}", "--repeats=2", f"--results={tmp_path}")
+    program("end_to_end.data", str(tmp_path / "text.txt"), *options)
+    values = json.loads((tmp_path / "data.json").read_text())
+    made, alternatives = values["preparation"], values["alternatives"]
+    assert alternatives["preparation"]["tokens"] == made["tokens"] == 500 * 11
+    assert len(made["seconds_samples"]) == len(alternatives["preparation"]["seconds_samples"]) == 2
+    text = data_text(Result("data.json", values))
+    assert "transformers, tokenizer only" in text
+    row = next(line for line in text.splitlines() if line.startswith("| ≤ 128 tokens, masked LM | 4,096"))
+    assert row.endswith(" x |")
+
+
+def test_the_figure_of_a_step_has_a_bar_per_implementation(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = ROOT / "bench" / "results" / "avx512" / "pretraining_step-base-128-fp32.json"
+    ran = run("-m", "bench.figures", str(result), "--output", str(tmp_path / "step.png"))
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_figure_is_drawn_of_uncommitted_code(tmp_path):
+    (tmp_path / "dirty.json").write_text(json.dumps({"origin": {"commit": "0123+changes"}}))
+    ran = run("-m", "bench.figures", str(tmp_path / "dirty.json"), "--output", str(tmp_path / "step.png"))
+    assert ran.returncode == 2
+    assert "uncommitted changes" in ran.stderr
+
+
+def test_the_time_of_a_step_is_divided_among_groups_of_operators():
+    from bench.end_to_end import step_parts
+
+    seconds = step_parts.measure("trial", 1)["seconds"]
+    assert seconds.keys() == {"bertfast", "transformers", "transformers, eager attention"}
+    for groups in seconds.values():
+        for name in ("GEMM", "attention", "optimizer", "loss", "dropout, LayerNorm, GELU"):
+            assert groups[name] > 0, (groups, name)
+        assert groups["other"] < 0.25 * sum(groups.values())
