@@ -80,15 +80,22 @@ def parallel_cores() -> float:
     return threads * alone / min(stopwatch(lambda: rows @ right) for _ in range(3))
 
 
-def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Sample]]:
+def side_by_side(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, warm: bool = False
+) -> dict[str, list[Sample]]:
     """Time functions alternately, A B A B …, after an untimed round, so that drift of the machine affects all of them.
 
     A round in which the cores were not independent is repeated, until `repeats` rounds were good or twice as many ran.
 
+    Args:
+        functions: What to time.
+        repeats: Number of good rounds.
+        warm: Whether an untimed round has run already.
+
     Returns:
         The samples of each function, one per round.
     """
-    for function in functions.values():
+    for function in functions.values() if not warm else ():
         function()
     rounds: list[list[Sample]] = []
     good, cores = 0, parallel_cores()

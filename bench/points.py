@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ def restart_peak() -> int:
     return resident_memory()
 
 
-def timed(call: Callable[[], object], repeats: int = REPEATS) -> dict[str, Any]:
-    """Return the seconds of a call, each sample in "seconds_samples", after an untimed one."""
-    samples = seconds_of(side_by_side({"call": call}, repeats)["call"])
-    return {"seconds": sorted(samples)[len(samples) // 2], "seconds_samples": samples}
+def timed(call: Callable[[], object], repeats: int = REPEATS, *, warm: bool = False) -> dict[str, Any]:
+    """Return the median seconds of a call and all samples, after an untimed call unless it has run already."""
+    samples = seconds_of(side_by_side({"call": call}, repeats, warm=warm)["call"])
+    return {"seconds": statistics.median(samples), "seconds_samples": samples}

@@ -83,18 +83,19 @@ PARTS = {
         ("end_to_end.finetuning", "{model}", "{data}", "--speed", "5", "--output", "build/bench", "--tasks", *TUNED),
         tuple(f"finetuning-speed-{task}" for task in TUNED),
     ),
-    "patched model": Part(2, ("end_to_end.patched", "{model}", "{data}", "--rounds", "5"), ("patched",)),
+    "patched model": Part(2.5, ("end_to_end.patched", "{model}", "{data}", "--rounds", "5"), ("patched",)),
     "families": Part(
         8, ("end_to_end.families", *FAMILIES, "--data", "{data}"), tuple(f"families-{name}" for name in FAMILIES)
     ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
     "data": Part(
-        1.5,
+        1,
         ("end_to_end.data", "{data}/corpus/wikipedia-valid.txt.xz", "--tokenizer", f"{{data}}/{VOCABULARY}"),
         ("data",),
     ),
-    "memory": Part(3, ("end_to_end.growth", "--max-length", "2048", "--max-sequences", "16"), ("growth",)),
-    "memory of the loss": Part(3, ("end_to_end.vocabulary", "--max-vocab", "65536"), ("vocabulary",)),
+    "memory": Part(3.5, ("end_to_end.growth", "--max-length", "2048", "--max-sequences", "16"), ("growth",)),
+    "memory of the loss": Part(4, ("end_to_end.vocabulary", "--max-vocab", "65536"), ("vocabulary",), by_name=True),
+    "long sequences": Part(6, ("end_to_end.long_sequences",), ("long_sequences",), by_name=True),
     "operators": Part(
         4,
         ("cpu_operators", "attention", "add_layer_norm", "linear_gelu", "linear_cross_entropy", "--seconds", "0.3"),

@@ -245,7 +245,7 @@ def test_growth_is_measured_and_drawn(tmp_path):
     sweeps = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
     assert [len(results) for results in sweeps.values()] == [2, 2, 2]
     for result in [result for results in sweeps.values() for result in results]:
-        assert result["seconds"] in result["seconds_samples"]
+        assert min(result["seconds_samples"]) <= result["seconds"] <= max(result["seconds_samples"])
         assert result["bound_s"] > 0
         assert result["peak_bytes"] >= 0.9 * result["bound_bytes"] > 0, result
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -75,7 +75,7 @@ def test_parts_that_cannot_run_say_what_is_missing(tmp_path):
     folders = dict.fromkeys(("data", "model", "results"), tmp_path / "nowhere")
     assert suite.reason_to_skip(suite.PARTS["inference"], folders) == f"there is no {tmp_path / 'nowhere'} (--data)"
     assert suite.reason_to_skip(suite.PARTS["ceilings"], folders) is None
-    assert suite.minutes_of(suite.DEFAULT) <= 42
+    assert suite.minutes_of(suite.DEFAULT) <= 40
     assert not any(suite.PARTS[name].by_name for name in suite.DEFAULT)
     assert set(suite.DEFAULT) < set(suite.PARTS)
 

@@ -14,7 +14,7 @@ from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, is_clearly_faster, missing_reasons, rows_of
 from bench.page.text import bound_text, duration, table
 
-SHOWN = ("growth", "vocabulary", "data", "step_parts", "cpu_operators")  # besides results with rows
+SHOWN = ("growth", "vocabulary", "long_sequences", "data", "step_parts", "cpu_operators")  # besides results with rows
 
 INTRODUCTION = """\
 # Benchmarks

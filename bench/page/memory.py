@@ -1,4 +1,4 @@
-"""Time and peak memory against a size: of a layer, of the loss and of embeddings."""
+"""Time and peak memory against a size: of a layer, of the loss, of embeddings and of ModernBERT on long sequences."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bench.page.rows import Result, is_clearly_faster, spread_of
 from bench.page.text import bound_text, duration, table
 
 Point = dict[str, Any]
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def sweep_of(result: Result) -> Sweep | None:
     if result.name == "vocabulary":
         title = f"Masked-LM loss of {values['rows']} tokens of width {values['width']} with gradients, fp32"
         return _sweep(title, "masked-LM loss", "vocabulary", values["points"], lambda point: (point["vocab_size"],))
+    if result.name == "long_sequences":
+        title = (
+            f"ModernBERT-{values['preset']}, inference, one sequence, five calls or as many as fit into some seconds"
+        )
+        return _sweep(title, "ModernBERT, one sequence", "sequence", values["points"], _precision_and_length)
     if result.name == "embed" and values["memory"]:
         points = values["memory"]
         sweep = _sweep("Embeddings", "embeddings", "sentences", points, lambda point: (point["sentences"],))
@@ -52,12 +58,21 @@ def _batch(point: Point) -> tuple[int, ...]:
     return point["sequences"] * point["length"], point["sequences"], point["length"]
 
 
+def _precision_and_length(point: Point) -> tuple[int, ...]:
+    return PRECISIONS.index(point["precision"]), point["length"]
+
+
+def _label(size: tuple[int, ...]) -> str:
+    """Return the name of a size: a number, a precision and a length, or a batch."""
+    if len(size) == 1:
+        return f"{size[0]:,}"
+    return f"{PRECISIONS[size[0]]}, {size[1]:,} tokens" if len(size) == 2 else f"{size[1]} x {size[2]} tokens"
+
+
 def _sweep(title: str, short: str, column: str, points: list[Point], size: Callable[[Point], tuple[int, ...]]) -> Sweep:
     sizes: dict[str, dict[str, Point]] = {}
     for point in sorted((point for point in points if "peak_bytes" in point), key=size):
-        key = size(point)
-        name = f"{key[0]:,}" if len(key) == 1 else f"{key[1]} x {key[2]} tokens"
-        sizes.setdefault(name, {})[point["implementation"]] = point
+        sizes.setdefault(_label(size(point)), {})[point["implementation"]] = point
     return Sweep(title, short, column, sizes)
 
 

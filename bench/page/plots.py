@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.end_to_end import curve_parity, growth
+from bench.end_to_end import curve_parity, growth, long_sequences
 from bench.figures import OPERATOR_NAMES, case_title, hardware, plain_ticks, plot_operators, runs_of, save
 from bench.page.rows import Result
 
@@ -126,10 +126,15 @@ PLOTS: dict[str, Callable[[Axes, Result], None]] = {
     "vocabulary": vocabulary,
     "step_parts": step_parts,
 }
-DRAWN_BY_PROGRAMS: dict[str, Callable[[Path], None]] = {"growth": growth.plot, "curve_parity": curve_parity.plot}
+DRAWN_BY_PROGRAMS: dict[str, Callable[[Path], None]] = {
+    "curve_parity": curve_parity.plot,
+    "growth": growth.plot,
+    "long_sequences": long_sequences.plot,
+}
 TITLES = {
     "cpu_operators": "Roofline of operators with matmuls, fp32",
     "vocabulary": "Memory of the masked-LM loss",
     "step_parts": "Where the time of a pre-training step goes",
     "growth": "Cost of a layer against length and batch",
+    "long_sequences": "Time and memory of ModernBERT from 1,024 to 8,192 tokens",
 }
