@@ -60,6 +60,7 @@ def test_the_second_phase_has_its_own_base_and_transformers_reads_it(corpus, tmp
         expected[theta] = transformers.ModernBertModel(config).rotary_emb.full_attention_inv_freq
     encoder = run.model.base_model
     local = encoder.rotary_emb.sliding_attention_inv_freq.clone()
+    address = encoder.rotary_emb.full_attention_inv_freq.data_ptr()
     take = run._take_batches
 
     def taken():
@@ -72,6 +73,7 @@ def test_the_second_phase_has_its_own_base_and_transformers_reads_it(corpus, tmp
     for step, frequencies in enumerate(found):
         torch.testing.assert_close(frequencies, expected[FIRST if step < STEPS // 2 else SECOND])
     assert torch.equal(encoder.rotary_emb.sliding_attention_inv_freq, local)
+    assert encoder.rotary_emb.full_attention_inv_freq.data_ptr() == address  # which a CUDA graph would read
     hf = transformers.ModernBertForMaskedLM.from_pretrained(tmp_path / "run")
     assert bases(hf.config) == (SECOND, 10_000.0)
     torch.testing.assert_close(hf.model.rotary_emb.full_attention_inv_freq, expected[SECOND])
