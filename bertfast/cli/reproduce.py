@@ -225,7 +225,9 @@ def _results(run: Path) -> dict[str, Any] | None:
 def _perplexity(metrics: Path) -> float:
     """Return the last validation perplexity of a pre-training run."""
     number, line = (*read_lines(metrics), (1, ""))[-2]
-    perplexity = json_object(metrics, number, line, '{"validation_perplexity": 9}').get("validation_perplexity")
+    perplexity = json_object(f"{metrics}, line {number}", line, '{"validation_perplexity": 9}').get(
+        "validation_perplexity"
+    )
     if not isinstance(perplexity, float):
         raise ValueError(f"{metrics} is damaged: it has no validation_perplexity; pass --overwrite-output-dir")
     return perplexity

@@ -120,7 +120,7 @@ def _records(path: Path, text_column: str, progress: Callable[[int], None]) -> I
     for number, line in read_lines(path, progress):
         if not line.strip():
             continue
-        record = json_object(path, number, line, f'{{"{text_column}": "…"}}')
+        record = json_object(f"{path}, line {number}", line, f'{{"{text_column}": "…"}}')
         text = record.get(text_column)
         if not isinstance(text, str):
             fields = ", ".join(record) or "none"

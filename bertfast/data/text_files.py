@@ -108,21 +108,27 @@ def named_standard_input(*copies: Path) -> Iterator[None]:
         raise ValueError(message) from error
 
 
-def json_object(path: Path | str, number: int, line: str, example: str) -> dict[str, Any]:
-    """Parse line `number` of the .jsonl file `path`, or of `STANDARD_INPUT`.
+def json_object(where: str, text: str, example: str) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Args:
+        where: File and line or row, for messages.
+        text: The line of a .jsonl file or of standard input, or a value of a list.
+        example: A valid object, shown in messages.
 
     Raises:
-        ValueError: It is not a JSON object, or a string in it is not Unicode text; the message names file and line,
-            and shows `example`.
+        ValueError: It is not a JSON object, or a string in it is not Unicode text.
     """
     try:
-        value = decode_json(line)
+        value = decode_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {number}: not an object like {example}")
-    if "\\u" in line and (problem := unpaired_surrogate(json.dumps(value, ensure_ascii=False))) is not None:
-        raise ValueError(f"{path}, line {number}: {problem}")
+        raise ValueError(f"{where}: not an object like {example}")
+    if "\\u" in text and (problem := unpaired_surrogate(json.dumps(value, ensure_ascii=False))) is not None:
+        raise ValueError(f"{where}: {problem}")
     return value
 
 
@@ -132,30 +138,33 @@ def decode_json(text: str) -> Any:
 
 
 def read_json_list(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, JSON text) of the values in a file that holds one list of them.
+    """Yield (number from 1, JSON text) of the values in a file that holds one list of them, perhaps on a single line.
 
     Raises:
-        ValueError: The file is not UTF-8 text, or not a list in JSON; the message names file and line.
+        ValueError: The file is not UTF-8 text, or not a list in JSON; the message names file and value.
     """
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")  # values contain no line ends
     start = _after_space(text, 0)
     if not text.startswith("[", start):
         raise ValueError(f"{path}: not a list in JSON, [{{…}}, …]")
-    position, line, counted = _after_space(text, start + 1), 1, 0
+    position, number = _after_space(text, start + 1), 0
     goes_on = not text.startswith("]", position)
     while goes_on:
-        line, counted = line + text.count("\n", counted, position), position
+        number += 1
         try:
             _, end = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {line}: not JSON ({error})") from None
-        yield line, text[position:end]
+            raise ValueError(f"{path}, row {number}: not JSON ({error})") from None
+        yield number, text[position:end]
         position = _after_space(text, end)
         goes_on = text.startswith(",", position)
         position = _after_space(text, position + goes_on)
-    if text[position:].strip() != "]":
-        line += text.count("\n", counted, position)
-        raise ValueError(f"{path}, line {line}: not JSON (',' or the ']' at the end of the list is missing)")
+    ended = text.startswith("]", position)
+    position = _after_space(text, position + ended)
+    if not ended or position < len(text):
+        problem = "text after the end of the list" if ended else "',' or the ']' at the end of the list is missing"
+        place = f"line {text.count(chr(10), 0, position) + 1} column {position - text.rfind(chr(10), 0, position)}"
+        raise ValueError(f"{path}, after row {number}: not JSON ({problem}: {place})")
 
 
 def _after_space(text: str, position: int) -> int:

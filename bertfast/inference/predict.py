@@ -67,10 +67,11 @@ def predict(settings: PredictSettings) -> None:
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, task.config)
-    for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
-        for prediction in _predict_rows(task, model, tokenizer, length, examples):
-            print(json.dumps(prediction, ensure_ascii=False))
-        sys.stdout.flush()
+    with task.bad_rows.logged():
+        for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
+            for prediction in _predict_rows(task, model, tokenizer, length, examples):
+                print(json.dumps(prediction, ensure_ascii=False))
+            sys.stdout.flush()
 
 
 def _predict_rows(
@@ -84,6 +85,7 @@ def _predict_rows(
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
         yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)
+    task.bad_rows.log_skipped()
     task.bad_rows.skipped.clear()
 
 

@@ -26,6 +26,8 @@ from bertfast.tasks.tables import Table, not_text, read_chunks, read_table
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
 
 _LABEL = "label"
+CHOICE_COLUMNS = "sent1, optionally sent2, endings (in tables ending0, ending1, …) and label"
+"""The columns that multiple choice needs, for messages."""
 _LINE_EXAMPLE = '{"sent1": "…", "sent2": "…", "endings": ["…", "…"]}'
 
 
@@ -64,7 +66,7 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
         ending1, … or, in JSON, a list endings."""
         table = read_table(path, bad=self.bad_rows)
-        if labelled:
+        if labelled and "sent1" in table.columns:
             table.column(_LABEL)  # raises, naming the columns of the file, before the rows without labels are reported
         examples, table = _usable(table)
         if not labelled and _LABEL not in table.columns:
@@ -143,6 +145,9 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
 
 def _usable(table: Table) -> tuple[MultipleChoiceExamples, Table]:
     """Return the examples of a table, without labels, and the rows that they come from."""
+    if "sent1" not in table.columns or not any(re.fullmatch(r"endings|ending\d+", name) for name in table.columns):
+        found = ", ".join(map(repr, table.columns))
+        raise ValueError(f"{table.path}: multiple choice needs the columns {CHOICE_COLUMNS}; rename those of {found}")
     table = table.with_texts("sent1")
     second_texts, choices = table.columns.get("sent2", [""] * len(table)), _endings(table)
     usable: list[int] = []

@@ -34,7 +34,7 @@ from bertfast.tasks.settings import QuestionAnsweringSettings, TaskSettings
 from bertfast.tasks.squad import LINE_EXAMPLE, Question, read_questions
 from bertfast.tasks.squad_metrics import answer_scores, best_threshold, mean_scores
 from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines
-from bertfast.tasks.windows import Window, answer_positions, max_context_windows, query_length, tokenized, window_spans
+from bertfast.tasks.windows import Window, answer_positions, max_context_windows, tokenized, window_sizes, window_spans
 
 UNANSWERABLE = "unanswerable"  # entry of a model's configuration: whether it may predict that there is no answer
 
@@ -113,7 +113,7 @@ class QuestionAnsweringTask(Task[Questions]):
             or 0 ([CLS]) in windows that do not contain it whole; -100 if the answer has no tokens.
         """
         special = template(tokenizer)
-        max_query_length = query_length(self.options, max_length, special)
+        max_query_length, stride = window_sizes(self.options, max_length, special)
         windows: list[Window] = []
         parts: list[np.ndarray] = []  # token ids of each window's question and context, with special tokens
         answers: list[tuple[int, int]] = []
@@ -122,9 +122,9 @@ class QuestionAnsweringTask(Task[Questions]):
             num_cut += len(query.ids) > max_query_length
             prefix = np.array([*special.start, *query.ids[:max_query_length], *special.middle], np.int32)
             room = max_length - len(prefix) - len(special.end_of_pair)
-            spans, added = self._windows(index, context.offsets, len(prefix), room)
+            spans, added = _windows(index, context.offsets, len(prefix), room, stride)
             windows += added
-            num_adjoining += len(spans) > 1 and room < self.options.doc_stride
+            num_adjoining += len(spans) > 1 and room < stride
             for first, last in spans:
                 parts += [prefix, np.array([*context.ids[first:last], *special.end_of_pair], np.int32)]
             gold = question.answers[0] if examples.labelled and question.answers else None
@@ -138,7 +138,7 @@ class QuestionAnsweringTask(Task[Questions]):
                 "%d contexts are split into windows that do not overlap, as a window has room for fewer tokens than "
                 "--doc-stride %d: lower it",
                 num_adjoining,
-                self.options.doc_stride,
+                stride,
             )
         if num_not_whole:
             logger.warning("%d answers are whole in no window: raise --max-seq-length", num_not_whole)
@@ -240,21 +240,6 @@ class QuestionAnsweringTask(Task[Questions]):
     def _may_abstain(self) -> bool:
         return bool(getattr(self.config, UNANSWERABLE, False))
 
-    def _windows(
-        self, question: int, offsets: np.ndarray, prefix: int, room: int
-    ) -> tuple[list[tuple[int, int]], list[Window]]:
-        """Return the windows of one question's context, as (first, end) tokens and as `Window`.
-
-        Each has room for `room` tokens of the context, after `prefix` others.
-        """
-        spans = window_spans(len(offsets), room, min(self.options.doc_stride, room))  # see query_length
-        best = max_context_windows(spans, len(offsets))
-        windows = [
-            Window(question, prefix, offsets[first:last], best[first:last] == index)
-            for index, (first, last) in enumerate(spans)
-        ]
-        return spans, windows
-
     def _choose(self, best: list[Candidate], null: Candidate) -> tuple[Candidate, int]:
         """Return the predicted answer and its index in [*best, null]."""
         if self._may_abstain and null.score - best[0].score > self.options.null_score_diff_threshold:
@@ -298,3 +283,24 @@ class QuestionAnsweringTask(Task[Questions]):
                 first, last = int(window.offsets[starts[i], 0]), int(window.offsets[ends[j], 1])
                 candidates.append(Candidate(context[first:last], float(scores[i, j]), first))
         return candidates
+
+
+def _windows(
+    question: int, offsets: np.ndarray, prefix: int, room: int, stride: int
+) -> tuple[list[tuple[int, int]], list[Window]]:
+    """Return the windows of one question's context, as (first, end) tokens and as `Window`.
+
+    Args:
+        question: Index of the question.
+        offsets: int64 [n, 2], start and end in characters of the context's tokens.
+        prefix: Tokens before the context.
+        room: Tokens of the context that fit into a window after this question.
+        stride: Tokens between the starts of two windows, if there is room for so many.
+    """
+    spans = window_spans(len(offsets), room, min(stride, room))
+    best = max_context_windows(spans, len(offsets))
+    windows = [
+        Window(question, prefix, offsets[first:last], best[first:last] == index)
+        for index, (first, last) in enumerate(spans)
+    ]
+    return spans, windows

@@ -18,13 +18,13 @@ class Record:
     """A row as it stands in a file.
 
     Attributes:
-        line: Its first line, from 1.
+        line: Its first line, from 1; None: it is a value of a list, of which many may be on one line.
         values: Fields, or values by name.
         problem: Why it cannot be read, with file and line.
         parts: If the row has several lines, the fields of each line when its quotes are ignored.
     """
 
-    line: int
+    line: int | None
     values: list[str] | dict[str, Any]
     problem: str | None = None
     parts: Sequence[list[str]] = ()
@@ -50,10 +50,11 @@ def json_records(path: Path) -> Iterator[Record]:
     """Yield the rows of a file of one JSON object per line, or, if its name says .json, of one list of objects."""
     is_list = ".jsonl" not in path.suffixes[-2:] and next(_lines_with_text(path), (0, ""))[1].lstrip().startswith("[")
     for number, text in read_json_list(path) if is_list else _lines_with_text(path):
+        where, line = (f"{path}, row {number}", None) if is_list else (f"{path}, line {number}", number)
         try:
-            yield Record(number, json_object(path, number, text, '{"sentence": "…", "label": "…"}'))
+            yield Record(line, json_object(where, text, '{"sentence": "…", "label": "…"}'))
         except ValueError as error:
-            yield Record(number, {}, str(error))
+            yield Record(line, {}, str(error))
 
 
 def _lines_with_text(path: Path) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,16 +16,24 @@ from bertfast.data.text_files import read_lines
 from bertfast.models.families import architecture_of, class_like, has_class_like
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.conll import is_tagged
-from bertfast.tasks.glue import BENCHMARKS
+from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import PROBLEM_TYPES
-from bertfast.tasks.multiple_choice import MultipleChoiceTask
+from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
-from bertfast.tasks.sequence_classification import SequenceClassificationTask
-from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.records import json_records
+from bertfast.tasks.sequence_classification import LABEL_COLUMN, TEXT_COLUMNS, SequenceClassificationTask
+from bertfast.tasks.settings import ColumnSettings, TaskSettings
 from bertfast.tasks.task import Task
 from bertfast.tasks.token_classification import TokenClassificationTask
 
-_LINES = 20  # of a .json or .jsonl file, which may be indented; the keys of its first object are in them
+_RECORDS = 20  # of a .json or .jsonl file, of which one that can be read tells the task
+# Names in the objects of a .json or .jsonl file that tell the task.
+_CHOICES = {"endings", "ending0", "choices"}
+_SQUAD = {"data", "paragraphs", "qas"}
+_NEEDED = (
+    f"classification needs {' or '.join(TEXT_COLUMNS)}, and {LABEL_COLUMN}; multiple choice {CHOICE_COLUMNS}; question "
+    "answering question, context and answers; token classification is read from .conll files"
+)
 FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
 TASKS: dict[str, type[Task[Any]]] = {
@@ -59,7 +68,7 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
     if name not in ("auto", *TASKS):
         raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
     of_model = next((cls for cls in _TASK_CLASSES for model in _names(cls, config) if model in architectures), None)
-    task_class = TASKS.get(name) or of_model or _by_file(file)
+    task_class = TASKS.get(name) or of_model or _by_file(file, settings.columns)
     if of_model not in (None, task_class):
         raise ValueError(
             f"--task {name} requires a {_names(task_class, config)[0]}, but {settings.model_name_or_path} is a "
@@ -74,8 +83,12 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
     return task
 
 
-def _by_file(file: str | None) -> type[Task[Any]]:
-    """Return the task that a file looks like; ValueError for a CoNLL file named like a table."""
+def _by_file(file: str | None, columns: ColumnSettings) -> type[Task[Any]]:
+    """Return the task that a file looks like.
+
+    Raises:
+        ValueError: It is a CoNLL file named like a table, or holds JSON objects that fit no task.
+    """
     path = Path(file or "")
     suffixes = {*path.suffixes[-2:]}
     if path.is_file() and suffixes & {".tsv", ".csv", ".jsonl", ".json"}:
@@ -83,20 +96,41 @@ def _by_file(file: str | None) -> type[Task[Any]]:
             header = next((line for _, line in read_lines(path)), "")
             if re.search(r'(^|[\t,"])ending0($|[\t,"\r\n])', header):
                 return MultipleChoiceTask
-        else:
-            start = "".join(line for _, line in islice(read_lines(path), _LINES))
-            if re.search(r'"(endings|ending0)"\s*:', start):
-                return MultipleChoiceTask
-            if '"question"' in start and '"context"' in start:
-                return QuestionAnsweringTask
-            if re.search(r'"label"\s*:', start) and '"paragraphs"' not in start:
-                return SequenceClassificationTask
+        elif names := _names_in_json(path):
+            return _by_names(path, names, columns)
         if ".tsv" in suffixes and is_tagged(path):
             raise ValueError(
                 f"{path} looks like a CoNLL file, with one word and its tag per line and an empty line between "
                 "sentences: add --task token-classification, or give the file the suffix .conll"
             )
     return next((_BY_SUFFIX[suffix] for suffix in _BY_SUFFIX if suffix in suffixes), SequenceClassificationTask)
+
+
+def _names_in_json(path: Path) -> set[str]:
+    """Return the names of values in the first object that can be read of a .jsonl or .json file; none: there is none.
+
+    Reading the file for the task says what is wrong with it.
+    """
+    with suppress(ValueError):
+        for record in islice(json_records(path), _RECORDS):
+            if isinstance(record.values, dict) and record.values:
+                return {*record.values}
+    return set()
+
+
+def _by_names(path: Path, names: set[str], columns: ColumnSettings) -> type[Task[Any]]:
+    """Return the task that JSON objects with values of these names fit; ValueError if they fit none."""
+    if names & _CHOICES and "answers" not in names:
+        return MultipleChoiceTask
+    if names & _SQUAD or names >= {"question", "context"}:
+        return QuestionAnsweringTask
+    chosen = {columns.text_column, columns.label_column} - {None}
+    if chosen or names & {*TEXT_COLUMNS, LABEL_COLUMN} or infer_benchmark(names) is not None:
+        return SequenceClassificationTask
+    raise ValueError(
+        f"{path} fits no task, as its objects hold {', '.join(map(repr, sorted(names)))}: {_NEEDED}; rename them, name "
+        "them with --text-column and --label-column, or add --task"
+    )
 
 
 def _names(task_class: type[Task[Any]], config: BertConfig | None) -> list[str]:

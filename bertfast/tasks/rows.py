@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -49,9 +50,11 @@ class BadRows:
     def __init__(self, action: OnBadRows = "stop", remedy: str = ""):
         self.action, self.remedy, self.count = action, remedy, 0
         self.skipped: dict[str, dict[int, Skipped]] = {}
+        self._warnings: list[tuple[str, int, str]] = []  # (file, row, problem) of bad rows that were not logged yet
+        self._logged = 0
 
     def add(self, problem: str, *, file: str, row: int, row_id: Any = None) -> None:
-        """Skip, count and warn about a bad row; ValueError if the action is "stop".
+        """Skip and count a bad row, and remember it for `log_skipped`; ValueError if the action is "stop".
 
         Args:
             problem: What is wrong, with file and line.
@@ -61,14 +64,31 @@ class BadRows:
         """
         if self.action == "stop":
             raise ValueError(problem + self.remedy)
-        self.count += 1
-        if self.count <= _MAX_WARNINGS:
-            logger.warning("skipped: %s", problem)
+        if row not in self.skipped.get(file, {}):  # the same file may be that of two splits
+            self.count += 1
+            self._warnings.append((file, row, problem))
         self.leave_out(problem, file=file, row=row, row_id=row_id)
 
     def leave_out(self, problem: str, *, file: str, row: int, row_id: Any = None) -> None:
         """Remember that a row has no example, though nothing is wrong with it; see `add`."""
         self.skipped.setdefault(file, {})[row] = Skipped(problem, row_id)
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Context at whose end, also after an error, the first bad rows are logged; see `log_skipped`."""
+        try:
+            yield
+        finally:
+            self.log_skipped()
+
+    def log_skipped(self) -> None:
+        """Log the first bad rows since the last call in the order of their file: checks find them in another order."""
+        files = [*dict.fromkeys(file for file, *_ in self._warnings)]
+        self._warnings.sort(key=lambda warning: (files.index(warning[0]), warning[1]))
+        for *_, problem in self._warnings[: _MAX_WARNINGS - self._logged]:
+            logger.warning("skipped: %s", problem)
+            self._logged += 1
+        self._warnings.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +122,8 @@ class Rows:
         """Return the file and line of the row at `index`, for messages."""
         if self.lines is not None:
             return f"{self.file}, line {self.lines[index]}"
-        return f"{self.file}, row {self.numbers[index]}" + ("" if self.ids is None else f" (id {self.ids[index]!r})")
+        row_id = None if self.ids is None else self.ids[index]
+        return f"{self.file}, row {self.numbers[index]}" + ("" if row_id in (None, "") else f" (id {row_id!r})")
 
     def reject(self, index: int, problem: str) -> None:
         """Add the row at `index` to the bad rows."""

@@ -34,16 +34,16 @@ class QuestionAnsweringSettings(Settings):
     """Windows of long contexts, and choice of the answers, in question answering.
 
     Attributes:
-        doc_stride: Tokens between the starts of two windows of a long context in question answering; the default is
-            less where a window has room for fewer.
-        max_query_length: Maximum tokens of a question; the default is at most half of --max-seq-length.
+        doc_stride: Tokens between the starts of two windows of a long context in question answering. If not given: 128,
+            or as many as a window has room for.
+        max_query_length: Maximum tokens of a question. If not given: 64, or half of --max-seq-length if that is less.
         max_answer_length: Maximum tokens of an answer.
         null_score_diff_threshold: Predict no answer if its score exceeds the best answer's by more than this.
         n_best: Maximum answers per question in nbest_SPLIT.json.
     """
 
-    doc_stride: Count = 128
-    max_query_length: Count = 64
+    doc_stride: Count | None = None
+    max_query_length: Count | None = None
     max_answer_length: Count = 30
     null_score_diff_threshold: Annotated[float, Range()] = 0.0
     n_best: Count = 20

@@ -128,9 +128,9 @@ def _lines(path: Path) -> Iterator[_Entry]:
     for row, (number, line) in enumerate(filled, 1):
         location = f"line {number}"
         try:
-            values = json_object(path, number, line, LINE_EXAMPLE)
+            values = json_object(location, line, LINE_EXAMPLE)
         except ValueError as error:
-            yield _Entry(location, problem=str(error).removeprefix(f"{path}, {location}: "))
+            yield _Entry(location, problem=str(error).removeprefix(f"{location}: "))
         else:
             yield _Entry(location, values, values.get("context", _ABSENT), str(row))
 
@@ -139,12 +139,13 @@ def _nested(path: Path) -> Iterator[_Entry]:
     """Yield the questions of a .json file, paragraph by paragraph; a malformed article or paragraph is one entry."""
     for number, found in enumerate(_pairs(path, _json(path)), 1):
         if isinstance(found, _Malformed):
-            yield _Entry(found.location, problem=f"not in SQuAD's format, {_FORMAT}: {found.problem}")
+            location = f"row {number} ({found.location})"
+            yield _Entry(location, problem=f"not in SQuAD's format, {_FORMAT}: {found.problem}")
             continue
         values, context = found
         known = values if isinstance(values, dict) else {}
-        name = next((repr(known[key])[:_SHOWN] for key in ("id", "question") if known.get(key)), "without id")
-        yield _Entry(f"question {number} ({name})", values, context)
+        name = next((f" ({key} {known[key]!r:.{_SHOWN}})" for key in ("id", "question") if known.get(key)), "")
+        yield _Entry(f"row {number}{name}", values, context)
 
 
 def _pairs(path: Path, data: object) -> Iterator[tuple[object, object] | _Malformed]:

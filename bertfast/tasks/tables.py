@@ -155,7 +155,7 @@ class _TableReader:
 
     def table(self, records: list[Record]) -> Table:
         """Return the table of the next records without those that cannot be used."""
-        numbers, lines, rows = [], [], []
+        numbers, lines, rows = [], list[int](), []
         for record in records:
             self.number += 1
             problem = record.problem or self._problem(record)
@@ -163,11 +163,11 @@ class _TableReader:
                 self.bad.add(problem, file=str(self.path), row=self.number)
                 continue
             numbers.append(self.number)
-            lines.append(record.line)
+            lines += [] if record.line is None else [record.line]
             rows.append(record.values)
         self._require_plausible_quotes(records)
         return self._without_repeated_ids(
-            Table(self._columns(rows), Rows(str(self.path), numbers, lines, None, self.bad))
+            Table(self._columns(rows), Rows(str(self.path), numbers, lines or None, None, self.bad))
         )
 
     def _columns(self, rows: list[list[str] | dict[str, Any]]) -> dict[str, list[Any]]:

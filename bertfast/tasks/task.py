@@ -231,7 +231,7 @@ def json_lines(
     objects, usable = [], []
     for index, line in enumerate(lines):
         try:
-            value = json_object(Path(rows.file), rows.numbers[index], line, example)
+            value = json_object(rows.where(index), line, example)
         except ValueError as error:
             bad.add(str(error), file=rows.file, row=rows.numbers[index])
             continue

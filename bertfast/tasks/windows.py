@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from bertfast.models.tokenizers import Template, without_spaces
 from bertfast.ops.reference import IGNORE_INDEX
-from bertfast.runtime.settings import given
 from bertfast.tasks.settings import QuestionAnsweringSettings
 from bertfast.tasks.squad import Question
 
+_QUERY_LENGTH, _STRIDE = 64, 128  # tokens, as in BERT's code for SQuAD; less in short sequences
 _QUESTIONS_PER_BATCH = 2000  # tokenized at a time, which bounds memory; a context's tokens are shared within a batch
 
 
@@ -42,8 +42,8 @@ class Tokens(NamedTuple):
     offsets: np.ndarray
 
 
-def query_length(options: QuestionAnsweringSettings, max_length: int, special: Template) -> int:
-    """Return the maximum tokens of a question.
+def window_sizes(options: QuestionAnsweringSettings, max_length: int, special: Template) -> tuple[int, int]:
+    """Return the maximum tokens of a question, and the tokens between the starts of two windows.
 
     Args:
         options: Settings of question answering.
@@ -53,16 +53,17 @@ def query_length(options: QuestionAnsweringSettings, max_length: int, special: T
     Raises:
         ValueError: A setting that was given does not fit into a sequence.
     """
-    changed, half = given(options), max_length // 2
+    half = max_length // 2
     # Room for the context after a question of one token.
     room = max_length - len(special.start) - 1 - len(special.middle) - len(special.end_of_pair)
     for name, value, limit in (
         ("--max-query-length", options.max_query_length, half),
         ("--doc-stride", options.doc_stride, room),
     ):
-        if name in changed and value > limit:
+        if value is not None and value > limit:
             raise ValueError(f"{name} must be at most {limit} in sequences of {max_length} tokens, got {value}")
-    return min(options.max_query_length, half)  # the default is less in short sequences
+    query = min(_QUERY_LENGTH, half) if options.max_query_length is None else options.max_query_length
+    return query, min(_STRIDE, room) if options.doc_stride is None else options.doc_stride
 
 
 def tokenized(questions: list[Question], tokenizer: Tokenizer) -> Iterator[tuple[Question, Tokens, Tokens]]:

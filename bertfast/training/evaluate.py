@@ -114,9 +114,10 @@ def _evaluate(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[P
 
 def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
     task, model, tokenizer = open_finetuned(settings)
-    examples = task.read(settings.validation_file, labelled=True)
-    length = sequence_length(settings.max_seq_length, task.config)
-    examples, features = task.featurize(examples, tokenizer, length)
+    with task.bad_rows.logged():
+        examples = task.read(settings.validation_file, labelled=True)
+        length = sequence_length(settings.max_seq_length, task.config)
+        examples, features = task.featurize(examples, tokenizer, length)
     outputs = predict_outputs(task, model, features)
     metrics = task.compute_metrics(examples, features, outputs)
 

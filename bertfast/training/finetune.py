@@ -36,7 +36,7 @@ from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import Outputs, Task
 from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
-from bertfast.training.finetune_folder import finetune_folder
+from bertfast.training.finetune_folder import finetune_folder, write_skipped_rows
 from bertfast.training.finetune_model import model_config
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
@@ -111,16 +111,17 @@ class Finetuning:
         self.task = self._choose_task()
         files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
         paths = {split: path for split, path in files.items() if path is not None}
-        examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
-        self.source = source = resolve(settings.model_name_or_path)
-        self.config = model_config(settings, source, self.task.label_config(examples["train"]))
-        self.task.set_config(self.config)
-        self.precision = choose_precision(self.device, settings.compute.precision, self.config)
-        self.metric = self._choose_metric()
-        self.tokenizer = open_tokenizer(source, self.config)
         self.examples: dict[str, Any] = {}
         self.features: dict[str, Any] = {}
-        self._featurize(examples, paths)
+        with self.task.bad_rows.logged():
+            examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
+            self.source = source = resolve(settings.model_name_or_path)
+            self.config = model_config(settings, source, self.task.label_config(examples["train"]))
+            self.task.set_config(self.config)
+            self.precision = choose_precision(self.device, settings.compute.precision, self.config)
+            self.metric = self._choose_metric()
+            self.tokenizer = open_tokenizer(source, self.config)
+            self._featurize(examples, paths)
         torch.manual_seed(self.hyperparameters.seed)
         self.model = self._build_model(source)
         if settings.feature_based.strategy == "feature-based":
@@ -172,6 +173,7 @@ class Finetuning:
         settings = self.settings
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics_log = MetricsLog(self.folder)
+        write_skipped_rows(self.folder, self.task.bad_rows)
         logger.info("fine-tuning on %d examples, %s on %s", len(self.examples["train"]), self.precision, self.device)
         if self.steps == 1 and settings.optimizer.warmup_ratio:
             logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
@@ -384,7 +386,6 @@ class Finetuning:
             results["skipped_steps"] = self.results.skipped
         if self.task.bad_rows.count:
             results["bad_rows"] = self.task.bad_rows.count
-            logger.warning("invalid rows skipped: %d", self.task.bad_rows.count)
         if "test" in self.features:
             self.model.load_state_dict(load(type(self.model), self.folder, self.config)[0].state_dict())
             outputs, metrics = self._predict("test")

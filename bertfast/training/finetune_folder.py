@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,16 @@ from bertfast.data.text_files import require_file
 from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
-from bertfast.runtime.settings import flag
+from bertfast.runtime.settings import counted, flag
+from bertfast.tasks.rows import BadRows
 from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.task import write_rows
 from bertfast.training.finetune_settings import FinetuneSettings
 
+logger = logging.getLogger("bertfast")
+
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
+SKIPPED_ROWS = "skipped_rows.tsv"
 PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*")  # what `Task.write_predictions` writes
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
 _CONTENTS = ("config.json", "model*.safetensors*", "all_results.json", "sweep_score.json", *PREDICTIONS)
@@ -53,6 +59,19 @@ def finetune_folder(settings: FinetuneSettings) -> Iterator[Callable[[], None]]:
             yield begin
         finally:
             remove(folder / SCRATCH)
+
+
+def write_skipped_rows(folder: Path, bad: BadRows) -> None:
+    """Write `SKIPPED_ROWS`: file, number, id and reason of each row of any split that has no example; say how many."""
+    rows = [
+        (file, number, "" if skipped.id is None else skipped.id, skipped.problem)
+        for file, of_file in bad.skipped.items()
+        for number, skipped in sorted(of_file.items())
+    ]
+    if rows:
+        write_rows(folder / SKIPPED_ROWS, ("file", "row", "id", "skipped"), rows)
+    if bad.count:
+        logger.warning("%s skipped, see %s", counted(bad.count, "invalid row"), folder / SKIPPED_ROWS)
 
 
 def finetune_origin(settings: TaskSettings, command: str) -> Origin:

@@ -100,7 +100,7 @@ class MetricsLog:
         example, entries = '{"step": 1}', []
         for number, line in read_lines(self.path):
             if line.endswith("\n"):  # a kill may cut the last line short
-                entry = json_object(self.path, number, line, example)
+                entry = json_object(f"{self.path}, line {number}", line, example)
                 if not isinstance(entry.get("step"), int):
                     raise ValueError(f"{self.path}, line {number}: not an entry like {example}; remove the line")
                 entries.append(entry)

@@ -144,17 +144,17 @@ def test_choices_in_a_json_file_are_read(text, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[\n{}\n,\n3]", r"line 4: not an object"),
-        ('[{"sent1": "a", "endings": ["b"]}]', r"line 1: 1 ending; at least two"),
-        ("[\n{},\n{]", r"line 3: not JSON"),
-        ("[\n{}\n{}]", r"line 3: not JSON \(',' or the '\]' at the end of the list is missing\)"),
-        ("[\n{}\n", r"not JSON \(',' or the '\]' at the end of the list is missing\)"),
-        ("[{}] x", r"line 1: not JSON"),
+        ("[\n{}\n,\n3]", r"row 2: not an object"),
+        ('[{"sent1": "a", "endings": ["b"]}]', r"row 1: 1 ending; at least two"),
+        ("[\n{},\n{]", r"row 2: not JSON \(Expecting property .*: line 3 column 2"),
+        ("[\n{}\n{}]", r"after row 1: not JSON \(',' or the '\]' at the end of the list is missing: line 3 column 1\)"),
+        ("[\n{}\n", r"after row 1: not JSON \(',' or the '\]' at the end of the list is missing: line 3"),
+        ("[{}] x", r"after row 1: not JSON \(text after the end of the list: line 1 column 6"),
         ("[" * 100_000, "not JSON"),
         ("[]", "holds no rows"),
     ],
 )
-def test_faults_of_a_list_in_json_are_named_with_their_line(text, message, tmp_path):
+def test_faults_of_a_list_in_json_are_named_with_their_row(text, message, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
@@ -167,6 +167,16 @@ def test_objects_of_a_list_that_cannot_be_used_are_skipped(tmp_path):
     task = task_for(on_bad_rows="skip")
     assert task.read(str(path), labelled=True).rows.numbers == [1, 4]
     assert sorted(task.bad_rows.skipped[str(path)]) == [2, 3]
+
+
+@pytest.mark.parametrize("names", [("context", "question", "choices"), ("sent1", "choices"), ("text", "endings")])
+def test_the_columns_that_multiple_choice_needs_are_named(names, tmp_path):
+    path = tmp_path / "a.json"
+    row = {"context": "a", "question": "b", "sent1": "c", "text": "d", "choices": ["x", "y"], "endings": ["x", "y"]}
+    path.write_text(json.dumps([{name: row[name] for name in names} | {"label": 1}]))
+    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    with pytest.raises(ValueError, match=rf"a\.json: multiple choice needs the columns sent1.*rename .*'{names[0]}'"):
+        task.read(str(path), labelled=True)
 
 
 def test_endings_are_numbered_from_zero(tmp_path):

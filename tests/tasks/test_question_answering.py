@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_answers_are_substrings_of_the_context(tokenizer, tmp_path):
     context = "WAA  wab, Wac-wad"
     task = task_for()
     path = write(tmp_path / "a.json", context, entry("1", ("wab, Wac", 5)), entry("2", ("Wad", 14), ("wad", 14)))
-    with pytest.raises(ValueError, match=r"question 2 \('2'\): the answer 'Wad' is not in the context at its"):
+    with pytest.raises(ValueError, match=r"row 2 \(id '2'\): the answer 'Wad' is not in the context at its"):
         task.read(path, labelled=True)
     task = task_for(on_bad_rows="skip", n_best=3)
     questions, features = task.featurize(task.read(path, labelled=True), tokenizer, 32)
@@ -179,7 +180,7 @@ def test_questions_that_are_skipped_are_in_the_outputs(tokenizer, tmp_path):
     assert json.loads((tmp_path / "nbest_test.json").read_text())["1"] == []
     skipped = json.loads((tmp_path / "skipped_test.json").read_text())
     assert [(one["row"], one["id"]) for one in skipped] == [(1, "1"), (3, None), (4, "2")]
-    assert skipped[0]["skipped"] == f"{path}, question 1 ('1'): it has no question"
+    assert skipped[0]["skipped"] == f"{path}, row 1 (id '1'): it has no question"
     task = task_for(on_bad_rows="skip")
     [chunk] = task.read_chunks(path)
     assert (len(chunk), [*task.bad_rows.skipped[path]]) == (2, [1, 3, 4])
@@ -270,6 +271,9 @@ def test_gold_answers_of_squad_are_spans_of_tokens(name, count, shared_data):
     [
         ({"doc_stride": 13}, "--doc-stride must be at most 12 in sequences of 16 tokens, got 13"),
         ({"max_query_length": 9}, "--max-query-length must be at most 8 in sequences of 16 tokens, got 9"),
+        # What the defaults are where they fit.
+        ({"doc_stride": 128}, "--doc-stride must be at most 12 in sequences of 16 tokens, got 128"),
+        ({"max_query_length": 64}, "--max-query-length must be at most 8 in sequences of 16 tokens, got 64"),
     ],
 )
 def test_settings_that_do_not_fit_into_a_sequence_are_refused(settings, message, tokenizer, tmp_path):
@@ -277,7 +281,8 @@ def test_settings_that_do_not_fit_into_a_sequence_are_refused(settings, message,
     task = task_for(**settings)
     with pytest.raises(ValueError, match=message):
         task.featurize(task.read(path, labelled=True), tokenizer, 16)
-    fits = task_for(**{name: value - 1 for name, value in settings.items()})
+    limit = int(re.search("at most (\\d+)", message)[1])
+    fits = task_for(**dict.fromkeys(settings, limit))
     fits.featurize(fits.read(path, labelled=True), tokenizer, 16)
 
 

@@ -1,8 +1,13 @@
 """The choice of a task."""
 
+import json
+
 import pytest
 
+from bertfast.tasks.multiple_choice import MultipleChoiceTask
+from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.registry import choose_task
+from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import TaskSettings
 
 
@@ -36,3 +41,34 @@ def test_the_inferred_task_is_named():
     settings = TaskSettings.of(model_name_or_path="model", doc_stride=4)
     with pytest.raises(ValueError, match="--doc-stride would have no effect: the task is token-classification"):
         choose_task(settings, file="train.conll")
+
+
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [
+        (("context", "question", "choices", "label"), MultipleChoiceTask),
+        (("sent1", "ending0", "ending1", "label"), MultipleChoiceTask),
+        (("context", "question", "answers"), QuestionAnsweringTask),
+        (("context", "question", "choices", "answers"), QuestionAnsweringTask),
+        (("data", "version"), QuestionAnsweringTask),
+        (("text", "stars"), SequenceClassificationTask),
+        (("review", "label"), SequenceClassificationTask),
+        (("question", "sentence", "label"), SequenceClassificationTask),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_the_names_in_the_first_object_that_can_be_read_tell_the_task(suffix, names, task, tmp_path):
+    path, rows = tmp_path / f"a{suffix}", ["3", json.dumps(dict.fromkeys(names, "x"))]
+    path.write_text(f"[{', '.join(rows)}]" if suffix == ".json" else "\n".join(rows))
+    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))) is task
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_a_file_that_fits_no_task_is_refused_with_the_columns_that_are_needed(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('{"review": "good", "stars": 3}')
+    needed = "a.json.* fits no task, as its objects hold 'review', 'stars': classification needs sentence or .* label;"
+    with pytest.raises(ValueError, match=f"{needed} multiple choice sent1, .*question answering question, context"):
+        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    settings = TaskSettings.of(model_name_or_path="", text_column="review", label_column="stars")
+    assert isinstance(choose_task(settings, file=str(path)), SequenceClassificationTask)

@@ -3,6 +3,7 @@
 import pytest
 
 from bertfast.tasks.rows import BadRows, Rows, Skipped
+from bertfast.tasks.tables import read_table
 from bertfast.tasks.task import json_lines, write_aligned
 
 
@@ -43,3 +44,30 @@ def test_json_lines_keep_their_line_numbers():
     objects, rows = json_lines(['{"a": 1}', "", '{"b": 2}', '{"a": 3}'], 11, '{"a": 1}', bad, set(), ("a", int))
     assert (objects, rows.numbers) == ([{"a": 1}, {"a": 3}], [11, 14])
     assert [*bad.skipped["standard input"]] == [12, 13]
+
+
+def test_bad_rows_are_logged_in_the_order_of_their_file(caplog):
+    bad = BadRows("skip")
+    with bad.logged():
+        for row in (9, 3, 7, 5, 3):  # 3 twice, as when the same file is that of two splits
+            bad.add(f"a.json, row {row}: no label", file="a.json", row=row)
+    assert bad.count == 4
+    assert [record.message for record in caplog.records] == [
+        f"skipped: a.json, row {row}: no label" for row in (3, 5, 7)
+    ]
+    bad.add("a.json, row 10: no label", file="a.json", row=10)
+    bad.log_skipped()
+    assert len(caplog.records) == 3  # further rows are only counted
+
+
+def test_rows_of_a_list_in_json_are_named_by_number(tmp_path):
+    """Many may be on one line."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a", "id": 1}, 3, {"text": "b", "id": 1}, {"text": null, "id": ""}]')
+    bad = BadRows("skip")
+    assert read_table(path, bad=bad).texts("text") == ["a"]
+    assert {row: skipped.problem.removeprefix(f"{path}, ")[:20] for row, skipped in bad.skipped[str(path)].items()} == {
+        2: "row 2: not an object",
+        3: "row 3 (id 1): the id",
+        4: "row 4: column 'text'",
+    }

@@ -58,8 +58,8 @@ def test_lines_with_a_question_and_a_context_are_recognised(tmp_path):
 
 
 BAD = {
-    "id": ({"id": None}, "1 ('Who?'): it has no id"),
-    "question": ({"question": None}, "1 ('1'): it has no question"),
+    "id": ({"id": None}, "1 (question 'Who?'): it has no id"),
+    "question": ({"question": None}, "1 (id '1'): it has no question"),
     "start": (
         {"answers": [{"text": "Denver"}]},
         "'Denver' has no answer_start, its first character in the context; the",
@@ -79,8 +79,8 @@ BAD = {
     "lengths": ({"answers": {"text": ["Denver"], "answer_start": []}}, "are not lists of the same length"),
     "contradiction": ({"is_impossible": True}, "is_impossible is true, but there are answers"),
     "impossible": ({"is_impossible": "False"}, "is_impossible is 'False', not true or false"),
-    "surrogate": ({"question": "Who\ud83d?"}, "1 ('1'): it holds the unpaired surrogate"),
-    "repeated": ({"id": "good"}, "the id 'good' is repeated, after question 1 ('good')"),
+    "surrogate": ({"question": "Who\ud83d?"}, "1 (id '1'): it holds the unpaired surrogate"),
+    "repeated": ({"id": "good"}, "the id 'good' is repeated, after row 1 (id 'good')"),
 }
 
 
@@ -88,7 +88,7 @@ BAD = {
 def test_questions_that_cannot_be_used_are_named_and_skipped(changes, message, tmp_path):
     entries = [{"id": "1", "question": "Who?", "answers": [ANSWER]} | changes, GOOD]
     content = squad(*(reversed(entries) if "repeated" in message else entries))
-    with pytest.raises(ValueError, match=rf"a\.json, question .*{re.escape(message)}"):
+    with pytest.raises(ValueError, match=rf"a\.json, row .*{re.escape(message)}"):
         read(tmp_path / "a.json", content)
     questions, rows, *_ = read(tmp_path / "a.json", content, skip=True)
     assert questions == [READ]
@@ -97,10 +97,10 @@ def test_questions_that_cannot_be_used_are_named_and_skipped(changes, message, t
 
 def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
     content = {"data": [*squad(GOOD)["data"], *squad({"id": "2", "question": "?"}, context=None)["data"]]}
-    with pytest.raises(ValueError, match=r"question 2 \('2'\): its context is null, not a text"):
+    with pytest.raises(ValueError, match=r"row 2 \(id '2'\): its context is null, not a text"):
         read(tmp_path / "a.json", content)
     assert read(tmp_path / "a.json", content, skip=True).questions == [READ]
-    with pytest.raises(ValueError, match=r"question 1 .*: 3 is not an object"):
+    with pytest.raises(ValueError, match=r"row 1: 3 is not an object"):
         read(tmp_path / "a.json", squad(3, GOOD))
     lines = b"{\n" + json.dumps(FLAT).encode()
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not JSON"):
@@ -117,8 +117,12 @@ def test_entries_and_contexts_that_are_no_texts_are_bad_rows(tmp_path):
         ("a.json", b"3", "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": 3}]}, "not in SQuAD's format"),
         ("a.json", {"data": [{"paragraphs": [{"context": "a"}]}]}, "no list 'qas'"),
-        ("a.json", {"data": [{"paragraphs": []}, None]}, "article 2: .*it is null"),
-        ("a.json", {"data": [{"paragraphs": [{"context": "a", "qas": []}, 5]}]}, "paragraph 2: .*it is 5"),
+        ("a.json", {"data": [{"paragraphs": []}, None]}, r"row 1 \(article 2\): .*it is null"),
+        (
+            "a.json",
+            {"data": [{"paragraphs": [{"context": "a", "qas": []}, 5]}]},
+            r"row 1 \(article 1, paragraph 2\): .*it is 5",
+        ),
         ("a.json", {"data": [{"title": "t"}]}, "no 'paragraphs'"),
         ("a.json", b'{"data": [], "data": []}', r"the key 'data' is repeated within an object; remove one"),
         ("a.json", b"{}\n{}\n", r"one object per line the suffix \.jsonl"),
@@ -160,12 +164,15 @@ def test_files_to_predict_need_no_answers(entries, labelled, tmp_path):
 
 
 MALFORMED = {  # of articles between two good ones: where the problem is, and what it is
-    "article": (None, "article 2: not in SQuAD's format, .*: it is null"),
-    "no paragraphs": ({"title": "t"}, "article 2: .*it has no 'paragraphs'"),
-    "paragraphs": ({"paragraphs": 3}, "article 2: .*its 'paragraphs' are 3, not a list"),
-    "paragraph": ({"paragraphs": ["x"]}, 'article 2, paragraph 1: .*it is "x"'),
-    "questions": ({"paragraphs": [{"context": "a", "qas": {}}]}, "article 2, paragraph 1: .*it has no list 'qas'"),
-    "context": ({"paragraphs": [{"qas": [GOOD | {"id": "2"}]}]}, r"question 2 \('2'\): it has no context"),
+    "article": (None, r"row 2 \(article 2\): not in SQuAD's format, .*: it is null"),
+    "no paragraphs": ({"title": "t"}, r"row 2 \(article 2\): .*it has no 'paragraphs'"),
+    "paragraphs": ({"paragraphs": 3}, r"row 2 \(article 2\): .*its 'paragraphs' are 3, not a list"),
+    "paragraph": ({"paragraphs": ["x"]}, r'row 2 \(article 2, paragraph 1\): .*it is "x"'),
+    "questions": (
+        {"paragraphs": [{"context": "a", "qas": {}}]},
+        r"row 2 \(article 2, paragraph 1\): .*it has no list 'qas'",
+    ),
+    "context": ({"paragraphs": [{"qas": [GOOD | {"id": "2"}]}]}, r"row 2 \(id '2'\): it has no context"),
 }
 
 

@@ -74,7 +74,7 @@ SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
         ("a.tsv", "", "holds no rows"),
         ("a.csv", 'sentence,label\n"one, and",1\ntwo\n', "line 3: 1 field where the header has 2"),
         ("a.odt", "sentence,label\n", "unknown file type; use one of .tsv"),
-        ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON"),
+        ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON (Expecting ':' delimiter at column 12)"),
         ("a.jsonl", '["x"]\n', "line 1: not an object"),
         (
             "a.jsonl",

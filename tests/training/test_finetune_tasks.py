@@ -220,3 +220,21 @@ def test_a_fine_tuned_model_records_its_task(pretrained, tmp_path):
     again = json.loads((tmp_path / "checked" / "eval_results.json").read_text())
     name = "eval_matthews_correlation"
     assert again[name] == pytest.approx(results[name])
+
+
+def test_skipped_rows_are_counted_and_listed(pretrained, tmp_path, capsys):
+    """Also those of the training data, which no file of predictions lists."""
+    rows = [{"text": "the film was good", "label": "yes"}, {"text": "the film was bad", "label": "no"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": None, "label": "no"}, *rows, 3, {"text": "x"}, *rows]))
+    (tmp_path / "b.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
+    files = ["--train-file", str(tmp_path / "a.json"), "--validation-file", str(tmp_path / "b.jsonl")]
+    quick = ["--num-train-epochs", "1", "--device", "cpu", "--on-bad-rows", "skip"]
+    out = tmp_path / "out"
+    assert main(["finetune", "--model-name-or-path", str(pretrained), *files, *quick, "--output-dir", str(out)]) == 0
+    errors = capsys.readouterr().err
+    assert f"4 invalid rows skipped, see {out / 'skipped_rows.tsv'}" in errors
+    assert errors.index("a.json, row 1: ") < errors.index("a.json, row 4: ") < errors.index("a.json, row 5: ")
+    listed = [line.split("\t")[:3] for line in (out / "skipped_rows.tsv").read_text().splitlines()[1:]]
+    assert listed == [
+        [str(tmp_path / file), row, ""] for file, row in zip(["a.json"] * 3 + ["b.jsonl"], "1451", strict=True)
+    ]
