@@ -14,9 +14,9 @@ from bad_calls import Call, Inputs
 
 import bertfast
 from bench.harness import time_limit
-from bertfast.cli.errors import is_out_of_memory
 from bertfast.cli.main import main
 from bertfast.runtime.atomic_write import remove
+from bertfast.runtime.malloc import is_out_of_memory
 
 SECONDS = 60  # after which a call is taken to hang
 PACKAGE = str(Path(bertfast.__file__).parent)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from bertfast.runtime.display import SHOW_ERRORS
+
 
 def say(message: str) -> None:
     """Print a message to standard error, if anybody can read it."""
@@ -86,7 +88,7 @@ def _make_writable(name: str) -> None:
     if stream is None:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the end
     elif isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        stream.reconfigure(encoding="utf-8", errors=SHOW_ERRORS)
 
 
 def _discard(stream: TextIO) -> None:

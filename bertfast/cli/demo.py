@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
             name: _finetune(settings, model, folder / name, train, validation) for name in ("finetuned", "from-scratch")
         }
     except RunStopped as stopped:
-        reason = str(stopped).partition(":")[0]
+        reason = re.split("[:;]", str(stopped))[0]
         raise RunStopped(f"{reason}: run the same command again to continue the demo", stopped.status) from None
 
     print("4. Masked tokens: the five most likely predictions for each.")

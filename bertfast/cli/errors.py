@@ -5,6 +5,8 @@ from __future__ import annotations
 import dis
 from types import TracebackType
 
+from bertfast.runtime.atomic_write import reason
+from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.signals import RunStopped
 
 # Errors of which the message says what is wrong, no matter where they were raised.
@@ -42,15 +44,6 @@ def is_user_error(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError)) and library not in _NUMERICAL_LIBRARIES and _raises(innermost)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory of the machine or of a GPU was exhausted."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-    )
-
-
 def describe(error: Exception) -> str:
     """Return what is wrong, and the file if the error names one."""
     if is_out_of_memory(error):
@@ -59,7 +52,8 @@ def describe(error: Exception) -> str:
         return "a JSON file is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(
-            [str(name) for name in (error.filename, error.filename2) if name is not None] + [error.strerror]
+            [str(name) for name in (error.filename, error.filename2) if name is not None]
+            + [error.strerror if error.errno is None else reason(error.errno, error.strerror)]
         )
     return str(error) or type(error).__name__
 

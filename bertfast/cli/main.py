@@ -12,6 +12,7 @@ from bertfast.cli.console import console, require_standard_output, say, use_utf8
 from bertfast.cli.errors import describe, is_user_error
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import recipe_names
+from bertfast.runtime.display import require_utf8
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.settings import Settings
 from bertfast.runtime.signals import exit_on_sigterm
@@ -222,9 +223,10 @@ def _run(name: str, rest: list[str]) -> int:
 
 
 def _require_folder(settings: Settings) -> None:
-    """Raise NotADirectoryError if a command's output folder, or a folder above it, is a file."""
+    """Raise an error if a command's output folder, or a folder above it, is a file, or its name is not UTF-8."""
     output = getattr(settings, "output_dir", None)
     if output is not None:
+        require_utf8(output, "--output-dir")
         for path in (Path(output), *Path(output).parents):
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(f"--output-dir {output}: {path} is a file; give a folder")

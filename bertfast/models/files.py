@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, BertConfig, GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -25,7 +24,9 @@ from bertfast.models import bert, families
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.weights import read_weights, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
+from bertfast.runtime.display import require_utf8
 from bertfast.runtime.settings import Range
+from bertfast.runtime.tensor_file import safetensors_errors
 
 logger = logging.getLogger("bertfast")
 
@@ -55,7 +56,9 @@ def resolve(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: There is neither.
         NotADirectoryError: It is a file.
+        ValueError: Its name is not UTF-8, as safetensors needs it.
     """
+    require_utf8(str(name), "model")
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
@@ -163,6 +166,19 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
             f"{config.num_attention_heads}"
         )
     return config
+
+
+def new_model(kind: type[ModelT], config: BertConfig) -> ModelT:
+    """Return a model with random weights, in training mode, on the CPU; they depend on torch's seed.
+
+    Args:
+        kind: A fused class; if the configuration has extensions, its counterpart with extensions is built.
+        config: Configuration of the model.
+    """
+    model = class_for(kind, config)(config)
+    if not families.architecture_of(config).pre_norm:  # whose own initialisation depends on the number of layers
+        initialise(model)
+    return model
 
 
 def load(
@@ -281,12 +297,11 @@ def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] 
         with named_in_errors(folder), _quiet():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary, state_dict=weights)
+            with safetensors_errors(folder):
+                model.save_pretrained(temporary, state_dict=weights)
             apply_umask(temporary)
             for file in temporary.iterdir():
                 os.replace(file, folder / file.name)
-    except SafetensorError as error:
-        raise OSError(f"{folder} could not be written, what was saved before is kept: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

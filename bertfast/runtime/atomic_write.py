@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from bertfast.runtime.display import SHOW_ERRORS
+
+_REMEDIES = {  # of errors that writing alone causes
+    errno.ENOSPC: "free space on the disk, or write to another one",
+    errno.EDQUOT: "remove other files, or write to another disk",
+    errno.EFBIG: "the shell (`ulimit -f`) or the file system limits the size of files; raise the limit, or write to "
+    "another disk",
+    errno.EROFS: "write to another folder",
+}
 
 
 class CannotWriteError(OSError):
@@ -54,13 +65,23 @@ def named_in_errors(path: Path) -> Iterator[None]:
         target, named = path.absolute(), Path(error.filename or path).absolute()
         if error.errno is None or not (target.parent in named.parents or named in target.parents):
             raise
-        raise CannotWriteError(f"{path} cannot be written: {os.strerror(error.errno)}") from error
+        raise CannotWriteError(f"{path} cannot be written: {reason(error.errno)}") from error
+
+
+def reason(number: int, meaning: str | None = None) -> str:
+    """Return what an error of the operating system means and, if it is one of writing, what to do.
+
+    Args:
+        number: Its number.
+        meaning: What it means; None: the system's words.
+    """
+    return ": ".join([meaning or os.strerror(number), *filter(None, [_REMEDIES.get(number)])])
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 file so that a reader never sees a part of it."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=SHOW_ERRORS)
 
 
 def reserve(path: Path) -> None:

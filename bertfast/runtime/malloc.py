@@ -72,3 +72,12 @@ class _Reuse:
 
 reuse_freed_memory = _Reuse()
 """Call before each batch of inference on a CPU: see `_Reuse`."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory of the machine or of a GPU was exhausted."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,9 +17,18 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, or raise OSError if it cannot be written, as when the disk is full."""
     path.touch()
     mode = path.stat().st_mode  # that of the umask; safetensors writes files that only the owner reads
-    try:
+    with safetensors_errors(path):
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written, what was saved before is kept: {error}") from error
     path.chmod(mode)
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Have an error of the library while it writes `path` be that of the operating system that caused it."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{path} could not be written, what was saved before is kept: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

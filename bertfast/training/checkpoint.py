@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import zlib
 from pathlib import Path
@@ -75,17 +76,33 @@ def save_state(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
+    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
+    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint and log the names of damaged newer ones; None: there is none."""
+def step_of(saved: Path) -> int:
+    """Return the number of steps done at a checkpoint, which its name says."""
+    return int(saved.name.removeprefix(_PREFIX))
+
+
+def newest_whole(folder: Path, before: float = math.inf) -> Path | None:
+    """Return the newest intact checkpoint and log the names of damaged newer ones; None: there is none.
+
+    Args:
+        folder: Folder of the checkpoints.
+        before: Step; the checkpoint must be of an earlier one.
+    """
+    found, damaged = None, {}
     for saved in reversed(checkpoints(folder)):
-        damaged = _damaged(saved)
-        if not damaged:
-            return saved
-        logger.warning("%s is damaged (%s): continuing from the checkpoint before it", saved, ", ".join(damaged))
-    return None
+        if step_of(saved) < before:
+            if not (faults := _damaged(saved)):
+                found = saved
+                break
+            damaged[saved] = ", ".join(faults)
+    instead = "" if found is None else f": continuing from {found.name}"
+    for saved, names in damaged.items():
+        logger.warning("%s is damaged (%s)%s", saved, names, instead)
+    return found
 
 
 def read_progress(saved: Path) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bertfast.architectures.initialise import initialise
 from bertfast.data.tokenizer import tokenizer_hash
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
 from bertfast.models.extensions import class_for
 from bertfast.models.families import architecture_of
-from bertfast.models.files import load, read_config, report_differences, resolve, save
+from bertfast.models.files import load, new_model, read_config, report_differences, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import copy_tokenizer, load_any_tokenizer
 from bertfast.ops.reference import IGNORE_INDEX
@@ -40,9 +39,9 @@ from bertfast.training.finetune_folder import finetune_folder, write_skipped_row
 from bertfast.training.finetune_model import model_config
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.optimizer import build_optimizers, remedy_for, step_if_finite
+from bertfast.training.optimizer import build_optimizers, step_if_finite
 from bertfast.training.schedule import schedule, set_learning_rate
-from bertfast.training.step_results import StepResults
+from bertfast.training.step_results import DivergedError, StepResults
 
 __all__ = ["FinetuneSettings", "Finetuning", "finetune"]
 
@@ -184,9 +183,11 @@ class Finetuning:
                 self._report(bar)
                 on_step(self.step)
                 if interrupt.requested:
-                    self._stop(f"stopped after step {self.step} of {self.steps}", interrupt.status)
+                    raise RunStopped(
+                        f"stopped after step {self.step} of {self.steps}; {self._kept()}", interrupt.status
+                    )
                 if (problem := self.results.too_many_skipped()) is not None:
-                    self._stop(problem)
+                    raise self._diverged(problem)
                 if self.step % eval_steps == 0 or self.step == self.steps:
                     self._validate()
                 if self.validations_without_better == settings.evaluation.early_stopping_patience:
@@ -201,11 +202,8 @@ class Finetuning:
         return metric
 
     def _build_model(self, source: Path) -> PreTrainedModel:
-        if self.settings.model.random_init:
-            model = class_for(self.task.model_class, self.config)(self.config)
-            initialise(model)
-        else:
-            model = self._open_model(source)
+        random_init = self.settings.model.random_init
+        model = new_model(self.task.model_class, self.config) if random_init else self._open_model(source)
         nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(model.train(), self.precision)
         torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
@@ -320,13 +318,13 @@ class Finetuning:
         self._read_pending()
         validated = "validation" in self.features
         if (problem := self.results.fault(only_sign=not validated and self.step == self.steps)) is not None:
-            self._stop(problem)
+            raise self._diverged(problem)
         if not validated:
             if not self.results.skipped_in_a_row:
                 try:
                     require_finite_outputs(self.task, self.model, self.features["train"])
                 except NotFiniteError as error:
-                    self._stop_not_finite(error, "training")
+                    raise self._not_finite(error, "training") from None
                 self._save()
             return
         outputs, metrics = self._predict("validation")
@@ -346,14 +344,13 @@ class Finetuning:
         try:
             outputs = predict_outputs(self.task, self.model, self.features[split])
         except NotFiniteError as error:
-            self._stop_not_finite(error, split)
+            raise self._not_finite(error, split) from None
         metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _stop_not_finite(self, error: NotFiniteError, split: str) -> NoReturn:
-        remedy = remedy_for(any_step_taken=bool(self.results.losses))
-        self._stop(f"after step {self.step}, {error.problem} on the {split} data: {remedy}", usable=False)
+    def _not_finite(self, error: NotFiniteError, split: str) -> DivergedError:
+        return self._diverged(f"after step {self.step}, {error.problem} on the {split} data", usable=False)
 
     def _write(self, split: str, outputs: Outputs) -> None:
         self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)
@@ -363,13 +360,17 @@ class Finetuning:
         copy_tokenizer(self.tokenizer, self.source, self.folder)
         self.best_step = self.step
 
-    def _stop(self, reason: str, status: int = 1, *, usable: bool = True) -> NoReturn:
-        """Raise RunStopped; if no model was saved yet, and this one has been trained and is usable, it is saved."""
+    def _diverged(self, problem: str, *, usable: bool = True) -> DivergedError:
+        """Return the exception that ends a run because of what is not finite; see `_kept`."""
+        return DivergedError(problem, bool(self.results.losses), self._kept(usable=usable))
+
+    def _kept(self, *, usable: bool = True) -> str:
+        """Say what is left of a run that ends early; if no model was saved yet, a trained and usable one is."""
         self._read_pending()
         if not self.best_step and self.results.losses and not self.results.skipped_in_a_row and usable:
             self._save()
         kept = f"the best model so far, that of step {self.best_step}, is" if self.best_step else "there is no model"
-        raise RunStopped(f"{reason}; {kept} in {self.folder}", status)
+        return f"{kept} in {self.folder}"
 
     def _finish(self) -> dict[str, float]:
         self._read_pending()

@@ -130,11 +130,11 @@ class Hyperparameters(Settings):
     seed: Seed = 42
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps, at least one; warn if --num-train-epochs is less than that."""
+        """Return the number of optimizer steps, at least one; warn if the epochs are less than that."""
         steps = round(self.num_train_epochs * steps_per_epoch)
         if not steps:
             logger.warning(
-                "--num-train-epochs %g is less than one step, of which an epoch has %d: the run takes one",
+                "%g epochs are less than one step, of which an epoch has %d: the run takes one",
                 self.num_train_epochs,
                 steps_per_epoch,
             )

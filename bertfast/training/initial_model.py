@@ -13,14 +13,13 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from transformers import CONFIG_MAPPING, BertConfig, PreTrainedModel
 
 from bertfast.architectures import BERT, part_at
-from bertfast.architectures.initialise import initialise
 from bertfast.architectures.presets import ArchitectureName, Preset, preset_config
 from bertfast.architectures.rope_theta import with_rope_theta
 from bertfast.data.tokenizer import special_tokens
 from bertfast.encoder import PackedModel
-from bertfast.models.extensions import ExtendedBertConfig, class_for
+from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.families import architecture_of, pretraining_class
-from bertfast.models.files import config_from, load, read_config, report_differences
+from bertfast.models.files import config_from, load, new_model, read_config, report_differences
 from bertfast.models.registry import FusedModel
 from bertfast.runtime.settings import nearest
 from bertfast.training.pretrain_settings import PretrainSettings, check_rope_theta, check_sizes
@@ -147,10 +146,7 @@ def initial_model(config: BertConfig, initial: Path | None) -> FusedModel:
     """
     kind = pretraining_class(config)
     if initial is None:
-        model = class_for(kind, config)(config)
-        if not architecture_of(config).pre_norm:  # whose own initialisation depends on the number of layers
-            initialise(model)
-        return model
+        return new_model(kind, config)
     existing = read_config(initial).max_position_embeddings
     positions = config.max_position_embeddings
     config.max_position_embeddings = min(existing, positions)

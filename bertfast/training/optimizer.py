@@ -116,10 +116,10 @@ def not_finite(loss: float, device: torch.device) -> str:
     return "the loss is NaN, as a label outside of the vocabulary makes it on a GPU: on a CPU an error names the label"
 
 
-def remedy_for(any_step_taken: bool) -> str:
+def remedy_for(any_step_taken: bool, rate_flag: str = "--learning-rate") -> str:
     """Return what to do about skipped steps: as long as no step was taken, the learning rate is not the cause."""
     if any_step_taken:
-        return "lower --learning-rate"
+        return f"lower {rate_flag}"
     return "no step was taken yet, so the initial weights are the cause: choose another model, or --precision fp32"
 
 

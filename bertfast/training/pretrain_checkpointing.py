@@ -18,13 +18,14 @@ from bertfast.runtime.output_folder import (
     require_command,
 )
 from bertfast.runtime.precision import ChosenPrecision
-from bertfast.runtime.settings import flag
-from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state
+from bertfast.runtime.settings import flag, settings_of
+from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state, step_of
 from bertfast.training.distributed import Distributed
 from bertfast.training.pretrain_data import replace_data
-from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, PretrainSettings
+from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, DurationSettings, PretrainSettings
 from bertfast.training.step import TrainStep
 
+_DURATION = tuple(map(flag, settings_of(DurationSettings)))
 _CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
 
 
@@ -144,9 +145,15 @@ def check_run(
     except OriginError as error:
         if read_record(folder) is None:  # there is no run to resume
             raise
+        lengths = differences_from(folder, Origin(settings={flag: origin.settings[flag] for flag in _DURATION}))
+        longer = (
+            f"; to train its model longer, start a new run from it, with --init-from {folder} and another --output-dir"
+        )
         raise ValueError(
             f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
             "--data-dir if the text has changed, or choose another --output-dir"
+            + longer
+            * (bool(lengths) and (folder / "config.json").exists())
         ) from None
 
     def replace_earlier_run() -> None:
@@ -176,10 +183,14 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
     folder = output / "checkpoints"
     saved = checkpoints(folder)
     if settings.checkpoint.replay:
-        earlier = [path for path in saved if read_progress(path)[0] < settings.checkpoint.replay]
-        if not earlier:
-            raise ValueError(f"{folder} contains no checkpoint of a step before --replay {settings.checkpoint.replay}")
-        return earlier[-1]
+        earlier = newest_whole(folder, before=settings.checkpoint.replay)
+        if earlier is None:
+            steps = ", ".join(str(step_of(path)) for path in saved)
+            raise ValueError(
+                f"--replay {settings.checkpoint.replay} needs an intact checkpoint of an earlier step, and {folder} "
+                "has " + (f"those of steps {steps}: choose a later step" if saved else "none")
+            )
+        return earlier
     if settings.overwrite_output_dir:
         return None
     if not settings.checkpoint.resume:

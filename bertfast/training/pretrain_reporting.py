@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from bertfast.data.shards import Shards
 from bertfast.runtime.settings import counted
 from bertfast.runtime.signals import RunStopped
-from bertfast.training.checkpoint import checkpoints
+from bertfast.training.checkpoint import checkpoints, step_of
 from bertfast.training.distributed import Distributed
 from bertfast.training.memory_estimate import MemoryEstimate
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter, tensorboard, wandb
@@ -254,10 +254,10 @@ class Reporter:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         self._reason = not_finite(loss, self.distributed.device)
-        self.say(
-            f"step {step.step}: {self._reason}; skipped "
-            f"({progress.skipped} so far); --replay {step.step} computes it again"
-        )
+        saved = checkpoints(Path(self.settings.output_dir, "checkpoints"))
+        can_replay = any(step_of(path) < step.step for path in saved)
+        again = f"; --replay {step.step} computes it again" * can_replay
+        self.say(f"step {step.step}: {self._reason}; skipped ({progress.skipped} so far){again}")
         self.write(step=step.step, skipped=progress.skipped, first_batch=step.first_batch)
         if progress.skipped_in_a_row == SKIPS_IN_A_ROW:
             remedy = remedy_for(any_step_taken=progress.skipped < step.step)

@@ -9,11 +9,26 @@ import torch
 from torch import Tensor
 
 from bertfast.runtime.settings import counted
+from bertfast.runtime.signals import RunStopped
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite, remedy_for
 
 _MAX_WARNINGS = 3  # further skipped steps are only counted
 
 logger = logging.getLogger("bertfast")
+
+
+class DivergedError(RunStopped):
+    """Losses, gradients or outputs of a fine-tuning run are not finite.
+
+    Args:
+        problem: What is not finite, and since when.
+        any_step_taken: Whether the parameters were updated at least once; see `remedy_for`.
+        kept: What is left of the run.
+    """
+
+    def __init__(self, problem: str, any_step_taken: bool, kept: str):
+        super().__init__(f"{problem}; {remedy_for(any_step_taken)}; {kept}")
+        self.problem, self.any_step_taken = problem, any_step_taken
 
 
 class StepResults:
@@ -59,7 +74,7 @@ class StepResults:
         """Return why the run must stop: too many steps in a row were skipped; None: it goes on."""
         if self.skipped_in_a_row < SKIPS_IN_A_ROW:
             return None
-        return f"{self.skipped_in_a_row} steps in a row were skipped: {self._reason}; {self._remedy}"
+        return f"{self.skipped_in_a_row} steps in a row were skipped: {self._reason}"
 
     def fault(self, *, only_sign: bool) -> str | None:
         """Return why the model is not a result of training; None: it may be one.
@@ -69,11 +84,11 @@ class StepResults:
         """
         if not self.losses:
             steps = counted(self.skipped, "step")
-            return f"all {steps} so far were skipped, from step 1 on: {self._reason}; {self._remedy}"
+            return f"all {steps} so far were skipped, from step 1 on: {self._reason}"
         if not self.skipped_in_a_row or not only_sign:
             return None
         first = len(self.losses) + self.skipped - self.skipped_in_a_row + 1
-        return f"all steps from step {first} on were skipped: {self._reason}; {self._remedy}"
+        return f"all steps from step {first} on were skipped: {self._reason}"
 
     def _skip(self, loss: float) -> None:
         self.skipped += 1
@@ -82,7 +97,3 @@ class StepResults:
         if self.skipped <= _MAX_WARNINGS:
             step = len(self.losses) + self.skipped
             logger.warning("step %d was skipped: %s", step, self._reason)
-
-    @property
-    def _remedy(self) -> str:
-        return remedy_for(any_step_taken=bool(self.losses))

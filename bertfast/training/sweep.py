@@ -12,12 +12,16 @@ from typing import Any
 
 from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
-from bertfast.runtime.settings import Count, LearningRate, Positive, Seed, Settings, flag, refuse_repeated
+from bertfast.runtime.settings import Count, LearningRate, Positive, Seed, Settings, counted, flag, refuse_repeated
+from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
+from bertfast.training.optimizer import remedy_for
+from bertfast.training.step_results import DivergedError
 
 logger = logging.getLogger("bertfast")
 
@@ -66,22 +70,49 @@ class SweepSettings(FinetuneBase):
 
 
 @dataclass(frozen=True)
+class Score:
+    """Result of a run.
+
+    Attributes:
+        metric: Metric that selects the best model.
+        score: Its best value; None: the run failed.
+        failed: Why it failed, and the remedy; None: it did not.
+    """
+
+    metric: str
+    score: float | None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
 class Combination:
     """Results of one combination of hyperparameters.
 
     Attributes:
         learning_rate, batch_size, epochs: The hyperparameters.
-        scores: Best validation score of each seed.
-        mean: Mean of the scores.
-        spread: Standard deviation of the scores; NaN for one seed.
+        scores: Best validation score of each seed; None: that run failed.
+        mean: Mean of the scores; NaN if a run failed.
+        spread: Standard deviation of the scores; NaN for one seed, or if a run failed.
+        failed: Why the first run failed that did; None: none did.
     """
 
     learning_rate: float
     batch_size: int
     epochs: float
-    scores: list[float]
+    scores: list[float | None]
     mean: float
     spread: float
+    failed: str | None = None
+
+    @classmethod
+    def of(cls, learning_rate: float, batch_size: int, epochs: float, results: list[Score]) -> Combination:
+        """Return the combination of which the runs, one for each seed, have these results."""
+        failed = next((result.failed for result in results if result.failed is not None), None)
+        scores = [result.score for result in results]
+        known = [score for score in scores if score is not None]
+        mean = statistics.mean(known) if failed is None else math.nan
+        spread = statistics.stdev(known) if failed is None and len(known) > 1 else math.nan
+        return cls(learning_rate, batch_size, epochs, scores, mean, spread, failed)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:
@@ -90,12 +121,15 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     Finished runs in these folders are not repeated. The means and standard deviations over the seeds are written to
     sweep.json and sweep.md, best first.
 
+    A run fails if it diverges or exhausts the memory; the sweep goes on.
+
     Returns:
         The content of sweep.json: "metric", "best" (folder of the best run) and "combinations" (fields of
         `Combination`, with None for NaN).
 
     Raises:
         OriginError: The folder has runs with another model, other data or other settings.
+        RunStopped: All runs failed, or after Ctrl-C.
     """
     origin = finetune_origin(settings, "sweep")
     values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
@@ -127,60 +161,86 @@ def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float
 def _sweep(settings: SweepSettings) -> dict[str, Any]:
     """Run what is missing of a sweep in its locked folder."""
     folder, grid = Path(settings.output_dir), settings.grid
-    metric = ""
     combinations: list[Combination] = []
-    runs: list[tuple[float, str]] = []
+    runs: list[tuple[Score, str]] = []
     for rate, size, epochs in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs):
-        scores = []
-        for seed in grid.seeds:
-            run = _run_settings(settings, rate, size, epochs, seed)
-            metric, score = _score(run)
-            scores.append(score)
-            runs.append((score, run.output_dir))
-        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
-        combinations.append(Combination(rate, size, epochs, scores, statistics.mean(scores), spread))
+        one_per_seed = [_run_settings(settings, rate, size, epochs, seed) for seed in grid.seeds]
+        results = [_score(run) for run in one_per_seed]
+        runs += zip(results, (run.output_dir for run in one_per_seed), strict=True)
+        combinations.append(Combination.of(rate, size, epochs, results))
+    metric = runs[0][0].metric
     sign = -1 if metric == "loss" else 1
-    combinations.sort(key=lambda combination: -sign * combination.mean)
-    best = max(runs, key=lambda run: sign * run[0])[1]
+    combinations.sort(key=lambda row: math.inf if row.failed is not None else -sign * row.mean)
+    scored = [(sign * result.score, run) for result, run in runs if result.score is not None]
+    best = max(scored, key=lambda pair: pair[0])[1] if scored else None
     # JSON has no NaN.
-    rows = [asdict(row) | ({"spread": None} if math.isnan(row.spread) else {}) for row in combinations]
-    results = {"metric": metric, "best": best, "combinations": rows}
-    write_results(folder / "sweep.json", results)
+    rows = [
+        {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(row).items()}
+        for row in combinations
+    ]
+    results_of_all = {"metric": metric, "best": best, "combinations": rows}
+    write_results(folder / "sweep.json", results_of_all)
     page = table(metric, best, combinations)
     write_atomically(folder / "sweep.md", page)
+    if best is None:
+        raise RunStopped(f"all {counted(len(runs), 'run')} failed, see {folder / 'sweep.md'}: {runs[0][0].failed}")
     print(page)
-    return results
+    return results_of_all
 
 
-def table(metric: str, best: str, combinations: list[Combination]) -> str:
-    """Return the results as a Markdown table."""
+def table(metric: str, best: str | None, combinations: list[Combination]) -> str:
+    """Return the results as a Markdown table, with the reasons of failures below it."""
     lines = [f"| learning rate | batch | epochs | {metric}, mean | spread |", "|---|---|---|---|---|"]
+    failures = []
     for row in combinations:
         spread = "" if math.isnan(row.spread) else f"{row.spread:.4f}"
-        lines.append(f"| {row.learning_rate:g} | {row.batch_size} | {row.epochs:g} | {row.mean:.4f} | {spread} |")
-    return "\n".join([*lines, "", f"The best run is in {best}.", ""])
+        mean = f"{row.mean:.4f}" if row.failed is None else "failed"
+        lines.append(f"| {row.learning_rate:g} | {row.batch_size} | {row.epochs:g} | {mean} | {spread} |")
+        if row.failed is not None:
+            values = f"learning rate {row.learning_rate:g}, batch {row.batch_size}, epochs {row.epochs:g}"
+            failures += ["", f"Failed: {values}: {row.failed}"]
+    return "\n".join([*lines, *failures, *([] if best is None else ["", f"The best run is in {best}."]), ""])
 
 
-def _score(settings: FinetuneSettings) -> tuple[str, float]:
-    """Return the metric that selects the best model, and its best value in a run; a finished run is not repeated."""
+def _score(settings: FinetuneSettings) -> Score:
+    """Return the result of a run; one that is finished is not repeated, nor one that diverged."""
     folder = Path(settings.output_dir)
     finished = folder / "sweep_score.json"
     if saved := _read_score(finished):
         require_origin(folder, finetune_origin(settings, "finetune"))
         return saved
-    with open_run(settings) as run:
-        score = run.run(lambda step: None)[f"eval_{run.metric}"]
-        write_results(finished, {"metric": run.metric, "score": score})
-        return run.metric, score
+    metric = ""
+    try:
+        with open_run(settings) as run:
+            metric = run.metric
+            result = _run(run)
+            write_results(finished, asdict(result))
+    except Exception as error:  # each library has one of its own for exhausted memory
+        if not is_out_of_memory(error):
+            raise
+        # Not recorded, as there may be more memory the next time.
+        result = Score(metric, None, "not enough memory: use smaller --batch-sizes, or lower --tokens-per-batch")
+    if result.failed is not None:
+        logger.warning("%s failed, the sweep goes on: %s", folder, result.failed)
+    return result
 
 
-def _read_score(path: Path) -> tuple[str, float] | None:
-    """Return the metric and the score of a finished run; None: there is none, or its file is damaged."""
+def _run(run: Finetuning) -> Score:
+    try:
+        return Score(run.metric, run.run(lambda step: None)[f"eval_{run.metric}"])
+    except DivergedError as error:
+        return Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")
+
+
+def _read_score(path: Path) -> Score | None:
+    """Return the result of a finished run; None: there is none, or its file is damaged."""
     if not path.exists():
         return None
     try:
         saved = read_json(path)
-        return str(saved["metric"]), float(saved["score"])
+        if saved.get("failed") is not None:
+            return Score(str(saved["metric"]), None, str(saved["failed"]))
+        return Score(str(saved["metric"]), float(saved["score"]))
     except (KeyError, TypeError, ValueError):
         logger.warning("%s is damaged: the run is repeated", path)
         return None

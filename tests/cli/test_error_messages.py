@@ -1,10 +1,13 @@
 """Messages for invalid input: what is wrong, where, and what to type instead."""
 
+import os
+
 import pytest
 from transformers import BertConfig, BertForPreTraining
 
 from bertfast.cli.main import main
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
+from bertfast.tasks.task import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,41 @@ def test_invalid_input_is_refused_and_the_correction_named(arguments, message, f
     error = capsys.readouterr().err
     assert message in error
     assert f"bertfast {command}: " in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("predict --model-name-or-path bert --input-file {}", "--input-file a\ufffd: no such file"),
+        (
+            "finetune --model-name-or-path bert --train-file {}.tsv --output-dir o",
+            "a\ufffd.tsv, line 2: 1 field where",
+        ),
+        ("prepare --train-file {} --output-dir o", "a\ufffd"),
+        (
+            "embed --model-name-or-path {} --output-dir o --input-file text.txt",
+            "model a\ufffd: the name is not UTF-8",
+        ),
+        (
+            "embed --model-name-or-path bert --output-dir {} --input-file text.txt",
+            "--output-dir a\ufffd: the name is",
+        ),
+        ("verify {}", "model a\ufffd: the name is not UTF-8, which models need: give another name"),
+        ("export bert {}", "--output-dir a\ufffd: the name is not UTF-8"),
+        ("pretrain --output-dir {} --train-file text.txt", "--output-dir a\ufffd: the name is not UTF-8"),
+    ],
+)
+def test_names_that_are_not_utf8_are_displayed(arguments, message, folder, monkeypatch, capsys):
+    name = os.fsdecode(b"a\xe9")
+    (folder / f"{name}.tsv").write_text("sentence\tlabel\ngood\n")
+    monkeypatch.chdir(folder)
+    assert main(arguments.format(name).split()) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "\\udc" not in error
+    assert not (folder / name).exists()
+
+
+def test_reasons_with_names_that_are_not_utf8_are_written(tmp_path):
+    write_rows(tmp_path / "a.tsv", ["skipped"], [[os.fsdecode(b"a\xe9.tsv, line 2: no label")]])
+    assert (tmp_path / "a.tsv").read_text(encoding="utf-8") == "skipped\na\ufffd.tsv, line 2: no label\n"

@@ -118,7 +118,8 @@ def test_prepare_on_a_full_disk_is_refused_in_one_sentence_and_leaves_nothing(li
         assert main(arguments) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(" cannot be written: File too large")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert " cannot be written: File too large: the shell (`ulimit -f`) or the file system limits" in error
     assert not out.exists()
     assert main(arguments) == 0
 

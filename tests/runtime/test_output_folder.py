@@ -1,5 +1,6 @@
 """What a folder was made from is recorded and compared, and only one process writes to it."""
 
+import errno
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from bertfast.architectures.presets import preset_config
 from bertfast.data.tokenizer import SPECIAL_TOKENS, save_tokenizer
 from bertfast.models.bert import BertModel
 from bertfast.models.files import save
-from bertfast.runtime.atomic_write import atomic_path, write_atomically
+from bertfast.runtime.atomic_write import CannotWriteError, atomic_path, named_in_errors, write_atomically
 from bertfast.runtime.output_folder import (
     UNFINISHED,
     Origin,
@@ -362,3 +363,28 @@ def test_only_what_an_origin_names_is_compared(written, tmp_path):
     assert differences_from(folder, Origin({}, {"--pooling": "mean"})) == []
     assert differences_from(folder, Origin({}, {"--layers": "é"})) == ['--layers was [1, 2] and is "é"']
     assert differences_from(tmp_path / "nowhere", origin) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EFBIG, "limits the size of files; raise"), (errno.ENOSPC, "free space"), (errno.EROFS, "another folder")],
+)
+def test_errors_of_writing_have_a_remedy(number, remedy, tmp_path):
+    def fail():
+        raise OSError(number, os.strerror(number))
+
+    expected = f"a cannot be written: {os.strerror(number)}: .*{remedy}"
+    with pytest.raises(CannotWriteError, match=expected), named_in_errors(tmp_path / "a"):
+        fail()
+
+
+def test_a_tensor_file_that_cannot_be_written_is_named_without_its_temporary_name(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        expected = rf"^{tmp_path}/a\.safetensors cannot be written: File too large: "
+        with pytest.raises(CannotWriteError, match=expected), atomic_path(tmp_path / "a.safetensors") as temporary:
+            write_tensors({"x": torch.zeros(1000)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [*tmp_path.iterdir()] == []

@@ -357,4 +357,4 @@ def test_less_than_one_step_is_said(caplog):
     assert Hyperparameters(num_train_epochs=0.5).steps(20) == 10
     assert not caplog.messages
     assert Hyperparameters(num_train_epochs=0.01).steps(20) == 1
-    assert "--num-train-epochs 0.01 is less than one step, of which an epoch has 20" in caplog.text
+    assert "0.01 epochs are less than one step, of which an epoch has 20" in caplog.text

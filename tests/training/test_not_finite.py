@@ -110,21 +110,24 @@ def test_a_model_whose_outputs_are_not_finite_is_not_saved_without_validation(pr
 
     monkeypatch.setattr(finetuning.Finetuning, "train_step", overflow_in_the_last)
     with pytest.raises(
-        RunStopped, match="outputs are not finite on the training data: lower --learning-rate; there is no"
+        RunStopped, match="outputs are not finite on the training data; lower --learning-rate; there is no"
     ):
         finetune(settings)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_pre_training_without_a_finite_loss_ends_with_an_error_and_no_model(data, tmp_path, monkeypatch):
+def test_pre_training_without_a_finite_loss_ends_with_an_error_and_no_model(data, tmp_path, monkeypatch, caplog):
     def poisoned(*arguments, **options):
         loss = pretraining_loss(*arguments, **options)
         loss.masked_lm.data.fill_(torch.nan)
         return loss
 
     monkeypatch.setattr(train_step, "pretraining_loss", poisoned)
+    caplog.set_level("INFO", "bertfast")
     with pytest.raises(RunStopped, match=r"all 5 steps were skipped, from step 1 on: the loss is nan; .*there is no"):
         pretrain(pretrain_settings_for(tmp_path, data, max_steps=5, save_steps=100))
+    assert "skipped (1 so far)" in caplog.text
+    assert "--replay" not in caplog.text  # there is no checkpoint from which a step could be computed again
     assert not (tmp_path / "config.json").exists()
 
 

@@ -188,7 +188,7 @@ def test_only_the_newest_checkpoints_are_kept(finished):
     assert [path.name for path in kept] == ["step-00000015", "step-00000020"]
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_run(data, tmp_path, monkeypatch):
+def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_run(data, tmp_path, monkeypatch, caplog):
     bad, calls = set(range(12, 14)) | set(range(20, 60)), iter(range(1000))
 
     def poisoned(*arguments, **options):
@@ -198,11 +198,13 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_ten_in_a_row_stop_the_r
         return loss
 
     monkeypatch.setattr(train_step, "pretraining_loss", poisoned)
+    caplog.set_level("INFO", "bertfast")
     with pytest.raises(
         RunStopped,
         match=r"10 steps in a row, up to step 20, were skipped: .*; lower --learning-rate; the newest checkpoint",
     ):
         pretrain(settings_for(tmp_path, data, max_steps=100))
+    assert "skipped (1 so far); --replay 7 computes it again" in caplog.text  # there is a checkpoint of step 5
     skipped = {entry["step"]: entry["skipped"] for entry in entries(tmp_path) if "skipped" in entry}
     assert skipped == {7: 1} | {step: step - 9 for step in range(11, 21)}
     newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]

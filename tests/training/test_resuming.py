@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damage, data, t
     else:
         file.write_bytes(content[:-50] + bytes([content[-50] ^ 4]) + content[-49:])
     assert newest_whole(tmp_path / "checkpoints") == older
-    assert f"{newest} is damaged ({file.name})" in caplog.text
+    assert f"{newest} is damaged ({file.name}): continuing from {older.name}\n" in caplog.text
     pretrain(settings_for(tmp_path, data, **SHORT, resume=True))
     again = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(again[name], expected[name]) for name in expected)
@@ -200,7 +200,10 @@ def test_a_step_can_be_replayed(data, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
     with pytest.raises(ValueError, match=r"the run has \d+ steps: choose one of them for --replay, not 99"):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=99))
-    with pytest.raises(ValueError, match="no checkpoint of a step before --replay 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"--replay 2 needs an intact checkpoint of an earlier step, and .* has those of steps \d+, \d+: choose",
+    ):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
 
 
@@ -285,3 +288,24 @@ def test_the_first_losses_of_tiny_equal_the_golden_losses(data, tmp_path):
     assert losses(tmp_path / "one") == losses(tmp_path / "other")
     golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
     assert losses(tmp_path / "one") == pytest.approx(golden, abs=1e-4)
+
+
+def test_a_damaged_only_checkpoint_does_not_promise_another(data, tmp_path, caplog):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    for saved in checkpoints(tmp_path / "checkpoints"):
+        (saved / "state.json").unlink()
+    assert newest_whole(tmp_path / "checkpoints") is None
+    assert caplog.text.count("is damaged (state.json)\n") == 2
+    with pytest.raises(ValueError, match=r"--replay 9 needs an intact checkpoint of an earlier step"):
+        pretrain(settings_for(tmp_path, data, **SHORT, replay=9))
+
+
+def test_a_finished_run_that_is_given_more_steps_names_what_trains_its_model_longer(data, tmp_path):
+    pretrain(settings_for(tmp_path, data, **SHORT))
+    longer = settings_for(tmp_path, data, **SHORT | {"max_steps": 30}, resume=True)
+    message = rf"--max-steps was \d+ and is 30: .*start a new run from it, with --init-from {tmp_path} and another"
+    with pytest.raises(ValueError, match=message):
+        pretrain(longer)
+    with pytest.raises(ValueError, match="--seed was 42 and is 7: ") as error:
+        pretrain(settings_for(tmp_path, data, **SHORT, resume=True, seed=7))
+    assert "--init-from" not in str(error.value)

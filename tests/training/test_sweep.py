@@ -1,15 +1,21 @@
 """A sweep runs every combination once and names the best run."""
 
 import json
+import math
+import re
 import statistics
 
 import pytest
+import torch
 from sentiment import QUICK
 from task_examples import write_examples
 
 from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.settings import settings_of
-from bertfast.training.sweep import SweepSettings, sweep
+from bertfast.runtime.signals import RunStopped
+from bertfast.training import finetune as finetuning
+from bertfast.training import optimizer
+from bertfast.training.sweep import Combination, Score, SweepSettings, sweep
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
@@ -90,3 +96,82 @@ def test_invalid_settings_are_refused(changes, message, pretrained, tmp_path):
     values = {"model_name_or_path": "m", "train_file": "a", "validation_file": "b", "output_dir": "c"} | changes
     with pytest.raises(ValueError, match=message):
         SweepSettings.of(**values)
+
+
+def diverging(monkeypatch, rates) -> list[float]:
+    """Have the gradients of runs with these learning rates be NaN; return a list to which runs add their rates."""
+    started: list[float] = []
+    start, clip = finetuning.Finetuning.run, optimizer.clip_grad_norm_
+
+    def run(self, on_step):
+        started.append(self.hyperparameters.learning_rate)
+        return start(self, on_step)
+
+    def norm(*arguments):
+        return torch.tensor(float("nan")) if started[-1] in rates else clip(*arguments)
+
+    monkeypatch.setattr(finetuning.Finetuning, "run", run)
+    monkeypatch.setattr(optimizer, "clip_grad_norm_", norm)
+    return started
+
+
+def test_a_combination_that_diverges_is_marked_and_the_sweep_goes_on(pretrained, tmp_path, monkeypatch, caplog, capsys):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[2.0, 1e-5], seeds=[1])
+    started = diverging(monkeypatch, [2.0])
+    results = sweep(settings)
+    good, bad = results["combinations"]
+    assert (good["learning_rate"], good["failed"], good["mean"]) == (1e-5, None, good["scores"][0])
+    assert (bad["learning_rate"], bad["scores"], bad["mean"], bad["spread"]) == (2.0, [None], None, None)
+    assert bad["failed"].startswith(
+        "all 3 steps so far were skipped, from step 1 on: a gradient is not finite; no step"
+    )
+    assert results["best"].endswith("rate-1e-05-batch-16-epochs-1-seed-1")
+    assert results == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    page = (tmp_path / "out" / "sweep.md").read_text()
+    assert "| 2 | 16 | 1 | failed |  |" in page
+    assert f"Failed: learning rate 2, batch 16, epochs 1: {bad['failed']}" in page
+    assert "seed-1 failed, the sweep goes on: all 3 steps" in caplog.text
+    assert sweep(settings) == results
+    assert started == [2.0, 1e-5]  # neither run is repeated
+
+
+def test_one_seed_that_diverges_fails_its_combination(pretrained, tmp_path, capsys):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e38, 1e-5])
+    results = sweep(settings)
+    assert [row["failed"] is None for row in results["combinations"]] == [True, False]
+    failed = results["combinations"][1]["failed"]
+    assert re.fullmatch(r"after step \d, .* not finite on the validation data; lower --learning-rates", failed)
+    one = Combination.of(1e-5, 16, 1.0, [Score("accuracy", 0.5), Score("accuracy", None, "diverged")])
+    assert (one.scores, one.failed, math.isnan(one.mean)) == ([0.5, None], "diverged", True)
+
+
+def test_a_sweep_of_which_all_runs_diverge_ends_with_an_error(pretrained, tmp_path, capsys):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e38], seeds=[1])
+    message = r"all 1 run failed, see .*sweep\.md: after step \d, .*; lower --learning-rates$"
+    with pytest.raises(RunStopped, match=message):
+        sweep(settings)
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["best"] is None
+
+
+def test_a_run_that_exhausts_the_memory_fails_and_is_repeated_the_next_time(pretrained, tmp_path, monkeypatch, capsys):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-5], batch_sizes=[8, 16], seeds=[1])
+    start = finetuning.Finetuning.run
+
+    def run(self, on_step):
+        if self.hyperparameters.per_device_train_batch_size == 16:
+            raise MemoryError
+        return start(self, on_step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.Finetuning, "run", run)
+        assert sweep(settings)["combinations"][1]["failed"].startswith("not enough memory: use smaller --batch-sizes")
+    assert [row["failed"] for row in sweep(settings)["combinations"]] == [None, None]
+
+
+def test_an_interrupted_run_ends_the_sweep(pretrained, tmp_path, monkeypatch):
+    def run(self, on_step):
+        raise RunStopped("stopped after step 1 of 3", 130)
+
+    monkeypatch.setattr(finetuning.Finetuning, "run", run)
+    with pytest.raises(RunStopped, match="stopped after step 1 of 3"):
+        sweep(settings_for(pretrained, tmp_path))
