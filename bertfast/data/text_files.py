@@ -163,8 +163,8 @@ def read_json_list(path: Path) -> Iterator[tuple[int, str]]:
     position = _after_space(text, position + ended)
     if not ended or position < len(text):
         problem = "text after the end of the list" if ended else "',' or the ']' at the end of the list is missing"
-        place = f"line {text.count(chr(10), 0, position) + 1} column {position - text.rfind(chr(10), 0, position)}"
-        raise ValueError(f"{path}, after row {number}: not JSON ({problem}: {place})")
+        where = f"line {text.count(chr(10), 0, position) + 1} column {position - text.rfind(chr(10), 0, position)}"
+        raise ValueError(f"{path}, after row {number}: not JSON ({problem}: {where})")
 
 
 def _after_space(text: str, position: int) -> int:

@@ -13,16 +13,14 @@ from sentiment import FILLERS
 from task_examples import settings_for as finetuning
 from task_examples import write_examples
 
-from bertfast import BertForSequenceClassification
 from bertfast.architectures import FAMILIES, family_by_type
 from bertfast.architectures.presets import PUBLISHED, ArchitectureName, preset_config
 from bertfast.cli.main import main
 from bertfast.data.masking import Masker
 from bertfast.encoder import pretraining_loss
-from bertfast.models.files import new_model
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.finetune import finetune
+from bertfast.training.finetune import Finetuning, finetune
 from bertfast.training.initial_model import encoder_layers, initial_model
 from bertfast.training.pretrain import Pretraining, pretrain
 
@@ -234,20 +232,18 @@ def test_what_does_not_fit_a_family_is_refused(changes, message, corpus, tmp_pat
         pretrain(family_settings("roberta", tmp_path, corpus, **{"vocab_size": 320, **changes}))
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_random_weights_are_those_of_one_rule_in_pre_training_and_fine_tuning(family, tmp_path):
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_random_weights_follow_one_rule_in_pre_training_and_fine_tuning(family, tmp_path):
     """The deviation of a pre-norm model's output projections depends on its layers, as transformers has it."""
-    config = preset_config("tiny", architecture=family)
-    config.num_hidden_layers, config.vocab_size = 8, 320
-    torch.manual_seed(0)
-    pretrained = initial_model(config, None)
-    torch.manual_seed(0)
-    tuned = new_model(BertForSequenceClassification, config)
-    spreads = []
-    for model in (pretrained, tuned):
+    folder = write_model(family, tmp_path / "model", TEXTS)
+    file = write_examples(tmp_path, "sequence-classification", 24, seed=0)
+    settings = finetuning("sequence-classification", folder, file, tmp_path / "tuned", random_init=True)
+    tuned = Finetuning(settings).model
+    config = tuned.config
+    # A normal distribution that is cut at two deviations, as in BERT's code, has 0.88 of the deviation, at three 0.99.
+    share = (2 * config.num_hidden_layers) ** -0.5 if family == "modernbert" else 1
+    for model in (initial_model(config, None), tuned):
         layers = encoder_layers(model)
         outputs = [layer.mlp.Wo if family == "modernbert" else layer.output.dense for layer in layers]
-        spreads.append(torch.stack([output.weight.std() for output in outputs]).mean().item())
-    assert spreads[0] == pytest.approx(spreads[1], rel=0.02)
-    # Weights of one deviation, cut at two of them, spread 0.88 of it.
-    assert spreads[0] == pytest.approx(config.initializer_range * (0.25 if family == "modernbert" else 0.88), rel=0.1)
+        spread = torch.cat([output.weight.flatten() for output in outputs]).std().item()
+        assert 0.8 * share < spread / config.initializer_range < 1.1 * share
