@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         BertPreTrainedModel,
         BertTokenizer,
     )
+    from bertfast.models.freeze import freeze
     from bertfast.models.patch import patch, report, unpatch
 
 __version__ = "0.1.0"  # pyproject.toml reads the package's version from this line
@@ -62,6 +63,7 @@ __all__ = [
     "BertPreTrainedModel",
     "BertTokenizer",
     "PaddingFreeCollator",
+    "freeze",
     "ops",
     "patch",
     "preset_config",
@@ -71,6 +73,7 @@ __all__ = [
 
 _MODULES = {
     "PaddingFreeCollator": "data.collator",
+    "freeze": "models.freeze",
     "patch": "models.patch",
     "preset_config": "architectures.presets",
     "report": "models.patch",

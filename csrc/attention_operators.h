@@ -11,6 +11,8 @@
 
 namespace bertfast::operations {
 
+constexpr int64_t NO_WINDOW = 1 << 30;  // a window that masks nothing
+
 // Return x contiguous, and on a GPU aligned to 16 bytes, as TMA and 16-byte accesses require.
 template <class Device>
 static Tensor dense(const Tensor& x) {
@@ -41,7 +43,7 @@ class AttentionCall {
     inputs_.cu_seqlens = starts_;
     inputs_.qkv = qkv_.data_ptr(), inputs_.type = type_of(qkv_), inputs_.stride = qkv_.stride(0);
     inputs_.scale = (float)scale, inputs_.causal = causal;
-    inputs_.window = (int)std::min<int64_t>(window.value_or(UNLIMITED), UNLIMITED);
+    inputs_.window = (int)std::min<int64_t>(window.value_or(NO_WINDOW), NO_WINDOW);
     if (seed)
       inputs_.dropout = {static_cast<const uint64_t*>(seed->data_ptr()), sequence_ids_, (uint32_t)counter_word,
                          (int)threshold};
@@ -55,7 +57,6 @@ class AttentionCall {
   operator const AttentionInputs&() const { return inputs_; }
 
  private:
-  static constexpr int64_t UNLIMITED = 1 << 30;  // a window that masks nothing
   Tensor qkv_;
   Indices starts_, sequence_ids_;
   std::vector<AttentionTask> tasks_;

@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "cpu_row_operators.h"
 #include "embeddings_operators.h"
+#include "packed_operators.h"
 #include "rotary_operators.h"
 #include "row_operators.h"
 
@@ -25,6 +26,8 @@ static int64_t instruction_set_in_use() { return (int64_t)instruction_set(); }
 
 static bool has_instruction_set(int64_t set) { return is_supported((InstructionSet)set); }
 
+static bool quad_instruction_in_use() { return has_quad_instruction(); }
+
 static void use_instruction_set(int64_t set) {
   STD_TORCH_CHECK(has_instruction_set(set), "this CPU does not support that instruction set");
   use((InstructionSet)set);
@@ -39,12 +42,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("instruction_set() -> int");
   library.def("has_instruction_set(int set) -> bool");
   library.def("use_instruction_set(int set) -> ()");
+  library.def("has_quad_instruction() -> bool");
+  library.def("use_quad_instruction(bool allowed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&bertfast::operations::instruction_set_in_use));
   library.impl("has_instruction_set", TORCH_BOX(&bertfast::operations::has_instruction_set));
   library.impl("use_instruction_set", TORCH_BOX(&bertfast::operations::use_instruction_set));
+  library.impl("has_quad_instruction", TORCH_BOX(&bertfast::operations::quad_instruction_in_use));
+  library.impl("use_quad_instruction", TORCH_BOX(&bertfast::use_quad_instruction));
 }
 
 // Operations that are written once for both kinds of device.
@@ -79,6 +86,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CPU, library) {
   library.impl("cpu_gated_activation_forward", TORCH_BOX(&bertfast::operations::gated_activation_forward));
   library.impl("cpu_gated_activation_backward", TORCH_BOX(&bertfast::operations::gated_activation_backward));
   library.impl("cpu_gather_backward", TORCH_BOX(&bertfast::operations::gather_backward));
+  library.impl("cpu_packed_layer_forward", TORCH_BOX(&bertfast::operations::packed_layer_forward));
+  library.impl("cpu_packed_linear_forward", TORCH_BOX(&bertfast::operations::packed_linear_forward));
   library.impl("cpu_pre_norm_forward", TORCH_BOX(&bertfast::operations::pre_norm_forward));
   library.impl("cpu_pre_norm_backward", TORCH_BOX(&bertfast::operations::pre_norm_backward));
   library.impl("cpu_rotary_forward", TORCH_BOX(&bertfast::operations::rotary_forward));

@@ -257,6 +257,39 @@ def linear_cross_entropy_forward(
 
 
 @contract
+def packed_layer_forward(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    epsilons: Sequence[float],
+    heads: int,
+    head_dimension: int,
+    intermediate: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    activation: str,
+    attention_dtype: torch.dtype,
+    rows: Tensor | None,
+) -> Tensor:
+    """Return the output [T, H], or [R, H] with `rows`, of a post-norm layer, in hidden's dtype.
+
+    `weights` are the five tensors of each of four packed weights: of queries, keys and values, of attention's output,
+    and of the feed-forward layer. `norms` are gamma and beta of two norms, `epsilons` their ε.
+    """
+    return hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
+
+
+@contract
+def packed_linear_forward(
+    x: Tensor, weight: Sequence[Tensor], columns: int, activation: str, dtype: torch.dtype
+) -> Tensor:
+    """Return y [T, `columns`] in `dtype`; `weight` is operands, scales, offsets, factors and bias, empty if absent."""
+    return x.new_empty((x.shape[0], columns), dtype=dtype)
+
+
+@contract
 def pre_norm_forward(
     residual: Tensor,
     x: Tensor | None,

@@ -114,7 +114,9 @@ def in_precision(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def with_bertfast(weights: Weights, dtype: torch.dtype = torch.float32) -> Predict:
-    return in_pytorch(in_precision(weights.in_bertfast(), dtype))
+    model = in_precision(weights.in_bertfast(), dtype)
+    bertfast.freeze(model)
+    return in_pytorch(model)
 
 
 def with_transformers(weights: Weights, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Predict:

@@ -17,8 +17,8 @@ from bertfast.encoder import ACTIVATIONS, EmbeddingParts, LayerParts, MaskedLMPa
 
 _DROPOUTS = ("attention_dropout", "attention_output_dropout", "intermediate_dropout", "output_dropout")
 # The parts of a layer that are one part of `LayerParts`, in its order.
-_QKV = ("qkv", "query", "key", "value")
-_INTERMEDIATE = ("intermediate_dense", "gate_dense", "up_dense")
+QKV = ("qkv", "query", "key", "value")
+INTERMEDIATE = ("intermediate_dense", "gate_dense", "up_dense")
 # What a part is, by the last word of its name; parts of other names are options, not modules.
 _KINDS = {
     "activation": "activation",
@@ -148,8 +148,8 @@ class Architecture:
         values["activation"] = activation_name(values["activation"])
         for name in _DROPOUTS:
             values[name] = _probability(values.get(name))
-        values["qkv"] = tuple([values.pop(name) for name in _QKV if name in values])
-        values["intermediate"] = tuple([values.pop(name) for name in _INTERMEDIATE if name in values])
+        values["qkv"] = tuple([values.pop(name) for name in QKV if name in values])
+        values["intermediate"] = tuple([values.pop(name) for name in INTERMEDIATE if name in values])
         if self.rotary is not None:
             values["rotary"] = self.kind_of_layer(module)
         if values.get("rotary") != "sliding_attention":

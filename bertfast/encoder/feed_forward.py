@@ -6,7 +6,7 @@ T tokens, H hidden, I intermediate columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.encoder.linear import concatenated, is_plain
+from bertfast.encoder.packed_linear import PACKED_ACTIVATIONS, PackedLinear
 from bertfast.encoder.parts import LayerParts
 from bertfast.ops import matmul
 
@@ -48,6 +49,8 @@ def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
     approximate: Literal["tanh", "none"] = "tanh" if activation in _TANH_GELUS else "none"
     if activation in _PLAIN_ACTIVATIONS:
         return _PLAIN_ACTIVATIONS[activation](dense(x))
+    if isinstance(dense, PackedLinear):
+        return cast(Tensor, dense(x, PACKED_ACTIVATIONS[activation]))
     if is_plain(dense) and dense.bias is not None:
         return ops.linear_gelu(x, dense.weight, dense.bias, approximate)
     return F.gelu(dense(x), approximate=approximate)

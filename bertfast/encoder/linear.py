@@ -8,7 +8,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from bertfast.encoder.packed_linear import common_group
 from bertfast.ops import matmul
+from bertfast.ops.packed_linear import packed_linear
 from bertfast.runtime.torch_compat import autocast_dtype, is_sharded, module_hooks, unsharded_class
 
 
@@ -47,8 +49,11 @@ def concatenated(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         x: [T, H].
 
     Returns:
-        Their outputs side by side, [T, columns of all].
+        Their outputs side by side, [T, columns of all]; those of packed weights in their `compute_dtype`.
     """
+    group = common_group(modules)
+    if group is not None:
+        return packed_linear(x, group, dtype=group.compute_dtype)
     plain = [module for module in modules if is_plain(module)]
     has_biases = {module.bias is not None for module in plain}
     if len(modules) == 1 or len(plain) < len(modules) or len(has_biases) > 1:

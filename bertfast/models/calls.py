@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.encoder import kernel_support
 from bertfast.encoder.unpadding import Layout
-from bertfast.models.registry import FusedModel
+from bertfast.models.registry import IS_FROZEN, FusedModel
 from bertfast.ops import matmul
 from bertfast.ops.sequences import bucket
 from bertfast.runtime import torch_compat
@@ -122,6 +122,8 @@ def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
     Where oneDNN keeps code for each number of tokens, it must also be one to which others are padded: see
     `matmul.caches_shapes`.
     """
+    if IS_FROZEN in vars(encoder):  # whose packed weights are as fast with few tokens
+        return False
     tokens, mask = main_input(arguments), arguments.get("attention_mask")
     if tokens is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens.device.type != "cpu":
         return False
@@ -135,7 +137,7 @@ def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
 
 def caches_shapes(encoder: FusedModel) -> bool:
     """Return whether code is kept for each number of tokens that an encoder gets: see `matmul.caches_shapes`."""
-    weight = torch_compat.any_parameter(encoder)
+    weight = None if IS_FROZEN in vars(encoder) else torch_compat.any_parameter(encoder)
     return weight is not None and matmul.caches_shapes(weight.device, kernel_support.gemm_dtype(weight))
 
 

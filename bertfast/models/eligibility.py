@@ -25,7 +25,9 @@ from bertfast.architectures.options import (
 )
 from bertfast.architectures.snapshot import Snapshot
 from bertfast.encoder import is_linear, is_plain
-from bertfast.models.registry import SNAPSHOT, Fused, FusedModel
+from bertfast.encoder.packed_layer import packed_layer
+from bertfast.encoder.packed_linear import is_frozen
+from bertfast.models.registry import PACKED_LAYER, SNAPSHOT, Fused, FusedModel
 from bertfast.runtime.torch_compat import constant_result, is_sharded
 
 Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear layer can be read
@@ -62,8 +64,19 @@ def whole_unsupported_reason(encoder: FusedModel) -> str | None:
     architecture = encoder.architecture
     reason = next((f"{path}: {why}" for path, why in unsupported_reasons(encoder).items() if why is not None), None)
     options = {(architecture.layer.get(name) or "").rpartition(".")[2] for name in ("heads", "causal")}
+    for layer in _at(encoder, architecture.layers) if reason is None else ():
+        _keep_packed_layer(layer)
     vars(encoder)[SNAPSHOT] = Snapshot(encoder, architecture, _OPTIONS | options) if reason is None else None
     return reason
+
+
+def _keep_packed_layer(layer: Fused) -> None:
+    """Have a layer keep its `PackedLayer`, or none, until the encoder is examined again."""
+    whole = packed_layer(layer.architecture.layer_parts(layer)) if is_frozen(layer) else None
+    if whole is not None:
+        vars(layer)[PACKED_LAYER] = whole
+    else:
+        vars(layer).pop(PACKED_LAYER, None)
 
 
 def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:

@@ -28,10 +28,11 @@ from transformers.utils.generic import ModelOutput
 from bertfast import encoder as functions
 from bertfast.architectures import IS_TRANSFORMERS_4, methods, part_at
 from bertfast.encoder import kernel_support
+from bertfast.encoder.packed_layer import PackedLayer
 from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
 from bertfast.models.calls import INPUTS, PACKING, Arguments
-from bertfast.models.registry import Fused, FusedModel
+from bertfast.models.registry import PACKED_LAYER, Fused, FusedModel
 from bertfast.ops.index_checks import check_below
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.torch_compat import call_inside
@@ -62,6 +63,9 @@ class FusedLayer(Fused, role="layer"):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Packed):
+            whole: PackedLayer | None = vars(self).get(PACKED_LAYER)
+            if whole is not None and whole.supports(hidden_states, args[0]):
+                return whole(hidden_states, args[0], *args[2:3])
             return functions.layer(self.architecture.layer_parts(self), hidden_states, *args)
         call = None if torch.compiler.is_compiling() else _CALL.get()
         if call is None or self not in call[2]:

@@ -23,6 +23,7 @@ from bertfast.architectures.methods import (
 )
 from bertfast.architectures.unsupported import family_unsupported_reason
 from bertfast.encoder import is_linear, kernel_support
+from bertfast.encoder.packed_linear import PackedLinear, is_frozen
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
 from bertfast.runtime.precision import autocast
@@ -79,7 +80,7 @@ def patch(model: nn.Module) -> PatchReport:
         ValueError: It holds no supported encoder, or its configuration has other sizes than the weights. Nothing has
             been changed then.
     """
-    _require_module("patch", model)
+    require_module("patch", model)
     encoders = [module for module in model.modules() if _is_encoder(module)]
     left = [encoder for encoder in encoders if _own_method(encoder) is not None]
     if (reason := unsupported_reason(model)) is not None:
@@ -91,7 +92,7 @@ def patch(model: nn.Module) -> PatchReport:
     return report(model)
 
 
-def _require_module(function: str, model: nn.Module) -> None:
+def require_module(function: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         inside = " (its .model is one)" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"{function} takes a torch module that holds an encoder, not a {type(model).__name__}{inside}")
@@ -103,7 +104,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: The model is not fused, or is of a class that derives from a fused one.
     """
-    _require_module("unpatch", model)
+    require_module("unpatch", model)
     kinds = [type(module) for module in model.modules() if isinstance(module, Fused)]
     if not kinds:
         raise ValueError(f"this {type(model).__name__} is not patched, so there is nothing to undo")
@@ -117,7 +118,7 @@ def unpatch(model: nn.Module) -> None:
 
 def report(module: nn.Module) -> PatchReport:
     """Describe what of a model is fused, what is not and why, as it is now, and change nothing."""
-    _require_module("report", module)
+    require_module("report", module)
     result = PatchReport()
     global_reason = kernel_support.GLOBAL_HOOKS if has_global_hooks() else None
     for name, child in module.named_modules():
@@ -230,11 +231,14 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
         alone = "its activations are recomputed, which requires that the encoder is fused whole"
         reasons = {path: reason or alone for path, reason in reasons.items()}
     for path, reason in reasons.items():
-        result._add(f"{name}.{path}", "runs on packed tokens", reason)
-        module = encoder.get_submodule(path) if reason is None else None
-        if isinstance(module, fused.FusedLayer):
+        module = encoder.get_submodule(path)
+        frozen = " and packed weights" if is_frozen(module) else ""
+        result._add(f"{name}.{path}", f"runs on packed tokens{frozen}", reason)
+        if reason is None and isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
                 kind = type(linear)
+                if kind is PackedLinear:
+                    continue
                 result.left[f"{name}.{path}.{linear_path}"] = (
                     f"{kind.__module__}.{kind.__name__} is called as a module: its weights cannot be read"
                 )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 from transformers import BertConfig, GenerationMixin, PreTrainedModel
 
 from bertfast.architectures import Architecture, family_of, methods
 from bertfast.encoder import MaskedLMParts
+from bertfast.encoder.packed_linear import FROZEN, is_frozen, require_unchanged
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
+IS_FROZEN = "_bertfast_is_frozen"  # that in which an encoder keeps whether its weights are packed
+PACKED_LAYER = "_bertfast_packed_layer"  # that in which a layer of a frozen encoder keeps its `PackedLayer`
 _FUSED: dict[type[nn.Module], type[Fused]] = {}
 _MIXINS: dict[str, type[Fused]] = {}  # by the roles that a family's declaration names
 
@@ -39,6 +42,19 @@ class Fused(nn.Module):
             cls.architecture = architecture
             cls.mixin, cls.original = cls.__bases__[:2]
             _FUSED[cls.original] = cls
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training mode, before any module has changed, if a module is packed for inference."""
+        if mode and is_frozen(self):
+            raise RuntimeError(FROZEN)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse another dtype or device, too."""
+        if is_frozen(self):
+            require_unchanged(fn)
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
 
 
 class FusedModel(Fused, PreTrainedModel):
@@ -66,6 +82,12 @@ class FusedModel(Fused, PreTrainedModel):
         """Return whether the class that is fused is one of a user: transformers renames weights only of its own."""
         original: Any = vars(cls).get("original")
         return original is None or bool(original.is_custom_code())
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse other weights, before any has been loaded, if a module is packed for inference."""
+        if is_frozen(self):
+            raise RuntimeError(FROZEN)
+        return super().load_state_dict(*args, **kwargs)
 
     def masked_lm_parts(self) -> MaskedLMParts:
         """Return the modules of the masked-LM head of a model that has one."""
@@ -126,6 +148,7 @@ def unfuse(model: nn.Module) -> None:
     for module in [*model.modules()]:
         if isinstance(module, Fused):
             vars(module).pop(SNAPSHOT, None)
+            vars(module).pop(PACKED_LAYER, None)
             _change_class(module, module.original)
 
 

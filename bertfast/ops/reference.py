@@ -326,3 +326,38 @@ def linear_cross_entropy(
     loss = losses.masked_fill(labels >= len(weight), math.nan).sum()
     correct = ((logits.detach().argmax(1) == labels) & counted).sum()
     return loss, correct, counted.sum()
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    factors: Tensor,
+    bias: Tensor,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return activation(x W^T + bias) of a weight in fp32, bf16 or int8.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], in int8 divided by its scales.
+        scales: fp32 [N]; empty unless the weight is int8.
+        factors: fp32 [K], factors of x; empty: 1.
+        bias: [N]; empty: no bias.
+        activation: "none", "gelu" or "gelu_tanh".
+        dtype: Dtype of the result.
+    """
+    if weight.dtype == torch.int8:
+        x = accumulating(x) * factors if len(factors) else accumulating(x)
+        largest = x.abs().amax(dim=1, keepdim=True)
+        finite = largest.isfinite() & (largest > 1e-30)
+        quantised = torch.where(finite, x * (127 / largest), 0).round()
+        scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
+        y = (quantised @ weight.to(x.dtype).T) * scale * scales
+    else:
+        y = accumulating(x.to(weight.dtype)) @ accumulating(weight).T
+    y = y + bias if len(bias) else y
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y.to(dtype)

@@ -44,4 +44,18 @@ InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed)
 
 void use(InstructionSet set) { in_use.store(set, std::memory_order_relaxed); }
 
+static std::atomic<bool> allows_quads{true};
+
+bool has_quad_instruction() {
+#if defined(__x86_64__) && !defined(BERTFAST_EMULATED)
+  const bool wide = instruction_set() >= InstructionSet::avx512, avx2 = instruction_set() == InstructionSet::avx2;
+  const bool has = (wide && __builtin_cpu_supports("avx512vnni")) || (avx2 && __builtin_cpu_supports("avxvnni"));
+  return has && allows_quads.load(std::memory_order_relaxed);
+#else
+  return false;
+#endif
+}
+
+void use_quad_instruction(bool allowed) { allows_quads.store(allowed, std::memory_order_relaxed); }
+
 }  // namespace bertfast

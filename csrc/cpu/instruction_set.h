@@ -10,6 +10,9 @@ bool is_supported(InstructionSet set);  // by this CPU, and compiled into this l
 InstructionSet instruction_set();       // the one in use
 void use(InstructionSet set);           // it must be supported
 
+bool has_quad_instruction();              // whether the set in use has dot products of four int8 on this CPU
+void use_quad_instruction(bool allowed);  // if the CPU has it; for tests
+
 }  // namespace bertfast
 
 // Declare a kernel, compiled once for each set in a namespace of its own, and the function that dispatches to it.

@@ -20,6 +20,11 @@
 #define BERTFAST_AVX2
 #endif
 
+// Dot products of pairs of int16 by the instruction.
+#if defined(__AVX512BW__) || defined(BERTFAST_AVX2)
+#define BERTFAST_HALVES
+#endif
+
 #define INLINE [[gnu::always_inline]] static inline
 #define UNROLL_FOR _Pragma("GCC unroll 16") for
 
@@ -47,6 +52,7 @@ using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Longs = uint64_t __attribute__((vector_size(4 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
@@ -160,6 +166,18 @@ INLINE void store(T* p, Floats x, int count) {
   copy_partial(p, buffer, count);
 }
 
+// Store the low byte of each lane, or of the first `count`.
+INLINE void store_bytes(uint8_t* p, Words x, int count) {
+#if defined(__AVX512F__)
+  const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  const Bytes bytes = __builtin_convertvector(x & 0xff, Bytes);
+#endif
+  uint8_t buffer[LANES];
+  std::memcpy(count == LANES ? p : buffer, &bytes, sizeof bytes);
+  if (count < LANES) copy_partial(p, buffer, count);
+}
+
 // Elementwise maximum; b where either is NaN.
 INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -239,6 +257,17 @@ INLINE Floats dot_pairs(Floats sum, Words a, Words b) {
   return sum + (Floats)(a << 16) * (Floats)(b << 16);
 #endif
 }
+
+#if defined(BERTFAST_HALVES)
+// a.first · b.first + a.second · b.second, for each pair of int16.
+INLINE Ints dot_halves(Words a, Words b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+#endif
 
 // One step of a transpose: swap the lanes with bit DISTANCE set in a with those without it in b.
 template <int DISTANCE, int... LANE>

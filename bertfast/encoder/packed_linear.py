@@ -1,0 +1,116 @@
+"""`PackedLinear`: a linear layer of a frozen model, whose weight is packed for the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertfast.ops.packed_linear import PackedActivation, PackedWeight, packed_linear
+from bertfast.runtime.torch_compat import module_hooks
+
+PACKED_ACTIVATIONS: dict[str, PackedActivation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""The activations that the kernels apply to a linear layer's sums, by their names in a configuration."""
+
+FROZEN = "this model is frozen for inference: load it again to train or change it"
+
+
+class PackedLinear(nn.Module):
+    """Compute x W^T + bias with a packed weight, in inference only.
+
+    Its state is that of a `torch.nn.Linear`; a quantised one has int8 values as `weight`, and `weight_scale` and
+    `input_factors` besides.
+
+    Args:
+        packed: The weight.
+        group: A weight that `packed` is a part of, which other layers of the same input share; None: none.
+    """
+
+    def __init__(self, packed: PackedWeight, group: PackedWeight | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.group = group
+        self.in_features, self.out_features = packed.depth, packed.columns
+        self.training = False
+
+    def forward(self, x: Tensor, activation: PackedActivation = "none", dtype: torch.dtype | None = None) -> Tensor:
+        """Return activation(x W^T + bias): [..., K] -> [..., N] in `dtype`, or that of x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(FROZEN)
+        y = packed_linear(x.reshape(-1, self.in_features), self.packed, activation, dtype=dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of W [N, K], in fp32 or bf16; that of an int8 weight has its rounding errors."""
+        weight, packed = self.packed.unpacked(), self.packed
+        if weight.dtype != torch.int8:
+            return weight
+        dequantised = weight * packed.scales[:, None]
+        return dequantised * packed.factors if len(packed.factors) else dequantised
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [N]; None: there is none."""
+        return self.packed.bias if len(self.packed.bias) else None
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """Refuse training mode."""
+        if mode:
+            raise RuntimeError(FROZEN)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return sizes and dtype of the weight."""
+        dtype = str(self.packed.operands.dtype).removeprefix("torch.")
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        require_unchanged(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        packed = self.packed
+        destination[f"{prefix}weight"] = packed.unpacked()
+        state = {"bias": packed.bias, "weight_scale": packed.scales, "input_factors": packed.factors}
+        destination.update({prefix + name: tensor for name, tensor in state.items() if len(tensor)})
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError(FROZEN)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Return whether weights of a model are packed."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def require_unchanged(fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise RuntimeError if a conversion of tensors changes their dtype or device."""
+    before = torch.empty(0)
+    after = fn(before)
+    if (after.dtype, after.device) != (before.dtype, before.device):
+        raise RuntimeError(FROZEN)
+
+
+def common_group(modules: Sequence[nn.Module]) -> PackedWeight | None:
+    """Return the packed weight that these linear layers share, one after the other; None if there is none."""
+    group: PackedWeight | None = getattr(modules[0], "group", None)
+    columns = 0
+    for module in modules:
+        if (
+            not isinstance(module, PackedLinear)
+            or module.group is not group
+            or group is None
+            or any(module_hooks(module))
+        ):
+            return None
+        if module.packed.operands.data_ptr() != group.rows(columns, group.columns).operands.data_ptr():
+            return None
+        columns += module.out_features
+    return group if group is not None and columns == group.columns else None

@@ -1,0 +1,125 @@
+"""`bertfast.freeze(model)`: pack the weights of a model's encoders once, for inference on a CPU.
+
+A call of a model that is not frozen reads each weight in the layout in which training writes it. With the few tokens of
+one sentence that costs more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bertfast.architectures import part_at
+from bertfast.architectures.architecture import INTERMEDIATE, QKV
+from bertfast.encoder import is_plain
+from bertfast.encoder.packed_linear import FROZEN, PackedLinear, is_frozen
+from bertfast.models.fused import FusedEncoder, FusedLayer
+from bertfast.models.patch import PatchReport, patch, report, require_module
+from bertfast.models.registry import IS_FROZEN, SNAPSHOT
+from bertfast.ops import native
+from bertfast.ops.packed_linear import PANEL, PackedWeight, pack
+
+FrozenPrecision = Literal["fp32", "bf16"]
+"""The precisions in which a model can be frozen."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchReport:
+    """Prepare a model for inference on a CPU, in place: fuse it, and pack the weights of its encoders' layers.
+
+    A frozen model computes no gradients. It refuses training mode, other weights, dtypes and devices; load it again for
+    these. It can be saved, as what it was before. Its other modules, such as heads, stay as they are.
+
+    Args:
+        model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU.
+        precision: That of the GEMMs and of attention; None: that of the weights. The residual stream stays in the
+            dtype of the weights.
+
+    Returns:
+        The report, as `bertfast.report` returns it.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: It holds no supported encoder, is frozen already, or has another device or dtype; or there is no
+            native library. Nothing has been changed then.
+    """
+    if precision is not None and precision not in _DTYPES:
+        raise ValueError(f"freeze: precision must be fp32 or bf16, got {precision!r}")
+    require_module("freeze", model)
+    require_freezable(model)
+    patch(model)
+    dtype = None if precision is None else _DTYPES[precision]
+
+    def packed(modules: list[nn.Linear]) -> PackedWeight:
+        return pack(*concatenated(modules), dtype)
+
+    return replace_linears(model, packed)
+
+
+def concatenated(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of linear layers of the same input one below the other, and their biases."""
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def require_freezable(model: nn.Module) -> None:
+    """Check that the weights of a model can be packed.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if native.UNAVAILABLE_REASON is not None:
+        raise ValueError(f"a model can be frozen only with the native library: {native.UNAVAILABLE_REASON}")
+    if is_frozen(model):
+        raise ValueError(FROZEN)
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(f"{name} is on {parameter.device}: frozen models run on a CPU, call model.cpu() first")
+        if parameter.dtype not in _DTYPES.values():
+            raise ValueError(f"{name} is {parameter.dtype}: frozen models are float32 or bfloat16, call model.float()")
+
+
+def replace_linears(model: nn.Module, packed: Callable[[list[nn.Linear]], PackedWeight]) -> PatchReport:
+    """Replace the linear layers of a fused model's encoder layers by packed ones.
+
+    Args:
+        model: The model.
+        packed: Packs linear layers of the same input, one after the other.
+    """
+    for encoder in [module for module in model.modules() if isinstance(module, FusedEncoder)]:
+        for layer in [module for module in encoder.modules() if isinstance(module, FusedLayer)]:
+            for paths in _linear_paths(layer):
+                _replace(layer, paths, packed)
+        vars(encoder).pop(SNAPSHOT, None)
+        vars(encoder)[IS_FROZEN] = True
+    model.eval()
+    model.requires_grad_(False)
+    return report(model)
+
+
+def _linear_paths(layer: FusedLayer) -> list[list[str]]:
+    """Return the paths of a layer's linear layers, those of the same input together."""
+    paths = layer.architecture.layer
+    groups = (QKV, ("attention_dense",), INTERMEDIATE, ("output_dense",))
+    return [[path for name in names if (path := paths.get(name)) is not None] for names in groups]
+
+
+def _replace(layer: FusedLayer, paths: list[str], packed: Callable[[list[nn.Linear]], PackedWeight]) -> None:
+    modules = [part_at(layer, path) for path in paths]
+    linears = [module for module in modules if is_plain(module)]
+    if len(linears) < len(modules):
+        return  # an adapter, or a layer with a hook, is called as it is
+    has_bias = {linear.bias is not None for linear in linears}
+    can_group = len(has_bias) == 1 and all(linear.out_features % PANEL == 0 for linear in linears)
+    group, first = packed(linears) if can_group else None, 0
+    for path, linear in zip(paths, linears, strict=True):
+        end = first + linear.out_features
+        module = PackedLinear(packed([linear])) if group is None else PackedLinear(group.rows(first, end), group)
+        parent, _, name = path.rpartition(".")
+        setattr(part_at(layer, parent), name, module)
+        first = end

@@ -1,0 +1,173 @@
+"""Linear layers for inference on a CPU, whose weights are packed once: in fp32, bf16 or int8.
+
+The kernels read a packed weight from its first to its last byte: with few tokens they take the time of that. In int8 a
+weight has one scale per row of W, and each token gets its own scale when it is multiplied: symmetric dynamic
+quantisation as in LLM.int8() (Dettmers et al., 2022), with the scale migration of SmoothQuant (Xiao et al., 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertfast.ops import reference
+from bertfast.ops.arguments import check_floating_dtype
+from bertfast.ops.dispatch import Implementation, operator, resolve
+from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
+
+PackedActivation = Literal["none", "gelu", "gelu_tanh"]
+"""What a packed linear layer computes of its sums."""
+
+PANEL = 32  # rows of W that are packed together, as in csrc/packed_linear.h
+_LARGEST = 127  # of the quantised values
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight W [N, K] and its bias, as the kernels read them. Build it with `pack` or `quantise`.
+
+    Attributes:
+        operands: fp32, bf16 or int8 [N / 32, K / E, 32, E]: 32 rows of W side by side, of each E = 1, 2 or 4 adjacent
+            values; rows and columns beyond W's are zero.
+        bias: [N], or empty.
+        columns, depth: N and K.
+        scales: fp32 [N] with int8: W[n] ≈ scales[n] · q[n] / factors.
+        offsets: int32 [N] with int8: 128 times the sum of each row of q.
+        factors: fp32 [K], by which the columns of x are multiplied before they are quantised; empty: by 1.
+    """
+
+    operands: Tensor
+    bias: Tensor
+    columns: int
+    depth: int
+    scales: Tensor
+    offsets: Tensor
+    factors: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the order in which the kernels take them."""
+        return [self.operands, self.scales, self.offsets, self.factors, self.bias]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which the attention between packed layers is computed: in int8 bf16 where that is faster."""
+        in_bf16 = self.operands.dtype == torch.bfloat16 or (self.operands.dtype == torch.int8 and cpu_has_bf16_gemm())
+        return torch.bfloat16 if in_bf16 else torch.float32
+
+    def unpacked(self) -> Tensor:
+        """Return W [N, K], in fp32 or bf16; of int8 q [N, K]."""
+        rows = self.operands.transpose(1, 2).flatten(0, 1).flatten(1)
+        return rows[: self.columns, : self.depth].contiguous()
+
+    def rows(self, first: int, end: int) -> PackedWeight:
+        """Return rows of W, multiples of 32, without copying them."""
+        part = slice(first, end)
+        panels = self.operands[first // PANEL : end // PANEL]
+        scales, offsets, bias = (x[part] if len(x) else x for x in (self.scales, self.offsets, self.bias))
+        return replace(self, operands=panels, columns=end - first, scales=scales, offsets=offsets, bias=bias)
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
+    """Pack a weight.
+
+    Args:
+        weight: [N, K], floating point.
+        bias: [N]; None: no bias.
+        dtype: fp32 or bf16; None: bf16 for half precision, else fp32.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if weight.dtype.itemsize == 2 else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"pack: dtype must be float32 or bfloat16, got {dtype}: int8 is made by quantise")
+    return _packed(weight.detach().to(dtype), bias)
+
+
+def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None) -> PackedWeight:
+    """Quantise a weight to int8 and pack it.
+
+    Args:
+        weight: [N, K], floating point and finite.
+        bias: [N]; None: no bias.
+        factors: fp32 [K], positive: multiplies the columns of x, and divides those of W; None: 1.
+
+    Raises:
+        ValueError: The weight is not finite.
+    """
+    weight = weight.detach().float()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("quantise: the weight has values that are not finite")
+    if factors is not None:
+        weight = weight / factors
+    scales = weight.abs().amax(dim=1) / _LARGEST
+    scaled = weight / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    values = scaled.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return packed_int8(values, scales, bias, factors)
+
+
+def packed_int8(values: Tensor, scales: Tensor, bias: Tensor | None, factors: Tensor | None) -> PackedWeight:
+    """Pack quantised values, int8 [N, K], with their scales; see `PackedWeight`."""
+    offsets = 128 * values.sum(dim=1, dtype=torch.int32)
+    factors = values.new_empty(0, dtype=torch.float32) if factors is None else factors.float().contiguous()
+    return replace(_packed(values, bias), scales=scales.float().contiguous(), offsets=offsets.int(), factors=factors)
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> PackedWeight:
+    columns, depth = weight.shape
+    values = 4 // weight.dtype.itemsize  # per operand
+    padded = F.pad(weight, (0, -depth % values, 0, -columns % PANEL))
+    operands = torch.unflatten(torch.unflatten(padded, 1, (-1, values)), 0, (-1, PANEL)).transpose(1, 2).contiguous()
+    absent = weight.new_empty(0, dtype=torch.float32)
+    bias = absent if bias is None else bias.detach().contiguous()
+    return PackedWeight(operands, bias, columns, depth, absent, absent.int(), absent)
+
+
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    activation: PackedActivation = "none",
+    *,
+    dtype: torch.dtype | None = None,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    """Return activation(x W^T + bias), without gradients.
+
+    Args:
+        x: [T, K], floating point; rounded to bf16 for a weight in bf16, and quantised for one in int8, in which a token
+            with a value that is not finite gives NaN.
+        weight: The packed weight.
+        activation: "gelu" is the exact one, "gelu_tanh" its approximation.
+        dtype: Dtype of the result; None: that of x.
+        implementation: Default: the fastest one that supports the arguments.
+
+    Returns:
+        [T, N].
+
+    Raises:
+        TypeError: An argument has an unsupported dtype.
+        ValueError: Shapes or devices do not match, x requires a gradient, or `implementation` does not support the
+            arguments.
+    """
+    check_floating_dtype("packed_linear", "dtype", dtype)
+    if x.dim() != 2 or x.shape[1] != weight.depth or not x.is_floating_point():
+        raise ValueError(
+            f"packed_linear: x must be floating point of shape [tokens, {weight.depth}], "
+            f"got {x.dtype} of shape {list(x.shape)}"
+        )
+    if activation not in ("none", "gelu", "gelu_tanh"):
+        raise ValueError(f"packed_linear: activation must be none, gelu or gelu_tanh, got {activation!r}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("packed_linear: x requires a gradient, which packed weights do not have: use torch.no_grad()")
+    dtype = dtype or x.dtype
+    is_known = dtype in (torch.float32, torch.bfloat16)
+    unsupported = None if is_known else f"its kernels return float32 and bfloat16, not {dtype}"
+    implementation = resolve("packed_linear", implementation, x, unsupported)
+    if implementation == "reference":
+        values = weight.unpacked()
+        return reference.packed_linear(x, values, weight.scales, weight.factors, weight.bias, activation, dtype)
+    y: Tensor = operator(implementation, "packed_linear_forward")(x, weight.tensors, weight.columns, activation, dtype)
+    return y

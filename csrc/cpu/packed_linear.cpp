@@ -1,0 +1,220 @@
+#include "../packed_linear.h"
+
+#include <type_traits>
+
+#include "gelu.h"
+#include "quads.h"
+#include "rows.h"
+
+namespace bertfast::BERTFAST_SET {
+
+// A tile of y has up to STRIP rows and two registers of columns: as many accumulators as there are registers for.
+constexpr int STRIP = REGISTERS == 32 ? 12 : 6;
+constexpr int TILE = 2 * LANES;
+constexpr int64_t CHUNK = 384;  // operands of a partial sum: shorter sums round less
+constexpr int64_t AHEAD = 24;   // operands by which the weight is fetched ahead
+constexpr int64_t BLOCK_BYTES = 400 << 10;  // of packed tokens, which stay in the L2 cache while panels pass
+
+INLINE Floats load_operands(const float* p) { return load(p); }
+INLINE Words load_operands(const uint32_t* p) { return load(p); }
+INLINE Floats multiply_add(Floats sum, float factor, Floats b) { return sum + splat(factor) * b; }
+INLINE Floats multiply_add(Floats sum, uint32_t factor, Words b) { return dot_pairs(sum, splat(factor), b); }
+
+template <class F>
+using Accumulator = std::conditional_t<IS_QUAD<F>, Ints, Floats>;
+
+// Columns c [ROWS, TILE] of a panel from a [depth, STRIP] and b [depth, PANEL]; added to c unless `first`.
+template <int ROWS, class F>
+[[gnu::noinline]] static void multiply_tile(const F* a, const F* b, int64_t depth, float* c, bool first) {
+  Accumulator<F> sums[ROWS][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const auto left = load_operands(b + k * PANEL), right = load_operands(b + k * PANEL + LANES);
+    // With few rows the time is that of reading the weight, which the hardware alone does not fetch early enough.
+    __builtin_prefetch(b + (k + AHEAD) * PANEL);
+    if constexpr (TILE * sizeof(F) > 64) __builtin_prefetch(b + (k + AHEAD) * PANEL + LANES);
+    UNROLL_FOR (int i = 0; i < ROWS; ++i) {
+      sums[i][0] = multiply_add(sums[i][0], a[k * STRIP + i], left);
+      sums[i][1] = multiply_add(sums[i][1], a[k * STRIP + i], right);
+    }
+  }
+  UNROLL_FOR (int i = 0; i < ROWS; ++i)
+    UNROLL_FOR (int j = 0; j < 2; ++j) {
+      Accumulator<F> sum = sums[i][j], old;
+      float* const element = c + i * PANEL + j * LANES;
+      std::memcpy(&old, element, sizeof old);
+      if (!first) sum += old;
+      std::memcpy(element, &sum, sizeof sum);
+    }
+}
+
+template <int ROWS, class F>
+INLINE void multiply_strip(int rows, const F* a, const F* b, int64_t depth, float* c, bool first) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS) return multiply_strip<ROWS - 1>(rows, a, b, depth, c, first);
+    for (int column = 0; column < PANEL; column += TILE) multiply_tile<ROWS>(a, b + column, depth, c + column, first);
+  }
+}
+
+// Tokens in strips of equal height: a tile of few rows would not be faster than one of many.
+struct Strips {
+  int64_t tokens, height, count;
+  explicit Strips(int64_t tokens) : tokens(tokens) {
+    const int64_t least = (tokens + STRIP - 1) / STRIP;
+    height = (tokens + least - 1) / least, count = (tokens + height - 1) / height;
+  }
+  int rows(int64_t strip) const { return (int)(strip + 1 < count ? height : tokens - strip * height); }
+};
+
+// Convert a row of x to operands of the weight's type, the last one filled with zeros.
+template <class T>
+static void convert(const T* x, const PackedWeight& w, float* out, float* /*scale*/) {
+  for_each_vector(w.depth, [&](int64_t k, int count) { store_columns(out + k, load_columns(x + k, count), count); });
+}
+
+template <class T>
+static void convert(const T* x, const PackedWeight& w, uint32_t* out, float* /*scale*/) {
+  BFloat16* const row = (BFloat16*)out;
+  for_each_vector(w.depth, [&](int64_t k, int count) { store_columns(row + k, load_columns(x + k, count), count); });
+  if (w.depth % 2) row[w.depth] = {0};
+}
+
+// The scale is NaN if a value is not finite, so that the results are NaN.
+template <class T, bool INSTRUCTION>
+static void convert(const T* x, const PackedWeight& w, Quad<INSTRUCTION>* out, float* scale) {
+  const auto value = [&](int64_t k, int count) {
+    const Floats element = load_columns(x + k, count);
+    return w.factors ? element * load_columns(w.factors + k, count) : element;
+  };
+  Floats largest{}, zeros{};
+  for_each_vector(w.depth, [&](int64_t k, int count) {
+    const Floats element = value(k, count);
+    largest = maximum(absolute(element), largest), zeros += element * 0.f;
+  });
+  const float most = max_lane(largest), zero = sum(zeros);
+  *scale = most / 127 + zero;
+  const float inverse = zero == 0 && most > 1e-30f ? 127 / most : 0;  // which does not overflow
+  uint8_t* const row = (uint8_t*)out;
+  for_each_vector(w.depth, [&](int64_t k, int count) {
+    // Adding 1.5 · 2^23 rounds to an integer, in the low bits.
+    const Words rounded = (Words)(value(k, count) * inverse + 12582912.f) + 128;
+    store_bytes(row + k, rounded, count);
+  });
+  for (int64_t k = w.depth; k % 4; ++k) row[k] = 0;
+}
+
+// Pack a strip of tokens, transposed: [depth, STRIP] operands.
+template <class T, class F>
+static void pack_strip(const PackedLinear& p, int64_t first, int rows, int64_t depth, F* out, float* scales) {
+  thread_local Scratch memory;
+  const int64_t width = padded(depth);
+  F* const operands = memory.reserve<F>(STRIP * width);
+  for (int i = 0; i < rows; ++i) convert(row<T>(p.x, first + i), p.weight, operands + i * width, scales + i);
+  for (int64_t k = 0; k < depth; k += LANES) {
+    // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite.
+    for (int top = (STRIP - 1) / LANES * LANES; top >= 0; top -= LANES) {
+      Words block[LANES];
+      for (int i = 0; i < LANES; ++i)
+        block[i] = top + i < rows ? load((const uint32_t*)(operands + (top + i) * width + k)) : Words{};
+      transpose(block);
+      for (int i = 0; i < LANES && k + i < depth; ++i) store((uint32_t*)(out + (k + i) * STRIP + top), block[i]);
+    }
+  }
+}
+
+static float element(const Vector& x, int64_t index) {
+  if (x.data == nullptr) return 0;
+  if (x.type == Type::float32) return ((const float*)x.data)[index];
+  const uint32_t bits = (uint32_t)((const BFloat16*)x.data)[index].bits << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A panel's parameters.
+struct Columns {
+  alignas(64) float bias[PANEL], scales[PANEL];
+  alignas(64) int32_t offsets[PANEL];
+
+  Columns(const PackedLinear& p, int64_t first, int count) {
+    for (int i = 0; i < count; ++i) bias[i] = element(p.bias, first + i);
+    if (p.weight.type != WeightType::int8) return;
+    for (int i = 0; i < count; ++i) scales[i] = p.weight.scales[first + i], offsets[i] = p.weight.offsets[first + i];
+  }
+};
+
+template <class F>
+INLINE Floats dequantised(const float* sums, const Columns& columns, int64_t column, float scale) {
+  if constexpr (!IS_QUAD<F>) return load(sums + column);
+  Ints quads, offsets;
+  std::memcpy(&quads, sums + column, sizeof quads);
+  std::memcpy(&offsets, columns.offsets + column, sizeof offsets);
+  return __builtin_convertvector(quads - offsets, Floats) * (load(columns.scales + column) * scale);
+}
+
+// Write a row of c to y.
+template <class F, class Y>
+static void write(const PackedLinear& p, const float* sums, const Columns& columns, int count, float scale, Y* y) {
+  const auto apply = [&](const auto& activation) {
+    for (int column = 0; column < count; column += LANES) {
+      const Floats x = dequantised<F>(sums, columns, column, scale) + load(columns.bias + column);
+      store_columns(y + column, activation(x), count - column < LANES ? count - column : LANES);
+    }
+  };
+  switch (p.epilogue) {
+    case Epilogue::none: return apply([](Floats x) { return x; });
+    case Epilogue::gelu: return apply([](Floats x) { return gelu<false>(x).value; });
+    case Epilogue::gelu_tanh: return apply([](Floats x) { return gelu<true>(x).value; });
+  }
+}
+
+template <class F>
+static void multiply(const PackedLinear& p) {
+  constexpr int VALUES = IS_QUAD<F> ? 4 : std::is_same_v<F, float> ? 1 : 2;  // per operand
+  const int64_t depth = (p.weight.depth + VALUES - 1) / VALUES, panels = (p.weight.columns + PANEL - 1) / PANEL;
+  const Strips strips(p.tokens);
+  thread_local Scratch packed_memory, scale_memory;
+  F* const a = packed_memory.reserve<F>(strips.count * STRIP * depth + LANES);
+  float* const scales = scale_memory.reserve<float>(strips.count * STRIP);
+  const int64_t grain = 1 + (32 << 10) / (STRIP * depth);  // below, a second thread costs more than it saves
+  parallel(strips.count, grain, [&](int64_t first, int64_t end) {
+    with_type(p.x.type, [&]<class T>(T) {
+      for (int64_t s = first; s < end; ++s)
+        pack_strip<T>(p, s * strips.height, strips.rows(s), depth, a + s * STRIP * depth, scales + s * STRIP);
+    });
+  });
+  const int64_t block = 1 + BLOCK_BYTES / (int64_t)sizeof(F) / (STRIP * depth);
+  const int64_t blocks = (strips.count + block - 1) / block;
+  parallel(blocks * panels, 1, [&](int64_t task, int64_t end) {
+    thread_local Scratch memory;
+    float* const c = memory.reserve<float>(block * STRIP * PANEL);
+    for (; task < end; ++task) {
+      const int64_t panel = task % panels, first = task / panels * block;
+      const int64_t last = first + block < strips.count ? first + block : strips.count;
+      const F* const b = (const F*)p.weight.operands + panel * depth * PANEL;
+      for (int64_t k = 0; k < depth; k += CHUNK)
+        for (int64_t s = first; s < last; ++s)
+          multiply_strip<STRIP>(strips.rows(s), a + (s * depth + k) * STRIP, b + k * PANEL,
+                                depth - k < CHUNK ? depth - k : CHUNK, c + (s - first) * STRIP * PANEL, k == 0);
+      const int64_t left = p.weight.columns - panel * PANEL;
+      const int count = left < PANEL ? (int)left : PANEL;
+      const Columns columns(p, panel * PANEL, count);
+      with_type(p.y.type, [&]<class Y>(Y) {
+        for (int64_t s = first; s < last; ++s)
+          for (int i = 0; i < strips.rows(s); ++i)
+            write<F>(p, c + ((s - first) * STRIP + i) * PANEL, columns, count, scales[s * STRIP + i],
+                     row<Y>(p.y, s * strips.height + i) + panel * PANEL);
+      });
+    }
+  });
+}
+
+void packed_linear(const PackedLinear& p) {
+  if (p.tokens == 0) return;
+  switch (p.weight.type) {
+    case WeightType::float32: return multiply<float>(p);
+    case WeightType::bfloat16: return multiply<uint32_t>(p);
+    case WeightType::int8: return has_quad_instruction() ? multiply<Quad<true>>(p) : multiply<Quad<false>>(p);
+  }
+}
+
+}  // namespace bertfast::BERTFAST_SET

@@ -1,0 +1,188 @@
+"""`bertfast.freeze`: packed weights compute what the model computed, and what would change them is refused."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import family_models
+import pytest
+import torch
+import transformers
+from helpers import assert_as_accurate_as_torch
+from live_models import Doubled, batch, live, outputs_of
+from parity import double
+
+import bertfast
+from bertfast.encoder.packed_layer import PackedLayer
+from bertfast.encoder.packed_linear import PackedLinear
+
+FROZEN = "this model is frozen for inference: load it again to train or change it"
+
+
+def frozen(model, precision=None):
+    result = copy.deepcopy(model)
+    bertfast.freeze(result, precision)
+    return result
+
+
+def assert_same_outputs(actual, hf, values, mask, autocast=None):
+    """Check all outputs of a frozen model by the parity rule, against transformers in its precision."""
+    with torch.no_grad():
+        truth = dict(double(hf)(**{k: x.double() if x.is_floating_point() else x for k, x in values.items()}).items())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            expected = dict(hf(**values).items())
+    outputs = dict(actual(**values).items())
+    assert outputs.keys() == expected.keys()
+    for name, x in outputs.items():
+        if not isinstance(x, torch.Tensor):
+            continue
+        pair = [each[mask] if each.shape[:2] == mask.shape else each for each in (x, expected[name], truth[name])]
+        factor = 6 if name == "loss" else 2  # a single number, which transformers may happen to compute exactly
+        assert_as_accurate_as_torch(*pair, name=name, dtype=autocast or x.dtype, factor=factor)
+        assert not x.requires_grad
+
+
+@pytest.fixture
+def calls_of_layers(monkeypatch):
+    """Count the layers that run as one call of the library."""
+    calls, run = [], PackedLayer.__call__
+    monkeypatch.setattr(PackedLayer, "__call__", lambda self, *args: calls.append(1) or run(self, *args))
+    return calls
+
+
+CASES = [case for case in family_models.CASES if case.task in ("Model", "ForSequenceClassification", "ForMaskedLM")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_family_computes_the_same(case, precision, calls_of_layers):
+    hf = family_models.plain(case)
+    model = frozen(hf, precision)
+    values, mask = family_models.inputs(case, hf)
+    assert_same_outputs(model, hf, values, mask, None if precision == "fp32" else torch.bfloat16)
+    if case.task == "ForMaskedLM":  # others read the first token, which left padding masks out
+        assert len(calls_of_layers) == (0 if case.family in family_models.ROTARY else 2)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "inside", "first"])
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}], ids=str)
+def test_every_padding_computes_the_same(padding, changes, calls_of_layers):
+    hf = live(attn_implementation="eager", **changes)
+    values = batch(padding)
+    assert_same_outputs(frozen(hf), hf, values, values["attention_mask"].bool())
+    reads_masked = padding in ("left", "first")  # [CLS] is then a query-only token
+    assert len(calls_of_layers) == (0 if changes.get("hidden_act") == "relu" or reads_masked else 2)
+
+
+def test_a_bf16_model_keeps_its_dtype():
+    hf = live().bfloat16()
+    model = frozen(hf)
+    reference = copy.deepcopy(hf).double()
+    actual, expected, truth = (outputs_of(each).logits for each in (model, hf, reference))
+    assert actual.dtype == torch.bfloat16
+    assert_as_accurate_as_torch(actual, expected, truth)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 13])
+def test_one_sentence_without_padding(length, monkeypatch, calls_of_layers):
+    """Few tokens run on packed weights too, where other models are left to transformers."""
+    monkeypatch.setattr("bertfast.encoder.kernel_support.MIN_SLOTS_WITHOUT_PADDING", 128)
+    hf = live(attn_implementation="eager")
+    values = {"input_ids": batch("none")["input_ids"][:1, :1].expand(1, length).contiguous()}
+    assert_same_outputs(frozen(hf), hf, values, torch.ones(1, length, dtype=torch.bool))
+    assert len(calls_of_layers) == 2
+
+
+def test_what_would_change_it_is_refused_and_changes_nothing():
+    model = frozen(live())
+    before = outputs_of(model).logits
+    state = live(seed=1).state_dict()
+    for change in (
+        lambda: model.train(),
+        lambda: model.bert.train(),
+        lambda: model.bert.encoder.layer[0].train(),
+        lambda: model.load_state_dict(state),
+        lambda: model.bert.load_state_dict(state),
+        lambda: model.half(),
+        lambda: model.double(),
+        lambda: model.to("meta"),
+        lambda: bertfast.freeze(model),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=FROZEN):
+            change()
+    assert torch.equal(outputs_of(model).logits, before)
+    assert not any(module.training for module in model.modules())
+    model.eval().float().to("cpu")  # what it is already
+
+
+def test_gradients_are_refused():
+    model = frozen(live("BertModel"))
+    embeddings = torch.randn(2, 5, 64, requires_grad=True)
+    assert not model(inputs_embeds=embeddings.detach()).last_hidden_state.requires_grad
+    with pytest.raises(RuntimeError, match=FROZEN):
+        model(inputs_embeds=embeddings)
+
+
+def test_it_is_saved_as_what_it_was(tmp_path):
+    hf = live()
+    frozen(hf).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert all(torch.equal(x, hf.state_dict()[name]) for name, x in loaded.state_dict().items())
+
+
+def test_copies_and_threads_compute_the_same():
+    model = frozen(live())
+    expected = outputs_of(model).logits
+    assert torch.equal(outputs_of(copy.deepcopy(model)).logits, expected)
+    with ThreadPoolExecutor(8) as pool:
+        results = [*pool.map(lambda _: outputs_of(model).logits, range(64))]
+    assert all(torch.equal(x, expected) for x in results)
+
+
+def test_modules_that_are_replaced_or_watched_afterwards_are_called(calls_of_layers):
+    hf = live()
+    model = frozen(hf)
+    outputs_of(model)
+    for each in (hf, model):
+        each.bert.encoder.layer[0].output.dense = Doubled(each.bert.encoder.layer[0].output.dense)
+    torch.testing.assert_close(outputs_of(model).logits, outputs_of(hf).logits, rtol=1e-4, atol=1e-5)
+    seen = []
+    model.bert.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *call: seen.append(call[2]))
+    torch.testing.assert_close(outputs_of(model).logits, outputs_of(hf).logits, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 1
+    assert len(calls_of_layers) == 3  # two before, and the second layer alone
+
+
+def test_adapters_stay_as_they_are():
+    hf = live()
+    hf.bert.encoder.layer[0].output.dense = Doubled(hf.bert.encoder.layer[0].output.dense)
+    model = frozen(hf)
+    assert type(model.bert.encoder.layer[0].output.dense) is Doubled
+    torch.testing.assert_close(outputs_of(model).logits, outputs_of(hf).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_keys_and_values_share_one_weight():
+    attention = frozen(live()).bert.encoder.layer[0].attention.self
+    assert isinstance(attention.query, PackedLinear)
+    assert attention.key.packed.operands.data_ptr() == attention.query.group.operands[2].data_ptr()
+    assert attention.query.group is attention.value.group
+
+
+def test_the_report_names_what_is_packed():
+    model = live()
+    report = bertfast.freeze(model)
+    assert report.fused["bert.encoder.layer.1"] == "runs on packed tokens and packed weights"
+    assert not report.left
+    assert str(bertfast.report(model)) == str(report)
+
+
+def test_what_cannot_be_frozen():
+    with pytest.raises(TypeError, match="freeze takes a torch module that holds an encoder, not a str"):
+        bertfast.freeze("bert-base-uncased")
+    with pytest.raises(ValueError, match="there is nothing to fuse in this Linear"):
+        bertfast.freeze(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"float16: frozen models are float32 or bfloat16, call model.float\(\)"):
+        bertfast.freeze(live().half())
+    with pytest.raises(ValueError, match=r"is on meta: frozen models run on a CPU, call model.cpu\(\) first"):
+        bertfast.freeze(live().to("meta"))
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16, got 'int4'"):
+        bertfast.freeze(live(), "int4")

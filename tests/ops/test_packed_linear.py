@@ -1,0 +1,53 @@
+"""Packing of weights, and the arguments of `packed_linear`."""
+
+import pytest
+import torch
+from helpers import normal
+
+from bertfast.ops.packed_linear import pack, packed_linear, quantise
+
+WEIGHT, BIAS = normal(40, 50).detach().float(), normal(40).detach().float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacked_is_the_weight(dtype):
+    packed = pack(WEIGHT, BIAS, dtype)
+    assert torch.equal(packed.unpacked(), WEIGHT.to(dtype))
+    assert (packed.columns, packed.depth) == (40, 50)
+
+
+def test_quantised_values_are_half_a_step_from_the_weight():
+    packed = quantise(WEIGHT, BIAS)
+    difference = packed.unpacked() * packed.scales[:, None] - WEIGHT
+    assert (difference.abs() <= packed.scales[:, None] * 0.501).all()
+    assert packed.unpacked().abs().amax(1).eq(127).all()
+    assert torch.equal(packed.offsets, 128 * packed.unpacked().sum(1).int())
+
+
+def test_a_row_of_zeros_is_quantised():
+    weight = WEIGHT.clone()
+    weight[3] = 0
+    y = packed_linear(torch.ones(2, 50), quantise(weight, BIAS))
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[:, 3], BIAS[3].expand(2))
+
+
+def test_the_reference_computes_the_same():
+    x = normal(7, 50).detach().float()
+    for packed in (pack(WEIGHT, BIAS), pack(WEIGHT), quantise(WEIGHT, BIAS)):
+        expected = packed_linear(x, packed, "gelu", implementation="reference")
+        torch.testing.assert_close(packed_linear(x, packed, "gelu"), expected, rtol=0.02, atol=0.05)
+
+
+def test_bad_arguments():
+    packed, x = pack(WEIGHT, BIAS), torch.ones(2, 50)
+    with pytest.raises(ValueError, match=r"x must be floating point of shape \[tokens, 50\], got .* \[2, 49\]"):
+        packed_linear(x[:, :49], packed)
+    with pytest.raises(ValueError, match="activation must be none, gelu or gelu_tanh, got 'relu'"):
+        packed_linear(x, packed, "relu")
+    with pytest.raises(ValueError, match=r"x requires a gradient.*torch.no_grad"):
+        packed_linear(x.requires_grad_(), packed)
+    with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16, got torch.int8: int8 is made by quantise"):
+        pack(WEIGHT, None, torch.int8)
+    with pytest.raises(ValueError, match="the weight has values that are not finite"):
+        quantise(WEIGHT / 0)
