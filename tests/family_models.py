@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from parity import BY_CLASS, EXPORTED_TO_ONNX
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from torch import Tensor, nn
@@ -313,15 +314,24 @@ def table() -> str:
     }
     rows = []
     for task in TASKS:
-        cells = []
+        case = BY_CLASS["BertLMHeadModel" if task == "ForCausalLM" else f"Bert{task}"]
+        programs_of_bert = programs | {
+            "exported": [] if case.name in EXPORTED_TO_ONNX else [task],
+            "exported (ONNX)": [task] if case.name in EXPORTED_TO_ONNX else [],
+        }
+        cells = [_cell(task, programs_of_bert, "pre-trained" if task in ("ForPreTraining", *PRETRAINED) else None)]
         for family in PREFIXES:
             how = "pre-trained" if family in PRETRAINED_FAMILIES else "pre-trained from a checkpoint"
-            trained = [how] * (task in PRETRAINED)
-            cell = ["patched", *trained, *(name for name, tasks in programs.items() if task in tasks)]
-            cells.append(", ".join(cell) if has_class(family, task) else "n/a")
+            cell = _cell(task, programs, how if task in PRETRAINED else None)
+            cells.append(cell if has_class(family, task) else "n/a")
         rows.append(f"| `{task}` | {' | '.join(cells)} |")
-    header = ["| class | " + " | ".join(PREFIXES.values()) + " |", "|---" * (len(PREFIXES) + 1) + "|"]
+    header = ["| class | " + " | ".join(["Bert", *PREFIXES.values()]) + " |", "|---" * (len(PREFIXES) + 2) + "|"]
     return "\n".join([*header, *rows])
+
+
+def _cell(task: str, programs: dict, trained: str | None) -> str:
+    named = [name for name, tasks in programs.items() if task in tasks]
+    return ", ".join(["patched", *([] if trained is None else [trained]), *named])
 
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -60,6 +60,8 @@ CASES = (
     Case("token", "BertForTokenClassification", targets=("token_classes",)),
     Case("question", "BertForQuestionAnswering", {"num_labels": 2}, targets=("starts", "ends")),
 )
+EXPORTED_TO_ONNX = ("model", "masked_lm", "sequence", "choice", "question", "pretraining", "token")
+"""The cases whose graphs tests/convert/test_export.py runs."""
 BY_CLASS = {case.class_name: case for case in reversed(CASES)}
 """The first case of each of the nine classes."""
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers
-from parity import CASES, SIZES
+from parity import CASES, EXPORTED_TO_ONNX, SIZES
 
 import bertfast
 from bertfast.cli.main import main
 from bertfast.models import extensions
 
-KINDS = [case for case in CASES if case.name in ("model", "masked_lm", "sequence", "choice", "question", "pretraining")]
+KINDS = [case for case in CASES if case.name in EXPORTED_TO_ONNX]
 
 
 def saved(folder, case):
