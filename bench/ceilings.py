@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.harness import DEVICE, ON_GPU, ROOT, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
-from bertfast.models.families import architecture_of, config_entry
 from bertfast.ops.matmul import linear
 
 if TYPE_CHECKING:
@@ -61,6 +60,8 @@ def int8_gemm_throughput(shapes: list[tuple[int, int, int]], repeats: int = 3) -
 
 def layer_gemms(config: BertConfig, tokens: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of the GEMMs of one layer in the forward pass, of any family."""
+    from bertfast.models.families import architecture_of, config_entry  # takes seconds, which `gpu_check` limits
+
     hidden, wide = config.hidden_size, config_entry(config, "intermediate_size")
     inner = (2 if architecture_of(config).gated else 1) * wide
     return [(tokens, hidden, 3 * hidden), (tokens, hidden, hidden), (tokens, hidden, inner), (tokens, wide, hidden)]

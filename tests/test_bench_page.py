@@ -198,7 +198,9 @@ def test_the_spread_and_the_lower_bound_of_a_sweep_are_shown():
     measured = {"seconds_samples": [1.0, 2.0, 3.0], "bound_s": 0.5, "bound_bytes": 1e6, "gemm_gflops": 400}
     for values, cells in ((point, ["2.00 s, 2 MB", ""]), (point | measured, ["2.00 s (1.40 s to 2.60 s), 2 MB"])):
         result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": [values]})
-        row = memory_table(sweep_of(result)).splitlines()[-1]
+        text = memory_table(sweep_of(result))
+        assert ("older than the lower bound" in text) == (values is point)
+        row = next(line for line in text.splitlines() if line.startswith("| 10 "))
         assert [cell.strip() for cell in row.split("|")[2:4]][: len(cells)] == cells
     assert "500 ms at 400 GFLOP/s, 1 MB" in row
 

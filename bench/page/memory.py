@@ -11,6 +11,11 @@ from bench.page.text import bound_text, duration, table
 
 Point = dict[str, Any]
 PRECISIONS = ("fp32", "bf16")
+# Of files from before `bench.points.restart_peak`.
+UNSEEN = (
+    "\nThis file is older than the lower bound: its memory is what exceeds the peak that drawing weights and inputs had "
+    "reached before, so all values of a row are too low, by at most that peak.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,10 @@ def memory_table(sweep: Sweep) -> str:
         for size, found in sweep.points.items()
     ]
     shown = "median time, 20 to 80 %, peak memory" if sweep.timed else "peak memory"
-    return f"{sweep.title} ({shown}):\n\n{table([sweep.column, *names, 'lower bound'], rows)}\n"
+    text = f"{sweep.title} ({shown}):\n\n{table([sweep.column, *names, 'lower bound'], rows)}\n"
+    if sweep.timed and not any("bound_bytes" in point for found in sweep.points.values() for point in found.values()):
+        text += UNSEEN
+    return text
 
 
 def over_time_table(result: Result) -> str:
