@@ -13,8 +13,8 @@ Point = dict[str, Any]
 PRECISIONS = ("fp32", "bf16")
 # Of files from before `bench.points.restart_peak`.
 UNSEEN = (
-    "\nThis file is older than the lower bound: its memory is what exceeds the peak that drawing weights and inputs had "
-    "reached before, so all values of a row are too low, by at most that peak.\n"
+    "\nThis file is older than the lower bound: its memory is what exceeds the peak that drawing weights and inputs "
+    "had reached before, so all values of a row are too low, by at most that peak.\n"
 )
 
 
