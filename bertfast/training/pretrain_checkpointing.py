@@ -185,10 +185,10 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
     if settings.checkpoint.replay:
         earlier = newest_whole(folder, before=settings.checkpoint.replay)
         if earlier is None:
-            steps = ", ".join(str(step_of(path)) for path in saved)
+            steps = ", ".join(str(step_of(path)) for path in saved) or "none"
             raise ValueError(
-                f"--replay {settings.checkpoint.replay} needs an intact checkpoint of an earlier step, and {folder} "
-                "has " + (f"those of steps {steps}: choose a later step" if saved else "none")
+                f"--replay {settings.checkpoint.replay} needs an intact checkpoint of an earlier step, and {folder} has "
+                f"{steps}: choose a later step, or repeat the run in another --output-dir with a smaller --save-steps"
             )
         return earlier
     if settings.overwrite_output_dir:
