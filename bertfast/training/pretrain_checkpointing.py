@@ -187,8 +187,8 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
         if earlier is None:
             steps = ", ".join(str(step_of(path)) for path in saved) or "none"
             raise ValueError(
-                f"--replay {settings.checkpoint.replay} needs an intact checkpoint of an earlier step, and {folder} has "
-                f"{steps}: choose a later step, or repeat the run in another --output-dir with a smaller --save-steps"
+                f"--replay {settings.checkpoint.replay} needs an intact checkpoint of an earlier step, and {folder} "
+                f"has {steps}: choose a later one, or repeat the run in another --output-dir with smaller --save-steps"
             )
         return earlier
     if settings.overwrite_output_dir:

@@ -202,7 +202,7 @@ def test_a_step_can_be_replayed(data, tmp_path, capsys):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=99))
     with pytest.raises(
         ValueError,
-        match=r"--replay 2 needs an intact checkpoint of an earlier step, and .* has \d+, \d+: choose a later step",
+        match=r"--replay 2 needs an intact checkpoint of an earlier step, and .* has \d+, \d+: choose a later one",
     ):
         pretrain(settings_for(tmp_path, data, **SHORT, replay=2))
 
