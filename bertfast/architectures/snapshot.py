@@ -6,6 +6,7 @@ from collections.abc import Collection
 from operator import getitem
 from typing import Any
 
+import torch
 from torch import nn
 
 from bertfast.architectures.architecture import Architecture
@@ -54,7 +55,8 @@ class Snapshot:
         self._tables = [table for table in tables if table]
         self._known_tables = [{**table} for table in self._tables]
         self._known_state = self._state(encoder)
-        self._counts_writes = all(write_count(buffer) is not None for buffer in self._buffers)
+        # Those made in inference mode do not count writes; they are small.
+        self._uncounted = [(buffer, buffer.clone()) for buffer in self._buffers if write_count(buffer) is None]
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None  # the modules of a copy are others
@@ -65,9 +67,10 @@ class Snapshot:
     def still_holds(self, encoder: nn.Module) -> bool:
         """Return whether the encoder's modules are in the state that they were in."""
         # A replica of an encoder has a copy of its attributes, this one included.
-        is_own = self._counts_writes and self._modules[0] is encoder
+        is_own = self._modules[0] is encoder
         try:
             is_same = is_own and self._tables == self._known_tables and self._state(encoder) == self._known_state
+            is_same = is_same and all(torch.equal(*pair) for pair in self._uncounted)
         except (AttributeError, KeyError, RuntimeError, ValueError):
             # An attribute was deleted, or has become a tensor, whose comparison has no truth value.
             return False

@@ -14,6 +14,7 @@ constexpr int TILE = 2 * LANES;
 constexpr int64_t CHUNK = 384;  // operands of a partial sum: shorter sums round less
 constexpr int64_t AHEAD = 24;   // operands by which the weight is fetched ahead
 constexpr int64_t BLOCK_BYTES = 400 << 10;  // of packed tokens, which stay in the L2 cache while panels pass
+constexpr int64_t SUM_BYTES = 256 << 10;    // of partial sums, which stay there too
 
 INLINE Floats load_operands(const float* p) { return load(p); }
 INLINE Words load_operands(const uint32_t* p) { return load(p); }
@@ -167,43 +168,77 @@ static void write(const PackedLinear& p, const float* sums, const Columns& colum
   }
 }
 
+// Packed tokens, and how y is divided into blocks.
+template <class F>
+struct Operands {
+  static constexpr int VALUES = IS_QUAD<F> ? 4 : std::is_same_v<F, float> ? 1 : 2;  // per operand
+  Strips strips;
+  int64_t depth, panels;             // K / VALUES, N / PANEL, both rounded up
+  int64_t block, blocks, group = 1;  // a block of y has up to `block` strips and `group` panels
+  F* a;                              // [strips, depth, STRIP]
+  float* scales;                     // [strips, STRIP], of int8
+
+  explicit Operands(const PackedLinear& p)
+      : strips(p.tokens), depth((p.weight.depth + VALUES - 1) / VALUES), panels((p.weight.columns + PANEL - 1) / PANEL) {
+    thread_local Scratch packed_memory, scale_memory;
+    a = packed_memory.reserve<F>(strips.count * STRIP * depth + LANES);
+    scales = scale_memory.reserve<float>(strips.count * STRIP);
+    // If all tokens fit, a panel's sums are finished before the next panel, whose operands are adjacent. Else a chunk
+    // of the tokens stays in cache while several panels pass. Blocks are of equal height, so that threads get as much.
+    const bool fits = strips.count * STRIP * depth * (int64_t)sizeof(F) <= BLOCK_BYTES;
+    const int64_t chunk = depth < CHUNK ? depth : CHUNK;
+    const int64_t most = fits ? strips.count : 1 + BLOCK_BYTES / (STRIP * chunk * (int64_t)sizeof(F));
+    blocks = (strips.count + most - 1) / most, block = (strips.count + blocks - 1) / blocks;
+    if (!fits && depth > chunk) group = 1 + SUM_BYTES / (block * STRIP * PANEL * (int64_t)sizeof(float));
+  }
+};
+
+// The strips first … last - 1 of y in the panels panel … end - 1.
+template <class F>
+static void multiply_block(const PackedLinear& p, const Operands<F>& o, int64_t first, int64_t last, int64_t panel,
+                           int64_t end) {
+  thread_local Scratch memory;
+  const int64_t size = o.block * STRIP * PANEL;
+  float* const c = memory.reserve<float>(o.group * size);
+  for (int64_t k = 0; k < o.depth; k += CHUNK)
+    for (int64_t q = panel; q < end; ++q)
+      for (int64_t s = first; s < last; ++s)
+        multiply_strip<STRIP>(o.strips.rows(s), o.a + (s * o.depth + k) * STRIP,
+                              (const F*)p.weight.operands + (q * o.depth + k) * PANEL,
+                              o.depth - k < CHUNK ? o.depth - k : CHUNK,
+                              c + (q - panel) * size + (s - first) * STRIP * PANEL, k == 0);
+  for (int64_t q = panel; q < end; ++q) {
+    const int64_t left = p.weight.columns - q * PANEL;
+    const int count = left < PANEL ? (int)left : PANEL;
+    const Columns columns(p, q * PANEL, count);
+    with_type(p.y.type, [&]<class Y>(Y) {
+      for (int64_t s = first; s < last; ++s)
+        for (int i = 0; i < o.strips.rows(s); ++i)
+          write<F>(p, c + (q - panel) * size + ((s - first) * STRIP + i) * PANEL, columns, count,
+                   o.scales[s * STRIP + i], row<Y>(p.y, s * o.strips.height + i) + q * PANEL);
+    });
+  }
+}
+
 template <class F>
 static void multiply(const PackedLinear& p) {
-  constexpr int VALUES = IS_QUAD<F> ? 4 : std::is_same_v<F, float> ? 1 : 2;  // per operand
-  const int64_t depth = (p.weight.depth + VALUES - 1) / VALUES, panels = (p.weight.columns + PANEL - 1) / PANEL;
-  const Strips strips(p.tokens);
-  thread_local Scratch packed_memory, scale_memory;
-  F* const a = packed_memory.reserve<F>(strips.count * STRIP * depth + LANES);
-  float* const scales = scale_memory.reserve<float>(strips.count * STRIP);
-  const int64_t grain = 1 + (32 << 10) / (STRIP * depth);  // below, a second thread costs more than it saves
-  parallel(strips.count, grain, [&](int64_t first, int64_t end) {
+  const Operands<F> o(p);
+  const int64_t grain = 1 + (32 << 10) / (STRIP * o.depth);  // below, a second thread costs more than it saves
+  parallel(o.strips.count, grain, [&](int64_t first, int64_t end) {
     with_type(p.x.type, [&]<class T>(T) {
       for (int64_t s = first; s < end; ++s)
-        pack_strip<T>(p, s * strips.height, strips.rows(s), depth, a + s * STRIP * depth, scales + s * STRIP);
+        pack_strip<T>(p, s * o.strips.height, o.strips.rows(s), o.depth, o.a + s * STRIP * o.depth,
+                      o.scales + s * STRIP);
     });
   });
-  const int64_t block = 1 + BLOCK_BYTES / (int64_t)sizeof(F) / (STRIP * depth);
-  const int64_t blocks = (strips.count + block - 1) / block;
-  parallel(blocks * panels, 1, [&](int64_t task, int64_t end) {
-    thread_local Scratch memory;
-    float* const c = memory.reserve<float>(block * STRIP * PANEL);
-    for (; task < end; ++task) {
-      const int64_t panel = task % panels, first = task / panels * block;
-      const int64_t last = first + block < strips.count ? first + block : strips.count;
-      const F* const b = (const F*)p.weight.operands + panel * depth * PANEL;
-      for (int64_t k = 0; k < depth; k += CHUNK)
-        for (int64_t s = first; s < last; ++s)
-          multiply_strip<STRIP>(strips.rows(s), a + (s * depth + k) * STRIP, b + k * PANEL,
-                                depth - k < CHUNK ? depth - k : CHUNK, c + (s - first) * STRIP * PANEL, k == 0);
-      const int64_t left = p.weight.columns - panel * PANEL;
-      const int count = left < PANEL ? (int)left : PANEL;
-      const Columns columns(p, panel * PANEL, count);
-      with_type(p.y.type, [&]<class Y>(Y) {
-        for (int64_t s = first; s < last; ++s)
-          for (int i = 0; i < strips.rows(s); ++i)
-            write<F>(p, c + ((s - first) * STRIP + i) * PANEL, columns, count, scales[s * STRIP + i],
-                     row<Y>(p.y, s * strips.height + i) + panel * PANEL);
-      });
+  parallel(o.blocks * o.panels, 1, [&](int64_t task, int64_t end) {
+    while (task < end) {
+      const int64_t first = task / o.panels * o.block, panel = task % o.panels;
+      const int64_t last = first + o.block < o.strips.count ? first + o.block : o.strips.count;
+      int64_t count = o.panels - panel < end - task ? o.panels - panel : end - task;
+      if (count > o.group) count = o.group;
+      multiply_block(p, o, first, last, panel, panel + count);
+      task += count;
     }
   });
 }

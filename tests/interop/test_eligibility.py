@@ -312,7 +312,15 @@ def test_changed_default_positions_and_token_types_are_used(change, when):
     assert "its buffer" in bertfast.report(patched).left["bert.embeddings"]
 
 
-def test_buffers_made_in_inference_mode_are_examined_at_each_call():
+def test_a_model_made_in_inference_mode_is_examined_once(monkeypatch):
+    with torch.inference_mode():
+        patched, plain = pair()
+        assert_same(patched, plain)
+        monkeypatch.setattr("bertfast.models.eligibility.unsupported_reasons", lambda encoder: pytest.fail("again"))
+        assert_same(patched, plain)
+
+
+def test_buffers_made_in_inference_mode_are_compared_at_each_call():
     """PyTorch does not count writes to them."""
     with torch.inference_mode():
         patched, plain = pair()
