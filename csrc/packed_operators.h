@@ -99,9 +99,9 @@ class PackedLayer {
   PackedLayer(const Tensor& hidden, const std::vector<Tensor>& weights, const std::vector<Tensor>& norms,
               const LayerOptions& options)
       : hidden_(hidden), options_(options), columns_(options.heads * options.head_dim),
-        qkv_(&weights[0], 3 * columns_, hidden.size(1)), dense_(&weights[5], hidden.size(1), columns_),
-        intermediate_(&weights[10], options.intermediate, hidden.size(1)),
-        output_(&weights[15], hidden.size(1), options.intermediate), attention_gamma_(norms[0]),
+        qkv_(weight(weights, 0), 3 * columns_, hidden.size(1)), dense_(weight(weights, 1), hidden.size(1), columns_),
+        intermediate_(weight(weights, 2), options.intermediate, hidden.size(1)),
+        output_(weight(weights, 3), hidden.size(1), options.intermediate), attention_gamma_(norms[0]),
         attention_beta_(norms[1]), output_gamma_(norms[2]), output_beta_(norms[3]) {}
 
   void operator()(const Tensor& cu_seqlens, const OptionalTensor& kept, const Tensor& y) const {
@@ -137,6 +137,10 @@ class PackedLayer {
   }
 
  private:
+  static const Tensor* weight(const std::vector<Tensor>& weights, int index) {
+    return weights.data() + index * Packed::TENSORS;
+  }
+
   void attend(const Rows& qkv, const int64_t* starts, int64_t sequences, void* context, float* lse) const {
     AttentionForward a{};
     a.capacity = hidden_.size(0), a.heads = (int)options_.heads, a.head_dim = (int)options_.head_dim;

@@ -39,7 +39,7 @@ class PackedLayer:
         """Return whether the layer can run a batch; else its modules are called one by one."""
         is_plain_call = packed.query_only == 0 and packed.rng is None and not torch.compiler.is_compiling()
         is_known = hidden.dtype in (torch.float32, torch.bfloat16) and hidden.is_cpu
-        return is_plain_call and is_known and not is_transformed()
+        return is_plain_call and is_known and not is_transformed() and not self.linears[0].uses_onednn(len(hidden))
 
     def __call__(self, hidden: Tensor, packed: Packed, rows: Tensor | None = None) -> Tensor:
         """Run the layer: [T, H] -> [T, H], or [R, H] at `rows`, int64 [R].

@@ -17,12 +17,13 @@ from torch import Tensor
 from bertfast.ops import reference
 from bertfast.ops.arguments import check_floating_dtype
 from bertfast.ops.dispatch import Implementation, operator, resolve
-from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
+from bertfast.runtime.torch_compat import cpu_has_amx, cpu_has_bf16_gemm
 
 PackedActivation = Literal["none", "gelu", "gelu_tanh"]
 """What a packed linear layer computes of its sums."""
 
 PANEL = 32  # rows of W that are packed together, as in csrc/packed_linear.h
+MAX_TOKENS_WITHOUT_AMX = 32  # beyond, the arithmetic takes longer than reading the weight, and AMX is faster at it
 _LARGEST = 127  # of the quantised values
 
 
@@ -38,6 +39,7 @@ class PackedWeight:
         scales: fp32 [N] with int8: W[n] ≈ scales[n] · q[n] / factors.
         offsets: int32 [N] with int8: 128 times the sum of each row of q.
         factors: fp32 [K], by which the columns of x are multiplied before they are quantised; empty: by 1.
+        dense: bf16 W [N, K] for oneDNN, where a CPU has AMX; else empty.
     """
 
     operands: Tensor
@@ -47,6 +49,11 @@ class PackedWeight:
     scales: Tensor
     offsets: Tensor
     factors: Tensor
+    dense: Tensor
+
+    def uses_onednn(self, tokens: int) -> bool:
+        """Return whether so many tokens are multiplied by oneDNN, whose GEMMs use AMX."""
+        return len(self.dense) > 0 and tokens > MAX_TOKENS_WITHOUT_AMX
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -68,8 +75,9 @@ class PackedWeight:
         """Return rows of W, multiples of 32, without copying them."""
         part = slice(first, end)
         panels = self.operands[first // PANEL : end // PANEL]
-        scales, offsets, bias = (x[part] if len(x) else x for x in (self.scales, self.offsets, self.bias))
-        return replace(self, operands=panels, columns=end - first, scales=scales, offsets=offsets, bias=bias)
+        names = ("scales", "offsets", "bias", "dense")
+        parts = {name: x[part] if len(x := getattr(self, name)) else x for name in names}
+        return replace(self, operands=panels, columns=end - first, **parts)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> PackedWeight:
@@ -84,7 +92,9 @@ def pack(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None =
         dtype = torch.bfloat16 if weight.dtype.itemsize == 2 else torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"pack: dtype must be float32 or bfloat16, got {dtype}: int8 is made by quantise")
-    return _packed(weight.detach().to(dtype), bias)
+    weight = weight.detach().to(dtype)
+    packed = _packed(weight, bias)
+    return replace(packed, dense=weight) if dtype == torch.bfloat16 and cpu_has_amx() else packed
 
 
 def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None = None) -> PackedWeight:
@@ -123,7 +133,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> PackedWeight:
     operands = torch.unflatten(torch.unflatten(padded, 1, (-1, values)), 0, (-1, PANEL)).transpose(1, 2).contiguous()
     absent = weight.new_empty(0, dtype=torch.float32)
     bias = absent if bias is None else bias.detach().contiguous()
-    return PackedWeight(operands, bias, columns, depth, absent, absent.int(), absent)
+    return PackedWeight(operands, bias, columns, depth, absent, absent.int(), absent, absent)
 
 
 def packed_linear(
@@ -166,6 +176,9 @@ def packed_linear(
     is_known = dtype in (torch.float32, torch.bfloat16)
     unsupported = None if is_known else f"its kernels return float32 and bfloat16, not {dtype}"
     implementation = resolve("packed_linear", implementation, x, unsupported)
+    if implementation == "cpu" and weight.uses_onednn(len(x)):
+        bias = weight.bias.to(torch.bfloat16) if len(weight.bias) else None
+        return reference.activated(F.linear(x.to(torch.bfloat16), weight.dense, bias), activation).to(dtype)
     if implementation == "reference":
         values = weight.unpacked()
         return reference.packed_linear(x, values, weight.scales, weight.factors, weight.bias, activation, dtype)

@@ -357,7 +357,9 @@ def packed_linear(
         y = (quantised @ weight.to(x.dtype).T) * scale * scales
     else:
         y = accumulating(x.to(weight.dtype)) @ accumulating(weight).T
-    y = y + bias if len(bias) else y
-    if activation != "none":
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y.to(dtype)
+    return activated(y + bias if len(bias) else y, activation).to(dtype)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Return x, its GELU or the approximation of that: `activation` is "none", "gelu" or "gelu_tanh"."""
+    return x if activation == "none" else F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

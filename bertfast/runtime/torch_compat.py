@@ -183,4 +183,9 @@ def onednn_add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def cpu_has_bf16_gemm() -> bool:
     """Return whether this CPU has instructions for bf16 GEMMs."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported() or cpu_has_amx()
+
+
+def cpu_has_amx() -> bool:
+    """Return whether this CPU has AMX, tiles for GEMMs in bf16 and int8."""
+    return torch.cpu._is_amx_tile_supported()

@@ -51,3 +51,19 @@ def test_bad_arguments():
         pack(WEIGHT, None, torch.int8)
     with pytest.raises(ValueError, match="the weight has values that are not finite"):
         quantise(WEIGHT / 0)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("bias", [BIAS, None], ids=["bias", "none"])
+def test_with_amx_many_tokens_are_multiplied_by_onednn(bias, activation, monkeypatch):
+    x = normal(60, 50).detach().float()
+    expected = packed_linear(x, pack(WEIGHT, bias, torch.bfloat16), activation)
+    monkeypatch.setattr("bertfast.ops.packed_linear.cpu_has_amx", lambda: True)
+    packed = pack(WEIGHT, bias, torch.bfloat16)
+    assert packed.uses_onednn(60)
+    assert not packed.uses_onednn(32)
+    assert not pack(WEIGHT, bias).uses_onednn(60)
+    actual = packed_linear(x, packed, activation)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.02)
+    assert torch.equal(packed_linear(x, packed.rows(0, 32), activation), actual[:, :32])
