@@ -111,13 +111,18 @@ static void pack_strip(const PackedLinear& p, int64_t first, int rows, int64_t d
   F* const operands = memory.reserve<F>(STRIP * width);
   for (int i = 0; i < rows; ++i) convert(row<T>(p.x, first + i), p.weight, operands + i * width, scales + i);
   for (int64_t k = 0; k < depth; k += LANES) {
-    // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite.
+    // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite. The next
+    // strip may be another thread's, so that the last ones write no more than the strip.
     for (int top = (STRIP - 1) / LANES * LANES; top >= 0; top -= LANES) {
       Words block[LANES];
       for (int i = 0; i < LANES; ++i)
         block[i] = top + i < rows ? load((const uint32_t*)(operands + (top + i) * width + k)) : Words{};
       transpose(block);
-      for (int i = 0; i < LANES && k + i < depth; ++i) store((uint32_t*)(out + (k + i) * STRIP + top), block[i]);
+      for (int i = 0; i < LANES && k + i < depth; ++i) {
+        const int64_t start = (k + i) * STRIP + top, left = STRIP * depth - start;
+        if (left >= LANES) store((uint32_t*)out + start, block[i]);
+        else std::memcpy((uint32_t*)out + start, &block[i], left * sizeof(uint32_t));
+      }
     }
   }
 }
@@ -181,7 +186,7 @@ struct Operands {
   explicit Operands(const PackedLinear& p)
       : strips(p.tokens), depth((p.weight.depth + VALUES - 1) / VALUES), panels((p.weight.columns + PANEL - 1) / PANEL) {
     thread_local Scratch packed_memory, scale_memory;
-    a = packed_memory.reserve<F>(strips.count * STRIP * depth + LANES);
+    a = packed_memory.reserve<F>(strips.count * STRIP * depth);
     scales = scale_memory.reserve<float>(strips.count * STRIP);
     // If all tokens fit, a panel's sums are finished before the next panel, whose operands are adjacent. Else a chunk
     // of the tokens stays in cache while several panels pass. Blocks are of equal height, so that threads get as much.

@@ -114,9 +114,10 @@ def test_rows_that_are_not_contiguous(pack_weight):
     assert packed_linear(x[:0], packed).shape == (0, 40)
 
 
+@pytest.mark.parametrize("shape", [(100, 160, 300), (200, 64, 6144)], ids=["one packs", "several pack"])
 @pytest.mark.parametrize("pack_weight", [pack, quantise])
-def test_results_do_not_depend_on_the_number_of_threads(pack_weight):
-    x, weight, bias = inputs((100, 160, 300))
+def test_results_do_not_depend_on_the_number_of_threads(pack_weight, shape):
+    x, weight, bias = inputs(shape)
     packed, threads = pack_weight(weight, bias), torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
