@@ -10,8 +10,8 @@ constexpr int PANEL = 32;  // rows of W, columns of y, that are packed together
 enum class WeightType { float32, bfloat16, int8 };
 enum class Epilogue { none, gelu, gelu_tanh };
 
-// W [N, K] as operands [N / PANEL, K / E, PANEL], each of E = 1 fp32, 2 bf16 or 4 int8 values that are adjacent in a row
-// of W. Rows and columns beyond W's are zero.
+// W [N, K] as operands [N / PANEL, K / E, PANEL], each of E = 1 fp32, 2 bf16 or 4 int8 values that are adjacent in a
+// row of W. Rows and columns beyond W's are zero.
 //
 // With int8 W[n, k] ≈ scales[n] · q[n, k], |q| ≤ 127, and tokens are quantised as they are packed: x[t, k] · factors[k]
 // ≈ s[t] · (u[t, k] - 128), where u is in 1 … 255 and s[t] = max over k of |x[t, k] · factors[k]| / 127.

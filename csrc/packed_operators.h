@@ -98,11 +98,17 @@ class PackedLayer {
  public:
   PackedLayer(const Tensor& hidden, const std::vector<Tensor>& weights, const std::vector<Tensor>& norms,
               const LayerOptions& options)
-      : hidden_(hidden), options_(options), columns_(options.heads * options.head_dim),
-        qkv_(weight(weights, 0), 3 * columns_, hidden.size(1)), dense_(weight(weights, 1), hidden.size(1), columns_),
+      : hidden_(hidden),
+        options_(options),
+        columns_(options.heads * options.head_dim),
+        qkv_(weight(weights, 0), 3 * columns_, hidden.size(1)),
+        dense_(weight(weights, 1), hidden.size(1), columns_),
         intermediate_(weight(weights, 2), options.intermediate, hidden.size(1)),
-        output_(weight(weights, 3), hidden.size(1), options.intermediate), attention_gamma_(norms[0]),
-        attention_beta_(norms[1]), output_gamma_(norms[2]), output_beta_(norms[3]) {}
+        output_(weight(weights, 3), hidden.size(1), options.intermediate),
+        attention_gamma_(norms[0]),
+        attention_beta_(norms[1]),
+        output_gamma_(norms[2]),
+        output_beta_(norms[3]) {}
 
   void operator()(const Tensor& cu_seqlens, const OptionalTensor& kept, const Tensor& y) const {
     const int64_t tokens = hidden_.size(0), count = y.size(0), width = y.size(1), most = std::max(tokens, count);
@@ -128,12 +134,34 @@ class PackedLayer {
       gather(residual, indices, count, width, at_rows), residual = at_rows;
     }
     dense_(context, count, Epilogue::none, projected, false);
-    add_layer_norm_forward({count, width, projected, residual, dense_.bias(), attention_gamma_, attention_beta_,
-                            options_.epsilons[0], {}, middle, {}, statistics, statistics + most});
+    add_layer_norm_forward({count,
+                            width,
+                            projected,
+                            residual,
+                            dense_.bias(),
+                            attention_gamma_,
+                            attention_beta_,
+                            options_.epsilons[0],
+                            {},
+                            middle,
+                            {},
+                            statistics,
+                            statistics + most});
     intermediate_(middle, count, options_.activation, activated);
     output_(activated, count, Epilogue::none, projected, false);
-    add_layer_norm_forward({count, width, projected, middle, output_.bias(), output_gamma_, output_beta_,
-                            options_.epsilons[1], {}, rows(y), {}, statistics, statistics + most});
+    add_layer_norm_forward({count,
+                            width,
+                            projected,
+                            middle,
+                            output_.bias(),
+                            output_gamma_,
+                            output_beta_,
+                            options_.epsilons[1],
+                            {},
+                            rows(y),
+                            {},
+                            statistics,
+                            statistics + most});
   }
 
  private:
@@ -166,9 +194,14 @@ static Tensor packed_layer_forward(Tensor hidden, Tensor cu_seqlens, std::vector
                                    OptionalTensor kept_rows) {
   Cpu::check(hidden);
   hidden = in_rows(hidden);
-  const LayerOptions options{heads, head_dimension, intermediate, (float)scale,
-                             {(float)epsilons[0], (float)epsilons[1]}, causal,
-                             (int)std::min<int64_t>(window.value_or(NO_WINDOW), NO_WINDOW), epilogue_of(activation),
+  const LayerOptions options{heads,
+                             head_dimension,
+                             intermediate,
+                             (float)scale,
+                             {(float)epsilons[0], (float)epsilons[1]},
+                             causal,
+                             (int)std::min<int64_t>(window.value_or(NO_WINDOW), NO_WINDOW),
+                             epilogue_of(activation),
                              attention_dtype == ScalarType::Float ? Type::float32 : Type::bfloat16};
   Tensor y = torch::stable::new_empty(hidden, {kept_rows ? kept_rows->size(0) : hidden.size(0), hidden.size(1)});
   PackedLayer(hidden, weights, norms, options)(cu_seqlens, kept_rows, y);

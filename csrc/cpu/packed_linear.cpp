@@ -11,8 +11,8 @@ namespace bertfast::BERTFAST_SET {
 // A tile of y has up to STRIP rows and two registers of columns: as many accumulators as there are registers for.
 constexpr int STRIP = REGISTERS == 32 ? 12 : 6;
 constexpr int TILE = 2 * LANES;
-constexpr int64_t CHUNK = 384;  // operands of a partial sum: shorter sums round less
-constexpr int64_t AHEAD = 24;   // operands by which the weight is fetched ahead
+constexpr int64_t CHUNK = 384;              // operands of a partial sum: shorter sums round less
+constexpr int64_t AHEAD = 24;               // operands by which the weight is fetched ahead
 constexpr int64_t BLOCK_BYTES = 400 << 10;  // of packed tokens, which stay in the L2 cache while panels pass
 constexpr int64_t SUM_BYTES = 256 << 10;    // of partial sums, which stay there too
 
@@ -111,8 +111,8 @@ static void pack_strip(const PackedLinear& p, int64_t first, int rows, int64_t d
   F* const operands = memory.reserve<F>(STRIP * width);
   for (int i = 0; i < rows; ++i) convert(row<T>(p.x, first + i), p.weight, operands + i * width, scales + i);
   for (int64_t k = 0; k < depth; k += LANES) {
-    // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite. The next
-    // strip may be another thread's, so that the last ones write no more than the strip.
+    // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite. The
+    // next strip may be another thread's, so that the last ones write no more than the strip.
     for (int top = (STRIP - 1) / LANES * LANES; top >= 0; top -= LANES) {
       Words block[LANES];
       for (int i = 0; i < LANES; ++i)
@@ -184,7 +184,9 @@ struct Operands {
   float* scales;                     // [strips, STRIP], of int8
 
   explicit Operands(const PackedLinear& p)
-      : strips(p.tokens), depth((p.weight.depth + VALUES - 1) / VALUES), panels((p.weight.columns + PANEL - 1) / PANEL) {
+      : strips(p.tokens),
+        depth((p.weight.depth + VALUES - 1) / VALUES),
+        panels((p.weight.columns + PANEL - 1) / PANEL) {
     thread_local Scratch packed_memory, scale_memory;
     a = packed_memory.reserve<F>(strips.count * STRIP * depth);
     scales = scale_memory.reserve<float>(strips.count * STRIP);
@@ -208,10 +210,9 @@ static void multiply_block(const PackedLinear& p, const Operands<F>& o, int64_t 
   for (int64_t k = 0; k < o.depth; k += CHUNK)
     for (int64_t q = panel; q < end; ++q)
       for (int64_t s = first; s < last; ++s)
-        multiply_strip<STRIP>(o.strips.rows(s), o.a + (s * o.depth + k) * STRIP,
-                              (const F*)p.weight.operands + (q * o.depth + k) * PANEL,
-                              o.depth - k < CHUNK ? o.depth - k : CHUNK,
-                              c + (q - panel) * size + (s - first) * STRIP * PANEL, k == 0);
+        multiply_strip<STRIP>(
+            o.strips.rows(s), o.a + (s * o.depth + k) * STRIP, (const F*)p.weight.operands + (q * o.depth + k) * PANEL,
+            o.depth - k < CHUNK ? o.depth - k : CHUNK, c + (q - panel) * size + (s - first) * STRIP * PANEL, k == 0);
   for (int64_t q = panel; q < end; ++q) {
     const int64_t left = p.weight.columns - q * PANEL;
     const int count = left < PANEL ? (int)left : PANEL;
