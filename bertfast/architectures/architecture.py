@@ -70,6 +70,7 @@ class Architecture:
             window and rotary positions of its own.
         pooling: Path from a model with a head for sequences to the name of what that reads; None: the first token.
         width: Name in a configuration of the number of columns of the embedding tables.
+        slices_layers: Whether an encoder runs as many of its layers as its configuration says, and not all.
         projection: Name in the encoder of a layer after the embeddings, which not every model has.
         padding_index: Path from the encoder to the token id that positions skip; they are counted from it + 1. None:
             positions are columns.
@@ -77,7 +78,7 @@ class Architecture:
             that do, by the names of these models; "" if it is in their own `forward`.
         loss: Name in models of a module that computes their loss, if it is not made at each call.
         other_heads: Paths from models to modules of heads that programs do not run.
-        config_names: Names in its configuration of what BERT's names otherwise, by BERT's names.
+        config_names: The family's names of entries that BERT names otherwise, by BERT's names.
         pretraining_output: Name in `module` of what the model with both heads returns.
         modeling: The module of that name.
         embedding_modules, layer_modules, transform_modules: The modules that the packed encoder reads, as pairs of a
@@ -108,6 +109,7 @@ class Architecture:
     layer_type: str | None = None
     pooling: str | None = None
     width: str = "hidden_size"
+    slices_layers: bool = False
     projection: str | None = None
     padding_index: str | None = None
     first_token_readers: Mapping[str, str] = field(default_factory=dict)

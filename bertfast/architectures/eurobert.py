@@ -51,6 +51,7 @@ EUROBERT = Architecture(
     gated=True,
     final_norm="norm",
     rotary="rotary_emb",
+    slices_layers=True,
     pooling="classifier_pooling",
     config_names={"layer_norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attention_dropout"},
 )

@@ -57,5 +57,6 @@ NOMIC_BERT = replace(
     transform={"dense": "dense", "activation": "transform_act_fn", "norm": "layer_norm"},
     gated=True,
     rotary="rotary_emb",
+    slices_layers=True,
     pretraining_output=None,
 )

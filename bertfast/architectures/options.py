@@ -36,6 +36,14 @@ def rotary_unsupported_reason(architecture: Architecture, encoder: nn.Module) ->
     return None if scaled is None else f"its rotary positions are scaled ({scaled})"
 
 
+def layers_unsupported_reason(architecture: Architecture, config: Any, layers: nn.ModuleList) -> str | None:
+    """Return why transformers does not run all layers of an encoder, which the packed encoder does."""
+    number = config.num_hidden_layers
+    if not architecture.slices_layers or number >= len(layers):
+        return None
+    return f"it has {len(layers)} layers, and the configuration says to run {number}"
+
+
 def options_unsupported_reason(architecture: Architecture, config: Any, layer: nn.Module) -> str | None:
     """Return why the options of a layer's attention are not those of the configuration."""
     projection = str(architecture.layer.get("query") or architecture.layer["qkv"])

@@ -1,6 +1,6 @@
 """The base θ of the angles of rotary positions (Su et al., 2021), in configurations and in live models.
 
-A larger one gives positions that are far apart angles that training has seen. Layers with a window need none.
+With a larger base, distant positions get angles that occurred in training. Layers with a window need none.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Snapshot:
             [*map(getattr, self._classes, self._methods)],
             [norm.get("weight") is None or norm.get("bias") is None for norm in self._norms],
             [*map(write_count, self._buffers)],
-            [getattr(encoder.config, "is_decoder", False)],
+            [getattr(encoder.config, "is_decoder", False), encoder.config.num_hidden_layers],
             [id(attributes["config"]) for attributes in self._configured],
             [attention_function(self._architecture, config._attn_implementation) for config in configs.values()],
         )

@@ -92,7 +92,10 @@ def _at_rows(
     """Return the attention's output, the residual stream and the RNG coordinates at `rows`; None: at all tokens."""
     if rows is None:
         return context, hidden, rng
-    context, hidden = ops.gather(rows, context, hidden)
+    if context.shape[1] == hidden.shape[1]:
+        context, hidden = ops.gather(rows, context, hidden)
+    else:  # the heads together are wider or narrower than the stream
+        (context,), (hidden,) = ops.gather(rows, context), ops.gather(rows, hidden)
     return context, hidden, None if rng is None else rng.at(rows)
 
 

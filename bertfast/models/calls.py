@@ -46,7 +46,9 @@ def call_unsupported_reason(encoder: FusedModel, arguments: Arguments, pooled: b
     has_both = ids is not None and embeddings is not None
     if tokens is None or has_both or tokens.dim() != (2 if embeddings is None else 3) or 0 in tokens.shape:
         return "the input does not have the shape [batch, length]"
-    mask: Tensor | None = arguments.get("attention_mask")
+    mask: Any = arguments.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        return f"the attention mask is a {type(mask).__name__}, not a tensor"
     if mask is not None and mask.dim() != 2:
         return "the attention mask is one between pairs of tokens"
     if mask is not None and mask.shape != tokens.shape[:2]:

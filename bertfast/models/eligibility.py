@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from bertfast.architectures import Architecture, activation_name, methods
 from bertfast.architectures.options import (
     defaults_unsupported_reason,
+    layers_unsupported_reason,
     options_unsupported_reason,
     rotary_unsupported_reason,
 )
@@ -28,6 +29,7 @@ from bertfast.encoder import is_linear, is_plain
 from bertfast.encoder.packed_layer import packed_layer
 from bertfast.encoder.packed_linear import is_frozen
 from bertfast.models.registry import PACKED_LAYER, SNAPSHOT, Fused, FusedModel
+from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.torch_compat import constant_result, is_sharded
 
 Reading = Callable[[nn.Module], bool]  # whether the parameters of a linear layer can be read
@@ -106,6 +108,7 @@ def unsupported_reasons(encoder: FusedModel) -> dict[str, str | None]:
         norm = architecture.final_norm
         reason = reason or _module_unsupported_reason(encoder, [(norm, "norm")], encoder.training)
     reason = reason or rotary_unsupported_reason(architecture, encoder)
+    reason = reason or layers_unsupported_reason(architecture, config, layers)
     why = reason
     if why is None and architecture.embedding:  # a table alone is called
         why = _module_unsupported_reason(embeddings, architecture.embedding_modules, encoder.training)
@@ -229,10 +232,19 @@ def loss_unsupported_reason(model: FusedModel, is_read: Reading = is_plain) -> s
     encoder, config = cast(FusedModel, model.base_model), model.config
     if getattr(config, "return_logits", False) or config.output_hidden_states:
         return "the configuration asks for logits or hidden states"
+    others = ignored_labels(model) - {IGNORE_INDEX}
+    if others:
+        return f"its sparse_pred_ignore_index is {min(others)}, not {IGNORE_INDEX}"
     reason = head_unsupported_reason(model, is_read) or whole_unsupported_reason(encoder)
     next_sentence = model.architecture.head.get("next_sentence")
     reads_pooler = next_sentence is not None and _at(model, next_sentence) is not None
     return reason or (pooler_unsupported_reason(encoder) if reads_pooler else None)
+
+
+def ignored_labels(model: nn.Module) -> set[int]:
+    """Return the labels that a head's loss leaves out: with sparse prediction, also one of the head's own."""
+    own: int = getattr(model, "sparse_pred_ignore_index", IGNORE_INDEX)
+    return {IGNORE_INDEX, own} if getattr(model, "sparse_prediction", False) else {IGNORE_INDEX}
 
 
 def pooler(encoder: FusedModel) -> nn.Module | None:

@@ -294,7 +294,7 @@ class FusedMeanLoss(FusedHead, role="mean_loss"):
             return super().forward(**arguments)
         del arguments["num_items_in_batch"]
         outputs = super().forward(**arguments)
-        counted = (labels != IGNORE_INDEX).sum()
+        counted = torch.stack([labels != ignored for ignored in eligibility.ignored_labels(self)]).all(0).sum()
         loss = (outputs[0] if isinstance(outputs, tuple) else outputs.loss) * counted / num_items_in_batch
         loss = torch.where(counted > 0, loss, torch.zeros_like(loss))  # the mean over no label is NaN
         if isinstance(outputs, tuple):

@@ -230,11 +230,19 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
     if encoder.recomputes() and (encoder.config.output_hidden_states or any(reasons.values())):
         alone = "its activations are recomputed, which requires that the encoder is fused whole"
         reasons = {path: reason or alone for path, reason in reasons.items()}
+    for path, _ in encoder.named_modules():
+        if path.endswith(".crossattention"):
+            result.left[f"{name}.{path}"] = (
+                "cross-attention is left to transformers: calls with encoder_hidden_states run its code in all layers"
+            )
     for path, reason in reasons.items():
+        if reason is not None:
+            result.left[f"{name}.{path}"] = reason
+            continue
         module = encoder.get_submodule(path)
         frozen = " and packed weights" if is_frozen(module) else ""
-        result._add(f"{name}.{path}", f"runs on packed tokens{frozen}", reason)
-        if reason is None and isinstance(module, fused.FusedLayer):
+        result.fused[f"{name}.{path}"] = f"runs on packed tokens{frozen}"
+        if isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
                 kind = type(linear)
                 if kind is PackedLinear:
