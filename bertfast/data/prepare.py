@@ -25,7 +25,14 @@ from bertfast.data.parts import SPLITS, Source, prepare_files
 from bertfast.data.prepare_settings import CorpusSettings, PrepareSettings
 from bertfast.data.shards import read_manifest, write_manifest
 from bertfast.data.text_files import named_standard_input, standard_input
-from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files, tokenizer_hash, train_tokenizer
+from bertfast.data.tokenizer import (
+    load_tokenizer,
+    require_all_ids,
+    save_tokenizer,
+    tokenizer_files,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from bertfast.runtime.atomic_write import CannotWriteError, atomic_path, named_in_errors, remove
 from bertfast.runtime.output_folder import (
     LOCK,
@@ -305,10 +312,12 @@ def _train_tokenizer(corpus: CorpusSettings, files: list[Path], held_out: HeldOu
                 if budget < 0:
                     break
 
-    return train_tokenizer(
+    tokenizer = train_tokenizer(
         texts(),
         corpus.vocab_size,
         cased=corpus.cased,
         kind=corpus.tokenizer_type or "wordpiece",
         bert_special_tokens=corpus.bert_special_tokens,
     )
+    require_all_ids(tokenizer, "the trained vocabulary")
+    return tokenizer

@@ -115,6 +115,10 @@ def _trained(
     tokenizer.train_from_iterator(in_blocks(repeat_words(counts)), trainer)
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, list):  # the special tokens are first, and pieces of their names may follow
+        vocabulary = vocabulary[: len(special)] + [
+            x for x in vocabulary[len(special) :] if x[0] not in special.values()
+        ]
     # No text has these tokens: BPE has no merges for them, and the input of Unigram has no spaces.
     unused = [f"[unused {i}]" for i in range(vocab_size - len(vocabulary))]
     if isinstance(vocabulary, dict):

@@ -145,8 +145,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
     if not isinstance(tokenizer.model, models.WordPiece | models.BPE | models.Unigram):
         name = type(tokenizer.model).__name__
         raise ValueError(f"{path} holds a {name} model: use a tokenizer of WordPiece, BPE or Unigram")
-    if len(tokenizer.get_vocab()) != 1 + max(tokenizer.get_vocab().values(), default=-1):
-        raise ValueError(f"the token ids in {path} have gaps: they must be 0, 1, 2, …")
+    require_all_ids(tokenizer, str(path))
     if isinstance(tokenizer.model, models.WordPiece):
         _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
     tokenizer.no_truncation()
@@ -156,6 +155,13 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path} is not the vocabulary of an encoder: {error}") from None
     return tokenizer
+
+
+def require_all_ids(tokenizer: Tokenizer, source: str) -> None:
+    """Raise ValueError, naming the source of a tokenizer, if its token ids are not 0, 1, 2, …."""
+    ids = sorted(tokenizer.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise ValueError(f"the token ids in {source} have gaps: they must be 0, 1, 2, …")
 
 
 def tokenizer_files(path: Path | str) -> list[Path]:

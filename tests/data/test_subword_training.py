@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.shards import Shards
 from bertfast.data.tokenizer import (
+    BERT_TOKENS,
+    ROBERTA_TOKENS,
     continuation_tokens,
     encode_sentences,
     load_tokenizer,
@@ -155,6 +157,38 @@ def test_names_of_special_tokens_in_a_text_are_text(kind):
                 (ids,) = encode_sentences(again, ["a <s> b"])
                 assert special_tokens(again).unk not in ids
     _assert_text(tokenizer)
+
+
+@pytest.mark.parametrize("bert_special_tokens", [False, True])
+@pytest.mark.parametrize("kind", ["wordpiece", *KINDS])
+def test_names_of_special_tokens_that_are_frequent_in_a_text_are_not_in_the_vocabulary_twice(
+    kind, bert_special_tokens, tmp_path
+):
+    names = [*BERT_TOKENS.values(), *ROBERTA_TOKENS.values()]
+    texts = [f"{name} x{name} {text} {name}{name} fox{name}jumps" for name in names for text in TEXTS] * 20
+    tokenizer = train_tokenizer(texts, 448, kind=kind, bert_special_tokens=bert_special_tokens)
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
+    assert len(vocabulary) == tokenizer.get_vocab_size() == 448
+    special = ROBERTA_TOKENS if kind != "wordpiece" and not bert_special_tokens else BERT_TOKENS
+    assert [tokenizer.id_to_token(token) for token in range(5)] == [*special.values()]
+    if kind == "unigram":
+        assert vocabulary[json.loads(tokenizer.to_str())["model"]["unk_id"]][0] == special["unk"]
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    for ids in encode_sentences(again, [f"fox {name} jumps" for name in names]):
+        assert not set(ids) & set(range(5))
+
+
+def test_prepare_refuses_a_trained_vocabulary_with_gaps(tmp_path, monkeypatch):
+    broken = train_tokenizer(TEXTS, 128, kind="unigram")
+    state = json.loads(broken.to_str())
+    state["model"]["vocab"].append(["<unk>", -5.0])
+    monkeypatch.setattr("bertfast.data.prepare.train_tokenizer", lambda *_, **__: Tokenizer.from_str(json.dumps(state)))
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    corpus = CorpusSettings([str(tmp_path / "a.txt")], tokenizer_type="unigram", processes=1)
+    with pytest.raises(ValueError, match="the token ids in the trained vocabulary have gaps"):
+        prepare(PrepareSettings(str(tmp_path / "out"), corpus))
 
 
 def _assert_text(tokenizer):
