@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -15,7 +15,19 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from bertfast.cli.recipes import find_config, read_yaml
-from bertfast.runtime.settings import Settings, flag, group_class, hints_of, nearest, range_of, settings_of
+from bertfast.runtime.settings import (
+    Settings,
+    WithoutEffectError,
+    flag,
+    group_class,
+    hints_of,
+    nearest,
+    range_of,
+    settings_of,
+)
+
+# A command line: the name of the entry of a file, or "" if typed; the flag and its values.
+_Flags = list[tuple[str, list[str]]]
 
 _NOUNS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number"}
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -81,24 +93,40 @@ def parse(
         settings_class: Class of its settings.
         arguments: Flags with their values. `--config` is replaced by the entries of a YAML file or of an installed
             recipe; of a flag given more than once, the last value counts, and a flag after `--config` also replaces the
-            entries of the file that exclude it.
+            entries of the file that exclude it, or that the flag disables.
         description: Text above the flags in `--help`; None: the first paragraph of the class's docstring.
 
     Raises:
         ValueError: A value is empty or out of its range, or the YAML file has an entry that is not a setting.
         SystemExit: A flag is unknown, required or cannot be read, or `--help` was given.
     """
+    flags = _without_config(arguments, command, settings_class)
+    read = partial(_read_values, command, settings_class, description)
+    while True:
+        values = read(flags)
+        _refuse_empty(settings_class, values)
+        try:
+            return settings_class.of(**values)
+        except WithoutEffectError as error:
+            dropped = _disabled_by_typed(flags, error.flags, read, settings_class)
+            if not dropped:
+                raise
+            flags = [known for known in flags if known[0] not in dropped]
+
+
+def _read_values(
+    command: str, settings_class: type[Settings], description: str | None, flags: _Flags
+) -> dict[str, Any]:
+    """Return the values of a command line by name; see `parse`."""
     parsed = tyro.cli(
         _flag_class(settings_class),
         prog=f"bertfast {command}",
         description=description,
-        args=_without_config(arguments, command, settings_class),
+        args=[part for _, parts in flags for part in parts],
         registry=_REGISTRY,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),  # help texts are given below
     )
-    values = dict(_values(parsed))
-    _refuse_empty(settings_class, values)
-    return settings_class.of(**values)
+    return dict(_values(parsed))
 
 
 def flags_of(entries: Mapping[str, Any]) -> list[str]:
@@ -129,14 +157,43 @@ def _metavar(name: str) -> str:
     return name.replace("_", "-").upper()
 
 
-def _without_config(arguments: list[str], command: str, settings_class: type[Settings]) -> list[str]:
+def _disabled_by_typed(
+    flags: _Flags, without_effect: list[str], read: Callable[[_Flags], dict[str, Any]], settings_class: type[Settings]
+) -> set[str]:
+    """Return which entries of a file have no effect because of flags that were typed.
+
+    Args:
+        flags: The command line.
+        without_effect: Flags that have no effect in it.
+        read: Returns the values of a command line by name.
+        settings_class: Class of the settings.
+    """
+    typed = {_entry(parts[0]) for name, parts in flags if not name}
+    in_file = {name for name, _ in flags if name}
+    found = {name.removeprefix("--") for name in without_effect} & in_file - typed
+    if not found:
+        return found
+    # Of a flag in both, the last value counts, here that of the file.
+    values = read(sorted(flags, key=lambda known: known[0] != ""))
+    required = [name for name, setting in settings_of(settings_class).items() if _default(setting.field, None)[0]]
+    names = {*required, *(name.replace("-", "_") for name in in_file)}
+    try:
+        settings_class.of(**{name: values[name] for name in names})
+    except WithoutEffectError as error:
+        return found - {name.removeprefix("--") for name in error.flags}  # the file contradicts itself
+    except ValueError:
+        pass  # other flags are lacking
+    return found
+
+
+def _without_config(arguments: list[str], command: str, settings_class: type[Settings]) -> _Flags:
     """Return a command line in which the flags of its file or recipe replace each `--config`.
 
     A flag after `--config` also replaces the entries of the file that exclude it: `--config cpu --max-steps 100` runs
     100 steps, although the recipe has `minutes`.
     """
     rivals = _rivals(settings_class)
-    flags: list[tuple[str, list[str]]] = []  # name of the entry of a file, or "" if typed; the flag and its values
+    flags: _Flags = []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
@@ -146,10 +203,15 @@ def _without_config(arguments: list[str], command: str, settings_class: type[Set
             given = list(entries)
         else:
             new = [("", [argument])]
-            given = [argument.partition("=")[0].removeprefix("--").replace("_", "-")]
+            given = [_entry(argument)]
         replaced = {rival for name in given for rival in rivals.get(name, ())}
         flags = [known for known in flags if known[0] not in replaced] + new
-    return [part for _, parts in flags for part in parts]
+    return flags
+
+
+def _entry(argument: str) -> str:
+    """Return the name in a file of a flag, or of a flag's value as it is."""
+    return argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
 
 
 def _rivals(settings_class: type[Settings]) -> dict[str, set[str]]:

@@ -151,10 +151,22 @@ def given(settings: Settings) -> list[str]:
     return changed
 
 
+class WithoutEffectError(ValueError):
+    """Values that would have no effect are given.
+
+    Attributes:
+        flags: Their flags.
+    """
+
+    def __init__(self, flags: list[str], reason: str):
+        super().__init__(f"{' and '.join(flags)} would have no effect: {reason}")
+        self.flags = flags
+
+
 def refuse_without_effect(flags: Iterable[str], reason: str) -> None:
-    """Raise ValueError if flags are given that would have no effect, with the reason."""
+    """Raise WithoutEffectError if flags are given that would have no effect, with the reason."""
     if flags := list(flags):
-        raise ValueError(f"{' and '.join(flags)} would have no effect: {reason}")
+        raise WithoutEffectError(flags, reason)
 
 
 def refuse_repeated(name: str, values: Sequence[object]) -> None:

@@ -283,7 +283,7 @@ class PretrainSettings(Settings):
         if self.duration.minutes is not None and (self.batch.batch_ramp or self.batch.second_phase_length):
             raise ValueError(
                 "--batch-ramp and --second-phase-length cannot be combined with --minutes, which leaves the number of "
-                "steps open: use --max-steps or --num-train-epochs"
+                "steps open: use --max-steps or --num-train-epochs, or type --batch-ramp 0 --second-phase-length 0"
             )
         if self.compute.shard and self.optimizer.optimizer != "adamw":
             raise ValueError(
@@ -324,7 +324,8 @@ def check_rope_theta(settings: PretrainSettings, model_type: str) -> None:
     if (family_by_type(model_type) or BERT).rotary is None:
         refuse_without_effect(
             [name for name, theta in given_bases.items() if theta is not None],
-            f"a {model_type} model has no rotary positions",
+            f"a {model_type} model has no rotary positions; leave them out, or type None for those of a recipe, as in "
+            "--rope-theta None",
         )
 
 

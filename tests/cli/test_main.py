@@ -125,6 +125,43 @@ def test_a_recipe_is_found_by_name_and_later_flags_override_it():
     assert settings.duration.max_steps == 9 != recipe["max-steps"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "dropped"),
+    [
+        (["--second-phase-length", "0"], {"second_phase_share", "second_phase_rope_theta"}),
+        (
+            ["--minutes", "3", "--batch-ramp", "0", "--second-phase-length=0"],
+            {"second_phase_share", "second_phase_rope_theta"},
+        ),
+        (["--init-from", "model"], {"architecture"}),
+        (["--objective", "ltr"], {"mlm_probability"}),
+    ],
+)
+def test_entries_of_a_recipe_that_a_typed_flag_disables_are_dropped(typed, dropped):
+    defaults = PretrainSettings.of(output_dir="x").flat()
+    recipe = parse("pretrain", PretrainSettings, ["--config", "modern", "--output-dir", "x"]).flat()
+    found = parse("pretrain", PretrainSettings, ["--config", "modern", "--output-dir", "x", *typed]).flat()
+    for name in dropped:
+        assert found[name] == defaults[name]
+    kept = {"max_seq_length", "tokens_per_batch", "optimizer", "learning_rate", "rope_theta"}
+    assert {name: found[name] for name in kept} == {name: recipe[name] for name in kept}
+
+
+def test_what_was_typed_or_contradicts_itself_in_a_file_is_refused(tmp_path):
+    typed = ["--config", "modern", "--output-dir", "x", "--second-phase-length", "0", "--second-phase-share", "0.2"]
+    with pytest.raises(ValueError, match=r"^--second-phase-share would have no effect: there is no"):
+        parse("pretrain", PretrainSettings, typed)
+    path = tmp_path / "run.yaml"
+    path.write_text("second-phase-rope-theta: 160000\n")
+    with pytest.raises(ValueError, match=r"^--second-phase-rope-theta would have no effect"):
+        parse("pretrain", PretrainSettings, ["--config", str(path), "--output-dir", "x", "--max-steps", "3"])
+
+
+def test_a_typed_none_undoes_the_entry_of_a_recipe():
+    typed = ["--config", "modern", "--output-dir", "x", "--rope-theta", "None"]
+    assert parse("pretrain", PretrainSettings, typed).model.rope_theta is None
+
+
 def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fast").write_text("output_dir: x\nmax_steps: 5\n")

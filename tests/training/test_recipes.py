@@ -20,7 +20,7 @@ def test_every_recipe_is_valid(name):
     assert settings(name).output_dir == "somewhere"
 
 
-def test_there_are_four_recipes():
+def test_there_are_five_recipes():
     assert set(RECIPES) == {"paper", "fast", "cpu", "speedrun", "modern"}
 
 
