@@ -8,7 +8,7 @@ import pytest
 
 from bench.bounds import step_bound
 from bench.figures import fingerprint, inputs_of, save
-from bench.page.document import document, leaders
+from bench.page.document import ahead_cells, ahead_section, document, leaders
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
@@ -145,7 +145,11 @@ def test_the_text_of_the_readme_picture_has_the_figures_of_the_table():
 
 
 def row(system: str, precision: str, seconds: float, spread: tuple[float, float] | None = None) -> Row:
-    return Row("inference", precision, system, seconds, spread or (seconds, seconds), None, 2, 5, "file.json")
+    return Row("inference", precision, system, seconds, spread or (seconds, seconds), None, 2, (seconds,), "file.json")
+
+
+def timed(system: str, precision: str, *samples: float, file: str = "file.json") -> Row:
+    return Result(file, {"origin": {"threads": 2}}).row("inference", precision, system, samples)
 
 
 def test_alternatives_that_are_ahead_are_found_at_equal_precision():
@@ -163,10 +167,40 @@ def test_an_alternative_that_is_faster_within_the_spread_is_not_ahead():
     assert len(leaders([fused, row("OpenVINO", "fp32", 1.7, (1.6, 1.79))])) == 1
 
 
+def test_an_alternative_is_ahead_if_it_wins_nearly_all_paired_rounds():
+    fused = timed("bertfast", "fp32", 1.0, 2.0, 3.0, 4.0, 5.0)  # the machine slows down
+    wins = timed("OpenVINO", "fp32", 0.9, 1.9, 2.9, 3.9, 4.9)
+    assert leaders([fused, wins]) == [(wins, fused)]
+    assert ahead_cells((wins, fused))[-1] == "1.03 x"  # 3.0 / 2.9, though the range of all times is wide
+    assert leaders([fused, timed("OpenVINO", "fp32", 0.5, 1.0, 1.5, 2.0, 5.1)]) == []  # four of five
+    assert leaders([fused, timed("OpenVINO", "fp32", *wins.samples, file="other.json")]) == []  # other rounds
+    eight = timed("bertfast", "fp32", *[1.0] * 8)
+    assert leaders([eight, timed("OpenVINO", "fp32", *[0.9] * 7, 1.1)])
+    assert not leaders([eight, timed("OpenVINO", "fp32", *[0.9] * 6, *[1.1] * 2)])
+
+
+def test_other_precisions_are_listed_after_all_workloads_at_equal_precision():
+    entry = {"lengths": [8], "batch": 1, "lower_bound_s": {}}
+    seconds = {"bertfast": 3.0, "OpenVINO": 2.0, "OpenVINO, int8": 1.0}
+    workload = entry | {"runtimes": {name: {"seconds": [value] * 5} for name, value in seconds.items()}}
+    values = {
+        "origin": {"threads": 2, "processor": "one"}, "model": "base", "ceilings": {},
+        "precisions": {"bertfast": "fp32", "OpenVINO": "fp32", "OpenVINO, int8": "int8"},
+        "workloads": {"1 x 8 tokens": workload, "1 x 32 tokens": workload},
+    }  # fmt: skip
+    section = ahead_section({"one": [Result("inference-base.json", values)]})
+    assert re.findall(r"\| OpenVINO, (\w+) \|", section) == ["fp32", "fp32", "int8", "int8"]
+
+
 def test_operators_are_compared_with_the_fastest_alternative():
     def run(name, median):
         info = {"operation": "attention", "case": "8x512", "direction": "forward", "implementation": name}
-        info |= {"p20_s": 0.99 * median, "p80_s": 1.01 * median, "roofline_efficiency": 0.5}
+        info |= {
+            "p20_s": 0.99 * median,
+            "p80_s": 1.01 * median,
+            "roofline_efficiency": 0.5,
+            "relative_time": median / 2,
+        }
         return {"extra_info": info, "stats": {"median": median}}
 
     runs = [run(*pair) for pair in (("bertfast", 2.0), ("sdpa", 3.0), ("sdpa-loop", 1.0), ("bertfast-p0", 0.1))]

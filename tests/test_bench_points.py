@@ -30,6 +30,19 @@ def test_the_peak_of_a_call_is_not_hidden_by_an_earlier_one():
     assert 35e6 < json.loads(ran.stdout) < 100e6
 
 
+RUNS = """
+from bench.end_to_end.real_runs import run
+import sys
+large, small = (run([sys.executable, "-c", f"b'1' * {size}"]) for size in (900 << 20, 1))
+assert large[1] > 900 > 700 > small[1], (large, small)
+"""
+
+
+def test_the_peak_of_a_whole_program_is_not_that_of_a_larger_one_before():
+    ran = subprocess.run([sys.executable, "-c", RUNS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_a_point_that_fails_gets_its_last_line_as_reason():
     found = in_a_process("end_to_end.growth", ["--point", "bertfast", "1", "none"])
     assert found == {"reason": "ValueError: invalid literal for int() with base 10: 'none'"}

@@ -9,7 +9,7 @@ own process; the result has its duration, its peak memory and its metrics.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -31,15 +31,28 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = arguments.output or Path(scratch)
         for name, command, results in runs(arguments.data, folder):
-            started = time.perf_counter()
-            subprocess.run([BERTFAST, *command], check=True)
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the largest process so far
+            seconds, peak = run([BERTFAST, *command])
             shown = [word.replace(str(folder), "OUT").replace(str(arguments.data), "DATA") for word in command]
             result = {"command": ["bertfast", *shown], "seconds": seconds, "peak_memory_mb": peak}
             result["metrics"] = last_of(results)
             path = write_result(name, result, arguments.results)
             print(f"\n{name}: {seconds:.0f} s, written to {path}\n", flush=True)
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Run a command and return its seconds and its peak memory in MiB, which is at least that of this process.
+
+    Raises:
+        subprocess.CalledProcessError: It fails.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    # The usage of all children together, RUSAGE_CHILDREN, would have the peak of the largest one so far.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
 def runs(data: Path, folder: Path) -> list[tuple[str, list[str], Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ SYSTEMS = {  # as result files name them, and as the page does
     "liger": "Liger",
 }
 TEXTS = {"sst2": "sentences of SST-2", "squad": "paragraphs of SQuAD"}
+SIGNIFICANCE = 0.05  # largest p-value of a difference
 TASKS = {"sst-2": "SST-2", "squad": "SQuAD 1.1", "wnut": "WNUT-17"}
 
 
@@ -38,7 +40,7 @@ class Row:
         spread: 20th and 80th percentile in seconds.
         lower_bound: Seconds that any system needs at least, if known.
         threads: Threads of all systems.
-        samples: Number of times that the median is of.
+        samples: Seconds of each round; systems of a workload and file took turns in each of them.
         file: Path of the result file below bench/results.
         gemm_gflops: GEMM throughput in GFLOP/s that the lower bound was computed with, if known.
     """
@@ -50,7 +52,7 @@ class Row:
     spread: tuple[float, float]
     lower_bound: float | None
     threads: int
-    samples: int
+    samples: tuple[float, ...]
     file: str
     gemm_gflops: float | None = None
 
@@ -87,9 +89,8 @@ class Result:
         """Return a row whose median and spread are those of `samples` in seconds."""
         spread = spread_of(samples)
         name = SYSTEMS.get(system, system)
-        threads = self.origin["threads"]
-        median, number = statistics.median(samples), len(samples)
-        return Row(workload, precision, name, median, spread, lower_bound, threads, number, self.file, gemm_gflops)
+        threads, rounds, median = self.origin["threads"], tuple(samples), statistics.median(samples)
+        return Row(workload, precision, name, median, spread, lower_bound, threads, rounds, self.file, gemm_gflops)
 
 
 def spread_of(samples: Sequence[float]) -> tuple[float, float]:
@@ -101,6 +102,28 @@ def spread_of(samples: Sequence[float]) -> tuple[float, float]:
 def is_clearly_faster(spread: tuple[float, float], other: tuple[float, float]) -> bool:
     """Return whether a time is shorter than another by more than the spread, from their 20th to 80th percentiles."""
     return spread[1] < other[0]
+
+
+def ratios_by_round(row: Row, reference: Row) -> list[float]:
+    """Return the seconds of another row divided by those of a row in each round, or of the medians without rounds."""
+    if row.file != reference.file or len(row.samples) != len(reference.samples):
+        return [reference.seconds / row.seconds]
+    return [b / a for a, b in zip(row.samples, reference.samples, strict=True)]
+
+
+def is_ahead(row: Row, reference: Row) -> bool:
+    """Return whether a row is faster than another.
+
+    It is, by a one-sided sign test, if it was faster in so many rounds that equal systems would reach that number in
+    SIGNIFICANCE of all cases at most; with fewer rounds than such a test requires, if it was faster in all of them. Rows that
+    did not take turns are compared by their spread.
+    """
+    ratios = ratios_by_round(row, reference)
+    if len(ratios) == 1:
+        return is_clearly_faster(row.spread, reference.spread)
+    wins, rounds = sum(ratio > 1 for ratio in ratios), len(ratios)
+    p_value = sum(math.comb(rounds, count) for count in range(wins, rounds + 1)) / 2**rounds
+    return wins == rounds or p_value <= SIGNIFICANCE
 
 
 def read_results(folder: Path) -> list[Result]:
