@@ -52,8 +52,11 @@ class Rates:
             weight_bytes: Bytes of a weight.
         """
         flops = encoder_flops(config, [length for lengths in batches for length in lengths])
-        weights = len(batches) * encoder_parameters(config) * weight_bytes
-        return max(flops / self.flops, weights / self.bytes)
+        return max(flops / self.flops, self.reading(config, len(batches), weight_bytes))
+
+    def reading(self, config: BertConfig, batches: int, weight_bytes: int = 4) -> float:
+        """Return the seconds of reading the weights of an encoder's GEMMs once per batch."""
+        return batches * encoder_parameters(config) * weight_bytes / self.bytes
 
     def training(self, config: BertConfig, lengths: Sequence[int], parameters: int = 0) -> float:
         """Return the seconds of forward and backward pass, whose FLOPs are three times those of the forward pass.

@@ -2,12 +2,13 @@
 
     python -m bench.compare BASE [--head REF] [--cases NAME …] [--rounds N] [--results FOLDER]
 
-Both commits are installed below build/compare/, the native library is compiled only if its sources differ. Each round
-starts a process of either commit, which take turns call by call, in the order A B, B A, A B …, so that drift of the
-machine affects both; commands take turns as whole processes. The ratio of a round is the median over its pairs of
-calls. The result of a case is head's time divided by base's, estimated from the ratios of the rounds, with its 99 %
-confidence interval. If the interval contains 1, there is "no difference" that this many rounds can show. Ctrl-C reports
-the rounds that are complete. Cases: `bench/compare_cases.py` and COMMANDS.
+Both commits are installed below build/compare/ once; that takes minutes if a native library has to be compiled because
+its sources differ from those of the checkout. Each round starts a process of either commit, which take turns call by
+call, in the order A B, B A, A B …, so that drift of the machine affects both; commands take turns as whole processes.
+The ratio of a round is the median over its pairs of calls. The result of a case is head's time divided by base's,
+estimated from the ratios of the rounds, with its 99 % confidence interval. If the interval contains 1, there is "no
+difference" that this many rounds can show. Ctrl-C reports the rounds that are complete. Cases: `bench/compare_cases.py`
+and COMMANDS.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def main() -> None:
     require_clean_tree(arguments.results)
     base, head = resolve(arguments.base), resolve(arguments.head)
     commits = {"base": base, "head": head}
-    install(commits, arguments.rebuild)
+    try:
+        install(commits, arguments.rebuild)
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted while installing: nothing was measured") from None
     rounds: dict[str, list[Round]] = {case: [] for case in arguments.cases}
     try:
         measure(base, head, rounds, arguments.rounds, arguments.seconds)
@@ -152,8 +156,8 @@ def take_turns(
                     new.send("next")
     for case in cases:
         if case in COMMANDS:
-            elapsed = {commit.sha: _run_command(commit, case, text) for commit in _ordered(base, head, first)}
-            pair = elapsed[base.sha], elapsed[head.sha]
+            earlier, later = (_run_command(commit, case, text) for commit in _ordered(base, head, first))
+            pair = _ordered(earlier, later, first)
             if None not in pair:
                 found[case] = Round.of_pairs([cast(tuple[float, float], pair)])
     return found
@@ -185,6 +189,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=True,  # Ctrl-C interrupts this program only, which ends its processes
         )
 
     def __enter__(self) -> Process:

@@ -35,6 +35,8 @@ STEP_BARS = {
 }
 OPERATOR_NAMES = {  # of implementations, as result files of operators name them, and as tables and plots do
     "F.linear_cross_entropy": "PyTorch's fused loss",
+    "bertfast-p0": "bertfast without dropout",
+    "bertfast-full": "bertfast without a window",
     "definition": "reference",
     "linear+bias_gelu": "GEMM and bias_gelu",
     "sdpa": "SDPA, padded",
@@ -76,10 +78,15 @@ def step_case(result: dict[str, Any]) -> StepCase:
     named = family_by_type(case["architecture"] or "bert")
     if named is None:
         raise ValueError(f"the name of the case has an unknown architecture: {result['case']}")
-    model = case["preset"] if named.model_type == "bert" else f"{named.prefix}-{case['preset']}"
+    model = case["preset"] if named.model_type == "bert" else f"{spelling(named.prefix)}-{case['preset']}"
     length, lengths = int(case["length"]), result["lengths"]
     batch = f"{len(lengths)} x {'' if min(lengths) == length else '≤ '}{length:,} tokens"
     return StepCase(model, batch, case["precision"] or "bf16")
+
+
+def spelling(prefix: str) -> str:
+    """Return the name of a family as its authors spell it, from the prefix of transformers' classes."""
+    return re.sub("Bert$", "BERT", prefix)
 
 
 def main() -> None:

@@ -217,6 +217,17 @@ def result_parser(description: str | None, results: Path = RESULTS) -> argparse.
     return parser
 
 
+def at_least_one(text: str) -> int:
+    """Return a positive integer, as the type of a flag.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not an integer, or less than 1.
+    """
+    if not re.fullmatch(r"\+?0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer: type 1 or more")
+    return int(text)
+
+
 def changed_files(root: Path) -> list[str]:
     """Return the tracked files with uncommitted changes, except results and the log."""
     lines = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_SOURCES)

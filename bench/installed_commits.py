@@ -79,7 +79,8 @@ def install(commits: dict[str, Commit], rebuild: bool) -> None:
     checkout = ROOT / "bertfast"
     from_checkout = same and (checkout / LIBRARY[0]).is_file() and same_native_sources(head.sha)
     _install(head, checkout if from_checkout else None)
-    _install(base, head.folder / "bertfast" if same else None)
+    if base.sha != head.sha:
+        _install(base, head.folder / "bertfast" if same else None)
 
 
 def _install(commit: Commit, library_folder: Path | None) -> None:
@@ -87,7 +88,7 @@ def _install(commit: Commit, library_folder: Path | None) -> None:
     step = "build" if library_folder is None else "build_py"
     done = commit.folder / "installed.txt"  # the last step, written at the end
     if not done.is_file() or (library_folder is None and done.read_text(encoding="utf-8") != "build"):
-        compiling = ", compiling the native library" * (library_folder is None)
+        compiling = ", compiling the native library, which takes minutes" * (library_folder is None)
         print(f"installing {commit.name} ({commit.sha[:9]}){compiling}", file=sys.stderr, flush=True)
         shutil.rmtree(commit.folder, ignore_errors=True)
         commit.folder.mkdir(parents=True)

@@ -16,11 +16,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from bench.end_to_end.runtimes import HOW_TO_INSTALL, missing_runtimes
 from bench.harness import (
     DATA,
     DEVICE,
@@ -111,7 +113,7 @@ DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 def main() -> None:
     parser = result_parser(__doc__, machine_folder())
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: `make bench`'s)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {quoted(PARTS)} (default: `make bench`'s)")
     parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
@@ -120,13 +122,21 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = arguments.parts or (list(PARTS) if arguments.all else DEFAULT)
     if unknown := set(parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+        parser.error(f"unknown part {quoted(sorted(unknown))}; choose from {quoted(PARTS)}")
     require_clean_tree(arguments.results)
     folders = {"data": arguments.data, "model": arguments.model, "results": arguments.results}
     reasons = {name: reason_to_skip(PARTS[name], folders) for name in parts}
     print_plan(reasons)
+    if missing := missing_runtimes():
+        lacking = ", ".join(missing)
+        print(f"warning: results would lack {lacking}, not installed here: {HOW_TO_INSTALL}", file=sys.stderr)
     if not arguments.plan and (failed := run([name for name in reasons if reasons[name] is None], folders)):
-        raise SystemExit(f"failed: {', '.join(failed)}")
+        raise SystemExit(f"failed: {quoted(failed)}")
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names of parts as they are typed: they contain spaces and commas."""
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def reason_to_skip(part: Part, folders: dict[str, Path]) -> str | None:
@@ -176,12 +186,22 @@ def path_of_children() -> str:
 
 
 def machine_folder(results: Path = RESULTS) -> Path:
-    """Return the folder of this processor's results: the one that has some already, or one that is named after it."""
+    """Return the folder below `results` for this processor, which never has files of another one.
+
+    It is the one that has most of its results and none of others, or a new one that is named after it.
+    """
     mine = processor()
+    folders: dict[Path, list[Any]] = {}
     for file in sorted(results.rglob("*.json")):
-        if origin_of(file).get("processor") == mine:
-            return results / file.relative_to(results).parts[0] if file.parent != results else results
-    return results / re.sub(r"[^a-z0-9]+", "-", mine.lower().replace("(r)", "")).strip("-")
+        if file.parent != results:  # those of several CPUs are in `results` itself
+            folder = results / file.relative_to(results).parts[0]
+            folders.setdefault(folder, []).append(origin_of(file).get("processor"))
+    own = [folder for folder, owners in folders.items() if set(owners) == {mine}]
+    if own:
+        return max(own, key=lambda folder: len(folders[folder]))
+    name = re.sub(r"[^a-z0-9]+", "-", mine.lower().replace("(r)", "")).strip("-")
+    taken = {folder.name for folder in folders}
+    return results / next(each for each in chain([name], (f"{name}-{n}" for n in count(2))) if each not in taken)
 
 
 def origin_of(file: Path) -> dict[str, Any]:

@@ -229,6 +229,16 @@ def test_inference_is_compared_with_the_installed_runtimes(tmp_path):
     assert in_length["padded_tokens"] <= ordered["padded_tokens"]  # equal, since a trial has one batch
 
 
+def test_at_least_one_round_is_required():
+    assert harness.at_least_one("12") == 12
+    for text in ("0", "-1", "1.5", "one"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a positive integer: type 1 or more"):
+            harness.at_least_one(text)
+    ran = run("-m", "bench.end_to_end.inference", "trial", "--repeats", "0")
+    assert ran.returncode == 2
+    assert "argument --repeats: '0' is not a positive integer" in ran.stderr
+
+
 def test_a_runtime_with_wrong_outputs_is_not_timed():
     from bench.end_to_end.inference import wrong_outputs
 

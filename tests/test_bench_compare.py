@@ -69,6 +69,40 @@ def test_unknown_commits_and_too_few_rounds_are_refused(monkeypatch):
         compare.parse_arguments()
 
 
+def test_the_same_commit_is_installed_once(tmp_path, monkeypatch):
+    ran = []
+
+    def run_setup(each, step):
+        ran.append(step)
+        (each.folder / "bertfast").mkdir()
+        (each.folder / "bertfast" / installed_commits.LIBRARY[0]).write_text("library")
+
+    monkeypatch.setattr(installed_commits, "_run_setup", run_setup)
+    monkeypatch.setattr(installed_commits, "same_native_sources", lambda *refs: True)
+    monkeypatch.setattr(installed_commits, "ROOT", tmp_path)
+    both = {name: installed_commits.Commit("HEAD", "0" * 40, tmp_path / "installed") for name in ("base", "head")}
+    for _ in range(2):
+        installed_commits.install(both, rebuild=False)
+    assert ran == ["build"]
+
+
+def test_an_interruption_while_installing_ends_with_one_line(monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "install", interrupted)
+    monkeypatch.setattr(sys, "argv", ["compare", "HEAD", "--head", "HEAD~0", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="interrupted while installing: nothing was measured"):
+        compare.main()
+
+
+def test_both_runs_of_a_command_count_if_the_commits_are_the_same(monkeypatch, tmp_path):
+    seconds = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(compare, "_run_command", lambda *_: next(seconds))
+    rounds = [compare.take_turns(commit("a"), commit("a"), ["import"], 0, tmp_path, first) for first in (0, 1)]
+    assert [(found["import"].base_s, found["import"].head_s) for found in rounds] == [(1.0, 2.0), (4.0, 3.0)]
+
+
 @pytest.mark.slow
 def test_processes_take_turns_and_say_what_their_package_lacks(tmp_path, monkeypatch):
     assert set(compare_cases.CASES) == set(compare.IN_PROCESS)

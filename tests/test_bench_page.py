@@ -12,6 +12,7 @@ from bench.page.document import ahead_cells, ahead_section, document, leaders
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
+from bench.page.text import duration
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -233,10 +234,21 @@ def test_the_spread_and_the_lower_bound_of_a_sweep_are_shown():
     for values, cells in ((point, ["2.00 s, 2 MB", ""]), (point | measured, ["2.00 s (1.40 s to 2.60 s), 2 MB"])):
         result = Result("vocabulary.json", {"rows": 1, "width": 2, "points": [values]})
         text = memory_table(sweep_of(result))
-        assert ("older than the lower bound" in text) == (values is point)
+        assert ("predates the lower bound" in text) == (values is point)
         row = next(line for line in text.splitlines() if line.startswith("| 10 "))
         assert [cell.strip() for cell in row.split("|")[2:4]][: len(cells)] == cells
     assert "500 ms at 400 GFLOP/s, 1 MB" in row
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.09996, "100 ms"), (0.9996, "1.00 s"), (0.0099996, "10.0 ms"), (99.96, "100 s"), (1234.4, "1234 s")),
+        *((0.0987, "98.7 ms"), (0.5, "500 ms"), (9.996, "10.0 s"), (0.000123, "0.123 ms")),
+    ],
+)
+def test_durations_have_three_digits_and_the_unit_of_the_rounded_value(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_less_memory_elsewhere_is_named():

@@ -43,7 +43,7 @@ def test_a_pretraining_step_of_modernbert_is_timed(tmp_path):
 
 def test_cases_of_steps_are_named_after_model_batch_and_precision():
     values = {"case": "modernbert-base-1024-bf16", "lengths": [1024] * 8}
-    assert case_title(values) == "ModernBert-base, 8 x 1,024 tokens, bf16"
+    assert case_title(values) == "ModernBERT-base, 8 x 1,024 tokens, bf16"
     assert case_title({"case": "gpu-large-512", "lengths": [100, 512]}) == "BERT-large, 2 x ≤ 512 tokens, bf16"
     for name, case in (CASES | MODERNBERT_CASES | GPU_CASES).items():
         found = step_case({"case": name, "lengths": case.sample_lengths()})

@@ -2,11 +2,13 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import suite
+from bench.end_to_end import inference
 from bench.harness import processor
 
 
@@ -69,6 +71,50 @@ def test_results_of_a_processor_share_a_folder(tmp_path):
     (tmp_path / "mine" / "old.json").write_text(json.dumps({"origin": {"processor": processor()}}))
     (tmp_path / "broken.json").write_text("{")
     assert suite.machine_folder(tmp_path) == tmp_path / "mine"
+
+
+def test_a_folder_with_results_of_another_processor_is_never_chosen(tmp_path):
+    def write(name: str, owner: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"origin": {"processor": owner}}))
+
+    for name, owner in (("a.json", processor()), ("b.json", "other"), ("mixed/a.json", processor())):
+        write(name, owner)
+    assert suite.machine_folder(tmp_path) == tmp_path / "mixed"
+    write("mixed/b.json", "other")
+    new = suite.machine_folder(tmp_path)  # neither the folder of all results nor the one of two CPUs
+    assert new not in (tmp_path, tmp_path / "mixed")
+    write(f"{new.name}/a.json", "another processor with a similar name")
+    assert suite.machine_folder(tmp_path) == tmp_path / f"{new.name}-2"
+    for name in ("few/a.json", "many/a.json", "many/b.json"):
+        write(name, processor())
+    assert suite.machine_folder(tmp_path) == tmp_path / "many"
+
+
+def test_the_results_of_this_repository_have_a_folder_per_processor():
+    folders = {}
+    for file in suite.RESULTS.rglob("*.json"):
+        if file.parent != suite.RESULTS:
+            folders.setdefault(file.parent, set()).add(suite.origin_of(file).get("processor"))
+    assert all(len(owners) == 1 for owners in folders.values()), folders
+
+
+def test_missing_runtimes_are_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "INSTALLED_RUNTIMES", ("json", "no_such_runtime"))
+    inference.require_runtimes(tmp_path)
+    with pytest.raises(SystemExit, match=r"without no_such_runtime, because .* or name another folder with --results"):
+        inference.require_runtimes(suite.RESULTS / "avx512")
+    monkeypatch.setattr(suite, "missing_runtimes", lambda: ["no_such_runtime"])
+    monkeypatch.setattr(sys, "argv", ["suite", "--plan", "ceilings", "--results", str(tmp_path)])
+    suite.main()
+    assert "results would lack no_such_runtime" in capsys.readouterr().err
+
+
+def test_parts_are_named_as_they_are_typed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["suite", "--plan", "step"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert "unknown part 'step'; choose from 'ceilings', 'step, base', 'step, base, bf16', " in capsys.readouterr().err
 
 
 def test_parts_that_cannot_run_say_what_is_missing(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import at_least_one, require_clean_tree, result_parser, write_result
 from bertfast.data.batches import Batches
 from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -44,7 +44,7 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("text", nargs="+", type=Path, help="text files or folders")
     parser.add_argument("--tokenizer", required=True, type=Path, help="vocabulary file")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of which the median is taken")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="repeats of which the median is taken")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     torch.set_num_threads(1)

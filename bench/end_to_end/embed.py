@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from bench.bounds import Rates
-from bench.harness import reason_of, require_clean_tree, result_parser, write_result
+from bench.harness import at_least_one, reason_of, require_clean_tree, result_parser, write_result
 from bench.points import in_a_process, peak_memory
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
@@ -45,7 +45,7 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("data", type=Path, help="folder of the data")
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of which the median is taken")
+    parser.add_argument("--rounds", type=at_least_one, default=6, help="rounds of which the median is taken")
     sizes = [10_000, 100_000, 1_000_000]
     parser.add_argument("--memory", type=int, nargs="*", default=sizes, metavar="N", help="numbers of sentences")
     parser.add_argument(

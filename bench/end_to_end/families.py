@@ -21,7 +21,16 @@ from torch import Tensor, nn
 import bertfast
 from bench.bounds import Rates
 from bench.end_to_end.inference import padded, random_ids, token_ids
-from bench.harness import DATA, DEVICE, require_clean_tree, result_parser, seconds_of, side_by_side, write_result
+from bench.harness import (
+    DATA,
+    DEVICE,
+    at_least_one,
+    require_clean_tree,
+    result_parser,
+    seconds_of,
+    side_by_side,
+    write_result,
+)
 from bertfast.architectures import FAMILIES, family
 from bertfast.runtime.precision import has_bf16_gemm
 
@@ -37,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "families", nargs="*", default=list(FAMILIES), metavar="FAMILY", help=f"of {', '.join(FAMILIES)}"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each case")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of each case")
     parser.add_argument("--data", type=type(DATA), default=DATA, help="folder of the data")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - set(FAMILIES):

@@ -13,6 +13,7 @@ FOLDER gets growth.json and growth.png.
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def plot(path: Path) -> None:
             sizes = sorted({result[x] for result in results})
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
             axis.grid(alpha=0.3)
-        column[0].set_title(sweep)
+        column[0].set_title(re.sub(r"\d+", lambda number: f"{int(number[0]):,}", sweep))
         column[1].set_xlabel("sequences" if x == "sequences" else "tokens per sequence")
     axes[0, 0].set_ylabel("time of a step (s)")
     axes[1, 0].set_ylabel("peak memory (MB)")

@@ -30,11 +30,21 @@ import torch
 import bertfast
 from bench.bounds import Rates
 from bench.ceilings import copy_bandwidth, gemm_throughput, int8_gemm_throughput, layer_gemms
-from bench.end_to_end.runtimes import RUNTIMES, Inputs, Precision, Predict, Weights
+from bench.end_to_end.runtimes import (
+    HOW_TO_INSTALL,
+    RUNTIMES,
+    Inputs,
+    Precision,
+    Predict,
+    Weights,
+    missing_runtimes,
+)
 from bench.harness import (
     DATA,
     DEVICE,
+    RESULTS,
     Sample,
+    at_least_one,
     reason_of,
     require_clean_tree,
     result_parser,
@@ -57,6 +67,7 @@ TRIAL_TEXTS = 8  # per workload of "trial"
 # Largest error of hidden states relative to the largest absolute value, and smallest cosine with them.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.1}
 MIN_COSINE = 0.9
+INSTALLED_RUNTIMES = ("onnxruntime", "openvino", "nncf")  # as `import` names them; the others are parts of PyTorch
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 
 
@@ -91,17 +102,31 @@ class Workload:
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["base"], metavar="MODEL", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is taken")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
     require_clean_tree(arguments.results)
+    require_runtimes(arguments.results)
     keep_freed_memory()
     for name in arguments.models:
         result = measure(name, arguments.repeats, arguments.data)
         path = write_result(f"inference-{name}", result, arguments.results)
         print(f"\nwritten to {path}")
+
+
+def require_runtimes(target: Path) -> None:
+    """End the program if it would write a result without some of the runtimes into bench/results/.
+
+    Raises:
+        SystemExit: With a message that names the missing packages and what to do.
+    """
+    if target.resolve().is_relative_to(RESULTS) and (missing := missing_runtimes(INSTALLED_RUNTIMES)):
+        raise SystemExit(
+            f"no results are written to bench/results/ without {', '.join(missing)}, because the page would lack them: "
+            f"{HOW_TO_INSTALL}, or name another folder with --results"
+        )
 
 
 def measure(name: str, repeats: int, data: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import DEVICE, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, at_least_one, require_clean_tree, result_parser, write_result
 from bertfast.data.samples import Sampling
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import wait_for
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path, help="folder of the token shards")
     parser.add_argument("--preset", default="mini", help="size of the model")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch")
-    parser.add_argument("--steps", type=int, default=60, help="timed steps")
+    parser.add_argument("--steps", type=at_least_one, default=60, help="timed steps")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     keep_freed_memory()

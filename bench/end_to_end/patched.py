@@ -26,7 +26,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.bounds import Rates
-from bench.harness import require_clean_tree, result_parser, stopwatch, write_result
+from bench.harness import at_least_one, require_clean_tree, result_parser, stopwatch, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("data", type=Path, help="folder of the data")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of SST-2, at least five of the other texts")
-    parser.add_argument("--steps", type=int, default=5, help="steps of Trainer per part, of which five are timed")
+    parser.add_argument("--rounds", type=at_least_one, default=12, help="rounds of SST-2, at least 5 of other texts")
+    parser.add_argument("--steps", type=at_least_one, default=5, help="steps of Trainer per part; 5 parts are timed")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     write_result("patched", measure(arguments), arguments.results)

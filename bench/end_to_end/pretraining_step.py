@@ -38,6 +38,7 @@ from bench.harness import (
     DEVICE,
     ON_GPU,
     Sample,
+    at_least_one,
     hf_config,
     median_ratio,
     reason_of,
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = result_parser(__doc__)
     cases = GPU_CASES if ON_GPU else CASES
     parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is taken")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     names = ", ".join(ALTERNATIVES)
     parser.add_argument("--against", nargs="+", metavar="NAME", help=f"of {names} (default: all that apply)")
     parser.add_argument("--compile-seconds", type=int, default=600, help="time limit of torch.compile in seconds")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,16 @@ Precision = Literal["fp32", "bf16", "int8"]
 Inputs = dict[str, Tensor]
 Predict = Callable[[Inputs], Tensor]
 CALIBRATION_BATCHES = 8  # of inputs, for the ranges of activations in int8
+
+
+# Packages of the runtimes and of sentence-transformers' backends, as `import` names them, which the Makefile installs.
+PACKAGES = ("onnxruntime", "openvino", "nncf", "optimum", "sentence_transformers")
+HOW_TO_INSTALL = "start it with `make bench` or `make bench-inference`, which install them"
+
+
+def missing_runtimes(packages: Sequence[str] = PACKAGES) -> list[str]:
+    """Return the packages to compare with that are not installed."""
+    return [name for name in packages if find_spec(name) is None]
 
 
 @dataclass(frozen=True)

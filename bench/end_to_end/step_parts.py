@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.end_to_end.pretraining_step import Alternative, Steps
 from bench.end_to_end.step_cases import ALL
-from bench.harness import ON_GPU, require_clean_tree, result_parser, write_result
+from bench.harness import ON_GPU, at_least_one, require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 
 # By group, a pattern of the names of its operators; the first that matches counts.
@@ -38,7 +38,7 @@ OTHERS = {"bertfast": None, "transformers": Alternative(), "transformers, eager 
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("case", nargs="?", default="base-128-fp32", metavar="CASE", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--repeats", type=int, default=3, help="profiled steps of which the median is taken")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="profiled steps of which the median is taken")
     arguments = parser.parse_args()
     if arguments.case not in ALL:
         parser.error(f"unknown case {arguments.case}; choose from {', '.join(ALL)}")

@@ -162,7 +162,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
                     " to ".join(duration(value) for value in row.spread),
                     str(len(row.samples)),
                     f"{row.seconds / reference.seconds:.2f} x" if reference else "",
-                    bound_text(row.lower_bound, row.gemm_gflops),
+                    bound_text(row.lower_bound, row.gemm_gflops, row.reads_weights),
                     f"{row.lower_bound / row.seconds:.0%}" if row.lower_bound else "",
                 ]
             )

@@ -13,8 +13,8 @@ Point = dict[str, Any]
 PRECISIONS = ("fp32", "bf16")
 # Of files from before `bench.points.restart_peak`.
 UNSEEN = (
-    "\nThis file is older than the lower bound: its memory is what exceeds the peak that drawing weights and inputs "
-    "had reached before, so all values of a row are too low, by at most that peak.\n"
+    "\nThis file predates the lower bound. Its memory counts only what exceeds the peak reached while creating weights "
+    "and inputs, so each value may be too low by up to that peak.\n"
 )
 
 
@@ -71,7 +71,7 @@ def _label(size: tuple[int, ...]) -> str:
     """Return the name of a size: a number, a precision and a length, or a batch."""
     if len(size) == 1:
         return f"{size[0]:,}"
-    return f"{PRECISIONS[size[0]]}, {size[1]:,} tokens" if len(size) == 2 else f"{size[1]} x {size[2]} tokens"
+    return f"{PRECISIONS[size[0]]}, {size[1]:,} tokens" if len(size) == 2 else f"{size[1]} x {size[2]:,} tokens"
 
 
 def _sweep(title: str, short: str, column: str, points: list[Point], size: Callable[[Point], tuple[int, ...]]) -> Sweep:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.bounds import step_bound
-from bench.figures import step_case
+from bench.bounds import Rates, step_bound
+from bench.end_to_end.inference import BYTES, MODELS
+from bench.end_to_end.runtimes import Precision
+from bench.figures import spelling, step_case
+from bertfast import preset_config
 from bertfast.architectures import family
 
 SYSTEMS = {  # as result files name them, and as the page does
@@ -43,6 +46,7 @@ class Row:
         samples: Seconds of each round; systems of a workload and file took turns in each of them.
         file: Path of the result file below bench/results.
         gemm_gflops: GEMM throughput in GFLOP/s that the lower bound was computed with, if known.
+        reads_weights: Whether the lower bound is the time of reading the weights, because that of the FLOPs is shorter.
     """
 
     workload: str
@@ -55,6 +59,7 @@ class Row:
     samples: tuple[float, ...]
     file: str
     gemm_gflops: float | None = None
+    reads_weights: bool = False
 
     @property
     def is_bertfast(self) -> bool:
@@ -85,12 +90,14 @@ class Result:
         samples: Sequence[float],
         lower_bound: float | None = None,
         gemm_gflops: float | None = None,
+        reads_weights: bool = False,
     ) -> Row:
         """Return a row whose median and spread are those of `samples` in seconds."""
         spread = spread_of(samples)
         name = SYSTEMS.get(system, system)
         threads, rounds, median = self.origin["threads"], tuple(samples), statistics.median(samples)
-        return Row(workload, precision, name, median, spread, lower_bound, threads, rounds, self.file, gemm_gflops)
+        bound = gemm_gflops, reads_weights
+        return Row(workload, precision, name, median, spread, lower_bound, threads, rounds, self.file, *bound)
 
 
 def spread_of(samples: Sequence[float]) -> tuple[float, float]:
@@ -114,9 +121,9 @@ def ratios_by_round(row: Row, reference: Row) -> list[float]:
 def is_ahead(row: Row, reference: Row) -> bool:
     """Return whether a row is faster than another.
 
-    It is, by a one-sided sign test, if it was faster in so many rounds that equal systems would reach that number in
-    SIGNIFICANCE of all cases at most; with fewer rounds than such a test requires, if it was faster in all of them. Rows that
-    did not take turns are compared by their spread.
+    It is, by a one-sided sign test, if it was faster in so many rounds that equal systems would reach that number in at
+    most SIGNIFICANCE of all cases; with fewer rounds than such a test requires, if it was faster in all of them. Rows
+    that did not take turns are compared by their spread.
     """
     ratios = ratios_by_round(row, reference)
     if len(ratios) == 1:
@@ -147,11 +154,9 @@ def rows_of(result: Result) -> list[Row]:
 def step_rows(result: Result) -> Iterator[Row]:
     case, values = step_case(result.values), result.values
     workload = f"pre-training step, {case.model}, {case.batch}"
-    bound = step_bound(values), values["gemm_gflops"]
     for system, seconds in values["seconds"].items():
-        precision = "fp32" if system == "transformers-fp32" else case.precision
-        # The throughput was measured in the precision of the case.
-        yield result.row(workload, precision, system, seconds, *(bound if precision == case.precision else ()))
+        if system != "transformers-fp32":  # of a case in bf16; the page shows that of the case in fp32
+            yield result.row(workload, case.precision, system, seconds, step_bound(values), values["gemm_gflops"])
 
 
 def inference_rows(result: Result) -> Iterator[Row]:
@@ -172,7 +177,17 @@ def inference_rows(result: Result) -> Iterator[Row]:
             bound = workload["lower_bound_s"].get(precision)
             rate = rates[precision] / 1e9 if precision in rates else None
             name = f"inference, {result.values['model']}, {title}"
-            yield result.row(name, precision, system.removesuffix(f", {precision}"), entry["seconds"], bound, rate)
+            reads = bound is not None and math.isclose(bound, reading_s(result, workload, precision), rel_tol=1e-6)
+            yield result.row(
+                name, precision, system.removesuffix(f", {precision}"), entry["seconds"], bound, rate, reads
+            )
+
+
+def reading_s(result: Result, workload: dict[str, Any], precision: Precision) -> float:
+    """Return the seconds of reading the weights once per batch of a workload of `bench.end_to_end.inference`."""
+    rates = Rates(result.values["ceilings"][precision], result.values["ceilings"]["bytes"])
+    batches = math.ceil(len(workload["lengths"]) / workload["batch"])
+    return rates.reading(preset_config(MODELS[result.values["model"]]), batches, BYTES[precision])
 
 
 def patched_rows(result: Result) -> Iterator[Row]:
@@ -183,7 +198,7 @@ def patched_rows(result: Result) -> Iterator[Row]:
 
 
 def family_rows(result: Result) -> Iterator[Row]:
-    prefix = family(result.values["family"]).prefix
+    prefix = spelling(family(result.values["family"]).prefix)
     for precision, cases in result.values["precisions"].items():
         for name, entry in cases.items():
             for system, key in (("bertfast.patch", "patched_s"), ("transformers", "plain_s")):

@@ -7,14 +7,21 @@ from collections.abc import Iterable, Sequence
 
 def duration(seconds: float) -> str:
     """Return seconds in s or ms with three significant digits."""
-    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
+    # Units and decimals are those of the rounded value: 0.9996 s is 1.00 s, and 0.09996 s is 100 ms.
+    value, unit = (seconds, "s") if _rounded(seconds) >= 1 else (seconds * 1e3, "ms")
+    return f"{value:.0f} {unit}" if _rounded(value) >= 100 else f"{value:#.3g} {unit}"
 
 
-def bound_text(seconds: float | None, gemm_gflops: float | None) -> str:
-    """Return a lower bound with the GEMM throughput that it was computed with, as far as they are known."""
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def bound_text(seconds: float | None, gemm_gflops: float | None, reads_weights: bool = False) -> str:
+    """Return a lower bound with what it is the time of: FLOPs at a GEMM throughput, if known, or reading weights."""
     if seconds is None:
         return ""
+    if reads_weights:
+        return f"{duration(seconds)}, reading weights"
     return duration(seconds) + (f" at {gemm_gflops:.0f} GFLOP/s" if gemm_gflops else "")
 
 
