@@ -22,7 +22,7 @@ from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import TOKENIZER_FILES
 from bertfast.models import bert, families
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
-from bertfast.models.weights import read_weights, separate_tied
+from bertfast.models.weights import is_computed, read_weights, require_floating_point, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
 from bertfast.runtime.display import require_utf8
 from bertfast.runtime.settings import Range
@@ -198,12 +198,13 @@ def load(
 
     Raises:
         FileNotFoundError: There are no weights.
-        ValueError: They are damaged, of other sizes, or not those of a BERT.
+        ValueError: They are damaged, of other sizes or types, not those of a BERT, or more than config.json describes.
     """
     folder = resolve(name)
     config = read_config(folder) if config is None else config
     model_class = class_for(kind, config)
     weights = read_weights(folder, VARIANT if isinstance(config, ExtendedBertConfig) else None)
+    require_floating_point(weights, str(name))
     damaged = next((key for key, x in weights.items() if x.is_floating_point() and not x.isfinite().all()), None)
     if damaged is not None:
         raise ValueError(f"{name}: {damaged} has values that are NaN or infinite: use another checkpoint")
@@ -223,12 +224,14 @@ def load(
         raise ValueError(f"{name}: its config.json does not describe a model with its weights: {error}") from error
     model, info = opened
     missing = [key for key in model.state_dict() if key in info["missing_keys"]]
+    unexpected = sorted({*info["unexpected_keys"]} - dict(model.named_buffers()).keys())
     _check_loaded(model, str(name), info["mismatched_keys"], missing, weights, fresh)
+    _refuse_unused(model, str(name), unexpected)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
-    return model.eval(), missing, sorted(set(info["unexpected_keys"]) - dict(model.named_buffers()).keys())
+    return model.eval(), missing, unexpected
 
 
 def _check_loaded(
@@ -259,14 +262,31 @@ def _check_loaded(
             f"{architecture.prefix}Model names them"
         )
 
-    names = (architecture.layers, architecture.embeddings, architecture.projection, architecture.final_norm)
-    parts = [f"{part}." for part in names if part]
-    absent = [key for key in missing if any(part in key for part in parts) and not key.startswith(fresh)]
+    absent = [key for key in _of_encoder(model, missing) if not key.startswith(fresh)]
     if absent:
         others = f" and {len(absent) - 1} more" * (len(absent) > 1)
         raise ValueError(
             f"{name} lacks weights that its config.json describes, {absent[0]}{others}: take the config.json that "
             "belongs to the weights"
+        )
+
+
+def _of_encoder(model: PreTrainedModel, keys: list[str]) -> list[str]:
+    """Return the names of weights that belong to the encoder, not to a head or a pooler."""
+    architecture = families.architecture_of(model.config)
+    names = (architecture.layers, architecture.embeddings, architecture.projection, architecture.final_norm)
+    parts = [f"{part}." for part in names if part]
+    return [key for key in keys if any(part in key for part in parts)]
+
+
+def _refuse_unused(model: PreTrainedModel, name: str, unexpected: list[str]) -> None:
+    """Raise ValueError if the model has no use for weights of the encoder: its outputs would be those of another."""
+    unused = [key for key in _of_encoder(model, unexpected) if not is_computed(key)]
+    if unused:
+        others = f" and {len(unused) - 1} more" * (len(unused) > 1)
+        raise ValueError(
+            f"{name} has weights that its config.json does not describe, {unused[0]}{others}: take the config.json "
+            "that belongs to the weights, or remove them if they have no effect"
         )
 
 

@@ -29,6 +29,9 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 _WRAPPER = re.compile(
     r"^(?:(?:module|model|_orig_mod)\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Tables that transformers once saved with the weights; models compute them.
+_COMPUTED = ("position_ids", "token_type_ids", "inv_freq")
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # entries of training states that hold the weights
 
 
@@ -54,10 +57,30 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
     weights: Weights = {}
     for key, value in stored.items():
         name = _WRAPPER.sub("", key)
-        if name in weights and not torch.equal(weights[name], value):
+        if name in weights and not (weights[name].dtype == value.dtype and torch.equal(weights[name], value)):
             raise ValueError(f"{path} holds two different weights {name}, one of them as {key}")
         weights[name] = value
     return weights
+
+
+def require_floating_point(weights: Weights, name: str) -> None:
+    """Raise ValueError, naming the weight, if one is not stored as plain floating point, and so would change its value.
+
+    Args:
+        weights: Weights by name.
+        name: Folder or hub id of the model, for the message.
+    """
+    for key, value in weights.items():
+        if value.dtype not in _PLAIN and not is_computed(key):
+            raise ValueError(
+                f"{name}: {key} is stored as {str(value.dtype).removeprefix('torch.')}, and only float16, bfloat16, "
+                "float32 and float64 weights are read: save the model as it was before it was quantized or converted"
+            )
+
+
+def is_computed(key: str) -> bool:
+    """Return whether an entry is a table that models compute, and no weight."""
+    return key.endswith(_COMPUTED)
 
 
 def separate_tied(weights: Weights, config: BertConfig, base: str, name: str) -> None:
@@ -140,6 +163,10 @@ def _read_file(path: Path) -> Weights:
     if other is not None:
         kind = type(loaded[other]).__name__
         raise ValueError(f"{path} holds other things than weights ({other!r} is a {kind}): save a state_dict")
+    for key, value in loaded.items():
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            kind = "meta" if value.is_meta else "nested" if value.is_nested else str(value.layout).split(".")[-1]
+            raise ValueError(f"{path} holds {key} as a {kind} tensor: save it with values, as a dense tensor")
     return {str(key): value for key, value in loaded.items()}
 
 
