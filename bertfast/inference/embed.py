@@ -40,9 +40,9 @@ from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
 from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
 from bertfast.runtime.tensor_file import write_tensors
-from bertfast.tasks.features import Features, ModelInputs, batches_by_length, tokenize
+from bertfast.tasks.columns import Columns, Text
+from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
-from bertfast.tasks.sequence_classification import Columns, Text
 from bertfast.tasks.settings import ComputeSettings
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 from bertfast.tasks.tables import read_chunks
@@ -132,20 +132,23 @@ def embed(settings: EmbedSettings) -> Path:
         rows = _rows(settings)
         chunks = iter(lambda: list(islice(rows, settings.texts_per_part)), [])
         first = next(chunks, None)
+        source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
         if first is None:
-            source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
+        cut = CutTexts(source, max_length)
         with tqdm(desc="embed", unit="text") as bar:  # not before the checks, as it would stand above an error
             for part, chunk in enumerate(chain([first], chunks)):
                 path = folder / f"part-{part:05}.{settings.output_format}"
                 if not _is_whole(path, [row.number for row in chunk]):
                     features = tokenize(tokenizer, [row.text for row in chunk], max_length)
+                    cut.add(features)
                     tensors = compute_embeddings(model, features, settings)
                     tensors["rows"] = torch.tensor([row.number for row in chunk])
                     _write(path, tensors, [row.id for row in chunk])
                     give_freed_memory_back()  # else memory use grows with the number of parts
                 bar.update(len(chunk))
+        cut.report()
     return folder
 
 
@@ -278,6 +281,7 @@ def _rows(settings: EmbedSettings) -> Iterator[_Row]:
     columns = None
     for table in read_chunks(path, settings.texts_per_part):
         columns = columns or Columns.choose(table, settings.text_column, settings.text_pair_column, None)
+        columns.require_all_texts(table, text_named=settings.text_column is not None)
         ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
         for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
             yield _Row(number, text, None if row_id is None else str(row_id))

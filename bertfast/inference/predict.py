@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.text_files import read_standard_input, require_file
+from bertfast.data.text_files import STANDARD_INPUT, read_standard_input, require_file
 from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
-from bertfast.tasks.features import Features, ModelInputs, batches_by_length
+from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import Skipped
@@ -67,20 +67,23 @@ def predict(settings: PredictSettings) -> None:
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     length = sequence_length(settings.max_seq_length, task.config)
+    cut = CutTexts(STANDARD_INPUT if file in (None, "-") else file, length)
     with task.bad_rows.logged():
         for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
-            for prediction in _predict_rows(task, model, tokenizer, length, examples):
+            for prediction in _predict_rows(task, model, tokenizer, cut, examples):
                 print(json.dumps(prediction, ensure_ascii=False))
             sys.stdout.flush()
+    cut.report()
 
 
 def _predict_rows(
-    task: Task[Any], model: PreTrainedModel, tokenizer: Tokenizer, length: int, examples: HasRows
+    task: Task[Any], model: PreTrainedModel, tokenizer: Tokenizer, cut: CutTexts, examples: HasRows
 ) -> Iterator[Prediction]:
-    """Yield a JSON object for each row of the examples and each row that was skipped on the way, in order."""
+    """Yield a JSON object for each row of the examples and each row skipped on the way, in order; count cut texts."""
     predictions: Iterable[Prediction] = ()
     if len(examples):
-        examples, features = task.featurize(examples, tokenizer, length)
+        examples, features = task.featurize(examples, tokenizer, cut.length)
+        cut.add(features)
         predictions = task.predictions(examples, features, predict_outputs(task, model, features))
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})

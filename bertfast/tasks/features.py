@@ -5,6 +5,7 @@ Shapes: E examples, each of one sequence or, in multiple choice, of `num_choices
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,8 @@ from torch import Tensor
 from bertfast.encoder import PackedHead, pack
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops.sequences import bucket
+
+logger = logging.getLogger("bertfast")
 
 TOKENIZER_BATCH = 10_000  # texts; bounds memory, as the tokenizer's objects are many times as large as the ids
 
@@ -145,6 +148,33 @@ class ModelInputs:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> ModelInputs:
         return replace(self, arguments={name: function(x) for name, x in self.arguments.items()})
+
+
+@dataclass
+class CutTexts:
+    """Counts the texts of a file that are cut to the maximum length.
+
+    Attributes:
+        source: The file.
+        length: Maximum tokens of a sequence.
+        cut: Texts that were cut.
+        texts: All texts.
+    """
+
+    source: str
+    length: int
+    cut: int = 0
+    texts: int = 0
+
+    def add(self, features: Features) -> None:
+        """Count the texts of some features."""
+        self.cut += features.num_truncated
+        self.texts += len(features.cu_seqlens) - 1
+
+    def report(self) -> None:
+        """Warn of the texts that were cut, if any was."""
+        if self.cut:
+            logger.warning("%s: cut %d of %d texts to %d tokens", self.source, self.cut, self.texts, self.length)
 
 
 def count_labels(batch: Mapping[str, Tensor]) -> int:

@@ -26,12 +26,22 @@ Label = str | list[str]
 
 
 def read_label(value: Any, problem_type: str | None) -> Label:
-    """Return the label in a field without surrounding white space, "" if there is none; a list if multi-label."""
+    """Return the label in a field without surrounding white space, "" if there is none; a list if multi-label.
+
+    A list without labels is that of an example to which no label applies; [""] is that of a field that has no list.
+    """
     if problem_type == MULTI_LABEL:
-        names = value if isinstance(value, list) else str(value or "").split(LABEL_SEPARATOR)
-        return [str(name).strip() for name in names if str(name).strip()]
-    if value is None:
-        return ""
+        names = (
+            value.split(LABEL_SEPARATOR) if isinstance(value, str) else value if isinstance(value, list) else [value]
+        )
+        if any(name is None or isinstance(name, (list, dict)) for name in names):
+            return [""]
+        return [text for name in names if (text := _text_of(name))]
+    return "" if value is None else _text_of(value)
+
+
+def _text_of(value: Any) -> str:
+    """Return the label that a value of JSON stands for."""
     return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

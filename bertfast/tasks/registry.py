@@ -15,13 +15,14 @@ from bertfast.architectures import BERT
 from bertfast.data.text_files import read_lines
 from bertfast.models.families import architecture_of, class_like, has_class_like
 from bertfast.runtime.settings import given, refuse_without_effect
+from bertfast.tasks.columns import LABEL_COLUMN, TEXT_COLUMNS
 from bertfast.tasks.conll import is_tagged
 from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.records import json_records
-from bertfast.tasks.sequence_classification import LABEL_COLUMN, TEXT_COLUMNS, SequenceClassificationTask
+from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import ColumnSettings, TaskSettings
 from bertfast.tasks.task import Task
 from bertfast.tasks.token_classification import TokenClassificationTask

@@ -19,6 +19,7 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
 from bertfast.tasks import metrics as task_metrics
+from bertfast.tasks.columns import LABEL_COLUMN, Columns, Text
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark, infer_benchmark
 from bertfast.tasks.labels import (
@@ -53,9 +54,6 @@ from bertfast.tasks.task import (
     write_rows,
 )
 
-TEXT_COLUMNS = ("sentence", "sentence1", "text")
-TEXT_PAIR_COLUMN = "sentence2"
-LABEL_COLUMN = "label"
 _FEW_LABELS = 20  # more, if most have a single example, are probably no labels
 
 METRICS = {
@@ -65,45 +63,6 @@ METRICS = {
 }
 
 logger = logging.getLogger("bertfast")
-Text = str | tuple[str, str]
-"""A text or a pair of texts."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of a table."""
-
-    text: str
-    text_pair: str | None
-    label: str
-
-    @classmethod
-    def choose(cls, table: Table, text: str | None, text_pair: str | None, label: str | None) -> Columns:
-        """Return the named columns; for those that are None, the default names if the table has them.
-
-        Raises:
-            ValueError: `text` is None and the table has none of `TEXT_COLUMNS`.
-        """
-        if text is None:
-            text = next((name for name in TEXT_COLUMNS if name in table.columns), None)
-        if text is None:
-            raise ValueError(
-                f"{table.path} has none of the columns {', '.join(TEXT_COLUMNS)}, only "
-                f"{', '.join(map(repr, table.columns))}: name the text column with --text-column"
-            )
-        if text_pair is None and TEXT_PAIR_COLUMN in table.columns:
-            text_pair = TEXT_PAIR_COLUMN
-        return cls(text, text_pair, label or LABEL_COLUMN)
-
-    def with_texts(self, table: Table) -> Table:
-        """Return the rows that have all texts; the others are bad rows."""
-        return table.with_texts(*filter(None, (self.text, self.text_pair)))
-
-    def texts(self, table: Table) -> list[Text]:
-        """Return the texts of the table's rows, or the pairs of texts if there is a second text column."""
-        table = self.with_texts(table)
-        texts: list[str] = table.column(self.text)
-        return [*texts] if self.text_pair is None else [*zip(texts, table.column(self.text_pair), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +152,9 @@ class SequenceClassificationTask(Task[TextExamples]):
         columns = None
         for table in read_chunks(path, ROWS_PER_CHUNK, bad=self.bad_rows):
             if columns is None:
-                columns, _ = self._choose_columns(table)
+                columns, benchmark = self._choose_columns(table)
+                named = self.columns[0] is not None or benchmark is not None
+            columns.require_all_texts(table, text_named=named)
             yield self._examples(table, columns)
 
     def label_config(self, examples: TextExamples) -> dict[str, Any]:
@@ -335,7 +296,11 @@ class SequenceClassificationTask(Task[TextExamples]):
                 rows.leave_out(row, "no gold label")
             elif isinstance(value, (list, dict)) and self.problem_type != MULTI_LABEL:
                 rows.reject(row, f"column {column!r} {not_text(value)}; for several labels use --task multi-label")
-            elif self.problem_type != MULTI_LABEL and not read_label(value, self.problem_type):
+            elif (label := read_label(value, self.problem_type)) == [""]:
+                rows.reject(
+                    row, f"column {column!r} {not_text(value)} or a list of texts; write [] if no label applies"
+                )
+            elif label == "":
                 rows.reject(row, f"no label in column {column!r}")
             else:
                 labelled.append(row)

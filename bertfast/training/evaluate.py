@@ -18,6 +18,7 @@ from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.plotting import draw, plot_title
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
+from bertfast.tasks.features import CutTexts
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
@@ -118,7 +119,10 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
         examples = task.read(settings.validation_file, labelled=True)
         length = sequence_length(settings.max_seq_length, task.config)
         examples, features = task.featurize(examples, tokenizer, length)
+    cut = CutTexts(settings.validation_file, length)
+    cut.add(features)
     outputs = predict_outputs(task, model, features)
+    cut.report()
     metrics = task.compute_metrics(examples, features, outputs)
 
     def write_predictions(folder: Path) -> None:

@@ -29,7 +29,7 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import ModelInputs, count_labels, shuffled_batches, within_budget
+from bertfast.tasks.features import CutTexts, ModelInputs, count_labels, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import Outputs, Task
@@ -161,11 +161,9 @@ class Finetuning:
         for split, read in examples.items():
             self.examples[split], features = self.task.featurize(read, self.tokenizer, length)
             self.features[split] = features
-            if features.num_truncated:
-                sequences = len(features.cu_seqlens) - 1
-                logger.warning(
-                    "%s: cut %d of %d texts to %d tokens", files[split], features.num_truncated, sequences, length
-                )
+            cut = CutTexts(files[split], length)
+            cut.add(features)
+            cut.report()
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """Train, validate, and predict on the test data with the best model; return all results."""

@@ -211,3 +211,19 @@ def test_layers_that_the_model_does_not_have_are_said(pretrained, tmp_path, capl
     (tmp_path / "a.txt").write_text("a film\n")
     embed(settings_for(pretrained, tmp_path / "out", input_file=str(tmp_path / "a.txt"), layers="concat-last-four"))
     assert "--layers concat-last-four: the model has 2 hidden states, all of which are used" in caplog.text
+
+
+def test_cut_texts_are_counted_over_all_parts(pretrained, tmp_path, caplog):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    options = {"input_file": str(tmp_path / "texts.txt"), "texts_per_part": 2, "max_seq_length": 5}
+    embed(settings_for(pretrained, tmp_path / "out", **options))
+    assert [r.getMessage() for r in caplog.records if "cut" in r.getMessage()] == [
+        f"--input-file {tmp_path / 'texts.txt'}: cut 3 of 5 texts to 5 tokens"
+    ]
+
+
+def test_a_second_text_that_begins_in_a_later_part_is_refused(pretrained, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"sentence1": "a"}\n' * 2 + '{"sentence1": "a", "sentence2": "b"}\n')
+    with pytest.raises(ValueError, match="line 3: the text column 'sentence2', which the first rows lack"):
+        embed(settings_for(pretrained, tmp_path / "out", input_file=str(path), texts_per_part=2))

@@ -149,3 +149,12 @@ def test_a_long_file_is_read_in_parts(tmp_path):
     parts = [examples.rows.numbers for examples in task.read_chunks(str(path))]
     assert {len(numbers) for numbers in parts} == {1000}
     assert (parts[0][0], parts[4][-1]) == (1, 5000)
+
+
+def test_predict_and_evaluate_count_the_texts_that_they_cut(tuned, tmp_path, caplog, capsys):
+    path = tmp_path / "a.tsv"
+    path.write_text("sentence\tlabel\n" + "good\tgood\nbad good bad good bad\tbad\n" * 3)
+    predicted(tuned[0], capsys, path, max_seq_length=5)
+    evaluate(EvaluateSettings.of(model_name_or_path=tuned[0], validation_file=str(path), max_seq_length=5))
+    cut = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert cut == [f"{path}: cut 3 of 6 texts to 5 tokens"] * 2

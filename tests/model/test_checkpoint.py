@@ -301,7 +301,9 @@ def test_a_head_of_another_task_is_initialised_as_without_a_checkpoint(tmp_path)
     assert_same_weights(again.bert, model.bert)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_that_are_not_plain_floating_point_are_refused(file, dtype, folder):
     key = "bert.encoder.layer.0.output.dense.weight"

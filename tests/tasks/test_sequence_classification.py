@@ -9,14 +9,11 @@ import pytest
 
 from bertfast import BertConfig
 from bertfast.data.tokenizer import train_tokenizer
+from bertfast.tasks.columns import Columns
 from bertfast.tasks.features import Features
 from bertfast.tasks.labels import LabelEncoder, has_fractions, require_classes, sorted_labels
 from bertfast.tasks.rows import Rows
-from bertfast.tasks.sequence_classification import (
-    Columns,
-    SequenceClassificationTask,
-    TextExamples,
-)
+from bertfast.tasks.sequence_classification import SequenceClassificationTask, TextExamples
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import Table
 from bertfast.tasks.task import label_to_id
@@ -345,3 +342,45 @@ def test_lines_with_more_than_two_texts_are_bad_rows():
     assert (examples.texts, examples.rows.numbers) == (["a", ("a", "b")], [5, 6])
     with pytest.raises(ValueError, match="line 7: 3 fields separated by tabs: give one text, or two"):
         task_for("sequence-classification").parse_lines(["a\tb\tc"], 7)
+
+
+@pytest.mark.parametrize(
+    ("value", "labels"),
+    [
+        (0, ["0"]),
+        (1.0, ["1.0"]),
+        ([0, "x "], ["0", "x"]),
+        ("x, y", ["x", "y"]),
+        ([], []),
+        ("", []),
+        (None, None),
+        (["x", None], None),
+        ({"x": 1}, None),
+        ([["x"]], None),
+        ("missing", None),
+    ],
+)
+def test_multi_label_values_are_labels_or_bad_rows(value, labels, tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"text": "a"} if value == "missing" else {"text": "a", "label": value}
+    path.write_text('{"text": "b", "label": ["x"]}\n' + json.dumps(row) + "\n")
+    if labels is not None:
+        assert task_for("multi-label").read(str(path), labelled=True).labels == [["x"], labels]
+        return
+    with pytest.raises(ValueError, match=r"line 2: column 'label' .* a list of texts; write \[\] if no label applies"):
+        task_for("multi-label").read(str(path), labelled=True)
+    skipping = task_for("multi-label", on_bad_rows="skip")
+    assert skipping.read(str(path), labelled=True).labels == [["x"]]
+    assert skipping.bad_rows.count == 1
+
+
+@pytest.mark.parametrize(("first", "late"), [("text", "sentence2"), ("text", "sentence"), ("sentence1", "sentence2")])
+def test_a_text_column_that_begins_in_a_later_part_is_refused(first, late, tmp_path, monkeypatch):
+    monkeypatch.setattr("bertfast.tasks.sequence_classification.ROWS_PER_CHUNK", 2)
+    path = tmp_path / "a.jsonl"
+    rows = [{first: "a"}] * 4 + [{first: "a", late: None}, {first: "a", late: "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"line 6: the text column '{late}', which the first rows lack, begins here"):
+        list(task_for().read_chunks(str(path)))
+    path.write_text("".join(json.dumps(row | {"other": 1}) + "\n" for row in rows[:4]))
+    assert [len(part) for part in task_for().read_chunks(str(path))] == [2, 2]
