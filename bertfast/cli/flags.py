@@ -145,7 +145,8 @@ def _refuse_empty(settings_class: type[Settings], values: dict[str, Any]) -> Non
     for name, setting in settings_of(settings_class).items():
         if (values[name] == "" != setting.field.default) or (isinstance(values[name], list) and "" in values[name]):
             shown = _metavar(name) if _is_positional(setting.hint) else flag(name)
-            raise ValueError(f"{shown} is empty: give a value, or leave it out")
+            required = setting.field.default is setting.field.default_factory is dataclasses.MISSING
+            raise ValueError(f"{shown} is empty: give a value" + ", or leave it out" * (not required))
 
 
 def _is_positional(hint: Any) -> bool:

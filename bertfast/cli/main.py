@@ -160,7 +160,7 @@ _SYNONYMS = {
 }
 
 # Commands whose results go to standard output and nowhere else.
-_PRINT_ALL = ("predict", "fill-mask")
+_PRINT_ALL = ("predict", "fill-mask", "verify", "bench", "doctor")
 # Commands that, given again, continue where they were interrupted.
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 
@@ -216,7 +216,7 @@ def _run(name: str, rest: list[str]) -> int:
         about += f"\n{_RECIPE_HELP}{', '.join(recipe_names())}."
     settings = parse(name, getattr(module, command.settings), rest, about)
     _require_folder(settings)
-    if name in _PRINT_ALL:
+    if name in _PRINT_ALL or (name == "evaluate" and getattr(settings, "output_dir", None) is None):
         require_standard_output()
     result = getattr(module, command.function)(settings)
     return result if isinstance(result, int) else 0

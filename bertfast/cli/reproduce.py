@@ -20,7 +20,17 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.text_files import json_object, read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
-from bertfast.runtime.settings import Count, NonNegative, Positive, Range, Seed, Settings, nearest, refuse_repeated
+from bertfast.runtime.settings import (
+    Count,
+    Epochs,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+    nearest,
+    refuse_repeated,
+)
 from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.pretrain import PretrainSettings, pretrain
@@ -68,7 +78,7 @@ class ReproduceSettings(Settings):
     minutes: Positive = 5.0
     tokens_per_batch: Count = 2048
     learning_rate: NonNegative = 1e-4
-    num_train_epochs: Positive | None = None
+    num_train_epochs: Epochs | None = None
     seeds: list[Seed] = field(default_factory=lambda: [42])
     only: list[str] = field(default_factory=list)
     device: str | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
+from bertfast.runtime.settings import counted
 
 FACTOR, ULPS = 2, 8  # the accuracy rule of the project's own tests
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -56,8 +57,8 @@ def verify(settings: VerifySettings) -> None:
             f"{', '.join(failed)} are less accurate than in transformers: do not use this model with bertfast on this "
             "machine, and please report the lines above"
         )
-    texts = sum(len(batch["input_ids"]) for batch in both.batches)
-    print(f"{settings.model_name_or_path} is as accurate in bertfast as in transformers, on {texts} texts.")
+    texts = counted(sum(len(batch["input_ids"]) for batch in both.batches), "text")
+    print(f"{settings.model_name_or_path} is as accurate in bertfast as in transformers, on {texts}.")
 
 
 def _errors(both: Comparison, reference: nn.Module, autocast: torch.dtype | None) -> Tensor:

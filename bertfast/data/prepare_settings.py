@@ -87,9 +87,9 @@ class PrepareSettings(Settings):
         if self.part is not None:
             if self.merge:
                 raise ValueError("--part and --merge are mutually exclusive: pass --merge when all parts are finished")
-            numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
+            numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part)
             if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-                raise ValueError(f"--part must be i/n with 1 ≤ i ≤ n, such as 1/4, got {self.part!r}")
+                raise ValueError(f"--part must be i/n with 1 ≤ i ≤ n, such as 1/4, got {self.part!r:.60}")
             files = self.corpus.train_file
             if self.corpus.tokenizer_name is None or not files or "-" in files:
                 raise ValueError("--part requires --tokenizer-name and files in --train-file, the same for every part")

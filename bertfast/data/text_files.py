@@ -122,7 +122,7 @@ def json_object(where: str, text: str, example: str) -> dict[str, Any]:
     try:
         value = decode_json(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"{where}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -141,6 +141,7 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
         name = architecture.config_name(bert_name)
         if name in values and not (type(values[name]) in types and values[name] in limits):
             raise ValueError(f"{source}: {name} must be {number} {limits}, got {values[name]!r:.40}")
+    _check_labels(values, source)
     try:
         config: BertConfig = kind.from_dict(values)
     except Exception as error:  # transformers' validation raises exceptions of many classes
@@ -166,6 +167,30 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
             f"{config.num_attention_heads}"
         )
     return config
+
+
+def _check_labels(values: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError if the entries about labels and task are not a text for each id from 0, all different."""
+    task = values.get("finetuning_task")
+    if not isinstance(task, str | None):
+        raise ValueError(f"{source}: finetuning_task must be the name of a task, got {task!r:.40}")
+    names = values.get("id2label")
+    if not isinstance(names, dict):
+        return  # none, or of a type that transformers refuses
+    ids = {str(number) for number in names}
+    absent = next((number for number in range(len(names)) if str(number) not in ids), None)
+    if absent is not None:
+        raise ValueError(
+            f"{source}: id2label must name the labels 0 to {len(names) - 1}, and has no {absent}: number them from 0 "
+            "without gaps"
+        )
+    seen: dict[Any, Any] = {}
+    for number, label in names.items():
+        if not isinstance(label, str):
+            raise ValueError(f"{source}: id2label names {number} {label!r:.40}: write it as a text, in quotes")
+        if label in seen:
+            raise ValueError(f"{source}: id2label calls both {seen[label]} and {number} {label!r:.40}: rename one")
+        seen[label] = number
 
 
 def new_model(kind: type[ModelT], config: BertConfig) -> ModelT:

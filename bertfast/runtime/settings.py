@@ -68,6 +68,7 @@ Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 LearningRate = Annotated[float, Range(0, 3e38)]  # optimizers hold it in fp32
 Positive = Annotated[float, Range(above=0)]
+Epochs = Annotated[float, Range(maximum=1_000_000, above=0)]  # steps, a multiple, must be a number of 64 bits
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 

@@ -33,8 +33,8 @@ class Columns:
             text = next((name for name in TEXT_COLUMNS if name in table.columns), None)
         if text is None:
             raise ValueError(
-                f"{table.path} has none of the columns {', '.join(TEXT_COLUMNS)}, only "
-                f"{', '.join(map(repr, table.columns))}: name the text column with --text-column"
+                f"{table.path} has none of the columns {', '.join(TEXT_COLUMNS)}, {table.found}: name the text column "
+                "with --text-column"
             )
         if text_pair is None and TEXT_PAIR_COLUMN in table.columns:
             text_pair = TEXT_PAIR_COLUMN

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from bertfast.runtime.settings import counted
 from bertfast.tasks.rows import BadRows
 from bertfast.tasks.tables import SUFFIXES
 
+_TAG = r"O|[BIESLU]-\S+"
 _NO_TAG = ("", "_")  # what stands in the column of tags where a word has none
 _SUFFIXES = (".conll", ".iob", ".bio")
 _TSV = {suffix for suffix in SUFFIXES if suffix.startswith(".tsv")}  # tabs also separate the columns of CoNLL files
@@ -184,7 +185,7 @@ def is_tagged(path: Path) -> bool:
     lines = [line for _, line in islice(read_lines(path, universal=True), _SAMPLE)]
     rows = [_fields(line, tabs=True) for line in lines if not _separates(line)]
     tags = {row[-1].strip() if len(row) > 1 else "" for row in rows}
-    return "O" in tags and all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
+    return "O" in tags and all(re.fullmatch(_TAG, tag) for tag in tags)
 
 
 def split_words(line: str) -> list[str]:
@@ -223,3 +224,13 @@ def _require_conll(path: Path, number: int, rows: list[list[str]], tabs: bool) -
             f"{path} is in CoNLL-U format, whose words are in the second column: keep the words and their tags, for "
             f"example by cut -f2,4 {path.name}"
         )
+    first = [row[0] for row in rows if len(row) > 1]
+    counts = [int(word) if re.fullmatch(r"\d{1,6}", word) else None for word in first]
+    counted_up = sum(now is not None and now in (0, 1, (before or 0) + 1) for before, now in pairwise([None, *counts]))
+    tagged = sum(re.fullmatch(_TAG, word) is not None for word in first)
+    for number_of_rows, what in ((counted_up, "numbers that count words"), (tagged, "tags")):
+        if 2 * number_of_rows > len(first):
+            raise ValueError(
+                f"{path}, line {number}: the first column holds {what} in most rows: put the words into the first "
+                "column and their tags into the last"
+            )

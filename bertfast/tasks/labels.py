@@ -16,6 +16,7 @@ import numpy as np
 SINGLE_LABEL, REGRESSION, MULTI_LABEL = "single_label_classification", "regression", "multi_label_classification"
 PROBLEM_TYPES = {"sequence-classification": SINGLE_LABEL, "regression": REGRESSION, "multi-label": MULTI_LABEL}
 LABEL_SEPARATOR = ","  # of several labels in one field
+LONGEST_LABEL = 1000  # characters; a longer one is a text or damage
 _MAX_LABELS_SHOWN = 10  # in messages
 _MISSING = {"na", "n/a", "#n/a", "<na>", "null", "none"}  # among numbers; nan is a number
 
@@ -129,7 +130,9 @@ class LabelEncoder:
         names = names_of(label)
         if self.problem_type == REGRESSION:
             if not _is_finite(names[0]):
-                raise ValueError(f"the label {names[0]!r} is not a finite number in fp32, which regression requires")
+                raise ValueError(
+                    f"the label {names[0]!r:.60} is not a finite number in fp32, which regression requires"
+                )
             return float(names[0])
         targets = [self._id(name) for name in names]
         if self.problem_type != MULTI_LABEL:
@@ -145,7 +148,7 @@ class LabelEncoder:
         if found is None and name.casefold() in _MISSING:
             raise ValueError(f"the label {name!r} stands for a missing value; if it is a class, rename it")
         if found is None:
-            raise ValueError(f"unknown label {name!r}; known labels: {shown([*self.ids])}")
+            raise ValueError(f"unknown label {name!r:.60}; known labels: {shown([*self.ids])}")
         return found
 
 

@@ -74,11 +74,11 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         labels, usable = [], []
         for row, (value, endings) in enumerate(zip(table.column(_LABEL), examples.endings, strict=True)):
             label = canonical(str(value).strip())
-            if label.isdecimal() and int(label) < len(endings):
+            if label.isdecimal() and len(label) < 10 and int(label) < len(endings):
                 labels.append(int(label))
                 usable.append(row)
                 continue
-            problem = f"the label {value!r} is not in 0 to {len(endings) - 1}"
+            problem = f"the label {value!r:.60} is not in 0 to {len(endings) - 1}"
             if not labelled:
                 report_no_metrics(examples.rows, row, problem)
                 return examples
@@ -147,7 +147,8 @@ def _usable(table: Table) -> tuple[MultipleChoiceExamples, Table]:
     """Return the examples of a table, without labels, and the rows that they come from."""
     if "sent1" not in table.columns or not any(re.fullmatch(r"endings|ending\d+", name) for name in table.columns):
         found = ", ".join(map(repr, table.columns))
-        raise ValueError(f"{table.path}: multiple choice needs the columns {CHOICE_COLUMNS}; rename those of {found}")
+        remedy = f"; rename those of {found}" if found else ", and its objects are empty"
+        raise ValueError(f"{table.path}: multiple choice needs the columns {CHOICE_COLUMNS}{remedy}")
     table = table.with_texts("sent1")
     second_texts, choices = table.columns.get("sent2", [""] * len(table)), _endings(table)
     usable: list[int] = []

@@ -25,7 +25,7 @@ from bertfast.encoder import question_answering_loss, span_logits
 from bertfast.models.bert import BertForQuestionAnswering
 from bertfast.models.tokenizers import template
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.settings import flag, hints_of
+from bertfast.runtime.settings import counted, flag, hints_of
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.rows import Rows, Skipped
@@ -132,16 +132,16 @@ class QuestionAnsweringTask(Task[Questions]):
             num_not_whole += gold is not None and not any(start > 0 for start, _ in positions)
             answers += positions
         if num_cut:
-            logger.warning("%d questions are cut to %d tokens (--max-query-length)", num_cut, max_query_length)
+            logger.warning("cut %s to %d tokens (--max-query-length)", counted(num_cut, "question"), max_query_length)
         if num_adjoining:
             logger.warning(
-                "%d contexts are split into windows that do not overlap, as a window has room for fewer tokens than "
-                "--doc-stride %d: lower it",
-                num_adjoining,
+                "split %s into windows that do not overlap, as a window has room for fewer tokens than --doc-stride "
+                "%d: lower it",
+                counted(num_adjoining, "context"),
                 stride,
             )
         if num_not_whole:
-            logger.warning("%d answers are whole in no window: raise --max-seq-length", num_not_whole)
+            logger.warning("no window has the whole of %s: raise --max-seq-length", counted(num_not_whole, "answer"))
         labels = {}
         if examples.labelled:
             starts, ends = np.array(answers, np.int64).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures import BERT
-from bertfast.data.text_files import read_lines
+from bertfast.data.text_files import read_json, read_lines
 from bertfast.models.families import architecture_of, class_like, has_class_like
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.columns import LABEL_COLUMN, TEXT_COLUMNS
@@ -35,6 +36,8 @@ _NEEDED = (
     f"classification needs {' or '.join(TEXT_COLUMNS)}, and {LABEL_COLUMN}; multiple choice {CHOICE_COLUMNS}; question "
     "answering question, context and answers; token classification is read from .conll files"
 )
+logger = logging.getLogger("bertfast")
+
 FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
 TASKS: dict[str, type[Task[Any]]] = {
@@ -78,6 +81,8 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
     flags = {*given(settings.columns), *given(settings.question_answering)} - {"--on-bad-rows", *task_class.flags}
     kind = name if name in TASKS else next(known for known, other in TASKS.items() if other is task_class)
     refuse_without_effect(sorted(flags), f"the task is {kind}")
+    if name == "auto" and of_model is None and task_class is not SequenceClassificationTask:
+        logger.info("inferred --task %s from %s", kind, file)  # that of labels is inferred from them
     task = task_class(replace(settings, task=name))
     models = zip(_models(task_class), _names(task_class, config), strict=False)
     task.model_class = next((model for model, known in models if known in architectures), task_class.model_class)
@@ -97,7 +102,7 @@ def _by_file(file: str | None, columns: ColumnSettings) -> type[Task[Any]]:
             header = next((line for _, line in read_lines(path)), "")
             if re.search(r'(^|[\t,"])ending0($|[\t,"\r\n])', header):
                 return MultipleChoiceTask
-        elif names := _names_in_json(path):
+        elif names := _names_in_json(path) or _names_on_several_lines(path):
             return _by_names(path, names, columns)
         if ".tsv" in suffixes and is_tagged(path):
             raise ValueError(
@@ -117,6 +122,22 @@ def _names_in_json(path: Path) -> set[str]:
             if isinstance(record.values, dict) and record.values:
                 return {*record.values}
     return set()
+
+
+def _names_on_several_lines(path: Path) -> set[str]:
+    """Return the names in a file of one object on several lines, as SQuAD's are; ValueError if it is another task's."""
+    if ".json" not in path.suffixes[-2:]:
+        return set()
+    try:
+        names = {*read_json(path)}
+    except ValueError:
+        return set()
+    if names and not names & _SQUAD:
+        raise ValueError(
+            f"{path} holds one object on several lines, with {', '.join(map(repr, sorted(names)))}: write each object "
+            "on one line, or a list of them, [{…}, …]"
+        )
+    return names
 
 
 def _by_names(path: Path, names: set[str], columns: ColumnSettings) -> type[Task[Any]]:

@@ -24,6 +24,7 @@ from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark, infer_benchmark
 from bertfast.tasks.labels import (
     LABEL_SEPARATOR,
+    LONGEST_LABEL,
     MULTI_LABEL,
     PROBLEM_TYPES,
     REGRESSION,
@@ -302,6 +303,9 @@ class SequenceClassificationTask(Task[TextExamples]):
                 )
             elif label == "":
                 rows.reject(row, f"no label in column {column!r}")
+            elif (longest := max(map(len, names_of(label)), default=0)) > LONGEST_LABEL:
+                problem = f"the label in column {column!r} has {longest:,} characters, more than {LONGEST_LABEL:,}"
+                rows.reject(row, f"{problem}: name the column of the labels with --label-column")
             else:
                 labelled.append(row)
         return table.select(labelled)

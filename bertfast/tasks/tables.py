@@ -53,12 +53,17 @@ class Table:
         """The file."""
         return self.rows.file
 
+    @property
+    def found(self) -> str:
+        """The names of the columns, for messages."""
+        return f"only {', '.join(map(repr, self.columns))}" if self.columns else "as its objects are empty"
+
     def column(self, name: str) -> list[Any]:
         """Return the values of a column; ValueError, naming the columns of the file, if there is none of that name."""
         if name not in self.columns:
             near = get_close_matches(name, self.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{self.path} has no column {name!r}, only {', '.join(map(repr, self.columns))}{hint}")
+            raise ValueError(f"{self.path} has no column {name!r}, {self.found}{hint}")
         return self.columns[name]
 
     def texts(self, name: str) -> list[str]:

@@ -55,7 +55,7 @@ class Task(ABC, Generic[Examples]):
     Attributes:
         model_class: Class of the model to open; a fine-tuned model may replace it.
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
-            flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
+        flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
         known_ids: Hashes of the ids on standard input so far.

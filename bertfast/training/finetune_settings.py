@@ -6,12 +6,13 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from bertfast.models.extensions import LAYERS
 from bertfast.runtime.settings import (
     Count,
+    Epochs,
     Fraction,
     LearningRate,
     NonNegative,
-    Positive,
     Range,
     Seed,
     Settings,
@@ -63,6 +64,10 @@ class FeatureBasedSettings(Settings):
     lstm_size: Annotated[int, Range(1, 2**16)] = 768
     lstm_layers: Annotated[int, Range(1, 64)] = 2
     features_dir: str | None = None
+
+    def validate(self) -> None:
+        if self.feature_layers not in LAYERS:
+            raise ValueError(f"--feature-layers must be one of {', '.join(LAYERS)}, got {self.feature_layers!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ class Hyperparameters(Settings):
 
     learning_rate: LearningRate = 5e-5
     per_device_train_batch_size: Count = 32
-    num_train_epochs: Positive = 3.0
+    num_train_epochs: Epochs = 3.0
     seed: Seed = 42
 
     def steps(self, steps_per_epoch: int) -> int:

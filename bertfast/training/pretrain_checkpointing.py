@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from bertfast.training.distributed import Distributed
 from bertfast.training.pretrain_data import replace_data
 from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, DurationSettings, PretrainSettings
 from bertfast.training.step import TrainStep
+
+logger = logging.getLogger("bertfast")
 
 _DURATION = tuple(map(flag, settings_of(DurationSettings)))
 _CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
@@ -201,7 +204,8 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
             )
         return None
     if not saved:
-        return None  # stopped before its first checkpoint: the run starts again
+        logger.warning("there is no checkpoint in %s: starting from step 0", output)
+        return None
     newest = newest_whole(folder)
     if newest is None:
         raise ValueError(

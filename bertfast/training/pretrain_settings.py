@@ -13,6 +13,7 @@ from bertfast.runtime.precision import Precision, ResidualPrecision
 from bertfast.runtime.settings import (
     Count,
     CountOrOff,
+    Epochs,
     Fraction,
     LearningRate,
     NonNegative,
@@ -123,7 +124,7 @@ class DurationSettings(Settings):
     exclusive = ("max_steps", "num_train_epochs", "minutes")
 
     max_steps: CountOrOff = 0
-    num_train_epochs: Positive | None = None
+    num_train_epochs: Epochs | None = None
     minutes: Positive | None = None
 
 

@@ -14,7 +14,7 @@ from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
-from bertfast.runtime.settings import Count, LearningRate, Positive, Seed, Settings, counted, flag, refuse_repeated
+from bertfast.runtime.settings import Count, Epochs, LearningRate, Seed, Settings, counted, flag, refuse_repeated
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
@@ -41,7 +41,7 @@ class Grid(Settings):
 
     learning_rates: list[LearningRate] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
     batch_sizes: list[Count] = field(default_factory=lambda: [16, 32])
-    epochs: list[Positive] = field(default_factory=lambda: [2, 3, 4])
+    epochs: list[Epochs] = field(default_factory=lambda: [2, 3, 4])
     seeds: list[Seed] = field(default_factory=lambda: [42])
 
     def validate(self) -> None:
@@ -150,12 +150,17 @@ def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float
     shared = {name: value for name, value in settings.flat().items() if name not in settings.grid.flat()}
     if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
         shared["features_dir"] = str(folder / "features")
-    output = folder / f"rate-{rate:g}-batch-{size}-epochs-{epochs:g}-seed-{seed}"
+    output = folder / f"rate-{_exactly(rate)}-batch-{size}-epochs-{_exactly(epochs)}-seed-{seed}"
     hyperparameters = Hyperparameters(
         learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
     )
     changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
     return FinetuneSettings.of(**shared | changes)
+
+
+def _exactly(value: float) -> str:
+    """Return a number with six digits, or with all if it has more, so that different ones have different names."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _sweep(settings: SweepSettings) -> dict[str, Any]:
@@ -195,9 +200,12 @@ def table(metric: str, best: str | None, combinations: list[Combination]) -> str
     for row in combinations:
         spread = "" if math.isnan(row.spread) else f"{row.spread:.4f}"
         mean = f"{row.mean:.4f}" if row.failed is None else "failed"
-        lines.append(f"| {row.learning_rate:g} | {row.batch_size} | {row.epochs:g} | {mean} | {spread} |")
+        lines.append(
+            f"| {_exactly(row.learning_rate)} | {row.batch_size} | {_exactly(row.epochs)} | {mean} | {spread} |"
+        )
         if row.failed is not None:
-            values = f"learning rate {row.learning_rate:g}, batch {row.batch_size}, epochs {row.epochs:g}"
+            rate, epochs = _exactly(row.learning_rate), _exactly(row.epochs)
+            values = f"learning rate {rate}, batch {row.batch_size}, epochs {epochs}"
             failures += ["", f"Failed: {values}: {row.failed}"]
     return "\n".join([*lines, *failures, *([] if best is None else ["", f"The best run is in {best}."]), ""])
 
@@ -240,7 +248,10 @@ def _read_score(path: Path) -> Score | None:
         saved = read_json(path)
         if saved.get("failed") is not None:
             return Score(str(saved["metric"]), None, str(saved["failed"]))
-        return Score(str(saved["metric"]), float(saved["score"]))
+        score = float(saved["score"])
+        if not math.isfinite(score):
+            raise ValueError("not finite")
+        return Score(str(saved["metric"]), score)
     except (KeyError, TypeError, ValueError):
         logger.warning("%s is damaged: the run is repeated", path)
         return None

@@ -54,7 +54,17 @@ def test_a_closed_standard_output_is_no_error(monkeypatch):
     assert main(["--help"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [["predict", "--model-name-or-path", "m"], ["fill-mask", "m", "a [MASK]"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--model-name-or-path", "m"],
+        ["fill-mask", "m", "a [MASK]"],
+        ["evaluate", "--model-name-or-path", "m", "--validation-file", "a.tsv"],
+        ["verify", "m"],
+        ["bench", "m"],
+        ["doctor"],
+    ],
+)
 def test_results_that_nobody_would_get_are_refused(arguments, monkeypatch, capfd):
     monkeypatch.setattr("sys.stdout", None)
     assert main(arguments) == 1

@@ -98,3 +98,8 @@ def test_a_file_that_is_read_at_once_has_a_limit(tmp_path):
     path.write_text("[" + " " * 100)
     with pytest.raises(ValueError, match=r"a\.json has more than 50 characters"):
         read_text(path, limit=50)
+
+
+def test_the_column_of_a_string_without_end_is_said_once():
+    with pytest.raises(ValueError, match=r"line 3: not JSON \(Unterminated string starting at column 7\)"):
+        json_object("a, line 3", '{"a": "b}', "{}")

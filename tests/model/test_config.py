@@ -1,6 +1,7 @@
 """Configurations of transformers, read and changed by programs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,22 @@ def test_a_file_in_place_of_a_model_folder_is_refused(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"):
         resolve(file)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "a"}}, "id2label calls both 0 and 1 'a': rename one"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label must name the labels 0 to 1, and has no 1: number them from 0"),
+        ({"id2label": {"1": "a", "2": "b"}}, "id2label must name the labels 0 to 1, and has no 0"),
+        ({"id2label": {"0": "a", "9" * 5000: "b"}}, "id2label must name the labels 0 to 1, and has no 1"),
+        ({"id2label": {"0": "a", "1": None}}, "id2label names 1 None: write it as a text, in quotes"),
+        ({"id2label": {"0": "a", "1": ["b"]}}, "id2label names 1 ['b']: write it as a text"),
+        ({"finetuning_task": ["mrpc"]}, "finetuning_task must be the name of a task, got ['mrpc']"),
+        ({"finetuning_task": 3}, "finetuning_task must be the name of a task, got 3"),
+    ],
+)
+def test_labels_and_tasks_that_are_no_names_are_refused(entries, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {message}")):
+        read_config(tmp_path)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from bertfast.cli.main import main
 from bertfast.runtime.settings import Count, Fraction, Positive, Range, Settings, range_of, settings_of
 
 
@@ -101,3 +102,32 @@ def test_two_settings_of_one_name_are_an_error():
 
     with pytest.raises(TypeError, match="Twice has two settings called learning_rate"):
         settings_of(Twice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        ("pretrain --output-dir o --train-file t --num-train-epochs", "--num-train-epochs"),
+        ("finetune --model-name-or-path m --output-dir o --train-file t --num-train-epochs", "--num-train-epochs"),
+        ("sweep --model-name-or-path m --output-dir o --train-file t --validation-file v --epochs", "--epochs"),
+    ],
+)
+def test_epochs_have_a_maximum(arguments, flag, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments.split(), "1e308"]) == 1
+    assert f"{flag} must be more than 0 and at most 1000000, got 1e+308" in capsys.readouterr().err.replace(
+        "at most 1000000 and more than 0", "more than 0 and at most 1000000"
+    )
+
+
+def test_a_flag_that_is_required_cannot_be_left_out(capsys):
+    assert main(["fill-mask", "m", ""]) == 1
+    assert "TEXT is empty: give a value\n" in capsys.readouterr().err
+    assert main(["pretrain", "--output-dir", "o", "--tokenizer-name", ""]) == 1
+    assert "--tokenizer-name is empty: give a value, or leave it out" in capsys.readouterr().err
+
+
+def test_part_numbers_of_any_length_are_refused(capsys):
+    arguments = ["prepare", "--output-dir", "o", "--train-file", "t", "--tokenizer-name", "v", "--part"]
+    assert main([*arguments, "1/" + "9" * 5000]) == 1
+    assert "--part must be i/n with 1" in capsys.readouterr().err

@@ -92,3 +92,25 @@ def test_words_without_tags_are_read_where_tags_are_optional(tmp_path):
     assert read(path, "Ann\n#\n\n#tag\n", labelled=False) == [(["Ann", "#"], None), (["#tag"], None)]
     assert read(path, "Ann\tO\nBob\n\nEve\tO\n", labelled=False) == [(["Ann", "Bob"], None), (["Eve"], ["O"])]
     assert read(path, "Ann\t_\nBob\t_\n", labelled=False) == [(["Ann", "Bob"], None)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ("1\tthe\tO\n2\tfilm\tB-X\n\n1\ta\tO\n2\tb\tO\n", "numbers that count words"),
+        ("0 the O\n1 film B-X\n\n0 a O\n1 b O\n", "numbers that count words"),
+        ("O the\nB-X film\nO was\n", "tags"),
+    ],
+)
+def test_numbers_or_tags_in_the_place_of_words_are_refused(rows, what, tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text(rows)
+    with pytest.raises(ValueError, match=f"line 1: the first column holds {what} in most rows: put the words into the"):
+        list(read_sentences(path, -1, BadRows(), labelled=True))
+
+
+def test_a_few_numbers_are_words(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("1 O\nfilm O\nO O\ngood B-X\n1984 O\n")
+    [sentence] = read_sentences(path, -1, BadRows(), labelled=True)
+    assert sentence.words == ["1", "film", "O", "good", "1984"]

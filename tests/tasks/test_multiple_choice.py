@@ -201,3 +201,10 @@ def test_labels_may_be_written_as_decimals(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("sent1,ending0,ending1,label\na,b,c,1.0\na,b,c, 0\n")
     assert task_for().read(str(path), labelled=True).labels == [1, 0]
+
+
+def test_a_label_of_thousands_of_digits_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"sent1,ending0,ending1,label\na,b,c,{'1' * 5000}\n")
+    with pytest.raises(ValueError, match=r"line 2: the label '1{50,60}.* is not in 0 to 1"):
+        task_for().read(str(path), labelled=True)

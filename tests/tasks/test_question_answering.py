@@ -230,8 +230,8 @@ def test_what_is_cut_is_reported(tokenizer, tmp_path, caplog):
     task = task_for(max_query_length=4)
     _, features = task.featurize(task.read(write(tmp_path / "a.json", context, *entries), labelled=True), tokenizer, 24)
     assert (features.lengths <= 24).all()
-    assert "1 questions are cut to 4 tokens (--max-query-length)" in caplog.text
-    assert "1 answers are whole in no window: raise --max-seq-length" in caplog.text
+    assert "cut 1 question to 4 tokens (--max-query-length)" in caplog.text
+    assert "no window has the whole of 1 answer: raise --max-seq-length" in caplog.text
 
 
 def test_answer_without_tokens_is_ignored_in_the_loss(tokenizer, tmp_path):
@@ -293,4 +293,4 @@ def test_windows_that_do_not_overlap_are_said(settings, warned, tokenizer, tmp_p
     task = task_for(**settings)
     questions, _ = task.featurize(task.read(path, labelled=True), tokenizer, 16)
     assert len(questions.windows) > 1
-    assert ("1 contexts are split into windows that do not overlap" in caplog.text) == warned
+    assert ("split 1 context into windows that do not overlap" in caplog.text) == warned

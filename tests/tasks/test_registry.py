@@ -72,3 +72,26 @@ def test_a_file_that_fits_no_task_is_refused_with_the_columns_that_are_needed(na
         choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
     settings = TaskSettings.of(model_name_or_path="", text_column="review", label_column="stars")
     assert isinstance(choose_task(settings, file=str(path)), SequenceClassificationTask)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task"),
+    [
+        ("a.conll", "the O\nfilm B-X\n", "token-classification"),
+        ("a.csv", "sent1,ending0,ending1,label\na,b,c,0\n", "multiple-choice"),
+        ("a.json", '{\n "data": []\n}\n', "question-answering"),
+    ],
+)
+def test_the_task_that_a_file_looks_like_is_reported(name, text, task, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / name).write_text(text)
+    choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / name))
+    assert [record.getMessage() for record in caplog.records] == [f"inferred --task {task} from {tmp_path / name}"]
+
+
+def test_one_object_on_several_lines_is_not_taken_for_squad(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "sentence": "a",\n "label": "b"\n}\n')
+    with pytest.raises(
+        ValueError, match=r"one object on several lines, with 'label', 'sentence': write each object on"
+    ):
+        choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.json"))

@@ -384,3 +384,17 @@ def test_a_text_column_that_begins_in_a_later_part_is_refused(first, late, tmp_p
         list(task_for().read_chunks(str(path)))
     path.write_text("".join(json.dumps(row | {"other": 1}) + "\n" for row in rows[:4]))
     assert [len(part) for part in task_for().read_chunks(str(path))] == [2, 2]
+
+
+@pytest.mark.parametrize("task", ["auto", "multi-label"])
+def test_labels_of_thousands_of_characters_are_bad_rows(task, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\na,{'1' * 5000}\nb,{'2' * 5000}\n")
+    with pytest.raises(ValueError, match=r"line 2: the label in column 'label' has 5,000 characters, more than 1,000"):
+        task_for(task).read(str(path), labelled=True)
+
+
+def test_objects_without_values_have_no_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(ValueError, match=r"none of the columns sentence, .*, as its objects are empty: name the text"):
+        task_for().read(str(tmp_path / "a.jsonl"), labelled=True)

@@ -20,6 +20,7 @@ from bertfast.training import pretrain as program
 from bertfast.training import step as train_step
 from bertfast.training.checkpoint import checkpoints, newest_whole
 from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretrain_checkpointing import checkpoint_to_load
 
 pytestmark = pytest.mark.slow
 
@@ -309,3 +310,8 @@ def test_a_finished_run_that_is_given_more_steps_names_what_trains_its_model_lon
     with pytest.raises(ValueError, match="--seed was 42 and is 7: ") as error:
         pretrain(settings_for(tmp_path, data, **SHORT, resume=True, seed=7))
     assert "--init-from" not in str(error.value)
+
+
+def test_resuming_without_a_checkpoint_is_said(data, tmp_path, caplog):
+    assert checkpoint_to_load(settings_for(tmp_path, data, **SHORT, resume=True)) is None
+    assert f"there is no checkpoint in {tmp_path}: starting from step 0" in caplog.text

@@ -15,7 +15,7 @@ from bertfast.runtime.settings import settings_of
 from bertfast.runtime.signals import RunStopped
 from bertfast.training import finetune as finetuning
 from bertfast.training import optimizer
-from bertfast.training.sweep import Combination, Score, SweepSettings, sweep
+from bertfast.training.sweep import Combination, Score, SweepSettings, _read_score, _run_settings, sweep
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
@@ -175,3 +175,24 @@ def test_an_interrupted_run_ends_the_sweep(pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning.Finetuning, "run", run)
     with pytest.raises(RunStopped, match="stopped after step 1 of 3"):
         sweep(settings_for(pretrained, tmp_path))
+
+
+def test_rates_that_differ_in_the_eighth_digit_have_folders_of_their_own(tmp_path):
+    settings = settings_for("m", tmp_path, learning_rates=[1e-5, 1.0000001e-5])
+    folders = [_run_settings(settings, rate, 16, 1.0, 1).output_dir for rate in settings.grid.learning_rates]
+    assert [path.rpartition("/")[2].partition("-batch")[0] for path in folders] == ["rate-1e-05", "rate-1.0000001e-05"]
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", '"x"', "null"])
+def test_a_score_that_is_no_finite_number_is_damage(score, tmp_path, caplog):
+    path = tmp_path / "sweep_score.json"
+    path.write_text(f'{{"metric": "accuracy", "score": {score}}}')
+    assert _read_score(path) is None
+    assert "sweep_score.json is damaged: the run is repeated" in caplog.text
+    path.write_text('{"metric": "accuracy", "score": 0.5}')
+    assert _read_score(path) == Score("accuracy", 0.5)
+
+
+def test_feature_layers_are_checked_with_the_settings(tmp_path):
+    with pytest.raises(ValueError, match=r"--feature-layers must be one of embeddings, .*, got 'x'"):
+        settings_for("m", tmp_path, strategy="feature-based", feature_layers="x")
