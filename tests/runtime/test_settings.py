@@ -127,7 +127,7 @@ def test_a_flag_that_is_required_cannot_be_left_out(capsys):
     assert "--tokenizer-name is empty: give a value, or leave it out" in capsys.readouterr().err
 
 
-def test_part_numbers_of_any_length_are_refused(capsys):
+def test_a_part_with_thousands_of_digits_is_refused(capsys):
     arguments = ["prepare", "--output-dir", "o", "--train-file", "t", "--tokenizer-name", "v", "--part"]
     assert main([*arguments, "1/" + "9" * 5000]) == 1
     assert "--part must be i/n with 1" in capsys.readouterr().err

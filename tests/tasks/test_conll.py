@@ -102,7 +102,7 @@ def test_words_without_tags_are_read_where_tags_are_optional(tmp_path):
         ("O the\nB-X film\nO was\n", "tags"),
     ],
 )
-def test_numbers_or_tags_in_the_place_of_words_are_refused(rows, what, tmp_path):
+def test_numbers_or_tags_instead_of_words_are_refused(rows, what, tmp_path):
     path = tmp_path / "a.conll"
     path.write_text(rows)
     with pytest.raises(ValueError, match=f"line 1: the first column holds {what} in most rows: put the words into the"):
