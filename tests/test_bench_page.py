@@ -12,7 +12,7 @@ from bench.page.document import ahead_cells, ahead_section, document, leaders
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
-from bench.page.text import duration
+from bench.page.text import bound_text, duration
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -38,44 +38,6 @@ def test_result_files_that_a_document_names_have_hardware_versions_and_a_clean_c
                 assert origin["processor"]
                 assert origin["threads"] > 0
                 assert {"torch", "transformers"} <= origin["versions"].keys()
-
-
-# Speeds and ratios of times, which somebody measured.
-MEASURED = re.compile(
-    r"\d\s?(?:tokens/s|sequences/s|[GT]?FLOPs?/s|[GT]FLOP/s|[GT]B/s|[mµ]s\b)"
-    r"|\d\s(?:times|x|\u00d7)\s(?:as\s(?:fast|slow|long|many|much|quick)|faster|slower|longer|less|more)"
-    r"|\d\s?%\s(?:faster|slower|quicker|longer|less\stime|more\stime|as\sfast)"
-)
-
-
-def unsourced_figures(text: str) -> list[str]:
-    """Return the measured figures of a document in paragraphs that name no result file."""
-    paragraphs = [part for part in re.split(r"\n\s*\n", text) if "bench/results/" not in part]
-    return [found for part in paragraphs for found in MEASURED.findall(part)]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_measured_figures_stand_next_to_their_result_file(page):
-    if page.name != "BENCHMARKS.md":  # made from the files
-        assert unsourced_figures(page.read_text(encoding="utf-8")) == []
-
-
-def test_measured_figures_without_a_result_file_are_found():
-    assert unsourced_figures(
-        "One is 2.1 times as fast as\nMKL.\n\nAnother is 10 to 15 % slower, 45 % more memory."
-    ) == [
-        "1 times as fast",
-        "5 % slower",
-    ]
-    assert unsourced_figures("It takes 8 ms and reaches 3,164 tokens/s, at\n20 GFLOP/s.") == [
-        "8 ms",
-        "4 tokens/s",
-        "0 GFLOP/s",
-    ]
-    assert (
-        unsourced_figures("It takes 8 ms (`bench/results/data.json`).\n\nTiles of 6 x 2; 0 times NaN; ≤ 128 tokens.")
-        == []
-    )
 
 
 @pytest.mark.parametrize("entry", json.loads((RESULTS / "published.json").read_text(encoding="utf-8"))["published"])
@@ -137,6 +99,30 @@ def test_the_table_of_the_readme_is_that_of_its_result_files(cells):
     names = ("transformers-sdpa_median_s", "transformers-compile_median_s", "bertfast_median_s")
     ratio = min(result[name] for name in names[:2]) / result["bertfast_median_s"]
     assert figures == [f"{value:.2f}" for value in (*(result[name] for name in names), step_bound(result), ratio)]
+
+
+def test_the_readme_says_how_many_slots_of_its_batches_are_tokens():
+    slots, tokens = re.search(r"Of the ([\d,]+) slots of each batch, ([\d,]+) are tokens", README).groups()
+    files = [*RESULTS.glob("pretraining_step-*.json"), *RESULTS.glob("avx512/pretraining_step-[bs]*.json")]
+    found = {(f"{values['padded_tokens']:,}", f"{values['tokens']:,}") for values in map(read, files)}
+    assert found == {(slots, tokens)}
+
+
+def test_a_lower_bound_of_reading_weights_has_no_gemm_rate():
+    rows = rows_of(Result("inference-base.json", read(RESULTS / "avx512" / "inference-base.json")))
+    reads = {row.workload.rpartition(", ")[2] for row in rows if row.reads_weights}
+    assert reads == {"1 x 8 tokens"}
+    assert bound_text(0.002, 431) == "2.00 ms at 431 GFLOP/s"
+    assert bound_text(0.002, 431, reads_weights=True) == "2.00 ms, reading weights"
+
+
+def test_steps_of_transformers_in_fp32_are_not_shown_next_to_another_run_of_them():
+    rows = rows_of(Result("pretraining_step-a.json", read(RESULTS / "avx512" / "pretraining_step-base-128-bf16.json")))
+    assert {row.precision for row in rows} == {"bf16"}
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_the_text_of_the_readme_picture_has_the_figures_of_the_table():

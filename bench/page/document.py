@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from bench.figures import step_case
 from bench.page.data import data_text
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
@@ -24,21 +25,24 @@ number of threads and versions; programs refuse to write results of uncommitted 
 processor in about 40 minutes and continues after an interruption, `make bench-all` takes longer and adds the rest, and
 `make bench-compare BASE=REF` compares two commits.
 
-All systems of a workload get the same tokens, weights (random ones, but for MiniLM) and number of threads, and run
-alternately in one process that keeps freed memory. Outputs are compared before anything is timed: fp32 must agree
-within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are medians of
-n calls, with the 20th and 80th percentile; a ratio above 1 means slower than bertfast. bertfast has no int8; there it
-is compared in fp32.
+All systems of a workload get the same tokens, weights (random, except MiniLM's, which are published) and number of
+threads. They run alternately in one process that keeps freed memory; in the tables of one layer, of the masked-LM loss
+and of long sequences, each point has a process of its own. Outputs are compared before anything is timed: fp32 must
+agree within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are
+medians of n samples, with the 20th and 80th percentile; a sample of inference on one sentence ("1 x 8 tokens") is the
+mean of five calls. A ratio above 1 means slower than bertfast. bertfast has no int8; there it is compared in fp32.
 
-The *lower bound* of a time (`bench/bounds.py`) is that of the model's FLOPs, without padding, at the GEMM throughput
-that bertfast's `linear` reaches in the same run, or of reading the weights once per batch, if that is longer; in
-training the traffic of the optimizer at the bandwidth of a copy is added. The throughput is shown next to it, because
-fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with different throughputs are not comparable.
-There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The lower bound of a memory is what has to
-exist at once: gradients and outputs of a step, or the weights of a process. Tables that compare a process with itself
-over time have no bound. The FLOPs are those of all tokens in all layers. Where only masked tokens or [CLS] are read,
-bertfast computes fewer rows in the last layer, so that its time can come close to the bound or fall below it: in
-pre-training, sequence classification and its fine-tuning. An empty cell means that the file is older than the column.
+The *lower bound* of a time (`bench/bounds.py`) is the larger of two times: the FLOPs, without padding, at the measured
+GEMM rate, and reading all weights once per batch; cells of the latter say "reading weights". The GEMM rate is that of
+bertfast's `linear` in the same run, of int8 that of `torch._int_mm`. In training the optimizer's part is added, which
+is the smaller of its measured time and of its memory traffic at the bandwidth of a copy. The rate is shown next to the
+bound, because fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with different rates are not
+comparable. There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The lower bound of a memory is
+what has to exist at once: gradients and outputs of a step, or the weights of a process. Tables that compare a process
+with itself over time have no bound. The FLOPs are those of all tokens in all layers. Where only masked tokens or [CLS]
+are read, bertfast computes fewer rows in the last layer, so that its time can come close to the bound or fall below it:
+in pre-training, sequence classification and its fine-tuning. An empty cell means that the file is older than the
+column.
 
 ModernBERT's pre-training step has 8 sequences of 1,024 tokens (8,192 tokens per update, nothing to pad), or of 256 to
 1,024 tokens (5,120 tokens, "≤ 1,024"), 30 % of them masked, no dropout, and fused AdamW. transformers computes logits
@@ -167,6 +171,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
                 ]
             )
     parts = [f"## {name}\n", *([table(columns, rows) + "\n"] if rows else [])]
+    parts += filter(None, [speed_text(results)])
     if not_run := sorted({f"- {key}: {why}" for result in results for key, why in missing_reasons(result).items()}):
         parts.append("Without a time:\n\n" + "\n".join(not_run) + "\n")
     parts += filter(None, map(errors_text, results))
@@ -179,6 +184,25 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
         "Files in `bench/results/`:\n\n" + table(["file", "date", "commit", "versions"], map(origin_row, results))
     )
     return "\n".join(parts) + "\n"
+
+
+def speed_text(results: list[Result]) -> str:
+    """Return what the speed of the pre-training steps of a processor is made of, "" if it has none."""
+    steps = [result for result in results if result.name.startswith("pretraining_step-")]
+    if not steps:
+        return ""
+    cases = {step_case(each.values): each.values for each in steps}
+    shares = {
+        f"{case.model}, {case.batch}: {values['tokens']:,} of {values['padded_tokens']:,}"
+        for case, values in cases.items()
+    }
+    text = (
+        "In pre-training, bertfast computes neither padding, which transformers does (tokens of the slots of a batch: "
+        f"{'; '.join(sorted(shares))}), nor logits of unmasked tokens, which transformers does for BERT."
+    )
+    if "family 26" in steps[0].origin["processor"]:
+        text += " In fp32, its GEMMs also run in oneDNN, those of transformers in MKL."
+    return f"{text}\n"
 
 
 def origin_row(result: Result) -> list[str]:
