@@ -231,7 +231,12 @@ def _config_entries(name: str | None, command: str, settings_class: type[Setting
     for entry in map(str, entries):
         if entry.replace("_", "-") not in known:
             raise ValueError(f"--config {name}: bertfast {command} has no setting {entry}{nearest(entry, known)}")
-    return {str(entry).replace("_", "-"): value for entry, value in entries.items()}
+    values = {str(entry).replace("_", "-"): value for entry, value in entries.items()}
+    for setting in settings_of(settings_class).values():
+        shown = setting.name.replace("_", "-")
+        if shown in values and values[shown] is None and NoneType not in get_args(setting.hint):
+            raise ValueError(f"--config {name}: {shown} is empty: give a value, or remove the line")
+    return values
 
 
 def _flag_class(settings_class: type[Settings], default: Settings | None = None) -> type[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ _STARTS = (
     yaml.FlowSequenceStartToken,
 )
 _ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+_NULL = "tag:yaml.org,2002:null"
+_RESPELLED = re.compile(r"[-+]?(0[0-9_]|[^.]*:)")  # YAML 1.1 reads octal numbers, and numbers to the base of 60
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses repeated keys, of which YAML would keep the last value."""
+class _Entries(yaml.SafeLoader):
+    """A loader that refuses repeated keys, of which YAML would keep the last value, and values that YAML changes."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -28,6 +31,19 @@ class _UniqueKeys(yaml.SafeLoader):
             if names[index] in names[:index]:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        problem = None
+        if isinstance(node, yaml.SequenceNode) and any(item.tag == _NULL for item in node.value):
+            problem = 'a value of the list is empty: write "null" in quotes, or remove it'
+        elif isinstance(value, int | float) and isinstance(node, yaml.ScalarNode) and _RESPELLED.match(node.value):
+            problem = f'{node.value} is read as {value}: write "{node.value}" in quotes, or {value}'
+        elif isinstance(value, str) and "\0" in value:
+            problem = "the character \\0 cannot be in a value: remove it"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return value
 
 
 def recipes_folder() -> Path:
@@ -74,7 +90,7 @@ def read_yaml(path: Path, label: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         _check_bounds(text, label)
-        entries = _UniqueKeys(text).get_single_data()
+        entries = _Entries(text).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"{label}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.MarkedYAMLError as error:

@@ -26,11 +26,12 @@ from bertfast.models.families import architecture_of
 from bertfast.models.files import class_named_by, load, model_files, read_config, report_differences, resolve, save
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.extras import install_command
-from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
+from bertfast.runtime.output_folder import Origin, locked_folder, staged_contents
 from bertfast.runtime.settings import Settings
 from bertfast.tasks.pretrained import open_tokenizer
 
-_CONTENTS = ("config.json", "model*.safetensors*", *TOKENIZER_FILES, "model.onnx", "model.pt2")
+_GRAPHS = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+_CONTENTS = ("config.json", "generation_config.json", "model*.safetensors*", *TOKENIZER_FILES, *_GRAPHS.values())
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OUTPUTS = (
     "last_hidden_state",
@@ -85,38 +86,44 @@ def export(settings: ExportSettings) -> Path:
     origin = Origin({"--model-name-or-path": model_files(source)}, command="export")
     folder = Path(settings.output_dir)
     with locked_folder(folder):
-        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
-        model, missing, unexpected = load(model_class, source)
-        report_differences(model, str(source), missing, unexpected)
-        begin()
-        save(model, folder)
-        return _export(source, folder, model_class, settings.to)
+        overwrite = settings.overwrite_output_dir
+        with staged_contents(folder, origin, _CONTENTS, keeps=lambda error: False, overwrite=overwrite) as building:
+            for path in (path for pattern in _CONTENTS for path in building.glob(pattern)):
+                path.unlink()  # of a run that was killed
+            model, missing, unexpected = load(model_class, source)
+            report_differences(model, str(source), missing, unexpected)
+            save(model, building)
+            name, message = _export(source, building, model_class, settings.to)
+            if not overwrite:  # what is there is of the same model
+                for graph in _GRAPHS.values():
+                    if (folder / graph).exists() and not (building / graph).exists():
+                        shutil.copyfile(folder / graph, building / graph)
+        print(f"{folder / name} {message}")
+        return folder / name
 
 
-def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: str) -> Path:
-    """Complete the export of a model from one folder to another, which is locked and has its weights."""
+def _export(source: Path, folder: Path, model_class: type[PreTrainedModel], to: str) -> tuple[str, str]:
+    """Complete the export of a model to a folder that has its weights; return the name of the file and its result."""
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         with atomic_path(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)
     hf = _open_strictly(folder, model_class.__name__)
     if to == "transformers":
-        print(f"{folder} holds a {model_class.__name__} that transformers can load")
-        return folder
+        return "", f"holds a {model_class.__name__} that transformers can load"
     multiple_choice = model_class.__name__.endswith("ForMultipleChoice")
     traced = _Outputs(hf, _example(hf.config, 1, 2, multiple_choice)).eval()
-    write, path = (_to_onnx, folder / "model.onnx") if to == "onnx" else (_to_program, folder / "model.pt2")
+    write, name = _to_onnx if to == "onnx" else _to_program, _GRAPHS[to]
     example = _example(hf.config, 3, 11, multiple_choice)
-    with atomic_path(path) as temporary:
+    with atomic_path(folder / name) as temporary:
         run = write(traced, temporary, example, _dynamic_shapes(hf.config, multiple_choice))
         sizes = ((2, 7), (1, 3), (5, 16))
         worst = max(_difference(traced, run, _example(hf.config, *size, multiple_choice)) for size in sizes)
         if not worst < 1e-4:
             raise ValueError(
-                f"{path} is not written: its outputs differ from those of the model by up to {worst:.3g}, so "
+                f"{name} is not written: its outputs differ from those of the model by up to {worst:.3g}, so "
                 "use another format with --to"
             )
-    print(f"{path} gives the outputs of the model to within {worst:.1g}, for any batch size and sequence length")
-    return path
+    return name, f"gives the outputs of the model to within {worst:.1g}, for any batch size and sequence length"
 
 
 class _Outputs(nn.Module):

@@ -30,6 +30,7 @@ STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
+_MAX_LINE = 2**30  # bytes of a line, which a small archive may hold
 _MAX_JSON, _MAX_DATA = 2**28, 2**32  # characters of a configuration or tokenizer, and of data, that are read at once
 _SPACE, _DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -51,7 +52,11 @@ def require_file(path: Path | str, flag: str) -> None:
 
 
 def read_lines(
-    path: Path, progress: Callable[[int], None] = lambda position: None, *, universal: bool = False
+    path: Path,
+    progress: Callable[[int], None] = lambda position: None,
+    *,
+    universal: bool = False,
+    longest: int = _MAX_LINE,
 ) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line including its end) of a text file.
 
@@ -63,15 +68,23 @@ def read_lines(
         path: A text file, compressed or not.
         progress: Called with the number of bytes of the file read so far.
         universal: Whether a carriage return alone always ends a line: for formats whose lines cannot contain one.
+        longest: Maximum bytes of a line, of which no more are read.
 
     Raises:
-        ValueError: The file is not text, a line is not UTF-8, or the compressed file is damaged; the message names file
-            and line.
+        ValueError: The file is not text, a line is not UTF-8 or too long, or the compressed file is damaged; the
+            message names file and line.
     """
     with path.open("rb") as raw:
-        for numbered in _decoded_lines(str(path), _decompressed(raw), universal):
-            progress(raw.tell())
+        seekable = raw.seekable()  # a pipe has no position
+        for numbered in _decoded_lines(str(path), _decompressed(raw), universal, longest):
+            progress(raw.tell() if seekable else 0)
             yield numbered
+
+
+def require_rereadable(path: Path) -> None:
+    """Raise ValueError if a file, whose format is found by reading it once before, is a pipe."""
+    if path.is_fifo():
+        raise ValueError(f"{path} is a pipe, which can be read only once: write its text to a file, and give that")
 
 
 def standard_input() -> io.BufferedReader:
@@ -193,7 +206,7 @@ def read_text(path: Path, limit: int = _MAX_DATA) -> str:
         ValueError: The file is not UTF-8 text, or longer; the message names it.
     """
     pieces, size = [], 0
-    for _, line in read_lines(path):
+    for _, line in read_lines(path, longest=4 * limit):  # a character has at most four bytes
         pieces.append(line)
         size += len(line)
         if size > limit:
@@ -228,10 +241,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _decoded_lines(name: str, stream: io.BufferedReader, universal: bool = False) -> Iterator[tuple[int, str]]:
+def _decoded_lines(
+    name: str, stream: io.BufferedReader, universal: bool = False, longest: int = _MAX_LINE
+) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        for number, line in enumerate(_lines(name, stream, universal), 1):
+        for number, line in enumerate(_lines(name, stream, universal, longest), 1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
@@ -244,10 +259,10 @@ def _decoded_lines(name: str, stream: io.BufferedReader, universal: bool = False
 
 
 class _NotText(ValueError):
-    """A file's first bytes show that it is not UTF-8 text."""
+    """A file is not text, as its first bytes or the length of a line show."""
 
 
-def _lines(name: str, stream: io.BufferedReader, universal: bool = False) -> Iterator[bytes]:
+def _lines(name: str, stream: io.BufferedReader, universal: bool = False, longest: int = _MAX_LINE) -> Iterator[bytes]:
     first = stream.peek()
     for start, what in UNREADABLE.items():
         if first.startswith(start):
@@ -257,11 +272,24 @@ def _lines(name: str, stream: io.BufferedReader, universal: bool = False) -> Ite
     # A carriage return at the very end may be the first half of a line end of which the rest has not arrived yet.
     carriage_returns = b"\r" in first[:-1] and b"\n" not in first
     if carriage_returns:
-        return _lines_of_blocks(stream)
-    return chain.from_iterable(line.splitlines(keepends=True) for line in stream) if universal else iter(stream)
+        return _lines_of_blocks(name, stream, longest)
+    lines = _bounded_lines(name, stream, longest)
+    return chain.from_iterable(line.splitlines(keepends=True) for line in lines) if universal else lines
 
 
-def _lines_of_blocks(stream: io.BufferedReader) -> Iterator[bytes]:
+def _bounded_lines(name: str, stream: io.BufferedReader, longest: int) -> Iterator[bytes]:
+    """Yield the lines of a stream; raise `_NotText` once a line has more than `longest` bytes."""
+    while line := stream.readline(longest + 1):
+        if len(line) > longest:
+            raise _too_long(name, longest)
+        yield line
+
+
+def _too_long(name: str, longest: int) -> _NotText:
+    return _NotText(f"{name} has a line of more than {longest:,} bytes: it is damaged, or not text; give another file")
+
+
+def _lines_of_blocks(name: str, stream: io.BufferedReader, longest: int) -> Iterator[bytes]:
     """Yield the lines of a stream which begins with lines that end with carriage returns: it may have no line feed."""
     pieces: list[bytes] = []  # of a line that goes on in the next block
     while block := stream.read1(_BLOCK):
@@ -274,6 +302,8 @@ def _lines_of_blocks(stream: io.BufferedReader) -> Iterator[bytes]:
                 yield b"".join(pieces)
                 pieces = []
             pieces.append(line)
+        if len(pieces) * _BLOCK > longest and sum(map(len, pieces)) > longest:
+            raise _too_long(name, longest)
         if pieces and pieces[-1].endswith(b"\n"):  # nothing can follow, so a reader need not wait
             yield b"".join(pieces)
             pieces = []

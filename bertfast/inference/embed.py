@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -39,6 +39,7 @@ from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
 from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
+from bertfast.runtime.signals import RunStopped
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.columns import Columns, Text
 from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length, tokenize
@@ -137,7 +138,10 @@ def embed(settings: EmbedSettings) -> Path:
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
         cut = CutTexts(source, max_length)
-        with tqdm(desc="embed", unit="text") as bar:  # not before the checks, as it would stand above an error
+        with (
+            _interruptible(settings),
+            tqdm(desc="embed", unit="text") as bar,
+        ):  # not before the checks, as it would stand above an error
             for part, chunk in enumerate(chain([first], chunks)):
                 path = folder / f"part-{part:05}.{settings.output_format}"
                 if not _is_whole(path, [row.number for row in chunk]):
@@ -150,6 +154,21 @@ def embed(settings: EmbedSettings) -> Path:
                 bar.update(len(chunk))
         cut.report()
     return folder
+
+
+@contextmanager
+def _interruptible(settings: EmbedSettings) -> Iterator[None]:
+    """Have Ctrl-C say how to go on if that is not with the same command, as standard input cannot be read again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if settings.input_file not in (None, "-"):
+            raise
+        raise RunStopped(
+            f"interrupted: {settings.output_dir} has the embeddings of a part of {STANDARD_INPUT}; to compute all, "
+            "save the texts to a file, and pass it with --input-file and --overwrite-output-dir",
+            130,
+        ) from None
 
 
 def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:

@@ -15,7 +15,7 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.data.text_files import read_lines
+from bertfast.data.text_files import read_lines, require_rereadable
 from bertfast.runtime.settings import counted
 from bertfast.tasks.rows import BadRows
 from bertfast.tasks.tables import SUFFIXES
@@ -154,6 +154,7 @@ def read_sentences(path: Path, tag_column: int, bad: BadRows, *, labelled: bool)
         FileNotFoundError: There is no such file.
         ValueError: It is not a CoNLL file, or a sentence cannot be used and bad rows are not skipped.
     """
+    require_rereadable(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     columns = Format.detect(path, tag_column)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertfast.data.text_files import json_object, read_json_list, read_lines
+from bertfast.data.text_files import json_object, read_json_list, read_lines, require_rereadable
 
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
@@ -48,6 +48,7 @@ def tsv_records(path: Path) -> Iterator[Record]:
 
 def json_records(path: Path) -> Iterator[Record]:
     """Yield the rows of a file of one JSON object per line, or, if its name says .json, of one list of objects."""
+    require_rereadable(path)
     is_list = ".jsonl" not in path.suffixes[-2:] and next(_lines_with_text(path), (0, ""))[1].lstrip().startswith("[")
     for number, text in read_json_list(path) if is_list else _lines_with_text(path):
         where, line = (f"{path}, row {number}", None) if is_list else (f"{path}, line {number}", number)

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bertfast.data.text_files import decode_json, json_object, read_lines, read_text, unpaired_surrogate
+from bertfast.data.text_files import (
+    decode_json,
+    json_object,
+    read_lines,
+    read_text,
+    require_rereadable,
+    unpaired_surrogate,
+)
 from bertfast.tasks.rows import BadRows, Rows
 
 LINE_EXAMPLE = '{"question": "…", "context": "…"}'
@@ -93,6 +100,7 @@ def read_questions(path: Path, bad: BadRows, *, labelled: bool) -> QuestionFile:
         FileNotFoundError: There is no such file.
         ValueError: The file is malformed, or a question cannot be used and bad rows are not skipped.
     """
+    require_rereadable(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     questions: list[Question] = []

@@ -185,6 +185,13 @@ def test_an_unknown_config_is_refused_and_the_recipes_are_listed(arguments, caps
         ("max-steps: 3\nname: x\nmax_steps: 4\n", r"--config z\.yaml, line 3: max_steps is given twice"),
         ("output_dir: \x00\n", r"--config z\.yaml: .*special characters are not allowed.*"),
         ("[" * 100_000, r"--config z\.yaml: too deeply nested; give `name: value` lines"),
+        ("output-dir:\n", r"--config z\.yaml: output-dir is empty: give a value, or remove the line"),
+        ("max-steps: null\n", r"--config z\.yaml: max-steps is empty: give a value, or remove the line"),
+        ("train-file: [a, null]\n", r"--config z\.yaml, line 1: a value of the list is empty: write \"null\" in .*"),
+        ("output-dir: 010\n", r"--config z\.yaml, line 1: 010 is read as 8: write \"010\" in quotes, or 8"),
+        ("a: 1\nmax-steps: 1:30\n", r"--config z\.yaml, line 2: 1:30 is read as 90: write \"1:30\" in quotes, or 90"),
+        ("minutes: 1:30.5\n", r"--config z\.yaml, line 1: 1:30.5 is read as 90.5: write \"1:30.5\" in quotes, .*"),
+        ('output-dir: "a\\0"\n', r"--config z\.yaml, line 1: the character \\0 cannot be in a value: remove it"),
         ("- a\n- b\n", r"--config z\.yaml: must hold `name: value` lines, got \['a', 'b'\]"),
     ],
 )
@@ -193,6 +200,12 @@ def test_a_malformed_yaml_file_is_refused_with_its_line(text, message, tmp_path,
     (tmp_path / "z.yaml").write_text(text)
     assert main(["pretrain", "--config", "z.yaml"]) == 1
     assert re.fullmatch(rf"bertfast pretrain: {message}\n", capsys.readouterr().err)
+
+
+def test_a_setting_that_may_be_left_out_may_be_null_in_yaml(tmp_path):
+    (tmp_path / "z.yaml").write_text("output-dir: '010'\ntokenizer-name: null\nmax-steps: 10\ndropout: 0.1\n")
+    settings = parse("pretrain", PretrainSettings, ["--config", str(tmp_path / "z.yaml")])
+    assert (settings.output_dir, settings.duration.max_steps) == ("010", 10)
 
 
 def test_a_yaml_file_in_another_encoding_is_refused(tmp_path, capsys):

@@ -134,3 +134,30 @@ def test_models_that_transformers_does_not_have_are_refused(tmp_path, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForBirds"]}))
     assert main(["export", str(tmp_path / "plain"), str(tmp_path / "out")]) == 1
     assert "config.json names BertForBirds" in capsys.readouterr().err
+
+
+def test_a_failed_replacement_leaves_the_earlier_export(tmp_path, capsys, monkeypatch):
+    cases = {case.name: case for case in CASES}
+    saved(tmp_path / "one", cases["sequence"])
+    saved(tmp_path / "two", cases["token"])
+    arguments = [str(tmp_path / "out"), "--to", "torch-export", "--overwrite-output-dir"]
+    monkeypatch.setattr("bertfast.convert.export._to_program", lambda model, path, *rest: path.write_text("graph"))
+    monkeypatch.setattr("bertfast.convert.export._difference", lambda *arguments: 0.0)
+    assert main(["export", str(tmp_path / "one"), *arguments]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before["model.pt2"] == b"graph"
+    monkeypatch.setattr("bertfast.convert.export._difference", lambda *arguments: 1.0)
+    assert main(["export", str(tmp_path / "two"), *arguments]) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert main(["export", str(tmp_path / "two"), str(tmp_path / "out"), "--overwrite-output-dir"]) == 0
+    assert "BertForTokenClassification" in (tmp_path / "out" / "config.json").read_text()
+    assert not (tmp_path / "out" / "model.pt2").exists()
+
+
+def test_another_format_of_the_same_model_is_added(tmp_path, capsys, monkeypatch):
+    saved(tmp_path / "model", next(case for case in CASES if case.name == "sequence"))
+    monkeypatch.setattr("bertfast.convert.export._to_program", lambda model, path, *rest: path.write_text("graph"))
+    monkeypatch.setattr("bertfast.convert.export._difference", lambda *arguments: 0.0)
+    for format_ in ("torch-export", "transformers"):
+        assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", format_]) == 0
+    assert (tmp_path / "out" / "model.pt2").read_text() == "graph"

@@ -3,6 +3,7 @@
 import gzip
 import os
 import threading
+import tracemalloc
 
 import pytest
 
@@ -103,3 +104,26 @@ def test_a_file_that_is_read_at_once_has_a_limit(tmp_path):
 def test_the_column_of_a_string_without_end_is_said_once():
     with pytest.raises(ValueError, match=r"line 3: not JSON \(Unterminated string starting at column 7\)"):
         json_object("a, line 3", '{"a": "b}', "{}")
+
+
+@pytest.mark.parametrize("start", [b"a", b"a\rb"], ids=["line feeds", "carriage returns"])
+def test_a_line_without_end_is_refused_before_it_is_in_memory(start, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(gzip.compress(start + b" " * 50_000_000))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.json has a line of more than 400,000 bytes: it is damaged, or not text"):
+        read_text(path, limit=100_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def test_a_named_pipe_is_read(tmp_path):
+    path = tmp_path / "a.txt"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("a\nb\n",))
+    writer.start()
+    positions: list[int] = []
+    assert [*read_lines(path, positions.append)] == [(1, "a\n"), (2, "b\n")]
+    writer.join()
+    assert positions == [0, 0]

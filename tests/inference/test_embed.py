@@ -227,3 +227,19 @@ def test_a_second_text_that_begins_in_a_later_part_is_refused(pretrained, tmp_pa
     path.write_text('{"sentence1": "a"}\n' * 2 + '{"sentence1": "a", "sentence2": "b"}\n')
     with pytest.raises(ValueError, match="line 3: the text column 'sentence2', which the first rows lack"):
         embed(settings_for(pretrained, tmp_path / "out", input_file=str(path), texts_per_part=2))
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_ctrl_c_says_how_to_go_on(piped, pretrained, tmp_path, pipe, monkeypatch, capfd):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bertfast.inference.embed.compute_embeddings", stop)
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    pipe("a\nb\n")
+    source = [] if piped else ["--input-file", str(tmp_path / "a.txt")]
+    arguments = ["--model-name-or-path", str(pretrained), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["embed", *arguments, *source]) == 130
+    error = capfd.readouterr().err
+    assert ("pass it with --input-file and --overwrite-output-dir" in error) == piped
+    assert ("run the same command again to continue" in error) == (not piped)

@@ -3,11 +3,15 @@
 import gzip
 import itertools
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import BadRows
+from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import read_chunks, read_table
 
 
@@ -208,3 +212,17 @@ def test_a_carriage_return_within_a_text_is_part_of_it(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'text,label\n"one\rtwo",1\n')
     for name in ("a.tsv", "a.csv"):
         assert read_table(tmp_path / name).column("text") == ["one\rtwo"]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl", "conll", "json"])
+def test_named_pipes_are_read_or_refused_with_the_remedy(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    os.mkfifo(path)
+    if suffix == "tsv":
+        writer = threading.Thread(target=path.write_text, args=("sentence\tlabel\na\tx\n",))
+        writer.start()
+        assert read_table(path).columns == {"sentence": ["a"], "label": ["x"]}
+        writer.join()
+        return
+    with pytest.raises(ValueError, match=r"is a pipe, which can be read only once: write its text to a file"):
+        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path)).read(str(path), labelled=True)
