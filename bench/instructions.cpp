@@ -20,6 +20,7 @@ namespace bertfast {
 
 int threads() { return 1; }
 void run_parts(int64_t count, int64_t, Part part, void* context) { part(0, count, context); }
+bool has_quad_instruction() { return false; }
 
 }  // namespace bertfast
 

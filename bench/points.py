@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -10,16 +11,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import seconds_of, side_by_side
+from bench.harness import ROOT, seconds_of, side_by_side
 from bertfast.runtime.malloc import resident_memory
 
 REPEATS = 5
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def importing_bench() -> dict[str, str]:
+    """Return the environment of a process that imports `bench`, which is not installed."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def in_a_process(module: str, options: Sequence[str]) -> dict[str, Any]:
     """Run a module below `bench` and return what its last line contains, or the reason of a failure as "reason"."""
-    ran = subprocess.run([sys.executable, "-m", f"bench.{module}", *options], capture_output=True, text=True)
+    command = [sys.executable, "-m", f"bench.{module}", *options]
+    ran = subprocess.run(command, capture_output=True, text=True, env=importing_bench())
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if line.strip()]
         return {"reason": lines[-1] if lines else f"exit status {ran.returncode}"}

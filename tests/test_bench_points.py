@@ -11,12 +11,12 @@ from bench.end_to_end.long_sequences import checked
 from bench.figures import fingerprint, inputs_of
 from bench.page.memory import memory_table, sweep_of
 from bench.page.rows import Result
-from bench.points import CLEAR_REFS, in_a_process, timed
+from bench.points import CLEAR_REFS, importing_bench, in_a_process, timed
 from bertfast.architectures import FAMILIES
 
 PEAK = """
 import json, numpy
-from bench.points import peak_memory, restart_peak
+from bench.points import importing_bench, peak_memory, restart_peak
 numpy.ones(25_000_000)  # 200 MB, freed at once
 before = restart_peak()
 numpy.ones(5_000_000)
@@ -26,7 +26,8 @@ print(json.dumps(peak_memory() - before))
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="this system does not let a process restart its peak")
 def test_the_peak_of_a_call_is_not_hidden_by_an_earlier_one():
-    ran = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", PEAK]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=importing_bench())
     assert 35e6 < json.loads(ran.stdout) < 100e6
 
 
@@ -54,7 +55,10 @@ def test_long_sequences_are_compared_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     options = ["--lengths", "64", "96", "--preset", "tiny", "--seconds", "0.01", "--results", str(tmp_path)]
     ran = subprocess.run(
-        [sys.executable, "-m", "bench.end_to_end.long_sequences", *options], capture_output=True, text=True
+        [sys.executable, "-m", "bench.end_to_end.long_sequences", *options],
+        capture_output=True,
+        text=True,
+        env=importing_bench(),
     )
     assert ran.returncode == 0, ran.stderr
     values = json.loads((tmp_path / "long_sequences.json").read_text())

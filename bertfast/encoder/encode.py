@@ -13,6 +13,7 @@ from bertfast import ops
 from bertfast.encoder.layer import copy_dtype
 from bertfast.encoder.linear import is_plain, is_watched
 from bertfast.encoder.norm import normalise
+from bertfast.encoder.packed_linear import is_frozen
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import matmul
@@ -106,9 +107,10 @@ def _takes_copy(module: nn.Module) -> bool:
     """Return whether a post-norm layer is called with, and for, a copy of the residual stream.
 
     One that is watched is not, so that hooks see the stream alone, nor one whose activations are recomputed, which
-    would keep the copy besides the stream.
+    would keep the copy besides the stream, nor a frozen one, whose GEMMs round what they read.
     """
-    return not is_watched(module) and not getattr(module, "gradient_checkpointing", False)
+    recomputes = getattr(module, "gradient_checkpointing", False)
+    return not is_watched(module) and not recomputes and not is_frozen(module)
 
 
 def transform(dense: nn.Module, activation: nn.Module | None, norm: nn.LayerNorm, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast.ops.packed_linear import PackedActivation, PackedWeight, packed_linear
-from bertfast.runtime.torch_compat import module_hooks
+from bertfast.runtime.torch_compat import is_jit_tracing, module_hooks
 
 PACKED_ACTIVATIONS: dict[str, PackedActivation] = {
     "gelu": "gelu",
@@ -30,12 +30,13 @@ class PackedLinear(nn.Module):
     Args:
         packed: The weight.
         group: A weight that `packed` is a part of, which other layers of the same input share; None: none.
+        first: The row of `group` with which `packed` begins.
     """
 
-    def __init__(self, packed: PackedWeight, group: PackedWeight | None = None) -> None:
+    def __init__(self, packed: PackedWeight, group: PackedWeight | None = None, first: int = 0) -> None:
         super().__init__()
         self.packed = packed
-        self.group = group
+        self.group, self.first = group, first
         self.in_features, self.out_features = packed.depth, packed.columns
         self.training = False
 
@@ -43,6 +44,9 @@ class PackedLinear(nn.Module):
         """Return activation(x W^T + bias): [..., K] -> [..., N] in `dtype`, or that of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(FROZEN)
+        makes_graph = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_jit_tracing()
+        if makes_graph:
+            raise RuntimeError("this model is frozen for inference: trace or export it before it is frozen")
         y = packed_linear(x.reshape(-1, self.in_features), self.packed, activation, dtype=dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -110,7 +114,7 @@ def common_group(modules: Sequence[nn.Module]) -> PackedWeight | None:
             or any(module_hooks(module))
         ):
             return None
-        if module.packed.operands.data_ptr() != group.rows(columns, group.columns).operands.data_ptr():
+        if module.first != columns:
             return None
         columns += module.out_features
     return group if group is not None and columns == group.columns else None

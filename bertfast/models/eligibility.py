@@ -43,6 +43,8 @@ _PLAIN: dict[str, tuple[type[nn.Module], Callable[[Any], bool]]] = {
 # The attributes of modules that decide here what `whole_unsupported_reason` returns, besides those of an architecture.
 _OPTIONS = {"training", "p", "sparse", "max_norm", "scale_grad_by_freq", "is_causal", "position_embedding_type", "act"}
 _OPTIONS |= {"attention_dropout", "rope_type"}
+# The options of a layer, by the names of `LayerParts`, that a `PackedLayer` keeps.
+_LAYER_OPTIONS = ("heads", "head_dimension", "query_groups", "scale", "causal", "window")
 
 
 @constant_result
@@ -65,7 +67,7 @@ def whole_unsupported_reason(encoder: FusedModel) -> str | None:
         return None
     architecture = encoder.architecture
     reason = next((f"{path}: {why}" for path, why in unsupported_reasons(encoder).items() if why is not None), None)
-    options = {(architecture.layer.get(name) or "").rpartition(".")[2] for name in ("heads", "causal")}
+    options = {(architecture.layer.get(name) or "").rpartition(".")[2] for name in _LAYER_OPTIONS}
     for layer in _at(encoder, architecture.layers) if reason is None else ():
         _keep_packed_layer(layer)
     vars(encoder)[SNAPSHOT] = Snapshot(encoder, architecture, _OPTIONS | options) if reason is None else None

@@ -1,7 +1,7 @@
 """`bertfast.freeze(model)`: pack the weights of a model's encoders once, for inference on a CPU.
 
-A call of a model that is not frozen reads each weight in the layout in which training writes it. With the few tokens of
-one sentence that costs more than the arithmetic.
+A model that is not frozen reads each weight in the layout of training. With the few tokens of one sentence that costs
+more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
     """Prepare a model for inference on a CPU, in place: fuse it, and pack the weights of its encoders' layers.
 
     A frozen model computes no gradients. It refuses training mode, other weights, dtypes and devices; load it again for
-    these. It can be saved, as what it was before. Its other modules, such as heads, stay as they are.
+    these. It can be saved, as what it was before but for weights that `precision` has rounded. Its other modules, such
+    as heads, stay as they are, without gradients.
 
     Args:
         model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU.
@@ -119,7 +120,7 @@ def _replace(layer: FusedLayer, paths: list[str], packed: Callable[[list[nn.Line
     group, first = packed(linears) if can_group else None, 0
     for path, linear in zip(paths, linears, strict=True):
         end = first + linear.out_features
-        module = PackedLinear(packed([linear])) if group is None else PackedLinear(group.rows(first, end), group)
+        module = PackedLinear(packed([linear])) if group is None else PackedLinear(group.rows(first, end), group, first)
         parent, _, name = path.rpartition(".")
         setattr(part_at(layer, parent), name, module)
         first = end

@@ -23,7 +23,7 @@ from bertfast.architectures.methods import (
 )
 from bertfast.architectures.unsupported import family_unsupported_reason
 from bertfast.encoder import is_linear, kernel_support
-from bertfast.encoder.packed_linear import PackedLinear, is_frozen
+from bertfast.encoder.packed_linear import FROZEN, PackedLinear, is_frozen
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
 from bertfast.runtime.precision import autocast
@@ -102,9 +102,11 @@ def unpatch(model: nn.Module) -> None:
     """Restore the original classes of a fused model's modules.
 
     Raises:
-        ValueError: The model is not fused, or is of a class that derives from a fused one.
+        ValueError: The model is not fused, is of a class that derives from a fused one, or is frozen.
     """
     require_module("unpatch", model)
+    if is_frozen(model):
+        raise ValueError(FROZEN)
     kinds = [type(module) for module in model.modules() if isinstance(module, Fused)]
     if not kinds:
         raise ValueError(f"this {type(model).__name__} is not patched, so there is nothing to undo")

@@ -56,6 +56,12 @@ class Fused(nn.Module):
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return applied
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse other weights, too, before any has been loaded."""
+        if is_frozen(self):
+            raise RuntimeError(FROZEN)
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 class FusedModel(Fused, PreTrainedModel):
     """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name."""
@@ -82,12 +88,6 @@ class FusedModel(Fused, PreTrainedModel):
         """Return whether the class that is fused is one of a user: transformers renames weights only of its own."""
         original: Any = vars(cls).get("original")
         return original is None or bool(original.is_custom_code())
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse other weights, before any has been loaded, if a module is packed for inference."""
-        if is_frozen(self):
-            raise RuntimeError(FROZEN)
-        return super().load_state_dict(*args, **kwargs)
 
     def masked_lm_parts(self) -> MaskedLMParts:
         """Return the modules of the masked-LM head of a model that has one."""

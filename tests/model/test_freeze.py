@@ -101,7 +101,8 @@ def test_what_would_change_it_is_refused_and_changes_nothing():
         lambda: model.bert.train(),
         lambda: model.bert.encoder.layer[0].train(),
         lambda: model.load_state_dict(state),
-        lambda: model.bert.load_state_dict(state),
+        lambda: torch.nn.Sequential(model).load_state_dict({f"0.{name}": x for name, x in state.items()}),
+        lambda: bertfast.unpatch(model),
         lambda: model.half(),
         lambda: model.double(),
         lambda: model.to("meta"),
@@ -112,6 +113,47 @@ def test_what_would_change_it_is_refused_and_changes_nothing():
     assert torch.equal(outputs_of(model).logits, before)
     assert not any(module.training for module in model.modules())
     model.eval().float().to("cpu")  # what it is already
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_autocast_changes_nothing(case):
+    model = frozen(family_models.plain(case))
+    values, _ = family_models.inputs(case, model)
+    del values["labels" if "labels" in values else "attention_mask"]
+    expected = model(**values)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(**values)[0]
+    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_options_that_change_afterwards_are_read():
+    hf = live(attn_implementation="eager")
+    model = frozen(hf)
+    outputs_of(model)
+    for each in (hf, model):
+        each.bert.encoder.layer[0].attention.self.scaling = 0.5
+    torch.testing.assert_close(outputs_of(model).logits, outputs_of(hf).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about sizes
+def test_graphs_are_made_before():
+    model = frozen(live("BertModel"))
+    ids = batch()["input_ids"]
+    with pytest.raises(RuntimeError, match="trace or export it before it is frozen"):
+        torch.jit.trace(model, ids, strict=False)
+    with pytest.raises(Exception, match="trace or export it before it is frozen"):
+        torch.export.export(model, (), {"input_ids": ids}, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [case for case in CASES if case.task == "Model"], ids=str)
+def test_a_compiled_model_computes_the_same(family):
+    model = frozen(family_models.plain(family))
+    values, _ = family_models.inputs(family, model)
+    del values["attention_mask"]
+    expected = model(**values).last_hidden_state
+    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(**values).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_refused():

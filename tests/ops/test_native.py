@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bertfast
 from bertfast import ops
 from bertfast.ops import native
+from bertfast.ops import packed_linear as ops_packed
+from bertfast.ops.packed_linear import PackedWeight, pack, quantise
 from bertfast.ops.sequences import Sequences
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +119,25 @@ def rotary() -> list[Tensor]:
     return both_ways(ops.rotary(qkv, table, implementation="cpu"), [qkv])
 
 
+def packed_linear(pack_weight: Callable[..., PackedWeight]) -> Callable[[], list[Tensor]]:
+    def run() -> list[Tensor]:
+        x, weight, bias = (each.detach() for each in leaves((TOKENS, 90), (70, 90), (70,)))
+        return [ops_packed.packed_linear(x, pack_weight(weight, bias), "gelu", implementation="cpu")]
+
+    return run
+
+
+def packed_layer() -> list[Tensor]:
+    shapes = ((192, 64), (64, 64), (96, 64), (64, 96))
+    weights = [pack(*(each.detach() for each in leaves(shape, shape[:1]))) for shape in shapes]
+    hidden, gamma, beta = (each.detach() for each in leaves((TOKENS, 64), (64,), (64,)))
+    sequences = Sequences.from_lengths([300, 399], capacity=TOKENS)
+    tensors, options = [tensor for weight in weights for tensor in weight.tensors], (2, 32, 96, 0.2, False, None)
+    arguments = hidden, sequences.cu_seqlens, tensors, [gamma, beta] * 2, [1e-12, 1e-12], *options, "gelu"
+    run = torch.ops.bertfast.cpu_packed_layer_forward
+    return [run(*arguments, torch.float32, rows) for rows in (None, torch.arange(5) * 7)]
+
+
 TOKENS = 700  # several parts of a loop over tokens, of different sizes
 DROPOUT = dropout_over(Sequences.from_lengths([TOKENS]))
 CASES = {
@@ -128,6 +149,9 @@ CASES = {
     "gated_activation": gated_activation,
     "gated_activation_without_bias": gated_activation_without_bias,
     "gelu_layer_norm": gelu_layer_norm,
+    "packed_layer": packed_layer,
+    "packed_linear": packed_linear(pack),
+    "packed_linear_int8": packed_linear(quantise),
     "pre_norm": pre_norm,
     "pre_norm_alone": pre_norm_alone,
     "embeddings": embeddings,
