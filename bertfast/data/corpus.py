@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines
+from bertfast.data.text_files import COMPRESSIONS, json_object, read_lines, require_rereadable
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import RECORD
 
@@ -33,7 +33,7 @@ def find_files(inputs: Iterable[Path | str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: One of them, or the target of a link in a folder, does not exist.
-        ValueError: A file has an unknown suffix, or a folder has no text file.
+        ValueError: A file has an unknown suffix or is a pipe, or a folder has no text file.
     """
     files = []
     for path in map(Path, inputs):
@@ -47,6 +47,7 @@ def find_files(inputs: Iterable[Path | str]) -> list[Path]:
         elif not path.name.endswith(SUFFIXES):
             raise ValueError(f"{path} is of an unknown file type: use one of {', '.join(SUFFIXES)}")
         else:
+            require_rereadable(path)
             files.append(path)
     return list(dict.fromkeys(file.resolve() for file in files))
 

@@ -82,7 +82,7 @@ def read_lines(
 
 
 def require_rereadable(path: Path) -> None:
-    """Raise ValueError if a file, whose format is found by reading it once before, is a pipe."""
+    """Raise ValueError if a file that is read more than once, for example to find its format first, is a pipe."""
     if path.is_fifo():
         raise ValueError(f"{path} is a pipe, which can be read only once: write its text to a file, and give that")
 

@@ -208,3 +208,9 @@ def test_splitting_loses_no_word(shared_data):
     assert [" ".join(sentences).split() for sentences in split] == [paragraph.split() for paragraph in paragraphs]
     lengths = sorted(len(sentence) for sentences in split for sentence in sentences)
     assert 80 < lengths[len(lengths) // 2] < 160
+
+
+def test_a_named_pipe_is_no_corpus(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"a\.txt is a pipe, which can be read only once: write its text to a file"):
+        find_files([tmp_path / "a.txt"])
