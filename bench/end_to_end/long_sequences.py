@@ -86,7 +86,7 @@ def checked(found: dict[str, Any], file: Path, expected: Path, tolerance: float)
     """Return a point with the error of its outputs relative to the norm of those in another file, if that exists."""
     if not expected.is_file():
         return {"reason": "not timed because there are no outputs to compare with"}
-    outputs, reference = (torch.load(path) for path in (file, expected))
+    outputs, reference = (torch.load(path, weights_only=True) for path in (file, expected))
     error = float((outputs - reference).norm() / reference.norm())
     if not error <= tolerance:
         return {"reason": f"not timed because its outputs are wrong: the relative error is {error:.2g}"}
