@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from bertfast.models.freeze import freeze
     from bertfast.models.patch import patch, report, unpatch
+    from bertfast.models.quantize import quantize
 
 __version__ = "0.1.0"  # pyproject.toml reads the package's version from this line
 
@@ -67,6 +68,7 @@ __all__ = [
     "ops",
     "patch",
     "preset_config",
+    "quantize",
     "report",
     "unpatch",
 ]
@@ -76,6 +78,7 @@ _MODULES = {
     "freeze": "models.freeze",
     "patch": "models.patch",
     "preset_config": "architectures.presets",
+    "quantize": "models.quantize",
     "report": "models.patch",
     "unpatch": "models.patch",
 }

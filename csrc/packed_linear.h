@@ -13,14 +13,15 @@ enum class Epilogue { none, gelu, gelu_tanh };
 // W [N, K] as operands [N / PANEL, K / E, PANEL], each of E = 1 fp32, 2 bf16 or 4 int8 values that are adjacent in a
 // row of W. Rows and columns beyond W's are zero.
 //
-// With int8 W[n, k] ≈ scales[n] · q[n, k], |q| ≤ 127, and tokens are quantised as they are packed: x[t, k] · factors[k]
-// ≈ s[t] · (u[t, k] - 128), where u is in 1 … 255 and s[t] = max over k of |x[t, k] · factors[k]| / 127.
+// With int8 W[n, k] / factors[k] ≈ scales[n] · q[n, k], |q| ≤ 127, and tokens are quantised as they are packed:
+// x[t, k] · factors[k] ≈ s[t] · (u[t, k] - z[t]), where u and z are in 0 … 255, and s[t] is 1/254 of the range of
+// x[t, k] · factors[k] over k, zero included: post-GELU activations, for one, are hardly ever negative.
 struct PackedWeight {
   const void* operands;
   WeightType type;
   int64_t columns, depth;  // N, K
   const float* scales;     // int8: [N]
-  const int32_t* offsets;  // int8: [N], 128 times the sum of each row of q
+  const int32_t* sums;     // int8: [N], of each row of q
   const float* factors;    // int8: [K]; null: all are 1
 };
 

@@ -15,10 +15,10 @@ namespace bertfast::operations {
 class Packed {
  public:
   Packed(const Tensor* tensors, int64_t columns, int64_t depth)
-      : operands_(tensors[0]), scales_(tensors[1]), offsets_(tensors[2]), factors_(tensors[3]), bias_(tensors[4]) {
+      : operands_(tensors[0]), scales_(tensors[1]), sums_(tensors[2]), factors_(tensors[3]), bias_(tensors[4]) {
     weight_ = {operands_.data_ptr(), type(), columns, depth, nullptr, nullptr, nullptr};
     if (scales_.numel()) weight_.scales = floats(scales_);
-    if (offsets_.numel()) weight_.offsets = static_cast<const int32_t*>(offsets_.data_ptr());
+    if (sums_.numel()) weight_.sums = static_cast<const int32_t*>(sums_.data_ptr());
     if (factors_.numel()) weight_.factors = floats(factors_);
   }
   // y = epilogue(x Wᵀ + bias), or without the bias.
@@ -38,7 +38,7 @@ class Packed {
       default: return WeightType::int8;
     }
   }
-  Tensor operands_, scales_, offsets_, factors_, bias_;
+  Tensor operands_, scales_, sums_, factors_, bias_;
   PackedWeight weight_{};
 };
 

@@ -285,7 +285,7 @@ def packed_layer_forward(
 def packed_linear_forward(
     x: Tensor, weight: Sequence[Tensor], columns: int, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return y [T, `columns`] in `dtype`; `weight` is operands, scales, offsets, factors and bias, empty if absent."""
+    """Return y [T, `columns`] in `dtype`; `weight` is operands, scales, sums, factors and bias, empty if absent."""
     return x.new_empty((x.shape[0], columns), dtype=dtype)
 
 

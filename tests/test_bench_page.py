@@ -146,6 +146,8 @@ def test_alternatives_that_are_ahead_are_found_at_equal_precision():
         ("OpenVINO", "fp32"),
         ("OpenVINO, int8", "fp32"),
     ]
+    quantised = [*fused, row("bertfast, int8", "int8", 0.4)]
+    assert [(a.system, b.precision) for a, b in leaders(quantised + others)] == [("OpenVINO", "fp32")]
 
 
 def test_an_alternative_that_is_faster_within_the_spread_is_not_ahead():

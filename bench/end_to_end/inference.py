@@ -1,12 +1,13 @@
 """Time inference of a model on real texts and on single sentences, in all runtimes of `bench.end_to_end.runtimes`.
 
-    python -m bench.end_to_end.inference [MODEL …] [--repeats N] [--data FOLDER] [--results FOLDER]
+    python -m bench.end_to_end.inference [MODEL …] [--repeats N] [--threads N] [--data FOLDER] [--results FOLDER]
 
 The workloads are sentences of SST-2 and paragraphs of SQuAD, in batches in file order and sorted by length, and single
 sentences of LENGTHS tokens. All runtimes get the same padded token ids, random weights and number of threads, and
 return hidden states. Before anything is timed, these are compared with transformers' in fp32: a runtime in fp32 or bf16
 must agree within TOLERANCE, one in int8 must reach MIN_COSINE. FOLDER of --data contains glue/SST-2/dev.tsv.gz,
-squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt; without it, lengths are drawn at random.
+squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt; without it, lengths are drawn at random. With --threads,
+the name of the result file ends in the number of threads.
 
 The lower bound of a workload is the time of its model FLOPs, without padding, at the GEMM throughput measured here in
 that precision, or that of reading the weights once per batch at the bandwidth of a copy, if it is longer. `make
@@ -30,6 +31,7 @@ import torch
 import bertfast
 from bench.bounds import Rates
 from bench.ceilings import copy_bandwidth, gemm_throughput, int8_gemm_throughput, layer_gemms
+from bench.compare_cases import MINILM
 from bench.end_to_end.runtimes import (
     HOW_TO_INSTALL,
     RUNTIMES,
@@ -58,7 +60,13 @@ from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
-MODELS: dict[str, Preset] = {"base": "base", "small": "small", "trial": "tiny"}  # "trial": to try the program
+# Presets and what differs from them; "trial": to try the program.
+MODELS: dict[str, tuple[Preset, dict[str, Any]]] = {
+    "base": ("base", {}),
+    "small": ("small", {}),
+    "minilm": ("small", MINILM),
+    "trial": ("tiny", {}),
+}
 MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
 LENGTHS = (8, 32, 128, 384)  # tokens of single sentences
 SINGLE_CALLS = 5  # of which a sample of a single sentence is the mean
@@ -99,20 +107,30 @@ class Workload:
                 predict(batch)
 
 
+def config_of(name: str) -> bertfast.BertConfig:
+    """Return the sizes of one of MODELS."""
+    preset, changes = MODELS[name]
+    return bertfast.preset_config(preset, **{"vocab_size": 30522} | changes)
+
+
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["base"], metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
+    parser.add_argument("--threads", type=at_least_one, help="threads of all runtimes (default: PyTorch's)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
     require_clean_tree(arguments.results)
     require_runtimes(arguments.results)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    suffix = "" if arguments.threads is None else f"-{arguments.threads}-threads"
     keep_freed_memory()
     for name in arguments.models:
         result = measure(name, arguments.repeats, arguments.data)
-        path = write_result(f"inference-{name}", result, arguments.results)
+        path = write_result(f"inference-{name}{suffix}", result, arguments.results)
         print(f"\nwritten to {path}")
 
 
@@ -132,7 +150,7 @@ def require_runtimes(target: Path) -> None:
 def measure(name: str, repeats: int, data: Path) -> dict[str, Any]:
     """Time all workloads on a model, print a table and return the result."""
     torch.manual_seed(0)
-    config = bertfast.preset_config(MODELS[name], vocab_size=30522)
+    config = config_of(name)
     workloads = build_workloads(name, data)
     with TemporaryDirectory() as folder, torch.inference_mode():
         calibration = [batch for workload in workloads.values() for batch in workload.batches]

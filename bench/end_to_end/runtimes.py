@@ -130,6 +130,12 @@ def with_bertfast(weights: Weights, dtype: torch.dtype = torch.float32) -> Predi
     return in_pytorch(model)
 
 
+def bertfast_int8(weights: Weights) -> Predict:
+    model = copy.deepcopy(weights.in_bertfast())
+    bertfast.quantize(model, weights.batches[:CALIBRATION_BATCHES])
+    return in_pytorch(model)
+
+
 def with_transformers(weights: Weights, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Predict:
     return in_pytorch(in_precision(weights.in_transformers(attention), dtype))
 
@@ -225,6 +231,7 @@ RUNTIMES: dict[str, Runtime] = {
     "transformers, bf16": Runtime("bf16", partial(with_transformers, dtype=torch.bfloat16)),
     "transformers, compiled, bf16": Runtime("bf16", partial(compiled, dtype=torch.bfloat16)),
     "OpenVINO, bf16": Runtime("bf16", partial(with_openvino, precision="bf16")),
+    "bertfast, int8": Runtime("int8", bertfast_int8),
     "PyTorch, int8": Runtime("int8", torch_int8),
     "ONNX Runtime, int8": Runtime("int8", onnxruntime_int8),
     "OpenVINO, int8": Runtime("int8", partial(with_openvino, precision="int8")),

@@ -30,7 +30,8 @@ threads. They run alternately in one process that keeps freed memory; in the tab
 and of long sequences, each point has a process of its own. Outputs are compared before anything is timed: fp32 must
 agree within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are
 medians of n samples, with the 20th and 80th percentile; a sample of inference on one sentence ("1 x 8 tokens") is the
-mean of five calls. A ratio above 1 means slower than bertfast. bertfast has no int8; there it is compared in fp32.
+mean of five calls. A ratio above 1 means slower than bertfast. Where bertfast's int8 was not measured, that of others
+is compared with its fp32.
 
 The *lower bound* of a time (`bench/bounds.py`) is the larger of two times: the FLOPs, without padding, at the measured
 GEMM rate, and reading all weights once per batch; cells of the latter say "reading weights". The GEMM rate is that of
@@ -84,11 +85,12 @@ def by_processor(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def reference_of(row: Row, group: Sequence[Row]) -> Row | None:
-    """Return bertfast's row to compare with, of the same precision, or for int8 in fp32; None for bertfast itself."""
+    """Return bertfast's row to compare with: of the same precision, or for int8 else in fp32; None for its own."""
     if row.is_bertfast:
         return None
-    precision = "fp32" if row.precision == "int8" else row.precision
-    return next((other for other in group if other.is_bertfast and other.precision == precision), None)
+    precisions = ("int8", "fp32") if row.precision == "int8" else (row.precision,)
+    found = {other.precision: other for other in reversed(group) if other.is_bertfast}
+    return next((found[precision] for precision in precisions if precision in found), None)
 
 
 def leaders(group: Sequence[Row]) -> list[tuple[Row, Row]]:

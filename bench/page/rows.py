@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.bounds import Rates, step_bound
-from bench.end_to_end.inference import BYTES, MODELS
+from bench.end_to_end.inference import BYTES, config_of
 from bench.end_to_end.runtimes import Precision
 from bench.figures import spelling, step_case
-from bertfast import preset_config
 from bertfast.architectures import family
 
 SYSTEMS = {  # as result files name them, and as the page does
@@ -187,7 +186,7 @@ def reading_s(result: Result, workload: dict[str, Any], precision: Precision) ->
     """Return the seconds of reading the weights once per batch of a workload of `bench.end_to_end.inference`."""
     rates = Rates(result.values["ceilings"][precision], result.values["ceilings"]["bytes"])
     batches = math.ceil(len(workload["lengths"]) / workload["batch"])
-    return rates.reading(preset_config(MODELS[result.values["model"]]), batches, BYTES[precision])
+    return rates.reading(config_of(result.values["model"]), batches, BYTES[precision])
 
 
 def patched_rows(result: Result) -> Iterator[Row]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
+from bertfast.models.freeze import freeze
+from bertfast.models.quantize import quantize
+from bertfast.ops import native
+from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import counted
 
 FACTOR, ULPS = 2, 8  # the accuracy rule of the project's own tests
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-QUANTITIES = ("outputs", "gradients")
+QUANTITIES = ("outputs", "gradients", "frozen")
+# In int8, of the cosines between a text's vectors in int8 and in fp32: the smallest mean and first percentile.
+MEAN_COSINE, LOW_COSINE = 0.999, 0.99
+CALIBRATION_BATCHES = 1
 
 
 @dataclass(frozen=True)
@@ -23,27 +31,37 @@ class VerifySettings(TextSettings):
 
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
+        precision: auto: fp32, and bf16 by autocast; or one of them; or int8, on a CPU, calibrated on the first batch.
     """
 
     model_name_or_path: Positional[str]
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
 
 def verify(settings: VerifySettings) -> None:
     """Print the errors of bertfast and transformers against a float64 reference, in fp32 and under bf16 autocast.
 
     The error of the outputs (or gradients) is the square root of the sum, over batches and tensors, of the squared
-    Frobenius norm of the difference, relative to that of the tensor's true value.
+    Frobenius norm of the difference, relative to that of the tensor's true value. On a CPU, the outputs are also those
+    of the frozen model, which other commands run there.
 
     Raises:
-        ValueError: An error of bertfast is larger than twice that of transformers plus a few ulps.
+        ValueError: An error of bertfast is larger than twice that of transformers plus a few ulps; or in int8 the
+            vectors of texts differ too much from those in fp32.
     """
     both = open_both(settings.model_name_or_path, settings)
+    texts = counted(sum(len(batch["input_ids"]) for batch in both.batches), "text")
+    if settings.precision == "int8":
+        _verify_int8(both)
+        print(f"{settings.model_name_or_path} keeps its accuracy in int8, on {texts}.")
+        return
     reference = copy.deepcopy(both.hf).double()
     lines, failed = [], []
-    for precision, autocast in AUTOCAST.items():
+    for precision in AUTOCAST if settings.precision == "auto" else (settings.precision,):
+        autocast = AUTOCAST[precision]
         ulp = torch.finfo(autocast or torch.float32).eps
         errors = _errors(both, reference, autocast)
-        for quantity, (error, hf_error) in zip(QUANTITIES, errors.tolist(), strict=True):
+        for quantity, (error, hf_error) in zip(QUANTITIES, errors.tolist(), strict=False):
             passed = error <= FACTOR * hf_error + ULPS * ulp
             lines.append(
                 f"{precision} {quantity:10} bertfast {error:.2e}  transformers {hf_error:.2e}  "
@@ -57,19 +75,57 @@ def verify(settings: VerifySettings) -> None:
             f"{', '.join(failed)} are less accurate than in transformers: do not use this model with bertfast on this "
             "machine, and please report the lines above"
         )
-    texts = counted(sum(len(batch["input_ids"]) for batch in both.batches), "text")
     print(f"{settings.model_name_or_path} is as accurate in bertfast as in transformers, on {texts}.")
 
 
+def _verify_int8(both: Comparison) -> None:
+    """Print the cosines between the vectors of texts in int8 and in fp32: the mean of a text's token vectors."""
+    choose_precision(both.batches[0]["input_ids"].device, "int8")  # raises where there is no int8
+    model = copy.deepcopy(both.bertfast)
+    for name, why in quantize(model, both.batches[:CALIBRATION_BATCHES]).left.items():
+        print(f"{name}: {why}")
+    cosines = torch.cat(
+        [torch.cosine_similarity(_text_vectors(model, x), _text_vectors(both.hf, x)) for x in both.batches]
+    )
+    mean, low = float(cosines.mean()), float(cosines.quantile(0.01))
+    passed = mean >= MEAN_COSINE and low >= LOW_COSINE  # not with NaN
+    print(f"int8 cosine with fp32   mean {mean:.5f}  first percentile {low:.5f}  {'ok' if passed else 'FAILED'}")
+    if not passed:
+        raise ValueError(
+            f"in int8 the vectors of texts differ from those in fp32 by more than a mean cosine of {MEAN_COSINE} and a "
+            f"first percentile of {LOW_COSINE}: use this model with --precision bf16 or fp32"
+        )
+
+
+@torch.no_grad()
+def _text_vectors(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the means over the tokens of each text of the last hidden states, [texts, H]."""
+    base: nn.Module = getattr(model, "base_model", model)
+    mask = batch["attention_mask"][..., None]
+    hidden: Tensor = base(**batch).last_hidden_state
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
 def _errors(both: Comparison, reference: nn.Module, autocast: torch.dtype | None) -> Tensor:
-    """Return the errors over all batches, float64 [quantity, library]: outputs and gradients; bertfast and hf."""
-    squared = torch.zeros(2, 2, dtype=torch.float64)
+    """Return the errors over all batches, float64 [quantity, library]: QUANTITIES by bertfast and hf.
+
+    The last quantity, the outputs of the frozen model, is left out where models cannot be frozen.
+    """
+    is_on_cpu = both.batches[0]["input_ids"].device.type == "cpu"
+    frozen = copy.deepcopy(both.bertfast) if is_on_cpu and native.UNAVAILABLE_REASON is None else None
+    if frozen is not None:
+        freeze(frozen, "fp32" if autocast is None else "bf16")
+    squared = torch.zeros(2 if frozen is None else 3, 2, dtype=torch.float64)
     for batch in both.batches:
         true = _outputs_and_gradients(reference, batch, None)
         for library, model in enumerate((both.bertfast, both.hf)):
             results = _outputs_and_gradients(model, batch, autocast)
             for quantity in (0, 1):
                 squared[quantity, library] += _squared_error(results[quantity], true[quantity])
+        if frozen is not None:
+            squared[2, 0] += _squared_error(outputs(frozen, batch, autocast), true[0])
+    if frozen is not None:
+        squared[2, 1] = squared[0, 1]
     return squared.sqrt()
 
 

@@ -18,14 +18,17 @@ PACKED_ACTIVATIONS: dict[str, PackedActivation] = {
 }
 """The activations that the kernels apply to a linear layer's sums, by their names in a configuration."""
 
+# Names of the entries that a quantised layer has in a model's state.
+INT8_VALUES, INT8_SCALES, INT8_FACTORS = "weight_int8", "weight_scale", "input_factors"
+
 FROZEN = "this model is frozen for inference: load it again to train or change it"
 
 
 class PackedLinear(nn.Module):
     """Compute x W^T + bias with a packed weight, in inference only.
 
-    Its state is that of a `torch.nn.Linear`; a quantised one has int8 values as `weight`, and `weight_scale` and
-    `input_factors` besides.
+    Its state is that of a `torch.nn.Linear`. A quantised one has int8 values as `weight_int8` instead of `weight`, so
+    that no other layer takes them for weights, and `weight_scale` and `input_factors` besides.
 
     Args:
         packed: The weight.
@@ -53,11 +56,12 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A copy of W [N, K], in fp32 or bf16; that of an int8 weight has its rounding errors."""
-        weight, packed = self.packed.unpacked(), self.packed
-        if weight.dtype != torch.int8:
-            return weight
-        dequantised = weight * packed.scales[:, None]
-        return dequantised * packed.factors if len(packed.factors) else dequantised
+        return self.packed.dequantised()
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weight is quantised."""
+        return self.packed.operands.dtype == torch.int8
 
     @property
     def bias(self) -> Tensor | None:
@@ -81,9 +85,10 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         packed = self.packed
-        destination[f"{prefix}weight"] = packed.unpacked()
-        state = {"bias": packed.bias, "weight_scale": packed.scales, "input_factors": packed.factors}
-        destination.update({prefix + name: tensor for name, tensor in state.items() if len(tensor)})
+        destination[f"{prefix}{INT8_VALUES if self.is_int8 else 'weight'}"] = packed.unpacked()
+        state = {"bias": packed.bias, INT8_SCALES: packed.scales, INT8_FACTORS: packed.factors}
+        # Copies, as layers of the same input share memory, which is refused where they are saved.
+        destination.update({prefix + name: tensor.clone() for name, tensor in state.items() if len(tensor)})
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         raise RuntimeError(FROZEN)
@@ -92,6 +97,11 @@ class PackedLinear(nn.Module):
 def is_frozen(model: nn.Module) -> bool:
     """Return whether weights of a model are packed."""
     return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def has_int8(model: nn.Module) -> bool:
+    """Return whether a model has quantised layers."""
+    return any(isinstance(module, PackedLinear) and module.is_int8 for module in model.modules())
 
 
 def require_unchanged(fn: Callable[[Tensor], Tensor]) -> None:

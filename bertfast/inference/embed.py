@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from bertfast.data.text_files import COMPRESSIONS, STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
+from bertfast.encoder.packed_linear import is_frozen
+from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, require_own_precision
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import (
     LAYERS,
@@ -124,6 +126,7 @@ def embed(settings: EmbedSettings) -> Path:
         raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
     model, tokenizer = open_model(BertModel, settings.model_name_or_path, False, device, settings.compute.precision)
+    require_own_precision(model, settings.compute.precision)
     warn_of_few_layers("--layers", settings.layers, model.config)
     max_length = sequence_length(settings.max_seq_length, model.config)
     origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
@@ -131,12 +134,16 @@ def embed(settings: EmbedSettings) -> Path:
     with locked_folder(folder):
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
         rows = _rows(settings)
+        calibration = list(islice(rows, CALIBRATION_EXAMPLES))
+        rows = chain(calibration, rows)
         chunks = iter(lambda: list(islice(rows, settings.texts_per_part)), [])
         first = next(chunks, None)
         source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
         if first is None:
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
+        # The first texts, even if their embeddings are there already, so that those of the others do not depend on it.
+        _freeze(model, tokenize(tokenizer, [row.text for row in calibration], max_length), settings)
         cut = CutTexts(source, max_length)
         with (
             _interruptible(settings),
@@ -189,6 +196,13 @@ def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
 
 
 @torch.no_grad()
+def _freeze(model: BertModel, features: Features, settings: EmbedSettings) -> None:
+    """Pack the weights of a model before it computes embeddings; `features`: the first texts."""
+    precision = choose_precision(model.device, settings.compute.precision, model.config)
+    freeze_on_cpu(model, precision, features, lambda inputs: encode(model, inputs.packed(model)))
+
+
+@torch.no_grad()
 def compute_embeddings(model: BertModel, features: Features, settings: EmbedSettings) -> dict[str, Tensor]:
     """Compute the embeddings of tokenized texts, as `embed` writes them."""
     layers, concatenated = select_layers(settings.layers, model.config)
@@ -207,7 +221,7 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
 
     capture = capture_for(model, precision, enabled=settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
-    bucketed = capture is not None or caches_shapes(model.device, half(precision))
+    bucketed = capture is not None or (not is_frozen(model) and caches_shapes(model.device, half(precision)))
     with side_stream(model.device):
         for rows in batches_by_length(features, settings.compute.eval_tokens):
             lengths = features.lengths[rows]

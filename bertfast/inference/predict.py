@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input, require_file
+from bertfast.inference.frozen import freeze_on_cpu, require_own_precision
 from bertfast.models.files import read_config, resolve
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
@@ -66,6 +67,7 @@ def predict(settings: PredictSettings) -> None:
     if file not in (None, "-"):
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
+    require_own_precision(model, settings.compute.precision)
     length = sequence_length(settings.max_seq_length, task.config)
     cut = CutTexts(STANDARD_INPUT if file in (None, "-") else file, length)
     with task.bad_rows.logged():
@@ -84,12 +86,20 @@ def _predict_rows(
     if len(examples):
         examples, features = task.featurize(examples, tokenizer, cut.length)
         cut.add(features)
+        _freeze(task, model, features)
         predictions = task.predictions(examples, features, predict_outputs(task, model, features))
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
         yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)
     task.bad_rows.log_skipped()
     task.bad_rows.skipped.clear()
+
+
+@torch.no_grad()
+def _freeze(task: Task[Any], model: PreTrainedModel, features: Features) -> None:
+    """Pack the weights of a model, before its first predictions."""
+    precision = choose_precision(model.device, task.settings.compute.precision, model.config)
+    freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
 
 
 def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, Tokenizer]:

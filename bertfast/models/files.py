@@ -22,7 +22,8 @@ from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import TOKENIZER_FILES
 from bertfast.models import bert, families
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
-from bertfast.models.weights import is_computed, read_weights, require_floating_point, separate_tied
+from bertfast.models.quantised_files import read_dequantised, restore_quantised, unmark
+from bertfast.models.weights import is_computed, separate_tied
 from bertfast.runtime.atomic_write import apply_umask, named_in_errors
 from bertfast.runtime.display import require_utf8
 from bertfast.runtime.settings import Range
@@ -207,7 +208,12 @@ def new_model(kind: type[ModelT], config: BertConfig) -> ModelT:
 
 
 def load(
-    kind: type[ModelT], name: str | Path, config: BertConfig | None = None, *, fresh: tuple[str, ...] = ()
+    kind: type[ModelT],
+    name: str | Path,
+    config: BertConfig | None = None,
+    *,
+    fresh: tuple[str, ...] = (),
+    takes_quantised: bool = False,
 ) -> tuple[ModelT, list[str], list[str]]:
     """Open a model in fp32 and in evaluation mode, on the CPU.
 
@@ -216,6 +222,7 @@ def load(
         name: Folder or hub id.
         config: Configuration of the model; None: that of the folder. If it ties weights that differ, it is changed.
         fresh: Parameters whose names begin with these are initialised, also where the checkpoint has them.
+        takes_quantised: Whether the model may be one that `bertfast.quantize` quantised; it is opened as that.
 
     Returns:
         The model, the names of parameters that the checkpoint lacks, which are initialised as in pre-training, and
@@ -228,11 +235,9 @@ def load(
     folder = resolve(name)
     config = read_config(folder) if config is None else config
     model_class = class_for(kind, config)
-    weights = read_weights(folder, VARIANT if isinstance(config, ExtendedBertConfig) else None)
-    require_floating_point(weights, str(name))
-    damaged = next((key for key, x in weights.items() if x.is_floating_point() and not x.isfinite().all()), None)
-    if damaged is not None:
-        raise ValueError(f"{name}: {damaged} has values that are NaN or infinite: use another checkpoint")
+    variant = VARIANT if isinstance(config, ExtendedBertConfig) else None
+    weights, quantised = read_dequantised(folder, str(name), variant, takes_quantised=takes_quantised)
+    unmark(config)
     if kind._tied_weights_keys:
         separate_tied(weights, config, model_class.base_model_prefix, str(name))
     try:
@@ -256,6 +261,8 @@ def load(
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
+    if quantised:
+        restore_quantised(model, quantised)
     return model.eval(), missing, unexpected
 
 

@@ -6,7 +6,7 @@ more than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -92,10 +92,9 @@ def replace_linears(model: nn.Module, packed: Callable[[list[nn.Linear]], Packed
         model: The model.
         packed: Packs linear layers of the same input, one after the other.
     """
-    for encoder in [module for module in model.modules() if isinstance(module, FusedEncoder)]:
-        for layer in [module for module in encoder.modules() if isinstance(module, FusedLayer)]:
-            for paths in _linear_paths(layer):
-                _replace(layer, paths, packed)
+    for layer, paths in [*linear_groups(model)]:
+        _replace(layer, paths, packed)
+    for encoder in fused_encoders(model):
         vars(encoder).pop(SNAPSHOT, None)
         vars(encoder)[IS_FROZEN] = True
     model.eval()
@@ -103,11 +102,18 @@ def replace_linears(model: nn.Module, packed: Callable[[list[nn.Linear]], Packed
     return report(model)
 
 
-def _linear_paths(layer: FusedLayer) -> list[list[str]]:
-    """Return the paths of a layer's linear layers, those of the same input together."""
-    paths = layer.architecture.layer
-    groups = (QKV, ("attention_dense",), INTERMEDIATE, ("output_dense",))
-    return [[path for name in names if (path := paths.get(name)) is not None] for names in groups]
+def linear_groups(model: nn.Module) -> Iterator[tuple[FusedLayer, list[str]]]:
+    """Yield the paths of the linear layers in a fused model's encoder layers, those of the same input together."""
+    for encoder in fused_encoders(model):
+        for layer in [module for module in encoder.modules() if isinstance(module, FusedLayer)]:
+            paths = layer.architecture.layer
+            for names in (QKV, ("attention_dense",), INTERMEDIATE, ("output_dense",)):
+                yield layer, [path for name in names if (path := paths.get(name)) is not None]
+
+
+def fused_encoders(model: nn.Module) -> list[FusedEncoder]:
+    """Return the fused encoders of a model."""
+    return [module for module in model.modules() if isinstance(module, FusedEncoder)]
 
 
 def _replace(layer: FusedLayer, paths: list[str], packed: Callable[[list[nn.Linear]], PackedWeight]) -> None:

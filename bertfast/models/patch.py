@@ -23,7 +23,7 @@ from bertfast.architectures.methods import (
 )
 from bertfast.architectures.unsupported import family_unsupported_reason
 from bertfast.encoder import is_linear, kernel_support
-from bertfast.encoder.packed_linear import FROZEN, PackedLinear, is_frozen
+from bertfast.encoder.packed_linear import FROZEN, PackedLinear, has_int8, is_frozen
 from bertfast.models import bert, calls, eligibility, fused  # noqa: F401  importing bert registers its classes
 from bertfast.models.registry import Fused, FusedModel, fuse, fused_class, unfuse
 from bertfast.runtime.precision import autocast
@@ -237,18 +237,23 @@ def _report_encoder(result: PatchReport, name: str, encoder: fused.FusedEncoder)
             result.left[f"{name}.{path}"] = (
                 "cross-attention is left to transformers: calls with encoder_hidden_states run its code in all layers"
             )
+    is_quantised = has_int8(encoder)
     for path, reason in reasons.items():
         if reason is not None:
             result.left[f"{name}.{path}"] = reason
             continue
         module = encoder.get_submodule(path)
-        frozen = " and packed weights" if is_frozen(module) else ""
-        result.fused[f"{name}.{path}"] = f"runs on packed tokens{frozen}"
+        linears = [linear for linear in module.modules() if isinstance(linear, PackedLinear)]
+        weights = "int8" if any(linear.is_int8 for linear in linears) else "packed"
+        result.fused[f"{name}.{path}"] = "runs on packed tokens" + f" and {weights} weights" * bool(linears)
         if isinstance(module, fused.FusedLayer):
             for linear_path, linear in eligibility.called_linears(module, is_linear):
                 kind = type(linear)
-                if kind is PackedLinear:
-                    continue
-                result.left[f"{name}.{path}.{linear_path}"] = (
-                    f"{kind.__module__}.{kind.__name__} is called as a module: its weights cannot be read"
-                )
+                why = f"{kind.__module__}.{kind.__name__} is called as a module: its weights cannot be read"
+                if isinstance(linear, PackedLinear):
+                    if linear.is_int8 or not is_quantised:
+                        continue
+                    why = (
+                        "its weight has values that are not finite, or too many columns, for int8: it is not quantised"
+                    )
+                result.left[f"{name}.{path}.{linear_path}"] = why

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor, nn
 from transformers import BertConfig, GenerationMixin, PreTrainedModel
 
-from bertfast.architectures import Architecture, family_of, methods
+from bertfast.architectures import IS_TRANSFORMERS_4, Architecture, family_of, methods
 from bertfast.encoder import MaskedLMParts
-from bertfast.encoder.packed_linear import FROZEN, is_frozen, require_unchanged
+from bertfast.encoder.packed_linear import FROZEN, has_int8, is_frozen, require_unchanged
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 IS_FROZEN = "_bertfast_is_frozen"  # that in which an encoder keeps whether its weights are packed
@@ -88,6 +88,12 @@ class FusedModel(Fused, PreTrainedModel):
         """Return whether the class that is fused is one of a user: transformers renames weights only of its own."""
         original: Any = vars(cls).get("original")
         return original is None or bool(original.is_custom_code())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a model; see transformers. Quantised layers stay apart, where a family's files join several layers."""
+        if has_int8(self) and not IS_TRANSFORMERS_4:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def masked_lm_parts(self) -> MaskedLMParts:
         """Return the modules of the masked-LM head of a model that has one."""

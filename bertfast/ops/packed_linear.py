@@ -1,8 +1,8 @@
 """Linear layers for inference on a CPU, whose weights are packed once: in fp32, bf16 or int8.
 
 The kernels read a packed weight from its first to its last byte: with few tokens they take the time of that. In int8 a
-weight has one scale per row of W, and each token gets its own scale when it is multiplied: symmetric dynamic
-quantisation as in LLM.int8() (Dettmers et al., 2022), with the scale migration of SmoothQuant (Xiao et al., 2023).
+weight has one scale per row of W, and each token gets its own scale and zero point when it is multiplied: dynamic
+quantisation, with the scale migration of SmoothQuant (Xiao et al., 2023).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class PackedWeight:
             values; rows and columns beyond W's are zero.
         bias: [N], or empty.
         columns, depth: N and K.
-        scales: fp32 [N] with int8: W[n] ≈ scales[n] · q[n] / factors.
-        offsets: int32 [N] with int8: 128 times the sum of each row of q.
+        scales: fp32 [N] with int8: W[n] ≈ scales[n] · q[n] · factors.
+        sums: int32 [N] with int8: those of the rows of q.
         factors: fp32 [K], by which the columns of x are multiplied before they are quantised; empty: by 1.
         dense: bf16 W [N, K] for oneDNN, where a CPU has AMX; else empty.
     """
@@ -47,7 +47,7 @@ class PackedWeight:
     columns: int
     depth: int
     scales: Tensor
-    offsets: Tensor
+    sums: Tensor
     factors: Tensor
     dense: Tensor
 
@@ -58,7 +58,7 @@ class PackedWeight:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors in the order in which the kernels take them."""
-        return [self.operands, self.scales, self.offsets, self.factors, self.bias]
+        return [self.operands, self.scales, self.sums, self.factors, self.bias]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -71,11 +71,19 @@ class PackedWeight:
         rows = self.operands.transpose(1, 2).flatten(0, 1).flatten(1)
         return rows[: self.columns, : self.depth].contiguous()
 
+    def dequantised(self) -> Tensor:
+        """Return W [N, K], in fp32 or bf16; of int8 with its rounding errors."""
+        values = self.unpacked()
+        if values.dtype != torch.int8:
+            return values
+        weight = values * self.scales[:, None]
+        return weight * self.factors if len(self.factors) else weight
+
     def rows(self, first: int, end: int) -> PackedWeight:
         """Return rows of W, multiples of 32, without copying them."""
         part = slice(first, end)
         panels = self.operands[first // PANEL : end // PANEL]
-        names = ("scales", "offsets", "bias", "dense")
+        names = ("scales", "sums", "bias", "dense")
         parts = {name: x[part] if len(x := getattr(self, name)) else x for name in names}
         return replace(self, operands=panels, columns=end - first, **parts)
 
@@ -121,9 +129,9 @@ def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None 
 
 def packed_int8(values: Tensor, scales: Tensor, bias: Tensor | None, factors: Tensor | None) -> PackedWeight:
     """Pack quantised values, int8 [N, K], with their scales; see `PackedWeight`."""
-    offsets = 128 * values.sum(dim=1, dtype=torch.int32)
+    sums = values.sum(dim=1, dtype=torch.int32)
     factors = values.new_empty(0, dtype=torch.float32) if factors is None else factors.float().contiguous()
-    return replace(_packed(values, bias), scales=scales.float().contiguous(), offsets=offsets.int(), factors=factors)
+    return replace(_packed(values, bias), scales=scales.float().contiguous(), sums=sums, factors=factors)
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> PackedWeight:

@@ -350,10 +350,11 @@ def packed_linear(
     """
     if weight.dtype == torch.int8:
         x = accumulating(x) * factors if len(factors) else accumulating(x)
-        largest = x.abs().amax(dim=1, keepdim=True)
-        finite = largest.isfinite() & (largest > 1e-30)
-        quantised = torch.where(finite, x * (127 / largest), 0).round()
-        scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
+        # A token's zero point, by which the kernels shift its values into a byte, does not change the results.
+        span = x.amax(dim=1, keepdim=True).clamp(min=0) - x.amin(dim=1, keepdim=True).clamp(max=0)
+        finite = span.isfinite() & (span > 1e-30)
+        quantised = torch.where(finite, x * (254 / span), 0).round()
+        scale = torch.where(span.isfinite(), span / 254, torch.nan)
         y = (quantised @ weight.to(x.dtype).T) * scale * scales
     else:
         y = accumulating(x.to(weight.dtype)) @ accumulating(weight).T

@@ -17,7 +17,8 @@ from bertfast.runtime.torch_compat import cpu_has_bf16_gemm
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-ChosenPrecision = Literal["fp32", "bf16", "fp16"]
+InferencePrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+ChosenPrecision = Literal["fp32", "bf16", "fp16", "int8"]
 ResidualPrecision = Literal["fp32", "bf16"]
 
 
@@ -58,16 +59,24 @@ def has_bf16_gemm(device: torch.device) -> bool:
 
 
 def choose_precision(
-    device: torch.device, precision: Precision = "auto", config: ModelConfig | None = None
+    device: torch.device, precision: InferencePrecision = "auto", config: ModelConfig | None = None
 ) -> ChosenPrecision:
     """Return the precision to compute in.
 
     Args:
         device: Device to compute on.
         precision: Requested precision. auto: bf16 if the device has native bf16 GEMMs and, on a CPU, they are faster
-            than in fp32, which is measured once, in half a second; else fp32, as without kernels for 16 bits.
+            than in fp32, which is measured once, in half a second; else fp32, as without kernels for 16 bits. A
+            quantised model runs in int8.
         config: Configuration of the model, whose head dimension may have no kernels; None: it has.
+
+    Raises:
+        ValueError: int8 does not run here.
     """
+    if precision == "auto" and getattr(config, "quantization_config", None) is not None:
+        precision = "int8"
+    if precision == "int8":
+        _require_int8(device)
     if precision != "auto":
         return precision
     has_kernels = config is None or config.hidden_size // config.num_attention_heads in HEAD_DIMENSIONS
@@ -75,6 +84,15 @@ def choose_precision(
         return "fp32"
     is_faster = device.type == "cuda" or (native.UNAVAILABLE_REASON is None and _bf16_is_faster())
     return "bf16" if is_faster else "fp32"
+
+
+def _require_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"int8 runs on a CPU, not on {device}: add --device cpu, or choose another --precision")
+    if native.UNAVAILABLE_REASON is not None:
+        raise ValueError(
+            f"int8 requires the native library ({native.UNAVAILABLE_REASON}): choose another --precision or model"
+        )
 
 
 def half(precision: str) -> torch.dtype:

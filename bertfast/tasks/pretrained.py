@@ -16,7 +16,7 @@ from bertfast.models.families import architecture_of
 from bertfast.models.files import load, read_config, report_differences, resolve
 from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import load_any_tokenizer
-from bertfast.runtime.precision import Precision, choose_precision
+from bertfast.runtime.precision import InferencePrecision, choose_precision
 
 logger = logging.getLogger("bertfast")
 
@@ -58,7 +58,7 @@ def open_model(
     name: str,
     needs_head: bool,
     device: torch.device | None = None,
-    precision: Precision = "fp32",
+    precision: InferencePrecision = "fp32",
 ) -> tuple[Model, Tokenizer]:
     """Open a model in evaluation mode, and its tokenizer.
 
@@ -67,7 +67,7 @@ def open_model(
         name: Folder or hub id.
         needs_head: Whether its predictions are meaningless without the weights of its head.
         device: Device of the model; None: the CPU.
-        precision: Precision in which it will run: auto, fp32, bf16 or fp16.
+        precision: Precision in which it will run.
 
     Raises:
         MissingHeadError: There are no such weights.
@@ -76,7 +76,7 @@ def open_model(
     folder = resolve(name)
     config = read_config(folder)
     tokenizer = open_tokenizer(folder, config)
-    model, missing, unexpected = load(model_class, folder, config)
+    model, missing, unexpected = load(model_class, folder, config, takes_quantised=True)
     architecture = architecture_of(config)
     absent = [head for head in architecture.head_prefixes(model_class) if any(key.startswith(head) for key in missing)]
     if needs_head and absent:
@@ -87,7 +87,7 @@ def open_model(
     report_differences(model, name, missing, [key for key in unexpected if not key.startswith(heads)])
     if device is not None:
         nn.Module.to(model, device)  # transformers' own `to` has no usable type
-    require_packed(model, choose_precision(model.device, precision, config))
+    require_packed(model, choose_precision(model.device, precision, model.config))
     return model, tokenizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from bertfast.runtime.precision import Precision
+from bertfast.runtime.precision import InferencePrecision, Precision
 from bertfast.runtime.settings import Count, Range, Settings
 from bertfast.tasks.rows import OnBadRows
 
@@ -56,14 +56,26 @@ class ComputeSettings(Settings):
     Attributes:
         eval_tokens: Approximate tokens per batch in evaluation and prediction.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
-        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32. int8: weights
+            and activations of the encoder's linear layers in int8, on a CPU, calibrated on the first texts.
         device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available.
     """
 
     eval_tokens: Count = 8192
     cuda_graph: bool = True
-    precision: Precision = "auto"
+    precision: InferencePrecision = "auto"
     device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatingPointSettings(ComputeSettings):
+    """Device, precision and batch size of inference.
+
+    Attributes:
+        precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32.
+    """
+
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

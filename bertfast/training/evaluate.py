@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,7 @@ from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.features import CutTexts
 from bertfast.tasks.pretrained import sequence_length
-from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
 from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
 from bertfast.training.validation import evaluate_masked_lm
@@ -50,6 +50,7 @@ class EvaluateSettings(TaskSettings):
     objective: Literal["task", "mlm"] = "task"
     output_dir: str | None = None
     overwrite_output_dir: bool = False
+    compute: FloatingPointSettings = field(default_factory=FloatingPointSettings)
 
     def validate(self) -> None:
         if self.output_dir is None:

@@ -19,7 +19,7 @@ from bertfast.runtime.settings import (
     given,
     refuse_without_effect,
 )
-from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
 
 logger = logging.getLogger("bertfast")
 
@@ -173,6 +173,7 @@ class FinetuneBase(TaskSettings):
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    compute: FloatingPointSettings = field(default_factory=FloatingPointSettings)
 
     def validate(self) -> None:
         evaluation = self.evaluation

@@ -66,14 +66,20 @@ struct Strips {
   int rows(int64_t strip) const { return (int)(strip + 1 < count ? height : tokens - strip * height); }
 };
 
+// How a token is quantised, with int8.
+struct Token {
+  float scale;
+  int32_t zero;
+};
+
 // Convert a row of x to operands of the weight's type, the last one filled with zeros.
 template <class T>
-static void convert(const T* x, const PackedWeight& w, float* out, float* /*scale*/) {
+static void convert(const T* x, const PackedWeight& w, float* out, Token* /*token*/) {
   for_each_vector(w.depth, [&](int64_t k, int count) { store_columns(out + k, load_columns(x + k, count), count); });
 }
 
 template <class T>
-static void convert(const T* x, const PackedWeight& w, uint32_t* out, float* /*scale*/) {
+static void convert(const T* x, const PackedWeight& w, uint32_t* out, Token* /*token*/) {
   BFloat16* const row = (BFloat16*)out;
   for_each_vector(w.depth, [&](int64_t k, int count) { store_columns(row + k, load_columns(x + k, count), count); });
   if (w.depth % 2) row[w.depth] = {0};
@@ -81,23 +87,24 @@ static void convert(const T* x, const PackedWeight& w, uint32_t* out, float* /*s
 
 // The scale is NaN if a value is not finite, so that the results are NaN.
 template <class T, bool INSTRUCTION>
-static void convert(const T* x, const PackedWeight& w, Quad<INSTRUCTION>* out, float* scale) {
+static void convert(const T* x, const PackedWeight& w, Quad<INSTRUCTION>* out, Token* token) {
   const auto value = [&](int64_t k, int count) {
     const Floats element = load_columns(x + k, count);
     return w.factors ? element * load_columns(w.factors + k, count) : element;
   };
-  Floats largest{}, zeros{};
+  Floats above{}, below{}, zeros{};
   for_each_vector(w.depth, [&](int64_t k, int count) {
     const Floats element = value(k, count);
-    largest = maximum(absolute(element), largest), zeros += element * 0.f;
+    above = maximum(element, above), below = maximum(-element, below), zeros += element * 0.f;
   });
-  const float most = max_lane(largest), zero = sum(zeros);
-  *scale = most / 127 + zero;
-  const float inverse = zero == 0 && most > 1e-30f ? 127 / most : 0;  // which does not overflow
+  const float least = max_lane(below), range = max_lane(above) + least, zero = sum(zeros);
+  // 254 steps, not 255: both ends may be rounded up.
+  const float inverse = zero == 0 && range > 1e-30f ? 254 / range : 0;  // which does not overflow
+  *token = {range / 254 + zero, (int32_t)(least * inverse + 0.5f)};
   uint8_t* const row = (uint8_t*)out;
   for_each_vector(w.depth, [&](int64_t k, int count) {
     // Adding 1.5 · 2^23 rounds to an integer, in the low bits.
-    const Words rounded = (Words)(value(k, count) * inverse + 12582912.f) + 128;
+    const Words rounded = (Words)(value(k, count) * inverse + 12582912.f) + (uint32_t)token->zero;
     store_bytes(row + k, rounded, count);
   });
   for (int64_t k = w.depth; k % 4; ++k) row[k] = 0;
@@ -105,11 +112,11 @@ static void convert(const T* x, const PackedWeight& w, Quad<INSTRUCTION>* out, f
 
 // Pack a strip of tokens, transposed: [depth, STRIP] operands.
 template <class T, class F>
-static void pack_strip(const PackedLinear& p, int64_t first, int rows, int64_t depth, F* out, float* scales) {
+static void pack_strip(const PackedLinear& p, int64_t first, int rows, int64_t depth, F* out, Token* tokens) {
   thread_local Scratch memory;
   const int64_t width = padded(depth);
   F* const operands = memory.reserve<F>(STRIP * width);
-  for (int i = 0; i < rows; ++i) convert(row<T>(p.x, first + i), p.weight, operands + i * width, scales + i);
+  for (int i = 0; i < rows; ++i) convert(row<T>(p.x, first + i), p.weight, operands + i * width, tokens + i);
   for (int64_t k = 0; k < depth; k += LANES) {
     // Upwards in `k` and downwards in rows: what a register writes beyond STRIP operands, later ones overwrite. The
     // next strip may be another thread's, so that the last ones write no more than the strip.
@@ -139,30 +146,30 @@ static float element(const Vector& x, int64_t index) {
 // A panel's parameters.
 struct Columns {
   alignas(64) float bias[PANEL], scales[PANEL];
-  alignas(64) int32_t offsets[PANEL];
+  alignas(64) int32_t sums[PANEL];
 
   Columns(const PackedLinear& p, int64_t first, int count) {
     for (int i = 0; i < count; ++i) bias[i] = element(p.bias, first + i);
     if (p.weight.type != WeightType::int8) return;
-    for (int i = 0; i < count; ++i) scales[i] = p.weight.scales[first + i], offsets[i] = p.weight.offsets[first + i];
+    for (int i = 0; i < count; ++i) scales[i] = p.weight.scales[first + i], sums[i] = p.weight.sums[first + i];
   }
 };
 
 template <class F>
-INLINE Floats dequantised(const float* sums, const Columns& columns, int64_t column, float scale) {
+INLINE Floats dequantised(const float* sums, const Columns& columns, int64_t column, Token token) {
   if constexpr (!IS_QUAD<F>) return load(sums + column);
-  Ints quads, offsets;
+  Ints quads, weights;
   std::memcpy(&quads, sums + column, sizeof quads);
-  std::memcpy(&offsets, columns.offsets + column, sizeof offsets);
-  return __builtin_convertvector(quads - offsets, Floats) * (load(columns.scales + column) * scale);
+  std::memcpy(&weights, columns.sums + column, sizeof weights);
+  return __builtin_convertvector(quads - weights * token.zero, Floats) * (load(columns.scales + column) * token.scale);
 }
 
 // Write a row of c to y.
 template <class F, class Y>
-static void write(const PackedLinear& p, const float* sums, const Columns& columns, int count, float scale, Y* y) {
+static void write(const PackedLinear& p, const float* sums, const Columns& columns, int count, Token token, Y* y) {
   const auto apply = [&](const auto& activation) {
     for (int column = 0; column < count; column += LANES) {
-      const Floats x = dequantised<F>(sums, columns, column, scale) + load(columns.bias + column);
+      const Floats x = dequantised<F>(sums, columns, column, token) + load(columns.bias + column);
       store_columns(y + column, activation(x), count - column < LANES ? count - column : LANES);
     }
   };
@@ -181,15 +188,15 @@ struct Operands {
   int64_t depth, panels;             // K / VALUES, N / PANEL, both rounded up
   int64_t block, blocks, group = 1;  // a block of y has up to `block` strips and `group` panels
   F* a;                              // [strips, depth, STRIP]
-  float* scales;                     // [strips, STRIP], of int8
+  Token* tokens;                     // [strips, STRIP]
 
   explicit Operands(const PackedLinear& p)
       : strips(p.tokens),
         depth((p.weight.depth + VALUES - 1) / VALUES),
         panels((p.weight.columns + PANEL - 1) / PANEL) {
-    thread_local Scratch packed_memory, scale_memory;
+    thread_local Scratch packed_memory, token_memory;
     a = packed_memory.reserve<F>(strips.count * STRIP * depth);
-    scales = scale_memory.reserve<float>(strips.count * STRIP);
+    tokens = token_memory.reserve<Token>(strips.count * STRIP);
     // If all tokens fit, a panel's sums are finished before the next panel, whose operands are adjacent. Else a chunk
     // of the tokens stays in cache while several panels pass. Blocks are of equal height, so that threads get as much.
     const bool fits = strips.count * STRIP * depth * (int64_t)sizeof(F) <= BLOCK_BYTES;
@@ -221,7 +228,7 @@ static void multiply_block(const PackedLinear& p, const Operands<F>& o, int64_t 
       for (int64_t s = first; s < last; ++s)
         for (int i = 0; i < o.strips.rows(s); ++i)
           write<F>(p, c + (q - panel) * size + ((s - first) * STRIP + i) * PANEL, columns, count,
-                   o.scales[s * STRIP + i], row<Y>(p.y, s * o.strips.height + i) + q * PANEL);
+                   o.tokens[s * STRIP + i], row<Y>(p.y, s * o.strips.height + i) + q * PANEL);
     });
   }
 }
@@ -234,7 +241,7 @@ static void multiply(const PackedLinear& p) {
     with_type(p.x.type, [&]<class T>(T) {
       for (int64_t s = first; s < end; ++s)
         pack_strip<T>(p, s * o.strips.height, o.strips.rows(s), o.depth, o.a + s * STRIP * o.depth,
-                      o.scales + s * STRIP);
+                      o.tokens + s * STRIP);
     });
   });
   parallel(o.blocks * o.panels, 1, [&](int64_t task, int64_t end) {

@@ -26,14 +26,31 @@ def arguments(folder, command, *more):
 def test_verify_passes_for_a_correct_model(folder, capsys):
     assert main(arguments(folder, "verify", "--per-device-batch-size", "2")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [
+    assert [line.split()[:2] for line in lines[:-1]] == [
         ["fp32", "outputs"],
         ["fp32", "gradients"],
+        ["fp32", "frozen"],
         ["bf16", "outputs"],
         ["bf16", "gradients"],
+        ["bf16", "frozen"],
     ]
-    assert all(line.endswith(" ok") for line in lines[:4])
-    assert lines[4].endswith("is as accurate in bertfast as in transformers, on 4 texts.")
+    assert all(line.endswith(" ok") for line in lines[:-1])
+    assert lines[-1].endswith("is as accurate in bertfast as in transformers, on 4 texts.")
+
+
+def test_verify_in_one_precision_and_in_int8(folder, capsys, monkeypatch):
+    assert main(arguments(folder, "verify", "--precision", "fp32")) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]} == {"fp32"}
+    assert main(arguments(folder, "verify", "--precision", "int8")) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("int8 cosine with fp32   mean ")
+    assert first.endswith(" ok")
+    assert last.endswith("keeps its accuracy in int8, on 4 texts.")
+    monkeypatch.setattr("bertfast.cli.verify.MEAN_COSINE", 1.5)
+    assert main(arguments(folder, "verify", "--precision", "int8")) == 1
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out
+    assert "use this model with --precision bf16 or fp32" in printed.err
 
 
 def test_outputs_that_differ_from_transformers_fail_verify_and_bench(folder, capsys, monkeypatch):

@@ -21,7 +21,7 @@ def test_quantised_values_are_half_a_step_from_the_weight():
     difference = packed.unpacked() * packed.scales[:, None] - WEIGHT
     assert (difference.abs() <= packed.scales[:, None] * 0.501).all()
     assert packed.unpacked().abs().amax(1).eq(127).all()
-    assert torch.equal(packed.offsets, 128 * packed.unpacked().sum(1).int())
+    assert torch.equal(packed.sums, packed.unpacked().sum(1).int())
 
 
 def test_a_row_of_zeros_is_quantised():

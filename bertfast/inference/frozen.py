@@ -1,0 +1,66 @@
+"""Freeze or quantise the model of a program that only runs it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from bertfast.encoder.packed_linear import is_frozen
+from bertfast.models.freeze import freeze
+from bertfast.models.patch import require_packed
+from bertfast.models.quantised_files import is_quantised
+from bertfast.models.quantize import quantise_model
+from bertfast.ops import native
+from bertfast.runtime.precision import ChosenPrecision, InferencePrecision
+from bertfast.tasks.features import Features, ModelInputs
+
+logger = logging.getLogger("bertfast")
+
+CALIBRATION_EXAMPLES = 32
+"""The number of examples, the first of a command, on which a model is calibrated for int8."""
+
+
+def require_own_precision(model: PreTrainedModel, precision: InferencePrecision) -> None:
+    """Check the requested precision of a model that may be quantised already.
+
+    Raises:
+        ValueError: It is quantised, and another precision than int8 was requested.
+    """
+    if is_quantised(model.config) and precision not in ("auto", "int8"):
+        raise ValueError(
+            f"{model.name_or_path} is quantised to int8: leave --precision {precision} out, or give the model from "
+            "which it was made"
+        )
+
+
+def freeze_on_cpu(
+    model: PreTrainedModel, precision: ChosenPrecision, features: Features, run: Callable[[ModelInputs], object]
+) -> None:
+    """Pack the weights of a model for the rest of a program, where that is possible and has not been done.
+
+    Args:
+        model: The model, in evaluation mode.
+        precision: Its precision. In int8 it is calibrated.
+        features: The first examples of the program.
+        run: Runs the model on a batch.
+    """
+    if model.device.type != "cpu" or native.UNAVAILABLE_REASON is not None or is_frozen(model):
+        return
+    if precision == "int8":
+        rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
+        inputs = features.model_inputs(rows, labels=False)
+        report = quantise_model(model, lambda: run(inputs))
+        logger.info("%s runs in int8, calibrated on the first %d inputs", model.name_or_path, len(rows))
+        for name, why in report.left.items():
+            logger.warning("%s: %s", name, why)
+        if not torch.ops.bertfast.has_quad_instruction():
+            logger.warning("this CPU has no dot products of int8: --precision int8 may be slower here than fp32")
+    elif precision in ("fp32", "bf16"):
+        freeze(model, precision)
+    else:
+        return
+    require_packed(model, precision)

@@ -1,0 +1,132 @@
+"""The files of quantised models: int8 values, scales and factors, under names that nothing takes for weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bertfast.encoder.packed_linear import INT8_FACTORS, INT8_SCALES, INT8_VALUES, is_frozen
+from bertfast.models.freeze import concatenated, replace_linears, require_freezable
+from bertfast.models.weights import Weights, read_weights, require_floating_point
+from bertfast.ops.packed_linear import PackedWeight, pack, packed_int8
+
+# An entry of config.json. transformers refuses to open a model with a `quantization_config` without a `quant_method`,
+# also where bertfast is not imported; with one that it does not know, it would only warn.
+_ENTRY = "quantization_config"
+_QUANTISED = {"library": "bertfast", "weights": "int8"}
+
+
+def mark(model: nn.Module) -> None:
+    """Note in the configurations of a quantised model, which are saved with it, that it is one."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_frozen(module):
+            setattr(module.config, _ENTRY, dict(_QUANTISED))
+
+
+Quantised = dict[str, tuple[Tensor, Tensor, Tensor | None]]
+"""Values, scales and factors of quantised linear layers, see `PackedWeight`, by their names."""
+
+
+def is_quantised(config: Any) -> bool:
+    """Return whether a model with this configuration, or the dictionary of its file, is quantised by bertfast."""
+    entry = config.get(_ENTRY) if isinstance(config, dict) else getattr(config, _ENTRY, None)
+    return isinstance(entry, dict) and entry.get("library") == _QUANTISED["library"]
+
+
+def unmark(config: Any) -> None:
+    """Have transformers open the dequantised weights of a model with this configuration."""
+    if is_quantised(config):
+        delattr(config, _ENTRY)
+
+
+def read_dequantised(
+    folder: Path, name: str, variant: str | None = None, *, takes_quantised: bool = True
+) -> tuple[Weights, Quantised]:
+    """Read the weights of a folder, of which the quantised ones are dequantised.
+
+    Args:
+        folder: Folder of the model.
+        name: That, or its hub id, for messages.
+        variant: See `read_weights`.
+        takes_quantised: Whether there may be quantised weights.
+
+    Returns:
+        The weights, and the layers that were quantised.
+
+    Raises:
+        FileNotFoundError: There are no weights.
+        ValueError: They are damaged, of another type, or not finite; or they are quantised, and may not be.
+    """
+    weights = read_weights(folder, variant)
+    quantised = _take_quantised(weights, name)
+    if quantised and not takes_quantised:
+        raise ValueError(
+            f"{name} is quantised to int8, which `bertfast predict` and `embed` run: give the model from which it was "
+            "made"
+        )
+    require_floating_point(weights, name)
+    damaged = next((key for key, x in weights.items() if x.is_floating_point() and not x.isfinite().all()), None)
+    if damaged is not None:
+        raise ValueError(f"{name}: {damaged} has values that are NaN or infinite: use another checkpoint")
+    return weights, quantised
+
+
+def _take_quantised(weights: Weights, name: str) -> Quantised:
+    """Return the quantised linear layers of a checkpoint, and replace their entries in `weights` by dequantised ones.
+
+    Args:
+        weights: All weights of the checkpoint.
+        name: Its folder or hub id, for messages.
+
+    Raises:
+        ValueError: A layer's scales or factors are missing or have other sizes.
+    """
+    taken: Quantised = {}
+    for key in [key for key in weights if key.endswith(f".{INT8_VALUES}")]:
+        module = key.removesuffix(f".{INT8_VALUES}")
+        values = weights.pop(key)
+        scales, factors = (weights.pop(f"{module}.{entry}", None) for entry in (INT8_SCALES, INT8_FACTORS))
+        if scales is None or not _belong_together(values, scales, factors):
+            raise ValueError(
+                f"{name}: the {INT8_VALUES}, {INT8_SCALES} and {INT8_FACTORS} of {module} do not belong together: "
+                "save the quantised model again"
+            )
+        taken[module] = values, scales, factors
+        weights[f"{module}.weight"] = packed_int8(values, scales, None, factors).dequantised()
+    return taken
+
+
+def _belong_together(values: Tensor, scales: Tensor, factors: Tensor | None) -> bool:
+    is_int8 = values.dtype == torch.int8 and values.dim() == 2
+    return is_int8 and scales.shape == values.shape[:1] and (factors is None or factors.shape == values.shape[1:])
+
+
+def restore_quantised(model: PreTrainedModel, quantised: Quantised) -> None:
+    """Quantise a fused model with the dequantised weights of a checkpoint as it was when it was saved.
+
+    Args:
+        model: The model.
+        quantised: What `read_dequantised` returned; names may lack the prefix of the model's, or the other way round.
+
+    Raises:
+        ValueError: It cannot be frozen as it is; see `require_freezable`.
+    """
+    require_freezable(model)
+    prefix = f"{model.base_model_prefix}."
+    known = {name.removeprefix(prefix): stored for name, stored in quantised.items()}
+    by_module = {module: known.get(name.removeprefix(prefix)) for name, module in model.named_modules()}
+
+    def packed(linears: list[nn.Linear]) -> PackedWeight:
+        stored = [each for linear in linears if (each := by_module[linear]) is not None]
+        weight, bias = concatenated(linears)
+        if len(stored) < len(linears):
+            return pack(weight, bias)
+        values, scales, factors = zip(*stored, strict=True)
+        return packed_int8(torch.cat(values), torch.cat(scales), bias, factors[0])
+
+    replace_linears(model, packed)
+    mark(model)

@@ -1,0 +1,155 @@
+"""Commands on a CPU: weights are packed once, in int8 if that is asked for or the model's folder is quantised."""
+
+import json
+import logging
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bertfast
+from bertfast.cli.main import main
+from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
+from bertfast.encoder.packed_linear import PackedLinear, is_frozen
+from bertfast.inference.embed import EmbedSettings, embed
+from bertfast.inference.frozen import freeze_on_cpu
+from bertfast.inference.predict import PredictSettings, open_finetuned, predict
+from bertfast.tasks.features import tokenize
+
+TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS))
+    return str(path)
+
+
+@pytest.fixture
+def packed_dtypes(monkeypatch):
+    """Record the dtype of the weights of each packed linear layer that is made."""
+    dtypes, make = [], PackedLinear.__init__
+    monkeypatch.setattr(
+        PackedLinear,
+        "__init__",
+        lambda self, packed, *group: dtypes.append(packed.operands.dtype) or make(self, packed, *group),
+    )
+    return dtypes
+
+
+def vectors(folder) -> torch.Tensor:
+    return torch.cat([load_file(path)["embeddings"] for path in sorted(folder.glob("part-*"))])
+
+
+def embedded(model, folder, texts, precision) -> torch.Tensor:
+    assert main(["embed", "--model-name-or-path", str(model), "--output-dir", str(folder), "--input-file", texts,
+                 "--device", "cpu", "--texts-per-part", "2", "--precision", precision]) == 0  # fmt: skip
+    return vectors(folder)
+
+
+@pytest.fixture
+def int8_folder(tuned, tmp_path):
+    """The folder of a fine-tuned model, quantised."""
+    source, folder = tuned[0], tmp_path / "int8"
+    model = bertfast.AutoModelForSequenceClassification.from_pretrained(source)
+    bertfast.quantize(model)
+    model.save_pretrained(folder)
+    save_tokenizer(load_tokenizer(source), folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("any_precision_runs")
+def test_inference_on_a_cpu_is_frozen(precision, pretrained, texts, tmp_path, packed_dtypes):
+    where = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out"), "input_file": texts}
+    embed(EmbedSettings.of(**where, device="cpu", precision="fp32"))
+    assert {*packed_dtypes} == {torch.float32}
+    packed_dtypes.clear()
+    embedded(pretrained, tmp_path / precision, texts, precision)
+    assert {*packed_dtypes} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+
+
+def test_embeddings_in_int8_are_close_and_do_not_depend_on_interruptions(pretrained, texts, tmp_path, caplog):
+    expected = embedded(pretrained, tmp_path / "fp32", texts, "fp32")
+    with caplog.at_level(logging.INFO, "bertfast"):
+        found = embedded(pretrained, tmp_path / "int8", texts, "int8")
+    assert "runs in int8, calibrated on the first 5 inputs" in caplog.text
+    assert not torch.equal(found, expected)
+    assert torch.cosine_similarity(found, expected).min() >= 0.99
+    (tmp_path / "int8" / "part-00001.safetensors").unlink()
+    assert torch.equal(embedded(pretrained, tmp_path / "int8", texts, "int8"), found)
+
+
+def test_predictions_in_int8(tuned, files, capsys, caplog):
+    where = {"model_name_or_path": str(tuned[0]), "input_file": files["test_file"], "device": "cpu"}
+    labels = []
+    for precision in ("fp32", "int8"):
+        with caplog.at_level(logging.INFO, "bertfast"):
+            predict(PredictSettings.of(**where, precision=precision))
+        labels.append([json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()])
+    assert "runs in int8, calibrated on the first 32 inputs" in caplog.text
+    assert len(labels[0]) == 60
+    assert sum(a == b for a, b in zip(*labels, strict=True)) >= 59
+
+
+def test_the_folder_of_a_quantised_model_is_run_by_predict_and_embed(int8_folder, files, texts, tmp_path, capsys):
+    assert main(["predict", "--model-name-or-path", str(int8_folder), "--input-file", files["test_file"],
+                 "--device", "cpu"]) == 0  # fmt: skip
+    assert len(capsys.readouterr().out.splitlines()) == 60
+    found = embedded(int8_folder, tmp_path / "auto", texts, "auto")
+    assert torch.equal(embedded(int8_folder, tmp_path / "int8-vectors", texts, "int8"), found)
+    opened = bertfast.AutoModel.from_pretrained(int8_folder)
+    features = tokenize(load_tokenizer(int8_folder), TEXTS[:1], 24)
+    with torch.no_grad():
+        hidden = opened(input_ids=torch.from_numpy(features.token_ids[None]).long()).last_hidden_state
+    assert torch.cosine_similarity(found[0], hidden[0].mean(0), dim=0) >= 0.999
+
+
+def test_other_programs_that_only_run_a_model_open_a_quantised_one(int8_folder, pretrained, files, tmp_path, capsys):
+    assert main(["evaluate", "--model-name-or-path", str(int8_folder), "--validation-file", files["validation_file"],
+                 "--device", "cpu"]) == 0  # fmt: skip
+    assert "eval_accuracy" in capsys.readouterr().out
+    model = bertfast.AutoModelForMaskedLM.from_pretrained(pretrained)
+    bertfast.quantize(model)
+    model.save_pretrained(tmp_path / "masked")
+    save_tokenizer(load_tokenizer(pretrained), tmp_path / "masked")
+    assert main(["fill-mask", str(tmp_path / "masked"), "a [MASK] plot"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 6
+
+
+def test_what_does_not_run_a_quantised_model_says_so(int8_folder, files, texts, tmp_path, capsys):
+    folder = str(int8_folder)
+    for call, message in (
+        (["embed", "--precision", "fp32", "--output-dir", str(tmp_path / "out"), "--input-file", texts],
+         "is quantised to int8: leave --precision fp32 out"),
+        (["finetune", "--train-file", files["train_file"], "--output-dir", str(tmp_path / "tuned")],
+         "is quantised to int8, which `bertfast predict` and `embed` run: give the model from which it was made"),
+    ):  # fmt: skip
+        assert main([*call, "--model-name-or-path", folder, "--device", "cpu"]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["verify", folder, "--input-file", texts, "--device", "cpu"]) == 1
+    assert "give the model from which it was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "pretrain"])
+def test_training_and_evaluation_refuse_int8(command, capsys):
+    try:
+        status = main([command, "--precision", "int8"])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    printed = capsys.readouterr().err
+    assert "invalid choice 'int8' for argument '--precision'" in printed
+    assert "'fp32', 'bf16', 'fp16')" in printed
+
+
+def test_memory_of_unpacked_weights_is_freed(tuned):
+    settings = PredictSettings.of(model_name_or_path=str(tuned[0]), device="cpu", precision="fp32")
+    task, model, tokenizer = open_finetuned(settings)
+    weights = [weakref.ref(layer.output.dense.weight) for layer in model.bert.encoder.layer]
+    features = tokenize(tokenizer, TEXTS, 24)
+    freeze_on_cpu(model, "fp32", features, lambda inputs: task.logits(model, inputs))
+    assert is_frozen(model)
+    assert not any(weight() is not None for weight in weights)
