@@ -238,7 +238,7 @@ def test_without_a_finite_gradient_the_run_stops_without_a_model(pretrained, fil
         ({"metric_for_best_model": "f2"}, "one of accuracy, f1, matthews_correlation, loss in this task, got 'f2'"),
         ({"task": "regression"}, "line 2: the label '(good|bad)' is not a finite number"),
         ({"train_file": "missing.tsv"}, "--train-file missing.tsv: no such file"),
-        ({"num_train_epochs": 0}, "--num-train-epochs must be more than 0, got 0"),
+        ({"num_train_epochs": 0}, "--num-train-epochs must be more than 0 and at most 1000000, got 0"),
         ({"eval_steps": 0}, "--eval-steps must be at least 1, got 0"),
         ({"eval_tokens": 0}, "--eval-tokens must be at least 1, got 0"),
         ({"validation_file": None, "early_stopping_patience": 1}, "would have no effect: there is no --val"),
