@@ -100,7 +100,7 @@ static void convert(const T* x, const PackedWeight& w, Quad<INSTRUCTION>* out, T
   const float least = max_lane(below), range = max_lane(above) + least, zero = sum(zeros);
   // 254 steps, not 255: both ends may be rounded up.
   const float inverse = zero == 0 && range > 1e-30f ? 254 / range : 0;  // which does not overflow
-  *token = {range / 254 + zero, (int32_t)(least * inverse + 0.5f)};
+  *token = {range / 254 + zero, inverse > 0 ? (int32_t)(least * inverse + 0.5f) : 0};
   uint8_t* const row = (uint8_t*)out;
   for_each_vector(w.depth, [&](int64_t k, int count) {
     // Adding 1.5 · 2^23 rounds to an integer, in the low bits.
