@@ -145,8 +145,9 @@ static float element(const Vector& x, int64_t index) {
 
 // A panel's parameters.
 struct Columns {
-  alignas(64) float bias[PANEL], scales[PANEL];
-  alignas(64) int32_t sums[PANEL];
+  // Zero beyond the columns of y, where registers are computed, too, but not stored.
+  alignas(64) float bias[PANEL] = {}, scales[PANEL] = {};
+  alignas(64) int32_t sums[PANEL] = {};
 
   Columns(const PackedLinear& p, int64_t first, int count) {
     for (int i = 0; i < count; ++i) bias[i] = element(p.bias, first + i);
