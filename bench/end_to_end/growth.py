@@ -27,7 +27,7 @@ from bench.figures import hardware, plain_ticks, save
 from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
 from bench.points import in_a_process, peak_memory, restart_peak, timed
 from bertfast.architectures.presets import Preset
-from bertfast.runtime.plotting import COLORS
+from bertfast.runtime.plotting import COLORS, load_pyplot
 
 MIN_LENGTH = 128
 IMPLEMENTATIONS = ("bertfast", "transformers")
@@ -125,14 +125,10 @@ def point(name: str, sequences: int, length: int, preset: Preset) -> dict[str, A
 
 def plot(path: Path) -> None:
     """Draw a result file, with a column per sweep, time above and memory below; the PNG file is next to it."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = load_pyplot()
+    if pyplot is None:
         print("no plot: matplotlib is not installed (pip install 'bertfast[plots]')")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     result = json.loads(path.read_text(encoding="utf-8"))
     sweeps = result["sweeps"]
     figure, axes = pyplot.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 6), sharex="col", layout="constrained")

@@ -31,7 +31,7 @@ from bench.figures import hardware, plain_ticks, save
 from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
 from bench.points import REPEATS, in_a_process, peak_memory, restart_peak, timed
 from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory
-from bertfast.runtime.plotting import COLORS
+from bertfast.runtime.plotting import COLORS, load_pyplot
 from bertfast.runtime.precision import has_bf16_gemm
 
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -121,14 +121,10 @@ def point(arguments: argparse.Namespace, name: str, precision: str, length: int,
 
 def plot(path: Path) -> None:
     """Draw time and peak memory against the length, a column per precision; the PNG file is next to the result file."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = load_pyplot()
+    if pyplot is None:
         print("no plot: matplotlib is not installed (pip install 'bertfast[plots]')")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     result = json.loads(path.read_text(encoding="utf-8"))
     points = [each for each in result["points"] if "seconds" in each]
     precisions = list(dict.fromkeys(each["precision"] for each in points))

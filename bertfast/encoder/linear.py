@@ -8,9 +8,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from bertfast.encoder.packed_linear import common_group
+from bertfast.encoder.packed_linear import PackedLinear
 from bertfast.ops import matmul
-from bertfast.ops.packed_linear import packed_linear
+from bertfast.ops.packed_linear import PackedWeight, packed_linear
 from bertfast.runtime.torch_compat import autocast_dtype, is_sharded, module_hooks, unsharded_class
 
 
@@ -80,6 +80,23 @@ def _at_once(linears: list[nn.Linear], x: Tensor) -> Tensor:
         return y
     if copy_results:
         return torch.cat([matmul.linear(x, linear.weight, linear.bias) for linear in linears], dim=1)
-    weight = torch.cat([linear.weight for linear in linears])
+    return matmul.linear(x, *stacked(linears))
+
+
+def stacked(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of linear layers, all or none of which have a bias, one below the other; and their biases."""
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    return matmul.linear(x, weight, bias)
+    return torch.cat([linear.weight for linear in linears]), bias
+
+
+def common_group(modules: Sequence[nn.Module]) -> PackedWeight | None:
+    """Return the packed weight that these linear layers share, one after the other; None if there is none."""
+    group: PackedWeight | None = getattr(modules[0], "group", None)
+    columns = 0
+    for module in modules:
+        if not isinstance(module, PackedLinear) or is_watched(module):
+            return None
+        if module.group is not group or module.first != columns:
+            return None
+        columns += module.out_features
+    return group if group is not None and columns == group.columns else None

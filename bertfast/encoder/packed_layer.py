@@ -5,13 +5,13 @@ The few tokens of one sentence take less time in a layer than Python needs to ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from bertfast.encoder.linear import is_watched
-from bertfast.encoder.packed_linear import FROZEN, PACKED_ACTIVATIONS, PackedLinear, common_group
+from bertfast.encoder.linear import common_group, is_watched
+from bertfast.encoder.packed_linear import FROZEN, PACKED_ACTIVATIONS, PackedLinear
 from bertfast.encoder.parts import LayerParts
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import native
@@ -29,11 +29,18 @@ class PackedLayer:
         linears: The weights of queries, keys and values, of attention's output, and of the feed-forward layer.
         norms: The norms after attention and after the feed-forward layer.
         options: The options of `packed_layer_forward`, see `bertfast.kernels.contracts`.
+        tensors, attention_dtype: What follows from the weights, computed once and not in each call.
     """
 
     linears: tuple[PackedWeight, PackedWeight, PackedWeight, PackedWeight]
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
     options: tuple[int, int, int, float, bool, int | None, str]
+    tensors: list[Tensor] = field(init=False)
+    attention_dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", [tensor for weight in self.linears for tensor in weight.tensors])
+        object.__setattr__(self, "attention_dtype", self.linears[0].compute_dtype)
 
     def supports(self, hidden: Tensor, packed: Packed) -> bool:
         """Return whether the layer can run a batch; else its modules are called one by one."""
@@ -53,11 +60,11 @@ class PackedLayer:
         y: Tensor = operator("cpu", "packed_layer_forward")(
             hidden,
             packed.sequences.cu_seqlens,
-            [tensor for weight in self.linears for tensor in weight.tensors],
+            self.tensors,
             [first.weight, first.bias, second.weight, second.bias],
             [first.eps, second.eps],
             *self.options,
-            self.linears[0].compute_dtype,
+            self.attention_dtype,
             rows,
         )
         return y

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bertfast.ops.packed_linear import PackedActivation, PackedWeight, packed_linear
-from bertfast.runtime.torch_compat import is_jit_tracing, module_hooks
+from bertfast.runtime.torch_compat import is_jit_tracing
 
 PACKED_ACTIVATIONS: dict[str, PackedActivation] = {
     "gelu": "gelu",
@@ -110,21 +110,3 @@ def require_unchanged(fn: Callable[[Tensor], Tensor]) -> None:
     after = fn(before)
     if (after.dtype, after.device) != (before.dtype, before.device):
         raise RuntimeError(FROZEN)
-
-
-def common_group(modules: Sequence[nn.Module]) -> PackedWeight | None:
-    """Return the packed weight that these linear layers share, one after the other; None if there is none."""
-    group: PackedWeight | None = getattr(modules[0], "group", None)
-    columns = 0
-    for module in modules:
-        if (
-            not isinstance(module, PackedLinear)
-            or module.group is not group
-            or group is None
-            or any(module_hooks(module))
-        ):
-            return None
-        if module.first != columns:
-            return None
-        columns += module.out_features
-    return group if group is not None and columns == group.columns else None

@@ -143,7 +143,8 @@ def embed(settings: EmbedSettings) -> Path:
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
         # The first texts, even if their embeddings are there already, so that those of the others do not depend on it.
-        _freeze(model, tokenize(tokenizer, [row.text for row in calibration], max_length), settings)
+        first_features = tokenize(tokenizer, [row.text for row in calibration], max_length)
+        freeze_on_cpu(model, settings.compute.precision, first_features, lambda x: encode(model, x.packed(model)))
         cut = CutTexts(source, max_length)
         with (
             _interruptible(settings),
@@ -193,13 +194,6 @@ def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
     names = ("text_column", "text_pair_column", "pooling", "layers", "output_format", "texts_per_part")
     values = {flag(name): getattr(settings, name) for name in names}
     return Origin(inputs, values | {"--max-seq-length": max_length, "--precision": precision}, "embed")
-
-
-@torch.no_grad()
-def _freeze(model: BertModel, features: Features, settings: EmbedSettings) -> None:
-    """Pack the weights of a model before it computes embeddings; `features`: the first texts."""
-    precision = choose_precision(model.device, settings.compute.precision, model.config)
-    freeze_on_cpu(model, precision, features, lambda inputs: encode(model, inputs.packed(model)))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from bertfast.models.patch import require_packed
 from bertfast.models.quantised_files import is_quantised
 from bertfast.models.quantize import quantise_model
 from bertfast.ops import native
-from bertfast.runtime.precision import ChosenPrecision, InferencePrecision
+from bertfast.runtime.precision import InferencePrecision, choose_precision
 from bertfast.tasks.features import Features, ModelInputs
 
 logger = logging.getLogger("bertfast")
@@ -37,19 +37,21 @@ def require_own_precision(model: PreTrainedModel, precision: InferencePrecision)
         )
 
 
+@torch.no_grad()
 def freeze_on_cpu(
-    model: PreTrainedModel, precision: ChosenPrecision, features: Features, run: Callable[[ModelInputs], object]
+    model: PreTrainedModel, requested: InferencePrecision, features: Features, run: Callable[[ModelInputs], object]
 ) -> None:
     """Pack the weights of a model for the rest of a program, where that is possible and has not been done.
 
     Args:
         model: The model, in evaluation mode.
-        precision: Its precision. In int8 it is calibrated.
+        requested: Its precision. In int8 it is calibrated.
         features: The first examples of the program.
         run: Runs the model on a batch.
     """
     if model.device.type != "cpu" or native.UNAVAILABLE_REASON is not None or is_frozen(model):
         return
+    precision = choose_precision(model.device, requested, model.config)
     if precision == "int8":
         rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
         inputs = features.model_inputs(rows, labels=False)

@@ -86,20 +86,14 @@ def _predict_rows(
     if len(examples):
         examples, features = task.featurize(examples, tokenizer, cut.length)
         cut.add(features)
-        _freeze(task, model, features)
+        precision = task.settings.compute.precision
+        freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
         predictions = task.predictions(examples, features, predict_outputs(task, model, features))
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
         yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)
     task.bad_rows.log_skipped()
     task.bad_rows.skipped.clear()
-
-
-@torch.no_grad()
-def _freeze(task: Task[Any], model: PreTrainedModel, features: Features) -> None:
-    """Pack the weights of a model, before its first predictions."""
-    precision = choose_precision(model.device, task.settings.compute.precision, model.config)
-    freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
 
 
 def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, Tokenizer]:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bertfast.architectures import part_at
 from bertfast.architectures.architecture import INTERMEDIATE, QKV
 from bertfast.encoder import is_plain
+from bertfast.encoder.linear import stacked
 from bertfast.encoder.packed_linear import FROZEN, PackedLinear, is_frozen
 from bertfast.models.fused import FusedEncoder, FusedLayer
 from bertfast.models.patch import PatchReport, patch, report, require_module
@@ -56,16 +57,9 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
     dtype = None if precision is None else _DTYPES[precision]
 
     def packed(modules: list[nn.Linear]) -> PackedWeight:
-        return pack(*concatenated(modules), dtype)
+        return pack(*stacked(modules), dtype)
 
     return replace_linears(model, packed)
-
-
-def concatenated(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Return the weights of linear layers of the same input one below the other, and their biases."""
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    weights: list[Tensor] = [linear.weight for linear in linears]
-    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def require_freezable(model: nn.Module) -> None:

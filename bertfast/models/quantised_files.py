@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bertfast.encoder.linear import stacked
 from bertfast.encoder.packed_linear import INT8_FACTORS, INT8_SCALES, INT8_VALUES, is_frozen
-from bertfast.models.freeze import concatenated, replace_linears, require_freezable
+from bertfast.models.freeze import replace_linears, require_freezable
 from bertfast.models.weights import Weights, read_weights, require_floating_point
-from bertfast.ops.packed_linear import PackedWeight, pack, packed_int8
+from bertfast.ops.packed_linear import PackedWeight, dequantise, pack, packed_int8
 
 # An entry of config.json. transformers refuses to open a model with a `quantization_config` without a `quant_method`,
 # also where bertfast is not imported; with one that it does not know, it would only warn.
@@ -96,7 +97,7 @@ def _take_quantised(weights: Weights, name: str) -> Quantised:
                 "save the quantised model again"
             )
         taken[module] = values, scales, factors
-        weights[f"{module}.weight"] = packed_int8(values, scales, None, factors).dequantised()
+        weights[f"{module}.weight"] = dequantise(values, scales, factors)
     return taken
 
 
@@ -122,7 +123,7 @@ def restore_quantised(model: PreTrainedModel, quantised: Quantised) -> None:
 
     def packed(linears: list[nn.Linear]) -> PackedWeight:
         stored = [each for linear in linears if (each := by_module[linear]) is not None]
-        weight, bias = concatenated(linears)
+        weight, bias = stacked(linears)
         if len(stored) < len(linears):
             return pack(weight, bias)
         values, scales, factors = zip(*stored, strict=True)

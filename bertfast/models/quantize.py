@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bertfast.architectures import part_at
 from bertfast.encoder import is_plain
-from bertfast.models.freeze import concatenated, fused_encoders, linear_groups, replace_linears, require_freezable
+from bertfast.encoder.linear import stacked
+from bertfast.models.freeze import fused_encoders, linear_groups, replace_linears, require_freezable
 from bertfast.models.patch import PatchReport, patch, require_module
 from bertfast.models.quantised_files import mark
 from bertfast.ops.packed_linear import PackedWeight, pack, quantise
@@ -78,7 +79,7 @@ def quantise_model(model: nn.Module, run: Callable[[], object]) -> PatchReport:
     maxima = _input_maxima(model, run)
 
     def packed(linears: list[nn.Linear]) -> PackedWeight:
-        weight, bias = concatenated(linears)
+        weight, bias = stacked(linears)
         if weight.shape[1] > _MAX_DEPTH or not bool(weight.isfinite().all()):
             return pack(weight, bias)
         return quantise(weight, bias, _factors(weight, [maxima.get(linear) for linear in linears]))

@@ -74,10 +74,7 @@ class PackedWeight:
     def dequantised(self) -> Tensor:
         """Return W [N, K], in fp32 or bf16; of int8 with its rounding errors."""
         values = self.unpacked()
-        if values.dtype != torch.int8:
-            return values
-        weight = values * self.scales[:, None]
-        return weight * self.factors if len(self.factors) else weight
+        return values if values.dtype != torch.int8 else dequantise(values, self.scales, self.factors)
 
     def rows(self, first: int, end: int) -> PackedWeight:
         """Return rows of W, multiples of 32, without copying them."""
@@ -125,6 +122,12 @@ def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None 
     scaled = weight / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     values = scaled.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
     return packed_int8(values, scales, bias, factors)
+
+
+def dequantise(values: Tensor, scales: Tensor, factors: Tensor | None) -> Tensor:
+    """Return the weight [N, K] of quantised values, int8 [N, K]; see `PackedWeight`. No factors, or empty: 1."""
+    weight = values * scales[:, None]
+    return weight if factors is None or not len(factors) else weight * factors
 
 
 def packed_int8(values: Tensor, scales: Tensor, bias: Tensor | None, factors: Tensor | None) -> PackedWeight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,18 @@ def plot_title(model: str | Path, device: torch.device, precision: str) -> str:
     return f"{Path(model).name} ({device.type.upper()}, {threads}, {precision})"
 
 
+def load_pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws without a window; None if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:
     """Draw a plot and write it to a file.
 
@@ -42,13 +54,9 @@ def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -
     Returns:
         Whether matplotlib is installed; without it nothing is written.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = load_pyplot()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     paint(axes)
     with atomic_path(path) as temporary:

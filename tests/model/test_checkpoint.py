@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from checkpoints import MASKED_LM, rewrite
 from parity import CASES, SIZES, models
 from safetensors.torch import load_file, save_file
 
@@ -13,25 +14,11 @@ import bertfast
 from bertfast.models.files import load, report_differences, save
 
 BY_NAME = {case.name: case for case in CASES}
-MASKED_LM = BY_NAME["masked_lm"]
 
 
 def assert_same_weights(model, other) -> None:
     for name, x in other.state_dict().items():
         assert torch.equal(model.state_dict()[name], x), name
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """The folder of a masked-LM model, written by transformers."""
-    models(MASKED_LM)[1].save_pretrained(tmp_path)
-    return tmp_path
-
-
-def rewrite(folder, change) -> None:
-    """Apply `change` to the weights of a folder."""
-    weights = load_file(folder / "model.safetensors")
-    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["own tensors", "gathered"])

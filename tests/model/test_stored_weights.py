@@ -2,26 +2,11 @@
 
 import pytest
 import torch
-from parity import CASES, models
+from checkpoints import rewrite
 from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast.models.files import load
-
-MASKED_LM = {case.name: case for case in CASES}["masked_lm"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """The folder of a masked-LM model, written by transformers."""
-    models(MASKED_LM)[1].save_pretrained(tmp_path)
-    return tmp_path
-
-
-def rewrite(folder, change) -> None:
-    """Apply `change` to the weights of a folder."""
-    weights = load_file(folder / "model.safetensors")
-    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
