@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import family_models
 import pytest
@@ -171,13 +172,49 @@ def test_it_is_saved_as_what_it_was(tmp_path):
     assert all(torch.equal(x, hf.state_dict()[name]) for name, x in loaded.state_dict().items())
 
 
-def test_copies_and_threads_compute_the_same():
+def test_a_copy_computes_the_same():
     model = frozen(live())
-    expected = outputs_of(model).logits
-    assert torch.equal(outputs_of(copy.deepcopy(model)).logits, expected)
-    with ThreadPoolExecutor(8) as pool:
-        results = [*pool.map(lambda _: outputs_of(model).logits, range(64))]
-    assert all(torch.equal(x, expected) for x in results)
+    assert torch.equal(outputs_of(copy.deepcopy(model)).logits, outputs_of(model).logits)
+
+
+def batches_of_shapes(case, hf):
+    """Return batches of one to eight sequences, of one to all tokens, with padding."""
+    values, _ = family_models.inputs(case, hf)
+    rows, length = values["input_ids"].shape
+    shapes = [(1, 1), (1, 2), (1, length), (2, 5), (rows, 3), (rows, length), (2 * rows, length - 1), (8, 7)]
+    generator, batches = torch.Generator().manual_seed(0), []
+    for sequences, tokens in shapes:
+        lengths = torch.randint(1, tokens + 1, (sequences, 1), generator=generator)
+        lengths[0] = tokens
+        ids = torch.randint(5, hf.config.vocab_size, (sequences, tokens), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": (torch.arange(tokens) < lengths).long()})
+    return batches
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.task == "Model"], ids=str)
+def test_eight_threads_compute_what_one_does(case, precision):
+    """Calls of different shapes at the same time share no buffer: each output is bitwise that of a call alone."""
+    hf = family_models.plain(case)
+    batches = batches_of_shapes(case, hf)
+    if precision == "int8":
+        bertfast.quantize(model := copy.deepcopy(hf), batches[:2])
+    else:
+        model = frozen(hf, precision)
+    threads, all_ready = torch.get_num_threads(), Barrier(8)
+    torch.set_num_threads(1)
+    try:
+        expected = [model(**values).last_hidden_state for values in batches]
+
+        def each_batch_from(first):
+            all_ready.wait(60)
+            order = [(first + offset) % len(batches) for offset in range(5 * len(batches))]
+            return all(torch.equal(model(**batches[n]).last_hidden_state, expected[n]) for n in order)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(each_batch_from, range(8)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_modules_that_are_replaced_or_watched_afterwards_are_called(calls_of_layers):
