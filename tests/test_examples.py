@@ -15,6 +15,7 @@ NEEDS = {
     "lora": ["peft"],
     "onnx_export": ["onnx", "onnxruntime", "onnxscript"],
     "sentence_embeddings": ["sentence_transformers"],
+    "serve": ["starlette", "uvicorn"],
     "trainer": ["accelerate"],
 }
 SCRIPTS = [pytest.param(path, id=path.stem) for path in EXAMPLES]
@@ -35,5 +36,5 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
         assert promised in printed
 
 
-def test_there_are_ten_examples():
-    assert len(EXAMPLES) == 10
+def test_there_are_eleven_examples():
+    assert len(EXAMPLES) == 11
