@@ -8,6 +8,7 @@ It crashes if a kernel accesses memory past the end of a tensor; `out_of_bounds`
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from bertfast.ops import native
 from bertfast.ops.bias_gelu import LinearGelu
 from bertfast.ops.dispatch import operator
 from bertfast.ops.dropout import Dropout
+from bertfast.ops.packed_linear import PackedWeight, pack, packed_linear, quantise
 from bertfast.ops.sequences import Sequences
 
 ROWS, HIDDEN = 5, 50  # neither is a multiple of a tile
@@ -145,6 +147,22 @@ def rotary() -> Tensor:
     return Weighted.apply(y, guarded(normal(*qkv.shape, dtype=torch.float32)))
 
 
+def packed(make: Callable[..., PackedWeight]) -> Callable[[], Tensor]:
+    """Return the operation on a weight that `make` packs; its result has no gradient, so that of a sum is taken."""
+
+    def run() -> Tensor:
+        plain = make(rows(count=37), vector(37))
+        tensors = {name: guarded(x) for name, x in vars(plain).items() if isinstance(x, Tensor)}
+        y = packed_linear(rows().detach(), replace(plain, **tensors), "gelu", implementation=KERNELS)
+        return y + rows(37)
+
+    return run
+
+
+def quantised_with_factors(weight: Tensor, bias: Tensor) -> PackedWeight:
+    return quantise(weight, bias, torch.full((HIDDEN,), 0.5))
+
+
 def out_of_bounds() -> Tensor:
     return operator(KERNELS, "bias_gelu_forward")(rows(), vector(HIDDEN - 1), "none")  # the bias is too short
 
@@ -166,6 +184,7 @@ CASES = {
     "linear_cross_entropy_in_order": linear_cross_entropy_in_order,
     **({"gather": gather} if KERNELS == "triton" else {}),
     **({"rotary": rotary} if KERNELS != "cuda" else {}),
+    **({"packed_linear": packed(pack), "packed_int8": packed(quantised_with_factors)} if KERNELS == "cpu" else {}),
     "out_of_bounds": out_of_bounds,
 }
 if KERNELS == "cuda":

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_as_accurate_as_torch, normal
 
-from bertfast.ops.packed_linear import PANEL, pack, packed_linear, quantise
+from bertfast.ops.packed_linear import PANEL, pack, packed_int8, packed_linear, quantise
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 SHAPES = [  # tokens, N, K
@@ -86,6 +86,55 @@ def test_int8_sums_are_exact_with_the_largest_values():
     actual = packed_linear(x, quantise(weight), implementation="cpu")
     signs = torch.tensor([1.0, -1, 1])[:, None] * torch.where(torch.arange(PANEL) % 2 == 0, -1, 1)
     torch.testing.assert_close(actual, signs * depth, rtol=1e-6, atol=0)
+
+
+LOWEST, HIGHEST = -126.5, 127.5  # of a token: 254 steps apart, quantised to 1 and, both ends rounded up, to 255
+
+
+def extremes(low: float, high: float, depth: int) -> torch.Tensor:
+    """Return rows of low alone, of both in turn, by pairs, by fours and at random, and their opposites, [12, depth]."""
+    position = torch.arange(depth)
+    at_random = torch.rand(2, depth, generator=torch.Generator().manual_seed(0)) < 0.5
+    is_high = torch.stack([position < 0, position % 2 == 1, position // 2 % 2 == 1, position // 4 % 2 == 1, *at_random])
+    return torch.where(torch.cat([is_high, ~is_high]), high, low)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 31, 64, 769, 1541, 3072, 4096])
+@pytest.mark.usefixtures("quad_instruction")
+def test_int8_sums_of_extreme_values_are_exact_at_all_positions(depth):
+    """Weights of -128 and 127, and tokens of 1 and 255: the sums are those of 64-bit integers, rounded to fp32."""
+    values = extremes(-128, 127, depth).to(torch.int8).repeat(3, 1)
+    tokens = extremes(LOWEST, HIGHEST, depth).repeat(2, 1)
+    # A token's step is 1 if both ends occur in it: they do in two more columns, whose weights are zero.
+    both = torch.tensor([LOWEST, HIGHEST]).expand(len(tokens), -1)
+    weight = packed_int8(F.pad(values, (2, 0)), torch.ones(len(values)), None, None)
+    actual = packed_linear(torch.cat([both, tokens], dim=1), weight, implementation="cpu")
+    assert torch.equal(actual, (tokens.round().long() @ values.long().T).float())
+
+
+@pytest.mark.parametrize("make", [pack, quantise])
+@pytest.mark.usefixtures("quad_instruction")
+def test_memory_of_earlier_calls_is_not_read(make):
+    """The kernels keep their memory between calls: here it holds NaN, or the largest values, of a larger call."""
+    x, weight, bias = inputs((14, 37, 770))
+    packed = make(weight, bias)
+    expected = packed_linear(x, packed, implementation="cpu")
+    for value in (float("nan"), 1e30, -1e30):
+        rows = torch.full((300, 6144), value)
+        rows[:, ::2] *= -1
+        packed_linear(rows, make(torch.ones(70, 6144)), implementation="cpu")
+        assert torch.equal(packed_linear(x, packed, implementation="cpu"), expected)
+        assert torch.equal(packed_linear(x[:1], packed, implementation="cpu"), expected[:1])
+
+
+@pytest.mark.usefixtures("quad_instruction")
+def test_neighbours_of_rows_and_columns_are_not_read():
+    """The rows of x are parts of wider ones, which are otherwise NaN; so are the rows before and after them."""
+    x, weight, bias = inputs((7, 33, 50))
+    packed = quantise(weight, bias, torch.full((50,), 0.5))
+    around = torch.full((9, 60), float("nan"))
+    around[1:8, 3:53] = x
+    assert torch.equal(packed_linear(around[1:8, 3:53], packed, implementation="cpu"), packed_linear(x, packed))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
