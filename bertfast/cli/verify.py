@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
+from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.models.freeze import freeze
 from bertfast.models.quantize import quantize
 from bertfast.ops import native
@@ -84,6 +85,7 @@ def _verify_int8(both: Comparison) -> None:
     model = copy.deepcopy(both.bertfast)
     for name, why in quantize(model, both.batches[:CALIBRATION_BATCHES]).left.items():
         print(f"{name}: {why}")
+    log_int8_speed(model, int(both.batches[0]["attention_mask"].sum()))
     cosines = torch.cat(
         [torch.cosine_similarity(_text_vectors(model, x), _text_vectors(both.hf, x)) for x in both.batches]
     )

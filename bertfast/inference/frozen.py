@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bertfast.encoder.packed_linear import is_frozen
+from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.models.freeze import freeze
 from bertfast.models.patch import require_packed
 from bertfast.models.quantised_files import is_quantised
@@ -59,8 +60,7 @@ def freeze_on_cpu(
         logger.info("%s runs in int8, calibrated on the first %d inputs", model.name_or_path, len(rows))
         for name, why in report.left.items():
             logger.warning("%s: %s", name, why)
-        if not torch.ops.bertfast.has_quad_instruction():
-            logger.warning("this CPU has no dot products of int8: --precision int8 may be slower here than fp32")
+        log_int8_speed(model, int(features.lengths.sum()))
     elif precision in ("fp32", "bf16"):
         freeze(model, precision)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import weakref
 
 import pytest
@@ -14,6 +15,7 @@ from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder.packed_linear import PackedLinear, is_frozen
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.inference.frozen import freeze_on_cpu
+from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.inference.predict import PredictSettings, open_finetuned, predict
 from bertfast.tasks.features import tokenize
 
@@ -92,6 +94,54 @@ def test_predictions_in_int8(tuned, files, capsys, caplog):
     assert "runs in int8, calibrated on the first 32 inputs" in caplog.text
     assert len(labels[0]) == 60
     assert sum(a == b for a, b in zip(*labels, strict=True)) >= 59
+
+
+@pytest.fixture
+def without_dot_products():
+    """Run as on a CPU without dot products of int8."""
+    torch.ops.bertfast.use_quad_instruction(False)
+    yield
+    torch.ops.bertfast.use_quad_instruction(True)
+
+
+@pytest.mark.parametrize(("int8", "level"), [(0.002, "WARNING"), (0.0005, "INFO")], ids=["slower", "faster"])
+@pytest.mark.usefixtures("without_dot_products")
+def test_commands_say_how_fast_int8_is_without_its_instructions(int8, level, pretrained, texts, tmp_path, caplog,
+                                                                monkeypatch):  # fmt: skip
+    measured = []
+    monkeypatch.setattr(
+        "bertfast.inference.int8_speed.seconds_of",
+        lambda weights, tokens: measured.append((weights, tokens)) or [int8, 0.001],
+    )
+    with caplog.at_level(logging.INFO, "bertfast"):
+        embedded(pretrained, tmp_path / "int8", texts, "int8")
+        assert main(["verify", str(pretrained), "--input-file", texts, "--device", "cpu", "--precision", "int8"]) == 0
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "dot products" in record.msg]
+    (first_weights, tokens), _ = measured
+    assert [weight.operands.dtype for weight in first_weights] == [torch.int8, torch.float32]
+    sentence = (
+        f"this CPU has no dot products of int8: {tokens} tokens through a linear layer of 32 x 32 take {1e3 * int8:.2f}"
+        f" ms in int8 and 1.00 ms in fp32, so that --precision int8 is {'slower' if level == 'WARNING' else 'faster'} "
+        "here than fp32"
+    )
+    assert said == [(level, sentence)] * 2
+
+
+@pytest.mark.usefixtures("without_dot_products")
+def test_a_part_of_large_batches_is_measured(caplog):
+    model = bertfast.BertModel(bertfast.preset_config("base", num_hidden_layers=1))
+    bertfast.quantize(model)
+    with caplog.at_level(logging.INFO, "bertfast"):
+        log_int8_speed(model, 8192)
+    assert re.search(r": 169 tokens through a linear layer of 768 x 768 take [\d.]+ ms in int8", caplog.text)
+
+
+def test_nothing_is_measured_with_dot_products_of_int8(pretrained, texts, tmp_path, caplog):
+    if not torch.ops.bertfast.has_quad_instruction():
+        pytest.skip("this CPU has none")
+    with caplog.at_level(logging.INFO, "bertfast"):
+        embedded(pretrained, tmp_path / "int8", texts, "int8")
+    assert "dot products" not in caplog.text
 
 
 def test_the_folder_of_a_quantised_model_is_run_by_predict_and_embed(int8_folder, files, texts, tmp_path, capsys):
