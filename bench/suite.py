@@ -90,6 +90,12 @@ PARTS = {
         8, ("end_to_end.families", *FAMILIES, "--data", "{data}"), tuple(f"families-{name}" for name in FAMILIES)
     ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
+    "accuracy in int8": Part(
+        10,
+        ("end_to_end.int8_accuracy", "{model}", "{data}", "--output", "build/bench"),
+        ("int8_accuracy",),
+        by_name=True,
+    ),
     "data": Part(
         1,
         ("end_to_end.data", "{data}/corpus/wikipedia-valid.txt.xz", "--tokenizer", f"{{data}}/{VOCABULARY}"),

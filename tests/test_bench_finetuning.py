@@ -1,4 +1,4 @@
-"""`bench.end_to_end.finetuning` trains, evaluates and times both sides on each kind of task."""
+"""`bench.end_to_end.finetuning` trains, evaluates and times both sides on each kind of task; `int8_accuracy` too."""
 
 import gzip
 import json
@@ -48,10 +48,10 @@ def write_data(folder: Path, name: str) -> None:
         (folder / file).write_bytes(gzip.compress(text.encode()))
 
 
-def finetuning(model: Path, folder: Path, name: str, *options: str) -> None:
+def finetuning(model: Path, folder: Path, name: str, *options: str, program: str = "finetuning") -> None:
     write_data(folder, name)
     folders = ["--output", str(folder), "--results", str(folder)]
-    command = [sys.executable, "-m", "bench.end_to_end.finetuning", str(model), str(folder), "--tasks", name, *folders]
+    command = [sys.executable, "-m", f"bench.end_to_end.{program}", str(model), str(folder), "--tasks", name, *folders]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -72,3 +72,15 @@ def test_steps_of_both_sides_are_timed(model, tmp_path):
     assert result["median_ratio"] == pytest.approx(result["transformers_s"][0] / result["bertfast_s"][0])
     assert 0 < result["lower_bound_s"] < result["bertfast_s"][0]
     assert result["gemm_gflops"] > 0
+
+
+def test_a_fine_tuned_model_is_evaluated_and_timed_in_int8(model, tmp_path):
+    finetuning(model, tmp_path, "sst-2", "--repeats=1", program="int8_accuracy")
+    found = json.loads((tmp_path / "int8_accuracy.json").read_text())["tasks"]["sst-2"]
+    fp32, int8 = found["accuracy"]["fp32"], found["accuracy"]["int8"]
+    assert (fp32["equal_predictions"], fp32["cosine_mean"]) == (1, pytest.approx(1))
+    assert 0.9 < int8["cosine_p01"] < int8["cosine_mean"] < 1
+    for workload in found["workloads"].values():
+        assert workload["precisions"].keys() == found["accuracy"].keys()
+        assert sum(workload["lengths"]) <= workload["padded_tokens"]
+        assert 0 < workload["lower_bound_s"]["fp32"] < workload["precisions"]["fp32"]["median_s"]

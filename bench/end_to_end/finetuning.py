@@ -27,6 +27,7 @@ from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
 from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.training.finetune import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule
@@ -104,7 +105,9 @@ def accuracy(name: str, arguments: argparse.Namespace) -> None:
     write_result(f"finetuning-{label}", result, arguments.results)
 
 
-def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random: bool) -> FinetuneSettings:
+def settings_for(
+    case: Case, arguments: argparse.Namespace, folder: Path, random: bool, precision: Precision = "fp32"
+) -> FinetuneSettings:
     """Return the settings of a run."""
     return FinetuneSettings.of(
         model_name_or_path=str(arguments.model),
@@ -119,7 +122,7 @@ def settings_for(case: Case, arguments: argparse.Namespace, folder: Path, random
         num_train_epochs=case.epochs,
         learning_rate=case.rate,
         on_bad_rows="skip",
-        precision="fp32",
+        precision=precision,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bench.figures import step_case
+from bench.page.accuracy import accuracy_text
 from bench.page.data import data_text
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
@@ -177,6 +178,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     if not_run := sorted({f"- {key}: {why}" for result in results for key, why in missing_reasons(result).items()}):
         parts.append("Without a time:\n\n" + "\n".join(not_run) + "\n")
     parts += filter(None, map(errors_text, results))
+    parts += filter(None, map(accuracy_text, results))
     parts += filter(None, map(operators_text, results))
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]
     parts += filter(None, map(over_time_table, results))

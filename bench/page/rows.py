@@ -27,7 +27,7 @@ SYSTEMS = {  # as result files name them, and as the page does
 }
 TEXTS = {"sst2": "sentences of SST-2", "squad": "paragraphs of SQuAD"}
 SIGNIFICANCE = 0.05  # largest p-value of a difference
-TASKS = {"sst-2": "SST-2", "squad": "SQuAD 1.1", "wnut": "WNUT-17"}
+TASKS = {"sst-2": "SST-2", "sts-b": "STS-B", "squad": "SQuAD 1.1", "wnut": "WNUT-17"}
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,20 @@ def embed_rows(result: Result) -> Iterator[Row]:
             yield result.row(workload, "fp32", name, samples, *bound_in(speed))
 
 
+def int8_rows(result: Result) -> Iterator[Row]:
+    """Yield the times of a fine-tuned model in each precision."""
+    for name, task in result.values["tasks"].items():
+        for order, timed in task["workloads"].items():
+            texts = "pairs" if name == "sts-b" else "sentences"
+            number = f"{len(timed['lengths'])} {texts} of {TASKS[name]} in batches of {timed['batch']}, {order}"
+            for precision, entry in timed["precisions"].items():
+                bound = timed["lower_bound_s"].get(precision)
+                rate = task["ceilings"].get(precision)
+                yield result.row(
+                    f"fine-tuned MiniLM, {number}", precision, "bertfast", entry["seconds"], bound, rate and rate / 1e9
+                )
+
+
 def bound_in(entry: dict[str, Any]) -> tuple[float | None, float | None]:
     """Return the lower bound in seconds and the GEMM throughput of an entry; older ones have neither."""
     return entry.get("lower_bound_s"), entry.get("gemm_gflops")
@@ -235,6 +249,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
     "patched": patched_rows,
     "families-": family_rows,
     "embed": embed_rows,
+    "int8_accuracy": int8_rows,
 }
 
 
