@@ -96,6 +96,7 @@ PARTS = {
         ("int8_accuracy",),
         by_name=True,
     ),
+    "serving": Part(5, ("end_to_end.serving", "{model}", "{data}"), ("serving",), by_name=True),
     "data": Part(
         1,
         ("end_to_end.data", "{data}/corpus/wikipedia-valid.txt.xz", "--tokenizer", f"{{data}}/{VOCABULARY}"),

@@ -43,22 +43,30 @@ def missing_runtimes(packages: Sequence[str] = PACKAGES) -> list[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Random weights of an encoder, and what runtimes make from them.
+    """Weights of an encoder, and what runtimes make from them.
 
     Attributes:
         config: Sizes of the model.
         batches: Inputs, whose tokens runtimes see when they compile or calibrate.
         folder: Folder for exported models.
+        trained: Folder of a model with these sizes; None: random weights.
     """
 
     config: bertfast.BertConfig
     batches: list[Inputs]
     folder: Path
+    trained: Path | None = None
 
     @cached_property
     def reference(self) -> transformers.BertModel:
         """transformers' model, with PyTorch's scaled-dot-product attention, in fp32."""
-        model: transformers.BertModel = transformers.BertModel(hf_config(self.config), add_pooling_layer=False).eval()
+        config, kind = hf_config(self.config), transformers.BertModel
+        model: transformers.BertModel
+        if self.trained is None:
+            model = kind(config, add_pooling_layer=False)
+        else:
+            model = kind.from_pretrained(self.trained, config=config, add_pooling_layer=False)
+        model.eval()
         return model
 
     def in_transformers(self, attention: str = "sdpa") -> transformers.BertModel:
@@ -76,7 +84,7 @@ class Weights:
 
     @cached_property
     def onnx(self) -> Path:
-        """An ONNX file of the model for batches of all shapes."""
+        """An ONNX file of the model for batches of all shapes, made unless `folder` has it already."""
 
         class HiddenStates(torch.nn.Module):
             def __init__(self, model: torch.nn.Module) -> None:
@@ -88,6 +96,8 @@ class Weights:
                 return hidden
 
         path = self.folder / "model.onnx"
+        if path.exists():
+            return path
         example = {name: x.repeat(2, 1)[:2] for name, x in self.batches[0].items()}
         shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
         with warnings.catch_warnings():

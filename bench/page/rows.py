@@ -237,6 +237,20 @@ def int8_rows(result: Result) -> Iterator[Row]:
                 )
 
 
+def serving_rows(result: Result) -> Iterator[Row]:
+    values, burst = result.values, result.values["burst"]
+    found = {f"{burst['sentences']} sentences, {burst['at_once']} at a time": burst["seconds"]}
+    for rate, engines in values["loads"].items():
+        for key in ("p50", "p99"):
+            samples_of = {name: [load[f"{key}_s"] for load in rounds] for name, rounds in engines.items()}
+            found[f"{rate} requests/s, {key} of the latency"] = samples_of
+    for title, runtimes in found.items():
+        for system, samples in runtimes.items():
+            precision = values["precisions"][system]
+            name = system.removesuffix(f", {precision}")
+            yield result.row(f"serving, {values['model']}, {title}", precision, name, samples)
+
+
 def bound_in(entry: dict[str, Any]) -> tuple[float | None, float | None]:
     """Return the lower bound in seconds and the GEMM throughput of an entry; older ones have neither."""
     return entry.get("lower_bound_s"), entry.get("gemm_gflops")
@@ -250,6 +264,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
     "families-": family_rows,
     "embed": embed_rows,
     "int8_accuracy": int8_rows,
+    "serving": serving_rows,
 }
 
 

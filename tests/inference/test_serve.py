@@ -245,7 +245,7 @@ def test_an_error_of_the_engine_fails_only_its_requests():
 
     with serve.running(serve.application(words, engine, serve.Limits())) as url:
         for text in ("four", "fives"):
-            assert post(url, {"texts": [text]})[:2] == (500, {"error": "an error that the server's log shows"})
+            assert post(url, {"texts": [text]})[:2] == (500, {"error": "an error, which the log shows"})
             assert vectors_of(url, ["ab"]).tolist() == [[2, 1]]
 
 
