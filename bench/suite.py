@@ -91,7 +91,7 @@ PARTS = {
     ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
     "accuracy in int8": Part(
-        10,
+        8,
         ("end_to_end.int8_accuracy", "{model}", "{data}", "--output", "build/bench"),
         ("int8_accuracy",),
         by_name=True,

@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
     """The folder of a tiny model for sequences of 384 tokens, as the task squad has them."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([" ".join([*FILLERS, "good", "bad"])] * 20, 256)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=384, **sizes)
     BertForPreTraining(config).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

@@ -133,7 +133,7 @@ def test_a_part_of_large_batches_is_measured(caplog):
     bertfast.quantize(model)
     with caplog.at_level(logging.INFO, "bertfast"):
         log_int8_speed(model, 8192)
-    assert re.search(r": 169 tokens through a linear layer of 768 x 768 take [\d.]+ ms in int8", caplog.text)
+    assert re.search(r": 84 tokens through a linear layer of 768 x 768 take [\d.]+ ms in int8", caplog.text)
 
 
 def test_nothing_is_measured_with_dot_products_of_int8(pretrained, texts, tmp_path, caplog):
