@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 from task_examples import write_examples
@@ -88,6 +89,8 @@ def files(tmp_path_factory):
     for name in ("bert", "demo/model"):
         BertForPreTraining(config).save_pretrained(folder / name)
         save_tokenizer(tokenizer, folder / name)
+    (folder / "documents").mkdir()
+    np.save(folder / "documents" / "ranges.npy", np.float32([[-1] * config.hidden_size, [1] * config.hidden_size]))
     for line in (
         "prepare --output-dir shards --train-file text/ --vocab-size 96 --processes 1",
         "finetune --model-name-or-path bert --train-file train.tsv --output-dir tuned --num-train-epochs 1",

@@ -7,32 +7,42 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import COMPRESSIONS, STANDARD_INPUT, read_lines, read_standard_input, require_file
+from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
 from bertfast.encoder.packed_linear import is_frozen
-from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, require_own_precision
+from bertfast.inference.embed_settings import EmbedSettings
+from bertfast.inference.embedding_files import (
+    CONTENTS,
+    RANGES,
+    Part,
+    is_whole,
+    quantize_embeddings,
+    read_ranges,
+    write_part,
+    write_ranges,
+)
+from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu
+from bertfast.inference.pooling import pool
+from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder, with_flags
+from bertfast.inference.sentence_modules import SentenceModules
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import (
-    LAYERS,
     BertFeaturesForTokenClassification,
-    select_layers,
-    warn_of_few_layers,
 )
-from bertfast.models.files import model_files, resolve
+from bertfast.models.files import model_files
 from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
@@ -40,78 +50,26 @@ from bertfast.runtime.extras import install_command
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
-from bertfast.runtime.settings import Count, Settings, flag, given, refuse_without_effect
+from bertfast.runtime.settings import flag
 from bertfast.runtime.signals import RunStopped
-from bertfast.runtime.tensor_file import write_tensors
 from bertfast.tasks.columns import Columns, Text
-from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length, tokenize
-from bertfast.tasks.pretrained import open_model, sequence_length
-from bertfast.tasks.settings import ComputeSettings
+from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 from bertfast.tasks.tables import read_chunks
 
 logger = logging.getLogger("bertfast")
 
-_CONTENTS = ("part-[0-9]*.safetensors", "part-[0-9]*.parquet")
-Pooling = Literal["cls", "mean", "none"]
-_TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedSettings(Settings):
-    """Texts to embed, the model, and the output.
-
-    Attributes:
-        model_name_or_path: Folder or hub id of a model and its tokenizer.
-        output_dir: Folder for part-00000 and so on. The same command again continues an interrupted run.
-        overwrite_output_dir: Replace the parts of another run in --output-dir.
-        input_file: A .txt file with one text per line, blank lines included, read as a stream, or a .tsv, .csv or
-            .jsonl file, or a .json list. If not given, or "-": lines of standard input.
-        text_column: Column of the text. If not given: sentence, sentence1 or text.
-        text_pair_column: Column of the second text of a pair. If not given: sentence2 if there is one.
-        pooling: mean: average over all tokens; cls: the [CLS] token; or none: one embedding per token.
-        layers: Hidden states to use: embeddings, second-to-last, last, mean-last-four, concat-last-four or mean-all.
-        output_format: safetensors, or parquet (one row per text).
-        texts_per_part: Texts per output file.
-        max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated. If not given: the model's
-            number of positions.
-        compute: Device, precision and batch size of inference.
-    """
-
-    model_name_or_path: str
-    output_dir: str
-    overwrite_output_dir: bool = False
-    input_file: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    pooling: Pooling = "mean"
-    layers: str = "last"
-    output_format: Literal["safetensors", "parquet"] = "safetensors"
-    texts_per_part: Count = 10_000
-    max_seq_length: Count | None = None
-    compute: ComputeSettings = field(default_factory=ComputeSettings)
-
-    def validate(self) -> None:
-        if self.layers not in LAYERS:
-            raise ValueError(f"--layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
-        if self.output_format == "parquet" and self.pooling == "none":
-            raise ValueError("parquet has one row per text: for --pooling none use --output-format safetensors")
-        if self.reads_lines:
-            columns = {"--text-column", "--text-pair-column"}
-            refuse_without_effect(sorted(columns.intersection(given(self))), "the input is lines, not a table")
-
-    @property
-    def reads_lines(self) -> bool:
-        """Whether each line of the input is a text; else the input is a table."""
-        return self.input_file in (None, "-") or self.input_file.endswith(_TEXT_SUFFIXES)
+__all__ = ["EmbedSettings", "cached_hidden_states", "compute_embeddings", "embed"]
 
 
 def embed(settings: EmbedSettings) -> Path:
     """Write the embeddings of all texts, in their order: one for each line of text or row of a table, also if blank.
 
-    Each part holds `embeddings`, fp32 [S, D], and `rows`, int64 [S], the number of each text's row (or line) from 1.
-    With pooling "none", embeddings are fp32 [T, D], and `cu_seqlens`, int64 [S + 1], says where the tokens of each text
-    start, and T. Parquet files have the columns `row`, `id` if the table has it, and `embeddings`, of lists.
+    Each part holds `embeddings`, fp32 [S, D] or as --output-precision says, and `rows`, int64 [S], the number of each
+    text's row (or line) from 1. With pooling "none", embeddings are [T, D], and `cu_seqlens`, int64 [S + 1], says where
+    the tokens of each text start, and T. If the table has ids, safetensors files have them as a JSON list in the entry
+    `ids` of their metadata. Parquet files have the columns `row`, `id` if the table has it, and `embeddings`, of lists.
+    With npy, the arrays are files: part-00000.npy of embeddings, rows-00000.npy, ids-00000.npy, cu_seqlens-00000.npy.
 
     Returns:
         The output folder.
@@ -122,17 +80,16 @@ def embed(settings: EmbedSettings) -> Path:
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
+    if settings.ranges_file is not None:
+        require_file(settings.ranges_file, "--ranges-file")
     if settings.output_format == "parquet" and find_spec("pyarrow") is None:
         raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
-    model, tokenizer = open_model(BertModel, settings.model_name_or_path, False, device, settings.compute.precision)
-    require_own_precision(model, settings.compute.precision)
-    warn_of_few_layers("--layers", settings.layers, model.config)
-    max_length = sequence_length(settings.max_seq_length, model.config)
-    origin = _origin(settings, max_length, choose_precision(device, settings.compute.precision, model.config))
+    encoder = open_encoder(settings, device)
+    origin = _origin(settings, encoder)
     folder = Path(settings.output_dir)
     with locked_folder(folder):
-        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
+        begin = check_contents(folder, origin, CONTENTS, overwrite=settings.overwrite_output_dir)
         rows = _rows(settings)
         calibration = list(islice(rows, CALIBRATION_EXAMPLES))
         rows = chain(calibration, rows)
@@ -142,26 +99,65 @@ def embed(settings: EmbedSettings) -> Path:
         if first is None:
             raise ValueError(f"{source} is empty: it needs one text per line")
         begin()
+        encoder.log(settings)
         # The first texts, even if their embeddings are there already, so that those of the others do not depend on it.
-        first_features = tokenize(tokenizer, [row.text for row in calibration], max_length)
+        first_features = encoder.features([row.text for row in calibration])
+        model = encoder.model
         freeze_on_cpu(model, settings.compute.precision, first_features, lambda x: encode(model, x.packed(model)))
-        cut = CutTexts(source, max_length)
+        cut = CutTexts(source, encoder.max_length)
         with (
             _interruptible(settings),
             tqdm(desc="embed", unit="text") as bar,
         ):  # not before the checks, as it would stand above an error
-            for part, chunk in enumerate(chain([first], chunks)):
-                path = folder / f"part-{part:05}.{settings.output_format}"
-                if not _is_whole(path, [row.number for row in chunk]):
-                    features = tokenize(tokenizer, [row.text for row in chunk], max_length)
-                    cut.add(features)
-                    tensors = compute_embeddings(model, features, settings)
-                    tensors["rows"] = torch.tensor([row.number for row in chunk])
-                    _write(path, tensors, [row.id for row in chunk])
-                    give_freed_memory_back()  # else memory use grows with the number of parts
-                bar.update(len(chunk))
+            _write_parts(settings, encoder, chain([first], chunks), cut, bar.update)
         cut.report()
     return folder
+
+
+def _write_parts(
+    settings: EmbedSettings,
+    encoder: Encoder,
+    chunks: Iterable[list[_Row]],
+    cut: CutTexts,
+    advance: Callable[[int], object],
+) -> None:
+    """Write the parts that are not there yet, one for each chunk of rows."""
+    folder, ranges = Path(settings.output_dir), _known_ranges(settings)
+    for number, chunk in enumerate(chunks):
+        path = folder / f"part-{number:05}.{settings.output_format}"
+        needs_ranges = settings.has_ranges and ranges is None
+        if needs_ranges or not is_whole(path, [row.number for row in chunk]):
+            features = encoder.features([row.text for row in chunk])
+            cut.add(features)
+            found = compute_embeddings(encoder.model, features, settings, encoder.modules, encoder.num_skipped)
+            embeddings = found["embeddings"].numpy()
+            if needs_ranges:
+                ranges = write_ranges(folder / RANGES, embeddings)
+            if ranges is not None and ranges.shape[1] != embeddings.shape[1]:
+                raise ValueError(
+                    f"--ranges-file {settings.ranges_file} has the ranges of {ranges.shape[1]} elements, and the "
+                    f"embeddings have {embeddings.shape[1]}: give that of embeddings of the same model"
+                )
+            embeddings = quantize_embeddings(embeddings, settings.output_precision, ranges)
+            starts = found["cu_seqlens"].numpy() if "cu_seqlens" in found else None
+            rows = np.array([row.number for row in chunk])
+            write_part(path, Part(embeddings, rows, [row.id for row in chunk], starts))
+            give_freed_memory_back()  # else memory use grows with the number of parts
+        advance(len(chunk))
+
+
+def _known_ranges(settings: EmbedSettings) -> np.ndarray | None:
+    """Return the ranges of another run or of the first part, if embeddings need them and they are there."""
+    if settings.ranges_file is not None:
+        return read_ranges(Path(settings.ranges_file))
+    path = Path(settings.output_dir, RANGES)
+    if not settings.has_ranges or not path.exists():
+        return None
+    try:
+        return read_ranges(path)
+    except ValueError as error:
+        logger.warning("%s: computed again", error)
+        return None
 
 
 @contextmanager
@@ -179,11 +175,13 @@ def _interruptible(settings: EmbedSettings) -> Iterator[None]:
         ) from None
 
 
-def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
+def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
     """Return what the embeddings depend on."""
-    inputs = {"--model-name-or-path": model_files(resolve(settings.model_name_or_path))}
+    inputs = {"--model-name-or-path": [*model_files(encoder.own.encoder), *encoder.own.files]}
+    if settings.ranges_file is not None:
+        inputs["--ranges-file"] = [Path(settings.ranges_file)]
     if settings.input_file in (None, "-"):
-        existing = (path for pattern in _CONTENTS for path in Path(settings.output_dir).glob(pattern))
+        existing = (path for pattern in CONTENTS for path in Path(settings.output_dir).glob(pattern))
         if any(existing) and not settings.overwrite_output_dir:
             raise ValueError(
                 f"{settings.output_dir} has embeddings, perhaps of other texts than those on standard input: "
@@ -191,18 +189,42 @@ def _origin(settings: EmbedSettings, max_length: int, precision: str) -> Origin:
             )
     else:
         inputs["--input-file"] = [Path(settings.input_file)]
-    names = ("text_column", "text_pair_column", "pooling", "layers", "output_format", "texts_per_part")
-    values = {flag(name): getattr(settings, name) for name in names}
-    return Origin(inputs, values | {"--max-seq-length": max_length, "--precision": precision}, "embed")
+    names = ("text_column", "text_pair_column", "layers", "output_format", "output_precision", "texts_per_part")
+    values: dict[str, Any] = {flag(name): getattr(settings, name) for name in names}
+    values |= {"--pooling": joined(encoder.modules), "--normalization": "l2" if encoder.modules.normalizes else "none"}
+    model = encoder.model
+    values |= {"--prompt": encoder.prompt, "--max-seq-length": encoder.max_length}
+    values["--precision"] = choose_precision(model.device, settings.compute.precision, model.config)
+    return Origin(inputs, values, "embed")
 
 
 @torch.no_grad()
-def compute_embeddings(model: BertModel, features: Features, settings: EmbedSettings) -> dict[str, Tensor]:
-    """Compute the embeddings of tokenized texts, as `embed` writes them."""
-    layers, concatenated = select_layers(settings.layers, model.config)
-    size = model.config.hidden_size * (len(layers) if concatenated else 1)
+def compute_embeddings(
+    model: BertModel,
+    features: Features,
+    settings: EmbedSettings,
+    modules: SentenceModules | None = None,
+    num_skipped: int = 0,
+) -> dict[str, Tensor]:
+    """Compute the embeddings of tokenized texts in fp32.
+
+    Args:
+        model: The encoder.
+        features: The texts.
+        settings: Layers, precision and batch size; without modules also the pooling, mean by default.
+        modules: Pooling, and what follows it.
+        num_skipped: Number of first tokens that are not pooled.
+
+    Returns:
+        `embeddings`, fp32 [S, D], or with pooling "none" fp32 [T, D] and `cu_seqlens`, int64 [S + 1].
+    """
+    if modules is None:
+        modules = with_flags(SentenceModules(Path()), settings)
+    layers, size = chosen_layers(settings, model)
+    concatenated = size > model.config.hidden_size
     per_token = settings.pooling == "none"
-    embeddings = torch.empty(len(features.token_ids) if per_token else len(features), size)
+    shape = (len(features.token_ids), size) if per_token else (len(features), modules.size_of(size))
+    embeddings = torch.empty(shape)
     precision = choose_precision(model.device, settings.compute.precision, model.config)
     only_last = layers == [model.config.num_hidden_layers]
 
@@ -224,10 +246,11 @@ def compute_embeddings(model: BertModel, features: Features, settings: EmbedSett
             require_finite(hidden, model.name_or_path)
             if per_token:
                 _scatter_tokens(embeddings.numpy(), features, rows, hidden.numpy())
-            elif settings.pooling == "cls":
-                embeddings[rows] = hidden[np.cumsum(lengths) - lengths]  # the first token of each text
             else:
-                embeddings[rows] = torch.segment_reduce(hidden, "mean", lengths=torch.from_numpy(lengths))
+                pooled = pool(hidden, torch.from_numpy(lengths), modules.pooling, num_skipped)
+                for module in modules.after:
+                    pooled = module(pooled)
+                embeddings[rows] = pooled
     return {"embeddings": embeddings} | ({"cu_seqlens": torch.from_numpy(features.cu_seqlens)} if per_token else {})
 
 
@@ -312,41 +335,3 @@ def _rows(settings: EmbedSettings) -> Iterator[_Row]:
         ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
         for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
             yield _Row(number, text, None if row_id is None else str(row_id))
-
-
-def _is_whole(path: Path, numbers: list[int]) -> bool:
-    """Return whether a part exists and holds the rows of these numbers; warn of a part that does not."""
-    if not path.exists():
-        return False
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:  # raises if the size is not that of the header
-                found = file.get_tensor("rows").tolist()
-        else:
-            from pyarrow import parquet
-
-            found = parquet.read_table(path, columns=["row"])["row"].to_pylist()
-    except (SafetensorError, OSError, ValueError) as error:  # those of pyarrow are OSError or ValueError
-        logger.warning("%s is damaged (%s): its embeddings are computed again", path, error)
-        return False
-    if found != numbers:
-        logger.warning("%s has %d rows, not %d: its embeddings are computed again", path, len(found), len(numbers))
-        return False
-    return True
-
-
-def _write(path: Path, tensors: dict[str, Tensor], ids: list[str | None]) -> None:
-    """Write a part; `ids` are those of its texts, all None if they have none."""
-    if path.suffix == ".safetensors":
-        with atomic_path(path) as temporary:
-            write_tensors(tensors, temporary)
-        return
-    import pyarrow
-    from pyarrow import parquet
-
-    embeddings = tensors["embeddings"].numpy()
-    lists = pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1])
-    named = {"id": ids} if any(row_id is not None for row_id in ids) else {}
-    columns = {"row": tensors["rows"].numpy()} | named | {"embeddings": lists}
-    with atomic_path(path) as temporary:
-        parquet.write_table(pyarrow.table(columns), temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, or raise OSError if it cannot be written, as when the disk is full."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, entries: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, or raise OSError if it cannot be written, as when the disk is full.
+
+    Args:
+        tensors: Its tensors by name.
+        path: The file.
+        entries: Further entries of its metadata.
+    """
     path.touch()
     mode = path.stat().st_mode  # that of the umask; safetensors writes files that only the owner reads
     with safetensors_errors(path):
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(entries or {})})
     path.chmod(mode)
 
 

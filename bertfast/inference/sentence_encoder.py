@@ -1,0 +1,140 @@
+"""An encoder, its tokenizer, and what its folder and flags say about embeddings."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from tokenizers import Tokenizer
+
+from bertfast.inference.embed_settings import EmbedSettings
+from bertfast.inference.frozen import require_own_precision
+from bertfast.inference.sentence_modules import Normalize, SentenceModules, read_sentence_modules
+from bertfast.models.bert import BertModel
+from bertfast.models.extensions import select_layers, warn_of_few_layers
+from bertfast.models.files import resolve
+from bertfast.tasks.columns import Text
+from bertfast.tasks.features import Features, tokenize
+from bertfast.tasks.pretrained import open_model, sequence_length
+
+logger = logging.getLogger("bertfast")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A model, and what makes embeddings of texts with it.
+
+    Attributes:
+        model: The encoder, in evaluation mode.
+        tokenizer: Its tokenizer.
+        own: The modules of its folder.
+        modules: The same as --pooling and --normalization change them.
+        prompt: Text to put before each text.
+        num_skipped: Number of first tokens, those of the prompt, that are not pooled.
+        max_length: Maximum tokens of a text.
+    """
+
+    model: BertModel
+    tokenizer: Tokenizer
+    own: SentenceModules
+    modules: SentenceModules
+    prompt: str
+    num_skipped: int
+    max_length: int
+
+    def features(self, texts: list[Text]) -> Features:
+        """Tokenize texts or pairs of texts, with the prompt."""
+        if self.prompt:
+            texts = [self.prompt + x if isinstance(x, str) else (self.prompt + x[0], x[1]) for x in texts]
+        return tokenize(self.tokenizer, texts, self.max_length)
+
+    def log(self, settings: EmbedSettings) -> None:
+        """Log how embeddings are made, and which flags replace what the model's files say."""
+        own, name = self.own, settings.model_name_or_path
+        pooling = "one embedding per token" if settings.pooling == "none" else f"pooling {joined(self.modules)}"
+        normalized = ", normalised" * (self.modules.normalizes and settings.pooling != "none")
+        prompt = f", prompt {self.prompt!r}" if self.prompt else ""
+        logger.info("%s: %s%s%s, at most %d tokens", name, pooling, normalized, prompt, self.max_length)
+        if own.files and settings.pooling not in ("auto", joined(own)):
+            logger.info("--pooling %s replaces that of %s, %s", settings.pooling, name, joined(own) or "none")
+        if settings.normalization != "auto" and own.normalizes != self.modules.normalizes:
+            kept = "has a" if own.normalizes else "has no"
+            logger.info("--normalization %s: %s %s module Normalize", settings.normalization, name, kept)
+        if self.prompt != own.prompts.get(own.default_prompt or "", ""):
+            replaced = own.prompts.get(own.default_prompt or "", "")
+            logger.info("the prompt of %s, %r, is replaced by %r", name, replaced, self.prompt)
+        if settings.max_seq_length and own.max_seq_length and settings.max_seq_length != own.max_seq_length:
+            logger.info("--max-seq-length replaces that of %s, %d", name, own.max_seq_length)
+
+
+def joined(modules: SentenceModules) -> str:
+    return "+".join(modules.pooling)
+
+
+def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
+    """Open a model, with the pooling, prompt and maximum length of its folder where no flag is given.
+
+    Raises:
+        ValueError: Files of the folder are damaged or not supported, or contradict the settings.
+    """
+    name, precision = settings.model_name_or_path, settings.compute.precision
+    folder = resolve(name)
+    own = read_sentence_modules(folder)
+    inner = name if own.encoder == folder else str(own.encoder)
+    model, tokenizer = open_model(BertModel, inner, False, device, precision)
+    require_own_precision(model, precision)
+    warn_of_few_layers("--layers", settings.layers, model.config)
+    own.prepare_tokenizer(tokenizer)
+    modules = with_flags(own, settings)
+    _, size = chosen_layers(settings, model)
+    modules.size_of(size)
+    prompt = _prompt(own, settings)
+    given_length = settings.max_seq_length
+    max_length = own.length_for(model.config) if given_length is None else sequence_length(given_length, model.config)
+    num_skipped = 0
+    if prompt and not own.pools_prompt and settings.pooling != "none":
+        num_skipped = _prompt_length(tokenizer, prompt)
+        if num_skipped > max_length - 2:
+            raise ValueError(
+                f"the prompt has {num_skipped} tokens, and texts at most {max_length}: choose a shorter one"
+            )
+    return Encoder(model, tokenizer, own, modules, prompt, num_skipped, max_length)
+
+
+def with_flags(own: SentenceModules, settings: EmbedSettings) -> SentenceModules:
+    """Return the modules of a folder as the settings change them."""
+    if settings.pooling == "none":
+        return replace(own, pooling=("none",), after=())
+    modules = own if settings.pooling == "auto" else replace(own, pooling=(settings.pooling,))
+    if not modules.pooling:
+        raise ValueError(f"{settings.model_name_or_path} has no module Pooling of its own: choose one with --pooling")
+    if settings.normalization == "none" and modules.normalizes:
+        modules = replace(modules, after=modules.after[:-1])
+    if settings.normalization == "l2" and not modules.normalizes:
+        modules = replace(modules, after=(*modules.after, Normalize()))
+    return modules
+
+
+def _prompt(own: SentenceModules, settings: EmbedSettings) -> str:
+    """Return the text to put before each text."""
+    name = settings.prompt_name or own.default_prompt or "none"
+    if settings.prompt is not None:
+        return settings.prompt
+    if name not in own.prompts and name != "none":
+        known = ", ".join(own.prompts) or "no prompts"
+        raise ValueError(f"--prompt-name {name}: {settings.model_name_or_path} has {known}")
+    return own.prompts.get(name, "")
+
+
+def _prompt_length(tokenizer: Tokenizer, prompt: str) -> int:
+    """Return the number of tokens of a prompt, with special tokens before but not after it."""
+    ids = tokenizer.encode(prompt).ids
+    added = tokenizer.get_added_tokens_decoder()
+    return len(ids) - (ids[-1] in added and added[ids[-1]].special)
+
+
+def chosen_layers(settings: EmbedSettings, model: BertModel) -> tuple[list[int], int]:
+    """Return the indices of the hidden states that are used, and the size of what they give for a token."""
+    layers, concatenated = select_layers(settings.layers, model.config)
+    return layers, model.config.hidden_size * (len(layers) if concatenated else 1)

@@ -1,0 +1,305 @@
+"""What a model saved by sentence-transformers does besides its encoder: `modules.json` and the files that it names.
+
+Shapes: S texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+from bertfast.data.text_files import read_json, read_text
+from bertfast.inference.pooling import POOLINGS
+from bertfast.models.families import architecture_of
+from bertfast.models.weights import read_weights
+
+_MODULES, _PROMPTS, _EMBEDDING = "modules.json", "config_sentence_transformers.json", "sentence_embedding"
+_TRANSFORMER = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Names that the configuration of a module Transformer has had."""
+_FLAGS_OF_POOLING = {  # before there was an entry `pooling_mode`; in the order in which results are concatenated
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Entries of that of a module Transformer that change its results, and the values with which they do not.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "transformer_task": (None, "feature-extraction"),
+    "module_output_name": (None, "token_embeddings"),
+    "processing_kwargs": (None, {}),
+    "config_kwargs": (None, {}),
+    "config_args": (None, {}),
+    "processor_kwargs": (None, {}),
+    "tokenizer_args": (None, {}),
+    "tokenizer_name_or_path": (None,),
+}
+
+
+class Normalize(nn.Module):
+    """L2 normalisation of embeddings."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return fp32 [S, D] of length 1."""
+        return F.normalize(embeddings, dim=-1)
+
+
+class Dense(nn.Module):
+    """A linear layer on embeddings, with an activation and perhaps a residual connection.
+
+    Args:
+        linear: The layer.
+        activation: Its activation.
+        residual: What is added: a linear layer or the identity of the input; None: nothing.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: nn.Module, residual: nn.Module | None):
+        super().__init__()
+        self.linear, self.activation, self.residual = linear, activation, residual
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return fp32 [S, D'] of fp32 [S, D]."""
+        result: Tensor = self.activation(self.linear(embeddings))
+        return result if self.residual is None else result + self.residual(embeddings)
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceModules:
+    """How a model makes embeddings of its encoder's hidden states.
+
+    Attributes:
+        encoder: Folder of the encoder and its tokenizer.
+        pooling: Poolings, whose results are concatenated; empty: the model has none of its own.
+        pools_prompt: Whether the tokens of a prompt are pooled.
+        after: Modules on the pooled embeddings.
+        prompts: Texts to put before those to embed, by name.
+        default_prompt: Name of the one that is used if none is chosen.
+        max_seq_length: Maximum tokens of a text; None: as many as the encoder has positions.
+        lowercases: Whether texts are lower-cased.
+        files: Files, besides those of the encoder, that determine the embeddings.
+    """
+
+    encoder: Path
+    pooling: tuple[str, ...] = ("mean",)
+    pools_prompt: bool = True
+    after: tuple[nn.Module, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    max_seq_length: int | None = None
+    lowercases: bool = False
+    files: tuple[Path, ...] = ()
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether embeddings have length 1."""
+        return bool(self.after) and isinstance(self.after[-1], Normalize)
+
+    def length_for(self, config: PretrainedConfig) -> int:
+        """Return the maximum tokens of a text for an encoder of this configuration.
+
+        Raises:
+            ValueError: There is no room for text.
+        """
+        positions = architecture_of(config).max_positions(config)
+        length = min(positions, self.max_seq_length or positions)
+        if length < 4:
+            raise ValueError(
+                f"{self.encoder} has a max_seq_length of {length}: choose another one with --max-seq-length"
+            )
+        return length
+
+    def prepare_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Have a tokenizer lower-case texts if the model says so."""
+        known = tokenizer.normalizer
+        if not self.lowercases or isinstance(known, normalizers.Lowercase):
+            return
+        steps = [] if known is None else [known]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+    def size_of(self, hidden_size: int) -> int:
+        """Return the size of embeddings of hidden states of this size.
+
+        Raises:
+            ValueError: A module Dense takes embeddings of another size.
+        """
+        size = hidden_size * len(self.pooling)
+        for module in self.after:
+            if isinstance(module, Dense):
+                if module.linear.in_features != size:
+                    raise ValueError(
+                        f"{self.encoder}: its module Dense takes embeddings of {module.linear.in_features} elements, "
+                        f"and --pooling and --layers give {size}: leave both out"
+                    )
+                size = module.linear.out_features
+        return size
+
+
+def read_sentence_modules(folder: Path) -> SentenceModules:
+    """Read what a model's folder says about embeddings: without `modules.json` mean pooling, as sentence-transformers.
+
+    Raises:
+        ValueError: The files are damaged, or have modules or options that are not supported.
+    """
+    path = folder / _MODULES
+    if not path.exists():
+        return SentenceModules(folder, max_seq_length=_length_of_tokenizer(folder))
+    prompts, default_prompt, model_type = _prompts(folder / _PROMPTS)
+    if model_type != "SentenceTransformer":  # a CrossEncoder or another, which has no embeddings of texts
+        return SentenceModules(folder, (), max_seq_length=_length_of_tokenizer(folder))
+    entries = _entries(path)
+    transformer, *others = [_located(folder, entry) for entry in entries]
+    if transformer[0] != "Transformer":
+        raise ValueError(f"{path} begins with a module {transformer[0]}, and only Transformer is supported")
+    options, files = _transformer_options(transformer[1])
+    pooling: tuple[str, ...] = ()
+    pools_prompt = True
+    after: list[nn.Module] = []
+    for kind, location in others:
+        config = location / "config.json"
+        files += [config] if config.exists() else []
+        if kind == "Pooling" and not pooling and not after:
+            pooling, pools_prompt = _pooling(config)
+        elif kind == "Dense" and pooling:
+            after.append(_dense(location))
+            files += [*location.glob("*.safetensors"), *location.glob("*.bin")]
+        elif kind == "Normalize" and pooling:
+            _require_embeddings(config)
+            after.append(Normalize())
+        elif kind != "Dropout":
+            raise ValueError(
+                f"{path} has the module {kind}, which is not supported here: only a Transformer and Pooling, "
+                "and after these Dense, Normalize and Dropout; embed with sentence-transformers instead"
+            )
+    return SentenceModules(
+        encoder=transformer[1],
+        pooling=pooling,
+        pools_prompt=pools_prompt,
+        after=tuple(after),
+        prompts=prompts,
+        default_prompt=default_prompt,
+        max_seq_length=options["max_seq_length"] or _length_of_tokenizer(transformer[1]),
+        lowercases=bool(options["do_lower_case"]),
+        files=(path, *files, *(file for file in [folder / _PROMPTS] if file.exists())),
+    )
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
+    try:
+        entries = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is cut off or not JSON ({error})") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of modules in JSON, [{{…}}, …]")
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("type", "path")):
+            raise ValueError(f"{path}: each module must have a type and a path, got {json.dumps(entry):.80}")
+    return entries
+
+
+def _located(folder: Path, entry: dict[str, str]) -> tuple[str, Path]:
+    """Return the kind of a module, without the package if it is one of sentence-transformers, and its folder."""
+    if Path(entry["path"]).is_absolute() or ".." in Path(entry["path"]).parts:
+        raise ValueError(f"{folder / _MODULES}: the path {entry['path']!r} is not a folder inside {folder}")
+    package, _, name = entry["type"].rpartition(".")
+    known = package.partition(".")[0] == "sentence_transformers"
+    return name if known else entry["type"], folder / entry["path"]
+
+
+def _transformer_options(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Return `max_seq_length` and `do_lower_case` of a module Transformer, and the file that they are from."""
+    path = next((folder / name for name in _TRANSFORMER if (folder / name).exists()), None)
+    options = {} if path is None else read_json(path)
+    for name, allowed in _WITHOUT_EFFECT.items():
+        value = options.get(name)
+        if isinstance(value, dict):
+            value = {key: x for key, x in value.items() if key != "trust_remote_code"}
+        if value not in allowed:
+            raise ValueError(
+                f"{path}: {name} {json.dumps(value):.60} is not supported: embed with sentence-transformers instead"
+            )
+    modalities = options.get("modality_config")
+    method = modalities.get("text", {}).get("method_output_name") if isinstance(modalities, dict) else None
+    if modalities is not None and method != "last_hidden_state":
+        raise ValueError(f"{path}: only a modality_config of text and its last_hidden_state is supported")
+    length, lowercases = options.get("max_seq_length"), options.get("do_lower_case", False)
+    if not (length is None or type(length) is int) or not isinstance(lowercases, bool | None):
+        raise ValueError(f"{path}: max_seq_length must be a number, and do_lower_case true or false")
+    return {"max_seq_length": length, "do_lower_case": lowercases}, [] if path is None else [path]
+
+
+def _length_of_tokenizer(folder: Path) -> int | None:
+    """Return the maximum length that the tokenizer's configuration in a folder has, if any."""
+    path = folder / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.exists() else None
+    return int(length) if isinstance(length, int | float) and 1 <= length < 2**31 else None
+
+
+def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the modes of a module Pooling, and whether the tokens of a prompt are pooled."""
+    options = read_json(path)
+    modes = options.get("pooling_mode")
+    if modes is None:
+        modes = [mode for name, mode in _FLAGS_OF_POOLING.items() if options.get(name)] or ["mean"]
+        unknown = [name for name, value in options.items() if name.startswith("pooling_mode_") and value]
+        unknown = [name for name in unknown if name not in _FLAGS_OF_POOLING]
+    else:
+        modes = [modes] if isinstance(modes, str) else modes
+        unknown = [mode for mode in modes if mode not in POOLINGS]
+    if unknown or not modes:
+        raise ValueError(f"{path}: the pooling {unknown[0] if unknown else modes!r} is none of {', '.join(POOLINGS)}")
+    return tuple(modes), options.get("include_prompt", True) is not False
+
+
+def _require_embeddings(path: Path) -> dict[str, Any]:
+    """Return the configuration of a module, if it has one, that runs on the pooled embeddings."""
+    options = read_json(path) if path.exists() else {}
+    for name in ("module_input_name", "module_output_name"):
+        if options.get(name) not in (None, _EMBEDDING):
+            raise ValueError(f"{path}: {name} must be {_EMBEDDING}, got {options[name]!r:.40}")
+    return options
+
+
+def _dense(folder: Path) -> Dense:
+    options = _require_embeddings(folder / "config.json")
+    weights = read_weights(folder)
+    name = str(options.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
+        raise ValueError(f"{folder / 'config.json'}: the activation_function {name} is none of torch.nn")
+    weight, bias = weights.get("linear.weight"), weights.get("linear.bias")
+    if weight is None or weight.dim() != 2:
+        raise ValueError(f"{folder} has no linear.weight, which its module Dense needs: copy or download it again")
+
+    def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+        return layer.requires_grad_(False)
+
+    residual: nn.Module | None = None
+    if options.get("use_residual"):
+        residual = linear(weights["residual.weight"]) if "residual.weight" in weights else nn.Identity()
+    return Dense(linear(weight, bias), activation(), residual)
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str | None, str]:
+    """Return the prompts, the name of the default one, and the kind of the model."""
+    options = read_json(path) if path.exists() else {}
+    prompts, default = options.get("prompts") or {}, options.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
+        raise ValueError(f"{path}: prompts must be texts by name, got {json.dumps(prompts):.80}")
+    if default is not None and default not in prompts:
+        raise ValueError(f"{path}: default_prompt_name {default!r} is none of its prompts")
+    named = {name: prompt or "" for name, prompt in prompts.items()}
+    return named, default, str(options.get("model_type", "SentenceTransformer"))
