@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
 from torch import nn
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
 
-from bertfast.data.text_files import read_json
+from bertfast.models.open_quantised import open_quantised, quantised_folder
 from bertfast.models.patch import patch, unsupported_reason
-from bertfast.models.quantised_files import is_quantised, read_dequantised, restore_quantised, unmark
 
 logger = logging.getLogger("bertfast")
 
@@ -26,34 +24,22 @@ class _FusedAuto(_BaseAutoModelClass):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers' class does, with all its arguments, and fuse it.
 
-        The folder of a model that `bertfast.quantize` quantised gives a quantised model.
+        The folder or hub id of a model that `bertfast.quantize` quantised gives a quantised model.
 
         Returns:
             The model; with `output_loading_info=True` a pair of it and transformers' loading information.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        path = None if name is None else Path(name, "config.json")
-        if path is not None and path.is_file() and is_quantised(read_json(path)):
+        folder = quantised_folder(name, kwargs)
+        if folder is not None:
             kwargs.pop("pretrained_model_name_or_path", None)
-            return cls._open_quantised(path.parent, *args[1:], **kwargs)
+            return open_quantised(folder, transformers.AutoConfig, cls._class_of, _fused, *args[1:], **kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         return (_fused(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else _fused(loaded)
 
     @classmethod
-    def _open_quantised(cls, folder: Path, *args: Any, **kwargs: Any) -> Any:
-        """Open the folder of a quantised model; what it holds in floating point keeps its dtype."""
-        config = kwargs.pop("config", None)
-        if config is None:
-            config, kwargs = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        unmark(config)
-        weights, quantised = read_dequantised(folder, str(folder))
-        kind: Any = _get_model_class(config, cls._model_mapping)
-        kwargs = {"dtype": "auto"} | kwargs | {"config": config, "state_dict": weights}
-        loaded = kind.from_pretrained(None, *args, **kwargs)
-        model = _fused(loaded[0] if isinstance(loaded, tuple) else loaded)
-        model.name_or_path = model.config.name_or_path = str(folder)
-        restore_quantised(model, quantised)
-        return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
+    def _class_of(cls, config: Any) -> Any:
+        return _get_model_class(config, cls._model_mapping)
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -51,8 +51,12 @@ _OPTIONS = {  # other numbers
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, **hub: Any) -> Path:
     """Return the folder of a model: one that exists, or the local copy of a hub id.
+
+    Args:
+        name: Folder or hub id.
+        hub: Arguments of `snapshot_download`, such as the revision.
 
     Raises:
         FileNotFoundError: There is neither.
@@ -70,9 +74,9 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    files = ["*.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES]
+    files = ["*.json", "*.safetensors", "pytorch_model*.bin", "*/pytorch_model.bin", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=files))
+        return Path(snapshot_download(str(name), allow_patterns=files, **hub))
     except HFValidationError:
         raise FileNotFoundError(f"{name} is not a folder, and not the id of a model on the hub (OWNER/NAME)") from None
     except Exception as error:  # of the network or the hub

@@ -84,6 +84,20 @@ class FusedModel(Fused, PreTrainedModel):
         fuse(self)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does; the folder or hub id of a quantised model gives a quantised one.
+
+        Returns:
+            The model; with `output_loading_info=True` a pair of it and transformers' loading information.
+        """
+        from bertfast.models.open_quantised import open_quantised, quantised_folder  # they import this module
+
+        folder = quantised_folder(pretrained_model_name_or_path, kwargs)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return open_quantised(folder, cls.config_class, lambda config: cls, lambda model: model, *args, **kwargs)
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         """Return whether the class that is fused is one of a user: transformers renames weights only of its own."""
         original: Any = vars(cls).get("original")

@@ -105,6 +105,57 @@ def test_the_encoder_of_a_saved_head_is_opened_alone_and_by_programs(tmp_path):
         load(BertModel, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForMaskedLM"])
+@torch.no_grad()
+def test_fused_classes_open_a_quantised_folder(name, tmp_path):
+    model = quantised(live(name), [without_labels(batch())])
+    model.save_pretrained(tmp_path)
+    kind = getattr(bertfast, name)
+    opened, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(opened) is kind
+    assert not info["missing_keys"]
+    assert torch.equal(opened(**without_labels(batch()))[0], model(**without_labels(batch()))[0])
+    assert str(bertfast.report(opened)) == str(bertfast.report(model))
+    config = transformers.BertConfig.from_pretrained(tmp_path)
+    given = kind.from_pretrained(str(tmp_path), config=config)
+    assert torch.equal(given(**without_labels(batch()))[0], model(**without_labels(batch()))[0])
+    opened.save_pretrained(tmp_path / "again")
+    first, second = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@torch.no_grad()
+def test_the_fused_encoder_of_a_saved_head_and_a_new_head_on_an_encoder(tmp_path):
+    model = quantised(live(), [batch()])
+    model.save_pretrained(tmp_path / "head")
+    encoder = bertfast.BertModel.from_pretrained(tmp_path / "head")
+    assert torch.equal(hidden(encoder, without_labels(batch())), model.bert(**without_labels(batch()))[0])
+    encoder.save_pretrained(tmp_path / "encoder")
+    opened = bertfast.BertForTokenClassification.from_pretrained(tmp_path / "encoder", num_labels=7)
+    assert opened.classifier.out_features == 7
+    assert torch.equal(hidden(opened.bert, without_labels(batch())), hidden(encoder, without_labels(batch())))
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
+@pytest.mark.parametrize("inner", ["", "int8"])
+@torch.no_grad()
+def test_a_quantised_model_on_the_hub_is_opened(auto, inner, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = quantised(live(), [batch()])
+    repository, commit = tmp_path / "models--someone--bert", "0123456789" * 4
+    model.save_pretrained(repository / "snapshots" / commit / inner)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    kind = bertfast.AutoModelForSequenceClassification if auto else bertfast.BertForSequenceClassification
+    where = {"cache_dir": str(tmp_path), "local_files_only": True, "token": False, "subfolder": inner}
+    opened = kind.from_pretrained("someone/bert", revision="v2", **where)
+    assert any(isinstance(module, PackedLinear) and module.is_int8 for module in opened.modules())
+    assert torch.equal(outputs_of(opened).logits, outputs_of(model).logits)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        kind.from_pretrained("someone/bert", revision="v3", **where)
+
+
 def test_transformers_never_takes_int8_for_weights(tmp_path):
     quantised(live()).save_pretrained(tmp_path)
     for kind in (transformers.AutoModel, transformers.BertForSequenceClassification):

@@ -1,0 +1,66 @@
+"""Open the folder or hub id of a quantised model where `from_pretrained` of a fused or an Auto class is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from bertfast.models.files import resolve
+from bertfast.models.quantised_files import is_quantised, read_dequantised, restore_quantised, unmark
+
+_HUB = ("cache_dir", "revision", "token", "local_files_only")
+
+
+def quantised_folder(name: Any, options: Mapping[str, Any]) -> Path | None:
+    """Return the folder of a quantised model, a local copy if it is on the hub; None: the model is not quantised.
+
+    Args:
+        name: Its folder or hub id, or None.
+        options: Arguments of `from_pretrained`.
+    """
+    if name is None or options.get("gguf_file") is not None:
+        return None
+    hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+    inner = options.get("subfolder") or ""
+    try:
+        values, _ = PretrainedConfig.get_config_dict(str(name), subfolder=inner, **hub)
+    except Exception:  # of many classes; what opens the model raises it again
+        return None
+    return resolve(name, **hub) / inner if is_quantised(values) else None
+
+
+def open_quantised(
+    folder: Path,
+    config_class: Any,
+    class_of: Callable[[Any], Any],
+    fuse: Callable[[Any], Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Open a quantised model; what its files hold in floating point keeps its dtype.
+
+    Args:
+        folder: Its folder.
+        config_class: Class of its configuration.
+        class_of: Returns the model's class for a configuration.
+        fuse: Returns a model that is fused.
+        args, kwargs: Arguments of `from_pretrained`.
+
+    Returns:
+        The model; with `output_loading_info=True` a pair of it and transformers' loading information.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB, "subfolder", "force_download")}
+    config = kwargs.pop("config", None)
+    if config is None:
+        config, kwargs = config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    unmark(config)
+    weights, quantised = read_dequantised(folder, str(folder), kwargs.pop("variant", None))
+    kwargs = {"dtype": "auto"} | kwargs | {"config": config, "state_dict": weights}
+    loaded = class_of(config).from_pretrained(None, *args, **kwargs)
+    model = fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    restore_quantised(model, quantised)
+    return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
