@@ -118,6 +118,23 @@ def test_a_padded_engine_averages_real_tokens_only():
     np.testing.assert_allclose(vectors, [[3.5 / 3.5 * 0.961524, 0.274721], [0.707107, 0.707107]], atol=1e-5)
 
 
+def test_python_threads_share_all_sentences():
+    done = []
+
+    def engine(texts):
+        time.sleep(0.02)
+        done.extend(texts)
+
+    texts = [[n] for n in range(20)]
+    one = serving.seconds_in_threads(engine, texts, 1)
+    four = serving.seconds_in_threads(engine, texts, 4)
+    assert sorted(done) == sorted(texts * 2)
+    assert one >= 20 * 0.02
+    assert 5 * 0.02 <= four < one
+    with pytest.raises(ZeroDivisionError):  # of a thread
+        serving.seconds_in_threads(lambda texts: 1 / 0, texts, 2)
+
+
 def loads(*p50, sentences=1.0):
     return [{"p50_s": x, "p99_s": 3 * x, "sentences_per_batch": sentences} for x in p50]
 
@@ -131,6 +148,14 @@ RESULT = Result(
         "errors": {"OpenVINO": {"relative": 1e-6, "cosine": 1.0}},
         "not_run": {"OpenVINO, bf16": "this processor has no bf16 instructions"},
         "tokens_per_batch": {"bertfast": 4096, "OpenVINO": 1, "bertfast, int8": 256},
+        "python_threads": {
+            "sentences": 128,
+            "threads": 2,
+            "seconds": {
+                "bertfast": {"one": [2.0, 2.0, 9.0], "all": [1.0, 1.6, 5.0]},
+                "bertfast, int8": {"one": [1.0], "all": [0.5]},
+            },
+        },
         "seconds": 2.5,
         "burst": {
             "sentences": 100,
@@ -165,6 +190,8 @@ def test_the_section_of_the_page_has_budgets_and_throughputs():
     assert "| **bertfast** | fp32 | 30 | 5.00 ms | 15.0 ms | 1.5 | 4,096 | 200 |" in text
     assert "| OpenVINO | fp32 | 30 | 4.00 ms | 12.0 ms | 1.0 | 1 | 100 |" in text
     assert "| **bertfast** | int8 | 30 | 2.00 ms | 6.00 ms | 1.0 | 256 | 500 |" in text
+    assert "2 Python threads that share one model" in text
+    assert text.endswith("relative to one such thread: 1.80 x in fp32, 2.00 x in int8.\n")
     assert text in machine_section("processor", [RESULT], ROOT)
     assert serving_text(Result("embed.json", {})) == ""
 
@@ -190,6 +217,8 @@ def test_the_program_measures_all_engines_that_run(tmp_path):
     assert {"bertfast", "bertfast, int8"} <= measured
     assert result["errors"].keys() == result["tokens_per_batch"].keys() == measured
     assert len(result["loads"]) == len(serving.SHARES)
+    assert result["python_threads"]["seconds"].keys() == measured & set(serving.SHARED_BY_THREADS)
+    serving_text(Result("serving.json", result))
     for engines in result["loads"].values():
         assert engines.keys() == measured
         assert all(0 < one["p50_s"] <= one["p99_s"] for rounds in engines.values() for one in rounds)

@@ -8,20 +8,26 @@ batches, and OpenVINO's are padded. First, vectors are compared with those of tr
 budget of tokens per batch, of BUDGETS, with which it answers most sentences per second when AT_ONCE wait at any time;
 with a budget of one token it computes each sentence alone. Last, the engines take turns: they answer BURST sentences,
 AT_ONCE at a time, and requests of one sentence at random times (Poisson), at rates that are shares of the throughput
-of the slowest engine. The load generator runs on the same cores.
+of the slowest engine. The load generator runs on the same cores. Without a server, Python threads, each with one
+thread of PyTorch, share one model of bertfast: as many as there are cores, and one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Barrier
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +59,8 @@ AT_ONCE = 32  # sentences under way in a burst
 BURST = 128  # sentences
 COMPARED = 64  # sentences whose vectors are compared
 CALIBRATION = 32  # sentences
+
+SHARED_BY_THREADS = ("bertfast", "bertfast, bf16", "bertfast, int8")
 
 Engine = Callable[[Sequence[list[int]]], np.ndarray]
 
@@ -117,7 +125,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             servers[name].set_budget(budget)
             print(f"{name}: {rate:.0f} sentences/s with at most {budget} tokens per batch", flush=True)
         result["tokens_per_batch"] = {name: budget for name, (budget, _) in chosen.items()}
-        return result | take_turns(servers, texts, rates_of([rate for _, rate in chosen.values()]), arguments)
+        result |= take_turns(servers, texts, rates_of([rate for _, rate in chosen.values()]), arguments)
+        engines = {
+            name: engine_of(name, arguments.model, Path(folder)) for name in servers if name in SHARED_BY_THREADS
+        }
+        token_ids = AutoTokenizer.from_pretrained(arguments.model)(texts[:BURST])["input_ids"]
+        return result | {"python_threads": by_threads(engines, token_ids, arguments.repeats)}
 
 
 def rates_of(throughputs: Sequence[float]) -> list[float]:
@@ -162,6 +175,40 @@ def under_load(server: Server, texts: Sequence[str], rate: float, seconds: float
         "sentences_per_batch": count / (server.batches() - before),
         "sent_late_p99_s": percentile(answers.late, 0.99),
     }
+
+
+def by_threads(engines: dict[str, Engine], texts: Sequence[list[int]], repeats: int) -> dict[str, Any]:
+    """Return the seconds of sentences computed one by one, by one Python thread and by as many as PyTorch has."""
+    cores = torch.get_num_threads()
+    seconds: dict[str, dict[str, list[float]]] = {name: {"one": [], "all": []} for name in engines}
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats):
+            for name, engine in engines.items():
+                engine(texts[:1])  # untimed
+                seconds[name]["one"].append(seconds_in_threads(engine, texts, 1))
+                seconds[name]["all"].append(seconds_in_threads(engine, texts, cores))
+    finally:
+        torch.set_num_threads(cores)
+    return {"sentences": len(texts), "threads": cores, "seconds": seconds}
+
+
+def seconds_in_threads(engine: Engine, texts: Sequence[list[int]], threads: int) -> float:
+    """Return the seconds in which Python threads compute sentences, each the next one that is left."""
+    left, all_ready = iter(texts), Barrier(threads + 1)
+
+    def work() -> None:
+        all_ready.wait()
+        for text in left:  # the iterator of a list is safe to share
+            engine([text])
+
+    with ThreadPoolExecutor(threads) as pool:
+        ends = [pool.submit(work) for _ in range(threads)]
+        all_ready.wait()
+        started = time.perf_counter()
+        for end in ends:
+            end.result()
+        return time.perf_counter() - started
 
 
 def best_budget(server: Server, texts: Sequence[str]) -> tuple[int, float]:
@@ -226,8 +273,7 @@ def started(name: str, model: Path, folder: Path) -> Iterator[Server]:
 
 def serve_until_told(name: str, model: Path, prepared: Path) -> None:
     """Serve with an engine on a free port, which is printed, until standard input ends."""
-    sys.path.append(str(ROOT / "examples"))
-    import serve
+    serve = example()
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
@@ -252,16 +298,21 @@ def serve_until_told(name: str, model: Path, prepared: Path) -> None:
 
 def engine_of(name: str, model: Path, prepared: Path) -> Engine:
     """Return the function that computes the vectors of a batch; NotImplementedError if this processor cannot."""
-    import serve
-
     precision = ENGINES[name]
     if name.startswith("OpenVINO"):
         return padded(with_openvino(weights_of(model, prepared), precision))
-    if precision == "int8":
-        return serve.BertfastEngine(str(prepared / "int8"))
     if precision == "bf16" and not has_bf16_gemm(DEVICE):
         raise NotImplementedError("this processor has no bf16 instructions")
-    return serve.BertfastEngine(str(model), precision)
+    source = (prepared / "int8", None) if precision == "int8" else (model, precision)
+    engine: Engine = example().BertfastEngine(*source)
+    return engine
+
+
+def example() -> ModuleType:
+    """Return the module examples/serve.py, which imports another one of its folder."""
+    if (folder := str(ROOT / "examples")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("serve")
 
 
 def padded(predict: Predict) -> Engine:

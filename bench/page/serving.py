@@ -37,4 +37,18 @@ def serving_text(result: Result) -> str:
             cells += [duration(p50), duration(p99), f"{joined:.1f}"]
             throughput = burst["sentences"] / statistics.median(burst["seconds"][name])
             rows.append([*cells, f"{values['tokens_per_batch'][name]:,}", f"{throughput:.0f}"])
-    return f"{text}{table([*columns, 'most sentences/s'], rows)}\n"
+    return f"{text}{table([*columns, 'most sentences/s'], rows)}\n\n{threads_text(result)}"
+
+
+def threads_text(result: Result) -> str:
+    """Return how many times as fast several Python threads with one model are as one of them."""
+    measured = result.values["python_threads"]
+    ratios = []
+    for name, seconds in measured["seconds"].items():
+        by_round = [one / every for one, every in zip(seconds["one"], seconds["all"], strict=True)]
+        ratios.append(f"{statistics.median(by_round):.2f} x in {result.values['precisions'][name]}")
+    return (
+        f"Throughput of {measured['threads']} Python threads that share one model of bertfast, each with one thread of "
+        f"PyTorch and one sentence at a time ({measured['sentences']} together), relative to one such thread: "
+        f"{', '.join(ratios)}.\n"
+    )
