@@ -280,7 +280,8 @@ def serve_until_told(name: str, model: Path, prepared: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     engine = engine_of(name, model, prepared)
-    server = serve.application(lambda texts: tokenizer(texts, verbose=False)["input_ids"], engine, serve.Limits())
+    limits = serve.Limits(waiting_texts=1 << 20)  # no request is refused, as that would end the measurement
+    server = serve.application(lambda texts: tokenizer(texts, verbose=False)["input_ids"], engine, limits)
     batcher = server.state.batcher
 
     async def set_budget(request: Request) -> PlainTextResponse:

@@ -29,11 +29,11 @@ processor in about 40 minutes and continues after an interruption, `make bench-a
 
 All systems of a workload get the same tokens, weights (random, except MiniLM's, which are published) and number of
 threads. They run alternately in one process that keeps freed memory; in the tables of one layer, of the masked-LM loss
-and of long sequences, each point has a process of its own. Outputs are compared before anything is timed: fp32 must
-agree within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a cosine of 0.9 with fp32. Times are
-medians of n samples, with the 20th and 80th percentile; a sample of inference on one sentence ("1 x 8 tokens") is the
-mean of five calls. A ratio above 1 means slower than bertfast. Where bertfast's int8 was not measured, that of others
-is compared with its fp32.
+and of long sequences, each point has a process of its own, and so has each engine of a server. Outputs are compared
+before anything is timed: fp32 must agree within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a
+cosine of 0.9 with fp32. Times are medians of n samples, with the 20th and 80th percentile; a sample of inference on one
+sentence ("1 x 8 tokens") is the mean of five calls. A ratio above 1 means slower than bertfast. Where bertfast's int8
+was not measured, that of others is compared with its fp32.
 
 The *lower bound* of a time (`bench/bounds.py`) is the larger of two times: the FLOPs, without padding, at the measured
 GEMM rate, and reading all weights once per batch; cells of the latter say "reading weights". The GEMM rate is that of
