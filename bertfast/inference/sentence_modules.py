@@ -230,7 +230,8 @@ def _transformer_options(folder: Path) -> tuple[dict[str, Any], list[Path]]:
                 f"{path}: {name} {json.dumps(value):.60} is not supported: embed with sentence-transformers instead"
             )
     modalities = options.get("modality_config")
-    method = modalities.get("text", {}).get("method_output_name") if isinstance(modalities, dict) else None
+    text = modalities.get("text") if isinstance(modalities, dict) else None
+    method = text.get("method_output_name") if isinstance(text, dict) else None
     if modalities is not None and method != "last_hidden_state":
         raise ValueError(f"{path}: only a modality_config of text and its last_hidden_state is supported")
     length, lowercases = options.get("max_seq_length"), options.get("do_lower_case", False)
@@ -255,8 +256,8 @@ def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
         unknown = [name for name, value in options.items() if name.startswith("pooling_mode_") and value]
         unknown = [name for name in unknown if name not in _FLAGS_OF_POOLING]
     else:
-        modes = [modes] if isinstance(modes, str) else modes
-        unknown = [mode for mode in modes if mode not in POOLINGS]
+        modes = modes if isinstance(modes, list) else [modes]
+        unknown = [mode for mode in modes if not isinstance(mode, str) or mode not in POOLINGS]
     if unknown or not modes:
         raise ValueError(f"{path}: the pooling {unknown[0] if unknown else modes!r} is none of {', '.join(POOLINGS)}")
     return tuple(modes), options.get("include_prompt", True) is not False
@@ -278,9 +279,14 @@ def _dense(folder: Path) -> Dense:
     activation = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
         raise ValueError(f"{folder / 'config.json'}: the activation_function {name} is none of torch.nn")
-    weight, bias = weights.get("linear.weight"), weights.get("linear.bias")
+    weight, bias, residual_weight = map(weights.get, ("linear.weight", "linear.bias", "residual.weight"))
     if weight is None or weight.dim() != 2:
         raise ValueError(f"{folder} has no linear.weight, which its module Dense needs: copy or download it again")
+    fits = bias is None or bias.shape == weight.shape[:1]
+    if not (fits and (residual_weight is None or residual_weight.shape == weight.shape)) or not all(
+        x.isfinite().all() for x in weights.values()
+    ):
+        raise ValueError(f"{folder}: the weights of its module Dense do not fit or are not finite: download it again")
 
     def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -289,7 +295,7 @@ def _dense(folder: Path) -> Dense:
 
     residual: nn.Module | None = None
     if options.get("use_residual"):
-        residual = linear(weights["residual.weight"]) if "residual.weight" in weights else nn.Identity()
+        residual = nn.Identity() if residual_weight is None else linear(residual_weight)
     return Dense(linear(weight, bias), activation(), residual)
 
 
@@ -299,7 +305,7 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None, str]:
     prompts, default = options.get("prompts") or {}, options.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
         raise ValueError(f"{path}: prompts must be texts by name, got {json.dumps(prompts):.80}")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise ValueError(f"{path}: default_prompt_name {default!r} is none of its prompts")
     named = {name: prompt or "" for name, prompt in prompts.items()}
     return named, default, str(options.get("model_type", "SentenceTransformer"))

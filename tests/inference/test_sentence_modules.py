@@ -8,7 +8,7 @@ import pytest
 import torch
 from family_models import PREFIXES, write_model
 from parity import assert_as_accurate_as_torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bertfast.inference.embed import EmbedSettings, embed
@@ -203,15 +203,22 @@ _TYPES = "sentence_transformers.models."
             {"pooling_mode": None, "pooling_mode_median_tokens": True},
             r"the pooling 'pooling_mode_median_tokens' is none of",
         ),
+        ("1_Pooling/config.json", {"pooling_mode": [3]}, r"the pooling 3 is none of cls, max"),
         ("2_Dense/config.json", {"activation_function": "os.system"}, r"activation_function os\.system is none of"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.functional"}, r"torch\.nn\.functional is none of"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, r"module_input_name must be sentence_emb"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, r"transformer_task \"fill-mask\" is not supp"),
         ("sentence_bert_config.json", {"tokenizer_args": {"use_fast": False}}, r"tokenizer_args .* is not supported"),
         ("sentence_bert_config.json", {"modality_config": {"image": {}}}, r"only a modality_config of text"),
+        ("sentence_bert_config.json", {"modality_config": {"text": "a"}}, r"only a modality_config of text"),
         ("sentence_bert_config.json", {"max_seq_length": "many"}, r"max_seq_length must be a number"),
         ("sentence_bert_config.json", {"max_seq_length": 2}, r"max_seq_length of 2: choose another one with --max"),
         ("config_sentence_transformers.json", {"default_prompt_name": "a"}, r"default_prompt_name 'a' is none of"),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": ["a"]},
+            r"default_prompt_name \['a'\] is none of",
+        ),
         ("config_sentence_transformers.json", {"prompts": ["a"]}, r"prompts must be texts by name"),
         ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}, r"no module Pooling .* with --pooling"),
     ],
@@ -222,6 +229,32 @@ def test_what_is_not_supported_is_refused(file, entries, message, pretrained, tm
     with pytest.raises(ValueError, match=message):
         embedded(model, tmp_path / "out")
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+@pytest.mark.parametrize("fault", ["no weight", "other size", "NaN"])
+def test_damaged_weights_of_a_projection_are_refused(fault, pretrained, tmp_path):
+    model = save(pretrained, tmp_path / "model", pooling(), modules.Dense(32, 8))
+    path = model / "2_Dense" / "model.safetensors"
+    weights = load_file(path)
+    if fault == "no weight":
+        del weights["linear.weight"]
+    elif fault == "other size":
+        weights["linear.bias"] = torch.zeros(9)
+    else:
+        weights["linear.weight"][3, 3] = float("nan")
+    save_file(weights, path)
+    message = "no linear.weight, which its" if fault == "no weight" else "do not fit or are not finite"
+    with pytest.raises(ValueError, match=message):
+        embedded(model, tmp_path / "out")
+
+
+def test_embeddings_of_a_published_model(tmp_path):
+    model = next(Path(__file__).parents[2].glob("build/minilm/*/model"), None)
+    if model is None:
+        pytest.skip("`make build/minilm` fetches all-MiniLM-L6-v2")
+    found = embedded(model, tmp_path / "out")
+    assert_equal(found, model)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(TEXTS)))
 
 
 @pytest.mark.parametrize(
