@@ -266,6 +266,7 @@ def load(
         model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
     if quantised:
+        weights.clear()  # the model's own, which are freed when they are packed
         restore_quantised(model, quantised)
     return model.eval(), missing, unexpected
 

@@ -22,6 +22,7 @@ from bertfast.models.patch import PatchReport, patch, report, require_module
 from bertfast.models.registry import IS_FROZEN, SNAPSHOT
 from bertfast.ops import native
 from bertfast.ops.packed_linear import PANEL, PackedWeight, pack
+from bertfast.runtime.malloc import give_freed_memory_back
 
 FrozenPrecision = Literal["fp32", "bf16"]
 """The precisions in which a model can be frozen."""
@@ -82,15 +83,23 @@ def require_freezable(model: nn.Module) -> None:
 def replace_linears(model: nn.Module, packed: Callable[[list[nn.Linear]], PackedWeight]) -> PatchReport:
     """Replace the linear layers of a fused model's encoder layers by packed ones.
 
+    Each weight is freed, and its memory given back, before the next layer is packed: both models together never exist.
+
     Args:
         model: The model.
-        packed: Packs linear layers of the same input, one after the other.
+        packed: Packs linear layers of the same input, one after the other. It must not keep them.
     """
-    for layer, paths in [*linear_groups(model)]:
-        _replace(layer, paths, packed)
     for encoder in fused_encoders(model):
-        vars(encoder).pop(SNAPSHOT, None)
+        vars(encoder).pop(SNAPSHOT, None)  # which refers to all weights
+    last = None
+    for layer, paths in [*linear_groups(model)]:
+        if layer is not last:
+            give_freed_memory_back()
+        _replace(layer, paths, packed)
+        last = layer
+    for encoder in fused_encoders(model):
         vars(encoder)[IS_FROZEN] = True
+    give_freed_memory_back()
     model.eval()
     model.requires_grad_(False)
     return report(model)

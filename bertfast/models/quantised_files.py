@@ -112,17 +112,23 @@ def restore_quantised(model: PreTrainedModel, quantised: Quantised) -> None:
     Args:
         model: The model.
         quantised: What `read_dequantised` returned; names may lack the prefix of the model's, or the other way round.
+            It is emptied, so that values and packed weights are not in memory together.
 
     Raises:
         ValueError: It cannot be frozen as it is; see `require_freezable`.
     """
     require_freezable(model)
     prefix = f"{model.base_model_prefix}."
-    known = {name.removeprefix(prefix): stored for name, stored in quantised.items()}
-    by_module = {module: known.get(name.removeprefix(prefix)) for name, module in model.named_modules()}
+    modules = {name.removeprefix(prefix): module for name, module in model.named_modules()}
+    by_module: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
+    while quantised:
+        name, values_of_layer = quantised.popitem()
+        if (module := modules.get(name.removeprefix(prefix))) is not None:
+            by_module[module] = values_of_layer
+    modules.clear()  # else the weights below would stay in memory
 
     def packed(linears: list[nn.Linear]) -> PackedWeight:
-        stored = [each for linear in linears if (each := by_module[linear]) is not None]
+        stored = [each for linear in linears if (each := by_module.pop(linear, None)) is not None]
         weight, bias = stacked(linears)
         if len(stored) < len(linears):
             return pack(weight, bias)

@@ -82,7 +82,7 @@ def quantise_model(model: nn.Module, run: Callable[[], object]) -> PatchReport:
         weight, bias = stacked(linears)
         if weight.shape[1] > _MAX_DEPTH or not bool(weight.isfinite().all()):
             return pack(weight, bias)
-        return quantise(weight, bias, _factors(weight, [maxima.get(linear) for linear in linears]))
+        return quantise(weight, bias, _factors(weight, [maxima.pop(linear, None) for linear in linears]))
 
     result = replace_linears(model, packed)
     mark(model)

@@ -1,7 +1,10 @@
 """`bertfast.freeze`: packed weights compute what the model computed, and what would change them is refused."""
 
 import copy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import family_models
@@ -265,3 +268,49 @@ def test_what_cannot_be_frozen():
         bertfast.freeze(live().to("meta"))
     with pytest.raises(ValueError, match="precision must be fp32 or bf16, got 'int4'"):
         bertfast.freeze(live(), "int4")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from transformers import BertConfig
+import bertfast
+from bertfast.models.quantised_files import restore_quantised
+
+def memory(entry):
+    return int(re.search(entry + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 16}
+batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+ways = {
+    "fp32": lambda model, opened: bertfast.freeze(model, "fp32"),
+    "bf16": lambda model, opened: bertfast.freeze(model, "bf16"),
+    "int8": lambda model, opened: bertfast.quantize(model, [batch]),
+    "opened": restore_quantised,
+}
+for way, pack in ways.items():
+    model = bertfast.BertModel(BertConfig(vocab_size=64, **sizes)).eval()
+    with torch.no_grad():
+        model(**batch)
+    opened = {
+        name: (torch.ones(part.weight.shape, dtype=torch.int8), torch.ones(part.out_features), None)
+        for name, part in model.named_modules()
+        if ".layer." in name and type(part) is torch.nn.Linear and way == "opened"
+    }
+    layer = sum(p.numel() * p.element_size() for p in model.encoder.layer[0].parameters())
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    pack(model, opened)
+    print(way, (memory("VmHWM") - before) / layer)
+    del model
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
+def test_the_model_and_its_packed_weights_are_never_both_in_memory():
+    """The peak lies at most three of sixteen layers above the memory of the model before."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    peaks = {way: float(layers) for way, layers in map(str.split, run.stdout.splitlines())}
+    assert {*peaks} == {"fp32", "bf16", "int8", "opened"}, run.stderr
+    assert max(peaks.values()) < 3, peaks
