@@ -104,6 +104,11 @@ def has_int8(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) and module.is_int8 for module in model.modules())
 
 
+def has_onednn_weights(model: nn.Module) -> bool:
+    """Return whether a model has packed weights that oneDNN multiplies by many tokens."""
+    return any(isinstance(module, PackedLinear) and len(module.packed.dense) for module in model.modules())
+
+
 def require_unchanged(fn: Callable[[Tensor], Tensor]) -> None:
     """Raise RuntimeError if a conversion of tensors changes their dtype or device."""
     before = torch.empty(0)

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
 from bertfast.encoder import encode
-from bertfast.encoder.packed_linear import is_frozen
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.inference.embedding_files import (
     CONTENTS,
@@ -34,7 +33,7 @@ from bertfast.inference.embedding_files import (
     write_part,
     write_ranges,
 )
-from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu
+from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, uncaptured_buckets
 from bertfast.inference.pooling import pool
 from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder, with_flags
 from bertfast.inference.sentence_modules import SentenceModules
@@ -43,17 +42,16 @@ from bertfast.models.extensions import (
     BertFeaturesForTokenClassification,
 )
 from bertfast.models.files import model_files
-from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.malloc import give_freed_memory_back
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
-from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
 from bertfast.runtime.settings import flag
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.columns import Columns, Text
-from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length
+from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 from bertfast.tasks.tables import read_chunks
 
@@ -237,11 +235,11 @@ def compute_embeddings(
 
     capture = capture_for(model, precision, enabled=settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
-    bucketed = capture is not None or (not is_frozen(model) and caches_shapes(model.device, half(precision)))
+    buckets = uncaptured_buckets(model, precision) if capture is None else BUCKETED
     with side_stream(model.device):
         for rows in batches_by_length(features, settings.compute.eval_tokens):
             lengths = features.lengths[rows]
-            inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
+            inputs = features.model_inputs(rows, labels=False, buckets=buckets)
             hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots
             require_finite(hidden, model.name_or_path)
             if per_token:

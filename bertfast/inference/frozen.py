@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from bertfast.encoder.packed_linear import is_frozen
 from bertfast.inference.int8_speed import log_int8_speed
-from bertfast.models.freeze import freeze
+from bertfast.models.calls import caches_shapes
+from bertfast.models.freeze import freeze, fused_encoders
 from bertfast.models.patch import require_packed
 from bertfast.models.quantised_files import is_quantised
 from bertfast.models.quantize import quantise_model
-from bertfast.ops import native
-from bertfast.runtime.precision import InferencePrecision, choose_precision
-from bertfast.tasks.features import Features, ModelInputs
+from bertfast.ops import matmul, native
+from bertfast.runtime.precision import InferencePrecision, autocast, choose_precision, half
+from bertfast.tasks.features import Buckets, Features, ModelInputs
 
 logger = logging.getLogger("bertfast")
 
@@ -36,6 +37,24 @@ def require_own_precision(model: PreTrainedModel, precision: InferencePrecision)
             f"{model.name_or_path} is quantised to int8: leave --precision {precision} out, or give the model from "
             "which it was made"
         )
+
+
+def uncaptured_buckets(model: PreTrainedModel, precision: str, *, logits_per_token: bool = False) -> Buckets:
+    """Return which sizes of a program's batches are padded, where no CUDA graphs are captured.
+
+    These are the sizes for each of which oneDNN would keep code: see `matmul.caches_shapes`. Packed weights need none;
+    the heads of a frozen model, in half precision, still do.
+
+    Args:
+        model: The model.
+        precision: Its precision.
+        logits_per_token: Whether its head reads each token, not each example.
+    """
+    with autocast(model.device, precision):
+        by_encoder = any(map(caches_shapes, fused_encoders(model)))
+    dtype = half(precision)
+    by_head = dtype != torch.float32 and matmul.caches_shapes(model.device, dtype)
+    return Buckets(tokens=by_encoder or (by_head and logits_per_token), examples=by_encoder or by_head)
 
 
 @torch.no_grad()

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input, require_file
-from bertfast.inference.frozen import freeze_on_cpu, require_own_precision
+from bertfast.inference.frozen import freeze_on_cpu, require_own_precision, uncaptured_buckets
 from bertfast.models.files import read_config, resolve
-from bertfast.ops.matmul import caches_shapes
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
-from bertfast.runtime.precision import autocast, choose_device, choose_precision, half, require_finite
-from bertfast.tasks.features import CutTexts, Features, ModelInputs, batches_by_length
+from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
+from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import Skipped
@@ -127,10 +126,12 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
 
     capture = capture_for(cast(CapturableModel, model), precision, enabled=task.settings.compute.cuda_graph)
     runner = GraphRunner(forward, model.device, capture)
-    bucketed = capture is not None or caches_shapes(model.device, half(precision))
+    buckets = (
+        uncaptured_buckets(model, precision, logits_per_token=task.logits_per_token) if capture is None else BUCKETED
+    )
     with side_stream(model.device):
         for rows in batches_by_length(features, task.settings.compute.eval_tokens):
-            inputs = features.model_inputs(rows, labels=False, bucketed=bucketed)
+            inputs = features.model_inputs(rows, labels=False, buckets=buckets)
             logits = runner(inputs).clone().cpu()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.
             used = logits[0, : features.lengths[rows].sum()] if logits.ndim == 3 else logits[: len(rows)]

@@ -10,6 +10,7 @@ from transformers.utils.generic import ModelOutput
 
 from bertfast.architectures import IS_TRANSFORMERS_4
 from bertfast.encoder import kernel_support
+from bertfast.encoder.packed_linear import has_onednn_weights
 from bertfast.encoder.unpadding import Layout
 from bertfast.models.registry import IS_FROZEN, FusedModel
 from bertfast.ops import matmul
@@ -138,8 +139,13 @@ def is_short(encoder: FusedModel, arguments: Arguments) -> bool:
 
 
 def caches_shapes(encoder: FusedModel) -> bool:
-    """Return whether code is kept for each number of tokens that an encoder gets: see `matmul.caches_shapes`."""
-    weight = None if IS_FROZEN in vars(encoder) else torch_compat.any_parameter(encoder)
+    """Return whether code is kept for each number of tokens that an encoder gets: see `matmul.caches_shapes`.
+
+    None is kept for packed weights, but for those in bf16 that oneDNN multiplies where a CPU has AMX.
+    """
+    if IS_FROZEN in vars(encoder):
+        return torch_compat.cpu_has_amx() and has_onednn_weights(encoder)
+    weight = torch_compat.any_parameter(encoder)
     return weight is not None and matmul.caches_shapes(weight.device, kernel_support.gemm_dtype(weight))
 
 

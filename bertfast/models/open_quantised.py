@@ -62,5 +62,6 @@ def open_quantised(
     loaded = class_of(config).from_pretrained(None, *args, **kwargs)
     model = fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
     model.name_or_path = model.config.name_or_path = str(folder)
+    weights.clear()  # the model's own, which are freed when they are packed
     restore_quantised(model, quantised)
     return (model, *loaded[1:]) if isinstance(loaded, tuple) else model

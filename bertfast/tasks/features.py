@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,16 @@ from bertfast.ops.sequences import bucket
 logger = logging.getLogger("bertfast")
 
 TOKENIZER_BATCH = 10_000  # texts; bounds memory, as the tokenizer's objects are many times as large as the ids
+
+
+class Buckets(NamedTuple):
+    """Which sizes of a batch are padded to one of a few, so that few shapes occur: tokens, and examples."""
+
+    tokens: bool
+    examples: bool
+
+
+EXACT, BUCKETED = Buckets(tokens=False, examples=False), Buckets(tokens=True, examples=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +88,29 @@ class Features:
             arrays[name] = values[indices][None] if len(values) == len(self.token_ids) else values[rows]
         return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
-    def model_inputs(self, rows: np.ndarray, *, labels: bool = True, bucketed: bool = False) -> ModelInputs:
+    def model_inputs(self, rows: np.ndarray, *, labels: bool = True, buckets: Buckets = EXACT) -> ModelInputs:
         """Return the packed input of the examples at `rows` (int [R]) in host memory.
 
         Args:
             rows: Indices of examples.
             labels: Whether to include labels, if there are any.
-            bucketed: Whether to pad the batch to one of a few shapes: tokens with padding slots and, without labels,
+            buckets: Which sizes of the batch to pad to one of a few: tokens with padding slots and, without labels,
                 examples with empty sequences, to a power of two. The model's outputs for those are meaningless.
         """
         arguments = self.batch(rows)
         if not labels:
             arguments = {name: value for name, value in arguments.items() if name not in self.labels}
-        if not bucketed:
-            return ModelInputs(arguments, self.num_choices)
+        if buckets.tokens:
+            self._pad_tokens(arguments)
+        if buckets.examples and not labels:
+            # Empty sequences up to the next power of two of examples; repeating the last cu_seqlen makes one.
+            empty_sequences = ((1 << (len(rows) - 1).bit_length()) - len(rows)) * self.num_choices
+            cu_seqlens = arguments["cu_seq_lens_q"]
+            arguments["cu_seq_lens_q"] = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty_sequences)])
+        return ModelInputs(arguments, self.num_choices, self.max_seqlen if buckets.tokens else None)
+
+    def _pad_tokens(self, arguments: dict[str, Tensor]) -> None:
+        """Append padding slots to a batch, in place, up to one of few numbers of tokens."""
         num_tokens = arguments["input_ids"].shape[1]
         padding_slots = bucket(num_tokens) - num_tokens
         per_token = [name for name, x in (self.labels | self.inputs).items() if len(x) == len(self.token_ids)]
@@ -99,12 +119,6 @@ class Features:
             is_class = name in self.labels and not value.is_floating_point()
             padding = value.new_full((1, padding_slots, *value.shape[2:]), -100 if is_class else 0)
             arguments[name] = torch.cat([value, padding], dim=1)
-        if not labels:
-            # Empty sequences up to the next power of two of examples; repeating the last cu_seqlen makes one.
-            empty_sequences = ((1 << (len(rows) - 1).bit_length()) - len(rows)) * self.num_choices
-            cu_seqlens = arguments["cu_seq_lens_q"]
-            arguments["cu_seq_lens_q"] = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty_sequences)])
-        return ModelInputs(arguments, self.num_choices, self.max_seqlen)
 
     def split_by_example(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
         """Split a model's outputs [T, …] for the batch of `rows` by example, dropping padding slots."""

@@ -74,6 +74,7 @@ class QuestionAnsweringTask(Task[Questions]):
     """Extractive question answering: the start and end of the answer in the context."""
 
     model_class = BertForQuestionAnswering
+    logits_per_token = True
     flags = frozenset(map(flag, hints_of(QuestionAnsweringSettings)))
     metrics = ("f1", "exact_match", "loss")
 

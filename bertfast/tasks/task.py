@@ -55,6 +55,7 @@ class Task(ABC, Generic[Examples]):
     Attributes:
         model_class: Class of the model to open; a fine-tuned model may replace it.
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
+        logits_per_token: Whether each token has its own logits.
         flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
@@ -63,6 +64,7 @@ class Task(ABC, Generic[Examples]):
 
     model_class: type[PreTrainedModel]
     feature_based_model: ClassVar[type[PreTrainedModel] | None] = None
+    logits_per_token: ClassVar[bool] = False
     flags: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: TaskSettings):

@@ -101,6 +101,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
 
     model_class = BertForTokenClassification
     feature_based_model = BertFeaturesForTokenClassification
+    logits_per_token = True
     flags = frozenset({"--tag-column"})
 
     @property

@@ -14,10 +14,11 @@ from bertfast.cli.main import main
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder.packed_linear import PackedLinear, is_frozen
 from bertfast.inference.embed import EmbedSettings, embed
-from bertfast.inference.frozen import freeze_on_cpu
+from bertfast.inference.frozen import freeze_on_cpu, uncaptured_buckets
 from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.inference.predict import PredictSettings, open_finetuned, predict
-from bertfast.tasks.features import tokenize
+from bertfast.ops import matmul
+from bertfast.tasks.features import BUCKETED, EXACT, Buckets, tokenize
 
 TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot"]
 
@@ -203,3 +204,28 @@ def test_memory_of_unpacked_weights_is_freed(tuned):
     freeze_on_cpu(model, "fp32", features, lambda inputs: task.logits(model, inputs))
     assert is_frozen(model)
     assert not any(weight() is not None for weight in weights)
+
+
+def test_batches_of_a_frozen_model_are_not_padded_but_for_its_head(pretrained, monkeypatch):
+    """oneDNN keeps code per shape for what is multiplied by weights that are not packed: there, in half precision."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr("bertfast.runtime.torch_compat.cpu_has_amx", lambda: False)
+    model = bertfast.AutoModelForTokenClassification.from_pretrained(pretrained)
+    assert uncaptured_buckets(model, "fp32", logits_per_token=True) == EXACT
+    assert uncaptured_buckets(model, "bf16") == BUCKETED
+    bertfast.freeze(model, "bf16")
+    for precision in ("fp32", "int8"):
+        assert uncaptured_buckets(model, precision, logits_per_token=True) == EXACT
+    assert uncaptured_buckets(model, "bf16") == Buckets(tokens=False, examples=True)
+    assert uncaptured_buckets(model, "bf16", logits_per_token=True) == BUCKETED
+
+
+def test_packed_weights_that_onednn_multiplies_are_padded(pretrained, monkeypatch):
+    monkeypatch.setattr("bertfast.runtime.torch_compat.cpu_has_amx", lambda: True)
+    monkeypatch.setattr("bertfast.ops.packed_linear.cpu_has_amx", lambda: True)
+    padded = []
+    for precision in ("fp32", "bf16"):
+        model = bertfast.AutoModel.from_pretrained(pretrained)
+        bertfast.freeze(model, precision)
+        padded.append(uncaptured_buckets(model, precision).tokens)
+    assert padded == [False, True]

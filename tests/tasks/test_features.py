@@ -10,7 +10,15 @@ from tokenizers import Tokenizer
 
 from bertfast.data.tokenizer import special_tokens, train_tokenizer
 from bertfast.ops.sequences import bucket
-from bertfast.tasks.features import batches_by_length, count_labels, shuffled_batches, tokenize, within_budget
+from bertfast.tasks.features import (
+    BUCKETED,
+    Buckets,
+    batches_by_length,
+    count_labels,
+    shuffled_batches,
+    tokenize,
+    within_budget,
+)
 
 TEXTS = ["a b c d e f", "b", "c d a", "", "f e d c b a"]
 
@@ -122,7 +130,7 @@ def test_bucketed_inputs_are_the_batch_followed_by_padding_slots(tokenizer):
     labels = {"labels": np.arange(len(features.token_ids)), "weights": np.ones(len(features.token_ids), np.float32)}
     features = replace(features, labels=labels)
     rows = np.arange(17)
-    inputs = features.model_inputs(rows, bucketed=True)
+    inputs = features.model_inputs(rows, buckets=BUCKETED)
     plain, padded = features.model_inputs(rows).arguments, inputs.arguments
     tokens = plain["input_ids"].shape[1]
     assert padded["input_ids"].shape == padded["labels"].shape == (1, bucket(tokens)) != (1, tokens)
@@ -141,11 +149,17 @@ def test_without_labels_the_number_of_examples_is_bucketed(tokenizer, num_choice
         tokenize(tokenizer, TEXTS * 4, 64), num_choices=num_choices, labels={"labels": np.zeros(20 // num_choices)}
     )
     for count, slots in ((1, 1), (3, 4), (8, 8), (9, 16)):
-        arguments = features.model_inputs(np.arange(count), labels=False, bucketed=True).arguments
+        arguments = features.model_inputs(np.arange(count), labels=False, buckets=BUCKETED).arguments
         assert "labels" not in arguments
         lengths = arguments["cu_seq_lens_q"].diff().tolist()
         assert len(lengths) == slots * num_choices
         assert not any(lengths[count * num_choices :])
+        only_examples = features.model_inputs(
+            np.arange(count), labels=False, buckets=Buckets(tokens=False, examples=True)
+        )
+        assert torch.equal(only_examples.arguments["cu_seq_lens_q"], arguments["cu_seq_lens_q"])
+        assert only_examples.arguments["input_ids"].shape[1] == sum(lengths)
+        assert only_examples.max_seqlen_bound is None
 
 
 def test_no_texts_have_no_batches(tokenizer):
