@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from bertfast.tasks.rows import BadRows
 from bertfast.tasks.tables import SUFFIXES
 
 _TAG = r"O|[BIESLU]-\S+"
+_INDEX = r"(\d{1,9})(?:([-.])\d{1,9})?"  # of a word in a sentence; a range, 1-2, or an empty node, 1.1, of CoNLL-U
 _NO_TAG = ("", "_")  # what stands in the column of tags where a word has none
 _SUFFIXES = (".conll", ".iob", ".bio")
 _TSV = {suffix for suffix in SUFFIXES if suffix.startswith(".tsv")}  # tabs also separate the columns of CoNLL files
@@ -220,18 +221,67 @@ def _require_conll(path: Path, number: int, rows: list[list[str]], tabs: bool) -
             f"{path}, line {number}: not a CoNLL file, which has one word and its tag per line and an empty line "
             "between sentences: for a label per text use --task sequence-classification"
         )
-    if all(len(row) == _CONLL_U_COLUMNS and re.fullmatch(r"\d+([-.]\d+)?", row[0]) for row in rows):
+    if all(len(row) == _CONLL_U_COLUMNS and _is_number(row[0]) for row in rows):
         raise ValueError(
             f"{path} is in CoNLL-U format, whose words are in the second column: keep the words and their tags, for "
             f"example by cut -f2,4 {path.name}"
         )
-    first = [row[0] for row in rows if len(row) > 1]
-    counts = [int(word) if re.fullmatch(r"\d{1,6}", word) else None for word in first]
-    counted_up = sum(now is not None and now in (0, 1, (before or 0) + 1) for before, now in pairwise([None, *counts]))
-    tagged = sum(re.fullmatch(_TAG, word) is not None for word in first)
-    for number_of_rows, what in ((counted_up, "numbers that count words"), (tagged, "tags")):
-        if 2 * number_of_rows > len(first):
-            raise ValueError(
-                f"{path}, line {number}: the first column holds {what} in most rows: put the words into the first "
-                "column and their tags into the last"
-            )
+    _require_words_first(path, number, [row for row in rows if len(row) > 1], tabs)
+
+
+def _require_words_first(path: Path, number: int, rows: list[list[str]], tabs: bool) -> None:
+    """Raise ValueError if the first column holds tags or indices, or numbers that may be indices; see `_require_conll`.
+
+    Of two columns the first is that of the words if the second one holds tags such as B-ORG, whatever is in it. With
+    more columns, numbers that do not count words may still be those of sentences.
+    """
+    if not rows:
+        return  # words alone
+    first = [row[0] for row in rows]
+    kinds = map(_is_tag, first), _count_up(first), map(_is_number, first)
+    tags, counted_up, numbers = (2 * sum(kind) > len(rows) for kind in kinds)
+    ((num_columns, _),) = Counter(map(len, rows)).most_common(1)
+    is_word_and_tag = num_columns == 2 and 2 * sum(_is_tag(row[-1]) for row in rows) > len(rows)
+    from_second, from_first = (_cut(path, column, num_columns, tabs) for column in (2, 1))
+    if tags:
+        found, remedy = "tags", "put the words into the first column and their tags into the last"
+    elif counted_up and not is_word_and_tag:
+        found, remedy = "numbers that count words", f"keep the words and their tags, for example by {from_second}"
+    elif numbers and num_columns > 2:
+        found, remedy = "numbers", f"if they are indices, type {from_second}, and if they are words, {from_first}"
+    else:
+        return
+    raise ValueError(f"{path}, line {number}: the first column holds {found} in most rows: {remedy}")
+
+
+def _is_tag(word: str) -> bool:
+    return re.fullmatch(_TAG, word.strip()) is not None
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(_INDEX, word) is not None
+
+
+def _count_up(words: list[str]) -> Iterator[bool]:
+    """Yield, for each word of the first column, whether it continues or begins a count of words, from 0 or 1.
+
+    As in CoNLL-U, the range 3-4 precedes words 3 and 4, and the empty node 4.1 follows word 4; neither is counted.
+    """
+    last = 0
+    for word in words:
+        index = re.fullmatch(_INDEX, word)
+        if index is None:
+            last = 0
+            yield False
+            continue
+        value, kind = int(index[1]), index[2]
+        yield value == last if kind == "." else value in (0, 1, last + 1)
+        last = last if kind else value
+
+
+def _cut(path: Path, words: int, tags: int, tabs: bool) -> str:
+    """Return a command that keeps two columns of a file, counted from 1."""
+    columns = [words, tags] if tags > words else [words]
+    if tabs:
+        return f"cut -f{','.join(map(str, columns))} {path.name}"
+    return f"awk '{{print {', '.join(f'${column}' for column in columns)}}}' {path.name}"

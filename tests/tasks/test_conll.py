@@ -94,19 +94,38 @@ def test_words_without_tags_are_read_where_tags_are_optional(tmp_path):
     assert read(path, "Ann\t_\nBob\t_\n", labelled=False) == [(["Ann", "Bob"], None)]
 
 
+COUNTED = "numbers that count words in most rows: keep the words and their tags, for example by "
+
+
 @pytest.mark.parametrize(
-    ("rows", "what"),
+    ("rows", "message"),
     [
-        ("1\tthe\tO\n2\tfilm\tB-X\n\n1\ta\tO\n2\tb\tO\n", "numbers that count words"),
-        ("0 the O\n1 film B-X\n\n0 a O\n1 b O\n", "numbers that count words"),
-        ("O the\nB-X film\nO was\n", "tags"),
+        ("1\tthe\tO\n2\tfilm\tB-X\n\n1\ta\tO\n2\tb\tO\n", COUNTED + r"cut -f2,3 a\.conll"),
+        ("0 the O\n1 film B-X\n\n0 a O\n1 b O\n", COUNTED + r"awk '\{print \$2, \$3\}' a\.conll"),
+        ("57 the O\n58 film B-X\n\n59 a O\n60 b O\n", COUNTED),  # over all sentences, in a part of a file
+        ("1\tthe\n2\tfilm\n\n1\ta\n", COUNTED + r"cut -f2 a\.conll"),
+        ("1 CD\n2 CD\n3 CD\n", COUNTED),  # two columns without tags of entities: a word and its index
+        # Ranges precede the words that they join, and empty nodes follow a word; 0.1 precedes the first.
+        ("1-2\tdu\t_\n1\tde\tO\n2\tle\tO\n3-4\tau\t_\n3\tà\tO\n4\tle\tO\n", COUNTED),
+        ("0.1 x O\n1 a O\n1.1 y O\n1.2 z O\n2 b O\n2.1 c O\n", COUNTED),
+        # Numbers of sentences, or words that are numbers: nobody can tell.
+        ("7\tthe\tO\n7\tfilm\tO\n7\twas\tO\n9\ta\tO\n", r"numbers in most rows: if they are indices, type "
+         r"cut -f2,3 a\.conll, and if they are words, cut -f1,3 a\.conll"),
+        ("10 CD O\n3.5 CD O\n1984 CD O\nfilm NN O\n", r"numbers in most rows: if they are indices, type "
+         r"awk '\{print \$2, \$3\}' a\.conll, and if they are words, awk '\{print \$1, \$3\}' a\.conll"),
+        ("O the\nB-X film\nO was\n", "tags in most rows: put the words into the first column and their tags into"),
     ],
-)
-def test_numbers_or_tags_instead_of_words_are_refused(rows, what, tmp_path):
-    path = tmp_path / "a.conll"
-    path.write_text(rows)
-    with pytest.raises(ValueError, match=f"line 1: the first column holds {what} in most rows: put the words into the"):
-        list(read_sentences(path, -1, BadRows(), labelled=True))
+)  # fmt: skip
+def test_indices_or_tags_instead_of_words_are_refused(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"a\.conll, line 1: the first column holds {message}"):
+        read(tmp_path / "a.conll", rows)
+
+
+@pytest.mark.parametrize("rows", ["1 B-ORD\n2 B-ORD\n3 O\n", "1\tO\n2\tO\n", "555 B-TEL\n7001 B-TEL\n12 O\n"])
+def test_words_that_are_numbers_are_read_if_nothing_else_can_be_the_words(rows, tmp_path):
+    [(words, tags)] = read(tmp_path / "a.conll", rows)
+    assert all(map(str.isdigit, words))
+    assert len(tags) == len(words)
 
 
 def test_a_few_numbers_are_words(tmp_path):
