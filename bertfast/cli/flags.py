@@ -18,6 +18,7 @@ from bertfast.cli.recipes import find_config, read_yaml
 from bertfast.runtime.settings import (
     Settings,
     WithoutEffectError,
+    as_typed,
     flag,
     group_class,
     hints_of,
@@ -106,7 +107,8 @@ def parse(
         values = read(flags)
         _refuse_empty(settings_class, values)
         try:
-            return settings_class.of(**values)
+            with as_typed(_typed_names(flags)):
+                return settings_class.of(**values)
         except WithoutEffectError as error:
             dropped = _disabled_by_typed(flags, error.flags, read, settings_class)
             if not dropped:
@@ -169,7 +171,7 @@ def _disabled_by_typed(
         read: Returns the values of a command line by name.
         settings_class: Class of the settings.
     """
-    typed = {_entry(parts[0]) for name, parts in flags if not name}
+    typed = {name.replace("_", "-") for name in _typed_names(flags)}
     in_file = {name for name, _ in flags if name}
     found = {name.removeprefix("--") for name in without_effect} & in_file - typed
     if not found:
@@ -213,6 +215,11 @@ def _without_config(arguments: list[str], command: str, settings_class: type[Set
 def _entry(argument: str) -> str:
     """Return the name in a file of a flag, or of a flag's value as it is."""
     return argument.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
+
+
+def _typed_names(flags: _Flags) -> set[str]:
+    """Return the names of the settings whose flags were typed."""
+    return {_entry(parts[0]).replace("-", "_") for name, parts in flags if not name and parts[0].startswith("--")}
 
 
 def _rivals(settings_class: type[Settings]) -> dict[str, set[str]]:

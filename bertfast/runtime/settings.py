@@ -15,6 +15,8 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
@@ -89,6 +91,20 @@ class Setting:
     group: str | None
 
 
+_typed: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
+_TYPED = "_typed"  # the attribute in which settings keep the names of their values that were typed
+
+
+@contextmanager
+def as_typed(names: Iterable[str]) -> Iterator[None]:
+    """Build settings in the body of which values of these names count as given, although they may be the defaults."""
+    token = _typed.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base class of the settings of a program and of their groups; subclasses are frozen dataclasses.
@@ -102,6 +118,7 @@ class Settings:
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, _TYPED, _typed.get())
         for name, hint in hints_of(type(self)).items():
             _check(name, hint, getattr(self, name))
         rivals = [name for name in given(self) if name in map(flag, self.exclusive)]
@@ -125,7 +142,8 @@ class Settings:
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values, given as to `of`."""
         before = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return type(self)(**before | _by_field(type(self), values, before))
+        with as_typed(vars(self)[_TYPED]):
+            return type(self)(**before | _by_field(type(self), values, before))
 
     def flat(self) -> dict[str, Any]:
         """Return all values by name."""
@@ -141,15 +159,19 @@ def flag(name: str) -> str:
 
 
 def given(settings: Settings) -> list[str]:
-    """Return the flags of all values that differ from their defaults, those of groups included."""
-    changed = []
+    """Return the flags of all values that are given, those of groups included.
+
+    These differ from their defaults, or were typed; a typed default of None, False or 0 stands for what is not given.
+    """
+    flags = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if isinstance(value, Settings):
-            changed += given(value)
-        elif value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
-            changed.append(flag(field.name))
-    return changed
+            flags += given(value)
+        elif value != default or (value and field.name in vars(settings)[_TYPED]):
+            flags.append(flag(field.name))
+    return flags
 
 
 class WithoutEffectError(ValueError):

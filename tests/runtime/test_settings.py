@@ -6,8 +6,12 @@ from typing import Annotated, Literal
 
 import pytest
 
+from bertfast.cli.flags import parse
 from bertfast.cli.main import main
 from bertfast.runtime.settings import Count, Fraction, Positive, Range, Settings, range_of, settings_of
+from bertfast.tasks.registry import choose_task
+from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.pretrain_settings import PretrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +135,51 @@ def test_a_part_with_thousands_of_digits_is_refused(capsys):
     arguments = ["prepare", "--output-dir", "o", "--train-file", "t", "--tokenizer-name", "v", "--part"]
     assert main([*arguments, "1/" + "9" * 5000]) == 1
     assert "--part must be i/n with 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("finetune {where} --lstm-layers 2", "--lstm-layers would have no effect: this belongs to --strategy feature"),
+        (
+            "evaluate --model-name-or-path m --validation-file v --objective mlm --task auto",
+            "--task would have no effe",
+        ),
+        ("prepare --output-dir o --train-file t --tokenizer-name v --vocab_size 30528", "--vocab-size would have no"),
+        ("prepare --output-dir o --train-file t --validation-file v --validation-split-percentage 5", "no effect"),
+        ("pretrain --output-dir o --train-file t --init-from m --architecture bert", "--architecture would have no"),
+        ("pretrain --output-dir o --train-file t --init-from m --preset small", "--preset and --init-from exclude"),
+        ("pretrain --output-dir o --train-file t --objective ltr --mlm-probability 0.15", "--mlm-probability would"),
+        ("pretrain --output-dir o --train-file t --second-phase-share 0.1", "there is no --second-phase-length"),
+    ],
+)
+def test_a_typed_default_is_refused_like_another_value(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("sentence\tlabel\ngood\t1\n")
+    arguments = line.format(where="--model-name-or-path m --output-dir o --train-file t").split()
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_typed_as_off_is_not_given():
+    line = (
+        "--model-name-or-path m --output-dir o --train-file t --no-random-init --init-from-task f --features-dir None"
+    )
+    assert parse("finetune", FinetuneSettings, line.split()).model.init_from_task == "f"
+    line = "--output-dir o --train-file t --max-steps 0 --minutes 1 --tokenizer-name v --no-cased"
+    assert parse("pretrain", PretrainSettings, line.split()).duration.minutes == 1
+
+
+def test_a_typed_default_without_effect_on_the_task_is_refused():
+    line = "--model-name-or-path m --output-dir o --train-file t --task sst-2 --tag-column -1"
+    with pytest.raises(ValueError, match="--tag-column would have no effect: the task is sst-2"):
+        choose_task(parse("finetune", FinetuneSettings, line.split()))
+
+
+def test_typed_defaults_are_kept_where_other_values_are_replaced():
+    line = "--output-dir o --train-file t --second-phase-length 256 --second-phase-share 0.1"
+    settings = parse("pretrain", PretrainSettings, line.split())
+    assert settings == PretrainSettings.of(**settings.flat())
+    with pytest.raises(ValueError, match="--second-phase-share would have no effect"):
+        settings.replace(second_phase_length=0)
+    assert not PretrainSettings.of(**settings.flat()).replace(second_phase_length=0).batch.second_phase_length
