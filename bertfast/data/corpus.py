@@ -44,10 +44,10 @@ def find_files(inputs: Iterable[Path | str]) -> list[Path]:
             files += found
         elif not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
-        elif not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} is of an unknown file type: use one of {', '.join(SUFFIXES)}")
         else:
             require_rereadable(path)
+            if not path.name.endswith(SUFFIXES):
+                raise ValueError(f"{path} is of an unknown file type: use one of {', '.join(SUFFIXES)}")
             files.append(path)
     return list(dict.fromkeys(file.resolve() for file in files))
 

@@ -24,7 +24,7 @@ from bertfast.data.held_out import HeldOut
 from bertfast.data.parts import SPLITS, Source, prepare_files
 from bertfast.data.prepare_settings import CorpusSettings, PrepareSettings
 from bertfast.data.shards import read_manifest, write_manifest
-from bertfast.data.text_files import named_standard_input, standard_input
+from bertfast.data.text_files import copy_stream, is_stream, named_stream
 from bertfast.data.tokenizer import (
     load_tokenizer,
     require_all_ids,
@@ -33,7 +33,7 @@ from bertfast.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from bertfast.runtime.atomic_write import CannotWriteError, atomic_path, named_in_errors, remove
+from bertfast.runtime.atomic_write import CannotWriteError, named_in_errors, remove
 from bertfast.runtime.output_folder import (
     LOCK,
     RECORD,
@@ -74,10 +74,11 @@ def prepare(settings: PrepareSettings) -> Path:
     corpus, folder = settings.corpus, Path(settings.output_dir)
     lock = LOCK if settings.part is None else f"{LOCK}-{settings.part.replace('/', '-of-')}"
     copies = [folder.resolve() / parent / STANDARD_INPUT_COPY for parent in (_GATHERED, UNFINISHED, "")]
-    with locked_folder(folder, lock), named_standard_input(*copies), ExitStack() as stack:
+    stream = _stream(corpus)
+    with locked_folder(folder, lock), named_stream(stream or "-", *copies), ExitStack() as stack:
         require_command(folder, "prepare")
-        gathered = stack.enter_context(_gathered_text(corpus, folder.resolve()))
-        train = find_files([str(gathered) if name == "-" else name for name in corpus.train_file or ["-"]])
+        gathered = stack.enter_context(_gathered_text(corpus, stream, folder.resolve()))
+        train = find_files([str(gathered) if name in (stream, "-") else name for name in corpus.train_file or ["-"]])
         validation = find_files(corpus.validation_file)
         if both := set(train) & set(validation):
             raise ValueError(f"{min(both)} is both in --train-file and in --validation-file")
@@ -106,9 +107,21 @@ def _beginning(settings: PrepareSettings, folder: Path) -> AbstractContextManage
     return nullcontext() if settings.part is None else FileLock(folder / f"{LOCK}-tokenizer")
 
 
+def _stream(corpus: CorpusSettings) -> str | None:
+    """Return which of the texts can be read only once, and is copied; None: none of them.
+
+    Raises:
+        ValueError: There are several.
+    """
+    streams = [*dict.fromkeys(filter(is_stream, corpus.train_file))]
+    if len(streams) > 1:
+        raise ValueError(f"--train-file has several texts that can be read only once, {', '.join(streams)}: give one")
+    return streams[0] if streams else None
+
+
 @contextmanager
-def _gathered_text(corpus: CorpusSettings, folder: Path) -> Iterator[Path | None]:
-    """Yield a file with the text that is not in files: standard input, or the docstrings; None: there is no such text.
+def _gathered_text(corpus: CorpusSettings, stream: str | None, folder: Path) -> Iterator[Path | None]:
+    """Yield a file with the text that is not in files: of a stream, or the docstrings; None: there is no such text.
 
     It is removed at the end if it was not moved. Docstrings that an earlier run has gathered are used again.
     """
@@ -122,10 +135,9 @@ def _gathered_text(corpus: CorpusSettings, folder: Path) -> Iterator[Path | None
                 for found in [file for file in earlier if file.exists()][:1]:
                     _link(found, path)
             yield gather_docstrings(path, corpus.processes or os.cpu_count() or 1)
-        elif "-" in corpus.train_file:
+        elif stream is not None:
             path = scratch / STANDARD_INPUT_COPY
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                shutil.copyfileobj(standard_input(), file)
+            copy_stream(stream, path)
             yield path
         else:
             yield None

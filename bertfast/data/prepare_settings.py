@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from bertfast.data.text_files import is_stream
 from bertfast.data.tokenizer import MIN_BPE_SIZE, TokenizerType
 from bertfast.runtime.settings import Count, Range, Settings, given, refuse_without_effect
 
@@ -18,8 +19,8 @@ class CorpusSettings(Settings):
     """Which text to use, and how to tokenize it.
 
     Attributes:
-        train_file: Text files and folders, or "-" for standard input. If not given: the docstrings of the installed
-            packages. Hidden files in folders are left out.
+        train_file: Text files and folders, or "-" for standard input, which is copied first, like a pipe. If not given:
+            the docstrings of the installed packages. Hidden files in folders are left out.
         validation_file: Text files and folders for validation. If not given: hold out a part of the training documents.
         validation_split_percentage: Percentage of the training documents to hold out; if they are few, of the sentences
             of the longest one.
@@ -91,5 +92,5 @@ class PrepareSettings(Settings):
             if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
                 raise ValueError(f"--part must be i/n with 1 ≤ i ≤ n, such as 1/4, got {self.part!r:.60}")
             files = self.corpus.train_file
-            if self.corpus.tokenizer_name is None or not files or "-" in files:
+            if self.corpus.tokenizer_name is None or not files or any(map(is_stream, files)):
                 raise ValueError("--part requires --tokenizer-name and files in --train-file, the same for every part")

@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.extras import install_command
 
 if TYPE_CHECKING:
@@ -107,15 +109,31 @@ def read_standard_input() -> Iterator[tuple[int, str]]:
     return _decoded_lines(STANDARD_INPUT, _decompressed(standard_input()))
 
 
+def is_stream(name: Path | str) -> bool:
+    """Return whether a text can be read only once: "-", which is standard input, or a pipe."""
+    return name == "-" or Path(name).is_fifo()
+
+
+def copy_stream(name: str, path: Path) -> None:
+    """Copy what can be read only once to a file, in bytes."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if name == "-":
+            shutil.copyfileobj(standard_input(), file)
+        else:
+            with open(name, "rb") as pipe:
+                shutil.copyfileobj(pipe, file)
+
+
 @contextmanager
-def named_standard_input(*copies: Path) -> Iterator[None]:
-    """Have errors in a copy of standard input, or in its temporary file, name standard input."""
+def named_stream(name: str, *copies: Path) -> Iterator[None]:
+    """Have errors in a copy of what can be read only once, or in its temporary file, name that."""
+    shown = STANDARD_INPUT if name == "-" else name
     try:
         yield
     except ValueError as error:
         message = str(error)
         for path in [path for copy in copies for path in (copy.with_name(f".{copy.name}"), copy)]:
-            message = message.replace(str(path), STANDARD_INPUT)
+            message = message.replace(str(path), shown)
         if type(error) is not ValueError or message == str(error):
             raise
         raise ValueError(message) from error

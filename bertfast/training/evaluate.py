@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from bertfast.data.corpus import find_files
+from bertfast.data.text_files import copy_stream, is_stream, named_stream
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import write_atomically
@@ -39,7 +42,8 @@ class EvaluateSettings(TaskSettings):
     """Settings of an evaluation.
 
     Attributes:
-        validation_file: Labelled data as for fine-tuning; with --objective mlm, a text file or folder.
+        validation_file: Labelled data as for fine-tuning; with --objective mlm, a text file or folder. "-" is standard
+            input; it, and a pipe, are copied to a temporary file.
         objective: task: metrics of the predictions of a fine-tuned model; mlm: masked-LM metrics of a model on text.
         output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png. If
             not given: print only.
@@ -68,6 +72,26 @@ def evaluate(settings: EvaluateSettings) -> dict[str, float]:
         OriginError: The folder has results of another model, other data or other settings.
         ValueError: Another process writes to the folder, or model, data and settings do not fit together.
     """
+    with _with_file(settings) as settings:
+        return _evaluate_file(settings)
+
+
+@contextmanager
+def _with_file(settings: EvaluateSettings) -> Iterator[EvaluateSettings]:
+    """Yield settings whose text is a file: standard input and pipes, which can be read only once, are copied to one."""
+    name = settings.validation_file
+    if not is_stream(name):
+        yield settings
+        return
+    suffix = Path(name).suffix or (".txt" if settings.objective == "mlm" else "")
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, f"standard-input{suffix}")
+        with named_stream(name, copy):
+            copy_stream(name, copy)
+            yield settings.replace(validation_file=str(copy))
+
+
+def _evaluate_file(settings: EvaluateSettings) -> dict[str, float]:
     if settings.output_dir is None:
         return _evaluate(settings)[0]
     folder = Path(settings.output_dir)

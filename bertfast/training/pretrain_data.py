@@ -18,6 +18,7 @@ from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import SPLITS, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
+from bertfast.data.text_files import is_stream
 from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import OriginError
@@ -176,7 +177,9 @@ def _prepare(
 
     def prepare_text() -> Path:
         try:
-            if not (settings.overwrite_output_dir and "-" in corpus.train_file):  # which can be read only once
+            if not (
+                settings.overwrite_output_dir and any(map(is_stream, corpus.train_file))
+            ):  # which can be read only once
                 prepare(PrepareSettings(str(folder), corpus))
                 remove(replacement)  # of a run that was to replace this one, and was refused
                 return folder

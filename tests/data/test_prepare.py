@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -239,12 +240,18 @@ def test_special_tokens_in_the_text_are_tokenized_as_text(tmp_path, vocabulary, 
     assert Shards.open(folder / "validation").parts == []
 
 
-def test_standard_input_gives_the_same_shards_as_a_file(texts, vocabulary, run, monkeypatch):
+def test_standard_input_and_a_pipe_give_the_same_shards_as_a_file(texts, vocabulary, run, monkeypatch):
     text = (texts / "0.txt").read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-    assert read(run("piped", "-", tokenizer_name=vocabulary), "train") == read(
-        run("given", texts / "0.txt", tokenizer_name=vocabulary), "train"
-    )
+    expected = read(run("given", texts / "0.txt", tokenizer_name=vocabulary), "train")
+    assert read(run("piped", "-", tokenizer_name=vocabulary), "train") == expected
+    os.mkfifo(pipe := texts.parent / "pipe")
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    assert read(run("named", pipe, tokenizer_name=vocabulary), "train") == expected
+    writer.join()
+    with pytest.raises(ValueError, match=r"several texts that can be read only once, -, .*pipe: give one"):
+        run("both", "-", pipe, tokenizer_name=vocabulary)
 
 
 @pytest.mark.parametrize(

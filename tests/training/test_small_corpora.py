@@ -1,6 +1,9 @@
 """Pre-training and evaluation on one document, or a dozen, with default settings."""
 
 import json
+import os
+import threading
+from contextlib import contextmanager
 
 import pytest
 from runs import SIZES
@@ -57,3 +60,41 @@ def test_one_document_is_evaluated_without_pairs(documents, pretrained, tmp_path
     assert "held out" not in caplog.text
     assert metrics["validation_loss"] > 0
     assert ("next_sentence_accuracy" in metrics) == (documents == 2)
+
+
+@contextmanager
+def named_pipe(path, text):
+    """Write a text to a named pipe, from which the body reads it."""
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=(text,))
+    writer.start()
+    yield path
+    writer.join()
+
+
+def test_text_that_can_be_read_only_once_is_evaluated_like_a_file(pretrained, tmp_path, pipe):
+    file = write(tmp_path / "text.txt", 1)
+    text = (tmp_path / "text.txt").read_text()
+    fixed = {"model_name_or_path": str(pretrained), "objective": "mlm", "device": "cpu", "precision": "fp32"}
+    expected = evaluate(EvaluateSettings.of(validation_file=file, output_dir=str(tmp_path / "a"), **fixed))
+    pipe(text)
+    assert evaluate(EvaluateSettings.of(validation_file="-", output_dir=str(tmp_path / "b"), **fixed)) == expected
+    with named_pipe(tmp_path / "pipe", text) as path:
+        # The same text as that of the results in the folder, so that these are of the same origin.
+        settings = EvaluateSettings.of(validation_file=str(path), output_dir=str(tmp_path / "a"), **fixed)
+        assert evaluate(settings) == expected
+    pipe(b"One.\n\xff\n")
+    with pytest.raises(ValueError, match=r"^standard input, line 2: not UTF-8"):
+        evaluate(EvaluateSettings.of(validation_file="-", **fixed))
+    with named_pipe(tmp_path / "other", "") as path, pytest.raises(ValueError, match=f"there is no text in {path}"):
+        evaluate(EvaluateSettings.of(validation_file=str(path), **fixed))
+
+
+def test_labelled_data_may_come_from_a_pipe(tuned, files, tmp_path):
+    fixed = {"model_name_or_path": str(tuned[0]), "device": "cpu"}
+    file = files["validation_file"]
+    expected = evaluate(EvaluateSettings.of(validation_file=file, **fixed))
+    suffix = file.rpartition(".")[2]
+    with open(file) as opened, named_pipe(tmp_path / f"pipe.{suffix}", opened.read()) as path:
+        found = evaluate(EvaluateSettings.of(validation_file=str(path), output_dir=str(tmp_path / "out"), **fixed))
+    assert found == expected
