@@ -185,8 +185,9 @@ $(RUNTIMES): $(READY)
 	  nncf openvino-telemetry jsonschema jsonschema-specifications referencing rpds-py attrs natsort networkx \
 	  pydot tabulate rich psutil pandas optimum optimum-onnx optimum-intel
 
-# Benchmarks on a CPU. RESULTS=FOLDER is the folder for result files; without it they are written to bench/results/, which is
-# refused if there are uncommitted changes. bench-figures draws the figure of the README from FIGURE, a result of bench-step,
+# Benchmarks on a CPU. RESULTS=FOLDER is the folder for result files; without it they are written to that of this processor below
+# bench/results/, or to bench/results/ itself if they do not depend on the processor: both are refused if there are uncommitted
+# changes. bench-figures draws the figure of the README from FIGURE, a result of bench-step,
 # and writes docs/BENCHMARKS.md and its plots.
 RESULTS_FLAG = $(if $(RESULTS),--results '$(RESULTS)')
 FIGURE ?= bench/results/avx512/pretraining_step-base-128-fp32.json

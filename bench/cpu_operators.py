@@ -30,7 +30,6 @@ from bench.figures import plot_operators
 from bench.harness import (
     DEVICE,
     ON_GPU,
-    RESULTS,
     median_ratio,
     require_clean_tree,
     result_parser,
@@ -53,7 +52,7 @@ NO_BF16 = "this processor has no bf16 instructions, and PyTorch's bf16 GEMMs are
 
 
 def main() -> int:
-    parser = result_parser(__doc__, RESULTS / "cpu-operators")
+    parser = result_parser(__doc__)
     parser.add_argument("operations", nargs="*", default=OPERATIONS, metavar="OPERATION", help=", ".join(OPERATIONS))
     parser.add_argument("--shapes", choices=("cpu", "small"), default="cpu", help="sizes; small: to try the program")
     parser.add_argument("--seconds", type=float, default=5, help="approximate seconds per case and direction")

@@ -1,7 +1,7 @@
 """Shared parts of the benchmarks: timing, result files with their origin, and the check for uncommitted changes.
 
 Everything runs on the GPU if there is one. A program that writes results calls `require_clean_tree` before it measures,
-so that each file in bench/results/ belongs to a commit.
+so that each file in bench/results/ belongs to a commit. By default that is one in the folder of this processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,8 +210,14 @@ def hf_config(config: BertConfig, attention: str | None = "sdpa") -> BertConfig:
     return found
 
 
-def result_parser(description: str | None, results: Path = RESULTS) -> argparse.ArgumentParser:
-    """Return a parser of a program's flags with `--results`, the folder for result files."""
+def result_parser(description: str | None, results: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser of a program's flags with `--results`, the folder for result files.
+
+    Args:
+        description: Text above the flags in `--help`.
+        results: Default of the folder; None: that of this processor, as results depend on it.
+    """
+    results = machine_folder() if results is None else results
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_text = f"folder for result files (default: {results.relative_to(ROOT)})"
     parser.add_argument("--results", type=Path, default=results, metavar="FOLDER", help=help_text)
@@ -264,13 +271,41 @@ def origin() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:
+def write_result(name: str, values: dict[str, Any], folder: Path) -> Path:
     """Write the values and their origin to the file NAME.json in `folder`; return its path."""
     require_clean_tree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"origin": origin(), **values}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def machine_folder(results: Path = RESULTS) -> Path:
+    """Return the folder below `results` for this processor, which never has files of another one.
+
+    It is the one that has most of its results and none of others, or a new one that is named after it.
+    """
+    mine = processor()
+    folders: dict[Path, list[Any]] = {}
+    for file in sorted(results.rglob("*.json")):
+        if file.parent != results:  # those of all processors are in `results` itself
+            folder = results / file.relative_to(results).parts[0]
+            folders.setdefault(folder, []).append(origin_of(file).get("processor"))
+    own = [folder for folder, owners in folders.items() if set(owners) == {mine}]
+    if own:
+        return max(own, key=lambda folder: len(folders[folder]))
+    name = re.sub(r"[^a-z0-9]+", "-", mine.lower().replace("(r)", "")).strip("-")
+    taken = {folder.name for folder in folders}
+    return results / next(each for each in chain([name], (f"{name}-{n}" for n in count(2))) if each not in taken)
+
+
+def origin_of(file: Path) -> dict[str, Any]:
+    """Return the origin of a result file; empty if it has none or cannot be read."""
+    try:
+        origin = json.loads(file.read_text(encoding="utf-8")).get("origin", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _gpu() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import ROOT, require_clean_tree, result_parser, write_result
+from bench.harness import RESULTS, ROOT, require_clean_tree, result_parser, write_result
 
 INSTRUCTION_SET = "avx2"
 OBJECTS = ROOT / "build" / "objects"  # of setup.py
@@ -29,7 +29,7 @@ TOOLS = ("g++", "valgrind")
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
+    parser = result_parser(__doc__, RESULTS)
     parser.add_argument("kernels", nargs="*", default=list(TOKENS), metavar="KERNEL", help=f"of {', '.join(TOKENS)}")
     arguments = parser.parse_args()
     if unknown := set(arguments.kernels) - set(TOKENS):

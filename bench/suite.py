@@ -2,15 +2,14 @@
 
     python -m bench.suite [PART …] [--all] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
 
-Results go to the folder of this processor, see `machine_folder`. A part is up to date if each of its result files was
-measured on this processor, from a commit without changes whose measured sources are those of now.
-So an interrupted run continues where it stopped. The estimates are those of two cores; the parts that run by default
+Results go to the folder of this processor, see `machine_folder` in `bench.harness`. A part is up to date if each of its
+result files was measured on this processor, from a commit without changes whose measured sources are those of now. So
+an interrupted run continues where it stopped. The estimates are those of two cores; the parts that run by default
 take about 40 minutes, the others run with their names or `--all`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from bench.harness import (
     DATA,
     DEVICE,
     PUBLISHED,
-    RESULTS,
     ROOT,
     changed_files,
+    origin_of,
     processor,
     require_clean_tree,
     result_parser,
@@ -119,7 +117,7 @@ DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 
 def main() -> None:
-    parser = result_parser(__doc__, machine_folder())
+    parser = result_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {quoted(PARTS)} (default: `make bench`'s)")
     parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
@@ -190,34 +188,6 @@ def run(names: Sequence[str], folders: dict[str, Path]) -> list[str]:
 def path_of_children() -> str:
     """Return PYTHONPATH with the checkout, which contains `bench`."""
     return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-
-
-def machine_folder(results: Path = RESULTS) -> Path:
-    """Return the folder below `results` for this processor, which never has files of another one.
-
-    It is the one that has most of its results and none of others, or a new one that is named after it.
-    """
-    mine = processor()
-    folders: dict[Path, list[Any]] = {}
-    for file in sorted(results.rglob("*.json")):
-        if file.parent != results:  # those of several CPUs are in `results` itself
-            folder = results / file.relative_to(results).parts[0]
-            folders.setdefault(folder, []).append(origin_of(file).get("processor"))
-    own = [folder for folder, owners in folders.items() if set(owners) == {mine}]
-    if own:
-        return max(own, key=lambda folder: len(folders[folder]))
-    name = re.sub(r"[^a-z0-9]+", "-", mine.lower().replace("(r)", "")).strip("-")
-    taken = {folder.name for folder in folders}
-    return results / next(each for each in chain([name], (f"{name}-{n}" for n in count(2))) if each not in taken)
-
-
-def origin_of(file: Path) -> dict[str, Any]:
-    """Return the origin of a result file; empty if it has none or cannot be read."""
-    try:
-        origin = json.loads(file.read_text(encoding="utf-8")).get("origin", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return origin if isinstance(origin, dict) else {}
 
 
 def up_to_date(file: Path) -> bool:

@@ -1,5 +1,6 @@
 """`make bench` measures what is missing or out of date, and nothing else."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import suite
+from bench import harness, suite
 from bench.end_to_end import inference
 from bench.harness import processor
 
@@ -66,11 +67,11 @@ def test_results_of_other_machines_and_unknown_commits_are_measured_again(origin
 
 
 def test_results_of_a_processor_share_a_folder(tmp_path):
-    assert suite.machine_folder(tmp_path).parent == tmp_path
+    assert harness.machine_folder(tmp_path).parent == tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old.json").write_text(json.dumps({"origin": {"processor": processor()}}))
     (tmp_path / "broken.json").write_text("{")
-    assert suite.machine_folder(tmp_path) == tmp_path / "mine"
+    assert harness.machine_folder(tmp_path) == tmp_path / "mine"
 
 
 def test_a_folder_with_results_of_another_processor_is_never_chosen(tmp_path):
@@ -80,30 +81,40 @@ def test_a_folder_with_results_of_another_processor_is_never_chosen(tmp_path):
 
     for name, owner in (("a.json", processor()), ("b.json", "other"), ("mixed/a.json", processor())):
         write(name, owner)
-    assert suite.machine_folder(tmp_path) == tmp_path / "mixed"
+    assert harness.machine_folder(tmp_path) == tmp_path / "mixed"
     write("mixed/b.json", "other")
-    new = suite.machine_folder(tmp_path)  # neither the folder of all results nor the one of two CPUs
+    new = harness.machine_folder(tmp_path)  # neither the folder of all results nor the one of two CPUs
     assert new not in (tmp_path, tmp_path / "mixed")
     write(f"{new.name}/a.json", "another processor with a similar name")
-    assert suite.machine_folder(tmp_path) == tmp_path / f"{new.name}-2"
+    assert harness.machine_folder(tmp_path) == tmp_path / f"{new.name}-2"
     for name in ("few/a.json", "many/a.json", "many/b.json"):
         write(name, processor())
-    assert suite.machine_folder(tmp_path) == tmp_path / "many"
+    assert harness.machine_folder(tmp_path) == tmp_path / "many"
 
 
 def test_the_results_of_this_repository_have_a_folder_per_processor():
     folders = {}
-    for file in suite.RESULTS.rglob("*.json"):
-        if file.parent != suite.RESULTS:
-            folders.setdefault(file.parent, set()).add(suite.origin_of(file).get("processor"))
+    for file in harness.RESULTS.rglob("*.json"):
+        if file.parent != harness.RESULTS:
+            folders.setdefault(file.parent, set()).add(harness.origin_of(file).get("processor"))
     assert all(len(owners) == 1 for owners in folders.values()), folders
+
+
+def test_programs_write_to_the_folder_of_the_processor_unless_the_page_shows_their_result_once(monkeypatch, capsys):
+    assert harness.result_parser(None).parse_args([]).results == harness.machine_folder()
+    once = ("instructions", "end_to_end.curve_parity", "end_to_end.residual_precision", "end_to_end.real_runs")
+    for name, folder in [*((name, harness.RESULTS) for name in once), ("ceilings", harness.machine_folder())]:
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"bench.{name}").main()
+        assert f"(default: {folder.relative_to(harness.ROOT)})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_missing_runtimes_are_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inference, "INSTALLED_RUNTIMES", ("json", "no_such_runtime"))
     inference.require_runtimes(tmp_path)
     with pytest.raises(SystemExit, match=r"without no_such_runtime, because .* or name another folder with --results"):
-        inference.require_runtimes(suite.RESULTS / "avx512")
+        inference.require_runtimes(harness.RESULTS / "avx512")
     monkeypatch.setattr(suite, "missing_runtimes", lambda: ["no_such_runtime"])
     monkeypatch.setattr(sys, "argv", ["suite", "--plan", "ceilings", "--results", str(tmp_path)])
     suite.main()

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from bench.figures import hardware, save
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import RESULTS, require_clean_tree, result_parser, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -43,7 +43,7 @@ TOLERANCE, TOLERANCE_OF_MEANS = 1e-3, 0.02  # nats: of each loss without dropout
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
+    parser = result_parser(__doc__, RESULTS)
     parser.add_argument("data", type=Path, help="folder with the texts")
     parser.add_argument("--output", type=Path, help="folder to keep shards, runs and curves")
     arguments = parser.parse_args()

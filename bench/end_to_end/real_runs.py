@@ -17,13 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import RESULTS, require_clean_tree, result_parser, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
+    parser = result_parser(__doc__, RESULTS)
     parser.add_argument("data", type=Path, help="folder of the data")
     parser.add_argument("--output", type=Path, help="folder to keep models and metrics")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from bench.end_to_end.curve_parity import corpus, losses_of, mean
-from bench.harness import DATA, ON_GPU, at_least_one, require_clean_tree, result_parser, write_result
+from bench.harness import DATA, ON_GPU, RESULTS, at_least_one, require_clean_tree, result_parser, write_result
 from bertfast.architectures.presets import Preset
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -30,7 +30,7 @@ TOKENS, RATE = 1024, 1e-3
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
+    parser = result_parser(__doc__, RESULTS)
     parser.add_argument("data", type=Path, nargs="?", default=DATA, help="folder with the texts")
     parser.add_argument("--steps", type=at_least_one, default=300, help="steps of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="seeds; each is run with both streams")
