@@ -288,7 +288,7 @@ def machine_folder(results: Path = RESULTS) -> Path:
     mine = processor()
     folders: dict[Path, list[Any]] = {}
     for file in sorted(results.rglob("*.json")):
-        if file.parent != results:  # those of all processors are in `results` itself
+        if file.parent != results:  # those of several CPUs are in `results` itself
             folder = results / file.relative_to(results).parts[0]
             folders.setdefault(folder, []).append(origin_of(file).get("processor"))
     own = [folder for folder, owners in folders.items() if set(owners) == {mine}]

@@ -232,11 +232,11 @@ def _require_conll(path: Path, number: int, rows: list[list[str]], tabs: bool) -
 def _require_words_first(path: Path, number: int, rows: list[list[str]], tabs: bool) -> None:
     """Raise ValueError if the first column holds tags or indices, or numbers that may be indices; see `_require_conll`.
 
-    Of two columns the first is that of the words if the second one holds tags such as B-ORG, whatever is in it. With
-    more columns, numbers that do not count words may still be those of sentences.
+    Of two columns the first is that of the words if the second one holds tags such as B-ORG, also if it has numbers.
+    With more columns, numbers that do not count words may still be those of sentences.
     """
     if not rows:
-        return  # words alone
+        return
     first = [row[0] for row in rows]
     kinds = map(_is_tag, first), _count_up(first), map(_is_number, first)
     tags, counted_up, numbers = (2 * sum(kind) > len(rows) for kind in kinds)
@@ -279,9 +279,9 @@ def _count_up(words: list[str]) -> Iterator[bool]:
         last = last if kind else value
 
 
-def _cut(path: Path, words: int, tags: int, tabs: bool) -> str:
+def _cut(path: Path, first: int, last: int, tabs: bool) -> str:
     """Return a command that keeps two columns of a file, counted from 1."""
-    columns = [words, tags] if tags > words else [words]
+    columns = [first, last] if last > first else [first]
     if tabs:
         return f"cut -f{','.join(map(str, columns))} {path.name}"
     return f"awk '{{print {', '.join(f'${column}' for column in columns)}}}' {path.name}"

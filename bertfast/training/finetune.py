@@ -29,15 +29,7 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import (
-    BUCKETED,
-    EXACT,
-    CutTexts,
-    ModelInputs,
-    count_labels,
-    shuffled_batches,
-    within_budget,
-)
+from bertfast.tasks.features import Buckets, CutTexts, ModelInputs, count_labels, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer, sequence_length
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import Outputs, Task
@@ -252,7 +244,8 @@ class Finetuning:
         # Passes of `size` examples, each divided further so that a batch has at most tokens_per_batch tokens.
         passes = (rows[first : first + size] for first in range(0, len(rows), size))
         parts = (part for one in passes for part in within_budget(features, one, settings.batch.tokens_per_batch))
-        batches = [features.model_inputs(part, buckets=EXACT if self.capture is None else BUCKETED) for part in parts]
+        buckets = Buckets(tokens=self.capture is not None, examples=False)
+        batches = [features.model_inputs(part, buckets=buckets) for part in parts]
         items = sum(self._weight(batch.arguments) for batch in batches)
         self.items.fill_(items or 1)  # 0 if all labelled words were cut off
         self.loss.zero_()
