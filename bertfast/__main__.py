@@ -1,8 +1,17 @@
-"""`python -m bertfast`: the command line."""
+"""`bertfast` and `python -m bertfast`: the command line."""
 
-import sys
+from __future__ import annotations
+
+from typing import NoReturn
 
 from bertfast.cli.main import main
+from bertfast.runtime.exit import end_process
+
+
+def run() -> NoReturn:
+    """Run the command line of this process, and end the process with its exit status."""
+    end_process(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bertfast
+from bertfast.runtime.exit import end_process
 
 IDS = torch.arange(3, 27).view(4, 6)
 MASK = (torch.arange(6) < torch.tensor([[6], [3], [5], [2]])).long()
@@ -140,3 +141,4 @@ for group in GROUPS:
 for name in BY_CLASS:
     tell("DDP", replicate(name))
 dist.destroy_process_group()
+end_process()

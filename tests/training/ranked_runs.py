@@ -12,6 +12,7 @@ from itertools import groupby
 import torch.distributed as dist
 
 from bertfast.cli.flags import parse
+from bertfast.runtime.exit import end_process
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.pretrain import PretrainSettings, pretrain
 
@@ -30,3 +31,4 @@ for is_run, words in groupby(sys.argv[1:], lambda word: word != "--"):
     except RunStopped as stopped:
         print(f"{name}: {stopped}")
 dist.destroy_process_group()
+end_process()

@@ -42,9 +42,14 @@ def flags(data: Path, folder: Path, accumulation: int, *others: str) -> list[str
 
 def torchrun(processes: int, log: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
     with log.open("w") as output:
         return subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def printed(log: Path) -> str:
+    """The end of what the ranks printed, without torchrun's report of a failure, which is long and follows it."""
+    return log.read_text().partition("multiprocessing.errors.ChildFailedError")[0][-4000:]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -54,7 +59,7 @@ def children(process: subprocess.Popen) -> list[int]:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     while not condition():
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, printed(log)
         time.sleep(0.1)
 
 
@@ -83,7 +88,7 @@ def folder(data, tmp_path_factory) -> Path:
             if count == processes:
                 words += ["--", name, *flags(data, folder / name, accumulation, *others)]
         log = folder / f"{processes}.log"
-        assert torchrun(processes, log, str(HERE / "ranked_runs.py"), *words[1:]).wait(300) == 0, log.read_text()
+        assert torchrun(processes, log, str(HERE / "ranked_runs.py"), *words[1:]).wait(300) == 0, printed(log)
     return folder
 
 
