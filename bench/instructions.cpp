@@ -14,6 +14,7 @@
 #include "../csrc/cross_entropy.h"
 #include "../csrc/embeddings.h"
 #include "../csrc/gelu_layer_norm.h"
+#include "../csrc/packed_linear.h"
 #include "../csrc/rotary.h"
 
 namespace bertfast {
@@ -103,11 +104,9 @@ void cross_entropy(int64_t tokens, bool backward) {
                                floats(tokens), indices(tokens, 1), backward ? floats(VOCAB) : nullptr, nullptr});
 }
 
-void attention_of(int64_t tokens, int64_t length, int window, bool backward) {
-  const int sequences = (int)(tokens / length);
-  int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
-  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= length;
-  const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, window, 1, backward);
+template <class Tasks>
+AttentionInputs attention_inputs(int64_t tokens, int64_t length, int window, const int64_t* cu_seqlens, int sequences,
+                                 const Tasks& tasks) {
   AttentionInputs inputs{};
   inputs.capacity = inputs.num_tokens = tokens, inputs.heads = HEADS, inputs.head_dim = HEAD_DIM;
   inputs.sequences = sequences, inputs.max_seqlen_bound = (int)length, inputs.cu_seqlens = cu_seqlens;
@@ -115,6 +114,15 @@ void attention_of(int64_t tokens, int64_t length, int window, bool backward) {
   inputs.scale = 0.125f, inputs.window = window;
   inputs.dropout = {&seed, indices(sequences, sequences), 0, THRESHOLD};
   inputs.tasks = tasks.data(), inputs.task_count = (int64_t)tasks.size();
+  return inputs;
+}
+
+void attention_of(int64_t tokens, int64_t length, int window, bool backward) {
+  const int sequences = (int)(tokens / length);
+  int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
+  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= length;
+  const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, window, 1, backward);
+  const AttentionInputs inputs = attention_inputs(tokens, length, window, cu_seqlens, sequences, tasks);
   void *const o = floats(tokens * HIDDEN), *const d_o = floats(tokens * HIDDEN);
   float* const lse = floats(HEADS * tokens);
   if (!backward) return BERTFAST_SET::attention_forward(AttentionForward{inputs, o, lse});
@@ -131,6 +139,79 @@ void rotary(int64_t tokens, bool backward) {
       {tokens, HEADS, HEAD_DIM, rows(tokens, 3 * HIDDEN), rows(tokens, HEAD_DIM), backward, rows(tokens, 3 * HIDDEN)});
 }
 
+// A packed weight of values between -1 and 1, or -127 and 127.
+PackedWeight packed(WeightType type, int64_t columns, int64_t depth) {
+  float* const values = floats(columns * depth);
+  if (type == WeightType::bfloat16)
+    for (int64_t i = 0; i < columns * depth; ++i) std::memcpy((char*)values + 2 * i, (char*)(values + i) + 2, 2);
+  if (type == WeightType::int8)
+    for (int64_t i = 0; i < columns * depth; ++i) ((int8_t*)values)[i] = (int8_t)(127 * values[i]);
+  const int32_t* const sums = (int32_t*)std::calloc(columns, sizeof(int32_t));
+  return {values, type, columns, depth, floats(columns), sums, nullptr};
+}
+
+PackedLinear packed_linear(int64_t tokens, WeightType type, int64_t columns, int64_t depth,
+                           Epilogue epilogue = Epilogue::none) {
+  return {tokens,   rows(tokens, depth), packed(type, columns, depth), vector(columns),
+          epilogue, rows(tokens, columns)};
+}
+
+void packed_fp32(int64_t tokens, bool) {
+  BERTFAST_SET::packed_linear(packed_linear(tokens, WeightType::float32, HIDDEN, HIDDEN));
+}
+
+void packed_bf16(int64_t tokens, bool) {
+  BERTFAST_SET::packed_linear(packed_linear(tokens, WeightType::bfloat16, HIDDEN, HIDDEN));
+}
+
+void packed_int8(int64_t tokens, bool) {
+  BERTFAST_SET::packed_linear(packed_linear(tokens, WeightType::int8, HIDDEN, HIDDEN));
+}
+
+struct Layer {
+  PackedLinear qkv, dense, intermediate, output;
+  AttentionForward attention;
+  AddLayerNormForward norm;
+};
+
+}  // namespace
+
+namespace bertfast::BERTFAST_SET {
+
+// The kernels of a layer in the order of csrc/packed_operators.h, which is a file of PyTorch's; counted as a function.
+[[gnu::noinline]] static void packed_layer(const Layer& layer) {
+  BERTFAST_SET::packed_linear(layer.qkv);
+  BERTFAST_SET::attention_forward(layer.attention);
+  BERTFAST_SET::packed_linear(layer.dense);
+  BERTFAST_SET::add_layer_norm_forward(layer.norm);
+  BERTFAST_SET::packed_linear(layer.intermediate);
+  BERTFAST_SET::packed_linear(layer.output);
+  BERTFAST_SET::add_layer_norm_forward(layer.norm);
+}
+
+}  // namespace bertfast::BERTFAST_SET
+
+namespace {
+
+void packed_layer(int64_t tokens, bool) {
+  const WeightType type = WeightType::float32;
+  const int sequences = (int)(tokens / LENGTH);
+  int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
+  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= LENGTH;
+  const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, UNLIMITED, 1, false);
+  AttentionInputs inputs = attention_inputs(tokens, LENGTH, UNLIMITED, cu_seqlens, sequences, tasks);
+  inputs.dropout = {};
+  const AttentionForward attention{inputs, floats(tokens * HIDDEN), floats(HEADS * tokens)};
+  const Layer layer{packed_linear(tokens, type, 3 * HIDDEN, HIDDEN),
+                    packed_linear(tokens, type, HIDDEN, HIDDEN),
+                    packed_linear(tokens, type, WIDE, HIDDEN, Epilogue::gelu),
+                    packed_linear(tokens, type, HIDDEN, WIDE),
+                    attention,
+                    {tokens, HIDDEN, rows(tokens, HIDDEN), rows(tokens, HIDDEN), vector(HIDDEN), vector(HIDDEN),
+                     vector(HIDDEN), EPS, {}, rows(tokens, HIDDEN), Rows{}, floats(tokens), floats(tokens)}};
+  BERTFAST_SET::packed_layer(layer);
+}
+
 struct Kernel {
   const char* name;
   void (*run)(int64_t tokens, bool backward);
@@ -139,7 +220,9 @@ struct Kernel {
 constexpr Kernel KERNELS[] = {{"add_layer_norm", add_layer_norm},     {"bias_gelu", bias_gelu},
                               {"gelu_layer_norm", gelu_layer_norm},   {"embeddings", embeddings},
                               {"cross_entropy", cross_entropy},       {"attention", attention},
-                              {"attention_window", attention_window}, {"rotary", rotary}};
+                              {"attention_window", attention_window}, {"rotary", rotary},
+                              {"packed_fp32", packed_fp32},           {"packed_bf16", packed_bf16},
+                              {"packed_int8", packed_int8},           {"packed_layer", packed_layer}};
 
 }  // namespace
 

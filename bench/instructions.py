@@ -4,8 +4,9 @@
 
 A program without PyTorch (`bench/instructions.cpp`) calls one kernel on one thread, in fp32 with dropout 0.1 and the
 widths of BERT-base, and valgrind counts what the kernel executes. The instruction set is AVX2, because valgrind has no
-AVX-512. The objects are those of the native library, if they are newer than its sources; otherwise they are compiled.
-Counts of different compilers are not comparable.
+AVX-512; int8 weights are multiplied without instructions for dot products, which not all CPUs have. The objects are
+those of the native library, if they are newer than its sources; otherwise they are compiled. Counts of different
+compilers are not comparable.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ INSTRUCTION_SET = "avx2"
 OBJECTS = ROOT / "build" / "objects"  # of setup.py
 TOKENS = {"add_layer_norm": 64, "bias_gelu": 64, "gelu_layer_norm": 64, "embeddings": 64, "cross_entropy": 8}
 TOKENS |= {"attention": 128, "attention_window": 1024, "rotary": 64}  # a window of 64, in one sequence
+TOKENS |= {"packed_fp32": 64, "packed_bf16": 64, "packed_int8": 64, "packed_layer": 128}  # for inference
 DIRECTIONS = ("forward", "backward")
-ONE_FUNCTION = ("cross_entropy", "rotary")  # compute the gradient in the same function if it is requested
+FORWARD_ONLY = ("packed_fp32", "packed_bf16", "packed_int8", "packed_layer")
+# Two of them compute the gradient in the same function if it is requested.
+UNDIRECTED = ("cross_entropy", "rotary", *FORWARD_ONLY)
+# Names of functions that are not those of kernels.
+FUNCTIONS = dict.fromkeys(FORWARD_ONLY[:3], "packed_linear") | {"attention_window": "attention"}
 TOOLS = ("g++", "valgrind")
 
 
@@ -55,7 +61,7 @@ def per_token(program: Path, kernels: Iterable[str]) -> dict[str, float]:
     return {
         f"{kernel}, {direction}": count(program, kernel, direction, TOKENS[kernel]) / TOKENS[kernel]
         for kernel in kernels
-        for direction in DIRECTIONS
+        for direction in DIRECTIONS[: 1 if kernel in FORWARD_ONLY else 2]
     }
 
 
@@ -90,7 +96,7 @@ def build(folder: Path) -> Path:
 
 def count(program: Path, kernel: str, direction: str, tokens: int) -> int:
     """Return the instructions of one call of a kernel for a number of tokens."""
-    function = kernel if kernel in ONE_FUNCTION else f"{kernel.removesuffix('_window')}_{direction}"
+    function = FUNCTIONS.get(kernel, kernel) + ("" if kernel in UNDIRECTED else f"_{direction}")
     counted = f"--toggle-collect=bertfast::{INSTRUCTION_SET}::{function}(*"
     valgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", counted]
     command = [*valgrind, str(program), kernel, direction, str(tokens)]

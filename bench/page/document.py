@@ -234,10 +234,12 @@ def instructions_section(single: dict[str, Result]) -> str:
         return ""
     counts = result.values["per_token"]
     kernels = dict.fromkeys(name.partition(", ")[0] for name in counts)
-    rows = [[kernel, *(f"{counts[f'{kernel}, {way}']:,.0f}" for way in ("forward", "backward"))] for kernel in kernels]
+    found = {kernel: [counts.get(f"{kernel}, {way}") for way in ("forward", "backward")] for kernel in kernels}
+    rows = [[kernel, *("" if each is None else f"{each:,.0f}" for each in pair)] for kernel, pair in found.items()]
     return (
         "## Instructions of the CPU kernels\n\nPer token of BERT-base, fp32, dropout 0.1, sequences of 128 tokens "
-        "(`attention_window`: one sequence of 1,024 tokens with a window of 64), "
+        "(`attention_window`: one sequence of 1,024 tokens with a window of 64; `packed_…`, for inference: a weight of "
+        "768 by 768 in that precision, and a whole layer in fp32), "
         f"{result.values['instruction_set']}, {result.values['compiler']} (`bench/results/{result.file}`, commit "
         f"{result.origin['commit']}). A test fails when a count grows by more than 5 %.\n\n"
         f"{table(['kernel', 'forward', 'backward'], rows)}\n"
