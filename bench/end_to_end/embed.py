@@ -3,8 +3,10 @@
     python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
 
 MODEL is a folder that SentenceTransformer opens and whose pooling is the mean of all tokens; DATA contains
-glue/SST-2/train.tsv.gz. All read a file with one sentence per line and write the embeddings to disk, in fp32; they are
-timed alternately. The backends "onnx" and "openvino" of sentence-transformers get models that were exported before.
+glue/SST-2/train.tsv.gz. All read a file with one sentence per line and write the embeddings to disk; they are timed
+alternately. Embeddings in fp32 must agree within TOLERANCE; those in bf16 and int8 must have a mean cosine of at least
+MIN_COSINE with bertfast's in fp32, and the result has their mean and first percentile. The backends "onnx" and
+"openvino" of sentence-transformers get models that were exported before.
 For the memory, bertfast and sentence-transformers run in their own processes on N sentences, those of SST-2 repeated,
 and the result is the peak of the process. The lower bound of the time is that of `bench.bounds`, for batches of BATCH
 sentences, without reading text and writing vectors; that of the memory is the weights, since vectors go to disk.
@@ -30,15 +32,17 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from bench.bounds import Rates
-from bench.harness import at_least_one, reason_of, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, at_least_one, reason_of, require_clean_tree, result_parser, write_result
 from bench.points import in_a_process, peak_memory
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.models.files import read_config
+from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
 TIMED = 4096  # sentences per round
-BATCH, LENGTH, TOLERANCE = 32, 128, 1e-5
+BATCH, LENGTH = 32, 128
+TOLERANCE, MIN_COSINE = 1e-5, 0.999
 
 
 def main() -> None:
@@ -67,18 +71,24 @@ def main() -> None:
     write_result("embed", {"threads": torch.get_num_threads(), "speed": timed, "memory": peaks}, arguments.results)
 
 
-def embed_with_bertfast(model: Path, file: Path, folder: Path) -> torch.Tensor:
+def embed_with_bertfast(
+    model: Path, file: Path, folder: Path, precision: Literal["fp32", "bf16", "int8"] = "fp32"
+) -> torch.Tensor:
     """Write the embeddings to safetensors files in `folder`; return those of the first file."""
     where = {"model_name_or_path": str(model), "input_file": str(file), "output_dir": str(folder)}
-    settings = EmbedSettings.of(**where, pooling="mean", max_seq_length=LENGTH, precision="fp32", device="cpu")
+    settings = EmbedSettings.of(**where, pooling="mean", max_seq_length=LENGTH, precision=precision, device="cpu")
     return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
 
 
 def embed_with_sentence_transformers(
-    model: Path, file: Path, folder: Path, backend: Literal["torch", "onnx", "openvino"] = "torch"
+    model: Path,
+    file: Path,
+    folder: Path,
+    backend: Literal["torch", "onnx", "openvino"] = "torch",
+    options: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Write the embeddings to one .npy file in `folder`; return them."""
-    encoder = SentenceTransformer(str(model), device="cpu", backend=backend)
+    """Write the embeddings to one .npy file in `folder`; return them. The options are those of the model."""
+    encoder = SentenceTransformer(str(model), device="cpu", backend=backend, model_kwargs=options)
     encoder.max_seq_length = LENGTH
     lines = file.read_text(encoding="utf-8").splitlines()
     vectors = encoder.encode(lines, batch_size=BATCH, show_progress_bar=False)
@@ -95,8 +105,16 @@ BACKENDS: tuple[Literal["onnx", "openvino"], ...] = ("onnx", "openvino")
 
 
 def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Embed]], dict[str, str]]:
-    """Return each implementation with its model, exported into `folder` if it needs that, and why others cannot run."""
-    found: dict[str, tuple[Path, Embed]] = {name: (model, run) for name, run in WITH_MEMORY.items()}
+    """Return each implementation with its model, exported into `folder` if it needs that, and why others cannot run.
+
+    The name of one that does not compute in fp32 ends in its precision.
+    """
+    runs = WITH_MEMORY | {"bertfast, int8": partial(embed_with_bertfast, precision="int8")}
+    if has_bf16_gemm(DEVICE):
+        runs["bertfast, bf16"] = partial(embed_with_bertfast, precision="bf16")
+        in_bf16 = partial(embed_with_sentence_transformers, options={"dtype": torch.bfloat16})
+        runs["sentence-transformers, bf16"] = in_bf16
+    found: dict[str, tuple[Path, Embed]] = {name: (model, run) for name, run in runs.items()}
     not_run = {}
     for backend in BACKENDS:
         name, exported = f"sentence-transformers, {backend}", folder / backend
@@ -110,33 +128,70 @@ def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Em
     return found, not_run
 
 
+def precision_of(name: str) -> str:
+    """Return the precision of an implementation."""
+    return last if (last := name.rpartition(", ")[2]) in ("bf16", "int8") else "fp32"
+
+
 def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, Any]:
     """Time all alternately, on other sentences in each round, after an untimed round that compares the embeddings.
 
-    The lower bound is the median of those of the rounds, whose sentences differ.
+    The lower bound of a precision is the median of those of the rounds, whose sentences differ.
     """
     runs, not_run = implementations(arguments.model, folder)
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    cosines: dict[str, list[torch.Tensor]] = {name: [] for name in runs if precision_of(name) != "fp32"}
     for number in range(arguments.rounds + 1):
         file = repeated(folder / "round.txt", sentences[number * TIMED :], TIMED)
         expected: torch.Tensor | None = None
         for name, (model, run) in runs.items():
             with TemporaryDirectory() as out:
                 started = time.perf_counter()
-                found = torch.nn.functional.normalize(run(model, file, Path(out)))
+                found = torch.nn.functional.normalize(run(model, file, Path(out)).float())
                 samples[name].append(time.perf_counter() - started)
             expected = found if expected is None else expected
-            if not (worst := (found - expected).abs().max().item()) < TOLERANCE:
-                raise SystemExit(f"{name}: the embeddings differ by {worst}, so nothing is timed")
+            if name in cosines:
+                cosines[name].append((found * expected).sum(1))
+            require_agreement(name, found, expected)
     samples = {name: seconds[1:] for name, seconds in samples.items()}
     pairs = zip(samples["bertfast"], samples["sentence-transformers"], strict=True)
     ratio = statistics.median(other / bertfast for bertfast, other in pairs)
     entries = {"sentences": TIMED, **samples, "not_run": not_run, "median_ratio": ratio}
-    return entries | lower_bound(arguments, sentences)
+    return entries | {
+        "cosines": {name: summary(torch.cat(of_rounds)) for name, of_rounds in cosines.items()},
+        "bounds": {
+            precision: lower_bound(arguments, sentences, dtype)
+            for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+            if precision in map(precision_of, runs)
+        },
+    }
 
 
-def lower_bound(arguments: argparse.Namespace, sentences: list[str]) -> dict[str, float]:
-    """Return the median of the lower bounds of the timed rounds, and the measured rates."""
+def require_agreement(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse embeddings that are too far from those of bertfast in fp32.
+
+    Args:
+        name: Name of the implementation.
+        found: Its embeddings, [sentences, hidden], of length 1.
+        expected: Those of bertfast in fp32.
+
+    Raises:
+        SystemExit: They differ by too much for the precision of the implementation.
+    """
+    if precision_of(name) == "fp32":
+        if not (worst := (found - expected).abs().max().item()) < TOLERANCE:
+            raise SystemExit(f"{name}: the embeddings differ by {worst}, so nothing is timed")
+    elif not (mean := (found * expected).sum(1).mean().item()) >= MIN_COSINE:
+        raise SystemExit(f"{name}: the mean cosine with fp32 is {mean}, so nothing is timed")
+
+
+def summary(cosines: torch.Tensor) -> dict[str, float]:
+    """Return the mean and the first percentile of cosines."""
+    return {"mean": cosines.mean().item(), "first_percentile": cosines.quantile(0.01).item()}
+
+
+def lower_bound(arguments: argparse.Namespace, sentences: list[str], dtype: torch.dtype) -> dict[str, float]:
+    """Return the median of the lower bounds of the timed rounds in a precision, and the measured rates."""
     tokenizer, config = load_tokenizer(arguments.model), read_config(arguments.model)
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
@@ -146,7 +201,7 @@ def lower_bound(arguments: argparse.Namespace, sentences: list[str]) -> dict[str
         lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
         rounds.append([lengths[start : start + BATCH] for start in range(0, TIMED, BATCH)])
     tokens = sum(map(sum, rounds[0])) // len(rounds[0])
-    rates = Rates.measured(config, tokens, torch.float32)
+    rates = Rates.measured(config, tokens, dtype)
     bound = statistics.median(rates.inference(config, batches) for batches in rounds)
     return {"lower_bound_s": bound, **rates.entries()}
 

@@ -216,11 +216,14 @@ def finetuning_rows(result: Result) -> Iterator[Row]:
 
 def embed_rows(result: Result) -> Iterator[Row]:
     speed = result.values["speed"]
+    bounds = speed.get("bounds", {"fp32": speed})  # older files have one, that of fp32
     for system, samples in speed.items():
         if isinstance(samples, list):
-            name = "bertfast embed" if system == "bertfast" else system
+            last = system.rpartition(", ")[2]
+            precision = last if last in ("bf16", "int8") else "fp32"
+            name = system.removesuffix(f", {precision}").replace("bertfast", "bertfast embed")
             workload = f"embeddings, MiniLM, {speed['sentences']:,} sentences"
-            yield result.row(workload, "fp32", name, samples, *bound_in(speed))
+            yield result.row(workload, precision, name, samples, *bound_in(bounds.get(precision, {})))
 
 
 def int8_rows(result: Result) -> Iterator[Row]:
