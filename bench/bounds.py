@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
+from bench.ceilings import copy_bandwidth, gemm_throughput, inference_gemm_throughput, layer_gemms
 from bench.harness import ON_GPU
 from bertfast.training.flops import encoder_flops, encoder_parameters
 
@@ -41,7 +41,8 @@ class Rates:
     def measured(cls, config: BertConfig, tokens: int, dtype: torch.dtype, *, training: bool = False) -> Rates:
         """Measure the GEMMs of a layer on `tokens` rows, in training with those of the backward pass, and a copy."""
         shapes = layer_gemms(config, tokens) * 2
-        return cls(gemm_throughput(with_backward(shapes) if training else shapes, dtype), copy_bandwidth(COPIED))
+        flops = gemm_throughput(with_backward(shapes), dtype) if training else inference_gemm_throughput(shapes, dtype)
+        return cls(flops, copy_bandwidth(COPIED))
 
     def inference(self, config: BertConfig, batches: Sequence[Sequence[int]], weight_bytes: int = 4) -> float:
         """Return the seconds of an encoder's forward passes.

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.harness import DEVICE, ON_GPU, ROOT, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
+from bertfast.ops import native
 from bertfast.ops.matmul import linear
+from bertfast.ops.packed_linear import pack, packed_linear
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -37,6 +39,21 @@ def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repe
             linear(*operands[shape])
 
     return flops / min(side_by_side({"gemm": run}, repeats)["gemm"]).seconds
+
+
+def inference_gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
+    """Return the FLOP/s of the GEMMs of `shapes`, by the faster of PyTorch's kernels and ours with packed weights."""
+    found = gemm_throughput(shapes, dtype, repeats)
+    if ON_GPU or native.UNAVAILABLE_REASON is not None:
+        return found
+    operands = {(m, k, n): (torch.randn(m, k, dtype=dtype), pack(torch.randn(n, k), dtype=dtype)) for m, k, n in shapes}
+
+    def run() -> None:
+        for shape in shapes:
+            packed_linear(*operands[shape])
+
+    flops = sum(2 * m * k * n for m, k, n in shapes)
+    return max(found, flops / min(side_by_side({"packed": run}, repeats)["packed"]).seconds)
 
 
 def int8_gemm_throughput(shapes: list[tuple[int, int, int]], repeats: int = 3) -> float | None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bench import ceilings
 from bench.bounds import ADAMW_BYTES, Rates, step_bound
-from bench.ceilings import layer_gemms
+from bench.ceilings import inference_gemm_throughput, layer_gemms
 from bertfast import preset_config
 from bertfast.training.flops import encoder_flops, encoder_parameters
 
@@ -43,3 +44,12 @@ def test_rates_are_those_of_this_machine():
     assert 1e6 < rates.flops < 1e16
     assert 1e6 < rates.bytes < 1e14
     assert rates.entries() == {"gemm_gflops": rates.flops / 1e9, "copy_gb_per_s": rates.bytes / 1e9}
+
+
+def test_the_gemm_rate_of_inference_is_that_of_the_faster_kernels(monkeypatch):
+    """PyTorch's, or those with packed weights; a bound at the rate of the slower ones would be no bound."""
+    for library, is_faster in ((1.0, False), (1e18, True)):
+        monkeypatch.setattr(ceilings, "gemm_throughput", lambda *_, library=library: library)
+        found = inference_gemm_throughput([(16, 64, 64)], torch.float32)
+        assert found >= library
+        assert (found == library) == is_faster

@@ -30,7 +30,7 @@ import torch
 
 import bertfast
 from bench.bounds import Rates
-from bench.ceilings import copy_bandwidth, gemm_throughput, int8_gemm_throughput, layer_gemms
+from bench.ceilings import copy_bandwidth, inference_gemm_throughput, int8_gemm_throughput, layer_gemms
 from bench.compare_cases import MINILM
 from bench.end_to_end.runtimes import (
     HOW_TO_INSTALL,
@@ -301,9 +301,9 @@ def padded(sequences: list[list[int]]) -> Inputs:
 def measured_ceilings(config: bertfast.BertConfig, tokens: int) -> dict[str, float]:
     """Return the FLOP/s of a layer's GEMMs on this many tokens by precision, and the bytes/s of a copy as "bytes"."""
     shapes = layer_gemms(config, tokens) * 2
-    found = {"fp32": gemm_throughput(shapes, torch.float32), "bytes": copy_bandwidth(64 << 20)}
+    found = {"fp32": inference_gemm_throughput(shapes, torch.float32), "bytes": copy_bandwidth(64 << 20)}
     if has_bf16_gemm(DEVICE):
-        found["bf16"] = gemm_throughput(shapes, torch.bfloat16)
+        found["bf16"] = inference_gemm_throughput(shapes, torch.bfloat16)
     if rate := int8_gemm_throughput(shapes):
         found["int8"] = rate
     return found

@@ -27,25 +27,26 @@ number of threads and versions; programs refuse to write results of uncommitted 
 processor in about 40 minutes and continues after an interruption, `make bench-all` takes longer and adds the rest, and
 `make bench-compare BASE=REF` compares two commits.
 
-All systems of a workload get the same tokens, weights (random, except MiniLM's, which are published) and number of
-threads. They run alternately in one process that keeps freed memory; in the tables of one layer, of the masked-LM loss
-and of long sequences, each point has a process of its own, and so has each engine of a server. Outputs are compared
-before anything is timed: fp32 must agree within 1e-4, bf16 within 0.1 of the largest value, and int8 must reach a
-cosine of 0.9 with fp32. Times are medians of n samples, with the 20th and 80th percentile; a sample of inference on one
-sentence ("1 x 8 tokens") is the mean of five calls. A ratio above 1 means slower than bertfast. Where bertfast's int8
-was not measured, that of others is compared with its fp32.
+All systems of a workload get the same tokens, weights (random, except MiniLM's, which are published, or fine-tuned
+from these) and number of threads. They run alternately in one process that keeps freed memory; in the tables of one
+layer, of the masked-LM loss and of long sequences, each point has a process of its own, and so has each engine of a
+server. Outputs are compared before anything is timed: fp32 must agree within 1e-4, bf16 within 0.1 of the largest
+value, and int8 must reach a cosine of 0.9 with fp32. Times are medians of n samples, with the 20th and 80th
+percentile; a sample of inference on one sentence ("1 x 8 tokens") is the mean of five calls. A ratio above 1 means
+slower than bertfast. Where bertfast's int8 was not measured, that of others is compared with its fp32.
 
 The *lower bound* of a time (`bench/bounds.py`) is the larger of two times: the FLOPs, without padding, at the measured
 GEMM rate, and reading all weights once per batch; cells of the latter say "reading weights". The GEMM rate is that of
-bertfast's `linear` in the same run, of int8 that of `torch._int_mm`. In training the optimizer's part is added, which
-is the smaller of its measured time and of its memory traffic at the bandwidth of a copy. The rate is shown next to the
-bound, because fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with different rates are not
-comparable. There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The lower bound of a memory is
-what has to exist at once: gradients and outputs of a step, or the weights of a process. Tables that compare a process
-with itself over time have no bound. The FLOPs are those of all tokens in all layers. Where only masked tokens or [CLS]
-are read, bertfast computes fewer rows in the last layer, so that its time can come close to the bound or fall below it:
-in pre-training, sequence classification and its fine-tuning. An empty cell means that the file is older than the
-column.
+bertfast's `linear` in the same run, in inference that of its packed weights where they are faster (files older than
+`inference_gemm_throughput` have only the former), of int8 that of `torch._int_mm`. In training the optimizer's part is
+added, which is the smaller of its measured time and of its memory traffic at the bandwidth of a copy. The rate is
+shown next to the bound, because fp32 GEMMs on family 26 vary by a quarter between runs: shares of bounds with
+different rates are not comparable. There, fp32 GEMMs run in oneDNN instead of MKL (`bertfast/ops/matmul.py`). The
+lower bound of a memory is what has to exist at once: gradients and outputs of a step, or the weights of a process.
+Tables that compare a process with itself over time have no bound. The FLOPs are those of all tokens in all layers.
+Where only masked tokens or [CLS] are read, bertfast computes fewer rows in the last layer, so that its time can come
+close to the bound or fall below it: in pre-training, sequence classification and its fine-tuning. An empty cell means
+that the file is older than the column.
 
 ModernBERT's pre-training step has 8 sequences of 1,024 tokens (8,192 tokens per update, nothing to pad), or of 256 to
 1,024 tokens (5,120 tokens, "≤ 1,024"), 30 % of them masked, no dropout, and fused AdamW. transformers computes logits

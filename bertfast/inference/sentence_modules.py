@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -276,9 +277,7 @@ def _dense(folder: Path) -> Dense:
     options = _require_embeddings(folder / "config.json")
     weights = read_weights(folder)
     name = str(options.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    activation = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
-    if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
-        raise ValueError(f"{folder / 'config.json'}: the activation_function {name} is none of torch.nn")
+    activation = _activation(folder / "config.json", name)
     weight, bias, residual_weight = map(weights.get, ("linear.weight", "linear.bias", "residual.weight"))
     if weight is None or weight.dim() != 2:
         raise ValueError(f"{folder} has no linear.weight, which its module Dense needs: copy or download it again")
@@ -296,7 +295,16 @@ def _dense(folder: Path) -> Dense:
     residual: nn.Module | None = None
     if options.get("use_residual"):
         residual = nn.Identity() if residual_weight is None else linear(residual_weight)
-    return Dense(linear(weight, bias), activation(), residual)
+    return Dense(linear(weight, bias), activation, residual)
+
+
+def _activation(path: Path, name: str) -> nn.Module:
+    """Return the activation of PyTorch that a module Dense names, such as `torch.nn.modules.activation.Tanh`."""
+    kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        with suppress(TypeError):  # it has arguments, which an activation of sentence-transformers cannot get
+            return kind()
+    raise ValueError(f"{path}: the activation_function {name} is no activation of torch.nn without arguments")
 
 
 def _prompts(path: Path) -> tuple[dict[str, str], str | None, str]:
