@@ -42,7 +42,7 @@ def gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repe
 
 
 def inference_gemm_throughput(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
-    """Return the FLOP/s of the GEMMs of `shapes`, by the faster of PyTorch's kernels and ours with packed weights."""
+    """Return the FLOP/s of the GEMMs of `shapes`, by the faster of PyTorch's and bertfast's packed kernels."""
     found = gemm_throughput(shapes, dtype, repeats)
     if ON_GPU or native.UNAVAILABLE_REASON is not None:
         return found

@@ -218,7 +218,7 @@ def outputs(run: Finetuning, model: torch.nn.Module) -> list[np.ndarray]:
     model.eval()
     features = run.features["validation"]
     found: dict[int, np.ndarray] = {}
-    for rows in batches_by_length(features, run.settings.compute.eval_tokens):
+    for rows in batches_by_length(features, run.settings.compute.tokens_per_batch(torch.device("cpu"))):
         batch = padded(features, rows)
         for name in features.labels:
             batch.pop(name)

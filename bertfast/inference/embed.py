@@ -237,7 +237,7 @@ def compute_embeddings(
     runner = GraphRunner(forward, model.device, capture)
     buckets = uncaptured_buckets(model, precision) if capture is None else BUCKETED
     with side_stream(model.device):
-        for rows in batches_by_length(features, settings.compute.eval_tokens):
+        for rows in batches_by_length(features, settings.compute.tokens_per_batch(model.device)):
             lengths = features.lengths[rows]
             inputs = features.model_inputs(rows, labels=False, buckets=buckets)
             hidden = runner(inputs)[: lengths.sum()].cpu()  # without padding slots

@@ -114,7 +114,7 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
 
 @torch.no_grad()
 def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> Outputs:
-    """Compute the fp32 logits of each example, without dropout, in batches of about `eval_tokens` tokens."""
+    """Compute the fp32 logits of each example, without dropout, in batches of --eval-tokens."""
     training = model.training
     precision = choose_precision(model.device, task.settings.compute.precision, model.config)
     model.train(False)
@@ -130,7 +130,7 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
         uncaptured_buckets(model, precision, logits_per_token=task.logits_per_token) if capture is None else BUCKETED
     )
     with side_stream(model.device):
-        for rows in batches_by_length(features, task.settings.compute.eval_tokens):
+        for rows in batches_by_length(features, task.settings.compute.tokens_per_batch(model.device)):
             inputs = features.model_inputs(rows, labels=False, buckets=buckets)
             logits = runner(inputs).clone().cpu()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch
+
 from bertfast.runtime.precision import InferencePrecision, Precision
 from bertfast.runtime.settings import Count, Range, Settings
 from bertfast.tasks.rows import OnBadRows
+
+MANY_TOKENS = 8192
+"""Approximate tokens per batch where --eval-tokens is not given, except on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +59,25 @@ class ComputeSettings(Settings):
     """Device, precision and batch size of inference.
 
     Attributes:
-        eval_tokens: Approximate tokens per batch in evaluation and prediction.
+        eval_tokens: Approximate tokens per batch in evaluation and prediction. If not given: 8,192 on a GPU and in
+            --objective mlm, else 2,048.
         cuda_graph: On a GPU, pad batches to a few shapes and replay frequent ones from CUDA graphs.
         precision: auto: bf16 if the device supports it natively and, on a CPU, it is faster; else fp32. int8: weights
             and activations of the encoder's linear layers in int8, on a CPU, calibrated on the first texts.
         device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available.
     """
 
-    eval_tokens: Count = 8192
+    eval_tokens: Count | None = None
     cuda_graph: bool = True
     precision: InferencePrecision = "auto"
     device: str | None = None
+
+    def tokens_per_batch(self, device: torch.device) -> int:
+        """Return the approximate tokens per batch on a device.
+
+        On a CPU, larger batches only take more memory: `bench/LOG.md`, "Smaller batches of inference".
+        """
+        return self.eval_tokens or (2048 if device.type == "cpu" else MANY_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)

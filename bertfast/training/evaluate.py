@@ -23,7 +23,7 @@ from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.features import CutTexts
 from bertfast.tasks.pretrained import sequence_length
-from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
+from bertfast.tasks.settings import MANY_TOKENS, FloatingPointSettings, TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
 from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
 from bertfast.training.validation import evaluate_masked_lm
@@ -114,6 +114,7 @@ def _origin(settings: EvaluateSettings) -> Origin:
     }
     values = settings.flat()  # batches, and with them the masked tokens, depend on --eval-tokens
     names = ("objective", "max_seq_length", "precision", "eval_tokens")
+    values["eval_tokens"] = values["eval_tokens"] or MANY_TOKENS
     return Origin(inputs, {flag(name): values[name] for name in names}, "evaluate")
 
 
@@ -188,7 +189,7 @@ def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:
         settings.model_name_or_path,
         settings.validation_file,
         max_seq_length=settings.max_seq_length,
-        tokens_per_batch=settings.compute.eval_tokens,
+        tokens_per_batch=settings.compute.eval_tokens or MANY_TOKENS,
         precision=settings.compute.precision,
         device=settings.compute.device,
     )

@@ -28,6 +28,7 @@ def replace_inputs_by_states(
     assert isinstance(model, BertFeaturesForTokenClassification)
     warn_of_few_layers("--feature-layers", settings.feature_based.feature_layers, model.config)
     folder = Path(settings.feature_based.features_dir or Path(settings.output_dir, SCRATCH))
+    tokens = settings.compute.tokens_per_batch(model.device)
     for split, tokenized in features.items():
-        states = cached_hidden_states(folder, model, tokenized, precision, settings.compute.eval_tokens)
+        states = cached_hidden_states(folder, model, tokenized, precision, tokens)
         features[split] = replace(tokenized, inputs={"features": states})
