@@ -152,8 +152,7 @@ PackedWeight packed(WeightType type, int64_t columns, int64_t depth) {
 
 PackedLinear packed_linear(int64_t tokens, WeightType type, int64_t columns, int64_t depth,
                            Epilogue epilogue = Epilogue::none) {
-  return {tokens,   rows(tokens, depth), packed(type, columns, depth), vector(columns),
-          epilogue, rows(tokens, columns)};
+  return {tokens, rows(tokens, depth), packed(type, columns, depth), vector(columns), epilogue, rows(tokens, columns)};
 }
 
 void packed_fp32(int64_t tokens, bool) {
@@ -207,8 +206,19 @@ void packed_layer(int64_t tokens, bool) {
                     packed_linear(tokens, type, WIDE, HIDDEN, Epilogue::gelu),
                     packed_linear(tokens, type, HIDDEN, WIDE),
                     attention,
-                    {tokens, HIDDEN, rows(tokens, HIDDEN), rows(tokens, HIDDEN), vector(HIDDEN), vector(HIDDEN),
-                     vector(HIDDEN), EPS, {}, rows(tokens, HIDDEN), Rows{}, floats(tokens), floats(tokens)}};
+                    {tokens,
+                     HIDDEN,
+                     rows(tokens, HIDDEN),
+                     rows(tokens, HIDDEN),
+                     vector(HIDDEN),
+                     vector(HIDDEN),
+                     vector(HIDDEN),
+                     EPS,
+                     {},
+                     rows(tokens, HIDDEN),
+                     Rows{},
+                     floats(tokens),
+                     floats(tokens)}};
   BERTFAST_SET::packed_layer(layer);
 }
 
