@@ -123,6 +123,8 @@ async def read_texts(request: Request, limits: Limits) -> list[str]:
     texts = content.get("texts") if isinstance(content, dict) else None
     if not (isinstance(texts, list) and texts):
         raise HTTPException(422, '"texts" is not a list of at least one string: send {"texts": ["A text."]}')
+    if len(texts) > limits.waiting_texts:
+        raise HTTPException(413, f"a request has at most {limits.waiting_texts} texts: send fewer")
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise HTTPException(422, f"texts[{index}] is {'empty' if isinstance(text, str) else 'not a string'}")
@@ -171,20 +173,40 @@ def running(server: Starlette) -> Iterator[str]:
             runner.should_exit = True
 
 
+def between(first: int, last: int) -> Callable[[str], int]:
+    """Return the type of an argument: a whole number from `first` to `last`."""
+
+    def number(text: str) -> int:
+        if not (re.fullmatch("[0-9]{1,9}", text) and first <= int(text) <= last):
+            raise argparse.ArgumentTypeError(f"must be a number from {first} to {last}, got {text}")
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     """Run the server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="folder or hub id of the model and its tokenizer")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="precision (default: that of the weights)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--tokens-per-batch", type=int, default=Limits.tokens_per_batch, help="tokens of a batch")
-    parser.add_argument("--max-seq-length", type=int, default=Limits.tokens_per_text, help="most tokens of a text")
+    parser.add_argument("--port", type=between(1, 65535), default=8000, help="port to listen on (default: 8000)")
+    tokens = between(3, 1 << 20)
+    parser.add_argument("--tokens-per-batch", type=tokens, default=Limits.tokens_per_batch, help="tokens of a batch")
+    parser.add_argument("--max-seq-length", type=tokens, default=Limits.tokens_per_text, help="most tokens of a text")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or save_tiny_model(Path(temporary), bertfast.BertModel)
-        tokenizer, engine = AutoTokenizer.from_pretrained(folder), BertfastEngine(folder, arguments.precision)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            engine = BertfastEngine(folder, arguments.precision)
+        except ValueError as error:  # it cannot be frozen: with --precision if it is quantised
+            parser.error(str(error))
     longest = min(arguments.max_seq_length, tokenizer.model_max_length, engine.model.config.max_position_embeddings)
+    try:  # once, before the first request: positions of RoBERTa's models begin at 2
+        engine([[tokenizer.cls_token_id or 0] * longest])
+    except (IndexError, ValueError) as error:
+        parser.error(f"texts of {longest} tokens do not fit into the model ({error}): give a smaller --max-seq-length")
     limits = Limits(arguments.tokens_per_batch, longest)
     server = application(lambda texts: tokenizer(texts, verbose=False)["input_ids"], engine, limits)
     if arguments.folder:

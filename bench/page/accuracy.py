@@ -22,8 +22,8 @@ def accuracy_text(result: Result) -> str:
     ]
     return (
         f"### Accuracy in int8\n\n"
-        "The models timed above as fine-tuned MiniLM, on the whole development set. In int8 they are calibrated on its "
-        f"first {result.values['calibration_examples']} inputs, as in `bertfast predict`. Equal predictions have "
+        'The models of the rows "fine-tuned MiniLM" above, on whole development sets. In int8 they are calibrated on '
+        f"the first {result.values['calibration_examples']} inputs, as in `bertfast predict`. Equal predictions have "
         "the same label as in fp32; cosines are between the vectors of texts, means over tokens, and those in fp32. "
         f"Goals of int8: {MIN_EQUAL:.1%} equal predictions, a Spearman correlation at most {MAX_LOSS} points lower, a "
         f"mean cosine of {MIN_MEAN_COSINE} and a first percentile of {MIN_LOW_COSINE} "

@@ -45,8 +45,8 @@ different rates are not comparable. There, fp32 GEMMs run in oneDNN instead of M
 lower bound of a memory is what has to exist at once: gradients and outputs of a step, or the weights of a process.
 Tables that compare a process with itself over time have no bound. The FLOPs are those of all tokens in all layers.
 Where only masked tokens or [CLS] are read, bertfast computes fewer rows in the last layer, so that its time can come
-close to the bound or fall below it: in pre-training, sequence classification and its fine-tuning. An empty cell means
-that the file is older than the column.
+close to the bound or fall below it: in pre-training, sequence classification and its fine-tuning. A cell is empty
+where its column does not apply, was not measured, or is younger than the file.
 
 ModernBERT's pre-training step has 8 sequences of 1,024 tokens (8,192 tokens per update, nothing to pad), or of 256 to
 1,024 tokens (5,120 tokens, "≤ 1,024"), 30 % of them masked, no dropout, and fused AdamW. transformers computes logits

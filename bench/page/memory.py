@@ -140,14 +140,15 @@ def megabytes(point: Point) -> str:
 
 def ahead_in(sweep: Sweep) -> list[str]:
     """Return where another implementation takes less time or less memory than bertfast."""
+    unit = " sentences" if sweep.column == "sentences" else ""  # other sizes have units, or are vocabularies
     lines = []
     for size, found in sweep.points.items():
         for name, point in found.items():
             fused = found.get("bertfast", point)
             if sweep.timed and _is_faster(point, fused):
-                lines.append(f"{name} {duration(point['seconds'])} vs {duration(fused['seconds'])} at {size}")
+                lines.append(f"{name} {duration(point['seconds'])} vs {duration(fused['seconds'])} at {size}{unit}")
             if point["peak_bytes"] < fused["peak_bytes"]:
-                lines.append(f"{name} {megabytes(point)} vs {megabytes(fused)} at {size}")
+                lines.append(f"{name} {megabytes(point)} vs {megabytes(fused)} at {size}{unit}")
     return lines
 
 

@@ -19,8 +19,8 @@ def serving_text(result: Result) -> str:
         f"Requests of one sentence of SST-2 to [examples/serve.py](../examples/serve.py), with {values['model']} and "
         f"each engine in a process of its own (`bench/results/{result.file}`, measured by "
         "`bench/end_to_end/serving.py`). Each engine gets the largest number of tokens per batch, of those that the "
-        "program names, with which it answers most sentences per second; 1 means that it computes each sentence "
-        "alone. OpenVINO's batches are padded. Requests are sent at random times (Poisson), the same for all engines, "
+        "program names, with which it answers most sentences per second. OpenVINO's batches are padded. "
+        "Requests are sent at random times (Poisson), the same for all engines, "
         f"for {values['seconds']:g} seconds per round, by a process on the same cores. A latency ends with the whole "
         f"answer, as JSON. The last column is the throughput with {burst['at_once']} requests under way.\n\n"
     )
@@ -49,6 +49,6 @@ def threads_text(result: Result) -> str:
         ratios.append(f"{statistics.median(by_round):.2f} x in {result.values['precisions'][name]}")
     return (
         f"Throughput of {measured['threads']} Python threads that share one model of bertfast, each with one thread of "
-        f"PyTorch and one sentence at a time ({measured['sentences']} together), relative to one such thread: "
+        f"PyTorch, that embed {measured['sentences']} sentences one at a time, relative to one such thread: "
         f"{', '.join(ratios)}.\n"
     )

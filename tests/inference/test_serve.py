@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import re
 import sys
 import threading
 import urllib.error
@@ -194,7 +195,7 @@ def test_a_cancelled_request_leaves_others_alone():
     assert asyncio.run(run()) == ([[1, 1]], [[3, 1]])
 
 
-LIMITS = serve.Limits(tokens_per_text=3, bytes_per_request=200)
+LIMITS = serve.Limits(tokens_per_text=3, bytes_per_request=200, waiting_texts=20)
 TYPE_THIS = 'send {"texts": ["A text."]}'
 BAD = {
     "no body": (b"", 400, f"the body is not JSON: {TYPE_THIS}"),
@@ -210,6 +211,7 @@ BAD = {
     "an empty text": ({"texts": ["a", " \n"]}, 422, "texts[1] is empty"),
     "a surrogate": ({"texts": ["\ud800"]}, 422, "texts[0] has half of a surrogate pair, which is no character"),
     "a long text": ({"texts": ["a b c", "a b c d"]}, 413, "texts[1] has 4 tokens: a text has 1 to 3"),
+    "many texts": ({"texts": ["a"] * 21}, 413, "a request has at most 20 texts: send fewer"),
     "many bytes": ({"texts": ["a"] * 100}, 413, "a request has at most 200 bytes: send fewer texts"),
 }
 
@@ -224,6 +226,40 @@ def small_server():
 def test_bad_requests_are_refused_and_the_server_goes_on(content, status, message, small_server):
     assert post(small_server, content)[:2] == (status, {"error": message})
     assert vectors_of(small_server, ["ab abc"]).tolist() == [[5, 2]]
+
+
+@pytest.fixture(scope="module")
+def models(folder, tmp_path_factory):
+    """Folders of a quantised model, and of a RoBERTa whose tokenizer does not know that it takes 64 tokens."""
+    where = tmp_path_factory.mktemp("models")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    quantised = bertfast.AutoModel.from_pretrained(folder)
+    bertfast.quantize(quantised)
+    quantised.save_pretrained(where / "int8")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.RobertaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=66)
+    transformers.RobertaModel(config).save_pretrained(where / "roberta")
+    tokenizer.model_max_length = 10**30
+    for name in ("int8", "roberta"):
+        tokenizer.save_pretrained(where / name)
+    return where
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["int8", "--precision", "bf16"], "frozen"),
+        (["roberta"], "texts of 66 tokens do not fit into the model .*: give a smaller --max-seq-length"),
+        (["roberta", "--max-seq-length", "0"], "--max-seq-length: must be a number from 3 to .*, got 0"),
+        (["roberta", "--port", "99999"], "--port: must be a number from 1 to 65535, got 99999"),
+    ],
+)
+def test_bad_arguments_end_the_program_before_it_serves(arguments, message, models, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/embed", 405), ("/other", 404)])
