@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
 from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
+from bertfast.data.truncation import truncation_side
 from bertfast.encoder import has_token_types
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import ExtendedBertConfig
@@ -86,7 +87,8 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
         # Multiple choice takes several texts per example, and these are single ones.
         model_class = class_like(BertModel, config)
     tokenizer = open_tokenizer(folder, config)
-    tokenizer.enable_truncation(sequence_length(settings.max_seq_length, config))
+    length = sequence_length(settings.max_seq_length, config)
+    tokenizer.enable_truncation(length, direction=truncation_side(tokenizer))
     padding = config.pad_token_id or 0
     tokenizer.enable_padding(pad_id=padding, pad_token=str(tokenizer.id_to_token(padding)))
     batches = _batches(tokenizer, settings, device)

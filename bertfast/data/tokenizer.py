@@ -19,6 +19,12 @@ from tokenizers.processors import BertProcessing
 
 from bertfast.data.subword_training import in_blocks, repeat_words, train_bpe, train_unigram
 from bertfast.data.text_files import read_json, read_lines
+from bertfast.data.truncation import (
+    json_without_truncation,
+    read_truncation_side,
+    set_truncation_side,
+    truncation_side,
+)
 from bertfast.runtime.atomic_write import write_atomically
 
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "*.model")
@@ -148,7 +154,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
     require_all_ids(tokenizer, str(path))
     if isinstance(tokenizer.model, models.WordPiece):
         _configure(tokenizer, path.with_name("tokenizer_config.json"), cased)
-    tokenizer.no_truncation()
+    set_truncation_side(tokenizer, read_truncation_side(tokenizer, path.with_name("tokenizer_config.json")))
     tokenizer.no_padding()
     try:
         special_tokens(tokenizer)
@@ -205,6 +211,8 @@ def save_tokenizer(
     if is_wordpiece and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         options |= {key: getattr(tokenizer.normalizer, name) for key, name in NORMALIZER_OPTIONS.items()}
     options |= {f"{role}_token": token for role, token in names.items()}
+    if (side := truncation_side(tokenizer)) != "right":
+        options["truncation_side"] = side
     if names is ROBERTA_TOKENS:
         options |= {"bos_token": names["cls"], "eos_token": names["sep"]}
     if "add_prefix_space" in (splits := _pre_tokenizer(tokenizer)):  # which transformers 4 sets to False by default
@@ -216,7 +224,8 @@ def save_tokenizer(
         write_atomically(folder / "vocab.txt", "".join(f"{token}\n" for token in _tokens(tokenizer)))
     else:
         (folder / "vocab.txt").unlink(missing_ok=True)  # of an earlier tokenizer
-    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: the others are there if it is
+    content = json_without_truncation(tokenizer)
+    write_atomically(folder / "tokenizer.json", content)  # last: the others are there if it is
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:

@@ -30,6 +30,7 @@ from bertfast.inference.embedding_files import (
     is_whole,
     quantize_embeddings,
     read_ranges,
+    require_size,
     write_part,
     write_ranges,
 )
@@ -78,12 +79,16 @@ def embed(settings: EmbedSettings) -> Path:
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
+    ranges = None
     if settings.ranges_file is not None:
         require_file(settings.ranges_file, "--ranges-file")
+        ranges = read_ranges(Path(settings.ranges_file))
     if settings.output_format == "parquet" and find_spec("pyarrow") is None:
         raise ImportError(f"--output-format parquet requires pyarrow: {install_command('parquet')}")
     device = choose_device(settings.compute.device)
     encoder = open_encoder(settings, device)
+    if ranges is not None:
+        require_size(ranges, f"--ranges-file {settings.ranges_file}", encoder.size)
     origin = _origin(settings, encoder)
     folder = Path(settings.output_dir)
     with locked_folder(folder):
@@ -107,7 +112,7 @@ def embed(settings: EmbedSettings) -> Path:
             _interruptible(settings),
             tqdm(desc="embed", unit="text") as bar,
         ):  # not before the checks, as it would stand above an error
-            _write_parts(settings, encoder, chain([first], chunks), cut, bar.update)
+            _write_parts(settings, encoder, ranges, chain([first], chunks), cut, bar.update)
         cut.report()
     return folder
 
@@ -115,12 +120,15 @@ def embed(settings: EmbedSettings) -> Path:
 def _write_parts(
     settings: EmbedSettings,
     encoder: Encoder,
+    ranges: np.ndarray | None,
     chunks: Iterable[list[_Row]],
     cut: CutTexts,
     advance: Callable[[int], object],
 ) -> None:
-    """Write the parts that are not there yet, one for each chunk of rows."""
-    folder, ranges = Path(settings.output_dir), _known_ranges(settings)
+    """Write the parts that are not there yet, one for each chunk of rows, with the ranges of --ranges-file if any."""
+    folder = Path(settings.output_dir)
+    if ranges is None:
+        ranges = _ranges_of_first_part(settings, encoder.size)
     for number, chunk in enumerate(chunks):
         path = folder / f"part-{number:05}.{settings.output_format}"
         needs_ranges = settings.has_ranges and ranges is None
@@ -131,11 +139,6 @@ def _write_parts(
             embeddings = found["embeddings"].numpy()
             if needs_ranges:
                 ranges = write_ranges(folder / RANGES, embeddings)
-            if ranges is not None and ranges.shape[1] != embeddings.shape[1]:
-                raise ValueError(
-                    f"--ranges-file {settings.ranges_file} has the ranges of {ranges.shape[1]} elements, and the "
-                    f"embeddings have {embeddings.shape[1]}: give that of embeddings of the same model"
-                )
             embeddings = quantize_embeddings(embeddings, settings.output_precision, ranges)
             starts = found["cu_seqlens"].numpy() if "cu_seqlens" in found else None
             rows = np.array([row.number for row in chunk])
@@ -144,18 +147,18 @@ def _write_parts(
         advance(len(chunk))
 
 
-def _known_ranges(settings: EmbedSettings) -> np.ndarray | None:
-    """Return the ranges of another run or of the first part, if embeddings need them and they are there."""
-    if settings.ranges_file is not None:
-        return read_ranges(Path(settings.ranges_file))
+def _ranges_of_first_part(settings: EmbedSettings, size: int) -> np.ndarray | None:
+    """Return the ranges of the first part, of `size` elements, if embeddings need them and they are there."""
     path = Path(settings.output_dir, RANGES)
     if not settings.has_ranges or not path.exists():
         return None
     try:
-        return read_ranges(path)
+        ranges = read_ranges(path)
+        require_size(ranges, str(path), size)
     except ValueError as error:
         logger.warning("%s: computed again", error)
         return None
+    return ranges
 
 
 @contextmanager
@@ -189,7 +192,7 @@ def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
         inputs["--input-file"] = [Path(settings.input_file)]
     names = ("text_column", "text_pair_column", "layers", "output_format", "output_precision", "texts_per_part")
     values: dict[str, Any] = {flag(name): getattr(settings, name) for name in names}
-    values |= {"--pooling": joined(encoder.modules), "--normalization": "l2" if encoder.modules.normalizes else "none"}
+    values |= {"--pooling": joined(encoder.modules), "--normalization": encoder.normalization}
     model = encoder.model
     values |= {"--prompt": encoder.prompt, "--max-seq-length": encoder.max_length}
     values["--precision"] = choose_precision(model.device, settings.compute.precision, model.config)

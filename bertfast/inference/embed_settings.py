@@ -78,6 +78,11 @@ class EmbedSettings(Settings):
             refuse_without_effect(["--normalization"], "--pooling none gives the hidden states as they are")
         if self.ranges_file is not None and not self.has_ranges:
             refuse_without_effect(["--ranges-file"], "only --output-precision int8 and uint8 have ranges")
+        if self.has_ranges and self.ranges_file is None and self.texts_per_part < 2 and self.pooling != "none":
+            raise ValueError(
+                f"--texts-per-part must be 2 or more for --output-precision {self.output_precision}, whose ranges are "
+                "those of the first part; or give the ranges of other texts with --ranges-file"
+            )
 
     @property
     def reads_lines(self) -> bool:

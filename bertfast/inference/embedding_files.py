@@ -83,12 +83,28 @@ def quantize_embeddings(embeddings: np.ndarray, precision: OutputPrecision, rang
 def read_ranges(path: Path) -> np.ndarray:
     """Read a file of ranges, see `RANGES`; ValueError if it is none."""
     try:
-        ranges: np.ndarray = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no .npy file: {error}") from None
+        with path.open("rb") as file:  # not np.load, which would open archives and recommend to unpickle others
+            ranges: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError):
+        raise ValueError(f"{path} is damaged or no .npy file of numbers: give a ranges.npy of bertfast embed") from None
     if ranges.dtype != np.float32 or ranges.ndim != 2 or len(ranges) != 2 or not np.isfinite(ranges).all():
         raise ValueError(f"{path} must hold float32 of shape [2, D], the smallest and the largest values")
+    above = np.flatnonzero(ranges[0] > ranges[1])
+    if len(above):
+        raise ValueError(
+            f"{path}: the smallest value of element {above[0]}, {ranges[0, above[0]]:g}, is above its largest, "
+            f"{ranges[1, above[0]]:g}: the first row must hold the smallest values"
+        )
     return ranges
+
+
+def require_size(ranges: np.ndarray, source: str, size: int) -> None:
+    """Raise ValueError, naming the source of ranges, if they are not those of embeddings of `size` elements."""
+    if ranges.shape[1] != size:
+        raise ValueError(
+            f"{source} has the ranges of {ranges.shape[1]} elements, and the embeddings have {size}: "
+            "give that of embeddings of the same model"
+        )
 
 
 def write_ranges(path: Path, embeddings: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class Encoder:
         prompt: Text to put before each text.
         num_skipped: Number of first tokens, those of the prompt, that are not pooled.
         max_length: Maximum tokens of a text.
+        size: Elements of an embedding, D.
     """
 
     model: BertModel
@@ -42,6 +43,13 @@ class Encoder:
     prompt: str
     num_skipped: int
     max_length: int
+    size: int
+
+    @property
+    def normalization(self) -> str:
+        """How embeddings are normalised: l2, l2 before truncation, or none."""
+        before = "l2 before truncation" if self.modules.normalizes_before_truncation else "none"
+        return "l2" if self.modules.normalizes else before
 
     def features(self, texts: list[Text]) -> Features:
         """Tokenize texts or pairs of texts, with the prompt."""
@@ -53,14 +61,15 @@ class Encoder:
         """Log how embeddings are made, and which flags replace what the model's files say."""
         own, name = self.own, settings.model_name_or_path
         pooling = "one embedding per token" if settings.pooling == "none" else f"pooling {joined(self.modules)}"
-        normalized = ", normalised" * (self.modules.normalizes and settings.pooling != "none")
+        after = "".join(f", {module.effect}" for module in self.modules.after)
         prompt = f", prompt {self.prompt!r}" if self.prompt else ""
-        logger.info("%s: %s%s%s, at most %d tokens", name, pooling, normalized, prompt, self.max_length)
+        logger.info("%s: %s%s%s, at most %d tokens", name, pooling, after, prompt, self.max_length)
         if own.files and settings.pooling not in ("auto", joined(own)):
             logger.info("--pooling %s replaces that of %s, %s", settings.pooling, name, joined(own) or "none")
-        if settings.normalization != "auto" and own.normalizes != self.modules.normalizes:
-            kept = "has a" if own.normalizes else "has no"
-            logger.info("--normalization %s: %s %s module Normalize", settings.normalization, name, kept)
+        if settings.normalization != "auto" and len(own.after) != len(self.modules.after):
+            kept = "has a" if settings.normalization == "none" else "has no"
+            where = " after truncation" if settings.normalization == "l2" and own.truncates else ""
+            logger.info("--normalization %s: %s %s module Normalize%s", settings.normalization, name, kept, where)
         if self.prompt != own.prompts.get(own.default_prompt or "", ""):
             replaced = own.prompts.get(own.default_prompt or "", "")
             logger.info("the prompt of %s, %r, is replaced by %r", name, replaced, self.prompt)
@@ -88,7 +97,7 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
     own.prepare_tokenizer(tokenizer)
     modules = with_flags(own, settings)
     _, size = chosen_layers(settings, model)
-    modules.size_of(size)
+    size = modules.size_of(size)
     prompt = _prompt(own, settings)
     given_length = settings.max_seq_length
     max_length = own.length_for(model.config) if given_length is None else sequence_length(given_length, model.config)
@@ -99,7 +108,7 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
             raise ValueError(
                 f"the prompt has {num_skipped} tokens, and texts at most {max_length}: choose a shorter one"
             )
-    return Encoder(model, tokenizer, own, modules, prompt, num_skipped, max_length)
+    return Encoder(model, tokenizer, own, modules, prompt, num_skipped, max_length, size)
 
 
 def with_flags(own: SentenceModules, settings: EmbedSettings) -> SentenceModules:
@@ -109,8 +118,8 @@ def with_flags(own: SentenceModules, settings: EmbedSettings) -> SentenceModules
     modules = own if settings.pooling == "auto" else replace(own, pooling=(settings.pooling,))
     if not modules.pooling:
         raise ValueError(f"{settings.model_name_or_path} has no module Pooling of its own: choose one with --pooling")
-    if settings.normalization == "none" and modules.normalizes:
-        modules = replace(modules, after=modules.after[:-1])
+    if settings.normalization == "none":
+        modules = modules.without_normalization()
     if settings.normalization == "l2" and not modules.normalizes:
         modules = replace(modules, after=(*modules.after, Normalize()))
     return modules

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,47 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Normalize(nn.Module):
+class Step(nn.Module):
+    """A module on embeddings.
+
+    Attributes:
+        effect: What it has done to embeddings, in words.
+    """
+
+    effect: str
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return fp32 [S, D'] of fp32 [S, D]."""
+        raise NotImplementedError
+
+
+class Normalize(Step):
     """L2 normalisation of embeddings."""
+
+    effect = "normalised"
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return fp32 [S, D] of length 1."""
         return F.normalize(embeddings, dim=-1)
 
 
-class Dense(nn.Module):
+class Truncate(Step):
+    """Truncation of embeddings to their first elements, those that Matryoshka models can be used with.
+
+    Args:
+        size: Number of elements, D'.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.effect = size, f"truncated to {size} elements"
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return fp32 [S, D'] of fp32 [S, D]."""
+        return embeddings[:, : self.size]
+
+
+class Dense(Step):
     """A linear layer on embeddings, with an activation and perhaps a residual connection.
 
     Args:
@@ -69,6 +102,7 @@ class Dense(nn.Module):
     def __init__(self, linear: nn.Linear, activation: nn.Module, residual: nn.Module | None):
         super().__init__()
         self.linear, self.activation, self.residual = linear, activation, residual
+        self.effect = f"projected to {linear.out_features} elements"
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return fp32 [S, D'] of fp32 [S, D]."""
@@ -84,7 +118,7 @@ class SentenceModules:
         encoder: Folder of the encoder and its tokenizer.
         pooling: Poolings, whose results are concatenated; empty: the model has none of its own.
         pools_prompt: Whether the tokens of a prompt are pooled.
-        after: Modules on the pooled embeddings.
+        after: Modules on the pooled embeddings; truncation comes after those of `modules.json`.
         prompts: Texts to put before those to embed, by name.
         default_prompt: Name of the one that is used if none is chosen.
         max_seq_length: Maximum tokens of a text; None: as many as the encoder has positions.
@@ -95,7 +129,7 @@ class SentenceModules:
     encoder: Path
     pooling: tuple[str, ...] = ("mean",)
     pools_prompt: bool = True
-    after: tuple[nn.Module, ...] = ()
+    after: tuple[Step, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     max_seq_length: int | None = None
@@ -106,6 +140,24 @@ class SentenceModules:
     def normalizes(self) -> bool:
         """Whether embeddings have length 1."""
         return bool(self.after) and isinstance(self.after[-1], Normalize)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether embeddings are truncated."""
+        return any(isinstance(module, Truncate) for module in self.after)
+
+    @property
+    def normalizes_before_truncation(self) -> bool:
+        """Whether what is truncated has length 1."""
+        return any(isinstance(x, Normalize) and isinstance(y, Truncate) for x, y in pairwise(self.after))
+
+    def without_normalization(self) -> SentenceModules:
+        """Return the same without the Normalize at their end, or before the truncation at their end."""
+        tail = self.after[-1:] if self.after and isinstance(self.after[-1], Truncate) else ()
+        kept = self.after[: len(self.after) - len(tail)]
+        if kept and isinstance(kept[-1], Normalize):
+            kept = kept[:-1]
+        return replace(self, after=(*kept, *tail))
 
     def length_for(self, config: PretrainedConfig) -> int:
         """Return the maximum tokens of a text for an encoder of this configuration.
@@ -133,7 +185,7 @@ class SentenceModules:
         """Return the size of embeddings of hidden states of this size.
 
         Raises:
-            ValueError: A module Dense takes embeddings of another size.
+            ValueError: A module Dense takes embeddings of another size, or they are truncated to a larger one.
         """
         size = hidden_size * len(self.pooling)
         for module in self.after:
@@ -144,6 +196,13 @@ class SentenceModules:
                         f"and --pooling and --layers give {size}: leave both out"
                     )
                 size = module.linear.out_features
+            if isinstance(module, Truncate):
+                if module.size > size:
+                    raise ValueError(
+                        f"{_PROMPTS} of {self.encoder}: truncate_dim {module.size} is larger than the embeddings, of "
+                        f"{size} elements: correct or remove it"
+                    )
+                size = module.size
         return size
 
 
@@ -156,7 +215,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
     path = folder / _MODULES
     if not path.exists():
         return SentenceModules(folder, max_seq_length=_length_of_tokenizer(folder))
-    prompts, default_prompt, model_type = _prompts(folder / _PROMPTS)
+    prompts, default_prompt, model_type, truncate_dim = _model_options(folder / _PROMPTS)
     if model_type != "SentenceTransformer":  # a CrossEncoder or another, which has no embeddings of texts
         return SentenceModules(folder, (), max_seq_length=_length_of_tokenizer(folder))
     entries = _entries(path)
@@ -166,7 +225,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
     options, files = _transformer_options(transformer[1])
     pooling: tuple[str, ...] = ()
     pools_prompt = True
-    after: list[nn.Module] = []
+    after: list[Step] = []
     for kind, location in others:
         config = location / "config.json"
         files += [config] if config.exists() else []
@@ -183,6 +242,8 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
                 f"{path} has the module {kind}, which is not supported here: only a Transformer and Pooling, "
                 "and after these Dense, Normalize and Dropout; embed with sentence-transformers instead"
             )
+    if truncate_dim is not None:
+        after.append(Truncate(truncate_dim))
     return SentenceModules(
         encoder=transformer[1],
         pooling=pooling,
@@ -307,13 +368,16 @@ def _activation(path: Path, name: str) -> nn.Module:
     raise ValueError(f"{path}: the activation_function {name} is no activation of torch.nn without arguments")
 
 
-def _prompts(path: Path) -> tuple[dict[str, str], str | None, str]:
-    """Return the prompts, the name of the default one, and the kind of the model."""
+def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | None]:
+    """Return the prompts, the name of the default one, the kind of the model, and `truncate_dim`."""
     options = read_json(path) if path.exists() else {}
     prompts, default = options.get("prompts") or {}, options.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
         raise ValueError(f"{path}: prompts must be texts by name, got {json.dumps(prompts):.80}")
     if default is not None and not (isinstance(default, str) and default in prompts):
         raise ValueError(f"{path}: default_prompt_name {default!r} is none of its prompts")
+    truncate_dim = options.get("truncate_dim")
+    if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
+        raise ValueError(f"{path}: truncate_dim must be a positive integer, got {json.dumps(truncate_dim):.40}")
     named = {name: prompt or "" for name, prompt in prompts.items()}
-    return named, default, str(options.get("model_type", "SentenceTransformer"))
+    return named, default, str(options.get("model_type", "SentenceTransformer")), truncate_dim

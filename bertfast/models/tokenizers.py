@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from bertfast.architectures.presets import PUBLISHED
 from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer, special_tokens
+from bertfast.data.truncation import set_truncation_side
 from bertfast.encoder import has_token_types
 from bertfast.models.families import architecture_of
 from bertfast.runtime.atomic_write import atomic_path
@@ -57,7 +58,7 @@ def load_any_tokenizer(folder: Path | str) -> Tokenizer:
     if not opened.is_fast:
         raise ValueError(f"the tokenizer in {folder} is not a fast one: save it as tokenizer.json")
     tokenizer: Tokenizer = opened.backend_tokenizer
-    tokenizer.no_truncation()
+    set_truncation_side(tokenizer, opened.truncation_side)
     tokenizer.no_padding()
     return tokenizer
 

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bertfast.data.truncation import set_truncation_side, truncation_side
 from bertfast.encoder import PackedHead, pack
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops.sequences import bucket
@@ -201,7 +202,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
     """Tokenize texts or pairs of texts.
 
     Args:
-        tokenizer: The tokenizer, whose truncation is switched off on return.
+        tokenizer: The tokenizer, whose side of truncation is used; it truncates nothing on return.
         texts: Texts, or pairs of texts.
         max_length: Maximum tokens per sequence; of a pair that exceeds it, the longer text is truncated first.
     """
@@ -209,14 +210,15 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
     types: list[np.ndarray] = []
     lengths: list[int] = []
     num_truncated = 0
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    side = truncation_side(tokenizer)
+    tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
     for start in range(0, len(texts), TOKENIZER_BATCH):
         encodings = tokenizer.encode_batch_fast(texts[start : start + TOKENIZER_BATCH])
         ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
         types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.uint8))
         lengths += map(len, encodings)
         num_truncated += sum(bool(encoding.overflowing) for encoding in encodings)
-    tokenizer.no_truncation()  # the caller owns the tokenizer
+    set_truncation_side(tokenizer, side)  # the caller owns the tokenizer
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     # Without texts there is no array to concatenate: begin with an empty one.
     token_ids = np.concatenate([np.empty(0, np.int32), *ids])

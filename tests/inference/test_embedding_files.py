@@ -166,7 +166,12 @@ def test_all_files_of_other_formats_are_replaced(pretrained, table, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a", r"ranges\.npy is damaged or no \.npy file"),
+        (b"a", r"ranges\.npy is damaged or no \.npy file of numbers: give a ranges\.npy of bertfast embed$"),
+        (np.array([{}]), r"ranges\.npy is damaged or no \.npy file of numbers: give a ranges\.npy of bertfast embed$"),
+        (
+            np.float32([[0] * 31 + [2], [1] * 32]),
+            r"smallest value of element 31, 2, is above its largest, 1: the first",
+        ),
         (np.zeros((2, 32)), r"must hold float32 of shape \[2, D\]"),
         (np.zeros((3, 32), np.float32), r"must hold float32 of shape \[2, D\]"),
         (np.full((2, 32), np.nan, np.float32), r"must hold float32 of shape \[2, D\]"),
@@ -174,21 +179,28 @@ def test_all_files_of_other_formats_are_replaced(pretrained, table, tmp_path):
         (None, r"--ranges-file .*ranges\.npy: no such file"),
     ],
 )
-def test_ranges_that_do_not_fit_are_refused(content, message, pretrained, table, tmp_path):
+def test_ranges_that_do_not_fit_are_refused(content, message, pretrained, table, tmp_path, monkeypatch):
     path = tmp_path / "ranges.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         np.save(path, content)
+    if content is None or "31 elements" not in message:  # else the size of embeddings must be known
+        monkeypatch.setattr("bertfast.inference.embed.open_encoder", lambda *_: pytest.fail("opened the model"))
+    monkeypatch.setattr("bertfast.inference.embed.compute_embeddings", lambda *_: pytest.fail("computed embeddings"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(pretrained, table, tmp_path / "out", output_precision="int8", ranges_file=str(path))
-    assert not list(tmp_path.glob("out/part-*"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"ranges_file": "a.npy"}, "--ranges-file would have no effect: only --output-precision int8 and uint8"),
+        (
+            {"output_precision": "uint8", "texts_per_part": 1},
+            "--texts-per-part must be 2 or more for --output-precision uint8, .* or give .* with --ranges-file",
+        ),
         ({"output_precision": "fp16"}, "--output-precision must be float32, int8, uint8, binary or ubinary"),
         ({"output_format": "csv"}, "--output-format must be safetensors, parquet or npy"),
     ],

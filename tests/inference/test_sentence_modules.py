@@ -119,6 +119,43 @@ def test_a_maximum_length_above_the_positions_is_cut_to_them(pretrained, tmp_pat
     assert embedded(model, tmp_path / "out").shape == (len(TEXTS), 32)
 
 
+@pytest.mark.parametrize("family", ["electra", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("pools_prompt", [True, False])
+def test_texts_are_truncated_at_the_side_of_the_tokenizer(family, pools_prompt, tmp_path):
+    encoder = write_model(family, tmp_path / "encoder", TEXTS * 10)
+    options = {"prompts": {"query": "the "}, "default_prompt_name": "query"}
+    model = save(encoder, tmp_path / "model", pooling("mean", 64, include_prompt=pools_prompt), length=6, **options)
+    right = embedded(model, tmp_path / "right")
+    change(model / "tokenizer_config.json", truncation_side="left")
+    left = embedded(model, tmp_path / "left")
+    assert_equal(left, model)
+    assert not torch.allclose(left, right)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_embeddings_are_truncated_after_the_modules(normalizes, pretrained, tmp_path, caplog):
+    caplog.set_level("INFO", "bertfast")
+    others = [pooling(), modules.Dense(32, 12), *[modules.Normalize()] * normalizes]
+    model = save(pretrained, tmp_path / "model", *others, truncate_dim=8)
+    found = embedded(model, tmp_path / "out")
+    assert found.shape == (len(TEXTS), 8)
+    assert_equal(found, model)
+    normalized = ", normalised" * normalizes
+    assert f"{model}: pooling mean, projected to 12 elements{normalized}, truncated to 8 elements, at" in caplog.text
+    again = embedded(model, tmp_path / "again", normalization="l2")
+    assert_equal(again, model, normalize_embeddings=True)
+    assert f"--normalization l2: {model} has no module Normalize after truncation" in caplog.text
+    plain = embedded(model, tmp_path / "plain", normalization="none")
+    assert torch.equal(plain, found) is not normalizes
+    torch.testing.assert_close(torch.nn.functional.normalize(plain), again)
+    bits = embedded(model, tmp_path / "bits", output_precision="ubinary")
+    assert torch.equal(bits[:, 0], (found > 0).int() @ (2 ** torch.arange(7, -1, -1, dtype=torch.int32)))
+    assert embedded(model, tmp_path / "tokens", pooling="none").shape[1] == 32  # of sentence-transformers neither
+    for changes in ({"normalization": "l2"}, *[{"normalization": "none"}] * normalizes):
+        with pytest.raises(ValueError, match=r"--normalization was"):
+            embedded(model, tmp_path / "out", **changes)
+
+
 def test_without_modules_the_tokenizer_has_the_maximum_length(pretrained, tmp_path):
     model = shutil.copytree(pretrained, tmp_path / "model")
     change(model / "tokenizer_config.json", model_max_length=6)
@@ -225,6 +262,11 @@ _TYPES = "sentence_transformers.models."
             r"default_prompt_name \['a'\] is none of",
         ),
         ("config_sentence_transformers.json", {"prompts": ["a"]}, r"prompts must be texts by name"),
+        ("config_sentence_transformers.json", {"truncate_dim": 0}, r"truncate_dim must be a positive integer, got 0"),
+        ("config_sentence_transformers.json", {"truncate_dim": True}, r"truncate_dim must be .*, got true"),
+        ("config_sentence_transformers.json", {"truncate_dim": 4.0}, r"truncate_dim must be .*, got 4\.0"),
+        ("config_sentence_transformers.json", {"truncate_dim": 9}, r"truncate_dim 9 is larger .* of 8 elements"),
+        ("tokenizer_config.json", {"truncation_side": "both"}, r"truncation_side must be left or right, got \"both\""),
         ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}, r"no module Pooling .* with --pooling"),
     ],
 )
