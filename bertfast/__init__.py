@@ -95,4 +95,6 @@ def __getattr__(name: str) -> object:
     if name == "ops":
         return importlib.import_module("bertfast.ops")
     module = _MODULES.get(name, "models.auto" if name.startswith("Auto") else "models.bert")
+    if module == "models.bert":
+        importlib.import_module("bertfast.models.open_quantised")  # has its classes open quantised models
     return getattr(importlib.import_module(f"bertfast.{module}"), name)

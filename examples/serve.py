@@ -1,4 +1,4 @@
-"""Serve sentence vectors over HTTP: serve.py [FOLDER] [--precision bf16]. Requires `pip install 'bertfast[serve]'`.
+"""Serve sentence vectors over HTTP: serve.py [FOLDER] [--precision bf16]. Requires `pip install '.[serve]'`.
 
     curl http://127.0.0.1:8000/embed -d '{"texts": ["A short text."]}'
     {"vectors": [[0.0123, …]]}

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from bertfast.models.files import resolve
 from bertfast.models.quantised_files import is_quantised, read_dequantised, restore_quantised, unmark
+from bertfast.models.registry import FusedModel
 
 _HUB = ("cache_dir", "revision", "token", "local_files_only")
 
@@ -65,3 +66,14 @@ def open_quantised(
     weights.clear()  # the model's own, which are freed when they are packed
     restore_quantised(model, quantised)
     return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
+
+
+def _open_as(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """Open a model as a fused class if it is quantised, else return None."""
+    folder = quantised_folder(name, kwargs)
+    if folder is None:
+        return None
+    return open_quantised(folder, cls.config_class, lambda config: cls, lambda model: model, *args, **kwargs)
+
+
+FusedModel.open_quantised = staticmethod(_open_as)

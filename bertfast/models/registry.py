@@ -67,6 +67,8 @@ class FusedModel(Fused, PreTrainedModel):
     """A model whose inner modules are fused when it is made. Its `forward` gets all arguments by name."""
 
     accepts_loss_kwargs: ClassVar[bool]  # read by Trainer; not every class has it
+    # Opens a quantised model, and returns None for others; set by its module, which imports this one.
+    open_quantised: ClassVar[Callable[..., Any] | None] = None
     if TYPE_CHECKING:
         config: BertConfig  # or another family's, which has the same fields
 
@@ -90,12 +92,8 @@ class FusedModel(Fused, PreTrainedModel):
         Returns:
             The model; with `output_loading_info=True` a pair of it and transformers' loading information.
         """
-        from bertfast.models.open_quantised import open_quantised, quantised_folder  # they import this module
-
-        folder = quantised_folder(pretrained_model_name_or_path, kwargs)
-        if folder is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return open_quantised(folder, cls.config_class, lambda config: cls, lambda model: model, *args, **kwargs)
+        opened = cls.open_quantised and cls.open_quantised(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return opened or super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
