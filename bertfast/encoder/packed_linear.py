@@ -99,6 +99,14 @@ def is_frozen(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def frozen_precision(model: nn.Module) -> str:
+    """Return the precision of a frozen model's packed weights: int8 if it is quantised, else fp32 or bf16, or both."""
+    dtypes = {module.packed.operands.dtype for module in model.modules() if isinstance(module, PackedLinear)}
+    if torch.int8 in dtypes:
+        return "int8"
+    return " and ".join(sorted("bf16" if dtype == torch.bfloat16 else "fp32" for dtype in dtypes))
+
+
 def has_int8(model: nn.Module) -> bool:
     """Return whether a model has quantised layers."""
     return any(isinstance(module, PackedLinear) and module.is_int8 for module in model.modules())

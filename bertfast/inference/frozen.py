@@ -75,7 +75,7 @@ def freeze_on_cpu(
     if precision == "int8":
         rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
         inputs = features.model_inputs(rows, labels=False)
-        report = quantise_model(model, lambda: run(inputs))
+        report = quantise_model(model, {f"the first {len(rows)} inputs": lambda: run(inputs)})
         logger.info("%s runs in int8, calibrated on the first %d inputs", model.name_or_path, len(rows))
         for name, why in report.left.items():
             logger.warning("%s: %s", name, why)

@@ -14,6 +14,7 @@ from bertfast.inference.sentence_modules import Normalize, SentenceModules, read
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import select_layers, warn_of_few_layers
 from bertfast.models.files import resolve
+from bertfast.models.quantised_files import is_quantised
 from bertfast.tasks.columns import Text
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -64,6 +65,13 @@ class Encoder:
         after = "".join(f", {module.effect}" for module in self.modules.after)
         prompt = f", prompt {self.prompt!r}" if self.prompt else ""
         logger.info("%s: %s%s%s, at most %d tokens", name, pooling, after, prompt, self.max_length)
+        if is_quantised(self.model.config) and not own.files and settings.pooling == "auto":
+            logger.warning(
+                "%s is quantised and has no modules.json, which save_pretrained does not write: copy that of the model "
+                "from which it was made, if there is one, and the files that it names; or pass --pooling and "
+                "--normalization",
+                name,
+            )
         if own.files and settings.pooling not in ("auto", joined(own)):
             logger.info("--pooling %s replaces that of %s, %s", settings.pooling, name, joined(own) or "none")
         if settings.normalization != "auto" and len(own.after) != len(self.modules.after):

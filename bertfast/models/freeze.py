@@ -16,9 +16,9 @@ from bertfast.architectures import part_at
 from bertfast.architectures.architecture import INTERMEDIATE, QKV
 from bertfast.encoder import is_plain
 from bertfast.encoder.linear import stacked
-from bertfast.encoder.packed_linear import FROZEN, PackedLinear, is_frozen
+from bertfast.encoder.packed_linear import PackedLinear, frozen_precision, is_frozen
 from bertfast.models.fused import FusedEncoder, FusedLayer
-from bertfast.models.patch import PatchReport, patch, report, require_module
+from bertfast.models.patch import PatchReport, fusable_encoders, patch, report, require_module
 from bertfast.models.registry import IS_FROZEN, SNAPSHOT
 from bertfast.ops import native
 from bertfast.ops.packed_linear import PANEL, PackedWeight, pack
@@ -38,7 +38,8 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
     as heads, stay as they are, without gradients.
 
     Args:
-        model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU.
+        model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU. One that is frozen in this
+            precision already stays as it is.
         precision: That of the GEMMs and of attention; None: that of the weights. The residual stream stays in the
             dtype of the weights.
 
@@ -47,12 +48,14 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: It holds no supported encoder, is frozen already, or has another device or dtype; or there is no
-            native library. Nothing has been changed then.
+        ValueError: It holds no supported encoder, is frozen in another precision, or has another device or dtype; or
+            there is no native library. Nothing has been changed then.
     """
     if precision is not None and precision not in _DTYPES:
         raise ValueError(f"freeze: precision must be fp32 or bf16, got {precision!r}")
     require_module("freeze", model)
+    if is_frozen(model):
+        return report_frozen(model, precision)
     require_freezable(model)
     patch(model)
     dtype = None if precision is None else _DTYPES[precision]
@@ -63,6 +66,27 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
     return replace_linears(model, packed)
 
 
+def report_frozen(model: nn.Module, precision: str | None) -> PatchReport:
+    """Return the report of a model that is frozen in a precision already.
+
+    Args:
+        model: The frozen model.
+        precision: fp32, bf16 or int8; None: any.
+
+    Raises:
+        ValueError: It is frozen in another precision, or not all of its encoders are frozen.
+    """
+    found = frozen_precision(model)
+    state = "quantised to int8" if found == "int8" else f"frozen in {found}"
+    wish = "quantise it" if precision == "int8" else "freeze it" + f" in {precision}" * (precision is not None)
+    if not all(IS_FROZEN in vars(encoder) for encoder in fusable_encoders(model)):
+        raise ValueError(f"a part of this model is {state}: load it again to {wish} as a whole")
+    if precision not in (None, found):
+        source = "the model from which it was made" if found == "int8" else "it again"
+        raise ValueError(f"this model is {state}: load {source} to {wish}")
+    return report(model)
+
+
 def require_freezable(model: nn.Module) -> None:
     """Check that the weights of a model can be packed.
 
@@ -71,8 +95,6 @@ def require_freezable(model: nn.Module) -> None:
     """
     if native.UNAVAILABLE_REASON is not None:
         raise ValueError(f"a model can be frozen only with the native library: {native.UNAVAILABLE_REASON}")
-    if is_frozen(model):
-        raise ValueError(FROZEN)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise ValueError(f"{name} is on {parameter.device}: frozen models run on a CPU, call model.cpu() first")

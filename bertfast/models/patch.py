@@ -85,9 +85,8 @@ def patch(model: nn.Module) -> PatchReport:
     left = [encoder for encoder in encoders if _own_method(encoder) is not None]
     if (reason := unsupported_reason(model)) is not None:
         raise ValueError(f"there is nothing to fuse in this {type(model).__name__}: {reason}")
-    for encoder in encoders:
-        if encoder not in left:
-            _check(encoder)
+    for encoder in fusable_encoders(model):
+        _check(encoder)
     fuse(model, left)
     return report(model)
 
@@ -180,6 +179,11 @@ def require_packed(model: PreTrainedModel, precision: str = "fp32") -> None:
     if reason is not None:
         advice = ": pass --precision fp32" if precision != "fp32" else ""
         raise ValueError(f"this {name} cannot run on packed batches with --precision {precision}, {reason}{advice}")
+
+
+def fusable_encoders(model: nn.Module) -> list[PreTrainedModel]:
+    """Return the supported encoders inside a model, fused or not."""
+    return [module for module in model.modules() if _is_encoder(module) and _own_method(module) is None]
 
 
 def _is_encoder(module: nn.Module) -> TypeGuard[PreTrainedModel]:

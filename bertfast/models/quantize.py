@@ -7,7 +7,8 @@ migration of SmoothQuant (Xiao et al., 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,20 @@ from torch import Tensor, nn
 from bertfast.architectures import part_at
 from bertfast.encoder import is_plain
 from bertfast.encoder.linear import stacked
-from bertfast.models.freeze import fused_encoders, linear_groups, replace_linears, require_freezable
-from bertfast.models.patch import PatchReport, patch, require_module
+from bertfast.encoder.packed_linear import is_frozen
+from bertfast.models.freeze import fused_encoders, linear_groups, replace_linears, report_frozen, require_freezable
+from bertfast.models.patch import PatchReport, fusable_encoders, patch, require_module
 from bertfast.models.quantised_files import mark
+from bertfast.models.registry import Fused, unfuse
 from bertfast.ops.packed_linear import PackedWeight, pack, quantise
 
-ALPHA = 0.5  # share of the range, in powers, that moves to the weights
+ALPHA = 0.5  # exponent of SmoothQuant: both the activations and the weights of a channel get the same range
 _SMALLEST = 0.01  # of the mean over channels: what a maximum counts at least, as calibration may not reach a channel
 _RANDOM_TOKENS = 32, 32  # sequences and their tokens, which calibrate almost as well as texts
 _MAX_DEPTH = 2**31 // (255 * 127)  # of a sum in 32 bits
+
+Runs = Mapping[str, Callable[[], object]]
+"""What runs a fused model on the batches of a calibration, by names of the batches for messages."""
 
 
 def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None = None) -> PatchReport:
@@ -36,7 +42,8 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     linear layer of an encoder, such as heads, stays as it is.
 
     Args:
-        model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU.
+        model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU. One that is quantised
+            already stays as it is.
         calibration: A few batches of typical inputs, dictionaries of the arguments of the model's `forward`. They show
             which channels of activations have outliers, whose range then moves to the weights. None: sequences of
             random tokens.
@@ -45,14 +52,18 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
         The report, as `bertfast.report` returns it; it names linear layers that could not be quantised.
 
     Raises:
-        TypeError: `model` is not a module, or `calibration` is not a list of dictionaries.
-        ValueError: The model holds no supported encoder, is frozen already, or has another device or dtype; or there is
-            no native library. Nothing has been changed then.
+        TypeError: `model` is not a module, or `calibration` is not a list of dictionaries of tensors.
+        ValueError: The model holds no supported encoder, is frozen in fp32 or bf16, or has another device or dtype; or
+            there is no native library; or `calibration` has ids outside the vocabulary, or activations that are NaN or
+            infinite although the weights are finite. Nothing has been changed then, and neither if the model's
+            `forward` raises another error on a batch.
     """
     require_module("quantize", model)
+    if is_frozen(model):
+        return report_frozen(model, "int8")
     require_freezable(model)
     if calibration is None:
-        return quantise_model(model, partial(_run_on_random_tokens, model))
+        return quantise_model(model, {"random tokens": partial(_run_on_random_tokens, model)})
     if not isinstance(calibration, Sequence) or not all(isinstance(batch, Mapping) for batch in calibration):
         raise TypeError(
             "quantize: calibration must be a list of batches, each a dictionary of the arguments of the model's "
@@ -60,23 +71,42 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
         )
     if not calibration:
         raise ValueError("quantize: calibration has no batch: give a few, or None for random tokens")
+    vocab_size = max((encoder.config.vocab_size for encoder in fusable_encoders(model)), default=None)
+    batches = {f"calibration[{n}]": batch for n, batch in enumerate(calibration)}
+    for name, batch in batches.items():
+        _require_tensors(name, batch, vocab_size)
+    return quantise_model(model, {name: partial(model, **batch) for name, batch in batches.items()})
 
-    def run() -> None:
-        for batch in calibration:
-            model(**batch)
 
-    return quantise_model(model, run)
+def _require_tensors(name: str, batch: Mapping[str, Any], vocab_size: int | None) -> None:
+    for key, value in batch.items():
+        if not isinstance(value, Tensor | int | None):  # flags such as return_dict, too
+            raise TypeError(f"quantize: {name}[{key!r}] is a {type(value).__name__}: pass a tensor")
+    ids = batch.get("input_ids")
+    if vocab_size is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.is_cpu:
+        return
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise ValueError(
+            f"quantize: {name}['input_ids'] has the id {int(outside[0])}, and those of the model's vocabulary are "
+            f"0 … {vocab_size - 1}: use the model's own tokenizer"
+        )
 
 
-def quantise_model(model: nn.Module, run: Callable[[], object]) -> PatchReport:
+def quantise_model(model: nn.Module, runs: Runs) -> PatchReport:
     """Quantise a model that can be frozen; see `quantize`.
 
     Args:
         model: The model.
-        run: Runs the fused model on typical inputs.
+        runs: Run the fused model on typical inputs.
+
+    Raises:
+        ValueError: Activations are NaN or infinite although the weights are finite; or what a run raises. Nothing has
+            been changed then.
     """
-    patch(model)
-    maxima = _input_maxima(model, run)
+    with _unchanged_by_errors(model):
+        patch(model)
+        maxima = _input_maxima(model, runs)
 
     def packed(linears: list[nn.Linear]) -> PackedWeight:
         weight, bias = stacked(linears)
@@ -97,8 +127,22 @@ def _run_on_random_tokens(model: nn.Module) -> None:
         encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
+@contextmanager
+def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
+    """Restore the classes and modes of a model's modules after an error."""
+    modes = {module: module.training for module in model.modules()}
+    fused = {module for module in modes if isinstance(module, Fused)}
+    try:
+        yield
+    except BaseException:
+        unfuse(model, fused)
+        for module, mode in modes.items():
+            module.training = mode
+        raise
+
+
 @torch.no_grad()
-def _input_maxima(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, Tensor]:
+def _input_maxima(model: nn.Module, runs: Runs) -> dict[nn.Module, Tensor]:
     """Return the largest |x| of each input channel, fp32 [K], of the linear layers in a model's encoder layers."""
     maxima: dict[nn.Module, Tensor] = {}
 
@@ -109,18 +153,27 @@ def _input_maxima(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module
             maxima[module] = torch.maximum(maxima[module], largest) if module in maxima else largest
 
     parts = [part_at(layer, path) for layer, paths in linear_groups(model) for path in paths]
-    training = model.training
     model.eval()
     hooks = [part.register_forward_pre_hook(observe) for part in parts if is_plain(part)]
     try:
-        run()
-    except BaseException:
-        model.train(training)
-        raise
+        for name, run in runs.items():
+            run()
+            _require_finite(model, maxima, name)
     finally:
         for hook in hooks:
             hook.remove()
     return maxima
+
+
+def _require_finite(model: nn.Module, maxima: Mapping[nn.Module, Tensor], name: str) -> None:
+    """Check that a batch has finite activations, unless weights that are not finite explain those that are not."""
+    if all(bool(largest.isfinite().all()) for largest in maxima.values()):
+        return
+    if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise ValueError(
+            f"quantize: {name} gives the encoder activations that are NaN or infinite: leave that batch out, or "
+            "correct it"
+        )
 
 
 def _factors(weight: Tensor, maxima: list[Tensor | None]) -> Tensor | None:

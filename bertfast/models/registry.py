@@ -161,10 +161,10 @@ def fuse(model: nn.Module, left: Collection[nn.Module] = ()) -> None:
             _change_class(module, kind)
 
 
-def unfuse(model: nn.Module) -> None:
-    """Restore the original class of every fused module in a tree."""
+def unfuse(model: nn.Module, left: Collection[nn.Module] = ()) -> None:
+    """Restore the original class of every fused module in a tree, except for those in `left`."""
     for module in [*model.modules()]:
-        if isinstance(module, Fused):
+        if isinstance(module, Fused) and module not in left:
             vars(module).pop(SNAPSHOT, None)
             vars(module).pop(PACKED_LAYER, None)
             _change_class(module, module.original)

@@ -120,7 +120,9 @@ def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None 
         weight = weight / factors
     scales = weight.abs().amax(dim=1) / _LARGEST
     scaled = weight / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    values = scaled.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    del weight  # else the temporary tensors of a layer count in the peak of memory
+    values = scaled.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    del scaled
     return packed_int8(values, scales, bias, factors)
 
 

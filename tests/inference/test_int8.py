@@ -158,6 +158,13 @@ def test_the_folder_of_a_quantised_model_is_run_by_predict_and_embed(int8_folder
     assert torch.cosine_similarity(found[0], hidden[0].mean(0), dim=0) >= 0.999
 
 
+@pytest.mark.parametrize("flags", [[], ["--pooling", "mean"]], ids=["own", "named"])
+def test_embed_warns_of_a_quantised_folder_without_modules(int8_folder, flags, texts, tmp_path, capsys):
+    assert main(["embed", "--model-name-or-path", str(int8_folder), "--input-file", texts, "--device", "cpu",
+                 "--output-dir", str(tmp_path / "vectors"), *flags]) == 0  # fmt: skip
+    assert ("is quantised and has no modules.json" in capsys.readouterr().err) == (not flags)
+
+
 def test_other_programs_that_only_run_a_model_open_a_quantised_one(int8_folder, pretrained, files, tmp_path, capsys):
     assert main(["evaluate", "--model-name-or-path", str(int8_folder), "--validation-file", files["validation_file"],
                  "--device", "cpu"]) == 0  # fmt: skip

@@ -101,7 +101,7 @@ def test_the_engine_takes_quantised_folders_and_bf16(folder, token_ids, tmp_path
         actual = torch.from_numpy(engine(token_ids))
         assert torch.cosine_similarity(actual, expected).min() > 0.999
         assert (actual - expected).abs().max() > 1e-6  # it is not fp32
-    with pytest.raises(ValueError, match="this model is frozen for inference"):
+    with pytest.raises(ValueError, match="this model is quantised to int8: load the model from which"):
         serve.BertfastEngine(str(tmp_path), "bf16")
 
 
@@ -248,7 +248,7 @@ def models(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["int8", "--precision", "bf16"], "frozen"),
+        (["int8", "--precision", "bf16"], "is quantised to int8: load the model from which"),
         (["roberta"], "texts of 66 tokens do not fit into the model .*: give a smaller --max-seq-length"),
         (["roberta", "--max-seq-length", "0"], "--max-seq-length: must be a number from 3 to .*, got 0"),
         (["roberta", "--port", "99999"], "--port: must be a number from 1 to 65535, got 99999"),

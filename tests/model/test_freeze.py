@@ -110,7 +110,6 @@ def test_what_would_change_it_is_refused_and_changes_nothing():
         lambda: model.half(),
         lambda: model.double(),
         lambda: model.to("meta"),
-        lambda: bertfast.freeze(model),
     ):
         with pytest.raises((RuntimeError, ValueError), match=FROZEN):
             change()
@@ -255,6 +254,34 @@ def test_the_report_names_what_is_packed():
     assert report.fused["bert.encoder.layer.1"] == "runs on packed tokens and packed weights"
     assert not report.left
     assert str(bertfast.report(model)) == str(report)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_model_stays_frozen_in_its_precision(precision):
+    model = frozen(live(), precision)
+    before, layers = outputs_of(model).logits, [*model.modules()]
+    for again in (None, precision):
+        assert str(bertfast.freeze(model, again)) == str(bertfast.report(model))
+    other = "bf16" if precision == "fp32" else "fp32"
+    with pytest.raises(ValueError, match=f"this model is frozen in {precision}: load it again to freeze it in {other}"):
+        bertfast.freeze(model, other)
+    with pytest.raises(ValueError, match=f"this model is frozen in {precision}: load it again to quantise it"):
+        bertfast.quantize(model, [batch()])
+    assert layers == [*model.modules()]
+    assert torch.equal(outputs_of(model).logits, before)
+
+
+def test_a_model_of_which_a_part_is_frozen_is_refused():
+    first, second = live("BertModel"), live("BertModel", seed=1)
+    bertfast.freeze(first)
+    both = torch.nn.ModuleList([first, second])
+    with pytest.raises(
+        ValueError, match="a part of this model is frozen in fp32: load it again to freeze it as a whole"
+    ):
+        bertfast.freeze(both)
+    assert type(second) is transformers.BertModel
+    bertfast.freeze(second)
+    bertfast.freeze(both)
 
 
 def test_what_cannot_be_frozen():

@@ -287,8 +287,6 @@ def test_what_would_change_it_is_refused_and_changes_nothing():
         lambda: model.train(),
         lambda: model.load_state_dict(live(seed=1).state_dict()),
         lambda: model.half(),
-        lambda: bertfast.quantize(model),
-        lambda: bertfast.freeze(model),
     ):
         with pytest.raises((RuntimeError, ValueError), match=FROZEN):
             change()
@@ -307,13 +305,18 @@ def test_what_cannot_be_quantised():
             bertfast.quantize(model, calibration)
     with pytest.raises(ValueError, match="calibration has no batch: give a few"):
         bertfast.quantize(model, [])
-    model.train()
-    with pytest.raises((TypeError, ValueError), match=r"inputs|input_ids"):
-        bertfast.quantize(model, [{"inputs": 1}])
-    assert model.training
-    assert not any(any(module_hooks(module)) for module in model.modules())
-    bertfast.quantize(model, [batch()])
-    assert not model.training
+
+
+def test_a_quantised_model_stays_quantised():
+    model = quantised(live(), [batch()])
+    before = outputs_of(model).logits
+    for report in (bertfast.quantize(model), bertfast.quantize(model, [batch()]), bertfast.freeze(model)):
+        assert str(report) == str(bertfast.report(model))
+    with pytest.raises(
+        ValueError, match="is quantised to int8: load the model from which it was made to freeze it in bf"
+    ):
+        bertfast.freeze(model, "bf16")
+    assert torch.equal(outputs_of(model).logits, before)
 
 
 @torch.no_grad()

@@ -1,0 +1,70 @@
+"""What is wrong in the calibration of `bertfast.quantize` is named, and leaves the model as it was."""
+
+import pytest
+import torch
+import transformers
+from live_models import batch, live, outputs_of
+from parity import SIZES
+
+import bertfast
+from bertfast.runtime.torch_compat import module_hooks
+
+WRONG_CALIBRATION = {
+    "list": ({"input_ids": [[1, 2]]}, TypeError, r"calibration\[1\]\['input_ids'\] is a list: pass a tensor"),
+    "tokenizer": (
+        transformers.BatchEncoding({"input_ids": [[1, 2]]}),
+        TypeError,
+        r"calibration\[1\]\['input_ids'\] is a list",
+    ),
+    "id": (
+        {"input_ids": torch.tensor([[1, 10**6]])},
+        ValueError,
+        r"calibration\[1\]\['input_ids'\] has the id 1000000",
+    ),
+    "negative": (
+        {"input_ids": torch.tensor([[1, -100]])},
+        ValueError,
+        r"\['input_ids'\] has the id -100, and those of",
+    ),
+    "name": ({"inputs": torch.ones(1, 2)}, (TypeError, ValueError), "inputs|input_ids"),
+    "shape": ({"input_ids": torch.ones(1, 2, 3, 4).long()}, (IndexError, RuntimeError, ValueError), None),
+    "NaN": (
+        {"inputs_embeds": torch.full((1, 4, SIZES["hidden_size"]), float("nan"))},
+        ValueError,
+        r"calibration\[1\] gives the encoder activations that are NaN or infinite",
+    ),
+    "infinite": (
+        {"inputs_embeds": torch.full((2, 4, SIZES["hidden_size"]), float("inf"))},
+        ValueError,
+        r"calibration\[1\] gives the encoder activations that are NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["live", "fused"])
+@pytest.mark.parametrize("wrong", WRONG_CALIBRATION)
+def test_an_error_in_calibration_changes_nothing(wrong, is_fused):
+    model = live()
+    if is_fused:
+        bertfast.patch(model)
+    model.train()
+    model.bert.embeddings.eval()
+    outputs_of(model)
+    kinds, modes = ([f(module) for module in model.modules()] for f in (type, lambda module: module.training))
+    values, error, match = WRONG_CALIBRATION[wrong]
+    with pytest.raises(error, match=match):
+        bertfast.quantize(model, [batch(), values])
+    assert [type(module) for module in model.modules()] == kinds
+    assert [module.training for module in model.modules()] == modes
+    assert not any(any(module_hooks(module)) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    bertfast.quantize(model, [transformers.BatchEncoding(batch()), batch() | {"return_dict": True}])
+    assert not model.training
+
+
+@torch.no_grad()
+def test_weights_that_are_not_finite_do_not_blame_calibration():
+    model = live("BertModel")
+    model.encoder.layer[0].intermediate.dense.weight[5, 5] = float("inf")
+    report = bertfast.quantize(model, [{"input_ids": batch()["input_ids"]}])
+    assert {*report.left} == {"BertModel.encoder.layer.0.intermediate.dense"}
