@@ -114,7 +114,7 @@ def test_a_padded_engine_averages_real_tokens_only():
         assert inputs["token_type_ids"].tolist() == [[0, 0], [0, 0]]
         return torch.stack([ids.float(), torch.ones_like(ids) + 5 * (ids == 0)], -1)  # padding would change the mean
 
-    vectors = serving.padded(predict)([[3, 4], [1]])
+    vectors = serving.with_padding(predict)([[3, 4], [1]])
     np.testing.assert_allclose(vectors, [[3.5 / 3.5 * 0.961524, 0.274721], [0.707107, 0.707107]], atol=1e-5)
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from bench.bounds import Rates
+from bench.end_to_end.runtimes import precision_of
 from bench.harness import DEVICE, at_least_one, reason_of, require_clean_tree, result_parser, write_result
 from bench.points import in_a_process, peak_memory
 from bertfast.data.tokenizer import load_tokenizer
@@ -128,11 +129,6 @@ def implementations(model: Path, folder: Path) -> tuple[dict[str, tuple[Path, Em
     return found, not_run
 
 
-def precision_of(name: str) -> str:
-    """Return the precision of an implementation."""
-    return last if (last := name.rpartition(", ")[2]) in ("bf16", "int8") else "fp32"
-
-
 def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> dict[str, Any]:
     """Time all alternately, on other sentences in each round, after an untimed round that compares the embeddings.
 
@@ -162,7 +158,7 @@ def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> 
         "bounds": {
             precision: lower_bound(arguments, sentences, dtype)
             for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
-            if precision in map(precision_of, runs)
+            if precision in {*map(precision_of, runs)}
         },
     }
 

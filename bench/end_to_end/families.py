@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import bertfast
 from bench.bounds import Rates
-from bench.end_to_end.inference import padded, random_ids, token_ids
+from bench.end_to_end.inference import random_ids, token_ids
+from bench.end_to_end.runtimes import padded
 from bench.harness import (
     DATA,
     DEVICE,

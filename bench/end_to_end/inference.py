@@ -40,6 +40,7 @@ from bench.end_to_end.runtimes import (
     Predict,
     Weights,
     missing_runtimes,
+    padded,
 )
 from bench.harness import (
     DATA,
@@ -288,14 +289,6 @@ def token_ids(texts: str, number: int, data: Path) -> list[list[int]]:
     tokenizer.enable_truncation(MAX_LENGTH)
     tokenizer.no_padding()
     return [encoding.ids for encoding in tokenizer.encode_batch(lines[:: len(lines) // number][:number])]
-
-
-def padded(sequences: list[list[int]]) -> Inputs:
-    """Return the inputs of the models, padded to the longest sequence."""
-    length = max(map(len, sequences))
-    ids = torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences])
-    mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
 def measured_ceilings(config: bertfast.BertConfig, tokens: int) -> dict[str, float]:

@@ -121,6 +121,27 @@ class Runtime(NamedTuple):
     build: Callable[[Weights], Predict]
 
 
+def precision_of(name: str) -> Precision:
+    """Return the precision of a system, in which its name ends: none stands for fp32."""
+    if name.endswith(", bf16"):
+        return "bf16"
+    return "int8" if name.endswith(", int8") else "fp32"
+
+
+def padded(sequences: Sequence[list[int]]) -> Inputs:
+    """Return the inputs of a model, int64 [sequences, tokens of the longest]."""
+    token_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    lengths = torch.tensor([[len(ids)] for ids in sequences])
+    mask = (torch.arange(token_ids.shape[1]) < lengths).long()
+    return {"input_ids": token_ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(token_ids)}
+
+
+def require_bf16() -> None:
+    """Raise NotImplementedError if this processor has no instructions for bf16."""
+    if not has_bf16_gemm(DEVICE):
+        raise NotImplementedError("this processor has no bf16 instructions")
+
+
 def in_pytorch(model: torch.nn.Module) -> Predict:
     return lambda inputs: model(**inputs)[0]
 
@@ -129,8 +150,7 @@ def in_precision(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Return the model, or a copy in bf16, because others share the weights in fp32."""
     if dtype == torch.float32:
         return model
-    if not has_bf16_gemm(DEVICE):
-        raise NotImplementedError("this processor has no bf16 instructions")
+    require_bf16()
     return copy.deepcopy(model).to(dtype)
 
 
@@ -205,8 +225,8 @@ def with_openvino(weights: Weights, precision: Precision) -> Predict:
     model = core.read_model(str(weights.onnx))
     if precision == "int8":
         model = _quantized(model, weights.batches)
-    elif precision == "bf16" and not has_bf16_gemm(DEVICE):
-        raise NotImplementedError("this processor has no bf16 instructions")
+    elif precision == "bf16":
+        require_bf16()
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

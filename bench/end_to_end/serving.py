@@ -38,12 +38,11 @@ from transformers import AutoTokenizer
 import bertfast
 from bench.end_to_end.inference import require_runtimes, wrong_outputs
 from bench.end_to_end.load import percentile, poisson_arrivals, post, send_all, send_at
-from bench.end_to_end.runtimes import Inputs, Precision, Predict, Weights, with_openvino
-from bench.harness import DEVICE, ROOT, at_least_one, reason_of, require_clean_tree, result_parser, write_result
+from bench.end_to_end.runtimes import Precision, Predict, Weights, padded, require_bf16, with_openvino
+from bench.harness import ROOT, at_least_one, reason_of, require_clean_tree, result_parser, write_result
 from bench.points import importing_bench
 from bertfast.cli.doctor import package_version
 from bertfast.models.files import read_config
-from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
 ENGINES: dict[str, Precision] = {
@@ -238,13 +237,13 @@ def prepare(model: Path, texts: Sequence[str], folder: Path) -> Tensor:
     weights = weights_of(model, folder)
     print(f"exported {weights.onnx.name}", flush=True)
     with torch.no_grad():
-        compute = padded(lambda inputs: weights.reference(**inputs)[0])
+        compute = with_padding(lambda inputs: weights.reference(**inputs)[0])
         return torch.from_numpy(compute(tokenizer(texts[:COMPARED])["input_ids"]))
 
 
 def weights_of(model: Path, folder: Path) -> Weights:
     """Return the weights of a model, whose ONNX file is in `folder`."""
-    return Weights(read_config(model), [padded_inputs([[0] * 8] * 2)], folder, model)
+    return Weights(read_config(model), [padded([[0] * 8] * 2)], folder, model)
 
 
 def error_of(vectors: Tensor, expected: Tensor) -> dict[str, float]:
@@ -301,9 +300,9 @@ def engine_of(name: str, model: Path, prepared: Path) -> Engine:
     """Return the function that computes the vectors of a batch; NotImplementedError if this processor cannot."""
     precision = ENGINES[name]
     if name.startswith("OpenVINO"):
-        return padded(with_openvino(weights_of(model, prepared), precision))
-    if precision == "bf16" and not has_bf16_gemm(DEVICE):
-        raise NotImplementedError("this processor has no bf16 instructions")
+        return with_padding(with_openvino(weights_of(model, prepared), precision))
+    if precision == "bf16":
+        require_bf16()
     source = (prepared / "int8", None) if precision == "int8" else (model, precision)
     engine: Engine = example().BertfastEngine(*source)
     return engine
@@ -316,24 +315,16 @@ def example() -> ModuleType:
     return importlib.import_module("serve")
 
 
-def padded(predict: Predict) -> Engine:
+def with_padding(predict: Predict) -> Engine:
     """Return an engine that pads each batch to its longest sentence, for a function that returns hidden states."""
 
     def vectors(texts: Sequence[list[int]]) -> np.ndarray:
-        inputs = padded_inputs(texts)
+        inputs = padded(texts)
         mask = inputs["attention_mask"].float()
         means = torch.einsum("slh,sl->sh", predict(inputs).float(), mask / mask.sum(1, keepdim=True))
         return np.asarray(torch.nn.functional.normalize(means))
 
     return vectors
-
-
-def padded_inputs(texts: Sequence[list[int]]) -> Inputs:
-    """Return a padded batch, int64 [sentences, tokens of the longest]."""
-    token_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-    lengths = torch.tensor([[len(text)] for text in texts])
-    mask = (torch.arange(token_ids.shape[1]) < lengths).long()
-    return {"input_ids": token_ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(token_ids)}
 
 
 if __name__ == "__main__":

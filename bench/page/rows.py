@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.bounds import Rates, step_bound
 from bench.end_to_end.inference import BYTES, config_of
-from bench.end_to_end.runtimes import Precision
+from bench.end_to_end.runtimes import Precision, precision_of
 from bench.figures import spelling, step_case
 from bertfast.architectures import family
 
@@ -219,8 +219,7 @@ def embed_rows(result: Result) -> Iterator[Row]:
     bounds = speed.get("bounds", {"fp32": speed})  # older files have one, that of fp32
     for system, samples in speed.items():
         if isinstance(samples, list):
-            last = system.rpartition(", ")[2]
-            precision = last if last in ("bf16", "int8") else "fp32"
+            precision = precision_of(system)
             name = system.removesuffix(f", {precision}").replace("bertfast", "bertfast embed")
             workload = f"embeddings, MiniLM, {speed['sentences']:,} sentences"
             yield result.row(workload, precision, name, samples, *bound_in(bounds.get(precision, {})))

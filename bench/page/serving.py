@@ -41,7 +41,7 @@ def serving_text(result: Result) -> str:
 
 
 def threads_text(result: Result) -> str:
-    """Return how many times as fast several Python threads with one model are as one of them."""
+    """Return the throughput of Python threads that share a model, relative to a single thread."""
     measured = result.values["python_threads"]
     ratios = []
     for name, seconds in measured["seconds"].items():
