@@ -223,6 +223,10 @@ class Generator:
         if command == "embed":
             file = self._file("text", "tsv", "csv", "jsonl", or_standard_input=True)
             return values | {"input_file": file, "output_dir": self._output()}
+        if command == "search":
+            folder = self._damaged("embed") if self._happens(0.8) else self._file("path")
+            file = self._file("text", "tsv", "csv", "jsonl", or_standard_input=True)
+            return values | {"input_file": file, "embeddings_dir": folder}
         values |= {"input_file": self._file("text", or_standard_input=True)}
         return values | ({"texts": 1, "seconds": 0.1} if command == "bench" else {"texts": 4})
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import tomllib
 
-import numpy as np
 import pytest
 import torch
 from task_examples import write_examples
@@ -39,6 +38,7 @@ SHORT = {
     "verify": ["--texts", "4", "--device", "cpu"],
     "bench": ["--texts", "4", "--seconds", "0.1", "--device", "cpu"],
     "embed": ["--device", "cpu"],
+    "search": ["--device", "cpu"],
 }
 # Commands that test_docs.py only parses.
 NOT_RUN = {
@@ -73,7 +73,7 @@ def files(tmp_path_factory):
     (folder / "text").mkdir()
     for name in ("text/one.txt", "text/two.txt"):
         (folder / name).write_text("\n".join("\n".join(texts[row : row + 4]) + "\n" for row in range(0, 200, 4)))
-    for name in ("text.txt", "texts.txt", "mine.txt", "sentences.txt"):
+    for name in ("text.txt", "texts.txt", "mine.txt", "sentences.txt", "queries.txt"):
         (folder / name).write_text("\n".join(texts[:20]) + "\n")
     (folder / "sentences.tsv").write_text("\n".join(["sentence", *texts[:20]]) + "\n")
     for target, task in [
@@ -89,11 +89,10 @@ def files(tmp_path_factory):
     for name in ("bert", "demo/model"):
         BertForPreTraining(config).save_pretrained(folder / name)
         save_tokenizer(tokenizer, folder / name)
-    (folder / "documents").mkdir()
-    np.save(folder / "documents" / "ranges.npy", np.float32([[-1] * config.hidden_size, [1] * config.hidden_size]))
     for line in (
         "prepare --output-dir shards --train-file text/ --vocab-size 96 --processes 1",
         "finetune --model-name-or-path bert --train-file train.tsv --output-dir tuned --num-train-epochs 1",
+        "embed --model-name-or-path bert --input-file texts.txt --output-dir documents --output-precision int8",
     ):
         before = os.getcwd()
         os.chdir(folder)

@@ -100,6 +100,13 @@ COMMANDS = {
         "Write token or sentence embeddings of texts to disk.",
         "--model-name-or-path bert --input-file texts.txt --output-dir vectors --pooling mean",
     ),
+    "search": Command(
+        "inference.search",
+        "SearchSettings",
+        "search",
+        "Print the vectors of `bertfast embed` that are nearest to queries, as JSON lines.",
+        "--embeddings-dir vectors --model-name-or-path bert --input-file queries.txt",
+    ),
     "fill-mask": Command(
         "inference.fill_mask",
         "FillMaskSettings",
@@ -151,6 +158,8 @@ _RECIPE_HELP = "--config RECIPE reads those of an installed recipe: "
 _SYNONYMS = {
     "features": "embed",
     "encode": "embed",
+    "query": "search",
+    "retrieve": "search",
     "train": "pretrain",
     "tokenize": "prepare",
     "classify": "predict",
@@ -160,7 +169,7 @@ _SYNONYMS = {
 }
 
 # Commands whose results go to standard output and nowhere else.
-_PRINT_ALL = ("predict", "fill-mask", "verify", "bench", "doctor")
+_PRINT_ALL = ("predict", "search", "fill-mask", "verify", "bench", "doctor")
 # Commands that, given again, continue where they were interrupted.
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 

@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
+from bertfast.data.text_files import STANDARD_INPUT, require_file
 from bertfast.encoder import encode
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.inference.embedding_files import (
@@ -38,11 +37,11 @@ from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, uncap
 from bertfast.inference.pooling import pool
 from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder, with_flags
 from bertfast.inference.sentence_modules import SentenceModules
+from bertfast.inference.text_rows import TextRow, read_text_rows
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import (
     BertFeaturesForTokenClassification,
 )
-from bertfast.models.files import model_files
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.extras import install_command
@@ -51,10 +50,7 @@ from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
 from bertfast.runtime.settings import flag
 from bertfast.runtime.signals import RunStopped
-from bertfast.tasks.columns import Columns, Text
 from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
-from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
-from bertfast.tasks.tables import read_chunks
 
 logger = logging.getLogger("bertfast")
 
@@ -93,7 +89,7 @@ def embed(settings: EmbedSettings) -> Path:
     folder = Path(settings.output_dir)
     with locked_folder(folder):
         begin = check_contents(folder, origin, CONTENTS, overwrite=settings.overwrite_output_dir)
-        rows = _rows(settings)
+        rows = read_text_rows(settings)
         calibration = list(islice(rows, CALIBRATION_EXAMPLES))
         rows = chain(calibration, rows)
         chunks = iter(lambda: list(islice(rows, settings.texts_per_part)), [])
@@ -121,7 +117,7 @@ def _write_parts(
     settings: EmbedSettings,
     encoder: Encoder,
     ranges: np.ndarray | None,
-    chunks: Iterable[list[_Row]],
+    chunks: Iterable[list[TextRow]],
     cut: CutTexts,
     advance: Callable[[int], object],
 ) -> None:
@@ -178,7 +174,7 @@ def _interruptible(settings: EmbedSettings) -> Iterator[None]:
 
 def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
     """Return what the embeddings depend on."""
-    inputs = {"--model-name-or-path": [*model_files(encoder.own.encoder), *encoder.own.files]}
+    inputs = {"--model-name-or-path": encoder.files}
     if settings.ranges_file is not None:
         inputs["--ranges-file"] = [Path(settings.ranges_file)]
     if settings.input_file in (None, "-"):
@@ -309,30 +305,3 @@ def _scatter_tokens(out: np.ndarray, features: Features, rows: np.ndarray, value
     """Write the values of the tokens of the batch of `rows` into those of all tokens, `out` [T, …]."""
     for row, part in zip(rows, features.split_by_example(rows, values), strict=True):
         out[features.cu_seqlens[row] : features.cu_seqlens[row + 1]] = part
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A text, or pair of texts, its row's number from 1, and the row's id if the file has any."""
-
-    number: int
-    text: Text
-    id: str | None = None
-
-
-def _rows(settings: EmbedSettings) -> Iterator[_Row]:
-    """Yield the rows of the input, of which only a part is in memory at a time."""
-    path = settings.input_file
-    if path is None or settings.reads_lines:
-        lines = read_standard_input() if path in (None, "-") else read_lines(Path(path))
-        yield from (_Row(number, line.rstrip("\r\n")) for number, line in lines)
-        return
-    if not path.endswith(TABLE_SUFFIXES):
-        raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv, .jsonl or .json")
-    columns = None
-    for table in read_chunks(path, settings.texts_per_part):
-        columns = columns or Columns.choose(table, settings.text_column, settings.text_pair_column, None)
-        columns.require_all_texts(table, text_named=settings.text_column is not None)
-        ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
-        for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
-            yield _Row(number, text, None if row_id is None else str(row_id))

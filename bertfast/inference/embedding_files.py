@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,32 @@ def quantize_embeddings(embeddings: np.ndarray, precision: OutputPrecision, rang
     return values.astype(np.uint8) if precision == "uint8" else (values - 128).astype(np.int8)
 
 
+def dequantize_embeddings(
+    embeddings: np.ndarray, precision: OutputPrecision, ranges: np.ndarray | None, size: int
+) -> np.ndarray:
+    """Return what quantised embeddings stand for.
+
+    Args:
+        embeddings: [N, D] or [N, ⌈D / 8⌉], what `quantize_embeddings` returned.
+        precision: Its precision.
+        ranges: Its ranges, which only int8 and uint8 need.
+        size: D.
+
+    Returns:
+        fp32 [N, D]: the middle of each value's step, or -1 and 1 for bits.
+    """
+    if precision == "float32":
+        return embeddings
+    if precision in ("binary", "ubinary"):
+        packed = embeddings if precision == "ubinary" else embeddings.view(np.uint8) ^ np.uint8(128)
+        return np.unpackbits(packed, axis=1, count=size).astype(np.float32) * 2 - 1
+    assert ranges is not None
+    steps = (ranges[1] - ranges[0]) / 255
+    middle = 0.5 if precision == "uint8" else 128.5
+    values: np.ndarray = (embeddings.astype(np.float32) + np.float32(middle)) * steps + ranges[0]
+    return values
+
+
 def read_ranges(path: Path) -> np.ndarray:
     """Read a file of ranges, see `RANGES`; ValueError if it is none."""
     try:
@@ -133,7 +160,7 @@ def is_whole(path: Path, numbers: list[int]) -> bool:
     if not path.exists():
         return False
     try:
-        found = _ROWS[path.suffix](path)
+        found = read_rows(path)
     except (SafetensorError, OSError, ValueError, EOFError) as error:  # those of pyarrow are OSError or ValueError
         logger.warning("%s is damaged (%s): its embeddings are computed again", path, error)
         return False
@@ -204,4 +231,70 @@ def _rows_of_arrays(path: Path) -> list[int]:
     return rows
 
 
-_ROWS = {".safetensors": _rows_of_safetensors, ".parquet": _rows_of_parquet, ".npy": _rows_of_arrays}
+def _chunks_of_arrays(path: Path, size: int) -> Iterator[np.ndarray]:
+    embeddings = np.load(path, mmap_mode="r")
+    return (np.array(embeddings[start : start + size]) for start in range(0, len(embeddings), size))
+
+
+def _chunks_of_safetensors(path: Path, size: int) -> Iterator[np.ndarray]:
+    with safe_open(path, framework="np") as file:
+        embeddings = file.get_slice("embeddings")
+        count = embeddings.get_shape()[0]
+        for start in range(0, count, size):
+            yield embeddings[start : min(start + size, count)]  # the library refuses to slice beyond the end
+
+
+def _chunks_of_parquet(path: Path, size: int) -> Iterator[np.ndarray]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(size, columns=["embeddings"]):
+            yield np.array(batch.column(0).flatten()).reshape(len(batch), -1)
+
+
+def _ids_of_arrays(path: Path) -> list[str] | None:
+    ids = _companion(path, "ids")
+    return np.load(ids).tolist() if ids.exists() else None
+
+
+def _ids_of_safetensors(path: Path) -> list[str] | None:
+    with safe_open(path, framework="np") as file:
+        entries = file.metadata() or {}
+    return json.loads(entries["ids"]) if "ids" in entries else None
+
+
+def _ids_of_parquet(path: Path) -> list[str] | None:
+    from pyarrow import parquet
+
+    if "id" not in parquet.read_schema(path).names:
+        return None
+    ids: list[str] = parquet.read_table(path, columns=["id"])["id"].to_pylist()
+    return ids
+
+
+def read_rows(path: Path) -> list[int]:
+    """Return the numbers of the rows of a part."""
+    return _FORMATS[path.suffix].rows(path)
+
+
+def read_ids(path: Path) -> list[str] | None:
+    """Return the ids of the rows of a part; None: its input has none."""
+    return _FORMATS[path.suffix].ids(path)
+
+
+def read_chunks(path: Path, size: int) -> Iterator[np.ndarray]:
+    """Yield the embeddings of a part as they are stored, at most `size` at a time."""
+    return _FORMATS[path.suffix].chunks(path, size)
+
+
+class _Format(NamedTuple):
+    rows: Callable[[Path], list[int]]
+    ids: Callable[[Path], list[str] | None]
+    chunks: Callable[[Path, int], Iterator[np.ndarray]]
+
+
+_FORMATS = {
+    ".safetensors": _Format(_rows_of_safetensors, _ids_of_safetensors, _chunks_of_safetensors),
+    ".parquet": _Format(_rows_of_parquet, _ids_of_parquet, _chunks_of_parquet),
+    ".npy": _Format(_rows_of_arrays, _ids_of_arrays, _chunks_of_arrays),
+}

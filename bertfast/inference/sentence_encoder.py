@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from bertfast.inference.frozen import require_own_precision
 from bertfast.inference.sentence_modules import Normalize, SentenceModules, read_sentence_modules
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import select_layers, warn_of_few_layers
-from bertfast.models.files import resolve
+from bertfast.models.files import model_files, resolve
 from bertfast.models.quantised_files import is_quantised
 from bertfast.tasks.columns import Text
 from bertfast.tasks.features import Features, tokenize
@@ -45,6 +46,11 @@ class Encoder:
     num_skipped: int
     max_length: int
     size: int
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the model that determine embeddings."""
+        return [*model_files(self.own.encoder), *self.own.files]
 
     @property
     def normalization(self) -> str:

@@ -124,6 +124,7 @@ class SentenceModules:
         max_seq_length: Maximum tokens of a text; None: as many as the encoder has positions.
         lowercases: Whether texts are lower-cased.
         files: Files, besides those of the encoder, that determine the embeddings.
+        similarity: How embeddings are compared: its similarity_fn_name.
     """
 
     encoder: Path
@@ -135,6 +136,7 @@ class SentenceModules:
     max_seq_length: int | None = None
     lowercases: bool = False
     files: tuple[Path, ...] = ()
+    similarity: str = "cosine"
 
     @property
     def normalizes(self) -> bool:
@@ -215,7 +217,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
     path = folder / _MODULES
     if not path.exists():
         return SentenceModules(folder, max_seq_length=_length_of_tokenizer(folder))
-    prompts, default_prompt, model_type, truncate_dim = _model_options(folder / _PROMPTS)
+    prompts, default_prompt, model_type, truncate_dim, similarity = _model_options(folder / _PROMPTS)
     if model_type != "SentenceTransformer":  # a CrossEncoder or another, which has no embeddings of texts
         return SentenceModules(folder, (), max_seq_length=_length_of_tokenizer(folder))
     entries = _entries(path)
@@ -254,6 +256,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
         max_seq_length=options["max_seq_length"] or _length_of_tokenizer(transformer[1]),
         lowercases=bool(options["do_lower_case"]),
         files=(path, *files, *(file for file in [folder / _PROMPTS] if file.exists())),
+        similarity=similarity,
     )
 
 
@@ -368,8 +371,8 @@ def _activation(path: Path, name: str) -> nn.Module:
     raise ValueError(f"{path}: the activation_function {name} is no activation of torch.nn without arguments")
 
 
-def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | None]:
-    """Return the prompts, the name of the default one, the kind of the model, and `truncate_dim`."""
+def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | None, str]:
+    """Return the prompts, the name of the default one, the kind of the model, `truncate_dim` and the similarity."""
     options = read_json(path) if path.exists() else {}
     prompts, default = options.get("prompts") or {}, options.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str | None) for prompt in prompts.values()):
@@ -380,4 +383,5 @@ def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | N
     if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
         raise ValueError(f"{path}: truncate_dim must be a positive integer, got {json.dumps(truncate_dim):.40}")
     named = {name: prompt or "" for name, prompt in prompts.items()}
-    return named, default, str(options.get("model_type", "SentenceTransformer")), truncate_dim
+    kind, similarity = options.get("model_type", "SentenceTransformer"), options.get("similarity_fn_name") or "cosine"
+    return named, default, str(kind), truncate_dim, str(similarity)

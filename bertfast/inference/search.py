@@ -1,0 +1,249 @@
+"""`bertfast search`: the vectors of a folder of `bertfast embed` that are nearest to queries.
+
+All vectors are compared, chunk by chunk, so that memory use does not depend on how many there are.
+
+Shapes: Q queries, C vectors of a chunk, K results of a query, D embedding size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bertfast.data.text_files import STANDARD_INPUT, require_file
+from bertfast.encoder import encode
+from bertfast.inference.embed import compute_embeddings
+from bertfast.inference.embed_settings import EmbedSettings, Pooling
+from bertfast.inference.frozen import freeze_on_cpu
+from bertfast.inference.sentence_encoder import Encoder, joined, open_encoder
+from bertfast.inference.sentence_modules import read_sentence_modules
+from bertfast.inference.text_rows import TextRow, read_text_rows
+from bertfast.inference.vector_folder import VectorFolder
+from bertfast.models.extensions import LAYERS
+from bertfast.models.files import resolve
+from bertfast.runtime.output_folder import Origin, differences_from
+from bertfast.runtime.precision import choose_device
+from bertfast.runtime.settings import Count, Settings
+from bertfast.tasks.features import CutTexts
+from bertfast.tasks.settings import ComputeSettings
+
+logger = logging.getLogger("bertfast")
+
+Similarity = Literal["cosine", "dot"]
+
+_CHUNK = 2**22  # elements of the vectors that are compared at a time, 16 MB
+_QUERIES = 512  # that are compared at a time
+
+__all__ = ["Hit", "SearchSettings", "search", "search_vectors"]
+
+
+class Hit(NamedTuple):
+    """A vector that was found: its text's row from 1, the row's id if it has any, and its similarity to the query."""
+
+    row: int
+    id: str | None
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Settings):
+    """Queries, the vectors that are searched, and the model of both.
+
+    Attributes:
+        embeddings_dir: Folder that bertfast embed has written, in any format and precision.
+        model_name_or_path: Folder or hub id of the model that computed the vectors.
+        input_file: Queries: a .txt file with one per line, or a .tsv, .csv or .jsonl file, or a .json list. If not
+            given, or "-": lines of standard input.
+        text_column: Column of the query. If not given: sentence, sentence1 or text.
+        top_k: Results per query.
+        similarity: cosine: of the vectors' angle; dot: dot product; auto: the similarity_fn_name of the model's
+            config_sentence_transformers.json, and cosine if it has none.
+        prompt: Text to put before each query.
+        prompt_name: Prompt of the model's config_sentence_transformers.json to put before each query, or none. If not
+            given: query if there is one, else its default_prompt_name.
+        max_seq_length: Maximum length of a query in tokens, beyond which it is truncated. If not given: that of the
+            model's sentence_bert_config.json or tokenizer, and at most the model's number of positions.
+        compute: Device, precision and batch size of inference.
+    """
+
+    exclusive = ("prompt", "prompt_name")
+
+    embeddings_dir: str
+    model_name_or_path: str
+    input_file: str | None = None
+    text_column: str | None = None
+    top_k: Count = 10
+    similarity: Literal["auto", "cosine", "dot"] = "auto"
+    prompt: str | None = None
+    prompt_name: str | None = None
+    max_seq_length: Count | None = None
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+
+def search(settings: SearchSettings) -> None:
+    """Print one JSON object per query: its row from 1, its id if it has any, and `hits`, from the most similar on.
+
+    Each hit has the row of a text that was embedded, its id if it has any, and the score.
+
+    Raises:
+        ValueError: A query cannot be read, or the vectors are damaged or of another model.
+    """
+    if settings.input_file not in (None, "-"):
+        require_file(settings.input_file, "--input-file")
+    folder = VectorFolder.open(Path(settings.embeddings_dir))
+    embedding = _embed_settings(settings, folder)
+    encoder = open_encoder(embedding, choose_device(settings.compute.device))
+    _require_same_model(folder, embedding, encoder)
+    similarity = _similarity(settings, encoder)
+    logger.info("searching %d vectors of %s by %s", len(folder), folder.path, similarity)
+    source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
+    cut = CutTexts(source, encoder.max_length)
+    at_terminal = source == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty()
+    remaining = read_text_rows(embedding)
+    while rows := list(islice(remaining, 1 if at_terminal else _QUERIES)):
+        queries = _embeddings(encoder, embedding, rows, cut)
+        for row, hits in zip(rows, search_vectors(folder, queries, settings.top_k, similarity), strict=True):
+            print(json.dumps(_result(row, hits), ensure_ascii=False))
+        sys.stdout.flush()
+    cut.report()
+
+
+def search_vectors(
+    folder: VectorFolder | Path | str, queries: np.ndarray, top_k: int = 10, similarity: Similarity = "cosine"
+) -> list[list[Hit]]:
+    """Return the vectors that are most similar to queries, from the most similar on; equal ones by row.
+
+    Args:
+        folder: Folder that `bertfast embed` has written. Vectors of int8 and uint8 are compared as the middle of their
+            steps, and bits as -1 and 1.
+        queries: float [Q, D], embeddings of the same model in full precision.
+        top_k: K, results per query; fewer if there are fewer vectors.
+        similarity: How vectors are compared.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is none of `bertfast embed`, is damaged, or its vectors have another size than the queries.
+    """
+    if similarity not in get_args(Similarity):
+        raise ValueError(f"similarity must be cosine or dot, got {similarity!r}")
+    if queries.ndim != 2 or not np.isfinite(queries).all():
+        raise ValueError(f"queries must be finite and of shape [Q, D], got shape {[*queries.shape]}")
+    if not isinstance(folder, VectorFolder):
+        folder = VectorFolder.open(Path(folder))
+    folder.require_width(queries.shape[1], "the queries are")
+    hits: list[list[Hit]] = []
+    for start in range(0, len(queries), _QUERIES):
+        some = torch.from_numpy(np.array(queries[start : start + _QUERIES], np.float32))
+        scores, rows = _most_similar(folder, some, top_k, similarity)
+        ids = folder.ids(rows.ravel().tolist())
+        for values, found in zip(scores.tolist(), rows.tolist(), strict=True):
+            hits.append([Hit(row, ids.get(row), score) for score, row in zip(values, found, strict=True)])
+    return hits
+
+
+def _most_similar(folder: VectorFolder, queries: Tensor, top_k: int, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    """Return scores, fp32 [Q, K], and row numbers, int64 [Q, K], of the most similar vectors."""
+    if similarity == "cosine":
+        queries = queries / _norms(queries)[:, None]
+    scores, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    first_row, size = 1, queries.shape[1]
+    for chunk in folder.chunks(max(_CHUNK // size, 1), size):
+        vectors = torch.from_numpy(chunk)
+        found = queries @ vectors.T
+        if similarity == "cosine":
+            found /= _norms(vectors)
+        if not found.isfinite().all():
+            last_row = first_row + len(chunk) - 1
+            raise ValueError(f"{folder.path} has vectors that are not finite in rows {first_row} to {last_row}")
+        best, columns = found.topk(min(top_k, len(chunk)), dim=1)
+        scores, rows = torch.cat([scores, best], 1), torch.cat([rows, columns + first_row], 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, rows = scores[:, :top_k], rows.gather(1, order[:, :top_k])
+        first_row += len(chunk)
+    rows, order = rows.sort(dim=1)
+    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores, rows.gather(1, order)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Return the lengths of vectors, at least 1e-12, by which a zero vector can be divided."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norms.clamp_min(1e-12)
+
+
+def _embed_settings(settings: SearchSettings, folder: VectorFolder) -> EmbedSettings:
+    """Return the settings with which queries are embedded: pooling, normalisation and layers of the vectors."""
+    recorded = folder.settings
+    pooling, normalization = recorded.get("--pooling"), recorded.get("--normalization")
+    layers = recorded.get("--layers")
+    prompt_name = settings.prompt_name
+    if prompt_name is None and settings.prompt is None:
+        known = read_sentence_modules(resolve(settings.model_name_or_path)).prompts
+        prompt_name = "query" if "query" in known else None
+    return EmbedSettings.of(
+        model_name_or_path=settings.model_name_or_path,
+        output_dir=settings.embeddings_dir,
+        input_file=settings.input_file,
+        text_column=settings.text_column,
+        # What is not among the choices is the model's own, or is refused as a difference from the record.
+        pooling=pooling if pooling in get_args(Pooling) else "auto",
+        normalization=normalization if normalization in ("l2", "none") else "auto",
+        layers=layers if isinstance(layers, str) and layers in LAYERS else "last",
+        prompt=settings.prompt,
+        prompt_name=prompt_name,
+        max_seq_length=settings.max_seq_length,
+        texts_per_part=_QUERIES,
+        compute=settings.compute,
+    )
+
+
+def _require_same_model(folder: VectorFolder, settings: EmbedSettings, encoder: Encoder) -> None:
+    """Raise ValueError if the vectors of a folder are not those that the encoder gives."""
+    values = {"--pooling": joined(encoder.modules), "--normalization": encoder.normalization}
+    values["--layers"] = settings.layers
+    origin = Origin({"--model-name-or-path": encoder.files}, values, "embed")
+    differences = differences_from(folder.path, origin)
+    if differences:
+        raise ValueError(
+            f"{folder.path} has vectors of another model than {settings.model_name_or_path}: {'; '.join(differences)}; "
+            "give the model that computed them, or embed the texts again"
+        )
+    folder.require_width(encoder.size, f"{settings.model_name_or_path} gives vectors")
+
+
+def _similarity(settings: SearchSettings, encoder: Encoder) -> Similarity:
+    chosen = encoder.own.similarity if settings.similarity == "auto" else settings.similarity
+    if chosen == "cosine":
+        return "cosine"
+    if chosen == "dot":
+        return "dot"
+    raise ValueError(
+        f"{settings.model_name_or_path} has the similarity_fn_name {chosen!r:.40}, which is not supported: choose "
+        "--similarity cosine or dot"
+    )
+
+
+def _embeddings(encoder: Encoder, settings: EmbedSettings, rows: list[TextRow], cut: CutTexts) -> np.ndarray:
+    """Return the embeddings of queries, fp32 [Q, D]; count those that are cut."""
+    features = encoder.features([row.text for row in rows])
+    cut.add(features)
+    model = encoder.model
+    freeze_on_cpu(model, settings.compute.precision, features, lambda x: encode(model, x.packed(model)))
+    found = compute_embeddings(model, features, settings, encoder.modules, encoder.num_skipped)
+    embeddings: np.ndarray = found["embeddings"].numpy()
+    return embeddings
+
+
+def _result(row: TextRow, hits: list[Hit]) -> dict[str, object]:
+    """Return what is printed for a query; ids are left out if there are none."""
+    found = [{name: value for name, value in hit._asdict().items() if value is not None} for hit in hits]
+    return {"row": row.number} | ({} if row.id is None else {"id": row.id}) | {"hits": found}

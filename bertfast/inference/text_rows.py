@@ -1,0 +1,44 @@
+"""Rows of the texts that `embed` and `search` read, of which only a part is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bertfast.data.text_files import read_lines, read_standard_input
+from bertfast.inference.embed_settings import EmbedSettings
+from bertfast.tasks.columns import Columns, Text
+from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
+from bertfast.tasks.tables import read_chunks
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text, or pair of texts, its row's number from 1, and the row's id if the file has any."""
+
+    number: int
+    text: Text
+    id: str | None = None
+
+
+def read_text_rows(settings: EmbedSettings) -> Iterator[TextRow]:
+    """Yield the rows of --input-file or standard input.
+
+    Raises:
+        ValueError: The file is neither text nor a table, or a row of it cannot be read.
+    """
+    path = settings.input_file
+    if path is None or settings.reads_lines:
+        lines = read_standard_input() if path in (None, "-") else read_lines(Path(path))
+        yield from (TextRow(number, line.rstrip("\r\n")) for number, line in lines)
+        return
+    if not path.endswith(TABLE_SUFFIXES):
+        raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv, .jsonl or .json")
+    columns = None
+    for table in read_chunks(path, settings.texts_per_part):
+        columns = columns or Columns.choose(table, settings.text_column, settings.text_pair_column, None)
+        columns.require_all_texts(table, text_named=settings.text_column is not None)
+        ids = [None] * len(table) if table.rows.ids is None else table.rows.ids
+        for number, text, row_id in zip(table.rows.numbers, columns.texts(table), ids, strict=True):
+            yield TextRow(number, text, None if row_id is None else str(row_id))
