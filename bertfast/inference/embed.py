@@ -34,14 +34,14 @@ from bertfast.inference.embedding_files import (
     write_ranges,
 )
 from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, uncaptured_buckets
-from bertfast.inference.pooling import pool
-from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder, with_flags
-from bertfast.inference.sentence_modules import SentenceModules
+from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder
 from bertfast.inference.text_rows import TextRow, read_text_rows
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import (
     BertFeaturesForTokenClassification,
 )
+from bertfast.models.pooling import pool
+from bertfast.models.sentence_modules import SentenceModules
 from bertfast.runtime.atomic_write import atomic_path, reserve
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.extras import install_command
@@ -216,7 +216,7 @@ def compute_embeddings(
         `embeddings`, fp32 [S, D], or with pooling "none" fp32 [T, D] and `cu_seqlens`, int64 [S + 1].
     """
     if modules is None:
-        modules = with_flags(SentenceModules(Path()), settings)
+        modules = SentenceModules(Path()).changed(settings.pooling, settings.normalization, str(model.name_or_path))
     layers, size = chosen_layers(settings, model)
     concatenated = size > model.config.hidden_size
     per_token = settings.pooling == "none"

@@ -8,10 +8,11 @@ from typing import Literal
 from bertfast.data.text_files import COMPRESSIONS
 from bertfast.inference.embedding_files import OutputFormat, OutputPrecision
 from bertfast.models.extensions import LAYERS
+from bertfast.models.sentence_modules import NormalizationName, PoolingName
 from bertfast.runtime.settings import Count, Settings, given, refuse_without_effect
 from bertfast.tasks.settings import ComputeSettings
 
-Pooling = Literal["auto", "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "none"]
+Pooling = Literal["auto", PoolingName, "none"]
 _TEXT_SUFFIXES = tuple(f".txt{compression}" for compression in COMPRESSIONS)
 
 
@@ -55,7 +56,7 @@ class EmbedSettings(Settings):
     text_column: str | None = None
     text_pair_column: str | None = None
     pooling: Pooling = "auto"
-    normalization: Literal["auto", "l2", "none"] = "auto"
+    normalization: NormalizationName = "auto"
     prompt: str | None = None
     prompt_name: str | None = None
     layers: str = "last"

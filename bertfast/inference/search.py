@@ -25,11 +25,11 @@ from bertfast.inference.embed import compute_embeddings
 from bertfast.inference.embed_settings import EmbedSettings, Pooling
 from bertfast.inference.frozen import freeze_on_cpu
 from bertfast.inference.sentence_encoder import Encoder, joined, open_encoder
-from bertfast.inference.sentence_modules import read_sentence_modules
 from bertfast.inference.text_rows import TextRow, read_text_rows
 from bertfast.inference.vector_folder import VectorFolder
 from bertfast.models.extensions import LAYERS
 from bertfast.models.files import resolve
+from bertfast.models.sentence_folder import read_sentence_modules
 from bertfast.runtime.output_folder import Origin, differences_from
 from bertfast.runtime.precision import choose_device
 from bertfast.runtime.settings import Count, Settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.inference.frozen import require_own_precision
-from bertfast.inference.sentence_modules import Normalize, SentenceModules, read_sentence_modules
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import select_layers, warn_of_few_layers
 from bertfast.models.files import model_files, resolve
 from bertfast.models.quantised_files import is_quantised
+from bertfast.models.sentence_folder import read_sentence_modules
+from bertfast.models.sentence_modules import SentenceModules
 from bertfast.tasks.columns import Text
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -109,7 +110,7 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
     require_own_precision(model, precision)
     warn_of_few_layers("--layers", settings.layers, model.config)
     own.prepare_tokenizer(tokenizer)
-    modules = with_flags(own, settings)
+    modules = own.changed(settings.pooling, settings.normalization, name)
     _, size = chosen_layers(settings, model)
     size = modules.size_of(size)
     prompt = _prompt(own, settings)
@@ -123,20 +124,6 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
                 f"the prompt has {num_skipped} tokens, and texts at most {max_length}: choose a shorter one"
             )
     return Encoder(model, tokenizer, own, modules, prompt, num_skipped, max_length, size)
-
-
-def with_flags(own: SentenceModules, settings: EmbedSettings) -> SentenceModules:
-    """Return the modules of a folder as the settings change them."""
-    if settings.pooling == "none":
-        return replace(own, pooling=("none",), after=())
-    modules = own if settings.pooling == "auto" else replace(own, pooling=(settings.pooling,))
-    if not modules.pooling:
-        raise ValueError(f"{settings.model_name_or_path} has no module Pooling of its own: choose one with --pooling")
-    if settings.normalization == "none":
-        modules = modules.without_normalization()
-    if settings.normalization == "l2" and not modules.normalizes:
-        modules = replace(modules, after=(*modules.after, Normalize()))
-    return modules
 
 
 def _prompt(own: SentenceModules, settings: EmbedSettings) -> str:

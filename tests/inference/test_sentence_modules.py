@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bertfast.inference.embed import EmbedSettings, embed
-from bertfast.inference.sentence_modules import read_sentence_modules
+from bertfast.models.sentence_folder import read_sentence_modules
 
 st = pytest.importorskip("sentence_transformers", reason="the extra `examples`")
 modules = pytest.importorskip("sentence_transformers.models")

@@ -23,7 +23,9 @@ def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[str], skipped: int = 0
     Returns:
         fp32 [S, modes × H].
     """
-    positions = torch.arange(len(hidden)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    positions = torch.arange(len(hidden), device=hidden.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
+        lengths
+    )
     if skipped:
         kept = positions >= skipped
         hidden, positions, lengths = hidden[kept], positions[kept], lengths - skipped
