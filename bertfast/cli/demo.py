@@ -174,7 +174,7 @@ def _finetune(settings: DemoSettings, model: Path, output: Path, train: Path, va
             train_file=str(train),
             validation_file=str(validation),
             output_dir=str(output),
-            overwrite_output_dir=True,
+            resume=True,
             random_init=output.name == "from-scratch",
             max_seq_length=64,
             num_train_epochs=2,

@@ -17,7 +17,7 @@ from bertfast.architectures.presets import Preset
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.text_files import json_object, read_json, read_lines
+from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
 from bertfast.runtime.settings import (
@@ -32,7 +32,7 @@ from bertfast.runtime.settings import (
     refuse_repeated,
 )
 from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.finetune_folder import finetune_origin
+from bertfast.training.finetune_folder import finetune_origin, read_results
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.pretrain_checkpointing import pretrain_origin
 from bertfast.training.pretrain_data import Corpus
@@ -204,13 +204,13 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
         flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
         flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
         flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
-        flags["overwrite-output-dir"] = True  # files of an interrupted run
         if settings.num_train_epochs is not None:
             flags["num-train-epochs"] = settings.num_train_epochs
         finetuning = parse("finetune", FinetuneSettings, flags_of(flags | _where(settings)))
-        results = _results(run)
-        if results is None or _is_stale(run, finetune_origin(finetuning, "finetune"), settings):
-            results = finetune(finetuning)
+        stale = read_record(run) is not None and _is_stale(run, finetune_origin(finetuning, "finetune"), settings)
+        results = None if stale else read_results(run)
+        if results is None:
+            results = finetune(finetuning.replace(overwrite_output_dir=stale, resume=not stale))
         score = results.get(f"eval_{column['metric']}")
         if score is None:
             known = ", ".join(key.removeprefix("eval_") for key in results if key.startswith("eval_"))
@@ -218,18 +218,6 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
         scores.append(score * column.get("times", 100))
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.1f}{spread}"
-
-
-def _results(run: Path) -> dict[str, Any] | None:
-    """Return the results of a finished run; None: there are none, or they are damaged."""
-    path = run / "all_results.json"
-    if not path.exists():
-        return None
-    try:
-        return read_json(path)
-    except ValueError as error:
-        logger.warning("the run is repeated: %s", error)
-        return None
 
 
 def _perplexity(metrics: Path) -> float:

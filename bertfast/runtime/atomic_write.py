@@ -102,6 +102,18 @@ def apply_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Write a copy of a file, which takes no disk space if the file system has links.
+
+    Neither of the two may be changed in place afterwards; replacing one leaves the other as it is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has none, or this user may not make them
+        shutil.copyfile(source, target)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():

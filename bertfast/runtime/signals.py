@@ -53,13 +53,16 @@ def _exit(number: int, frame: object) -> NoReturn:
 class Interrupt:
     """Context in which the first Ctrl-C or SIGTERM sets `requested`; a second one has its usual effect.
 
+    Args:
+        sigterm_status: Exit status of a program ended by SIGTERM.
+
     Attributes:
         requested: Whether a signal has arrived.
-        status: Exit status of a program ended by the signal: 128 plus its number, 143 for SIGTERM.
+        status: Exit status of a program ended by the signal, 130 for Ctrl-C; without a signal, that of SIGTERM.
     """
 
-    def __init__(self) -> None:
-        self.requested, self.status = False, 128 + signal.SIGTERM
+    def __init__(self, sigterm_status: int = 128 + signal.SIGTERM) -> None:
+        self.requested, self.status = False, sigterm_status
         self._handlers: dict[signal.Signals, Any] = {}  # that were installed before
 
     def __enter__(self) -> Interrupt:
@@ -75,5 +78,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested, self.status = True, 128 + number
+        self.requested = True
+        if number != signal.SIGTERM:
+            self.status = 128 + number
         self.__exit__()

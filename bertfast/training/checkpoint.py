@@ -11,25 +11,31 @@ import logging
 import math
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from bertfast.data.text_files import read_json
 from bertfast.models.files import save
-from bertfast.runtime.atomic_write import atomic_path
+from bertfast.runtime.atomic_write import atomic_path, link_or_copy
 from bertfast.runtime.tensor_file import write_tensors
+from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.distributed import Distributed
 
 logger = logging.getLogger("bertfast")
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in the output folder of a run."""
 _PREFIX = "step-"
 _CHECKSUMS = "checksums.json"
+_ALIGNMENT = 64  # of the memory that PyTorch allocates, in bytes
 
 
 def save_state(
@@ -40,6 +46,7 @@ def save_state(
     progress: dict[str, Any],
     keep: int,
     distributed: Distributed,
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Write the checkpoint of a step and delete old ones. All ranks must call this; the main process writes.
 
@@ -51,6 +58,7 @@ def save_state(
         progress: What else the run needs to continue, as JSON; "validation_loss" may be None.
         keep: Number of newest checkpoints to keep, in addition to the one with the lowest validation loss.
         distributed: Processes of the run.
+        files: Further files that the checkpoint keeps, by their names in it; they must not be changed in place.
     """
     weights = {name: _whole(value) for name, value in model.state_dict().items()}
     tensors = _flatten(optimizers)
@@ -62,7 +70,10 @@ def save_state(
             write_tensors(tensors, temporary / "optimizer.safetensors")
             state = json.dumps({"step": step, "progress": progress})
             (temporary / "state.json").write_text(state, encoding="utf-8")
-            checksums = {file.name: _checksum(file) for file in temporary.iterdir()}
+            for name, path in files.items():
+                link_or_copy(path, temporary / name)
+            written = [path for path in temporary.rglob("*") if path.is_file()]
+            checksums = {path.relative_to(temporary).as_posix(): _checksum(path) for path in written}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         saved = checkpoints(folder)
         losses = {path: loss for path in saved if (loss := _validation_loss(path)) is not None}
@@ -105,6 +116,44 @@ def newest_whole(folder: Path, before: float = math.inf) -> Path | None:
     return found
 
 
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """Return the checkpoint from which a run with --resume continues; None, with a warning: there is none.
+
+    Args:
+        output: Output folder of the run.
+
+    Raises:
+        ValueError: Every checkpoint is damaged.
+    """
+    folder = output / CHECKPOINTS
+    if not checkpoints(folder):
+        logger.warning("there is no checkpoint in %s: starting from step 0", output)
+        return None
+    newest = newest_whole(folder)
+    if newest is None:
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged: start again with another --output-dir or --overwrite-output-dir"
+        )
+    return newest
+
+
+def how_to_continue(settings: CheckpointSettings) -> str:
+    """Return, for the message of a run that was stopped with a checkpoint, what continues it."""
+    return f"with a checkpoint: the same command{' with --resume' * (not settings.resume)} continues the run"
+
+
+def holds(output: Path, what: str) -> ValueError:
+    """Return the error of a new run in the output folder of another one.
+
+    Args:
+        output: Output folder of the run.
+        what: What the folder holds.
+    """
+    return ValueError(
+        f"{output} already holds a {what}, choose another --output-dir, or pass --overwrite-output-dir to replace it"
+    )
+
+
 def read_progress(saved: Path) -> tuple[int, dict[str, Any]]:
     """Return the number of steps done at a checkpoint, and the run's progress.
 
@@ -139,6 +188,17 @@ def load_state(saved: Path, optimizers: list[Optimizer]) -> None:
                     value = _distribute_like(parameters[int(parameter)], file.get_tensor(key))
                     states.setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
+def align_parameters(model: nn.Module) -> None:
+    """Move parameters to memory of their own, as PyTorch allocates it.
+
+    Those of a loaded model are slices of the file's bytes. Their alignment, which changes when the file does, decides
+    which instructions a GEMM of MKL takes, and with them the rounding of its results.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:

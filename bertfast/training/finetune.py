@@ -16,27 +16,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from bertfast.data.tokenizer import tokenizer_hash
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
-from bertfast.models.extensions import class_for
-from bertfast.models.families import architecture_of
-from bertfast.models.files import load, new_model, read_config, report_differences, resolve, save
+from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
-from bertfast.models.tokenizers import copy_tokenizer, load_any_tokenizer
+from bertfast.models.tokenizers import copy_tokenizer
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import Buckets, CutTexts, ModelInputs, count_labels, shuffled_batches, within_budget
-from bertfast.tasks.pretrained import open_tokenizer, sequence_length
-from bertfast.tasks.registry import choose_task
-from bertfast.tasks.task import Outputs, Task
+from bertfast.tasks.features import Buckets, ModelInputs, count_labels, shuffled_batches, within_budget
+from bertfast.tasks.pretrained import open_tokenizer
+from bertfast.tasks.task import Outputs
+from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
 from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
-from bertfast.training.finetune_folder import finetune_folder, write_skipped_rows
-from bertfast.training.finetune_model import model_config
+from bertfast.training.finetune_checkpointing import (
+    FinetuneProgress,
+    remove_best_model,
+    saved_precision,
+    saved_run,
+)
+from bertfast.training.finetune_data import featurize, read_examples
+from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
+from bertfast.training.finetune_model import balanced_weights, build_model, choose_metric, finetuning_task, model_config
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers, step_if_finite
@@ -62,7 +66,8 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
 
     Raises:
         ValueError: Settings, data and model do not fit together, or `output_dir` has results or is in use.
-        RunStopped: After Ctrl-C, or when steps give no finite loss and gradient; the best model so far is kept.
+        RunStopped: After Ctrl-C or SIGTERM, with a checkpoint, or when steps give no finite loss and gradient; the best
+            model so far is kept.
     """
     with open_run(settings) as run:
         return run.run(on_step)
@@ -97,7 +102,7 @@ class Finetuning:
         metric: Name of the metric that selects the best model.
         examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
-        step, best_step: Steps done, and the step of the best model.
+        progress: How far the run has come, and how good its best model is.
         results: Losses of the steps.
         steps_per_read: Steps after which results are read.
     """
@@ -107,28 +112,32 @@ class Finetuning:
         self.metrics_log: MetricsLog | None = None
         self.hyperparameters = settings.hyperparameters
         self.device = choose_device(settings.compute.device)
-        self.task = self._choose_task()
-        files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
-        paths = {split: path for split, path in files.items() if path is not None}
-        self.examples: dict[str, Any] = {}
-        self.features: dict[str, Any] = {}
+        self.task = finetuning_task(settings)
+        self.saved = saved_run(settings)
         with self.task.bad_rows.logged():
-            examples = {split: self.task.read(path, labelled=split != "test") for split, path in paths.items()}
+            examples = read_examples(settings, self.task)
             self.source = source = resolve(settings.model_name_or_path)
             self.config = model_config(settings, source, self.task.label_config(examples["train"]))
             self.task.set_config(self.config)
             self.precision = choose_precision(self.device, settings.compute.precision, self.config)
-            self.metric = self._choose_metric()
+            if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
+                self.precision = saved_precision(self.saved)
+            self.metric = choose_metric(settings, self.task)
             self.tokenizer = open_tokenizer(source, self.config)
-            self._featurize(examples, paths)
+            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer, self.config)
         torch.manual_seed(self.hyperparameters.seed)
-        self.model = self._build_model(source)
+        self.model = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
+        align_parameters(self.model)
+        nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
+        require_packed(self.model.train(), self.precision)
+        torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
         if settings.feature_based.strategy == "feature-based":
             replace_inputs_by_states(self.features, self.model, settings, self.precision)
         rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
         self.optimizers = build_optimizers(self.model, "adamw", rate, decay)
         # Captured steps read these tensors at fixed addresses.
-        self.host_weights = self._class_weights()
+        balanced = settings.optimizer.class_weights == "balanced"
+        self.host_weights = balanced_weights(self.features["train"], self.config) if balanced else None
         self.weights = None if self.host_weights is None else self.host_weights.to(self.device)
         self.items = torch.ones((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
@@ -139,103 +148,68 @@ class Finetuning:
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = self.hyperparameters.steps(self.steps_per_epoch)
-        self.step = self.best_step = self.validations_without_better = 0
-        self.best_score = (-math.inf, -math.inf)
-        self.best_metrics: dict[str, float] = {}
-        self.results = StepResults(self.device)
+        self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
-        self.tokens, self.seconds = 0, 0.0
 
-    def _choose_task(self) -> Task[Any]:
-        task = choose_task(self.settings, file=self.settings.train_file)
-        if self.settings.feature_based.strategy == "feature-based":
-            if task.feature_based_model is None:
-                raise ValueError("--strategy feature-based is only available for token classification")
-            task.model_class = task.feature_based_model
-        return task
-
-    def _featurize(self, examples: dict[str, Any], files: dict[str, str]) -> None:
-        """Tokenise the examples of each split; texts that are cut are counted in a warning."""
-        length = sequence_length(self.settings.max_seq_length, self.config)
-        for split, read in examples.items():
-            self.examples[split], features = self.task.featurize(read, self.tokenizer, length)
-            self.features[split] = features
-            cut = CutTexts(files[split], length)
-            cut.add(features)
-            cut.report()
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
-        """Train, validate, and predict on the test data with the best model; return all results."""
+        """Train, validate, and predict on the test data with the best model; return all results.
+
+        A run that continues starts at its checkpoint; of one that is finished, only the results are read.
+        """
         settings = self.settings
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics_log = MetricsLog(self.folder)
-        write_skipped_rows(self.folder, self.task.bad_rows)
-        logger.info("fine-tuning on %d examples, %s on %s", len(self.examples["train"]), self.precision, self.device)
-        if self.steps == 1 and settings.optimizer.warmup_ratio:
-            logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
-        eval_steps = settings.evaluation.eval_steps or self.steps_per_epoch
-        with Interrupt() as interrupt, tqdm(total=self.steps, desc="fine-tuning", unit="step") as bar:
-            for rows in islice(self.rows_of_steps(), self.steps):
-                self.train_step(rows)
+        if settings.checkpoint.resume and (results := read_results(self.folder)) is not None:
+            logger.info("the run in %s is finished: its results are read", self.folder)
+            remove(self.folder / CHECKPOINTS)
+            return results
+        self._begin()
+        with (
+            Interrupt(settings.checkpoint.sigterm_exit_code) as interrupt,
+            tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step") as bar,
+        ):
+            self._validate_if_due()  # the run may have been stopped before it
+            rows = self.rows_of_steps()
+            while self.step < self.steps and not self._stops_early():
+                self.train_step(next(rows))
                 self._report(bar)
                 on_step(self.step)
                 if interrupt.requested:
-                    raise RunStopped(
-                        f"stopped after step {self.step} of {self.steps}; {self._kept()}", interrupt.status
-                    )
+                    raise self._stopped(interrupt.status)
                 if (problem := self.results.too_many_skipped()) is not None:
                     raise self._diverged(problem)
-                if self.step % eval_steps == 0 or self.step == self.steps:
-                    self._validate()
-                if self.validations_without_better == settings.evaluation.early_stopping_patience:
-                    break
+                self._validate_if_due()
+                if self.step % settings.checkpoint.save_steps == 0 and self.step < self.steps:
+                    self._read_pending()
+                    self._save_checkpoint()
         return self._finish()
 
-    def _choose_metric(self) -> str:
-        known = self.task.metrics
-        metric = (self.settings.evaluation.metric_for_best_model or known[0]).removeprefix("eval_")
-        if metric not in known:
-            raise ValueError(f"--metric-for-best-model must be one of {', '.join(known)} in this task, got {metric!r}")
-        return metric
-
-    def _build_model(self, source: Path) -> PreTrainedModel:
-        random_init = self.settings.model.random_init
-        model = new_model(self.task.model_class, self.config) if random_init else self._open_model(source)
-        nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
-        require_packed(model.train(), self.precision)
-        torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
-        return model
-
-    def _open_model(self, source: Path) -> PreTrainedModel:
-        name = self.settings.model.init_from_task or self.settings.model_name_or_path
-        initial = resolve(name)
-        config, other_task = read_config(initial), self.settings.model.init_from_task is not None
-        if other_task and tokenizer_hash(load_any_tokenizer(initial)) != tokenizer_hash(self.tokenizer):
-            raise ValueError(
-                f"{name} has another tokenizer than {source}: --init-from-task needs a model with the same one"
-            )
-        kind = class_for(self.task.model_class, self.config)
-        other_task |= kind.__name__ not in (config.architectures or [])
-        other_task |= config.id2label != self.config.id2label
-        fresh = architecture_of(self.config).head_prefixes(kind) if other_task else ()  # the head of another task
-        model, missing, unexpected = load(self.task.model_class, initial, self.config, fresh=fresh)
-        report_differences(model, name, missing, unexpected)
-        return model
-
-    def _class_weights(self) -> Tensor | None:
-        if self.settings.optimizer.class_weights == "none":
-            return None
-        labels = self.features["train"].labels.get("labels")
-        if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
-            raise ValueError("--class-weights requires a task in which every example or word has one of several labels")
-        counts = np.bincount(labels[labels >= 0], minlength=self.config.num_labels or 0).clip(min=1)
-        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
+    def _begin(self) -> None:
+        """Load the checkpoint of a run that continues, open the metrics log, and say what is trained."""
+        settings, start = self.settings, ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.saved is not None:
+            self.progress = FinetuneProgress.restore(self.saved, self.folder, self.optimizers, self.results)
+            start = f", from step {self.step}"
+        elif settings.checkpoint.resume:
+            remove_best_model(self.folder)  # of a run that was killed before its first checkpoint
+        self.metrics_log = MetricsLog(self.folder, steps_done=self.step)
+        write_skipped_rows(self.folder, self.task.bad_rows)
+        examples = len(self.examples["train"])
+        logger.info("fine-tuning on %d examples, %s on %s%s", examples, self.precision, self.device, start)
+        if self.steps == 1 and settings.optimizer.warmup_ratio:
+            logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
-        """Yield the example indices of each step, without end."""
+        """Yield the example indices of each step from the next one on, without end."""
         examples, size, seed = len(self.features["train"]), self.examples_per_step, self.hyperparameters.seed
-        return chain.from_iterable(shuffled_batches(examples, size, seed, epoch) for epoch in count())
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        batches = chain.from_iterable(shuffled_batches(examples, size, seed, number) for number in count(epoch))
+        return islice(batches, done, None)
 
     def train_step(self, rows: np.ndarray) -> None:
         """Start an optimizer step on the examples `rows` without waiting for the device."""
@@ -254,9 +228,9 @@ class Finetuning:
         share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
         set_learning_rate(self.optimizers, self.hyperparameters.learning_rate * share)
         self.results.pending.append(self._update().clone())  # a replay overwrites the previous result
-        self.step += 1
-        self.tokens += int(features.lengths[rows].sum())
-        self.seconds += time.perf_counter() - clock
+        self.progress.step += 1
+        self.progress.tokens += int(features.lengths[rows].sum())
+        self.progress.seconds += time.perf_counter() - clock
 
     def _accumulate_eagerly(self, batch: ModelInputs) -> Tensor:
         """Accumulate a batch's gradients and its loss; return the step's loss so far, []."""
@@ -275,7 +249,7 @@ class Finetuning:
         """Read the results of pending steps; waits for the device."""
         clock = time.perf_counter()
         self.results.read()
-        self.seconds += time.perf_counter() - clock
+        self.progress.seconds += time.perf_counter() - clock
 
     def _weight(self, batch: dict[str, Tensor]) -> float:
         """Return the weight of a batch in the mean loss of its step: its number of labels, or their class weights."""
@@ -295,7 +269,7 @@ class Finetuning:
     def _report(self, bar: tqdm[Any]) -> None:
         if self.step % self.steps_per_read == 0:
             self._read_pending()
-        speed = self.tokens / self.seconds
+        speed = self.progress.tokens / self.progress.seconds
         loss = self.results.mean(last=self.settings.evaluation.logging_steps)
         known = {} if math.isnan(loss) else {"loss": loss}  # metrics.jsonl holds numbers only
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -313,6 +287,18 @@ class Finetuning:
         """Passes over the training data so far."""
         return self.step / self.steps_per_epoch
 
+    def _stops_early(self) -> bool:
+        """Return whether the last validations brought no improvement."""
+        return self.progress.validations_without_better == self.settings.evaluation.early_stopping_patience
+
+    def _validate_if_due(self) -> None:
+        """Validate the model unless that is not due yet, or was done at this step."""
+        interval = self.settings.evaluation.eval_steps or self.steps_per_epoch
+        due = self.step and (self.step % interval == 0 or self.step == self.steps)
+        if due and self.progress.validated_step < self.step:
+            self._validate()
+            self.progress.validated_step = self.step
+
     def _validate(self) -> None:
         self._read_pending()
         validated = "validation" in self.features
@@ -326,18 +312,18 @@ class Finetuning:
                     raise self._not_finite(error, "training") from None
                 self._save()
             return
+        progress = self.progress
         outputs, metrics = self._predict("validation")
         self._log(**metrics)
         logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
         loss = metrics.get("eval_loss", 0.0)  # breaks ties
-        if (sign * metrics[f"eval_{self.metric}"], -loss) > self.best_score:
-            self.best_score = sign * metrics[f"eval_{self.metric}"], -loss
-            self.best_metrics, self.validations_without_better = metrics, 0
+        if (score := (sign * metrics[f"eval_{self.metric}"], -loss)) > progress.best_score:
+            progress.best_score, progress.best_metrics, progress.validations_without_better = score, metrics, 0
             self._save()
             self._write("validation", outputs)
         else:
-            self.validations_without_better += 1
+            progress.validations_without_better += 1
 
     def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
         try:
@@ -357,7 +343,20 @@ class Finetuning:
     def _save(self) -> None:
         save(self.model, self.folder)
         copy_tokenizer(self.tokenizer, self.source, self.folder)
-        self.best_step = self.step
+        self.progress.best_step = self.step
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint, unless steps are being skipped; their results must have been read."""
+        if not self.results.skipped_in_a_row:
+            self.progress.save(self.settings, self.model, self.optimizers, self.results, self.precision)
+
+    def _stopped(self, status: int) -> RunStopped:
+        """Save a checkpoint, and return the exception that ends the run after a signal."""
+        self._read_pending()
+        self._save_checkpoint()
+        saved = checkpoints(self.folder / CHECKPOINTS)
+        how = f", {how_to_continue(self.settings.checkpoint)}" if saved else ""
+        return RunStopped(f"stopped after step {self.step} of {self.steps}{how}; {self._kept()}", status)
 
     def _diverged(self, problem: str, *, usable: bool = True) -> DivergedError:
         """Return the exception that ends a run because of what is not finite; see `_kept`."""
@@ -366,21 +365,23 @@ class Finetuning:
     def _kept(self, *, usable: bool = True) -> str:
         """Say what is left of a run that ends early; if no model was saved yet, a trained and usable one is."""
         self._read_pending()
-        if not self.best_step and self.results.losses and not self.results.skipped_in_a_row and usable:
+        if not self.progress.best_step and self.results.losses and not self.results.skipped_in_a_row and usable:
             self._save()
-        kept = f"the best model so far, that of step {self.best_step}, is" if self.best_step else "there is no model"
+        step = self.progress.best_step
+        kept = f"the best model so far, that of step {step}, is" if step else "there is no model"
         return f"{kept} in {self.folder}"
 
     def _finish(self) -> dict[str, float]:
         self._read_pending()
+        progress = self.progress
         results = {
             "epoch": self.epoch,
-            "best_step": self.best_step,
-            **self.best_metrics,
+            "best_step": progress.best_step,
+            **progress.best_metrics,
             "train_samples": len(self.examples["train"]),
             "train_loss": self.results.mean(),
-            "train_runtime": self.seconds,
-            "train_tokens_per_second": self.tokens / self.seconds,
+            "train_runtime": progress.seconds,
+            "train_tokens_per_second": progress.tokens / progress.seconds,
         }
         if self.results.skipped:
             results["skipped_steps"] = self.results.skipped
@@ -391,5 +392,6 @@ class Finetuning:
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics
-        write_results(self.folder / "all_results.json", results)
+        write_results(self.folder / RESULTS, results)
+        remove(self.folder / CHECKPOINTS)
         return results

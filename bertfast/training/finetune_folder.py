@@ -6,24 +6,35 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from bertfast.data.text_files import require_file
+from bertfast.data.text_files import read_json, require_file
 from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import remove
-from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
-from bertfast.runtime.settings import counted, flag
+from bertfast.runtime.output_folder import Origin, OriginError, check_contents, locked_folder, read_record
+from bertfast.runtime.settings import counted, flag, settings_of
 from bertfast.tasks.rows import BadRows
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.task import write_rows
+from bertfast.training.checkpoint import CHECKPOINTS, checkpoints, holds
+from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.finetune_settings import FinetuneSettings
 
 logger = logging.getLogger("bertfast")
 
+RESULTS = "all_results.json"  # written at the end of a run
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
 SKIPPED_ROWS = "skipped_rows.tsv"
 PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*")  # what `Task.write_predictions` writes
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
-_CONTENTS = ("config.json", "model*.safetensors*", "all_results.json", "sweep_score.json", *PREDICTIONS)
+_CONTENTS = (
+    CHECKPOINTS,
+    "config.json",
+    "model*.safetensors*",
+    RESULTS,
+    "sweep_score.json",
+    *PREDICTIONS,
+)
 _MODELS = ("model_name_or_path", "init_from_task")
 _DATA = ("train_file", "validation_file", "test_file")
 # Settings that results do not depend on: where and how fast they are computed, and where they are written.
@@ -35,12 +46,13 @@ _NO_INFLUENCE = (
     "cuda_graph",
     "eval_tokens",
     "logging_steps",
+    *settings_of(CheckpointSettings),
 )
 
 
 @contextmanager
 def finetune_folder(settings: FinetuneSettings) -> Iterator[Callable[[], None]]:
-    """Lock the output folder of a run, and refuse it if it has results that are not to be overwritten.
+    """Lock the output folder of a run, and refuse it if it has results that are neither replaced nor continued.
 
     Yields:
         A function to call before the first write: it removes results that are to be overwritten, and records what the
@@ -48,17 +60,46 @@ def finetune_folder(settings: FinetuneSettings) -> Iterator[Callable[[], None]]:
 
     Raises:
         OriginError: The folder has results.
-        ValueError: Another process writes to it, or the initial model or the data is in it.
+        ValueError: Another process writes to it, the initial model or the data is in it, or the run to resume had other
+            inputs or settings.
     """
     folder = Path(settings.output_dir)
     with locked_folder(folder):
-        origin = finetune_origin(settings, "finetune")
-        begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir, continues=False)
+        begin = _check_folder(settings, folder)
         remove(folder / SCRATCH)  # of a run that was killed
         try:
             yield begin
         finally:
             remove(folder / SCRATCH)
+
+
+def _check_folder(settings: FinetuneSettings, folder: Path) -> Callable[[], None]:
+    """Compare a run with the record in its locked output folder; return the function that begins it."""
+    resume, overwrite = settings.checkpoint.resume, settings.overwrite_output_dir
+    saved, origin = checkpoints(folder / CHECKPOINTS), finetune_origin(settings, "finetune")
+    try:
+        begin = check_contents(folder, origin, _CONTENTS, overwrite=overwrite, continues=resume or bool(saved))
+    except OriginError as error:
+        if not resume or read_record(folder) is None:  # there is no run to resume
+            raise
+        raise ValueError(
+            f"{error.problem}: repeat the command of that run with --resume added, or choose another --output-dir"
+        ) from None
+    if saved and not (resume or overwrite):
+        raise holds(folder, "run: add --resume to continue it")
+    return begin
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Return the results of a finished run; None: it is not finished, or its results are damaged, which is logged."""
+    path = folder / RESULTS
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except ValueError as error:
+        logger.warning("the run is repeated: %s", error)
+        return None
 
 
 def write_skipped_rows(folder: Path, bad: BadRows) -> None:

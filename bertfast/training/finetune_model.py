@@ -1,15 +1,44 @@
-"""The configuration of the model that fine-tuning trains."""
+"""The task and the model of a fine-tuning run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import BertConfig, PreTrainedModel
 
-from bertfast.models.files import read_config
-from bertfast.tasks.registry import FINETUNING_TASK
+from bertfast.data.tokenizer import tokenizer_hash
+from bertfast.models.extensions import class_for
+from bertfast.models.families import architecture_of
+from bertfast.models.files import load, new_model, read_config, report_differences, resolve
+from bertfast.models.tokenizers import load_any_tokenizer
+from bertfast.tasks.features import Features
+from bertfast.tasks.registry import FINETUNING_TASK, choose_task
+from bertfast.tasks.task import Task
 from bertfast.training.finetune_settings import FinetuneSettings
+
+
+def finetuning_task(settings: FinetuneSettings) -> Task[Any]:
+    """Return the task of a run."""
+    task = choose_task(settings, file=settings.train_file)
+    if settings.feature_based.strategy == "feature-based":
+        if task.feature_based_model is None:
+            raise ValueError("--strategy feature-based is only available for token classification")
+        task.model_class = task.feature_based_model
+    return task
+
+
+def choose_metric(settings: FinetuneSettings, task: Task[Any]) -> str:
+    """Return the name of the metric that selects the best model."""
+    known = task.metrics
+    metric = (settings.evaluation.metric_for_best_model or known[0]).removeprefix("eval_")
+    if metric not in known:
+        raise ValueError(f"--metric-for-best-model must be one of {', '.join(known)} in this task, got {metric!r}")
+    return metric
 
 
 def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any]) -> BertConfig:
@@ -33,3 +62,51 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
         values = settings.feature_based.flat()
         labels |= {name: values[name] for name in ("feature_layers", "lstm_size", "lstm_layers")}
     return read_config(source, **labels)
+
+
+def build_model(
+    settings: FinetuneSettings, task: Task[Any], config: BertConfig, tokenizer: Tokenizer, saved: Path | None
+) -> PreTrainedModel:
+    """Return the model that a run trains, on the CPU.
+
+    Args:
+        settings: Settings of the run.
+        task: Its task.
+        config: Configuration of the model.
+        tokenizer: Its tokenizer.
+        saved: Checkpoint from which the run continues; None: it starts from the initial model.
+    """
+    if saved is not None:
+        return load(task.model_class, saved, config)[0]
+    if settings.model.random_init:
+        return new_model(task.model_class, config)
+    return _initial_model(settings, task, config, tokenizer)
+
+
+def _initial_model(
+    settings: FinetuneSettings, task: Task[Any], config: BertConfig, tokenizer: Tokenizer
+) -> PreTrainedModel:
+    name = settings.model.init_from_task or settings.model_name_or_path
+    initial = resolve(name)
+    old_config, other_task = read_config(initial), settings.model.init_from_task is not None
+    if other_task and tokenizer_hash(load_any_tokenizer(initial)) != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"{name} has another tokenizer than {resolve(settings.model_name_or_path)}: --init-from-task needs a model "
+            "with the same one"
+        )
+    kind = class_for(task.model_class, config)
+    other_task |= kind.__name__ not in (old_config.architectures or [])
+    other_task |= old_config.id2label != config.id2label
+    fresh = architecture_of(config).head_prefixes(kind) if other_task else ()  # the head of another task
+    model, missing, unexpected = load(task.model_class, initial, config, fresh=fresh)
+    report_differences(model, name, missing, unexpected)
+    return model
+
+
+def balanced_weights(features: Features, config: BertConfig) -> Tensor:
+    """Return a weight per label, inversely proportional to its frequency in the training data, fp32 [labels]."""
+    labels = features.labels.get("labels")
+    if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
+        raise ValueError("--class-weights requires a task in which every example or word has one of several labels")
+    counts = np.bincount(labels[labels >= 0], minlength=config.num_labels or 0).clip(min=1)
+    return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)

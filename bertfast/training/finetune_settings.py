@@ -20,6 +20,7 @@ from bertfast.runtime.settings import (
     refuse_without_effect,
 )
 from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
+from bertfast.training.checkpoint_settings import CheckpointSettings
 
 logger = logging.getLogger("bertfast")
 
@@ -192,8 +193,15 @@ class FinetuneSettings(FinetuneBase):
 
     Attributes:
         hyperparameters: Hyperparameters that the BERT paper varies between tasks.
+        checkpoint: Checkpoints, and resuming from them.
         overwrite_output_dir: Replace the model and the results of another run in --output-dir.
     """
 
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     overwrite_output_dir: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        if self.overwrite_output_dir and self.checkpoint.resume:
+            raise ValueError("--overwrite-output-dir removes the run that --resume needs: leave one out")

@@ -28,7 +28,7 @@ from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import NotFiniteError, choose_precision, half
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.training.checkpoint import checkpoints
+from bertfast.training.checkpoint import align_parameters, checkpoints, how_to_continue
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
 from bertfast.training.flops import gemm_throughput, step_flops
@@ -152,7 +152,7 @@ class Pretraining:
         self._set_rope_theta()
         self.loader = self.plan.loader(self.step, self.device)
         self.batches_of_step: list[Batch] = []
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(settings.checkpoint.sigterm_exit_code)
         self.stop_requested = False  # on any rank
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.report.logging_steps if self.device.type == "cuda" else 1
@@ -233,6 +233,7 @@ class Pretraining:
             model = initial_model(config, initial)
         else:
             model, _, _ = load(pretraining_class(config), self.saved, config)
+        align_parameters(model)
         nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(model.train(), self.precision)
         settings = self.settings
@@ -365,11 +366,8 @@ class Pretraining:
         """Save a checkpoint and raise RunStopped."""
         self._read_pending()
         self._save()
-        status = self.interrupt.status
-        raise RunStopped(
-            f"stopped after step {self.step}, with a checkpoint: the same command with --resume continues the run",
-            self.settings.checkpoint.sigterm_exit_code if status == 143 else status,
-        )
+        how = how_to_continue(self.settings.checkpoint)
+        raise RunStopped(f"stopped after step {self.step}, {how}", self.interrupt.status)
 
     def _finish(self, saved: Path, unigram_entropy: float) -> None:
         """Write the model, its tokenizer and the plot of the losses."""

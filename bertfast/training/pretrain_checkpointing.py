@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +19,20 @@ from bertfast.runtime.output_folder import (
 )
 from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag, settings_of
-from bertfast.training.checkpoint import checkpoints, load_state, newest_whole, read_progress, save_state, step_of
+from bertfast.training.checkpoint import (
+    checkpoint_to_resume,
+    checkpoints,
+    holds,
+    load_state,
+    newest_whole,
+    read_progress,
+    save_state,
+    step_of,
+)
 from bertfast.training.distributed import Distributed
 from bertfast.training.pretrain_data import replace_data
 from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, DurationSettings, PretrainSettings
 from bertfast.training.step import TrainStep
-
-logger = logging.getLogger("bertfast")
 
 _DURATION = tuple(map(flag, settings_of(DurationSettings)))
 _CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
@@ -198,17 +204,6 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
         return None
     if not settings.checkpoint.resume:
         if saved or (output / "config.json").exists():
-            raise ValueError(
-                f"{output} already holds a {'run: add --resume to continue it' if saved else 'model'}, choose another "
-                "--output-dir, or pass --overwrite-output-dir to replace it"
-            )
+            raise holds(output, "run: add --resume to continue it" if saved else "model")
         return None
-    if not saved:
-        logger.warning("there is no checkpoint in %s: starting from step 0", output)
-        return None
-    newest = newest_whole(folder)
-    if newest is None:
-        raise ValueError(
-            f"every checkpoint in {folder} is damaged: start again with another --output-dir or --overwrite-output-dir"
-        )
-    return newest
+    return checkpoint_to_resume(output)

@@ -25,6 +25,7 @@ from bertfast.runtime.settings import (
     refuse_without_effect,
     settings_of,
 )
+from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.optimizer import OptimizerName
 from bertfast.training.schedule import ScheduleName
 
@@ -204,23 +205,16 @@ class ReportSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSettings(Settings):
+class PretrainCheckpointSettings(CheckpointSettings):
     """Checkpoints, resuming and replaying.
 
     Attributes:
-        save_steps: Steps between checkpoints.
         save_total_limit: Number of newest checkpoints to keep, in addition to the one with the best validation loss.
-        resume: Resume from the newest intact checkpoint in --output-dir.
-        sigterm_exit_code: Exit code after SIGTERM, for schedulers.
         check_replay: Interval, in steps, at which a step is computed twice and its gradients compared bitwise (0 =
             off).
         replay: Step to recompute from the checkpoint before it, printing its losses and writing nothing (0 = off).
     """
 
-    save_steps: Count = 500
-    save_total_limit: Count = 2
-    resume: bool = False
-    sigterm_exit_code: Annotated[int, Range(0, 255)] = 143
     check_replay: CountOrOff = 0
     replay: CountOrOff = 0
 
@@ -258,7 +252,7 @@ class PretrainSettings(Settings):
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: PretrainCheckpointSettings = field(default_factory=PretrainCheckpointSettings)
 
     def validate(self) -> None:
         if self.overwrite_output_dir and (self.checkpoint.resume or self.checkpoint.replay):

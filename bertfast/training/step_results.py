@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,16 @@ class StepResults:
         self.skipped = self.skipped_in_a_row = 0
         self.pending: list[Tensor] = []
         self._reason = ""  # why the last skipped step was skipped
+
+    def state(self) -> dict[str, Any]:
+        """Return what is known of the steps, as JSON; pending results are left out."""
+        names = ("losses", "skipped", "skipped_in_a_row", "_reason")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` has returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def read(self) -> None:
         """Read the results of pending steps; waits for the device."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bertfast.data.text_files import read_json
-from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.atomic_write import remove, write_atomically
 from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
 from bertfast.runtime.settings import Count, Epochs, LearningRate, Seed, Settings, counted, flag, refuse_repeated
 from bertfast.runtime.signals import RunStopped
+from bertfast.training.checkpoint import CHECKPOINTS
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import finetune_origin
@@ -139,7 +140,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
         if settings.overwrite_output_dir:  # check model, data and settings before earlier runs are removed
             first = next(itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs, grid.seeds))
-            Finetuning(_run_settings(settings, *first))
+            Finetuning(_run_settings(settings, *first).replace(resume=False))
         begin()
         return _sweep(settings)
 
@@ -154,8 +155,8 @@ def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float
     hyperparameters = Hyperparameters(
         learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
     )
-    changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": True}
-    return FinetuneSettings.of(**shared | changes)
+    changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": False}
+    return FinetuneSettings.of(**shared | changes, resume=True)
 
 
 def _exactly(value: float) -> str:
@@ -237,6 +238,7 @@ def _run(run: Finetuning) -> Score:
     try:
         return Score(run.metric, run.run(lambda step: None)[f"eval_{run.metric}"])
     except DivergedError as error:
+        remove(run.folder / CHECKPOINTS)  # the run is not continued
         return Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")
 
 

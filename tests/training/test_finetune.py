@@ -212,7 +212,7 @@ def test_an_interrupted_run_keeps_the_best_model(number, pretrained, files, tmp_
         model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, **QUICK, eval_steps=3
     )
     with pytest.raises(
-        RunStopped, match=rf"stopped after step 7 of 60; the best model so far, .* in {tmp_path}"
+        RunStopped, match=rf"stopped after step 7 of 60, with a checkpoint: .*; the best model so far, .* in {tmp_path}"
     ) as stopped:
         finetune(settings, interrupt)
     assert stopped.value.status == 128 + number

@@ -1,0 +1,146 @@
+"""Checkpoints of a fine-tuning run: its progress, the best model so far, and the state of the random generators."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from bertfast.runtime.atomic_write import link_or_copy, named_in_errors, remove
+from bertfast.training.checkpoint import CHECKPOINTS, checkpoint_to_resume, load_state, read_progress, save_state
+from bertfast.training.distributed import Distributed
+from bertfast.training.finetune_folder import PREDICTIONS
+from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.step_results import StepResults
+
+_BEST_FILES = ("config.json", "model*.safetensors*", *PREDICTIONS)
+_BEST = "best"  # the folder of a checkpoint that holds them
+
+
+@dataclass
+class FinetuneProgress:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps done.
+        tokens: Tokens of these steps.
+        seconds: Training time in seconds, validation and checkpoints excluded.
+        validated_step: Step of the last validation; 0: there was none.
+        validations_without_better: Validations since the best model.
+        best_step: Step of the best model; 0: there is none yet.
+        best_score: Score of the best model, higher is better, and its negative loss, which breaks ties.
+        best_metrics: Metrics of the best model.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validated_step: int = 0
+    validations_without_better: int = 0
+    best_step: int = 0
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    best_metrics: dict[str, float] = field(default_factory=dict)
+
+    def save(
+        self,
+        settings: FinetuneSettings,
+        model: PreTrainedModel,
+        optimizers: list[Optimizer],
+        results: StepResults,
+        precision: str,
+    ) -> None:
+        """Write a checkpoint of the run.
+
+        Args:
+            settings: Settings of the run.
+            model: Model that is trained.
+            optimizers: Its optimizers.
+            results: Results of the steps; all of them must have been read.
+            precision: fp32 or bf16.
+        """
+        output, device = Path(settings.output_dir), results.device
+        values = {
+            "run": asdict(self),
+            "results": results.state(),
+            "random": _random_state(device),
+            "precision": precision,
+        }
+        best = [path for pattern in _BEST_FILES for path in output.glob(pattern)] if self.best_step else []
+        save_state(
+            output / CHECKPOINTS,
+            self.step,
+            model,
+            optimizers,
+            values,
+            settings.checkpoint.save_total_limit,
+            Distributed(0, 1, device),
+            {f"{_BEST}/{path.name}": path for path in best},
+        )
+
+    @classmethod
+    def restore(cls, saved: Path, output: Path, optimizers: list[Optimizer], results: StepResults) -> FinetuneProgress:
+        """Load optimizers, results of the steps and random generators of a checkpoint; return its progress.
+
+        The best model at that time replaces the one in the output folder, which may be of a later step.
+
+        Args:
+            saved: Folder of the checkpoint.
+            output: Output folder of the run.
+            optimizers: Optimizers of the model, built like those of the checkpoint.
+            results: Results of the steps.
+        """
+        load_state(saved, optimizers)
+        _, values = read_progress(saved)
+        results.restore(values["results"])
+        _set_random_state(values["random"], results.device)
+        remove_best_model(output)
+        with named_in_errors(output):
+            for path in (saved / _BEST).glob("*"):
+                link_or_copy(path, output / path.name)
+        progress = cls(**values["run"])
+        progress.best_score = progress.best_score[0], progress.best_score[1]  # JSON has lists only
+        return progress
+
+
+def saved_run(settings: FinetuneSettings) -> Path | None:
+    """Return the checkpoint from which a run continues; None: it starts from the beginning.
+
+    Raises:
+        ValueError: Every checkpoint is damaged.
+    """
+    if not settings.checkpoint.resume:
+        return None
+    return checkpoint_to_resume(Path(settings.output_dir))
+
+
+def saved_precision(saved: Path) -> Any:
+    """Return the precision of the run of a checkpoint."""
+    return read_progress(saved)[1]["precision"]
+
+
+def remove_best_model(output: Path) -> None:
+    """Remove the best model and its predictions from an output folder."""
+    with named_in_errors(output):
+        for path in [path for pattern in _BEST_FILES for path in output.glob(pattern)]:
+            remove(path)
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    """Return the states of the generators that a run draws from, by type of device, in hexadecimal digits."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
+
+
+def _set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Restore what `_random_state` has returned; a generator that the run did not have stays as it is."""
+    tensors = {name: torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for name, state in states.items()}
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
