@@ -50,7 +50,7 @@ COMMANDS = {  # timed as whole processes; {text} is a text file, {output} an emp
 }
 CASES = (*IN_PROCESS, *COMMANDS)
 # As `bertfast.runtime.malloc` does in bertfast's programs; older commits have no function for it.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1), "MALLOC_TOP_PAD_": "67108864"}
 CONFIDENCE = 0.99
 MIN_ROUNDS = 8  # with fewer, not even the range of all ratios has that confidence
 SAME_VALUE = 1e-3  # largest relative difference of the outputs of two commits that compute the same

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.encoder.layer import copy_dtype
-from bertfast.encoder.linear import is_plain, is_watched
+from bertfast.encoder.linear import apply_linear, is_plain, is_watched
 from bertfast.encoder.norm import normalise
 from bertfast.encoder.packed_linear import is_frozen
 from bertfast.encoder.parts import EmbeddingParts, PackedModel
@@ -123,7 +123,7 @@ def transform(dense: nn.Module, activation: nn.Module | None, norm: nn.LayerNorm
         hidden: [R, H], the encoder's output.
     """
     if activation is not None or not is_plain(dense):
-        rows: Tensor = dense(hidden)
+        rows = apply_linear(dense, hidden)
         rows = F.gelu(rows) if activation is None else activation(rows)
         output: Tensor = norm(rows)
         return output

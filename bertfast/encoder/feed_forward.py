@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast import ops
-from bertfast.encoder.linear import concatenated, is_plain
+from bertfast.encoder.linear import apply_linear, concatenated, is_plain
 from bertfast.encoder.packed_linear import PACKED_ACTIVATIONS, PackedLinear
 from bertfast.encoder.parts import LayerParts
 from bertfast.ops import matmul
@@ -48,12 +48,12 @@ def activate(dense: nn.Module, x: Tensor, activation: str) -> Tensor:
     """Compute activation(dense(x)), in one operation where it is a GELU of a plain linear layer."""
     approximate: Literal["tanh", "none"] = "tanh" if activation in _TANH_GELUS else "none"
     if activation in _PLAIN_ACTIVATIONS:
-        return _PLAIN_ACTIVATIONS[activation](dense(x))
+        return _PLAIN_ACTIVATIONS[activation](apply_linear(dense, x))
     if isinstance(dense, PackedLinear):
         return cast(Tensor, dense(x, PACKED_ACTIVATIONS[activation]))
     if is_plain(dense) and dense.bias is not None:
         return ops.linear_gelu(x, dense.weight, dense.bias, approximate)
-    return F.gelu(dense(x), approximate=approximate)
+    return F.gelu(apply_linear(dense, x), approximate=approximate)
 
 
 def _gated(modules: tuple[nn.Module, ...], x: Tensor, activation: str) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bertfast import ops
 from bertfast.data.batches import Batch
 from bertfast.encoder.encode import encode
+from bertfast.encoder.linear import apply_linear
 from bertfast.encoder.parts import PackedHead, PackedMaskedLM, PackedModel, has_token_types
 from bertfast.encoder.unpadding import Packed, unpad
 from bertfast.ops.dropout import RngCoordinates
@@ -156,8 +157,7 @@ def masked_lm_logits(model: PackedMaskedLM, packed: Packed, rows: Tensor) -> Ten
         [R, V].
     """
     parts = model.masked_lm_parts()
-    logits: Tensor = parts.decoder(parts.transform(_encode(model, packed, rows)))
-    return logits
+    return apply_linear(parts.decoder, parts.transform(_encode(model, packed, rows)))
 
 
 def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:

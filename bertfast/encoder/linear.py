@@ -41,6 +41,14 @@ def is_watched(module: nn.Module) -> bool:
     return any(module_hooks(module)) or "forward" in vars(module)
 
 
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute a linear layer of x [N, K], by the faster GEMM if it is plain and by calling it otherwise."""
+    if is_plain(module):
+        return matmul.linear(x, module.weight, module.bias)
+    y: Tensor = module(x)
+    return y
+
+
 def concatenated(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Compute linear layers of the same input, in one GEMM where that is faster.
 
@@ -56,10 +64,10 @@ def concatenated(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
         return packed_linear(x, group, dtype=group.compute_dtype)
     plain = [module for module in modules if is_plain(module)]
     has_biases = {module.bias is not None for module in plain}
-    if len(modules) == 1 or len(plain) < len(modules) or len(has_biases) > 1:
-        outputs = [module(x) for module in modules]
-        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    return _at_once(plain, x)
+    if len(modules) > 1 and len(plain) == len(modules) and len(has_biases) == 1:
+        return _at_once(plain, x)
+    outputs = [apply_linear(module, x) for module in modules]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
 def _at_once(linears: list[nn.Linear], x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from transformers.utils.generic import ModelOutput
 from bertfast import encoder as functions
 from bertfast.architectures import IS_TRANSFORMERS_4, methods, part_at
 from bertfast.encoder import kernel_support
+from bertfast.encoder.linear import apply_linear
 from bertfast.encoder.packed_layer import PackedLayer
 from bertfast.encoder.unpadding import Layout, Packed, pad_packed, require_same_packing, unpad
 from bertfast.models import calls, eligibility
@@ -254,8 +255,7 @@ def _look_up(table: nn.Module, packed: Packed) -> Tensor:
 def _project(embeddings: nn.Module, projection: nn.Module, packed: Packed) -> Tensor:
     """Compute the embeddings and the layer after them, in the dtype of the embeddings."""
     embedded: Tensor = embeddings(packed)
-    projected: Tensor = projection(embedded)
-    return projected.to(embedded.dtype)
+    return apply_linear(projection, embedded).to(embedded.dtype)
 
 
 class FusedHead(FusedModel, role="head"):

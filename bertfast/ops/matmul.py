@@ -94,7 +94,11 @@ class _Linear(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad
         gemm = partial(run, _Linear)  # differentiable if gradients are enabled
         d_x = gemm(d_y, weight.mT, None) if needs_grad[0] else None
-        d_weight = gemm(d_y.mT, x.mT, None) if needs_grad[1] else None
+        d_weight = None
+        if needs_grad[1]:
+            # PyTorch copies the first factor to rows, so the one with fewer elements is the first.
+            narrow = x.shape[1] < d_y.shape[1]
+            d_weight = gemm(x.mT, d_y.mT, None).mT if narrow else gemm(d_y.mT, x.mT, None)
         return d_x, d_weight, d_y.sum(0) if needs_grad[2] else None
 
 

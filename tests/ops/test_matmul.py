@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from family_models import CASES, inputs, pair
+from torch.profiler import ProfilerActivity, profile
 
 from bertfast.ops import matmul
 
@@ -83,3 +85,18 @@ def test_a_training_step_is_the_same_with_both(monkeypatch):
         model.zero_grad()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@ONEDNN
+@pytest.mark.parametrize("case", [case for case in CASES if case.task == "Model"], ids=str)
+def test_all_gemms_of_an_encoder_use_the_faster_library(case, monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    model = pair(case)[0].train()
+    arguments, _ = inputs(case, model)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        model(**arguments).last_hidden_state.sum().backward()
+    events = profiler.key_averages(group_by_input_shape=True)
+    others = [event.input_shapes for event in events if event.key in ("aten::mm", "aten::addmm")]
+    # A pooler has a row per sequence, fewer than the faster library is for.
+    assert not [shapes for shapes in others if min(size for shape in shapes for size in shape) >= 16]
+    assert "mkldnn::_linear_pointwise" in {event.key for event in events}
