@@ -46,7 +46,7 @@ OPERATOR_NAMES = {  # of implementations, as result files of operators name them
 }
 INPUTS = "Inputs"  # text of a PNG file: the fingerprints of the results that it shows
 STEP_CASE = re.compile(
-    r"(?:gpu-)?(?:(?P<architecture>[a-z]+)-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia|-uniform)?"
+    r"(?:gpu-)?(?:(?P<architecture>[a-z]+)-)?(?P<preset>[a-z]+)-(?P<length>\d+)(?:-wikipedia|-uniform|-full-\d+)?"
     r"(?:-(?P<precision>fp32|bf16))?"
 )
 

@@ -32,6 +32,7 @@ from bench.harness import (
     require_clean_tree,
     result_parser,
 )
+from bertfast.architectures import FAMILIES
 from bertfast.runtime.precision import has_bf16_gemm
 
 # What a result depends on; `bench` is left out below where it only draws or writes pages.
@@ -70,22 +71,40 @@ def step(case: str, minutes: float, bf16: bool = False, by_name: bool = False) -
 
 
 TUNED = ("sst-2", "squad")
-FAMILIES = ("modernbert",)  # of `bertfast.architectures.FAMILIES`, which take over half an hour together
+OTHER_FAMILIES = tuple(name for name in FAMILIES if name not in ("bert", "modernbert"))
 PARTS = {
     "ceilings": Part(0.5, ("ceilings",), ("ceilings",)),
     "step, base": step("base-128-fp32", 3),
     "step, base, bf16": step("base-128-bf16", 3, bf16=True),
     "step, small": step("small-128-fp32", 1),
+    "step, base, 2,048 tokens, bf16": step("base-128-full-16-bf16", 2, bf16=True, by_name=True),
+    "step, base, 8,192 tokens, bf16": step("base-128-full-64-bf16", 4, bf16=True, by_name=True),
     "parts of a step": Part(1, ("end_to_end.step_parts",), ("step_parts",)),
-    "inference": Part(6, ("end_to_end.inference", "base", "--data", "{data}"), ("inference-base",)),
+    "inference": Part(10, ("end_to_end.inference", "base", "--data", "{data}"), ("inference-base",)),
+    "inference, MiniLM": Part(
+        6, ("end_to_end.inference", "minilm", "--data", "{data}"), ("inference-minilm",), by_name=True
+    ),
+    "inference, one thread": Part(
+        6,
+        ("end_to_end.inference", "base", "minilm", "--threads", "1", "--single", "--data", "{data}"),
+        ("inference-base-1-threads", "inference-minilm-1-threads"),
+        by_name=True,
+    ),
+    "fp32 GEMMs": Part(1, ("gemm_libraries",), ("gemm_libraries",)),
     "fine-tuning step": Part(
         2,
         ("end_to_end.finetuning", "{model}", "{data}", "--speed", "5", "--output", "build/bench", "--tasks", *TUNED),
         tuple(f"finetuning-speed-{task}" for task in TUNED),
     ),
     "patched model": Part(2.5, ("end_to_end.patched", "{model}", "{data}", "--rounds", "5"), ("patched",)),
-    "families": Part(
-        8, ("end_to_end.families", *FAMILIES, "--data", "{data}"), tuple(f"families-{name}" for name in FAMILIES)
+    "ModernBERT": Part(
+        8, ("end_to_end.families", "modernbert", "--data", "{data}"), ("families-modernbert",), by_name=True
+    ),
+    "other families": Part(
+        18,
+        ("end_to_end.families", *OTHER_FAMILIES, "--data", "{data}"),
+        tuple(f"families-{name}" for name in OTHER_FAMILIES),
+        by_name=True,
     ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
     "accuracy in int8": Part(

@@ -1,13 +1,13 @@
 """Time inference of a model on real texts and on single sentences, in all runtimes of `bench.end_to_end.runtimes`.
 
-    python -m bench.end_to_end.inference [MODEL …] [--repeats N] [--threads N] [--data FOLDER] [--results FOLDER]
+    python -m bench.end_to_end.inference [MODEL …] [--repeats N] [--threads N] [--single] [--data FOLDER] [--results …]
 
 The workloads are sentences of SST-2 and paragraphs of SQuAD, in batches in file order and sorted by length, and single
 sentences of LENGTHS tokens. All runtimes get the same padded token ids, random weights and number of threads, and
 return hidden states. Before anything is timed, these are compared with transformers' in fp32: a runtime in fp32 or bf16
 must agree within TOLERANCE, one in int8 must reach MIN_COSINE. FOLDER of --data contains glue/SST-2/dev.tsv.gz,
 squad/dev-v1.1.json.gz and vocab/bert-base-uncased-vocab.txt; without it, lengths are drawn at random. With --threads,
-the name of the result file ends in the number of threads.
+the name of the result file ends in the number of threads; with --single, only single sentences are timed.
 
 The lower bound of a workload is the time of its model FLOPs, without padding, at the GEMM throughput measured here in
 that precision, or that of reading the weights once per batch at the bandwidth of a copy, if it is longer. `make
@@ -71,7 +71,7 @@ MODELS: dict[str, tuple[Preset, dict[str, Any]]] = {
 MAX_LENGTH = 384  # tokens of a text, as usual for fine-tuning on SQuAD
 LENGTHS = (8, 32, 128, 384)  # tokens of single sentences
 SINGLE_CALLS = 5  # of which a sample of a single sentence is the mean
-BATCHES = {"sst2": (64, 16), "squad": (8, 4)}  # texts and batch size
+BATCHES = {"sst2": (64, 32), "squad": (32, 32)}  # texts and batch size
 TRIAL_TEXTS = 8  # per workload of "trial"
 # Largest error of hidden states relative to the largest absolute value, and smallest cosine with them.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.1}
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["base"], metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--threads", type=at_least_one, help="threads of all runtimes (default: PyTorch's)")
+    parser.add_argument("--single", action="store_true", help="only single sentences, no batches")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(MODELS):
@@ -130,7 +131,7 @@ def main() -> None:
     suffix = "" if arguments.threads is None else f"-{arguments.threads}-threads"
     keep_freed_memory()
     for name in arguments.models:
-        result = measure(name, arguments.repeats, arguments.data)
+        result = measure(name, arguments.repeats, arguments.data, arguments.single)
         path = write_result(f"inference-{name}{suffix}", result, arguments.results)
         print(f"\nwritten to {path}")
 
@@ -148,8 +149,8 @@ def require_runtimes(target: Path) -> None:
         )
 
 
-def measure(name: str, repeats: int, data: Path) -> dict[str, Any]:
-    """Time all workloads on a model, print a table and return the result."""
+def measure(name: str, repeats: int, data: Path, only_single: bool = False) -> dict[str, Any]:
+    """Time all workloads on a model, or those of single sentences, print a table and return the result."""
     torch.manual_seed(0)
     config = config_of(name)
     workloads = build_workloads(name, data)
@@ -163,6 +164,8 @@ def measure(name: str, repeats: int, data: Path) -> dict[str, Any]:
         )
         results = {}
         for workload_name, workload in workloads.items():
+            if only_single and len(workload.lengths) > 1:
+                continue
             timed = side_by_side({key: partial(workload.run, run) for key, run in runtimes.items()}, repeats)
             bounds = lower_bounds(config, workload, ceilings)
             results[workload_name] = {
@@ -260,7 +263,10 @@ def build_workloads(model: str, data: Path) -> dict[str, Workload]:
         if model == "trial":
             number, size = TRIAL_TEXTS, TRIAL_TEXTS // 2
         sequences = token_ids(texts, number, data)
-        for order, found in (("file order", sequences), ("sorted", sorted(sequences, key=len))):
+        orders = {"file order": sequences, "sorted": sorted(sequences, key=len)}
+        if number == size:  # one batch, in which the order makes no difference
+            del orders["sorted"]
+        for order, found in orders.items():
             batches = [padded(found[start : start + size]) for start in range(0, number, size)]
             workloads[f"{texts}, {order}"] = Workload(batches)
     for length in LENGTHS:

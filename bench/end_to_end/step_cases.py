@@ -82,6 +82,12 @@ MODERNBERT_CASES = {
     for lengths in ("full", "uniform")
     for precision, dtype in PRECISIONS.items()
 }
+# Updates of 2,048 and of 8,192 tokens in sequences of 128, without padding.
+FULL_CASES = {
+    f"base-128-full-{sequences}-{precision}": Case("base", sequences, 128, dtype, "full", compiled=False)
+    for sequences in (16, 64)
+    for precision, dtype in PRECISIONS.items()
+}
 GPU_CASES = {
     "gpu-base-128": Case("base", 256, 128, torch.bfloat16, "wikipedia"),
     "gpu-base-512": Case("base", 64, 512, torch.bfloat16, "wikipedia"),
@@ -93,4 +99,4 @@ TRIAL = {  # to try the program
     "trial-wikipedia": Case("tiny", 4, 128, torch.float32, "wikipedia", compiled=False),
     "trial-modernbert": Case("tiny", 2, 64, torch.float32, "full", compiled=False, architecture="modernbert"),
 }
-ALL = CASES | MODERNBERT_CASES | GPU_CASES | TRIAL
+ALL = CASES | FULL_CASES | MODERNBERT_CASES | GPU_CASES | TRIAL

@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.figures import step_case
 from bench.page.accuracy import accuracy_text
 from bench.page.data import data_text
+from bench.page.gemm_libraries import gemm_libraries_text
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
@@ -17,7 +18,15 @@ from bench.page.rows import Result, Row, is_ahead, missing_reasons, ratios_by_ro
 from bench.page.serving import serving_text
 from bench.page.text import bound_text, duration, table
 
-SHOWN = ("growth", "vocabulary", "long_sequences", "data", "step_parts", "cpu_operators")  # besides results with rows
+SHOWN = (
+    "growth",
+    "vocabulary",
+    "long_sequences",
+    "data",
+    "step_parts",
+    "cpu_operators",
+    "gemm_libraries",
+)  # besides results with rows
 
 INTRODUCTION = """\
 # Benchmarks
@@ -182,6 +191,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     parts += filter(None, map(errors_text, results))
     parts += filter(None, map(accuracy_text, results))
     parts += filter(None, map(operators_text, results))
+    parts += filter(None, map(gemm_libraries_text, results))
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]
     parts += filter(None, map(over_time_table, results))
     parts += filter(None, map(serving_text, results))

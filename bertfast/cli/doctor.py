@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from bertfast.ops import __all__ as OPERATIONS
 from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import HAS_TRITON, resolve, unsupported_reason
-from bertfast.ops.matmul import onednn_is_faster
+from bertfast.ops.matmul import onednn_depth
 from bertfast.runtime.precision import choose_device, choose_precision, has_bf16_gemm
 from bertfast.runtime.settings import Positive, Settings, flag
 
@@ -156,9 +157,17 @@ def _environment(device: torch.device, devices: list[torch.device]) -> dict[str,
         **({} if native.UNAVAILABLE_REASON else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
         "driver": f"{driver_version() or 'none'}; torch was built for {_cuda_of_torch()}",
-        "fp32 GEMM": f"{'oneDNN (faster on this CPU)' if onednn_is_faster() else 'MKL'} on the CPU",
+        "fp32 GEMM": _gemm_library(onednn_depth()),
         "training": f"on {device} in {_precision(device)}",
     }
+
+
+def _gemm_library(depth: int) -> str:
+    """Describe which library computes fp32 GEMMs: see `onednn_depth`."""
+    if not depth:
+        return "MKL on the CPU"
+    extent = "" if depth == sys.maxsize else f" up to sums of {depth} terms, else MKL"
+    return f"oneDNN (faster on this CPU){extent}"
 
 
 _HEADING = (

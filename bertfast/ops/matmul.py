@@ -1,12 +1,13 @@
 """fp32 GEMMs on a CPU, by the faster one of PyTorch's two libraries.
 
 By default PyTorch calls MKL, which uses only 256-bit vectors on CPUs that are not Intel's. oneDNN, which is part of
-PyTorch too, uses all 512 bits: on an EPYC of family 26 it is 2.1 times as fast.
+PyTorch too, uses all 512 bits. A table of CPUs and shapes says which is called.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ from bertfast.runtime.torch_compat import autocast_dtype, has_onednn, is_transfo
 # oneDNN rounds after each term of a sum, MKL less often: its error is 2.2 times MKL's for 3,072 terms, 1.5 for 768.
 _MAX_DEPTH = 768
 _MIN_SIZE = 16  # rows or columns: below, oneDNN's overhead exceeds its gain
+_ANY = range(sys.maxsize)
+# Families and models of AMD's CPUs with AVX-512, and `onednn_depth`. On Zen 4 oneDNN was measured to be 4 to 25 %
+# faster, of which sums in pieces of _MAX_DEPTH would cost 4 to 8; on Zen 5 it is about twice as fast
+# (`bench.gemm_libraries`).
+_AMD = (
+    (range(25, 26), {*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)}, _MAX_DEPTH),
+    (range(26, 256), _ANY, sys.maxsize),
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,15 +55,15 @@ def matmul_nt(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     if not uses_onednn(a, b):
         logits_in_chunks.matmul_nt(a, b, out, add=add)
     elif add:
-        out += _gemm(a, b)
+        out += onednn_gemm(a, b)
     else:
-        out.copy_(_gemm(a, b))
+        out.copy_(onednn_gemm(a, b))
 
 
 def uses_onednn(a: Tensor, b: Tensor) -> bool:
     """Return whether a b^T is computed by oneDNN: a [N, K], b [M, K]."""
     fp32 = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and a.dim() == 2
-    return fp32 and min(*a.shape, len(b)) >= _MIN_SIZE and onednn_is_faster() and not is_transformed()
+    return fp32 and min(*a.shape, len(b)) >= _MIN_SIZE and a.shape[1] <= onednn_depth() and not is_transformed()
 
 
 def caches_shapes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -63,30 +72,37 @@ def caches_shapes(device: torch.device, dtype: torch.dtype) -> bool:
     oneDNN keeps the last 1,024 combinations of sizes, of about 1 MiB each: batches of ever new numbers of tokens fill a
     GiB of memory, and each waits for its code to be generated. Batches are therefore padded to a few sizes.
     """
-    return device.type == "cpu" and (dtype in (torch.bfloat16, torch.float16) or onednn_is_faster())
+    return device.type == "cpu" and (dtype in (torch.bfloat16, torch.float16) or onednn_depth() > 0)
 
 
 @cache
-def onednn_is_faster() -> bool:
-    """Return whether oneDNN's fp32 GEMMs are faster than MKL's on this CPU: AMD's from Zen 5 on.
+def onednn_depth() -> int:
+    """Return the most terms of a sum for which oneDNN's fp32 GEMMs are faster than MKL's on this CPU; 0: none.
 
     The CPU's name decides and not a measurement, so that all runs on a machine compute bitwise identical GEMMs.
     """
     cpuinfo = Path("/proc/cpuinfo")
-    if not has_onednn() or not cpuinfo.is_file():
-        return False
-    fields = dict(re.findall(r"^(vendor_id|cpu family)\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE))
-    is_zen_5 = fields.get("vendor_id") == "AuthenticAMD" and int(fields.get("cpu family", 0)) >= 26
-    return is_zen_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not has_onednn() or not cpuinfo.is_file() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return 0
+    return _measured_depth(cpuinfo.read_text())
+
+
+def _measured_depth(cpuinfo: str) -> int:
+    """Look up `onednn_depth` of a CPU with AVX-512, described as in /proc/cpuinfo."""
+    fields = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    if fields.get("vendor_id") != "AuthenticAMD":
+        return 0
+    family, model = int(fields["cpu family"]), int(fields["model"])
+    return next((depth for families, models, depth in _AMD if family in families and model in models), 0)
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose gradients are computed by `_gemm` too."""
+    """A linear layer whose gradients are computed by `onednn_gemm` too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _gemm(x, weight, bias)
+        return onednn_gemm(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +118,7 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_y.sum(0) if needs_grad[2] else None
 
 
-def _gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_gemm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias, split into sums of equal length, at most _MAX_DEPTH: a [N, K], b [M, K], bias [M]."""
     parts = -(-a.shape[1] // _MAX_DEPTH)
     step = -(-a.shape[1] // parts)

@@ -215,7 +215,7 @@ def test_memory_of_unpacked_weights_is_freed(tuned):
 
 def test_batches_of_a_frozen_model_are_not_padded_but_for_its_head(pretrained, monkeypatch):
     """oneDNN keeps code per shape for what is multiplied by weights that are not packed: there, in half precision."""
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(matmul, "onednn_depth", lambda: 0)
     monkeypatch.setattr("bertfast.runtime.torch_compat.cpu_has_amx", lambda: False)
     model = bertfast.AutoModelForTokenClassification.from_pretrained(pretrained)
     assert uncaptured_buckets(model, "fp32", logits_per_token=True) == EXACT

@@ -1,5 +1,7 @@
 """fp32 GEMMs of both libraries: outputs and gradients for any layout, with at most twice the error of PyTorch."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 
 @pytest.fixture(params=[False, pytest.param(True, marks=ONEDNN)], ids=["as PyTorch", "oneDNN"])
 def library(request, monkeypatch) -> bool:
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(matmul, "onednn_depth", lambda: sys.maxsize if request.param else 0)
     return request.param
 
 
@@ -76,21 +78,22 @@ def test_a_training_step_is_the_same_with_both(monkeypatch):
     ids = torch.randint(5, 96, (6, 20))
     labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
     found = []
-    for faster in (False, True):
-        monkeypatch.setattr(matmul, "onednn_is_faster", lambda answer=faster: answer)
+    for depth in (0, 768, sys.maxsize):
+        monkeypatch.setattr(matmul, "onednn_depth", lambda answer=depth: answer)
         torch.manual_seed(1)
         loss = model(ids, labels=labels, next_sentence_label=torch.arange(6) % 2).loss
         loss.backward()
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         model.zero_grad()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @ONEDNN
 @pytest.mark.parametrize("case", [case for case in CASES if case.task == "Model"], ids=str)
 def test_all_gemms_of_an_encoder_use_the_faster_library(case, monkeypatch):
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "onednn_depth", lambda: sys.maxsize)
     model = pair(case)[0].train()
     arguments, _ = inputs(case, model)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -100,3 +103,30 @@ def test_all_gemms_of_an_encoder_use_the_faster_library(case, monkeypatch):
     # A pooler has a row per sequence, fewer than the faster library is for.
     assert not [shapes for shapes in others if min(size for shape in shapes for size in shape) >= 16]
     assert "mkldnn::_linear_pointwise" in {event.key for event in events}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "depth"),
+    [
+        ("AuthenticAMD", 25, 1, 0),  # Zen 3
+        ("AuthenticAMD", 25, 17, 768),  # Zen 4
+        ("AuthenticAMD", 25, 97, 768),
+        ("AuthenticAMD", 26, 2, sys.maxsize),  # Zen 5
+        ("GenuineIntel", 6, 143, 0),
+    ],
+)
+def test_the_processor_decides_which_sums_onednn_computes(vendor, family, model, depth):
+    lines = (f"vendor_id\t: {vendor}", f"cpu family\t: {family}", f"model\t\t: {model}", "model name\t: EPYC 9999")
+    assert matmul._measured_depth("\n".join(lines)) == depth
+
+
+def test_a_processor_without_a_description_uses_pytorch():
+    assert matmul._measured_depth("processor : 0\nHardware : BCM2711") == 0
+
+
+@ONEDNN
+def test_only_sums_of_at_most_the_measured_depth_use_onednn(monkeypatch):
+    monkeypatch.setattr(matmul, "onednn_depth", lambda: 64)
+    short, long = torch.randn(20, 64), torch.randn(20, 65)
+    assert matmul.uses_onednn(short, short)
+    assert not matmul.uses_onednn(long, long)

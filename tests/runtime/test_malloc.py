@@ -9,7 +9,7 @@ from bertfast.runtime import malloc
 
 GLIBC = pytest.mark.skipif(not malloc.keep_freed_memory(), reason="the allocator is not glibc's")
 
-# Allocates 2.5 GiB of blocks of 64 MiB, of which one byte per page is written, and prints the page faults of the second time.
+# Allocates 2.5 GiB twice, writes to each page, and prints the page faults of the second time.
 REFILLED = """
 import resource
 
