@@ -2,6 +2,7 @@
 
 #include "attention_block.h"
 #include "attention_dropout.h"
+#include "attention_prefetch.h"
 
 namespace bertfast::BERTFAST_SET {
 
@@ -46,12 +47,25 @@ static void online_softmax(float* scores, int keys, int queries, float scale, co
   }
 }
 
+// The rows that a task reads and writes for a head; none without a task.
 template <class T, int D>
-static void attend(const AttentionForward& a, const AttentionTask& task, int head) {
+static RowPrefetch<T, D> rows_of_head(const AttentionForward& a, const AttentionTask* task, int head) {
+  RowPrefetch<T, D> rows;
+  if (task == nullptr) return rows;
+  const Range keys = kv_range({a.causal, a.window}, *task, task->q_begin, task->q_end);
+  const int64_t part = a.heads * D, query = task->start + task->q_begin, key = task->start + keys.begin;
+  rows.add((const T*)a.qkv + query * a.stride + head * D, a.stride, task->q_end - task->q_begin);
+  rows.add((const T*)a.qkv + key * a.stride + part + head * D, a.stride, keys.end - keys.begin, 2, part);
+  rows.add((const T*)a.o + query * part + head * D, part, task->q_end - task->q_begin);
+  return rows;
+}
+
+template <class T, int D>
+static void attend(const AttentionForward& a, const AttentionTask& task, int head, RowPrefetch<T, D> next_rows) {
   using F = Operand<T>;
   constexpr int N = ELEMENTS<F>;
   const AttentionMask mask{a.causal, a.window};
-  const int kv_begin = mask.kv_begin(task.q_begin), kv_end = mask.kv_end(task.q_end, task.length);
+  const auto [kv_begin, kv_end] = kv_range(mask, task, task.q_begin, task.q_end);
   const int keys = kv_end - kv_begin;
   const T* const query_rows = (const T*)a.qkv + task.start * a.stride + head * D;
   const T* const key_rows = query_rows + a.heads * D + kv_begin * a.stride;
@@ -64,16 +78,19 @@ static void attend(const AttentionForward& a, const AttentionTask& task, int hea
   pack_rows<D>(key_rows, a.stride, keys, even(keys), k);
   pack_stacked<D>(key_rows + a.heads * D, a.stride, keys, even(keys), v);
 
+  const auto prefetch = [&] { next_rows.next(); };
   const float scale = a.scale * LOG2_E, dropout_scale = 256.f / (256 - a.dropout.threshold);
   for (int query = task.q_begin; query < task.q_end; query += BLOCK) {
     const int queries = block_at(query, task.q_end), columns = registers(queries);
     pack_columns<D>(query_rows + query * a.stride, a.stride, queries, q);
     SoftmaxState state;
     for (int i = 0; i < BLOCK; ++i) state.m_i[i] = -__builtin_inff(), state.l_i[i] = 0;
-    const int begin = mask.kv_begin(query), end = mask.kv_end(query + queries, task.length);
+    const auto [begin, end] = kv_range(mask, task, query, query + queries);
+    next_rows.pace((double)queries / (task.q_end - task.q_begin), 2 * (end - begin) / MAX_TILE_ROWS);
     for (int key = begin; key < end; key += BLOCK) {
       const int block_keys = block_at(key, end);
-      matmul<D / N, 1, BLOCK>(k + (key - kv_begin) * (D / N), q, D / N, scores, even(block_keys), columns, {true});
+      matmul<D / N, 1, BLOCK>(k + (key - kv_begin) * (D / N), q, D / N, scores, even(block_keys), columns, {true},
+                              prefetch);
       mask.apply(scores, query, queries, key, block_keys);
       if (a.dropout.threshold) {
         dropout_mask.draw(a.dropout, task.sequence, head, query, queries, key, block_keys);
@@ -82,7 +99,7 @@ static void attend(const AttentionForward& a, const AttentionTask& task, int hea
         online_softmax<F, false>(scores, even(block_keys), queries, scale, dropout_mask, 0, state);
       }
       matmul<1, BLOCK, D>((const F*)scores, v + (key - kv_begin) / N * D, (block_keys + N - 1) / N, sums, even(queries),
-                          D / LANES, {key == begin, state.alpha});
+                          D / LANES, {key == begin, state.alpha}, prefetch);
     }
     // From here on alpha holds the normalisation of the output, and l_i the log-sum-exp relative to the mean.
     for (int column = 0; column < queries; column += LANES) {
@@ -99,9 +116,8 @@ static void attend(const AttentionForward& a, const AttentionTask& task, int hea
 void attention_forward(const AttentionForward& a) {
   with_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     clear(a.o, a.num_tokens * a.heads * D * sizeof(T), a.capacity * a.heads * D * sizeof(T));
-    for_each(a.task_count, [&](int64_t index) {
-      const AttentionTask& task = a.tasks[index];
-      for (int head = task.first_head; head < task.end_head; ++head) attend<T, D>(a, task, head);
+    for_each_head(a, [&](const AttentionTask& task, int head, const AttentionTask* next_task, int next_head) {
+      attend<T, D>(a, task, head, rows_of_head<T, D>(a, next_task, next_head));
     });
   });
 }

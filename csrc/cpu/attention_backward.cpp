@@ -1,6 +1,7 @@
 #include "../attention.h"
 #include "attention_block.h"
 #include "attention_dropout.h"
+#include "attention_prefetch.h"
 
 namespace bertfast::BERTFAST_SET {
 
@@ -114,14 +115,30 @@ static void write_gradient(const AttentionBackward& a, const float* x, int count
     write_rows<D>(x + first * D, block_at(first, count), factors, out + first * stride, stride);
 }
 
+// The rows that a task reads and writes for a head; none without a task.
 template <class T, int D>
-static void differentiate(const AttentionBackward& a, const AttentionTask& task, int head) {
+static RowPrefetch<T, D> rows_of_head(const AttentionBackward& a, const AttentionTask* task, int head) {
+  RowPrefetch<T, D> rows;
+  if (task == nullptr) return rows;
+  const Range keys = kv_range({a.causal, a.window}, *task, task->q_begin, task->q_end);
+  const int64_t part = a.heads * D, query = task->start + task->q_begin, key = task->start + keys.begin;
+  const int q_count = task->q_end - task->q_begin, kv_count = keys.end - keys.begin;
+  rows.add((const T*)a.qkv + query * a.stride + head * D, a.stride, q_count);
+  rows.add((const T*)a.qkv + key * a.stride + part + head * D, a.stride, kv_count, 2, part);
+  rows.add((const T*)a.d_o + query * part + head * D, part, q_count);
+  rows.add((const T*)a.o + query * part + head * D, part, q_count);
+  if (task->all_keys()) rows.add((const T*)a.d_qkv + query * 3 * part + head * D, 3 * part, q_count);
+  if (task->all_queries()) rows.add((const T*)a.d_qkv + key * 3 * part + part + head * D, 3 * part, kv_count, 2, part);
+  return rows;
+}
+
+template <class T, int D>
+static void differentiate(const AttentionBackward& a, const AttentionTask& task, int head,
+                          RowPrefetch<T, D> next_rows) {
   using F = Operand<T>;
   constexpr int N = ELEMENTS<F>;
   const AttentionMask mask{a.causal, a.window};
-  const int mask_begin = mask.kv_begin(task.q_begin), mask_end = mask.kv_end(task.q_end, task.length);
-  const int kv_begin = mask_begin > task.kv_begin ? mask_begin : task.kv_begin;
-  const int kv_end = mask_end < task.kv_end ? mask_end : task.kv_end;
+  const auto [kv_begin, kv_end] = kv_range(mask, task, task.q_begin, task.q_end);
   const int keys = kv_end - kv_begin;
   const T* const query_rows = (const T*)a.qkv + task.start * a.stride + head * D;
   const T* const key_rows = query_rows + a.heads * D + kv_begin * a.stride;
@@ -130,15 +147,16 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
   thread_local Scratch scratch;
   thread_local DropoutBlock dropout_mask;
   const BackwardBuffers<T, D> b(scratch, key_rows, key_rows + a.heads * D, a.stride, keys);
+  const auto prefetch = [&] { next_rows.next(); };
   const float scale = a.scale * LOG2_E, dropout_scale = 256.f / (256 - a.dropout.threshold);
   // lse is relative to the mean, so the recomputed probabilities are too large by a factor of the length.
   const float inv_length = 1.f / task.length;
   alignas(64) float lse[BLOCK], delta[BLOCK];
   for (int query = task.q_begin; query < task.q_end; query += BLOCK) {
     const int queries = block_at(query, task.q_end), columns = registers(queries);
-    const int block_begin = mask.kv_begin(query), block_end = mask.kv_end(query + queries, task.length);
-    const int begin = block_begin > kv_begin ? block_begin : kv_begin, end = block_end < kv_end ? block_end : kv_end;
+    const auto [begin, end] = kv_range(mask, task, query, query + queries);
     if (begin >= end) continue;
+    next_rows.pace((double)queries / (task.q_end - task.q_begin), 5 * (end - begin) / MAX_TILE_ROWS);
     const T* const d_o_block = (const T*)a.d_o + o_start + query * o_stride;
     b.pack_queries(query_rows + query * a.stride, a.stride, d_o_block, o_stride, queries);
     dot_rows<D>(d_o_block, (const T*)a.o + o_start + query * o_stride, o_stride, queries, 1 / dropout_scale, delta);
@@ -146,8 +164,8 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
     std::memcpy(lse, a.lse + head * a.capacity + task.start + query, queries * sizeof(float));
     for (int key = begin; key < end; key += BLOCK) {
       const int block_keys = block_at(key, end), rows = even(block_keys), row = key - kv_begin;
-      matmul<D / N, 1, BLOCK>(b.k_rows + row * (D / N), b.q_columns, D / N, b.scores, rows, columns, {true});
-      matmul<D / N, 1, BLOCK>(b.v_rows + row * (D / N), b.d_o_columns, D / N, b.d_p, rows, columns, {true});
+      matmul<D / N, 1, BLOCK>(b.k_rows + row * (D / N), b.q_columns, D / N, b.scores, rows, columns, {true}, prefetch);
+      matmul<D / N, 1, BLOCK>(b.v_rows + row * (D / N), b.d_o_columns, D / N, b.d_p, rows, columns, {true}, prefetch);
       mask.apply(b.scores, query, queries, key, block_keys);
       if (a.dropout.threshold) {
         dropout_mask.draw(a.dropout, task.sequence, head, query, queries, key, block_keys);
@@ -158,12 +176,12 @@ static void differentiate(const AttentionBackward& a, const AttentionTask& task,
       }
       if (task.all_queries()) {
         const int depth = (queries + N - 1) / N;
-        matmul<BLOCK / N, 1, D>(b.gradients.p_rows, b.d_o, depth, b.d_v + row * D, rows, D / LANES, {false});
-        matmul<BLOCK / N, 1, D>(b.gradients.d_s_rows, b.q, depth, b.d_k + row * D, rows, D / LANES, {false});
+        matmul<BLOCK / N, 1, D>(b.gradients.p_rows, b.d_o, depth, b.d_v + row * D, rows, D / LANES, {false}, prefetch);
+        matmul<BLOCK / N, 1, D>(b.gradients.d_s_rows, b.q, depth, b.d_k + row * D, rows, D / LANES, {false}, prefetch);
       }
       if (task.all_keys())
         matmul<1, BLOCK, D>(b.gradients.d_s, b.k + row / N * D, (block_keys + N - 1) / N, b.d_q, even(queries),
-                            D / LANES, {key == begin});
+                            D / LANES, {key == begin}, prefetch);
     }
     if (task.all_keys())
       write_gradient<D, T>(a, b.d_q, queries, a.scale * dropout_scale * inv_length, 0, head, task.start + query);
@@ -177,9 +195,8 @@ void attention_backward(const AttentionBackward& a) {
   with_shape(a, [&]<class T, int D>(T, std::integral_constant<int, D>) {
     const int64_t token = 3 * a.heads * D * sizeof(T);
     clear(a.d_qkv, a.num_tokens * token, a.capacity * token);
-    for_each(a.task_count, [&](int64_t index) {
-      const AttentionTask& task = a.tasks[index];
-      for (int head = task.first_head; head < task.end_head; ++head) differentiate<T, D>(a, task, head);
+    for_each_head(a, [&](const AttentionTask& task, int head, const AttentionTask* next_task, int next_head) {
+      differentiate<T, D>(a, task, head, rows_of_head<T, D>(a, next_task, next_head));
     });
   });
 }

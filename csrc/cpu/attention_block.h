@@ -51,6 +51,16 @@ struct AttentionMask {
   }
 };
 
+struct Range {
+  int begin, end;
+};
+
+// Range of keys that a task's queries attend to, within the task's keys.
+static inline Range kv_range(const AttentionMask& mask, const AttentionTask& task, int q_begin, int q_end) {
+  const int begin = mask.kv_begin(q_begin), end = mask.kv_end(q_end, task.length);
+  return {begin > task.kv_begin ? begin : task.kv_begin, end < task.kv_end ? end : task.kv_end};
+}
+
 // LANES operands, which are LANES · ELEMENTS<F> adjacent elements of a token's head.
 template <class F, class T>
 INLINE auto load_operand(const T* p) {

@@ -53,32 +53,41 @@ template <int ROWS, int COLUMNS, int A_ROW, int A_DEPTH, int WIDTH, class F>
   }
 }
 
+// Default of what matmul calls after each tile.
+struct DoNothing {
+  [[gnu::always_inline]] void operator()() const {}
+};
+
+constexpr int MAX_TILE_ROWS = 8;
 constexpr int TILE_COLUMNS = REGISTERS == 32 ? 4 : 2;
 constexpr int tile_rows(int columns) {
   const int rows = (REGISTERS - columns - 2) / columns / 2 * 2;
-  return rows < 8 ? rows : 8;
+  return rows < MAX_TILE_ROWS ? rows : MAX_TILE_ROWS;
 }
 
-template <int ROWS, int COLUMNS, int A_ROW, int A_DEPTH, int WIDTH, class F>
-INLINE void matmul_strip(const F* a, const F* b, int depth, float* c, int rows, Accumulate accumulate) {
+template <int ROWS, int COLUMNS, int A_ROW, int A_DEPTH, int WIDTH, class F, class AfterTile>
+INLINE void matmul_strip(const F* a, const F* b, int depth, float* c, int rows, Accumulate accumulate,
+                         const AfterTile& after_tile) {
   for (; rows >= ROWS; rows -= ROWS) {
     matmul_tile<ROWS, COLUMNS, A_ROW, A_DEPTH, WIDTH>(a, b, depth, c, accumulate);
+    after_tile();
     a += ROWS * A_ROW, c += ROWS * WIDTH;
     if (accumulate.row_scales) accumulate.row_scales += ROWS;
   }
   if constexpr (ROWS > 2)
-    if (rows) matmul_strip<ROWS - 2, COLUMNS, A_ROW, A_DEPTH, WIDTH>(a, b, depth, c, rows, accumulate);
+    if (rows) matmul_strip<ROWS - 2, COLUMNS, A_ROW, A_DEPTH, WIDTH>(a, b, depth, c, rows, accumulate, after_tile);
 }
 
-// c [rows, columns registers], an even number of rows.
-template <int A_ROW, int A_DEPTH, int WIDTH, int COLUMNS = TILE_COLUMNS, class F>
-INLINE void matmul(const F* a, const F* b, int depth, float* c, int rows, int columns, Accumulate accumulate) {
+// c [rows, columns registers], an even number of rows. after_tile() is called after each tile.
+template <int A_ROW, int A_DEPTH, int WIDTH, int COLUMNS = TILE_COLUMNS, class F, class AfterTile = DoNothing>
+INLINE void matmul(const F* a, const F* b, int depth, float* c, int rows, int columns, Accumulate accumulate,
+                   const AfterTile& after_tile = {}) {
   for (; columns >= COLUMNS; columns -= COLUMNS) {
-    matmul_strip<tile_rows(COLUMNS), COLUMNS, A_ROW, A_DEPTH, WIDTH>(a, b, depth, c, rows, accumulate);
+    matmul_strip<tile_rows(COLUMNS), COLUMNS, A_ROW, A_DEPTH, WIDTH>(a, b, depth, c, rows, accumulate, after_tile);
     b += COLUMNS * LANES, c += COLUMNS * LANES;
   }
   if constexpr (COLUMNS > 1)
-    if (columns) matmul<A_ROW, A_DEPTH, WIDTH, COLUMNS - 1>(a, b, depth, c, rows, columns, accumulate);
+    if (columns) matmul<A_ROW, A_DEPTH, WIDTH, COLUMNS - 1>(a, b, depth, c, rows, columns, accumulate, after_tile);
 }
 
 }  // namespace bertfast::BERTFAST_SET
