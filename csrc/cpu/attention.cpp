@@ -30,7 +30,7 @@ static void online_softmax(float* scores, int keys, int queries, float scale, co
     for (int key = 0; key < keys; key += 2) {
       Floats p[2];
       UNROLL_FOR (int i = 0; i < 2; ++i) {
-        p[i] = exp2(load(s + (key + i) * BLOCK) * scale - offset);
+        p[i] = exp2<EXP2_DEGREE<F>>(load(s + (key + i) * BLOCK) * scale - offset);
         l_i[i] += p[i];
       }
       if constexpr (DROPOUT) {

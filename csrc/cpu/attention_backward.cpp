@@ -27,7 +27,7 @@ static void score_gradients(const float* scores, const float* d_p, int keys, int
       UNROLL_FOR (int i = 0; i < 2; ++i) {
         const int index = (key + i) * BLOCK + column;
         Floats d = load(d_p + index);
-        p[i] = exp2(load(scores + index) * scale - lse_i);
+        p[i] = exp2<EXP2_DEGREE<F>>(load(scores + index) * scale - lse_i);
         if constexpr (DROPOUT) d = where(kept[i], d);
         d_s[i] = p[i] * (d - delta_i);
         if constexpr (DROPOUT) p[i] = where(kept[i], p[i]);

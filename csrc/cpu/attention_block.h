@@ -11,6 +11,10 @@ namespace bertfast::BERTFAST_SET {
 
 constexpr int BLOCK = ATTENTION_BLOCK;
 
+// Of the exponential for probabilities that become operands F: bf16 rounds with a relative error of 2e-3.
+template <class F>
+constexpr int EXP2_DEGREE = ELEMENTS<F> == 2 ? 4 : 6;
+
 INLINE int even(int count) { return (count + 1) / 2 * 2; }
 INLINE int registers(int count) { return (count + LANES - 1) / LANES; }
 INLINE int block_at(int first, int end) { return end - first < BLOCK ? end - first : BLOCK; }

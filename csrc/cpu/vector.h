@@ -206,18 +206,23 @@ INLINE float max_lane(Floats x) {
   return lanes[0];
 }
 
-// 2^x for x < 128, accurate to 1 ulp; 0 for results below 2^-127; NaN stays NaN.
+// Minimax polynomials of 2^f on [-1/2, 1/2], in relative error, highest power first: accurate to 1 ulp, or to 3e-6.
+template <int DEGREE>
+extern const float EXP2[DEGREE + 1];
+template <>
+constexpr float EXP2<6>[] = {
+    1.5345812e-4f, 1.3399931e-3f, 9.6184891e-3f, 5.5503286e-2f, 2.4022646e-1f, 6.9314718e-1f, 1.f};
+template <>
+constexpr float EXP2<4>[] = {9.5828532e-3f, 5.5906425e-2f, 2.4024099e-1f, 6.9312419e-1f, 1.f};
+
+// 2^x for x < 128; 0 for results below 2^-127; NaN stays NaN.
+template <int DEGREE = 6>
 INLINE Floats exp2(Floats x) {
   const Floats magic = splat(12583039.f);  // 1.5 · 2^23 + 127: adding it rounds to an integer and biases the exponent
   const Floats bounded = maximum(splat(-127.f), x);
   const Floats biased = bounded + magic, f = bounded - (biased - magic);
-  Floats p = splat(1.5345812e-4f);  // minimax polynomial of 2^f on [-1/2, 1/2], in relative error
-  p = p * f + 1.3399931e-3f;
-  p = p * f + 9.6184891e-3f;
-  p = p * f + 5.5503286e-2f;
-  p = p * f + 2.4022646e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
+  Floats p = splat(EXP2<DEGREE>[0]);
+  UNROLL_FOR (int i = 1; i <= DEGREE; ++i) p = p * f + EXP2<DEGREE>[i];
   return p * (Floats)((Words)biased << 23);
 }
 
