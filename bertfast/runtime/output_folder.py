@@ -9,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from filelock import FileLock, Timeout
 
 from bertfast.runtime.atomic_write import named_in_errors, remove, write_atomically
+from bertfast.runtime.versions import versions
 
 RECORD = "origin.json"
 LOCK = ".lock"
@@ -240,6 +238,11 @@ def require_origin(folder: Path, origin: Origin) -> None:
     _check(folder, [folder], record and _restricted(record, described), described, origin, continues=True)
 
 
+def described(folder: Path, origin: Origin) -> dict[str, Any]:
+    """Return what the record of a folder with this origin has: its inputs with hashes, its settings and versions."""
+    return {**_describe(origin, read_record(folder)), "versions": versions()}
+
+
 def differences_from(folder: Path, origin: Origin) -> list[str]:
     """Return how what an origin names differs from the record of a folder, which may name more and may be missing."""
     record = read_record(folder)
@@ -311,7 +314,7 @@ def _begin(folder: Path, described: Record, old: Sequence[Path]) -> None:
     with named_in_errors(folder):
         for path in old:
             remove(path)
-    write_atomically(folder / RECORD, json.dumps(described | {"versions": _versions()}, indent=1) + "\n")
+    write_atomically(folder / RECORD, json.dumps(described | {"versions": versions()}, indent=1) + "\n")
 
 
 def _require_inputs_elsewhere(folder: Path, origin: Origin, contents: Sequence[str]) -> None:
@@ -392,8 +395,3 @@ def _files(files: Sequence[FileRecord]) -> str:
 
 def _shown(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("bertfast", "transformers", "tokenizers")}
-    return packages | {"torch": torch.__version__, "python": platform.python_version()}

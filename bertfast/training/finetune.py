@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
 from bertfast.models.files import load, resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import copy_tokenizer
-from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import remove
-from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
-from bertfast.runtime.precision import NotFiniteError, autocast, choose_device, choose_precision
+from bertfast.runtime.cuda_graph import capture_for, side_stream
+from bertfast.runtime.precision import NotFiniteError, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import Buckets, ModelInputs, count_labels, shuffled_batches, within_budget
+from bertfast.tasks.features import Buckets, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Outputs
 from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
@@ -41,10 +39,12 @@ from bertfast.training.finetune_checkpointing import (
 from bertfast.training.finetune_data import featurize, read_examples
 from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
 from bertfast.training.finetune_model import balanced_weights, build_model, choose_metric, finetuning_task, model_config
+from bertfast.training.finetune_report import how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.finetune_step import FinetuneStep
 from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.optimizer import build_optimizers, step_if_finite
-from bertfast.training.schedule import schedule, set_learning_rate
+from bertfast.training.optimizer import build_optimizers
+from bertfast.training.schedule import schedule
 from bertfast.training.step_results import DivergedError, StepResults
 
 __all__ = ["FinetuneSettings", "Finetuning", "finetune"]
@@ -55,7 +55,8 @@ logger = logging.getLogger("bertfast")
 def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
     """Fine-tune a model.
 
-    Leaves in `output_dir` a folder that transformers' class of the same name opens.
+    Leaves in `output_dir` a folder that transformers' class of the same name opens, with the results, run.json, which
+    says how they were made, and a model card.
 
     Args:
         settings: Settings of the run.
@@ -74,9 +75,9 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
 
 
 def finetune_command(settings: FinetuneSettings) -> None:
-    """Fine-tune a model, and print the results."""
+    """Fine-tune a model, print the results, and say how to use the model."""
     print_metrics(finetune(settings))
-    print(f"The best model, metrics.jsonl and all_results.json are in {settings.output_dir}.")
+    print(how_to_use(settings))
 
 
 @contextmanager
@@ -103,6 +104,7 @@ class Finetuning:
         examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
         progress: How far the run has come, and how good its best model is.
+        trainer: Computes gradients and updates of a step.
         results: Losses of the steps.
         steps_per_read: Steps after which results are read.
     """
@@ -135,15 +137,7 @@ class Finetuning:
             replace_inputs_by_states(self.features, self.model, settings, self.precision)
         rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
         self.optimizers = build_optimizers(self.model, "adamw", rate, decay)
-        # Captured steps read these tensors at fixed addresses.
-        balanced = settings.optimizer.class_weights == "balanced"
-        self.host_weights = balanced_weights(self.features["train"], self.config) if balanced else None
-        self.weights = None if self.host_weights is None else self.host_weights.to(self.device)
-        self.items = torch.ones((), device=self.device)
-        self.loss = torch.zeros((), device=self.device)
-        self.capture = capture_for(self.model, self.precision, enabled=settings.compute.cuda_graph)
-        self._accumulate = GraphRunner(self._accumulate_eagerly, self.device, self.capture)
-        self._update = GraphRunner(self._update_eagerly, self.device, self.capture)
+        self.trainer = self._build_step()
         passes = settings.batch.gradient_accumulation_steps
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
@@ -151,6 +145,20 @@ class Finetuning:
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
+
+    def _build_step(self) -> FinetuneStep:
+        settings = self.settings.optimizer
+        balanced = settings.class_weights == "balanced"
+        return FinetuneStep(
+            self.task,
+            self.model,
+            self.optimizers,
+            device=self.device,
+            precision=self.precision,
+            max_grad_norm=settings.max_grad_norm,
+            capture=capture_for(self.model, self.precision, enabled=self.settings.compute.cuda_graph),
+            class_weights=balanced_weights(self.features["train"], self.config) if balanced else None,
+        )
 
     @property
     def step(self) -> int:
@@ -218,53 +226,19 @@ class Finetuning:
         # Passes of `size` examples, each divided further so that a batch has at most tokens_per_batch tokens.
         passes = (rows[first : first + size] for first in range(0, len(rows), size))
         parts = (part for one in passes for part in within_budget(features, one, settings.batch.tokens_per_batch))
-        buckets = Buckets(tokens=self.capture is not None, examples=False)
-        batches = [features.model_inputs(part, buckets=buckets) for part in parts]
-        items = sum(self._weight(batch.arguments) for batch in batches)
-        self.items.fill_(items or 1)  # 0 if all labelled words were cut off
-        self.loss.zero_()
-        for batch in batches:
-            self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
+        buckets = Buckets(tokens=self.trainer.captures, examples=False)
+        self.trainer.gradients([features.model_inputs(part, buckets=buckets) for part in parts])
         share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
-        set_learning_rate(self.optimizers, self.hyperparameters.learning_rate * share)
-        self.results.pending.append(self._update().clone())  # a replay overwrites the previous result
+        self.results.pending.append(self.trainer.update(self.hyperparameters.learning_rate * share))
         self.progress.step += 1
         self.progress.tokens += int(features.lengths[rows].sum())
         self.progress.seconds += time.perf_counter() - clock
-
-    def _accumulate_eagerly(self, batch: ModelInputs) -> Tensor:
-        """Accumulate a batch's gradients and its loss; return the step's loss so far, []."""
-        with autocast(self.device, self.precision):
-            loss = self._loss(batch)
-        torch.autograd.backward(loss)
-        return self.loss.add_(loss.detach())
-
-    def _update_eagerly(self) -> Tensor:
-        """Update the parameters; return [2]: the loss, and the gradient norm, NaN if the step was skipped."""
-        keep, max_norm = self.capture is not None, self.settings.optimizer.max_grad_norm
-        norm = step_if_finite(self.model, self.optimizers, max_norm, self.loss, keep_gradients=keep)
-        return torch.stack([self.loss, norm.to(self.loss.dtype)])
 
     def _read_pending(self) -> None:
         """Read the results of pending steps; waits for the device."""
         clock = time.perf_counter()
         self.results.read()
         self.progress.seconds += time.perf_counter() - clock
-
-    def _weight(self, batch: dict[str, Tensor]) -> float:
-        """Return the weight of a batch in the mean loss of its step: its number of labels, or their class weights."""
-        if self.host_weights is None:
-            return count_labels(batch)
-        labels = batch["labels"]
-        return self.host_weights[labels[labels >= 0]].sum().item()
-
-    def _loss(self, batch: ModelInputs) -> Tensor:
-        """Return a batch's share of the mean loss of its step, []."""
-        if self.weights is None:
-            return self.task.loss(self.model, batch, self.items)
-        labels = batch.arguments["labels"].flatten()
-        logits = self.task.logits(self.model, batch).flatten(0, -2).float()
-        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum") / self.items
 
     def _report(self, bar: tqdm[Any]) -> None:
         if self.step % self.steps_per_read == 0:
@@ -392,6 +366,7 @@ class Finetuning:
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics
+        write_report(self.settings, self.model, self.precision, results)
         write_results(self.folder / RESULTS, results)
         remove(self.folder / CHECKPOINTS)
         return results

@@ -23,6 +23,7 @@ from bertfast.training.finetune_settings import FinetuneSettings
 logger = logging.getLogger("bertfast")
 
 RESULTS = "all_results.json"  # written at the end of a run
+RUN = "run.json"  # settings, versions and results
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
 SKIPPED_ROWS = "skipped_rows.tsv"
 PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*")  # what `Task.write_predictions` writes
@@ -32,6 +33,7 @@ _CONTENTS = (
     "config.json",
     "model*.safetensors*",
     RESULTS,
+    RUN,
     "sweep_score.json",
     *PREDICTIONS,
 )

@@ -154,7 +154,8 @@ class FinetuneBase(TaskSettings):
     Attributes:
         train_file: Training data: .tsv (with header, no quoting), .csv, .jsonl, .json, or .conll with one word
             and its label per line; may be compressed.
-        output_dir: Output folder for the best model, metrics.jsonl, all_results.json and predictions.
+        output_dir: Output folder for the best model, its model card (README.md), metrics.jsonl, all_results.json,
+            run.json and predictions.
         validation_file: Validation data in the same format. If not given: the last model counts as the best.
         test_file: Data that the best model predicts on; labels are optional and only used for metrics. If not given: no
             predictions.

@@ -280,7 +280,7 @@ def test_replayed_fine_tuning_is_bitwise_identical_with_eager(kind, pretrained, 
     captured = capture_passes(monkeypatch, finetuning, emulated_graph)
     replayed = finetuned(kind, pretrained, tmp_path / "replayed")
     assert len(captured) >= 2, "the gradients and the update"
-    assert len(replayed._accumulate.calls) >= len(captured) - 1
+    assert len(replayed.trainer.calls) >= len(captured) - 1
     assert eager.results.losses == replayed.results.losses
     assert len(set(eager.results.losses)) == eager.steps
     assert_same_weights(tmp_path / "eager" / "out", tmp_path / "replayed" / "out")
@@ -292,7 +292,7 @@ def test_padding_slots_change_no_step_of_fine_tuning(kind, pretrained, tmp_path,
     monkeypatch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
     capture_passes(monkeypatch, finetuning, never)
     padded = finetuned(kind, pretrained, tmp_path / "padded")
-    assert all(shape[0][1][0][1] % 8 == 0 for shape in padded._accumulate.calls)
+    assert all(shape[0][1][0][1] % 8 == 0 for shape in padded.trainer.calls)
     assert padded.results.losses == pytest.approx(plain.results.losses, abs=1e-5)
 
 

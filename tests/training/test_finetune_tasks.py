@@ -182,11 +182,11 @@ def test_balanced_class_weights_weight_rare_labels_more(pretrained, tmp_path):
             "sequence-classification", pretrained, file, tmp_path / str(budget), class_weights="balanced"
         )
         run = Finetuning(settings.replace(tokens_per_batch=budget))
-        assert run.weights.tolist() == pytest.approx([24 / (2 * 18), 24 / (2 * 6)])
+        assert run.trainer.weights.tolist() == pytest.approx([24 / (2 * 18), 24 / (2 * 6)])
         first = next(run.rows_of_steps())
         batch = padded(run.features["train"], first)
         labels = batch.pop("labels")
-        expected = F.cross_entropy(run.model(**batch).logits, labels, run.weights).item()
+        expected = F.cross_entropy(run.model(**batch).logits, labels, run.trainer.weights).item()
         run.run(lambda step: None)
         assert run.results.losses[0] == pytest.approx(expected, abs=1e-6)
         losses.append(run.results.losses)

@@ -1,0 +1,144 @@
+"""What a finished fine-tuning run leaves next to its model: run.json, and a model card in README.md."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bertfast.models.extensions import ExtendedBertConfig
+from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.output_folder import described
+from bertfast.runtime.settings import flag, given
+from bertfast.training.evaluate import write_results
+from bertfast.training.finetune_data import data_files
+from bertfast.training.finetune_folder import RUN, finetune_origin
+from bertfast.training.finetune_settings import FinetuneSettings
+
+logger = logging.getLogger("bertfast")
+
+CARD = "README.md"
+_MARK = "<!-- `bertfast finetune` wrote this file and may replace it. To keep changes, remove this line. -->"
+# The end of a model class's name, and the task in the words of the Hugging Face hub.
+_PIPELINES = {
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "MultipleChoice": "multiple-choice",
+}
+# Settings that the card names in other words, or not at all.
+_NOT_LISTED = {"--model-name-or-path", "--train-file", "--validation-file", "--test-file", "--output-dir", "--resume"}
+
+
+def write_report(settings: FinetuneSettings, model: PreTrainedModel, precision: str, results: dict[str, Any]) -> None:
+    """Write run.json and the model card of a finished run; a README.md that bertfast did not write stays as it is.
+
+    Args:
+        settings: Settings of the run.
+        model: Its model.
+        precision: Precision that it ran in.
+        results: The content of all_results.json.
+    """
+    folder = Path(settings.output_dir)
+    run = described(folder, finetune_origin(settings, "finetune"))
+    run |= {
+        "settings": settings.flat(),
+        "device": _device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "results": results,
+    }
+    write_results(folder / RUN, run)
+    card = folder / CARD
+    if card.exists() and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        logger.info("%s is kept as it is: bertfast did not write it", card)
+        return
+    write_atomically(card, _card(settings, model, run))
+
+
+def how_to_use(settings: FinetuneSettings) -> str:
+    """Return where the model of a run is, and a command that predicts with it."""
+    file = list(data_files(settings).values())[-1]
+    words = ["bertfast", "predict", "--model-name-or-path", settings.output_dir, "--input-file", file]
+    return f"The best model is in {settings.output_dir}. To predict with it: {shlex.join(words)}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any]) -> str:
+    """Return the model card, in Markdown with the entries that the Hugging Face hub reads."""
+    folder, head = Path(settings.output_dir).resolve().name, type(model).__name__.partition("For")[2]
+    source = settings.model_name_or_path
+    is_local = Path(source).exists()
+    entries = ["library_name: transformers", f"pipeline_tag: {_PIPELINES[head]}"]
+    entries += [] if is_local else [f"base_model: {source}"]
+    start = "its configuration with random weights" if settings.model.random_init else "the model"
+    lines = ["---", *entries, "tags:", "- bertfast", "---", "", _MARK, "", f"# {_plain(folder)}", ""]
+    lines += [
+        f"A {type(model).__name__}, fine-tuned from {start} `{_plain(Path(source).name if is_local else source)}` with "
+        f"bertfast {run['versions']['bertfast']} for {_PIPELINES[head]}.",
+        "",
+        *_results(run["results"]),
+        *_usage(folder, head, extended=isinstance(model.config, ExtendedBertConfig)),
+        *_training(settings, run),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _results(results: dict[str, Any]) -> list[str]:
+    rows = [(*name.split("_", 1), value) for name, value in results.items() if name.startswith(("eval_", "test_"))]
+    if not rows:
+        return []
+    splits = {"eval": "validation", "test": "test"}
+    table = [f"| {splits[split]} | {name} | {value:.4g} |" for split, name, value in rows]
+    return ["## Results", "", "| data | metric | value |", "|---|---|---|", *table, ""]
+
+
+def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
+    command = f"bertfast predict --model-name-or-path {shlex.quote(folder)} --input-file FILE"
+    lines = ["## Use", "", "```", command, "```", ""]
+    if extended:
+        return [*lines, "The model has parts that transformers does not have: only bertfast opens it.", ""]
+    code = [
+        f"from transformers import AutoModelFor{head}, AutoTokenizer",
+        "",
+        f"model = AutoModelFor{head}.from_pretrained({folder!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+    ]
+    return [*lines, "```python", *code, "```", "", f"`bertfast.AutoModelFor{head}` opens it with fast kernels.", ""]
+
+
+def _training(settings: FinetuneSettings, run: dict[str, Any]) -> list[str]:
+    files = [
+        f"| {name} | `{_plain(Path(file['path']).name)}`, SHA-256 {file['sha256'][:16] or 'unknown'} |"
+        for name in map(flag, ("train_file", "validation_file", "test_file"))
+        for file in run["inputs"].get(name, [])
+    ]
+    values = {flag(name): value for name, value in settings.flat().items()}
+    names = [*map(flag, settings.hyperparameters.flat()), *given(settings)]
+    listed = [f"| {name} | {_plain(str(values[name]))} |" for name in dict.fromkeys(names) if name not in _NOT_LISTED]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return [
+        "## Training",
+        "",
+        f"On {run['results']['train_samples']:,} examples, in {run['precision']} on {run['device']}, with {versions}. "
+        f"All settings are in `{RUN}`.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *files,
+        *listed,
+    ]
+
+
+def _plain(text: str) -> str:
+    """Return a text in which nothing is Markdown."""
+    return re.sub(r"[|`<>\r\n]", " ", text)
