@@ -11,6 +11,7 @@ import pytest
 import torch
 from task_examples import write_examples
 from test_docs import BLOCK, COMMANDS, ROOT, TEXTS
+from text_pairs import write_pairs
 
 from bertfast.cli import main as cli
 
@@ -83,6 +84,8 @@ def files(tmp_path_factory):
         ("train.conll", "token-classification"),
     ]:
         write_examples(folder, task, 24, seed=0).rename(folder / target)
+    for name in ("pairs.tsv", "dev-pairs.tsv"):
+        write_pairs(folder / name, "pairs", 24)
     tokenizer = train_tokenizer(texts, 96)
     config = preset_config("tiny", vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=1)
     torch.manual_seed(0)

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input, require_file
 from bertfast.inference.frozen import freeze_on_cpu, require_own_precision, uncaptured_buckets
 from bertfast.models.files import read_config, resolve
+from bertfast.models.sentence_folder import encoder_folder
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
 from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
-from bertfast.tasks.pretrained import MissingHeadError, open_model, sequence_length
+from bertfast.tasks.pretrained import MissingHeadError, open_model
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.rows import Skipped
 from bertfast.tasks.settings import ColumnSettings, QuestionAnsweringSettings, TaskSettings
@@ -52,6 +53,8 @@ class PredictSettings(TaskSettings):
             with choices.
     """
 
+    unused = ("embedding",)
+
     input_file: str | None = None
     columns: InputColumnSettings = field(default_factory=InputColumnSettings)
     question_answering: AnswerSettings = field(default_factory=AnswerSettings)
@@ -67,7 +70,7 @@ def predict(settings: PredictSettings) -> None:
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     require_own_precision(model, settings.compute.precision)
-    length = sequence_length(settings.max_seq_length, task.config)
+    length = task.max_length()
     cut = CutTexts(STANDARD_INPUT if file in (None, "-") else file, length)
     with task.bad_rows.logged():
         for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
@@ -97,9 +100,12 @@ def _predict_rows(
 
 def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, Tokenizer]:
     """Return the task that a model was fine-tuned for, the model on its device, and its tokenizer."""
-    config = read_config(resolve(settings.model_name_or_path))
-    task = choose_task(settings, config=config)
     name, compute = settings.model_name_or_path, settings.compute
+    folder = resolve(name)
+    config = read_config(encoder_folder(folder))
+    task = choose_task(settings, config=config)
+    if (encoder := task.open_folder(folder)) != folder:
+        name = str(encoder)
     device = choose_device(compute.device)
     try:
         model, tokenizer = open_model(task.model_class, name, True, device, compute.precision)
@@ -124,7 +130,8 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
         with autocast(model.device, precision):
             return task.logits(model, inputs).float()
 
-    capture = capture_for(cast(CapturableModel, model), precision, enabled=task.settings.compute.cuda_graph)
+    enabled = task.settings.compute.cuda_graph and task.captures
+    capture = capture_for(cast(CapturableModel, model), precision, enabled=enabled)
     runner = GraphRunner(forward, model.device, capture)
     buckets = (
         uncaptured_buckets(model, precision, logits_per_token=task.logits_per_token) if capture is None else BUCKETED

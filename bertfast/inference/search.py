@@ -2,7 +2,7 @@
 
 All vectors are compared, chunk by chunk, so that memory use does not depend on how many there are.
 
-Shapes: Q queries, C vectors of a chunk, K results of a query, D embedding size.
+Shapes: Q queries, K results of a query, D embedding size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bertfast.data.text_files import STANDARD_INPUT, require_file
 from bertfast.encoder import encode
@@ -34,11 +33,10 @@ from bertfast.runtime.output_folder import Origin, differences_from
 from bertfast.runtime.precision import choose_device
 from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.features import CutTexts
+from bertfast.tasks.most_similar import Similarity, most_similar
 from bertfast.tasks.settings import ComputeSettings
 
 logger = logging.getLogger("bertfast")
-
-Similarity = Literal["cosine", "dot"]
 
 _CHUNK = 2**22  # elements of the vectors that are compared at a time, 16 MB
 _QUERIES = 512  # that are compared at a time
@@ -143,41 +141,14 @@ def search_vectors(
     hits: list[list[Hit]] = []
     for start in range(0, len(queries), _QUERIES):
         some = torch.from_numpy(np.array(queries[start : start + _QUERIES], np.float32))
-        scores, rows = _most_similar(folder, some, top_k, similarity)
+        size = queries.shape[1]
+        chunks = (torch.from_numpy(chunk) for chunk in folder.chunks(max(_CHUNK // size, 1), size))
+        scores, numbers = most_similar(some, chunks, top_k, similarity, str(folder.path))
+        rows = numbers + 1
         ids = folder.ids(rows.ravel().tolist())
         for values, found in zip(scores.tolist(), rows.tolist(), strict=True):
             hits.append([Hit(row, ids.get(row), score) for score, row in zip(values, found, strict=True)])
     return hits
-
-
-def _most_similar(folder: VectorFolder, queries: Tensor, top_k: int, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    """Return scores, fp32 [Q, K], and row numbers, int64 [Q, K], of the most similar vectors."""
-    if similarity == "cosine":
-        queries = queries / _norms(queries)[:, None]
-    scores, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    first_row, size = 1, queries.shape[1]
-    for chunk in folder.chunks(max(_CHUNK // size, 1), size):
-        vectors = torch.from_numpy(chunk)
-        found = queries @ vectors.T
-        if similarity == "cosine":
-            found /= _norms(vectors)
-        if not found.isfinite().all():
-            last_row = first_row + len(chunk) - 1
-            raise ValueError(f"{folder.path} has vectors that are not finite in rows {first_row} to {last_row}")
-        best, columns = found.topk(min(top_k, len(chunk)), dim=1)
-        scores, rows = torch.cat([scores, best], 1), torch.cat([rows, columns + first_row], 1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, rows = scores[:, :top_k], rows.gather(1, order[:, :top_k])
-        first_row += len(chunk)
-    rows, order = rows.sort(dim=1)
-    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores, rows.gather(1, order)
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    """Return the lengths of vectors, at least 1e-12, by which a zero vector can be divided."""
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return norms.clamp_min(1e-12)
 
 
 def _embed_settings(settings: SearchSettings, folder: VectorFolder) -> EmbedSettings:

@@ -13,6 +13,7 @@ from bertfast.data.text_files import read_json, read_text
 from bertfast.models.pooling import POOLINGS
 from bertfast.models.sentence_modules import Dense, Normalize, SentenceModules, Step, Truncate
 from bertfast.models.weights import read_weights
+from bertfast.runtime.atomic_write import write_atomically
 
 _MODULES, _PROMPTS, _EMBEDDING = "modules.json", "config_sentence_transformers.json", "sentence_embedding"
 _TRANSFORMER = tuple(
@@ -39,6 +40,12 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "tokenizer_args": (None, {}),
     "tokenizer_name_or_path": (None,),
 }
+
+
+def encoder_folder(folder: Path) -> Path:
+    """Return the folder of the encoder of a model's folder: the same, unless its module Transformer has its own."""
+    alone = (folder / "config.json").exists() or not (folder / _MODULES).exists()
+    return folder if alone else read_sentence_modules(folder).encoder
 
 
 def read_sentence_modules(folder: Path) -> SentenceModules:
@@ -218,3 +225,41 @@ def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | N
     named = {name: prompt or "" for name, prompt in prompts.items()}
     kind, similarity = options.get("model_type", "SentenceTransformer"), options.get("similarity_fn_name") or "cosine"
     return named, default, str(kind), truncate_dim, str(similarity)
+
+
+CONTENTS = (_MODULES, _PROMPTS, _TRANSFORMER[0], "1_Pooling", "2_Normalize")
+"""What `write_sentence_modules` writes."""
+
+
+def write_sentence_modules(folder: Path, modules: SentenceModules, hidden_size: int, max_seq_length: int) -> None:
+    """Write the files with which sentence-transformers opens the encoder in a folder as a model of embeddings.
+
+    Args:
+        folder: Folder of the encoder and its tokenizer.
+        modules: Pooling and what follows it, without projections; prompts and whether texts are lower-cased.
+        hidden_size: Size of the encoder's hidden states.
+        max_seq_length: Maximum tokens of a text.
+    """
+    kinds = ["Transformer", "Pooling"] + ["Normalize"] * any(isinstance(step, Normalize) for step in modules.after)
+    paths = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds) if index)]
+    entries = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    pooling: dict[str, Any] = {"word_embedding_dimension": hidden_size, "include_prompt": modules.pools_prompt}
+    flags = {name: mode in modules.pooling for name, mode in _FLAGS_OF_POOLING.items()}
+    in_order = modules.pooling == tuple(mode for name, mode in _FLAGS_OF_POOLING.items() if flags[name])
+    pooling |= flags if in_order else {"pooling_mode": list(modules.pooling)}  # which versions before 5 cannot read
+    options: dict[str, Any] = {"model_type": "SentenceTransformer", "prompts": dict(modules.prompts)}
+    options |= {"default_prompt_name": modules.default_prompt, "similarity_fn_name": modules.similarity}
+    truncated = [step.size for step in modules.after if isinstance(step, Truncate)]
+    options |= {"truncate_dim": truncated[-1]} if truncated else {}
+    files: dict[str, Any] = {
+        f"{paths[1]}/config.json": pooling,
+        **({f"{paths[2]}/config.json": {}} if len(paths) > 2 else {}),
+        _TRANSFORMER[0]: {"max_seq_length": max_seq_length, "do_lower_case": modules.lowercases},
+        _PROMPTS: options,
+        _MODULES: entries,  # last: without it the folder is that of an encoder
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, json.dumps(content, indent=2) + "\n")

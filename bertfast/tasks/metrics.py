@@ -1,14 +1,23 @@
-"""Metrics of GLUE (Wang et al., 2019), computed by scikit-learn and SciPy."""
+"""Metrics of GLUE (Wang et al., 2019), computed by scikit-learn and SciPy, and of retrieval.
+
+Shapes: E examples, C texts of each, D embedding size, Q queries.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import numpy as np
+import torch
+
+from bertfast.tasks.most_similar import most_similar
 
 CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "loss")
 REGRESSION = ("pearson", "spearmanr", "loss")
 MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy", "loss")
+RETRIEVAL = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1")
+_CUTOFF = 10  # of the results of a query
+_QUERIES, _DOCUMENTS = 512, 8192  # that are compared at a time
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -98,6 +107,54 @@ def mean_cross_entropy(logits: Iterable[np.ndarray], labels: Iterable[np.ndarray
         total -= float(log_softmax(scores[rows].astype(np.float64), axis=1)[np.arange(len(rows)), targets[rows]].sum())
         count += len(rows)
     return total / max(count, 1)
+
+
+def ranking_metrics(relevant: np.ndarray, num_relevant: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of rankings, of which at least one document each is relevant.
+
+    Args:
+        relevant: bool [Q, K], whether the document at each rank is relevant; only the first 10 count.
+        num_relevant: int [Q], how many relevant documents each query has in all.
+
+    Returns:
+        The values of `RETRIEVAL`, means over the queries: normalised discounted cumulative gain, the reciprocal rank of
+        the first relevant document, and whether the first document is relevant.
+    """
+    gains = relevant[:, :_CUTOFF].astype(np.float64)
+    ranks = np.arange(1, _CUTOFF + 1)
+    ideal = np.cumsum(1 / np.log2(ranks + 1))[num_relevant.clip(max=_CUTOFF) - 1]
+    reciprocal = gains / ranks[: gains.shape[1]]
+    return {
+        "ndcg_at_10": float(((gains / np.log2(ranks[: gains.shape[1]] + 1)).sum(1) / ideal).mean()),
+        "mrr_at_10": float(reciprocal.max(1).mean()),
+        "accuracy_at_1": float(gains[:, 0].mean()),
+    }
+
+
+def retrieval_metrics(embeddings: np.ndarray, text_ids: np.ndarray, source: str) -> dict[str, float]:
+    """Compute the metrics of finding each anchor's positives among all positives and negatives by their cosines.
+
+    Args:
+        embeddings: fp32 [E, C, D]: an anchor, a positive and negatives of each example.
+        text_ids: int64 [E, C], equal where texts are; equal anchors are one query, with all of their positives.
+        source: The file, for messages.
+
+    Returns:
+        The values of `RETRIEVAL`.
+    """
+    anchors, first_rows, query_of_row = np.unique(text_ids[:, 0], return_index=True, return_inverse=True)
+    documents, first_of_text = np.unique(text_ids[:, 1:], return_index=True)
+    positives: list[set[int]] = [set() for _ in anchors]
+    for query, document in zip(query_of_row.ravel(), np.searchsorted(documents, text_ids[:, 1]), strict=True):
+        positives[query].add(int(document))
+    size = embeddings.shape[2]
+    queries = torch.from_numpy(embeddings[first_rows, 0])
+    corpus = torch.from_numpy(embeddings[:, 1:].reshape(-1, size)[first_of_text])
+    relevant: list[list[bool]] = []
+    for start in range(0, len(queries), _QUERIES):
+        found = most_similar(queries[start : start + _QUERIES], corpus.split(_DOCUMENTS), _CUTOFF, "cosine", source)[1]
+        relevant += [[i in positives[start + q] for i in row] for q, row in enumerate(found.tolist())]
+    return ranking_metrics(np.array(relevant), np.array([len(x) for x in positives]))
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from bertfast.models.families import architecture_of, class_like, has_class_like
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.columns import LABEL_COLUMN, TEXT_COLUMNS
 from bertfast.tasks.conll import is_tagged
+from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
@@ -25,27 +26,29 @@ from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.records import json_records
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import ColumnSettings, TaskSettings
-from bertfast.tasks.task import Task
+from bertfast.tasks.task import FINETUNING_TASK, Task
+from bertfast.tasks.text_groups import NEEDED
 from bertfast.tasks.token_classification import TokenClassificationTask
 
 _RECORDS = 20  # of a .json or .jsonl file, of which one that can be read tells the task
 # Names in the objects of a .json or .jsonl file that tell the task.
 _CHOICES = {"endings", "ending0", "choices"}
 _SQUAD = {"data", "paragraphs", "qas"}
+_GROUPS = {"anchor", "positive"}
 _NEEDED = (
     f"classification needs {' or '.join(TEXT_COLUMNS)}, and {LABEL_COLUMN}; multiple choice {CHOICE_COLUMNS}; question "
-    "answering question, context and answers; token classification is read from .conll files"
+    f"answering question, context and answers; embeddings {NEEDED}; token classification is read from .conll files"
 )
 logger = logging.getLogger("bertfast")
-
-FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 
 TASKS: dict[str, type[Task[Any]]] = {
     **dict.fromkeys([*PROBLEM_TYPES, *BENCHMARKS], SequenceClassificationTask),
     **dict.fromkeys(["multiple-choice", "swag"], MultipleChoiceTask),
     **dict.fromkeys(["question-answering", "squad", "squad-2"], QuestionAnsweringTask),
     **dict.fromkeys(["token-classification", "conll", "wnut"], TokenClassificationTask),
+    "embedding": EmbeddingTask,
 }
+# Those whose models have heads, by which they are known; a model of embeddings is an encoder.
 _TASK_CLASSES = (SequenceClassificationTask, MultipleChoiceTask, QuestionAnsweringTask, TokenClassificationTask)
 _BY_SUFFIX: dict[str, type[Task[Any]]] = {
     ".json": QuestionAnsweringTask,
@@ -78,7 +81,8 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
             f"--task {name} requires a {_names(task_class, config)[0]}, but {settings.model_name_or_path} is a "
             f"{', '.join(architectures)}: leave --task out, or fine-tune a model for that task"
         )
-    flags = {*given(settings.columns), *given(settings.question_answering)} - {"--on-bad-rows", *task_class.flags}
+    groups = (settings.columns, settings.question_answering, settings.embedding)
+    flags = {name for group in groups for name in given(group)} - {"--on-bad-rows", *task_class.flags}
     kind = name if name in TASKS else next(known for known, other in TASKS.items() if other is task_class)
     refuse_without_effect(sorted(flags), f"the task is {kind}")
     if name == "auto" and of_model is None and task_class is not SequenceClassificationTask:
@@ -100,8 +104,11 @@ def _by_file(file: str | None, columns: ColumnSettings) -> type[Task[Any]]:
     if path.is_file() and suffixes & {".tsv", ".csv", ".jsonl", ".json"}:
         if suffixes & {".tsv", ".csv"}:
             header = next((line for _, line in read_lines(path)), "")
-            if re.search(r'(^|[\t,"])ending0($|[\t,"\r\n])', header):
+            names = {*re.split(r'[\t,"\r\n]+', header)}
+            if "ending0" in names:
                 return MultipleChoiceTask
+            if names >= _GROUPS:
+                return EmbeddingTask
         elif names := _names_in_json(path) or _names_on_several_lines(path):
             return _by_names(path, names, columns)
         if ".tsv" in suffixes and is_tagged(path):
@@ -144,6 +151,8 @@ def _by_names(path: Path, names: set[str], columns: ColumnSettings) -> type[Task
     """Return the task that JSON objects with values of these names fit; ValueError if they fit none."""
     if names & _CHOICES and "answers" not in names:
         return MultipleChoiceTask
+    if names >= _GROUPS:
+        return EmbeddingTask
     if names & _SQUAD or names >= {"question", "context"}:
         return QuestionAnsweringTask
     chosen = {columns.text_column, columns.label_column} - {None}

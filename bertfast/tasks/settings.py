@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
+from bertfast.models.sentence_modules import NormalizationName, PoolingName
 from bertfast.runtime.precision import InferencePrecision, Precision
-from bertfast.runtime.settings import Count, Range, Settings
+from bertfast.runtime.settings import Count, Positive, Range, Settings, refuse_repeated, refuse_without_effect
 from bertfast.tasks.rows import OnBadRows
 
 MANY_TOKENS = 8192
@@ -52,6 +53,41 @@ class QuestionAnsweringSettings(Settings):
     max_answer_length: Count = 30
     null_score_diff_threshold: Annotated[float, Range()] = 0.0
     n_best: Count = 20
+
+
+LossName = Literal["multiple-negatives-ranking", "cosent", "contrastive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSettings(Settings):
+    """Loss of embeddings, and how a text's embedding follows from those of its tokens.
+
+    Attributes:
+        loss: Loss of --task embedding, as sentence-transformers defines it: multiple-negatives-ranking, of pairs and
+            triplets, with the other texts of the batch as negatives; cosent, of pairs with scores; contrastive, of
+            pairs labelled 1 or 0. auto: what fits the file.
+        similarity_scale: Factor of the cosines in multiple-negatives-ranking and cosent, the inverse of a temperature.
+        contrastive_margin: Cosine distance up to which pairs labelled 0 are pushed apart by contrastive.
+        matryoshka_dims: Sizes to which embeddings are truncated, for each of which the loss is added. If not given: the
+            loss of the whole embeddings alone.
+        pooling: How a text's embedding follows from those of its tokens, by the names of sentence-transformers; auto:
+            as the model's modules.json says, and mean if it has none.
+        normalization: l2: embeddings of length 1; none: as they are; auto: as the model's modules.json says.
+    """
+
+    loss: Literal["auto", LossName] = "auto"
+    similarity_scale: Positive = 20.0
+    contrastive_margin: Positive = 0.5
+    matryoshka_dims: list[Count] = field(default_factory=list)
+    pooling: Literal["auto", PoolingName] = "auto"
+    normalization: NormalizationName = "auto"
+
+    def validate(self) -> None:
+        refuse_repeated("matryoshka_dims", self.matryoshka_dims)
+        if self.loss not in ("auto", "contrastive") and self.contrastive_margin != 0.5:
+            refuse_without_effect(["--contrastive-margin"], f"--loss {self.loss} has no margin")
+        if self.loss == "contrastive" and self.similarity_scale != 20:
+            refuse_without_effect(["--similarity-scale"], "--loss contrastive has no scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +134,14 @@ class TaskSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
-            question-answering, token-classification, or the name of a data set: cola, sst-2, mrpc, sts-b, qqp, mnli,
-            mnli-mm, ax, qnli, rte, wnli, snli, swag, squad, squad-2, conll or wnut; auto: inferred from the model,
-            else from the file.
+            question-answering, token-classification, embedding (of pairs or triplets), or the name of a data set: cola,
+            sst-2, mrpc, sts-b, qqp, mnli, mnli-mm, ax, qnli, rte, wnli, snli, swag, squad, squad-2, conll or wnut;
+            auto: inferred from the model, else from the file.
         max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated or split. If not given: the
             model's number of positions.
         columns: Columns of a data file, and rows that cannot be used.
         question_answering: Windows of long contexts, and choice of the answers, in question answering.
+        embedding: Loss of embeddings, and how a text's embedding follows from those of its tokens.
         compute: Device, precision and batch size of inference.
     """
 
@@ -113,4 +150,5 @@ class TaskSettings(Settings):
     max_seq_length: Count | None = None
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     question_answering: QuestionAnsweringSettings = field(default_factory=QuestionAnsweringSettings)
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)

@@ -17,11 +17,13 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.data.text_files import json_object
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks.features import Features, ModelInputs
+from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.rows import BadRows, Rows, Skipped
 from bertfast.tasks.settings import TaskSettings
 
 logger = logging.getLogger("bertfast")
 
+FINETUNING_TASK = "finetuning_task"  # entry of a model's configuration, as in transformers' example scripts
 ROWS_PER_CHUNK = 1000  # rows that are predicted at a time, which bounds memory
 
 Outputs = Sequence[np.ndarray]
@@ -56,7 +58,9 @@ class Task(ABC, Generic[Examples]):
         model_class: Class of the model to open; a fine-tuned model may replace it.
         feature_based_model: The model class that trains on the hidden states of a frozen encoder; None: not supported.
         logits_per_token: Whether each token has its own logits.
-        flags: Flags of columns and of question answering that have an effect on the task, besides --on-bad-rows.
+        captures: Whether its logits can be computed in a CUDA graph.
+        flags: Flags of columns, of question answering and of embeddings that have an effect on the task, besides
+            --on-bad-rows.
         settings: Settings of the command.
         bad_rows: Collects the rows that cannot be used.
         known_ids: Hashes of the ids on standard input so far.
@@ -65,6 +69,7 @@ class Task(ABC, Generic[Examples]):
     model_class: type[PreTrainedModel]
     feature_based_model: ClassVar[type[PreTrainedModel] | None] = None
     logits_per_token: ClassVar[bool] = False
+    captures: ClassVar[bool] = True
     flags: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: TaskSettings):
@@ -89,6 +94,21 @@ class Task(ABC, Generic[Examples]):
     def label_names(self) -> list[str]:
         """Names of the model's labels, by id."""
         return label_names(self.config)
+
+    def open_folder(self, folder: Path) -> Path:
+        """Read what a model's folder says besides the encoder's files; return the folder of the encoder.
+
+        Raises:
+            ValueError: It says what is not supported.
+        """
+        return folder
+
+    def write_folder(self, folder: Path) -> None:
+        """Write what a fine-tuned model's folder holds besides the encoder's files."""
+
+    def max_length(self) -> int:
+        """Return the maximum tokens per sequence; `set_config` must have been called."""
+        return sequence_length(self.settings.max_seq_length, self.config)
 
     @abstractmethod
     def read(self, path: str, *, labelled: bool) -> Examples:

@@ -22,7 +22,6 @@ from bertfast.runtime.plotting import draw, plot_title
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.features import CutTexts
-from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.settings import MANY_TOKENS, FloatingPointSettings, TaskSettings
 from bertfast.tasks.task import ConfusionMatrix
 from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
@@ -49,6 +48,8 @@ class EvaluateSettings(TaskSettings):
             not given: print only.
         overwrite_output_dir: Replace the results of another evaluation in --output-dir.
     """
+
+    unused = ("embedding",)
 
     validation_file: str
     objective: Literal["task", "mlm"] = "task"
@@ -143,7 +144,7 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
     task, model, tokenizer = open_finetuned(settings)
     with task.bad_rows.logged():
         examples = task.read(settings.validation_file, labelled=True)
-        length = sequence_length(settings.max_seq_length, task.config)
+        length = task.max_length()
         examples, features = task.featurize(examples, tokenizer, length)
     cut = CutTexts(settings.validation_file, length)
     cut.add(features)

@@ -24,7 +24,7 @@ from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.cuda_graph import capture_for, side_stream
 from bertfast.runtime.precision import NotFiniteError, choose_device, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import Buckets, shuffled_batches, within_budget
+from bertfast.tasks.features import Buckets, shuffled_batches
 from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Outputs
 from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
@@ -36,7 +36,7 @@ from bertfast.training.finetune_checkpointing import (
     saved_precision,
     saved_run,
 )
-from bertfast.training.finetune_data import featurize, read_examples
+from bertfast.training.finetune_data import batches_of_passes, featurize, read_examples
 from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
 from bertfast.training.finetune_model import balanced_weights, build_model, choose_metric, finetuning_task, model_config
 from bertfast.training.finetune_report import how_to_use, write_report
@@ -118,7 +118,7 @@ class Finetuning:
         self.saved = saved_run(settings)
         with self.task.bad_rows.logged():
             examples = read_examples(settings, self.task)
-            self.source = source = resolve(settings.model_name_or_path)
+            self.source = source = self.task.open_folder(resolve(settings.model_name_or_path))
             self.config = model_config(settings, source, self.task.label_config(examples["train"]))
             self.task.set_config(self.config)
             self.precision = choose_precision(self.device, settings.compute.precision, self.config)
@@ -126,7 +126,7 @@ class Finetuning:
                 self.precision = saved_precision(self.saved)
             self.metric = choose_metric(settings, self.task)
             self.tokenizer = open_tokenizer(source, self.config)
-            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer, self.config)
+            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer)
         torch.manual_seed(self.hyperparameters.seed)
         self.model = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
         align_parameters(self.model)
@@ -149,6 +149,7 @@ class Finetuning:
     def _build_step(self) -> FinetuneStep:
         settings = self.settings.optimizer
         balanced = settings.class_weights == "balanced"
+        captures = self.settings.compute.cuda_graph and self.task.captures
         return FinetuneStep(
             self.task,
             self.model,
@@ -156,7 +157,7 @@ class Finetuning:
             device=self.device,
             precision=self.precision,
             max_grad_norm=settings.max_grad_norm,
-            capture=capture_for(self.model, self.precision, enabled=self.settings.compute.cuda_graph),
+            capture=capture_for(self.model, self.precision, enabled=captures),
             class_weights=balanced_weights(self.features["train"], self.config) if balanced else None,
         )
 
@@ -222,12 +223,9 @@ class Finetuning:
     def train_step(self, rows: np.ndarray) -> None:
         """Start an optimizer step on the examples `rows` without waiting for the device."""
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
-        size = self.hyperparameters.per_device_train_batch_size
-        # Passes of `size` examples, each divided further so that a batch has at most tokens_per_batch tokens.
-        passes = (rows[first : first + size] for first in range(0, len(rows), size))
-        parts = (part for one in passes for part in within_budget(features, one, settings.batch.tokens_per_batch))
+        size, tokens = self.hyperparameters.per_device_train_batch_size, settings.batch.tokens_per_batch
         buckets = Buckets(tokens=self.trainer.captures, examples=False)
-        self.trainer.gradients([features.model_inputs(part, buckets=buckets) for part in parts])
+        self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets))
         share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
         self.results.pending.append(self.trainer.update(self.hyperparameters.learning_rate * share))
         self.progress.step += 1
@@ -317,6 +315,7 @@ class Finetuning:
     def _save(self) -> None:
         save(self.model, self.folder)
         copy_tokenizer(self.tokenizer, self.source, self.folder)
+        self.task.write_folder(self.folder)
         self.progress.best_step = self.step
 
     def _save_checkpoint(self) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
-from transformers import BertConfig
 
-from bertfast.tasks.features import CutTexts
-from bertfast.tasks.pretrained import sequence_length
+from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, within_budget
 from bertfast.tasks.task import Task
 from bertfast.training.finetune_settings import FinetuneSettings
 
@@ -25,7 +24,7 @@ def read_examples(settings: FinetuneSettings, task: Task[Any]) -> dict[str, Any]
 
 
 def featurize(
-    settings: FinetuneSettings, task: Task[Any], examples: dict[str, Any], tokenizer: Tokenizer, config: BertConfig
+    settings: FinetuneSettings, task: Task[Any], examples: dict[str, Any], tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokenize the examples of each split; texts that are cut are counted in a warning.
 
@@ -34,12 +33,11 @@ def featurize(
         task: Its task.
         examples: What `read_examples` has returned.
         tokenizer: The model's tokenizer.
-        config: The model's configuration.
 
     Returns:
         The examples that have features, and their features.
     """
-    length, files = sequence_length(settings.max_seq_length, config), data_files(settings)
+    length, files = task.max_length(), data_files(settings)
     kept, features = {}, {}
     for split, read in examples.items():
         kept[split], features[split] = task.featurize(read, tokenizer, length)
@@ -47,3 +45,20 @@ def featurize(
         cut.add(features[split])
         cut.report()
     return kept, features
+
+
+def batches_of_passes(
+    features: Features, rows: np.ndarray, size: int, tokens: int, buckets: Buckets
+) -> list[list[ModelInputs]]:
+    """Return the batches of each pass of a step.
+
+    Args:
+        features: Features of the training data.
+        rows: Indices of the examples of the step.
+        size: Examples per pass.
+        tokens: Approximate tokens of a batch; a longer pass is divided.
+        buckets: Which sizes of a batch are padded.
+    """
+    passes = (rows[first : first + size] for first in range(0, len(rows), size))
+    parts = (within_budget(features, one, tokens) for one in passes)
+    return [[features.model_inputs(part, buckets=buckets) for part in of_pass] for of_pass in parts]

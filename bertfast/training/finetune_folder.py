@@ -10,6 +10,7 @@ from typing import Any
 
 from bertfast.data.text_files import read_json, require_file
 from bertfast.models.files import model_files, resolve
+from bertfast.models.sentence_folder import CONTENTS
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import Origin, OriginError, check_contents, locked_folder, read_record
 from bertfast.runtime.settings import counted, flag, settings_of
@@ -36,6 +37,7 @@ _CONTENTS = (
     RUN,
     "sweep_score.json",
     *PREDICTIONS,
+    *CONTENTS,
 )
 _MODELS = ("model_name_or_path", "init_from_task")
 _DATA = ("train_file", "validation_file", "test_file")

@@ -15,10 +15,11 @@ from bertfast.data.tokenizer import tokenizer_hash
 from bertfast.models.extensions import class_for
 from bertfast.models.families import architecture_of
 from bertfast.models.files import load, new_model, read_config, report_differences, resolve
+from bertfast.models.sentence_folder import encoder_folder
 from bertfast.models.tokenizers import load_any_tokenizer
 from bertfast.tasks.features import Features
-from bertfast.tasks.registry import FINETUNING_TASK, choose_task
-from bertfast.tasks.task import Task
+from bertfast.tasks.registry import choose_task
+from bertfast.tasks.task import FINETUNING_TASK, Task
 from bertfast.training.finetune_settings import FinetuneSettings
 
 
@@ -56,6 +57,8 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
         labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     if settings.task != "auto":
         labels |= {FINETUNING_TASK: settings.task}
+    elif FINETUNING_TASK not in labels and getattr(read_config(source), FINETUNING_TASK, None) == "embedding":
+        labels |= {FINETUNING_TASK: None}  # the new model has a head
     if settings.model.bilstm:
         labels |= {"bilstm": True}
     if settings.feature_based.strategy == "feature-based":
@@ -87,7 +90,7 @@ def _initial_model(
     settings: FinetuneSettings, task: Task[Any], config: BertConfig, tokenizer: Tokenizer
 ) -> PreTrainedModel:
     name = settings.model.init_from_task or settings.model_name_or_path
-    initial = resolve(name)
+    initial = encoder_folder(resolve(name))
     old_config, other_task = read_config(initial), settings.model.init_from_task is not None
     if other_task and tokenizer_hash(load_any_tokenizer(initial)) != tokenizer_hash(tokenizer):
         raise ValueError(

@@ -27,6 +27,7 @@ CARD = "README.md"
 _MARK = "<!-- `bertfast finetune` wrote this file and may replace it. To keep changes, remove this line. -->"
 # The end of a model class's name, and the task in the words of the Hugging Face hub.
 _PIPELINES = {
+    "": "sentence-similarity",
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
@@ -78,7 +79,8 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
     folder, head = Path(settings.output_dir).resolve().name, type(model).__name__.partition("For")[2]
     source = settings.model_name_or_path
     is_local = Path(source).exists()
-    entries = ["library_name: transformers", f"pipeline_tag: {_PIPELINES[head]}"]
+    library = "transformers" if head else "sentence-transformers"
+    entries = [f"library_name: {library}", f"pipeline_tag: {_PIPELINES[head]}"]
     entries += [] if is_local else [f"base_model: {source}"]
     start = "its configuration with random weights" if settings.model.random_init else "the model"
     lines = ["---", *entries, "tags:", "- bertfast", "---", "", _MARK, "", f"# {_plain(folder)}", ""]
@@ -103,10 +105,16 @@ def _results(results: dict[str, Any]) -> list[str]:
 
 
 def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
-    command = f"bertfast predict --model-name-or-path {shlex.quote(folder)} --input-file FILE"
+    model = f"--model-name-or-path {shlex.quote(folder)}"
+    command = f"bertfast predict {model} --input-file FILE"
+    if not head:
+        command = f"bertfast embed {model} --input-file FILE --output-dir VECTORS"
     lines = ["## Use", "", "```", command, "```", ""]
     if extended:
         return [*lines, "The model has parts that transformers does not have: only bertfast opens it.", ""]
+    if not head:
+        code = ["from sentence_transformers import SentenceTransformer", "", f"model = SentenceTransformer({folder!r})"]
+        return [*lines, "```python", *code, 'print(model.encode(["A text."]).shape)', "```", ""]
     code = [
         f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",

@@ -182,6 +182,8 @@ class FinetuneBase(TaskSettings):
         names = {"--eval-steps", "--early-stopping-patience", "--metric-for-best-model"}.intersection(given(evaluation))
         if self.validation_file is None:
             refuse_without_effect(sorted(names), "there is no --validation-file")
+        if self.task == "embedding" and self.model.bilstm:
+            refuse_without_effect(["--bilstm"], "embeddings are pooled from the encoder's output")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
         elif self.model.bilstm:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.cuda_graph import Capture, GraphRunner
 from bertfast.runtime.precision import autocast
+from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.features import ModelInputs, count_labels
 from bertfast.tasks.task import Task
+from bertfast.training.gradient_cache import backward_in_parts
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.schedule import set_learning_rate
 
@@ -66,13 +68,17 @@ class FinetuneStep:
         """Calls of the passes so far, by shape; see `GraphRunner`."""
         return self._accumulate.calls
 
-    def gradients(self, batches: Sequence[ModelInputs]) -> None:
-        """Compute the gradients of the mean loss over the labels of all batches, which are in host memory."""
-        items = sum(self._weight(batch.arguments) for batch in batches)
+    def gradients(self, passes: Sequence[Sequence[ModelInputs]]) -> None:
+        """Compute the gradients of the mean loss over the labels of all passes, whose batches are in host memory."""
+        items = sum(self._weight(batch.arguments) for batches in passes for batch in batches)
         self.items.fill_(items or 1)  # 0 if all labelled words were cut off
         self.loss.zero_()
-        for batch in batches:
-            self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
+        for batches in passes:
+            if isinstance(self.task, EmbeddingTask) and len(batches) > 1:
+                self.loss.add_(backward_in_parts(self.task, self.model, batches, self.items, self.precision))
+                continue
+            for batch in batches:
+                self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
 
     def update(self, rate: float) -> Tensor:
         """Clip the gradients and take the optimizers' step.

@@ -236,7 +236,7 @@ def test_a_vector_per_token_and_values_that_are_not_finite_are_refused(pretraine
     values = np.load(folder / "part-00001.npy")
     values[1, 7] = np.nan
     np.save(folder / "part-00001.npy", values)
-    with pytest.raises(ValueError, match=r"vectors that are not finite in rows 4 to 6"):
+    with pytest.raises(ValueError, match=r"vectors are not finite in rows 4 to 6"):
         search_vectors(folder, np.ones((1, 32), np.float32))
     with pytest.raises(ValueError, match=r"queries must be finite"):
         search_vectors(folder, np.full((1, 32), np.nan, np.float32))

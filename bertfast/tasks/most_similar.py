@@ -1,0 +1,59 @@
+"""Exact search: the vectors that are most similar to queries, of vectors that arrive in chunks.
+
+Shapes: Q queries, C vectors of a chunk, K results of a query, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Similarity = Literal["cosine", "dot"]
+
+
+def most_similar(
+    queries: Tensor, chunks: Iterable[Tensor], k: int, similarity: Similarity, source: str
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors that are most similar to queries, from the most similar on; equal ones in their order.
+
+    Args:
+        queries: fp32 [Q, D].
+        chunks: fp32 [C, D] each, all vectors in order.
+        k: Vectors per query; fewer are returned if there are fewer.
+        similarity: How vectors are compared.
+        source: Where vectors are from, for messages.
+
+    Returns:
+        Similarities, fp32 [Q, K], and the vectors' numbers from 0, int64 [Q, K].
+
+    Raises:
+        ValueError: A similarity is not finite.
+    """
+    if similarity == "cosine":
+        queries = queries / _norms(queries)[:, None]
+    scores, numbers = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    first = 0
+    for vectors in chunks:
+        found = queries @ vectors.T
+        if similarity == "cosine":
+            found /= _norms(vectors)
+        if not found.isfinite().all():
+            rows = f"{first + 1} to {first + len(vectors)}"
+            raise ValueError(f"{source}: vectors are not finite in rows {rows}; embed the texts again")
+        best, columns = found.topk(min(k, len(vectors)), dim=1)
+        scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, columns + first], 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, numbers = scores[:, :k], numbers.gather(1, order[:, :k])
+        first += len(vectors)
+    numbers, order = numbers.sort(dim=1)
+    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores, numbers.gather(1, order)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Return the lengths of vectors, at least 1e-12, by which a zero vector can be divided."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norms.clamp_min(1e-12)

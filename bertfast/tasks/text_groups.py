@@ -1,0 +1,127 @@
+"""Pairs and triplets of texts, with or without scores, from the files that train embeddings.
+
+Shapes: E examples, C texts of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
+from bertfast.tasks.labels import REGRESSION, read_label, sorted_numbers
+from bertfast.tasks.rows import Rows
+from bertfast.tasks.settings import ColumnSettings
+from bertfast.tasks.tables import Table
+from bertfast.tasks.task import report_no_metrics
+
+FIRST_COLUMNS = ("anchor", "query", "question", "sentence1")
+SECOND_COLUMNS = ("positive", "answer", "passage", "document", "context", "sentence2")
+SCORE_COLUMNS = ("score", "label")
+_NEGATIVE = re.compile(r"negative[ _]?\d*")
+NEEDED = "anchor and positive, optionally negative, or sentence1, sentence2 and score"
+"""The columns that embeddings need, for messages."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextGroups:
+    """Groups of texts that belong together, or do not.
+
+    Attributes:
+        texts: C texts per example: an anchor and its positive, or the two texts of a pair; then negatives.
+        rows: The rows that they come from.
+        scores: How similar the two texts of each pair are; None: the second is similar to the first.
+    """
+
+    texts: list[tuple[str, ...]]
+    rows: Rows
+    scores: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class GroupColumns:
+    """Names of the columns of a table: those of the texts, and that of the score if there is one."""
+
+    texts: tuple[str, ...]
+    score: str | None
+
+    @classmethod
+    def choose(cls, table: Table, columns: ColumnSettings) -> GroupColumns:
+        """Return the named columns; for those that are not named, the default names if the table has them.
+
+        Raises:
+            ValueError: There are no two columns of texts, or scores besides negatives.
+        """
+        known = infer_benchmark(table.columns)
+        of_benchmark = [] if known is None else [BENCHMARKS[known].text, BENCHMARKS[known].pair]
+        chosen = [
+            named or next((name for name in (*names, default) if name in table.columns), None)
+            for named, names, default in zip(
+                (columns.text_column, columns.text_pair_column),
+                (FIRST_COLUMNS, SECOND_COLUMNS),
+                of_benchmark or [None, None],
+                strict=True,
+            )
+        ]
+        texts = [name for name in chosen if name is not None]
+        if len(texts) < 2:
+            raise ValueError(
+                f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column "
+                "and --text-pair-column"
+            )
+        negatives = [name for name in table.columns if _NEGATIVE.fullmatch(name) and name not in texts]
+        names = (*SCORE_COLUMNS, *([] if known is None else [BENCHMARKS[known].label]))
+        score = columns.label_column or next((name for name in names if name in table.columns), None)
+        if negatives and columns.label_column is not None:
+            raise ValueError(
+                f"{table.path} has the column {negatives[0]!r}, and examples with negatives have no scores: leave "
+                "--label-column out, or rename that column"
+            )
+        return cls((*texts, *negatives), None if negatives else score)
+
+
+def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> TextGroups:
+    """Return the examples of a table.
+
+    Args:
+        table: The table.
+        columns: Columns that are named.
+        labelled: Whether each pair must have a score if any has one; else scores may be missing.
+
+    Raises:
+        ValueError: Columns are missing, all texts of one are blank, or a row cannot be used and `on_bad_rows` is
+            "stop".
+    """
+    chosen = GroupColumns.choose(table, columns)
+    table = table.with_texts(*chosen.texts)
+    groups = TextGroups([*zip(*map(table.column, chosen.texts), strict=True)], table.rows)
+    if labelled:
+        for name in chosen.texts:
+            table.texts(name)  # raises if all are blank
+    if chosen.score is None or (not labelled and chosen.score not in table.columns):
+        return groups
+    scores: list[float] = []
+    usable: list[int] = []
+    for row, value in enumerate(table.column(chosen.score)):
+        text = read_label(value, REGRESSION)
+        if isinstance(text, str) and sorted_numbers([text]):
+            scores.append(float(text))
+            usable.append(row)
+            continue
+        problem = f"the score {value!r:.60} in column {chosen.score!r} is not a finite number"
+        if not labelled:
+            report_no_metrics(groups.rows, row, problem)
+            return groups
+        groups.rows.reject(row, problem)
+    if labelled and not usable:
+        raise ValueError(f"{table.path}: no row has a usable score")
+    return replace(select(groups, usable), scores=scores)
+
+
+def select(groups: TextGroups, indices: Sequence[int]) -> TextGroups:
+    """Return the examples at `indices`, without scores."""
+    return TextGroups([groups.texts[i] for i in indices], groups.rows.select(indices))
