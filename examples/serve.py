@@ -16,12 +16,12 @@ import socket
 import tempfile
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tiny_model import save_tiny_model
 from transformers import AutoTokenizer
@@ -89,12 +89,15 @@ class Batcher:
 
     async def _compute_waiting(self) -> None:
         while self._waiting:
-            texts, futures = zip(*self._next_batch(), strict=True)
+            batch = [*self._next_batch()]
+            if not batch:
+                break
+            texts, futures = zip(*batch, strict=True)
             self.batches += 1
             try:
                 vectors = await asyncio.get_running_loop().run_in_executor(self._worker, self.engine, texts)
                 for future, vector in zip(futures, vectors, strict=True):
-                    if not future.done():  # else its request was cancelled
+                    if not future.done():  # else its client has left
                         future.set_result(vector)
             except Exception as error:  # of the engine: only these requests fail
                 for future in futures:
@@ -102,11 +105,29 @@ class Batcher:
                         future.set_exception(error)
 
     def _next_batch(self) -> Iterator[tuple[TokenIds, asyncio.Future[np.ndarray]]]:
-        """Yield the oldest text that waits, and more as long as they fit into a batch."""
+        """Yield the oldest text that waits, and more that fit into a batch; drop those of clients that left."""
         tokens = 0
         while self._waiting and (tokens == 0 or tokens + len(self._waiting[0][0]) <= self.limits.tokens_per_batch):
-            tokens += len(self._waiting[0][0])
-            yield self._waiting.popleft()
+            token_ids, vector = self._waiting.popleft()
+            if not vector.cancelled():
+                tokens += len(token_ids)
+                yield token_ids, vector
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, np.ndarray]) -> np.ndarray | None:
+    """Return the result of `work`; cancel it, and return None, if the client closes the connection before."""
+
+    async def leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.create_task(work), asyncio.create_task(leaves())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def read_texts(request: Request, limits: Limits) -> list[str]:
@@ -137,14 +158,16 @@ def application(tokenize: Callable[[list[str]], list[TokenIds]], engine: Engine,
     """Return the server of an engine; its `state.batcher` is the `Batcher`."""
     batcher = Batcher(engine, limits)
 
-    async def embed(request: Request) -> JSONResponse:
+    async def embed(request: Request) -> Response:
         # In the event loop, because a tokenizer is not safe to call from several threads.
         texts = tokenize(await read_texts(request, limits))
         for index, token_ids in enumerate(texts):
             if not 0 < len(token_ids) <= limits.tokens_per_text:
                 message = f"texts[{index}] has {len(token_ids)} tokens: a text has 1 to {limits.tokens_per_text}"
                 raise HTTPException(413, message)
-        vectors = await batcher.embed(texts)
+        vectors = await unless_client_leaves(request, batcher.embed(texts))
+        if vectors is None:
+            return Response(status_code=400)  # which nobody reads
         return JSONResponse({"vectors": vectors.astype(float).round(7).tolist()})
 
     async def health(request: Request) -> JSONResponse:

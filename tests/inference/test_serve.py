@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import re
+import socket
 import sys
 import threading
 import urllib.error
@@ -301,3 +302,20 @@ def test_a_full_queue_refuses_and_open_requests_are_answered_at_the_end():
         assert first.result().tolist() == [[1, 1]]
         assert second.result().tolist() == [[2, 1], [3, 1]]
     assert engine.batches == [[1], [1, 1]]
+
+
+def test_texts_of_clients_that_left_are_not_computed():
+    engine = GatedEngine()
+    server = serve.application(words, engine, serve.Limits())
+    waiting, body = server.state.batcher._waiting, b'{"texts": ["ab"]}'
+    with ThreadPoolExecutor(1) as pool, serve.running(server) as url:
+        first = pool.submit(vectors_of, url, ["a"])
+        assert engine.started.wait(60)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            wait_until(lambda: len(waiting) == 1)
+        wait_until(lambda: waiting[0][1].cancelled())
+        engine.open.set()
+        assert first.result().tolist() == [[1, 1]]
+        assert vectors_of(url, ["abc"]).tolist() == [[3, 1]]
+    assert engine.batches == [[1], [1]]
