@@ -1,13 +1,20 @@
 """A pre-training run that takes a second."""
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretrain import PretrainSettings
 
 SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
 STEPS = 20
@@ -51,7 +58,29 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def quietly(settings: PretrainSettings) -> None:
-    """Pre-train in a process of its own, which may be killed."""
+def run_until_killed(program: Callable, settings: Any, seconds: float | None) -> None:
+    """Pre-train or fine-tune in a process of its own, killed that long after its first step; None: not killed.
+
+    Steps take at least 0.05 seconds, so that a test knows how many of them a killed process has done at most.
+    """
     torch.set_num_threads(1)
-    pretrain(settings)
+    timer = None if seconds is None else threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+
+    def on_step(step: int) -> None:
+        if timer is not None:
+            if timer.ident is None:
+                timer.start()
+            time.sleep(0.05)
+
+    program(settings, on_step)
+
+
+def exit_code(program: Callable, settings: Any, seconds: float | None) -> int:
+    """Return the exit code of `run_until_killed`."""
+    # Modules that the server of processes imports are not imported again in each of them.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["bertfast.training.finetune", "bertfast.training.pretrain"])
+    process = processes.Process(target=run_until_killed, args=(program, settings, seconds))
+    process.start()
+    process.join()
+    return process.exitcode

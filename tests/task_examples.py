@@ -4,8 +4,12 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from sentiment import QUICK, sentence
+from torch.nn.utils.rnn import pad_sequence
 
+from bertfast.tasks.features import Features
 from bertfast.training.finetune import FinetuneSettings
 
 
@@ -53,3 +57,21 @@ def settings_for(task: str, model: Path, file: Path, folder: Path, **changes) ->
     return FinetuneSettings.of(
         model_name_or_path=str(model), task=task, train_file=str(file), output_dir=str(folder), **values
     )
+
+
+def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the examples as padded inputs of transformers."""
+    sequences = [row * features.num_choices + i for row in rows for i in range(features.num_choices)]
+    spans = [slice(*features.cu_seqlens[i : i + 2]) for i in sequences]
+
+    def spread(values: np.ndarray, rest: int) -> torch.Tensor:
+        return pad_sequence([torch.from_numpy(values[span].astype(np.int64)) for span in spans], True, rest)
+
+    batch = {"input_ids": spread(features.token_ids, 0), "token_type_ids": spread(features.token_type_ids, 0)}
+    batch["attention_mask"] = spread(np.ones_like(features.token_ids), 0)
+    if features.num_choices > 1:
+        batch = {name: values.unflatten(0, (-1, features.num_choices)) for name, values in batch.items()}
+    for name, values in features.labels.items():
+        per_token = len(values) == len(features.token_ids)
+        batch[name] = spread(values, -100) if per_token else torch.from_numpy(values[rows])
+    return batch

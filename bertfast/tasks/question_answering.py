@@ -60,6 +60,10 @@ class Questions:
     def __len__(self) -> int:
         return len(self.questions)
 
+    def select(self, indices: Sequence[int]) -> Questions:
+        """Return the questions at `indices`, not yet tokenized."""
+        return Questions([self.questions[i] for i in indices], self.rows.select(indices), self.labelled)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -97,8 +101,8 @@ class QuestionAnsweringTask(Task[Questions]):
         if not questions and path not in self.bad_rows.skipped:
             raise ValueError(f"{path} holds no questions")
         for start in range(0, max(len(questions), 1), ROWS_PER_CHUNK):
-            part = slice(start, start + ROWS_PER_CHUNK)
-            yield Questions(questions[part], rows.select(range(len(questions))[part]), False)
+            part = range(len(questions))[start : start + ROWS_PER_CHUNK]
+            yield Questions(questions, rows, False).select(part)
 
     def label_config(self, examples: Questions) -> dict[str, Any]:
         """Return whether there are unanswerable questions."""

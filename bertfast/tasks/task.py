@@ -43,6 +43,9 @@ class HasRows(Protocol):
     def rows(self) -> Rows:
         """The row of each example."""
 
+    def select(self, indices: Sequence[int]) -> Any:
+        """Return the examples at `indices`."""
+
 
 Examples = TypeVar("Examples", bound=HasRows)
 """The examples of a task, as its `read` returns them."""

@@ -41,6 +41,11 @@ class TextGroups:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def select(self, indices: Sequence[int]) -> TextGroups:
+        """Return the groups at `indices`."""
+        scores = None if self.scores is None else [self.scores[i] for i in indices]
+        return TextGroups([self.texts[i] for i in indices], self.rows.select(indices), scores)
+
 
 @dataclass(frozen=True)
 class GroupColumns:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
@@ -38,10 +39,18 @@ from bertfast.training.finetune_checkpointing import (
 )
 from bertfast.training.finetune_data import batches_of_passes, featurize, read_examples
 from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
-from bertfast.training.finetune_model import balanced_weights, build_model, choose_metric, finetuning_task, model_config
+from bertfast.training.finetune_model import (
+    balanced_weights,
+    build_model,
+    choose_metric,
+    finetuning_task,
+    model_config,
+    single_labels,
+)
 from bertfast.training.finetune_report import how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.finetune_step import FinetuneStep
+from bertfast.training.layerwise_decay import layerwise_scale
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.optimizer import build_optimizers
 from bertfast.training.schedule import schedule
@@ -103,6 +112,7 @@ class Finetuning:
         metric: Name of the metric that selects the best model.
         examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
+        warmup: Fraction of the steps that are warm-up.
         progress: How far the run has come, and how good its best model is.
         trainer: Computes gradients and updates of a step.
         results: Losses of the steps.
@@ -135,21 +145,29 @@ class Finetuning:
         torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
         if settings.feature_based.strategy == "feature-based":
             replace_inputs_by_states(self.features, self.model, settings, self.precision)
-        rate, decay = self.hyperparameters.learning_rate, settings.optimizer.weight_decay
-        self.optimizers = build_optimizers(self.model, "adamw", rate, decay)
+        self.optimizers = self._build_optimizers()
         self.trainer = self._build_step()
         passes = settings.batch.gradient_accumulation_steps
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = self.hyperparameters.steps(self.steps_per_epoch)
+        self.warmup = settings.optimizer.warmup(self.steps)
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
+
+    def _build_optimizers(self) -> list[Optimizer]:
+        settings, rate = self.settings.optimizer, self.hyperparameters.learning_rate
+        scale_of = layerwise_scale(settings.layerwise_lr_decay, self.config.num_hidden_layers)
+        betas = settings.adam_beta1, settings.adam_beta2
+        return build_optimizers(self.model, settings.optimizer, rate, settings.weight_decay, betas, scale_of)
 
     def _build_step(self) -> FinetuneStep:
         settings = self.settings.optimizer
         balanced = settings.class_weights == "balanced"
         captures = self.settings.compute.cuda_graph and self.task.captures
+        if settings.label_smoothing_factor:
+            single_labels(self.features["train"], "--label-smoothing-factor")
         return FinetuneStep(
             self.task,
             self.model,
@@ -159,7 +177,14 @@ class Finetuning:
             max_grad_norm=settings.max_grad_norm,
             capture=capture_for(self.model, self.precision, enabled=captures),
             class_weights=balanced_weights(self.features["train"], self.config) if balanced else None,
+            label_smoothing=settings.label_smoothing_factor,
         )
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        share = schedule(self.settings.optimizer.lr_scheduler_type, self.step / self.steps, self.warmup)
+        return self.hyperparameters.learning_rate * share
 
     @property
     def step(self) -> int:
@@ -210,7 +235,7 @@ class Finetuning:
         write_skipped_rows(self.folder, self.task.bad_rows)
         examples = len(self.examples["train"])
         logger.info("fine-tuning on %d examples, %s on %s%s", examples, self.precision, self.device, start)
-        if self.steps == 1 and settings.optimizer.warmup_ratio:
+        if self.steps == 1 and self.warmup and self.learning_rate == 0:
             logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
@@ -226,8 +251,7 @@ class Finetuning:
         size, tokens = self.hyperparameters.per_device_train_batch_size, settings.batch.tokens_per_batch
         buckets = Buckets(tokens=self.trainer.captures, examples=False)
         self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets))
-        share = schedule("linear", self.step / self.steps, settings.optimizer.warmup_ratio)
-        self.results.pending.append(self.trainer.update(self.hyperparameters.learning_rate * share))
+        self.results.pending.append(self.trainer.update(self.learning_rate))
         self.progress.step += 1
         self.progress.tokens += int(features.lengths[rows].sum())
         self.progress.seconds += time.perf_counter() - clock

@@ -26,7 +26,7 @@ def read_examples(settings: FinetuneSettings, task: Task[Any]) -> dict[str, Any]
 def featurize(
     settings: FinetuneSettings, task: Task[Any], examples: dict[str, Any], tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tokenize the examples of each split; texts that are cut are counted in a warning.
+    """Tokenize the examples of each split, as many as `SampleSettings` allow; warn of texts that are cut.
 
     Args:
         settings: Settings of the run.
@@ -39,7 +39,15 @@ def featurize(
     """
     length, files = task.max_length(), data_files(settings)
     kept, features = {}, {}
+    samples = settings.samples
+    limits = {
+        "train": samples.max_train_samples,
+        "validation": samples.max_eval_samples,
+        "test": samples.max_predict_samples,
+    }
     for split, read in examples.items():
+        if (limit := limits[split]) is not None and limit < len(read):
+            read = read.select(range(limit))
         kept[split], features[split] = task.featurize(read, tokenizer, length)
         cut = CutTexts(files[split], length)
         cut.add(features[split])

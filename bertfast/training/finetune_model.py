@@ -106,10 +106,24 @@ def _initial_model(
     return model
 
 
-def balanced_weights(features: Features, config: BertConfig) -> Tensor:
-    """Return a weight per label, inversely proportional to its frequency in the training data, fp32 [labels]."""
+def single_labels(features: Features, flag: str) -> np.ndarray:
+    """Return the labels of examples or tokens, int64.
+
+    Args:
+        features: Training data.
+        flag: Flag that requires them.
+
+    Raises:
+        ValueError: The task has no labels of this kind.
+    """
     labels = features.labels.get("labels")
     if labels is None or labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating):
-        raise ValueError("--class-weights requires a task in which every example or word has one of several labels")
+        raise ValueError(f"{flag} requires a task in which every example or word has one of several labels")
+    return labels
+
+
+def balanced_weights(features: Features, config: BertConfig) -> Tensor:
+    """Return a weight per label, inversely proportional to its frequency in the training data, fp32 [labels]."""
+    labels = single_labels(features, "--class-weights")
     counts = np.bincount(labels[labels >= 0], minlength=config.num_labels or 0).clip(min=1)
     return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from bertfast.models.extensions import LAYERS
 from bertfast.runtime.settings import (
     Count,
+    CountOrOff,
     Epochs,
     Fraction,
     LearningRate,
@@ -16,11 +17,14 @@ from bertfast.runtime.settings import (
     Range,
     Seed,
     Settings,
+    counted,
     given,
     refuse_without_effect,
 )
 from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
 from bertfast.training.checkpoint_settings import CheckpointSettings
+from bertfast.training.optimizer import OptimizerName
+from bertfast.training.schedule import SchedulerType
 
 logger = logging.getLogger("bertfast")
 
@@ -89,17 +93,70 @@ class OptimizerSettings(Settings):
     """Loss and optimizer.
 
     Attributes:
+        optimizer: adamw: AdamW as in the BERT paper; lamb: LAMB, for large batches; muon: Muon for matrices and AdamW
+            for all other parameters.
+        lr_scheduler_type: Learning rate after the warm-up: linear or cosine decay to 0, constant_with_warmup, constant
+            until a linear decay in the last fifth of the run (wsd), or constant from the first step on.
         warmup_ratio: Fraction of the run in which the learning rate rises to its peak.
+        warmup_steps: Steps in which the learning rate rises to its peak. If not given: --warmup-ratio of the run.
+        layerwise_lr_decay: Factor of the learning rate from each layer to the one below it; that of the head is 1.
         weight_decay: Weight decay of matrices; biases and LayerNorm parameters do not decay.
+        adam_beta1: AdamW β1.
+        adam_beta2: AdamW β2.
         max_grad_norm: Gradient-clipping norm (0 = off).
+        label_smoothing_factor: Fraction of the target that all labels share equally, in the training loss.
         class_weights: none: all examples have the same weight; balanced: each example is weighted inversely to the
             frequency of its label.
     """
 
+    exclusive = ("warmup_ratio", "warmup_steps")
+
+    optimizer: OptimizerName = "adamw"
+    lr_scheduler_type: SchedulerType = "linear"
     warmup_ratio: Fraction = 0.1
+    warmup_steps: CountOrOff | None = None
+    layerwise_lr_decay: Annotated[float, Range(above=0, maximum=1)] = 1.0
     weight_decay: NonNegative = 0.01
+    adam_beta1: Annotated[float, Range(0, below=1)] = 0.9
+    adam_beta2: Annotated[float, Range(0, below=1)] = 0.999
     max_grad_norm: NonNegative = 1.0
+    label_smoothing_factor: Annotated[float, Range(0, below=1)] = 0.0
     class_weights: Literal["none", "balanced"] = "none"
+
+    def validate(self) -> None:
+        if self.lr_scheduler_type == "constant":
+            flags = {"--warmup-ratio", "--warmup-steps"}.intersection(given(self))
+            refuse_without_effect(sorted(flags), "--lr-scheduler-type constant has no warm-up")
+
+    def warmup(self, steps: int) -> float:
+        """Return the fraction of a run of so many steps that is warm-up.
+
+        Raises:
+            ValueError: The warm-up is longer than the run.
+        """
+        if self.warmup_steps is None:
+            return self.warmup_ratio
+        if self.warmup_steps > steps:
+            raise ValueError(
+                f"--warmup-steps {self.warmup_steps} is more than the run's {counted(steps, 'step')}: lower it, or "
+                "raise --max-steps or --num-train-epochs"
+            )
+        return self.warmup_steps / steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(Settings):
+    """Parts of the data, for quick trials.
+
+    Attributes:
+        max_train_samples: Use only so many examples, the first, of --train-file; its labels are those of all.
+        max_eval_samples: Use only so many examples, the first, of --validation-file.
+        max_predict_samples: Use only so many examples, the first, of --test-file.
+    """
+
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
+    max_predict_samples: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +181,25 @@ class Hyperparameters(Settings):
     """Hyperparameters that the BERT paper varies between tasks; `bertfast sweep` tries several values of each.
 
     Attributes:
-        learning_rate: Peak learning rate; decays linearly to 0.
+        learning_rate: Peak learning rate.
         per_device_train_batch_size: Examples per forward and backward pass.
         num_train_epochs: Number of passes over the training data.
+        max_steps: Number of optimizer steps. If not given: those of --num-train-epochs.
         seed: Random seed of new weights, the order of examples and dropout.
     """
+
+    exclusive = ("num_train_epochs", "max_steps")
 
     learning_rate: LearningRate = 5e-5
     per_device_train_batch_size: Count = 32
     num_train_epochs: Epochs = 3.0
+    max_steps: Count | None = None
     seed: Seed = 42
 
     def steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps, at least one; warn if the epochs are less than that."""
+        if self.max_steps is not None:
+            return self.max_steps
         steps = round(self.num_train_epochs * steps_per_epoch)
         if not steps:
             logger.warning(
@@ -164,6 +227,7 @@ class FinetuneBase(TaskSettings):
         batch: Division of the examples of a step.
         optimizer: Loss and optimizer.
         evaluation: Validation, choice of the best model, and metrics.
+        samples: Parts of the data, for quick trials.
     """
 
     train_file: str
@@ -175,6 +239,7 @@ class FinetuneBase(TaskSettings):
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
     compute: FloatingPointSettings = field(default_factory=FloatingPointSettings)
 
     def validate(self) -> None:
@@ -182,6 +247,11 @@ class FinetuneBase(TaskSettings):
         names = {"--eval-steps", "--early-stopping-patience", "--metric-for-best-model"}.intersection(given(evaluation))
         if self.validation_file is None:
             refuse_without_effect(sorted(names), "there is no --validation-file")
+            names = {"--max-eval-samples"}.intersection(given(self.samples))
+            refuse_without_effect(names, "there is no --validation-file")
+        if self.test_file is None:
+            names = {"--max-predict-samples"}.intersection(given(self.samples))
+            refuse_without_effect(names, "there is no --test-file")
         if self.task == "embedding" and self.model.bilstm:
             refuse_without_effect(["--bilstm"], "embeddings are pooled from the encoder's output")
         if self.feature_based.strategy == "fine-tuning":

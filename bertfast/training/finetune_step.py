@@ -34,6 +34,7 @@ class FinetuneStep:
         max_grad_norm: Gradient-clipping norm (0 = off).
         capture: See `GraphRunner`.
         class_weights: Weight of each label in the loss, fp32 [labels]; None: 1.
+        label_smoothing: Fraction of the target that all labels share equally.
 
     Attributes:
         weights: The class weights on the device.
@@ -52,9 +53,11 @@ class FinetuneStep:
         max_grad_norm: float,
         capture: Capture | None = None,
         class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ):
         self.task, self.model, self.optimizers, self.device = task, model, optimizers, device
         self.precision, self.max_grad_norm, self.captures = precision, max_grad_norm, capture is not None
+        self.label_smoothing = label_smoothing
         # Captured steps read these tensors at fixed addresses.
         self.host_weights = class_weights
         self.weights = None if class_weights is None else class_weights.to(device)
@@ -112,8 +115,9 @@ class FinetuneStep:
 
     def _loss(self, batch: ModelInputs) -> Tensor:
         """Return a batch's share of the mean loss of its step, []."""
-        if self.weights is None:
+        if self.weights is None and not self.label_smoothing:
             return self.task.loss(self.model, batch, self.items)
         labels = batch.arguments["labels"].flatten()
         logits = self.task.logits(self.model, batch).flatten(0, -2).float()
-        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum") / self.items
+        options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "label_smoothing": self.label_smoothing}
+        return F.cross_entropy(logits, labels, self.weights, reduction="sum", **options) / self.items

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from bertfast.runtime.precision import has_bf16_gemm
+from bertfast.training.schedule import LR_SCALE
 
 OptimizerName = Literal["adamw", "lamb", "muon"]
 
@@ -32,6 +33,7 @@ def build_optimizers(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
+    scale_of: Callable[[str], float] = lambda name: 1.0,
 ) -> list[Optimizer]:
     """Return the optimizers that together update all trainable parameters of `model`.
 
@@ -42,26 +44,36 @@ def build_optimizers(
             `set_learning_rate` changes and captured steps read.
         weight_decay: Weight decay of matrices; biases and LayerNorm parameters do not decay.
         betas: β1 and β2 of AdamW or LAMB.
+        scale_of: Returns the factor of the learning rate of a parameter by its name.
     """
-    matrices: list[nn.Parameter] = []
-    weights: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    # Parameters by the factor of their learning rate.
+    matrices: dict[float, list[nn.Parameter]] = {}
+    weights: dict[float, list[nn.Parameter]] = {}
+    vectors: dict[float, list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.dim() < 2:
-            vectors.append(parameter)
+            of_kind = vectors
         elif name == "muon" and "embeddings" not in key and key.split(".")[-2] not in _HEADS:
-            matrices.append(parameter)
+            of_kind = matrices
         else:
-            weights.append(parameter)
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            of_kind = weights
+        of_kind.setdefault(scale_of(key), []).append(parameter)
     device = next(model.parameters()).device
-    rate = torch.tensor(learning_rate, device=device)
+
+    def groups(of_kind: dict[float, list[nn.Parameter]], decay: float) -> list[dict[str, Any]]:
+        rates = {scale: torch.tensor(learning_rate * scale, device=device) for scale in of_kind}
+        return [
+            {"params": parameters, "weight_decay": decay, "lr": rates[scale], LR_SCALE: scale}
+            for scale, parameters in of_kind.items()
+        ]
+
+    others = groups(weights, weight_decay) + groups(vectors, 0.0)
     if name == "lamb":
-        return [Lamb(groups, rate, betas)]
-    adamw = AdamW(groups, lr=rate, betas=betas, fused=True, capturable=device.type == "cuda")
-    return [Muon(matrices, rate, weight_decay), adamw] if matrices else [adamw]
+        return [Lamb(others, learning_rate, betas)]
+    adamw = AdamW(others, betas=betas, fused=True, capturable=device.type == "cuda")
+    return [Muon(groups(matrices, weight_decay), learning_rate), adamw] if matrices else [adamw]
 
 
 def step_if_finite(
@@ -211,7 +223,7 @@ class Muon(_Skips):
     batch, and in fp32 if the device has no native bf16 GEMMs, where PyTorch's is several times slower (`bench/LOG.md`).
 
     Args:
-        matrices: Parameters.
+        matrices: Parameters, or parameter groups.
         learning_rate: Learning rate.
         weight_decay: Weight decay.
         momentum: Decay of the momentum.
@@ -219,7 +231,7 @@ class Muon(_Skips):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         learning_rate: float | Tensor,
         weight_decay: float = 0.0,
         momentum: float = 0.95,

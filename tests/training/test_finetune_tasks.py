@@ -9,36 +9,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sentiment import FILLERS
-from task_examples import settings_for, write_examples
+from task_examples import padded, settings_for, write_examples
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 from bertfast.cli.main import main
-from bertfast.tasks.features import Features, count_labels
+from bertfast.tasks.features import count_labels
 from bertfast.training.finetune import Finetuning
 from bertfast.training.schedule import schedule
 
 pytestmark = pytest.mark.slow
 
 STEPS, BATCH = 50, 4
-
-
-def padded(features: Features, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return the examples as padded inputs of transformers."""
-    sequences = [row * features.num_choices + i for row in rows for i in range(features.num_choices)]
-    spans = [slice(*features.cu_seqlens[i : i + 2]) for i in sequences]
-
-    def spread(values: np.ndarray, rest: int) -> torch.Tensor:
-        return pad_sequence([torch.from_numpy(values[span].astype(np.int64)) for span in spans], True, rest)
-
-    batch = {"input_ids": spread(features.token_ids, 0), "token_type_ids": spread(features.token_type_ids, 0)}
-    batch["attention_mask"] = spread(np.ones_like(features.token_ids), 0)
-    if features.num_choices > 1:
-        batch = {name: values.unflatten(0, (-1, features.num_choices)) for name, values in batch.items()}
-    for name, values in features.labels.items():
-        per_token = len(values) == len(features.token_ids)
-        batch[name] = spread(values, -100) if per_token else torch.from_numpy(values[rows])
-    return batch
 
 
 def hf_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

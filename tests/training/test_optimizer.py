@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from bertfast import BertConfig, BertForPreTraining
 from bertfast.runtime import precision
 from bertfast.runtime.precision import choose_precision
+from bertfast.training.layerwise_decay import layerwise_scale
 from bertfast.training.optimizer import Lamb, Muon, build_optimizers, not_finite
 from bertfast.training.schedule import schedule, set_learning_rate
 
@@ -35,6 +37,50 @@ def test_muon_updates_only_matrices_between_features(model):
     owned = [names[id(parameter)] for parameter in muon.param_groups[0]["params"]]
     assert len(owned) == 2 * 6 + 2
     assert all(name.startswith(("bert.encoder.layer", "bert.pooler", "cls.predictions.transform")) for name in owned)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_layerwise_decay_scales_the_rate_of_each_layer(model, name):
+    optimizers = build_optimizers(model, name, 1.0, 0.01, scale_of=layerwise_scale(0.5, layers=2))
+    for learning_rate in (1.0, 0.25):
+        set_learning_rate(optimizers, learning_rate)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = {id(parameter): group["lr"].item() for group in groups for parameter in group["params"]}
+        for key, parameter in model.named_parameters():
+            below_head = {"bert.embeddings": 3, "bert.encoder.layer.0": 2, "bert.encoder.layer.1": 1}
+            depth = next((depth for prefix, depth in below_head.items() if key.startswith(f"{prefix}.")), 0)
+            assert rates.pop(id(parameter)) == learning_rate * 0.5**depth, key
+        assert not rates
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("distilbert.transformer.layer.3.attention.q_lin.weight", 1),
+        ("roberta.encoder.layer.0.output.dense.bias", 4),
+        ("model.layers.2.attn.Wqkv.weight", 2),
+        ("model.embeddings.tok_embeddings.weight", 5),
+        ("model.embed_tokens.weight", 5),
+        ("electra.embeddings_project.weight", 5),
+        ("model.final_norm.weight", 0),
+        ("bilstm.lstm.weight_ih_l0", 0),
+        ("classifier.weight", 0),
+    ],
+)
+def test_layerwise_decay_knows_the_layers_of_each_family(name, depth):
+    assert layerwise_scale(0.5, layers=4)(name) == 0.5**depth
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_schedules_equal_those_of_transformers(name, warmup):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(20):
+        assert schedule(name, step / 20, warmup / 20) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_muon_equals_pytorch(model):

@@ -1,7 +1,6 @@
 """Interrupted, killed and damaged runs resume, bitwise identical to an uninterrupted run."""
 
 import json
-import multiprocessing
 import random
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STEPS, assert_same_weights, entries, losses, quietly, settings_for
+from runs import STEPS, assert_same_weights, entries, exit_code, losses, settings_for
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
@@ -81,29 +80,17 @@ def test_checkpointed_layers_do_not_change_the_run(data, tmp_path):
 def test_a_run_killed_at_any_moment_resumes(data, tmp_path):
     """Killed twenty times while it trains and saves, after every step, at random moments."""
     settings = settings_for(tmp_path / "whole", data, save_steps=1, eval_steps=4)
-    threads = torch.get_num_threads()
-    quietly(settings)
-    torch.set_num_threads(threads)
+    assert exit_code(pretrain, settings, None) == 0
     killed = settings.replace(output_dir=str(tmp_path / "killed"), resume=True)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["runs"])
-    moments, kills = random.Random(0), 0
-    for _ in range(200):
-        process = processes.Process(target=quietly, args=(killed,))
-        process.start()
-        process.join(moments.uniform(0.3, 1.2) if kills < 20 else None)
-        if not process.is_alive():
-            break
-        process.kill()
-        process.join()
-        kills += 1
-        if kills < 20 and len(losses(tmp_path / "killed")) > STEPS - 5:  # it must not end before
+    moments = random.Random(0)
+    for _ in range(20):
+        assert exit_code(pretrain, killed, moments.uniform(0, 0.2)) == -signal.SIGKILL
+        if len(losses(tmp_path / "killed")) > STEPS - 5:  # the next process must not end before it is killed
             for late in checkpoints(tmp_path / "killed" / "checkpoints")[1:]:
                 for file in late.iterdir():
                     file.unlink()
                 late.rmdir()
-    assert kills == 20
-    assert process.exitcode == 0
+    assert exit_code(pretrain, killed, None) == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
