@@ -39,6 +39,7 @@ _LABELLED = [  # task, format of its files, and class of its model
     ("multiple-choice", "choices", "BertForMultipleChoice"),
     ("sst-2", "tsv", "model"),
     ("embedding", "tsv", "model"),
+    ("reranking", "tsv", "model"),
 ]
 # Settings without which a call takes long: docstrings are gathered, or a large model is trained.
 _KEPT = ("train_file", "input_file", "seconds", "max_steps", "config_overrides", "output_dir")

@@ -86,6 +86,8 @@ def files(tmp_path_factory):
         write_examples(folder, task, 24, seed=0).rename(folder / target)
     for name in ("pairs.tsv", "dev-pairs.tsv"):
         write_pairs(folder / name, "pairs", 24)
+    for name in ("rankings.tsv", "dev-rankings.tsv"):
+        write_pairs(folder / name, "triplets", 24)
     tokenizer = train_tokenizer(texts, 96)
     config = preset_config("tiny", vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=1)
     torch.manual_seed(0)
@@ -95,6 +97,7 @@ def files(tmp_path_factory):
     for line in (
         "prepare --output-dir shards --train-file text/ --vocab-size 96 --processes 1",
         "finetune --model-name-or-path bert --train-file train.tsv --output-dir tuned --num-train-epochs 1",
+        "finetune --task reranking --model-name-or-path bert --train-file rankings.tsv --output-dir tuned-reranker",
         "embed --model-name-or-path bert --input-file texts.txt --output-dir documents --output-precision int8",
     ):
         before = os.getcwd()

@@ -15,7 +15,7 @@ from bertfast.models.sentence_modules import Dense, Normalize, SentenceModules, 
 from bertfast.models.weights import read_weights
 from bertfast.runtime.atomic_write import write_atomically
 
-_MODULES, _PROMPTS, _EMBEDDING = "modules.json", "config_sentence_transformers.json", "sentence_embedding"
+_MODULES, MODEL_OPTIONS, _EMBEDDING = "modules.json", "config_sentence_transformers.json", "sentence_embedding"
 _TRANSFORMER = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -57,7 +57,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
     path = folder / _MODULES
     if not path.exists():
         return SentenceModules(folder, max_seq_length=_length_of_tokenizer(folder))
-    prompts, default_prompt, model_type, truncate_dim, similarity = _model_options(folder / _PROMPTS)
+    prompts, default_prompt, model_type, truncate_dim, similarity = _model_options(folder / MODEL_OPTIONS)
     if model_type != "SentenceTransformer":  # a CrossEncoder or another, which has no embeddings of texts
         return SentenceModules(folder, (), max_seq_length=_length_of_tokenizer(folder))
     entries = _entries(path)
@@ -95,7 +95,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
         default_prompt=default_prompt,
         max_seq_length=options["max_seq_length"] or _length_of_tokenizer(transformer[1]),
         lowercases=bool(options["do_lower_case"]),
-        files=(path, *files, *(file for file in [folder / _PROMPTS] if file.exists())),
+        files=(path, *files, *(file for file in [folder / MODEL_OPTIONS] if file.exists())),
         similarity=similarity,
     )
 
@@ -227,7 +227,7 @@ def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | N
     return named, default, str(kind), truncate_dim, str(similarity)
 
 
-CONTENTS = (_MODULES, _PROMPTS, _TRANSFORMER[0], "1_Pooling", "2_Normalize")
+CONTENTS = (_MODULES, MODEL_OPTIONS, _TRANSFORMER[0], "1_Pooling", "2_Normalize")
 """What `write_sentence_modules` writes."""
 
 
@@ -258,7 +258,7 @@ def write_sentence_modules(folder: Path, modules: SentenceModules, hidden_size: 
         f"{paths[1]}/config.json": pooling,
         **({f"{paths[2]}/config.json": {}} if len(paths) > 2 else {}),
         _TRANSFORMER[0]: {"max_seq_length": max_seq_length, "do_lower_case": modules.lowercases},
-        _PROMPTS: options,
+        MODEL_OPTIONS: options,
         _MODULES: entries,  # last: without it the folder is that of an encoder
     }
     for name, content in files.items():

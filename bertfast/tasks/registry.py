@@ -24,6 +24,7 @@ from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.records import json_records
+from bertfast.tasks.reranking import RerankingTask
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import ColumnSettings, TaskSettings
 from bertfast.tasks.task import FINETUNING_TASK, Task
@@ -47,6 +48,7 @@ TASKS: dict[str, type[Task[Any]]] = {
     **dict.fromkeys(["question-answering", "squad", "squad-2"], QuestionAnsweringTask),
     **dict.fromkeys(["token-classification", "conll", "wnut"], TokenClassificationTask),
     "embedding": EmbeddingTask,
+    "reranking": RerankingTask,
 }
 # Those whose models have heads, by which they are known; a model of embeddings is an encoder.
 _TASK_CLASSES = (SequenceClassificationTask, MultipleChoiceTask, QuestionAnsweringTask, TokenClassificationTask)
@@ -76,7 +78,7 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
     of_model = next((cls for cls in _TASK_CLASSES for model in _names(cls, config) if model in architectures), None)
     task_class = TASKS.get(name) or of_model or _by_file(file, settings.columns)
-    if of_model not in (None, task_class):
+    if of_model is not None and not {*_names(task_class, config)} & {*architectures}:
         raise ValueError(
             f"--task {name} requires a {_names(task_class, config)[0]}, but {settings.model_name_or_path} is a "
             f"{', '.join(architectures)}: leave --task out, or fine-tune a model for that task"

@@ -60,7 +60,7 @@ LossName = Literal["multiple-negatives-ranking", "cosent", "contrastive"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSettings(Settings):
-    """Loss of embeddings, and how a text's embedding follows from those of its tokens.
+    """Losses of embeddings and rerankers, and how a text's embedding follows from those of its tokens.
 
     Attributes:
         loss: Loss of --task embedding, as sentence-transformers defines it: multiple-negatives-ranking, of pairs and
@@ -73,6 +73,7 @@ class EmbeddingSettings(Settings):
         pooling: How a text's embedding follows from those of its tokens, by the names of sentence-transformers; auto:
             as the model's modules.json says, and mean if it has none.
         normalization: l2: embeddings of length 1; none: as they are; auto: as the model's modules.json says.
+        max_score: Largest label of --task reranking, such as 5 in STS-B, by which labels are divided.
     """
 
     loss: Literal["auto", LossName] = "auto"
@@ -81,6 +82,7 @@ class EmbeddingSettings(Settings):
     matryoshka_dims: list[Count] = field(default_factory=list)
     pooling: Literal["auto", PoolingName] = "auto"
     normalization: NormalizationName = "auto"
+    max_score: Positive = 1.0
 
     def validate(self) -> None:
         refuse_repeated("matryoshka_dims", self.matryoshka_dims)
@@ -134,14 +136,14 @@ class TaskSettings(Settings):
     Attributes:
         model_name_or_path: Folder or hub id of a model and its tokenizer.
         task: sequence-classification, regression or multi-label (of texts or pairs of texts), multiple-choice,
-            question-answering, token-classification, embedding (of pairs or triplets), or the name of a data set: cola,
-            sst-2, mrpc, sts-b, qqp, mnli, mnli-mm, ax, qnli, rte, wnli, snli, swag, squad, squad-2, conll or wnut;
-            auto: inferred from the model, else from the file.
+            question-answering, token-classification, embedding (of pairs or triplets), reranking (of queries and
+            documents), or the name of a data set: cola, sst-2, mrpc, sts-b, qqp, mnli, mnli-mm, ax, qnli, rte, wnli,
+            snli, swag, squad, squad-2, conll or wnut; auto: inferred from the model, else from the file.
         max_seq_length: Maximum sequence length in tokens, beyond which inputs are truncated or split. If not given: the
             model's number of positions.
         columns: Columns of a data file, and rows that cannot be used.
         question_answering: Windows of long contexts, and choice of the answers, in question answering.
-        embedding: Loss of embeddings, and how a text's embedding follows from those of its tokens.
+        embedding: Losses of embeddings and rerankers, and how a text's embedding follows from those of its tokens.
         compute: Device, precision and batch size of inference.
     """
 

@@ -19,7 +19,7 @@ from bertfast.tasks.task import report_no_metrics
 FIRST_COLUMNS = ("anchor", "query", "question", "sentence1")
 SECOND_COLUMNS = ("positive", "answer", "passage", "document", "context", "sentence2")
 SCORE_COLUMNS = ("score", "label")
-_NEGATIVE = re.compile(r"negative[ _]?\d*")
+NEGATIVE = re.compile(r"negatives?[ _]?\d*")
 NEEDED = "anchor and positive, optionally negative, or sentence1, sentence2 and score"
 """The columns that embeddings need, for messages."""
 
@@ -78,7 +78,7 @@ class GroupColumns:
                 f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column "
                 "and --text-pair-column"
             )
-        negatives = [name for name in table.columns if _NEGATIVE.fullmatch(name) and name not in texts]
+        negatives = [name for name in table.columns if NEGATIVE.fullmatch(name) and name not in texts]
         names = (*SCORE_COLUMNS, *([] if known is None else [BENCHMARKS[known].label]))
         score = columns.label_column or next((name for name in names if name in table.columns), None)
         if negatives and columns.label_column is not None:

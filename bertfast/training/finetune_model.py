@@ -22,6 +22,8 @@ from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import FINETUNING_TASK, Task
 from bertfast.training.finetune_settings import FinetuneSettings
 
+_OWN_TASKS = ("embedding", "reranking")  # which are not known by the class of their models
+
 
 def finetuning_task(settings: FinetuneSettings) -> Task[Any]:
     """Return the task of a run."""
@@ -57,8 +59,8 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
         labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     if settings.task != "auto":
         labels |= {FINETUNING_TASK: settings.task}
-    elif FINETUNING_TASK not in labels and getattr(read_config(source), FINETUNING_TASK, None) == "embedding":
-        labels |= {FINETUNING_TASK: None}  # the new model has a head
+    elif FINETUNING_TASK not in labels and getattr(read_config(source), FINETUNING_TASK, None) in _OWN_TASKS:
+        labels |= {FINETUNING_TASK: None}  # else the new model would be taken for one of these
     if settings.model.bilstm:
         labels |= {"bilstm": True}
     if settings.feature_based.strategy == "feature-based":

@@ -16,6 +16,7 @@ from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import described
 from bertfast.runtime.settings import flag, given
+from bertfast.tasks.task import FINETUNING_TASK
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune_data import data_files
 from bertfast.training.finetune_folder import RUN, finetune_origin
@@ -25,9 +26,15 @@ logger = logging.getLogger("bertfast")
 
 CARD = "README.md"
 _MARK = "<!-- `bertfast finetune` wrote this file and may replace it. To keep changes, remove this line. -->"
+_RERANKER = "reranking"
+_SENTENCE_TRANSFORMERS = {  # classes of sentence-transformers, and a call
+    "": ("SentenceTransformer", 'encode(["A text."]).shape'),
+    _RERANKER: ("CrossEncoder", 'predict([("A query.", "A document.")])'),
+}
 # The end of a model class's name, and the task in the words of the Hugging Face hub.
 _PIPELINES = {
     "": "sentence-similarity",
+    _RERANKER: "text-ranking",
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
@@ -77,9 +84,10 @@ def _device_name(device: torch.device) -> str:
 def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any]) -> str:
     """Return the model card, in Markdown with the entries that the Hugging Face hub reads."""
     folder, head = Path(settings.output_dir).resolve().name, type(model).__name__.partition("For")[2]
+    head = _RERANKER if getattr(model.config, FINETUNING_TASK, None) == "reranking" else head
     source = settings.model_name_or_path
     is_local = Path(source).exists()
-    library = "transformers" if head else "sentence-transformers"
+    library = "sentence-transformers" if head in _SENTENCE_TRANSFORMERS else "transformers"
     entries = [f"library_name: {library}", f"pipeline_tag: {_PIPELINES[head]}"]
     entries += [] if is_local else [f"base_model: {source}"]
     start = "its configuration with random weights" if settings.model.random_init else "the model"
@@ -112,9 +120,10 @@ def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
     lines = ["## Use", "", "```", command, "```", ""]
     if extended:
         return [*lines, "The model has parts that transformers does not have: only bertfast opens it.", ""]
-    if not head:
-        code = ["from sentence_transformers import SentenceTransformer", "", f"model = SentenceTransformer({folder!r})"]
-        return [*lines, "```python", *code, 'print(model.encode(["A text."]).shape)', "```", ""]
+    if head in _SENTENCE_TRANSFORMERS:
+        name, call = _SENTENCE_TRANSFORMERS[head]
+        code = [f"from sentence_transformers import {name}", "", f"model = {name}({folder!r})", f"print(model.{call})"]
+        return [*lines, "```python", *code, "```", ""]
     code = [
         f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",

@@ -1,0 +1,183 @@
+"""Pairs of a query and a document, one or a list of them per row, from the files that train rerankers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bertfast.runtime.settings import counted
+from bertfast.tasks.labels import REGRESSION, read_label, sorted_numbers
+from bertfast.tasks.rows import Rows
+from bertfast.tasks.settings import ColumnSettings
+from bertfast.tasks.tables import Table
+from bertfast.tasks.task import report_no_metrics
+from bertfast.tasks.text_groups import FIRST_COLUMNS, NEGATIVE, SCORE_COLUMNS, SECOND_COLUMNS
+
+_POSITIVE = "positive"
+_DOCUMENTS, _LABELS = ("docs", "documents"), ("labels", "scores")  # columns of lists
+NEEDED = "query, document and label; query, positive and negative; or in JSON query, docs and labels"
+"""The columns that rerankers need, for messages."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankedPairs:
+    """Pairs of a query and a document.
+
+    Attributes:
+        pairs: The pairs of all rows.
+        sizes: Number of pairs of each row.
+        rows: The rows.
+        labels: How well the document of each pair answers its query; None: unknown.
+        lists: Whether rows are lists of documents.
+    """
+
+    pairs: list[tuple[str, str]]
+    sizes: list[int]
+    rows: Rows
+    labels: list[float] | None = None
+    lists: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def row_of_pair(self, index: int) -> int:
+        """Return the index of the row that a pair comes from."""
+        end = 0
+        for row, size in enumerate(self.sizes):
+            end += size
+            if index < end:
+                return row
+        raise IndexError(index)
+
+
+def read_ranked_pairs(table: Table, columns: ColumnSettings, *, labelled: bool) -> RankedPairs:
+    """Return the pairs of a table.
+
+    Args:
+        table: The table.
+        columns: Columns that are named.
+        labelled: Whether each pair must have a label; else labels may be missing.
+
+    Raises:
+        ValueError: Columns are missing, or a row cannot be used and `on_bad_rows` is "stop".
+    """
+    query = columns.text_column or next((name for name in FIRST_COLUMNS if name in table.columns), None)
+    if query is None:
+        raise ValueError(
+            f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column and "
+            "--text-pair-column"
+        )
+    table = table.with_texts(query)
+    documents = next((name for name in _DOCUMENTS if name in table.columns), None)
+    if columns.text_pair_column is None and _POSITIVE in table.columns:
+        return _from_rows(table, query, [*_positives_and_negatives(table)])
+    if columns.text_pair_column is None and documents is not None and _holds_lists(table, documents):
+        return _from_rows(table, query, [*_documents_and_labels(table, documents, labelled)])
+    return _single_pairs(table, query, columns, labelled=labelled)
+
+
+_Row = tuple[list[str], list[float] | None] | str
+"""The documents of a row and their labels, or why it cannot be used."""
+
+
+def _from_rows(table: Table, query: str, rows: list[_Row]) -> RankedPairs:
+    """Return the pairs of rows that are lists."""
+    pairs: list[tuple[str, str]] = []
+    labels: list[float] = []
+    sizes, usable, known = [], [], True
+    for index, (text, row) in enumerate(zip(table.column(query), rows, strict=True)):
+        if isinstance(row, str):
+            table.rows.reject(index, row)
+            continue
+        documents, of_documents = row
+        pairs += [(text, document) for document in documents]
+        labels += of_documents or []
+        known &= of_documents is not None
+        sizes.append(len(documents))
+        usable.append(index)
+    if not usable:
+        raise ValueError(f"{table.path} has no usable rows")
+    return RankedPairs(pairs, sizes, table.rows.select(usable), labels if known else None, lists=True)
+
+
+def _positives_and_negatives(table: Table) -> Iterator[_Row]:
+    """Yield the documents of rows with the column positive and perhaps negatives: texts or lists of texts."""
+    negatives = [name for name in table.columns if NEGATIVE.fullmatch(name)]
+    for index in range(len(table)):
+        found: dict[str, list[str]] = {}
+        problem = None
+        for name in (_POSITIVE, *negatives):
+            value = table.columns[name][index]
+            texts = [value] if isinstance(value, str) else [] if value is None else value
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                problem = f"column {name!r} holds {_shown(value)}, not a text or a list of texts"
+                break
+            found[name] = texts
+        if problem is None and not found[_POSITIVE]:
+            problem = f"column {_POSITIVE!r} is missing or empty"
+        if problem is not None:
+            yield problem
+            continue
+        others = [text for name in negatives for text in found[name]]
+        yield [*found[_POSITIVE], *others], [1.0] * len(found[_POSITIVE]) + [0.0] * len(others)
+
+
+def _documents_and_labels(table: Table, column: str, labelled: bool) -> Iterator[_Row]:
+    """Yield the documents of rows with a column of lists, and the labels in another column of lists."""
+    labels = next((name for name in _LABELS if name in table.columns), None)
+    if labels is None and labelled:
+        raise ValueError(f"{table.path} has the column {column!r} of lists, and no column 'labels' of as many labels")
+    for index, documents in enumerate(table.column(column)):
+        values = None if labels is None else table.columns[labels][index]
+        if not isinstance(documents, list) or not documents or not all(isinstance(x, str) for x in documents):
+            yield f"column {column!r} holds {_shown(documents)}, not a list of texts"
+        elif values is None and not labelled:
+            yield documents, None
+        elif not isinstance(values, list) or not all(type(x) in (int, float) for x in values):
+            yield f"column {labels!r} holds {_shown(values)}, not a list of numbers"
+        elif len(values) != len(documents):
+            yield f"{counted(len(documents), 'text')} in column {column!r} and {counted(len(values), 'label')}"
+        else:
+            yield documents, [float(x) for x in values]
+
+
+def _holds_lists(table: Table, column: str) -> bool:
+    return any(isinstance(value, list) for value in table.column(column))
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
+
+
+def _single_pairs(table: Table, query: str, columns: ColumnSettings, *, labelled: bool) -> RankedPairs:
+    """Return the pairs of rows that are one pair each."""
+    second = columns.text_pair_column or next((name for name in SECOND_COLUMNS if name in table.columns), None)
+    if second is None:
+        raise ValueError(
+            f"{table.path} has no columns {NEEDED}, {table.found}: name that of the documents with --text-pair-column"
+        )
+    table = table.with_texts(query, second)
+    texts = [*zip(table.column(query), table.column(second), strict=True)]
+    pairs = RankedPairs(texts, [1] * len(texts), table.rows)
+    label = columns.label_column or next((name for name in SCORE_COLUMNS if name in table.columns), SCORE_COLUMNS[-1])
+    if not labelled and label not in table.columns:
+        return pairs
+    labels: list[float] = []
+    usable: list[int] = []
+    for row, value in enumerate(table.column(label)):
+        text = read_label(value, REGRESSION)
+        if isinstance(text, str) and sorted_numbers([text]):
+            labels.append(float(text))
+            usable.append(row)
+            continue
+        problem = f"the label {value!r:.60} in column {label!r} is not a finite number"
+        if not labelled:
+            report_no_metrics(table.rows, row, problem)
+            return pairs
+        table.rows.reject(row, problem)
+    if labelled and not usable:
+        raise ValueError(f"{table.path}: no row has a usable label")
+    rows = table.rows.select(usable)
+    return replace(pairs, pairs=[texts[i] for i in usable], sizes=[1] * len(usable), rows=rows, labels=labels)

@@ -1,0 +1,192 @@
+"""Reranking: how well a document answers a query, by a cross-encoder, which reads both as one sequence.
+
+Shapes: E pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import BertConfig, PreTrainedModel
+
+from bertfast.data.text_files import read_json
+from bertfast.encoder import sequence_classification_loss, sequence_logits
+from bertfast.models.bert import BertForSequenceClassification
+from bertfast.models.sentence_folder import MODEL_OPTIONS, encoder_folder
+from bertfast.tasks.features import Features, ModelInputs, tokenize
+from bertfast.tasks.labels import MULTI_LABEL
+from bertfast.tasks.metrics import RETRIEVAL, ranking_metrics, regression_metrics
+from bertfast.tasks.ranked_pairs import RankedPairs, read_ranked_pairs
+from bertfast.tasks.rows import Rows
+from bertfast.tasks.settings import TaskSettings
+from bertfast.tasks.tables import read_chunks, read_table
+from bertfast.tasks.task import FINETUNING_TASK, ROWS_PER_CHUNK, Outputs, Prediction, Task, write_aligned
+
+logger = logging.getLogger("bertfast")
+
+_SCORED = ("spearmanr", "pearson")  # metrics of pairs with scores
+_SIGMOID, _IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
+_OPTIONS = "sentence_transformers"  # entry of a configuration, of which `activation_fn` gives scores of logits
+_DEPTH = 10  # documents per query that are measured
+
+
+class RerankingTask(Task[RankedPairs]):
+    """Reranking: one logit for each pair of a query and a document, trained by binary cross-entropy.
+
+    Attributes:
+        activation: Name of what makes scores of logits, as sentence-transformers writes it.
+        ranks: Whether the last labelled file has several documents of a query, which decides the metrics.
+    """
+
+    model_class = BertForSequenceClassification
+    flags = frozenset({"--text-column", "--text-pair-column", "--label-column", "--max-score"})
+
+    def __init__(self, settings: TaskSettings):
+        super().__init__(settings)
+        self.activation = _SIGMOID
+        self.ranks = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of the ranking of each query's documents, or correlations of scores and labels."""
+        return RETRIEVAL if self.ranks else _SCORED
+
+    def open_folder(self, folder: Path) -> Path:
+        """Read what makes scores of logits; see `Task.open_folder`."""
+        encoder = encoder_folder(folder)
+        config = read_json(encoder / "config.json") if (encoder / "config.json").exists() else {}
+        options = read_json(folder / MODEL_OPTIONS) if (folder / MODEL_OPTIONS).exists() else {}
+        nested = config.get(_OPTIONS)
+        known = [nested.get("activation_fn") if isinstance(nested, dict) else None]
+        known += [config.get("sbert_ce_default_activation_function")]
+        known += [options.get("activation_fn") if options.get("model_type") == "CrossEncoder" else None]
+        name = next((name for name in known if name is not None), _SIGMOID)
+        if name not in (_SIGMOID, _IDENTITY):
+            raise ValueError(f"{folder}: activation_fn {name!r:.60} is neither Sigmoid nor Identity of torch.nn")
+        self.activation = name
+        return encoder
+
+    def read(self, path: str, *, labelled: bool) -> RankedPairs:
+        """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
+        pairs = read_ranked_pairs(read_table(path, bad=self.bad_rows), self.settings.columns, labelled=labelled)
+        if labelled:
+            self.ranks = _rankings(pairs) is not None
+        return pairs
+
+    def read_chunks(self, path: str) -> Iterator[RankedPairs]:
+        """Yield the pairs of a file in parts; see `Task.read_chunks`."""
+        for table in read_chunks(path, ROWS_PER_CHUNK, bad=self.bad_rows):
+            yield replace(read_ranked_pairs(table, self.settings.columns, labelled=False), labels=None)
+
+    def label_config(self, examples: RankedPairs) -> dict[str, Any]:
+        """Check the labels; return one label, whose loss is the binary cross-entropy."""
+        labels, largest = examples.labels or [], self.settings.embedding.max_score
+        for index, label in enumerate(labels):
+            if not 0 <= label <= largest:
+                where = examples.rows.where(examples.row_of_pair(index))
+                raise ValueError(
+                    f"{where}: the label {label:g} is not from 0 to {largest:g}: --max-score names the largest one"
+                )
+        if len({*labels}) < 2:
+            raise ValueError(f"{examples.rows.file}: every label is {labels[0]:g}; reranking needs different labels")
+        entries: dict[str, Any] = {"num_labels": 1, "id2label": {0: "LABEL_0"}, "problem_type": MULTI_LABEL}
+        return entries | {FINETUNING_TASK: "reranking", _OPTIONS: {"activation_fn": self.activation}}
+
+    def set_config(self, config: BertConfig) -> None:
+        """Check that the model has one label; see `Task.set_config`."""
+        super().set_config(config)
+        if config.num_labels != 1:
+            raise ValueError(
+                f"{self.settings.model_name_or_path} has {config.num_labels} labels, and reranking needs one: leave "
+                "--task out, or fine-tune it with --task reranking"
+            )
+
+    def featurize(self, examples: RankedPairs, tokenizer: Tokenizer, max_length: int) -> tuple[RankedPairs, Features]:
+        """Tokenize each pair as one sequence; see `Task.featurize`."""
+        labels: dict[str, np.ndarray] = {}
+        if examples.labels is not None:
+            labels = {"labels": np.array(examples.labels, np.float32) / np.float32(self.settings.embedding.max_score)}
+        return examples, replace(tokenize(tokenizer, examples.pairs, max_length), labels=labels)
+
+    def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+        """Compute logits [E, 1]."""
+        return sequence_logits(model, inputs.packed(model))
+
+    def loss(self, model: PreTrainedModel, inputs: ModelInputs, items: Tensor) -> Tensor:
+        """Compute the binary cross-entropy."""
+        return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
+
+    def predictions(self, examples: RankedPairs, features: Features, outputs: Outputs) -> Iterator[Prediction]:
+        """Yield {"score"} of a pair, or {"scores"} of the documents of a list."""
+        for scores in self._scores_of_rows(examples, outputs):
+            yield {"scores": scores.tolist()} if examples.lists else {"score": float(scores[0])}
+
+    def compute_metrics(self, examples: RankedPairs, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute the metrics; empty if the pairs have no labels."""
+        if examples.labels is None:
+            return {}
+        scores = self._scores(outputs)
+        rankings = _rankings(examples) if self.ranks else None
+        if rankings is None:
+            values = regression_metrics(scores, np.array(examples.labels))
+            return {} if self.ranks else {name: values[name] for name in _SCORED}
+        labels = np.array(examples.labels)
+        relevant = np.zeros((len(rankings), _DEPTH), bool)
+        for row, pairs in enumerate(rankings):
+            # Of equal scores, that of an irrelevant document comes first: a constant must not look like a ranking.
+            best = np.array(pairs)[np.lexsort((labels[pairs], -scores[pairs]))[:_DEPTH]]
+            relevant[row, : len(best)] = labels[best] > 0
+        return ranking_metrics(relevant, np.array([int((labels[pairs] > 0).sum()) for pairs in rankings]))
+
+    def write_predictions(
+        self, folder: Path, split: str, examples: RankedPairs, features: Features, outputs: Outputs
+    ) -> None:
+        """Write predictions_SPLIT.tsv: row, id, and the score, or the scores of a list separated by commas."""
+        values = ([",".join(f"{score:.6g}" for score in row)] for row in self._scores_of_rows(examples, outputs))
+        write_aligned(folder / f"predictions_{split}.tsv", examples.rows, ["score"], values)
+
+    def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> RankedPairs:
+        """Parse a query and a document separated by a tab per line."""
+        rows = Rows.of_input(len(lines), first_row, self.bad_rows)
+        pairs: list[tuple[str, str]] = []
+        usable = []
+        for index, line in enumerate(lines):
+            texts = line.split("\t")
+            if len(texts) == 2:
+                pairs.append((texts[0], texts[1]))
+                usable.append(index)
+            else:
+                found = f"{len(texts)} texts separated by tabs" if len(texts) > 2 else "one text"
+                rows.reject(index, f"{found}: give a query and a document, separated by a tab")
+        return RankedPairs(pairs, [1] * len(pairs), rows.select(usable))
+
+    def _scores(self, outputs: Outputs) -> np.ndarray:
+        """Return the scores of pairs, float64 [E]."""
+        logits: np.ndarray = np.stack(outputs)[:, 0].astype(np.float64)
+        return 1 / (1 + np.exp(-logits)) if self.activation == _SIGMOID else logits
+
+    def _scores_of_rows(self, examples: RankedPairs, outputs: Outputs) -> Iterator[np.ndarray]:
+        scores = self._scores(outputs)
+        return (scores[start:end] for start, end in pairwise(accumulate(examples.sizes, initial=0)))
+
+
+def _rankings(examples: RankedPairs) -> list[list[int]] | None:
+    """Return the indices of the pairs of each query that has a relevant document; None if there is nothing to rank.
+
+    There is if all labels are 0 or 1, and one of these queries has several documents.
+    """
+    if examples.labels is None or not {*examples.labels} <= {0.0, 1.0}:
+        return None
+    pairs_of: dict[str, list[int]] = {}
+    for index, (query, _) in enumerate(examples.pairs):
+        pairs_of.setdefault(query, []).append(index)
+    found = [pairs for pairs in pairs_of.values() if any(examples.labels[index] for index in pairs)]
+    return found if any(len(pairs) > 1 for pairs in found) else None
