@@ -50,11 +50,12 @@ from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
 from bertfast.runtime.settings import flag
 from bertfast.runtime.signals import RunStopped
+from bertfast.tasks.columns import Text
 from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
 
 logger = logging.getLogger("bertfast")
 
-__all__ = ["EmbedSettings", "cached_hidden_states", "compute_embeddings", "embed"]
+__all__ = ["EmbedSettings", "cached_hidden_states", "compute_embeddings", "embed", "embed_texts"]
 
 
 def embed(settings: EmbedSettings) -> Path:
@@ -193,6 +194,25 @@ def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
     values |= {"--prompt": encoder.prompt, "--max-seq-length": encoder.max_length}
     values["--precision"] = choose_precision(model.device, settings.compute.precision, model.config)
     return Origin(inputs, values, "embed")
+
+
+def embed_texts(encoder: Encoder, settings: EmbedSettings, texts: list[Text], cut: CutTexts) -> np.ndarray:
+    """Return the embeddings of texts or pairs of texts, fp32 [S, D]; on a CPU, the model's weights are packed first.
+
+    Args:
+        encoder: The model.
+        settings: Layers, precision and batch size.
+        texts: The texts.
+        cut: Counts those that are cut.
+    """
+    features = encoder.features(texts)
+    cut.add(features)
+    model = encoder.model
+    freeze_on_cpu(model, settings.compute.precision, features, lambda x: encode(model, x.packed(model)))
+    embeddings: np.ndarray = compute_embeddings(model, features, settings, encoder.modules, encoder.num_skipped)[
+        "embeddings"
+    ].numpy()
+    return embeddings
 
 
 @torch.no_grad()

@@ -19,10 +19,8 @@ import numpy as np
 import torch
 
 from bertfast.data.text_files import STANDARD_INPUT, require_file
-from bertfast.encoder import encode
-from bertfast.inference.embed import compute_embeddings
+from bertfast.inference.embed import embed_texts
 from bertfast.inference.embed_settings import EmbedSettings, Pooling
-from bertfast.inference.frozen import freeze_on_cpu
 from bertfast.inference.sentence_encoder import Encoder, joined, open_encoder
 from bertfast.inference.text_rows import TextRow, read_text_rows
 from bertfast.inference.vector_folder import VectorFolder
@@ -108,7 +106,7 @@ def search(settings: SearchSettings) -> None:
     at_terminal = source == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty()
     remaining = read_text_rows(embedding)
     while rows := list(islice(remaining, 1 if at_terminal else _QUERIES)):
-        queries = _embeddings(encoder, embedding, rows, cut)
+        queries = embed_texts(encoder, embedding, [row.text for row in rows], cut)
         for row, hits in zip(rows, search_vectors(folder, queries, settings.top_k, similarity), strict=True):
             print(json.dumps(_result(row, hits), ensure_ascii=False))
         sys.stdout.flush()
@@ -201,17 +199,6 @@ def _similarity(settings: SearchSettings, encoder: Encoder) -> Similarity:
         f"{settings.model_name_or_path} has the similarity_fn_name {chosen!r:.40}, which is not supported: choose "
         "--similarity cosine or dot"
     )
-
-
-def _embeddings(encoder: Encoder, settings: EmbedSettings, rows: list[TextRow], cut: CutTexts) -> np.ndarray:
-    """Return the embeddings of queries, fp32 [Q, D]; count those that are cut."""
-    features = encoder.features([row.text for row in rows])
-    cut.add(features)
-    model = encoder.model
-    freeze_on_cpu(model, settings.compute.precision, features, lambda x: encode(model, x.packed(model)))
-    found = compute_embeddings(model, features, settings, encoder.modules, encoder.num_skipped)
-    embeddings: np.ndarray = found["embeddings"].numpy()
-    return embeddings
 
 
 def _result(row: TextRow, hits: list[Hit]) -> dict[str, object]:

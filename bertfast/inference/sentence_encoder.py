@@ -59,6 +59,21 @@ class Encoder:
         before = "l2 before truncation" if self.modules.normalizes_before_truncation else "none"
         return "l2" if self.modules.normalizes else before
 
+    def with_prompt(self, prompt: str) -> Encoder:
+        """Return the same with another prompt.
+
+        Raises:
+            ValueError: It leaves no room for texts.
+        """
+        num_skipped = 0
+        if prompt and not self.own.pools_prompt and self.modules.pooling != ("none",):
+            num_skipped = _prompt_length(self.tokenizer, prompt)
+            if num_skipped > self.max_length - 2:
+                raise ValueError(
+                    f"the prompt has {num_skipped} tokens, and texts at most {self.max_length}: choose a shorter one"
+                )
+        return replace(self, prompt=prompt, num_skipped=num_skipped)
+
     def features(self, texts: list[Text]) -> Features:
         """Tokenize texts or pairs of texts, with the prompt."""
         if self.prompt:
@@ -116,14 +131,7 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
     prompt = _prompt(own, settings)
     given_length = settings.max_seq_length
     max_length = own.length_for(model.config) if given_length is None else sequence_length(given_length, model.config)
-    num_skipped = 0
-    if prompt and not own.pools_prompt and settings.pooling != "none":
-        num_skipped = _prompt_length(tokenizer, prompt)
-        if num_skipped > max_length - 2:
-            raise ValueError(
-                f"the prompt has {num_skipped} tokens, and texts at most {max_length}: choose a shorter one"
-            )
-    return Encoder(model, tokenizer, own, modules, prompt, num_skipped, max_length, size)
+    return Encoder(model, tokenizer, own, modules, "", 0, max_length, size).with_prompt(prompt)
 
 
 def _prompt(own: SentenceModules, settings: EmbedSettings) -> str:

@@ -51,9 +51,10 @@ class MultipleChoiceExamples:
         return len(self.texts)
 
     def select(self, indices: Sequence[int]) -> MultipleChoiceExamples:
-        """Return the examples at `indices`, without labels."""
+        """Return the examples at `indices`."""
         texts, endings = [self.texts[i] for i in indices], [self.endings[i] for i in indices]
-        return MultipleChoiceExamples(texts, endings, self.rows.select(indices))
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return MultipleChoiceExamples(texts, endings, self.rows.select(indices), labels)
 
 
 class MultipleChoiceTask(Task[MultipleChoiceExamples]):

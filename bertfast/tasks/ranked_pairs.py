@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,14 +43,17 @@ class RankedPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def row_of_pair(self, index: int) -> int:
-        """Return the index of the row that a pair comes from."""
-        end = 0
-        for row, size in enumerate(self.sizes):
-            end += size
-            if index < end:
-                return row
-        raise IndexError(index)
+    def row_of_pair(self) -> list[int]:
+        """Return the index of the row that each pair comes from."""
+        return [row for row, size in enumerate(self.sizes) for _ in range(size)]
+
+    def select(self, indices: Sequence[int]) -> RankedPairs:
+        """Return the pairs at `indices`, in ascending order, and the rows of which there are any."""
+        row_of_pair = self.row_of_pair()
+        sizes = Counter(row_of_pair[i] for i in indices)
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        pairs = [self.pairs[i] for i in indices]
+        return RankedPairs(pairs, [*sizes.values()], self.rows.select(sizes), labels, self.lists)
 
 
 def read_ranked_pairs(table: Table, columns: ColumnSettings, *, labelled: bool) -> RankedPairs:

@@ -78,7 +78,8 @@ class RerankingTask(Task[RankedPairs]):
         """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
         pairs = read_ranked_pairs(read_table(path, bad=self.bad_rows), self.settings.columns, labelled=labelled)
         if labelled:
-            self.ranks = _rankings(pairs) is not None
+            binary = {*(pairs.labels or [])} <= {0.0, 1.0}
+            self.ranks = binary and any(len(of_query) > 1 for of_query in _rankings(pairs))
         return pairs
 
     def read_chunks(self, path: str) -> Iterator[RankedPairs]:
@@ -91,7 +92,7 @@ class RerankingTask(Task[RankedPairs]):
         labels, largest = examples.labels or [], self.settings.embedding.max_score
         for index, label in enumerate(labels):
             if not 0 <= label <= largest:
-                where = examples.rows.where(examples.row_of_pair(index))
+                where = examples.rows.where(examples.row_of_pair()[index])
                 raise ValueError(
                     f"{where}: the label {label:g} is not from 0 to {largest:g}: --max-score names the largest one"
                 )
@@ -133,12 +134,13 @@ class RerankingTask(Task[RankedPairs]):
         """Compute the metrics; empty if the pairs have no labels."""
         if examples.labels is None:
             return {}
-        scores = self._scores(outputs)
-        rankings = _rankings(examples) if self.ranks else None
-        if rankings is None:
-            values = regression_metrics(scores, np.array(examples.labels))
-            return {} if self.ranks else {name: values[name] for name in _SCORED}
-        labels = np.array(examples.labels)
+        scores, labels = self._scores(outputs), np.array(examples.labels)
+        if not self.ranks:
+            values = regression_metrics(scores, labels)
+            return {name: values[name] for name in _SCORED}
+        rankings = _rankings(examples)
+        if not rankings:  # no label is 1, as in the first few rows of a file
+            return dict.fromkeys(RETRIEVAL, 0.0)
         relevant = np.zeros((len(rankings), _DEPTH), bool)
         for row, pairs in enumerate(rankings):
             # Of equal scores, that of an irrelevant document comes first: a constant must not look like a ranking.
@@ -178,15 +180,10 @@ class RerankingTask(Task[RankedPairs]):
         return (scores[start:end] for start, end in pairwise(accumulate(examples.sizes, initial=0)))
 
 
-def _rankings(examples: RankedPairs) -> list[list[int]] | None:
-    """Return the indices of the pairs of each query that has a relevant document; None if there is nothing to rank.
-
-    There is if all labels are 0 or 1, and one of these queries has several documents.
-    """
-    if examples.labels is None or not {*examples.labels} <= {0.0, 1.0}:
-        return None
+def _rankings(examples: RankedPairs) -> list[list[int]]:
+    """Return the indices of the pairs of each query that has a relevant document, of which the label is above 0."""
     pairs_of: dict[str, list[int]] = {}
+    labels = examples.labels or [0.0] * len(examples)
     for index, (query, _) in enumerate(examples.pairs):
         pairs_of.setdefault(query, []).append(index)
-    found = [pairs for pairs in pairs_of.values() if any(examples.labels[index] for index in pairs)]
-    return found if any(len(pairs) > 1 for pairs in found) else None
+    return [pairs for pairs in pairs_of.values() if any(labels[index] > 0 for index in pairs)]

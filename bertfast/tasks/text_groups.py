@@ -42,7 +42,7 @@ class TextGroups:
         return len(self.texts)
 
     def select(self, indices: Sequence[int]) -> TextGroups:
-        """Return the groups at `indices`."""
+        """Return the examples at `indices`."""
         scores = None if self.scores is None else [self.scores[i] for i in indices]
         return TextGroups([self.texts[i] for i in indices], self.rows.select(indices), scores)
 
@@ -124,9 +124,4 @@ def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> Tex
         groups.rows.reject(row, problem)
     if labelled and not usable:
         raise ValueError(f"{table.path}: no row has a usable score")
-    return replace(select(groups, usable), scores=scores)
-
-
-def select(groups: TextGroups, indices: Sequence[int]) -> TextGroups:
-    """Return the examples at `indices`, without scores."""
-    return TextGroups([groups.texts[i] for i in indices], groups.rows.select(indices))
+    return replace(groups.select(usable), scores=scores)

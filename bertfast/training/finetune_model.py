@@ -17,6 +17,8 @@ from bertfast.models.families import architecture_of
 from bertfast.models.files import load, new_model, read_config, report_differences, resolve
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.models.tokenizers import load_any_tokenizer
+from bertfast.runtime.settings import refuse_without_effect
+from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.features import Features
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import FINETUNING_TASK, Task
@@ -32,6 +34,8 @@ def finetuning_task(settings: FinetuneSettings) -> Task[Any]:
         if task.feature_based_model is None:
             raise ValueError("--strategy feature-based is only available for token classification")
         task.model_class = task.feature_based_model
+    if isinstance(task, EmbeddingTask) and settings.model.bilstm:
+        refuse_without_effect(["--bilstm"], "embeddings are pooled from the encoder's output")
     return task
 
 

@@ -252,8 +252,6 @@ class FinetuneBase(TaskSettings):
         if self.test_file is None:
             names = {"--max-predict-samples"}.intersection(given(self.samples))
             refuse_without_effect(names, "there is no --test-file")
-        if self.task == "embedding" and self.model.bilstm:
-            refuse_without_effect(["--bilstm"], "embeddings are pooled from the encoder's output")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
         elif self.model.bilstm:

@@ -39,7 +39,10 @@ def test_the_schedule_and_the_warm_up_steps_set_the_learning_rate(pretrained, fi
     assert run.learning_rate == 1
 
 
-@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering"])
+KINDS = ["sequence-classification", "token-classification", "question-answering", "multiple-choice"]
+
+
+@pytest.mark.parametrize("task", KINDS)
 def test_only_the_first_examples_are_used(task, pretrained, tmp_path):
     file = write_examples(tmp_path, task, 40, seed=0)
     limits = {"max_train_samples": 16, "max_eval_samples": 7, "max_predict_samples": 100}

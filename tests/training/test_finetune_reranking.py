@@ -150,6 +150,17 @@ def test_a_cross_encoder_is_opened_and_trained_as_it_is(activation, pretrained, 
     assert printed(tmp_path / "out") == pytest.approx(trained.predict(pairs).tolist(), abs=1e-5)
 
 
+def test_only_the_first_pairs_are_used_on_request(pretrained, tmp_path):
+    file = write_lists(tmp_path / "a.jsonl", 12)
+    limits = {"max_train_samples": 10, "max_eval_samples": 6, "max_predict_samples": 5, "num_train_epochs": 1.0}
+    files = {"validation_file": str(file), "test_file": str(file)}
+    results = finetune(settings_for(pretrained, file, tmp_path / "out", **limits, **files))
+    assert results["train_samples"] == 10
+    assert 0 < results["eval_ndcg_at_10"] <= 1
+    lines = (tmp_path / "out" / "predictions_test.tsv").read_text().splitlines()
+    assert [line.count(",") + 1 for line in lines[1:]] == [4, 1]
+
+
 def test_a_model_with_several_labels_is_refused(tuned, tmp_path, capsys):
     model, _ = tuned
     file = write_lists(tmp_path / "a.jsonl", 4)
