@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,8 @@ from bertfast.models.files import resolve
 from bertfast.models.sentence_folder import read_sentence_modules
 from bertfast.runtime.output_folder import Origin, differences_from
 from bertfast.runtime.precision import choose_device
-from bertfast.runtime.settings import Count, Settings
+from bertfast.runtime.settings import Count, Settings, flag
+from bertfast.tasks.columns import Text
 from bertfast.tasks.features import CutTexts
 from bertfast.tasks.most_similar import Similarity, most_similar
 from bertfast.tasks.settings import ComputeSettings
@@ -61,6 +63,7 @@ class SearchSettings(Settings):
             given, or "-": lines of standard input.
         text_column: Column of the query. If not given: sentence, sentence1 or text.
         top_k: Results per query.
+        print_texts: Print the texts that are found, too, from the file that bertfast embed has read.
         similarity: cosine: of the vectors' angle; dot: dot product; auto: the similarity_fn_name of the model's
             config_sentence_transformers.json, and cosine if it has none.
         prompt: Text to put before each query.
@@ -78,6 +81,7 @@ class SearchSettings(Settings):
     input_file: str | None = None
     text_column: str | None = None
     top_k: Count = 10
+    print_texts: bool = False
     similarity: Literal["auto", "cosine", "dot"] = "auto"
     prompt: str | None = None
     prompt_name: str | None = None
@@ -88,15 +92,16 @@ class SearchSettings(Settings):
 def search(settings: SearchSettings) -> None:
     """Print one JSON object per query: its row from 1, its id if it has any, and `hits`, from the most similar on.
 
-    Each hit has the row of a text that was embedded, its id if it has any, and the score.
+    Each hit has the row of a text that was embedded, its id if it has any, the score, and with --print-texts the text.
 
     Raises:
-        ValueError: A query cannot be read, or the vectors are damaged or of another model.
+        ValueError: A query cannot be read, the vectors are damaged or of another model, or texts to print have changed.
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
     folder = VectorFolder.open(Path(settings.embeddings_dir))
     embedding = _embed_settings(settings, folder)
+    of_texts = _settings_of_texts(folder, embedding) if settings.print_texts else None
     encoder = open_encoder(embedding, choose_device(settings.compute.device))
     _require_same_model(folder, embedding, encoder)
     similarity = _similarity(settings, encoder)
@@ -107,8 +112,10 @@ def search(settings: SearchSettings) -> None:
     remaining = read_text_rows(embedding)
     while rows := list(islice(remaining, 1 if at_terminal else _QUERIES)):
         queries = embed_texts(encoder, embedding, [row.text for row in rows], cut)
-        for row, hits in zip(rows, search_vectors(folder, queries, settings.top_k, similarity), strict=True):
-            print(json.dumps(_result(row, hits), ensure_ascii=False))
+        found = search_vectors(folder, queries, settings.top_k, similarity)
+        texts = {} if of_texts is None else _texts(of_texts, {hit.row for hits in found for hit in hits})
+        for row, hits in zip(rows, found, strict=True):
+            print(json.dumps(_result(row, hits, texts), ensure_ascii=False))
         sys.stdout.flush()
     cut.report()
 
@@ -201,7 +208,42 @@ def _similarity(settings: SearchSettings, encoder: Encoder) -> Similarity:
     )
 
 
-def _result(row: TextRow, hits: list[Hit]) -> dict[str, object]:
+def _settings_of_texts(folder: VectorFolder, settings: EmbedSettings) -> EmbedSettings:
+    """Return settings with which the texts of the vectors are read.
+
+    Raises:
+        FileNotFoundError: Their file is gone.
+        ValueError: It has changed, or they were standard input.
+    """
+    file = folder.input_file
+    if file is None:
+        raise ValueError(f"--print-texts: {folder.path} has the vectors of standard input, of which no text is kept")
+    require_file(file, "--print-texts: the file of the texts,")
+    differences = differences_from(folder.path, Origin({"--input-file": [file]}, {}, "embed"))
+    if differences:
+        raise ValueError(f"--print-texts: {differences[0]}; embed the texts again, or leave the flag out")
+    names = ("text_column", "text_pair_column")
+    recorded = {name: folder.settings.get(flag(name)) for name in names}
+    columns = {name: value for name, value in recorded.items() if isinstance(value, str)}
+    return EmbedSettings.of(
+        model_name_or_path=settings.model_name_or_path,
+        output_dir=settings.output_dir,
+        input_file=str(file),
+        texts_per_part=_QUERIES,
+        **columns,
+    )
+
+
+def _texts(settings: EmbedSettings, rows: set[int]) -> dict[int, Text]:
+    """Return the texts of some rows, of which the file is read up to the last."""
+    return {row.number: row.text for row in islice(read_text_rows(settings), max(rows)) if row.number in rows}
+
+
+def _result(row: TextRow, hits: list[Hit], texts: Mapping[int, Text]) -> dict[str, object]:
     """Return what is printed for a query; ids are left out if there are none."""
-    found = [{name: value for name, value in hit._asdict().items() if value is not None} for hit in hits]
+    found = [
+        {name: value for name, value in hit._asdict().items() if value is not None}
+        | ({"text": texts[hit.row]} if hit.row in texts else {})
+        for hit in hits
+    ]
     return {"row": row.number} | ({} if row.id is None else {"id": row.id}) | {"hits": found}

@@ -138,9 +138,7 @@ def _texts(inputs: Iterable[str | Mapping[str, Any]]) -> list[Text]:
     return texts
 
 
-def _prompt_names(
-    task_metadata: Any, task_name: str | None, prompt_type: Any, prompts: Mapping[str, str]
-) -> list[str]:
+def _prompt_names(task_metadata: Any, task_name: str | None, prompt_type: Any, prompts: Mapping[str, str]) -> list[str]:
     """Return the names under which the prompt of a task may stand, the most specific first."""
     kind = getattr(prompt_type, "value", prompt_type)
     kinds = [] if kind is None else [str(kind), *([_ALIASES[kind]] if kind in _ALIASES else [])]

@@ -40,6 +40,7 @@ class VectorFolder:
         settings: Settings of `bertfast embed` by flag, as the record has them.
         precision: Precision in which vectors are stored.
         ranges: Ranges of int8 and uint8, fp32 [2, D]; None: other precisions.
+        input_file: File of the texts; None: they came from standard input.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class VectorFolder:
     settings: dict[str, Any]
     precision: OutputPrecision
     ranges: np.ndarray | None
+    input_file: Path | None = None
 
     @classmethod
     def open(cls, path: Path) -> VectorFolder:
@@ -75,7 +77,9 @@ class VectorFolder:
         if "--ranges-file" in record["inputs"]:
             ranges_file = Path(record["inputs"]["--ranges-file"][0]["path"])
         ranges = read_ranges(ranges_file) if precision in ("int8", "uint8") else None
-        return cls(path, parts, list(_ends(parts)), settings, precision, ranges)
+        texts = record["inputs"].get("--input-file")
+        input_file = Path(texts[0]["path"]) if texts else None
+        return cls(path, parts, list(_ends(parts)), settings, precision, ranges, input_file)
 
     def __len__(self) -> int:
         return self.ends[-1]

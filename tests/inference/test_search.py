@@ -123,6 +123,35 @@ def test_queries_have_ids_and_come_from_standard_input_too(pretrained, tmp_path,
     assert piped == {name: value for name, value in from_table.items() if name != "id"}
 
 
+def test_the_texts_that_are_found_are_printed_on_request(pretrained, tmp_path, pipe, capsys):
+    folder = run(pretrained, tmp_path / "out")
+    for line in searched(pretrained, folder, QUERIES, capsys, "--print-texts", "--top-k", "4"):
+        assert [hit["text"] for hit in line["hits"]] == [TEXTS[hit["row"] - 1] for hit in line["hits"]]
+    table = tmp_path / "out.tsv"
+    arguments = ["search", "--embeddings-dir", str(folder), "--model-name-or-path", str(pretrained), "--print-texts"]
+    table.write_text(table.read_text().replace("film", "plot"))
+    assert main(arguments) == 1
+    assert "--print-texts: --input-file was " in capsys.readouterr().err
+    table.unlink()
+    assert main(arguments) == 1
+    assert f"--print-texts: the file of the texts, {table}: no such file" in capsys.readouterr().err
+    pipe("a film\n")
+    where = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "piped"), "device": "cpu"}
+    arguments[2] = str(embed(EmbedSettings.of(**where)))
+    assert main(arguments) == 1
+    assert "has the vectors of standard input, of which no text is kept" in capsys.readouterr().err
+
+
+def test_pairs_of_texts_are_printed_from_the_columns_that_were_embedded(pretrained, tmp_path, capsys):
+    table = tmp_path / "a.jsonl"
+    table.write_text('{"one": "good", "two": "a film"}\n{"one": "bad", "two": "music"}\n')
+    columns = {"text_column": "one", "text_pair_column": "two"}
+    where = {"model_name_or_path": str(pretrained), "output_dir": str(tmp_path / "out"), "input_file": str(table)}
+    folder = embed(EmbedSettings.of(**where, **columns, device="cpu", precision="fp32"))
+    (line,) = searched(pretrained, folder, ["good"], capsys, "--print-texts")
+    assert sorted(hit["text"] for hit in line["hits"]) == [["bad", "music"], ["good", "a film"]]
+
+
 @pytest.mark.parametrize("changes", [{"pooling": "cls"}, {"normalization": "l2"}, {"layers": "embeddings"}])
 def test_queries_are_embedded_like_the_vectors(changes, pretrained, tmp_path, capsys):
     folder = run(pretrained, tmp_path / "out", **changes)
