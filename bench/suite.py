@@ -71,6 +71,10 @@ def step(case: str, minutes: float, bf16: bool = False, by_name: bool = False) -
 
 
 TUNED = ("sst-2", "squad")
+OPERATORS = (
+    *("attention", "rotary", "add_layer_norm", "pre_norm"),
+    *("linear_gelu", "gated_activation", "linear_cross_entropy"),
+)
 OTHER_FAMILIES = tuple(name for name in FAMILIES if name not in ("bert", "modernbert"))
 PARTS = {
     "ceilings": Part(0.5, ("ceilings",), ("ceilings",)),
@@ -123,8 +127,8 @@ PARTS = {
     "memory of the loss": Part(4, ("end_to_end.vocabulary", "--max-vocab", "65536"), ("vocabulary",), by_name=True),
     "long sequences": Part(6, ("end_to_end.long_sequences",), ("long_sequences",), by_name=True),
     "operators": Part(
-        4,
-        ("cpu_operators", "attention", "add_layer_norm", "linear_gelu", "linear_cross_entropy", "--seconds", "0.3"),
+        5,
+        ("cpu_operators", *OPERATORS, "--seconds", "0.3"),
         ("cpu_operators",),
     ),
     "step, ModernBERT": step("modernbert-base-1024-fp32", 8, by_name=True),

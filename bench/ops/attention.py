@@ -221,7 +221,7 @@ CASES = {
             for label, lengths in ON_CPU.items()
             for p in (0.0, 0.1)
         ),
-        AttentionCase(label="2x1024", lengths=(1024,) * 2, window=64),
+        *(AttentionCase(label="2x1024", lengths=(1024,) * 2, window=window) for window in (None, 64)),
     ),
     "main": [
         AttentionCase(label="512", lengths=EQUAL[512]),
