@@ -115,7 +115,10 @@ def test_the_table_of_the_readme_is_that_of_its_result_files(cells):
 
 def test_the_readme_says_how_many_slots_of_its_batches_are_tokens():
     slots, tokens = re.search(r"Of the ([\d,]+) slots of each batch, ([\d,]+) are tokens", README).groups()
-    files = [*RESULTS.glob("pretraining_step-*.json"), *RESULTS.glob("avx512/pretraining_step-[bs]*-128-[bf][fp]*.json")]
+    files = [
+        *RESULTS.glob("pretraining_step-*.json"),
+        *RESULTS.glob("avx512/pretraining_step-[bs]*-128-[bf][fp]*.json"),
+    ]
     found = {(f"{values['padded_tokens']:,}", f"{values['tokens']:,}") for values in map(read, files)}
     assert found == {(slots, tokens)}
 
