@@ -58,12 +58,14 @@ class Origin:
         settings: Settings that the contents depend on, by flag: values that JSON can hold.
         command: Command that writes the folder.
         consequences: What else changes with inputs and settings, as a sentence for messages: by it, their flags.
+        may_change: Flags of settings that may differ from those of the run that is continued.
     """
 
     inputs: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     consequences: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    may_change: Sequence[str] = ()
 
 
 class OriginError(ValueError):
@@ -352,7 +354,7 @@ def _check(
     """Raise OriginError if existing contents do not have the described origin, or cannot be continued."""
     if record is None:
         raise OriginError(f"{folder} has contents without a record of their inputs and settings ({existing[0].name})")
-    differences = _differences(record, described)
+    differences = {key: text for key, text in _differences(record, described).items() if key not in origin.may_change}
     if differences:
         found = [*differences.values()]
         found += [what for what, flags in origin.consequences.items() if differences.keys() & {*flags}]

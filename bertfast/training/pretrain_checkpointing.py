@@ -130,7 +130,12 @@ def _origin_of_run(
 
 
 def check_run(
-    settings: PretrainSettings, initial: Path | None, text: Mapping[str, str], bins_per_step: int, precision: str
+    settings: PretrainSettings,
+    initial: Path | None,
+    text: Mapping[str, str],
+    bins_per_step: int,
+    precision: str,
+    saved: Path | None,
 ) -> Callable[[], None]:
     """Compare a run with the record in its output folder.
 
@@ -140,6 +145,7 @@ def check_run(
         text: See `Corpus.hashes`.
         bins_per_step: Batches per optimizer step, over all ranks.
         precision: fp32, bf16 or fp16.
+        saved: Checkpoint that the run continues from; None: it is a new run.
 
     Returns:
         A function to call before the first write; see `check_contents`.
@@ -149,6 +155,8 @@ def check_run(
     """
     origin = _origin_of_run(settings, initial, text, bins_per_step, precision)
     folder = Path(settings.output_dir)
+    if saved is not None and _extends_finished_run(settings, saved):
+        origin = replace(origin, may_change=_DURATION)
     try:
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
     except OriginError as error:
@@ -156,7 +164,8 @@ def check_run(
             raise
         lengths = differences_from(folder, Origin(settings={flag: origin.settings[flag] for flag in _DURATION}))
         longer = (
-            f"; to train its model longer, start a new run from it, with --init-from {folder} and another --output-dir"
+            "; only a finished run, without --batch-ramp and --second-phase-length, can be made longer; to train its "
+            f"model further otherwise, start a new run from it, with --init-from {folder} and another --output-dir"
         )
         raise ValueError(
             f"{error.problem}: repeat the command of that run with --resume added, name the folder of its shards with "
@@ -170,6 +179,35 @@ def check_run(
         replace_data(settings)
 
     return replace_earlier_run
+
+
+def _extends_finished_run(settings: PretrainSettings, saved: Path) -> bool:
+    """Return whether a run that was finished is to go on for longer.
+
+    The batches of its steps must not depend on its length, as with --batch-ramp and --second-phase-length.
+
+    Args:
+        settings: Settings of the run.
+        saved: Checkpoint that it continues from.
+    """
+    record, duration = read_record(Path(settings.output_dir)), settings.duration
+    if record is None or not settings.checkpoint.resume:
+        return False
+    if settings.batch.batch_ramp or settings.batch.second_phase_length:
+        return False
+    step, progress = read_progress(saved)
+    minutes, steps, epochs = map(record["settings"].get, ("--minutes", "--max-steps", "--num-train-epochs"))
+    if minutes is not None:
+        finished = progress["seconds"] >= 60 * minutes
+    else:
+        finished = step >= steps if steps else Path(settings.output_dir, "config.json").exists()
+    if duration.minutes is not None:
+        longer = 60 * duration.minutes > progress["seconds"]
+    elif duration.max_steps:
+        longer = duration.max_steps > step
+    else:
+        longer = minutes is None and not steps and (duration.num_train_epochs or 1) > (epochs or 1)
+    return finished and longer
 
 
 def recorded_precision(settings: PretrainSettings) -> ChosenPrecision | None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bertfast.training import step as train_step
 from bertfast.training.checkpoint import checkpoints, newest_whole
 from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.pretrain_checkpointing import checkpoint_to_load
+from bertfast.training.schedule import schedule
 
 pytestmark = pytest.mark.slow
 
@@ -288,15 +290,63 @@ def test_a_damaged_only_checkpoint_does_not_promise_another(data, tmp_path, capl
         pretrain(settings_for(tmp_path, data, **SHORT, replay=9))
 
 
-def test_a_finished_run_that_is_given_more_steps_names_what_trains_its_model_longer(data, tmp_path):
-    pretrain(settings_for(tmp_path, data, **SHORT))
-    longer = settings_for(tmp_path, data, **SHORT | {"max_steps": 30}, resume=True)
-    message = rf"--max-steps was \d+ and is 30: .*start a new run from it, with --init-from {tmp_path} and another"
-    with pytest.raises(ValueError, match=message):
-        pretrain(longer)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_finished_run_can_be_extended(optimizer, data, tmp_path):
+    """With the next batches, at the learning rate of the longer run, also if the extension is interrupted."""
+    settings = settings_for(tmp_path / "one", data, **SHORT, optimizer=optimizer)
+    pretrain(settings)
+    first = losses(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    longer = settings.replace(max_steps=18, resume=True)
+    pretrain(longer)
+    assert losses(tmp_path / "one")[:12] == first
+    rates = [entry["learning_rate"] for entry in entries(tmp_path / "one") if "learning_rate" in entry]
+    peak, warmup = settings.optimizer.learning_rate, settings.optimizer.warmup_ratio
+    assert len(rates) == 18
+    assert rates[12:] == [peak * schedule("linear", step / 18, warmup) for step in range(12, 18)]
+    longer = longer.replace(output_dir=str(tmp_path / "two"))
+    with pytest.raises(RunStopped):
+        pretrain(longer, stopped_at(14))
+    pretrain(longer)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match="--max-steps was 18 and is 17: "):
+        pretrain(longer.replace(max_steps=17))
+    with pytest.raises(ValueError, match="--max-steps was 18 and is 30: "):
+        pretrain(longer.replace(max_steps=30, resume=False, replay=17))
+    with pytest.raises(RunStopped, match="stopped after step 19"):  # as a run of an hour
+        pretrain(longer.replace(max_steps=0, minutes=60.0), stopped_at(19))
+
+
+def test_a_finished_run_in_minutes_or_epochs_can_be_extended(data, tmp_path):
+    short = SHORT | {"max_steps": 0}
+    for name, first, then in (("minutes", 0.005, 0.01), ("num_train_epochs", 0.5, 1.0)):
+        pretrain(settings_for(tmp_path / name, data, **short, **{name: first}))
+        done = len(losses(tmp_path / name))
+        pretrain(settings_for(tmp_path / name, data, **short, **{name: then}, resume=True))
+        assert len(losses(tmp_path / name)) > done
+        with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} was {then} and is {first}: "):
+            pretrain(settings_for(tmp_path / name, data, **short, **{name: first}, resume=True))
+
+
+def test_other_changes_and_lengths_of_an_unfinished_run_are_refused(data, tmp_path):
+    settings = settings_for(tmp_path / "run", data, **SHORT)
+    with pytest.raises(RunStopped):
+        pretrain(settings, stopped_at(5))
+    only = "only a finished run, without --batch-ramp and --second-phase-length, can be made longer"
+    unfinished = settings.replace(max_steps=30, resume=True)
+    with pytest.raises(ValueError, match=r"--max-steps was 12 and is 30: repeat the command") as error:
+        pretrain(unfinished)
+    assert only not in str(error.value)  # nor is there a model from which a new run could start
+    pretrain(settings.replace(resume=True))
     with pytest.raises(ValueError, match="--seed was 42 and is 7: ") as error:
-        pretrain(settings_for(tmp_path, data, **SHORT, resume=True, seed=7))
-    assert "--init-from" not in str(error.value)
+        pretrain(unfinished.replace(seed=7))
+    assert "--max-steps was" not in str(error.value)
+    ramp = settings_for(tmp_path / "ramp", data, **SHORT, batch_ramp=0.5)
+    pretrain(ramp)
+    message = rf"--max-steps was 12 and is 30: .*{only}; .*--init-from {tmp_path / 'ramp'} and another --output-dir$"
+    with pytest.raises(ValueError, match=message):
+        pretrain(ramp.replace(max_steps=30, resume=True))
 
 
 def test_resuming_without_a_checkpoint_is_said(data, tmp_path, caplog):
