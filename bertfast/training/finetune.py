@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
@@ -43,6 +42,7 @@ from bertfast.training.finetune_model import (
     balanced_weights,
     build_model,
     choose_metric,
+    finetuning_optimizers,
     finetuning_task,
     model_config,
     single_labels,
@@ -50,9 +50,7 @@ from bertfast.training.finetune_model import (
 from bertfast.training.finetune_report import how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.finetune_step import FinetuneStep
-from bertfast.training.layerwise_decay import layerwise_scale
-from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.optimizer import build_optimizers
+from bertfast.training.metrics_log import MetricsLog, MetricsWriter, open_writers
 from bertfast.training.schedule import schedule
 from bertfast.training.step_results import DivergedError, StepResults
 
@@ -94,6 +92,7 @@ def open_run(settings: FinetuneSettings) -> Iterator[Finetuning]:
     """Open a run in its locked output folder, where old results are replaced once data and model have been read."""
     with finetune_folder(settings) as begin:
         run = Finetuning(settings)
+        run.writers = open_writers(run.folder, settings.report, settings.flat())
         begin()
         with side_stream(run.device):
             yield run
@@ -114,6 +113,7 @@ class Finetuning:
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
         warmup: Fraction of the steps that are warm-up.
         progress: How far the run has come, and how good its best model is.
+        writers: Receive the entries of metrics.jsonl as well.
         trainer: Computes gradients and updates of a step.
         results: Losses of the steps.
         steps_per_read: Steps after which results are read.
@@ -122,6 +122,7 @@ class Finetuning:
     def __init__(self, settings: FinetuneSettings):
         self.settings, self.folder = settings, Path(settings.output_dir)
         self.metrics_log: MetricsLog | None = None
+        self.writers: list[MetricsWriter] = []
         self.hyperparameters = settings.hyperparameters
         self.device = choose_device(settings.compute.device)
         self.task = finetuning_task(settings)
@@ -145,7 +146,7 @@ class Finetuning:
         torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
         if settings.feature_based.strategy == "feature-based":
             replace_inputs_by_states(self.features, self.model, settings, self.precision)
-        self.optimizers = self._build_optimizers()
+        self.optimizers = finetuning_optimizers(settings, self.model)
         self.trainer = self._build_step()
         passes = settings.batch.gradient_accumulation_steps
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
@@ -155,12 +156,6 @@ class Finetuning:
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
-
-    def _build_optimizers(self) -> list[Optimizer]:
-        settings, rate = self.settings.optimizer, self.hyperparameters.learning_rate
-        scale_of = layerwise_scale(settings.layerwise_lr_decay, self.config.num_hidden_layers)
-        betas = settings.adam_beta1, settings.adam_beta2
-        return build_optimizers(self.model, settings.optimizer, rate, settings.weight_decay, betas, scale_of)
 
     def _build_step(self) -> FinetuneStep:
         settings = self.settings.optimizer
@@ -231,7 +226,7 @@ class Finetuning:
             start = f", from step {self.step}"
         elif settings.checkpoint.resume:
             remove_best_model(self.folder)  # of a run that was killed before its first checkpoint
-        self.metrics_log = MetricsLog(self.folder, steps_done=self.step)
+        self.metrics_log = MetricsLog(self.folder, steps_done=self.step, writers=self.writers)
         write_skipped_rows(self.folder, self.task.bad_rows)
         examples = len(self.examples["train"])
         logger.info("fine-tuning on %d examples, %s on %s%s", examples, self.precision, self.device, start)
@@ -251,7 +246,8 @@ class Finetuning:
         size, tokens = self.hyperparameters.per_device_train_batch_size, settings.batch.tokens_per_batch
         buckets = Buckets(tokens=self.trainer.captures, examples=False)
         self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets))
-        self.results.pending.append(self.trainer.update(self.learning_rate))
+        self.progress.learning_rate = self.learning_rate
+        self.results.pending.append(self.trainer.update(self.progress.learning_rate))
         self.progress.step += 1
         self.progress.tokens += int(features.lengths[rows].sum())
         self.progress.seconds += time.perf_counter() - clock
@@ -271,7 +267,7 @@ class Finetuning:
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if self.step % self.settings.evaluation.logging_steps == 0:
-            self._log(**known, tokens_per_second=speed)
+            self._log(**known, learning_rate=self.progress.learning_rate, tokens_per_second=speed)
 
     def _log(self, **values: float) -> None:
         """Write an entry of metrics.jsonl."""

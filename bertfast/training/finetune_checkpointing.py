@@ -30,6 +30,7 @@ class FinetuneProgress:
         step: Steps done.
         tokens: Tokens of these steps.
         seconds: Training time in seconds, validation and checkpoints excluded.
+        learning_rate: Learning rate of the last step.
         validated_step: Step of the last validation; 0: there was none.
         validations_without_better: Validations since the best model.
         best_step: Step of the best model; 0: there is none yet.
@@ -40,6 +41,7 @@ class FinetuneProgress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    learning_rate: float = 0.0
     validated_step: int = 0
     validations_without_better: int = 0
     best_step: int = 0

@@ -20,6 +20,7 @@ from bertfast.tasks.task import write_rows
 from bertfast.training.checkpoint import CHECKPOINTS, checkpoints, holds
 from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.report_settings import MetricsWriterSettings
 
 logger = logging.getLogger("bertfast")
 
@@ -36,6 +37,7 @@ _CONTENTS = (
     RESULTS,
     RUN,
     "sweep_score.json",
+    "tensorboard/events.out.tfevents.*",
     *PREDICTIONS,
     *CONTENTS,
 )
@@ -51,6 +53,7 @@ _NO_INFLUENCE = (
     "eval_tokens",
     "logging_steps",
     *settings_of(CheckpointSettings),
+    *settings_of(MetricsWriterSettings),
 )
 
 

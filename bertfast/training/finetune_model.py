@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.tokenizer import tokenizer_hash
@@ -23,6 +24,8 @@ from bertfast.tasks.features import Features
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.task import FINETUNING_TASK, Task
 from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.layerwise_decay import layerwise_scale
+from bertfast.training.optimizer import build_optimizers
 
 _OWN_TASKS = ("embedding", "reranking")  # which are not known by the class of their models
 
@@ -110,6 +113,15 @@ def _initial_model(
     model, missing, unexpected = load(task.model_class, initial, config, fresh=fresh)
     report_differences(model, name, missing, unexpected)
     return model
+
+
+def finetuning_optimizers(settings: FinetuneSettings, model: PreTrainedModel) -> list[Optimizer]:
+    """Return the optimizers of the model that a run trains."""
+    options = settings.optimizer
+    scale_of = layerwise_scale(options.layerwise_lr_decay, model.config.num_hidden_layers)
+    betas = options.adam_beta1, options.adam_beta2
+    rate = settings.hyperparameters.learning_rate
+    return build_optimizers(model, options.optimizer, rate, options.weight_decay, betas, scale_of)
 
 
 def single_labels(features: Features, flag: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from bertfast.runtime.settings import (
 from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
 from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.optimizer import OptimizerName
+from bertfast.training.report_settings import MetricsWriterSettings
 from bertfast.training.schedule import SchedulerType
 
 logger = logging.getLogger("bertfast")
@@ -265,11 +266,13 @@ class FinetuneSettings(FinetuneBase):
     Attributes:
         hyperparameters: Hyperparameters that the BERT paper varies between tasks.
         checkpoint: Checkpoints, and resuming from them.
+        report: Libraries that receive the metrics.
         overwrite_output_dir: Replace the model and the results of another run in --output-dir.
     """
 
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    report: MetricsWriterSettings = field(default_factory=MetricsWriterSettings)
     overwrite_output_dir: bool = False
 
     def validate(self) -> None:

@@ -12,6 +12,7 @@ from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import named_in_errors, write_atomically
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.plotting import COLORS, draw
+from bertfast.training.report_settings import MetricsWriterSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +77,23 @@ def wandb(folder: Path, settings: dict[str, Any]) -> MetricsWriter:
             run.log(entry, step=step)
 
     return write
+
+
+def open_writers(folder: Path, settings: MetricsWriterSettings, values: dict[str, Any]) -> list[MetricsWriter]:
+    """Return the writers of metrics that the settings name.
+
+    Args:
+        folder: Output folder of the run.
+        settings: Which libraries receive the metrics.
+        values: All settings of the run, by name.
+
+    Raises:
+        ImportError: A library is not installed.
+        OSError: A file cannot be written.
+        ValueError: A library reports an error.
+    """
+    writers = [tensorboard(folder)] if settings.tensorboard else []
+    return writers + ([wandb(folder, values)] if settings.wandb else [])
 
 
 class MetricsLog:

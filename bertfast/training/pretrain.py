@@ -40,7 +40,7 @@ from bertfast.training.initial_model import (
     train_in_part,
 )
 from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
-from bertfast.training.metrics_log import MetricsLog
+from bertfast.training.metrics_log import MetricsLog, open_writers
 from bertfast.training.optimizer import build_optimizers, remedy_for
 from bertfast.training.pretrain_checkpointing import (
     Progress,
@@ -50,7 +50,7 @@ from bertfast.training.pretrain_checkpointing import (
     recorded_precision,
 )
 from bertfast.training.pretrain_data import BatchPlan, Corpus
-from bertfast.training.pretrain_reporting import PendingStep, Reporter, open_writers
+from bertfast.training.pretrain_reporting import PendingStep, Reporter
 from bertfast.training.pretrain_settings import PretrainSettings, resolve_objective
 from bertfast.training.schedule import schedule
 from bertfast.training.step import Objective, TrainStep
@@ -180,7 +180,8 @@ class Pretraining:
         settings = self.settings
         tokens, dtype = settings.batch.tokens_per_batch, half(self.precision)
         throughput = gemm_throughput(self.model.config, tokens, dtype, self.device)
-        writers = self.distributed.run_on_main(partial(open_writers, settings)) or []
+        opened = partial(open_writers, self.folder, settings.report, settings.flat())
+        writers = self.distributed.run_on_main(opened) or []
         self.distributed.run_on_main(lambda: self._begin and self._begin())
         self._reporter = Reporter(settings, self.distributed, self.progress, self.plan.steps, throughput, writers)
         self._reporter.announce(self.model, self.corpus.train, self.precision, self.memory_estimate)

@@ -21,7 +21,7 @@ from bertfast.runtime.signals import RunStopped
 from bertfast.training.checkpoint import checkpoints, step_of
 from bertfast.training.distributed import Distributed
 from bertfast.training.memory_estimate import MemoryEstimate
-from bertfast.training.metrics_log import MetricsLog, MetricsWriter, tensorboard, wandb
+from bertfast.training.metrics_log import MetricsLog, MetricsWriter
 from bertfast.training.optimizer import SKIPS_IN_A_ROW, not_finite, remedy_for
 from bertfast.training.pretrain_checkpointing import Progress
 from bertfast.training.pretrain_settings import PretrainSettings
@@ -55,22 +55,6 @@ class PendingStep:
     pairs: int
     learning_rate: float
     results: Tensor
-
-
-def open_writers(settings: PretrainSettings) -> list[MetricsWriter]:
-    """Return the writers of metrics that the settings name, besides metrics.jsonl.
-
-    Raises:
-        ImportError: A library is not installed.
-        OSError: A file cannot be written.
-        ValueError: A library reports an error.
-    """
-    writers, folder = [], Path(settings.output_dir)
-    if settings.report.tensorboard:
-        writers.append(tensorboard(folder))
-    if settings.report.wandb:
-        writers.append(wandb(folder, settings.flat()))
-    return writers
 
 
 class Reporter:

@@ -27,6 +27,7 @@ from bertfast.runtime.settings import (
 )
 from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.optimizer import OptimizerName
+from bertfast.training.report_settings import MetricsWriterSettings
 from bertfast.training.schedule import ScheduleName
 
 # Settings that may differ between a run and its continuation: where it computes and how often it reports. The number
@@ -186,22 +187,18 @@ class ComputeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSettings(Settings):
+class ReportSettings(MetricsWriterSettings):
     """Validation and metrics.
 
     Attributes:
         logging_steps: Steps between entries of metrics.jsonl.
         eval_steps: Steps between validations; the end of the run is always validated.
         eval_batches: Maximum number of validation batches.
-        tensorboard: Also write metrics for TensorBoard.
-        wandb: Also send metrics to Weights & Biases.
     """
 
     logging_steps: Count = 10
     eval_steps: Count = 500
     eval_batches: Count = 50
-    tensorboard: bool = False
-    wandb: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

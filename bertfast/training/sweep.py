@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import statistics
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from bertfast.training.finetune_folder import finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
 from bertfast.training.optimizer import remedy_for
 from bertfast.training.step_results import DivergedError
+from bertfast.training.sweep_plan import SweepPlan
 
 logger = logging.getLogger("bertfast")
 
+_SCORE = "sweep_score.json"  # result of a finished run
 _CONTENTS = ("rate-*", "features", "sweep.json", "sweep.md")
 
 
@@ -169,9 +172,14 @@ def _sweep(settings: SweepSettings) -> dict[str, Any]:
     folder, grid = Path(settings.output_dir), settings.grid
     combinations: list[Combination] = []
     runs: list[tuple[Score, str]] = []
-    for rate, size, epochs in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs):
-        one_per_seed = [_run_settings(settings, rate, size, epochs, seed) for seed in grid.seeds]
-        results = [_score(run) for run in one_per_seed]
+    planned = {
+        values: [_run_settings(settings, *values, seed) for seed in grid.seeds]
+        for values in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs)
+    }
+    all_runs = [run for of_values in planned.values() for run in of_values]
+    plan = SweepPlan([run for run in all_runs if not Path(run.output_dir, _SCORE).exists()], len(all_runs))
+    for (rate, size, epochs), one_per_seed in planned.items():
+        results = [_score(run, plan) for run in one_per_seed]
         runs += zip(results, (run.output_dir for run in one_per_seed), strict=True)
         combinations.append(Combination.of(rate, size, epochs, results))
     metric = runs[0][0].metric
@@ -211,14 +219,15 @@ def table(metric: str, best: str | None, combinations: list[Combination]) -> str
     return "\n".join([*lines, *failures, *([] if best is None else ["", f"The best run is in {best}."]), ""])
 
 
-def _score(settings: FinetuneSettings) -> Score:
+def _score(settings: FinetuneSettings, plan: SweepPlan) -> Score:
     """Return the result of a run; one that is finished is not repeated, nor one that diverged."""
     folder = Path(settings.output_dir)
-    finished = folder / "sweep_score.json"
+    finished = folder / _SCORE
     if saved := _read_score(finished):
         require_origin(folder, finetune_origin(settings, "finetune"))
         return saved
-    metric = ""
+    metric, started = "", time.perf_counter()
+    plan.begin(settings)
     try:
         with open_run(settings) as run:
             metric = run.metric
@@ -229,6 +238,7 @@ def _score(settings: FinetuneSettings) -> Score:
             raise
         # Not recorded, as there may be more memory the next time.
         result = Score(metric, None, "not enough memory: use smaller --batch-sizes, or lower --tokens-per-batch")
+    plan.end(settings, time.perf_counter() - started)
     if result.failed is not None:
         logger.warning("%s failed, the sweep goes on: %s", folder, result.failed)
     return result

@@ -1,13 +1,17 @@
 """TensorBoard and Weights & Biases writers of the metrics log."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 from runs import entries, losses, settings_for
+from sentiment import QUICK
 
+from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.metrics_log import tensorboard, wandb
 from bertfast.training.pretrain import pretrain
+from bertfast.training.schedule import schedule
 
 SHORT = {"max_steps": 4, "eval_batches": 1}
 
@@ -23,6 +27,20 @@ def test_tensorboard_reads_the_metrics(data, tmp_path):
     assert events.Scalars("validation_loss")[0].step == 4
 
 
+def test_tensorboard_reads_the_metrics_of_fine_tuning(pretrained, files, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"logging_steps": 10, "max_steps": 20, "tensorboard": True, "output_dir": str(tmp_path)}
+    finetune(FinetuneSettings.of(model_name_or_path=str(pretrained), **files, **QUICK, **options))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [entry for entry in entries(tmp_path) if "loss" in entry]
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([entry["loss"] for entry in logged])
+    rates = [schedule("linear", step / 20, 0.1) * QUICK["learning_rate"] for step in (9, 19)]
+    assert [event.value for event in events.Scalars("learning_rate")] == pytest.approx(rates)
+    assert [event.step for event in events.Scalars("eval_accuracy")] == [20]
+
+
 def test_weights_and_biases_receives_every_entry(data, tmp_path, monkeypatch):
     """The library requires an account, so its two functions that are used are replaced."""
     logged = {}
@@ -33,6 +51,16 @@ def test_weights_and_biases_receives_every_entry(data, tmp_path, monkeypatch):
     assert logged["options"]["config"]["max_steps"] == 4
     written = [{k: v for k, v in entry.items() if k != "step"} for entry in entries(tmp_path) if entry["step"] == 4]
     assert logged[4] == written
+
+
+def test_a_missing_library_is_named_before_old_results_are_replaced(tuned, pretrained, files, tmp_path, monkeypatch):
+    shutil.copytree(tuned[0], tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(tmp_path), **files, wandb=True)
+    with pytest.raises(ImportError, match="--wandb requires"):
+        finetune(settings.replace(overwrite_output_dir=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize(("writer", "package"), [("tensorboard", "bertfast[tensorboard]"), ("wandb", "wandb")])

@@ -15,7 +15,9 @@ from bertfast.runtime.settings import settings_of
 from bertfast.runtime.signals import RunStopped
 from bertfast.training import finetune as finetuning
 from bertfast.training import optimizer
+from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.sweep import Combination, Score, SweepSettings, _read_score, _run_settings, sweep
+from bertfast.training.sweep_plan import SweepPlan, shown_duration
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
@@ -196,3 +198,37 @@ def test_a_score_that_is_no_finite_number_is_damage(score, tmp_path, caplog):
 def test_feature_layers_are_checked_with_the_settings(tmp_path):
     with pytest.raises(ValueError, match=r"--feature-layers must be one of embeddings, .*, got 'x'"):
         settings_for("m", tmp_path, strategy="feature-based", feature_layers="x")
+
+
+def test_the_plan_says_which_run_comes_next_and_the_time_left(pretrained, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "bertfast")
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-2], seeds=[1])
+    sweep(settings)
+    assert "the sweep has 1 run\n" in caplog.text
+    assert "run 1 of 1: learning rate 0.01, batch 16, epochs 1, seed 1\n" in caplog.text
+    caplog.clear()
+    sweep(settings.replace(learning_rates=[1e-2, 1e-3], seeds=[1, 2]))
+    assert "the sweep has 4 runs, 1 of them finished\n" in caplog.text
+    said = [line for line in caplog.messages if line.startswith("run ")]
+    assert [line.split(": ")[0] for line in said] == ["run 2 of 4", "run 3 of 4", "run 4 of 4"]
+    assert ["left" in line for line in said] == [False, True, True]
+
+
+def test_the_time_left_is_proportional_to_the_epochs(caplog):
+    runs = [
+        FinetuneSettings.of(model_name_or_path="m", train_file="a", output_dir=str(epochs), num_train_epochs=epochs)
+        for epochs in (1.0, 2.0, 4.0)
+    ]
+    plan = SweepPlan(runs, 3)
+    assert math.isnan(plan.seconds_left)
+    plan.end(runs[0], 60.0)
+    assert plan.seconds_left == 360
+    plan.end(runs[1], 240.0)
+    assert plan.seconds_left == 400
+    assert [shown_duration(seconds) for seconds in (4.4, 59, 400, 3600, 3900)] == [
+        "4 s",
+        "59 s",
+        "7 min",
+        "1 h 00 min",
+        "1 h 05 min",
+    ]
