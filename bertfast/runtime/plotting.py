@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,29 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -> bool:
+def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Return the exponential moving average of values, without bias towards the first ones."""
+    averages: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        averages.append(total / weight)
+    return averages
+
+
+def draw_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str) -> None:
+    """Draw a noisy curve: its moving average, and the values themselves faintly."""
+    axes.plot(steps, values, color=color, linewidth=1, alpha=0.25)
+    axes.plot(steps, smoothed(values), color=color, linewidth=1.5, label=f"{label} (smoothed)")
+
+
+def draw(path: Path, size: tuple[float, float], *panels: Callable[[Axes], None]) -> bool:
     """Draw a plot and write it to a file.
 
     Args:
         path: The file; its suffix is the format.
         size: Width and height in inches.
-        paint: Draws on the axes.
+        panels: Draw on axes, which lie one below the other and have the same x-axis.
 
     Returns:
         Whether matplotlib is installed; without it nothing is written.
@@ -57,8 +73,9 @@ def draw(path: Path, size: tuple[float, float], paint: Callable[[Axes], None]) -
     pyplot = load_pyplot()
     if pyplot is None:
         return False
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    paint(axes)
+    figure, axes = pyplot.subplots(len(panels), figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for paint, below in zip(panels, axes[:, 0], strict=True):
+        paint(below)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)

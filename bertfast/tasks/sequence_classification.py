@@ -19,6 +19,7 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
 from bertfast.tasks import metrics as task_metrics
+from bertfast.tasks.class_report import class_scores, precision_recall
 from bertfast.tasks.columns import LABEL_COLUMN, Columns, Text
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.glue import BENCHMARKS, Benchmark, infer_benchmark
@@ -252,6 +253,21 @@ class SequenceClassificationTask(Task[TextExamples]):
         names = self.label_names
         predictions = np.stack(outputs).argmax(1)
         return names, task_metrics.confusion_matrix(features.labels["labels"], predictions, len(names))
+
+    def report(self, examples: TextExamples, features: Features, outputs: Outputs) -> dict[str, Any]:
+        """Return the scores of each label; of two classes also the precision-recall curve of the second."""
+        found = super().report(examples, features, outputs)
+        labels, names = features.labels.get("labels"), self.label_names
+        if labels is None:
+            return found
+        if self.problem_type == MULTI_LABEL:
+            predicted, actual = np.stack(outputs) > 0, labels > 0
+            counts = ((predicted & actual).sum(0), predicted.sum(0), actual.sum(0))
+            found["classes"] = class_scores(names, *counts)
+        elif found and len(names) == 2 and (labels == 1).any():
+            probabilities = np.array([softmax(logits)[1] for logits in outputs])
+            found["precision_recall"] = precision_recall(names[1], probabilities, labels == 1)
+        return found
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TextExamples:
         """Parse one text per line, or a pair separated by a tab."""

@@ -16,6 +16,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.text_files import json_object
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.tasks.class_report import confusion_report
 from bertfast.tasks.features import Features, ModelInputs
 from bertfast.tasks.pretrained import sequence_length
 from bertfast.tasks.rows import BadRows, Rows, Skipped
@@ -192,6 +193,15 @@ class Task(ABC, Generic[Examples]):
     def confusion_matrix(self, examples: Examples, features: Features, outputs: Outputs) -> ConfusionMatrix | None:
         """Return the confusion matrix; None if the task has none or the examples have no labels."""
         return None
+
+    def report(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, Any]:
+        """Return what there is to say of labelled examples besides the metrics, as JSON; empty: nothing.
+
+        "classes" and "entities" have the scores of each class, "confusion_matrix" labels and counts, and
+        "precision_recall" the curve of two classes; see `bertfast.tasks.class_report`.
+        """
+        table = self.confusion_matrix(examples, features, outputs)
+        return {} if table is None else confusion_report(*table)
 
 
 def label_names(config: BertConfig) -> list[str]:

@@ -28,6 +28,7 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics
 from bertfast.tasks.conll import read_sentences, split_words
+from bertfast.tasks.entity_metrics import entity_metrics, entity_scores
 from bertfast.tasks.features import TOKENIZER_BATCH, Features, ModelInputs
 from bertfast.tasks.labels import require_classes
 from bertfast.tasks.rows import Rows, Skipped
@@ -243,7 +244,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
         correct = [ids[a] == ids[b] for gold, tags in pairs for a, b in zip(gold, tags, strict=True)]
         labels = np.split(features.labels["labels"], features.cu_seqlens[1:-1])
         values = {"accuracy": float(np.mean(correct)), "loss": task_metrics.mean_cross_entropy(outputs, labels)}
-        return values | (_entity_metrics(examples.tags, predicted) if self.marks_entities else {})
+        return values | (entity_metrics(examples.tags, predicted) if self.marks_entities else {})
 
     def write_predictions(
         self, folder: Path, split: str, examples: TaggedSentences, features: Features, outputs: Outputs
@@ -275,6 +276,13 @@ class TokenClassificationTask(Task[TaggedSentences]):
         names = self.label_names
         return names, task_metrics.confusion_matrix(gold, predicted, len(names))
 
+    def report(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> dict[str, Any]:
+        """Return the scores of each tag and, where tags mark entities, those of each type of entity."""
+        found = super().report(examples, features, outputs)
+        if examples.tags is not None and self.marks_entities:
+            found["entities"] = entity_scores(examples.tags, self._predicted_tags(examples, outputs))
+        return found
+
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TaggedSentences:
         """Parse one sentence per line, words separated by spaces."""
         rows = Rows.of_input(len(lines), first_row, self.bad_rows)
@@ -300,17 +308,6 @@ def _unknown_tag(tags: list[str], known: dict[str, int]) -> str | None:
     """Return what is wrong with the tags of a sentence if the model does not know one."""
     unknown = next((tag for tag in tags if tag not in known), None)
     return None if unknown is None else f"unknown tag {unknown!r}; known tags: {', '.join(known)}"
-
-
-def _entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
-    """Compute precision, recall and F1 of whole entities, given the true and the predicted tags of each sentence."""
-    gold_entities, predicted_entities = ([{*entities(tags)} for tags in sentences] for sentences in (gold, predicted))
-    num_correct = sum(len(a & b) for a, b in zip(gold_entities, predicted_entities, strict=True))
-    precision, recall = (
-        num_correct / max(sum(map(len, sentences)), 1) for sentences in (predicted_entities, gold_entities)
-    )
-    f1 = 2 * precision * recall / (precision + recall) if num_correct else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1}
 
 
 def _encodings(sentences: list[list[str]], tokenizer: Tokenizer) -> Iterator[Encoding]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bertfast.data.corpus import find_files
 from bertfast.data.text_files import copy_stream, is_stream, named_stream
@@ -18,22 +18,18 @@ from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder
-from bertfast.runtime.plotting import draw, plot_title
+from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.features import CutTexts
 from bertfast.tasks.settings import MANY_TOKENS, FloatingPointSettings, TaskSettings
-from bertfast.tasks.task import ConfusionMatrix
 from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
+from bertfast.training.report_plots import PLOTS, draw_report, report_file
 from bertfast.training.validation import evaluate_masked_lm
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 logger = logging.getLogger("bertfast")
 
-_CONTENTS = ("eval_results.json", "confusion.png", *PREDICTIONS)
-_LABELS_SHOWN = 30  # of a confusion matrix; larger ones are not plotted
+_CONTENTS = ("eval_results.json", *PLOTS, *PREDICTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +40,8 @@ class EvaluateSettings(TaskSettings):
         validation_file: Labelled data as for fine-tuning; with --objective mlm, a text file or folder. "-" is standard
             input; it, and a pipe, are copied to a temporary file.
         objective: task: metrics of the predictions of a fine-tuned model; mlm: masked-LM metrics of a model on text.
-        output_dir: Output folder for eval_results.json and, with --objective task, predictions and confusion.png. If
-            not given: print only.
+        output_dir: Output folder for eval_results.json and, with --objective task, predictions, report_validation.json
+            (scores of each class), confusion.png and precision_recall.png. If not given: print only.
         overwrite_output_dir: Replace the results of another evaluation in --output-dir.
     """
 
@@ -154,35 +150,17 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
 
     def write_predictions(folder: Path) -> None:
         task.write_predictions(folder, "validation", examples, features, outputs)
-        table = task.confusion_matrix(examples, features, outputs)
-        if table is not None and len(table[0]) <= _LABELS_SHOWN:
+        report = task.report(examples, features, outputs)
+        if report:
+            write_results(folder / report_file("validation"), report)
             precision = choose_precision(model.device, settings.compute.precision, model.config)
             title = plot_title(settings.model_name_or_path, model.device, precision)
-            if not draw_confusion(table, folder / "confusion.png", title):
+            if not draw_report(report, folder, title):
                 logger.info("No confusion.png: plots require matplotlib: %s", install_command("plots"))
 
     skipped = {"bad_rows": task.bad_rows.count} if task.bad_rows.count else {}
     metrics = {f"eval_{name}": value for name, value in metrics.items()} | {"eval_samples": len(examples)} | skipped
     return metrics, write_predictions
-
-
-def draw_confusion(table: ConfusionMatrix, path: Path, title: str) -> bool:
-    """Plot a confusion matrix, coloured by the fraction of its row; return False if matplotlib is not installed."""
-    names, counts = table
-    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = 2.5 + 0.45 * len(names)
-
-    def paint(axes: Axes) -> None:
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for row, column in zip(*counts.nonzero(), strict=True):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="predicted label", ylabel="true label")
-        axes.set_title(f"Confusion matrix (counts)\n{title}", fontsize=9, wrap=True)
-
-    return draw(path, (side, side), paint)
 
 
 def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:

@@ -47,10 +47,11 @@ from bertfast.training.finetune_model import (
     model_config,
     single_labels,
 )
-from bertfast.training.finetune_report import how_to_use, write_report
+from bertfast.training.finetune_report import draw_finished_run, how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.finetune_step import FinetuneStep
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter, open_writers
+from bertfast.training.report_plots import report_file
 from bertfast.training.schedule import schedule
 from bertfast.training.step_results import DivergedError, StepResults
 
@@ -82,8 +83,9 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
 
 
 def finetune_command(settings: FinetuneSettings) -> None:
-    """Fine-tune a model, print the results, and say how to use the model."""
+    """Fine-tune a model, print the results, draw them, and say how to use the model."""
     print_metrics(finetune(settings))
+    draw_finished_run(Path(settings.output_dir))
     print(how_to_use(settings))
 
 
@@ -330,7 +332,10 @@ class Finetuning:
         return self._diverged(f"after step {self.step}, {error.problem} on the {split} data", usable=False)
 
     def _write(self, split: str, outputs: Outputs) -> None:
-        self.task.write_predictions(self.folder, split, self.examples[split], self.features[split], outputs)
+        data = self.examples[split], self.features[split], outputs
+        self.task.write_predictions(self.folder, split, *data)
+        if report := self.task.report(*data):
+            write_results(self.folder / report_file(split), report)
 
     def _save(self) -> None:
         save(self.model, self.folder)
@@ -385,7 +390,7 @@ class Finetuning:
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics
-        write_report(self.settings, self.model, self.precision, results)
+        write_report(self.settings, self.model, self.precision, self.metric, results)
         write_results(self.folder / RESULTS, results)
         remove(self.folder / CHECKPOINTS)
         return results

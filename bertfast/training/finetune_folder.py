@@ -20,6 +20,7 @@ from bertfast.tasks.task import write_rows
 from bertfast.training.checkpoint import CHECKPOINTS, checkpoints, holds
 from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.report_plots import PLOTS
 from bertfast.training.report_settings import MetricsWriterSettings
 
 logger = logging.getLogger("bertfast")
@@ -28,7 +29,8 @@ RESULTS = "all_results.json"  # written at the end of a run
 RUN = "run.json"  # settings, versions and results
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
 SKIPPED_ROWS = "skipped_rows.tsv"
-PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*")  # what `Task.write_predictions` writes
+# What `Task.write_predictions` writes, and what `Task.report` returns.
+PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*", "report_*")
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
 _CONTENTS = (
     CHECKPOINTS,
@@ -36,6 +38,7 @@ _CONTENTS = (
     "model*.safetensors*",
     RESULTS,
     RUN,
+    *PLOTS,
     "sweep_score.json",
     "tensorboard/events.out.tfevents.*",
     *PREDICTIONS,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bertfast.data.text_files import read_json
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import described
@@ -21,12 +22,14 @@ from bertfast.training.evaluate import write_results
 from bertfast.training.finetune_data import data_files
 from bertfast.training.finetune_folder import RUN, finetune_origin
 from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.report_plots import draw_run, report_file
 
 logger = logging.getLogger("bertfast")
 
 CARD = "README.md"
 _MARK = "<!-- `bertfast finetune` wrote this file and may replace it. To keep changes, remove this line. -->"
 _RERANKER = "reranking"
+_CLASSES_LISTED = 30  # on the card
 _SENTENCE_TRANSFORMERS = {  # classes of sentence-transformers, and a call
     "": ("SentenceTransformer", 'encode(["A text."]).shape'),
     _RERANKER: ("CrossEncoder", 'predict([("A query.", "A document.")])'),
@@ -44,13 +47,16 @@ _PIPELINES = {
 _NOT_LISTED = {"--model-name-or-path", "--train-file", "--validation-file", "--test-file", "--output-dir", "--resume"}
 
 
-def write_report(settings: FinetuneSettings, model: PreTrainedModel, precision: str, results: dict[str, Any]) -> None:
+def write_report(
+    settings: FinetuneSettings, model: PreTrainedModel, precision: str, metric: str, results: dict[str, Any]
+) -> None:
     """Write run.json and the model card of a finished run; a README.md that bertfast did not write stays as it is.
 
     Args:
         settings: Settings of the run.
         model: Its model.
         precision: Precision that it ran in.
+        metric: Metric that selected the best model.
         results: The content of all_results.json.
     """
     folder = Path(settings.output_dir)
@@ -60,6 +66,7 @@ def write_report(settings: FinetuneSettings, model: PreTrainedModel, precision: 
         "device": _device_name(model.device),
         "threads": torch.get_num_threads(),
         "precision": precision,
+        "metric_for_best_model": metric,
         "results": results,
     }
     write_results(folder / RUN, run)
@@ -68,6 +75,15 @@ def write_report(settings: FinetuneSettings, model: PreTrainedModel, precision: 
         logger.info("%s is kept as it is: bertfast did not write it", card)
         return
     write_atomically(card, _card(settings, model, run))
+
+
+def draw_finished_run(folder: Path) -> None:
+    """Draw the plots of a finished run from the files in its folder."""
+    if not (folder / RUN).exists():  # an earlier version finished the run
+        return
+    run = read_json(folder / RUN)
+    title = f"{folder.resolve().name} ({run.get('device')}, {run.get('precision')})"
+    draw_run(folder, title, str(run.get("metric_for_best_model")))
 
 
 def how_to_use(settings: FinetuneSettings) -> str:
@@ -97,6 +113,7 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
         f"bertfast {run['versions']['bertfast']} for {_PIPELINES[head]}.",
         "",
         *_results(run["results"]),
+        *_classes(Path(settings.output_dir)),
         *_usage(folder, head, extended=isinstance(model.config, ExtendedBertConfig)),
         *_training(settings, run),
     ]
@@ -110,6 +127,22 @@ def _results(results: dict[str, Any]) -> list[str]:
     splits = {"eval": "validation", "test": "test"}
     table = [f"| {splits[split]} | {name} | {value:.4g} |" for split, name, value in rows]
     return ["## Results", "", "| data | metric | value |", "|---|---|---|", *table, ""]
+
+
+def _classes(folder: Path) -> list[str]:
+    """Return the scores of each type of entity, or else of each class, in the validation data."""
+    file = folder / report_file("validation")
+    report = read_json(file) if file.exists() else {}
+    kind = "entities" if "entities" in report else "classes"
+    scores = report.get(kind, {})
+    if not 0 < len(scores) <= _CLASSES_LISTED:
+        return []
+    rows = [
+        f"| {_plain(name)} | {row['precision']:.4g} | {row['recall']:.4g} | {row['f1']:.4g} | {row['examples']} |"
+        for name, row in scores.items()
+    ]
+    title = "entity" if kind == "entities" else "label"
+    return [f"| {title} | precision | recall | F1 | examples |", "|---|---|---|---|---|", *rows, ""]
 
 
 def _usage(folder: str, head: str, *, extended: bool) -> list[str]:

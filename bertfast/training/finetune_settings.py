@@ -174,7 +174,7 @@ class EvaluationSettings(Settings):
     eval_steps: Count | None = None
     metric_for_best_model: str | None = None
     early_stopping_patience: Count | None = None
-    logging_steps: Count = 50
+    logging_steps: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)

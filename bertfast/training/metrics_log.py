@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import named_in_errors, write_atomically
 from bertfast.runtime.extras import install_command
-from bertfast.runtime.plotting import COLORS, draw
+from bertfast.runtime.plotting import COLORS, draw, draw_smoothed
 from bertfast.training.report_settings import MetricsWriterSettings
 
 if TYPE_CHECKING:
@@ -96,6 +96,24 @@ def open_writers(folder: Path, settings: MetricsWriterSettings, values: dict[str
     return writers + ([wandb(folder, values)] if settings.wandb else [])
 
 
+def read_entries(path: Path) -> list[Entry]:
+    """Return the entries of a metrics.jsonl; without the file, none.
+
+    Raises:
+        ValueError: A line is not an entry; the message names it.
+    """
+    if not path.exists():
+        return []
+    example, entries = '{"step": 1}', []
+    for number, line in read_lines(path):
+        if line.endswith("\n"):  # a kill may cut the last line short
+            entry = json_object(f"{path}, line {number}", line, example)
+            if not isinstance(entry.get("step"), int):
+                raise ValueError(f"{path}, line {number}: not an entry like {example}; remove the line")
+            entries.append(entry)
+    return entries
+
+
 class MetricsLog:
     """Log of a run's metrics in `folder/metrics.jsonl`; every entry has a step."""
 
@@ -113,16 +131,7 @@ class MetricsLog:
 
     def entries(self) -> list[Entry]:
         """Return all entries so far."""
-        if not self.path.exists():
-            return []
-        example, entries = '{"step": 1}', []
-        for number, line in read_lines(self.path):
-            if line.endswith("\n"):  # a kill may cut the last line short
-                entry = json_object(f"{self.path}, line {number}", line, example)
-                if not isinstance(entry.get("step"), int):
-                    raise ValueError(f"{self.path}, line {number}: not an entry like {example}; remove the line")
-                entries.append(entry)
-        return entries
+        return read_entries(self.path)
 
     def write(self, **entry: Any) -> None:
         """Append an entry."""
@@ -148,8 +157,13 @@ class MetricsLog:
             curves = (("masked_lm_loss", "training", ""), ("validation_loss", "validation", "o"))
             for (key, label, marker), color in zip(curves, (COLORS["bertfast"], "tab:green"), strict=True):
                 points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, linewidth=1)
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                if marker:
+                    axes.plot(steps, values, label=label, color=color, marker=marker, linewidth=1)
+                else:
+                    draw_smoothed(axes, steps, values, label, color)
             if unigram_entropy is not None:
                 axes.axhline(unigram_entropy, linestyle=":", color="tab:gray", label="unigram baseline")
             axes.set(title=title, xlabel="step", ylabel="masked-LM loss (nats per masked token)")

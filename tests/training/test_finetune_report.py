@@ -55,6 +55,8 @@ def test_the_model_card_names_results_data_and_settings(tuned, pretrained):
     assert f"| validation | accuracy | {results['eval_accuracy']:.4g} |" in text
     assert "| --train-file | `train.tsv`, SHA-256 " in text
     assert "| --learning-rate | 0.003 |" in text
+    report = json.loads((folder / "report_validation.json").read_text())
+    assert f"| good | {report['classes']['good']['precision']:.4g} |" in text
     assert str(folder.parent) not in text
 
 

@@ -113,6 +113,7 @@ def test_the_best_model_of_the_checkpoint_replaces_a_later_one(pretrained, files
         "config.json",
         "model.safetensors",
         "predictions_validation.tsv",
+        "report_validation.json",
     }
     with pytest.raises(RunStopped, match="the best model so far, that of step 20, is in"):
         finetune(settings.replace(resume=True), stopped_at(26))

@@ -1,0 +1,34 @@
+"""Metrics of named entities, which count whole entities as conlleval does."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from bertfast.tasks.class_report import class_scores
+from bertfast.tasks.tag_schemes import entities
+
+
+def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Compute precision, recall and F1 of whole entities, given the true and the predicted tags of each sentence."""
+    gold_entities, predicted_entities = ([{*entities(tags)} for tags in sentences] for sentences in (gold, predicted))
+    num_correct = sum(len(a & b) for a, b in zip(gold_entities, predicted_entities, strict=True))
+    precision, recall = (
+        num_correct / max(sum(map(len, sentences)), 1) for sentences in (predicted_entities, gold_entities)
+    )
+    f1 = 2 * precision * recall / (precision + recall) if num_correct else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, dict[str, float]]:
+    """Compute the scores of whole entities by type; see `class_scores`."""
+    correct, found, actual = Counter[str](), Counter[str](), Counter[str]()
+    for tags, other_tags in zip(gold, predicted, strict=True):
+        true_entities, predicted_entities = {*entities(tags)}, {*entities(other_tags)}
+        actual.update(kind for kind, *_ in true_entities)
+        found.update(kind for kind, *_ in predicted_entities)
+        correct.update(kind for kind, *_ in true_entities & predicted_entities)
+    names = sorted({*actual, *found})
+    counts = (np.array([counter[name] for name in names], np.int64) for counter in (correct, found, actual))
+    return class_scores(names, *counts)
