@@ -21,6 +21,7 @@ from bertfast.models.files import read_config, resolve
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
+from bertfast.runtime.settings import Count, refuse_without_effect
 from bertfast.tasks.features import BUCKETED, CutTexts, Features, ModelInputs, batches_by_length
 from bertfast.tasks.pretrained import MissingHeadError, open_model
 from bertfast.tasks.registry import choose_task
@@ -51,11 +52,15 @@ class PredictSettings(TaskSettings):
         input_file: A file as for fine-tuning. If not given, or "-": standard input, where each line is a text, a pair
             of texts separated by a tab, a sentence of words separated by spaces, or a JSON object with a question or
             with choices.
+        all_probabilities: Also print the probabilities of all labels: of each text, word or choice.
+        batch_size: Maximum texts per batch. If not given: as many as --eval-tokens allow.
     """
 
     unused = ("embedding",)
 
     input_file: str | None = None
+    all_probabilities: bool = False
+    batch_size: Count | None = None
     columns: InputColumnSettings = field(default_factory=InputColumnSettings)
     question_answering: AnswerSettings = field(default_factory=AnswerSettings)
 
@@ -70,18 +75,25 @@ def predict(settings: PredictSettings) -> None:
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     require_own_precision(model, settings.compute.precision)
+    if settings.all_probabilities and not task.has_probabilities:
+        refuse_without_effect(["--all-probabilities"], "the task of the model has no labels with probabilities")
     length = task.max_length()
     cut = CutTexts(STANDARD_INPUT if file in (None, "-") else file, length)
     with task.bad_rows.logged():
         for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
-            for prediction in _predict_rows(task, model, tokenizer, cut, examples):
+            for prediction in _predict_rows(task, model, tokenizer, cut, examples, settings):
                 print(json.dumps(prediction, ensure_ascii=False))
             sys.stdout.flush()
     cut.report()
 
 
 def _predict_rows(
-    task: Task[Any], model: PreTrainedModel, tokenizer: Tokenizer, cut: CutTexts, examples: HasRows
+    task: Task[Any],
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    cut: CutTexts,
+    examples: HasRows,
+    settings: PredictSettings,
 ) -> Iterator[Prediction]:
     """Yield a JSON object for each row of the examples and each row skipped on the way, in order; count cut texts."""
     predictions: Iterable[Prediction] = ()
@@ -90,7 +102,11 @@ def _predict_rows(
         cut.add(features)
         precision = task.settings.compute.precision
         freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
-        predictions = task.predictions(examples, features, predict_outputs(task, model, features))
+        outputs = predict_outputs(task, model, features, settings.batch_size)
+        predictions = task.predictions(examples, features, outputs)
+        if settings.all_probabilities:
+            of_all = task.probabilities(examples, outputs)
+            predictions = (one | {"probabilities": every} for one, every in zip(predictions, of_all, strict=True))
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
         yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)
@@ -119,8 +135,17 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
 
 
 @torch.no_grad()
-def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> Outputs:
-    """Compute the fp32 logits of each example, without dropout, in batches of --eval-tokens."""
+def predict_outputs(
+    task: Task[Any], model: PreTrainedModel, features: Features, batch_size: int | None = None
+) -> Outputs:
+    """Compute the fp32 logits of each example, without dropout.
+
+    Args:
+        task: Task of the model.
+        model: The model.
+        features: Tokenized examples.
+        batch_size: Maximum examples per batch; None: only --eval-tokens limits it.
+    """
     training = model.training
     precision = choose_precision(model.device, task.settings.compute.precision, model.config)
     model.train(False)
@@ -137,7 +162,8 @@ def predict_outputs(task: Task[Any], model: PreTrainedModel, features: Features)
         uncaptured_buckets(model, precision, logits_per_token=task.logits_per_token) if capture is None else BUCKETED
     )
     with side_stream(model.device):
-        for rows in batches_by_length(features, task.settings.compute.tokens_per_batch(model.device)):
+        tokens = task.settings.compute.tokens_per_batch(model.device)
+        for rows in batches_by_length(features, tokens, batch_size):
             inputs = features.model_inputs(rows, labels=False, buckets=buckets)
             logits = runner(inputs).clone().cpu()  # the next replay overwrites the runner's result
             # Logits per token, [1, T, labels], are split by example; logits per example lose their padding.

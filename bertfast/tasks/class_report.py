@@ -20,7 +20,7 @@ def class_scores(
 
     Args:
         names: Names of the classes.
-        correct: int [C], examples of the class that are predicted to be of it.
+        correct: int [C], examples of the class that are predicted to be in the class.
         predicted: int [C], examples that are predicted to be of the class.
         actual: int [C], examples of the class.
     """

@@ -241,6 +241,9 @@ def within_budget(features: Features, rows: np.ndarray, tokens: int) -> list[np.
     return np.split(rows, np.flatnonzero(np.diff(batch)) + 1)
 
 
-def batches_by_length(features: Features, tokens: int) -> list[np.ndarray]:
-    """Split all rows, longest first, into batches of about `tokens` tokens."""
-    return within_budget(features, np.argsort(-features.lengths, kind="stable"), tokens)
+def batches_by_length(features: Features, tokens: int, examples: int | None = None) -> list[np.ndarray]:
+    """Split all rows, longest first, into batches of about `tokens` tokens, and of at most `examples` rows if given."""
+    batches = within_budget(features, np.argsort(-features.lengths, kind="stable"), tokens)
+    if examples is None:
+        return batches
+    return [batch[first : first + examples] for batch in batches for first in range(0, len(batch), examples)]

@@ -62,6 +62,7 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
 
     model_class = BertForMultipleChoice
     metrics = ("accuracy", "loss")
+    has_probabilities = True
 
     def read(self, path: str, *, labelled: bool) -> MultipleChoiceExamples:
         """Read a table with columns sent1, sent2 (optional; endings are appended to it), label and either ending0,
@@ -118,6 +119,10 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         for endings, logits in zip(examples.endings, outputs, strict=True):
             choice = int(logits.argmax())
             yield {"choice": choice, "ending": endings[choice], "score": float(softmax(logits)[choice])}
+
+    def probabilities(self, examples: MultipleChoiceExamples, outputs: Outputs) -> Iterator[list[float]]:
+        """Yield the probability of each choice."""
+        return (softmax(logits).tolist() for logits in outputs)
 
     def compute_metrics(
         self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs

@@ -214,6 +214,16 @@ class SequenceClassificationTask(Task[TextExamples]):
                 scores = softmax(logits)
                 yield {"label": names[int(scores.argmax())], "score": float(scores.max())}
 
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the labels are classes."""
+        return self.problem_type != REGRESSION
+
+    def probabilities(self, examples: TextExamples, outputs: Outputs) -> Iterator[dict[str, float]]:
+        """Yield the probability of each label by its name."""
+        names, normalise = self.label_names, _sigmoid if self.problem_type == MULTI_LABEL else softmax
+        return (dict(zip(names, normalise(logits).tolist(), strict=True)) for logits in outputs)
+
     def compute_metrics(self, examples: TextExamples, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics of the problem type."""
         if "labels" not in features.labels:

@@ -168,6 +168,15 @@ class Task(ABC, Generic[Examples]):
     def predictions(self, examples: Examples, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield the prediction for each example, as `bertfast predict` prints it after the row's number and id."""
 
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether `probabilities` can be called."""
+        return False
+
+    def probabilities(self, examples: Examples, outputs: Outputs) -> Iterator[Any]:
+        """Yield the probabilities of all labels for each example, as `bertfast predict --all-probabilities` prints."""
+        raise NotImplementedError
+
     @abstractmethod
     def compute_metrics(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics; empty if the examples have no labels."""

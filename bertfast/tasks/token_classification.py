@@ -32,6 +32,7 @@ from bertfast.tasks.entity_metrics import entity_metrics, entity_scores
 from bertfast.tasks.features import TOKENIZER_BATCH, Features, ModelInputs
 from bertfast.tasks.labels import require_classes
 from bertfast.tasks.rows import Rows, Skipped
+from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tag_schemes import OUTSIDE, bioes_tag, converted, detect_scheme, entities, mark_entities, tag_error
 from bertfast.tasks.task import ROWS_PER_CHUNK, ConfusionMatrix, Outputs, Prediction, Task, label_to_id
 
@@ -101,6 +102,7 @@ class TokenClassificationTask(Task[TaggedSentences]):
     """Token classification: one tag for each word."""
 
     model_class = BertForTokenClassification
+    has_probabilities = True
     feature_based_model = BertFeaturesForTokenClassification
     logits_per_token = True
     flags = frozenset({"--tag-column"})
@@ -233,6 +235,15 @@ class TokenClassificationTask(Task[TaggedSentences]):
                 for kind, start, end in (entities(tags) if marks_entities else ())
             ]
             yield {"words": words, "tags": tags, "entities": found}
+
+    def probabilities(self, examples: TaggedSentences, outputs: Outputs) -> Iterator[list[dict[str, float]]]:
+        """Yield the probability of each tag by its name, for each word."""
+        names = self.label_names
+        found: list[list[dict[str, float]]] = [[{} for _ in words] for words in examples.words]
+        for (sentence, words, positions), logits in zip(examples.segments, outputs, strict=True):
+            for word, position in zip(words.tolist(), positions.tolist(), strict=True):
+                found[sentence][word] = dict(zip(names, softmax(logits[position]).tolist(), strict=True))
+        return iter(found)
 
     def compute_metrics(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the accuracy of words' tags and their mean cross-entropy in nats; where tags mark entities, also

@@ -207,7 +207,7 @@ def _extends_finished_run(settings: PretrainSettings, saved: Path) -> bool:
         longer = duration.max_steps > step
     else:
         longer = minutes is None and not steps and (duration.num_train_epochs or 1) > (epochs or 1)
-    return finished and longer
+    return bool(finished and longer)
 
 
 def recorded_precision(settings: PretrainSettings) -> ChosenPrecision | None:

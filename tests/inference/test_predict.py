@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from sentiment import FILLERS, rows_of
+from task_examples import settings_for, write_examples
 
 from bertfast import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
@@ -16,6 +17,7 @@ from bertfast.inference.predict import PredictSettings, predict, predict_outputs
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate
+from bertfast.training.finetune import finetune
 
 
 def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
@@ -158,3 +160,56 @@ def test_predict_and_evaluate_count_the_texts_that_they_cut(tuned, tmp_path, cap
     evaluate(EvaluateSettings.of(model_name_or_path=tuned[0], validation_file=str(path), max_seq_length=5))
     cut = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert cut == [f"{path}: cut 3 of 6 texts to 5 tokens"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task", ["sequence-classification", "multi-label", "multiple-choice", "token-classification", "regression"]
+)
+def test_all_probabilities_are_printed_on_request(task, pretrained, tmp_path, capsys):
+    file = write_examples(tmp_path, task, 12, seed=0)
+    finetune(settings_for(task, pretrained, file, tmp_path / "out", num_train_epochs=1))
+    where = {"model_name_or_path": str(tmp_path / "out"), "input_file": str(file), "device": "cpu", "precision": "fp32"}
+    if task == "regression":
+        with pytest.raises(ValueError, match="--all-probabilities would have no effect: the task of the model has no"):
+            predict(PredictSettings.of(**where, all_probabilities=True))
+        return
+    printed = {}
+    for every in (False, True):
+        capsys.readouterr()
+        predict(PredictSettings.of(**where, all_probabilities=every))
+        printed[every] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for plain, row in zip(printed[False], printed[True], strict=True):
+        probabilities = row.pop("probabilities")
+        assert row == plain
+        if task == "sequence-classification":
+            assert {*probabilities} == {"bad", "good"}
+            assert sum(probabilities.values()) == pytest.approx(1)
+            assert probabilities[row["label"]] == max(probabilities.values()) == row["score"]
+        elif task == "multi-label":
+            assert {*probabilities} == {"bad", "good"}
+            assert {name: score for name, score in probabilities.items() if score > 0.5} == row["labels"]
+        elif task == "multiple-choice":
+            assert sum(probabilities) == pytest.approx(1)
+            assert probabilities[row["choice"]] == max(probabilities) == row["score"]
+        else:
+            assert [max(of_word, key=of_word.__getitem__) for of_word in probabilities] == row["tags"]
+
+
+@pytest.mark.slow
+def test_the_batch_size_limits_the_texts_of_a_batch(tuned, files, capsys, monkeypatch):
+    model_inputs, sizes = Features.model_inputs, []
+
+    def recorded(self, rows, **options):
+        sizes.append(len(rows))
+        return model_inputs(self, rows, **options)
+
+    monkeypatch.setattr(Features, "model_inputs", recorded)
+    where = {"model_name_or_path": str(tuned[0]), "input_file": files["test_file"], "device": "cpu"}
+    printed = []
+    for size in (None, 7):
+        sizes.clear()
+        predict(PredictSettings.of(**where, precision="fp32", batch_size=size))
+        printed.append([json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()])
+        assert (max(sizes) > 7) == (size is None)
+    assert printed[0] == printed[1]
