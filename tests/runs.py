@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -84,3 +85,18 @@ def exit_code(program: Callable, settings: Any, seconds: float | None) -> int:
     process.start()
     process.join()
     return process.exitcode
+
+
+def terminated_in_training(command: list[str], folder: Path) -> tuple[str, int]:
+    """Run a program that trains, and send it SIGTERM once it has logged a step into a folder.
+
+    Returns:
+        Its standard error, and its exit status.
+    """
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    return process.communicate(timeout=60)[1], process.returncode

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,9 +87,7 @@ class VectorFolder:
 
     def require_width(self, size: int, source: str) -> None:
         """Raise ValueError, naming the source of queries of `size` elements, if the vectors have another size."""
-        with _damage_named(self.parts[0]):
-            width = next(read_chunks(self.parts[0], 1)).shape[1]
-        bits = self.precision in ("binary", "ubinary")
+        width, bits = self._width, self.precision in ("binary", "ubinary")
         if width != (-(-size // 8) if bits else size):
             found = f"from {8 * width - 7} to {8 * width}" if bits else str(width)
             raise ValueError(
@@ -96,6 +95,13 @@ class VectorFolder:
             )
         if self.ranges is not None:
             require_size(self.ranges, f"the {RANGES} of {self.path}", size)
+
+    @cached_property  # each batch of queries is compared with it
+    def _width(self) -> int:
+        """Elements of a vector as it is stored."""
+        with _damage_named(self.parts[0]):
+            width: int = next(read_chunks(self.parts[0], 1)).shape[1]
+        return width
 
     def chunks(self, count: int, size: int) -> Iterator[np.ndarray]:
         """Yield all vectors in order, at most `count` at a time: fp32 [≤ count, size], dequantised."""

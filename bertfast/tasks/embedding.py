@@ -25,16 +25,13 @@ from bertfast.models.sentence_modules import Dense, SentenceModules, Truncate
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.embedding_losses import embedding_loss
 from bertfast.tasks.features import Features, ModelInputs, tokenize
-from bertfast.tasks.metrics import RETRIEVAL, regression_metrics, retrieval_metrics
-from bertfast.tasks.rows import Rows
+from bertfast.tasks.metrics import CORRELATIONS, RETRIEVAL, correlations, retrieval_metrics
 from bertfast.tasks.settings import LossName, TaskSettings
 from bertfast.tasks.tables import read_chunks, read_table
 from bertfast.tasks.task import FINETUNING_TASK, ROWS_PER_CHUNK, Outputs, Prediction, Task, write_aligned
-from bertfast.tasks.text_groups import TextGroups, read_groups
+from bertfast.tasks.text_groups import TextGroups, parse_pairs, read_groups
 
 logger = logging.getLogger("bertfast")
-
-_SCORED = ("spearmanr", "pearson")  # metrics of pairs with scores
 
 
 class EmbeddingTask(Task[TextGroups]):
@@ -68,7 +65,7 @@ class EmbeddingTask(Task[TextGroups]):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Correlations of cosines and scores, or those of retrieval; also of each size of --matryoshka-dims."""
-        names = _SCORED if self.scored else RETRIEVAL
+        names = CORRELATIONS if self.scored else RETRIEVAL
         size = None if self._config is None else self.modules.size_of(self._config.hidden_size)
         smaller = [dim for dim in self.settings.embedding.matryoshka_dims if size is None or dim < size]
         return (*names, *(f"{name}_{dim}" for dim in smaller for name in names))
@@ -207,8 +204,7 @@ class EmbeddingTask(Task[TextGroups]):
 
     def _metrics_of(self, examples: TextGroups, features: Features, embeddings: np.ndarray) -> dict[str, float]:
         if examples.scores is not None:
-            values = regression_metrics(_cosines(embeddings)[:, 0], np.array(examples.scores))
-            return {name: values[name] for name in _SCORED}
+            return correlations(_cosines(embeddings)[:, 0], np.array(examples.scores))
         return retrieval_metrics(embeddings, features.labels["text_ids"], examples.rows.file)
 
     def write_predictions(
@@ -226,18 +222,8 @@ class EmbeddingTask(Task[TextGroups]):
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> TextGroups:
         """Parse pairs of texts separated by a tab."""
-        rows = Rows.of_input(len(lines), first_row, self.bad_rows)
-        pairs: list[tuple[str, ...]] = []
-        usable = []
-        for index, line in enumerate(lines):
-            texts = line.split("\t")
-            if len(texts) == 2:
-                pairs.append((texts[0], texts[1]))
-                usable.append(index)
-            else:
-                found = f"{len(texts)} texts separated by tabs" if len(texts) > 2 else "one text"
-                rows.reject(index, f"{found}: give two, or embed single texts with `bertfast embed`")
-        return TextGroups(pairs, rows.select(usable))
+        pairs, rows = parse_pairs(lines, first_row, self.bad_rows, "two, or embed single texts with `bertfast embed`")
+        return TextGroups([*pairs], rows)
 
 
 def _cosines(embeddings: np.ndarray) -> np.ndarray:

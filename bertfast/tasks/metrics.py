@@ -14,9 +14,10 @@ from bertfast.tasks.most_similar import most_similar
 
 CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "loss")
 REGRESSION = ("pearson", "spearmanr", "loss")
+CORRELATIONS = ("spearmanr", "pearson")
 MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy", "loss")
 RETRIEVAL = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1")
-_CUTOFF = 10  # of the results of a query
+CUTOFF = 10  # of the results of a query
 _QUERIES, _DOCUMENTS = 512, 8192  # that are compared at a time
 
 
@@ -66,6 +67,12 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         "spearmanr": float(spearmanr(predictions, labels).statistic) if defined else 0.0,
         "loss": float(np.square(predictions - labels).mean()),
     }
+
+
+def correlations(similarities: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Compute the values of `CORRELATIONS`, of similarities and scores, float [E]; see `regression_metrics`."""
+    values = regression_metrics(similarities, scores)
+    return {name: values[name] for name in CORRELATIONS}
 
 
 def multi_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -120,9 +127,9 @@ def ranking_metrics(relevant: np.ndarray, num_relevant: np.ndarray) -> dict[str,
         The values of `RETRIEVAL`, means over the queries: normalised discounted cumulative gain, the reciprocal rank of
         the first relevant document, and whether the first document is relevant.
     """
-    gains = relevant[:, :_CUTOFF].astype(np.float64)
-    ranks = np.arange(1, _CUTOFF + 1)
-    ideal = np.cumsum(1 / np.log2(ranks + 1))[num_relevant.clip(max=_CUTOFF) - 1]
+    gains = relevant[:, :CUTOFF].astype(np.float64)
+    ranks = np.arange(1, CUTOFF + 1)
+    ideal = np.cumsum(1 / np.log2(ranks + 1))[num_relevant.clip(max=CUTOFF) - 1]
     reciprocal = gains / ranks[: gains.shape[1]]
     return {
         "ndcg_at_10": float(((gains / np.log2(ranks[: gains.shape[1]] + 1)).sum(1) / ideal).mean()),
@@ -152,7 +159,7 @@ def retrieval_metrics(embeddings: np.ndarray, text_ids: np.ndarray, source: str)
     corpus = torch.from_numpy(embeddings[:, 1:].reshape(-1, size)[first_of_text])
     relevant: list[list[bool]] = []
     for start in range(0, len(queries), _QUERIES):
-        found = most_similar(queries[start : start + _QUERIES], corpus.split(_DOCUMENTS), _CUTOFF, "cosine", source)[1]
+        found = most_similar(queries[start : start + _QUERIES], corpus.split(_DOCUMENTS), CUTOFF, "cosine", source)[1]
         relevant += [[i in positives[start + q] for i in row] for q, row in enumerate(found.tolist())]
     return ranking_metrics(np.array(relevant), np.array([len(x) for x in positives]))
 

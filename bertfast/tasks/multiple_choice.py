@@ -23,7 +23,7 @@ from bertfast.tasks.metrics import classification_metrics
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.sequence_classification import softmax
 from bertfast.tasks.tables import Table, not_text, read_chunks, read_table
-from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, report_no_metrics, write_aligned
+from bertfast.tasks.task import ROWS_PER_CHUNK, Outputs, Prediction, Task, json_lines, usable_labels, write_aligned
 
 _LABEL = "label"
 CHOICE_COLUMNS = "sent1, optionally sent2, endings (in tables ending0, ending1, …) and label"
@@ -73,18 +73,11 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         examples, table = _usable(table)
         if not labelled and _LABEL not in table.columns:
             return examples
-        labels, usable = [], []
-        for row, (value, endings) in enumerate(zip(table.column(_LABEL), examples.endings, strict=True)):
-            label = canonical(str(value).strip())
-            if label.isdecimal() and len(label) < 10 and int(label) < len(endings):
-                labels.append(int(label))
-                usable.append(row)
-                continue
-            problem = f"the label {value!r:.60} is not in 0 to {len(endings) - 1}"
-            if not labelled:
-                report_no_metrics(examples.rows, row, problem)
-                return examples
-            examples.rows.reject(row, problem)
+        fields = zip(table.column(_LABEL), map(len, examples.endings), strict=True)
+        found = usable_labels(fields, _choice, examples.rows, labelled=labelled)
+        if found is None:
+            return examples
+        labels, usable = found
         if not usable:
             raise ValueError(f"{path} has no usable rows")
         return replace(examples.select(usable), labels=labels)
@@ -197,3 +190,12 @@ def _endings(table: Table) -> list[Any]:
     for i in range(max(len(names), 1)):
         table.column(f"ending{i}")  # raises, naming the columns of the file, if they are not numbered from 0
     return [list(row) for row in zip(*(table.column(name) for name in names), strict=True)]
+
+
+def _choice(field: tuple[Any, int]) -> int:
+    """Return the label in a field, given with the number of endings; ValueError if it is none of them."""
+    value, count = field
+    label = canonical(str(value).strip())
+    if not (label.isdecimal() and len(label) < 10 and int(label) < count):
+        raise ValueError(f"the label {value!r:.60} is not in 0 to {count - 1}")
+    return int(label)

@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bertfast.runtime.settings import counted
-from bertfast.tasks.labels import REGRESSION, read_label, sorted_numbers
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.settings import ColumnSettings
 from bertfast.tasks.tables import Table
-from bertfast.tasks.task import report_no_metrics
-from bertfast.tasks.text_groups import FIRST_COLUMNS, NEGATIVE, SCORE_COLUMNS, SECOND_COLUMNS
+from bertfast.tasks.text_groups import FIRST_COLUMNS, NEGATIVE, SCORE_COLUMNS, SECOND_COLUMNS, read_scores
 
 _POSITIVE = "positive"
 _DOCUMENTS, _LABELS = ("docs", "documents"), ("labels", "scores")  # columns of lists
@@ -168,20 +166,8 @@ def _single_pairs(table: Table, query: str, columns: ColumnSettings, *, labelled
     label = columns.label_column or next((name for name in SCORE_COLUMNS if name in table.columns), SCORE_COLUMNS[-1])
     if not labelled and label not in table.columns:
         return pairs
-    labels: list[float] = []
-    usable: list[int] = []
-    for row, value in enumerate(table.column(label)):
-        text = read_label(value, REGRESSION)
-        if isinstance(text, str) and sorted_numbers([text]):
-            labels.append(float(text))
-            usable.append(row)
-            continue
-        problem = f"the label {value!r:.60} in column {label!r} is not a finite number"
-        if not labelled:
-            report_no_metrics(table.rows, row, problem)
-            return pairs
-        table.rows.reject(row, problem)
-    if labelled and not usable:
-        raise ValueError(f"{table.path}: no row has a usable label")
-    rows = table.rows.select(usable)
-    return replace(pairs, pairs=[texts[i] for i in usable], sizes=[1] * len(usable), rows=rows, labels=labels)
+    found = read_scores(table, label, "label", labelled=labelled)
+    if found is None:
+        return pairs
+    labels, usable = found
+    return replace(pairs.select(usable), labels=labels)

@@ -23,19 +23,18 @@ from bertfast.models.bert import BertForSequenceClassification
 from bertfast.models.sentence_folder import MODEL_OPTIONS, encoder_folder
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.labels import MULTI_LABEL
-from bertfast.tasks.metrics import RETRIEVAL, ranking_metrics, regression_metrics
+from bertfast.tasks.metrics import CORRELATIONS, CUTOFF, RETRIEVAL, correlations, ranking_metrics
 from bertfast.tasks.ranked_pairs import RankedPairs, read_ranked_pairs
-from bertfast.tasks.rows import Rows
+from bertfast.tasks.sequence_classification import sigmoid
 from bertfast.tasks.settings import TaskSettings
 from bertfast.tasks.tables import read_chunks, read_table
 from bertfast.tasks.task import FINETUNING_TASK, ROWS_PER_CHUNK, Outputs, Prediction, Task, write_aligned
+from bertfast.tasks.text_groups import parse_pairs
 
 logger = logging.getLogger("bertfast")
 
-_SCORED = ("spearmanr", "pearson")  # metrics of pairs with scores
 _SIGMOID, _IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
 _OPTIONS = "sentence_transformers"  # entry of a configuration, of which `activation_fn` gives scores of logits
-_DEPTH = 10  # documents per query that are measured
 
 
 class RerankingTask(Task[RankedPairs]):
@@ -57,7 +56,7 @@ class RerankingTask(Task[RankedPairs]):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics of the ranking of each query's documents, or correlations of scores and labels."""
-        return RETRIEVAL if self.ranks else _SCORED
+        return RETRIEVAL if self.ranks else CORRELATIONS
 
     def open_folder(self, folder: Path) -> Path:
         """Read what makes scores of logits; see `Task.open_folder`."""
@@ -136,15 +135,14 @@ class RerankingTask(Task[RankedPairs]):
             return {}
         scores, labels = self._scores(outputs), np.array(examples.labels)
         if not self.ranks:
-            values = regression_metrics(scores, labels)
-            return {name: values[name] for name in _SCORED}
+            return correlations(scores, labels)
         rankings = _rankings(examples)
         if not rankings:  # no label is 1, as in the first few rows of a file
             return dict.fromkeys(RETRIEVAL, 0.0)
-        relevant = np.zeros((len(rankings), _DEPTH), bool)
+        relevant = np.zeros((len(rankings), CUTOFF), bool)
         for row, pairs in enumerate(rankings):
             # Of equal scores, that of an irrelevant document comes first: a constant must not look like a ranking.
-            best = np.array(pairs)[np.lexsort((labels[pairs], -scores[pairs]))[:_DEPTH]]
+            best = np.array(pairs)[np.lexsort((labels[pairs], -scores[pairs]))[:CUTOFF]]
             relevant[row, : len(best)] = labels[best] > 0
         return ranking_metrics(relevant, np.array([int((labels[pairs] > 0).sum()) for pairs in rankings]))
 
@@ -157,23 +155,13 @@ class RerankingTask(Task[RankedPairs]):
 
     def parse_lines(self, lines: Sequence[str], first_row: int = 1) -> RankedPairs:
         """Parse a query and a document separated by a tab per line."""
-        rows = Rows.of_input(len(lines), first_row, self.bad_rows)
-        pairs: list[tuple[str, str]] = []
-        usable = []
-        for index, line in enumerate(lines):
-            texts = line.split("\t")
-            if len(texts) == 2:
-                pairs.append((texts[0], texts[1]))
-                usable.append(index)
-            else:
-                found = f"{len(texts)} texts separated by tabs" if len(texts) > 2 else "one text"
-                rows.reject(index, f"{found}: give a query and a document, separated by a tab")
-        return RankedPairs(pairs, [1] * len(pairs), rows.select(usable))
+        pairs, rows = parse_pairs(lines, first_row, self.bad_rows, "a query and a document, separated by a tab")
+        return RankedPairs(pairs, [1] * len(pairs), rows)
 
     def _scores(self, outputs: Outputs) -> np.ndarray:
         """Return the scores of pairs, float64 [E]."""
         logits: np.ndarray = np.stack(outputs)[:, 0].astype(np.float64)
-        return 1 / (1 + np.exp(-logits)) if self.activation == _SIGMOID else logits
+        return sigmoid(logits) if self.activation == _SIGMOID else logits
 
     def _scores_of_rows(self, examples: RankedPairs, outputs: Outputs) -> Iterator[np.ndarray]:
         scores = self._scores(outputs)

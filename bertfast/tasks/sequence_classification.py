@@ -51,7 +51,7 @@ from bertfast.tasks.task import (
     Prediction,
     Task,
     label_to_id,
-    report_no_metrics,
+    usable_labels,
     write_aligned,
     write_rows,
 )
@@ -208,7 +208,7 @@ class SequenceClassificationTask(Task[TextExamples]):
             if self.problem_type == REGRESSION:
                 yield {"score": float(logits[0])}
             elif self.problem_type == MULTI_LABEL:
-                scores = _sigmoid(logits)
+                scores = sigmoid(logits)
                 yield {"labels": {names[i]: float(scores[i]) for i in np.flatnonzero(scores > 0.5)}}
             else:
                 scores = softmax(logits)
@@ -221,7 +221,7 @@ class SequenceClassificationTask(Task[TextExamples]):
 
     def probabilities(self, examples: TextExamples, outputs: Outputs) -> Iterator[dict[str, float]]:
         """Yield the probability of each label by its name."""
-        names, normalise = self.label_names, _sigmoid if self.problem_type == MULTI_LABEL else softmax
+        names, normalise = self.label_names, sigmoid if self.problem_type == MULTI_LABEL else softmax
         return (dict(zip(names, normalise(logits).tolist(), strict=True)) for logits in outputs)
 
     def compute_metrics(self, examples: TextExamples, features: Features, outputs: Outputs) -> dict[str, float]:
@@ -245,7 +245,7 @@ class SequenceClassificationTask(Task[TextExamples]):
             if regression:
                 value, scores = f"{prediction['score']:.6g}", np.empty(0)
             elif self.problem_type == MULTI_LABEL:
-                value, scores = LABEL_SEPARATOR.join(prediction["labels"]), _sigmoid(logits)
+                value, scores = LABEL_SEPARATOR.join(prediction["labels"]), sigmoid(logits)
             else:
                 value, scores = prediction["label"], softmax(logits)
             values.append(value)
@@ -344,16 +344,10 @@ class SequenceClassificationTask(Task[TextExamples]):
             indices of those rows. The targets are None if labels are optional and one is missing.
         """
         encoder, rows = LabelEncoder(label_to_id(self.config), self.problem_type), examples.rows
-        targets, usable = [], []
-        for row, label in enumerate(labels):
-            try:
-                targets.append(encoder.target(label))
-                usable.append(row)
-            except ValueError as error:
-                if examples.optional:
-                    report_no_metrics(rows, row, str(error))
-                    return None, []
-                rows.reject(row, str(error))
+        found = usable_labels(labels, encoder.target, rows, labelled=not examples.optional)
+        if found is None:
+            return None, []
+        targets, usable = found
         if not usable:
             raise ValueError(f"{rows.file}: no row has a usable label")
         if examples.optional and self.problem_type == REGRESSION and {*targets} == {-1.0}:
@@ -383,6 +377,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Compute the logistic function of each element."""
     probabilities: np.ndarray = 1 / (1 + np.exp(-logits))
     return probabilities

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -50,6 +50,8 @@ class HasRows(Protocol):
 
 Examples = TypeVar("Examples", bound=HasRows)
 """The examples of a task, as its `read` returns them."""
+Field = TypeVar("Field")
+Label = TypeVar("Label")
 
 
 class Task(ABC, Generic[Examples]):
@@ -226,9 +228,33 @@ def label_to_id(config: BertConfig) -> dict[str, int]:
     return unnamed | {name: i for i, name in enumerate(names)}
 
 
-def report_no_metrics(rows: Rows, index: int, problem: str) -> None:
-    """Say why there are no metrics: the label of the row at `index` is none."""
-    logger.warning("no metrics of %s, as not all labels are known: %s: %s", rows.file, rows.where(index), problem)
+def usable_labels(
+    fields: Iterable[Field], parse: Callable[[Field], Label], rows: Rows, *, labelled: bool
+) -> tuple[list[Label], list[int]] | None:
+    """Parse the label of each row.
+
+    Args:
+        fields: What holds the label of each row.
+        parse: Returns the label of a field; ValueError with what is wrong if it has none.
+        rows: The rows.
+        labelled: Whether each row needs a label, so that one without a usable one is rejected.
+
+    Returns:
+        The usable labels, and the indices of their rows; None: not all labels of `rows` are known, and no metrics can
+        be computed, which is logged.
+    """
+    labels, usable = [], []
+    for index, field in enumerate(fields):
+        try:
+            labels.append(parse(field))
+            usable.append(index)
+        except ValueError as error:
+            if not labelled:
+                where = rows.where(index)
+                logger.warning("no metrics of %s, as not all labels are known: %s: %s", rows.file, where, error)
+                return None
+            rows.reject(index, str(error))
+    return labels, usable
 
 
 def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

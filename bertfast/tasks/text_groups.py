@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import REGRESSION, read_label, sorted_numbers
-from bertfast.tasks.rows import Rows
+from bertfast.tasks.rows import BadRows, Rows
 from bertfast.tasks.settings import ColumnSettings
 from bertfast.tasks.tables import Table
-from bertfast.tasks.task import report_no_metrics
+from bertfast.tasks.task import usable_labels
 
 FIRST_COLUMNS = ("anchor", "query", "question", "sentence1")
 SECOND_COLUMNS = ("positive", "answer", "passage", "document", "context", "sentence2")
@@ -109,19 +110,56 @@ def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> Tex
             table.texts(name)  # raises if all are blank
     if chosen.score is None or (not labelled and chosen.score not in table.columns):
         return groups
-    scores: list[float] = []
-    usable: list[int] = []
-    for row, value in enumerate(table.column(chosen.score)):
-        text = read_label(value, REGRESSION)
-        if isinstance(text, str) and sorted_numbers([text]):
-            scores.append(float(text))
-            usable.append(row)
-            continue
-        problem = f"the score {value!r:.60} in column {chosen.score!r} is not a finite number"
-        if not labelled:
-            report_no_metrics(groups.rows, row, problem)
-            return groups
-        groups.rows.reject(row, problem)
-    if labelled and not usable:
-        raise ValueError(f"{table.path}: no row has a usable score")
+    found = read_scores(table, chosen.score, "score", labelled=labelled)
+    if found is None:
+        return groups
+    scores, usable = found
     return replace(groups.select(usable), scores=scores)
+
+
+def read_scores(table: Table, column: str, noun: str, *, labelled: bool) -> tuple[list[float], list[int]] | None:
+    """Return the numbers of a column, and the indices of their rows; see `usable_labels`.
+
+    Args:
+        table: The table.
+        column: The column.
+        noun: What a number is called in messages.
+        labelled: Whether each row needs one.
+
+    Raises:
+        ValueError: Rows need a number, and none has a usable one.
+    """
+
+    def parse(value: Any) -> float:
+        text = read_label(value, REGRESSION)
+        if not (isinstance(text, str) and sorted_numbers([text])):
+            raise ValueError(f"the {noun} {value!r:.60} in column {column!r} is not a finite number")
+        return float(text)
+
+    found = usable_labels(table.column(column), parse, table.rows, labelled=labelled)
+    if labelled and found is not None and not found[1]:
+        raise ValueError(f"{table.path}: no row has a usable {noun}")
+    return found
+
+
+def parse_pairs(lines: Sequence[str], first_row: int, bad: BadRows, remedy: str) -> tuple[list[tuple[str, str]], Rows]:
+    """Return the pairs of texts in lines of two that a tab separates, and their rows; reject other lines.
+
+    Args:
+        lines: The lines.
+        first_row: Number of the first line.
+        bad: Collects the lines that are rejected.
+        remedy: What to give instead of such a line, for messages.
+    """
+    rows = Rows.of_input(len(lines), first_row, bad)
+    pairs: list[tuple[str, str]] = []
+    usable = []
+    for index, line in enumerate(lines):
+        texts = line.split("\t")
+        if len(texts) == 2:
+            pairs.append((texts[0], texts[1]))
+            usable.append(index)
+        else:
+            found = f"{len(texts)} texts separated by tabs" if len(texts) > 2 else "one text"
+            rows.reject(index, f"{found}: give {remedy}")
+    return pairs, rows.select(usable)

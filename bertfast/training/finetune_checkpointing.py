@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from bertfast.runtime.atomic_write import link_or_copy, named_in_errors, remove
+from bertfast.runtime.generator_state import generator_state, set_generator_state
 from bertfast.training.checkpoint import CHECKPOINTS, checkpoint_to_resume, load_state, read_progress, save_state
 from bertfast.training.distributed import Distributed
 from bertfast.training.finetune_folder import PREDICTIONS
@@ -134,15 +135,16 @@ def remove_best_model(output: Path) -> None:
 
 def _random_state(device: torch.device) -> dict[str, str]:
     """Return the states of the generators that a run draws from, by type of device, in hexadecimal digits."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
+    return {name: generator_state(of).numpy().tobytes().hex() for name, of in _drawn_from(device).items()}
 
 
 def _set_random_state(states: dict[str, str], device: torch.device) -> None:
     """Restore what `_random_state` has returned; a generator that the run did not have stays as it is."""
-    tensors = {name: torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for name, state in states.items()}
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
+    for name, of in _drawn_from(device).items():
+        if name in states:
+            set_generator_state(of, torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
+
+
+def _drawn_from(device: torch.device) -> dict[str, torch.device]:
+    """Return the devices whose generators a run draws from, by type."""
+    return {"cpu": torch.device("cpu"), device.type: device}

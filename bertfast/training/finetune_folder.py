@@ -29,6 +29,7 @@ RESULTS = "all_results.json"  # written at the end of a run
 RUN = "run.json"  # settings, versions and results
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
 SKIPPED_ROWS = "skipped_rows.tsv"
+SWEEP_SCORE = "sweep_score.json"  # result of a finished run of a sweep
 # What `Task.write_predictions` writes, and what `Task.report` returns.
 PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*", "report_*")
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
@@ -39,7 +40,7 @@ _CONTENTS = (
     RESULTS,
     RUN,
     *PLOTS,
-    "sweep_score.json",
+    SWEEP_SCORE,
     "tensorboard/events.out.tfevents.*",
     *PREDICTIONS,
     *CONTENTS,

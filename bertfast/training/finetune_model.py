@@ -59,14 +59,15 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
         source: Folder of the model to fine-tune.
         labels: Entries that follow from the task's labels.
     """
-    names, known = labels.get("id2label"), read_config(source).id2label
+    old = read_config(source)
+    names, known = labels.get("id2label"), old.id2label
     if names is not None and sorted((known or {}).values()) == sorted(names.values()):
         labels = labels | {"id2label": known}
     if (dropout := settings.model.dropout) is not None:
         labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     if settings.task != "auto":
         labels |= {FINETUNING_TASK: settings.task}
-    elif FINETUNING_TASK not in labels and getattr(read_config(source), FINETUNING_TASK, None) in _OWN_TASKS:
+    elif FINETUNING_TASK not in labels and getattr(old, FINETUNING_TASK, None) in _OWN_TASKS:
         labels |= {FINETUNING_TASK: None}  # else the new model would be taken for one of these
     if settings.model.bilstm:
         labels |= {"bilstm": True}

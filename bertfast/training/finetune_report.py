@@ -100,7 +100,7 @@ def _device_name(device: torch.device) -> str:
 def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any]) -> str:
     """Return the model card, in Markdown with the entries that the Hugging Face hub reads."""
     folder, head = Path(settings.output_dir).resolve().name, type(model).__name__.partition("For")[2]
-    head = _RERANKER if getattr(model.config, FINETUNING_TASK, None) == "reranking" else head
+    head = _RERANKER if getattr(model.config, FINETUNING_TASK, None) == _RERANKER else head
     source = settings.model_name_or_path
     is_local = Path(source).exists()
     library = "sentence-transformers" if head in _SENTENCE_TRANSFORMERS else "transformers"

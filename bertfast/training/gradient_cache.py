@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bertfast.runtime.generator_state import generator_state, set_generator_state
 from bertfast.runtime.precision import autocast
 from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.features import ModelInputs
@@ -42,7 +43,7 @@ def backward_in_parts(
     states, vectors = [], []
     with torch.no_grad():
         for part in parts:
-            states.append(_generator_state(model.device))
+            states.append(generator_state(model.device))
             vectors.append(vectors_of(part))
     whole = torch.cat(vectors).requires_grad_()
     labels = {name: torch.cat([part.arguments[name] for part in parts]) for name in task.label_arguments}
@@ -50,18 +51,6 @@ def backward_in_parts(
     (gradient,) = torch.autograd.grad(loss, whole)
     gradients = gradient.split([len(x) for x in vectors])
     for part, state, of_part in zip(parts, states, gradients, strict=True):
-        _restore_generator(model.device, state)
+        set_generator_state(model.device, state)
         torch.autograd.backward(vectors_of(part), of_part)
     return loss.detach()
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    """Return the state of the generator from which the seeds of dropout are drawn."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _restore_generator(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -63,9 +63,13 @@ def build_optimizers(
     device = next(model.parameters()).device
 
     def groups(of_kind: dict[float, list[nn.Parameter]], decay: float) -> list[dict[str, Any]]:
-        rates = {scale: torch.tensor(learning_rate * scale, device=device) for scale in of_kind}
         return [
-            {"params": parameters, "weight_decay": decay, "lr": rates[scale], LR_SCALE: scale}
+            {
+                "params": parameters,
+                "weight_decay": decay,
+                "lr": torch.tensor(learning_rate * scale, device=device),
+                LR_SCALE: scale,
+            }
             for scale, parameters in of_kind.items()
         ]
 

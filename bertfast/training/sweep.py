@@ -20,7 +20,7 @@ from bertfast.runtime.signals import RunStopped
 from bertfast.training.checkpoint import CHECKPOINTS
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetune import Finetuning, open_run
-from bertfast.training.finetune_folder import finetune_origin
+from bertfast.training.finetune_folder import SWEEP_SCORE, finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
 from bertfast.training.optimizer import remedy_for
 from bertfast.training.step_results import DivergedError
@@ -28,7 +28,6 @@ from bertfast.training.sweep_plan import SweepPlan
 
 logger = logging.getLogger("bertfast")
 
-_SCORE = "sweep_score.json"  # result of a finished run
 _CONTENTS = ("rate-*", "features", "sweep.json", "sweep.md")
 
 
@@ -177,7 +176,7 @@ def _sweep(settings: SweepSettings) -> dict[str, Any]:
         for values in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs)
     }
     all_runs = [run for of_values in planned.values() for run in of_values]
-    plan = SweepPlan([run for run in all_runs if not Path(run.output_dir, _SCORE).exists()], len(all_runs))
+    plan = SweepPlan([run for run in all_runs if not Path(run.output_dir, SWEEP_SCORE).exists()], len(all_runs))
     for (rate, size, epochs), one_per_seed in planned.items():
         results = [_score(run, plan) for run in one_per_seed]
         runs += zip(results, (run.output_dir for run in one_per_seed), strict=True)
@@ -222,7 +221,7 @@ def table(metric: str, best: str | None, combinations: list[Combination]) -> str
 def _score(settings: FinetuneSettings, plan: SweepPlan) -> Score:
     """Return the result of a run; one that is finished is not repeated, nor one that diverged."""
     folder = Path(settings.output_dir)
-    finished = folder / _SCORE
+    finished = folder / SWEEP_SCORE
     if saved := _read_score(finished):
         require_origin(folder, finetune_origin(settings, "finetune"))
         return saved

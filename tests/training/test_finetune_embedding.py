@@ -2,32 +2,29 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentence_training
 import torch
 from safetensors.torch import load_file
+from sentence_training import BATCH, STEPS, losses_of_loop
 from sentiment import QUICK, write_sentiment
 from text_pairs import HEADERS, write_pairs
-from torch.nn.utils import clip_grad_norm_
 
 from bertfast.cli.main import main
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.models.sentence_folder import read_sentence_modules
 from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
 from bertfast.training.gradient_cache import backward_in_parts
-from bertfast.training.schedule import schedule
 
-STEPS, BATCH = 50, 6
 LOSSES = {"pairs": "MultipleNegativesRankingLoss", "triplets": "MultipleNegativesRankingLoss"}
 LOSSES |= {"scored": "CoSENTLoss", "labelled": "ContrastiveLoss"}
 
 
-def settings_for(model: Path, file: Path, out: Path, **changes) -> FinetuneSettings:
-    values = {"dropout": 0.0, "logging_steps": 1, "num_train_epochs": 3.0} | QUICK | changes
-    where = {"model_name_or_path": str(model), "train_file": str(file), "output_dir": str(out), "task": "embedding"}
-    return FinetuneSettings.of(**where | values)
+settings_for = partial(sentence_training.settings_for, "embedding")
 
 
 def st_losses(run: Finetuning, folder: Path, form: str, dims: list[int]) -> list[float]:
@@ -43,21 +40,14 @@ def st_losses(run: Finetuning, folder: Path, form: str, dims: list[int]) -> list
     loss_of = getattr(known, LOSSES[form])(model)
     if dims:
         loss_of = known.MatryoshkaLoss(model, loss_of, dims)
-    decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [{"params": decays, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer, losses, examples = torch.optim.AdamW(groups), [], run.examples["train"]
-    for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
+    examples = run.examples["train"]
+
+    def loss(rows: np.ndarray) -> torch.Tensor:
         texts = zip(*(examples.texts[row] for row in rows), strict=True)
         labels = torch.tensor([examples.scores[row] for row in rows] if examples.scores else [0.0] * len(rows))
-        loss = loss_of([model.tokenize([*column]) for column in texts], labels)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.hyperparameters.learning_rate * schedule("linear", step / run.steps, 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        return loss_of([model.tokenize([*column]) for column in texts], labels)
+
+    return losses_of_loop(run, model, loss)
 
 
 @pytest.mark.parametrize("dims", [[], [32, 8]])

@@ -1,26 +1,21 @@
 """Training of cross-encoders: losses of sentence-transformers, and folders that both libraries open."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentence_training
 import torch
+from sentence_training import BATCH, STEPS, losses_of_loop
 from sentiment import QUICK
 from text_pairs import rows_of, write_pairs
-from torch.nn.utils import clip_grad_norm_
 
 from bertfast.cli.main import main
 from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
-from bertfast.training.schedule import schedule
 
-STEPS, BATCH = 50, 6
-
-
-def settings_for(model: Path, file: Path, out: Path, **changes) -> FinetuneSettings:
-    values = {"dropout": 0.0, "logging_steps": 1, "num_train_epochs": 3.0} | QUICK | changes
-    where = {"model_name_or_path": str(model), "train_file": str(file), "output_dir": str(out), "task": "reranking"}
-    return FinetuneSettings.of(**where | values)
+settings_for = partial(sentence_training.settings_for, "reranking")
 
 
 def write_lists(path: Path, rows: int, seed: int = 0) -> Path:
@@ -44,20 +39,12 @@ def st_losses(run: Finetuning, folder: Path, scale: float) -> list[float]:
         (folder / name).write_bytes(Path(settings.model_name_or_path, name).read_bytes())
     model = st.CrossEncoder(str(folder), device="cpu").train()
     loss_of = known.BinaryCrossEntropyLoss(model)
-    decays, others = ([p for p in model.parameters() if (p.dim() > 1) == decay] for decay in (True, False))
-    groups = [{"params": decays, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer, losses = torch.optim.AdamW(groups), []
-    for step, rows in zip(range(run.steps), run.rows_of_steps(), strict=False):
+
+    def loss(rows: np.ndarray) -> torch.Tensor:
         columns = [list(column) for column in zip(*(examples.pairs[row] for row in rows), strict=True)]
-        loss = loss_of(columns, torch.tensor([examples.labels[row] / scale for row in rows]))
-        loss.backward()
-        clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.hyperparameters.learning_rate * schedule("linear", step / run.steps, 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        return loss_of(columns, torch.tensor([examples.labels[row] / scale for row in rows]))
+
+    return losses_of_loop(run, model, loss)
 
 
 @pytest.mark.parametrize("form", ["labelled", "scored", "lists"])

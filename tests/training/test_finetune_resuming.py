@@ -3,13 +3,11 @@
 import json
 import random
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from runs import entries, exit_code
+from runs import entries, exit_code, terminated_in_training
 from sentiment import QUICK
 from task_examples import settings_for, write_examples
 from text_pairs import write_pairs
@@ -203,14 +201,9 @@ def test_the_exit_status_tells_that_a_signal_ended_the_program(flags, status, pr
     command = [str(Path(sys.executable).with_name("bertfast")), "finetune", "--output-dir", str(tmp_path / "run")]
     command += ["--model-name-or-path", str(pretrained), "--train-file", files["train_file"], "--device", "cpu"]
     command += ["--num-train-epochs", "10000", "--logging-steps", "1", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    assert "with a checkpoint: the same command with --resume continues the run" in process.communicate(timeout=60)[1]
-    assert process.returncode == status
+    printed, exit_status = terminated_in_training(command, tmp_path / "run")
+    assert "with a checkpoint: the same command with --resume continues the run" in printed
+    assert exit_status == status
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
     BertForSequenceClassification.from_pretrained(tmp_path / "run")
 

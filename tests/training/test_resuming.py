@@ -4,14 +4,12 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import STEPS, assert_same_weights, entries, exit_code, losses, settings_for
+from runs import STEPS, assert_same_weights, entries, exit_code, losses, settings_for, terminated_in_training
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
@@ -170,14 +168,9 @@ def test_the_exit_status_tells_that_a_signal_ended_the_program(flags, status, da
     command = [str(Path(sys.executable).with_name("bertfast")), "pretrain", "--output-dir", str(tmp_path / "run")]
     command += ["--data-dir", str(data), "--max-seq-length", "24", "--tokens-per-batch", "96", "--preset", "tiny"]
     command += ["--max-steps", "100000", "--logging-steps", "1", "--device", "cpu", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    assert "with a checkpoint" in process.communicate(timeout=60)[1]
-    assert process.returncode == status
+    printed, exit_status = terminated_in_training(command, tmp_path / "run")
+    assert "with a checkpoint" in printed
+    assert exit_status == status
 
 
 def test_a_step_can_be_replayed(data, tmp_path, capsys):
