@@ -51,6 +51,7 @@ _POSITIONAL = {  # by command: settings that are arguments without a flag
     "export": ("model_name_or_path", "output_dir"),
     "verify": ("model_name_or_path",),
     "bench": ("model_name_or_path",),
+    "compare": ("runs",),
 }
 
 
@@ -202,6 +203,9 @@ class Generator:
                     "num_train_epochs": 0.2,
                     "device": "cpu",
                 }
+            case "compare":
+                folder = self._damaged(self.random.choice(["pretrain", "finetune"])) if self._happens(0.8) else "out"
+                return {"runs": folder}
             case "doctor":
                 return {"device": self.random.choice(["cpu", "cuda:99", "", "gpu", "cpu:x"])}
             case _:

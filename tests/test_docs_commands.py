@@ -96,7 +96,8 @@ def files(tmp_path_factory):
         save_tokenizer(tokenizer, folder / name)
     for line in (
         "prepare --output-dir shards --train-file text/ --vocab-size 96 --processes 1",
-        "finetune --model-name-or-path bert --train-file train.tsv --output-dir tuned --num-train-epochs 1",
+        "finetune --model-name-or-path bert --train-file train.tsv --output-dir tuned --max-steps 1 --logging-steps 1",
+        "finetune --model-name-or-path bert --train-file dev.tsv --output-dir tuned-b --max-steps 2 --logging-steps 1",
         "finetune --task reranking --model-name-or-path bert --train-file rankings.tsv --output-dir tuned-reranker",
         "embed --model-name-or-path bert --input-file texts.txt --output-dir documents --output-precision int8",
     ):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
-from bertfast.runtime.plotting import COLORS, draw, plot_title
+from bertfast.runtime.plotting import COLORS, draw, plot_title, require_png
 from bertfast.runtime.precision import wait_for
 from bertfast.runtime.settings import Positive
 
@@ -39,8 +39,7 @@ class BenchSettings(TextSettings):
     plot: str = "speed.png"
 
     def validate(self) -> None:
-        if Path(self.plot).suffix != ".png" or not Path(self.plot).parent.is_dir():
-            raise ValueError(f"--plot must be a .png file in a folder that exists, got {self.plot}")
+        require_png("--plot", self.plot)
 
 
 def bench(settings: BenchSettings) -> dict[str, float]:

@@ -268,8 +268,11 @@ def _flag_class(settings_class: type[Settings], default: Settings | None = None)
             fields.append((field.name, hint, dataclasses.field(default_factory=hint)))
             continue
         metavar = _metavar(field.name) if _is_positional(hint) else None
-        # An empty default is not shown: the text says what happens if the flag is not given.
-        shown = "" if not required and value in (None, "", [], ()) else None
+        shown = None
+        if not required and value in (None, "", [], ()):
+            shown = ""  # the text says what happens if the flag is not given
+        elif required and get_origin(_without_range(hint)) is list:
+            shown = "(required)"  # tyro takes an empty list for its default
         text = _help(texts[field.name], hint)
         hint = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
         new = dataclasses.field() if required else dataclasses.field(default_factory=partial(copy.copy, value))

@@ -86,6 +86,13 @@ COMMANDS = {
         "Fine-tune over a grid of hyperparameters and seeds, and keep the best model.",
         "--model-name-or-path bert --train-file train.tsv --validation-file dev.tsv --output-dir swept",
     ),
+    "compare": Command(
+        "cli.compare_runs",
+        "CompareSettings",
+        "compare",
+        "Compare runs: results, settings that differ, and a plot of their curves.",
+        "tuned-a tuned-b",
+    ),
     "reproduce": Command(
         "cli.reproduce",
         "ReproduceSettings",
@@ -169,7 +176,7 @@ _SYNONYMS = {
 }
 
 # Commands whose results go to standard output and nowhere else.
-_PRINT_ALL = ("predict", "search", "fill-mask", "verify", "bench", "doctor")
+_PRINT_ALL = ("predict", "compare", "search", "fill-mask", "verify", "bench", "doctor")
 # Commands that, given again, continue where they were interrupted.
 _CONTINUE = ("demo", "prepare", "sweep", "reproduce", "embed")
 

@@ -43,6 +43,12 @@ def load_pyplot() -> Any:
     return pyplot
 
 
+def require_png(flag: str, path: str) -> None:
+    """Raise ValueError, naming a flag, unless a plot can be written to a path as PNG."""
+    if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
+        raise ValueError(f"{flag} must be a .png file in a folder that exists, got {path}")
+
+
 def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     """Return the exponential moving average of values, without bias towards the first ones."""
     averages: list[float] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,20 +42,23 @@ def draw_run(folder: Path, title: str, metric: str) -> None:
     if load_pyplot() is None:
         logger.info("No plots: they require matplotlib: %s", install_command("plots"))
         return
-    draw_curves(folder / "curves.png", title, {"": read_entries(folder / "metrics.jsonl")}, metric)
+    draw_curves(folder / "curves.png", title, {"": read_entries(folder / "metrics.jsonl")}, metric=f"eval_{metric}")
     report = folder / report_file("validation")
     if report.exists():
         draw_report(read_json(report), folder, title)
 
 
-def draw_curves(path: Path, title: str, runs: dict[str, Sequence[Entry]], metric: str) -> None:
-    """Draw training loss, learning rate and the deciding metric of runs over their steps.
+def draw_curves(
+    path: Path, title: str, runs: Mapping[str, Sequence[Entry]], *, loss: str = "loss", metric: str
+) -> bool:
+    """Draw training loss, learning rate and the deciding metric of runs over their steps; False without matplotlib.
 
     Args:
         path: Image file to write.
         title: Title of the plot.
         runs: Entries of metrics.jsonl by the name of the run; "" for a single one.
-        metric: Metric that selects the best model.
+        loss: Entry with the training loss.
+        metric: Entry with the deciding metric.
     """
     cycle = [COLORS["bertfast"], "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
     colors = {name: cycle[number % len(cycle)] for number, name in enumerate(runs)}
@@ -73,11 +76,12 @@ def draw_curves(path: Path, title: str, runs: dict[str, Sequence[Entry]], metric
 
         return paint
 
-    panels = [panel(_draw_losses, "loss", "training loss"), panel(_draw_line, "learning_rate", "learning rate")]
-    evaluated = f"eval_{metric}"
-    if any(evaluated in entry for entries in runs.values() for entry in entries):
-        panels.append(panel(_draw_points, evaluated, f"validation {metric}"))
-    draw(path, (8, 2.5 * len(panels)), partial(_titled, panels[0], title), *panels[1:-1], partial(_below, panels[-1]))
+    panels = [panel(_draw_losses, loss, "training loss"), panel(_draw_line, "learning_rate", "learning rate")]
+    if any(metric in entry for entries in runs.values() for entry in entries):
+        shown = metric.removeprefix("eval_").removeprefix("validation_")
+        panels.append(panel(_draw_points, metric, f"validation {shown}"))
+    panels[0], panels[-1] = partial(_titled, panels[0], title), partial(_below, panels[-1])
+    return draw(path, (8, 2.5 * len(panels)), *panels)
 
 
 def _titled(paint: Panel, title: str, axes: Axes) -> None:
@@ -88,6 +92,7 @@ def _titled(paint: Panel, title: str, axes: Axes) -> None:
 def _below(paint: Panel, axes: Axes) -> None:
     paint(axes)
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
 
 
 def _draw_losses(axes: Axes, name: str, color: str, steps: list[int], values: list[float]) -> None:
