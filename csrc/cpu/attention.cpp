@@ -9,41 +9,53 @@ namespace bertfast::BERTFAST_SET {
 // Online softmax of a block of queries (Milakov and Gimelshein, 2018): row maximum and sum of the exponentials so far.
 struct SoftmaxState {
   alignas(64) float m_i[BLOCK], l_i[BLOCK], alpha[BLOCK];  // alpha: the factor that rescales the output so far
+  alignas(64) float offset[BLOCK];                         // subtracted from scaled scores
 };
 
-// Replace scores by unnormalised probabilities, as operands [keys / ELEMENTS, BLOCK], and update the state.
-template <class F, bool DROPOUT>
-static void online_softmax(float* scores, int keys, int queries, float scale, const DropoutBlock& dropout_mask,
-                           int threshold, SoftmaxState& state) {
+// Update the row maxima and what follows from them. This is a pass of its own, because exponentials would wait for it.
+static void update_maxima(const float* scores, int keys, int queries, float scale, SoftmaxState& state) {
   for (int column = 0; column < queries; column += LANES) {
-    float* const s = scores + column;
     const Floats m_i = load(state.m_i + column);
     Floats m_new[2] = {m_i, m_i};
     for (int key = 0; key < keys; key += 2)
-      UNROLL_FOR (int i = 0; i < 2; ++i) m_new[i] = maximum(m_new[i], load(s + (key + i) * BLOCK));
+      UNROLL_FOR (int i = 0; i < 2; ++i) m_new[i] = maximum(m_new[i], load(scores + (key + i) * BLOCK + column));
     m_new[0] = maximum(m_new[0], m_new[1]);
     store(state.m_i + column, m_new[0]);
     // All keys so far are masked: -inf - -inf is NaN.
     const Floats reference = m_new[0] == -__builtin_inff() ? splat(0.f) : m_new[0];
-    const Floats offset = reference * scale, alpha = exp2((m_i - reference) * scale);
-    Floats l_i[2] = {load(state.l_i + column) * alpha, {}};
-    for (int key = 0; key < keys; key += 2) {
-      Floats p[2];
-      UNROLL_FOR (int i = 0; i < 2; ++i) {
-        p[i] = exp2<EXP2_DEGREE<F>>(load(s + (key + i) * BLOCK) * scale - offset);
-        l_i[i] += p[i];
-      }
+    store(state.offset + column, reference * scale);
+    store(state.alpha + column, exp2((m_i - reference) * scale));
+  }
+}
+
+// Replace scores by unnormalised probabilities, as operands [keys / ELEMENTS, BLOCK], and update the state. The keys
+// are a multiple of KEYS_PER_STEP.
+template <class F, bool DROPOUT>
+static void online_softmax(float* scores, int keys, int queries, float scale, const DropoutBlock& dropout_mask,
+                           int threshold, SoftmaxState& state) {
+  constexpr int STEP = KEYS_PER_STEP;
+  update_maxima(scores, keys, queries, scale, state);
+  for (int column = 0; column < queries; column += LANES) {
+    float* const s = scores + column;
+    const Floats offset = load(state.offset + column);
+    Floats l_i[2] = {};
+    for (int key = 0; key < keys; key += STEP) {
+      Floats p[STEP];
+      UNROLL_FOR (int i = 0; i < STEP; ++i) p[i] = load(s + (key + i) * BLOCK) * scale - offset;
+      exp2<EXP2_DEGREE<F>>(p);
+      UNROLL_FOR (int i = 0; i < STEP; ++i) l_i[i % 2] += p[i];
       if constexpr (DROPOUT) {
-        LaneMask kept[2];
-        dropout_mask.kept(key, column, threshold, kept[0], kept[1]);
-        UNROLL_FOR (int i = 0; i < 2; ++i) p[i] = where(kept[i], p[i]);
+        LaneMask kept[STEP];
+        UNROLL_FOR (int i = 0; i < STEP; i += 2) dropout_mask.kept(key + i, column, threshold, kept[i], kept[i + 1]);
+        UNROLL_FOR (int i = 0; i < STEP; ++i) p[i] = where(kept[i], p[i]);
       }
-      if constexpr (ELEMENTS<F> == 2) store((uint32_t*)s + key / 2 * BLOCK, pack_bf16_pairs(p[0], p[1]));
+      if constexpr (ELEMENTS<F> == 2)
+        UNROLL_FOR (int i = 0; i < STEP; i += 2)
+          store((uint32_t*)s + (key + i) / 2 * BLOCK, pack_bf16_pairs(p[i], p[i + 1]));
       else
-        UNROLL_FOR (int i = 0; i < 2; ++i) store(s + (key + i) * BLOCK, p[i]);
+        UNROLL_FOR (int i = 0; i < STEP; ++i) store(s + (key + i) * BLOCK, p[i]);
     }
-    store(state.l_i + column, l_i[0] + l_i[1]);
-    store(state.alpha + column, alpha);
+    store(state.l_i + column, load(state.l_i + column) * load(state.alpha + column) + (l_i[0] + l_i[1]));
   }
 }
 
@@ -88,15 +100,15 @@ static void attend(const AttentionForward& a, const AttentionTask& task, int hea
     const auto [begin, end] = kv_range(mask, task, query, query + queries);
     next_rows.pace((double)queries / (task.q_end - task.q_begin), 2 * (end - begin) / MAX_TILE_ROWS);
     for (int key = begin; key < end; key += BLOCK) {
-      const int block_keys = block_at(key, end);
+      const int block_keys = block_at(key, end), step_keys = round_up(block_keys, KEYS_PER_STEP);
       matmul<D / N, 1, BLOCK>(k + (key - kv_begin) * (D / N), q, D / N, scores, even(block_keys), columns, {true},
                               prefetch);
       mask.apply(scores, query, queries, key, block_keys);
       if (a.dropout.threshold) {
         dropout_mask.draw(a.dropout, task.sequence, head, query, queries, key, block_keys);
-        online_softmax<F, true>(scores, even(block_keys), queries, scale, dropout_mask, a.dropout.threshold, state);
+        online_softmax<F, true>(scores, step_keys, queries, scale, dropout_mask, a.dropout.threshold, state);
       } else {
-        online_softmax<F, false>(scores, even(block_keys), queries, scale, dropout_mask, 0, state);
+        online_softmax<F, false>(scores, step_keys, queries, scale, dropout_mask, 0, state);
       }
       matmul<1, BLOCK, D>((const F*)scores, v + (key - kv_begin) / N * D, (block_keys + N - 1) / N, sums, even(queries),
                           D / LANES, {key == begin, state.alpha}, prefetch);

@@ -13,21 +13,25 @@ struct Gradients {
   F* d_s;                // [keys / ELEMENTS, BLOCK]
 };
 
-// Recompute the probabilities from the scores and lse, and compute d_s = p (d_p - delta).
+// Recompute the probabilities from the scores and lse, and compute d_s = p (d_p - delta). The keys are rounded up to
+// whole steps; what the additional rows get is not read.
 template <class F, bool DROPOUT>
 static void score_gradients(const float* scores, const float* d_p, int keys, int queries, float scale, const float* lse,
                             const float* delta, const DropoutBlock& dropout_mask, int threshold,
                             const Gradients<F>& out) {
+  constexpr int STEP = KEYS_PER_STEP;
   for (int column = 0; column < queries; column += LANES) {
     const Floats lse_i = load(lse + column), delta_i = load(delta + column);
-    for (int key = 0; key < keys; key += 2) {
-      Floats p[2], d_s[2];
-      LaneMask kept[2];
-      if constexpr (DROPOUT) dropout_mask.kept(key, column, threshold, kept[0], kept[1]);
-      UNROLL_FOR (int i = 0; i < 2; ++i) {
+    for (int key = 0; key < keys; key += STEP) {
+      Floats p[STEP], d_s[STEP];
+      LaneMask kept[STEP];
+      if constexpr (DROPOUT)
+        UNROLL_FOR (int i = 0; i < STEP; i += 2) dropout_mask.kept(key + i, column, threshold, kept[i], kept[i + 1]);
+      UNROLL_FOR (int i = 0; i < STEP; ++i) p[i] = load(scores + (key + i) * BLOCK + column) * scale - lse_i;
+      exp2<EXP2_DEGREE<F>>(p);
+      UNROLL_FOR (int i = 0; i < STEP; ++i) {
         const int index = (key + i) * BLOCK + column;
         Floats d = load(d_p + index);
-        p[i] = exp2<EXP2_DEGREE<F>>(load(scores + index) * scale - lse_i);
         if constexpr (DROPOUT) d = where(kept[i], d);
         d_s[i] = p[i] * (d - delta_i);
         if constexpr (DROPOUT) p[i] = where(kept[i], p[i]);
@@ -39,7 +43,9 @@ static void score_gradients(const float* scores, const float* d_p, int keys, int
           store(out.d_s_rows + index, d_s[i]);
         }
       }
-      if constexpr (ELEMENTS<F> == 2) store(out.d_s + key / 2 * BLOCK + column, pack_bf16_pairs(d_s[0], d_s[1]));
+      if constexpr (ELEMENTS<F> == 2)
+        UNROLL_FOR (int i = 0; i < STEP; i += 2)
+          store(out.d_s + (key + i) / 2 * BLOCK + column, pack_bf16_pairs(d_s[i], d_s[i + 1]));
     }
   }
 }

@@ -15,7 +15,10 @@ constexpr int BLOCK = ATTENTION_BLOCK;
 template <class F>
 constexpr int EXP2_DEGREE = ELEMENTS<F> == 2 ? 4 : 6;
 
-INLINE int even(int count) { return (count + 1) / 2 * 2; }
+constexpr int KEYS_PER_STEP = REGISTERS == 32 ? 4 : 2;  // of softmax: as many exponentials are interleaved
+
+INLINE int round_up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+INLINE int even(int count) { return round_up(count, 2); }
 INLINE int registers(int count) { return (count + LANES - 1) / LANES; }
 INLINE int block_at(int first, int end) { return end - first < BLOCK ? end - first : BLOCK; }
 
@@ -37,11 +40,11 @@ struct AttentionMask {
     return query + queries - 1 - key <= window && key + keys - 1 - query <= window;
   }
 
-  // Set masked scores to -inf, and those of the padding key that makes an odd number of keys even.
+  // Set masked scores to -inf, and those of the padding keys in the last step.
   void apply(float* scores, int query, int queries, int key, int keys) const {
     const Floats masked = splat(-__builtin_inff());
-    if (keys % 2)
-      for (int column = 0; column < queries; column += LANES) store(scores + keys * BLOCK + column, masked);
+    for (int row = keys; row < round_up(keys, KEYS_PER_STEP); ++row)
+      for (int column = 0; column < queries; column += LANES) store(scores + row * BLOCK + column, masked);
     if (is_full_block(query, queries, key, keys)) return;
     for (int column = 0; column < queries; column += LANES) {
       const Ints q = (Ints)lane_ids() + (query + column);

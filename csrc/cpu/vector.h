@@ -215,15 +215,35 @@ constexpr float EXP2<6>[] = {
 template <>
 constexpr float EXP2<4>[] = {9.5828532e-3f, 5.5906425e-2f, 2.4024099e-1f, 6.9312419e-1f, 1.f};
 
-// 2^x for x < 128; 0 for results below 2^-127; NaN stays NaN.
-template <int DEGREE = 6>
-INLINE Floats exp2(Floats x) {
+// Replace each of N registers by 2^x, for x < 128; 0 for results below 2^-149, or 2^-127 before AVX-512; NaN stays NaN.
+// The steps are interleaved, because the chains of several calls are too long for the CPU to overlap.
+template <int DEGREE, int N>
+INLINE void exp2(Floats (&x)[N]) {
+  Floats n[N], p[N];  // n: the nearest integer; before AVX-512 it is kept as n + magic
+#if defined(__AVX512F__)
+  UNROLL_FOR (int i = 0; i < N; ++i) n[i] = (Floats)_mm512_roundscale_ps((__m512)x[i], _MM_FROUND_NO_EXC);
+  UNROLL_FOR (int i = 0; i < N; ++i) x[i] -= n[i];
+#else
   const Floats magic = splat(12583039.f);  // 1.5 · 2^23 + 127: adding it rounds to an integer and biases the exponent
-  const Floats bounded = maximum(splat(-127.f), x);
-  const Floats biased = bounded + magic, f = bounded - (biased - magic);
-  Floats p = splat(EXP2<DEGREE>[0]);
-  UNROLL_FOR (int i = 1; i <= DEGREE; ++i) p = p * f + EXP2<DEGREE>[i];
-  return p * (Floats)((Words)biased << 23);
+  UNROLL_FOR (int i = 0; i < N; ++i) x[i] = maximum(splat(-127.f), x[i]);
+  UNROLL_FOR (int i = 0; i < N; ++i) n[i] = x[i] + magic;
+  UNROLL_FOR (int i = 0; i < N; ++i) x[i] -= n[i] - magic;
+#endif
+  UNROLL_FOR (int i = 0; i < N; ++i) p[i] = splat(EXP2<DEGREE>[0]);
+  UNROLL_FOR (int power = 1; power <= DEGREE; ++power)
+    UNROLL_FOR (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + EXP2<DEGREE>[power];
+  UNROLL_FOR (int i = 0; i < N; ++i)
+#if defined(__AVX512F__)
+    x[i] = (Floats)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);  // 0 for n = -inf, even if p is NaN
+#else
+    x[i] = p[i] * (Floats)((Words)n[i] << 23);
+#endif
+}
+
+INLINE Floats exp2(Floats x) {
+  Floats registers[1] = {x};
+  exp2<6>(registers);
+  return registers[0];
 }
 
 // log2 of a normal x > 0.
