@@ -59,7 +59,7 @@ def pipe(monkeypatch):
 @pytest.fixture
 def any_precision_runs(monkeypatch):
     """Run programs also in precisions, and with heads of sizes, for which the CPU has no kernels."""
-    for program in ("tasks.pretrained", "training.pretrain", "inference.frozen"):
+    for program in ("tasks.pretrained", "training.pretraining", "inference.frozen"):
         monkeypatch.setattr(f"bertfast.{program}.require_packed", lambda model, precision: None)
 
 
@@ -115,7 +115,7 @@ def tuned(pretrained, files, tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the metrics of a fine-tuning run on `files`."""
     from sentiment import QUICK
 
-    from bertfast.training.finetune import FinetuneSettings, finetune
+    from bertfast.training.finetuning import FinetuneSettings, finetune
 
     folder = tmp_path_factory.mktemp("tuned")
     settings = FinetuneSettings.of(model_name_or_path=str(pretrained), output_dir=str(folder), **files, **QUICK)

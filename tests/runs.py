@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
-from bertfast.training.pretrain import PretrainSettings
+from bertfast.training.pretraining import PretrainSettings
 
 SIZES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=32"
 STEPS = 20
@@ -80,7 +80,7 @@ def exit_code(program: Callable, settings: Any, seconds: float | None) -> int:
     """Return the exit code of `run_until_killed`."""
     # Modules that the server of processes imports are not imported again in each of them.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["bertfast.training.finetune", "bertfast.training.pretrain"])
+    processes.set_forkserver_preload(["bertfast.training.finetuning", "bertfast.training.pretraining"])
     process = processes.Process(target=run_until_killed, args=(program, settings, seconds))
     process.start()
     process.join()

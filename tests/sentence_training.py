@@ -9,7 +9,7 @@ from sentiment import QUICK
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from bertfast.training.finetune import FinetuneSettings, Finetuning
+from bertfast.training.finetuning import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule
 
 STEPS, BATCH = 50, 6

@@ -10,7 +10,7 @@ from sentiment import QUICK, sentence
 from torch.nn.utils.rnn import pad_sequence
 
 from bertfast.tasks.features import Features
-from bertfast.training.finetune import FinetuneSettings
+from bertfast.training.finetuning import FinetuneSettings
 
 
 def write_examples(folder: Path, task: str, rows: int, seed: int) -> Path:

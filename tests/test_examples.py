@@ -36,5 +36,5 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
         assert promised in printed
 
 
-def test_there_are_eleven_examples():
-    assert len(EXAMPLES) == 11
+def test_there_are_twelve_examples():
+    assert len(EXAMPLES) == 12

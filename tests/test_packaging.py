@@ -178,7 +178,7 @@ def test_the_installed_wheel_has_one_version_and_finds_recipes_by_name(built, tm
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import importlib.metadata, bertfast, bertfast.cli.recipes as r; from bertfast.cli.flags import parse;"
-        "from bertfast.training.pretrain import PretrainSettings as S;"
+        "from bertfast.training.pretraining import PretrainSettings as S;"
         "print(importlib.metadata.version('bertfast') == bertfast.__version__, r.recipes_folder());"
         "print([parse('pretrain', S, ['--config', n, '--output-dir', 'x']).output_dir for n in r.recipe_names()])"
     )

@@ -33,7 +33,7 @@ from bertfast.encoder.parts import has_token_types
 from bertfast.encoder.unpadding import Layout
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.plotting import COLORS
-from bertfast.training.pretrain import Pretraining, PretrainSettings
+from bertfast.training.pretraining import Pretraining, PretrainSettings
 from bertfast.training.schedule import schedule
 
 STEPS, STEPS_WITHOUT_DROPOUT, SMOOTHED = 300, 50, 50

@@ -29,7 +29,7 @@ from bench.harness import require_clean_tree, result_parser, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
-from bertfast.training.finetune import FinetuneSettings, Finetuning
+from bertfast.training.finetuning import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule
 
 

@@ -36,7 +36,7 @@ from bertfast.models.bert import BertModel
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.features import Features
-from bertfast.training.finetune import finetune
+from bertfast.training.finetuning import finetune
 
 EPOCHS = {"sst-2": 0.5, "sts-b": 2.0}  # by task: enough for a sensible model in a few minutes on two cores
 BATCH = 32

@@ -23,7 +23,7 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.inference.fill_mask import fill_mask
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.metrics_log import MetricsLog
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretraining import PretrainSettings, pretrain
 
 TOKENS = 2048  # per step
 FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003

@@ -19,7 +19,7 @@ from bench.harness import DEVICE, at_least_one, require_clean_tree, result_parse
 from bertfast.data.samples import Sampling
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import wait_for
-from bertfast.training.pretrain import Pretraining, PretrainSettings
+from bertfast.training.pretraining import Pretraining, PretrainSettings
 
 WARMUP = 5  # untimed first steps, which allocate memory and capture a graph
 

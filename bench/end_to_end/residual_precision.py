@@ -23,7 +23,7 @@ from bertfast.architectures.presets import Preset
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.runtime.precision import ResidualPrecision
-from bertfast.training.pretrain import Pretraining, PretrainSettings
+from bertfast.training.pretraining import Pretraining, PretrainSettings
 
 SMOOTHED = 50
 TOKENS, RATE = 1024, 1e-3

@@ -47,8 +47,8 @@ from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.plotting import draw
 from bertfast.runtime.precision import autocast, wait_for
-from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
+from bertfast.training.finetuning import FinetuneSettings, finetune
+from bertfast.training.pretraining import Pretraining, PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from bertfast.runtime.settings import Positive, Seed, Settings
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import write_results
-from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.finetuning import FinetuneSettings, finetune
+from bertfast.training.pretraining import PretrainSettings, pretrain
 
 logger = logging.getLogger("bertfast")
 

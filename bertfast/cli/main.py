@@ -52,14 +52,14 @@ COMMANDS = {
         "--output-dir shards --train-file text/",
     ),
     "pretrain": Command(
-        "training.pretrain",
+        "training.pretraining",
         "PretrainSettings",
         "pretrain",
         "Pre-train with masked LM and, optionally, next-sentence prediction.",
         "--output-dir bert --train-file text/ --preset base --max-seq-length 128",
     ),
     "finetune": Command(
-        "training.finetune",
+        "training.finetuning",
         "FinetuneSettings",
         "finetune_command",
         "Fine-tune a pre-trained model on a labelled task.",

@@ -31,12 +31,12 @@ from bertfast.runtime.settings import (
     nearest,
     refuse_repeated,
 )
-from bertfast.training.finetune import FinetuneSettings, finetune
 from bertfast.training.finetune_folder import finetune_origin, read_results
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.pretrain_checkpointing import pretrain_origin
 from bertfast.training.pretrain_data import Corpus
 from bertfast.training.pretrain_settings import resolve_objective
+from bertfast.training.pretraining import PretrainSettings, pretrain
 
 logger = logging.getLogger("bertfast")
 

@@ -19,9 +19,9 @@ from bertfast.runtime.settings import Count, Epochs, LearningRate, Seed, Setting
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.checkpoint import CHECKPOINTS
 from bertfast.training.evaluate import write_results
-from bertfast.training.finetune import Finetuning, open_run
 from bertfast.training.finetune_folder import SWEEP_SCORE, finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
+from bertfast.training.finetuning import Finetuning, open_run
 from bertfast.training.optimizer import remedy_for
 from bertfast.training.step_results import DivergedError
 from bertfast.training.sweep_plan import SweepPlan

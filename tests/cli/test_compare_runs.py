@@ -8,8 +8,8 @@ from sentiment import QUICK
 
 from bertfast.cli.compare_runs import ComparedRun
 from bertfast.cli.main import main
-from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.pretrain import pretrain
+from bertfast.training.finetuning import FinetuneSettings, finetune
+from bertfast.training.pretraining import pretrain
 
 pytestmark = pytest.mark.slow
 

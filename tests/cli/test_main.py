@@ -16,7 +16,7 @@ from bertfast.cli.main import COMMANDS, main
 from bertfast.cli.recipes import recipe_names, recipes_folder
 from bertfast.runtime.settings import range_of, settings_of
 from bertfast.tasks.registry import TASKS
-from bertfast.training.pretrain import PretrainSettings
+from bertfast.training.pretraining import PretrainSettings
 
 NUMBER = re.compile(r"\b(int|float)\b")
 
@@ -289,6 +289,17 @@ def test_operators_are_imported_on_first_use():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["set()", "attention"]
+
+
+def test_training_functions_are_imported_on_first_use_and_are_those_of_the_commands():
+    code = (
+        "import sys, bertfast.training as training; print({'torch', 'transformers'} & set(sys.modules)); "
+        "from bertfast.training import finetune, pretrain; print(finetune.__module__, pretrain.__module__); "
+        "print(all(hasattr(training, name) for name in dir(training)), hasattr(training, 'finetuned'))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = [f"bertfast.{COMMANDS[name].module}" for name in ("finetune", "pretrain")]
+    assert ran.stdout.splitlines() == ["set()", " ".join(modules), "True False"]
 
 
 def test_an_unknown_command_is_refused_and_the_closest_one_suggested(capsys):

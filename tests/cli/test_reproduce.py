@@ -11,8 +11,8 @@ from bertfast.cli.recipes import recipes_folder
 from bertfast.cli.reproduce import ReproduceSettings, check_recipe, reproduce
 from bertfast.data.prepare import CorpusSettings
 from bertfast.runtime.output_folder import OriginError
-from bertfast.training.finetune import FinetuneSettings
-from bertfast.training.pretrain import PretrainSettings
+from bertfast.training.finetuning import FinetuneSettings
+from bertfast.training.pretraining import PretrainSettings
 
 RECIPES = recipes_folder() / "paper"
 

@@ -17,7 +17,7 @@ from bertfast.inference.predict import PredictSettings, predict, predict_outputs
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.finetune import finetune
+from bertfast.training.finetuning import finetune
 
 
 def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:

@@ -29,11 +29,10 @@ from bertfast.ops.sequences import Sequences
 from bertfast.runtime import cuda_graph
 from bertfast.runtime.cuda_graph import WARMUP_CALLS, GraphRunner
 from bertfast.tasks.features import tokenize
-from bertfast.training import finetune as finetuning
-from bertfast.training import pretrain as program
+from bertfast.training import finetuning, pretraining
 from bertfast.training import step as train_step
-from bertfast.training.finetune import Finetuning
-from bertfast.training.pretrain import Pretraining, pretrain
+from bertfast.training.finetuning import Finetuning
+from bertfast.training.pretraining import Pretraining, pretrain
 from bertfast.training.step import TrainStep
 
 pytestmark = pytest.mark.slow
@@ -131,7 +130,7 @@ def replay_steps(monkeypatch) -> list:
     def recording(*arguments, **options):
         return TrainStep(*arguments, **options | {"capture": record})
 
-    monkeypatch.setattr(program, "TrainStep", recording)
+    monkeypatch.setattr(pretraining, "TrainStep", recording)
     return recorded
 
 

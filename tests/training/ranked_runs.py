@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bertfast.cli.flags import parse
 from bertfast.runtime.exit import end_process
 from bertfast.runtime.signals import RunStopped
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretraining import PretrainSettings, pretrain
 
 dist.init_process_group("gloo")
 for is_run, words in groupby(sys.argv[1:], lambda word: word != "--"):

@@ -13,7 +13,7 @@ from bertfast.architectures.rope_theta import set_rope_theta
 from bertfast.cli.flags import parse
 from bertfast.cli.recipes import find_config
 from bertfast.runtime.signals import RunStopped
-from bertfast.training.pretrain import Pretraining, PretrainSettings, pretrain
+from bertfast.training.pretraining import Pretraining, PretrainSettings, pretrain
 
 pytestmark = [
     pytest.mark.slow,

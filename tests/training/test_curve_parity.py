@@ -9,7 +9,7 @@ from runs import settings_for
 from bench.end_to_end.curve_parity import TOLERANCE, TOLERANCE_OF_MEANS, losses_of, mean, plain_losses
 from bertfast.architectures import FAMILIES
 from bertfast.data.samples import Sampling
-from bertfast.training.pretrain import Pretraining
+from bertfast.training.pretraining import Pretraining
 
 pytestmark = [
     pytest.mark.slow,

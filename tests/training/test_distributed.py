@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from bertfast.cli.flags import parse
 from bertfast.training.checkpoint import checkpoints
-from bertfast.training.pretrain import PretrainSettings, pretrain
+from bertfast.training.pretraining import PretrainSettings, pretrain
 
 pytestmark = pytest.mark.slow
 

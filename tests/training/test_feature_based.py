@@ -15,7 +15,7 @@ from bertfast.inference.predict import predict_outputs
 from bertfast.models import extensions
 from bertfast.models.extensions import LAYERS, BertFeaturesForTokenClassification
 from bertfast.models.files import load, read_config, save
-from bertfast.training.finetune import Finetuning, finetune
+from bertfast.training.finetuning import Finetuning, finetune
 
 SMALL = {"strategy": "feature-based", "lstm_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2}
 

@@ -20,8 +20,8 @@ from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.signals import RunStopped
 from bertfast.tasks.pretrained import open_model
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
 from bertfast.training.finetune_settings import Hyperparameters
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 from bertfast.training.validation import evaluate_masked_lm
 
 pytestmark = pytest.mark.slow

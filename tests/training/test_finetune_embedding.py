@@ -17,7 +17,7 @@ from text_pairs import HEADERS, write_pairs
 from bertfast.cli.main import main
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.models.sentence_folder import read_sentence_modules
-from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 from bertfast.training.gradient_cache import backward_in_parts
 
 LOSSES = {"pairs": "MultipleNegativesRankingLoss", "triplets": "MultipleNegativesRankingLoss"}

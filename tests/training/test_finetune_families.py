@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from bertfast.cli.main import main
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.tasks.settings import TaskSettings
-from bertfast.training.finetune import finetune
+from bertfast.training.finetuning import finetune
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
 TEXTS = ["the film was good", "a bad film it was", "what film", " ".join(FILLERS)] * 10

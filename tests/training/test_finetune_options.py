@@ -9,7 +9,7 @@ from task_examples import padded, settings_for, write_examples
 from text_pairs import write_pairs
 from transformers.trainer_pt_utils import LabelSmoother
 
-from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 
 pytestmark = pytest.mark.slow
 

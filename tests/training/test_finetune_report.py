@@ -14,7 +14,7 @@ from task_examples import settings_for, write_examples
 
 import bertfast
 from bertfast.cli.main import main
-from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.finetuning import FinetuneSettings, finetune
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from sentiment import QUICK
 from text_pairs import rows_of, write_pairs
 
 from bertfast.cli.main import main
-from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 
 settings_for = partial(sentence_training.settings_for, "reranking")
 

@@ -16,7 +16,7 @@ from bertfast import BertForSequenceClassification
 from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.checkpoint import checkpoints
-from bertfast.training.finetune import FinetuneSettings, Finetuning, finetune
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 from bertfast.training.sweep import SweepSettings, sweep
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bertfast.cli.main import main
 from bertfast.tasks.features import count_labels
-from bertfast.training.finetune import Finetuning
+from bertfast.training.finetuning import Finetuning
 from bertfast.training.schedule import schedule
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 from runs import entries, losses, settings_for
 from sentiment import QUICK
 
-from bertfast.training.finetune import FinetuneSettings, finetune
+from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.metrics_log import tensorboard, wandb
-from bertfast.training.pretrain import pretrain
+from bertfast.training.pretraining import pretrain
 from bertfast.training.schedule import schedule
 
 SHORT = {"max_steps": 4, "eval_batches": 1}

@@ -16,10 +16,10 @@ from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
 from bertfast.encoder import pretraining_loss
 from bertfast.runtime.precision import NotFiniteError
 from bertfast.runtime.signals import RunStopped
-from bertfast.training import finetune as finetuning
+from bertfast.training import finetuning
 from bertfast.training import step as train_step
-from bertfast.training.finetune import FinetuneSettings, finetune
-from bertfast.training.pretrain import pretrain
+from bertfast.training.finetuning import FinetuneSettings, finetune
+from bertfast.training.pretraining import pretrain
 from bertfast.training.sweep import SweepSettings, sweep
 from bertfast.training.validation import evaluate_masked_lm
 

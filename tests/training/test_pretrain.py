@@ -23,7 +23,7 @@ from bertfast.runtime.signals import RunStopped
 from bertfast.training import checkpoint
 from bertfast.training import step as train_step
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.pretrain import Pretraining, pretrain
+from bertfast.training.pretraining import Pretraining, pretrain
 
 pytestmark = pytest.mark.slow
 

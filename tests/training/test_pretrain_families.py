@@ -20,9 +20,9 @@ from bertfast.data.masking import Masker
 from bertfast.encoder import pretraining_loss
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.evaluate import EvaluateSettings, evaluate
-from bertfast.training.finetune import Finetuning, finetune
+from bertfast.training.finetuning import Finetuning, finetune
 from bertfast.training.initial_model import encoder_layers, initial_model
-from bertfast.training.pretrain import Pretraining, pretrain
+from bertfast.training.pretraining import Pretraining, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -161,7 +161,7 @@ def test_a_run_of_another_family_resumes_bitwise_identically(corpus, tmp_path):
 
 
 def test_whole_words_of_bpe_are_masked_whole(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("bertfast.training.pretrain.Pretraining._build_train_step", lambda run: None)
+    monkeypatch.setattr("bertfast.training.pretraining.Pretraining._build_train_step", lambda run: None)
     run = Pretraining(family_settings("roberta", tmp_path, corpus, whole_word=True, mlm_probability=0.5))
     masker: Masker = run.plan.batches.masker
     assert masker.continuation.any()

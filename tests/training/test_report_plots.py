@@ -13,7 +13,7 @@ from bertfast.tasks.class_report import confusion_report, precision_recall
 from bertfast.tasks.entity_metrics import entity_scores
 from bertfast.tasks.metrics import confusion_matrix
 from bertfast.training import report_plots
-from bertfast.training.finetune import finetune
+from bertfast.training.finetuning import finetune
 
 
 def test_scores_of_classes_equal_those_of_scikit_learn():

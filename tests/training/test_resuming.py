@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from bertfast.data.samples import Sampling
 from bertfast.runtime.signals import RunStopped
-from bertfast.training import pretrain as program
+from bertfast.training import pretraining
 from bertfast.training import step as train_step
 from bertfast.training.checkpoint import checkpoints, newest_whole
-from bertfast.training.pretrain import PretrainSettings, pretrain
 from bertfast.training.pretrain_checkpointing import checkpoint_to_load
+from bertfast.training.pretraining import PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 
 pytestmark = pytest.mark.slow
@@ -134,8 +134,8 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(data, tmp_path):
 
 def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch):
     worse = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
-    validate = program.validate
-    monkeypatch.setattr(program, "validate", lambda *a: validate(*a) | {"validation_loss": next(worse)})
+    validate = pretraining.validate
+    monkeypatch.setattr(pretraining, "validate", lambda *a: validate(*a) | {"validation_loss": next(worse)})
     pretrain(settings_for(tmp_path, data, **SHORT | {"save_steps": 2, "eval_steps": 2}))
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-00000004", "step-00000010", "step-00000012"]

@@ -13,8 +13,7 @@ from task_examples import write_examples
 from bertfast.runtime.output_folder import OriginError
 from bertfast.runtime.settings import settings_of
 from bertfast.runtime.signals import RunStopped
-from bertfast.training import finetune as finetuning
-from bertfast.training import optimizer
+from bertfast.training import finetuning, optimizer
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.sweep import Combination, Score, SweepSettings, _read_score, _run_settings, sweep
 from bertfast.training.sweep_plan import SweepPlan, shown_duration
