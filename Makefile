@@ -28,6 +28,9 @@ SOURCES := setup.py $(wildcard build_support/*.py csrc/*.cpp csrc/*.h csrc/cpu/*
 OLDEST_CUDA := .venv/cuda-13.0
 NEWEST_CUDA := .venv/cuda-13.5
 NVCCS       ?=
+# --required if setup.py finds an nvcc here (NVCC= turns that off): the library must then have CUDA kernels to check.
+CUDA_REQUIRED = $(shell PYTHONPATH=build_support $(BIN)/python -c \
+  'import cuda_toolkit; cuda_toolkit.find_nvcc(); print("--required")' 2>/dev/null)
 # The oldest supported transformers, used like OLDER.
 OLDER_HF := .venv/transformers-4
 OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
@@ -120,7 +123,7 @@ test: $(LIBRARY) $(TENSORFLOW) $(PUBLISHED) $(OLDER_HF)
 	$(MAKE) checked emulated
 	$(call part,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels)
 	$(call part,Triton kernels compiled,$(BENCH).sass_model.compiled_kernels --architectures 90 --representative)
-	$(call part,CUDA kernels compiled,$(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md)
+	$(call part,CUDA kernels compiled,$(BENCH).sass_model.compiled_cuda $(CUDA_REQUIRED) --output build/compiled_cuda.md)
 	@printf '\n%-46s %6s\n' part minutes; cat $(TIMES); awk '{sum += $$NF} END {printf "%-46s %6.1f\n", "all", sum}' $(TIMES)
 
 checked: $(READY)
@@ -139,7 +142,7 @@ $(OLDEST_CUDA) $(NEWEST_CUDA): .venv/cuda-%: | $(READY)
 nvccs: $(OLDEST_CUDA) $(NEWEST_CUDA)
 	for nvcc in $(OLDEST_CUDA)/nvidia/cu13/bin/nvcc $(NEWEST_CUDA)/nvidia/cu13/bin/nvcc $(NVCCS); do \
 	  rm -rf build/one-nvcc && NVCC=$$(realpath $$nvcc) $(BIN)/python setup.py --quiet build --build-lib build/one-nvcc \
-	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda --output build/compiled_cuda.md || exit; \
+	    && BENCH_PATH=$(CURDIR)/build/one-nvcc $(BENCH).sass_model.compiled_cuda --required --output build/compiled_cuda.md || exit; \
 	done
 
 test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_5) $(RUNTIMES)
@@ -155,7 +158,7 @@ test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_
 TABLES ?= bench/results
 compiled-tables: $(LIBRARY) $(OLDER) $(NEWER)
 	mkdir -p build
-	$(BENCH).sass_model.compiled_cuda --output $(TABLES)/compiled_cuda.md
+	$(BENCH).sass_model.compiled_cuda $(CUDA_REQUIRED) --output $(TABLES)/compiled_cuda.md
 	$(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.7.json
 	BENCH_PATH=$(OLDER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.6.json
 	BENCH_PATH=$(NEWER) $(BENCH).sass_model.compiled_kernels --output $(COMPILED)-3.8.json

@@ -55,6 +55,7 @@ def test_hazards_are_found_on_all_paths():
     assert hazards(WGMMA, "BRA 0x30", read, WAIT, "EXIT") == []
     assert len(hazards(read, WGMMA, "@P0 BRA 0x0", WAIT, "EXIT")) == 1
     assert hazards(read, WGMMA, WAIT, "@P0 BRA 0x0", "EXIT") == []
+    assert len(hazards(WGMMA, "BRA.DIV UR4, 0x40", read, WAIT, "EXIT")) == 1  # a warp that has not diverged goes on
 
 
 def test_instructions_are_counted_without_modifiers():

@@ -58,9 +58,12 @@ class Instruction:
 
     @property
     def always_leaves(self) -> bool:
-        """Whether it is an exit or a branch without condition, so that the next instruction never follows."""
+        """Whether it is an exit or a branch without condition, so that the next instruction never follows.
+
+        BRA.DIV branches if the warp has diverged.
+        """
         condition = self.predicate or re.search(r"\bU?P\d", self.operands.split("0x")[0])
-        return self.opcode.startswith(("EXIT", "BRA")) and not condition
+        return self.opcode.startswith(("EXIT", "BRA")) and ".DIV" not in self.opcode and not condition
 
     @cached_property
     def written(self) -> frozenset[int]:
