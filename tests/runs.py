@@ -59,6 +59,25 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def stopped_at(step: int) -> Callable[[int], None]:
+    """Return an `on_step` that sends SIGTERM to this process after a step."""
+    return lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None
+
+
+def assert_same_finetuning(one: Path, other: Path, weights: str = "model") -> None:
+    """Assert that two runs have the same model, losses, metrics and predictions, and no checkpoint left."""
+    timing = {"tokens_per_second", "train_runtime", "train_tokens_per_second"}
+    runs = []
+    for folder in (one, other):
+        assert not (folder / "checkpoints").exists()
+        metrics = [*entries(folder), json.loads((folder / "all_results.json").read_text())]
+        metrics = [{name: value for name, value in entry.items() if name not in timing} for entry in metrics]
+        files = [*folder.glob(f"{weights}*.safetensors"), *folder.glob("predictions_*")]
+        assert len(files) > 0
+        runs.append((metrics, {path.name: path.read_bytes() for path in files}))
+    assert runs[0] == runs[1]
+
+
 def run_until_killed(program: Callable, settings: Any, seconds: float | None) -> None:
     """Pre-train or fine-tune in a process of its own, killed that long after its first step; None: not killed.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +19,13 @@ from bertfast.architectures.initialise import initialise
 from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import TOKENIZER_FILES
 from bertfast.models import bert, families
+from bertfast.models.adapters import base_of, merge_adapter
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.quantised_files import read_dequantised, restore_quantised, unmark
-from bertfast.models.weights import is_computed, separate_tied
-from bertfast.runtime.atomic_write import apply_umask, named_in_errors
+from bertfast.models.weights import ADAPTER_CONFIG, is_adapter, is_computed, separate_tied
 from bertfast.runtime.display import require_utf8
 from bertfast.runtime.settings import Range
-from bertfast.runtime.tensor_file import safetensors_errors
+from bertfast.runtime.tensor_file import replaced_files
 
 logger = logging.getLogger("bertfast")
 
@@ -88,7 +86,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a model's folder that determine its outputs: configuration, weights and tokenizer."""
-    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
+    patterns = ("config.json", ADAPTER_CONFIG, "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
@@ -219,7 +217,7 @@ def load(
     fresh: tuple[str, ...] = (),
     takes_quantised: bool = False,
 ) -> tuple[ModelT, list[str], list[str]]:
-    """Open a model in fp32 and in evaluation mode, on the CPU.
+    """Open a model in fp32 and in evaluation mode, on the CPU; an adapter of peft is merged into its base model.
 
     Args:
         kind: A fused class; if the configuration has extensions, its counterpart with extensions is opened.
@@ -238,7 +236,9 @@ def load(
     """
     folder = resolve(name)
     config = read_config(folder) if config is None else config
-    model_class = class_for(kind, config)
+    if is_adapter(folder):
+        return _open_adapter(kind, folder, config, fresh)
+    model_class: Any = class_for(kind, config)
     variant = VARIANT if isinstance(config, ExtendedBertConfig) else None
     weights, quantised = read_dequantised(folder, str(name), variant, takes_quantised=takes_quantised)
     unmark(config)
@@ -246,7 +246,7 @@ def load(
         separate_tied(weights, config, model_class.base_model_prefix, str(name))
     try:
         with _quiet():  # the caller decides what may be missing
-            opened: Any = model_class.from_pretrained(
+            model, info = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=weights,
@@ -256,7 +256,6 @@ def load(
             )
     except (ArithmeticError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its config.json does not describe a model with its weights: {error}") from error
-    model, info = opened
     missing = [key for key in model.state_dict() if key in info["missing_keys"]]
     unexpected = sorted({*info["unexpected_keys"]} - dict(model.named_buffers()).keys())
     _check_loaded(model, str(name), info["mismatched_keys"], missing, weights, fresh)
@@ -269,6 +268,20 @@ def load(
         weights.clear()  # the model's own, which are freed when they are packed
         restore_quantised(model, quantised)
     return model.eval(), missing, unexpected
+
+
+def _open_adapter(
+    kind: type[ModelT], folder: Path, config: BertConfig, fresh: tuple[str, ...]
+) -> tuple[ModelT, list[str], list[str]]:
+    """Open the base model of an adapter, and merge the adapter into it; see `load`."""
+    try:
+        base = resolve(base_of(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: the base model of the adapter in {folder} (see {ADAPTER_CONFIG})") from None
+    heads = families.architecture_of(config).head_prefixes(class_for(kind, config))
+    model, missing, unexpected = load(kind, base, config, fresh=heads)
+    merged = merge_adapter(model, folder, fresh)
+    return model, [key for key in missing if key not in merged], unexpected
 
 
 def _check_loaded(
@@ -298,7 +311,6 @@ def _check_loaded(
             f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' "
             f"{architecture.prefix}Model names them"
         )
-
     absent = [key for key in _of_encoder(model, missing) if not key.startswith(fresh)]
     if absent:
         others = f" and {len(absent) - 1} more" * (len(absent) > 1)
@@ -346,21 +358,10 @@ def save(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] 
     Raises:
         OSError: The files cannot be written; what was saved before is kept.
     """
-    folder = Path(folder)
-    temporary = folder / ".saving"
     if weights is not None:
         weights = {key: value for key, value in weights.items() if key not in _tied(model)}
-    try:
-        with named_in_errors(folder), _quiet():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            with safetensors_errors(folder):
-                model.save_pretrained(temporary, state_dict=weights)
-            apply_umask(temporary)
-            for file in temporary.iterdir():
-                os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _quiet(), replaced_files(Path(folder)) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ logger = logging.getLogger("bertfast")
 
 Weights = dict[str, Tensor]
 
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
+
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WRAPPER = re.compile(
     r"^(?:(?:module|model|_orig_mod)\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -61,6 +63,12 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
             raise ValueError(f"{path} holds two different weights {name}, one of them as {key}")
         weights[name] = value
     return weights
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of peft, and not a whole model."""
+    weights = ("model*.safetensors*", "pytorch_model*.bin*")
+    return (folder / ADAPTER_CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def require_floating_point(weights: Weights, name: str) -> None:
@@ -178,8 +186,6 @@ def _what_else(folder: Path) -> str:
     """Return what to do with a folder without weights, for a message."""
     if any(folder.glob("*.ckpt.index")):
         return "convert its TensorFlow checkpoint with `bertfast import`"
-    if (folder / "adapter_config.json").exists():
-        return "it is an adapter; merge it into its base model with peft's merge_and_unload, and save that"
     if any((folder / name).exists() for name in ("tf_model.h5", "flax_model.msgpack")):
         return "those of TensorFlow and Flax are not read; save them with transformers 4 as model.safetensors"
     return "there must be a model.safetensors or a pytorch_model.bin"

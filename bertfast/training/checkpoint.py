@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,7 @@ def save_state(
     keep: int,
     distributed: Distributed,
     files: Mapping[str, Path] = MappingProxyType({}),
+    save_model: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the checkpoint of a step and delete old ones. All ranks must call this; the main process writes.
 
@@ -59,14 +60,18 @@ def save_state(
         keep: Number of newest checkpoints to keep, in addition to the one with the lowest validation loss.
         distributed: Processes of the run.
         files: Further files that the checkpoint keeps, by their names in it; they must not be changed in place.
+        save_model: Writes what is trained of the model to a folder; None: all of it is written.
     """
-    weights = {name: _whole(value) for name, value in model.state_dict().items()}
+    weights = {name: _whole(value) for name, value in model.state_dict().items()} if save_model is None else {}
     tensors = _flatten(optimizers)
     target = folder / f"{_PREFIX}{step:08d}"
 
     def write() -> None:
         with atomic_path(target) as temporary:
-            save(model, temporary, weights)
+            if save_model is None:
+                save(model, temporary, weights)
+            else:
+                save_model(temporary)
             write_tensors(tensors, temporary / "optimizer.safetensors")
             state = json.dumps({"step": step, "progress": progress})
             (temporary / "state.json").write_text(state, encoding="utf-8")

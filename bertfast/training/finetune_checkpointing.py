@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from bertfast.models.adapters import Adapter
 from bertfast.runtime.atomic_write import link_or_copy, named_in_errors, remove
 from bertfast.runtime.generator_state import generator_state, set_generator_state
 from bertfast.training.checkpoint import CHECKPOINTS, checkpoint_to_resume, load_state, read_progress, save_state
@@ -19,7 +20,7 @@ from bertfast.training.finetune_folder import PREDICTIONS
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.step_results import StepResults
 
-_BEST_FILES = ("config.json", "model*.safetensors*", *PREDICTIONS)
+_BEST_FILES = ("config.json", "model*.safetensors*", "adapter_*", *PREDICTIONS)
 _BEST = "best"  # the folder of a checkpoint that holds them
 
 
@@ -56,6 +57,7 @@ class FinetuneProgress:
         optimizers: list[Optimizer],
         results: StepResults,
         precision: str,
+        adapter: Adapter | None = None,
     ) -> None:
         """Write a checkpoint of the run.
 
@@ -65,6 +67,7 @@ class FinetuneProgress:
             optimizers: Its optimizers.
             results: Results of the steps; all of them must have been read.
             precision: fp32 or bf16.
+            adapter: Its adapter if only that is trained.
         """
         output, device = Path(settings.output_dir), results.device
         values = {
@@ -83,6 +86,7 @@ class FinetuneProgress:
             settings.checkpoint.save_total_limit,
             Distributed(0, 1, device),
             {f"{_BEST}/{path.name}": path for path in best},
+            None if adapter is None else adapter.save,
         )
 
     @classmethod

@@ -37,6 +37,7 @@ _CONTENTS = (
     CHECKPOINTS,
     "config.json",
     "model*.safetensors*",
+    "adapter_*",
     RESULTS,
     RUN,
     *PLOTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch.optim import Optimizer
 from transformers import BertConfig, PreTrainedModel
 
 from bertfast.data.tokenizer import tokenizer_hash
+from bertfast.models.adapters import Adapter, remove_adapter
 from bertfast.models.extensions import class_for
 from bertfast.models.families import architecture_of
-from bertfast.models.files import load, new_model, read_config, report_differences, resolve
+from bertfast.models.files import load, new_model, read_config, report_differences, resolve, save
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.models.tokenizers import load_any_tokenizer
+from bertfast.models.weights import is_adapter
 from bertfast.runtime.settings import refuse_without_effect
 from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.features import Features
@@ -26,6 +29,8 @@ from bertfast.tasks.task import FINETUNING_TASK, Task
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.layerwise_decay import layerwise_scale
 from bertfast.training.optimizer import build_optimizers
+
+logger = logging.getLogger("bertfast")
 
 _OWN_TASKS = ("embedding", "reranking")  # which are not known by the class of their models
 
@@ -79,8 +84,8 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
 
 def build_model(
     settings: FinetuneSettings, task: Task[Any], config: BertConfig, tokenizer: Tokenizer, saved: Path | None
-) -> PreTrainedModel:
-    """Return the model that a run trains, on the CPU.
+) -> tuple[PreTrainedModel, Adapter | None]:
+    """Return the model that a run trains, on the CPU, and its adapter if only that is trained.
 
     Args:
         settings: Settings of the run.
@@ -89,16 +94,24 @@ def build_model(
         tokenizer: Its tokenizer.
         saved: Checkpoint from which the run continues; None: it starts from the initial model.
     """
-    if saved is not None:
-        return load(task.model_class, saved, config)[0]
+    with_adapter = settings.lora.lora_rank is not None
+    if saved is not None and not with_adapter:
+        return load(task.model_class, saved, config)[0], None
     if settings.model.random_init:
-        return new_model(task.model_class, config)
-    return _initial_model(settings, task, config, tokenizer)
+        return new_model(task.model_class, config), None
+    model, missing = _initial_model(settings, task, config, tokenizer)
+    if not with_adapter:
+        return model, None
+    adapter = _add_adapter(settings, model, missing)
+    if saved is not None:
+        adapter.load(saved)
+    return model, adapter
 
 
 def _initial_model(
     settings: FinetuneSettings, task: Task[Any], config: BertConfig, tokenizer: Tokenizer
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model from which a run starts, and the names of its parameters that are new."""
     name = settings.model.init_from_task or settings.model_name_or_path
     initial = encoder_folder(resolve(name))
     old_config, other_task = read_config(initial), settings.model.init_from_task is not None
@@ -113,7 +126,67 @@ def _initial_model(
     fresh = architecture_of(config).head_prefixes(kind) if other_task else ()  # the head of another task
     model, missing, unexpected = load(task.model_class, initial, config, fresh=fresh)
     report_differences(model, name, missing, unexpected)
-    return model
+    return model, missing
+
+
+def _add_adapter(settings: FinetuneSettings, model: PreTrainedModel, missing: list[str]) -> Adapter:
+    """Return a new adapter in a model, of which the head and the modules of missing parameters are trained whole."""
+    options, name = settings.lora, settings.model.init_from_task or settings.model_name_or_path
+    assert options.lora_rank is not None
+    folder = resolve(name)
+    base = encoder_folder(folder)
+    if is_adapter(base) and not options.lora_merge:
+        raise ValueError(
+            f"{name} is itself an adapter, on which peft can put no other: add --lora-merge, with which the output is "
+            "a whole model"
+        )
+    heads = architecture_of(model.config).head_prefixes(type(model))
+    named = dict(model.named_parameters())
+    adapter = Adapter(
+        model,
+        str(base.resolve()) if Path(name).is_dir() or base != folder else name,
+        {_module_of(model, key) for key in named if key.startswith(heads) or key in missing},
+        rank=options.lora_rank,
+        alpha=2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        dropout=options.lora_dropout,
+        targets=options.lora_target_modules,
+    )
+    trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    every = sum(x.numel() for x in model.parameters())
+    logger.info("training %s of %s parameters (%.2g %%)", f"{trained:,}", f"{every:,}", 100 * trained / every)
+    return adapter
+
+
+def _module_of(model: PreTrainedModel, key: str) -> str:
+    """Return what the names begin with of the parameters of the head, or of the module in the encoder, with this one.
+
+    Args:
+        model: The model.
+        key: Name of a parameter, such as "classifier.dense.weight" or "bert.pooler.dense.weight".
+    """
+    encoder = f"{model.base_model_prefix}."
+    inside = encoder if model.base_model is not model and key.startswith(encoder) else ""
+    return f"{inside}{key.removeprefix(inside).partition('.')[0]}."
+
+
+def open_best(settings: FinetuneSettings, model: PreTrainedModel, config: BertConfig, adapter: Adapter | None) -> None:
+    """Load the best model of a run into its model, and merge its adapter if that is to be done.
+
+    Args:
+        settings: Settings of the run.
+        model: The model.
+        config: Its configuration.
+        adapter: Its adapter if only that is trained.
+    """
+    folder = Path(settings.output_dir)
+    if adapter is None:
+        model.load_state_dict(load(type(model), folder, config)[0].state_dict())
+        return
+    adapter.load(folder)
+    if settings.lora.lora_merge:
+        adapter.merge()
+        save(model, folder)
+        remove_adapter(folder)
 
 
 def finetuning_optimizers(settings: FinetuneSettings, model: PreTrainedModel) -> list[Optimizer]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from bertfast.data.text_files import read_json
 from bertfast.models.extensions import ExtendedBertConfig
+from bertfast.models.weights import is_adapter
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.output_folder import described
 from bertfast.runtime.settings import flag, given
@@ -102,10 +103,12 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
     folder, head = Path(settings.output_dir).resolve().name, type(model).__name__.partition("For")[2]
     head = _RERANKER if getattr(model.config, FINETUNING_TASK, None) == _RERANKER else head
     source = settings.model_name_or_path
-    is_local = Path(source).exists()
-    library = "sentence-transformers" if head in _SENTENCE_TRANSFORMERS else "transformers"
+    is_local, extended = Path(source).exists(), isinstance(model.config, ExtendedBertConfig)
+    adapted = is_adapter(Path(settings.output_dir))
+    library = "peft" if adapted else "sentence-transformers" if head in _SENTENCE_TRANSFORMERS else "transformers"
     entries = [f"library_name: {library}", f"pipeline_tag: {_PIPELINES[head]}"]
     entries += [] if is_local else [f"base_model: {source}"]
+    usage = _usage_of_adapter(folder, head) if adapted else _usage(folder, head, extended=extended)
     start = "its configuration with random weights" if settings.model.random_init else "the model"
     lines = ["---", *entries, "tags:", "- bertfast", "---", "", _MARK, "", f"# {_plain(folder)}", ""]
     lines += [
@@ -114,7 +117,7 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
         "",
         *_results(run["results"]),
         *_classes(Path(settings.output_dir)),
-        *_usage(folder, head, extended=isinstance(model.config, ExtendedBertConfig)),
+        *usage,
         *_training(settings, run),
     ]
     return "\n".join(lines) + "\n"
@@ -146,11 +149,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
-    model = f"--model-name-or-path {shlex.quote(folder)}"
-    command = f"bertfast predict {model} --input-file FILE"
-    if not head:
-        command = f"bertfast embed {model} --input-file FILE --output-dir VECTORS"
-    lines = ["## Use", "", "```", command, "```", ""]
+    lines = ["## Use", "", "```", _command(folder, head), "```", ""]
     if extended:
         return [*lines, "The model has parts that transformers does not have: only bertfast opens it.", ""]
     if head in _SENTENCE_TRANSFORMERS:
@@ -164,6 +163,39 @@ def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
     ]
     return [*lines, "```python", *code, "```", "", f"`bertfast.AutoModelFor{head}` opens it with fast kernels.", ""]
+
+
+def _usage_of_adapter(folder: str, head: str) -> list[str]:
+    """Return how to use an adapter, which has the head if there is one."""
+    class_of_model = "SequenceClassification" if head == _RERANKER else head
+    name = f"AutoModelFor{class_of_model}" if class_of_model else "AutoModel"
+    code = [
+        "from peft import PeftConfig, PeftModel",
+        f"from transformers import AutoConfig, {name}, AutoTokenizer",
+        "",
+        f"base = PeftConfig.from_pretrained({folder!r}).base_model_name_or_path",
+        f"model = {name}.from_pretrained(base, config=AutoConfig.from_pretrained({folder!r}))",
+        f"model = PeftModel.from_pretrained(model, {folder!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+    ]
+    lines = ["## Use", "", "```", _command(folder, head), "```", ""]
+    return [
+        *lines,
+        "It is a LoRA adapter: the weights of its base model are not in this folder.",
+        "",
+        "```python",
+        *code,
+        "```",
+        "",
+    ]
+
+
+def _command(folder: str, head: str) -> str:
+    """Return a command that uses a model."""
+    model = f"--model-name-or-path {shlex.quote(folder)}"
+    if not head:
+        return f"bertfast embed {model} --input-file FILE --output-dir VECTORS"
+    return f"bertfast predict {model} --input-file FILE"
 
 
 def _training(settings: FinetuneSettings, run: dict[str, Any]) -> list[str]:

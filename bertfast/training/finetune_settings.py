@@ -19,6 +19,7 @@ from bertfast.runtime.settings import (
     Settings,
     counted,
     given,
+    refuse_repeated,
     refuse_without_effect,
 )
 from bertfast.tasks.settings import FloatingPointSettings, TaskSettings
@@ -48,6 +49,32 @@ class InitialModelSettings(Settings):
     init_from_task: str | None = None
     bilstm: bool = False
     dropout: Annotated[float, Range(0, below=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
+    """Training of low-rank updates (LoRA) and the head, with peft, while the model's own weights are frozen.
+
+    Attributes:
+        lora_rank: Rank of the updates of LoRA; the output is an adapter for peft. If not given: the whole model is
+            trained.
+        lora_alpha: Scale of the updates, which are multiplied by alpha / rank. If not given: twice the rank.
+        lora_dropout: Dropout probability of the inputs of the updates.
+        lora_target_modules: Names of the linear layers that get an update, or all-linear for all in the encoder's
+            layers. If not given: those of queries and values.
+        lora_merge: Save a whole model, into which the updates are merged, and not an adapter.
+    """
+
+    lora_rank: Annotated[int, Range(1, 2**16)] | None = None
+    lora_alpha: Annotated[float, Range(above=0)] | None = None
+    lora_dropout: Annotated[float, Range(0, below=1)] = 0.0
+    lora_target_modules: list[str] = field(default_factory=list)
+    lora_merge: bool = False
+
+    def validate(self) -> None:
+        refuse_repeated("lora_target_modules", self.lora_target_modules)
+        if self.lora_rank is None:
+            refuse_without_effect(given(self), "there is no --lora-rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +251,7 @@ class FinetuneBase(TaskSettings):
         test_file: Data that the best model predicts on; labels are optional and only used for metrics. If not given: no
             predictions.
         model: Model that is fine-tuned.
+        lora: Training of low-rank updates (LoRA) and the head, with peft, while the model's own weights are frozen.
         feature_based: Fine-tuning of the whole model, or training of a BiLSTM on its layers.
         batch: Division of the examples of a step.
         optimizer: Loss and optimizer.
@@ -236,6 +264,7 @@ class FinetuneBase(TaskSettings):
     validation_file: str | None = None
     test_file: str | None = None
     model: InitialModelSettings = field(default_factory=InitialModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     feature_based: FeatureBasedSettings = field(default_factory=FeatureBasedSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -253,6 +282,11 @@ class FinetuneBase(TaskSettings):
         if self.test_file is None:
             names = {"--max-predict-samples"}.intersection(given(self.samples))
             refuse_without_effect(names, "there is no --test-file")
+        if self.lora.lora_rank is not None:
+            others = ["--strategy feature-based"] * (self.feature_based.strategy == "feature-based")
+            others += {"--random-init", "--bilstm"}.intersection(given(self.model))
+            if others:
+                raise ValueError(f"--lora-rank adapts a pre-trained model, and excludes {others[0]}: leave one out")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
         elif self.model.bilstm:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
-from bertfast.models.files import load, resolve, save
+from bertfast.models.files import resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import copy_tokenizer
 from bertfast.runtime.atomic_write import remove
@@ -45,6 +45,7 @@ from bertfast.training.finetune_model import (
     finetuning_optimizers,
     finetuning_task,
     model_config,
+    open_best,
     single_labels,
 )
 from bertfast.training.finetune_report import draw_finished_run, how_to_use, write_report
@@ -110,6 +111,7 @@ class Finetuning:
         task: The task: reads files, computes losses and metrics.
         source: Folder of the model that is fine-tuned.
         config, tokenizer, model: What is fine-tuned.
+        adapter: The model's adapter if only that is trained.
         metric: Name of the metric that selects the best model.
         examples, features: Examples of each split, and their token ids and labels.
         steps_per_epoch, steps: Optimizer steps per epoch and of the run.
@@ -141,7 +143,7 @@ class Finetuning:
             self.tokenizer = open_tokenizer(source, self.config)
             self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer)
         torch.manual_seed(self.hyperparameters.seed)
-        self.model = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
+        self.model, self.adapter = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
         align_parameters(self.model)
         nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(self.model.train(), self.precision)
@@ -162,7 +164,7 @@ class Finetuning:
     def _build_step(self) -> FinetuneStep:
         settings = self.settings.optimizer
         balanced = settings.class_weights == "balanced"
-        captures = self.settings.compute.cuda_graph and self.task.captures
+        captures = self.settings.compute.cuda_graph and self.task.captures and self.adapter is None
         if settings.label_smoothing_factor:
             single_labels(self.features["train"], "--label-smoothing-factor")
         return FinetuneStep(
@@ -338,7 +340,7 @@ class Finetuning:
             write_results(self.folder / report_file(split), report)
 
     def _save(self) -> None:
-        save(self.model, self.folder)
+        save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
         copy_tokenizer(self.tokenizer, self.source, self.folder)
         self.task.write_folder(self.folder)
         self.progress.best_step = self.step
@@ -346,7 +348,7 @@ class Finetuning:
     def _save_checkpoint(self) -> None:
         """Write a checkpoint, unless steps are being skipped; their results must have been read."""
         if not self.results.skipped_in_a_row:
-            self.progress.save(self.settings, self.model, self.optimizers, self.results, self.precision)
+            self.progress.save(self.settings, self.model, self.optimizers, self.results, self.precision, self.adapter)
 
     def _stopped(self, status: int) -> RunStopped:
         """Save a checkpoint, and return the exception that ends the run after a signal."""
@@ -371,7 +373,7 @@ class Finetuning:
 
     def _finish(self) -> dict[str, float]:
         self._read_pending()
-        progress = self.progress
+        settings, progress = self.settings, self.progress
         results = {
             "epoch": self.epoch,
             "best_step": progress.best_step,
@@ -385,12 +387,13 @@ class Finetuning:
             results["skipped_steps"] = self.results.skipped
         if self.task.bad_rows.count:
             results["bad_rows"] = self.task.bad_rows.count
+        if "test" in self.features or settings.lora.lora_merge:
+            open_best(settings, self.model, self.config, self.adapter)
         if "test" in self.features:
-            self.model.load_state_dict(load(type(self.model), self.folder, self.config)[0].state_dict())
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics
-        write_report(self.settings, self.model, self.precision, self.metric, results)
+        write_report(settings, self.model, self.precision, self.metric, results)
         write_results(self.folder / RESULTS, results)
         remove(self.folder / CHECKPOINTS)
         return results

@@ -304,12 +304,21 @@ def test_what_is_not_a_model_is_refused(tmp_path):
     for name, remedy in (
         ("config.json", "there must be a model.safetensors or a pytorch_model.bin"),
         ("tf_model.h5", "those of TensorFlow and Flax are not read"),
-        ("adapter_config.json", "merge it into its base model"),
         ("bert_model.ckpt.index", "with `bertfast import`"),
     ):
         (tmp_path / name).touch()
         with pytest.raises(FileNotFoundError, match=f"holds no weights: .*{remedy}"):
             load(bertfast.BertModel, tmp_path)
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match=r"holds adapter_config\.json and no adapter_model\.safetensors: save"):
+        load(bertfast.BertModel, tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load(bertfast.BertModel, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(ValueError, match="names no model as its base_model_name_or_path: add that"):
+        load(bertfast.BertModel, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

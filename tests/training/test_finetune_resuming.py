@@ -1,13 +1,12 @@
 """Interrupted, killed and damaged fine-tuning runs resume, bitwise identical to an uninterrupted run."""
 
-import json
 import random
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from runs import entries, exit_code, terminated_in_training
+from runs import assert_same_finetuning, entries, exit_code, stopped_at, terminated_in_training
 from sentiment import QUICK
 from task_examples import settings_for, write_examples
 from text_pairs import write_pairs
@@ -46,24 +45,6 @@ def settings_of_run(kind: str, model: Path, data: Path, folder: Path, **changes)
     return settings_for(task, model, file, folder, **options | TASKS[kind] | changes)
 
 
-def stopped_at(step: int):
-    return lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Assert that two runs have the same model, losses, metrics and predictions, and no checkpoint left."""
-    timing = {"tokens_per_second", "train_runtime", "train_tokens_per_second"}
-    runs = []
-    for folder in (one, other):
-        assert not (folder / "checkpoints").exists()
-        metrics = [*entries(folder), json.loads((folder / "all_results.json").read_text())]
-        metrics = [{name: value for name, value in entry.items() if name not in timing} for entry in metrics]
-        files = [*folder.glob("model*.safetensors"), *folder.glob("predictions_*")]
-        assert len(files) > 0
-        runs.append((metrics, {path.name: path.read_bytes() for path in files}))
-    assert runs[0] == runs[1]
-
-
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(kind, pretrained, tmp_path):
     settings = settings_of_run(kind, pretrained, tmp_path / "data", tmp_path / "whole")
@@ -75,7 +56,7 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(kind, pretra
             finetune(settings, stopped_at(step))
         settings = settings.replace(resume=True)
     finetune(settings)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_finetuning(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_run_killed_at_ten_random_moments_ends_bitwise_identical(pretrained, files, tmp_path):
@@ -88,7 +69,7 @@ def test_a_run_killed_at_ten_random_moments_ends_bitwise_identical(pretrained, f
     for _ in range(10):  # for at most 4 seconds, and the run takes at least 5
         assert exit_code(finetune, settings, moments.uniform(0, 0.4)) == -signal.SIGKILL
     assert exit_code(finetune, settings, None) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_finetuning(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_the_best_model_of_the_checkpoint_replaces_a_later_one(pretrained, files, tmp_path):
