@@ -149,6 +149,7 @@ def predict_outputs(
     training = model.training
     precision = choose_precision(model.device, task.settings.compute.precision, model.config)
     model.train(False)
+    features, of_examples = task.without_repetitions(features)
     outputs: list[Any] = [None] * len(features)
 
     def forward(inputs: ModelInputs) -> Tensor:
@@ -173,7 +174,7 @@ def predict_outputs(
             for row, part in zip(rows, parts, strict=True):
                 outputs[row] = part
     model.train(training)
-    return outputs
+    return of_examples(outputs)
 
 
 def _from_lines(task: Task[Any]) -> Iterator[Any]:

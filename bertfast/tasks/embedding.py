@@ -6,7 +6,7 @@ Shapes: E examples, C texts of each, D embedding size, S = E · C sequences, T p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,10 @@ class EmbeddingTask(Task[TextGroups]):
         settings, name = self.settings.embedding, self.settings.model_name_or_path
         self.modules = read_sentence_modules(folder).changed(settings.pooling, settings.normalization, name)
         if any(isinstance(step, Dense) for step in self.modules.after):
-            raise ValueError(f"{name} has a module Dense, which is not trained here: use sentence-transformers for it")
+            raise ValueError(
+                f"{name} has a module Dense, which is not trained here: train the model with sentence-transformers, or "
+                "name a folder that has only its encoder, without modules.json"
+            )
         return self.modules.encoder
 
     def max_length(self) -> int:
@@ -148,6 +151,17 @@ class EmbeddingTask(Task[TextGroups]):
         scores = [0.0] * len(examples) if examples.scores is None else examples.scores
         labels: dict[str, np.ndarray] = {"labels": np.array(scores, np.float32), "text_ids": np.array(ids, np.int64)}
         return examples, replace(features, labels=labels, num_choices=count)
+
+    def without_repetitions(self, features: Features) -> tuple[Features, Callable[[Outputs], Outputs]]:
+        """Return each text once, as the paragraph of several questions; see `Task.without_repetitions`."""
+        text_ids = features.labels["text_ids"]
+        _, first, text_of_sequence = np.unique(text_ids, return_index=True, return_inverse=True)
+        texts_of_example = text_of_sequence.reshape(text_ids.shape)
+
+        def of_examples(outputs: Outputs) -> Outputs:
+            return [np.concatenate([outputs[text] for text in texts]) for texts in texts_of_example]
+
+        return features.single_sequences(first), of_examples
 
     def vectors(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
         """Compute the embeddings that are trained, not truncated, with gradients: fp32 [E, C · D]."""

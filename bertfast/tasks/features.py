@@ -75,19 +75,29 @@ class Features:
     def batch(self, rows: np.ndarray, device: torch.device | None = None) -> dict[str, Tensor]:
         """Return the packed model input of the examples at `rows` (int [R]), with labels if there are any."""
         sequences = (rows[:, None] * self.num_choices + np.arange(self.num_choices)).ravel()
-        lengths = np.diff(self.cu_seqlens)[sequences]
-        ends = np.cumsum(lengths)
-        # Gather index [T of the batch]: the sequence that starts at slot ends - lengths of the batch starts at
-        # cu_seqlens[sequence] of all tokens; shift the batch's own slot numbers by the difference.
-        indices = np.repeat(self.cu_seqlens[sequences] - (ends - lengths), lengths) + np.arange(lengths.sum())
+        indices, cu_seqlens = self._tokens_of(sequences)
         arrays = {
             "input_ids": self.token_ids[indices][None].astype(np.int64),
             "token_type_ids": self.token_type_ids[indices][None].astype(np.int64),
-            "cu_seq_lens_q": np.concatenate([[0], ends]).astype(np.int32),
+            "cu_seq_lens_q": cu_seqlens.astype(np.int32),
         }
         for name, values in (self.labels | self.inputs).items():
             arrays[name] = values[indices][None] if len(values) == len(self.token_ids) else values[rows]
         return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+    def single_sequences(self, sequences: np.ndarray) -> Features:
+        """Return the sequences at `sequences` (int [R]) as examples of their own, without labels and further inputs."""
+        indices, cu_seqlens = self._tokens_of(sequences)
+        return Features(self.token_ids[indices], self.token_type_ids[indices], cu_seqlens)
+
+    def _tokens_of(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the tokens of sequences, [T of these], and where each starts, int64 [R + 1]."""
+        lengths = np.diff(self.cu_seqlens)[sequences]
+        ends = np.cumsum(lengths)
+        # The sequence that starts at slot ends - lengths of the batch starts at cu_seqlens[sequence] of all tokens;
+        # shift the batch's own slot numbers by the difference.
+        indices = np.repeat(self.cu_seqlens[sequences] - (ends - lengths), lengths) + np.arange(lengths.sum())
+        return indices, np.concatenate([[0], ends])
 
     def model_inputs(self, rows: np.ndarray, *, labels: bool = True, buckets: Buckets = EXACT) -> ModelInputs:
         """Return the packed input of the examples at `rows` (int [R]) in host memory.

@@ -158,6 +158,10 @@ class Task(ABC, Generic[Examples]):
             The examples without those that cannot be used, and their features, with labels if the examples have any.
         """
 
+    def without_repetitions(self, features: Features) -> tuple[Features, Callable[[Outputs], Outputs]]:
+        """Return features without repetitions, and a function that makes the outputs of examples of their outputs."""
+        return features, lambda outputs: outputs
+
     @abstractmethod
     def logits(self, model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
         """Compute logits [E, labels], or [1, T, labels] if each token has its own."""

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 from sentence_training import BATCH, STEPS, losses_of_loop
 from sentiment import QUICK, write_sentiment
-from text_pairs import HEADERS, write_pairs
+from text_pairs import HEADERS, rows_of, write_pairs
 
 from bertfast.cli.main import main
 from bertfast.inference.embed import EmbedSettings, embed
+from bertfast.inference.predict import predict_outputs
 from bertfast.models.sentence_folder import read_sentence_modules
+from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 from bertfast.training.gradient_cache import backward_in_parts
 
@@ -119,6 +121,39 @@ def test_training_on_pairs_finds_more_of_them(embedder, pretrained):
     assert results["eval_ndcg_at_10"] > 0.6
     assert results["eval_mrr_at_10"] > 0.5
     assert (folder / "out" / "predictions_validation.tsv").read_text().startswith("row\tscore\n1\t")
+
+
+def test_validation_encodes_a_repeated_text_once(pretrained, tmp_path, monkeypatch):
+    rows = rows_of("pairs", 6, seed=0)
+    questions = [[question, rows[index % 2][1]] for index, (question, _) in enumerate(rows)]  # of two paragraphs
+    file = tmp_path / "a.tsv"
+    file.write_text("".join("\t".join(row) + "\n" for row in [HEADERS["pairs"], *questions]))
+    run = Finetuning(settings_for(pretrained, file, tmp_path / "out"))
+    features, encoded = run.features["train"], []
+    run.model.train(False)
+    with torch.no_grad():
+        expected = run.task.logits(run.model, features.model_inputs(np.arange(6), labels=False))
+    logits = EmbeddingTask.logits
+
+    def counted(task, model, inputs):
+        encoded.append(int((inputs.arguments["cu_seq_lens_q"].diff() > 0).sum()))
+        return logits(task, model, inputs)
+
+    monkeypatch.setattr(EmbeddingTask, "logits", counted)
+    found = predict_outputs(run.task, run.model, features)
+    assert sum(encoded) == 6 + 2
+    np.testing.assert_allclose(np.stack(found), expected.numpy(), atol=1e-6)
+
+
+def test_a_module_dense_is_refused_with_a_remedy(pretrained, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    layers = [modules.Transformer(str(pretrained)), modules.Pooling(32), modules.Dense(32, 16)]
+    st.SentenceTransformer(modules=layers, device="cpu").save(str(tmp_path / "model"))
+    train = write_pairs(tmp_path / "train.tsv", "pairs", 20)
+    with pytest.raises(ValueError, match="a module Dense, which is not trained here: train"):
+        finetune(settings_for(tmp_path / "model", train, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_result_opens_in_sentence_transformers_and_embeds_the_same(embedder, tmp_path):
