@@ -32,7 +32,7 @@ RESULTS = ROOT / "bench" / "results"
 DATA = ROOT.parent / "shared" / "data"  # texts next to the checkout, which are not part of the project
 PUBLISHED = ROOT / "build" / "minilm"  # a package with a published model, see the Makefile
 PACKAGES = ["torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy"]
-PACKAGES += ["onnxruntime", "openvino", "nncf", "sentence-transformers", "optimum"]
+PACKAGES += ["onnxruntime", "openvino", "nncf", "sentence-transformers", "optimum", "accelerate", "datasets"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 

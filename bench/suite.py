@@ -10,6 +10,7 @@ take about 40 minutes, the others run with their names or `--all`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -51,6 +52,7 @@ class Part:
         files: Names of the result files, without suffix.
         bf16: Whether it requires bf16 instructions.
         by_name: Whether it runs only if it is named, or with `--all`.
+        packages: Packages that it requires, besides those of the other parts.
     """
 
     minutes: float
@@ -58,6 +60,7 @@ class Part:
     files: tuple[str, ...]
     bf16: bool = False
     by_name: bool = False
+    packages: tuple[str, ...] = ()
 
     def folders(self) -> set[str]:
         """Return which of "data" and "model" it requires."""
@@ -111,6 +114,13 @@ PARTS = {
         by_name=True,
     ),
     "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
+    "training of embeddings": Part(
+        3,
+        ("end_to_end.sentence_training", "{model}", "{data}"),
+        ("sentence_training",),
+        by_name=True,
+        packages=("sentence_transformers", "accelerate", "datasets"),
+    ),
     "accuracy in int8": Part(
         8,
         ("end_to_end.int8_accuracy", "{model}", "{data}", "--output", "build/bench"),
@@ -171,6 +181,8 @@ def reason_to_skip(part: Part, folders: dict[str, Path]) -> str | None:
     """Return why a part is not run, None if it is."""
     if part.bf16 and not has_bf16_gemm(DEVICE):
         return "this processor has no bf16 instructions"
+    if missing := [name for name in part.packages if importlib.util.find_spec(name) is None]:
+        return f"{', '.join(missing)} not installed"
     for name in sorted(part.folders()):
         if not (folders[name] / ("config.json" if name == "model" else ".")).exists():
             return f"there is no {folders[name]} (--{name})"

@@ -1,5 +1,6 @@
 """`make bench` measures what is missing or out of date, and nothing else."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -132,6 +133,8 @@ def test_parts_that_cannot_run_say_what_is_missing(tmp_path):
     folders = dict.fromkeys(("data", "model", "results"), tmp_path / "nowhere")
     assert suite.reason_to_skip(suite.PARTS["inference"], folders) == f"there is no {tmp_path / 'nowhere'} (--data)"
     assert suite.reason_to_skip(suite.PARTS["ceilings"], folders) is None
+    lacking = dataclasses.replace(suite.PARTS["ceilings"], packages=("json", "no_such_package"))
+    assert suite.reason_to_skip(lacking, folders) == "no_such_package not installed"
     assert suite.minutes_of(suite.DEFAULT) <= 40
     assert not any(suite.PARTS[name].by_name for name in suite.DEFAULT)
     assert set(suite.DEFAULT) < set(suite.PARTS)

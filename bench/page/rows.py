@@ -214,6 +214,15 @@ def finetuning_rows(result: Result) -> Iterator[Row]:
         yield result.row(workload, "fp32", system, result.values[f"{system}_s"], *bound_in(result.values))
 
 
+def sentence_training_rows(result: Result) -> Iterator[Row]:
+    """Yield the times of a training step of embeddings and of a reranker, by bertfast and sentence-transformers."""
+    for task, title in {"embedding": "embeddings (CoSENT)", "reranking": "a reranker"}.items():
+        workload = f"fine-tuning step, MiniLM, {title}, {result.values['batch']} pairs of STS-B"
+        for precision, entry in result.values[task].items():
+            for system, key in (("bertfast", "bertfast_s"), ("sentence-transformers", "sentence_transformers_s")):
+                yield result.row(workload, precision, system, entry[key], *bound_in(entry))
+
+
 def embed_rows(result: Result) -> Iterator[Row]:
     speed = result.values["speed"]
     bounds = speed.get("bounds", {"fp32": speed})  # older files have one, that of fp32
@@ -267,6 +276,7 @@ KINDS: dict[str, Callable[[Result], Iterator[Row]]] = {
     "embed": embed_rows,
     "int8_accuracy": int8_rows,
     "serving": serving_rows,
+    "sentence_training": sentence_training_rows,
 }
 
 
