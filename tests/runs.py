@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,16 @@ def terminated_in_training(command: list[str], folder: Path) -> tuple[str, int]:
         time.sleep(0.1)
     process.terminate()
     return process.communicate(timeout=60)[1], process.returncode
+
+
+def torchrun(processes: int, log: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
+    """Start processes that run a program with arguments, and write what they print to a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
+    with log.open("w") as output:
+        return subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def printed(log: Path) -> str:
+    """The end of what the ranks printed, without torchrun's report of a failure, which is long and follows it."""
+    return log.read_text().partition("multiprocessing.errors.ChildFailedError")[0][-4000:]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from bertfast.runtime.precision import choose_device
 
 _T = TypeVar("_T")
+_BUCKET = 2**24  # numbers that a message has at least, except for the last
 _TIMEOUT = timedelta(hours=6)  # the other ranks wait this long while the main process prepares the text
+
+
+def is_main_process() -> bool:
+    """Return whether this process is alone, or the one of rank 0 of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,19 @@ class Distributed:
         """Whether this is the process that writes files, logs and prints (rank 0)."""
         return self.rank == 0
 
+    @contextmanager
+    def logs_on_main(self, logger: logging.Logger) -> Iterator[None]:
+        """Context in which a logger is silent, except in the main process."""
+
+        def silent(record: logging.LogRecord) -> bool:
+            return self.is_main
+
+        logger.addFilter(silent)
+        try:
+            yield
+        finally:
+            logger.removeFilter(silent)
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum `values` over all ranks, in place. CPU tensors are reduced without waiting for a GPU."""
         if self.world_size > 1:
@@ -98,6 +118,42 @@ class Distributed:
         box = [value]
         dist.broadcast_object_list(box, group=self.cpu_group)
         return box[0]
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return the values of all ranks, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Sum the gradients of a model over all ranks, in place; what has none on any rank has none afterwards.
+
+        Unlike `wrap`, it suits passes that differ between ranks, and losses that are no output of one module.
+        """
+        if self.world_size == 1:
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ranks_with = self.sum(torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.long))
+        bucket: list[Tensor] = []
+        for parameter, has_gradient in zip(trained, ranks_with.tolist(), strict=True):
+            if not has_gradient:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(gradient.numel() for gradient in bucket) > _BUCKET:
+                self._sum_together(bucket)
+                bucket = []
+        self._sum_together(bucket)
+
+    def _sum_together(self, tensors: list[Tensor]) -> None:
+        """Sum tensors over all ranks, in place, in one message."""
+        if tensors:
+            whole = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+            for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def run_on_main(self, work: Callable[[], _T]) -> _T | None:
         """Call `work` in the main process while the other ranks wait.
@@ -120,6 +176,15 @@ class Distributed:
         if failed:
             raise ValueError("rank 0 failed: correct the error that it printed, then start all processes again")
         return result
+
+    def result_of_main(self, work: Callable[[], _T]) -> _T:
+        """Return on every rank what `work` returns in the main process, which alone calls it; see `run_on_main`."""
+        return cast(_T, self.broadcast(self.run_on_main(work)))
+
+    def refuse_several(self, what: str) -> None:
+        """Raise ValueError if there are several processes, which `what` cannot use."""
+        if self.world_size > 1:
+            raise ValueError(f"{what} runs in one process, not in {self.world_size}: start it without torchrun")
 
     def destroy(self) -> None:
         """Destroy the default process group if `init` created it."""

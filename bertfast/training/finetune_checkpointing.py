@@ -50,6 +50,25 @@ class FinetuneProgress:
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     best_metrics: dict[str, float] = field(default_factory=dict)
 
+    def summary(self, epoch: float, samples: int, results: StepResults) -> dict[str, float]:
+        """Return what a finished run reports of its training and of its best model.
+
+        Args:
+            epoch: Passes over the training data.
+            samples: Number of examples in it.
+            results: Results of the steps.
+        """
+        return {
+            "epoch": epoch,
+            "best_step": self.best_step,
+            **self.best_metrics,
+            "train_samples": samples,
+            "train_loss": results.mean(),
+            "train_runtime": self.seconds,
+            "train_tokens_per_second": self.tokens / self.seconds,
+            **({"skipped_steps": results.skipped} if results.skipped else {}),
+        }
+
     def save(
         self,
         settings: FinetuneSettings,
@@ -57,9 +76,10 @@ class FinetuneProgress:
         optimizers: list[Optimizer],
         results: StepResults,
         precision: str,
+        distributed: Distributed,
         adapter: Adapter | None = None,
     ) -> None:
-        """Write a checkpoint of the run.
+        """Write a checkpoint of the run; all ranks must call this.
 
         Args:
             settings: Settings of the run.
@@ -67,13 +87,14 @@ class FinetuneProgress:
             optimizers: Its optimizers.
             results: Results of the steps; all of them must have been read.
             precision: fp32 or bf16.
+            distributed: Processes of the run.
             adapter: Its adapter if only that is trained.
         """
-        output, device = Path(settings.output_dir), results.device
+        output = Path(settings.output_dir)
         values = {
             "run": asdict(self),
             "results": results.state(),
-            "random": _random_state(device),
+            "random": distributed.gather(_random_state(distributed.device)),
             "precision": precision,
         }
         best = [path for pattern in _BEST_FILES for path in output.glob(pattern)] if self.best_step else []
@@ -84,13 +105,15 @@ class FinetuneProgress:
             optimizers,
             values,
             settings.checkpoint.save_total_limit,
-            Distributed(0, 1, device),
+            distributed,
             {f"{_BEST}/{path.name}": path for path in best},
             None if adapter is None else adapter.save,
         )
 
     @classmethod
-    def restore(cls, saved: Path, output: Path, optimizers: list[Optimizer], results: StepResults) -> FinetuneProgress:
+    def restore(
+        cls, saved: Path, output: Path, optimizers: list[Optimizer], results: StepResults, distributed: Distributed
+    ) -> FinetuneProgress:
         """Load optimizers, results of the steps and random generators of a checkpoint; return its progress.
 
         The best model at that time replaces the one in the output folder, which may be of a later step.
@@ -100,15 +123,25 @@ class FinetuneProgress:
             output: Output folder of the run.
             optimizers: Optimizers of the model, built like those of the checkpoint.
             results: Results of the steps.
+            distributed: Processes of the run.
+
+        Raises:
+            ValueError: The checkpoint is of another number of processes.
         """
-        load_state(saved, optimizers)
         _, values = read_progress(saved)
+        if (processes := len(values["random"])) != distributed.world_size:
+            raise ValueError(
+                f"{saved} was written by {processes} processes and is read by {distributed.world_size}: start "
+                f"{processes} (torchrun --nproc-per-node {processes})"
+            )
+        load_state(saved, optimizers)
         results.restore(values["results"])
-        _set_random_state(values["random"], results.device)
-        remove_best_model(output)
-        with named_in_errors(output):
-            for path in (saved / _BEST).glob("*"):
-                link_or_copy(path, output / path.name)
+        _set_random_state(values["random"][distributed.rank], distributed.device)
+        if distributed.is_main:
+            remove_best_model(output)
+            with named_in_errors(output):
+                for path in (saved / _BEST).glob("*"):
+                    link_or_copy(path, output / path.name)
         progress = cls(**values["run"])
         progress.best_score = progress.best_score[0], progress.best_score[1]  # JSON has lists only
         return progress

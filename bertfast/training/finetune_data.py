@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, within_budget
+from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, shuffled_batches, within_budget
 from bertfast.tasks.task import Task
 from bertfast.training.finetune_settings import FinetuneSettings
 
@@ -56,9 +59,9 @@ def featurize(
 
 
 def batches_of_passes(
-    features: Features, rows: np.ndarray, size: int, tokens: int, buckets: Buckets
+    features: Features, rows: np.ndarray, size: int, tokens: int, buckets: Buckets, ranks: tuple[int, int] = (0, 1)
 ) -> list[list[ModelInputs]]:
-    """Return the batches of each pass of a step.
+    """Return the batches of each pass of a step that a rank does, which may be none.
 
     Args:
         features: Features of the training data.
@@ -66,7 +69,23 @@ def batches_of_passes(
         size: Examples per pass.
         tokens: Approximate tokens of a batch; a longer pass is divided.
         buckets: Which sizes of a batch are padded.
+        ranks: The rank, and their number: they do the passes in turn.
     """
-    passes = (rows[first : first + size] for first in range(0, len(rows), size))
+    rank, world_size = ranks
+    passes = (rows[first : first + size] for first in range(rank * size, len(rows), size * world_size))
     parts = (within_budget(features, one, tokens) for one in passes)
     return [[features.model_inputs(part, buckets=buckets) for part in of_pass] for of_pass in parts]
+
+
+def rows_of_steps(examples: int, per_step: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """Yield the example indices of each step, without end.
+
+    Args:
+        examples: Number of examples.
+        per_step: Examples per step; the last one of an epoch may have less.
+        seed: Seed of their order.
+        step: Steps done.
+    """
+    epoch, done = divmod(step, math.ceil(examples / per_step))
+    batches = chain.from_iterable(shuffled_batches(examples, per_step, seed, number) for number in count(epoch))
+    return islice(batches, done, None)

@@ -214,8 +214,8 @@ def single_labels(features: Features, flag: str) -> np.ndarray:
     return labels
 
 
-def balanced_weights(features: Features, config: BertConfig) -> Tensor:
+def balanced_weights(features: Features, num_labels: int) -> Tensor:
     """Return a weight per label, inversely proportional to its frequency in the training data, fp32 [labels]."""
     labels = single_labels(features, "--class-weights")
-    counts = np.bincount(labels[labels >= 0], minlength=config.num_labels or 0).clip(min=1)
+    counts = np.bincount(labels[labels >= 0], minlength=num_labels).clip(min=1)
     return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)

@@ -49,7 +49,12 @@ _NOT_LISTED = {"--model-name-or-path", "--train-file", "--validation-file", "--t
 
 
 def write_report(
-    settings: FinetuneSettings, model: PreTrainedModel, precision: str, metric: str, results: dict[str, Any]
+    settings: FinetuneSettings,
+    model: PreTrainedModel,
+    precision: str,
+    metric: str,
+    results: dict[str, Any],
+    processes: int = 1,
 ) -> None:
     """Write run.json and the model card of a finished run; a README.md that bertfast did not write stays as it is.
 
@@ -59,6 +64,7 @@ def write_report(
         precision: Precision that it ran in.
         metric: Metric that selected the best model.
         results: The content of all_results.json.
+        processes: Number of processes that it ran in.
     """
     folder = Path(settings.output_dir)
     run = described(folder, finetune_origin(settings, "finetune"))
@@ -66,6 +72,7 @@ def write_report(
         "settings": settings.flat(),
         "device": _device_name(model.device),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "precision": precision,
         "metric_for_best_model": metric,
         "results": results,

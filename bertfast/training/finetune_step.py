@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from bertfast.ops.reference import IGNORE_INDEX
-from bertfast.runtime.cuda_graph import Capture, GraphRunner
+from bertfast.runtime.cuda_graph import Capture, GraphRunner, capture_for
 from bertfast.runtime.precision import autocast
 from bertfast.tasks.embedding import EmbeddingTask
-from bertfast.tasks.features import ModelInputs, count_labels
+from bertfast.tasks.features import Features, ModelInputs, count_labels
 from bertfast.tasks.task import Task
+from bertfast.training.distributed import Distributed
+from bertfast.training.finetune_model import balanced_weights, finetuning_optimizers, single_labels
+from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.gradient_cache import backward_in_parts
 from bertfast.training.optimizer import step_if_finite
 from bertfast.training.schedule import set_learning_rate
@@ -29,7 +32,7 @@ class FinetuneStep:
         task: Task that computes the loss.
         model: Model that is trained.
         optimizers: Its optimizers.
-        device: Its device.
+        distributed: Processes of the run, and the model's device.
         precision: fp32, bf16 or fp16.
         max_grad_norm: Gradient-clipping norm (0 = off).
         capture: See `GraphRunner`.
@@ -48,14 +51,15 @@ class FinetuneStep:
         model: PreTrainedModel,
         optimizers: list[Optimizer],
         *,
-        device: torch.device,
+        distributed: Distributed,
         precision: str,
         max_grad_norm: float,
         capture: Capture | None = None,
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
     ):
-        self.task, self.model, self.optimizers, self.device = task, model, optimizers, device
+        self.task, self.model, self.optimizers, self.distributed = task, model, optimizers, distributed
+        self.device = device = distributed.device
         self.precision, self.max_grad_norm, self.captures = precision, max_grad_norm, capture is not None
         self.label_smoothing = label_smoothing
         # Captured steps read these tensors at fixed addresses.
@@ -72,8 +76,13 @@ class FinetuneStep:
         return self._accumulate.calls
 
     def gradients(self, passes: Sequence[Sequence[ModelInputs]]) -> None:
-        """Compute the gradients of the mean loss over the labels of all passes, whose batches are in host memory."""
-        items = sum(self._weight(batch.arguments) for batches in passes for batch in batches)
+        """Compute the gradients of the mean loss over the labels of all passes, of all ranks.
+
+        Args:
+            passes: Batches of the passes of this rank, in host memory.
+        """
+        weights = sum(self._weight(batch.arguments) for batches in passes for batch in batches)
+        items = self.distributed.sum(torch.tensor(float(weights), dtype=torch.float64)).item()
         self.items.fill_(items or 1)  # 0 if all labelled words were cut off
         self.loss.zero_()
         for batches in passes:
@@ -82,6 +91,8 @@ class FinetuneStep:
                 continue
             for batch in batches:
                 self._accumulate(batch.pin_memory() if self.device.type == "cuda" else batch)
+        self.distributed.sum(self.loss)
+        self.distributed.sum_gradients(self.model)
 
     def update(self, rate: float) -> Tensor:
         """Clip the gradients and take the optimizers' step.
@@ -121,3 +132,42 @@ class FinetuneStep:
         logits = self.task.logits(self.model, batch).flatten(0, -2).float()
         options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "label_smoothing": self.label_smoothing}
         return F.cross_entropy(logits, labels, self.weights, reduction="sum", **options) / self.items
+
+
+def finetuning_step(
+    settings: FinetuneSettings,
+    task: Task[Any],
+    model: PreTrainedModel,
+    *,
+    features: Features,
+    distributed: Distributed,
+    precision: str,
+    captures: bool,
+) -> FinetuneStep:
+    """Return the step of a run, with new optimizers.
+
+    Args:
+        settings: Settings of the run.
+        task: Its task.
+        model: Model that is trained.
+        features: Training data.
+        distributed: Processes of the run.
+        precision: fp32, bf16 or fp16.
+        captures: Whether the model can be captured in CUDA graphs.
+    """
+    options = settings.optimizer
+    if options.label_smoothing_factor:
+        single_labels(features, "--label-smoothing-factor")
+    balanced = options.class_weights == "balanced"
+    enabled = captures and settings.compute.cuda_graph and task.captures
+    return FinetuneStep(
+        task,
+        model,
+        finetuning_optimizers(settings, model),
+        distributed=distributed,
+        precision=precision,
+        max_grad_norm=options.max_grad_norm,
+        capture=capture_for(model, precision, enabled=enabled),
+        class_weights=balanced_weights(features, model.config.num_labels or 0) if balanced else None,
+        label_smoothing=options.label_smoothing_factor,
+    )

@@ -6,8 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain, count, islice
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from bertfast.models.files import resolve, save
 from bertfast.models.patch import require_packed
 from bertfast.models.tokenizers import copy_tokenizer
 from bertfast.runtime.atomic_write import remove
-from bertfast.runtime.cuda_graph import capture_for, side_stream
-from bertfast.runtime.precision import NotFiniteError, choose_device, choose_precision
+from bertfast.runtime.cuda_graph import side_stream
+from bertfast.runtime.precision import NotFiniteError, choose_precision
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.tasks.features import Buckets, shuffled_batches
+from bertfast.tasks.features import Buckets
 from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Outputs
 from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
+from bertfast.training.distributed import Distributed, is_main_process
 from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
 from bertfast.training.finetune_checkpointing import (
@@ -36,21 +36,18 @@ from bertfast.training.finetune_checkpointing import (
     saved_precision,
     saved_run,
 )
-from bertfast.training.finetune_data import batches_of_passes, featurize, read_examples
+from bertfast.training.finetune_data import batches_of_passes, featurize, read_examples, rows_of_steps
 from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
 from bertfast.training.finetune_model import (
-    balanced_weights,
     build_model,
     choose_metric,
-    finetuning_optimizers,
     finetuning_task,
     model_config,
     open_best,
-    single_labels,
 )
 from bertfast.training.finetune_report import draw_finished_run, how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
-from bertfast.training.finetune_step import FinetuneStep
+from bertfast.training.finetune_step import finetuning_step
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter, open_writers
 from bertfast.training.report_plots import report_file
 from bertfast.training.schedule import schedule
@@ -62,7 +59,7 @@ logger = logging.getLogger("bertfast")
 
 
 def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda step: None) -> dict[str, float]:
-    """Fine-tune a model.
+    """Fine-tune a model; under `torchrun`, all of its processes take part in one run.
 
     Leaves in `output_dir` a folder that transformers' class of the same name opens, with the results, run.json, which
     says how they were made, and a model card.
@@ -85,20 +82,31 @@ def finetune(settings: FinetuneSettings, on_step: Callable[[int], None] = lambda
 
 def finetune_command(settings: FinetuneSettings) -> None:
     """Fine-tune a model, print the results, draw them, and say how to use the model."""
-    print_metrics(finetune(settings))
-    draw_finished_run(Path(settings.output_dir))
-    print(how_to_use(settings))
+    results = finetune(settings)
+    if is_main_process():
+        print_metrics(results)
+        draw_finished_run(Path(settings.output_dir))
+        print(how_to_use(settings))
 
 
 @contextmanager
 def open_run(settings: FinetuneSettings) -> Iterator[Finetuning]:
     """Open a run in its locked output folder, where old results are replaced once data and model have been read."""
-    with finetune_folder(settings) as begin:
-        run = Finetuning(settings)
-        run.writers = open_writers(run.folder, settings.report, settings.flat())
-        begin()
-        with side_stream(run.device):
-            yield run
+    distributed = Distributed.init(settings.compute.device)
+    with ExitStack() as opened:
+        opened.callback(distributed.destroy)
+        opened.enter_context(distributed.logs_on_main(logger))
+        begin = distributed.run_on_main(lambda: opened.enter_context(finetune_folder(settings)))
+        run = Finetuning(settings, distributed)
+
+        def start() -> None:
+            run.writers = open_writers(run.folder, settings.report, settings.flat())
+            if begin is not None:
+                begin()
+
+        distributed.run_on_main(start)
+        opened.enter_context(side_stream(run.device))
+        yield run
 
 
 class Finetuning:
@@ -106,6 +114,7 @@ class Finetuning:
 
     Args:
         settings: Settings of the run.
+        distributed: Processes of the run; None: initialised here.
 
     Attributes:
         task: The task: reads files, computes losses and metrics.
@@ -123,14 +132,16 @@ class Finetuning:
         steps_per_read: Steps after which results are read.
     """
 
-    def __init__(self, settings: FinetuneSettings):
+    def __init__(self, settings: FinetuneSettings, distributed: Distributed | None = None):
+        self.distributed = distributed = distributed or Distributed.init(settings.compute.device)
         self.settings, self.folder = settings, Path(settings.output_dir)
         self.metrics_log: MetricsLog | None = None
         self.writers: list[MetricsWriter] = []
-        self.hyperparameters = settings.hyperparameters
-        self.device = choose_device(settings.compute.device)
+        self.device, self.hyperparameters = distributed.device, settings.hyperparameters
         self.task = finetuning_task(settings)
-        self.saved = saved_run(settings)
+        if settings.feature_based.strategy == "feature-based":
+            distributed.refuse_several("--strategy feature-based")
+        self.saved = distributed.result_of_main(lambda: saved_run(settings))
         with self.task.bad_rows.logged():
             examples = read_examples(settings, self.task)
             self.source = source = self.task.open_folder(resolve(settings.model_name_or_path))
@@ -147,12 +158,20 @@ class Finetuning:
         align_parameters(self.model)
         nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(self.model.train(), self.precision)
-        torch.manual_seed(self.hyperparameters.seed)  # dropout must not depend on how often transformers drew
+        # Dropout must not depend on how often transformers drew, and each rank drops other units.
+        torch.manual_seed(self.hyperparameters.seed + distributed.rank)
         if settings.feature_based.strategy == "feature-based":
             replace_inputs_by_states(self.features, self.model, settings, self.precision)
-        self.optimizers = finetuning_optimizers(settings, self.model)
-        self.trainer = self._build_step()
-        passes = settings.batch.gradient_accumulation_steps
+        self.trainer = finetuning_step(
+            settings,
+            self.task,
+            self.model,
+            features=self.features["train"],
+            distributed=distributed,
+            precision=self.precision,
+            captures=self.adapter is None,
+        )
+        passes = settings.batch.gradient_accumulation_steps * distributed.world_size
         self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
         self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
         self.steps = self.hyperparameters.steps(self.steps_per_epoch)
@@ -160,24 +179,6 @@ class Finetuning:
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
-
-    def _build_step(self) -> FinetuneStep:
-        settings = self.settings.optimizer
-        balanced = settings.class_weights == "balanced"
-        captures = self.settings.compute.cuda_graph and self.task.captures and self.adapter is None
-        if settings.label_smoothing_factor:
-            single_labels(self.features["train"], "--label-smoothing-factor")
-        return FinetuneStep(
-            self.task,
-            self.model,
-            self.optimizers,
-            device=self.device,
-            precision=self.precision,
-            max_grad_norm=settings.max_grad_norm,
-            capture=capture_for(self.model, self.precision, enabled=captures),
-            class_weights=balanced_weights(self.features["train"], self.config) if balanced else None,
-            label_smoothing=settings.label_smoothing_factor,
-        )
 
     @property
     def learning_rate(self) -> float:
@@ -195,61 +196,70 @@ class Finetuning:
 
         A run that continues starts at its checkpoint; of one that is finished, only the results are read.
         """
-        settings = self.settings
-        if settings.checkpoint.resume and (results := read_results(self.folder)) is not None:
-            logger.info("the run in %s is finished: its results are read", self.folder)
-            remove(self.folder / CHECKPOINTS)
+        distributed, hidden = self.distributed, not self.distributed.is_main
+        if (results := distributed.result_of_main(self._finished_results)) is not None:
             return results
         self._begin()
         with (
-            Interrupt(settings.checkpoint.sigterm_exit_code) as interrupt,
-            tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step") as bar,
+            Interrupt(self.settings.checkpoint.sigterm_exit_code) as interrupt,
+            tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step", disable=hidden) as bar,
         ):
             self._validate_if_due()  # the run may have been stopped before it
-            rows = self.rows_of_steps()
-            while self.step < self.steps and not self._stops_early():
+            rows, patience = self.rows_of_steps(), self.settings.evaluation.early_stopping_patience
+            while self.step < self.steps and self.progress.validations_without_better != patience:
                 self.train_step(next(rows))
                 self._report(bar)
                 on_step(self.step)
-                if interrupt.requested:
+                if distributed.any(interrupt.requested):  # all ranks stop after the same step
                     raise self._stopped(interrupt.status)
                 if (problem := self.results.too_many_skipped()) is not None:
                     raise self._diverged(problem)
                 self._validate_if_due()
-                if self.step % settings.checkpoint.save_steps == 0 and self.step < self.steps:
+                if self.step % self.settings.checkpoint.save_steps == 0 and self.step < self.steps:
                     self._read_pending()
                     self._save_checkpoint()
-        return self._finish()
+        self._read_pending()
+        return distributed.result_of_main(self._write_results)
+
+    def _finished_results(self) -> dict[str, float] | None:
+        """Return the results of a run to resume that is finished, None if it is not."""
+        if not self.settings.checkpoint.resume or (results := read_results(self.folder)) is None:
+            return None
+        logger.info("the run in %s is finished: its results are read", self.folder)
+        remove(self.folder / CHECKPOINTS)
+        return results
 
     def _begin(self) -> None:
         """Load the checkpoint of a run that continues, open the metrics log, and say what is trained."""
-        settings, start = self.settings, ""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        start, distributed, optimizers = "", self.distributed, self.trainer.optimizers
         if self.saved is not None:
-            self.progress = FinetuneProgress.restore(self.saved, self.folder, self.optimizers, self.results)
+            self.progress = FinetuneProgress.restore(self.saved, self.folder, optimizers, self.results, distributed)
             start = f", from step {self.step}"
-        elif settings.checkpoint.resume:
-            remove_best_model(self.folder)  # of a run that was killed before its first checkpoint
-        self.metrics_log = MetricsLog(self.folder, steps_done=self.step, writers=self.writers)
-        write_skipped_rows(self.folder, self.task.bad_rows)
-        examples = len(self.examples["train"])
-        logger.info("fine-tuning on %d examples, %s on %s%s", examples, self.precision, self.device, start)
+        distributed.run_on_main(self._open_folder)
+        where = f"{self.device}{f', {distributed.world_size} processes' * (distributed.world_size > 1)}"
+        logger.info("fine-tuning on %d examples, %s on %s%s", len(self.examples["train"]), self.precision, where, start)
         if self.steps == 1 and self.warmup and self.learning_rate == 0:
             logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
 
+    def _open_folder(self) -> None:
+        """Make the output folder, remove from it what a run does not continue from, and open the metrics log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.saved is None and self.settings.checkpoint.resume:
+            remove_best_model(self.folder)  # of a run that was killed before its first checkpoint
+        self.metrics_log = MetricsLog(self.folder, steps_done=self.step, writers=self.writers)
+        write_skipped_rows(self.folder, self.task.bad_rows)
+
     def rows_of_steps(self) -> Iterator[np.ndarray]:
         """Yield the example indices of each step from the next one on, without end."""
-        examples, size, seed = len(self.features["train"]), self.examples_per_step, self.hyperparameters.seed
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        batches = chain.from_iterable(shuffled_batches(examples, size, seed, number) for number in count(epoch))
-        return islice(batches, done, None)
+        return rows_of_steps(len(self.features["train"]), self.examples_per_step, self.hyperparameters.seed, self.step)
 
     def train_step(self, rows: np.ndarray) -> None:
         """Start an optimizer step on the examples `rows` without waiting for the device."""
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
         size, tokens = self.hyperparameters.per_device_train_batch_size, settings.batch.tokens_per_batch
         buckets = Buckets(tokens=self.trainer.captures, examples=False)
-        self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets))
+        ranks = self.distributed.rank, self.distributed.world_size
+        self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets, ranks))
         self.progress.learning_rate = self.learning_rate
         self.results.pending.append(self.trainer.update(self.progress.learning_rate))
         self.progress.step += 1
@@ -283,24 +293,22 @@ class Finetuning:
         """Passes over the training data so far."""
         return self.step / self.steps_per_epoch
 
-    def _stops_early(self) -> bool:
-        """Return whether the last validations brought no improvement."""
-        return self.progress.validations_without_better == self.settings.evaluation.early_stopping_patience
-
     def _validate_if_due(self) -> None:
         """Validate the model unless that is not due yet, or was done at this step."""
         interval = self.settings.evaluation.eval_steps or self.steps_per_epoch
         due = self.step and (self.step % interval == 0 or self.step == self.steps)
         if due and self.progress.validated_step < self.step:
-            self._validate()
+            self._read_pending()
+            only_sign = "validation" not in self.features and self.step == self.steps
+            if (problem := self.results.fault(only_sign=only_sign)) is not None:
+                raise self._diverged(problem)
+            self.distributed.run_on_main(self._validate)
+            self.progress = self.distributed.broadcast(self.progress)
             self.progress.validated_step = self.step
 
     def _validate(self) -> None:
-        self._read_pending()
-        validated = "validation" in self.features
-        if (problem := self.results.fault(only_sign=not validated and self.step == self.steps)) is not None:
-            raise self._diverged(problem)
-        if not validated:
+        """Validate the model, and save it if it is the best so far."""
+        if "validation" not in self.features:
             if not self.results.skipped_in_a_row:
                 try:
                     require_finite_outputs(self.task, self.model, self.features["train"])
@@ -340,15 +348,17 @@ class Finetuning:
             write_results(self.folder / report_file(split), report)
 
     def _save(self) -> None:
-        save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
-        copy_tokenizer(self.tokenizer, self.source, self.folder)
-        self.task.write_folder(self.folder)
         self.progress.best_step = self.step
+        if self.distributed.is_main:
+            save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
+            copy_tokenizer(self.tokenizer, self.source, self.folder)
+            self.task.write_folder(self.folder)
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint, unless steps are being skipped; their results must have been read."""
         if not self.results.skipped_in_a_row:
-            self.progress.save(self.settings, self.model, self.optimizers, self.results, self.precision, self.adapter)
+            state = self.trainer.optimizers, self.results, self.precision, self.distributed, self.adapter
+            self.progress.save(self.settings, self.model, *state)
 
     def _stopped(self, status: int) -> RunStopped:
         """Save a checkpoint, and return the exception that ends the run after a signal."""
@@ -371,29 +381,18 @@ class Finetuning:
         kept = f"the best model so far, that of step {step}, is" if step else "there is no model"
         return f"{kept} in {self.folder}"
 
-    def _finish(self) -> dict[str, float]:
-        self._read_pending()
-        settings, progress = self.settings, self.progress
-        results = {
-            "epoch": self.epoch,
-            "best_step": progress.best_step,
-            **progress.best_metrics,
-            "train_samples": len(self.examples["train"]),
-            "train_loss": self.results.mean(),
-            "train_runtime": progress.seconds,
-            "train_tokens_per_second": progress.tokens / progress.seconds,
-        }
-        if self.results.skipped:
-            results["skipped_steps"] = self.results.skipped
-        if self.task.bad_rows.count:
-            results["bad_rows"] = self.task.bad_rows.count
+    def _write_results(self) -> dict[str, float]:
+        """Predict on the test data with the best model, and write all results; return them."""
+        settings = self.settings
+        results = self.progress.summary(self.epoch, len(self.examples["train"]), self.results)
+        results |= {"bad_rows": bad} if (bad := self.task.bad_rows.count) else {}
         if "test" in self.features or settings.lora.lora_merge:
             open_best(settings, self.model, self.config, self.adapter)
         if "test" in self.features:
             outputs, metrics = self._predict("test")
             self._write("test", outputs)
             results |= metrics
-        write_report(settings, self.model, self.precision, self.metric, results)
+        write_report(settings, self.model, self.precision, self.metric, results, self.distributed.world_size)
         write_results(self.folder / RESULTS, results)
         remove(self.folder / CHECKPOINTS)
         return results

@@ -130,7 +130,7 @@ class Pretraining:
         config = configure(settings, initial)
         self.settings = settings = resolve_objective(settings, config.model_type)
         self.precision = choose_precision(self.device, settings.compute.precision, config)
-        self.saved = self.distributed.broadcast(self.distributed.run_on_main(lambda: checkpoint_to_load(settings)))
+        self.saved = self.distributed.result_of_main(lambda: checkpoint_to_load(settings))
         if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
             self.precision = recorded_precision(settings) or self.precision
         if settings.compute.residual_precision == "bf16" and self.precision != "bf16":

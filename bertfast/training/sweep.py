@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -134,6 +135,8 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         OriginError: The folder has runs with another model, other data or other settings.
         RunStopped: All runs failed, or after Ctrl-C.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("bertfast sweep runs in one process: start it without torchrun")
     origin = finetune_origin(settings, "sweep")
     values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
     origin = Origin(origin.inputs, values, origin.command)

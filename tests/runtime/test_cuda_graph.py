@@ -29,7 +29,7 @@ from bertfast.ops.sequences import Sequences
 from bertfast.runtime import cuda_graph
 from bertfast.runtime.cuda_graph import WARMUP_CALLS, GraphRunner
 from bertfast.tasks.features import tokenize
-from bertfast.training import finetuning, pretraining
+from bertfast.training import finetune_step, pretraining
 from bertfast.training import step as train_step
 from bertfast.training.finetuning import Finetuning
 from bertfast.training.pretraining import Pretraining, pretrain
@@ -274,9 +274,9 @@ def finetuned(kind, pretrained, folder, **changes) -> Finetuning:
 def test_replayed_fine_tuning_is_bitwise_identical_with_eager(kind, pretrained, tmp_path, monkeypatch, as_on_a_device):
     with monkeypatch.context() as patch:
         patch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
-        capture_passes(patch, finetuning, never)
+        capture_passes(patch, finetune_step, never)
         eager = finetuned(kind, pretrained, tmp_path / "eager")
-    captured = capture_passes(monkeypatch, finetuning, emulated_graph)
+    captured = capture_passes(monkeypatch, finetune_step, emulated_graph)
     replayed = finetuned(kind, pretrained, tmp_path / "replayed")
     assert len(captured) >= 2, "the gradients and the update"
     assert len(replayed.trainer.calls) >= len(captured) - 1
@@ -289,7 +289,7 @@ def test_replayed_fine_tuning_is_bitwise_identical_with_eager(kind, pretrained, 
 def test_padding_slots_change_no_step_of_fine_tuning(kind, pretrained, tmp_path, monkeypatch):
     plain = finetuned(kind, pretrained, tmp_path / "plain")
     monkeypatch.setattr(cuda_graph, "WARMUP_CALLS", 10**9)
-    capture_passes(monkeypatch, finetuning, never)
+    capture_passes(monkeypatch, finetune_step, never)
     padded = finetuned(kind, pretrained, tmp_path / "padded")
     assert all(shape[0][1][0][1] % 8 == 0 for shape in padded.trainer.calls)
     assert padded.results.losses == pytest.approx(plain.results.losses, abs=1e-5)

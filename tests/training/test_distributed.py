@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SIZES, assert_same_weights, entries, losses
+from runs import SIZES, assert_same_weights, entries, losses, printed, torchrun
 from safetensors.torch import load_file
 
 from bertfast.cli.flags import parse
@@ -38,18 +38,6 @@ def flags(data: Path, folder: Path, accumulation: int, *others: str) -> list[str
         "precision": "fp32",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(others)
-
-
-def torchrun(processes: int, log: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
-    with log.open("w") as output:
-        return subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def printed(log: Path) -> str:
-    """The end of what the ranks printed, without torchrun's report of a failure, which is long and follows it."""
-    return log.read_text().partition("multiprocessing.errors.ChildFailedError")[0][-4000:]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -86,7 +74,7 @@ def folder(data, tmp_path_factory) -> Path:
         words = []
         for name, count, accumulation, others in RUNS + STOPPED + again:
             if count == processes:
-                words += ["--", name, *flags(data, folder / name, accumulation, *others)]
+                words += ["--", "pretrain", name, *flags(data, folder / name, accumulation, *others)]
         log = folder / f"{processes}.log"
         assert torchrun(processes, log, str(HERE / "ranked_runs.py"), *words[1:]).wait(300) == 0, printed(log)
     return folder
