@@ -152,7 +152,13 @@ test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_
 	$(OLDER_TRANSFORMERS) $(PYTEST) tests/interop tests/model tests/encoder tests/training tests/tasks tests/cli
 	PYTHONPATH=$(OLDER) $(INTERPRET) $(PYTEST) tests/kernels
 	$(MAKE) compiled-tables TABLES=build
+	$(BENCH).sass_model.predict --output build/sass_model.md --check
 	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
+
+# Predicts the times of the Triton kernels on an H200 from their machine code; test-all fails if the page is not renewed.
+.PHONY: predictions
+predictions: $(LIBRARY)
+	$(BENCH).sass_model.predict --output bench/results/sass_model.md
 
 # Compiles every Triton kernel by three versions of Triton, and writes TABLES/compiled_kernels.md and TABLES/compiled_cuda.md.
 TABLES ?= bench/results

@@ -1,10 +1,25 @@
-"""Functions of `test_compiled_kernels.py` that run in separate processes, which must be able to import them."""
+"""Functions of tests that compile kernels, which run in separate processes that must be able to import them."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 import triton
 import triton.language as tl
 
-from bench.sass_model import ahead_of_time
+from bench.sass_model import ahead_of_time, kernel_time, predict
+from bench.sass_model.cases import launches
+from bench.sass_model.pipes import Kind
+
+
+def in_a_process(function: Callable, *arguments):
+    """Call `function` in a separate process, because the driver that launches nothing stays active.
+
+    The process is spawned, because PyTorch's threads do not survive a fork.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @triton.jit
@@ -22,6 +37,30 @@ def compile_attention_like(size: int, options: dict) -> list[ahead_of_time.Compi
 
 def compile_batches() -> list[ahead_of_time.Compiled]:
     return ahead_of_time.compile_cases(90, [("ten batches", run_batches)])
+
+
+def predict_launch(name: str) -> list[predict.Row]:
+    """Return the rows of the launches of that name."""
+    return [row for launch in launches() if launch.name == name for row in predict.rows(launch)]
+
+
+def count_wgmma(length: int) -> dict[str, int]:
+    """Return by kernel how many wgmma a warp executes for sequences of this length, in the launch of up to 2,048."""
+    launch = next(one for one in launches() if any(f"{length:,}" in case.size for case in one.cases))
+    code: dict[str, tuple[str, dict]] = {}
+
+    def keep(kernel, _log, options) -> None:
+        code[kernel.name.removesuffix("_kernel")] = ahead_of_time.disassemble(kernel.asm["cubin"])[1], options
+
+    with ahead_of_time.compile_only(90, keep):
+        launch.run()
+    counts = {}
+    for case in launch.cases:
+        if case.size == f"length {length:,}":
+            listing, options = code[case.kernel]
+            steps = kernel_time.steps(listing, case.work(options).choice)
+            counts[case.kernel] = sum(step.kind == Kind.WGMMA for step in steps)
+    return counts
 
 
 def run_batches() -> None:

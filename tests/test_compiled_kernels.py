@@ -4,14 +4,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import launches
 import pytest
+from launches import in_a_process
 
 from bench.sass_model import ahead_of_time
 
@@ -21,15 +19,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets"),
 ]
-
-
-def in_a_process(function: Callable, *arguments):
-    """Call `function` in a separate process, because the driver that launches nothing stays active.
-
-    The process is spawned, because PyTorch's threads do not survive a fork.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compiled(size: int = 64, **options) -> ahead_of_time.Compiled:

@@ -188,10 +188,11 @@ def serialised_wgmma(log: str) -> list[str]:
     return sorted(set(_SERIALISED.findall(log)))
 
 
-def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int, case: str) -> Compiled:
+def disassemble(cubin: bytes) -> tuple[int, str]:
+    """Return the registers per thread of a kernel, and its listing with encodings."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
@@ -199,6 +200,11 @@ def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int,
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, "cuobjdump reports the registers of each kernel"
+    return int(registers[1]), code
+
+
+def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int, case: str) -> Compiled:
+    registers, code = disassemble(compiled.asm["cubin"])
     instructions = sass.parse(code)
     counts = sass.count(instructions)
     matmuls = Counter({name: count for name, count in counts.items() if "MMA" in name}).most_common(1)
@@ -210,7 +216,7 @@ def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int,
         case=case,
         shape=" x ".join(str(options[name]) for name in _BLOCKS if name in options),
         warps=compiled.metadata.num_warps,
-        registers=int(registers[1]),
+        registers=registers,
         spills=counts["LDL"] + counts["STL"],
         shared_memory=compiled.metadata.shared,
         instructions=len(instructions),

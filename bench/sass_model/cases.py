@@ -1,0 +1,287 @@
+"""The launches whose time is predicted: the Triton kernels at BERT's and ModernBERT's shapes, in bf16.
+
+A launch compiles kernels with small tensors, which gives the same machine code as large ones. Its cases say what the
+kernels do with 32,768 tokens: blocks, iterations, floating-point operations and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.sass_model.constants import H200
+from bench.sass_model.control_flow import Choice
+from bench.sass_model.kernel_time import Work
+from bertfast.kernels.attention_tiles import tile_table
+from bertfast.kernels.rows import _PROGRAMS_PER_SM
+
+TOKENS = 32_768
+HEADS, HEAD_DIMENSION = 12, 64
+HALF, SINGLE = 2, 4  # bytes of an element
+_UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
+_STATISTIC = SINGLE * TOKENS * HEADS  # bytes of the log-sum-exp, or of delta
+_PROGRAMS = _PROGRAMS_PER_SM * H200.sms  # of a row kernel that sums over rows
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel of a launch at one size.
+
+    Attributes:
+        kernel: Its name.
+        size: What the table says about the size.
+        work: Returns what it does, from the options of its launch.
+        pass_flop: Floating-point operations of the pass of which it is a part, if other kernels have the rest.
+    """
+
+    kernel: str
+    size: str
+    work: Callable[[Options], Work]
+    pass_flop: float | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Calls that launch kernels, once each, and the cases of these kernels."""
+
+    name: str
+    run: Callable[[], object]
+    cases: tuple[Case, ...]
+
+
+def launches() -> Iterator[Launch]:
+    """Yield every launch of the table."""
+    for dropout in (False, True):
+        yield _attention(128, (128,), dropout)
+        yield _attention(512, (512, 300, 2048), dropout)
+    yield _windowed_attention()
+    for dropout in (False, True):
+        yield _add_layer_norm(768, dropout)
+    yield _pre_norm(768)
+    yield _bias_gelu(3072)
+    yield _gated_activation(1152)
+    yield _rotary()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _attention(bound: int, lengths: tuple[int, ...], dropout: bool, window: int | None = None) -> Launch:
+    from bertfast.kernels import attention, attention_backward  # noqa: F401, registers the operations
+
+    def run() -> None:
+        qkv = torch.zeros(64, 3, 2, HEAD_DIMENSION, dtype=torch.bfloat16)
+        o, lse = qkv.new_zeros(qkv[:, 0].shape), torch.zeros(qkv.shape[2], len(qkv))
+        cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
+        table = tile_table(cu_seqlens, len(qkv), bound)
+        batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), table, bound, 0.125, False, window)
+        rng = (torch.zeros((), dtype=torch.int64), 256, 26) if dropout else (None, 0, 0)
+        torch.ops.bertfast.triton_attention_forward(qkv, *batch, *rng)
+        torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *batch, *rng)
+
+    cases: list[Case] = []
+    for length in lengths:
+        pair = 2 * TOKENS * HEADS * HEAD_DIMENSION * min(length, 2 * window + 1 if window else length)  # one matmul
+        cases.append(Case("attention_forward", f"length {length:,}", _forward(length, window, 2 * pair)))
+        if bound <= 128:
+            cases.append(Case("attention_backward_short", f"length {length:,}", _short(length, 5 * pair)))
+        else:
+            cases += [
+                Case("attention_d_q", f"length {length:,}", _d_q(length, window, 3 * pair), 5 * pair),
+                Case("attention_d_kv", f"length {length:,}", _d_kv(length, window, 4 * pair), 5 * pair),
+            ]
+    name = "attention" + (f", window {window}" if window else "") + (", dropout" if dropout else "")
+    return Launch(name, run, tuple(cases))
+
+
+def _windowed_attention() -> Launch:
+    return _attention(512, (512,), False, window=64)
+
+
+def _attended(block: int, step: int, length: int, window: int | None) -> int:
+    """Return the keys that a block of queries visits, in whole steps; of a block in the middle if there is a window."""
+    return length if window is None else min(_ceil(2 * window + block, step) * step, _ceil(length, step) * step)
+
+
+def _forward(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+    def work(options: Options) -> Work:
+        rows, step = options["BLOCK_M"], options["BLOCK_N"]
+        blocks = TOKENS // length * _ceil(length, rows) * HEADS
+        loads = blocks * (rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
+        choice = _over_keys(rows, step, length, window, options["SPLIT"])
+        return Work(blocks, choice, flop, 3 * _UNIT, _UNIT + _STATISTIC, loads)
+
+    return work
+
+
+def _over_keys(rows: int, step: int, length: int, window: int | None, split: bool) -> Choice:
+    """Return the path of a loop over keys, whose last block is masked and outside the loop if it is `split`."""
+    if window is not None or not split:
+        return Choice({"matmul": _ceil(_attended(rows, step, length, window), step), "memory": 0})
+    return Choice({"matmul": length // step, "memory": 0}, take=frozenset({"matmul"} if length % step else ()))
+
+
+def _short(length: int, flop: float) -> Callable[[Options], Work]:
+    def work(_: Options) -> Work:
+        reads = 5 * _UNIT + _STATISTIC
+        return Work(TOKENS // length * HEADS, Choice({"memory": 0}), flop, reads, 3 * _UNIT, reads)
+
+    return work
+
+
+def _d_q(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+    def work(options: Options) -> Work:
+        rows, step = options["BLOCK_M"], options["BLOCK_N"]
+        blocks = TOKENS // length * _ceil(length, rows) * HEADS
+        loads = blocks * (3 * rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
+        choice = _over_keys(rows, step, length, window, options["SPLIT"])
+        return Work(blocks, choice, flop, 5 * _UNIT + _STATISTIC, _UNIT + _STATISTIC, loads)
+
+    return work
+
+
+def _d_kv(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+    def work(options: Options) -> Work:
+        keys, step = options["BLOCK_N"], options["BLOCK_M"]
+        blocks = TOKENS // length * _ceil(length, keys) * HEADS
+        queries = _ceil(_attended(keys, step, length, window), step)
+        loads = blocks * (2 * keys + 2 * queries * step) * HEAD_DIMENSION * HALF
+        return Work(blocks, Choice({"matmul": queries}), flop, 4 * _UNIT + 2 * _STATISTIC, 2 * _UNIT, loads)
+
+    return work
+
+
+def _add_layer_norm(hidden: int, dropout: bool) -> Launch:
+    from bertfast.kernels import add_layer_norm  # noqa: F401, registers the operations
+
+    def run() -> None:
+        x, vector, statistics = torch.zeros(16, hidden, dtype=torch.bfloat16), torch.zeros(hidden), torch.zeros(16)
+        ids = torch.zeros(16, dtype=torch.int64)
+        rng = (torch.zeros((), dtype=torch.int64), ids, ids, 256, 26) if dropout else (None, None, None, 0, 0)
+        torch.ops.bertfast.triton_add_layer_norm_forward(x, x, vector, vector, vector, 1e-12, *rng, None)
+        torch.ops.bertfast.triton_add_layer_norm_backward(x, x, x, vector, vector, statistics, statistics, *rng, None)
+
+    row = hidden * HALF
+    size = f"{hidden:,} columns"
+    return Launch(
+        "add_layer_norm" + (", dropout" if dropout else ""),
+        run,
+        (
+            Case("add_layer_norm_forward", size, _each_row(2 * row, row + 2 * SINGLE)),
+            Case("add_layer_norm_backward", size, _summing(3 * row + 2 * SINGLE, (1 + dropout) * row)),
+        ),
+    )
+
+
+def _pre_norm(hidden: int) -> Launch:
+    from bertfast.kernels import pre_norm  # noqa: F401, registers the operations
+
+    def run() -> None:
+        x, gamma, statistics = torch.zeros(16, hidden, dtype=torch.bfloat16), torch.zeros(hidden), torch.zeros(16)
+        rng = (None, None, None, 0, 0)
+        torch.ops.bertfast.triton_pre_norm_forward(x, x, None, gamma, None, 1e-12, False, x.dtype, *rng)
+        arguments = (x, x, x, gamma, statistics, statistics, False, False, x.dtype)
+        torch.ops.bertfast.triton_pre_norm_backward(*arguments, *rng)
+
+    row = hidden * HALF
+    size = f"{hidden:,} columns"
+    return Launch(
+        "pre_norm",
+        run,
+        (
+            Case("pre_norm_forward", size, _each_row(2 * row, 2 * row + 2 * SINGLE)),
+            Case("pre_norm_backward", size, _summing(3 * row + 2 * SINGLE, row)),
+        ),
+    )
+
+
+def _each_row(reads: int, writes: int) -> Callable[[Options], Work]:
+    """Return the work of a kernel whose blocks have ROWS rows; bytes per row."""
+
+    def work(options: Options) -> Work:
+        blocks = _ceil(TOKENS, options["ROWS"])
+        return Work(blocks, Choice(), 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
+
+    return work
+
+
+def _summing(reads: int, writes: int) -> Callable[[Options], Work]:
+    """Return the work of a kernel whose resident blocks iterate over tiles of ROWS rows; bytes per row."""
+
+    def work(options: Options) -> Work:
+        tiles = _ceil(TOKENS, options["ROWS"])
+        blocks = min(tiles, _PROGRAMS)
+        choice = Choice({"memory": _ceil(tiles, blocks)})
+        return Work(blocks, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
+
+    return work
+
+
+def _column_tiles(columns: int, reads: int, writes: int, summing: bool) -> Callable[[Options], Work]:
+    """Return the work of an activation kernel, whose tiles are BLOCK of `columns` columns; bytes per row."""
+
+    def work(options: Options) -> Work:
+        across, tiles = _ceil(columns, options["BLOCK"]), _ceil(TOKENS, options["ROWS"])
+        down = _ceil(min(tiles * across, _PROGRAMS), across) if summing else tiles
+        choice = Choice({"memory": _ceil(tiles, down)} if summing else {})
+        return Work(down * across, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
+
+    return work
+
+
+def _bias_gelu(columns: int) -> Launch:
+    from bertfast.kernels import bias_gelu  # noqa: F401, registers the operations
+
+    def run() -> None:
+        x, bias = torch.zeros(16, columns, dtype=torch.bfloat16), torch.zeros(columns)
+        torch.ops.bertfast.triton_bias_gelu_forward(x, bias, "none")
+        torch.ops.bertfast.triton_bias_gelu_backward(x, x, bias, "none")
+
+    row, size = columns * HALF, f"{columns:,} columns"
+    return Launch(
+        "bias_gelu",
+        run,
+        (
+            Case("bias_gelu_forward", size, _column_tiles(columns, row, row, False)),
+            Case("bias_gelu_backward", size, _column_tiles(columns, 2 * row, row, True)),
+        ),
+    )
+
+
+def _gated_activation(columns: int) -> Launch:
+    from bertfast.kernels import gated_activation  # noqa: F401, registers the operations
+
+    def run() -> None:
+        x, d_y = torch.zeros(16, 2 * columns, dtype=torch.bfloat16), torch.zeros(16, columns, dtype=torch.bfloat16)
+        torch.ops.bertfast.triton_gated_activation_forward(x, None, "gelu")
+        torch.ops.bertfast.triton_gated_activation_backward(d_y, x, None, "gelu")
+
+    row, size = columns * HALF, f"{columns:,} columns"
+    return Launch(
+        "gated_activation",
+        run,
+        (
+            Case("gated_activation_forward", size, _column_tiles(columns, 2 * row, row, False)),
+            Case("gated_activation_backward", size, _column_tiles(columns, 3 * row, 2 * row, True)),
+        ),
+    )
+
+
+def _rotary() -> Launch:
+    from bertfast.kernels import rotary  # noqa: F401, registers the operations
+
+    def run() -> None:
+        qkv, table = torch.zeros(16, 3, HEADS, HEAD_DIMENSION, dtype=torch.bfloat16), torch.zeros(16, HEAD_DIMENSION)
+        torch.ops.bertfast.triton_rotary_forward(qkv, table)
+
+    def work(options: Options) -> Work:
+        reads = 3 * _UNIT + SINGLE * TOKENS * HEAD_DIMENSION
+        return Work(_ceil(3 * HEADS * TOKENS, options["ROWS"]), Choice(), 0, reads, 3 * _UNIT, reads)
+
+    return Launch("rotary", run, (Case("rotary", f"{HEADS} heads of {HEAD_DIMENSION}", work),))

@@ -1,0 +1,29 @@
+"""The distribution of work over SMs: blocks that the hardware dispatches, and work tiles of persistent blocks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def dispatched(costs: Sequence[float], slots: int) -> float:
+    """Return when the last block ends: each free slot takes the next block, as the hardware dispatches a grid.
+
+    Args:
+        costs: Duration of each block, in the order of the grid.
+        slots: Blocks that run at a time on all SMs.
+    """
+    ends = [0.0] * slots
+    for cost in costs:
+        heapq.heapreplace(ends, ends[0] + cost)
+    return max(ends)
+
+
+def strided(costs: Sequence[float], blocks: int) -> float:
+    """Return when the last of `blocks` persistent blocks ends, each of which takes every `blocks`-th work tile."""
+    return max((sum(costs[block::blocks]) for block in range(blocks)), default=0.0)
+
+
+def balance(costs: Sequence[float], end: float, slots: int) -> float:
+    """Return the share of the slots' time until `end` in which they work."""
+    return sum(costs) / (end * slots) if end else 1.0
