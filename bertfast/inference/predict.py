@@ -52,6 +52,7 @@ class PredictSettings(TaskSettings):
         input_file: A file as for fine-tuning. If not given, or "-": standard input, where each line is a text, a pair
             of texts separated by a tab, a sentence of words separated by spaces, or a JSON object with a question or
             with choices.
+        echo_texts: Also print the texts of each row.
         all_probabilities: Also print the probabilities of all labels: of each text, word or choice.
         batch_size: Maximum texts per batch. If not given: as many as --eval-tokens allow.
     """
@@ -59,6 +60,7 @@ class PredictSettings(TaskSettings):
     unused = ("embedding",)
 
     input_file: str | None = None
+    echo_texts: bool = False
     all_probabilities: bool = False
     batch_size: Count | None = None
     columns: InputColumnSettings = field(default_factory=InputColumnSettings)
@@ -107,6 +109,8 @@ def _predict_rows(
         if settings.all_probabilities:
             of_all = task.probabilities(examples, outputs)
             predictions = (one | {"probabilities": every} for one, every in zip(predictions, of_all, strict=True))
+        if settings.echo_texts:
+            predictions = (texts | one for texts, one in zip(task.texts(examples), predictions, strict=True))
     for row, row_id, value in examples.rows.aligned(predictions):
         numbered: Prediction = {"row": row} | ({} if row_id is None else {"id": row_id})
         yield numbered | ({"skipped": value.problem} if isinstance(value, Skipped) else value)

@@ -197,6 +197,10 @@ class EmbeddingTask(Task[TextGroups]):
             loss = embedding_loss(self.loss_name, embeddings, arguments["labels"], text_ids, self.settings.embedding)
         return loss * len(text_ids) / items
 
+    def texts(self, examples: TextGroups) -> Iterator[dict[str, list[str]]]:
+        """Yield {"texts"}: an anchor and its other texts, or a pair."""
+        return ({"texts": [*texts]} for texts in examples.texts)
+
     def predictions(self, examples: TextGroups, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"score"}, the cosine of a pair, or {"scores"}, those of an anchor and each of its other texts."""
         for output in outputs:

@@ -105,6 +105,11 @@ class MultipleChoiceTask(Task[MultipleChoiceExamples]):
         labels = inputs.arguments["labels"]
         return multiple_choice_loss(model, inputs.packed(model), labels, items, num_choices=inputs.num_choices)
 
+    def texts(self, examples: MultipleChoiceExamples) -> Iterator[dict[str, Any]]:
+        """Yield {"text", "endings"}."""
+        for text, endings in zip(examples.texts, examples.endings, strict=True):
+            yield {"text": text, "endings": endings}
+
     def predictions(
         self, examples: MultipleChoiceExamples, features: Features, outputs: Outputs
     ) -> Iterator[Prediction]:

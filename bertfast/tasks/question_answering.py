@@ -169,6 +169,11 @@ class QuestionAnsweringTask(Task[Questions]):
         starts, ends = inputs.arguments["start_positions"], inputs.arguments["end_positions"]
         return question_answering_loss(model, inputs.packed(model), starts, ends, items)
 
+    def texts(self, examples: Questions) -> Iterator[dict[str, str]]:
+        """Yield {"question", "context"}."""
+        for question in examples.questions:
+            yield {"question": question.question, "context": question.context}
+
     def predictions(self, examples: Questions, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"answer", "score", "start"}: the text ("" for no answer), its probability among the n best, and its
         start in characters."""

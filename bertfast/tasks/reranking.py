@@ -124,6 +124,13 @@ class RerankingTask(Task[RankedPairs]):
         """Compute the binary cross-entropy."""
         return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
 
+    def texts(self, examples: RankedPairs) -> Iterator[dict[str, Any]]:
+        """Yield {"query", "document"} of a pair, or {"query", "documents"} of a list."""
+        for start, end in pairwise(accumulate(examples.sizes, initial=0)):
+            documents = [document for _, document in examples.pairs[start:end]]
+            found = {"documents": documents} if examples.lists else {"document": documents[0]}
+            yield {"query": examples.pairs[start][0], **found}
+
     def predictions(self, examples: RankedPairs, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"score"} of a pair, or {"scores"} of the documents of a list."""
         for scores in self._scores_of_rows(examples, outputs):

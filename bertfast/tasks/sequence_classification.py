@@ -200,6 +200,11 @@ class SequenceClassificationTask(Task[TextExamples]):
         """Compute the loss of the problem type: cross-entropy, binary cross-entropy or squared error."""
         return sequence_classification_loss(model, inputs.packed(model), inputs.arguments["labels"], items)
 
+    def texts(self, examples: TextExamples) -> Iterator[dict[str, str]]:
+        """Yield {"text"}, or {"text", "text_pair"}."""
+        for text in examples.texts:
+            yield {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+
     def predictions(self, examples: TextExamples, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"label", "score"} with its probability; {"score"} of a regression; {"labels"} with a probability for
         each predicted label if multi-label."""

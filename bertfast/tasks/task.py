@@ -174,6 +174,10 @@ class Task(ABC, Generic[Examples]):
     def predictions(self, examples: Examples, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield the prediction for each example, as `bertfast predict` prints it after the row's number and id."""
 
+    @abstractmethod
+    def texts(self, examples: Examples) -> Iterator[dict[str, Any]]:
+        """Yield the texts of each row by what they are, as `bertfast predict --echo-texts` prints them."""
+
     @property
     def has_probabilities(self) -> bool:
         """Whether `probabilities` can be called."""

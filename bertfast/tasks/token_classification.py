@@ -226,6 +226,10 @@ class TokenClassificationTask(Task[TaggedSentences]):
             return cross_entropy_sum(self.logits(model, inputs)[0], labels) / items
         return token_classification_loss(model, inputs.packed(model), labels, items)
 
+    def texts(self, examples: TaggedSentences) -> Iterator[dict[str, list[str]]]:
+        """Yield {"words"}."""
+        return ({"words": words} for words in examples.words)
+
     def predictions(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> Iterator[Prediction]:
         """Yield {"words", "tags", "entities": [{"type", "text", "start", "end"}]}, positions in words."""
         marks_entities = self.marks_entities

@@ -10,6 +10,7 @@ import torch
 import transformers
 from sentiment import FILLERS, rows_of
 from task_examples import settings_for, write_examples
+from text_pairs import write_pairs
 
 from bertfast import BertForSequenceClassification
 from bertfast.data.tokenizer import load_tokenizer
@@ -194,6 +195,62 @@ def test_all_probabilities_are_printed_on_request(task, pretrained, tmp_path, ca
             assert probabilities[row["choice"]] == max(probabilities) == row["score"]
         else:
             assert [max(of_word, key=of_word.__getitem__) for of_word in probabilities] == row["tags"]
+
+
+ECHOED = {
+    "sequence-classification": {"text"},
+    "multiple-choice": {"text", "endings"},
+    "token-classification": {"words"},
+    "question-answering": {"question", "context"},
+    "embedding": {"texts"},
+    "reranking": {"query", "document"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ECHOED)
+def test_texts_are_echoed_on_request(task, pretrained, tmp_path, capsys):
+    if task in ("embedding", "reranking"):
+        file = write_pairs(tmp_path / "a.tsv", "labelled", 12)
+    else:
+        file = write_examples(tmp_path, task, 12, seed=0)
+    finetune(settings_for(task, pretrained, file, tmp_path / "out", max_steps=1))
+    printed = []
+    for echo in (False, True):
+        capsys.readouterr()
+        values = {"model_name_or_path": str(tmp_path / "out"), "input_file": str(file), "precision": "fp32"}
+        predict(PredictSettings.of(**values, device="cpu", echo_texts=echo))
+        printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    content = file.read_text()
+    for plain, row in zip(*printed, strict=True):
+        assert {name: value for name, value in row.items() if name in plain} == plain
+        assert row.keys() - plain.keys() == ECHOED[task] - {"words"}  # which are always printed
+        for name in ECHOED[task]:
+            texts = [row[name]] if isinstance(row[name], str) else row[name]
+            assert all(text in content for text in texts)
+    assert len({json.dumps([row[name] for name in sorted(ECHOED[task])]) for row in printed[1]}) > 6
+
+
+@pytest.mark.slow
+def test_lists_and_pairs_are_echoed(tuned, pretrained, tmp_path, capsys):
+    pair = tmp_path / "pair.tsv"
+    pair.write_text("sentence1\tsentence2\ngood film\tbad film\n\tgood\n")
+    where = {"input_file": str(pair), "device": "cpu", "echo_texts": True}
+    predict(PredictSettings.of(model_name_or_path=str(tuned[0]), on_bad_rows="skip", **where))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (rows[0]["text"], rows[0]["text_pair"]) == ("good film", "bad film")
+    lists = tmp_path / "lists.jsonl"
+    documents = [["good film", "bad film"], ["plot"]]
+    lists.write_text(
+        "".join(json.dumps({"query": "good", "docs": docs, "labels": [1, 0][: len(docs)]}) + "\n" for docs in documents)
+    )
+    finetune(settings_for("reranking", pretrained, lists, tmp_path / "out", max_steps=1))
+    capsys.readouterr()
+    predict(PredictSettings.of(model_name_or_path=str(tmp_path / "out"), **where | {"input_file": str(lists)}))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["query"], row["documents"], len(row["scores"])) for row in rows] == [
+        ("good", docs, len(docs)) for docs in documents
+    ]
 
 
 @pytest.mark.slow
