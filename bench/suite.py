@@ -113,7 +113,13 @@ PARTS = {
         tuple(f"families-{name}" for name in OTHER_FAMILIES),
         by_name=True,
     ),
-    "embeddings": Part(3, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory", "10000"), ("embed",)),
+    "embeddings": Part(2.5, ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--memory"), ("embed",)),
+    "embeddings, 100,000 sentences": Part(
+        16,
+        ("end_to_end.embed", "{model}", "{data}", "--rounds", "5", "--sentences", "20000", "--memory", "10000", "100000"),
+        ("embed-20000",),
+        by_name=True,
+    ),
     "training of embeddings": Part(
         3,
         ("end_to_end.sentence_training", "{model}", "{data}"),

@@ -1,6 +1,6 @@
 """Time `bertfast embed` against sentence-transformers and its backends, and measure the peak memory.
 
-    python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--memory N …] [--results FOLDER]
+    python -m bench.end_to_end.embed MODEL DATA [--rounds N] [--sentences N] [--memory N …] [--results FOLDER]
 
 MODEL is a folder that SentenceTransformer opens and whose pooling is the mean of all tokens; DATA contains
 glue/SST-2/train.tsv.gz. All read a file with one sentence per line and write the embeddings to disk; they are timed
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ from bertfast.models.files import read_config
 from bertfast.runtime.precision import has_bf16_gemm
 from bertfast.tasks.tables import read_table
 
-TIMED = 4096  # sentences per round
+SENTENCES = 4096  # per round
 BATCH, LENGTH = 32, 128
 TOLERANCE, MIN_COSINE = 1e-5, 0.999
 
@@ -51,6 +51,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("data", type=Path, help="folder of the data")
     parser.add_argument("--rounds", type=at_least_one, default=6, help="rounds of which the median is taken")
+    parser.add_argument(
+        "--sentences",
+        type=at_least_one,
+        default=SENTENCES,
+        metavar="N",
+        help="sentences per round; the name of the result file ends in it if it is not the default",
+    )
     sizes = [10_000, 100_000, 1_000_000]
     parser.add_argument("--memory", type=int, nargs="*", default=sizes, metavar="N", help="numbers of sentences")
     parser.add_argument(
@@ -69,7 +76,8 @@ def main() -> None:
         timed = speed(arguments, sentences, Path(folder))
         print(f"{timed['median_ratio']:.2f} x sentence-transformers", flush=True)
         peaks = memory(arguments, sentences, Path(folder))
-    write_result("embed", {"threads": torch.get_num_threads(), "speed": timed, "memory": peaks}, arguments.results)
+    name = "embed" if arguments.sentences == SENTENCES else f"embed-{arguments.sentences}"
+    write_result(name, {"threads": torch.get_num_threads(), "speed": timed, "memory": peaks}, arguments.results)
 
 
 def embed_with_bertfast(
@@ -138,7 +146,7 @@ def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> 
     samples: dict[str, list[float]] = {name: [] for name in runs}
     cosines: dict[str, list[torch.Tensor]] = {name: [] for name in runs if precision_of(name) != "fp32"}
     for number in range(arguments.rounds + 1):
-        file = repeated(folder / "round.txt", sentences[number * TIMED :], TIMED)
+        file = write_lines(folder / "round.txt", of_round(sentences, number, arguments.sentences))
         expected: torch.Tensor | None = None
         for name, (model, run) in runs.items():
             with TemporaryDirectory() as out:
@@ -152,7 +160,7 @@ def speed(arguments: argparse.Namespace, sentences: list[str], folder: Path) -> 
     samples = {name: seconds[1:] for name, seconds in samples.items()}
     pairs = zip(samples["bertfast"], samples["sentence-transformers"], strict=True)
     ratio = statistics.median(other / bertfast for bertfast, other in pairs)
-    entries = {"sentences": TIMED, **samples, "not_run": not_run, "median_ratio": ratio}
+    entries = {"sentences": arguments.sentences, **samples, "not_run": not_run, "median_ratio": ratio}
     return entries | {
         "cosines": {name: summary(torch.cat(of_rounds)) for name, of_rounds in cosines.items()},
         "bounds": {
@@ -193,9 +201,9 @@ def lower_bound(arguments: argparse.Namespace, sentences: list[str], dtype: torc
     tokenizer.enable_truncation(LENGTH)
     rounds = []
     for number in range(1, arguments.rounds + 1):
-        texts = list(itertools.islice(itertools.cycle(sentences[number * TIMED :]), TIMED))
+        texts = list(of_round(sentences, number, arguments.sentences))
         lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
-        rounds.append([lengths[start : start + BATCH] for start in range(0, TIMED, BATCH)])
+        rounds.append([lengths[start : start + BATCH] for start in range(0, len(lengths), BATCH)])
     tokens = sum(map(sum, rounds[0])) // len(rounds[0])
     rates = Rates.measured(config, tokens, dtype)
     bound = statistics.median(rates.inference(config, batches) for batches in rounds)
@@ -209,7 +217,7 @@ def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) ->
     for number, name in itertools.product(arguments.memory, WITH_MEMORY):
         if name != "bertfast" and number >= 1_000_000:
             continue  # it would take an hour
-        file = repeated(folder / "many.txt", sentences, number)
+        file = write_lines(folder / "many.txt", of_round(sentences, 0, number))
         options = [str(arguments.model), str(arguments.data), "--point", name, str(file)]
         found = in_a_process("end_to_end.embed", options)
         if "reason" in found:
@@ -219,9 +227,14 @@ def memory(arguments: argparse.Namespace, sentences: list[str], folder: Path) ->
     return points
 
 
-def repeated(path: Path, sentences: list[str], number: int) -> Path:
-    """Write `number` sentences to a file, repeating them as often as necessary; return the file."""
-    path.write_text("".join(f"{line}\n" for line in itertools.islice(itertools.cycle(sentences), number)), "utf-8")
+def of_round(sentences: list[str], number: int, count: int) -> Iterator[str]:
+    """Return the `count` sentences of a round, which start where those of the round before end, and wrap around."""
+    return itertools.islice(itertools.cycle(sentences), number * count, (number + 1) * count)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> Path:
+    """Write lines to a file; return the file."""
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     return path
 
 

@@ -52,7 +52,7 @@ def sweep_of(result: Result) -> Sweep | None:
             f"ModernBERT-{values['preset']}, inference, one sequence, five calls or as many as fit into some seconds"
         )
         return _sweep(title, "ModernBERT, one sequence", "sequence", values["points"], _precision_and_length)
-    if result.name == "embed" and values["memory"]:
+    if result.name.startswith("embed") and values["memory"]:
         points = values["memory"]
         sweep = _sweep("Embeddings", "embeddings", "sentences", points, lambda point: (point["sentences"],))
         return replace(sweep, timed=False)
