@@ -64,6 +64,9 @@ static void backward(const AddLayerNormBackward& a) {
           },
           [&](int64_t column, int count, Floats d_z) {
             store_columns(d_residual + column, d_z, count);
+            prefetch_columns<X>(a.x, token + 1, column), prefetch_columns<R>(a.residual, token + 1, column);
+            if (d_y) prefetch_columns<R>(a.d_y, token + 1, column);
+            if (d_copy) prefetch_columns<BFloat16>(a.d_copy, token + 1, column);
             const Floats d = mask(column, d_z);
             if (d_x) store_columns(d_x + column, d, count);
             add_to(sums + 2 * width + column, d);

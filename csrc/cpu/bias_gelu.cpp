@@ -15,7 +15,7 @@ static void forward(const BiasGeluForward& a) {
       const T* const x = row<T>(a.x, token);
       T* const y = row<T>(a.y, token);
       for_each_vector(a.columns, [&](int64_t column, int count) {
-        store_columns(y + column, gelu<TANH>(load_columns(x + column, count) + load(bias + column)).value, count);
+        store_columns(y + column, gelu<T, TANH>(load_columns(x + column, count) + load(bias + column)).value, count);
       });
     }
   });
@@ -31,7 +31,7 @@ static void backward(const BiasGeluBackward& a) {
       const T *const d_y = row<T>(a.d_y, token), *const x = row<T>(a.x, token);
       T* const d_x = row<T>(a.d_x, token);
       for_each_vector(a.columns, [&](int64_t column, int count) {
-        const Floats slope = gelu<TANH>(load_columns(x + column, count) + load(bias + column)).slope;
+        const Floats slope = gelu<T, TANH>(load_columns(x + column, count) + load(bias + column)).slope;
         const Floats d = load_columns(d_y + column, count) * slope;
         store_columns(d_x + column, d, count);
         add_to(sums + column, d);

@@ -122,8 +122,8 @@ static void sum(const SumByIndex& a) {
       int64_t position = sorted.begin[index];
       const int64_t end = sorted.begin[index + 1];
       T* const out = row<T>(a.table, index);
-      if (position == end) {
-        std::memset(out, 0, a.hidden * sizeof(T));
+      if (position == end) {  // not by memset, which takes twice the time for rows of a few kilobytes
+        for_each_vector(a.hidden, [&](int64_t column, int count) { store_columns(out + column, Floats{}, count); });
         continue;
       }
       std::memset(total, 0, width * sizeof(float));

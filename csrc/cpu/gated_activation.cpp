@@ -5,10 +5,10 @@
 
 namespace bertfast::BERTFAST_SET {
 
-template <Activation ACTIVATION>
+template <class T, Activation ACTIVATION>
 INLINE Curve activate(Floats u) {
-  if constexpr (ACTIVATION == Activation::silu) return silu(u);
-  else return gelu<ACTIVATION == Activation::gelu_tanh>(u);
+  if constexpr (ACTIVATION == Activation::silu) return silu<T>(u);
+  else return gelu<T, ACTIVATION == Activation::gelu_tanh>(u);
 }
 
 template <class T, Activation ACTIVATION>
@@ -22,7 +22,8 @@ static void forward(const GatedActivationForward& a) {
       const T *const hidden = row<T>(a.x, token), *const gate = hidden + a.columns;
       T* const y = row<T>(a.y, token);
       for_each_vector(a.columns, [&](int64_t column, int count) {
-        const Floats activated = activate<ACTIVATION>(load_columns(hidden + column, count) + load(bias + column)).value;
+        const Floats activated =
+            activate<T, ACTIVATION>(load_columns(hidden + column, count) + load(bias + column)).value;
         store_columns(y + column, activated * (load_columns(gate + column, count) + load(gate_bias + column)), count);
       });
     }
@@ -40,7 +41,7 @@ static void backward(const GatedActivationBackward& a) {
       const T *const hidden = row<T>(a.x, token), *const gate = hidden + a.columns, *const d_y = row<T>(a.d_y, token);
       T *const d_hidden = row<T>(a.d_x, token), *const d_gate = d_hidden + a.columns;
       for_each_vector(a.columns, [&](int64_t column, int count) {
-        const Curve curve = activate<ACTIVATION>(load_columns(hidden + column, count) + load(bias + column));
+        const Curve curve = activate<T, ACTIVATION>(load_columns(hidden + column, count) + load(bias + column));
         const Floats d = load_columns(d_y + column, count);
         const Floats d_first = d * (load_columns(gate + column, count) + load(gate_bias + column)) * curve.slope;
         const Floats d_second = d * curve.value;

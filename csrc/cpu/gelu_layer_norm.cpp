@@ -17,7 +17,7 @@ static void forward(const GeluLayerNormForward& a) {
       const X* const x = row<X>(a.x, index);
       Y* const y = row<Y>(a.y, index);
       const LayerNorm norm = statistics(a.hidden, a.eps, z, [&](int64_t column, int count) {
-        return gelu<false>(load_columns(x + column, count) + load(bias + column)).value;
+        return gelu<X, false>(load_columns(x + column, count) + load(bias + column)).value;
       });
       for_each_vector(a.hidden, [&](int64_t column, int count) {
         store_columns(y + column, norm(load(z + column)) * load(gamma + column) + load(beta + column), count);
@@ -42,7 +42,7 @@ static void backward(const GeluLayerNormBackward& a) {
       differentiate(
           LayerNorm{a.mean[index], a.rstd[index]}, a.hidden, gamma, sums, sums + width, reserve,
           [&](int64_t column, int count) {
-            const Curve curve = gelu<false>(load_columns(x + column, count) + load(bias + column));
+            const Curve curve = gelu<X, false>(load_columns(x + column, count) + load(bias + column));
             store(slope + column, curve.slope);
             return curve.value;
           },

@@ -176,8 +176,8 @@ static void write(const PackedLinear& p, const float* sums, const Columns& colum
   };
   switch (p.epilogue) {
     case Epilogue::none: return apply([](Floats x) { return x; });
-    case Epilogue::gelu: return apply([](Floats x) { return gelu<false>(x).value; });
-    case Epilogue::gelu_tanh: return apply([](Floats x) { return gelu<true>(x).value; });
+    case Epilogue::gelu: return apply([](Floats x) { return gelu<Y, false>(x).value; });
+    case Epilogue::gelu_tanh: return apply([](Floats x) { return gelu<Y, true>(x).value; });
   }
 }
 

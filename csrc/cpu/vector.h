@@ -65,23 +65,31 @@ INLINE Words lane_ids() {
   return lanes;
 }
 
-// gcc's code for __builtin_convertvector takes several times the instructions if a vector is smaller than 16 bytes or
-// larger than a register; hence the intrinsics here.
-INLINE Floats widen(Halves x) {
-#if defined(BERTFAST_AVX2)
-  return (Floats)(_mm256_cvtepu16_epi32((__m128i)x) << 16);
+// gcc's code for __builtin_convertvector takes several times the instructions where the sizes of the elements differ;
+// hence the intrinsics here.
+INLINE Words to_words(Halves x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(BERTFAST_AVX2)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
 #else
-  return (Floats)(__builtin_convertvector(x, Words) << 16);
+  return __builtin_convertvector(x, Words);
 #endif
 }
 
-// Round to the nearest bf16, ties to even; NaN stays NaN.
+INLINE Floats widen(Halves x) { return (Floats)(to_words(x) << 16); }
+
+// The bits of x, whose upper halves are rounded to the nearest bf16, ties to even; NaN stays NaN.
+INLINE Words rounded_to_bf16(Floats x) {
+  const Words bits = (Words)x;
+  return (bits + (((bits >> 16) & 1) + 0x7fff)) | (Words)(x != x);
+}
+
 INLINE Halves narrow(Floats x) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh(x);
 #else
-  const Words bits = (Words)x, rounded = bits + (((bits >> 16) & 1) + 0x7fff);
-  const Words result = (rounded | (Words)(x != x)) >> 16;
+  const Words result = rounded_to_bf16(x) >> 16;
 #if defined(BERTFAST_AVX2)
   return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)result),
                                   _mm256_extracti128_si256((__m256i)result, 1));
@@ -119,7 +127,7 @@ INLINE Floats as_stored(Floats x) {
 INLINE Words load_words(const uint16_t* p) {
   Halves x;
   std::memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, Words);
+  return to_words(x);
 }
 
 INLINE void store(uint32_t* p, Words x) { std::memcpy(p, &x, sizeof x); }
@@ -142,7 +150,9 @@ INLINE void copy_partial(T* to, const T* from, int count) {
 }
 
 INLINE Ints load(const uint8_t* p) {
-#if defined(BERTFAST_AVX2)
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(BERTFAST_AVX2)
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
   Bytes x;
@@ -170,6 +180,10 @@ INLINE void store(T* p, Floats x, int count) {
 INLINE void store_bytes(uint8_t* p, Words x, int count) {
 #if defined(__AVX512F__)
   const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(BERTFAST_AVX2)
+  const __m256i words = (__m256i)(x & 0xff);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const Bytes bytes = (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
 #else
   const Bytes bytes = __builtin_convertvector(x & 0xff, Bytes);
 #endif
@@ -188,6 +202,16 @@ INLINE Floats maximum(Floats a, Floats b) {
   return a > b ? a : b;
 #endif
 }
+
+// 1 / x within 2^-14 by the instruction of AVX-512, else exact.
+INLINE Floats reciprocal_estimate(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_rcp14_ps((__m512)x);
+#else
+  return 1.f / x;
+#endif
+}
+
 INLINE Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
 
 INLINE float sum(Floats x) {
@@ -268,7 +292,7 @@ INLINE Words pack_bf16_pairs(Floats first, Floats second) {
   const Words lanes = lane_ids();
   return (Words)_mm512_permutexvar_epi16((__m512i)(lanes | ((lanes + 16) << 16)), both);
 #else
-  return __builtin_convertvector(narrow(first), Words) | (__builtin_convertvector(narrow(second), Words) << 16);
+  return (rounded_to_bf16(first) >> 16) | (rounded_to_bf16(second) & 0xffff0000u);
 #endif
 }
 
