@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from bertfast.convert.tensor_bundle import find_index, read_tensors
 from bertfast.data.text_files import read_json
-from bertfast.data.tokenizer import load_tokenizer, save_tokenizer
+from bertfast.data.tokenizer import load_tokenizer
 from bertfast.models.bert import (
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -25,6 +25,7 @@ from bertfast.models.bert import (
     BertModel,
 )
 from bertfast.models.files import config_from, save
+from bertfast.models.tokenizers import save_model_tokenizer
 from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.settings import Settings
 from bertfast.tasks.pretrained import require_vocabulary
@@ -111,7 +112,7 @@ def import_checkpoint(settings: ImportSettings) -> Path:
                 "there is no %s: %s has no tokenizer; name the model's vocab.txt with --vocab", vocabulary, folder
             )
         else:
-            save_tokenizer(tokenizer, folder)
+            save_model_tokenizer(tokenizer, folder, config)
     print(f"{folder} holds a {model_class.__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return folder
 

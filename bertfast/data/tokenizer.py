@@ -194,7 +194,12 @@ def tokenizer_files(path: Path | str) -> list[Path]:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path | str, *, wordpiece_class: str = "BertTokenizer", token_types: bool = False
+    tokenizer: Tokenizer,
+    folder: Path | str,
+    *,
+    wordpiece_class: str = "BertTokenizer",
+    token_types: bool = False,
+    max_length: int | None = None,
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` opens.
 
@@ -203,6 +208,7 @@ def save_tokenizer(
         folder: The folder.
         wordpiece_class: Class of transformers for a WordPiece tokenizer.
         token_types: Whether `PreTrainedTokenizerFast`, which opens all others, returns token types.
+        max_length: Tokens that the model of the folder accepts, to which transformers truncates; None: unlimited.
     """
     folder = Path(folder)
     names = _special_names(tokenizer)
@@ -213,6 +219,8 @@ def save_tokenizer(
     options |= {f"{role}_token": token for role, token in names.items()}
     if (side := truncation_side(tokenizer)) != "right":
         options["truncation_side"] = side
+    if max_length is not None:
+        options["model_max_length"] = max_length
     if names is ROBERTA_TOKENS:
         options |= {"bos_token": names["cls"], "eos_token": names["sep"]}
     if "add_prefix_space" in (splits := _pre_tokenizer(tokenizer)):  # which transformers 4 sets to False by default

@@ -1,4 +1,4 @@
-"""The side at which a tokenizer truncates texts that are too long: `truncation_side` of transformers."""
+"""How a tokenizer truncates texts that are too long: `truncation_side` and `model_max_length` of transformers."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def read_truncation_side(tokenizer: Tokenizer, config: Path) -> str:
     if side not in ("left", "right"):
         raise ValueError(f"{config}: truncation_side must be left or right, got {json.dumps(side):.40}")
     return str(side)
+
+
+def read_max_length(config: Path) -> int | None:
+    """Return the maximum length in tokens in the file `config`, a tokenizer_config.json, if it has one."""
+    length = read_json(config).get("model_max_length") if config.exists() else None
+    return int(length) if isinstance(length, int | float) and 1 <= length < _NO_MAXIMUM else None
 
 
 def json_without_truncation(tokenizer: Tokenizer) -> str:

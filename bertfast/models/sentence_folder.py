@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertfast.data.text_files import read_json, read_text
+from bertfast.data.truncation import read_max_length
 from bertfast.models.pooling import POOLINGS
 from bertfast.models.sentence_modules import Dense, Normalize, SentenceModules, Step, Truncate
 from bertfast.models.weights import read_weights
@@ -56,10 +57,10 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
     """
     path = folder / _MODULES
     if not path.exists():
-        return SentenceModules(folder, max_seq_length=_length_of_tokenizer(folder))
+        return SentenceModules(folder, max_seq_length=read_max_length(folder / "tokenizer_config.json"))
     prompts, default_prompt, model_type, truncate_dim, similarity = _model_options(folder / MODEL_OPTIONS)
     if model_type != "SentenceTransformer":  # a CrossEncoder or another, which has no embeddings of texts
-        return SentenceModules(folder, (), max_seq_length=_length_of_tokenizer(folder))
+        return SentenceModules(folder, (), max_seq_length=read_max_length(folder / "tokenizer_config.json"))
     entries = _entries(path)
     transformer, *others = [_located(folder, entry) for entry in entries]
     if transformer[0] != "Transformer":
@@ -93,7 +94,7 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
         after=tuple(after),
         prompts=prompts,
         default_prompt=default_prompt,
-        max_seq_length=options["max_seq_length"] or _length_of_tokenizer(transformer[1]),
+        max_seq_length=options["max_seq_length"] or read_max_length(transformer[1] / "tokenizer_config.json"),
         lowercases=bool(options["do_lower_case"]),
         files=(path, *files, *(file for file in [folder / MODEL_OPTIONS] if file.exists())),
         similarity=similarity,
@@ -143,13 +144,6 @@ def _transformer_options(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     if not (length is None or type(length) is int) or not isinstance(lowercases, bool | None):
         raise ValueError(f"{path}: max_seq_length must be a number, and do_lower_case true or false")
     return {"max_seq_length": length, "do_lower_case": lowercases}, [] if path is None else [path]
-
-
-def _length_of_tokenizer(folder: Path) -> int | None:
-    """Return the maximum length that the tokenizer's configuration in a folder has, if any."""
-    path = folder / "tokenizer_config.json"
-    length = read_json(path).get("model_max_length") if path.exists() else None
-    return int(length) if isinstance(length, int | float) and 1 <= length < 2**31 else None
 
 
 def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from bertfast.architectures.presets import PUBLISHED
 from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer, special_tokens
-from bertfast.data.truncation import set_truncation_side
+from bertfast.data.truncation import read_max_length, set_truncation_side
 from bertfast.encoder import has_token_types
 from bertfast.models.families import architecture_of
 from bertfast.runtime.atomic_write import atomic_path
@@ -109,7 +109,7 @@ def copy_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
     config = source / "tokenizer_config.json"
     kind = str((read_json(config) if config.exists() else {}).get("tokenizer_class", "BertTokenizer"))
     if isinstance(tokenizer.model, models.WordPiece) and kind.startswith("Bert"):
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder, max_length=read_max_length(config))
         return
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         with atomic_path(folder / path.name) as temporary:
@@ -117,13 +117,19 @@ def copy_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
 
 
 def save_model_tokenizer(tokenizer: Tokenizer, folder: Path, config: PretrainedConfig) -> None:
-    """Write a tokenizer into the folder of a model, whose family decides its class and whether it has token types."""
+    """Write a tokenizer into the folder of a model, whose configuration decides its class, token types and length."""
     architecture = architecture_of(config)
     # transformers' classes of the other families do not read vocabularies of WordPiece, or there are none.
     published = PUBLISHED.get(architecture.model_type)
     reads_wordpiece = published is not None and published.tokenizer_type == "wordpiece"
     wordpiece_class = f"{architecture.prefix}Tokenizer" if reads_wordpiece else GENERIC_CLASS
-    save_tokenizer(tokenizer, folder, wordpiece_class=wordpiece_class, token_types=has_token_types(config))
+    save_tokenizer(
+        tokenizer,
+        folder,
+        wordpiece_class=wordpiece_class,
+        token_types=has_token_types(config),
+        max_length=architecture.max_positions(config),
+    )
 
 
 def without_spaces(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

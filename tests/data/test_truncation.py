@@ -1,4 +1,4 @@
-"""The side at which a tokenizer truncates, against transformers."""
+"""The side at which a tokenizer truncates, and the length of its model, against transformers."""
 
 import json
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from family_models import write_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from bertfast.data.tokenizer import encode_sentences, load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.data.truncation import truncation_side
-from bertfast.models.tokenizers import load_any_tokenizer
+from bertfast.models.tokenizers import copy_tokenizer, load_any_tokenizer, save_model_tokenizer
 from bertfast.tasks.features import tokenize
 from bertfast.tasks.question_answering import QuestionAnsweringTask, Questions
 from bertfast.tasks.rows import Rows
@@ -74,6 +74,27 @@ def test_the_side_is_saved_and_a_maximum_length_is_not(tmp_path):
     assert opened.truncation_side == "left"
     assert opened.model_max_length > 2**31
     assert json.loads((tmp_path / "b" / "tokenizer.json").read_text())["truncation"] is None
+
+
+@pytest.mark.parametrize("length", [12, None])
+def test_the_maximum_length_of_a_model_is_kept_with_its_tokenizer(length, tmp_path):
+    source = write_tokenizer(tmp_path / "a", truncation_side="right")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length or 10**30}))
+    (tmp_path / "b").mkdir()
+    copy_tokenizer(load_tokenizer(source), source, tmp_path / "b")
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").model_max_length == (length or 10**30)
+
+
+@pytest.mark.parametrize(("family", "padding"), [("bert", 0), ("roberta", 2)])
+def test_the_tokenizer_of_a_new_model_truncates_to_its_positions(family, padding, tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", truncation_side="right"))
+    (tmp_path / "b").mkdir()
+    config = AutoConfig.for_model(family, max_position_embeddings=20, pad_token_id=padding)
+    save_model_tokenizer(tokenizer, tmp_path / "b", config)
+    opened = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert opened.model_max_length == {"bert": 20, "roberta": 17}[family]
+    assert len(opened(TEXTS[0] * 9, truncation=True).input_ids) == opened.model_max_length
 
 
 def test_windows_of_contexts_and_sentences_for_pretraining_are_whole(tmp_path):
