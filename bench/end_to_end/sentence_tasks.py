@@ -182,7 +182,7 @@ def train_sentence_transformers(settings: FinetuneSettings, case: Case) -> dict[
         "fp32",
         evaluator=evaluator_of(run),
         eval_strategy="steps",
-        eval_steps=run.steps_per_epoch,
+        eval_steps=min(run.steps_per_epoch, run.steps),
     )
     trained = trainer.train()
     validations = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
