@@ -83,7 +83,8 @@ def test_the_maximum_length_of_a_model_is_kept_with_its_tokenizer(length, tmp_pa
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length or 10**30}))
     (tmp_path / "b").mkdir()
     copy_tokenizer(load_tokenizer(source), source, tmp_path / "b")
-    assert AutoTokenizer.from_pretrained(tmp_path / "b").model_max_length == (length or 10**30)
+    found = AutoTokenizer.from_pretrained(tmp_path / "b").model_max_length
+    assert found == length if length else found > 2**31
 
 
 @pytest.mark.parametrize(("family", "padding"), [("bert", 0), ("roberta", 2)])
