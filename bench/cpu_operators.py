@@ -4,7 +4,7 @@
 
 Implementations and cases are those of `bench/ops`; each implementation is first compared with float64. The lower bound
 is the time of a copy of as many bytes, in the same rounds, or of the matmuls at the measured throughput of 64³ blocks
-(attention) or GEMMs (others). Freed memory is kept, so that outputs cause no page faults. FOLDER gets
+(attention) or GEMMs (others). Freed memory is kept within a case, so that outputs cause no page faults. FOLDER gets
 cpu_operators.json, summary.md and plots.
 """
 
@@ -40,7 +40,7 @@ from bench.harness import (
 )
 from bench.report import read, short, summary
 from bertfast.ops import native
-from bertfast.runtime.malloc import keep_freed_memory
+from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
 
 OPERATIONS = sorted(path.stem for path in Path(__file__).parent.glob("ops/[!_]*.py") if path.stem != "conftest")
@@ -70,6 +70,7 @@ def main() -> int:
         for case in module.CASES[arguments.shapes]:
             print(operation, case, file=sys.stderr, flush=True)
             runs += measure(operation, module, case, arguments.seconds, not_timed)
+            give_freed_memory_back()  # what one case has left is too small for the tensors of the next
     result = {
         "instruction_set": None if native.UNAVAILABLE_REASON else native.instruction_set(),
         "throughput_gflops": {name: rate / 1e9 for name, rate in throughputs().items()},
