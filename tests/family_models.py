@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bertfast
 from bertfast.architectures import FAMILIES
 from bertfast.data.tokenizer import save_tokenizer, train_tokenizer
+from bertfast.models.families import pretraining_class
 
 ROWS, COLUMNS, CHOICES, VOCABULARY = 4, 12, 2, 53
 PREFIXES = {
@@ -319,7 +320,8 @@ def table() -> str:
             "exported": [] if case.name in EXPORTED_TO_ONNX else [task],
             "exported (ONNX)": [task] if case.name in EXPORTED_TO_ONNX else [],
         }
-        cells = [_cell(task, programs_of_bert, "pre-trained" if task in ("ForPreTraining", *PRETRAINED) else None)]
+        trained = pretraining_class(transformers.BertConfig()).__name__ == f"Bert{task}"
+        cells = [_cell(task, programs_of_bert, "pre-trained" if trained else None)]
         for family in PREFIXES:
             how = "pre-trained" if family in PRETRAINED_FAMILIES else "pre-trained from a checkpoint"
             cell = _cell(task, programs, how if task in PRETRAINED else None)
@@ -336,6 +338,7 @@ def _cell(task: str, programs: dict, trained: str | None) -> str:
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 _NAMED = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+_OF_EUROBERT = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "mask_token": "<|mask|>"}
 
 
 def write_tokenizer(family: str, folder: Path, texts: list[str]) -> int:
@@ -352,10 +355,16 @@ def write_tokenizer(family: str, folder: Path, texts: list[str]) -> int:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = [*_OF_EUROBERT.values()] if family == "eurobert" else SPECIAL
         trainer = trainers.BpeTrainer(
-            vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         processor = RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+        if family == "eurobert":
+            first, last = special[:2]
+            single = f"{first} $A {last}"
+            ids = [(first, 0), (last, 1)]
+            processor = TemplateProcessing(single=single, pair=f"{single} $B {last}", special_tokens=ids)
     else:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -368,6 +377,8 @@ def write_tokenizer(family: str, folder: Path, texts: list[str]) -> int:
     tokenizer.post_processor = processor
     tokenizer.save(str(folder / "tokenizer.json"))
     named = dict(zip(_NAMED, SPECIAL, strict=True)) | {"cls_token": "<s>", "sep_token": "</s>"}
+    if family == "eurobert":
+        named = _OF_EUROBERT | {"pad_token": _OF_EUROBERT["eos_token"], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return tokenizer.get_vocab_size()
 
@@ -376,5 +387,6 @@ def write_model(family: str, folder: Path, texts: list[str]) -> Path:
     """Write the folder of a small model with a masked-LM head and a tokenizer."""
     folder.mkdir()
     case = FamilyCase(family, "ForMaskedLM", {"vocab_size": 8 + write_tokenizer(family, folder, texts)})
-    plain(case, max_position_embeddings=80, num_labels=2).save_pretrained(folder)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "mask_token_id": 2} if family == "eurobert" else {}
+    plain(case, max_position_embeddings=80, num_labels=2, **ids).save_pretrained(folder)
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bertfast.cli import main as cli
+from bertfast.data.special_tokens import BERT_TOKENS, ROBERTA_TOKENS
 from bertfast.tasks.registry import choose_task
 from bertfast.tasks.settings import TaskSettings
 from build_support.cuda_toolkit import OLDEST_NVCC
@@ -108,3 +109,17 @@ def test_the_readme_is_short():
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
     assert len(TEXTS["README.md"].split()) <= 1300
+
+
+def test_the_guides_name_the_limits_of_families():
+    pretraining, compatibility = (
+        " ".join(TEXTS[f"docs/{page}.md"].split()) for page in ("PRETRAINING", "COMPATIBILITY")
+    )
+    assert "base of every family, large of every family but DistilBERT" in pretraining
+    assert (
+        "`tokenizer.json` of these kinds with [special tokens that are found](COMPATIBILITY.md#tokenizers)"
+        in pretraining
+    )
+    assert "or a `tokenizer.json` whose [special tokens are found](#tokenizers)" in compatibility
+    section = compatibility.partition("### Tokenizers")[2].partition(" ## ")[0]
+    assert all(f"`{token}`" in section for token in [*BERT_TOKENS.values(), *ROBERTA_TOKENS.values()])

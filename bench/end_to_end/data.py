@@ -27,7 +27,8 @@ from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
-from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens
+from bertfast.data.special_tokens import special_tokens
+from bertfast.data.tokenizer import continuation_tokens, load_tokenizer
 
 SAMPLINGS = [
     {"max_seq_length": length, **rest}

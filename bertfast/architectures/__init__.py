@@ -7,6 +7,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
+import transformers
+
 from bertfast.architectures import supported_versions  # noqa: F401  first: it raises if transformers is not supported
 from bertfast.architectures.architecture import Architecture, activation_name, part_at
 from bertfast.architectures.bert import BERT
@@ -24,6 +26,7 @@ __all__ = [
     "family_by_type",
     "family_of",
     "part_at",
+    "version_unsupported_reason",
 ]
 
 
@@ -47,6 +50,18 @@ def family_by_type(model_type: str) -> Architecture | None:
     """Return the adapter of a configuration's `model_type`; None if there is none."""
     name = model_type.replace("-", "_")
     return family(name) if name in FAMILIES else None
+
+
+def version_unsupported_reason(model_type: str) -> str | None:
+    """Return why a family requires another version of transformers; None if it does not, or has no adapter."""
+    name = model_type.replace("-", "_")
+    if name not in ROTARY_FAMILIES or name in FAMILIES:
+        return None
+    needed = "transformers 5.2 or later" if name == "modernbert" else "a later version of transformers"
+    return (
+        f"bertfast requires {needed} for it, and {transformers.__version__} is installed: "
+        'pip install --upgrade "transformers>=5.2,<6"'
+    )
 
 
 def families() -> Iterator[Architecture]:

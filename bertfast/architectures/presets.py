@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, BertConfig
 
-from bertfast.architectures import family_by_type
+from bertfast.architectures import family_by_type, version_unsupported_reason
 from bertfast.data.tokenizer import TokenizerType
 
 ArchitectureName = Literal["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"]
@@ -40,8 +40,8 @@ def _size(layers: int, hidden: int, **others: int) -> dict[str, int]:
     return sizes | {"num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden} | others
 
 
-# Of Turc et al. (2019) and of Devlin et al. (2019). Other families have published base and large; their smaller ones
-# here are as small as BERT's.
+# Of Turc et al. (2019) and of Devlin et al. (2019). Other families have published base and, but for DistilBERT, large;
+# their smaller ones here are as small as BERT's.
 _BERT = {
     "tiny": _size(2, 128),
     "mini": _size(4, 256),
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, Published] = {
         {name: size | {"embedding_size": size["hidden_size"]} for name, size in _BERT.items()}
         | {"small": _size(12, 256, embedding_size=128)}
     ),
-    # Half of BERT's layers.
+    # Half of BERT's layers; only base was published.
     "distilbert": Published(
         {name: size | {"num_hidden_layers": size["num_hidden_layers"] // 2} for name, size in _BERT.items()}
     ),
@@ -95,8 +95,10 @@ def preset_config(name: Preset, *, architecture: ArchitectureName = "bert", **ch
         A configuration of the family: one of BERT, or one whose entries have the same names or other ones for the same.
 
     Raises:
-        ValueError: There is no such family or size.
+        ValueError: There is no such family or size, or the installed transformers does not have the family.
     """
+    if (reason := version_unsupported_reason(architecture)) is not None:
+        raise ValueError(f"--architecture {architecture}: {reason}")
     published, adapter = PUBLISHED.get(architecture), family_by_type(architecture)
     if published is None or adapter is None:
         raise ValueError(f"there are no presets of {architecture!r}: use one of {', '.join(PUBLISHED)}")

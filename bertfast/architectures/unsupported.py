@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bertfast.architectures import ROTARY_FAMILIES
+from bertfast.architectures import version_unsupported_reason
 
 _REASONS = {
     "albert": "its layers share their parameters",
@@ -25,6 +25,5 @@ def family_unsupported_reason(model: nn.Module) -> str | None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
         return None
-    if model_type in ROTARY_FAMILIES:
-        return "it requires a later version of transformers"
-    return _REASONS.get(model_type, f"bertfast has no adapter for models of type {model_type}")
+    known = version_unsupported_reason(model_type) or _REASONS.get(model_type)
+    return known or f"bertfast has no adapter for models of type {model_type}"

@@ -18,7 +18,7 @@ from bertfast.data.masking import Masker
 from bertfast.data.packing import Epoch, Epochs
 from bertfast.data.samples import CorpusBoundaries, Samples, Sampling
 from bertfast.data.shards import Shards
-from bertfast.data.tokenizer import SpecialTokens
+from bertfast.data.special_tokens import SpecialTokens
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.sequences import Sequences
 

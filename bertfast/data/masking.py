@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertfast.data.samples import Sampling
-from bertfast.data.tokenizer import SpecialTokens
+from bertfast.data.special_tokens import SpecialTokens
 
 # Philox generates four 64-bit numbers per counter value; each sample's numbers start at a counter value of its own.
 PHILOX_BLOCK = 4
@@ -58,7 +58,8 @@ class Masker:
 
     def __init__(self, special: SpecialTokens, continuation: np.ndarray, sampling: Sampling, seed: int):
         self.special, self.continuation, self.sampling, self.seed = special, continuation, sampling, seed
-        special_ids = [special.pad, special.unk, special.cls, special.sep, special.mask]
+        special_ids = [special.pad, special.cls, special.sep, special.mask]
+        special_ids += [] if special.unk is None else [special.unk]
         self.replacements = np.setdiff1d(np.arange(len(continuation)), special_ids)
 
     def __call__(self, token_ids: np.ndarray, lengths: np.ndarray, first_number: int) -> Masked:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing
 
+from bertfast.data.special_tokens import (
+    BERT_TOKENS,
+    ROBERTA_TOKENS,
+    SPECIAL_TOKENS,
+    special_names,
+    special_tokens,
+)
 from bertfast.data.subword_training import in_blocks, repeat_words, train_bpe, train_unigram
 from bertfast.data.text_files import read_json, read_lines
 from bertfast.data.truncation import (
@@ -35,23 +41,8 @@ GENERIC_CLASS = "PreTrainedTokenizerFast"
 
 TokenizerType = Literal["wordpiece", "bpe", "unigram"]
 
-# Special tokens in the order of their ids in trained vocabularies.
-BERT_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-ROBERTA_TOKENS = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
-SPECIAL_TOKENS = tuple(BERT_TOKENS.values())
 MIN_BPE_SIZE = 257  # rounded up, it holds all bytes and the special tokens
 _LONGEST_WORD = 100  # characters; the tokenizer replaces longer words by [UNK], as BERT's does
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids of the five special tokens; RoBERTa calls cls <s> and sep </s>."""
-
-    pad: int
-    unk: int
-    cls: int
-    sep: int
-    mask: int
 
 
 def train_tokenizer(
@@ -144,7 +135,7 @@ def load_tokenizer(path: Path | str, *, cased: bool | None = None) -> Tokenizer:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a tokenizer of one of these kinds with the special tokens of BERT or of RoBERTa.
+        ValueError: It is not a tokenizer of one of these kinds with the special tokens of an encoder.
     """
     path = tokenizer_files(path)[0]
     tokenizer = _from_json(path) if path.suffix == ".json" else _from_vocabulary(path)
@@ -211,7 +202,7 @@ def save_tokenizer(
         max_length: Tokens that the model of the folder accepts, to which transformers truncates; None: unlimited.
     """
     folder = Path(folder)
-    names = _special_names(tokenizer)
+    names = special_names(tokenizer)
     is_wordpiece = isinstance(tokenizer.model, models.WordPiece)
     options: dict[str, object] = {"tokenizer_class": wordpiece_class if is_wordpiece else GENERIC_CLASS}
     if is_wordpiece and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
@@ -221,7 +212,7 @@ def save_tokenizer(
         options["truncation_side"] = side
     if max_length is not None:
         options["model_max_length"] = max_length
-    if names is ROBERTA_TOKENS:
+    if names is not BERT_TOKENS:
         options |= {"bos_token": names["cls"], "eos_token": names["sep"]}
     if "add_prefix_space" in (splits := _pre_tokenizer(tokenizer)):  # which transformers 4 sets to False by default
         options["add_prefix_space"] = splits["add_prefix_space"]
@@ -234,29 +225,6 @@ def save_tokenizer(
         (folder / "vocab.txt").unlink(missing_ok=True)  # of an earlier tokenizer
     content = json_without_truncation(tokenizer)
     write_atomically(folder / "tokenizer.json", content)  # last: the others are there if it is
-
-
-def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the ids of the special tokens.
-
-    Raises:
-        ValueError: The vocabulary lacks one.
-    """
-    vocabulary = tokenizer.get_vocab()
-    return SpecialTokens(**{role: vocabulary[token] for role, token in _special_names(tokenizer).items()})
-
-
-def _special_names(tokenizer: Tokenizer) -> Mapping[str, str]:
-    """Return the special tokens that a vocabulary has: `BERT_TOKENS` or `ROBERTA_TOKENS`."""
-    lacking = [
-        (names, [token for token in names.values() if tokenizer.token_to_id(token) is None])
-        for names in (BERT_TOKENS, ROBERTA_TOKENS)
-    ]
-    names, missing = min(lacking, key=lambda entry: len(entry[1]))
-    if missing:
-        family = "BERT" if names is BERT_TOKENS else "RoBERTa"
-        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}, which {family} requires")
-    return names
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -318,13 +286,15 @@ def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator
     tokenizer.encode_special_tokens = True
     before = "" if isinstance(tokenizer.model, models.WordPiece) else " "
     encoded = tokenizer.encode_batch_fast([before + sentence for sentence in sentences], add_special_tokens=False)
-    special = {tokenizer.token_to_id(token): token for token in _special_names(tokenizer).values()}
+    special = {tokenizer.token_to_id(token): token for token in special_names(tokenizer).values()}
     unknown = special_tokens(tokenizer).unk
     # Published Unigram vocabularies have these names among their pieces.
     reads_names = isinstance(tokenizer.model, models.Unigram)
     for sentence, encoding in zip(sentences, encoded, strict=True):
-        has_name = reads_names and any(token in sentence for token in special.values())
-        yield [unknown if token in special else token for token in encoding.ids] if has_name else encoding.ids
+        if reads_names and unknown is not None and any(token in sentence for token in special.values()):
+            yield [unknown if token in special else token for token in encoding.ids]
+        else:
+            yield encoding.ids
 
 
 NORMALIZER_OPTIONS = {  # name in tokenizer_config.json: attribute of the normalizer

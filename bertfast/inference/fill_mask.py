@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from tyro.conf import Positional
 
+from bertfast.data.special_tokens import mask_token
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
 from bertfast.encoder import masked_lm_logits, pack
 from bertfast.models.bert import BertForMaskedLM
-from bertfast.models.tokenizers import mask_token
 from bertfast.runtime.precision import require_finite
 from bertfast.runtime.settings import Count, Settings
 from bertfast.tasks.pretrained import open_model, sequence_length
@@ -23,7 +23,8 @@ class FillMaskSettings(Settings):
 
     Attributes:
         model_name_or_path: Folder or hub id of a model with a masked-LM head, and its tokenizer.
-        text: A text that contains [MASK] (<mask> for a RoBERTa); "-": lines of standard input, each such a text.
+        text: A text that contains [MASK] (<mask> for a RoBERTa, <|mask|> for a EuroBERT); "-": lines of standard input,
+            each such a text.
         top_k: Number of tokens to print for each [MASK].
     """
 

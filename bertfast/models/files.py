@@ -11,42 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, BertConfig, GenerationConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from bertfast.architectures import BERT, FAMILIES, family_by_type
+from bertfast.architectures import BERT, FAMILIES, family_by_type, version_unsupported_reason
 from bertfast.architectures.initialise import initialise
 from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import TOKENIZER_FILES
 from bertfast.models import bert, families
 from bertfast.models.adapters import base_of, merge_adapter
+from bertfast.models.config_checks import check_config, check_entries
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.quantised_files import read_dequantised, restore_quantised, unmark
 from bertfast.models.weights import ADAPTER_CONFIG, is_adapter, is_computed, separate_tied
 from bertfast.runtime.display import require_utf8
-from bertfast.runtime.settings import Range
 from bertfast.runtime.tensor_file import replaced_files
 
 logger = logging.getLogger("bertfast")
-
-_SIZE = Range(1, 2**24)  # a larger one is damage, and would fill all memory
-_SIZES = {  # entries of a configuration that are numbers of something
-    "vocab_size": _SIZE,
-    "hidden_size": _SIZE,
-    "num_hidden_layers": Range(1, 10_000),
-    "num_attention_heads": _SIZE,
-    "intermediate_size": _SIZE,
-    "max_position_embeddings": _SIZE,
-    "type_vocab_size": _SIZE,
-}
-_OPTIONS = {  # other numbers
-    "layer_norm_eps": Range(0),
-    "initializer_range": Range(0),
-    "hidden_dropout_prob": Range(0, below=1),
-    "attention_probs_dropout_prob": Range(0, below=1),
-}
-
-_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 def resolve(name: str | Path, **hub: Any) -> Path:
@@ -90,11 +70,12 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
-def read_config(folder: str | Path, **changes: Any) -> BertConfig:
+def read_config(folder: str | Path, /, *, source: str | None = None, **changes: Any) -> BertConfig:
     """Read a model's configuration.
 
     Args:
         folder: Folder with a `config.json`.
+        source: The flag that the changes are from, for messages about entries; None: the file is named.
         changes: Entries to set under the names that BERT has for them, also those that it does not know. Extensions
             make it an `ExtendedBertConfig`.
 
@@ -109,6 +90,9 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
     model_type = values.pop("model_type", "bert")
     architecture = family_by_type("bert" if model_type == ExtendedBertConfig.model_type else str(model_type))
     if architecture is None:
+        reason = version_unsupported_reason(str(model_type))
+        if reason is not None:
+            raise ValueError(f"{path} is the configuration of a {model_type} model: {reason}")
         known = ", ".join(name.replace("_", "-") for name in FAMILIES)
         raise ValueError(f"{path} is the configuration of a {model_type!r} model, not of a BERT or one of {known}")
     changes = {architecture.config_name(name): value for name, value in changes.items()}
@@ -124,7 +108,7 @@ def read_config(folder: str | Path, **changes: Any) -> BertConfig:
         extensions = ", ".join(filter(values.get, ExtendedBertConfig.extensions))
         raise ValueError(f"{path} is that of a {model_type}, and only BERT can have {extensions}")
     kind: Any = ExtendedBertConfig if is_extended else CONFIG_MAPPING[architecture.model_type]
-    return config_from(values, path, kind)
+    return config_from(values, source or path, kind)
 
 
 def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfig] = BertConfig) -> BertConfig:
@@ -139,61 +123,14 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
         ValueError: They are not those of such a model; the message names `source`.
     """
     architecture = family_by_type(kind.model_type) or BERT
-    for bert_name, limits in (_SIZES | _OPTIONS).items():
-        types, number = ((int,), "a whole number") if bert_name in _SIZES else ((int, float), "a number")
-        name = architecture.config_name(bert_name)
-        if name in values and not (type(values[name]) in types and values[name] in limits):
-            raise ValueError(f"{source}: {name} must be {number} {limits}, got {values[name]!r:.40}")
-    _check_labels(values, source)
+    check_entries(values, architecture, source)
     try:
         config: BertConfig = kind.from_dict(values)
     except Exception as error:  # transformers' validation raises exceptions of many classes
-        family = "BERT" if architecture is BERT else architecture.model_type
-        raise ValueError(f"{source} is not the configuration of a {family}: {' '.join(str(error).split())}") from error
-    activation_name = architecture.config_name("hidden_act")
-    activation = getattr(config, activation_name)
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        raise ValueError(f"{source}: {activation_name} must name an activation, such as gelu, got {activation!r}")
-    if config.pad_token_id is None and architecture.padding_index is not None:
-        raise ValueError(f"{source}: pad_token_id must be a token of the vocabulary, as positions follow from it")
-    if config.pad_token_id is not None and config.pad_token_id not in range(config.vocab_size):
-        raise ValueError(
-            f"{source}: pad_token_id must be from 0 to {config.vocab_size - 1}, the last token of the vocabulary, got "
-            f"{config.pad_token_id!r:.40}"
-        )
-    if config.problem_type not in _PROBLEM_TYPES:
-        known = ", ".join(filter(None, _PROBLEM_TYPES))
-        raise ValueError(f"{source}: problem_type must be one of {known}, got {config.problem_type!r:.40}")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{source}: hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and "
-            f"{config.num_attention_heads}"
-        )
+        family, reason = "BERT" if architecture is BERT else architecture.model_type, " ".join(str(error).split())
+        raise ValueError(f"{source}: this is not the configuration of a {family}: {reason}") from error
+    check_config(config, architecture, source)
     return config
-
-
-def _check_labels(values: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError if the entries about labels and task are not a text for each id from 0, all different."""
-    task = values.get("finetuning_task")
-    if not isinstance(task, str | None):
-        raise ValueError(f"{source}: finetuning_task must be the name of a task, got {task!r:.40}")
-    names = values.get("id2label")
-    if not isinstance(names, dict):
-        return  # none, or of a type that transformers refuses
-    ids = {str(number) for number in names}
-    absent = next((number for number in range(len(names)) if str(number) not in ids), None)
-    if absent is not None:
-        raise ValueError(
-            f"{source}: id2label must name the labels 0 to {len(names) - 1}, and has no {absent}: number them from 0 "
-            "without gaps"
-        )
-    seen: dict[Any, Any] = {}
-    for number, label in names.items():
-        if not isinstance(label, str):
-            raise ValueError(f"{source}: id2label names {number} {label!r:.40}: write it as a text, in quotes")
-        if label in seen:
-            raise ValueError(f"{source}: id2label calls both {seen[label]} and {number} {label!r:.40}: rename one")
-        seen[label] = number
 
 
 def new_model(kind: type[ModelT], config: BertConfig) -> ModelT:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PretrainedConfig
 
 from bertfast.architectures.presets import PUBLISHED
+from bertfast.data.special_tokens import special_tokens
 from bertfast.data.text_files import read_json
-from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer, special_tokens
+from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer
 from bertfast.data.truncation import read_max_length, set_truncation_side
 from bertfast.encoder import has_token_types
 from bertfast.models.families import architecture_of
@@ -79,23 +80,6 @@ def template(tokenizer: Tokenizer) -> Template:
     end = single.ids[first[-1] + 1 :]
     middle = pair.ids[first[-1] + 1 : second[0]]
     return Template(pair.ids[: first[0]], end, middle, pair.ids[second[-1] + 1 :])
-
-
-def unknown_token(tokenizer: Tokenizer) -> str:
-    """Return the token of what is not in the vocabulary; ValueError if there is none."""
-    return _known(tokenizer, "[UNK]", "<unk>")
-
-
-def mask_token(tokenizer: Tokenizer) -> str:
-    """Return the token that stands for one to predict; ValueError if there is none."""
-    return _known(tokenizer, "[MASK]", "<mask>")
-
-
-def _known(tokenizer: Tokenizer, *tokens: str) -> str:
-    known = next((token for token in tokens if tokenizer.token_to_id(token) is not None), None)
-    if known is None:
-        raise ValueError(f"the vocabulary has no {' and no '.join(tokens)}")
-    return known
 
 
 def mark_words(tokenizer: Tokenizer) -> None:

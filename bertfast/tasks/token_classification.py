@@ -20,10 +20,11 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bertfast.data.special_tokens import unknown_token
 from bertfast.encoder import cross_entropy_sum, token_classification_loss, token_logits
 from bertfast.models.bert import BertForTokenClassification
 from bertfast.models.extensions import BertFeaturesForTokenClassification
-from bertfast.models.tokenizers import mark_words, template, unknown_token
+from bertfast.models.tokenizers import mark_words, template
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.tasks import metrics as task_metrics

@@ -25,11 +25,16 @@ class Curriculum:
     second_phase: int | None = None
 
     def __post_init__(self) -> None:
-        least = self.bins_per_step // FRACTIONS[0] if self.ramp else self.bins_per_step
-        if self.bins_per_step % self.ranks or (self.ramp and self.bins_per_step % (FRACTIONS[0] * self.ranks)):
+        per_rank, rest = divmod(self.bins_per_step, self.ranks)
+        if rest:
             raise ValueError(
-                f"a step of {self.bins_per_step} batches, {least} at first, cannot be divided evenly among "
-                f"{self.ranks} ranks: --batch-ramp needs --gradient-accumulation-steps that is a multiple of 4"
+                f"a step of {self.bins_per_step} batches cannot be divided evenly among {self.ranks} ranks: use a "
+                f"multiple of {self.ranks} batches"
+            )
+        if self.ramp and per_rank % FRACTIONS[0]:
+            raise ValueError(
+                f"--batch-ramp begins with a quarter of --gradient-accumulation-steps, which must be a multiple of "
+                f"{FRACTIONS[0]}, got {per_rank}: raise it, or pass --batch-ramp 0"
             )
 
     def bins(self, step: int) -> int:

@@ -10,28 +10,21 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
-from transformers import CONFIG_MAPPING, BertConfig, PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 from bertfast.architectures import BERT, part_at
 from bertfast.architectures.presets import ArchitectureName, Preset, preset_config
 from bertfast.architectures.rope_theta import with_rope_theta
-from bertfast.data.tokenizer import special_tokens
+from bertfast.data.special_tokens import special_tokens
 from bertfast.encoder import PackedModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.families import architecture_of, pretraining_class
 from bertfast.models.files import config_from, load, new_model, read_config, report_differences
 from bertfast.models.registry import FusedModel
-from bertfast.runtime.settings import nearest
-from bertfast.training.pretrain_settings import PretrainSettings, check_rope_theta, check_sizes
+from bertfast.training.config_overrides import check_weights, layers_follow, parse_overrides
+from bertfast.training.pretrain_settings import PretrainSettings, check_rope_theta, check_sizes, resolve_objective
 
-_DETERMINED_BY = {  # entries of a configuration that overrides cannot change, under BERT's names
-    "hidden_dropout_prob": "--dropout",
-    "attention_probs_dropout_prob": "--dropout",
-    "vocab_size": "the tokenizer",
-    "pad_token_id": "the tokenizer",
-    "bos_token_id": "the tokenizer",
-    "eos_token_id": "the tokenizer",
-}
+_DROPOUT = 0.1  # of a model with random weights
 _TOKEN_IDS = {  # entries of a configuration that name special tokens, and their names in `SpecialTokens`
     "pad_token_id": "pad",
     "bos_token_id": "cls",
@@ -62,6 +55,12 @@ def configure(settings: PretrainSettings, initial: Path | None) -> BertConfig:
         rope_theta=settings.model.rope_theta,
     )
     check_rope_theta(settings, config.model_type)
+    sampling = resolve_objective(settings, config.model_type).sampling
+    if sampling.pairs and config.type_vocab_size < 2:
+        raise ValueError(
+            f"--objective {sampling.objective} requires a type_vocab_size of at least 2, one for each sentence of a "
+            f"pair, and the model's is {config.type_vocab_size}: use --objective mlm"
+        )
     check_sizes(settings, architecture_of(config).max_positions(config), config.num_hidden_layers)
     return config
 
@@ -70,7 +69,7 @@ def initial_config(
     initial: Path | None,
     preset: Preset,
     overrides: str,
-    dropout: float,
+    dropout: float | None,
     max_positions: int | None,
     *,
     architecture: ArchitectureName = "bert",
@@ -83,37 +82,43 @@ def initial_config(
         initial: Folder of an existing model; None: a model of the size `preset` with random weights.
         preset: Published size.
         overrides: Changes to the configuration, such as "hidden_size=256,hidden_act=relu".
-        dropout: Dropout probability of hidden activations and attention weights.
+        dropout: Dropout probability of hidden activations and attention weights; None: that of the existing model, and
+            0.1 of one with random weights.
         max_positions: Number of tokens that a sequence may have; None: unchanged.
         architecture: Family of a model with random weights.
         causal: Whether the model is causal. Then [CLS] attends only to itself, and the last token is pooled instead.
         rope_theta: Base of the angles of rotary positions, of a family that has them; None: unchanged.
 
     Raises:
-        ValueError: An override is not a valid entry of the configuration, or repeats `max_positions`.
+        ValueError: An override is not a valid entry of the configuration, repeats `max_positions`, or contradicts the
+            weights of the existing model.
     """
     base = preset_config(preset, architecture=architecture) if initial is None else read_config(initial)
     adapter = architecture_of(base)
-    changes: dict[str, Any] = _parse_overrides(overrides, base)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        changes[adapter.config_name(name)] = dropout
+    changes = parse_overrides(overrides, base)
     if max_positions is not None:
         if "max_position_embeddings" in changes:
             raise ValueError(
                 "--max-positions and max_position_embeddings in --config-overrides set the same value: give only one"
             )
         changes["max_position_embeddings"] = max_positions + adapter.first_position(base)
+    positions_flag = "--max-positions" if max_positions is not None else "--config-overrides: max_position_embeddings"
+    if initial is not None:
+        check_weights(changes, base, initial, positions_flag)
+    changes = layers_follow(changes, base)
+    if dropout is not None or initial is None:
+        probability = _DROPOUT if dropout is None else dropout
+        names = map(adapter.config_name, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
+        changes |= {name: probability for name in names if hasattr(base, name)}
     if rope_theta is not None and adapter.rotary is not None:
         changes["rope_parameters"] = with_rope_theta(adapter, base, rope_theta)
     if causal and adapter is BERT:
         changes |= {"is_decoder": True, "pool_last": True}
+    source = "--config-overrides" if overrides or max_positions is None else "--max-positions"
     if initial is not None:
-        return read_config(initial, **changes)
+        return read_config(initial, source=source, **changes)
     kind: Any = ExtendedBertConfig if causal and adapter is BERT else type(base)
-    values = base.to_dict()
-    if "num_hidden_layers" in changes:
-        values.pop("layer_types", None)  # follows from the number of layers
-    return config_from(values | changes, "--config-overrides", kind)
+    return config_from(base.to_dict() | changes, source, kind)
 
 
 def adapt_to_tokenizer(config: BertConfig, tokenizer: Tokenizer, initial: Path | None) -> None:
@@ -202,38 +207,3 @@ def _extend_positions(model: FusedModel, rows: int) -> None:
         if hasattr(embeddings, name):
             embeddings.register_buffer(name, values[None], persistent=False)
     config.max_position_embeddings = rows
-
-
-def _parse_overrides(text: str, base: BertConfig) -> dict[str, Any]:
-    """Parse "hidden_size=256,hidden_act=relu" to {"hidden_size": 256, "hidden_act": "relu"}.
-
-    Args:
-        text: The changes, under BERT's names or the family's.
-        base: The configuration that is changed.
-
-    Returns:
-        The changes under the family's names.
-    """
-    adapter = architecture_of(base)
-    types = {name: type(value) for name, value in CONFIG_MAPPING[adapter.model_type]().to_dict().items()}
-    types |= {name: types[own] for name, own in adapter.config_names.items()}
-    determined = {adapter.config_name(name): by for name, by in _DETERMINED_BY.items()}
-    changes: dict[str, Any] = {}
-    for entry in filter(None, text.split(",")):
-        name, _, value = entry.partition("=")
-        if types.get(name) not in (int, float, str) or name in ("model_type", "transformers_version"):
-            known = [known for known, kind in types.items() if kind in (int, float, str)]
-            family = "BERT" if adapter is BERT else adapter.model_type
-            raise ValueError(
-                f"--config-overrides: {name!r} is not a size or option of a {family} configuration"
-                f"{nearest(name, known)}"
-            )
-        own = adapter.config_name(name)
-        if own in determined:
-            raise ValueError(f"--config-overrides: {name} would have no effect: {determined[own]} determines it")
-        try:
-            changes[own] = types[name](value)
-        except ValueError:
-            kind = {int: "an integer", float: "a number"}[types[name]]
-            raise ValueError(f"--config-overrides: {name} must be {kind}, got {value!r}") from None
-    return changes

@@ -18,8 +18,9 @@ from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import SPLITS, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
+from bertfast.data.special_tokens import special_tokens
 from bertfast.data.text_files import is_stream
-from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, special_tokens, tokenizer_hash
+from bertfast.data.tokenizer import continuation_tokens, load_tokenizer, tokenizer_hash
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.output_folder import OriginError
 from bertfast.training.curriculum import Curriculum

@@ -73,7 +73,8 @@ class ModelSettings(Settings):
             --config, it overrides the file's value.
         max_positions: Number of tokens that a sequence may have; the positions of a smaller checkpoint are extended to
             it. If not given: as in the model's configuration.
-        dropout: Dropout probability of hidden activations and attention weights.
+        dropout: Dropout probability of hidden activations and attention weights. If not given: as in the configuration
+            of --init-from; with random weights 0.1.
         rope_theta: Base of the angles of rotary positions, in layers without a window. If not given: as in the model's
             configuration.
     """
@@ -85,7 +86,7 @@ class ModelSettings(Settings):
     config_overrides: str = ""
     init_from: str | None = None
     max_positions: Count | None = None
-    dropout: Annotated[float, Range(0, below=1)] = 0.1
+    dropout: Annotated[float, Range(0, below=1)] | None = None
     rope_theta: Positive | None = None
 
 
@@ -267,6 +268,8 @@ class PretrainSettings(Settings):
             refuse_without_effect(
                 {"--architecture"}.intersection(given(self.model)), "that of --init-from has an architecture"
             )
+        elif family_by_type(self.model.architecture) is not None:  # else this version of transformers lacks it
+            check_rope_theta(self, self.model.architecture)
         if not self.batch.second_phase_length:
             refuse_without_effect(
                 sorted({"--second-phase-share", "--second-phase-rope-theta"}.intersection(given(self.batch))),
@@ -322,7 +325,7 @@ def check_rope_theta(settings: PretrainSettings, model_type: str) -> None:
 
 
 def check_sizes(settings: PretrainSettings, positions: int, layers: int) -> None:
-    """Raise ValueError if sequences of either phase do not fit into a model, or it has too few layers to recompute.
+    """Raise ValueError if a model or a batch cannot hold the sequences of a phase, or layers to recompute are missing.
 
     Args:
         settings: Settings of the run.
@@ -341,4 +344,9 @@ def check_sizes(settings: PretrainSettings, positions: int, layers: int) -> None
         raise ValueError(
             f"{longest} {lengths[longest]} is more than the model's {positions} positions: lower it, or raise "
             "--max-positions"
+        )
+    if lengths[longest] > settings.batch.tokens_per_batch:
+        raise ValueError(
+            f"--tokens-per-batch {settings.batch.tokens_per_batch} cannot hold a sample of {longest} "
+            f"{lengths[longest]}: raise --tokens-per-batch, or lower {longest}"
         )

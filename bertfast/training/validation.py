@@ -16,7 +16,8 @@ from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
-from bertfast.data.tokenizer import continuation_tokens, special_tokens
+from bertfast.data.special_tokens import special_tokens
+from bertfast.data.tokenizer import continuation_tokens
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models.bert import BertForMaskedLM
 from bertfast.models.families import architecture_of, class_like, pretraining_class

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bertfast.data.shards import Part, Shards
-from bertfast.data.tokenizer import SpecialTokens
+from bertfast.data.special_tokens import SpecialTokens
 
 SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
 FIRST_ORDINARY = 5

@@ -14,6 +14,7 @@ from torch import nn
 import bertfast
 from bertfast import encoder
 from bertfast.architectures import FAMILIES, IS_TRANSFORMERS_4, family
+from bertfast.encoder import kernel_support
 from bertfast.models.fused import FusedEncoder
 from bertfast.models.patch import require_packed
 
@@ -309,6 +310,19 @@ def test_token_types_of_a_family_without_them_are_left_to_transformers():
 def test_the_table_of_classes_in_the_docs_is_current():
     document = (Path(__file__).parents[2] / "docs" / "COMPATIBILITY.md").read_text()
     assert table() in document, f"put this table into docs/COMPATIBILITY.md:\n{table()}"
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name.endswith("ForMaskedLM")])
+def test_the_training_loss_of_a_model_in_bf16_is_fp32(name):
+    patched, hf = pair(BY_NAME[name])
+    values, _ = inputs(BY_NAME[name], hf)
+    losses = [model.bfloat16().train()(**values).loss for model in (patched, hf)]
+    if kernel_support.unsupported_reason(torch.device("cpu"), torch.bfloat16) is not None:
+        pytest.skip("the CPU has no kernels in bf16")
+    in_transformers = torch.float32 if name.startswith(("modernbert", "eurobert")) else torch.bfloat16
+    assert [loss.dtype for loss in losses] == [torch.float32, in_transformers]
+    document = (Path(__file__).parents[2] / "docs" / "COMPATIBILITY.md").read_text()
+    assert "the masked-LM loss in training mode is fp32; that of transformers is bf16" in " ".join(document.split())
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def test_bins_of_a_step_are_divided_among_ranks():
 
 
 def test_bins_that_cannot_be_divided_evenly_are_refused():
-    with pytest.raises(ValueError, match=r"cannot be divided evenly among 2 ranks: .* multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"--gradient-accumulation-steps, .* a multiple of 4, got 2: raise it, or pass --b"
+    ):
         Curriculum(4, 2, ramp=1)
     with pytest.raises(ValueError, match="cannot be divided evenly among 3 ranks"):
         Curriculum(4, 3)

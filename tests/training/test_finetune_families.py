@@ -118,7 +118,10 @@ def test_a_graph_gives_the_outputs_of_the_model(family, tmp_path, capsys):
     assert "for any batch size and sequence length" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("family", "mask"), [("roberta", "<mask>"), ("distilbert", "[MASK]")])
+MASKS = {"roberta": "<mask>", "distilbert": "[MASK]", "eurobert": "<|mask|>"}
+
+
+@pytest.mark.parametrize(("family", "mask"), [(family, mask) for family, mask in MASKS.items() if family in PREFIXES])
 def test_masked_tokens_are_predicted(family, mask, tmp_path, capsys):
     model = write_model(family, tmp_path / "model", TEXTS)
     assert main(["fill-mask", str(model), f"the film was {mask}", "--top-k", "1"]) == 0

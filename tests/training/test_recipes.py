@@ -29,3 +29,27 @@ def test_the_demo_uses_the_settings_of_the_cpu_recipe():
     demo = _pretraining(DemoSettings(), Path("data"), Path("somewhere")).flat()
     own = ("data_dir", "logging_steps", "eval_steps", "eval_batches", "save_steps", "seed", "resume", "device")
     assert recipe | dict.fromkeys(own) == demo | dict.fromkeys(own)
+
+
+def of_recipe(name: str, *arguments: str) -> PretrainSettings:
+    return parse(
+        "pretrain", PretrainSettings, ["--config", str(RECIPES[name]), "--output-dir", "somewhere", *arguments]
+    )
+
+
+def test_a_typed_architecture_drops_the_rotary_positions_of_a_recipe():
+    settings = of_recipe("modern", "--architecture", "roberta")
+    assert settings.model.architecture == "roberta"
+    assert settings.model.rope_theta is settings.batch.second_phase_rope_theta is None
+    assert settings.batch.second_phase_length == 8192
+    assert of_recipe("modern").model.rope_theta == 10_000
+
+
+@pytest.mark.parametrize("flags", ["--architecture roberta --rope-theta 500", "--architecture bert --rope-theta 500"])
+def test_typed_rotary_positions_without_effect_are_refused(flags):
+    with pytest.raises(
+        ValueError, match=r"--rope-theta would have no effect: a (ro)?bert(a)? model has no rotary positions"
+    ):
+        of_recipe("modern", *flags.split())
+    with pytest.raises(ValueError, match="--rope-theta would have no effect"):
+        PretrainSettings.of(output_dir="somewhere", rope_theta=500.0)
