@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, shuffled_batches, within_budget
 from bertfast.tasks.task import Task
+from bertfast.training.distributed import Distributed
 from bertfast.training.finetune_settings import FinetuneSettings
 
 
@@ -59,7 +60,7 @@ def featurize(
 
 
 def batches_of_passes(
-    features: Features, rows: np.ndarray, size: int, tokens: int, buckets: Buckets, ranks: tuple[int, int] = (0, 1)
+    features: Features, rows: np.ndarray, size: int, tokens: int, buckets: Buckets, distributed: Distributed
 ) -> list[list[ModelInputs]]:
     """Return the batches of each pass of a step that a rank does, which may be none.
 
@@ -69,10 +70,10 @@ def batches_of_passes(
         size: Examples per pass.
         tokens: Approximate tokens of a batch; a longer pass is divided.
         buckets: Which sizes of a batch are padded.
-        ranks: The rank, and their number: they do the passes in turn.
+        distributed: Processes of the run, which do the passes in turn.
     """
-    rank, world_size = ranks
-    passes = (rows[first : first + size] for first in range(rank * size, len(rows), size * world_size))
+    firsts = range(0, len(rows), size)[distributed.rank :: distributed.world_size]
+    passes = (rows[first : first + size] for first in firsts)
     parts = (within_budget(features, one, tokens) for one in passes)
     return [[features.model_inputs(part, buckets=buckets) for part in of_pass] for of_pass in parts]
 

@@ -30,6 +30,7 @@ RUN = "run.json"  # settings, versions and results
 SCRATCH = ".features"  # hidden states of a feature-based run, removed at its end
 SKIPPED_ROWS = "skipped_rows.tsv"
 SWEEP_SCORE = "sweep_score.json"  # result of a finished run of a sweep
+SWEEP_RUNGS = "sweep_rungs.json"  # scores of a run of a sweep at the steps at which it was paused
 # What `Task.write_predictions` writes, and what `Task.report` returns.
 PREDICTIONS = ("predictions_*", "nbest_*", "null_odds_*", "skipped_*", "report_*")
 # What a run writes, except for metrics.jsonl, of which a run that was killed early leaves a part.
@@ -42,6 +43,7 @@ _CONTENTS = (
     RUN,
     *PLOTS,
     SWEEP_SCORE,
+    SWEEP_RUNGS,
     "tensorboard/events.out.tfevents.*",
     *PREDICTIONS,
     *CONTENTS,

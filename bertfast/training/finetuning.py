@@ -177,6 +177,7 @@ class Finetuning:
         self.steps = self.hyperparameters.steps(self.steps_per_epoch)
         self.warmup = settings.optimizer.warmup(self.steps)
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
+        self.interrupt = Interrupt(settings.checkpoint.sigterm_exit_code)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
 
@@ -201,7 +202,7 @@ class Finetuning:
             return results
         self._begin()
         with (
-            Interrupt(self.settings.checkpoint.sigterm_exit_code) as interrupt,
+            self.interrupt,
             tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step", disable=hidden) as bar,
         ):
             self._validate_if_due()  # the run may have been stopped before it
@@ -210,15 +211,15 @@ class Finetuning:
                 self.train_step(next(rows))
                 self._report(bar)
                 on_step(self.step)
-                if distributed.any(interrupt.requested):  # all ranks stop after the same step
-                    raise self._stopped(interrupt.status)
+                if distributed.any(self.interrupt.requested):  # all ranks stop after the same step
+                    raise self._stopped()
                 if (problem := self.results.too_many_skipped()) is not None:
-                    raise self._diverged(problem)
+                    raise self.diverged(problem)
                 self._validate_if_due()
                 if self.step % self.settings.checkpoint.save_steps == 0 and self.step < self.steps:
-                    self._read_pending()
-                    self._save_checkpoint()
-        self._read_pending()
+                    self.read_pending()
+                    self.save_checkpoint()
+        self.read_pending()
         return distributed.result_of_main(self._write_results)
 
     def _finished_results(self) -> dict[str, float] | None:
@@ -258,15 +259,14 @@ class Finetuning:
         settings, clock, features = self.settings, time.perf_counter(), self.features["train"]
         size, tokens = self.hyperparameters.per_device_train_batch_size, settings.batch.tokens_per_batch
         buckets = Buckets(tokens=self.trainer.captures, examples=False)
-        ranks = self.distributed.rank, self.distributed.world_size
-        self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets, ranks))
+        self.trainer.gradients(batches_of_passes(features, rows, size, tokens, buckets, self.distributed))
         self.progress.learning_rate = self.learning_rate
         self.results.pending.append(self.trainer.update(self.progress.learning_rate))
         self.progress.step += 1
         self.progress.tokens += int(features.lengths[rows].sum())
         self.progress.seconds += time.perf_counter() - clock
 
-    def _read_pending(self) -> None:
+    def read_pending(self) -> None:
         """Read the results of pending steps; waits for the device."""
         clock = time.perf_counter()
         self.results.read()
@@ -274,7 +274,7 @@ class Finetuning:
 
     def _report(self, bar: tqdm[Any]) -> None:
         if self.step % self.steps_per_read == 0:
-            self._read_pending()
+            self.read_pending()
         speed = self.progress.tokens / self.progress.seconds
         loss = self.results.mean(last=self.settings.evaluation.logging_steps)
         known = {} if math.isnan(loss) else {"loss": loss}  # metrics.jsonl holds numbers only
@@ -298,10 +298,10 @@ class Finetuning:
         interval = self.settings.evaluation.eval_steps or self.steps_per_epoch
         due = self.step and (self.step % interval == 0 or self.step == self.steps)
         if due and self.progress.validated_step < self.step:
-            self._read_pending()
+            self.read_pending()
             only_sign = "validation" not in self.features and self.step == self.steps
             if (problem := self.results.fault(only_sign=only_sign)) is not None:
-                raise self._diverged(problem)
+                raise self.diverged(problem)
             self.distributed.run_on_main(self._validate)
             self.progress = self.distributed.broadcast(self.progress)
             self.progress.validated_step = self.step
@@ -317,7 +317,7 @@ class Finetuning:
                 self._save()
             return
         progress = self.progress
-        outputs, metrics = self._predict("validation")
+        outputs, metrics = self.predict("validation")
         self._log(**metrics)
         logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
@@ -329,7 +329,8 @@ class Finetuning:
         else:
             progress.validations_without_better += 1
 
-    def _predict(self, split: str) -> tuple[Any, dict[str, float]]:
+    def predict(self, split: str) -> tuple[Any, dict[str, float]]:
+        """Return the model's outputs for a split, and their metrics."""
         try:
             outputs = predict_outputs(self.task, self.model, self.features[split])
         except NotFiniteError as error:
@@ -339,7 +340,7 @@ class Finetuning:
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _not_finite(self, error: NotFiniteError, split: str) -> DivergedError:
-        return self._diverged(f"after step {self.step}, {error.problem} on the {split} data", usable=False)
+        return self.diverged(f"after step {self.step}, {error.problem} on the {split} data", usable=False)
 
     def _write(self, split: str, outputs: Outputs) -> None:
         data = self.examples[split], self.features[split], outputs
@@ -354,27 +355,27 @@ class Finetuning:
             copy_tokenizer(self.tokenizer, self.source, self.folder)
             self.task.write_folder(self.folder)
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
         """Write a checkpoint, unless steps are being skipped; their results must have been read."""
         if not self.results.skipped_in_a_row:
             state = self.trainer.optimizers, self.results, self.precision, self.distributed, self.adapter
             self.progress.save(self.settings, self.model, *state)
 
-    def _stopped(self, status: int) -> RunStopped:
+    def _stopped(self) -> RunStopped:
         """Save a checkpoint, and return the exception that ends the run after a signal."""
-        self._read_pending()
-        self._save_checkpoint()
+        self.read_pending()
+        self.save_checkpoint()
         saved = checkpoints(self.folder / CHECKPOINTS)
         how = f", {how_to_continue(self.settings.checkpoint)}" if saved else ""
-        return RunStopped(f"stopped after step {self.step} of {self.steps}{how}; {self._kept()}", status)
+        return RunStopped(f"stopped after step {self.step} of {self.steps}{how}; {self._kept()}", self.interrupt.status)
 
-    def _diverged(self, problem: str, *, usable: bool = True) -> DivergedError:
+    def diverged(self, problem: str, *, usable: bool = True) -> DivergedError:
         """Return the exception that ends a run because of what is not finite; see `_kept`."""
         return DivergedError(problem, bool(self.results.losses), self._kept(usable=usable))
 
     def _kept(self, *, usable: bool = True) -> str:
         """Say what is left of a run that ends early; if no model was saved yet, a trained and usable one is."""
-        self._read_pending()
+        self.read_pending()
         if not self.progress.best_step and self.results.losses and not self.results.skipped_in_a_row and usable:
             self._save()
         step = self.progress.best_step
@@ -389,7 +390,7 @@ class Finetuning:
         if "test" in self.features or settings.lora.lora_merge:
             open_best(settings, self.model, self.config, self.adapter)
         if "test" in self.features:
-            outputs, metrics = self._predict("test")
+            outputs, metrics = self.predict("test")
             self._write("test", outputs)
             results |= metrics
         write_report(settings, self.model, self.precision, self.metric, results, self.distributed.world_size)

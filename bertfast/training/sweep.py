@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,13 @@ from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, 
 from bertfast.training.finetuning import Finetuning, open_run
 from bertfast.training.optimizer import remedy_for
 from bertfast.training.step_results import DivergedError
+from bertfast.training.successive_halving import better_half, fractions, recorded_score, run_until
 from bertfast.training.sweep_plan import SweepPlan
 
 logger = logging.getLogger("bertfast")
+
+Planned = dict[tuple[float, int, float], list[FinetuneSettings]]
+"""Settings of the runs, one for each seed, of each combination of learning rate, batch size and epochs."""
 
 _CONTENTS = ("rate-*", "features", "sweep.json", "sweep.md")
 
@@ -41,15 +46,21 @@ class Grid(Settings):
         batch_sizes: Examples per forward and backward pass.
         epochs: Numbers of passes over the training data.
         seeds: Random seeds; on small training sets, results vary considerably between seeds.
+        successive_halving: Pause all runs after an eighth of their steps, continue the better half of the combinations
+            up to a quarter, half of them up to a half, and half of them to the end. Two to four combinations are halved
+            less often.
     """
 
     learning_rates: list[LearningRate] = field(default_factory=lambda: [5e-5, 3e-5, 2e-5])
     batch_sizes: list[Count] = field(default_factory=lambda: [16, 32])
     epochs: list[Epochs] = field(default_factory=lambda: [2, 3, 4])
     seeds: list[Seed] = field(default_factory=lambda: [42])
+    successive_halving: bool = False
 
     def validate(self) -> None:
         for name, values in self.flat().items():
+            if isinstance(values, bool):
+                continue
             if not values:
                 raise ValueError(f"{flag(name)} requires at least one value")
             refuse_repeated(name, values)
@@ -98,6 +109,7 @@ class Combination:
         mean: Mean of the scores; NaN if a run failed.
         spread: Standard deviation of the scores; NaN for one seed, or if a run failed.
         failed: Why the first run failed that did; None: none did.
+        trained: Fraction of their steps that the runs were trained; less than 1 by successive halving.
     """
 
     learning_rate: float
@@ -107,16 +119,19 @@ class Combination:
     mean: float
     spread: float
     failed: str | None = None
+    trained: float = 1.0
 
     @classmethod
-    def of(cls, learning_rate: float, batch_size: int, epochs: float, results: list[Score]) -> Combination:
+    def of(
+        cls, learning_rate: float, batch_size: int, epochs: float, results: list[Score], trained: float = 1.0
+    ) -> Combination:
         """Return the combination of which the runs, one for each seed, have these results."""
         failed = next((result.failed for result in results if result.failed is not None), None)
         scores = [result.score for result in results]
         known = [score for score in scores if score is not None]
         mean = statistics.mean(known) if failed is None else math.nan
         spread = statistics.stdev(known) if failed is None and len(known) > 1 else math.nan
-        return cls(learning_rate, batch_size, epochs, scores, mean, spread, failed)
+        return cls(learning_rate, batch_size, epochs, scores, mean, spread, failed, trained)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:
@@ -172,22 +187,15 @@ def _exactly(value: float) -> str:
 def _sweep(settings: SweepSettings) -> dict[str, Any]:
     """Run what is missing of a sweep in its locked folder."""
     folder, grid = Path(settings.output_dir), settings.grid
-    combinations: list[Combination] = []
-    runs: list[tuple[Score, str]] = []
     planned = {
         values: [_run_settings(settings, *values, seed) for seed in grid.seeds]
         for values in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs)
     }
-    all_runs = [run for of_values in planned.values() for run in of_values]
-    plan = SweepPlan([run for run in all_runs if not Path(run.output_dir, SWEEP_SCORE).exists()], len(all_runs))
-    for (rate, size, epochs), one_per_seed in planned.items():
-        results = [_score(run, plan) for run in one_per_seed]
-        runs += zip(results, (run.output_dir for run in one_per_seed), strict=True)
-        combinations.append(Combination.of(rate, size, epochs, results))
-    metric = runs[0][0].metric
-    sign = -1 if metric == "loss" else 1
-    combinations.sort(key=lambda row: math.inf if row.failed is not None else -sign * row.mean)
-    scored = [(sign * result.score, run) for result, run in runs if result.score is not None]
+    combinations, results = _halved(planned) if grid.successive_halving else _complete(planned)
+    metric = _metric([result for result, _ in results])
+    sign = _sign(metric)
+    combinations.sort(key=lambda row: (math.inf,) if row.failed is not None else (-row.trained, -sign * row.mean))
+    scored = [(sign * result.score, run) for result, run in results if result.score is not None]
     best = max(scored, key=lambda pair: pair[0])[1] if scored else None
     # JSON has no NaN.
     rows = [
@@ -199,20 +207,82 @@ def _sweep(settings: SweepSettings) -> dict[str, Any]:
     page = table(metric, best, combinations)
     write_atomically(folder / "sweep.md", page)
     if best is None:
-        raise RunStopped(f"all {counted(len(runs), 'run')} failed, see {folder / 'sweep.md'}: {runs[0][0].failed}")
+        failed = counted(len(results), "run")
+        raise RunStopped(f"all {failed} failed, see {folder / 'sweep.md'}: {results[0][0].failed}")
     print(page)
     return results_of_all
 
 
+def _complete(planned: Planned, plan: SweepPlan | None = None) -> tuple[list[Combination], list[tuple[Score, str]]]:
+    """Train runs to their end.
+
+    Args:
+        planned: Settings of the runs of each combination.
+        plan: Plan of the rung before; None: there was none.
+
+    Returns:
+        The combinations, and the result of each run with its folder.
+    """
+    runs = [run for of_values in planned.values() for run in of_values]
+    left = [run for run in runs if not Path(run.output_dir, SWEEP_SCORE).exists()]
+    plan = SweepPlan(left, len(runs), share=1.0 if plan is None else 0.5, earlier=plan)
+    scores = {values: [_score(run, plan) for run in of_values] for values, of_values in planned.items()}
+    combinations = [Combination.of(*values, of_values) for values, of_values in scores.items()]
+    folders = [run.output_dir for run in runs]
+    return combinations, [*zip(itertools.chain.from_iterable(scores.values()), folders, strict=True)]
+
+
+def _halved(planned: Planned) -> tuple[list[Combination], list[tuple[Score, str]]]:
+    """Train runs by successive halving; see `_complete`. If all fail, the results are those of the runs that did."""
+    dropped: list[Combination] = []
+    failures: list[tuple[Score, str]] = []
+    plan: SweepPlan | None = None
+    before, rungs = 0.0, fractions(len(planned))
+    for number, fraction in enumerate(rungs):
+        runs = [run for of_values in planned.values() for run in of_values]
+        left = [run for run in runs if _known_score(Path(run.output_dir), fraction) is None]
+        shares = [end - start for start, end in itertools.pairwise([*rungs[number:], 1.0])]
+        epochs = sum(run.hyperparameters.num_train_epochs for run in runs)
+        later = sum(share * epochs / 2**halvings for halvings, share in enumerate(shares, 1))
+        plan = SweepPlan(left, len(runs), until=fraction, share=fraction - before, later=later, earlier=plan)
+        scores = {values: [_score(run, plan, fraction) for run in of_values] for values, of_values in planned.items()}
+        rows = {values: Combination.of(*values, of_values, fraction) for values, of_values in scores.items()}
+        sign = _sign(_metric([*itertools.chain.from_iterable(scores.values())]))
+        kept = better_half([(values, sign * row.mean) for values, row in rows.items()])
+        for values in [values for values in rows if values not in kept]:
+            dropped.append(rows[values])
+            for run, score in zip(planned[values], scores[values], strict=True):
+                failures += [(score, run.output_dir)] * (score.failed is not None)
+                remove(Path(run.output_dir, CHECKPOINTS))
+        planned, before = {values: planned[values] for values in kept}, fraction
+        if not planned:
+            return dropped, failures
+    combinations, results = _complete(planned, plan)
+    return combinations + dropped, results
+
+
+def _metric(scores: Sequence[Score]) -> str:
+    """Return the metric of runs; it is not known of those that failed early."""
+    return next((score.metric for score in scores if score.metric), "")
+
+
+def _sign(metric: str) -> int:
+    """Return 1 if higher values of a metric are better, else -1."""
+    return -1 if metric == "loss" else 1
+
+
 def table(metric: str, best: str | None, combinations: list[Combination]) -> str:
     """Return the results as a Markdown table, with the reasons of failures below it."""
-    lines = [f"| learning rate | batch | epochs | {metric}, mean | spread |", "|---|---|---|---|---|"]
+    halved = any(row.trained < 1 for row in combinations)
+    lines = [f"| learning rate | batch | epochs | {metric}, mean | spread |" + " trained |" * halved]
+    lines += ["|---|---|---|---|---|" + "---|" * halved]
     failures = []
     for row in combinations:
         spread = "" if math.isnan(row.spread) else f"{row.spread:.4f}"
         mean = f"{row.mean:.4f}" if row.failed is None else "failed"
         lines.append(
             f"| {_exactly(row.learning_rate)} | {row.batch_size} | {_exactly(row.epochs)} | {mean} | {spread} |"
+            + f" {100 * row.trained:.3g} % |" * halved
         )
         if row.failed is not None:
             rate, epochs = _exactly(row.learning_rate), _exactly(row.epochs)
@@ -221,11 +291,16 @@ def table(metric: str, best: str | None, combinations: list[Combination]) -> str
     return "\n".join([*lines, *failures, *([] if best is None else ["", f"The best run is in {best}."]), ""])
 
 
-def _score(settings: FinetuneSettings, plan: SweepPlan) -> Score:
-    """Return the result of a run; one that is finished is not repeated, nor one that diverged."""
+def _score(settings: FinetuneSettings, plan: SweepPlan, fraction: float = 1.0) -> Score:
+    """Return the result of a run; one that is finished is not repeated, nor one that diverged.
+
+    Args:
+        settings: Settings of the run.
+        plan: The plan.
+        fraction: Fraction of its steps after which it is paused.
+    """
     folder = Path(settings.output_dir)
-    finished = folder / SWEEP_SCORE
-    if saved := _read_score(finished):
+    if saved := _known_score(folder, fraction):
         require_origin(folder, finetune_origin(settings, "finetune"))
         return saved
     metric, started = "", time.perf_counter()
@@ -233,8 +308,7 @@ def _score(settings: FinetuneSettings, plan: SweepPlan) -> Score:
     try:
         with open_run(settings) as run:
             metric = run.metric
-            result = _run(run)
-            write_results(finished, asdict(result))
+            result = _run(run, fraction)
     except Exception as error:  # each library has one of its own for exhausted memory
         if not is_out_of_memory(error):
             raise
@@ -246,12 +320,23 @@ def _score(settings: FinetuneSettings, plan: SweepPlan) -> Score:
     return result
 
 
-def _run(run: Finetuning) -> Score:
+def _run(run: Finetuning, fraction: float) -> Score:
+    """Train a run, and record its result unless it is only paused."""
     try:
-        return Score(run.metric, run.run(lambda step: None)[f"eval_{run.metric}"])
+        if fraction < 1 and (score := run_until(run, fraction)) is not None:
+            return Score(run.metric, score)
+        result = Score(run.metric, run.run(lambda step: None)[f"eval_{run.metric}"])
     except DivergedError as error:
         remove(run.folder / CHECKPOINTS)  # the run is not continued
-        return Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")
+        result = Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")
+    write_results(run.folder / SWEEP_SCORE, asdict(result))
+    return result
+
+
+def _known_score(folder: Path, fraction: float) -> Score | None:
+    """Return the result of a run that is finished, or paused after a fraction of its steps; None: it is neither."""
+    paused = None if fraction == 1 else recorded_score(folder, fraction)
+    return _read_score(folder / SWEEP_SCORE) if paused is None else Score(*paused)
 
 
 def _read_score(path: Path) -> Score | None:

@@ -13,21 +13,41 @@ logger = logging.getLogger("bertfast")
 
 
 class SweepPlan:
-    """The runs of a sweep that are not finished.
+    """The runs of a sweep, or of one rung of successive halving, that are not finished.
 
     Args:
         left: Settings of these runs, in order.
         total: Number of all runs.
+        until: Fraction of their steps after which they are paused; 1: they are not.
+        share: Fraction of their steps that they take before.
+        later: Epochs that follow in later rungs.
+        earlier: Plan of the rung before, whose times count as well.
 
     Attributes:
         seconds, epochs: Time that runs have taken so far, and their epochs.
     """
 
-    def __init__(self, left: Sequence[FinetuneSettings], total: int):
-        self.left, self.total = [*left], total
-        self.seconds, self.epochs = 0.0, 0.0
+    def __init__(
+        self,
+        left: Sequence[FinetuneSettings],
+        total: int,
+        *,
+        until: float = 1.0,
+        share: float = 1.0,
+        later: float = 0.0,
+        earlier: SweepPlan | None = None,
+    ):
+        self.left, self.total, self.share, self.later = [*left], total, share, later
+        self.seconds, self.epochs = (0.0, 0.0) if earlier is None else (earlier.seconds, earlier.epochs)
         finished = total - len(left)
-        logger.info("the sweep has %s%s", counted(total, "run"), f", {finished} of them finished" * (finished > 0))
+        what = "the sweep has" if earlier is None else "the sweep goes on with"
+        logger.info(
+            "%s %s%s%s",
+            what,
+            counted(total, "run"),
+            f", up to {100 * until:.3g} % of their steps" * (until < 1),
+            f", {finished} of them finished" * (finished > 0),
+        )
 
     def begin(self, run: FinetuneSettings) -> None:
         """Log which run begins, and about how long the rest will take, if a run has been timed."""
@@ -50,12 +70,12 @@ class SweepPlan:
         """Count a run that has ended after so many seconds; the time of others is estimated from their epochs."""
         self.left.remove(run)
         self.seconds += seconds
-        self.epochs += run.hyperparameters.num_train_epochs
+        self.epochs += self.share * run.hyperparameters.num_train_epochs
 
     @property
     def seconds_left(self) -> float:
         """Estimated time of the runs that are left; NaN before the first has ended."""
-        epochs = sum(run.hyperparameters.num_train_epochs for run in self.left)
+        epochs = self.later + self.share * sum(run.hyperparameters.num_train_epochs for run in self.left)
         return self.seconds / self.epochs * epochs if self.epochs else math.nan
 
 

@@ -126,7 +126,7 @@ def test_losses_are_those_of_peft_in_transformers(pretrained, tmp_path):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        run._read_pending()
+        run.read_pending()
         assert run.results.losses[-1] == pytest.approx(loss.item(), abs=1e-5)
 
 
