@@ -38,7 +38,8 @@ class SweepPlan:
         earlier: SweepPlan | None = None,
     ):
         self.left, self.total, self.share, self.later = [*left], total, share, later
-        self.seconds, self.epochs = (0.0, 0.0) if earlier is None else (earlier.seconds, earlier.epochs)
+        self.seconds: float = 0.0 if earlier is None else earlier.seconds
+        self.epochs: float = 0.0 if earlier is None else earlier.epochs
         finished = total - len(left)
         what = "the sweep has" if earlier is None else "the sweep goes on with"
         logger.info(
