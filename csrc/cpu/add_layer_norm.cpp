@@ -64,9 +64,11 @@ static void backward(const AddLayerNormBackward& a) {
           },
           [&](int64_t column, int count, Floats d_z) {
             store_columns(d_residual + column, d_z, count);
-            prefetch_columns<X>(a.x, token + 1, column), prefetch_columns<R>(a.residual, token + 1, column);
-            if (d_y) prefetch_columns<R>(a.d_y, token + 1, column);
-            if (d_copy) prefetch_columns<BFloat16>(a.d_copy, token + 1, column);
+            // The next row: what the CPU fetches by itself lags behind, because passes over a row alternate. A prefetch
+            // of an address beyond the tensor does nothing.
+            __builtin_prefetch(x + a.x.stride + column), __builtin_prefetch(residual + a.residual.stride + column);
+            if (d_y) __builtin_prefetch(d_y + a.d_y.stride + column);
+            if (d_copy) __builtin_prefetch(d_copy + a.d_copy.stride + column);
             const Floats d = mask(column, d_z);
             if (d_x) store_columns(d_x + column, d, count);
             add_to(sums + 2 * width + column, d);

@@ -14,15 +14,16 @@ struct Distribution {
 };
 
 template <class T>
+constexpr bool IS_FLOAT = sizeof(T) == sizeof(float);
+
+template <class T>
 INLINE Floats exponential(Floats power) {
-  Floats registers[1] = {power};
-  exp2<sizeof(T) == sizeof(float) ? 6 : 4>(registers);
-  return registers[0];
+  return exp2<IS_FLOAT<T> ? 6 : 4>(power);
 }
 
 template <class T>
 INLINE Floats reciprocal(Floats x) {
-  if constexpr (sizeof(T) == sizeof(float)) return 1.f / x;
+  if constexpr (IS_FLOAT<T>) return 1.f / x;
   else return reciprocal_estimate(x);
 }
 
@@ -31,9 +32,9 @@ INLINE Floats reciprocal(Floats x) {
 template <class T>
 INLINE Distribution normal(Floats x) {
   const Floats density = exponential<T>(x * x * -0.7213475204444817f - 1.3257480647361593f);  // e^(-x²/2) / sqrt(2π)
-  const Floats t = reciprocal<T>(absolute(x) * (sizeof(T) == sizeof(float) ? 0.26f : 0.37f) + 1.f);
+  const Floats t = reciprocal<T>(absolute(x) * (IS_FLOAT<T> ? 0.26f : 0.37f) + 1.f);
   Floats series;
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (IS_FLOAT<T>) {
     series = t * 0.0764636716f - 0.383081251f;
     series = series * t + 0.630386868f;
     series = series * t - 0.378362924f;
@@ -54,7 +55,7 @@ INLINE Distribution normal(Floats x) {
 template <class T>
 INLINE Distribution logistic(Floats x) {
   const Floats e = exponential<T>(absolute(x) * -1.4426950408889634f);
-  const Floats tail = sizeof(T) == sizeof(float) ? e / (e + 1.f) : e * reciprocal<T>(e + 1.f);
+  const Floats tail = IS_FLOAT<T> ? e / (e + 1.f) : e * reciprocal<T>(e + 1.f);
   return {tail, tail * (1.f - tail)};
 }
 

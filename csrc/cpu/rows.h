@@ -59,13 +59,6 @@ static inline void widen(const Vector& vector, int64_t hidden, float* out, int64
   });
 }
 
-// Fetch a register of the next row while this one is written: what the CPU fetches by itself lags behind where passes
-// over a row alternate. Addresses beyond a tensor are allowed.
-template <class T>
-INLINE void prefetch_columns(const Rows& x, int64_t index, int64_t column) {
-  __builtin_prefetch(row<T>(x, index) + column);
-}
-
 INLINE void add_to(float* p, Floats x) { store(p, load(p) + x); }
 
 struct LayerNorm {

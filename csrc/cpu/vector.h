@@ -264,9 +264,10 @@ INLINE void exp2(Floats (&x)[N]) {
 #endif
 }
 
+template <int DEGREE = 6>
 INLINE Floats exp2(Floats x) {
   Floats registers[1] = {x};
-  exp2<6>(registers);
+  exp2<DEGREE>(registers);
   return registers[0];
 }
 
