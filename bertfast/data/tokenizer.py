@@ -286,8 +286,9 @@ def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator
     tokenizer.encode_special_tokens = True
     before = "" if isinstance(tokenizer.model, models.WordPiece) else " "
     encoded = tokenizer.encode_batch_fast([before + sentence for sentence in sentences], add_special_tokens=False)
-    special = {tokenizer.token_to_id(token): token for token in special_names(tokenizer).values()}
-    unknown = special_tokens(tokenizer).unk
+    names = special_names(tokenizer)
+    special = {tokenizer.token_to_id(token): token for token in names.values()}
+    unknown = tokenizer.token_to_id(names["unk"]) if "unk" in names else None
     # Published Unigram vocabularies have these names among their pieces.
     reads_names = isinstance(tokenizer.model, models.Unigram)
     for sentence, encoding in zip(sentences, encoded, strict=True):

@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+from bertfast.runtime.processes import world_size
+
 
 def end_process(status: int = 0) -> NoReturn:
     """End this process; a worker of torchrun ends without the shutdown of Python.
@@ -20,7 +22,7 @@ def end_process(status: int = 0) -> NoReturn:
     Args:
         status: Exit status.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         sys.exit(status)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

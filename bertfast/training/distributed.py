@@ -18,16 +18,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from bertfast.runtime import processes
 from bertfast.runtime.precision import choose_device
 
 _T = TypeVar("_T")
 _BUCKET = 2**24  # numbers that a message has at least, except for the last
 _TIMEOUT = timedelta(hours=6)  # the other ranks wait this long while the main process prepares the text
-
-
-def is_main_process() -> bool:
-    """Return whether this process is alone, or the one of rank 0 of those that `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Distributed:
         Raises:
             ValueError: There are more local processes than GPUs, or the device is not available.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        world_size = processes.world_size()
         if world_size == 1:
             return cls(0, 1, choose_device(device))
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -180,11 +176,6 @@ class Distributed:
     def result_of_main(self, work: Callable[[], _T]) -> _T:
         """Return on every rank what `work` returns in the main process, which alone calls it; see `run_on_main`."""
         return cast(_T, self.broadcast(self.run_on_main(work)))
-
-    def refuse_several(self, what: str) -> None:
-        """Raise ValueError if there are several processes, which `what` cannot use."""
-        if self.world_size > 1:
-            raise ValueError(f"{what} runs in one process, not in {self.world_size}: start it without torchrun")
 
     def destroy(self) -> None:
         """Destroy the default process group if `init` created it."""

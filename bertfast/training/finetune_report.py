@@ -124,6 +124,7 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
         "",
         *_results(run["results"]),
         *_classes(Path(settings.output_dir)),
+        *["## Use", "", "```", _command(folder, head), "```", ""],
         *usage,
         *_training(settings, run),
     ]
@@ -156,24 +157,24 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
-    lines = ["## Use", "", "```", _command(folder, head), "```", ""]
+    """Return how to use a model from Python."""
     if extended:
-        return [*lines, "The model has parts that transformers does not have: only bertfast opens it.", ""]
+        return ["The model has parts that transformers does not have: only bertfast opens it.", ""]
     if head in _SENTENCE_TRANSFORMERS:
         name, call = _SENTENCE_TRANSFORMERS[head]
         code = [f"from sentence_transformers import {name}", "", f"model = {name}({folder!r})", f"print(model.{call})"]
-        return [*lines, "```python", *code, "```", ""]
+        return _python(code)
     code = [
         f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",
         f"model = AutoModelFor{head}.from_pretrained({folder!r})",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
     ]
-    return [*lines, "```python", *code, "```", "", f"`bertfast.AutoModelFor{head}` opens it with fast kernels.", ""]
+    return [*_python(code), f"`bertfast.AutoModelFor{head}` opens it with fast kernels.", ""]
 
 
 def _usage_of_adapter(folder: str, head: str) -> list[str]:
-    """Return how to use an adapter, which has the head if there is one."""
+    """Return how to use an adapter, which has the head if there is one, from Python."""
     class_of_model = "SequenceClassification" if head == _RERANKER else head
     name = f"AutoModelFor{class_of_model}" if class_of_model else "AutoModel"
     code = [
@@ -185,16 +186,11 @@ def _usage_of_adapter(folder: str, head: str) -> list[str]:
         f"model = PeftModel.from_pretrained(model, {folder!r})",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
     ]
-    lines = ["## Use", "", "```", _command(folder, head), "```", ""]
-    return [
-        *lines,
-        "It is a LoRA adapter: the weights of its base model are not in this folder.",
-        "",
-        "```python",
-        *code,
-        "```",
-        "",
-    ]
+    return ["It is a LoRA adapter: the weights of its base model are not in this folder.", "", *_python(code)]
+
+
+def _python(code: list[str]) -> list[str]:
+    return ["```python", *code, "```", ""]
 
 
 def _command(folder: str, head: str) -> str:

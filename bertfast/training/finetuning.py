@@ -22,12 +22,13 @@ from bertfast.models.tokenizers import copy_tokenizer
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.cuda_graph import side_stream
 from bertfast.runtime.precision import NotFiniteError, choose_precision
+from bertfast.runtime.processes import is_main_process, refuse_several
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import Buckets
 from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Outputs
 from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
-from bertfast.training.distributed import Distributed, is_main_process
+from bertfast.training.distributed import Distributed
 from bertfast.training.evaluate import print_metrics, write_results
 from bertfast.training.feature_based import replace_inputs_by_states
 from bertfast.training.finetune_checkpointing import (
@@ -140,7 +141,7 @@ class Finetuning:
         self.device, self.hyperparameters = distributed.device, settings.hyperparameters
         self.task = finetuning_task(settings)
         if settings.feature_based.strategy == "feature-based":
-            distributed.refuse_several("--strategy feature-based")
+            refuse_several("--strategy feature-based")
         self.saved = distributed.result_of_main(lambda: saved_run(settings))
         with self.task.bad_rows.logged():
             examples = read_examples(settings, self.task)
@@ -365,8 +366,7 @@ class Finetuning:
         """Save a checkpoint, and return the exception that ends the run after a signal."""
         self.read_pending()
         self.save_checkpoint()
-        saved = checkpoints(self.folder / CHECKPOINTS)
-        how = f", {how_to_continue(self.settings.checkpoint)}" if saved else ""
+        how = f", {how_to_continue(self.settings.checkpoint)}" if checkpoints(self.folder / CHECKPOINTS) else ""
         return RunStopped(f"stopped after step {self.step} of {self.steps}{how}; {self._kept()}", self.interrupt.status)
 
     def diverged(self, problem: str, *, usable: bool = True) -> DivergedError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import remove, write_atomically
 from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
+from bertfast.runtime.processes import refuse_several
 from bertfast.runtime.settings import Count, Epochs, LearningRate, Seed, Settings, counted, flag, refuse_repeated
 from bertfast.runtime.signals import RunStopped
 from bertfast.training.checkpoint import CHECKPOINTS
@@ -150,8 +150,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         OriginError: The folder has runs with another model, other data or other settings.
         RunStopped: All runs failed, or after Ctrl-C.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("bertfast sweep runs in one process: start it without torchrun")
+    refuse_several("bertfast sweep")
     origin = finetune_origin(settings, "sweep")
     values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
     origin = Origin(origin.inputs, values, origin.command)
