@@ -224,6 +224,14 @@ def result_parser(description: str | None, results: Path | None = None) -> argpa
     return parser
 
 
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return `result_parser` with the folders of a model and of the data as positional arguments."""
+    parser = result_parser(description)
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("data", type=Path, help="folder of the data")
+    return parser
+
+
 def at_least_one(text: str) -> int:
     """Return a positive integer, as the type of a flag.
 

@@ -33,7 +33,7 @@ from sentence_transformers import SentenceTransformer
 
 from bench.bounds import Rates
 from bench.end_to_end.runtimes import precision_of
-from bench.harness import DEVICE, at_least_one, reason_of, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, at_least_one, model_parser, reason_of, require_clean_tree, write_result
 from bench.points import in_a_process, peak_memory
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
@@ -47,9 +47,7 @@ TOLERANCE, MIN_COSINE = 1e-5, 0.999
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=6, help="rounds of which the median is taken")
     parser.add_argument(
         "--sentences",

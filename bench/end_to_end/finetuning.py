@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import model_parser, require_clean_tree, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
@@ -59,9 +59,7 @@ SIDES = ("bertfast", "transformers", "random")
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument(
         "--sides", nargs="*", default=list(SIDES), choices=SIDES, help="random: bertfast from random weights"

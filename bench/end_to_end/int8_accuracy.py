@@ -28,7 +28,7 @@ from transformers import BertConfig, PreTrainedModel
 from bench.end_to_end.finetuning import CASES, Case, padded, settings_for
 from bench.end_to_end.inference import Workload, entry, lower_bounds, measured_ceilings
 from bench.end_to_end.runtimes import Inputs, Precision
-from bench.harness import DEVICE, at_least_one, require_clean_tree, result_parser, side_by_side, write_result
+from bench.harness import DEVICE, at_least_one, model_parser, require_clean_tree, side_by_side, write_result
 from bertfast.inference.embed import EmbedSettings, compute_embeddings
 from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu
 from bertfast.inference.predict import PredictSettings, open_finetuned, predict_outputs
@@ -65,9 +65,7 @@ class Evaluated:
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(EPOCHS), choices=EPOCHS, help="tasks to fine-tune on")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--output", type=Path, required=True, help="folder to keep the fine-tuned models")

@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,7 +25,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.bounds import Rates
-from bench.harness import at_least_one, require_clean_tree, result_parser, stopwatch, write_result
+from bench.harness import at_least_one, model_parser, require_clean_tree, stopwatch, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
 
@@ -35,9 +34,7 @@ MIN_ROUNDS = 5
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=12, help="rounds of SST-2, at least 5 of other texts")
     parser.add_argument("--steps", type=at_least_one, default=5, help="steps of Trainer per part; 5 parts are timed")
     arguments = parser.parse_args()

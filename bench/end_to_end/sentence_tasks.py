@@ -30,7 +30,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 
 from bench.end_to_end.finetuning import train_bertfast
 from bench.end_to_end.sentence_trainers import open_model, require_trainers, sentence_trainer
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.harness import model_parser, require_clean_tree, write_result
 from bertfast.inference.predict import predict_outputs
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.tasks.embedding import EmbeddingTask
@@ -77,9 +77,7 @@ LENGTH = 256
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), choices=CASES, help="tasks (default: all)")
     parser.add_argument("--output", type=Path, required=True, help="folder to keep models and metrics")
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from bench.bounds import Rates
 from bench.end_to_end.sentence_trainers import open_model, require_trainers, sentence_trainer
-from bench.harness import DEVICE, at_least_one, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, at_least_one, model_parser, require_clean_tree, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision, has_bf16_gemm
 from bertfast.training.finetuning import FinetuneSettings, Finetuning
@@ -38,9 +38,7 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.05}  # of losses, 
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=5, help="timed rounds")
     parser.add_argument("--steps", type=at_least_one, default=10, help="steps of each side in a round")
     arguments = parser.parse_args()

@@ -39,7 +39,7 @@ import bertfast
 from bench.end_to_end.inference import require_runtimes, wrong_outputs
 from bench.end_to_end.load import percentile, poisson_arrivals, post, send_all, send_at
 from bench.end_to_end.runtimes import Precision, Predict, Weights, padded, require_bf16, with_openvino
-from bench.harness import ROOT, at_least_one, reason_of, require_clean_tree, result_parser, write_result
+from bench.harness import ROOT, at_least_one, model_parser, reason_of, require_clean_tree, write_result
 from bench.points import importing_bench
 from bertfast.cli.doctor import package_version
 from bertfast.models.files import read_config
@@ -84,9 +84,7 @@ class Server(NamedTuple):
 
 
 def main() -> None:
-    parser = result_parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder of the model")
-    parser.add_argument("data", type=Path, help="folder of the data")
+    parser = model_parser(__doc__)
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--seconds", type=float, default=2.5, help="seconds per engine, rate and round")
     parser.add_argument("--engine", choices=ENGINES, help="only serve with one engine, until standard input ends")

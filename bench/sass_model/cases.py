@@ -167,16 +167,9 @@ def _add_layer_norm(hidden: int, dropout: bool) -> Launch:
         torch.ops.bertfast.triton_add_layer_norm_forward(x, x, vector, vector, vector, 1e-12, *rng, None)
         torch.ops.bertfast.triton_add_layer_norm_backward(x, x, x, vector, vector, statistics, statistics, *rng, None)
 
-    row = hidden * HALF
-    size = f"{hidden:,} columns"
-    return Launch(
-        "add_layer_norm" + (", dropout" if dropout else ""),
-        run,
-        (
-            Case("add_layer_norm_forward", size, _each_row(2 * row, row + 2 * SINGLE)),
-            Case("add_layer_norm_backward", size, _summing(3 * row + 2 * SINGLE, (1 + dropout) * row)),
-        ),
-    )
+    row, name = hidden * HALF, "add_layer_norm" + (", dropout" if dropout else "")
+    forward = _each_row(2 * row, row + 2 * SINGLE)
+    return _row_kernels(name, hidden, run, forward, _summing(3 * row + 2 * SINGLE, (1 + dropout) * row))
 
 
 def _pre_norm(hidden: int) -> Launch:
@@ -190,15 +183,21 @@ def _pre_norm(hidden: int) -> Launch:
         torch.ops.bertfast.triton_pre_norm_backward(*arguments, *rng)
 
     row = hidden * HALF
-    size = f"{hidden:,} columns"
-    return Launch(
-        "pre_norm",
-        run,
-        (
-            Case("pre_norm_forward", size, _each_row(2 * row, 2 * row + 2 * SINGLE)),
-            Case("pre_norm_backward", size, _summing(3 * row + 2 * SINGLE, row)),
-        ),
-    )
+    forward = _each_row(2 * row, 2 * row + 2 * SINGLE)
+    return _row_kernels("pre_norm", hidden, run, forward, _summing(3 * row + 2 * SINGLE, row))
+
+
+def _row_kernels(
+    name: str,
+    columns: int,
+    run: Callable[[], object],
+    forward: Callable[[Options], Work],
+    backward: Callable[[Options], Work],
+) -> Launch:
+    """Return the launch of both kernels of a row operation; after a comma, `name` has what is special in it."""
+    operation, size = name.partition(",")[0], f"{columns:,} columns"
+    cases = Case(f"{operation}_forward", size, forward), Case(f"{operation}_backward", size, backward)
+    return Launch(name, run, cases)
 
 
 def _each_row(reads: int, writes: int) -> Callable[[Options], Work]:
@@ -243,15 +242,9 @@ def _bias_gelu(columns: int) -> Launch:
         torch.ops.bertfast.triton_bias_gelu_forward(x, bias, "none")
         torch.ops.bertfast.triton_bias_gelu_backward(x, x, bias, "none")
 
-    row, size = columns * HALF, f"{columns:,} columns"
-    return Launch(
-        "bias_gelu",
-        run,
-        (
-            Case("bias_gelu_forward", size, _column_tiles(columns, row, row, False)),
-            Case("bias_gelu_backward", size, _column_tiles(columns, 2 * row, row, True)),
-        ),
-    )
+    row = columns * HALF
+    forward, backward = _column_tiles(columns, row, row, False), _column_tiles(columns, 2 * row, row, True)
+    return _row_kernels("bias_gelu", columns, run, forward, backward)
 
 
 def _gated_activation(columns: int) -> Launch:
@@ -262,15 +255,9 @@ def _gated_activation(columns: int) -> Launch:
         torch.ops.bertfast.triton_gated_activation_forward(x, None, "gelu")
         torch.ops.bertfast.triton_gated_activation_backward(d_y, x, None, "gelu")
 
-    row, size = columns * HALF, f"{columns:,} columns"
-    return Launch(
-        "gated_activation",
-        run,
-        (
-            Case("gated_activation_forward", size, _column_tiles(columns, 2 * row, row, False)),
-            Case("gated_activation_backward", size, _column_tiles(columns, 3 * row, 2 * row, True)),
-        ),
-    )
+    row = columns * HALF
+    forward, backward = _column_tiles(columns, 2 * row, row, False), _column_tiles(columns, 3 * row, 2 * row, True)
+    return _row_kernels("gated_activation", columns, run, forward, backward)
 
 
 def _rotary() -> Launch:
