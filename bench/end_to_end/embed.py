@@ -81,10 +81,11 @@ def main() -> None:
 def embed_with_bertfast(
     model: Path, file: Path, folder: Path, precision: Literal["fp32", "bf16", "int8"] = "fp32"
 ) -> torch.Tensor:
-    """Write the embeddings to safetensors files in `folder`; return those of the first file."""
+    """Write the embeddings to safetensors files in `folder`; return them."""
     where = {"model_name_or_path": str(model), "input_file": str(file), "output_dir": str(folder)}
     settings = EmbedSettings.of(**where, pooling="mean", max_seq_length=LENGTH, precision=precision, device="cpu")
-    return load_file(embed(settings) / "part-00000.safetensors")["embeddings"]
+    parts = sorted(embed(settings).glob("part-*.safetensors"))
+    return torch.cat([load_file(part)["embeddings"] for part in parts])
 
 
 def embed_with_sentence_transformers(
