@@ -4,11 +4,15 @@ Each function takes a model with a task's head and calls its `task_steps()`, or 
 must be one that `bertfast.report` shows fused whole. A loss is the sum over the batch's labels divided by `num_items`,
 so that the batches of a step can be accumulated.
 
+In evaluation, logits are fp32 also under autocast: rounded to 16 bits, those of similar inputs would be equal, and they
+could not be ranked. Heads for sequences run in fp32 throughout, those for tokens in their last layer.
+
 T packed tokens, S sequences, R gathered rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +30,7 @@ from bertfast.ops.dropout import RngCoordinates
 from bertfast.ops.reference import IGNORE_INDEX
 from bertfast.ops.reference_parts import drop_hidden
 from bertfast.ops.sequences import Sequences
+from bertfast.runtime.torch_compat import autocast_dtype
 
 Count = Tensor | float
 
@@ -172,10 +177,10 @@ def sequence_logits(model: PackedHead, packed: Packed) -> Tensor:
     """
     pooling, at_first = model.pooling(), packed.rng and packed.rng.at(packed.first)
     if pooling == "first":
-        return _run_steps(model, _encode(model, packed, packed.first), at_first)
+        return _run_steps(model, _encode(model, packed, packed.first), at_first, per_sequence=True)
     hidden = _encode(model, packed)
     if pooling == "mean":
-        return _run_steps(model, _mean_of_sequences(hidden, packed.sequences), at_first)
+        return _run_steps(model, _mean_of_sequences(hidden, packed.sequences), at_first, per_sequence=True)
     return _mean_of_sequences(_run_steps(model, hidden, packed.rng), packed.sequences)
 
 
@@ -328,16 +333,35 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_fp32(logits), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _run_steps(model: PackedHead, rows: Tensor, rng: RngCoordinates | None) -> Tensor:
-    """Call what a head calls on rows of the encoder's output; dropout is a function of `rng`."""
+def _run_steps(model: PackedHead, rows: Tensor, rng: RngCoordinates | None, *, per_sequence: bool = False) -> Tensor:
+    """Call what a head calls on rows of the encoder's output; dropout is a function of `rng`.
+
+    Args:
+        model: Model with a head.
+        rows: [R, H].
+        rng: Coordinates of the rows for dropout; None: no dropout.
+        per_sequence: Whether there is one row per sequence, so that the whole head may run in fp32.
+    """
     sites = iter(("classifier", "projection"))
-    for step in model.task_steps():
+    steps = model.task_steps()
+    parameters = [x for step in steps if isinstance(step, nn.Module) for x in step.parameters()]
+    exact = not model.training and all(x.dtype == torch.float32 for x in parameters)
+    first_exact = 0 if per_sequence else len(steps) - 1
+    for index, step in enumerate(steps):
         if isinstance(step, nn.Dropout):
             dropout = None if rng is None else rng.dropout(step.p, next(sites))
             rows = drop_hidden(rows, dropout)
         else:
-            rows = step(rows)
+            rows = in_fp32(step, rows) if exact and index >= first_exact else step(rows)
     return rows
+
+
+def in_fp32(step: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Call a step of a head, which has fp32 parameters, on rows [R, H] as without autocast."""
+    if autocast_dtype(rows.device) is None:
+        return step(rows)
+    with torch.autocast(rows.device.type, enabled=False):
+        return step(rows.float())
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

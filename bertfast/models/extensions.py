@@ -18,6 +18,7 @@ from transformers import BertConfig, PretrainedConfig, PreTrainedModel
 
 from bertfast.encoder import encode
 from bertfast.encoder.bilstm import BiLSTM
+from bertfast.encoder.heads import in_fp32
 from bertfast.encoder.unpadding import Packed
 from bertfast.models import bert
 from bertfast.models.families import class_like
@@ -198,5 +199,6 @@ class BertFeaturesForTokenClassification(ExtendedModel, bert.BertPreTrainedModel
         """Compute the logits of tokens [T, labels], from their `features` [T, layers, H] if they are known already."""
         states = self.features(packed) if features is None else features
         mixed = states.flatten(1) if self.concatenated else (self.weights.softmax(0)[:, None] * states).sum(1)
-        logits: Tensor = self.classifier(self.dropout(self.reader(self.dropout(mixed), packed.sequences.lengths)))
+        rows: Tensor = self.dropout(self.reader(self.dropout(mixed), packed.sequences.lengths))
+        logits: Tensor = self.classifier(rows) if self.training else in_fp32(self.classifier, rows)
         return logits

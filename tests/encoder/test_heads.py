@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from parity import SIZES
+from parity import SIZES, assert_as_accurate_as_torch
 from torch import Tensor, nn
 
 import bertfast
@@ -83,6 +83,28 @@ def test_a_multiple_choice_loss_is_over_the_choices():
     loss = heads.multiple_choice_loss(model, packed, torch.tensor([2]), 1, num_choices=3)
     logits = torch.cat([model(row[None]).logits for row in rows], 1)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, torch.tensor([2])))
+
+
+HEADS = {
+    "BertForSequenceClassification": heads.sequence_logits,
+    "BertForMultipleChoice": heads.sequence_logits,
+    "BertForTokenClassification": heads.token_logits,
+    "BertForQuestionAnswering": heads.span_logits,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_rounds_no_logits_in_evaluation(name):
+    model, call = model_of(name), HEADS[name]
+    packed, _ = packed_batch()
+    with torch.no_grad():
+        truth = call(model.double(), packed)
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            found, rounded = call(model, packed), call(model.train(), packed)
+    assert (found.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(found, found.bfloat16().float())
+    assert_as_accurate_as_torch(found, rounded, truth, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("slots", [0, 5])

@@ -11,8 +11,11 @@ import torch
 from sentence_training import BATCH, STEPS, losses_of_loop
 from sentiment import QUICK
 from text_pairs import rows_of, write_pairs
+from transformers import BertConfig, BertForSequenceClassification
 
 from bertfast.cli.main import main
+from bertfast.inference.predict import open_finetuned, predict_outputs
+from bertfast.tasks.settings import TaskSettings
 from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 
 settings_for = partial(sentence_training.settings_for, "reranking")
@@ -52,7 +55,8 @@ def test_losses_equal_those_of_a_training_loop_with_sentence_transformers(form, 
     scale = 4.5 if form == "scored" else 1.0
     file = write_lists(tmp_path / "a.jsonl", 15) if form == "lists" else write_pairs(tmp_path / "a.tsv", form, 60)
     options = {"per_device_train_batch_size": BATCH, "num_train_epochs": STEPS * BATCH / 60, "learning_rate": 1e-3}
-    run = Finetuning(settings_for(pretrained, file, tmp_path / "out", max_score=scale, **options))
+    options |= {"max_score": scale} if form == "scored" else {}
+    run = Finetuning(settings_for(pretrained, file, tmp_path / "out", **options))
     assert run.steps == STEPS
     expected = st_losses(run, tmp_path / "st", scale)
     run.run(lambda step: None)
@@ -103,6 +107,26 @@ def test_predict_prints_the_scores_of_a_cross_encoder(reranker, capsys, pipe):
     assert main(["predict", *arguments]) == 0
     expected = model.predict([("a good film", "the film was good")])[0]
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_scores_of_similar_documents_differ_in_bf16(pretrained, tmp_path):
+    """Rounded to bf16, whose significand has 8 bits, most of them would be equal."""
+    config = BertConfig.from_pretrained(pretrained, hidden_size=64, num_labels=1)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)  # of a head dimension that kernels support
+    torch.nn.init.constant_(model.classifier.bias, 3.0)  # where neighbours in bf16 are 1/64 apart
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(Path(pretrained, name).read_bytes())
+    file, scores = write_lists(tmp_path / "a.jsonl", 60), {}
+    for precision in ("fp32", "bf16"):
+        where = {"model_name_or_path": str(tmp_path), "device": "cpu", "precision": precision, "task": "reranking"}
+        task, model, tokenizer = open_finetuned(TaskSettings.of(**where))
+        _, features = task.featurize(task.read(str(file), labelled=True), tokenizer, 40)
+        scores[precision] = np.concatenate(predict_outputs(task, model, features))
+    rounded = {*torch.from_numpy(scores["fp32"]).bfloat16().tolist()}
+    assert len({*scores["bf16"].tolist()}) > 0.95 * len({*scores["fp32"].tolist()}) > 2 * len(rounded)
+    np.testing.assert_allclose(scores["bf16"], scores["fp32"], atol=0.02)
 
 
 def test_the_model_card_says_how_to_use_the_model(reranker, monkeypatch):
