@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bertfast.architectures.methods import original_class
 from bertfast.data.text_files import read_json
 from bertfast.models.families import architecture_of
-from bertfast.models.weights import ADAPTER_CONFIG
+from bertfast.models.weights import ADAPTED_CONFIG, ADAPTER_CONFIG, CONFIG
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.tensor_file import replaced_files, write_tensors
@@ -45,6 +45,7 @@ class Adapter:
         alpha: Scale of the updates, which are multiplied by alpha / rank.
         dropout: Dropout probability of the inputs of the updates.
         targets: Names of linear layers that get an update, or `ALL_LINEAR`; none: those of queries and values.
+        config_file: Name of the file of the model's configuration, `CONFIG` or `ADAPTED_CONFIG`.
 
     Raises:
         ImportError: peft is not installed.
@@ -61,12 +62,13 @@ class Adapter:
         alpha: float,
         dropout: float,
         targets: Sequence[str] = (),
+        config_file: str = CONFIG,
     ):
         peft = load_peft("--lora-rank")
         kind = original_class(type(model)).__name__
         task_type = next((name for end, name in _TASK_TYPES.items() if kind.endswith(end)), None)
         saved_whole = sorted({prefix.removesuffix(".").rpartition(".")[2] for prefix in whole})
-        self.model = model
+        self.model, self.config_file = model, config_file
         self.options = peft.LoraConfig(
             task_type=task_type,
             base_model_name_or_path=base,
@@ -88,6 +90,7 @@ class Adapter:
             write_tensors({name: value.contiguous() for name, value in self._trained().items()}, temporary / _WEIGHTS)
             self.options.save_pretrained(str(temporary))
             self.model.config.save_pretrained(temporary)
+            (temporary / CONFIG).rename(temporary / self.config_file)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -117,7 +120,7 @@ def load_peft(what: str) -> Any:
 
 def remove_adapter(folder: Path) -> None:
     """Remove the files of an adapter from a folder."""
-    for name in (ADAPTER_CONFIG, _WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTED_CONFIG, _WEIGHTS):
         remove(folder / name)
 
 

@@ -22,7 +22,15 @@ from bertfast.models.adapters import base_of, merge_adapter
 from bertfast.models.config_checks import check_config, check_entries
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
 from bertfast.models.quantised_files import read_dequantised, restore_quantised, unmark
-from bertfast.models.weights import ADAPTER_CONFIG, is_adapter, is_computed, separate_tied
+from bertfast.models.weights import (
+    ADAPTED_CONFIG,
+    ADAPTER_CONFIG,
+    CONFIG,
+    config_path,
+    is_adapter,
+    is_computed,
+    separate_tied,
+)
 from bertfast.runtime.display import require_utf8
 from bertfast.runtime.tensor_file import replaced_files
 
@@ -66,7 +74,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a model's folder that determine its outputs: configuration, weights and tokenizer."""
-    patterns = ("config.json", ADAPTER_CONFIG, "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
+    patterns = (CONFIG, ADAPTED_CONFIG, ADAPTER_CONFIG, "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
@@ -83,7 +91,7 @@ def read_config(folder: str | Path, /, *, source: str | None = None, **changes: 
         FileNotFoundError: There is no `config.json`.
         ValueError: It cannot be read, or is that of an unknown family.
     """
-    path = Path(folder, "config.json")
+    path = config_path(Path(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model's folder")
     values = read_json(path)

@@ -13,7 +13,7 @@ from bertfast.data.text_files import read_json, read_text
 from bertfast.data.truncation import read_max_length
 from bertfast.models.pooling import POOLINGS
 from bertfast.models.sentence_modules import Dense, Normalize, SentenceModules, Step, Truncate
-from bertfast.models.weights import read_weights
+from bertfast.models.weights import config_path, read_weights
 from bertfast.runtime.atomic_write import write_atomically
 
 _MODULES, MODEL_OPTIONS, _EMBEDDING = "modules.json", "config_sentence_transformers.json", "sentence_embedding"
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 def encoder_folder(folder: Path) -> Path:
     """Return the folder of the encoder of a model's folder: the same, unless its module Transformer has its own."""
-    alone = (folder / "config.json").exists() or not (folder / _MODULES).exists()
+    alone = config_path(folder).exists() or not (folder / _MODULES).exists()
     return folder if alone else read_sentence_modules(folder).encoder
 
 
@@ -222,7 +222,7 @@ def _model_options(path: Path) -> tuple[dict[str, str], str | None, str, int | N
 
 
 CONTENTS = (_MODULES, MODEL_OPTIONS, _TRANSFORMER[0], "1_Pooling", "2_Normalize")
-"""What `write_sentence_modules` writes."""
+"""What `write_sentence_modules` and `write_cross_encoder_modules` write."""
 
 
 def write_sentence_modules(folder: Path, modules: SentenceModules, hidden_size: int, max_seq_length: int) -> None:
@@ -255,5 +255,36 @@ def write_sentence_modules(folder: Path, modules: SentenceModules, hidden_size: 
         MODEL_OPTIONS: options,
         _MODULES: entries,  # last: without it the folder is that of an encoder
     }
+    _write(folder, files)
+
+
+def write_cross_encoder_modules(folder: Path, activation: str, max_seq_length: int) -> None:
+    """Write the files with which sentence-transformers opens the adapter of a reranker: of whole models it needs none.
+
+    Args:
+        folder: Folder of the adapter and its tokenizer.
+        activation: Name of what makes scores of logits.
+        max_seq_length: Maximum tokens of a query and a document.
+    """
+    transformer = {
+        "transformer_task": "sequence-classification",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+        "module_output_name": "scores",
+        "max_seq_length": max_seq_length,
+        "config_kwargs": {"num_labels": 1},
+        "model_kwargs": {"ignore_mismatched_sizes": True},  # the base model may have a head of another task
+    }
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    options: dict[str, Any] = {
+        "model_type": "CrossEncoder",
+        "activation_fn": activation,
+        "prompts": {},
+        "default_prompt_name": None,
+    }
+    _write(folder, {_TRANSFORMER[0]: transformer, MODEL_OPTIONS: options, _MODULES: [module]})
+
+
+def _write(folder: Path, files: dict[str, Any]) -> None:
+    """Write the content of files in JSON, in this order."""
     for name, content in files.items():
         write_atomically(folder / name, json.dumps(content, indent=2) + "\n")

@@ -25,7 +25,11 @@ logger = logging.getLogger("bertfast")
 
 Weights = dict[str, Tensor]
 
+CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
+ADAPTED_CONFIG = "adapter_model_config.json"
+"""Configuration of a model with an adapter that sentence-transformers opens: that looks for whole weights beside a
+`config.json`, and takes the configuration of the base model where there is none."""
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WRAPPER = re.compile(
@@ -69,6 +73,12 @@ def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter of peft, and not a whole model."""
     weights = ("model*.safetensors*", "pytorch_model*.bin*")
     return (folder / ADAPTER_CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
+
+
+def config_path(folder: Path) -> Path:
+    """Return the file of the configuration of a model's folder, which need not exist."""
+    adapted = folder / ADAPTED_CONFIG
+    return adapted if adapted.is_file() and not (folder / CONFIG).exists() else folder / CONFIG
 
 
 def require_floating_point(weights: Weights, name: str) -> None:

@@ -20,7 +20,7 @@ from bertfast.models.families import architecture_of
 from bertfast.models.files import load, new_model, read_config, report_differences, resolve, save
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.models.tokenizers import load_any_tokenizer
-from bertfast.models.weights import is_adapter
+from bertfast.models.weights import ADAPTED_CONFIG, CONFIG, is_adapter
 from bertfast.runtime.settings import refuse_without_effect
 from bertfast.tasks.embedding import EmbeddingTask
 from bertfast.tasks.features import Features
@@ -32,7 +32,8 @@ from bertfast.training.optimizer import build_optimizers
 
 logger = logging.getLogger("bertfast")
 
-_OWN_TASKS = ("embedding", "reranking")  # which are not known by the class of their models
+# Tasks that are not known by the class of their models, which sentence-transformers opens.
+_OWN_TASKS = ("embedding", "reranking")
 
 
 def finetuning_task(settings: FinetuneSettings) -> Task[Any]:
@@ -150,6 +151,7 @@ def _add_adapter(settings: FinetuneSettings, model: PreTrainedModel, missing: li
         alpha=2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
         dropout=options.lora_dropout,
         targets=options.lora_target_modules,
+        config_file=ADAPTED_CONFIG if getattr(model.config, FINETUNING_TASK, None) in _OWN_TASKS else CONFIG,
     )
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     every = sum(x.numel() for x in model.parameters())

@@ -161,9 +161,7 @@ def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
     if extended:
         return ["The model has parts that transformers does not have: only bertfast opens it.", ""]
     if head in _SENTENCE_TRANSFORMERS:
-        name, call = _SENTENCE_TRANSFORMERS[head]
-        code = [f"from sentence_transformers import {name}", "", f"model = {name}({folder!r})", f"print(model.{call})"]
-        return _python(code)
+        return _usage_in_sentence_transformers(folder, head)
     code = [
         f"from transformers import AutoModelFor{head}, AutoTokenizer",
         "",
@@ -173,20 +171,36 @@ def _usage(folder: str, head: str, *, extended: bool) -> list[str]:
     return [*_python(code), f"`bertfast.AutoModelFor{head}` opens it with fast kernels.", ""]
 
 
+def _usage_in_sentence_transformers(folder: str, head: str) -> list[str]:
+    name, call = _SENTENCE_TRANSFORMERS[head]
+    return _python(
+        [f"from sentence_transformers import {name}", "", f"model = {name}({folder!r})", f"print(model.{call})"]
+    )
+
+
 def _usage_of_adapter(folder: str, head: str) -> list[str]:
     """Return how to use an adapter, which has the head if there is one, from Python."""
-    class_of_model = "SequenceClassification" if head == _RERANKER else head
-    name = f"AutoModelFor{class_of_model}" if class_of_model else "AutoModel"
+    name = f"AutoModelFor{'SequenceClassification' if head == _RERANKER else head}" if head else "AutoModel"
+    config, options = [], ""
+    if head == _RERANKER:
+        options = ", num_labels=1, ignore_mismatched_sizes=True"
+    elif head:
+        config, options = ["AutoConfig"], f", config=AutoConfig.from_pretrained({folder!r})"
     code = [
         "from peft import PeftConfig, PeftModel",
-        f"from transformers import AutoConfig, {name}, AutoTokenizer",
+        f"from transformers import {', '.join([*config, name, 'AutoTokenizer'])}",
         "",
         f"base = PeftConfig.from_pretrained({folder!r}).base_model_name_or_path",
-        f"model = {name}.from_pretrained(base, config=AutoConfig.from_pretrained({folder!r}))",
+        f"model = {name}.from_pretrained(base{options})",
         f"model = PeftModel.from_pretrained(model, {folder!r})",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
     ]
-    return ["It is a LoRA adapter: the weights of its base model are not in this folder.", "", *_python(code)]
+    lines = ["It is a LoRA adapter: the weights of its base model are not in this folder.", ""]
+    if head in _SENTENCE_TRANSFORMERS:
+        version = " 6" * (head == _RERANKER)  # earlier ones look for a config.json
+        lines += [f"sentence-transformers{version} opens it if peft is installed:", ""]
+        lines += [*_usage_in_sentence_transformers(folder, head), "Without sentence-transformers:", ""]
+    return [*lines, *_python(code)]
 
 
 def _python(code: list[str]) -> list[str]:

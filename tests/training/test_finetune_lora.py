@@ -172,6 +172,61 @@ def test_other_tasks_are_trained_by_adapters(task, pretrained, tmp_path, capsys)
     assert len(predictions(tmp_path / "out", str(file), capsys)) == 24
 
 
+@pytest.mark.parametrize(("family", "merge"), [*((family, False) for family in PREFIXES), ("roberta", True)])
+@pytest.mark.parametrize("task", ["embedding", "reranking"])
+def test_sentence_transformers_opens_the_adapter(task, family, merge, tmp_path, monkeypatch, capsys):
+    """And gives what bertfast gives; the code on the card opens it as well."""
+    st = pytest.importorskip("sentence_transformers", minversion="6")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = write_model(family, tmp_path / "base", ["the film was good", "a bad film it was"] * 10)
+    file = write_pairs(tmp_path / "a.tsv", "pairs" if task == "embedding" else "labelled", 24)
+    options = {"lora_rank": 2, "max_steps": 4, "learning_rate": 1e-2, "lora_merge": merge}
+    finetune(settings_for(task, base, file, tmp_path / "out", **options))
+    assert is_adapter(tmp_path / "out") != merge
+    rows = [line.split("\t")[:2] for line in file.read_text().splitlines()[1:]]
+    if task == "embedding":
+        model = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+        first, second = (torch.from_numpy(model.encode([*texts])) for texts in zip(*rows, strict=True))
+        expected = torch.cosine_similarity(first, second).tolist()
+    else:
+        expected = st.CrossEncoder(str(tmp_path / "out"), device="cpu").predict(rows).tolist()
+    found = [one["score"] for one in predictions(tmp_path / "out", str(file), capsys)]
+    assert found == pytest.approx(expected, abs=1e-5)
+    monkeypatch.chdir(tmp_path)
+    blocks = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1:]
+    for block in blocks:
+        exec(block.partition("```")[0], {})
+    assert len(blocks) == 2 - merge
+
+
+def test_a_reranker_can_be_an_adapter_of_a_classifier(tuned, tmp_path, capsys):
+    """Whose head has another number of labels."""
+    st = pytest.importorskip("sentence_transformers", minversion="6")
+    file = write_pairs(tmp_path / "a.tsv", "labelled", 24)
+    finetune(settings_for("reranking", tuned[0], file, tmp_path / "out", lora_rank=2, max_steps=4))
+    rows = [line.split("\t")[:2] for line in file.read_text().splitlines()[1:]]
+    expected = st.CrossEncoder(str(tmp_path / "out"), device="cpu").predict(rows).tolist()
+    assert [one["score"] for one in predictions(tmp_path / "out", str(file), capsys)] == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_adapters_of_embeddings_are_opened_by_all_commands(pretrained, tmp_path, capsys):
+    file = write_pairs(tmp_path / "a.tsv", "pairs", 24)
+    finetune(settings_for("embedding", pretrained, file, tmp_path / "out", max_steps=3, **LORA))
+    assert not (tmp_path / "out" / "config.json").exists()
+    adapter = ["--model-name-or-path", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["evaluate", *adapter, "--validation-file", str(file)]) == 0
+    assert "eval_ndcg_at_10" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("a good film\n")
+    assert main(["embed", *adapter, "--input-file", str(tmp_path / "a.txt"), "--output-dir", str(tmp_path / "v")]) == 0
+    train = [*adapter, "--train-file", str(file), "--max-steps", "1", "--task", "embedding"]
+    assert main(["finetune", *train, "--output-dir", str(tmp_path / "next")]) == 0
+    other = ["--model-name-or-path", str(pretrained), "--init-from-task", str(tmp_path / "out"), "--device", "cpu"]
+    more = ["--train-file", str(file), "--max-steps", "1", "--task", "embedding", "--output-dir", str(tmp_path / "b")]
+    assert main(["finetune", *other, *more]) == 0
+
+
 @pytest.mark.parametrize("task", ["token-classification", "question-answering"])
 def test_an_adapter_is_the_initial_model_of_another_task(task, adapted, tmp_path):
     """With another head: that of the adapter is not used."""
