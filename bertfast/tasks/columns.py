@@ -34,10 +34,11 @@ class Columns:
         if text is None:
             raise ValueError(
                 f"{table.path} has none of the columns {', '.join(TEXT_COLUMNS)}, {table.found}: name the text column "
-                "with --text-column"
+                "with --text-column, or another task with --task"
             )
         if text_pair is None and TEXT_PAIR_COLUMN in table.columns:
             text_pair = TEXT_PAIR_COLUMN
+        table.require_different(text, text_pair)
         return cls(text, text_pair, label or LABEL_COLUMN)
 
     def require_all_texts(self, table: Table, *, text_named: bool) -> None:

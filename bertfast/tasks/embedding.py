@@ -88,6 +88,8 @@ class EmbeddingTask(Task[TextGroups]):
     def read(self, path: str, *, labelled: bool) -> TextGroups:
         """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
         groups = read_groups(read_table(path, bad=self.bad_rows), self.settings.columns, labelled=labelled)
+        if not len(groups):
+            raise ValueError(f"{path} has no usable rows")
         if labelled:
             self.scored = groups.scores is not None
         return groups
@@ -112,6 +114,11 @@ class EmbeddingTask(Task[TextGroups]):
             logger.info("%s: the loss is %s", file, self.loss_name)
         if scores is not None and len(scores) < 2:
             raise ValueError(f"{file}: every score is {min(scores):g}; embeddings need pairs with different scores")
+        if self.loss_name == "multiple-negatives-ranking" and not examples.has_negatives():
+            raise ValueError(
+                f"{file}: no pair has a negative, as all have the same anchor or the same positive, so the loss would "
+                "always be 0: add other pairs, or a column negative"
+            )
         unused = {"contrastive": "--similarity-scale"}.get(self.loss_name, "--contrastive-margin")
         refuse_without_effect({unused}.intersection(given(settings)), f"the loss is {self.loss_name}")
         return {FINETUNING_TASK: "embedding"}
@@ -206,6 +213,15 @@ class EmbeddingTask(Task[TextGroups]):
         for output in outputs:
             found = _cosines(output.reshape(1, features.num_choices, -1))[0].tolist()
             yield {"score": found[0]} if len(found) == 1 else {"scores": found}
+
+    def unmeasurable(self, examples: TextGroups, features: Features) -> dict[str, str]:
+        """Return all metrics if the scores are equal, or each anchor is to find all texts; see `Task.unmeasurable`."""
+        scores = {*(examples.scores or [])}
+        if len(scores) == 1:
+            return dict.fromkeys(self.metrics, f"every score is {scores.pop():g}")
+        if examples.scores is None and not self.scored and not examples.has_negatives():
+            return dict.fromkeys(self.metrics, "no anchor has another text to find than its positives")
+        return {}
 
     def compute_metrics(self, examples: TextGroups, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics; empty if the validation data has scores and these examples have none."""

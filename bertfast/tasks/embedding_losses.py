@@ -48,8 +48,8 @@ def cosines(embeddings: Tensor) -> Tensor:
 def multiple_negatives_ranking(embeddings: Tensor, text_ids: Tensor, scale: float) -> Tensor:
     """Compute the cross entropy of finding each anchor's positive among all positives and negatives of the batch.
 
-    Henderson et al. (2017). A text that equals an anchor's own positive, or the positive of an equal anchor,
-    is none of its negatives.
+    Henderson et al. (2017). A positive of an anchor, or of an equal anchor, does not count as one of its negatives
+    where its text occurs again.
 
     Args:
         embeddings: fp32 [E, C, D].

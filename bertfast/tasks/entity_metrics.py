@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,14 @@ from bertfast.tasks.tag_schemes import entities
 
 
 def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
-    """Compute precision, recall and F1 of whole entities, given the true and the predicted tags of each sentence."""
+    """Compute precision, recall and F1 of whole entities, given the true and the predicted tags of each sentence.
+
+    All are NaN if there is no true entity; a precision of no predicted ones is 0.
+    """
     correct, found, actual = (counter.total() for counter in _count(gold, predicted))
-    precision, recall = correct / max(found, 1), correct / max(actual, 1)
+    if not actual:
+        return dict.fromkeys(("precision", "recall", "f1"), math.nan)
+    precision, recall = correct / max(found, 1), correct / actual
     f1 = 2 * precision * recall / (precision + recall) if correct else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
 

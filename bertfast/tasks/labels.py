@@ -152,6 +152,23 @@ class LabelEncoder:
         return found
 
 
+def undefined_metrics(targets: np.ndarray, problem_type: str | None, names: Sequence[str]) -> dict[str, str]:
+    """Return the metrics that labels leave undefined whatever a model predicts, and why each is.
+
+    Args:
+        targets: The labels, encoded.
+        problem_type: Problem type of the model.
+        names: Names of its labels.
+    """
+    if problem_type == MULTI_LABEL:
+        return {} if targets.any() else dict.fromkeys(("f1_micro", "f1_macro"), "no example has a label")
+    constant = not np.ptp(targets)
+    if problem_type == REGRESSION:
+        return dict.fromkeys(("pearson", "spearmanr"), f"every label is {targets[0]:g}") if constant else {}
+    found = {"f1": f"no label is {names[1]!r}"} if len(names) == 2 and not targets.any() else {}
+    return found | ({"matthews_correlation": f"every label is {names[targets[0]]!r}"} if constant else {})
+
+
 def canonical(label: str) -> str:
     """Return a label without the decimals of an integer: 1.0, as pandas writes it, is the label 1."""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", label)

@@ -5,6 +5,7 @@ Shapes: E examples, C texts of each, D embedding size, Q queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,21 +30,22 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
         labels: int [E].
 
     Returns:
-        The values of `CLASSIFICATION`. f1 is that of label 1 if there are two labels, else the macro average. An
-        undefined metric is 0. The loss is the mean cross-entropy in nats.
+        The values of `CLASSIFICATION`. f1 is that of label 1 if there are two labels, else the macro average. Where no
+        example has label 1, f1 is NaN, and where all have the same label, matthews_correlation is; what predictions
+        alone leave undefined is 0. The loss is the mean cross-entropy in nats.
     """
     from scipy.special import log_softmax
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     logits = logits.astype(np.float64)
     predictions = logits.argmax(1)
-    average = "binary" if logits.shape[1] == 2 else "macro"
+    binary = logits.shape[1] == 2
+    f1 = f1_score(labels, predictions, average="binary" if binary else "macro", zero_division=0.0)
     losses = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-    one_class = np.unique([labels, predictions]).size == 1  # of which scikit-learn warns
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
-        "f1": float(f1_score(labels, predictions, average=average, zero_division=0.0)),
-        "matthews_correlation": 0.0 if one_class else float(matthews_corrcoef(labels, predictions)),
+        "f1": math.nan if binary and not (labels == 1).any() else float(f1),
+        "matthews_correlation": float(matthews_corrcoef(labels, predictions)) if np.ptp(labels) else math.nan,
         "loss": float(losses.mean()),
     }
 
@@ -56,15 +58,15 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         labels: float [E].
 
     Returns:
-        The values of `REGRESSION`. A correlation with a constant is 0; the loss is the mean squared error.
+        The values of `REGRESSION`. A correlation with a constant is NaN; the loss is the mean squared error.
     """
     from scipy.stats import pearsonr, spearmanr
 
     predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
     defined = np.ptp(predictions) > 0 and np.ptp(labels) > 0
     return {
-        "pearson": float(pearsonr(predictions, labels).statistic) if defined else 0.0,
-        "spearmanr": float(spearmanr(predictions, labels).statistic) if defined else 0.0,
+        "pearson": float(pearsonr(predictions, labels).statistic) if defined else math.nan,
+        "spearmanr": float(spearmanr(predictions, labels).statistic) if defined else math.nan,
         "loss": float(np.square(predictions - labels).mean()),
     }
 
@@ -84,16 +86,17 @@ def multi_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
 
     Returns:
         The values of `MULTI_LABEL`. accuracy is the share of examples whose label sets match exactly; the loss is the
-        mean binary cross-entropy in nats.
+        mean binary cross-entropy in nats. Both values of F1 are NaN if no example has a label.
     """
     from sklearn.metrics import f1_score
 
     logits, labels = logits.astype(np.float64), labels.astype(np.int64)
     predictions = (logits > 0).astype(np.int64)
     losses = np.logaddexp(0, logits) - labels * logits
+    averages = ("micro", "macro")
+    f1 = {f"f1_{name}": float(f1_score(labels, predictions, average=name, zero_division=0.0)) for name in averages}
     return {
-        "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0.0)),
-        "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0.0)),
+        **(f1 if labels.any() else dict.fromkeys(f1, math.nan)),
         "accuracy": float((predictions == labels).all(1).mean()),
         "loss": float(losses.mean()),
     }

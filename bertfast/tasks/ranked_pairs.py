@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from bertfast.runtime.settings import counted
 from bertfast.tasks.rows import Rows
 from bertfast.tasks.settings import ColumnSettings
-from bertfast.tasks.tables import Table
+from bertfast.tasks.tables import BLANK, Table
 from bertfast.tasks.text_groups import FIRST_COLUMNS, NEGATIVE, SCORE_COLUMNS, SECOND_COLUMNS, read_scores
 
-_POSITIVE = "positive"
-_DOCUMENTS, _LABELS = ("docs", "documents"), ("labels", "scores")  # columns of lists
+POSITIVES = ("positive", "pos")
+DOCUMENT_LISTS, LIST_LABELS = ("docs", "documents"), ("labels", "scores")  # columns of lists
+_LARGEST = float(np.finfo(np.float32).max)  # label
 NEEDED = "query, document and label; query, positive and negative; or in JSON query, docs and labels"
 """The columns that rerankers need, for messages."""
+
+logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +77,19 @@ def read_ranked_pairs(table: Table, columns: ColumnSettings, *, labelled: bool) 
             f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column and "
             "--text-pair-column"
         )
-    table = table.with_texts(query)
-    documents = next((name for name in _DOCUMENTS if name in table.columns), None)
-    if columns.text_pair_column is None and _POSITIVE in table.columns:
-        return _from_rows(table, query, [*_positives_and_negatives(table)])
+    table = table.with_texts(query, blank=False)
+    documents = next((name for name in DOCUMENT_LISTS if name in table.columns), None)
+    if (positive := positive_column(table, columns)) is not None:
+        return _from_rows(table, query, [*_positives_and_negatives(table, positive)])
     if columns.text_pair_column is None and documents is not None and _holds_lists(table, documents):
         return _from_rows(table, query, [*_documents_and_labels(table, documents, labelled)])
     return _single_pairs(table, query, columns, labelled=labelled)
+
+
+def positive_column(table: Table, columns: ColumnSettings) -> str | None:
+    """Return the column of the documents labelled 1 of a table in which columns say that; None: labels say it."""
+    names = POSITIVES if columns.text_pair_column is None else ()
+    return next((name for name in names if name in table.columns), None)
 
 
 _Row = tuple[list[str], list[float] | None] | str
@@ -99,50 +111,64 @@ def _from_rows(table: Table, query: str, rows: list[_Row]) -> RankedPairs:
         known &= of_documents is not None
         sizes.append(len(documents))
         usable.append(index)
-    if not usable:
-        raise ValueError(f"{table.path} has no usable rows")
+    if labels and not known:
+        logger.warning("no metrics of %s, as not all labels are known", table.path)
     return RankedPairs(pairs, sizes, table.rows.select(usable), labels if known else None, lists=True)
 
 
-def _positives_and_negatives(table: Table) -> Iterator[_Row]:
-    """Yield the documents of rows with the column positive and perhaps negatives: texts or lists of texts."""
+def _positives_and_negatives(table: Table, positive: str) -> Iterator[_Row]:
+    """Yield the documents of rows with a column of positives and perhaps negatives: texts or lists of texts."""
     negatives = [name for name in table.columns if NEGATIVE.fullmatch(name)]
     for index in range(len(table)):
         found: dict[str, list[str]] = {}
         problem = None
-        for name in (_POSITIVE, *negatives):
+        for name in (positive, *negatives):
             value = table.columns[name][index]
             texts = [value] if isinstance(value, str) else [] if value is None else value
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 problem = f"column {name!r} holds {_shown(value)}, not a text or a list of texts"
                 break
+            if not all(map(str.strip, texts)):
+                problem = f"column {name!r} {BLANK}"
+                break
             found[name] = texts
-        if problem is None and not found[_POSITIVE]:
-            problem = f"column {_POSITIVE!r} is missing or empty"
+        if problem is None and not found[positive]:
+            problem = f"column {positive!r} is missing or empty"
         if problem is not None:
             yield problem
             continue
         others = [text for name in negatives for text in found[name]]
-        yield [*found[_POSITIVE], *others], [1.0] * len(found[_POSITIVE]) + [0.0] * len(others)
+        yield [*found[positive], *others], [1.0] * len(found[positive]) + [0.0] * len(others)
 
 
 def _documents_and_labels(table: Table, column: str, labelled: bool) -> Iterator[_Row]:
     """Yield the documents of rows with a column of lists, and the labels in another column of lists."""
-    labels = next((name for name in _LABELS if name in table.columns), None)
+    labels = next((name for name in LIST_LABELS if name in table.columns), None)
     if labels is None and labelled:
         raise ValueError(f"{table.path} has the column {column!r} of lists, and no column 'labels' of as many labels")
     for index, documents in enumerate(table.column(column)):
         values = None if labels is None else table.columns[labels][index]
         if not isinstance(documents, list) or not documents or not all(isinstance(x, str) for x in documents):
             yield f"column {column!r} holds {_shown(documents)}, not a list of texts"
-        elif values is None and not labelled:
-            yield documents, None
-        elif not isinstance(values, list) or not all(type(x) in (int, float) for x in values):
-            yield f"column {labels!r} holds {_shown(values)}, not a list of numbers"
-        elif len(values) != len(documents):
-            yield f"{counted(len(documents), 'text')} in column {column!r} and {counted(len(values), 'label')}"
+        elif not all(map(str.strip, documents)):
+            yield f"column {column!r} {BLANK}"
         else:
-            yield documents, [float(x) for x in values]
+            found = _labels_of(values, labels, len(documents))
+            if isinstance(found, str) and labelled:
+                yield found
+            else:
+                yield documents, None if isinstance(found, str) else found
+
+
+def _labels_of(values: Any, column: str | None, count: int) -> list[float] | str:
+    """Return the labels of `count` documents in a column of lists, or what is wrong with them."""
+    if not isinstance(values, list) or not all(type(x) in (int, float) for x in values):
+        return f"column {column!r} holds {_shown(values)}, not a list of numbers"
+    if (wrong := next((x for x in values if not abs(x) <= _LARGEST), None)) is not None:
+        return f"the label {wrong!r:.60} in column {column!r} is not a finite number"
+    if len(values) != count:
+        return f"{counted(len(values), 'number')} in column {column!r} and {counted(count, 'document')}"
+    return [float(x) for x in values]
 
 
 def _holds_lists(table: Table, column: str) -> bool:
@@ -160,7 +186,8 @@ def _single_pairs(table: Table, query: str, columns: ColumnSettings, *, labelled
         raise ValueError(
             f"{table.path} has no columns {NEEDED}, {table.found}: name that of the documents with --text-pair-column"
         )
-    table = table.with_texts(query, second)
+    table.require_different(query, second)
+    table = table.with_texts(query, second, blank=False)
     texts = [*zip(table.column(query), table.column(second), strict=True)]
     pairs = RankedPairs(texts, [1] * len(texts), table.rows)
     label = columns.label_column or next((name for name in SCORE_COLUMNS if name in table.columns), SCORE_COLUMNS[-1])

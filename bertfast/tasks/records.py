@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertfast.data.text_files import json_object, read_json_list, read_lines, require_rereadable
+from bertfast.data.text_files import json_object, read_json_list, read_lines, require_rereadable, unpaired_surrogate
 
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
@@ -47,15 +48,34 @@ def tsv_records(path: Path) -> Iterator[Record]:
 
 
 def json_records(path: Path) -> Iterator[Record]:
-    """Yield the rows of a file of one JSON object per line, or, if its name says .json, of one list of objects."""
+    """Yield the rows of a file of one JSON object per line, or, if its name says .json, of one list of objects.
+
+    A line may also be a list of texts, as in training data of sentence-transformers: an anchor, a positive and perhaps
+    negatives.
+    """
     require_rereadable(path)
     is_list = ".jsonl" not in path.suffixes[-2:] and next(_lines_with_text(path), (0, ""))[1].lstrip().startswith("[")
     for number, text in read_json_list(path) if is_list else _lines_with_text(path):
         where, line = (f"{path}, row {number}", None) if is_list else (f"{path}, line {number}", number)
         try:
-            yield Record(line, json_object(where, text, '{"sentence": "…", "label": "…"}'))
+            group = None if is_list else _group(text)
+            yield Record(line, group or json_object(where, text, '{"sentence": "…", "label": "…"}'))
         except ValueError as error:
             yield Record(line, {}, str(error))
+
+
+def _group(text: str) -> dict[str, Any] | None:
+    """Return the texts of a line that holds a list of them, by name; None: it holds something else."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        texts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if len(texts) < 2 or not all(isinstance(x, str) and unpaired_surrogate(x) is None for x in texts):
+        return None
+    names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(texts) - 1))]
+    return dict(zip(names, texts, strict=True))
 
 
 def _lines_with_text(path: Path) -> Iterator[tuple[int, str]]:

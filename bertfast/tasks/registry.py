@@ -23,12 +23,14 @@ from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
+from bertfast.tasks.ranked_pairs import DOCUMENT_LISTS, LIST_LABELS, POSITIVES
+from bertfast.tasks.ranked_pairs import NEEDED as NEEDED_BY_RERANKERS
 from bertfast.tasks.records import json_records
 from bertfast.tasks.reranking import RerankingTask
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import ColumnSettings, TaskSettings
 from bertfast.tasks.task import FINETUNING_TASK, Task
-from bertfast.tasks.text_groups import NEEDED
+from bertfast.tasks.text_groups import NEEDED, SCORE_COLUMNS, SECOND_COLUMNS
 from bertfast.tasks.token_classification import TokenClassificationTask
 
 _RECORDS = 20  # of a .json or .jsonl file, of which one that can be read tells the task
@@ -36,9 +38,12 @@ _RECORDS = 20  # of a .json or .jsonl file, of which one that can be read tells 
 _CHOICES = {"endings", "ending0", "choices"}
 _SQUAD = {"data", "paragraphs", "qas"}
 _GROUPS = {"anchor", "positive"}
+_DOCUMENTS = {*DOCUMENT_LISTS, *SECOND_COLUMNS}
+_LABELLED = {*SCORE_COLUMNS, *LIST_LABELS}
 _NEEDED = (
     f"classification needs {' or '.join(TEXT_COLUMNS)}, and {LABEL_COLUMN}; multiple choice {CHOICE_COLUMNS}; question "
-    f"answering question, context and answers; embeddings {NEEDED}; token classification is read from .conll files"
+    f"answering question, context and answers; embeddings {NEEDED}; reranking {NEEDED_BY_RERANKERS}; token "
+    "classification is read from .conll files"
 )
 logger = logging.getLogger("bertfast")
 
@@ -109,8 +114,8 @@ def _by_file(file: str | None, columns: ColumnSettings) -> type[Task[Any]]:
             names = {*re.split(r'[\t,"\r\n]+', header)}
             if "ending0" in names:
                 return MultipleChoiceTask
-            if names >= _GROUPS:
-                return EmbeddingTask
+            if (task := _by_pairs(path, names, columns)) is not None:
+                return task
         elif names := _names_in_json(path) or _names_on_several_lines(path):
             return _by_names(path, names, columns)
         if ".tsv" in suffixes and is_tagged(path):
@@ -153,8 +158,8 @@ def _by_names(path: Path, names: set[str], columns: ColumnSettings) -> type[Task
     """Return the task that JSON objects with values of these names fit; ValueError if they fit none."""
     if names & _CHOICES and "answers" not in names:
         return MultipleChoiceTask
-    if names >= _GROUPS:
-        return EmbeddingTask
+    if (task := _by_pairs(path, names, columns)) is not None:
+        return task
     if names & _SQUAD or names >= {"question", "context"}:
         return QuestionAnsweringTask
     chosen = {columns.text_column, columns.label_column} - {None}
@@ -164,6 +169,26 @@ def _by_names(path: Path, names: set[str], columns: ColumnSettings) -> type[Task
         f"{path} fits no task, as its objects hold {', '.join(map(repr, sorted(names)))}: {_NEEDED}; rename them, name "
         "them with --text-column and --label-column, or add --task"
     )
+
+
+def _by_pairs(path: Path, names: set[str], columns: ColumnSettings) -> type[Task[Any]] | None:
+    """Return the task that pairs of a query and a document, or of an anchor and a positive, are for; None: neither.
+
+    Raises:
+        ValueError: They may be for both tasks.
+    """
+    if names >= _GROUPS:
+        return EmbeddingTask
+    if "query" not in names or columns.text_column is not None:
+        return None
+    if names & _DOCUMENTS and names & _LABELLED and not names & {*POSITIVES}:
+        return RerankingTask
+    if names & {*POSITIVES}:
+        raise ValueError(
+            f"{path} has queries and their positives, on which embeddings and rerankers are trained: add --task "
+            "embedding or --task reranking"
+        )
+    return None
 
 
 def _names(task_class: type[Task[Any]], config: BertConfig | None) -> list[str]:

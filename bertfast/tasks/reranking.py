@@ -6,6 +6,7 @@ Shapes: E pairs.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -20,14 +21,16 @@ from transformers import BertConfig, PreTrainedModel
 from bertfast.data.text_files import read_json
 from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
-from bertfast.models.sentence_folder import MODEL_OPTIONS, encoder_folder
+from bertfast.models.sentence_folder import MODEL_OPTIONS, encoder_folder, write_cross_encoder_modules
+from bertfast.models.weights import config_path, is_adapter
+from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.labels import MULTI_LABEL
 from bertfast.tasks.metrics import CORRELATIONS, CUTOFF, RETRIEVAL, correlations, ranking_metrics
-from bertfast.tasks.ranked_pairs import RankedPairs, read_ranked_pairs
+from bertfast.tasks.ranked_pairs import RankedPairs, positive_column, read_ranked_pairs
 from bertfast.tasks.sequence_classification import sigmoid
 from bertfast.tasks.settings import TaskSettings
-from bertfast.tasks.tables import read_chunks, read_table
+from bertfast.tasks.tables import Table, read_chunks, read_table
 from bertfast.tasks.task import FINETUNING_TASK, ROWS_PER_CHUNK, Outputs, Prediction, Task, write_aligned
 from bertfast.tasks.text_groups import parse_pairs
 
@@ -42,7 +45,7 @@ class RerankingTask(Task[RankedPairs]):
 
     Attributes:
         activation: Name of what makes scores of logits, as sentence-transformers writes it.
-        ranks: Whether the last labelled file has several documents of a query, which decides the metrics.
+        ranks: Whether the last labelled file has a query with documents labelled 1 and 0, which decides the metrics.
     """
 
     model_class = BertForSequenceClassification
@@ -61,7 +64,8 @@ class RerankingTask(Task[RankedPairs]):
     def open_folder(self, folder: Path) -> Path:
         """Read what makes scores of logits; see `Task.open_folder`."""
         encoder = encoder_folder(folder)
-        config = read_json(encoder / "config.json") if (encoder / "config.json").exists() else {}
+        file = config_path(encoder)
+        config = read_json(file) if file.exists() else {}
         options = read_json(folder / MODEL_OPTIONS) if (folder / MODEL_OPTIONS).exists() else {}
         nested = config.get(_OPTIONS)
         known = [nested.get("activation_fn") if isinstance(nested, dict) else None]
@@ -73,13 +77,28 @@ class RerankingTask(Task[RankedPairs]):
         self.activation = name
         return encoder
 
+    def write_folder(self, folder: Path) -> None:
+        """Write the files with which sentence-transformers opens an adapter; see `Task.write_folder`."""
+        if is_adapter(folder):
+            write_cross_encoder_modules(folder, self.activation, self.max_length())
+
     def read(self, path: str, *, labelled: bool) -> RankedPairs:
         """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
-        pairs = read_ranked_pairs(read_table(path, bad=self.bad_rows), self.settings.columns, labelled=labelled)
+        table = read_table(path, bad=self.bad_rows)
+        pairs = read_ranked_pairs(table, self.settings.columns, labelled=labelled)
+        if not len(pairs):
+            raise ValueError(f"{path} has no usable rows")
         if labelled:
-            binary = {*(pairs.labels or [])} <= {0.0, 1.0}
-            self.ranks = binary and any(len(of_query) > 1 for of_query in _rankings(pairs))
+            self._require_own_labels(table)
+            self.ranks = {*(pairs.labels or [])} <= {0.0, 1.0} and _has_rankings(pairs)
         return pairs
+
+    def _require_own_labels(self, table: Table) -> None:
+        """Raise ValueError if --max-score is given and columns say which documents are labelled 1."""
+        positive = positive_column(table, self.settings.columns)
+        if positive is not None and "--max-score" in given(self.settings.embedding):
+            reason = f"{table.path} has no labels, but the columns {positive!r} and 'negative'"
+            refuse_without_effect(["--max-score"], reason)
 
     def read_chunks(self, path: str) -> Iterator[RankedPairs]:
         """Yield the pairs of a file in parts; see `Task.read_chunks`."""
@@ -136,6 +155,15 @@ class RerankingTask(Task[RankedPairs]):
         for scores in self._scores_of_rows(examples, outputs):
             yield {"scores": scores.tolist()} if examples.lists else {"score": float(scores[0])}
 
+    def unmeasurable(self, examples: RankedPairs, features: Features) -> dict[str, str]:
+        """Return all metrics if labels are equal, or no query's documents can be ranked; see `Task.unmeasurable`."""
+        labels = {*(examples.labels or [])}
+        if len(labels) == 1:
+            return dict.fromkeys(self.metrics, f"every label is {labels.pop():g}")
+        if labels and self.ranks and not _has_rankings(examples):
+            return dict.fromkeys(self.metrics, "no query has both a document labelled 1 and one labelled 0")
+        return {}
+
     def compute_metrics(self, examples: RankedPairs, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics; empty if the pairs have no labels."""
         if examples.labels is None:
@@ -145,7 +173,7 @@ class RerankingTask(Task[RankedPairs]):
             return correlations(scores, labels)
         rankings = _rankings(examples)
         if not rankings:  # no label is 1, as in the first few rows of a file
-            return dict.fromkeys(RETRIEVAL, 0.0)
+            return dict.fromkeys(RETRIEVAL, math.nan)
         relevant = np.zeros((len(rankings), CUTOFF), bool)
         for row, pairs in enumerate(rankings):
             # Of equal scores, that of an irrelevant document comes first: a constant must not look like a ranking.
@@ -173,6 +201,12 @@ class RerankingTask(Task[RankedPairs]):
     def _scores_of_rows(self, examples: RankedPairs, outputs: Outputs) -> Iterator[np.ndarray]:
         scores = self._scores(outputs)
         return (scores[start:end] for start, end in pairwise(accumulate(examples.sizes, initial=0)))
+
+
+def _has_rankings(examples: RankedPairs) -> bool:
+    """Return whether a query has both a relevant document and another one, without which all rankings are alike."""
+    labels = examples.labels or []
+    return any(min(labels[index] for index in pairs) <= 0 for pairs in _rankings(examples))
 
 
 def _rankings(examples: RankedPairs) -> list[list[int]]:

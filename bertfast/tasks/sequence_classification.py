@@ -39,6 +39,7 @@ from bertfast.tasks.labels import (
     shown,
     sorted_labels,
     sorted_numbers,
+    undefined_metrics,
 )
 from bertfast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bertfast.tasks.rows import Rows
@@ -228,6 +229,11 @@ class SequenceClassificationTask(Task[TextExamples]):
         """Yield the probability of each label by its name."""
         names, normalise = self.label_names, sigmoid if self.problem_type == MULTI_LABEL else softmax
         return (dict(zip(names, normalise(logits).tolist(), strict=True)) for logits in outputs)
+
+    def unmeasurable(self, examples: TextExamples, features: Features) -> dict[str, str]:
+        """Return correlations with a constant, and metrics of classes that do not occur; see `Task.unmeasurable`."""
+        labels = features.labels.get("labels")
+        return {} if labels is None else undefined_metrics(labels, self.problem_type, self.label_names)
 
     def compute_metrics(self, examples: TextExamples, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics of the problem type."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Annotated, Literal
 
 import torch
 
 from bertfast.models.sentence_modules import NormalizationName, PoolingName
 from bertfast.runtime.precision import InferencePrecision, Precision
-from bertfast.runtime.settings import Count, Positive, Range, Settings, refuse_repeated, refuse_without_effect
+from bertfast.runtime.settings import (
+    Count,
+    Positive,
+    Range,
+    Settings,
+    flag,
+    refuse_repeated,
+    refuse_without_effect,
+)
 from bertfast.tasks.rows import OnBadRows
 
 MANY_TOKENS = 8192
@@ -33,6 +42,12 @@ class ColumnSettings(Settings):
     label_column: str | None = None
     tag_column: Annotated[int, Range()] = -1
     on_bad_rows: OnBadRows = "stop"
+
+    def validate(self) -> None:
+        columns = {flag(name): getattr(self, name) for name in ("text_column", "text_pair_column", "label_column")}
+        for (first, column), (second, other) in combinations(columns.items(), 2):
+            if column is not None and column == other:
+                raise ValueError(f"{first} and {second} both name {column!r}: name another column with one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

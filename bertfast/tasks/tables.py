@@ -24,6 +24,8 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".json")
 SUFFIXES = tuple(f"{format_}{compression}" for format_ in FORMATS for compression in COMPRESSIONS)
 SEPARATORS = {".tsv": "\t", ".csv": ","}
 ID_COLUMNS = ("id", "index", "idx", "guid")
+BLANK = "holds a blank text"
+"""What is wrong with a field without a text, for messages."""
 _OTHER_SEPARATORS = {
     "\t": "tabs; give it the suffix .tsv",
     ",": "commas; give it the suffix .csv",
@@ -73,16 +75,30 @@ class Table:
             raise ValueError(f"{self.path} holds no text in its column {name!r}")
         return texts
 
-    def with_texts(self, *names: str) -> Table:
-        """Return the rows in which these columns hold texts; the others are bad rows."""
+    def with_texts(self, *names: str, blank: bool = True) -> Table:
+        """Return the rows in which these columns hold texts; the others are bad rows.
+
+        Args:
+            names: Names of the columns.
+            blank: Whether a text may be blank.
+        """
         usable = []
         for row, values in enumerate(zip(*map(self.column, names), strict=True)):
-            wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+            wrong = next((i for i, x in enumerate(values) if not isinstance(x, str) or not (blank or x.strip())), None)
             if wrong is None:
                 usable.append(row)
             else:
-                self.rows.reject(row, f"column {names[wrong]!r} {not_text(values[wrong])}")
+                value = values[wrong]
+                self.rows.reject(row, f"column {names[wrong]!r} {BLANK if isinstance(value, str) else not_text(value)}")
         return self if len(usable) == len(self) else self.select(usable)
+
+    def require_different(self, first: str, second: str | None) -> None:
+        """Raise ValueError if the columns of the two texts of a pair are the same one."""
+        if first == second:
+            raise ValueError(
+                f"{self.path}: the column {first!r} would be both texts of a pair: name another one with --text-column "
+                "or --text-pair-column"
+            )
 
     def select(self, indices: Iterable[int]) -> Table:
         """Return a table of the rows at `indices`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,6 +83,7 @@ class Task(ABC, Generic[Examples]):
         self.settings = settings
         self.bad_rows = BadRows(settings.columns.on_bad_rows, " (--on-bad-rows skip leaves such rows out)")
         self.known_ids: set[int] = set()
+        self._warnings: set[str] = set()
         self._config: BertConfig | None = None
 
     @property
@@ -189,7 +191,23 @@ class Task(ABC, Generic[Examples]):
 
     @abstractmethod
     def compute_metrics(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
-        """Compute the metrics; empty if the examples have no labels."""
+        """Compute the metrics, those that are undefined as NaN; empty if the examples have no labels."""
+
+    def unmeasurable(self, examples: Examples, features: Features) -> dict[str, str]:
+        """Return the metrics that labelled examples leave undefined whatever a model predicts, and why each is."""
+        return {}
+
+    def measure(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
+        """Compute the metrics that are defined, and warn of the others, once for each file."""
+        values, reasons = self.compute_metrics(examples, features, outputs), self.unmeasurable(examples, features)
+        undefined = {name: reasons.get(name) for name, x in values.items() if name in reasons or math.isnan(x)}
+        for reason in dict.fromkeys(undefined.values()):
+            names = ", ".join(name for name, other in undefined.items() if other == reason)
+            message = f"{examples.rows.file}: {reason or 'all predictions are equal'}, so {names} cannot be measured"
+            if message not in self._warnings:
+                logger.warning("%s", message)
+            self._warnings.add(message)
+        return {name: value for name, value in values.items() if name not in undefined}
 
     @abstractmethod
     def write_predictions(

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bertfast.runtime.settings import counted
 from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
 from bertfast.tasks.labels import REGRESSION, read_label, sorted_numbers
 from bertfast.tasks.rows import BadRows, Rows
 from bertfast.tasks.settings import ColumnSettings
-from bertfast.tasks.tables import Table
+from bertfast.tasks.tables import BLANK, Table, not_text
 from bertfast.tasks.task import usable_labels
 
 FIRST_COLUMNS = ("anchor", "query", "question", "sentence1")
-SECOND_COLUMNS = ("positive", "answer", "passage", "document", "context", "sentence2")
+SECOND_COLUMNS = ("positive", "pos", "answer", "passage", "document", "context", "sentence2")
 SCORE_COLUMNS = ("score", "label")
-NEGATIVE = re.compile(r"negatives?[ _]?\d*")
+NEGATIVE = re.compile(r"neg(?:atives?)?[ _]?\d*")
 NEEDED = "anchor and positive, optionally negative, or sentence1, sentence2 and score"
 """The columns that embeddings need, for messages."""
 
@@ -46,6 +47,14 @@ class TextGroups:
         """Return the examples at `indices`."""
         scores = None if self.scores is None else [self.scores[i] for i in indices]
         return TextGroups([self.texts[i] for i in indices], self.rows.select(indices), scores)
+
+    def has_negatives(self) -> bool:
+        """Return whether an anchor has a negative: a text after an anchor that is not one of its own positives."""
+        candidates = {text for _, *others in self.texts for text in others}
+        positives: dict[str, set[str]] = {}
+        for anchor, positive, *_ in self.texts:
+            positives.setdefault(anchor, set()).add(positive)
+        return any(len(of_anchor) < len(candidates) for of_anchor in positives.values())
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class GroupColumns:
                 f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column "
                 "and --text-pair-column"
             )
+        table.require_different(*texts)
         negatives = [name for name in table.columns if NEGATIVE.fullmatch(name) and name not in texts]
         names = (*SCORE_COLUMNS, *([] if known is None else [BENCHMARKS[known].label]))
         score = columns.label_column or next((name for name in names if name in table.columns), None)
@@ -99,15 +109,23 @@ def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> Tex
         labelled: Whether each pair must have a score if any has one; else scores may be missing.
 
     Raises:
-        ValueError: Columns are missing, all texts of one are blank, or a row cannot be used and `on_bad_rows` is
-            "stop".
+        ValueError: Columns are missing, or a row cannot be used and `on_bad_rows` is "stop".
     """
     chosen = GroupColumns.choose(table, columns)
-    table = table.with_texts(*chosen.texts)
-    groups = TextGroups([*zip(*map(table.column, chosen.texts), strict=True)], table.rows)
-    if labelled:
-        for name in chosen.texts:
-            table.texts(name)  # raises if all are blank
+    texts: list[tuple[str, ...]] = []
+    complete = []
+    for index, values in enumerate(zip(*map(table.column, chosen.texts), strict=True)):
+        group = _texts_of_row(chosen.texts, values)
+        if isinstance(group, tuple) and texts and len(group) != len(texts[0]):
+            negatives, first = counted(len(group) - 2, "negative"), len(texts[0]) - 2
+            group = f"{negatives} where the first row has {first}: give as many in each row"
+        if isinstance(group, str):
+            table.rows.reject(index, group)
+        else:
+            texts.append(group)
+            complete.append(index)
+    table = table.select(complete)
+    groups = TextGroups(texts, table.rows)
     if chosen.score is None or (not labelled and chosen.score not in table.columns):
         return groups
     found = read_scores(table, chosen.score, "score", labelled=labelled)
@@ -115,6 +133,26 @@ def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> Tex
         return groups
     scores, usable = found
     return replace(groups.select(usable), scores=scores)
+
+
+def _texts_of_row(names: Sequence[str], values: Sequence[Any]) -> tuple[str, ...] | str:
+    """Return the texts of a row, or why it cannot be used.
+
+    Args:
+        names: Names of the columns of the anchor, the positive and negatives.
+        values: Their values in the row: texts, in JSON also lists of texts, of which a positive has one.
+    """
+    texts: list[str] = []
+    for column, (name, value) in enumerate(zip(names, values, strict=True)):
+        found = value if column and isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in found):
+            return f"column {name!r} {not_text(value)}"
+        if not all(map(str.strip, found)):
+            return f"column {name!r} {BLANK}"
+        if column == 1 and len(found) != 1:
+            return f"column {name!r} holds {counted(len(found), 'text')}: write a row for each positive"
+        texts += found
+    return tuple(texts)
 
 
 def read_scores(table: Table, column: str, noun: str, *, labelled: bool) -> tuple[list[float], list[int]] | None:
@@ -156,10 +194,11 @@ def parse_pairs(lines: Sequence[str], first_row: int, bad: BadRows, remedy: str)
     usable = []
     for index, line in enumerate(lines):
         texts = line.split("\t")
-        if len(texts) == 2:
+        if len(texts) == 2 and all(map(str.strip, texts)):
             pairs.append((texts[0], texts[1]))
             usable.append(index)
         else:
             found = f"{len(texts)} texts separated by tabs" if len(texts) > 2 else "one text"
+            found = "a blank text" if len(texts) == 2 else found
             rows.reject(index, f"{found}: give {remedy}")
     return pairs, rows.select(usable)

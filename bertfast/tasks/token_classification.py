@@ -250,6 +250,12 @@ class TokenClassificationTask(Task[TaggedSentences]):
                 found[sentence][word] = dict(zip(names, softmax(logits[position]).tolist(), strict=True))
         return iter(found)
 
+    def unmeasurable(self, examples: TaggedSentences, features: Features) -> dict[str, str]:
+        """Return the metrics of entities if there are none; see `Task.unmeasurable`."""
+        if examples.tags is None or not self.marks_entities or any(entities(tags) for tags in examples.tags):
+            return {}
+        return dict.fromkeys(_ENTITY_METRICS, "no tag marks an entity")
+
     def compute_metrics(self, examples: TaggedSentences, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the accuracy of words' tags and their mean cross-entropy in nats; where tags mark entities, also
         precision, recall and F1 of whole entities as conlleval does."""

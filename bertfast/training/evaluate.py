@@ -142,11 +142,16 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
         examples = task.read(settings.validation_file, labelled=True)
         length = task.max_length()
         examples, features = task.featurize(examples, tokenizer, length)
+    reasons = task.unmeasurable(examples, features)
+    if reasons and {*task.metrics} <= {*reasons}:
+        raise ValueError(
+            f"{settings.validation_file}: {reasons[task.metrics[0]]}, so nothing can be measured: give other data"
+        )
     cut = CutTexts(settings.validation_file, length)
     cut.add(features)
     outputs = predict_outputs(task, model, features)
     cut.report()
-    metrics = task.compute_metrics(examples, features, outputs)
+    metrics = task.measure(examples, features, outputs)
 
     def write_predictions(folder: Path) -> None:
         task.write_predictions(folder, "validation", examples, features, outputs)

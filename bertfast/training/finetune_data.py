@@ -28,7 +28,7 @@ def read_examples(settings: FinetuneSettings, task: Task[Any]) -> dict[str, Any]
 
 
 def featurize(
-    settings: FinetuneSettings, task: Task[Any], examples: dict[str, Any], tokenizer: Tokenizer
+    settings: FinetuneSettings, task: Task[Any], examples: dict[str, Any], tokenizer: Tokenizer, metric: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokenize the examples of each split, as many as `SampleSettings` allow; warn of texts that are cut.
 
@@ -37,9 +37,13 @@ def featurize(
         task: Its task.
         examples: What `read_examples` has returned.
         tokenizer: The model's tokenizer.
+        metric: Metric that selects the best model.
 
     Returns:
         The examples that have features, and their features.
+
+    Raises:
+        ValueError: The validation data leaves that metric undefined.
     """
     length, files = task.max_length(), data_files(settings)
     kept, features = {}, {}
@@ -56,6 +60,15 @@ def featurize(
         cut = CutTexts(files[split], length)
         cut.add(features[split])
         cut.report()
+    if "validation" in kept:
+        reasons = task.unmeasurable(kept["validation"], features["validation"])
+        if metric in reasons:
+            others = [name for name in task.metrics if name not in reasons]
+            remedy = f", or choose {' or '.join(others)} by --metric-for-best-model" * bool(others)
+            raise ValueError(
+                f"{files['validation']}: {reasons[metric]}, so {metric} cannot be measured: give other validation "
+                f"data{remedy}"
+            )
     return kept, features
 
 

@@ -177,7 +177,8 @@ class SampleSettings(Settings):
     """Parts of the data, for quick trials.
 
     Attributes:
-        max_train_samples: Use only so many examples, the first, of --train-file; its labels are those of all.
+        max_train_samples: Use only so many examples, the first, of --train-file; its labels are those of all. In lists
+            of documents, each document counts.
         max_eval_samples: Use only so many examples, the first, of --validation-file.
         max_predict_samples: Use only so many examples, the first, of --test-file.
     """
@@ -289,7 +290,10 @@ class FinetuneBase(TaskSettings):
                 raise ValueError(f"--lora-rank adapts a pre-trained model, and excludes {others[0]}: leave one out")
         if self.feature_based.strategy == "fine-tuning":
             refuse_without_effect(given(self.feature_based), "this belongs to --strategy feature-based")
-        elif self.model.bilstm:
+            return
+        names = {"--layerwise-lr-decay"}.intersection(given(self.optimizer))
+        refuse_without_effect(names, "--strategy feature-based trains no layer of the encoder")
+        if self.model.bilstm:
             refuse_without_effect(["--bilstm"], "--strategy feature-based has a BiLSTM of its own")
 
 

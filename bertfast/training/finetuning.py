@@ -153,7 +153,7 @@ class Finetuning:
                 self.precision = saved_precision(self.saved)
             self.metric = choose_metric(settings, self.task)
             self.tokenizer = open_tokenizer(source, self.config)
-            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer)
+            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer, self.metric)
         torch.manual_seed(self.hyperparameters.seed)
         self.model, self.adapter = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
         align_parameters(self.model)
@@ -308,7 +308,7 @@ class Finetuning:
             self.progress.validated_step = self.step
 
     def _validate(self) -> None:
-        """Validate the model, and save it if it is the best so far."""
+        """Validate the model, and save it if it is the best so far; an undefined metric is worse than any other."""
         if "validation" not in self.features:
             if not self.results.skipped_in_a_row:
                 try:
@@ -323,7 +323,7 @@ class Finetuning:
         logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         sign = -1 if self.metric == "loss" else 1
         loss = metrics.get("eval_loss", 0.0)  # breaks ties
-        if (score := (sign * metrics[f"eval_{self.metric}"], -loss)) > progress.best_score:
+        if (score := (sign * metrics.get(f"eval_{self.metric}", -sign * math.inf), -loss)) > progress.best_score:
             progress.best_score, progress.best_metrics, progress.validations_without_better = score, metrics, 0
             self._save()
             self._write("validation", outputs)
@@ -336,7 +336,7 @@ class Finetuning:
             outputs = predict_outputs(self.task, self.model, self.features[split])
         except NotFiniteError as error:
             raise self._not_finite(error, split) from None
-        metrics = self.task.compute_metrics(self.examples[split], self.features[split], outputs)
+        metrics = self.task.measure(self.examples[split], self.features[split], outputs)
         prefix = "test" if split == "test" else "eval"
         return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
 

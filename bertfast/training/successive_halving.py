@@ -64,7 +64,8 @@ def run_until(run: Finetuning, fraction: float) -> float | None:
             run.read_pending()
             if (problem := run.results.fault(only_sign=False)) is not None:
                 raise run.diverged(problem)
-            score = run.predict("validation")[1][f"eval_{run.metric}"]
+            worst = math.inf if run.metric == "loss" else -math.inf
+            score = run.predict("validation")[1].get(f"eval_{run.metric}", worst)
             # Recorded before the checkpoint: a run without a record is one that has not passed this step.
             known = _recorded(run.folder) | {"metric": run.metric, str(fraction): score}
             write_results(run.folder / SWEEP_RUNGS, known)

@@ -324,7 +324,9 @@ def _run(run: Finetuning, fraction: float) -> Score:
     try:
         if fraction < 1 and (score := run_until(run, fraction)) is not None:
             return Score(run.metric, score)
-        result = Score(run.metric, run.run(lambda step: None)[f"eval_{run.metric}"])
+        score = run.run(lambda step: None).get(f"eval_{run.metric}")
+        failed = f"{run.metric} cannot be measured, as all predictions are equal: lower --learning-rates"
+        result = Score(run.metric, score, failed if score is None else None)
     except DivergedError as error:
         remove(run.folder / CHECKPOINTS)  # the run is not continued
         result = Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")

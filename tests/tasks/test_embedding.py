@@ -131,6 +131,71 @@ def test_columns_of_the_examples_of_sentence_transformers(suffix, row, texts, sc
     assert groups.scores == (None if score is None else [score, score])
 
 
+@pytest.mark.parametrize(
+    ("line", "texts"),
+    [
+        (["a", "b"], ("a", "b")),
+        (["a", "b", "c"], ("a", "b", "c")),
+        ({"query": "a", "pos": ["b"], "neg": ["c", "d"]}, ("a", "b", "c", "d")),
+        ({"anchor": "a", "positive": "b", "negatives": ["c"]}, ("a", "b", "c")),
+    ],
+)
+def test_lists_of_texts_in_lines_of_json(line, texts, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+    assert task().read(str(tmp_path / "a.jsonl"), labelled=True).texts == [texts, texts]
+
+
+def test_lines_of_lists_tell_the_task(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["a", "b"]\n["c", "d"]\n')
+    settings = TaskSettings.of(model_name_or_path="model")
+    assert isinstance(choose_task(settings, file=str(tmp_path / "a.jsonl")), EmbeddingTask)
+    (tmp_path / "a.jsonl").write_text('["a", 3]\n')
+    with pytest.raises(ValueError, match="line 1: not an object like"):
+        task().read(str(tmp_path / "a.jsonl"), labelled=True)
+
+
+def test_rows_with_a_blank_text_are_skipped_on_request(tmp_path):
+    (tmp_path / "a.tsv").write_text("anchor\tpositive\na\tb\n\tc\nd\t \ne\tf\n")
+    reader = task(on_bad_rows="skip")
+    groups = reader.read(str(tmp_path / "a.tsv"), labelled=True)
+    assert (groups.texts, groups.rows.numbers, reader.bad_rows.count) == ([("a", "b"), ("e", "f")], [1, 4], 2)
+    (tmp_path / "b.tsv").write_text("anchor\tpositive\na\t\n")
+    with pytest.raises(ValueError, match=r"b\.tsv has no usable rows"):
+        reader.read(str(tmp_path / "b.tsv"), labelled=True)
+
+
+def test_one_column_is_not_both_texts():
+    with pytest.raises(ValueError, match="--text-column and --text-pair-column both name 'x': name another column"):
+        task(text_column="x", text_pair_column="x")
+
+
+PAIRS_WITHOUT_NEGATIVES = [[("a", "b")], [("a", "b")] * 3, [("a", "b"), ("a", "c")], [("a", "b"), ("c", "b")]]
+
+
+@pytest.mark.parametrize("pairs", PAIRS_WITHOUT_NEGATIVES)
+def test_pairs_without_negatives_are_neither_trained_nor_measured(pairs, tmp_path):
+    reader = task()
+    rows = [{"anchor": anchor, "positive": positive} for anchor, positive in pairs]
+    groups = reader.read(write(tmp_path / "a.tsv", rows), labelled=True)
+    with pytest.raises(
+        ValueError, match=r"a\.tsv: no pair has a negative, as all have the same anchor or the same pos"
+    ):
+        reader.label_config(groups)
+    reason = "no anchor has another text to find than its positives"
+    assert reader.unmeasurable(groups, None) == dict.fromkeys(reader.metrics, reason)
+    groups = reader.read(write(tmp_path / "a.tsv", [row | {"negative": "x"} for row in rows]), labelled=True)
+    assert reader.label_config(groups)
+    assert reader.unmeasurable(groups, None) == {}
+
+
+def test_equal_scores_are_not_measured(tmp_path):
+    reader = task(matryoshka_dims=[8])
+    rows = [{"sentence1": "a", "sentence2": "b", "score": 0.5}, {"sentence1": "c", "sentence2": "d", "score": 0.5}]
+    groups = reader.read(write(tmp_path / "a.jsonl", rows), labelled=True)
+    names = ("spearmanr", "pearson", "spearmanr_8", "pearson_8")
+    assert reader.unmeasurable(groups, None) == dict.fromkeys(names, "every score is 0.5")
+
+
 def test_columns_can_be_named(tmp_path):
     file = write(tmp_path / "a.tsv", [{"x": "a", "score": "9", "y": "b", "z": "3"}])
     named = task(text_column="y", text_pair_column="x", label_column="z").read(file, labelled=True)
@@ -142,7 +207,20 @@ def test_columns_can_be_named(tmp_path):
     [
         ([{"sentence": "a", "label": "1"}], {}, r"a\.jsonl has no columns anchor and positive, .*--text-pair-column"),
         ([{"anchor": "a", "positive": None}], {}, r"line 1: column 'positive' is null or missing"),
-        ([{"anchor": " ", "positive": "b"}], {}, r"holds no text in its column 'anchor'"),
+        ([{"anchor": " ", "positive": "b"}], {}, r"line 1: column 'anchor' holds a blank text"),
+        ([{"anchor": "a", "positive": ""}], {}, r"line 1: column 'positive' holds a blank text"),
+        ([{"query": "a", "pos": ["b", "c"]}], {}, r"line 1: column 'pos' holds 2 texts: write a row for each positive"),
+        ([{"query": "a", "pos": "b", "neg": ["c", 3]}], {}, r"""column 'neg' holds \["c", 3\], not a text"""),
+        (
+            [{"query": "a", "pos": "b", "neg": ["c", "d"]}, {"query": "a", "pos": "b", "neg": ["c"]}],
+            {},
+            r"line 2: 1 negative where the first row has 2: give as many in each row",
+        ),
+        (
+            [{"anchor": "a", "positive": "b"}],
+            {"text_pair_column": "anchor"},
+            r"the column 'anchor' would be both texts of a pair: name another one",
+        ),
         (
             [{"sentence1": "a", "sentence2": "b", "score": "x"}],
             {},
@@ -189,8 +267,8 @@ def test_rows_without_a_score_are_skipped_on_request(tmp_path):
     ],
 )
 def test_the_loss_fits_the_file(scores, loss, expected, tmp_path):
-    row = {"sentence1": "a", "sentence2": "b"}
-    rows = [row, row] if scores is None else [row | {"score": score} for score in scores]
+    row, other = {"sentence1": "a", "sentence2": "b"}, {"sentence1": "c", "sentence2": "d"}
+    rows = [row, other] if scores is None else [row | {"score": score} for score in scores]
     chosen = task(loss=loss)
     groups = chosen.read(write(tmp_path / "a.jsonl", rows), labelled=True)
     if " " in expected:
@@ -289,3 +367,5 @@ def test_pairs_on_standard_input_are_two_texts(tmp_path):
     assert reader.parse_lines(["a\tb"]).texts == [("a", "b")]
     with pytest.raises(ValueError, match="line 1: one text: give two, or embed single texts with `bertfast embed`"):
         reader.parse_lines(["a"])
+    with pytest.raises(ValueError, match="line 1: a blank text: give two"):
+        reader.parse_lines(["a\t"])

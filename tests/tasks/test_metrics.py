@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+from bertfast.tasks.entity_metrics import entity_metrics
 from bertfast.tasks.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -54,11 +55,26 @@ def test_regression_metrics():
     assert nonlinear["spearmanr"] == pytest.approx(1)
 
 
-def test_undefined_metrics_are_zero():
-    constant = regression_metrics(np.ones(3, dtype=np.float32), np.array([1, 2, 3], dtype=np.float32))
-    assert constant["pearson"] == constant["spearmanr"] == 0
+def test_what_predictions_alone_leave_undefined_is_zero():
     one_class = classification_metrics(logits_for([0, 0], 2), np.array([0, 1]))
     assert one_class["f1"] == one_class["matthews_correlation"] == 0
+
+
+def undefined(metrics: dict) -> set[str]:
+    return {name for name, value in metrics.items() if np.isnan(value)}
+
+
+def test_metrics_that_labels_leave_undefined_are_nan():
+    numbers, ones = np.array([1, 2, 3], dtype=np.float32), np.ones(3, dtype=np.float32)
+    assert undefined(regression_metrics(ones, numbers)) == undefined(regression_metrics(numbers, ones))
+    assert undefined(regression_metrics(ones, numbers)) == {"pearson", "spearmanr"}
+    classes = classification_metrics(logits_for([0, 1], 2), np.array([0, 0]))
+    assert undefined(classes) == {"f1", "matthews_correlation"}
+    assert undefined(classification_metrics(logits_for([0, 1], 2), np.array([1, 1]))) == {"matthews_correlation"}
+    several = multi_label_metrics(np.array([[2.0, -1.0], [-1.0, -1.0]]), np.zeros((2, 2)))
+    assert undefined(several) == {"f1_micro", "f1_macro"}
+    assert undefined(entity_metrics([["O", "O"]], [["O", "B-PER"]])) == {"precision", "recall", "f1"}
+    assert entity_metrics([["O", "B-PER"]], [["O", "O"]]) == {"precision": 0, "recall": 0, "f1": 0}
 
 
 def test_multi_label_metrics():
@@ -83,5 +99,6 @@ def test_a_single_label_warns_of_nothing(label):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = classification_metrics(logits_for([label] * 3, 2), np.full(3, label))
-    assert metrics["matthews_correlation"] == 0
+    assert np.isnan(metrics["matthews_correlation"])
+    assert np.isnan(metrics["f1"]) == (label == 0)
     assert metrics["accuracy"] == 1

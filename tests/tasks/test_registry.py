@@ -7,6 +7,7 @@ import pytest
 from bertfast.tasks.multiple_choice import MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.registry import choose_task
+from bertfast.tasks.reranking import RerankingTask
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.tasks.settings import TaskSettings
 
@@ -54,6 +55,9 @@ def test_the_inferred_task_is_named():
         (("text", "stars"), SequenceClassificationTask),
         (("review", "label"), SequenceClassificationTask),
         (("question", "sentence", "label"), SequenceClassificationTask),
+        (("query", "document", "label"), RerankingTask),
+        (("query", "passage", "score"), RerankingTask),
+        (("query", "docs", "labels"), RerankingTask),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -63,12 +67,30 @@ def test_the_names_in_the_first_object_that_can_be_read_tell_the_task(suffix, na
     assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))) is task
 
 
+def test_a_table_of_queries_documents_and_labels_trains_rerankers(tmp_path):
+    (tmp_path / "a.tsv").write_text("query\tdocument\tlabel\nq\td\t1\n")
+    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.tsv"))) is RerankingTask
+
+
+@pytest.mark.parametrize("names", [("query", "positive"), ("query", "pos", "neg"), ("query", "positive", "label")])
+def test_queries_and_positives_fit_two_tasks(names, tmp_path):
+    (tmp_path / "a.tsv").write_text("\t".join(names) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys(names, "x")) + "\n")
+    for file in ("a.tsv", "a.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"queries and their positives, .*: add --task embedding or --task reranki"
+        ):
+            choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / file))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 def test_a_file_that_fits_no_task_is_refused_with_the_columns_that_are_needed(name, tmp_path):
     path = tmp_path / name
     path.write_text('{"review": "good", "stars": 3}')
     needed = "a.json.* fits no task, as its objects hold 'review', 'stars': classification needs sentence or .* label;"
-    with pytest.raises(ValueError, match=f"{needed} multiple choice sent1, .*question answering question, context"):
+    with pytest.raises(
+        ValueError, match=f"{needed} multiple choice sent1, .*question answering question, context.*reranking query, d"
+    ):
         choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
     settings = TaskSettings.of(model_name_or_path="", text_column="review", label_column="stars")
     assert isinstance(choose_task(settings, file=str(path)), SequenceClassificationTask)

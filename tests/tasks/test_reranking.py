@@ -26,6 +26,7 @@ def write(path, *rows) -> str:
         ({"sentence1": "q", "sentence2": "a", "score": 0.25}, "a", [0.25]),
         ({"anchor": "q", "positive": "a", "negative": "b"}, "ab", [1.0, 0.0]),
         ({"query": "q", "positive": ["a", "b"], "negatives": ["c"]}, "abc", [1.0, 1.0, 0.0]),
+        ({"query": "q", "pos": ["a"], "neg": ["b", "c"]}, "abc", [1.0, 0.0, 0.0]),
         ({"query": "q", "docs": ["a", "b"], "labels": [0, 1]}, "ab", [0.0, 1.0]),
     ],
 )
@@ -56,10 +57,28 @@ def test_a_table_of_triplets_is_read(tmp_path):
         ({"query": "q", "positive": [], "negative": ["a"]}, r"line 1: column 'positive' is missing or empty"),
         ({"query": "q", "positive": ["a", 3]}, r'line 1: column .positive. holds \["a", 3\], not a text or a list'),
         ({"query": "q", "positive": "a", "negative": 3}, r"line 1: column 'negative' holds 3, not a text or a list"),
-        ({"query": "q", "docs": ["a", "b"], "labels": [1]}, r"line 1: 2 texts in column 'docs' and 1 label"),
+        ({"query": "q", "docs": ["a", "b"], "labels": [1]}, r"line 1: 1 number in column 'labels' and 2 documents"),
         ({"query": "q", "docs": ["a"], "labels": ["x"]}, r'line 1: column .labels. holds \["x"\], not a list of num'),
         ({"query": "q", "docs": ["a"], "labels": None}, r"line 1: column 'labels' holds null, not a list of numbers"),
         ({"query": "q", "docs": [3], "labels": [1]}, r"line 1: column 'docs' holds \[3\], not a list of texts"),
+        (
+            {"query": "q", "docs": ["a"], "labels": [np.nan]},
+            r"line 1: the label nan in column 'labels' is not a finite",
+        ),
+        (
+            {"query": "q", "docs": ["a"], "labels": [-np.inf]},
+            r"line 1: the label -inf in column 'labels' is not a fini",
+        ),
+        (
+            {"query": "q", "docs": ["a"], "labels": [10**60]},
+            r"line 1: the label 10+ in column 'labels' is not a finite",
+        ),
+        ({"query": "q", "passage": "a", "label": np.nan}, r"line 1: the label nan in column 'label' is not a finite"),
+        ({"query": " ", "passage": "a", "label": 1}, r"line 1: column 'query' holds a blank text"),
+        ({"query": "q", "passage": "", "label": 1}, r"line 1: column 'passage' holds a blank text"),
+        ({"query": "q", "positive": ["a", ""]}, r"line 1: column 'positive' holds a blank text"),
+        ({"query": "q", "positive": "a", "negative": " "}, r"line 1: column 'negative' holds a blank text"),
+        ({"query": "q", "docs": ["a", "\t"], "labels": [1, 0]}, r"line 1: column 'docs' holds a blank text"),
         ({"query": "q", "docs": ["a"]}, r"has the column 'docs' of lists, and no column 'labels' of as many labels"),
     ],
 )
@@ -99,6 +118,50 @@ def test_labels_that_cannot_be_trained_are_named(labels, changes, message, tmp_p
         reader.label_config(pairs)
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([("q", 1), ("r", 1)], "every label is 1"),
+        ([("q", 0), ("q", 0), ("r", 0)], "every label is 0"),
+        ([("q", 0.5), ("r", 0.5)], "every label is 0.5"),
+        ([("q", 0), ("r", 1)], None),  # by correlation
+        ([("q", 0), ("q", 1)], None),
+    ],
+)
+def test_labels_that_cannot_be_measured_are_named(rows, reason, tmp_path):
+    reader = task()
+    entries = [{"query": query, "passage": f"{i}", "label": label} for i, (query, label) in enumerate(rows)]
+    pairs = reader.read(write(tmp_path / "a.jsonl", *entries), labelled=True)
+    assert reader.unmeasurable(pairs, None) == ({} if reason is None else dict.fromkeys(reader.metrics, reason))
+    found = reader.measure(pairs, None, [np.array([float(i)]) for i in range(len(rows))])
+    assert {*found} == (set() if reason else {*reader.metrics})
+
+
+def test_the_first_pairs_of_a_file_may_have_nothing_to_rank(tmp_path):
+    reader = task()
+    entries = [{"query": "q", "passage": f"{i}", "label": i % 2} for i in range(4)]
+    pairs = reader.read(write(tmp_path / "a.jsonl", *entries), labelled=True)
+    assert reader.metrics[0] == "ndcg_at_10"
+    assert {*reader.unmeasurable(pairs.select([0, 2]), None).values()} == {"every label is 0"}
+
+
+def test_equal_scores_have_no_correlation(tmp_path, caplog):
+    reader = task()
+    entries = [{"query": f"{i}", "passage": "a", "label": i % 2} for i in range(4)]
+    pairs = reader.read(write(tmp_path / "a.jsonl", *entries), labelled=True)
+    for _ in range(2):
+        assert reader.measure(pairs, None, [np.zeros(1)] * 4) == {}
+    assert caplog.text.count("all predictions are equal, so spearmanr, pearson cannot be measured") == 1
+
+
+def test_a_largest_label_is_refused_where_columns_are_the_labels(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"query": "q", "positive": "a", "negative": "b"})
+    with pytest.raises(
+        ValueError, match=r"--max-score would have no effect: .* has no labels, but the columns 'positive'"
+    ):
+        task(max_score=5.0).read(file, labelled=True)
+
+
 def test_flags_of_embeddings_have_no_effect():
     with pytest.raises(ValueError, match="--loss would have no effect: the task is reranking"):
         task(loss="cosent")
@@ -122,3 +185,11 @@ def test_documents_of_equal_queries_are_ranked_together(tmp_path):
     assert found == pytest.approx({"ndcg_at_10": (gain + 1) / 2, "mrr_at_10": 0.75, "accuracy_at_1": 0.5})
     constant = reader.compute_metrics(pairs, None, [np.zeros(1)] * 6)
     assert constant["accuracy_at_1"] == 0.5  # r has one document only
+
+
+@pytest.mark.parametrize("labels", [[1, np.nan], [1], ["x", "y"], None])
+def test_documents_without_usable_labels_can_be_predicted(labels, tmp_path, caplog):
+    rows = [{"query": "q", "docs": ["a", "b"], "labels": values} for values in ([1, 0], labels)]
+    found = task().read(write(tmp_path / "a.jsonl", *rows), labelled=False)
+    assert (len(found), found.labels) == (4, None)
+    assert "no metrics of" in caplog.text

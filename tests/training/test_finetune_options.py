@@ -110,6 +110,14 @@ def test_label_smoothing_is_refused_for_embeddings(form, pretrained, tmp_path):
         Finetuning(settings_for("embedding", pretrained, file, tmp_path / "out", label_smoothing_factor=0.1))
 
 
+def test_layerwise_decay_is_refused_without_training_of_the_layers(pretrained, tmp_path):
+    file, options = write_examples(tmp_path, "token-classification", 16, seed=0), {"strategy": "feature-based"}
+    with pytest.raises(
+        ValueError, match="--layerwise-lr-decay would have no effect: --strategy feature-based trains no"
+    ):
+        settings_for("token-classification", pretrained, file, tmp_path / "out", layerwise_lr_decay=0.9, **options)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_layerwise_decay_keeps_lower_layers_closer_to_the_initial_model(optimizer, pretrained, tmp_path):
     file = write_examples(tmp_path, "sequence-classification", 16, seed=0)
