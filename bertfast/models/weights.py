@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
 ADAPTED_CONFIG = "adapter_model_config.json"
-"""Configuration of a model with an adapter that sentence-transformers opens: that looks for whole weights beside a
+"""Configuration of a model with an adapter that sentence-transformers opens: that looks for whole weights next to a
 `config.json`, and takes the configuration of the base model where there is none."""
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -153,7 +153,7 @@ class LabelEncoder:
 
 
 def undefined_metrics(targets: np.ndarray, problem_type: str | None, names: Sequence[str]) -> dict[str, str]:
-    """Return the metrics that labels leave undefined whatever a model predicts, and why each is.
+    """Return the metrics that labels leave undefined for any predictions, and why each is.
 
     Args:
         targets: The labels, encoded.

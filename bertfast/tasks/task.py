@@ -194,7 +194,7 @@ class Task(ABC, Generic[Examples]):
         """Compute the metrics, those that are undefined as NaN; empty if the examples have no labels."""
 
     def unmeasurable(self, examples: Examples, features: Features) -> dict[str, str]:
-        """Return the metrics that labelled examples leave undefined whatever a model predicts, and why each is."""
+        """Return the metrics that labelled examples leave undefined for any predictions, and why each is."""
         return {}
 
     def measure(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
