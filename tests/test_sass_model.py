@@ -1,10 +1,12 @@
 """`bench.sass_model` predicts cycles that follow by hand from short listings with known control words."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from sass_listings import EXIT, Line, listing
 
-from bench.sass_model import constants, control_words, kernel_time, occupancy, pipes, schedule
+from bench.sass_model import constants, control_words, kernel_time, mixed_lengths, occupancy, pipes, schedule
 from bench.sass_model.constants import H200
 from bench.sass_model.control_flow import Choice, ControlFlow
 from bench.sass_model.control_words import Control
@@ -13,20 +15,7 @@ from bench.sass_model.sass import parse
 from bench.sass_model.simulator import SubPartition
 
 FMA = ("FFMA R1, R1, R2, R3", Control(4))  # ptxas's stall count for a result that the next instruction reads
-EXIT = ("EXIT", Control(1))
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-
-Line = tuple[str, Control]
-
-
-def listing(lines: Sequence[Line]) -> str:
-    """Return these instructions, 16 bytes apart, as cuobjdump prints them."""
-    return "\n".join(
-        f"        /*{16 * index:04x}*/      {text} ;  /* 0x0000000000000000 */\n"
-        f"                                          /* 0x{control_words.encode(control):016x} */"
-        for index, (text, control) in enumerate(lines)
-    )
-
 
 def path(*lines: Line, choice: Choice | None = None) -> list[pipes.Step]:
     return kernel_time.steps(listing([*lines, EXIT]), choice or Choice())
@@ -182,6 +171,9 @@ def test_loops_run_as_often_as_the_case_says():
     assert names(at_the_top, Choice({"memory": 3})).count("FADD") == 3
     nested = ["MOV R1, R2", "LDG R1, [R2]", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT"]
     assert names(nested, Choice({"memory": 2, "outer memory": 5})).count("LDG") == 10
+    thrice = ["NOP", "MOV R1, R2", "LDG R1, [R2]", "@P0 BRA 0x20", "@P1 BRA 0x10", "@P2 BRA 0x0", "EXIT"]
+    trips = {"memory": 2, "outer memory": 3, "outer outer memory": 4}
+    assert names(thrice, Choice(trips)).count("LDG") == 24
 
 
 def test_branches_follow_what_their_arms_contain():
@@ -202,6 +194,9 @@ def test_branches_follow_what_their_arms_contain():
     assert "FADD" in names(dropout, Choice(avoid=frozenset({"dropout"})))
     assert "IMAD.HI.U32" in names(dropout, Choice(take=frozenset({"dropout"})))
     assert names(["@P0 EXIT", "@!P1 BRA 0x40", "FADD R1, R2, R3", "FADD R1, R2, R3", "EXIT"], Choice())[-1] == "EXIT"
+    around = ["@!P0 BRA 0x50", "HGMMA.64x8x16.F32 R24, R4", "@!P1 BRA 0x40", dropout[1], "FADD R1, R2, R3", "EXIT"]
+    taken = names(around, Choice(take=frozenset({"matmul"}), avoid=frozenset({"dropout"})))  # within the arm it takes
+    assert taken == ["BRA", "HGMMA.64x8x16.F32", "BRA", "FADD", "EXIT"]
 
 
 def test_a_wait_for_a_barrier_in_memory_succeeds_at_once():
@@ -280,3 +275,26 @@ def test_a_path_with_too_few_matmuls_is_refused():
     kernel_time.predict(kernel, work(132, flop=flop), H200)
     with pytest.raises(ValueError, match="took a wrong branch"):
         kernel_time.predict(kernel, work(132, flop=2 * flop), H200)
+
+
+def test_blocks_of_mixed_lengths_are_dispatched_longest_first(monkeypatch):
+    """A fake prediction: a block takes as many cycles as the sequences of its class are long, on one of two SMs."""
+    predicted = []
+
+    def fake(_kernel, of_length, _gpu):
+        predicted.append(of_length.blocks)
+        return kernel_time.Prediction(0.0, of_length.blocks, 1, 0.0, {})
+
+    monkeypatch.setattr(mixed_lengths, "predict", fake)
+    kernel, gpu = kernel_time.Kernel("", 4, 32, 0), replace(H200, sms=2)
+
+    def cycles_of(*lengths: int, heads: int = 1) -> float:
+        batch = mixed_lengths.Batch(lengths, heads, rows=128, step=64)
+        return mixed_lengths.predict_mixed(kernel, work, batch, work(1), gpu).seconds * gpu.clock
+
+    assert cycles_of(64, 128, 64) == pytest.approx(128)
+    assert cycles_of(64, 128, 64, heads=3) == pytest.approx(384)
+    assert cycles_of(256) == pytest.approx(256)  # two blocks of 128 rows, one on each SM
+    predicted.clear()
+    assert cycles_of(100, 120, 64) == pytest.approx(120 + 64)  # the longest of a class stands for it
+    assert predicted == [120, 64]

@@ -19,6 +19,7 @@ from bertfast.kernels.attention_tiles import tile_table
 from bertfast.kernels.rows import _PROGRAMS_PER_SM
 
 TOKENS = 32_768
+MIXED = tuple(range(4, 513, 4))  # lengths of sequences, 33,024 tokens together
 HEADS, HEAD_DIMENSION = 12, 64
 HALF, SINGLE = 2, 4  # bytes of an element
 _UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
@@ -37,12 +38,16 @@ class Case:
         size: What the table says about the size.
         work: Returns what it does, from the options of its launch.
         pass_flop: Floating-point operations of the pass of which it is a part, if other kernels have the rest.
+        lengths: Lengths of the sequences, if they differ; `work` is then that of all of them.
+        work_of: Returns, for one of these lengths, the work of a batch in which all sequences have it.
     """
 
     kernel: str
     size: str
     work: Callable[[Options], Work]
     pass_flop: float | None = None
+    lengths: tuple[int, ...] = ()
+    work_of: Callable[[int], Callable[[Options], Work]] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,47 @@ def _attention(bound: int, lengths: tuple[int, ...], dropout: bool, window: int 
 
     cases: list[Case] = []
     for length in lengths:
-        pair = 2 * TOKENS * HEADS * HEAD_DIMENSION * min(length, 2 * window + 1 if window else length)  # one matmul
-        cases.append(Case("attention_forward", f"length {length:,}", _forward(length, window, 2 * pair)))
+        size, matmul = f"length {length:,}", _matmul_flop(length, window)
+        cases.append(Case("attention_forward", size, _forward(length, window)))
         if bound <= 128:
-            cases.append(Case("attention_backward_short", f"length {length:,}", _short(length, 5 * pair)))
+            cases.append(Case("attention_backward_short", size, _short(length)))
         else:
             cases += [
-                Case("attention_d_q", f"length {length:,}", _d_q(length, window, 3 * pair), 5 * pair),
-                Case("attention_d_kv", f"length {length:,}", _d_kv(length, window, 4 * pair), 5 * pair),
+                Case("attention_d_q", size, _d_q(length, window), 5 * matmul),
+                Case("attention_d_kv", size, _d_kv(length, window), 5 * matmul),
             ]
+    if bound == 512 and window is None:
+        cases += _mixed_cases()
     name = "attention" + (f", window {window}" if window else "") + (", dropout" if dropout else "")
     return Launch(name, run, tuple(cases))
+
+
+def _mixed_cases() -> list[Case]:
+    """Return the cases of a batch of sequences of 4, 8, … and 512 tokens."""
+    size = f"lengths 4 to {max(MIXED)}"
+    flop = 5.0 * 2 * HEADS * HEAD_DIMENSION * sum(length * length for length in MIXED)
+    return [
+        Case("attention_forward", size, _total(_forward, 2), lengths=MIXED, work_of=_forward),
+        Case("attention_d_q", size, _total(_d_q, 3), flop, MIXED, _d_q),
+        Case("attention_d_kv", size, _total(_d_kv, 4), flop, MIXED, _d_kv),
+    ]
+
+
+def _total(work_of: Callable[[int], Callable[[Options], Work]], matmuls: int) -> Callable[[Options], Work]:
+    """Return the work for the sequences of MIXED: the bytes of as many tokens, and the FLOP of `matmuls`."""
+
+    def work(options: Options) -> Work:
+        uniform, share = work_of(max(MIXED))(options), sum(MIXED) / TOKENS
+        flop = matmuls * 2.0 * HEADS * HEAD_DIMENSION * sum(length * length for length in MIXED)
+        blocks = round(uniform.blocks * share)
+        return Work(blocks, Choice(), flop, uniform.reads * share, uniform.writes * share, uniform.loads * share)
+
+    return work
+
+
+def _matmul_flop(length: int, window: int | None) -> float:
+    """Return the floating-point operations of one matmul, such as q kᵀ, for all tokens."""
+    return 2.0 * TOKENS * HEADS * HEAD_DIMENSION * (length if window is None else min(length, 2 * window + 1))
 
 
 def _windowed_attention() -> Launch:
@@ -109,7 +144,9 @@ def _attended(block: int, step: int, length: int, window: int | None) -> int:
     return length if window is None else min(_ceil(2 * window + block, step) * step, _ceil(length, step) * step)
 
 
-def _forward(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+def _forward(length: int, window: int | None = None) -> Callable[[Options], Work]:
+    flop = 2 * _matmul_flop(length, window)
+
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
         blocks = TOKENS // length * _ceil(length, rows) * HEADS
@@ -127,7 +164,9 @@ def _over_keys(rows: int, step: int, length: int, window: int | None, split: boo
     return Choice({"matmul": length // step, "memory": 0}, take=frozenset({"matmul"} if length % step else ()))
 
 
-def _short(length: int, flop: float) -> Callable[[Options], Work]:
+def _short(length: int) -> Callable[[Options], Work]:
+    flop = 5 * _matmul_flop(length, None)
+
     def work(_: Options) -> Work:
         reads = 5 * _UNIT + _STATISTIC
         return Work(TOKENS // length * HEADS, Choice({"memory": 0}), flop, reads, 3 * _UNIT, reads)
@@ -135,7 +174,9 @@ def _short(length: int, flop: float) -> Callable[[Options], Work]:
     return work
 
 
-def _d_q(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+def _d_q(length: int, window: int | None = None) -> Callable[[Options], Work]:
+    flop = 3 * _matmul_flop(length, window)
+
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
         blocks = TOKENS // length * _ceil(length, rows) * HEADS
@@ -146,7 +187,9 @@ def _d_q(length: int, window: int | None, flop: float) -> Callable[[Options], Wo
     return work
 
 
-def _d_kv(length: int, window: int | None, flop: float) -> Callable[[Options], Work]:
+def _d_kv(length: int, window: int | None = None) -> Callable[[Options], Work]:
+    flop = 4 * _matmul_flop(length, window)
+
     def work(options: Options) -> Work:
         keys, step = options["BLOCK_N"], options["BLOCK_M"]
         blocks = TOKENS // length * _ceil(length, keys) * HEADS

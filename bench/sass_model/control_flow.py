@@ -24,8 +24,8 @@ class Choice:
     """Which path a case takes.
 
     Attributes:
-        trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for one with such a loop inside), how often
-            it runs. Loops of a kind that is missing run once.
+        trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for the loop around such a loop, "outer outer
+            matmul" for the next one), how often it runs. Loops of a kind that is missing run once.
         take: Features ("matmul", "dropout", "memory") whose arm of a branch is taken if only one arm has them.
         avoid: Features whose arm is not taken if only one arm has them.
     """
@@ -76,8 +76,8 @@ class ControlFlow:
         found: list[Loop] = []
         for header, body in sorted(bodies.items(), key=lambda item: (len(item[1]), item[0])):
             kind = self._kind(body)
-            nested = any(loop.header in body and loop.kind.endswith(kind) for loop in found)
-            found.append(Loop(header, frozenset(body), f"outer {kind}" if nested else kind))
+            nested = [loop.kind for loop in found if loop.header in body and loop.kind.endswith(kind)]
+            found.append(Loop(header, frozenset(body), f"outer {nested[-1]}" if nested else kind))
         return found
 
     @cached_property
@@ -197,9 +197,9 @@ class ControlFlow:
         """Return 1 if the case demands these blocks, -1 if it excludes them, and 0 if it says nothing."""
         trips = [choice.trips.get(loop.kind) for loop in self.loops if loop.header in blocks]
         found = self._features(blocks)
-        if found & choice.avoid or (0 in trips and not any(trips)):
-            return -1
-        return int(bool(found & choice.take) or any(trip for trip in trips if trip))
+        if found & choice.take or any(trips):
+            return 1
+        return -1 if found & choice.avoid or 0 in trips else 0
 
 
 def _basic_blocks(instructions: Sequence[Instruction]) -> list[Block]:

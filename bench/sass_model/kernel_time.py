@@ -111,14 +111,19 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
     simulated = blocks if blocks <= _ROUNDS * slots else (_ROUNDS - 1) * slots + blocks % slots
     result = SubPartition([path] * warps, min(slots, blocks), memory).run(simulated)
     interval = steady_interval(result, min(slots, blocks))
-    peak = constants.WGMMA_ROWS_FLOP * gpu.sms * gpu.clock
     return Prediction(
         (result.cycles + (blocks - simulated) * interval) / gpu.clock,
         interval * (1.0 if kernel.warps >= parts else kernel.warps / parts),
         resident,
-        max(work.flop / peak, (work.reads + work.writes) / gpu.copy_bandwidth),
+        limit(work, gpu),
         result.utilisation(),
     )
+
+
+def limit(work: Work, gpu: Gpu) -> float:
+    """Return the seconds that the tensor cores' peak or the copy bandwidth would allow, the longer of both."""
+    peak = constants.WGMMA_ROWS_FLOP * gpu.sms * gpu.clock
+    return max(work.flop / peak, (work.reads + work.writes) / gpu.copy_bandwidth)
 
 
 def steps(listing: str, choice: Choice) -> list[Step]:

@@ -20,9 +20,10 @@ import triton
 
 from bench.harness import RESULTS, origin, require_clean_tree
 from bench.sass_model.ahead_of_time import compile_only, disassemble
-from bench.sass_model.cases import Launch, launches
+from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
+from bench.sass_model.mixed_lengths import Batch, predict_mixed
 
 PAGE = RESULTS / "sass_model.md"
 TOLERANCE = 0.01
@@ -112,9 +113,20 @@ def rows(launch: Launch) -> Iterator[Row]:
             f"{blocks}, {kernel.warps} warps",
             kernel.registers,
             work,
-            predict(kernel, work, H200),
+            _prediction(case, work, kernel, options),
             case.pass_flop,
         )
+
+
+def _prediction(case: Case, work: Work, kernel: Kernel, options: dict[str, Any]) -> Prediction:
+    if case.work_of is None:
+        return predict(kernel, work, H200)
+    work_of = case.work_of
+    rows, step = options["BLOCK_M"], options["BLOCK_N"]
+    if case.kernel == "attention_d_kv":  # its blocks are of keys, and it iterates over queries
+        rows, step = step, rows
+    batch = Batch(case.lengths, HEADS, rows, step)
+    return predict_mixed(kernel, lambda length: work_of(length)(options), batch, work, H200)
 
 
 def table(found: list[Row]) -> list[str]:
