@@ -298,3 +298,29 @@ def test_blocks_of_mixed_lengths_are_dispatched_longest_first(monkeypatch):
     predicted.clear()
     assert cycles_of(100, 120, 64) == pytest.approx(120 + 64)  # the longest of a class stands for it
     assert predicted == [120, 64]
+
+
+def test_warps_of_different_roles_take_paths_of_their_own():
+    """A block of eight warps, two on each sub-partition: one multiplies, the other exits or multiplies, too."""
+    wgmma = ("HGMMA.64x128x16.F32 R24, R4, gdesc[UR4], R24, gsb0", Control(1))
+    lines = [("@!P0 BRA 0x40", Control(1)), *[wgmma] * 2, (WAIT, Control(1)), EXIT]
+    kernel = kernel_time.Kernel(listing(lines), 8, 240, 0)
+    consumer, producer = Choice(take=frozenset({"matmul"})), Choice(avoid=frozenset({"matmul"}))
+    flop = 132 * 2 * 2 * 64 * 128 * 16
+
+    def cycles_of(*roles: Choice, flop: float = flop) -> float:
+        return kernel_time.predict(kernel, work(132, roles=roles, flop=flop), H200).seconds * H200.clock
+
+    overhead = 1 + constants.WGMMA_START + constants.WGMMA_DRAIN + 1
+    assert cycles_of(consumer, producer) == pytest.approx(overhead + 2 * 64, abs=3)
+    assert cycles_of(consumer, consumer) == pytest.approx(overhead + 4 * 64, abs=3)
+    with pytest.raises(ValueError, match="took a wrong branch"):
+        cycles_of(consumer, producer, flop=2 * flop)
+
+
+def test_loads_outside_of_a_warps_path_bound_the_time():
+    """Loads by TMA: the kernel's warps do nothing, and memory is busy."""
+    kernel = kernel_time.Kernel(listing([FMA, EXIT]), 4, 32, 0)
+    predicted = kernel_time.predict(kernel, work(132, reads=1e9), H200)
+    assert predicted.seconds == pytest.approx(1e9 / H200.copy_bandwidth)
+    assert predicted.bound == "dram 100%"

@@ -49,6 +49,8 @@ class Work:
         reads: Bytes that must come from DRAM, each input once.
         writes: Bytes of its outputs.
         loads: Bytes that all blocks load from L2, those of DRAM included.
+        roles: Paths of the warps of a block that are on one sub-partition, if they differ, as in a kernel with producer
+            and consumer warps. Those that do next to nothing, such as the producer of TMA loads, are left out.
     """
 
     blocks: int
@@ -57,6 +59,7 @@ class Work:
     reads: float
     writes: float
     loads: float
+    roles: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
     Raises:
         ValueError: The listing has no control words, or an instruction that is not known, or the path does not end.
     """
-    path = steps(kernel.listing, work.choice)
+    paths = [steps(kernel.listing, role) for role in work.roles or (work.choice,)]
     resident = blocks_per_sm(kernel.warps, kernel.registers, kernel.shared_memory)
     of_sm = -(-work.blocks // gpu.sms)
     # A block has a warp on each sub-partition for every four of its warps. Smaller blocks are spread over them.
@@ -100,24 +103,37 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
     else:
         warps, slots = 1, max(resident * kernel.warps // parts, 1)
         blocks = -(-of_sm * kernel.warps // parts)
-    executed = work.blocks * kernel.warps * sum(step.amount for step in path if step.kind == Kind.WGMMA) / parts
-    if any(step.kind == Kind.WGMMA for step in path) and executed < 0.99 * work.flop:
-        raise ValueError(f"the path has {executed:.3g} FLOP of the {work.flop:.3g} of the case: it took a wrong branch")
-    requested = work.blocks * kernel.warps * _loaded(path)
-    dram_share, l2_share = (min(size / requested, 1.0) if requested else 0.0 for size in (work.reads, work.loads))
+    if not work.roles:
+        paths *= warps
     # If SMs get different numbers of blocks, the one with most is simulated, but memory serves the mean.
     mean = work.blocks * kernel.warps / (gpu.sms * parts * warps * blocks)
-    memory = Memory(gpu, dram_share, max(l2_share, dram_share), mean)
+    memory = _memory(paths, kernel.warps, work, gpu, mean)
     simulated = blocks if blocks <= _ROUNDS * slots else (_ROUNDS - 1) * slots + blocks % slots
-    result = SubPartition([path] * warps, min(slots, blocks), memory).run(simulated)
+    result = SubPartition(paths, min(slots, blocks), memory).run(simulated)
     interval = steady_interval(result, min(slots, blocks))
-    return Prediction(
-        (result.cycles + (blocks - simulated) * interval) / gpu.clock,
-        interval * (1.0 if kernel.warps >= parts else kernel.warps / parts),
-        resident,
-        limit(work, gpu),
-        result.utilisation(),
-    )
+    # Loads by TMA are not on the path of a warp, so their bandwidth bounds the time from outside.
+    shortest = limit(work, gpu)
+    seconds = max((result.cycles + (blocks - simulated) * interval) / gpu.clock, shortest)
+    utilisation = result.utilisation()
+    utilisation["dram"] = max(utilisation["dram"], (work.reads + work.writes) / gpu.copy_bandwidth / seconds)
+    share = 1.0 if kernel.warps >= parts else kernel.warps / parts
+    return Prediction(seconds, interval * share, resident, shortest, utilisation)
+
+
+def _memory(paths: Sequence[Sequence[Step]], warps: int, work: Work, gpu: Gpu, mean: float) -> Memory:
+    """Return the memory with the shares of DRAM and L2 that the work's bytes have of what its paths request.
+
+    Raises:
+        ValueError: The paths have fewer matmuls than the work.
+    """
+    matmuls = [step.amount for path in paths for step in path if step.kind == Kind.WGMMA]
+    executed = work.blocks * sum(matmuls)  # a wgmma is one of four warps, one on each sub-partition
+    if matmuls and executed < 0.99 * work.flop:
+        raise ValueError(f"the path has {executed:.3g} FLOP of the {work.flop:.3g} of the case: it took a wrong branch")
+    loaded = sum(step.amount for path in paths for step in path if step.kind in (Kind.LOAD, Kind.COPY))
+    requested = work.blocks * min(warps, constants.SUB_PARTITIONS) * loaded
+    dram_share, l2_share = (min(size / requested, 1.0) if requested else 0.0 for size in (work.reads, work.loads))
+    return Memory(gpu, dram_share, max(l2_share, dram_share), mean)
 
 
 def limit(work: Work, gpu: Gpu) -> float:
@@ -145,8 +161,3 @@ def steady_interval(result: Result, slots: int) -> float:
     # In the first rounds a queue may still fill, but in the long run no resource is busy for longer than that takes.
     busiest = max(result.utilisation().values()) * result.cycles / len(ends)
     return max(sum(rounds) / len(rounds), busiest)
-
-
-def _loaded(path: Sequence[Step]) -> float:
-    """Return the bytes that a warp requests from global memory."""
-    return sum(step.amount for step in path if step.kind in (Kind.LOAD, Kind.COPY))
