@@ -17,6 +17,7 @@ from bench.sass_model.simulator import SubPartition
 FMA = ("FFMA R1, R1, R2, R3", Control(4))  # ptxas's stall count for a result that the next instruction reads
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
+
 def path(*lines: Line, choice: Choice | None = None) -> list[pipes.Step]:
     return kernel_time.steps(listing([*lines, EXIT]), choice or Choice())
 

@@ -1,4 +1,4 @@
-"""`bench.sass_model.published` compares the fastest variant with what was published, as an autotuner would choose it."""
+"""`bench.sass_model.published` compares the fastest variant with published times, as an autotuner would choose it."""
 
 import json
 import sys
@@ -46,7 +46,9 @@ def test_matmuls_alone_reach_the_peak_and_special_functions_slow_them_down():
 def test_slow_variants_are_not_simulated_at_long_lengths(monkeypatch):
     calls = []
     predict = published.predict
-    monkeypatch.setattr(published, "predict", lambda kernel, *rest: calls.append(kernel.listing) or predict(kernel, *rest))
+    monkeypatch.setattr(
+        published, "predict", lambda kernel, *rest: calls.append(kernel.listing) or predict(kernel, *rest)
+    )
     slow, fast = variant(extra=100), variant(extra=20)
     published.compare(compiled(slow, fast), [2048, 4096])
     assert calls.count(fast["listing"]) == 2
@@ -56,10 +58,23 @@ def test_slow_variants_are_not_simulated_at_long_lengths(monkeypatch):
 def test_the_table_names_the_largest_error(monkeypatch, tmp_path):
     files = [tmp_path / "variants.json", tmp_path / "table.md"]
     files[0].write_text(json.dumps(compiled(variant(extra=100))))
-    monkeypatch.setattr(sys, "argv", ["published", str(files[0]), "--lengths", "512", "2048", "--output", str(files[1])])
+    monkeypatch.setattr(
+        sys, "argv", ["published", str(files[0]), "--lengths", "512", "2048", "--output", str(files[1])]
+    )
     published.main()
     text = files[1].read_text()
-    (error,) = (one for one in published.compare(compiled(variant(extra=100)), [512]))
-    assert f"Triton 3.0.0, tutorial of commit 0123456: largest error {error.error:+.0%}" in text
+    worst = min(one.error for one in published.compare(compiled(variant(extra=100)), [512, 2048]))
+    assert f"Triton 3.0.0, tutorial of commit 0123456: largest error {worst:+.0%}" in text
     assert "| 512 | 340 |" in text
     assert "| 2,048 | 396 |" in text
+
+
+def test_held_out_figures_are_marked():
+    known = compiled(variant(extra=100))
+    seen, held_out = published.compare(known, [512, 1024])
+    assert not seen.held_out
+    assert held_out.held_out
+    heading, *_, line_of_seen, line_of_held_out = published.table(known, [seen, held_out])
+    assert heading.endswith(f"held out {held_out.error:+.0%}")
+    assert "| yes |" in line_of_held_out
+    assert "| yes |" not in line_of_seen

@@ -24,8 +24,8 @@ class Choice:
     """Which path a case takes.
 
     Attributes:
-        trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for the loop around such a loop, "outer outer
-            matmul" for the next one), how often it runs. Loops of a kind that is missing run once.
+        trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for the loop around such a loop, "outer
+            outer matmul" for the next one), how often it runs. Loops of a kind that is missing run once.
         take: Features ("matmul", "dropout", "memory") whose arm of a branch is taken if only one arm has them.
         avoid: Features whose arm is not taken if only one arm has them.
     """

@@ -32,9 +32,7 @@ class Batch:
     step: int
 
 
-def predict_mixed(
-    kernel: Kernel, work_of: Callable[[int], Work], batch: Batch, total: Work, gpu: Gpu
-) -> Prediction:
+def predict_mixed(kernel: Kernel, work_of: Callable[[int], Work], batch: Batch, total: Work, gpu: Gpu) -> Prediction:
     """Return the predicted time of a launch.
 
     Args:

@@ -65,7 +65,9 @@ class Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="VARIANTS.json", help="files with machine code, see above")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="VARIANTS.json", help="files with machine code, see above"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted(PUBLISHED[64]), help="lengths to compare")
     parser.add_argument("--output", type=Path, help="write the table to this Markdown file instead of printing it")
     arguments = parser.parse_args()
@@ -130,8 +132,8 @@ def header() -> list[str]:
     return [
         "# The model of an SM compared with published times",
         "",
-        f"By `python -m bench.sass_model.published` at commit {origin()['commit']}, constants of version {VERSION}: the "
-        "forward pass of Triton's fused-attention tutorial on an H100, published in the paper on FlashAttention-3. "
+        f"By `python -m bench.sass_model.published` at commit {origin()['commit']}, constants of version {VERSION}: "
+        "the forward pass of Triton's fused-attention tutorial on an H100, published in the paper on FlashAttention-3. "
         "Nothing was fitted to these figures. The paper does not say which Triton it had; 3.0.0, the release that is "
         "nearest in time, was chosen after the code of 3.7.1 had been compared at 512 and 2,048 tokens of D = 64. The "
         "other figures were held out, named in `LOOKED_AT` before they were compared. In parentheses: hash of the "
