@@ -53,7 +53,8 @@ def answer(text: str) -> dict:
 
 def settings_for(task: str, model: Path, file: Path, folder: Path, **changes) -> FinetuneSettings:
     values = {"dropout": 0.0, "tokens_per_batch": 10**6, "logging_steps": 1} | QUICK | changes
-    values.setdefault("num_train_epochs", 3)
+    if "max_steps" not in values:
+        values.setdefault("num_train_epochs", 3)
     return FinetuneSettings.of(
         model_name_or_path=str(model), task=task, train_file=str(file), output_dir=str(folder), **values
     )

@@ -181,7 +181,8 @@ def _disabled_by_typed(
     required = [name for name, setting in settings_of(settings_class).items() if _default(setting.field, None)[0]]
     names = {*required, *(name.replace("-", "_") for name in in_file)}
     try:
-        settings_class.of(**{name: values[name] for name in names})
+        with as_typed(()):
+            settings_class.of(**{name: values[name] for name in names})
     except WithoutEffectError as error:
         return found - {name.removeprefix("--") for name in error.flags}  # the file contradicts itself
     except ValueError:

@@ -7,6 +7,10 @@ flags (`--learning-rate`), in YAML files, in saved runs and in Python:
     settings = PretrainSettings.of(output_dir="model", learning_rate=2e-4)
     settings.optimizer.learning_rate
     settings = settings.replace(resume=True)
+
+Whatever builds them (a command line, `of`, `replace`, a constructor or `dataclasses.replace`), each value is checked
+against its type, and kept as JSON can hold it: a path as a string, a number of numpy as one of Python, and one value
+where a list is expected as a list of one.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -91,13 +97,16 @@ class Setting:
     group: str | None
 
 
-_typed: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
+_typed: ContextVar[frozenset[str] | None] = ContextVar("typed", default=None)
 _TYPED = "_typed"  # the attribute in which settings keep the names of their values that were typed
 
 
 @contextmanager
 def as_typed(names: Iterable[str]) -> Iterator[None]:
-    """Build settings in the body of which values of these names count as given, although they may be the defaults."""
+    """Build settings in the body of which values of these names count as given, although they may be the defaults.
+
+    Elsewhere, the names of a constructor's arguments are those that were typed.
+    """
     token = _typed.set(frozenset(names))
     try:
         yield
@@ -117,10 +126,21 @@ class Settings:
     exclusive: ClassVar[tuple[str, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
+    def __new__(cls, *arguments: Any, **values: Any) -> Self:
+        """Note which values are typed: those that are passed, unless they are all values, as in a copy."""
+        self = super().__new__(cls)
+        typed = _typed.get()
+        if typed is None:
+            positional = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
+            typed = frozenset(positional[: len(arguments)]).union(values)
+            if typed.issuperset(name for name, hint in hints_of(cls).items() if group_class(hint) is None):
+                typed = frozenset()
+        object.__setattr__(self, _TYPED, typed)
+        return self
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, _TYPED, _typed.get())
         for name, hint in hints_of(type(self)).items():
-            _check(name, hint, getattr(self, name))
+            object.__setattr__(self, name, checked(name, hint, getattr(self, name)))
         rivals = [name for name in given(self) if name in map(flag, self.exclusive)]
         if len(rivals) > 1:
             raise ValueError(f"{' and '.join(rivals)} exclude each other: give only one of them")
@@ -133,16 +153,18 @@ class Settings:
     def of(cls, **values: Any) -> Self:
         """Build settings from values by name, without naming their groups; a whole group may be given too.
 
+        As on the command line, a value that is named is given, although it may be the default.
+
         Raises:
             TypeError: There is no such setting, or a required one is missing.
-            ValueError: A value is out of its range, or values contradict one another.
+            ValueError: A value has another type or is out of its range, or values contradict one another.
         """
         return cls(**_by_field(cls, values, {}))
 
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values, given as to `of`."""
         before = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        with as_typed(vars(self)[_TYPED]):
+        with as_typed(vars(self)[_TYPED].union(values)):
             return type(self)(**before | _by_field(type(self), values, before))
 
     def flat(self) -> dict[str, Any]:
@@ -263,7 +285,7 @@ def _by_field(settings_class: type[Settings], values: dict[str, Any], before: di
     of_groups: dict[str, dict[str, Any]] = {}
     known, hints = settings_of(settings_class), hints_of(settings_class)
     for name, value in values.items():
-        if isinstance(value, Settings) and name in hints:
+        if name in hints and (isinstance(value, Settings) or name not in known):  # groups may be named like values
             arguments[name] = value
         elif name not in known:
             raise TypeError(f"{settings_class.__name__} has no setting {name}{nearest(name, known)}")
@@ -277,27 +299,64 @@ def _by_field(settings_class: type[Settings], values: dict[str, Any], before: di
     return arguments
 
 
-def _check(name: str, hint: Any, value: Any, limits: Range | None = None) -> None:
-    """Raise ValueError, naming the flag, if a value is out of the range or not among the choices of its type."""
+def checked(name: str, hint: Any, value: Any) -> Any:
+    """Return a value of a setting as it is kept.
+
+    Args:
+        name: Name of the setting.
+        hint: Its type, with the declared range.
+        value: The value.
+
+    Raises:
+        ValueError: The value, or one of a list, has another type, is out of the range, or is none of the choices; the
+            message names the flag.
+        TypeError: The type is none that settings may have.
+    """
+    return _checked(name, hint, value, None)
+
+
+def _checked(name: str, hint: Any, value: Any, limits: Range | None) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        _check(name, arguments[0], value, range_of(hint))
-    elif origin is Literal:
+        return _checked(name, arguments[0], value, range_of(hint))
+    if origin in (Union, UnionType):  # of a type and None
+        (kind,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _checked(name, kind, value, None)
+    if origin in (list, tuple):
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return origin(_checked(name, arguments[0], item, None) for item in (value if is_list else [value]))
+    if origin is Literal:
         if value not in arguments:
             *others, last = map(str, arguments)
-            raise ValueError(f"{flag(name)} must be {', '.join(others)} or {last}, got {value!r}")
-    elif origin in (list, tuple):
-        for item in value:
-            _check(name, arguments[0], item)
-    elif NoneType in arguments:
-        if value is not None:
-            _check(name, next(kind for kind in arguments if kind is not NoneType), value)
-    elif limits is not None:
-        if not isinstance(value, int if hint is int else (int, float)):
-            raise ValueError(f"{flag(name)} must be {'an integer' if hint is int else 'a number'}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{flag(name)} must be finite, got {value}")
-        if hint is int and limits.maximum is None and limits.below is None and abs(value) > _LARGEST:
-            raise ValueError(f"{flag(name)} must be at most {_LARGEST}, got {value}")
-        if value not in limits:
-            raise ValueError(f"{flag(name)} must be {limits}, got {value}")
+            raise ValueError(f"{flag(name)} must be {', '.join(others)} or {last}, got {value!r:.60}")
+        return arguments[arguments.index(value)]
+    if hint in (int, float):
+        return _number(name, hint, value, limits or Range())
+    if (group := group_class(hint)) is not None:
+        return _of_type(group, value, f"{name} must be {group.__name__}")
+    if hint is bool:
+        return _of_type(bool, value, f"{flag(name)} must be True or False")
+    if hint is str:
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return _of_type(str, text, f"{flag(name)} must be a string")
+    raise TypeError(f"the setting {name} is of type {hint}, for which there is no check")
+
+
+def _of_type(kind: type[Any], value: Any, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{expected}, got {value!r:.60}")
+    return value
+
+
+def _number(name: str, kind: type[int] | type[float], value: Any, limits: Range) -> int | float:
+    """Return a number of Python, also for one of numpy; ValueError, naming the flag, if it is out of the range."""
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        raise ValueError(f"{flag(name)} must be {'an integer' if kind is int else 'a number'}, got {value!r:.60}")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{flag(name)} must be finite, got {number}")
+    if kind is int and limits.maximum is None and limits.below is None and abs(number) > _LARGEST:
+        raise ValueError(f"{flag(name)} must be at most {_LARGEST}, got {number}")
+    if number not in limits:
+        raise ValueError(f"{flag(name)} must be {limits}, got {number}")
+    return number

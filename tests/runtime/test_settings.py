@@ -1,16 +1,36 @@
 """Settings: flat names over nested groups, and checks of values against their declared ranges."""
 
+import copy
+import dataclasses
+import importlib
+import json
 import math
+import pickle
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from bertfast.cli.flags import parse
-from bertfast.cli.main import main
-from bertfast.runtime.settings import Count, Fraction, Positive, Range, Settings, range_of, settings_of
+from bertfast.cli.main import COMMANDS, main
+from bertfast.runtime.settings import (
+    Count,
+    Fraction,
+    Positive,
+    Range,
+    Settings,
+    checked,
+    flag,
+    given,
+    group_class,
+    hints_of,
+    range_of,
+    settings_of,
+)
 from bertfast.tasks.registry import choose_task
-from bertfast.training.finetune_settings import FinetuneSettings
+from bertfast.training.finetune_settings import FinetuneSettings, Hyperparameters
 from bertfast.training.pretrain_settings import PretrainSettings
 
 
@@ -183,3 +203,129 @@ def test_typed_defaults_are_kept_where_other_values_are_replaced():
     with pytest.raises(ValueError, match="--second-phase-share would have no effect"):
         settings.replace(second_phase_length=0)
     assert not PretrainSettings.of(**settings.flat()).replace(second_phase_length=0).batch.second_phase_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Settings):
+    title: str = "a"
+    flag: bool = False
+    file: str | None = None
+    files: list[str] = field(default_factory=list)
+    sizes: list[Count] = field(default_factory=list)
+    words: tuple[str, ...] = ()
+    rate: Annotated[float, Range()] = 0.5
+    plain: int = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def built(how: str, **values) -> Everything:
+    """Return settings that are built in one of the ways in which Python can."""
+    if how == "replace":
+        return Everything().replace(**values)
+    if how == "dataclasses.replace":
+        return dataclasses.replace(Everything(), **values)
+    return Everything.of(**values) if how == "of" else Everything(**values)
+
+
+WAYS = ["constructor", "of", "replace", "dataclasses.replace"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({"title": Path("a/b"), "file": Path("c")}, {"title": "a/b", "file": "c"}),
+        ({"files": [Path("a"), "b"]}, {"files": ["a", "b"]}),
+        ({"files": "text.txt"}, {"files": ["text.txt"]}),
+        ({"files": Path("text.txt"), "words": "conv"}, {"files": ["text.txt"], "words": ("conv",)}),
+        ({"sizes": 32}, {"sizes": [32]}),
+        ({"sizes": (32, np.int64(16))}, {"sizes": [32, 16]}),
+        ({"sizes": range(1, 3)}, {"sizes": [1, 2]}),
+        ({"rate": np.float32(0.25), "plain": np.int32(3)}, {"rate": 0.25, "plain": 3}),
+        ({"rate": 1}, {"rate": 1}),
+    ],
+)
+def test_values_are_kept_as_json_can_hold_them(values, kept, how):
+    settings = built(how, **values)
+    assert {name: getattr(settings, name) for name in kept} == kept
+    assert {name: type(getattr(settings, name)) for name in kept} == {name: type(kept[name]) for name in kept}
+    loaded = json.loads(json.dumps(settings.flat()))
+    assert Everything.of(**loaded) == settings
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"flag": "yes"}, "--flag must be True or False, got 'yes'"),
+        ({"flag": 1}, "--flag must be True or False, got 1"),
+        ({"flag": None}, "--flag must be True or False, got None"),
+        ({"title": 3}, "--title must be a string, got 3"),
+        ({"title": b"a"}, "--title must be a string, got b'a'"),
+        ({"title": None}, "--title must be a string, got None"),
+        ({"file": ["a"]}, r"--file must be a string, got \['a'\]"),
+        ({"files": ["a", 3]}, "--files must be a string, got 3"),
+        ({"files": b"ab"}, "--files must be a string, got b'ab'"),
+        ({"files": None}, "--files must be a string, got None"),
+        ({"sizes": "32"}, "--sizes must be an integer, got '32'"),
+        ({"sizes": True}, "--sizes must be an integer, got True"),
+        ({"sizes": [8, 0]}, "--sizes must be at least 1, got 0"),
+        ({"rate": "0.5"}, "--rate must be a number, got '0.5'"),
+        ({"rate": np.nan}, "--rate must be finite, got nan"),
+        ({"plain": 1.0}, "--plain must be an integer, got 1.0"),
+        ({"optimizer": "adamw"}, "optimizer must be Optimizer, got 'adamw'"),
+    ],
+)
+def test_values_of_another_type_are_refused(values, message, how):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        built(how, **values)
+
+
+def settings_classes() -> list[type[Settings]]:
+    """Return the settings of all commands and their groups."""
+    classes = []
+    for command in COMMANDS.values():
+        program = getattr(importlib.import_module(f"bertfast.{command.module}"), command.settings)
+        classes += [program, *filter(None, map(group_class, hints_of(program).values()))]
+    return [*dict.fromkeys(classes)]
+
+
+@pytest.mark.parametrize("settings_class", settings_classes(), ids=lambda known: known.__name__)
+def test_every_setting_of_every_command_has_a_type_that_is_checked(settings_class):
+    for name, hint in hints_of(settings_class).items():
+        if group_class(hint) is None:
+            assert settings_of(settings_class)[name].hint == hint
+            with pytest.raises(ValueError, match=rf"^{flag(name)} must be .*, got \{{'a'\}}$"):
+                checked(name, hint, {"a"})
+
+
+def test_what_a_command_line_refuses_together_is_refused_from_python():
+    where = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
+    rivals = "--num-train-epochs and --max-steps exclude each other: give only one of them"
+    with pytest.raises(ValueError, match=f"^{rivals}$"):
+        FinetuneSettings.of(**where, max_steps=2, num_train_epochs=3)
+    with pytest.raises(ValueError, match=f"^{rivals}$"):
+        FinetuneSettings.of(**where, max_steps=2).replace(num_train_epochs=3.0)
+    with pytest.raises(ValueError, match=f"^{rivals}$"):
+        FinetuneSettings.of(**where, hyperparameters=Hyperparameters(max_steps=2), num_train_epochs=3)
+    with pytest.raises(ValueError, match=f"^{rivals}$"):
+        Hyperparameters(max_steps=2, num_train_epochs=3)
+    with pytest.raises(ValueError, match=f"^{rivals}$"):
+        dataclasses.replace(Hyperparameters(max_steps=2), num_train_epochs=4)
+    with pytest.raises(ValueError, match="--lstm-layers would have no effect"):
+        FinetuneSettings.of(**where, lstm_layers=2)
+    assert FinetuneSettings.of(**where, max_steps=None, num_train_epochs=3).hyperparameters.max_steps is None
+
+
+def test_in_a_copy_of_all_values_the_defaults_do_not_count_as_given():
+    where = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
+    settings = FinetuneSettings.of(**where, max_steps=2)
+    for copied in (
+        FinetuneSettings.of(**settings.flat()),
+        settings.replace(output_dir="o"),
+        dataclasses.replace(settings, output_dir="o"),
+        pickle.loads(pickle.dumps(settings)),
+        copy.deepcopy(settings),
+    ):
+        assert copied == settings
+        assert given(copied.hyperparameters) == ["--max-steps"]
