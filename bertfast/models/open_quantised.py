@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from bertfast.models.quantised_files import is_quantised, read_dequantised, rest
 from bertfast.models.registry import FusedModel
 
 _HUB = ("cache_dir", "revision", "token", "local_files_only")
+# The folder in the report of transformers 5, and of 4, of missing weights if it was given weights without one.
+_UNNAMED = re.compile(r"(?<= from: )None(?=\n)|(?<= checkpoint at )None(?= )")
 
 
 def quantised_folder(name: Any, options: Mapping[str, Any]) -> Path | None:
@@ -60,12 +65,30 @@ def open_quantised(
     unmark(config)
     weights, quantised = read_dequantised(folder, str(folder), kwargs.pop("variant", None))
     kwargs = {"dtype": "auto"} | kwargs | {"config": config, "state_dict": weights}
-    loaded = class_of(config).from_pretrained(None, *args, **kwargs)
+    with _named_in_reports(folder):
+        loaded = class_of(config).from_pretrained(None, *args, **kwargs)
     model = fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
     model.name_or_path = model.config.name_or_path = str(folder)
     weights.clear()  # the model's own, which are freed when they are packed
     restore_quantised(model, quantised)
     return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
+
+
+@contextmanager
+def _named_in_reports(folder: Path) -> Iterator[None]:
+    """Have transformers name a folder whose weights it is given, also in a report of missing weights."""
+
+    def name(record: logging.LogRecord) -> bool:
+        if isinstance(record.msg, str):
+            record.msg = _UNNAMED.sub(lambda match: str(folder), record.msg, count=1)
+        return True
+
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addFilter(name)
+    try:
+        yield
+    finally:
+        reports.removeFilter(name)
 
 
 def _open_as(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:

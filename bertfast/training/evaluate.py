@@ -111,7 +111,7 @@ def _origin(settings: EvaluateSettings) -> Origin:
     }
     values = settings.flat()  # batches, and with them the masked tokens, depend on --eval-tokens
     names = ("objective", "max_seq_length", "precision", "eval_tokens")
-    values["eval_tokens"] = values["eval_tokens"] or MANY_TOKENS
+    values["eval_tokens"] = _tokens_of_text(settings)
     return Origin(inputs, {flag(name): values[name] for name in names}, "evaluate")
 
 
@@ -173,7 +173,12 @@ def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:
         settings.model_name_or_path,
         settings.validation_file,
         max_seq_length=settings.max_seq_length,
-        tokens_per_batch=settings.compute.eval_tokens or MANY_TOKENS,
+        tokens_per_batch=_tokens_of_text(settings),
         precision=settings.compute.precision,
         device=settings.compute.device,
     )
+
+
+def _tokens_of_text(settings: EvaluateSettings) -> int:
+    """Return the tokens per batch of --objective mlm, on which the masked tokens depend, so not on the device."""
+    return settings.compute.eval_tokens or MANY_TOKENS

@@ -352,9 +352,9 @@ class Finetuning:
     def _save(self) -> None:
         self.progress.best_step = self.step
         if self.distributed.is_main:
-            save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
+            self.task.write_folder(self.folder)  # before the model, which alone opens with another pooling
             copy_tokenizer(self.tokenizer, self.source, self.folder)
-            self.task.write_folder(self.folder)
+            save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, unless steps are being skipped; their results must have been read."""

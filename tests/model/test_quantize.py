@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import family_models
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import bertfast
 from bertfast.encoder.packed_layer import PackedLayer
 from bertfast.encoder.packed_linear import PackedLinear
+from bertfast.models import open_quantised
 from bertfast.models.bert import BertModel
 from bertfast.models.files import load
 from bertfast.models.freeze import linear_groups
@@ -135,6 +137,31 @@ def test_the_fused_encoder_of_a_saved_head_and_a_new_head_on_an_encoder(tmp_path
     opened = bertfast.BertForTokenClassification.from_pretrained(tmp_path / "encoder", num_labels=7)
     assert opened.classifier.out_features == 7
     assert torch.equal(hidden(opened.bert, without_labels(batch())), hidden(encoder, without_labels(batch())))
+
+
+@pytest.mark.parametrize(
+    ("heading", "named"),
+    [
+        (None, "LOAD REPORT"),  # that of the installed version
+        ("Some weights were not initialized from the model checkpoint at None and are", "checkpoint at {} and are"),
+    ],
+)
+def test_a_report_of_missing_weights_names_the_folder(heading, named, tmp_path, caplog):
+    quantised(live("BertModel"), [without_labels(batch())]).save_pretrained(tmp_path)
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addHandler(caplog.handler)
+    try:
+        if heading is None:
+            bertfast.BertForTokenClassification.from_pretrained(tmp_path)
+        else:
+            with open_quantised._named_in_reports(tmp_path):
+                reports.warning(heading)
+    finally:
+        reports.removeHandler(caplog.handler)
+    assert named.format(tmp_path) in caplog.text
+    assert str(tmp_path) in caplog.text
+    assert "None" not in caplog.text
+    assert not reports.filters
 
 
 @pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
