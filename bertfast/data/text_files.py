@@ -5,26 +5,22 @@ Errors name the file, the line and the remedy.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
 import json
 import logging
-import lzma
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from bertfast.data.arriving_input import ArrivingInput
+from bertfast.data.decompression import decompressed
 from bertfast.runtime.atomic_write import atomic_path
-from bertfast.runtime.extras import install_command
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 logger = logging.getLogger("bertfast")
 
@@ -32,6 +28,7 @@ STANDARD_INPUT = "standard input"
 """Name of standard input in messages."""
 COMPRESSIONS = ("", ".gz", ".xz", ".bz2", ".zst")
 _BLOCK = 2**16  # bytes read at a time
+_PATIENCE = 0.02  # seconds that a line of standard input waits for others
 _MAX_LINE = 2**30  # bytes of a line, which a small archive may hold
 _MAX_JSON, _MAX_DATA = 2**28, 2**32  # characters of a configuration or tokenizer, and of data, that are read at once
 _SPACE, _DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
@@ -43,6 +40,7 @@ UNREADABLE = {  # first bytes of a file: what it is and what to do
     b"\xff\xfe": "UTF-16; convert the file to UTF-8",
     b"\xfe\xff": "UTF-16; convert the file to UTF-8",
 }
+_Source = io.BufferedReader | ArrivingInput  # of lines
 
 
 def require_file(path: Path | str, flag: str) -> None:
@@ -78,7 +76,7 @@ def read_lines(
     """
     with path.open("rb") as raw:
         seekable = raw.seekable()  # a pipe has no position
-        for numbered in _decoded_lines(str(path), _decompressed(raw), universal, longest):
+        for numbered in _decoded_lines(str(path), decompressed(raw), universal, longest):
             progress(raw.tell() if seekable else 0)
             yield numbered
 
@@ -106,7 +104,36 @@ def read_standard_input() -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: Standard input is closed, is not text, or a line is not UTF-8; the message names the line.
     """
-    return _decoded_lines(STANDARD_INPUT, _decompressed(standard_input()))
+    return _decoded_lines(STANDARD_INPUT, decompressed(standard_input()))
+
+
+def read_arriving_lines(most: int, least: int = 1) -> Iterator[list[tuple[int, str]]]:
+    """Yield the lines of standard input, as `read_standard_input`, in groups of those that have arrived.
+
+    A line waits for others no longer than an instant, unless the input is compressed or has carriage returns as line
+    ends: then all groups but the last are full.
+
+    Args:
+        most: Lines of a full group.
+        least: Lines of the first group, if there are so many.
+
+    Raises:
+        ValueError: See `read_standard_input`.
+    """
+    raw = standard_input()
+    stream = decompressed(raw)
+    arriving = ArrivingInput(raw) if stream is raw else None
+    group: list[tuple[int, str]] = []
+    until = 0.0
+    for line in _decoded_lines(STANDARD_INPUT, arriving or stream):
+        until = until if group else time.monotonic() + _PATIENCE
+        group.append(line)
+        if len(group) < least or (len(group) < most and (arriving is None or arriving.line_arrives(until))):
+            continue
+        yield group
+        group, least = [], 1
+    if group:
+        yield group
 
 
 def is_stream(name: Path | str) -> bool:
@@ -260,7 +287,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _decoded_lines(
-    name: str, stream: io.BufferedReader, universal: bool = False, longest: int = _MAX_LINE
+    name: str, stream: _Source, universal: bool = False, longest: int = _MAX_LINE
 ) -> Iterator[tuple[int, str]]:
     number = 0
     try:
@@ -280,7 +307,7 @@ class _NotText(ValueError):
     """A file is not text, as its first bytes or the length of a line show."""
 
 
-def _lines(name: str, stream: io.BufferedReader, universal: bool = False, longest: int = _MAX_LINE) -> Iterator[bytes]:
+def _lines(name: str, stream: _Source, universal: bool = False, longest: int = _MAX_LINE) -> Iterator[bytes]:
     first = stream.peek()
     for start, what in UNREADABLE.items():
         if first.startswith(start):
@@ -295,7 +322,7 @@ def _lines(name: str, stream: io.BufferedReader, universal: bool = False, longes
     return chain.from_iterable(line.splitlines(keepends=True) for line in lines) if universal else lines
 
 
-def _bounded_lines(name: str, stream: io.BufferedReader, longest: int) -> Iterator[bytes]:
+def _bounded_lines(name: str, stream: _Source, longest: int) -> Iterator[bytes]:
     """Yield the lines of a stream; raise `_NotText` once a line has more than `longest` bytes."""
     while line := stream.readline(longest + 1):
         if len(line) > longest:
@@ -307,7 +334,7 @@ def _too_long(name: str, longest: int) -> _NotText:
     return _NotText(f"{name} has a line of more than {longest:,} bytes: it is damaged, or not text; give another file")
 
 
-def _lines_of_blocks(name: str, stream: io.BufferedReader, longest: int) -> Iterator[bytes]:
+def _lines_of_blocks(name: str, stream: _Source, longest: int) -> Iterator[bytes]:
     """Yield the lines of a stream which begins with lines that end with carriage returns: it may have no line feed."""
     pieces: list[bytes] = []  # of a line that goes on in the next block
     while block := stream.read1(_BLOCK):
@@ -327,50 +354,3 @@ def _lines_of_blocks(name: str, stream: io.BufferedReader, longest: int) -> Iter
             pieces = []
     if pieces:
         yield b"".join(pieces)
-
-
-def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:
-    start = raw.peek()
-    for magic, decompressor in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return io.BufferedReader(cast(io.RawIOBase, decompressor(raw)), _BLOCK)
-    return raw
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """The content of Zstandard frames; unlike the library's own reader, it detects a truncated last frame."""
-
-    def __init__(self, raw: io.BufferedReader):
-        try:
-            import zstandard
-        except ImportError:
-            raise ImportError(f"reading Zstandard requires zstandard: {install_command('zstd')}") from None
-        self.new_frame = zstandard.ZstdDecompressor().decompressobj
-        self.raw, self.content = raw, b""
-        self.frame: zstandard.ZstdDecompressionObj | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        out = memoryview(buffer)
-        while not self.content:
-            compressed = (self.frame and self.frame.unused_data) or self.raw.read(2**14)
-            if not compressed:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the file is truncated")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.new_frame()
-            self.content = self.frame.decompress(compressed)
-        count = min(len(out), len(self.content))
-        out[:count], self.content = self.content[:count], self.content[count:]
-        return count
-
-
-_DECOMPRESSORS: dict[bytes, Callable[[io.BufferedReader], io.IOBase]] = {  # by the first bytes of a file
-    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-    b"BZh": bz2.BZ2File,
-    b"\x28\xb5\x2f\xfd": _ZstandardFrames,
-}

@@ -35,7 +35,7 @@ from bertfast.inference.embedding_files import (
 )
 from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu, uncaptured_buckets
 from bertfast.inference.sentence_encoder import Encoder, chosen_layers, joined, open_encoder
-from bertfast.inference.text_rows import TextRow, read_text_rows
+from bertfast.inference.text_rows import TextRow, no_texts, read_text_rows, source_name
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import (
     BertFeaturesForTokenClassification,
@@ -43,6 +43,7 @@ from bertfast.models.extensions import (
 from bertfast.models.pooling import pool
 from bertfast.models.sentence_modules import SentenceModules
 from bertfast.runtime.atomic_write import atomic_path, reserve
+from bertfast.runtime.completion import mark_complete
 from bertfast.runtime.cuda_graph import GraphRunner, capture_for, side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.malloc import give_freed_memory_back
@@ -95,21 +96,20 @@ def embed(settings: EmbedSettings) -> Path:
         rows = chain(calibration, rows)
         chunks = iter(lambda: list(islice(rows, settings.texts_per_part)), [])
         first = next(chunks, None)
-        source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
         if first is None:
-            raise ValueError(f"{source} is empty: it needs one text per line")
+            raise no_texts(settings.input_file)
         begin()
         encoder.log(settings)
         # The first texts, even if their embeddings are there already, so that those of the others do not depend on it.
         first_features = encoder.features([row.text for row in calibration])
         model = encoder.model
         freeze_on_cpu(model, settings.compute.precision, first_features, lambda x: encode(model, x.packed(model)))
-        cut = CutTexts(source, encoder.max_length)
+        cut = CutTexts(source_name(settings.input_file), encoder.max_length)
         with (
             _interruptible(settings),
             tqdm(desc="embed", unit="text") as bar,
         ):  # not before the checks, as it would stand above an error
-            _write_parts(settings, encoder, ranges, chain([first], chunks), cut, bar.update)
+            mark_complete(folder, _write_parts(settings, encoder, ranges, chain([first], chunks), cut, bar.update))
         cut.report()
     return folder
 
@@ -121,9 +121,18 @@ def _write_parts(
     chunks: Iterable[list[TextRow]],
     cut: CutTexts,
     advance: Callable[[int], object],
-) -> None:
-    """Write the parts that are not there yet, one for each chunk of rows, with the ranges of --ranges-file if any."""
-    folder = Path(settings.output_dir)
+) -> int:
+    """Write the parts that are not there yet, one for each chunk of rows; return the number of rows.
+
+    Args:
+        settings: Settings of the command.
+        encoder: The model.
+        ranges: The ranges of --ranges-file, if any.
+        chunks: The rows of each part.
+        cut: Counts the texts that are cut.
+        advance: Called with the number of rows of each part.
+    """
+    folder, count = Path(settings.output_dir), 0
     if ranges is None:
         ranges = _ranges_of_first_part(settings, encoder.size)
     for number, chunk in enumerate(chunks):
@@ -142,6 +151,8 @@ def _write_parts(
             write_part(path, Part(embeddings, rows, [row.id for row in chunk], starts))
             give_freed_memory_back()  # else memory use grows with the number of parts
         advance(len(chunk))
+        count += len(chunk)
+    return count
 
 
 def _ranges_of_first_part(settings: EmbedSettings, size: int) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,10 @@ from tyro.conf import Positional
 from bertfast.data.special_tokens import mask_token
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
 from bertfast.encoder import masked_lm_logits, pack
+from bertfast.inference.text_rows import no_texts
 from bertfast.models.bert import BertForMaskedLM
 from bertfast.runtime.precision import require_finite
-from bertfast.runtime.settings import Count, Settings
+from bertfast.runtime.settings import Count, Settings, checked
 from bertfast.tasks.pretrained import open_model, sequence_length
 
 
@@ -48,13 +50,13 @@ def fill_mask(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: in
 
     Raises:
         ValueError: There is no [MASK], the text has more tokens than the model has positions, it is not UTF-8, or
-            `top_k` is more than the vocabulary has.
+            `top_k` is less than 1 or more than the vocabulary has.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not UTF-8 (character {error.start + 1}); convert it to UTF-8") from None
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size, top_k = tokenizer.get_vocab_size(), checked("top_k", Count, top_k)
     if top_k > vocab_size:
         raise ValueError(f"--top-k must be at most {vocab_size}, the size of the vocabulary, got {top_k}")
     ids = tokenizer.encode(text).ids
@@ -87,6 +89,7 @@ def fill_mask_command(settings: FillMaskSettings) -> None:
     if settings.text != "-":
         _print(settings.text, fill_mask(model, tokenizer, settings.text, settings.top_k))
         return
+    number = 0
     for number, line in read_standard_input():
         text = line.rstrip("\r\n")
         try:
@@ -94,6 +97,8 @@ def fill_mask_command(settings: FillMaskSettings) -> None:
         except ValueError as error:
             raise ValueError(f"{STANDARD_INPUT}, line {number}: {error}") from None
         _print(text, predictions)
+    if not number:
+        raise no_texts(None)
 
 
 def _print(text: str, predictions_per_mask: list[list[tuple[str, float]]]) -> None:
@@ -102,3 +107,4 @@ def _print(text: str, predictions_per_mask: list[list[tuple[str, float]]]) -> No
         print(f"[MASK] {number}")
         for token, probability in predictions:
             print(f"  {probability:6.1%}  {token}")
+    sys.stdout.flush()  # for a program that writes the next text when it has read this answer

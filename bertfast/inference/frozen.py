@@ -39,6 +39,17 @@ def require_own_precision(model: PreTrainedModel, precision: InferencePrecision)
         )
 
 
+def examples_to_begin(model: PreTrainedModel, precision: InferencePrecision) -> int:
+    """Return how many lines of standard input, if there are so many, a program reads before it runs a model.
+
+    These are the ones on which it is calibrated for int8, which must not depend on how fast they arrive.
+    """
+    if precision != "int8" or is_quantised(model.config):
+        return 1
+    logger.info("int8 is calibrated on the first %d lines, so results begin when they are there", CALIBRATION_EXAMPLES)
+    return CALIBRATION_EXAMPLES
+
+
 def uncaptured_buckets(model: PreTrainedModel, precision: str, *, logits_per_token: bool = False) -> Buckets:
     """Return which sizes of a program's batches are padded, where no CUDA graphs are captured.
 

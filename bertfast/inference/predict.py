@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -15,8 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.text_files import STANDARD_INPUT, read_standard_input, require_file
-from bertfast.inference.frozen import freeze_on_cpu, require_own_precision, uncaptured_buckets
+from bertfast.data.text_files import STANDARD_INPUT, read_arriving_lines, require_file
+from bertfast.inference.frozen import examples_to_begin, freeze_on_cpu, require_own_precision, uncaptured_buckets
+from bertfast.inference.text_rows import no_texts
 from bertfast.models.files import read_config, resolve
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
@@ -70,22 +70,34 @@ class PredictSettings(TaskSettings):
 def predict(settings: PredictSettings) -> None:
     """Print one JSON object per row of the input: its number from 1, its id if it has one, and the prediction.
 
-    A row that is skipped is printed as {"row": …, "skipped": why}.
+    A row that is skipped is printed as {"row": …, "skipped": why}. Lines of standard input are answered when they have
+    arrived, in batches if they arrive fast.
+
+    Raises:
+        ValueError: There is no row, or one cannot be used.
     """
-    file = settings.input_file
-    if file not in (None, "-"):
+    file = "-" if settings.input_file is None else settings.input_file
+    if file != "-":
         require_file(file, "--input-file")
     task, model, tokenizer = open_finetuned(settings)
     require_own_precision(model, settings.compute.precision)
     if settings.all_probabilities and not task.has_probabilities:
         refuse_without_effect(["--all-probabilities"], "the task of the model has no labels with probabilities")
     length = task.max_length()
-    cut = CutTexts(STANDARD_INPUT if file in (None, "-") else file, length)
+    cut = CutTexts(STANDARD_INPUT if file == "-" else file, length)
+    is_empty = True
     with task.bad_rows.logged():
-        for examples in _from_lines(task) if file in (None, "-") else task.read_chunks(file):
+        if file == "-":
+            parts = _from_lines(task, examples_to_begin(model, settings.compute.precision))
+        else:
+            parts = task.read_chunks(file)
+        for examples in parts:
             for prediction in _predict_rows(task, model, tokenizer, cut, examples, settings):
+                is_empty = False
                 print(json.dumps(prediction, ensure_ascii=False))
             sys.stdout.flush()
+    if is_empty:
+        raise no_texts(file)
     cut.report()
 
 
@@ -181,13 +193,9 @@ def predict_outputs(
     return of_examples(outputs)
 
 
-def _from_lines(task: Task[Any]) -> Iterator[Any]:
-    numbered_lines = read_standard_input()
-    chunk_size = 1 if sys.stdin.isatty() else ROWS_PER_CHUNK  # at a terminal, respond to each line
-    first_row = 1
-    while lines := [line.rstrip("\r\n") for _, line in islice(numbered_lines, chunk_size)]:
-        yield task.parse_lines(lines, first_row)
-        first_row += len(lines)
+def _from_lines(task: Task[Any], least: int) -> Iterator[Any]:
+    for lines in read_arriving_lines(ROWS_PER_CHUNK, least):
+        yield task.parse_lines([line.rstrip("\r\n") for _, line in lines], lines[0][0])
 
 
 def require_finite_outputs(task: Task[Any], model: PreTrainedModel, features: Features) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,18 +19,19 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from bertfast.data.text_files import STANDARD_INPUT, require_file
+from bertfast.data.text_files import require_file
 from bertfast.inference.embed import embed_texts
 from bertfast.inference.embed_settings import EmbedSettings, Pooling
+from bertfast.inference.frozen import examples_to_begin
 from bertfast.inference.sentence_encoder import Encoder, joined, open_encoder
-from bertfast.inference.text_rows import TextRow, read_text_rows
+from bertfast.inference.text_rows import TextRow, no_texts, read_row_groups, read_text_rows, source_name
 from bertfast.inference.vector_folder import VectorFolder
 from bertfast.models.extensions import LAYERS
 from bertfast.models.files import resolve
 from bertfast.models.sentence_folder import read_sentence_modules
 from bertfast.runtime.output_folder import Origin, differences_from
 from bertfast.runtime.precision import choose_device
-from bertfast.runtime.settings import Count, Settings, flag
+from bertfast.runtime.settings import Count, Settings, checked, flag
 from bertfast.tasks.columns import Text
 from bertfast.tasks.features import CutTexts
 from bertfast.tasks.most_similar import Similarity, most_similar
@@ -93,9 +94,11 @@ def search(settings: SearchSettings) -> None:
     """Print one JSON object per query: its row from 1, its id if it has any, and `hits`, from the most similar on.
 
     Each hit has the row of a text that was embedded, its id if it has any, the score, and with --print-texts the text.
+    Lines of standard input are answered when they have arrived, in batches if they arrive fast.
 
     Raises:
-        ValueError: A query cannot be read, the vectors are damaged or of another model, or texts to print have changed.
+        ValueError: There is no query, or one cannot be read; the vectors are damaged, not complete or of another model;
+            or texts to print have changed.
     """
     if settings.input_file not in (None, "-"):
         require_file(settings.input_file, "--input-file")
@@ -106,22 +109,28 @@ def search(settings: SearchSettings) -> None:
     _require_same_model(folder, embedding, encoder)
     similarity = _similarity(settings, encoder)
     logger.info("searching %d vectors of %s by %s", len(folder), folder.path, similarity)
-    source = STANDARD_INPUT if settings.input_file in (None, "-") else f"--input-file {settings.input_file}"
-    cut = CutTexts(source, encoder.max_length)
-    at_terminal = source == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty()
-    remaining = read_text_rows(embedding)
-    while rows := list(islice(remaining, 1 if at_terminal else _QUERIES)):
+    cut = CutTexts(source_name(settings.input_file), encoder.max_length)
+    least, is_empty = 1, True
+    if settings.input_file in (None, "-"):
+        least = examples_to_begin(encoder.model, settings.compute.precision)
+    for rows in read_row_groups(embedding, _QUERIES, least):
+        is_empty = False
         queries = embed_texts(encoder, embedding, [row.text for row in rows], cut)
         found = search_vectors(folder, queries, settings.top_k, similarity)
         texts = {} if of_texts is None else _texts(of_texts, {hit.row for hits in found for hit in hits})
         for row, hits in zip(rows, found, strict=True):
             print(json.dumps(_result(row, hits, texts), ensure_ascii=False))
         sys.stdout.flush()
+    if is_empty:
+        raise no_texts(settings.input_file)
     cut.report()
 
 
 def search_vectors(
-    folder: VectorFolder | Path | str, queries: np.ndarray, top_k: int = 10, similarity: Similarity = "cosine"
+    folder: VectorFolder | Path | str,
+    queries: np.ndarray | Sequence[Sequence[float]],
+    top_k: int = 10,
+    similarity: Similarity = "cosine",
 ) -> list[list[Hit]]:
     """Return the vectors that are most similar to queries, from the most similar on; equal ones by row.
 
@@ -134,26 +143,40 @@ def search_vectors(
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: It is none of `bertfast embed`, is damaged, or its vectors have another size than the queries.
+        ValueError: It is none of `bertfast embed`, is damaged or not complete, or its vectors have another size than
+            the queries; or an argument is not as described.
     """
     if similarity not in get_args(Similarity):
         raise ValueError(f"similarity must be cosine or dot, got {similarity!r}")
-    if queries.ndim != 2 or not np.isfinite(queries).all():
-        raise ValueError(f"queries must be finite and of shape [Q, D], got shape {[*queries.shape]}")
+    top_k = checked("top_k", Count, top_k)
+    vectors = _query_vectors(queries)
     if not isinstance(folder, VectorFolder):
         folder = VectorFolder.open(Path(folder))
-    folder.require_width(queries.shape[1], "the queries are")
+    size = vectors.shape[1]
+    folder.require_width(size, "the queries are")
     hits: list[list[Hit]] = []
-    for start in range(0, len(queries), _QUERIES):
-        some = torch.from_numpy(np.array(queries[start : start + _QUERIES], np.float32))
-        size = queries.shape[1]
+    for start in range(0, len(vectors), _QUERIES):
+        batch = torch.from_numpy(np.array(vectors[start : start + _QUERIES]))
         chunks = (torch.from_numpy(chunk) for chunk in folder.chunks(max(_CHUNK // size, 1), size))
-        scores, numbers = most_similar(some, chunks, top_k, similarity, str(folder.path))
-        rows = numbers + 1
+        scores, indices = most_similar(batch, chunks, top_k, similarity, str(folder.path))
+        rows = indices + 1
         ids = folder.ids(rows.ravel().tolist())
         for values, found in zip(scores.tolist(), rows.tolist(), strict=True):
             hits.append([Hit(row, ids.get(row), score) for score, row in zip(values, found, strict=True)])
     return hits
+
+
+def _query_vectors(queries: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the embeddings of queries as fp32 [Q, D]; ValueError if they are none."""
+    try:
+        vectors = np.asarray(queries, np.float32)
+    except (TypeError, ValueError):  # texts, or lists of different lengths
+        found = f"{queries!r:.60}"
+    else:
+        if vectors.ndim == 2 and vectors.shape[1] and np.isfinite(vectors).all():
+            return vectors
+        found = f"shape {[*vectors.shape]}"
+    raise ValueError(f"queries must be finite and of shape [Q, D], got {found}: give embeddings, as TextEncoder.encode")
 
 
 def _embed_settings(settings: SearchSettings, folder: VectorFolder) -> EmbedSettings:
@@ -197,7 +220,7 @@ def _require_same_model(folder: VectorFolder, settings: EmbedSettings, encoder: 
 
 
 def _similarity(settings: SearchSettings, encoder: Encoder) -> Similarity:
-    chosen = encoder.own.similarity if settings.similarity == "auto" else settings.similarity
+    chosen = encoder.saved_modules.similarity if settings.similarity == "auto" else settings.similarity
     if chosen == "cosine":
         return "cosine"
     if chosen == "dot":

@@ -31,7 +31,7 @@ class Encoder:
     Attributes:
         model: The encoder, in evaluation mode.
         tokenizer: Its tokenizer.
-        own: The modules of its folder.
+        saved_modules: The modules of its folder.
         modules: The same as --pooling and --normalization change them.
         prompt: Text to put before each text.
         num_skipped: Number of first tokens, those of the prompt, that are not pooled.
@@ -41,7 +41,7 @@ class Encoder:
 
     model: BertModel
     tokenizer: Tokenizer
-    own: SentenceModules
+    saved_modules: SentenceModules
     modules: SentenceModules
     prompt: str
     num_skipped: int
@@ -51,7 +51,7 @@ class Encoder:
     @property
     def files(self) -> list[Path]:
         """Files of the model that determine embeddings."""
-        return [*model_files(self.own.encoder), *self.own.files]
+        return [*model_files(self.saved_modules.encoder), *self.saved_modules.files]
 
     @property
     def normalization(self) -> str:
@@ -66,7 +66,7 @@ class Encoder:
             ValueError: It leaves no room for texts.
         """
         num_skipped = 0
-        if prompt and not self.own.pools_prompt and self.modules.pooling != ("none",):
+        if prompt and not self.saved_modules.pools_prompt and self.modules.pooling != ("none",):
             num_skipped = _prompt_length(self.tokenizer, prompt)
             if num_skipped > self.max_length - 2:
                 raise ValueError(
@@ -82,29 +82,29 @@ class Encoder:
 
     def log(self, settings: EmbedSettings) -> None:
         """Log how embeddings are made, and which flags replace what the model's files say."""
-        own, name = self.own, settings.model_name_or_path
+        saved, name = self.saved_modules, settings.model_name_or_path
         pooling = "one embedding per token" if settings.pooling == "none" else f"pooling {joined(self.modules)}"
         after = "".join(f", {module.effect}" for module in self.modules.after)
         prompt = f", prompt {self.prompt!r}" if self.prompt else ""
         logger.info("%s: %s%s%s, at most %d tokens", name, pooling, after, prompt, self.max_length)
-        if is_quantised(self.model.config) and not own.files and settings.pooling == "auto":
+        if is_quantised(self.model.config) and not saved.files and settings.pooling == "auto":
             logger.warning(
                 "%s is quantised and has no modules.json, which save_pretrained does not write: copy that of the model "
                 "from which it was made, if there is one, and the files that it names; or pass --pooling and "
                 "--normalization",
                 name,
             )
-        if own.files and settings.pooling not in ("auto", joined(own)):
-            logger.info("--pooling %s replaces that of %s, %s", settings.pooling, name, joined(own) or "none")
-        if settings.normalization != "auto" and len(own.after) != len(self.modules.after):
+        if saved.files and settings.pooling not in ("auto", joined(saved)):
+            logger.info("--pooling %s replaces that of %s, %s", settings.pooling, name, joined(saved) or "none")
+        if settings.normalization != "auto" and len(saved.after) != len(self.modules.after):
             kept = "has a" if settings.normalization == "none" else "has no"
-            where = " after truncation" if settings.normalization == "l2" and own.truncates else ""
+            where = " after truncation" if settings.normalization == "l2" and saved.truncates else ""
             logger.info("--normalization %s: %s %s module Normalize%s", settings.normalization, name, kept, where)
-        if self.prompt != own.prompts.get(own.default_prompt or "", ""):
-            replaced = own.prompts.get(own.default_prompt or "", "")
+        if self.prompt != saved.prompts.get(saved.default_prompt or "", ""):
+            replaced = saved.prompts.get(saved.default_prompt or "", "")
             logger.info("the prompt of %s, %r, is replaced by %r", name, replaced, self.prompt)
-        if settings.max_seq_length and own.max_seq_length and settings.max_seq_length != own.max_seq_length:
-            logger.info("--max-seq-length replaces that of %s, %d", name, own.max_seq_length)
+        if settings.max_seq_length and saved.max_seq_length and settings.max_seq_length != saved.max_seq_length:
+            logger.info("--max-seq-length replaces that of %s, %d", name, saved.max_seq_length)
 
 
 def joined(modules: SentenceModules) -> str:
@@ -119,30 +119,30 @@ def open_encoder(settings: EmbedSettings, device: torch.device) -> Encoder:
     """
     name, precision = settings.model_name_or_path, settings.compute.precision
     folder = resolve(name)
-    own = read_sentence_modules(folder)
-    inner = name if own.encoder == folder else str(own.encoder)
+    saved = read_sentence_modules(folder)
+    inner = name if saved.encoder == folder else str(saved.encoder)
     model, tokenizer = open_model(BertModel, inner, False, device, precision)
     require_own_precision(model, precision)
     warn_of_few_layers("--layers", settings.layers, model.config)
-    own.prepare_tokenizer(tokenizer)
-    modules = own.changed(settings.pooling, settings.normalization, name)
+    saved.prepare_tokenizer(tokenizer)
+    modules = saved.changed(settings.pooling, settings.normalization, name)
     _, size = chosen_layers(settings, model)
     size = modules.size_of(size)
-    prompt = _prompt(own, settings)
+    prompt = _prompt(saved, settings)
     given_length = settings.max_seq_length
-    max_length = own.length_for(model.config) if given_length is None else sequence_length(given_length, model.config)
-    return Encoder(model, tokenizer, own, modules, "", 0, max_length, size).with_prompt(prompt)
+    max_length = saved.length_for(model.config) if given_length is None else sequence_length(given_length, model.config)
+    return Encoder(model, tokenizer, saved, modules, "", 0, max_length, size).with_prompt(prompt)
 
 
-def _prompt(own: SentenceModules, settings: EmbedSettings) -> str:
+def _prompt(saved: SentenceModules, settings: EmbedSettings) -> str:
     """Return the text to put before each text."""
-    name = settings.prompt_name or own.default_prompt or "none"
+    name = settings.prompt_name or saved.default_prompt or "none"
     if settings.prompt is not None:
         return settings.prompt
-    if name not in own.prompts and name != "none":
-        known = ", ".join(own.prompts) or "no prompts"
+    if name not in saved.prompts and name != "none":
+        known = ", ".join(saved.prompts) or "no prompts"
         raise ValueError(f"--prompt-name {name}: {settings.model_name_or_path} has {known}")
-    return own.prompts.get(name, "")
+    return saved.prompts.get(name, "")
 
 
 def _prompt_length(tokenizer: Tokenizer, prompt: str) -> int:

@@ -51,10 +51,10 @@ class TextEncoder:
         name = model_name if revision is None else str(resolve(model_name, revision=revision))
         self._settings = EmbedSettings.of(model_name_or_path=name, output_dir=".", device=device, **settings)
         self._encoder = open_encoder(self._settings, choose_device(device))
-        if self._encoder.own.similarity not in ("cosine", "dot"):
+        similarity = self._encoder.saved_modules.similarity
+        if similarity not in ("cosine", "dot"):
             raise ValueError(
-                f"{model_name} has the similarity_fn_name {self._encoder.own.similarity!r:.40}; only cosine and dot "
-                "are supported"
+                f"{model_name} has the similarity_fn_name {similarity!r:.40}; only cosine and dot are supported"
             )
         if self._settings.pooling == "none":
             raise ValueError("pooling must not be 'none': a text has one embedding here")
@@ -89,14 +89,14 @@ class TextEncoder:
             ValueError: There is no prompt of that name, or a batch has no texts.
         """
         texts = _texts(inputs)
-        own = self._encoder.own
+        saved = self._encoder.saved_modules
         names = [prompt_name] if prompt_name is not None else []
-        names = names or _prompt_names(task_metadata, task_name, prompt_type, own.prompts)
-        if prompt_name is not None and prompt_name not in own.prompts:
-            known = ", ".join(own.prompts) or "no prompts"
+        names = names or _prompt_names(task_metadata, task_name, prompt_type, saved.prompts)
+        if prompt_name is not None and prompt_name not in saved.prompts:
+            known = ", ".join(saved.prompts) or "no prompts"
             raise ValueError(f"prompt_name {prompt_name!r}: {self._settings.model_name_or_path} has {known}")
-        chosen = next((name for name in names if name in own.prompts), None)
-        encoder = self._encoder if chosen is None else self._encoder.with_prompt(own.prompts[chosen])
+        chosen = next((name for name in names if name in saved.prompts), None)
+        encoder = self._encoder if chosen is None else self._encoder.with_prompt(saved.prompts[chosen])
         cut = CutTexts(self._settings.model_name_or_path, encoder.max_length)
         parts = [
             embed_texts(encoder, self._settings, texts[start : start + _TEXTS], cut)
@@ -117,7 +117,7 @@ class TextEncoder:
     def _compared(self, embeddings: Vectors) -> Tensor:
         """Return embeddings of which the dot product is the similarity, fp32 [S, D]."""
         vectors = torch.atleast_2d(torch.as_tensor(embeddings, dtype=torch.float32))
-        return F.normalize(vectors, dim=1) if self._encoder.own.similarity == "cosine" else vectors
+        return F.normalize(vectors, dim=1) if self._encoder.saved_modules.similarity == "cosine" else vectors
 
 
 def _texts(inputs: Iterable[str | Mapping[str, Any]]) -> list[Text]:

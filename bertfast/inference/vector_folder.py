@@ -25,6 +25,7 @@ from bertfast.inference.embedding_files import (
     read_rows,
     require_size,
 )
+from bertfast.runtime.completion import complete_rows
 from bertfast.runtime.output_folder import RECORD, read_record
 
 _REMEDY = "give the --output-dir of bertfast embed"
@@ -58,7 +59,8 @@ class VectorFolder:
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: It is none of `bertfast embed`, has one vector per token, or a part is missing or damaged.
+            ValueError: It is none of `bertfast embed`, has one vector per token, is not complete, or a part is missing
+                or damaged.
         """
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder; {_REMEDY}")
@@ -70,6 +72,13 @@ class VectorFolder:
         settings = record["settings"]
         if settings.get("--pooling") == "none":
             raise ValueError(f"{path} has a vector per token (--pooling none): embed the texts with another --pooling")
+        texts = record["inputs"].get("--input-file")
+        if (count := complete_rows(path)) is None:
+            again = "" if texts else ", with all texts again and --overwrite-output-dir"
+            raise ValueError(
+                f"{path} is not complete: `bertfast embed` was interrupted, or still runs; to complete it, type the "
+                f"same `bertfast embed` command once more{again}"
+            )
         precision = settings.get("--output-precision", "float32")
         if precision not in get_args(OutputPrecision):
             raise ValueError(f"{path / RECORD} is damaged: --output-precision is {precision!r:.40}; embed again")
@@ -78,9 +87,13 @@ class VectorFolder:
         if "--ranges-file" in record["inputs"]:
             ranges_file = Path(record["inputs"]["--ranges-file"][0]["path"])
         ranges = read_ranges(ranges_file) if precision in ("int8", "uint8") else None
-        texts = record["inputs"].get("--input-file")
         input_file = Path(texts[0]["path"]) if texts else None
-        return cls(path, parts, list(_ends(parts)), settings, precision, ranges, input_file)
+        ends = list(_ends(parts))
+        if ends[-1] != count:
+            raise ValueError(
+                f"{path} has {ends[-1]} of {count} vectors: run bertfast embed again, which writes the others"
+            )
+        return cls(path, parts, ends, settings, precision, ranges, input_file)
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -153,8 +153,8 @@ class EmbeddingTask(Task[TextGroups]):
         self.modules.prepare_tokenizer(tokenizer)
         count = len(examples.texts[0])
         features = tokenize(tokenizer, [text for group in examples.texts for text in group], max_length)
-        numbers: dict[str, int] = {}
-        ids = [[numbers.setdefault(text, len(numbers)) for text in group] for group in examples.texts]
+        id_of_text: dict[str, int] = {}
+        ids = [[id_of_text.setdefault(text, len(id_of_text)) for text in group] for group in examples.texts]
         scores = [0.0] * len(examples) if examples.scores is None else examples.scores
         labels: dict[str, np.ndarray] = {"labels": np.array(scores, np.float32), "text_ids": np.array(ids, np.int64)}
         return examples, replace(features, labels=labels, num_choices=count)

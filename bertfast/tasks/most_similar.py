@@ -27,14 +27,14 @@ def most_similar(
         source: Where vectors are from, for messages.
 
     Returns:
-        Similarities, fp32 [Q, K], and the vectors' numbers from 0, int64 [Q, K].
+        Similarities, fp32 [Q, K], and the indices of the vectors, int64 [Q, K].
 
     Raises:
         ValueError: A similarity is not finite.
     """
     if similarity == "cosine":
         queries = queries / _norms(queries)[:, None]
-    scores, numbers = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    scores, indices = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     first = 0
     for vectors in chunks:
         found = queries @ vectors.T
@@ -44,13 +44,13 @@ def most_similar(
             rows = f"{first + 1} to {first + len(vectors)}"
             raise ValueError(f"{source}: vectors are not finite in rows {rows}; embed the texts again")
         best, columns = found.topk(min(k, len(vectors)), dim=1)
-        scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, columns + first], 1)
+        scores, indices = torch.cat([scores, best], 1), torch.cat([indices, columns + first], 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, numbers = scores[:, :k], numbers.gather(1, order[:, :k])
+        scores, indices = scores[:, :k], indices.gather(1, order[:, :k])
         first += len(vectors)
-    numbers, order = numbers.sort(dim=1)
+    indices, order = indices.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores, numbers.gather(1, order)
+    return scores, indices.gather(1, order)
 
 
 def _norms(vectors: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Predictions of a fine-tuned model: packed or padded, from a file or standard input, and in transformers."""
 
 import json
+import os
 import random
+import select
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,14 @@ from task_examples import settings_for, write_examples
 from text_pairs import write_pairs
 
 from bertfast import BertForSequenceClassification
+from bertfast.cli.main import main
+from bertfast.data import text_files
 from bertfast.data.tokenizer import load_tokenizer
+from bertfast.inference import predict as predict_module
+from bertfast.inference.embed import EmbedSettings, embed
+from bertfast.inference.fill_mask import FillMaskSettings, fill_mask_command
 from bertfast.inference.predict import PredictSettings, predict, predict_outputs
+from bertfast.inference.search import SearchSettings, search
 from bertfast.tasks.features import Features, tokenize
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
 from bertfast.training.evaluate import EvaluateSettings, evaluate
@@ -158,7 +167,7 @@ def test_predict_and_evaluate_count_the_texts_that_they_cut(tuned, tmp_path, cap
     path = tmp_path / "a.tsv"
     path.write_text("sentence\tlabel\n" + "good\tgood\nbad good bad good bad\tbad\n" * 3)
     predicted(tuned[0], capsys, path, max_seq_length=5)
-    evaluate(EvaluateSettings.of(model_name_or_path=tuned[0], validation_file=str(path), max_seq_length=5))
+    evaluate(EvaluateSettings.of(model_name_or_path=tuned[0], validation_file=path, max_seq_length=5))
     cut = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert cut == [f"{path}: cut 3 of 6 texts to 5 tokens"] * 2
 
@@ -270,3 +279,94 @@ def test_the_batch_size_limits_the_texts_of_a_batch(tuned, files, capsys, monkey
         printed.append([json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()])
         assert (max(sizes) > 7) == (size is None)
     assert printed[0] == printed[1]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Return a function that runs a program on an open pipe, and returns the first line it prints for each line.
+
+    A line is written when the one before has been answered; None: it was not.
+    """
+
+    def ask(program, *lines: str) -> list[str | None]:
+        reader, writer = os.pipe()
+        out_reader, out_writer = os.pipe()
+        with (
+            os.fdopen(reader, encoding="ascii") as standard_input,
+            os.fdopen(out_reader) as answers,
+            os.fdopen(out_writer, "w") as standard_output,
+        ):
+            monkeypatch.setattr("sys.stdin", standard_input)
+            monkeypatch.setattr("sys.stdout", standard_output)
+            thread = threading.Thread(target=program)
+            thread.start()
+            found = []
+            for line in lines:
+                os.write(writer, f"{line}\n".encode())
+                found.append(answers.readline() if select.select([answers], [], [], 60)[0] else None)
+            os.close(writer)
+            thread.join()
+        return found
+
+    return ask
+
+
+def test_a_line_of_an_open_pipe_is_answered_before_the_next(tuned, asked):
+    settings = PredictSettings.of(model_name_or_path=tuned[0], device="cpu", precision="fp32")
+    found = asked(lambda: predict(settings), "good", "bad", "the good film")
+    assert None not in found
+    answers = [json.loads(line) for line in found]
+    assert [(answer["row"], answer["label"]) for answer in answers] == [(1, "good"), (2, "bad"), (3, "good")]
+
+
+def test_a_query_of_an_open_pipe_is_answered_before_the_next(pretrained, tmp_path, asked):
+    (tmp_path / "a.txt").write_text("good\nbad\n")
+    where = {"model_name_or_path": pretrained, "device": "cpu", "precision": "fp32"}
+    folder = embed(EmbedSettings.of(**where, input_file=tmp_path / "a.txt", output_dir=tmp_path / "out"))
+    settings = SearchSettings.of(**where, embeddings_dir=folder, top_k=1)
+    found = asked(lambda: search(settings), "bad", "good")
+    assert None not in found
+    assert [json.loads(line)["hits"][0]["row"] for line in found] == [2, 1]
+
+
+def test_a_text_with_masks_of_an_open_pipe_is_answered_before_the_next(pretrained, asked):
+    settings = FillMaskSettings(str(pretrained), "-", top_k=1)
+    found = asked(lambda: fill_mask_command(settings), "the [MASK]")
+    assert found == ["the [MASK]\n"]
+
+
+def test_int8_is_calibrated_on_the_first_lines_however_fast_they_arrive(tuned, monkeypatch, pipe, capsys):
+    texts = ["good film", "bad plot", *["the music"] * 40]
+    pipe("\n".join(texts))
+    calibrated, freeze_on_cpu = [], predict_module.freeze_on_cpu
+
+    def recorded(model, precision, features, run):
+        calibrated.append(len(features))
+        freeze_on_cpu(model, precision, features, run)
+
+    monkeypatch.setattr(predict_module, "freeze_on_cpu", recorded)
+    monkeypatch.setattr(text_files.ArrivingInput, "line_arrives", lambda self, until: False)  # one by one
+    predict(PredictSettings.of(model_name_or_path=tuned[0], device="cpu", precision="int8"))
+    assert calibrated[:2] == [32, 1]
+    assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()] == [*range(1, 43)]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl", "a.json", "header.tsv", None])
+def test_input_without_rows_is_refused(name, tuned, tmp_path, pipe, capsys):
+    pipe("")
+    arguments = ["--model-name-or-path", str(tuned[0]), "--device", "cpu"]
+    if name is not None:
+        content = {"header.tsv": "sentence\n", "a.json": "[]"}.get(name, "")
+        (tmp_path / name).write_text(content)
+        arguments += ["--input-file", str(tmp_path / name)]
+    assert main(["predict", *arguments]) == 1
+    out, error = capsys.readouterr()
+    assert not out
+    message = "standard input is empty: it needs one text" if name is None else f"{tmp_path / name} holds no rows"
+    assert f"bertfast predict: {message}" in error
+
+
+def test_fill_mask_without_lines_is_refused(pretrained, pipe, capsys):
+    pipe("")
+    assert main(["fill-mask", str(pretrained), "-"]) == 1
+    assert "bertfast fill-mask: standard input is empty: it needs one text per line" in capsys.readouterr().err

@@ -9,11 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bertfast.cli.main import main
+from bertfast.inference import embed as embed_module
 from bertfast.inference import search as search_module
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.inference.embedding_files import dequantize_embeddings, quantize_embeddings
 from bertfast.inference.search import search_vectors
 from bertfast.inference.vector_folder import VectorFolder
+from bertfast.runtime.signals import RunStopped
 
 TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot", "a film", "actor"]
 QUERIES = ["a good film", "bad music"]
@@ -273,3 +275,77 @@ def test_a_vector_per_token_and_values_that_are_not_finite_are_refused(pretraine
         search_vectors(folder, np.ones((1, 32), np.float32), similarity="euclidean")
     with pytest.raises(FileNotFoundError, match="no such folder; give the --output-dir of bertfast embed"):
         search_vectors(tmp_path / "nothing", np.ones((1, 32), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("queries", "changes", "message"),
+    [
+        (["a film"], {}, r"queries must be finite and of shape \[Q, D\], got \['a film'\]: give embeddings, as Te"),
+        ([[1.0], [1.0, 2.0]], {}, r"queries must be finite and of shape \[Q, D\], got \[\[1\.0\], \[1\.0, 2\.0\]\]"),
+        ([], {}, r"queries must be finite and of shape \[Q, D\], got shape \[0\]"),
+        (np.ones(32), {}, r"queries must be finite and of shape \[Q, D\], got shape \[32\]"),
+        (np.ones((1, 32)), {"top_k": -3}, "--top-k must be at least 1, got -3"),
+        (np.ones((1, 32)), {"top_k": 2.5}, "--top-k must be an integer, got 2.5"),
+    ],
+)
+def test_arguments_that_are_no_embeddings_are_refused(queries, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        search_vectors(tmp_path, queries, **changes)
+
+
+def test_queries_may_be_lists_of_numbers(pretrained, tmp_path):
+    folder, queries = run(pretrained, tmp_path / "out"), np.eye(2, 32)
+    assert search_vectors(folder, queries.tolist(), 2) == search_vectors(folder, queries, 2)
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_vectors_of_an_embed_that_was_interrupted_are_refused(piped, pretrained, tmp_path, pipe, monkeypatch):
+    write_part, written = embed_module.write_part, []
+
+    def interrupted(path, part):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_part(path, part)
+
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    where = {"model_name_or_path": pretrained, "output_dir": tmp_path / "out", "texts_per_part": 2, "device": "cpu"}
+    where |= {} if piped else {"input_file": tmp_path / "a.txt"}
+    settings = EmbedSettings.of(**where)
+    monkeypatch.setattr(embed_module, "write_part", interrupted)
+    pipe("\n".join(TEXTS))
+    with pytest.raises(RunStopped if piped else KeyboardInterrupt):
+        embed(settings)
+    assert written
+    remedy = "type the same `bertfast embed` command once more" + ", with all texts again and --over" * piped
+    with pytest.raises(ValueError, match=f"out is not complete: `bertfast embed` was interrupted.*{remedy}"):
+        search_vectors(tmp_path / "out", np.ones((1, 32)))
+    monkeypatch.setattr(embed_module, "write_part", write_part)
+    pipe("\n".join(TEXTS))
+    embed(settings.replace(overwrite_output_dir=piped))  # what the message says
+    (hits,) = search_vectors(tmp_path / "out", np.ones((1, 32)))
+    assert sorted(hit.row for hit in hits) == [*range(1, 1 + len(TEXTS))]
+
+
+def test_a_folder_whose_last_part_is_gone_is_refused_and_completed(pretrained, tmp_path):
+    folder = run(pretrained, tmp_path / "out")
+    (folder / "part-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="has 6 of 7 vectors: run bertfast embed again, which writes the others"):
+        search_vectors(folder, np.ones((1, 32)))
+    assert len(VectorFolder.open(run(pretrained, folder))) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["queries.txt", "queries.jsonl", None])
+def test_a_search_without_queries_is_refused(name, pretrained, tmp_path, pipe, capsys):
+    folder = run(pretrained, tmp_path / "out")
+    pipe("")
+    arguments = ["--embeddings-dir", str(folder), "--model-name-or-path", str(pretrained), "--device", "cpu"]
+    if name is not None:
+        (tmp_path / name).touch()
+        arguments += ["--input-file", str(tmp_path / name)]
+    assert main(["search", *arguments]) == 1
+    message = f"--input-file {tmp_path / str(name)} is empty: it needs one text per line or row"
+    message = {None: "standard input is empty", "queries.jsonl": f"{tmp_path}/queries.jsonl holds no rows"}.get(
+        name, message
+    )
+    assert f"bertfast search: {message}" in capsys.readouterr().err
