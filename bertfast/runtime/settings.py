@@ -8,9 +8,9 @@ flags (`--learning-rate`), in YAML files, in saved runs and in Python:
     settings.optimizer.learning_rate
     settings = settings.replace(resume=True)
 
-Whatever builds them (a command line, `of`, `replace`, a constructor or `dataclasses.replace`), each value is checked
-against its type, and kept as JSON can hold it: a path as a string, a number of numpy as one of Python, and one value
-where a list is expected as a list of one.
+A command line, `of`, `replace`, a constructor and `dataclasses.replace` check each value against its type, and keep it
+as JSON can hold it: a path as a string, a number of numpy as one of Python, and one value where a list is expected as a
+list of one.
 """
 
 from __future__ import annotations
