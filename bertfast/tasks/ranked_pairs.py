@@ -77,11 +77,12 @@ def read_ranked_pairs(table: Table, columns: ColumnSettings, *, labelled: bool) 
             f"{table.path} has no columns {NEEDED}, {table.found}: name those of the two texts with --text-column and "
             "--text-pair-column"
         )
-    table = table.with_texts(query, blank=False)
     documents = next((name for name in DOCUMENT_LISTS if name in table.columns), None)
     if (positive := positive_column(table, columns)) is not None:
+        table = table.with_texts(query, blank=False)
         return _from_rows(table, query, [*_positives_and_negatives(table, positive)])
     if columns.text_pair_column is None and documents is not None and _holds_lists(table, documents):
+        table = table.with_texts(query, blank=False)
         return _from_rows(table, query, [*_documents_and_labels(table, documents, labelled)])
     return _single_pairs(table, query, columns, labelled=labelled)
 

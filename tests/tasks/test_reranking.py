@@ -102,6 +102,12 @@ def test_rows_are_skipped_on_request_and_outputs_stay_aligned(tmp_path):
     assert lines == [["row", "score"], ["1", "0.5,0.880797"], ["2", ""], ["3", "0.268941"]]
 
 
+def test_the_first_row_with_a_blank_text_is_named(tmp_path):
+    (tmp_path / "a.tsv").write_text("query\tdocument\tlabel\nq\t\t1\n\td\t0\n")
+    with pytest.raises(ValueError, match="line 2: column 'document' holds a blank text"):
+        task().read(str(tmp_path / "a.tsv"), labelled=True)
+
+
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [

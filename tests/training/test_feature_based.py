@@ -166,3 +166,13 @@ def test_a_sharded_model_with_extensions_opens_again(tmp_path):
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     again = extensions.BertForSequenceClassification.from_pretrained(tmp_path)
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_rounds_no_logits_in_evaluation(training, pretrained):
+    config = read_config(pretrained, feature_layers="last", lstm_size=8, num_labels=3)
+    model = BertFeaturesForTokenClassification(config).train(training)
+    packed = pack(model, torch.tensor([[5, 6, 7, 8]]), torch.tensor([0, 4]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(packed, torch.randn(4, 1, config.hidden_size))
+    assert logits.dtype == (torch.bfloat16 if training else torch.float32)
