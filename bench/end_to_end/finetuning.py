@@ -13,9 +13,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,19 @@ from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
 from bertfast.training.finetuning import FinetuneSettings, Finetuning
 from bertfast.training.schedule import schedule
+
+
+class HasHyperparameters(Protocol):
+    """What a case says of a run besides its files: the task, passes over the data, peak learning rate and batch."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def batch(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -107,20 +121,35 @@ def settings_for(
     case: Case, arguments: argparse.Namespace, folder: Path, random: bool, precision: Precision = "fp32"
 ) -> FinetuneSettings:
     """Return the settings of a run."""
+    files = {"train": arguments.data / case.train, "validation": arguments.data / case.validation}
+    options = {"random_init": random, "max_seq_length": case.length, "precision": precision}
+    return settings_of_run(case, arguments.model, files, folder, **options)
+
+
+def settings_of_run(
+    case: HasHyperparameters, model: Path, files: Mapping[str, Path], folder: Path, **options: Any
+) -> FinetuneSettings:
+    """Return the settings of a run whose folder it replaces and whose unusable rows it skips.
+
+    Args:
+        case: Its task and hyperparameters.
+        model: Folder of the model.
+        files: Training and validation file.
+        folder: Output folder.
+        options: Further settings by name.
+    """
     return FinetuneSettings.of(
-        model_name_or_path=str(arguments.model),
+        model_name_or_path=str(model),
         task=case.task,
-        train_file=str(arguments.data / case.train),
-        validation_file=str(arguments.data / case.validation),
+        train_file=str(files["train"]),
+        validation_file=str(files["validation"]),
         output_dir=str(folder),
         overwrite_output_dir=True,
-        random_init=random,
-        max_seq_length=case.length,
         per_device_train_batch_size=case.batch,
         num_train_epochs=case.epochs,
         learning_rate=case.rate,
         on_bad_rows="skip",
-        precision=precision,
+        **options,
     )
 
 

@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
-from bench.end_to_end.finetuning import train_bertfast
+from bench.end_to_end.finetuning import settings_of_run, train_bertfast
 from bench.end_to_end.sentence_trainers import open_model, require_trainers, sentence_trainer
 from bench.harness import model_parser, require_clean_tree, write_result
 from bertfast.inference.predict import predict_outputs
@@ -124,22 +124,8 @@ def settings_for(case: Case, arguments: argparse.Namespace, folder: Path) -> Fin
     files = {split: arguments.data / name for split, name in case.files.items()}
     if case.files is SQUAD:
         files = {split: write_questions(file, arguments.output / f"{split}.jsonl") for split, file in files.items()}
-    return FinetuneSettings.of(
-        model_name_or_path=str(arguments.model),
-        task=case.task,
-        train_file=str(files["train"]),
-        validation_file=str(files["validation"]),
-        output_dir=str(folder),
-        overwrite_output_dir=True,
-        max_seq_length=LENGTH,
-        per_device_train_batch_size=case.batch,
-        num_train_epochs=case.epochs,
-        learning_rate=case.rate,
-        on_bad_rows="skip",
-        precision="fp32",
-        device="cpu",
-        **case.options,
-    )
+    options = {"max_seq_length": LENGTH, "precision": "fp32", "device": "cpu", **case.options}
+    return settings_of_run(case, arguments.model, files, folder, **options)
 
 
 def write_questions(source: Path, target: Path) -> Path:

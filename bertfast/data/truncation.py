@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -40,7 +42,12 @@ def read_truncation_side(tokenizer: Tokenizer, config: Path) -> str:
 
 def read_max_length(config: Path) -> int | None:
     """Return the maximum length in tokens in the file `config`, a tokenizer_config.json, if it has one."""
-    length = read_json(config).get("model_max_length") if config.exists() else None
+    return max_length_in(read_json(config) if config.exists() else {})
+
+
+def max_length_in(options: Mapping[str, Any]) -> int | None:
+    """Return the maximum length in tokens in the content of a tokenizer_config.json, if it has one."""
+    length = options.get("model_max_length")
     return int(length) if isinstance(length, int | float) and 1 <= length < _NO_MAXIMUM else None
 
 

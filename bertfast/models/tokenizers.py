@@ -14,7 +14,7 @@ from bertfast.architectures.presets import PUBLISHED
 from bertfast.data.special_tokens import special_tokens
 from bertfast.data.text_files import read_json
 from bertfast.data.tokenizer import GENERIC_CLASS, TOKENIZER_FILES, load_tokenizer, save_tokenizer
-from bertfast.data.truncation import read_max_length, set_truncation_side
+from bertfast.data.truncation import max_length_in, set_truncation_side
 from bertfast.encoder import has_token_types
 from bertfast.models.families import architecture_of
 from bertfast.runtime.atomic_write import atomic_path
@@ -91,9 +91,10 @@ def mark_words(tokenizer: Tokenizer) -> None:
 def copy_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> None:
     """Write a tokenizer from the folder `source` into another, as BERT's if it is one, else by copying its files."""
     config = source / "tokenizer_config.json"
-    kind = str((read_json(config) if config.exists() else {}).get("tokenizer_class", "BertTokenizer"))
+    options = read_json(config) if config.exists() else {}
+    kind = str(options.get("tokenizer_class", "BertTokenizer"))
     if isinstance(tokenizer.model, models.WordPiece) and kind.startswith("Bert"):
-        save_tokenizer(tokenizer, folder, max_length=read_max_length(config))
+        save_tokenizer(tokenizer, folder, max_length=max_length_in(options))
         return
     for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         with atomic_path(folder / path.name) as temporary:
