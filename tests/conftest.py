@@ -59,7 +59,7 @@ def pipe(monkeypatch):
 @pytest.fixture
 def any_precision_runs(monkeypatch):
     """Run programs also in precisions, and with heads of sizes, for which the CPU has no kernels."""
-    for program in ("tasks.pretrained", "training.pretraining", "inference.frozen"):
+    for program in ("tasks.pretrained", "training.pretrain_model", "inference.frozen"):
         monkeypatch.setattr(f"bertfast.{program}.require_packed", lambda model, precision: None)
 
 

@@ -12,6 +12,7 @@ from bertfast.models.files import model_files
 from bertfast.runtime.output_folder import (
     Origin,
     OriginError,
+    Record,
     check_contents,
     differences_from,
     read_record,
@@ -20,6 +21,7 @@ from bertfast.runtime.output_folder import (
 from bertfast.runtime.precision import ChosenPrecision
 from bertfast.runtime.settings import flag, settings_of
 from bertfast.training.checkpoint import (
+    CHECKPOINTS,
     checkpoint_to_resume,
     checkpoints,
     holds,
@@ -35,7 +37,7 @@ from bertfast.training.pretrain_settings import RESUME_MAY_CHANGE, DurationSetti
 from bertfast.training.step import TrainStep
 
 _DURATION = tuple(map(flag, settings_of(DurationSettings)))
-_CONTENTS = ("checkpoints", "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
+_CONTENTS = (CHECKPOINTS, "config.json", "model*.safetensors*", "loss.png", "tensorboard/events.out.tfevents.*")
 
 
 @dataclass
@@ -197,10 +199,9 @@ def _extends_finished_run(settings: PretrainSettings, saved: Path) -> bool:
         return False
     step, progress = read_progress(saved)
     minutes, steps, epochs = map(record["settings"].get, ("--minutes", "--max-steps", "--num-train-epochs"))
-    if minutes is not None:
-        finished = progress["seconds"] >= 60 * minutes
-    else:
-        finished = step >= steps if steps else Path(settings.output_dir, "config.json").exists()
+    finished = _has_reached_end(record, saved)
+    if finished is None:
+        finished = Path(settings.output_dir, "config.json").exists()
     if duration.minutes is not None:
         longer = 60 * duration.minutes > progress["seconds"]
     elif duration.max_steps:
@@ -208,6 +209,28 @@ def _extends_finished_run(settings: PretrainSettings, saved: Path) -> bool:
     else:
         longer = minutes is None and not steps and (duration.num_train_epochs or 1) > (epochs or 1)
     return bool(finished and longer)
+
+
+def is_finished(output: Path) -> bool:
+    """Return whether the run in a folder is finished, also one that was extended."""
+    record, saved = read_record(output), checkpoints(output / CHECKPOINTS)
+    if record is None or not (output / "config.json").exists():
+        return False
+    return not saved or _has_reached_end(record, saved[-1]) is not False
+
+
+def _has_reached_end(record: Record, saved: Path) -> bool | None:
+    """Return whether a checkpoint is that of the end of its run; None: this is not known of a run of epochs.
+
+    Args:
+        record: Record of the run's folder.
+        saved: The checkpoint.
+    """
+    step, progress = read_progress(saved)
+    minutes, steps = map(record["settings"].get, ("--minutes", "--max-steps"))
+    if minutes is not None:
+        return bool(progress["seconds"] >= 60 * minutes)
+    return step >= steps if steps else None
 
 
 def recorded_precision(settings: PretrainSettings) -> ChosenPrecision | None:
@@ -227,7 +250,7 @@ def checkpoint_to_load(settings: PretrainSettings) -> Path | None:
     """
     output = Path(settings.output_dir)
     require_command(output, "pretrain")
-    folder = output / "checkpoints"
+    folder = output / CHECKPOINTS
     saved = checkpoints(folder)
     if settings.checkpoint.replay:
         earlier = newest_whole(folder, before=settings.checkpoint.replay)

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from bertfast.data.shards import Shards
 from bertfast.runtime.settings import counted
 from bertfast.runtime.signals import RunStopped
-from bertfast.training.checkpoint import checkpoints, step_of
+from bertfast.training.checkpoint import CHECKPOINTS, checkpoints, step_of
 from bertfast.training.distributed import Distributed
 from bertfast.training.memory_estimate import MemoryEstimate
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter
@@ -87,6 +88,8 @@ class Reporter:
         folder, step = Path(settings.output_dir), progress.step
         self.metrics_log = MetricsLog(folder, steps_done=step, writers=writers) if distributed.is_main else None
         self.bar = self._progress_bar(total_steps)
+        self._total_steps = total_steps
+        self._write_last: Callable[[], None] | None = None  # writes the last step that was taken, if it has no entry
         self._pending: list[PendingStep] = []
         self._reason = ""  # why the last skipped step was skipped
         self._seconds_pending = 0.0  # since results were last read
@@ -117,9 +120,14 @@ class Reporter:
 
     def stopped(self, reason: str) -> RunStopped:
         """Return the exception that ends a run before its end, with what is kept."""
-        folder = Path(self.settings.output_dir, "checkpoints")
+        folder = Path(self.settings.output_dir, CHECKPOINTS)
         kept = f"the newest checkpoint in {folder} is kept" if checkpoints(folder) else "there is no checkpoint yet"
         return RunStopped(f"{reason}; {kept}")
+
+    def write_last_step(self) -> None:
+        """Write an entry for the last step of a run whose length is in minutes, unless it has one."""
+        if self._write_last is not None:
+            self._write_last()
 
     def require_a_step_taken(self) -> None:
         """Raise RunStopped at the end of a run if all of its steps were skipped."""
@@ -208,16 +216,19 @@ class Reporter:
         )
         spike = progress.loss_ema is not None and loss > progress.loss_ema + SPIKE_THRESHOLD
         progress.loss_ema = loss * (1 - LOSS_EMA_DECAY) + LOSS_EMA_DECAY * (progress.loss_ema or loss)
-        if step.step % self.settings.report.logging_steps == 0 or spike:
-            speed = {
-                "tokens_per_second": round(step.tokens / seconds, 1),
-                "tflops": round(flops / 1e12, 4),
-                "gemm_efficiency": round(flops / self.gemm_throughput, 4),
-                "waited_for_batches": round(seconds_waiting / seconds, 4),
-            }
-            self._write_step(step, results, speed, spike)
+        speed = {
+            "tokens_per_second": round(step.tokens / seconds, 1),
+            "tflops": round(flops / 1e12, 4),
+            "gemm_efficiency": round(flops / self.gemm_throughput, 4),
+            "waited_for_batches": round(seconds_waiting / seconds, 4),
+        }
+        self._write_last = partial(self._write_step, step, results, speed, spike)
+        is_last = self.settings.duration.minutes is None and step.step == self._total_steps
+        if step.step % self.settings.report.logging_steps == 0 or spike or is_last:
+            self.write_last_step()
 
     def _write_step(self, step: PendingStep, results: list[float], speed: dict[str, float], spike: bool) -> None:
+        self._write_last = None
         masked_lm, correct, next_sentence, next_correct, norm = results
         pairs = {"next_sentence_loss": next_sentence, "next_sentence_accuracy": next_correct}
         self.write(
@@ -237,8 +248,9 @@ class Reporter:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
+        self._write_last = None
         self._reason = not_finite(loss, self.distributed.device)
-        saved = checkpoints(Path(self.settings.output_dir, "checkpoints"))
+        saved = checkpoints(Path(self.settings.output_dir, CHECKPOINTS))
         can_replay = any(step_of(path) < step.step for path in saved)
         again = f"; --replay {step.step} computes it again" * can_replay
         self.say(f"step {step.step}: {self._reason}; skipped ({progress.skipped} so far){again}")

@@ -11,37 +11,28 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig
+from torch import Tensor
 
 from bertfast.architectures.rope_theta import set_rope_theta
 from bertfast.data.batches import Batch
 from bertfast.encoder import PretrainingLoss
 from bertfast.models.families import architecture_of, pretraining_class
 from bertfast.models.files import load, resolve, save
-from bertfast.models.patch import require_packed
-from bertfast.models.registry import FusedModel
 from bertfast.models.tokenizers import save_model_tokenizer
-from bertfast.runtime.cuda_graph import can_capture, cuda_graphs, side_stream
+from bertfast.runtime.cuda_graph import side_stream
 from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import locked_folder
 from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import NotFiniteError, choose_precision, half
 from bertfast.runtime.signals import Interrupt, RunStopped
-from bertfast.training.checkpoint import align_parameters, checkpoints, how_to_continue
+from bertfast.training.checkpoint import CHECKPOINTS, checkpoints, how_to_continue
 from bertfast.training.curriculum import Curriculum
 from bertfast.training.distributed import Distributed
 from bertfast.training.flops import gemm_throughput, step_flops
-from bertfast.training.initial_model import (
-    adapt_to_tokenizer,
-    configure,
-    encoder_layers,
-    initial_model,
-    train_in_part,
-)
-from bertfast.training.memory_estimate import MemoryEstimate, available_memory, estimate_memory
+from bertfast.training.initial_model import adapt_to_tokenizer, configure
+from bertfast.training.memory_estimate import available_memory
 from bertfast.training.metrics_log import MetricsLog, open_writers
-from bertfast.training.optimizer import build_optimizers, remedy_for
+from bertfast.training.optimizer import remedy_for
 from bertfast.training.pretrain_checkpointing import (
     Progress,
     changed_settings,
@@ -50,10 +41,10 @@ from bertfast.training.pretrain_checkpointing import (
     recorded_precision,
 )
 from bertfast.training.pretrain_data import BatchPlan, Corpus
+from bertfast.training.pretrain_model import build_model, memory_of_run, pretraining_step
 from bertfast.training.pretrain_reporting import PendingStep, Reporter
 from bertfast.training.pretrain_settings import PretrainSettings, resolve_objective
 from bertfast.training.schedule import schedule
-from bertfast.training.step import Objective, TrainStep
 from bertfast.training.validation import validate
 
 __all__ = ["PretrainSettings", "Pretraining", "pretrain"]
@@ -144,11 +135,11 @@ class Pretraining:
         check = partial(check_run, settings, initial, hashes, self.bins_per_step, self.precision, self.saved)
         self._begin = self.distributed.run_on_main(check)
         adapt_to_tokenizer(config, self.corpus.tokenizer, initial)
-        self.model = self._build_model(config, initial)
-        self.memory_estimate = self._estimate_memory()
+        self.model = build_model(settings, config, initial, self.saved, device=self.device, precision=self.precision)
+        self.memory_estimate = memory_of_run(settings, self.model, self.precision, self.distributed.world_size)
         self.memory_estimate.check(available_memory(self.device))
         self.plan = BatchPlan(settings, self.corpus, self.distributed, self.bins_per_step)
-        self.train_step = self._build_train_step()
+        self.train_step = pretraining_step(settings, self.model, self.distributed, self.precision)
         self.progress = Progress() if self.saved is None else Progress.restore(self.saved, self.train_step)
         self._set_rope_theta()
         self.loader = self.plan.loader(self.step, self.device)
@@ -199,10 +190,11 @@ class Pretraining:
                 if self._fraction_done() < 1:
                     self._validate_and_save_if_due()
             self._read_pending()
+        self.reporter.write_last_step()
         self.reporter.require_a_step_taken()
         metrics = self._validate()
         self._save()
-        saved = checkpoints(self.folder / "checkpoints")[-1]
+        saved = checkpoints(self.folder / CHECKPOINTS)[-1]
         self.distributed.run_on_main(lambda: self._finish(saved, metrics["unigram_entropy"]))
         return metrics
 
@@ -229,52 +221,6 @@ class Pretraining:
         print(f"step {step}: {losses}")
         print(f"gradients that are not finite: {', '.join(not_finite)}" if not_finite else "all gradients are finite")
         return losses
-
-    def _build_model(self, config: BertConfig, initial: Path | None) -> FusedModel:
-        if self.saved is None:
-            model = initial_model(config, initial)
-        else:
-            model, _, _ = load(pretraining_class(config), self.saved, config)
-        align_parameters(model)
-        nn.Module.to(model, self.device)  # transformers' own `to` has the type of a plain function
-        require_packed(model.train(), self.precision)
-        settings = self.settings
-        train_in_part(model, pairs=settings.sampling.pairs, checkpoint_layers=settings.compute.checkpoint_layers)
-        return model
-
-    def _estimate_memory(self) -> MemoryEstimate:
-        settings = self.settings
-        return estimate_memory(
-            self.model,
-            self.model.config,
-            optimizer=settings.optimizer.optimizer,
-            precision=self.precision,
-            residual_precision=settings.compute.residual_precision,
-            tokens=settings.batch.tokens_per_batch,
-            checkpointed=settings.compute.checkpoint_layers,
-            ranks=self.distributed.world_size if settings.compute.shard else 1,
-        )
-
-    def _build_train_step(self) -> TrainStep:
-        settings, distributed = self.settings, self.distributed
-        objective = Objective(self.model, torch.bfloat16 if settings.compute.residual_precision == "bf16" else None)
-        # With several ranks the backward pass communicates, which is not captured.
-        capturable = distributed.world_size == 1 and can_capture(self.model.config, self.precision, self.device)
-        return TrainStep(
-            distributed.wrap(objective, encoder_layers(self.model), settings.compute.shard),
-            build_optimizers(
-                self.model,
-                settings.optimizer.optimizer,
-                settings.optimizer.learning_rate,
-                settings.optimizer.weight_decay,
-                (settings.optimizer.adam_beta1, settings.optimizer.adam_beta2),
-            ),
-            distributed,
-            precision=self.precision,
-            seed=torch.tensor(settings.seed, device=self.device),
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            capture=cuda_graphs() if settings.compute.cuda_graph and capturable else None,
-        )
 
     def _train_step(self, learning_rate: float) -> PendingStep:
         """Start one optimizer step without waiting for its results."""
@@ -361,7 +307,7 @@ class Pretraining:
         return metrics
 
     def _save(self) -> None:
-        folder, keep = self.folder / "checkpoints", self.settings.checkpoint.save_total_limit
+        folder, keep = self.folder / CHECKPOINTS, self.settings.checkpoint.save_total_limit
         self.progress.save(folder, self.train_step, self.model, self.distributed, keep)
 
     def _stop(self) -> None:

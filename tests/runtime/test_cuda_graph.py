@@ -29,7 +29,7 @@ from bertfast.ops.sequences import Sequences
 from bertfast.runtime import cuda_graph
 from bertfast.runtime.cuda_graph import WARMUP_CALLS, GraphRunner
 from bertfast.tasks.features import tokenize
-from bertfast.training import finetune_step, pretraining
+from bertfast.training import finetune_step, pretrain_model
 from bertfast.training import step as train_step
 from bertfast.training.finetuning import Finetuning
 from bertfast.training.pretraining import Pretraining, pretrain
@@ -130,7 +130,7 @@ def replay_steps(monkeypatch) -> list:
     def recording(*arguments, **options):
         return TrainStep(*arguments, **options | {"capture": record})
 
-    monkeypatch.setattr(pretraining, "TrainStep", recording)
+    monkeypatch.setattr(pretrain_model, "TrainStep", recording)
     return recorded
 
 

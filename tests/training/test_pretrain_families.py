@@ -169,7 +169,7 @@ def test_a_run_of_another_family_resumes_bitwise_identically(corpus, tmp_path):
 
 
 def test_whole_words_of_bpe_are_masked_whole(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("bertfast.training.pretraining.Pretraining._build_train_step", lambda run: None)
+    monkeypatch.setattr("bertfast.training.pretraining.pretraining_step", lambda *arguments: None)
     run = Pretraining(family_settings("roberta", tmp_path, corpus, whole_word=True, mlm_probability=0.5))
     masker: Masker = run.plan.batches.masker
     assert masker.continuation.any()

@@ -17,7 +17,7 @@ from bertfast.runtime.signals import RunStopped
 from bertfast.training import pretraining
 from bertfast.training import step as train_step
 from bertfast.training.checkpoint import checkpoints, newest_whole
-from bertfast.training.pretrain_checkpointing import checkpoint_to_load
+from bertfast.training.pretrain_checkpointing import checkpoint_to_load, is_finished
 from bertfast.training.pretraining import PretrainSettings, pretrain
 from bertfast.training.schedule import schedule
 
@@ -291,6 +291,7 @@ def test_a_finished_run_can_be_extended(optimizer, data, tmp_path):
     first = losses(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     longer = settings.replace(max_steps=18, resume=True)
+    assert is_finished(tmp_path / "one")
     pretrain(longer)
     assert losses(tmp_path / "one")[:12] == first
     rates = [entry["learning_rate"] for entry in entries(tmp_path / "one") if "learning_rate" in entry]
@@ -300,7 +301,9 @@ def test_a_finished_run_can_be_extended(optimizer, data, tmp_path):
     longer = longer.replace(output_dir=str(tmp_path / "two"))
     with pytest.raises(RunStopped):
         pretrain(longer, stopped_at(14))
+    assert not is_finished(tmp_path / "two")
     pretrain(longer)
+    assert is_finished(tmp_path / "two")
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     with pytest.raises(ValueError, match="--max-steps was 18 and is 17: "):
@@ -326,6 +329,7 @@ def test_other_changes_and_lengths_of_an_unfinished_run_are_refused(data, tmp_pa
     settings = settings_for(tmp_path / "run", data, **SHORT)
     with pytest.raises(RunStopped):
         pretrain(settings, stopped_at(5))
+    assert not is_finished(tmp_path / "run")
     only = "only a finished run, without --batch-ramp and --second-phase-length, can be made longer"
     unfinished = settings.replace(max_steps=30, resume=True)
     with pytest.raises(ValueError, match=r"--max-steps was 12 and is 30: repeat the command") as error:
