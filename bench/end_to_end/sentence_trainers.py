@@ -94,7 +94,7 @@ def sentence_trainer(
         "num_train_epochs": 1,  # all batches once
         "per_device_train_batch_size": settings.hyperparameters.per_device_train_batch_size,
         "learning_rate": settings.hyperparameters.learning_rate,
-        "warmup_steps": round(run.warmup * run.steps),
+        "warmup_steps": round(run.length.warmup * run.steps),
         "weight_decay": settings.optimizer.weight_decay,
         "max_grad_norm": settings.optimizer.max_grad_norm,
         "seed": settings.hyperparameters.seed,

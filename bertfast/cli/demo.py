@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from bertfast.models.bert import BertForMaskedLM
 from bertfast.runtime.atomic_write import atomic_path
 from bertfast.runtime.output_folder import Origin, output_folder
 from bertfast.runtime.settings import Positive, Seed, Settings
-from bertfast.runtime.signals import RunStopped
+from bertfast.runtime.signals import continued_by
 from bertfast.tasks.pretrained import open_model
+from bertfast.training.checkpoint import has_begun
 from bertfast.training.evaluate import write_results
 from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.pretraining import PretrainSettings, pretrain
@@ -82,16 +82,13 @@ def _demo(settings: DemoSettings, folder: Path) -> dict[str, float]:
 
     model = folder / "model"
     train, validation = write_task(data / "docstrings.jsonl", folder / "task", settings.seed)
-    try:
+    with continued_by("demo"):
         logger.info("2. Pre-training: masked LM and next-sentence prediction.")
         pretrained = pretrain(_pretraining(settings, data, model))
         logger.info("3. Fine-tuning: which package does this sentence document?")
         scores = {
             name: _finetune(settings, model, folder / name, train, validation) for name in ("finetuned", "from-scratch")
         }
-    except RunStopped as stopped:
-        reason = re.split("[:;]", str(stopped))[0]
-        raise RunStopped(f"{reason}: run the same command again to continue the demo", stopped.status) from None
 
     print("4. Masked tokens: the five most likely predictions for each.")
     masked_lm, tokenizer = open_model(BertForMaskedLM, str(model), True)
@@ -163,7 +160,7 @@ def _pretraining(settings: DemoSettings, data: Path, model: Path) -> PretrainSet
         seed=settings.seed,
         eval_steps=200,
         save_steps=200,
-        resume=True,
+        resume=has_begun(model),
     )
 
 
@@ -174,7 +171,7 @@ def _finetune(settings: DemoSettings, model: Path, output: Path, train: Path, va
             train_file=str(train),
             validation_file=str(validation),
             output_dir=str(output),
-            resume=True,
+            resume=has_begun(output),
             random_init=output.name == "from-scratch",
             max_seq_length=64,
             num_train_epochs=2,

@@ -19,7 +19,7 @@ from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.text_files import json_object, read_lines
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.output_folder import Origin, OriginError, output_folder, read_record, require_origin
+from bertfast.runtime.output_folder import Origin, OriginError, output_folder, require_origin
 from bertfast.runtime.settings import (
     Count,
     Epochs,
@@ -31,6 +31,8 @@ from bertfast.runtime.settings import (
     nearest,
     refuse_repeated,
 )
+from bertfast.runtime.signals import continued_by
+from bertfast.training.checkpoint import has_begun
 from bertfast.training.finetune_folder import finetune_origin, read_results
 from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.pretrain_checkpointing import pretrain_origin
@@ -113,7 +115,8 @@ def reproduce(settings: ReproduceSettings) -> Path:
         page = folder / f"table-{settings.table}.md"
         for row in table["rows"]:
             for name in columns:
-                cells[row["name"], name] = _cell(settings, table, row, name, folder)
+                with continued_by("table"):
+                    cells[row["name"], name] = _cell(settings, table, row, name, folder)
                 write_atomically(page, render(table, cells, settings))
                 if cells[row["name"], name] != _ABSENT:
                     logger.info("%s, %s: %s", row["name"], name, cells[row["name"], name])
@@ -207,10 +210,11 @@ def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any
         if settings.num_train_epochs is not None:
             flags["num-train-epochs"] = settings.num_train_epochs
         finetuning = parse("finetune", FinetuneSettings, flags_of(flags | _where(settings)))
-        stale = read_record(run) is not None and _is_stale(run, finetune_origin(finetuning, "finetune"), settings)
+        stale = has_begun(run) and _is_stale(run, finetune_origin(finetuning, "finetune"), settings)
         results = None if stale else read_results(run)
         if results is None:
-            results = finetune(finetuning.replace(overwrite_output_dir=stale, resume=not stale))
+            resume = has_begun(run) and not stale
+            results = finetune(finetuning.replace(overwrite_output_dir=stale, resume=resume))
         score = results.get(f"eval_{column['metric']}")
         if score is None:
             known = ", ".join(key.removeprefix("eval_") for key in results if key.startswith("eval_"))
@@ -261,9 +265,9 @@ def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> st
     pretraining = parse("pretrain", PretrainSettings, flags_of(flags | _where(settings)))
     pretraining = resolve_objective(pretraining, pretraining.model.architecture)  # as the run records it
     origin = pretrain_origin(pretraining, None, Corpus.of(shards).hashes())
-    stale = read_record(model) is not None and _is_stale(model, origin, settings)
+    stale = has_begun(model) and _is_stale(model, origin, settings)
     if stale or not (model / "config.json").exists():
-        pretrain(pretraining.replace(overwrite_output_dir=stale, resume=not stale))
+        pretrain(pretraining.replace(overwrite_output_dir=stale, resume=has_begun(model) and not stale))
     return str(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,22 @@ class RunStopped(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def continued_by(program: str) -> Iterator[None]:
+    """Context of a program that resumes its runs by itself: of a run that a signal stops, the message says so.
+
+    Args:
+        program: What the same command continues, such as "sweep".
+    """
+    try:
+        yield
+    except RunStopped as stopped:
+        if stopped.status == 1:  # it has diverged: the same command would not help
+            raise
+        step = re.split("[:;]", str(stopped))[0]
+        raise RunStopped(f"{step}: run the same command again to continue the {program}", stopped.status) from None
 
 
 def exit_on_sigterm() -> AbstractContextManager[None]:

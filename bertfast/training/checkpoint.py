@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from bertfast.data.text_files import read_json
 from bertfast.models.files import save
 from bertfast.runtime.atomic_write import atomic_path, link_or_copy
+from bertfast.runtime.output_folder import read_record
 from bertfast.runtime.tensor_file import write_tensors
 from bertfast.training.checkpoint_settings import CheckpointSettings
 from bertfast.training.distributed import Distributed
@@ -119,6 +120,11 @@ def newest_whole(folder: Path, before: float = math.inf) -> Path | None:
     for saved, names in damaged.items():
         logger.warning("%s is damaged (%s)%s", saved, names, instead)
     return found
+
+
+def has_begun(output: Path) -> bool:
+    """Return whether a run has begun in a folder, so that a program that repeats it must resume it."""
+    return read_record(output) is not None
 
 
 def checkpoint_to_resume(output: Path) -> Path | None:

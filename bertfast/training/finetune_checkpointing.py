@@ -14,9 +14,17 @@ from transformers import PreTrainedModel
 from bertfast.models.adapters import Adapter
 from bertfast.runtime.atomic_write import link_or_copy, named_in_errors, remove
 from bertfast.runtime.generator_state import generator_state, set_generator_state
-from bertfast.training.checkpoint import CHECKPOINTS, checkpoint_to_resume, load_state, read_progress, save_state
+from bertfast.training.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_to_resume,
+    checkpoints,
+    load_state,
+    read_progress,
+    save_state,
+)
 from bertfast.training.distributed import Distributed
-from bertfast.training.finetune_folder import PREDICTIONS
+from bertfast.training.finetune_folder import PREDICTIONS, RESULTS
+from bertfast.training.finetune_model import score_of
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.step_results import StepResults
 
@@ -49,6 +57,19 @@ class FinetuneProgress:
     best_step: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     best_metrics: dict[str, float] = field(default_factory=dict)
+
+    def improves(self, metrics: dict[str, float], metric: str) -> bool:
+        """Return whether the model is the best so far; count validations in which it is not.
+
+        Args:
+            metrics: Metrics of a validation after the last step.
+            metric: Name of the metric that decides; the loss decides between equal values.
+        """
+        if (score := score_of(metrics, metric)) <= self.best_score:
+            self.validations_without_better += 1
+            return False
+        self.best_score, self.best_metrics, self.validations_without_better = score, metrics, 0
+        return True
 
     def summary(self, epoch: float, samples: int, results: StepResults) -> dict[str, float]:
         """Return what a finished run reports of its training and of its best model.
@@ -148,14 +169,15 @@ class FinetuneProgress:
 
 
 def saved_run(settings: FinetuneSettings) -> Path | None:
-    """Return the checkpoint from which a run continues; None: it starts from the beginning.
+    """Return the checkpoint from which a run continues; None: it starts from the beginning, or is finished.
 
     Raises:
         ValueError: Every checkpoint is damaged.
     """
-    if not settings.checkpoint.resume:
+    output = Path(settings.output_dir)
+    if not settings.checkpoint.resume or ((output / RESULTS).exists() and not checkpoints(output / CHECKPOINTS)):
         return None
-    return checkpoint_to_resume(Path(settings.output_dir))
+    return checkpoint_to_resume(output)
 
 
 def saved_precision(saved: Path) -> Any:

@@ -4,16 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import BertConfig
 
+from bertfast.models.files import resolve
 from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, shuffled_batches, within_budget
+from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Task
 from bertfast.training.distributed import Distributed
+from bertfast.training.finetune_model import choose_metric, finetuning_task, model_config
 from bertfast.training.finetune_settings import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads before it builds its model.
+
+    Attributes:
+        task: The task: reads files, computes losses and metrics.
+        metric: Name of the metric that selects the best model.
+        source: Folder of the model that is fine-tuned.
+        config: Configuration of the model that is trained.
+        tokenizer: Its tokenizer.
+        examples, features: Examples of each split, and their token ids and labels.
+    """
+
+    task: Task[Any]
+    metric: str
+    source: Path
+    config: BertConfig
+    tokenizer: Tokenizer
+    examples: dict[str, Any]
+    features: dict[str, Any]
+
+    @classmethod
+    def open(cls, settings: FinetuneSettings) -> RunData:
+        """Read the data of a run, and tokenize it.
+
+        Raises:
+            FileNotFoundError: There is no such model or file.
+            ValueError: Settings, data and model do not fit together.
+        """
+        task = finetuning_task(settings)
+        with task.bad_rows.logged():
+            read = read_examples(settings, task)
+            source = task.open_folder(resolve(settings.model_name_or_path))
+            config = model_config(settings, source, task.label_config(read["train"]))
+            task.set_config(config)
+            metric = choose_metric(settings, task)
+            tokenizer = open_tokenizer(source, config)
+            examples, features = featurize(settings, task, read, tokenizer, metric)
+        return cls(task, metric, source, config, tokenizer, examples, features)
 
 
 def data_files(settings: FinetuneSettings) -> dict[str, str]:

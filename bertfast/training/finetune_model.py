@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,29 @@ def choose_metric(settings: FinetuneSettings, task: Task[Any]) -> str:
     if metric not in known:
         raise ValueError(f"--metric-for-best-model must be one of {', '.join(known)} in this task, got {metric!r}")
     return metric
+
+
+def score_of(metrics: dict[str, float], metric: str) -> tuple[float, float]:
+    """Return how good a model is, more is better: its metric, negative for the loss, and its negative loss.
+
+    The loss decides between models with the same metric. Tasks without a loss on validation data have 0. A metric that
+    is undefined, and lacks in `metrics`, is worse than any other.
+
+    Args:
+        metrics: Metrics of the validation, such as eval_accuracy.
+        metric: Name of the metric that decides, such as accuracy.
+    """
+    return sign_of(metric) * metrics.get(f"eval_{metric}", worst_of(metric)), -metrics.get("eval_loss", 0.0)
+
+
+def worst_of(metric: str) -> float:
+    """Return the value of a metric that is worse than any other."""
+    return -math.inf * sign_of(metric)
+
+
+def sign_of(metric: str) -> int:
+    """Return 1 if higher values of a metric are better, else -1."""
+    return -1 if metric == "loss" else 1
 
 
 def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any]) -> BertConfig:

@@ -44,6 +44,16 @@ _PIPELINES = {
     "QuestionAnswering": "question-answering",
     "MultipleChoice": "multiple-choice",
 }
+# By the end of the class's name: a line of standard input, as printf writes it.
+_INPUTS = {
+    "": "A text.",
+    _RERANKER: r"A query.\tA document.",
+    "SequenceClassification": "A text.",
+    "TokenClassification": "The words of a sentence",
+    "QuestionAnswering": '{"question": "What is it?", "context": "It is a text."}',
+    "MultipleChoice": '{"sent1": "A text", "sent2": "that", "endings": ["ends", "goes on"]}',
+}
+_NOT_OF_PREDICT = {"--label-column", "--n-best"}
 # Settings that the card names in other words, or not at all.
 _NOT_LISTED = {"--model-name-or-path", "--train-file", "--validation-file", "--test-file", "--output-dir", "--resume"}
 
@@ -98,6 +108,7 @@ def how_to_use(settings: FinetuneSettings) -> str:
     """Return where the model of a run is, and a command that predicts with it."""
     file = list(data_files(settings).values())[-1]
     words = ["bertfast", "predict", "--model-name-or-path", settings.output_dir, "--input-file", file]
+    words += _flags_of_predictions(settings)
     return f"The best model is in {settings.output_dir}. To predict with it: {shlex.join(words)}"
 
 
@@ -124,7 +135,7 @@ def _card(settings: FinetuneSettings, model: PreTrainedModel, run: dict[str, Any
         "",
         *_results(run["results"]),
         *_classes(Path(settings.output_dir)),
-        *["## Use", "", "```", _command(folder, head), "```", ""],
+        *_use(settings, folder, head),
         *usage,
         *_training(settings, run),
     ]
@@ -207,12 +218,17 @@ def _python(code: list[str]) -> list[str]:
     return ["```python", *code, "```", ""]
 
 
-def _command(folder: str, head: str) -> str:
-    """Return a command that uses a model."""
-    model = f"--model-name-or-path {shlex.quote(folder)}"
+def _use(settings: FinetuneSettings, folder: str, head: str) -> list[str]:
+    """Return a command that uses a model on a text, next to its folder, and what is added to use it on a file."""
+    model, text = f"--model-name-or-path {shlex.quote(folder)}", _INPUTS[head]
     if not head:
-        return f"bertfast embed {model} --input-file FILE --output-dir VECTORS"
-    return f"bertfast predict {model} --input-file FILE"
+        command, on_file = f"bertfast embed {model} --output-dir vectors", ["--input-file", "FILE"]
+    else:
+        options = _flags_of_predictions(settings, columns=False)
+        command = " ".join(["bertfast predict", model, *map(shlex.quote, options)])
+        on_file = ["--input-file", "FILE", *_flags_of_predictions(settings)[len(options) :]]
+    lines = ["## Use", "", "```", f"printf '{text}\\n' | {command}", "```", ""]
+    return [*lines, f"Add `{_plain(shlex.join(on_file))}` for the rows of a file.", ""]
 
 
 def _training(settings: FinetuneSettings, run: dict[str, Any]) -> list[str]:
@@ -221,9 +237,7 @@ def _training(settings: FinetuneSettings, run: dict[str, Any]) -> list[str]:
         for name in map(flag, ("train_file", "validation_file", "test_file"))
         for file in run["inputs"].get(name, [])
     ]
-    values = {flag(name): value for name, value in settings.flat().items()}
-    names = [*map(flag, settings.hyperparameters.flat()), *given(settings)]
-    listed = [f"| {name} | {_plain(str(values[name]))} |" for name in dict.fromkeys(names) if name not in _NOT_LISTED]
+    listed = [f"| {name} | {_plain(value)} |" for name, value in _listed(settings).items()]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return [
         "## Training",
@@ -236,6 +250,35 @@ def _training(settings: FinetuneSettings, run: dict[str, Any]) -> list[str]:
         *files,
         *listed,
     ]
+
+
+def _listed(settings: FinetuneSettings) -> dict[str, str]:
+    """Return the values, as text, of the hyperparameters and of the settings that were given, by flag.
+
+    What had no effect is left out: values that are not given, and the number of epochs of a run whose length is set in
+    steps.
+    """
+    values = {flag(name): value for name, value in settings.flat().items()}
+    names = [*map(flag, settings.hyperparameters.flat()), *given(settings)]
+    unused = {*_NOT_LISTED, *["--num-train-epochs"] * (settings.hyperparameters.max_steps is not None)}
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name in dict.fromkeys(names)
+        if (value := values[name]) is not None and name not in unused
+    }
+
+
+def _flags_of_predictions(settings: FinetuneSettings, *, columns: bool = True) -> list[str]:
+    """Return the flags of `bertfast predict`, with their values, with which it predicts as the run did.
+
+    Args:
+        settings: Settings of the run.
+        columns: Whether to add those with which it reads a file.
+    """
+    names = ["--max-seq-length"] * (settings.max_seq_length is not None) + given(settings.question_answering)
+    names += given(settings.columns) if columns else []
+    values = {flag(name): str(value) for name, value in settings.flat().items()}
+    return [word for name in names if name not in _NOT_OF_PREDICT for word in (name, values[name])]
 
 
 def _plain(text: str) -> str:

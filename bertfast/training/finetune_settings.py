@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from bertfast.models.adapters import ALL_LINEAR
 from bertfast.models.extensions import LAYERS
 from bertfast.runtime.settings import (
     Count,
@@ -17,7 +18,6 @@ from bertfast.runtime.settings import (
     Range,
     Seed,
     Settings,
-    counted,
     given,
     refuse_repeated,
     refuse_without_effect,
@@ -73,6 +73,12 @@ class LoraSettings(Settings):
 
     def validate(self) -> None:
         refuse_repeated("lora_target_modules", self.lora_target_modules)
+        if ALL_LINEAR in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            others = " ".join(name for name in self.lora_target_modules if name != ALL_LINEAR)
+            raise ValueError(
+                f"--lora-target-modules {ALL_LINEAR} already includes every linear layer: leave out {others}, or give "
+                f"{others} without {ALL_LINEAR}"
+            )
         if self.lora_rank is None:
             refuse_without_effect(given(self), "there is no --lora-rank")
 
@@ -156,21 +162,6 @@ class OptimizerSettings(Settings):
             flags = {"--warmup-ratio", "--warmup-steps"}.intersection(given(self))
             refuse_without_effect(sorted(flags), "--lr-scheduler-type constant has no warm-up")
 
-    def warmup(self, steps: int) -> float:
-        """Return the fraction of a run of so many steps that is warm-up.
-
-        Raises:
-            ValueError: The warm-up is longer than the run.
-        """
-        if self.warmup_steps is None:
-            return self.warmup_ratio
-        if self.warmup_steps > steps:
-            raise ValueError(
-                f"--warmup-steps {self.warmup_steps} is more than the run's {counted(steps, 'step')}: lower it, or "
-                "raise --max-steps or --num-train-epochs"
-            )
-        return self.warmup_steps / steps
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(Settings):
@@ -226,17 +217,17 @@ class Hyperparameters(Settings):
     seed: Seed = 42
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps, at least one; warn if the epochs are less than that."""
-        if self.max_steps is not None:
-            return self.max_steps
-        steps = round(self.num_train_epochs * steps_per_epoch)
-        if not steps:
+        """Return the number of optimizer steps, at least one."""
+        return self.max_steps or max(round(self.num_train_epochs * steps_per_epoch), 1)
+
+    def warn_if_less_than_one_step(self, steps_per_epoch: int) -> None:
+        """Log a warning if the epochs are less than one step."""
+        if self.max_steps is None and not round(self.num_train_epochs * steps_per_epoch):
             logger.warning(
                 "%g epochs are less than one step, of which an epoch has %d: the run takes one",
                 self.num_train_epochs,
                 steps_per_epoch,
             )
-        return max(steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,20 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bertfast.inference.predict import predict_outputs, require_finite_outputs
-from bertfast.models.files import resolve, save
 from bertfast.models.patch import require_packed
-from bertfast.models.tokenizers import copy_tokenizer
 from bertfast.runtime.atomic_write import remove
 from bertfast.runtime.cuda_graph import side_stream
 from bertfast.runtime.precision import NotFiniteError, choose_precision
 from bertfast.runtime.processes import is_main_process, refuse_several
 from bertfast.runtime.signals import Interrupt, RunStopped
 from bertfast.tasks.features import Buckets
-from bertfast.tasks.pretrained import open_tokenizer
-from bertfast.tasks.task import Outputs
+from bertfast.training.best_model import BestModel
 from bertfast.training.checkpoint import CHECKPOINTS, align_parameters, checkpoints, how_to_continue
 from bertfast.training.distributed import Distributed
 from bertfast.training.evaluate import print_metrics, write_results
@@ -37,22 +32,17 @@ from bertfast.training.finetune_checkpointing import (
     saved_precision,
     saved_run,
 )
-from bertfast.training.finetune_data import batches_of_passes, featurize, read_examples, rows_of_steps
+from bertfast.training.finetune_data import RunData, batches_of_passes, rows_of_steps
 from bertfast.training.finetune_folder import RESULTS, finetune_folder, read_results, write_skipped_rows
-from bertfast.training.finetune_model import (
-    build_model,
-    choose_metric,
-    finetuning_task,
-    model_config,
-    open_best,
-)
+from bertfast.training.finetune_model import build_model, open_best
 from bertfast.training.finetune_report import draw_finished_run, how_to_use, write_report
 from bertfast.training.finetune_settings import FinetuneSettings
 from bertfast.training.finetune_step import finetuning_step
 from bertfast.training.metrics_log import MetricsLog, MetricsWriter, open_writers
-from bertfast.training.report_plots import report_file
+from bertfast.training.run_length import RunLength
 from bertfast.training.schedule import schedule
 from bertfast.training.step_results import DivergedError, StepResults
+from bertfast.training.training_log import TrainingLog
 
 __all__ = ["FinetuneSettings", "Finetuning", "finetune"]
 
@@ -118,14 +108,13 @@ class Finetuning:
         distributed: Processes of the run; None: initialised here.
 
     Attributes:
-        task: The task: reads files, computes losses and metrics.
-        source: Folder of the model that is fine-tuned.
-        config, tokenizer, model: What is fine-tuned.
+        data: What is read before the model is built.
+        task, metric, source, config, tokenizer, examples, features: See `RunData`.
+        model: The model that is trained.
         adapter: The model's adapter if only that is trained.
-        metric: Name of the metric that selects the best model.
-        examples, features: Examples of each split, and their token ids and labels.
-        steps_per_epoch, steps: Optimizer steps per epoch and of the run.
-        warmup: Fraction of the steps that are warm-up.
+        best: Writes the model whenever it is the best so far.
+        length: Length of the run.
+        steps_per_epoch, steps: See `RunLength`.
         progress: How far the run has come, and how good its best model is.
         writers: Receive the entries of metrics.jsonl as well.
         trainer: Computes gradients and updates of a step.
@@ -136,26 +125,21 @@ class Finetuning:
     def __init__(self, settings: FinetuneSettings, distributed: Distributed | None = None):
         self.distributed = distributed = distributed or Distributed.init(settings.compute.device)
         self.settings, self.folder = settings, Path(settings.output_dir)
-        self.metrics_log: MetricsLog | None = None
         self.writers: list[MetricsWriter] = []
         self.device, self.hyperparameters = distributed.device, settings.hyperparameters
-        self.task = finetuning_task(settings)
         if settings.feature_based.strategy == "feature-based":
             refuse_several("--strategy feature-based")
         self.saved = distributed.result_of_main(lambda: saved_run(settings))
-        with self.task.bad_rows.logged():
-            examples = read_examples(settings, self.task)
-            self.source = source = self.task.open_folder(resolve(settings.model_name_or_path))
-            self.config = model_config(settings, source, self.task.label_config(examples["train"]))
-            self.task.set_config(self.config)
-            self.precision = choose_precision(self.device, settings.compute.precision, self.config)
-            if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
-                self.precision = saved_precision(self.saved)
-            self.metric = choose_metric(settings, self.task)
-            self.tokenizer = open_tokenizer(source, self.config)
-            self.examples, self.features = featurize(settings, self.task, examples, self.tokenizer, self.metric)
+        self.data = data = RunData.open(settings)
+        self.task, self.metric, self.source = data.task, data.metric, data.source
+        self.config, self.tokenizer = data.config, data.tokenizer
+        self.examples, self.features = data.examples, data.features
+        self.precision = choose_precision(self.device, settings.compute.precision, self.config)
+        if self.saved is not None and settings.compute.precision == "auto":  # a run keeps what "auto" chose
+            self.precision = saved_precision(self.saved)
         torch.manual_seed(self.hyperparameters.seed)
         self.model, self.adapter = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
+        self.best = BestModel(self.folder, data, self.model, self.adapter)
         align_parameters(self.model)
         nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(self.model.train(), self.precision)
@@ -172,20 +156,18 @@ class Finetuning:
             precision=self.precision,
             captures=self.adapter is None,
         )
-        passes = settings.batch.gradient_accumulation_steps * distributed.world_size
-        self.examples_per_step = self.hyperparameters.per_device_train_batch_size * passes
-        self.steps_per_epoch = math.ceil(len(self.features["train"]) / self.examples_per_step)
-        self.steps = self.hyperparameters.steps(self.steps_per_epoch)
-        self.warmup = settings.optimizer.warmup(self.steps)
+        self.length = RunLength.of(settings, len(self.features["train"]), distributed.world_size)
+        self.steps_per_epoch, self.steps = self.length.steps_per_epoch, self.length.steps
         self.progress, self.results = FinetuneProgress(), StepResults(self.device)
         self.interrupt = Interrupt(settings.checkpoint.sigterm_exit_code)
         # Reading results waits for all work queued on a GPU, so there they are read only as often as they are logged.
         self.steps_per_read = settings.evaluation.logging_steps if self.device.type == "cuda" else 1
+        self._log: TrainingLog | None = None  # opens metrics.jsonl, which only a run that begins may do
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        share = schedule(self.settings.optimizer.lr_scheduler_type, self.step / self.steps, self.warmup)
+        share = schedule(self.settings.optimizer.lr_scheduler_type, self.step / self.steps, self.length.warmup)
         return self.hyperparameters.learning_rate * share
 
     @property
@@ -193,24 +175,29 @@ class Finetuning:
         """Steps done."""
         return self.progress.step
 
+    @property
+    def log(self) -> TrainingLog:
+        """Log of the run, once it has begun."""
+        assert self._log is not None
+        return self._log
+
     def run(self, on_step: Callable[[int], None]) -> dict[str, float]:
         """Train, validate, and predict on the test data with the best model; return all results.
 
         A run that continues starts at its checkpoint; of one that is finished, only the results are read.
         """
-        distributed, hidden = self.distributed, not self.distributed.is_main
+        distributed = self.distributed
         if (results := distributed.result_of_main(self._finished_results)) is not None:
             return results
         self._begin()
-        with (
-            self.interrupt,
-            tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step", disable=hidden) as bar,
-        ):
+        with self.interrupt, self.log.bar:
             self._validate_if_due()  # the run may have been stopped before it
             rows, patience = self.rows_of_steps(), self.settings.evaluation.early_stopping_patience
             while self.step < self.steps and self.progress.validations_without_better != patience:
                 self.train_step(next(rows))
-                self._report(bar)
+                if self.step % self.steps_per_read == 0 or self.step == self.steps:
+                    self.read_pending()
+                self.log.add_step(self.progress, self.results)
                 on_step(self.step)
                 if distributed.any(self.interrupt.requested):  # all ranks stop after the same step
                     raise self._stopped()
@@ -221,6 +208,7 @@ class Finetuning:
                     self.read_pending()
                     self.save_checkpoint()
         self.read_pending()
+        self.log.end(self.progress, self.results)
         return distributed.result_of_main(self._write_results)
 
     def _finished_results(self) -> dict[str, float] | None:
@@ -237,23 +225,27 @@ class Finetuning:
         if self.saved is not None:
             self.progress = FinetuneProgress.restore(self.saved, self.folder, optimizers, self.results, distributed)
             start = f", from step {self.step}"
-        distributed.run_on_main(self._open_folder)
+        metrics_log = distributed.run_on_main(self._open_folder)
         where = f"{self.device}{f', {distributed.world_size} processes' * (distributed.world_size > 1)}"
         logger.info("fine-tuning on %d examples, %s on %s%s", len(self.examples["train"]), self.precision, where, start)
-        if self.steps == 1 and self.warmup and self.learning_rate == 0:
-            logger.warning("the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs")
+        self.hyperparameters.warn_if_less_than_one_step(self.steps_per_epoch)
+        if self.steps == 1 and self.length.warmup and self.learning_rate == 0:
+            warmup = "--warmup-ratio" if self.settings.optimizer.warmup_steps is None else "--warmup-steps"
+            logger.warning("the only step has a learning rate of 0: for more, pass %s 0 or more epochs", warmup)
+        self._log = TrainingLog(metrics_log, self.length, self.settings.evaluation.logging_steps, self.progress)
 
-    def _open_folder(self) -> None:
+    def _open_folder(self) -> MetricsLog:
         """Make the output folder, remove from it what a run does not continue from, and open the metrics log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.saved is None and self.settings.checkpoint.resume:
             remove_best_model(self.folder)  # of a run that was killed before its first checkpoint
-        self.metrics_log = MetricsLog(self.folder, steps_done=self.step, writers=self.writers)
         write_skipped_rows(self.folder, self.task.bad_rows)
+        return MetricsLog(self.folder, steps_done=self.step, writers=self.writers)
 
     def rows_of_steps(self) -> Iterator[np.ndarray]:
         """Yield the example indices of each step from the next one on, without end."""
-        return rows_of_steps(len(self.features["train"]), self.examples_per_step, self.hyperparameters.seed, self.step)
+        per_step = self.length.examples_per_step
+        return rows_of_steps(len(self.features["train"]), per_step, self.hyperparameters.seed, self.step)
 
     def train_step(self, rows: np.ndarray) -> None:
         """Start an optimizer step on the examples `rows` without waiting for the device."""
@@ -272,27 +264,6 @@ class Finetuning:
         clock = time.perf_counter()
         self.results.read()
         self.progress.seconds += time.perf_counter() - clock
-
-    def _report(self, bar: tqdm[Any]) -> None:
-        if self.step % self.steps_per_read == 0:
-            self.read_pending()
-        speed = self.progress.tokens / self.progress.seconds
-        loss = self.results.mean(last=self.settings.evaluation.logging_steps)
-        known = {} if math.isnan(loss) else {"loss": loss}  # metrics.jsonl holds numbers only
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-        if self.step % self.settings.evaluation.logging_steps == 0:
-            self._log(**known, learning_rate=self.progress.learning_rate, tokens_per_second=speed)
-
-    def _log(self, **values: float) -> None:
-        """Write an entry of metrics.jsonl."""
-        if self.metrics_log is not None:
-            self.metrics_log.write(step=self.step, epoch=self.epoch, **values)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training data so far."""
-        return self.step / self.steps_per_epoch
 
     def _validate_if_due(self) -> None:
         """Validate the model unless that is not due yet, or was done at this step."""
@@ -317,44 +288,30 @@ class Finetuning:
                     raise self._not_finite(error, "training") from None
                 self._save()
             return
-        progress = self.progress
         outputs, metrics = self.predict("validation")
-        self._log(**metrics)
+        self.log.write(self.step, **metrics)
         logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        sign = -1 if self.metric == "loss" else 1
-        loss = metrics.get("eval_loss", 0.0)  # breaks ties
-        if (score := (sign * metrics.get(f"eval_{self.metric}", -sign * math.inf), -loss)) > progress.best_score:
-            progress.best_score, progress.best_metrics, progress.validations_without_better = score, metrics, 0
+        if self.progress.improves(metrics, self.metric):
             self._save()
-            self._write("validation", outputs)
-        else:
-            progress.validations_without_better += 1
+            self.best.write_predictions("validation", outputs)
 
     def predict(self, split: str) -> tuple[Any, dict[str, float]]:
-        """Return the model's outputs for a split, and their metrics."""
+        """Return the model's outputs for a split, and their metrics, the one that selects the best model first."""
         try:
             outputs = predict_outputs(self.task, self.model, self.features[split])
         except NotFiniteError as error:
             raise self._not_finite(error, split) from None
         metrics = self.task.measure(self.examples[split], self.features[split], outputs)
-        prefix = "test" if split == "test" else "eval"
-        return outputs, {f"{prefix}_{name}": value for name, value in metrics.items()}
+        prefix, names = "test" if split == "test" else "eval", sorted(metrics, key=lambda name: name != self.metric)
+        return outputs, {f"{prefix}_{name}": metrics[name] for name in names}
 
     def _not_finite(self, error: NotFiniteError, split: str) -> DivergedError:
         return self.diverged(f"after step {self.step}, {error.problem} on the {split} data", usable=False)
 
-    def _write(self, split: str, outputs: Outputs) -> None:
-        data = self.examples[split], self.features[split], outputs
-        self.task.write_predictions(self.folder, split, *data)
-        if report := self.task.report(*data):
-            write_results(self.folder / report_file(split), report)
-
     def _save(self) -> None:
         self.progress.best_step = self.step
         if self.distributed.is_main:
-            self.task.write_folder(self.folder)  # before the model, which alone opens with another pooling
-            copy_tokenizer(self.tokenizer, self.source, self.folder)
-            save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
+            self.best.save()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, unless steps are being skipped; their results must have been read."""
@@ -385,13 +342,14 @@ class Finetuning:
     def _write_results(self) -> dict[str, float]:
         """Predict on the test data with the best model, and write all results; return them."""
         settings = self.settings
-        results = self.progress.summary(self.epoch, len(self.examples["train"]), self.results)
+        epoch = self.step / self.steps_per_epoch
+        results = self.progress.summary(epoch, len(self.examples["train"]), self.results)
         results |= {"bad_rows": bad} if (bad := self.task.bad_rows.count) else {}
         if "test" in self.features or settings.lora.lora_merge:
             open_best(settings, self.model, self.config, self.adapter)
         if "test" in self.features:
             outputs, metrics = self.predict("test")
-            self._write("test", outputs)
+            self.best.write_predictions("test", outputs)
             results |= metrics
         write_report(settings, self.model, self.precision, self.metric, results, self.distributed.world_size)
         write_results(self.folder / RESULTS, results)

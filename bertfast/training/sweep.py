@@ -5,29 +5,29 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertfast.data.text_files import read_json
 from bertfast.runtime.atomic_write import remove, write_atomically
 from bertfast.runtime.malloc import is_out_of_memory
 from bertfast.runtime.output_folder import Origin, check_contents, locked_folder, require_origin
 from bertfast.runtime.processes import refuse_several
 from bertfast.runtime.settings import Count, Epochs, LearningRate, Seed, Settings, counted, flag, refuse_repeated
-from bertfast.runtime.signals import RunStopped
-from bertfast.training.checkpoint import CHECKPOINTS
+from bertfast.runtime.signals import RunStopped, continued_by
+from bertfast.training.checkpoint import CHECKPOINTS, has_begun
 from bertfast.training.evaluate import write_results
+from bertfast.training.finetune_data import RunData
 from bertfast.training.finetune_folder import SWEEP_SCORE, finetune_origin
 from bertfast.training.finetune_settings import FinetuneBase, FinetuneSettings, Hyperparameters
 from bertfast.training.finetuning import Finetuning, open_run
 from bertfast.training.optimizer import remedy_for
+from bertfast.training.run_length import RunLength
 from bertfast.training.step_results import DivergedError
 from bertfast.training.successive_halving import better_half, fractions, recorded_score, run_until
 from bertfast.training.sweep_plan import SweepPlan
+from bertfast.training.sweep_results import Combination, Score, best_of, exactly, metric_of, read_score, table, tie
 
 logger = logging.getLogger("bertfast")
 
@@ -84,84 +84,66 @@ class SweepSettings(FinetuneBase):
             raise ValueError("a sweep requires --validation-file, on which the best run is chosen")
 
 
-@dataclass(frozen=True)
-class Score:
-    """Result of a run.
-
-    Attributes:
-        metric: Metric that selects the best model.
-        score: Its best value; None: the run failed.
-        failed: Why it failed, and the remedy; None: it did not.
-    """
-
-    metric: str
-    score: float | None
-    failed: str | None = None
-
-
-@dataclass(frozen=True)
-class Combination:
-    """Results of one combination of hyperparameters.
-
-    Attributes:
-        learning_rate, batch_size, epochs: The hyperparameters.
-        scores: Best validation score of each seed; None: that run failed.
-        mean: Mean of the scores; NaN if a run failed.
-        spread: Standard deviation of the scores; NaN for one seed, or if a run failed.
-        failed: Why the first run failed that did; None: none did.
-        trained: Fraction of their steps that the runs were trained; less than 1 by successive halving.
-    """
-
-    learning_rate: float
-    batch_size: int
-    epochs: float
-    scores: list[float | None]
-    mean: float
-    spread: float
-    failed: str | None = None
-    trained: float = 1.0
-
-    @classmethod
-    def of(
-        cls, learning_rate: float, batch_size: int, epochs: float, results: list[Score], trained: float = 1.0
-    ) -> Combination:
-        """Return the combination of which the runs, one for each seed, have these results."""
-        failed = next((result.failed for result in results if result.failed is not None), None)
-        scores = [result.score for result in results]
-        known = [score for score in scores if score is not None]
-        mean = statistics.mean(known) if failed is None else math.nan
-        spread = statistics.stdev(known) if failed is None and len(known) > 1 else math.nan
-        return cls(learning_rate, batch_size, epochs, scores, mean, spread, failed, trained)
-
-
 def sweep(settings: SweepSettings) -> dict[str, Any]:
     """Fine-tune with every combination of hyperparameters, each run in a folder of its own under `output_dir`.
 
     Finished runs in these folders are not repeated. The means and standard deviations over the seeds are written to
     sweep.json and sweep.md, best first.
 
-    A run fails if it diverges or exhausts the memory; the sweep goes on.
+    A run fails if it diverges or exhausts the memory; the sweep goes on. Of runs and combinations with the same score,
+    that with the lower validation loss is better, and of equal losses the first of the grid.
 
     Returns:
         The content of sweep.json: "metric", "best" (folder of the best run) and "combinations" (fields of
-        `Combination`, with None for NaN).
+        `Combination`, with None for what is not finite).
 
     Raises:
         OriginError: The folder has runs with another model, other data or other settings.
+        ValueError: A run of the grid is impossible, which is found out before the first one.
         RunStopped: All runs failed, or after Ctrl-C.
     """
     refuse_several("bertfast sweep")
     origin = finetune_origin(settings, "sweep")
     values = {name: value for name, value in origin.settings.items() if name not in map(flag, settings.grid.flat())}
     origin = Origin(origin.inputs, values, origin.command)
-    folder, grid = Path(settings.output_dir), settings.grid
+    folder = Path(settings.output_dir)
     with locked_folder(folder):
         begin = check_contents(folder, origin, _CONTENTS, overwrite=settings.overwrite_output_dir)
-        if settings.overwrite_output_dir:  # check model, data and settings before earlier runs are removed
-            first = next(itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs, grid.seeds))
-            Finetuning(_run_settings(settings, *first).replace(resume=False))
+        planned = _planned(settings)
+        _check_runs([*itertools.chain.from_iterable(planned.values())], overwrite=settings.overwrite_output_dir)
         begin()
-        return _sweep(settings)
+        return _sweep(settings, planned)
+
+
+def _planned(settings: SweepSettings) -> Planned:
+    """Return the runs of the grid."""
+    grid = settings.grid
+    return {
+        values: [_run_settings(settings, *values, seed) for seed in grid.seeds]
+        for values in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs)
+    }
+
+
+def _check_runs(runs: list[FinetuneSettings], *, overwrite: bool) -> None:
+    """Raise ValueError if a run that is left is impossible, or one in the folder has another origin.
+
+    Args:
+        runs: All runs of the grid.
+        overwrite: Whether those in the folder are to be replaced; then the model is built before they are removed.
+    """
+    if not overwrite:
+        for run in runs:
+            if has_begun(Path(run.output_dir)):
+                require_origin(Path(run.output_dir), finetune_origin(run, "finetune"))
+        runs = [run for run in runs if not Path(run.output_dir, SWEEP_SCORE).exists()]
+    if not runs:
+        return
+    # The runs differ in learning rate, batch size, epochs and seed: their training data is the same.
+    opened = Finetuning(runs[0]) if overwrite else RunData.open(runs[0])
+    for run in runs:
+        values = run.hyperparameters
+        name = f"the run with batch {values.per_device_train_batch_size} and {exactly(values.num_train_epochs)} epochs"
+        RunLength.of(run, len(opened.features["train"]), run=name, longer="--epochs")
 
 
 def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float, seed: int) -> FinetuneSettings:
@@ -170,46 +152,43 @@ def _run_settings(settings: SweepSettings, rate: float, size: int, epochs: float
     shared = {name: value for name, value in settings.flat().items() if name not in settings.grid.flat()}
     if settings.feature_based.strategy == "feature-based" and settings.feature_based.features_dir is None:
         shared["features_dir"] = str(folder / "features")
-    output = folder / f"rate-{_exactly(rate)}-batch-{size}-epochs-{_exactly(epochs)}-seed-{seed}"
+    output = folder / f"rate-{exactly(rate)}-batch-{size}-epochs-{exactly(epochs)}-seed-{seed}"
     hyperparameters = Hyperparameters(
         learning_rate=rate, per_device_train_batch_size=size, num_train_epochs=epochs, seed=seed
     )
     changes = {"output_dir": str(output), "hyperparameters": hyperparameters, "overwrite_output_dir": False}
-    return FinetuneSettings.of(**shared | changes, resume=True)
+    return FinetuneSettings.of(**shared | changes)
 
 
-def _exactly(value: float) -> str:
-    """Return a number with six digits, or with all if it has more, so that different ones have different names."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def _sweep(settings: SweepSettings) -> dict[str, Any]:
+def _sweep(settings: SweepSettings, planned: Planned) -> dict[str, Any]:
     """Run what is missing of a sweep in its locked folder."""
-    folder, grid = Path(settings.output_dir), settings.grid
-    planned = {
-        values: [_run_settings(settings, *values, seed) for seed in grid.seeds]
-        for values in itertools.product(grid.learning_rates, grid.batch_sizes, grid.epochs)
-    }
-    combinations, results = _halved(planned) if grid.successive_halving else _complete(planned)
-    metric = _metric([result for result, _ in results])
-    sign = _sign(metric)
-    combinations.sort(key=lambda row: (math.inf,) if row.failed is not None else (-row.trained, -sign * row.mean))
-    scored = [(sign * result.score, run) for result, run in results if result.score is not None]
-    best = max(scored, key=lambda pair: pair[0])[1] if scored else None
-    # JSON has no NaN.
+    folder = Path(settings.output_dir)
+    combinations, results = _halved(planned) if settings.grid.successive_halving else _complete(planned)
+    metric = metric_of([result for result, _ in results])
+    combinations.sort(key=lambda row: _best_first(row, metric))
+    best, equal = best_of(results)
+    # JSON has neither NaN nor infinity.
     rows = [
-        {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(row).items()}
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
         for row in combinations
     ]
     results_of_all = {"metric": metric, "best": best, "combinations": rows}
     write_results(folder / "sweep.json", results_of_all)
-    page = table(metric, best, combinations)
+    page = table(metric, best, equal, combinations)
     write_atomically(folder / "sweep.md", page)
     if best is None:
         failed = counted(len(results), "run")
         raise RunStopped(f"all {failed} failed, see {folder / 'sweep.md'}: {results[0][0].failed}")
     print(page)
     return results_of_all
+
+
+def _best_first(row: Combination, metric: str) -> tuple[float, ...]:
+    """Return the key by which combinations are sorted; those that failed are last."""
+    if row.failed is not None:
+        return (math.inf,)
+    score, loss = row.quality(metric)
+    return -row.trained, -score, -loss
 
 
 def _complete(planned: Planned, plan: SweepPlan | None = None) -> tuple[list[Combination], list[tuple[Score, str]]]:
@@ -246,8 +225,12 @@ def _halved(planned: Planned) -> tuple[list[Combination], list[tuple[Score, str]
         plan = SweepPlan(left, len(runs), until=fraction, share=fraction - before, later=later, earlier=plan)
         scores = {values: [_score(run, plan, fraction) for run in of_values] for values, of_values in planned.items()}
         rows = {values: Combination.of(*values, of_values, fraction) for values, of_values in scores.items()}
-        sign = _sign(_metric([*itertools.chain.from_iterable(scores.values())]))
-        kept = better_half([(values, sign * row.mean) for values, row in rows.items()])
+        metric = metric_of([*itertools.chain.from_iterable(scores.values())])
+        qualities = {values: row.quality(metric) for values, row in rows.items()}
+        kept = better_half([*qualities.items()])
+        others = [quality for values, quality in qualities.items() if values not in kept]
+        if equal := tie([qualities[values] for values in kept], others, metric, "combinations"):
+            logger.info(equal)
         for values in [values for values in rows if values not in kept]:
             dropped.append(rows[values])
             for run, score in zip(planned[values], scores[values], strict=True):
@@ -260,36 +243,6 @@ def _halved(planned: Planned) -> tuple[list[Combination], list[tuple[Score, str]
     return combinations + dropped, results
 
 
-def _metric(scores: Sequence[Score]) -> str:
-    """Return the metric of runs; it is not known of those that failed early."""
-    return next((score.metric for score in scores if score.metric), "")
-
-
-def _sign(metric: str) -> int:
-    """Return 1 if higher values of a metric are better, else -1."""
-    return -1 if metric == "loss" else 1
-
-
-def table(metric: str, best: str | None, combinations: list[Combination]) -> str:
-    """Return the results as a Markdown table, with the reasons of failures below it."""
-    halved = any(row.trained < 1 for row in combinations)
-    lines = [f"| learning rate | batch | epochs | {metric}, mean | spread |" + " trained |" * halved]
-    lines += ["|---|---|---|---|---|" + "---|" * halved]
-    failures = []
-    for row in combinations:
-        spread = "" if math.isnan(row.spread) else f"{row.spread:.4f}"
-        mean = f"{row.mean:.4f}" if row.failed is None else "failed"
-        lines.append(
-            f"| {_exactly(row.learning_rate)} | {row.batch_size} | {_exactly(row.epochs)} | {mean} | {spread} |"
-            + f" {100 * row.trained:.3g} % |" * halved
-        )
-        if row.failed is not None:
-            rate, epochs = _exactly(row.learning_rate), _exactly(row.epochs)
-            values = f"learning rate {rate}, batch {row.batch_size}, epochs {epochs}"
-            failures += ["", f"Failed: {values}: {row.failed}"]
-    return "\n".join([*lines, *failures, *([] if best is None else ["", f"The best run is in {best}."]), ""])
-
-
 def _score(settings: FinetuneSettings, plan: SweepPlan, fraction: float = 1.0) -> Score:
     """Return the result of a run; one that is finished is not repeated, nor one that diverged.
 
@@ -300,12 +253,11 @@ def _score(settings: FinetuneSettings, plan: SweepPlan, fraction: float = 1.0) -
     """
     folder = Path(settings.output_dir)
     if saved := _known_score(folder, fraction):
-        require_origin(folder, finetune_origin(settings, "finetune"))
         return saved
     metric, started = "", time.perf_counter()
     plan.begin(settings)
     try:
-        with open_run(settings) as run:
+        with continued_by("sweep"), open_run(settings.replace(resume=has_begun(folder))) as run:
             metric = run.metric
             result = _run(run, fraction)
     except Exception as error:  # each library has one of its own for exhausted memory
@@ -322,11 +274,12 @@ def _score(settings: FinetuneSettings, plan: SweepPlan, fraction: float = 1.0) -
 def _run(run: Finetuning, fraction: float) -> Score:
     """Train a run, and record its result unless it is only paused."""
     try:
-        if fraction < 1 and (score := run_until(run, fraction)) is not None:
-            return Score(run.metric, score)
-        score = run.run(lambda step: None).get(f"eval_{run.metric}")
+        if fraction < 1 and (paused := run_until(run, fraction)) is not None:
+            return Score(run.metric, paused[0], loss=paused[1])
+        results = run.run(lambda step: None)
+        score = results.get(f"eval_{run.metric}")
         failed = f"{run.metric} cannot be measured, as all predictions are equal: lower --learning-rates"
-        result = Score(run.metric, score, failed if score is None else None)
+        result = Score(run.metric, score, failed if score is None else None, results.get("eval_loss"))
     except DivergedError as error:
         remove(run.folder / CHECKPOINTS)  # the run is not continued
         result = Score(run.metric, None, f"{error.problem}; {remedy_for(error.any_step_taken, '--learning-rates')}")
@@ -337,21 +290,7 @@ def _run(run: Finetuning, fraction: float) -> Score:
 def _known_score(folder: Path, fraction: float) -> Score | None:
     """Return the result of a run that is finished, or paused after a fraction of its steps; None: it is neither."""
     paused = None if fraction == 1 else recorded_score(folder, fraction)
-    return _read_score(folder / SWEEP_SCORE) if paused is None else Score(*paused)
-
-
-def _read_score(path: Path) -> Score | None:
-    """Return the result of a finished run; None: there is none, or its file is damaged."""
-    if not path.exists():
-        return None
-    try:
-        saved = read_json(path)
-        if saved.get("failed") is not None:
-            return Score(str(saved["metric"]), None, str(saved["failed"]))
-        score = float(saved["score"])
-        if not math.isfinite(score):
-            raise ValueError("not finite")
-        return Score(str(saved["metric"]), score)
-    except (KeyError, TypeError, ValueError):
-        logger.warning("%s is damaged: the run is repeated", path)
-        return None
+    if paused is None:
+        return read_score(folder / SWEEP_SCORE)
+    metric, score, loss = paused
+    return Score(metric, score, loss=loss)

@@ -62,7 +62,7 @@ def write_data(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
+def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monkeypatch, caplog, capsys):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "table-5.yaml").write_text(yaml.safe_dump(TABLE, sort_keys=False))
@@ -84,6 +84,7 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
         device="cpu",
     )
     page = reproduce(settings).read_text()
+    assert "there is no checkpoint" not in caplog.text
     cells = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in page.splitlines() if "|" in line
     }

@@ -243,7 +243,15 @@ def test_without_a_finite_gradient_the_run_stops_without_a_model(pretrained, fil
         ({"max_steps": 0}, "--max-steps must be at least 1, got 0"),
         ({"max_steps": 5, "num_train_epochs": 2.0}, "--num-train-epochs and --max-steps exclude each other"),
         ({"warmup_steps": 5, "warmup_ratio": 0.2}, "--warmup-ratio and --warmup-steps exclude each other"),
-        ({"warmup_steps": 61}, "--warmup-steps 61 is more than the run's 60 steps: lower it, or raise --max-steps"),
+        ({"warmup_steps": 61}, "--warmup-steps 61 is more than the 60 steps of the run: lower it, or raise --num-tra"),
+        (
+            {"warmup_steps": 2, "max_steps": 1},
+            "--warmup-steps 2 is more than the 1 step of the run: lower it, or raise --max-steps$",
+        ),
+        (
+            {"lora_rank": 2, "lora_target_modules": ["query", "all-linear"]},
+            "--lora-target-modules all-linear already includes every linear layer: leave out query, or give query with",
+        ),
         (
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
             "--warmup-ratio would have no effect: --lr-scheduler-type constant has no warm-up",
@@ -368,7 +376,8 @@ def test_a_precision_without_kernels_is_refused(pretrained, tmp_path):
 
 
 def test_less_than_one_step_is_said(caplog):
-    assert Hyperparameters(num_train_epochs=0.5).steps(20) == 10
-    assert not caplog.messages
-    assert Hyperparameters(num_train_epochs=0.01).steps(20) == 1
+    for epochs, steps in ((0.5, 10), (0.01, 1)):
+        assert not caplog.messages
+        assert Hyperparameters(num_train_epochs=epochs).steps(20) == steps
+        Hyperparameters(num_train_epochs=epochs).warn_if_less_than_one_step(20)
     assert "0.01 epochs are less than one step, of which an epoch has 20" in caplog.text

@@ -170,13 +170,17 @@ def test_the_result_opens_in_sentence_transformers_and_embeds_the_same(embedder,
     torch.testing.assert_close(found, model.encode(texts, convert_to_tensor=True), atol=1e-5, rtol=1e-4)
 
 
-def test_the_model_card_says_how_to_use_the_model(embedder, tmp_path, monkeypatch):
+def test_the_model_card_says_how_to_use_the_model(embedder, tmp_path, monkeypatch, pipe):
     pytest.importorskip("sentence_transformers")
     folder, _ = embedder
     card = (folder / "out" / "README.md").read_text()
     assert "library_name: sentence-transformers\npipeline_tag: sentence-similarity\n" in card
-    assert "bertfast embed --model-name-or-path out --input-file FILE --output-dir VECTORS" in card
     monkeypatch.chdir(folder)
+    command = "bertfast embed --model-name-or-path out --output-dir vectors"
+    assert f"printf 'A text.\\n' | {command}\n" in card
+    assert "Add `--input-file FILE` for the rows of a file" in card
+    pipe("A text.\n")
+    assert main(command.split()[1:]) == 0
     exec(card.split("```python\n")[1].split("```")[0], {})
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from sentiment import QUICK
 from task_examples import settings_for, write_examples
 
 import bertfast
@@ -60,10 +61,35 @@ def test_the_model_card_names_results_data_and_settings(tuned, pretrained):
     assert str(folder.parent) not in text
 
 
+def test_the_model_card_lists_only_settings_that_were_in_effect(pretrained, files, tmp_path):
+    values = {"model_name_or_path": str(pretrained), "train_file": files["train_file"], **QUICK}
+    listed = {}
+    for name, length in (("steps", {"max_steps": 2}), ("epochs", {"num_train_epochs": 0.1})):
+        finetune(FinetuneSettings.of(**values, **length, output_dir=str(tmp_path / name)))
+        listed[name] = re.findall(r"^\| (--\S+) \| (.*) \|$", card_of(tmp_path / name)[1], re.MULTILINE)
+    assert ("--max-steps", "2") in listed["steps"]
+    assert ("--num-train-epochs", "0.1") in listed["epochs"]
+    rest = [
+        {name: value for name, value in rows if name not in ("--max-steps", "--num-train-epochs")}
+        for rows in listed.values()
+    ]
+    assert rest[0] == rest[1]
+    assert len(rest[0]) == len(listed["steps"]) - 1 == len(listed["epochs"]) - 1
+    assert "None" not in rest[0].values()
+
+
+def run_command(text: str, pipe) -> int:
+    """Run the command of a model card, "printf TEXT | bertfast …", and return its status."""
+    printf, content, bar, program, *arguments = shlex.split(re.search(r"## Use\n\n```\n(.*)\n```", text)[1])
+    assert (printf, bar, program) == ("printf", "|", "bertfast")
+    pipe(content.encode().decode("unicode_escape"))
+    return main(arguments)
+
+
 @pytest.mark.parametrize(
     "task", ["sequence-classification", "token-classification", "question-answering", "multiple-choice"]
 )
-def test_the_code_of_the_model_card_opens_the_model(task, pretrained, tmp_path, monkeypatch):
+def test_the_code_of_the_model_card_opens_the_model(task, pretrained, tmp_path, monkeypatch, pipe, capsys):
     finetune(settings_for(task, pretrained, write_examples(tmp_path, task, 16, seed=0), tmp_path / "my tuned"))
     entries, text = card_of(tmp_path / "my tuned")
     assert entries["pipeline_tag"] == task.replace("sequence", "text")
@@ -73,8 +99,29 @@ def test_the_code_of_the_model_card_opens_the_model(task, pretrained, tmp_path, 
     exec(code, found)
     assert type(found["model"]) is getattr(transformers, f"BertFor{task.title().replace('-', '')}")
     assert found["tokenizer"]("good film")["input_ids"]
-    command = re.search(r"```\nbertfast (.*?) FILE\n", text)[1]
-    assert main([*shlex.split(command), next(iter(tmp_path.glob("a.*"))).name]) == 0
+    capsys.readouterr()
+    assert run_command(text, pipe) == 0
+    (prediction,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert prediction["row"] == 1
+
+
+def test_commands_read_files_and_predict_as_the_run_did(pretrained, tmp_path, monkeypatch, pipe, capsys):
+    rows: list[dict] = [{"the text": f"the film was {word}", "label": word} for word in ("good", "bad")] * 8
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"label": "good"}]))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--text-column", "the text", "--on-bad-rows", "skip", "--max-seq-length", "8", "--device", "cpu"]
+    flags += ["--task", "sequence-classification", "--max-steps", "1", "--output-dir", "out"]
+    assert main(["finetune", "--model-name-or-path", str(pretrained), "--train-file", "a.jsonl", *flags]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split(": bertfast ")[1]
+    _, text = card_of(tmp_path / "out")
+    added = shlex.split(re.search(r"Add `(.*)` for the rows of a file", text)[1].replace("FILE", "a.jsonl"))
+    of_card = shlex.split(re.search(r"\| bertfast (.*)\n", text)[1])
+    assert "--max-seq-length" in of_card
+    for arguments in (shlex.split(command), [*of_card, *added]):
+        assert main(arguments) == 0
+        predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert ["skipped" in prediction for prediction in predictions] == [False] * 16 + [True]
+    assert run_command(text, pipe) == 0
 
 
 def test_the_card_of_a_model_with_further_parts_names_only_bertfast(pretrained, tmp_path):

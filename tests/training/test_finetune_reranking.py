@@ -129,12 +129,16 @@ def test_scores_of_similar_documents_differ_in_bf16(pretrained, tmp_path):
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], atol=0.02)
 
 
-def test_the_model_card_says_how_to_use_the_model(reranker, monkeypatch):
+def test_the_model_card_says_how_to_use_the_model(reranker, monkeypatch, pipe):
     pytest.importorskip("sentence_transformers")
     folder, _ = reranker
     card = (folder / "out" / "README.md").read_text()
     assert "library_name: sentence-transformers\npipeline_tag: text-ranking\n" in card
     monkeypatch.chdir(folder)
+    command = "bertfast predict --model-name-or-path out"
+    assert f"printf 'A query.\\tA document.\\n' | {command}\n" in card
+    pipe("A query.\tA document.\n")
+    assert main(command.split()[1:]) == 0
     exec(card.split("```python\n")[1].split("```")[0], {})
 
 

@@ -150,6 +150,7 @@ def test_a_finished_run_is_not_repeated(pretrained, files, tmp_path, caplog):
     caplog.set_level("INFO", "bertfast")
     assert finetune(settings.replace(resume=True), stopped_at(1)) == results
     assert f"the run in {tmp_path} is finished" in caplog.text
+    assert "there is no checkpoint" not in caplog.text
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.o]*")} == before
     (tmp_path / "all_results.json").write_text("{")
     again = finetune(settings.replace(resume=True))
@@ -205,7 +206,9 @@ def test_a_sweep_continues_its_interrupted_run(pretrained, tmp_path, monkeypatch
 
     monkeypatch.setattr(Finetuning, "train_step", stop_in_the_second_run)
     settings = settings.replace(output_dir=str(tmp_path / "cut"))
-    with pytest.raises(RunStopped, match="stopped after step 3 of 6, with a checkpoint: the same command continues"):
+    with pytest.raises(
+        RunStopped, match="stopped after step 3 of 6, with a checkpoint: run the same command again to con"
+    ):
         sweep(settings)
     assert sweep(settings)["combinations"] == expected["combinations"]
     assert steps == [*range(1, 7), *range(1, 4), *range(4, 7)]

@@ -5,9 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from runs import entries, losses, settings_for
+from runs import entries, losses, settings_for, stopped_at
 from sentiment import QUICK
 
+from bertfast.runtime.signals import RunStopped
 from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.metrics_log import tensorboard, wandb
 from bertfast.training.pretraining import pretrain
@@ -39,6 +40,45 @@ def test_tensorboard_reads_the_metrics_of_fine_tuning(pretrained, files, tmp_pat
     rates = [schedule("linear", step / 20, 0.1) * QUICK["learning_rate"] for step in (9, 19)]
     assert [event.value for event in events.Scalars("learning_rate")] == pytest.approx(rates)
     assert [event.step for event in events.Scalars("eval_accuracy")] == [20]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(3, [3]), (5, [5]), (7, [5, 7])])
+def test_the_last_step_of_fine_tuning_is_logged(steps, expected, pretrained, files, tmp_path):
+    options = {"logging_steps": 5, "max_steps": steps, "output_dir": str(tmp_path)}
+    finetune(FinetuneSettings.of(model_name_or_path=str(pretrained), **files, **QUICK, **options))
+    assert [entry["step"] for entry in entries(tmp_path) if "loss" in entry] == expected
+
+
+def test_the_last_step_of_a_run_that_stops_early_is_logged(pretrained, files, tmp_path):
+    options = {"logging_steps": 7, "eval_steps": 5, "early_stopping_patience": 1, "output_dir": str(tmp_path)}
+    values = QUICK | {"learning_rate": 0.0}  # no validation is better than the first
+    finetune(FinetuneSettings.of(model_name_or_path=str(pretrained), **files, **values, **options))
+    assert [entry["step"] for entry in entries(tmp_path) if "loss" in entry] == [7, 10]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(3, [3]), (5, [5]), (7, [5, 7])])
+def test_the_last_step_of_pre_training_is_logged(steps, expected, data, tmp_path):
+    pretrain(settings_for(tmp_path, data, eval_batches=1, max_steps=steps, logging_steps=5))
+    assert [entry["step"] for entry in entries(tmp_path) if "masked_lm_loss" in entry] == expected
+
+
+def test_the_last_step_of_a_run_in_minutes_is_logged(data, tmp_path):
+    pretrain(settings_for(tmp_path, data, eval_batches=1, max_steps=0, minutes=0.002, logging_steps=10**6))
+    (logged,) = (entry["step"] for entry in entries(tmp_path) if "masked_lm_loss" in entry)
+    assert logged == entries(tmp_path)[-1]["step"]
+
+
+def test_a_step_after_which_a_run_is_stopped_is_not_logged(data, pretrained, files, tmp_path):
+    """A run that continues has the metrics of one that was never stopped."""
+    options = {"logging_steps": 5, "max_steps": 7}
+    with pytest.raises(RunStopped):
+        pretrain(settings_for(tmp_path / "a", data, eval_batches=1, **options), stopped_at(3))
+    settings = FinetuneSettings.of(
+        model_name_or_path=str(pretrained), **files, **QUICK, **options, output_dir=str(tmp_path / "b")
+    )
+    with pytest.raises(RunStopped):
+        finetune(settings, stopped_at(3))
+    assert [entries(tmp_path / name) for name in "ab"] == [[], []]
 
 
 def test_weights_and_biases_receives_every_entry(data, tmp_path, monkeypatch):

@@ -83,10 +83,11 @@ def test_a_step_that_is_skipped_is_said_and_counted(pretrained, tmp_path, monkey
     assert results["train_loss"] > 0
 
 
-def test_a_run_whose_only_step_trains_nothing_says_so(pretrained, tmp_path, caplog):
+@pytest.mark.parametrize(("given", "flag"), [({}, "--warmup-ratio"), ({"warmup_steps": 1}, "--warmup-steps")])
+def test_a_run_whose_only_step_trains_nothing_says_so(given, flag, pretrained, tmp_path, caplog):
     one = {"num_train_epochs": 1, "per_device_train_batch_size": 48}
-    finetune(settings_of_three_steps(pretrained, tmp_path, **one))
-    assert "the only step has a learning rate of 0: for more, pass --warmup-ratio 0 or more epochs" in caplog.text
+    finetune(settings_of_three_steps(pretrained, tmp_path, **one, **given))
+    assert f"the only step has a learning rate of 0: for more, pass {flag} 0 or more epochs" in caplog.text
 
 
 def test_outputs_that_are_not_finite_are_no_validation_results(pretrained, tmp_path):

@@ -101,6 +101,25 @@ def test_what_is_reported_depends_on_the_task(task, found, pretrained, tmp_path)
     assert entity_table == (task == "token-classification")
 
 
+def test_a_curve_of_one_point_is_seen(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    seen = {}
+
+    def draw(path, size, *panels):
+        figure, axes = pyplot.subplots(len(panels))
+        for paint, one in zip(panels, axes, strict=True):
+            paint(one)
+            seen[one.get_ylabel()] = [line.get_marker() for line in one.lines][-1]
+        pyplot.close(figure)
+
+    monkeypatch.setattr(report_plots, "draw", draw)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 0.5, "learning_rate": 0.1}\n')
+    report_plots.draw_run(tmp_path, "title", "accuracy")
+    assert seen == {"training loss": "o", "learning rate": "o"}
+    (tmp_path / "metrics.jsonl").write_text("")
+    report_plots.draw_run(tmp_path, "title", "accuracy")  # nothing to draw
+
+
 def test_without_matplotlib_a_run_says_what_to_install(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(report_plots, "load_pyplot", lambda: None)
     caplog.set_level("INFO", "bertfast")

@@ -47,10 +47,27 @@ def test_there_are_at_most_three_halvings(combinations, expected):
 
 
 def test_failures_are_never_in_the_better_half():
-    assert better_half([("a", 1.0), ("b", math.nan), ("c", 3.0), ("d", 2.0)]) == ["c", "d"]
-    assert better_half([("a", 1.0), ("b", 2.0), ("c", 2.0)]) == ["b", "c"]
-    assert better_half([("a", 1.0), ("b", 1.0)]) == ["a"]
-    assert better_half([("a", math.nan), ("b", math.nan)]) == []
+    assert better_half([("a", (1.0, 0.0)), ("b", (math.nan, 0.0)), ("c", (3.0, 0.0)), ("d", (2.0, 0.0))]) == ["c", "d"]
+    assert better_half([("a", (1.0, 0.0)), ("b", (2.0, 0.0)), ("c", (2.0, 0.0))]) == ["b", "c"]
+    assert better_half([("a", (math.nan, 0.0)), ("b", (math.nan, 0.0))]) == []
+
+
+def test_ties_are_decided_by_the_loss_and_then_by_the_order():
+    assert better_half([("a", (1.0, -0.5)), ("b", (1.0, -0.4))]) == ["b"]
+    assert better_half([("a", (1.0, -0.5)), ("b", (1.0, -0.5))]) == ["a"]
+    assert better_half([("a", (1.0, -9.0)), ("b", (0.5, -0.1))]) == ["a"]
+
+
+@pytest.mark.slow
+def test_of_combinations_with_the_same_score_those_with_the_lower_loss_go_on(pretrained, tmp_path, caplog, capsys):
+    """The learning rates are so small that predictions do not change."""
+    caplog.set_level("INFO", "bertfast")
+    rates = [1e-12, 1e-11, 1e-8, 1e-7]
+    results = sweep(settings_for(pretrained, tmp_path, learning_rates=rates, epochs=[2.0]))
+    assert "rate-1e-07-" in results["best"]
+    assert [row["learning_rate"] for row in results["combinations"]][:2] == [1e-7, 1e-8]
+    assert "4 combinations have the same accuracy, " in caplog.text
+    assert ": the lower validation loss decides" in caplog.text
 
 
 @pytest.mark.slow
@@ -119,10 +136,16 @@ def test_runs_that_diverge_are_dropped(pretrained, tmp_path, monkeypatch, capsys
 def test_a_damaged_record_is_none(tmp_path, caplog):
     path = tmp_path / "sweep_rungs.json"
     assert recorded_score(tmp_path, 0.5) is None
-    path.write_text(json.dumps({"metric": "accuracy", "0.5": 0.75}))
-    assert recorded_score(tmp_path, 0.5) == ("accuracy", 0.75)
+    path.write_text(json.dumps({"metric": "accuracy", "0.5": {"score": 0.75, "loss": 0.5}, "1": {"score": 0.5}}))
+    assert recorded_score(tmp_path, 0.5) == ("accuracy", 0.75, 0.5)
+    assert recorded_score(tmp_path, 1) == ("accuracy", 0.5, None)
     assert recorded_score(tmp_path, 0.25) is None
-    for damaged in ("{", '{"metric": "accuracy", "0.5": NaN}', '{"0.5": 0.5}'):
+    damages = ["{", '{"0.5": {"score": 0.5}}']
+    damages += [
+        f'{{"metric": "accuracy", "0.5": {value}}}'
+        for value in ("0.5", '{"score": NaN}', '{"score": 1.0, "loss": "x"}')
+    ]
+    for damaged in damages:
         path.write_text(damaged)
         assert recorded_score(tmp_path, 0.5) is None
     assert "sweep_rungs.json is damaged: the run is repeated" in caplog.text

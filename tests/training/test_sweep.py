@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 import statistics
 
 import pytest
@@ -15,8 +16,9 @@ from bertfast.runtime.settings import settings_of
 from bertfast.runtime.signals import RunStopped
 from bertfast.training import finetuning, optimizer
 from bertfast.training.finetune_settings import FinetuneSettings
-from bertfast.training.sweep import Combination, Score, SweepSettings, _read_score, _run_settings, sweep
+from bertfast.training.sweep import SweepSettings, _run_settings, sweep
 from bertfast.training.sweep_plan import SweepPlan, shown_duration
+from bertfast.training.sweep_results import Combination, Score, best_of, read_score, table, tie
 
 
 def settings_for(pretrained, folder, **changes) -> SweepSettings:
@@ -32,7 +34,7 @@ def settings_for(pretrained, folder, **changes) -> SweepSettings:
     )
 
 
-def test_a_sweep_names_the_best_run_and_repeats_none(pretrained, tmp_path, capsys):
+def test_a_sweep_names_the_best_run_and_repeats_none(pretrained, tmp_path, caplog, capsys):
     settings = settings_for(pretrained, tmp_path)
     results = sweep(settings)
     assert results["metric"] == "accuracy"
@@ -46,6 +48,7 @@ def test_a_sweep_names_the_best_run_and_repeats_none(pretrained, tmp_path, capsy
     assert (tmp_path / "out" / "sweep.md").read_text().count("\n|") == 3
     times = [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")]
     assert sweep(settings) == results
+    assert "there is no checkpoint" not in caplog.text
     assert times == [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")]
 
 
@@ -82,8 +85,66 @@ def test_a_part_of_another_sweep_is_refused(pretrained, tmp_path, capsys):
     # As if the run were a copy, or its rate had the same first six digits.
     record = tmp_path / "out" / "rate-0.01-batch-16-epochs-1-seed-1" / "origin.json"
     record.write_text(record.read_text().replace('"--learning-rate": 0.01', '"--learning-rate": 0.010000001'))
-    with pytest.raises(OriginError, match=r"--learning-rate was 0\.010000001 and is 0\.01"):
+    message = r"--learning-rate was 0\.010000001 and is 0\.01: .*--overwrite-output-dir"
+    with pytest.raises(OriginError, match=message):
         sweep(settings)
+    (record.parent / "sweep_score.json").unlink()  # as of a run that was interrupted
+    capsys.readouterr()
+    with pytest.raises(OriginError, match=message):
+        sweep(settings.replace(learning_rates=[1e-3, 1e-2]))
+    assert not [*(tmp_path / "out").glob("rate-0.001-*")]
+
+
+def test_the_warm_up_of_every_run_is_checked_before_the_first(pretrained, tmp_path):
+    settings = settings_for(pretrained, tmp_path, batch_sizes=[4, 16], epochs=[2.0, 1.0], warmup_steps=5)
+    message = "--warmup-steps 5 is more than the 3 steps of the run with batch 16 and 1 epochs: lower it, or raise --ep"
+    with pytest.raises(ValueError, match=message):
+        sweep(settings)
+    assert not (tmp_path / "out").exists()
+    assert len(sweep(settings.replace(epochs=[2.0], learning_rates=[1e-5], seeds=[1]))["combinations"]) == 2
+
+
+def test_an_interrupted_sweep_says_that_the_same_command_continues_it(pretrained, tmp_path):
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-2], seeds=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        train_step = finetuning.Finetuning.train_step
+
+        def stop(self, rows):
+            train_step(self, rows)
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(finetuning.Finetuning, "train_step", stop)
+        with pytest.raises(RunStopped, match=r"with a checkpoint: run the same command again to continue the sweep$"):
+            sweep(settings)
+
+
+def test_equal_scores_are_decided_by_the_loss_and_then_by_the_order_of_the_grid():
+    scores = [Score("accuracy", 0.5, loss=loss) for loss in (0.7, 0.6, 0.8)]
+    results = [*zip(scores, "abc", strict=True)]
+    assert best_of(results) == ("b", "3 runs have the same accuracy, 0.5: the lower validation loss decides")
+    assert best_of([*results, (Score("accuracy", 0.6, loss=2.0), "d")]) == ("d", "")
+    assert best_of([(Score("accuracy", None, "diverged"), "a")]) == (None, "")
+    equal = [(Score("accuracy", 0.5, loss=0.7), name) for name in "ab"]
+    how = "the lower validation loss decides, and the order of the grid where that is equal, too"
+    assert best_of(equal) == ("a", f"2 runs have the same accuracy, 0.5: {how}")
+    without = [(Score("spearmanr", -0.25), name) for name in "ab"]
+    assert best_of(without) == ("a", "2 runs have the same spearmanr, -0.25: the order of the grid decides")
+    assert tie([(-0.5, -0.5)], [(-0.5, -0.5), (math.nan, -math.inf)], "loss", "runs").startswith("2 runs have the same")
+    page = table("accuracy", *best_of(results), [Combination.of(1e-5, 16, 1.0, scores)])
+    assert page.endswith(
+        "The best run is in b (3 runs have the same accuracy, 0.5: the lower validation loss decides).\n"
+    )
+
+
+def test_combinations_with_the_same_score_are_sorted_by_their_loss(pretrained, tmp_path, capsys):
+    """The learning rates are so small that predictions do not change."""
+    settings = settings_for(pretrained, tmp_path, learning_rates=[1e-12, 1e-7, 1e-11], seeds=[1])
+    results = sweep(settings)
+    rows = results["combinations"]
+    assert len({row["mean"] for row in rows}) == 1
+    assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
+    assert "rate-1e-07-" in results["best"]
+    assert "3 runs have the same accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -188,10 +249,12 @@ def test_rates_that_differ_in_the_eighth_digit_have_folders_of_their_own(tmp_pat
 def test_a_score_that_is_no_finite_number_is_damage(score, tmp_path, caplog):
     path = tmp_path / "sweep_score.json"
     path.write_text(f'{{"metric": "accuracy", "score": {score}}}')
-    assert _read_score(path) is None
+    assert read_score(path) is None
     assert "sweep_score.json is damaged: the run is repeated" in caplog.text
     path.write_text('{"metric": "accuracy", "score": 0.5}')
-    assert _read_score(path) == Score("accuracy", 0.5)
+    assert read_score(path) == Score("accuracy", 0.5)
+    path.write_text('{"metric": "accuracy", "score": 0.5, "failed": null, "loss": 0.7}')
+    assert read_score(path) == Score("accuracy", 0.5, loss=0.7)
 
 
 def test_feature_layers_are_checked_with_the_settings(tmp_path):
