@@ -1,9 +1,10 @@
-"""`bertfast compare`: the results of several runs, the settings in which they differ, and a plot of their curves."""
+"""`bertfast compare`: the results of several runs, the inputs and settings that differ, and a plot of their curves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from tyro.conf import Positional
 
 from bertfast.data.text_files import read_json
 from bertfast.runtime.extras import install_command
-from bertfast.runtime.output_folder import read_record
+from bertfast.runtime.output_folder import FileRecord, Record, read_record
 from bertfast.runtime.plotting import require_png
-from bertfast.runtime.settings import Settings
+from bertfast.runtime.settings import Settings, counted
 from bertfast.training.finetune_folder import RUN
 from bertfast.training.metrics_log import Entry, read_entries
-from bertfast.training.report_plots import draw_curves
+from bertfast.training.pretrain_checkpointing import is_finished
+from bertfast.training.report_plots import Curves, draw_curves
 
 _LOSSES = {"finetune": "loss", "pretrain": "masked_lm_loss"}  # by command: entry with the training loss
+_MACHINE = ("device", "precision", "processes")  # entries of run.json on how a run was computed
+_HASH, _DIGITS = re.compile("[0-9a-f]{64}"), 8  # of SHA-256, of which so many digits are shown
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,27 @@ class ComparedRun:
     Attributes:
         name: Its output folder.
         command: finetune or pretrain.
-        settings: Values of settings by flag.
+        finished: Whether it has come to its end.
+        record: What it was made from.
         entries: Its metrics.
-        metric: Name of the entry of metrics.jsonl that tells how good the model is.
+        metric: Name of the entry of metrics.jsonl that tells how good the model is; "": there is none yet.
+        summary: Content of run.json, which a finished run of `bertfast finetune` has.
     """
 
     name: str
     command: str
-    settings: dict[str, Any]
+    finished: bool
+    record: Record
     entries: list[Entry]
     metric: str
+    summary: dict[str, Any]
 
     @classmethod
     def open(cls, name: str) -> ComparedRun:
         """Read a run's folder.
 
         Raises:
-            ValueError: It is not the folder of a run, or has no metrics yet.
+            ValueError: It is not the folder of a run, or of one that has not logged a step yet.
         """
         folder = Path(name)
         record = read_record(folder)
@@ -76,27 +84,36 @@ class ComparedRun:
             {key: value for key, value in entry.items() if isinstance(value, int | float)}
             for entry in read_entries(folder / "metrics.jsonl")
         ]
-        if not entries:
-            raise ValueError(f"{name} has no metrics yet: wait until a step has been logged, or lower --logging-steps")
-        metric = "validation_loss"
-        if record["command"] == "finetune":
+        metric, run, finetuned = "validation_loss", dict[str, Any](), record["command"] == "finetune"
+        if finetuned:
             run = read_json(folder / RUN) if (folder / RUN).exists() else {}
-            evaluated = (key for entry in entries for key in entry if key.startswith("eval_"))
+            evaluated = (key for entry in entries for key in entry if key.startswith("eval_"))  # the deciding one first
             metric = f"eval_{run['metric_for_best_model']}" if "metric_for_best_model" in run else next(evaluated, "")
-        return cls(name, record["command"], record["settings"], entries, metric)
+        finished = bool(run) if finetuned else is_finished(folder)
+        if not entries and not finished:
+            raise ValueError(f"{name} has no metrics yet: wait until a step has been logged, or lower --logging-steps")
+        return cls(name, record["command"], finished, record, entries, metric, run)
 
-    def row(self, metric: str) -> tuple[object, ...]:
-        """Return its folder, steps, last training loss, best value of a metric, and the step of that value."""
-        loss = _LOSSES[self.command]
+    @property
+    def decides(self) -> str:
+        """The metric that tells how good the model is, as it is shown."""
+        return self.metric.removeprefix("eval_")
+
+    def row(self) -> tuple[object, ...]:
+        """Return its folder, steps, last training loss, best value of its metric, and the step of that value."""
+        loss, results = _LOSSES[self.command], self.summary.get("results", {})
         losses = [entry[loss] for entry in self.entries if loss in entry]
-        values = [(entry[metric], entry["step"]) for entry in self.entries if metric in entry]
-        best = min if metric.endswith("loss") else max
-        value, step = best(values, key=lambda pair: pair[0]) if values else ("", "")
-        return self.name, self.entries[-1]["step"], losses[-1] if losses else "", value, step
+        if not losses and "train_loss" in results:  # an earlier version did not log the last step
+            losses = [results["train_loss"]]
+        step = self.entries[-1]["step"] if self.entries else results.get("best_step", "")
+        values = [(entry[self.metric], entry["step"]) for entry in self.entries if self.metric in entry]
+        best = min if self.metric.endswith("loss") else max
+        value, at = best(values, key=lambda pair: pair[0]) if values else ("", "")
+        return self.name, f"{step}{' (unfinished)' * (not self.finished)}", losses[-1] if losses else "", value, at
 
 
 def compare(settings: CompareSettings) -> None:
-    """Print a table of the runs and one of the settings in which they differ, and plot their curves.
+    """Print a table of the runs and one of the inputs and settings in which they differ, and plot their curves.
 
     Raises:
         ValueError: A folder is not that of a run, or the runs are of different commands.
@@ -109,24 +126,90 @@ def compare(settings: CompareSettings) -> None:
                 f"{first.name} is a run of `bertfast {first.command}`, and {run.name} one of `bertfast {run.command}`: "
                 "compare runs of the same command"
             )
-    metric = next((run.metric for run in runs if run.metric), "")
-    shown = metric.removeprefix("eval_") or "metric"
-    print(_table(["run", "steps", "training loss", f"best {shown}", "at step"], [run.row(metric) for run in runs]))
-    different = _different_settings(runs)
-    if different:
-        print(_table(["setting", *settings.runs], different))
-    curves = {run.name: run.entries for run in runs}
-    if draw_curves(Path(settings.plot), f"{len(runs)} runs", curves, loss=_LOSSES[first.command], metric=metric):
+    print(_results(runs))
+    if different := _differences(runs):
+        print(_table(["input or setting", *settings.runs], different))
+    loss = _LOSSES[first.command]
+    if not any(key in entry for run in runs for entry in run.entries for key in (loss, run.metric)):
+        print("no plot: there is neither a loss nor a metric yet")
+        return
+    curves = {run.name: Curves(run.entries, run.metric) for run in runs}
+    if draw_curves(Path(settings.plot), counted(len(runs), "run"), curves, loss=loss):
         print(f"plot written to {settings.plot}")
     else:
         print(f"no plot: it requires matplotlib: {install_command('plots')}")
 
 
-def _different_settings(runs: Sequence[ComparedRun]) -> list[tuple[object, ...]]:
-    """Return the flags whose values differ, and the value of each run."""
-    flags = sorted({flag for run in runs for flag in run.settings})
-    rows = [(flag, *(json.dumps(run.settings.get(flag), ensure_ascii=False) for run in runs)) for flag in flags]
-    return [row for row in rows if len({*row[1:]}) > 1]
+def _results(runs: Sequence[ComparedRun]) -> str:
+    """Return the table of results; each run shows the metric that decides for it."""
+    metrics = list(dict.fromkeys(run.decides for run in runs if run.metric))
+    rows = [run.row() for run in runs]
+    if len(metrics) <= 1:
+        return _table(["run", "steps", "training loss", f"best {(*metrics, 'metric')[0]}", "at step"], rows)
+    with_metrics = [(*row[:3], run.decides, *row[3:]) for run, row in zip(runs, rows, strict=True)]
+    table = _table(["run", "steps", "training loss", "metric", "best value", "at step"], with_metrics)
+    return f"{table}The runs have different metrics, {', '.join(metrics)}: compare only values of the same one.\n"
+
+
+def _differences(runs: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
+    """Return what differs in inputs, settings and devices: its name, and the value of each run."""
+    settings = [{name: _shown(value) for name, value in run.record["settings"].items()} for run in runs]
+    machines = [{name: str(run.summary[name]) for name in _MACHINE if name in run.summary} for run in runs]
+    return [*_different_inputs(runs), *_different(settings, "null"), *_different(machines, "unknown")]
+
+
+def _different_inputs(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, ...]]:
+    """Yield the flag of each input whose contents differ, wherever its files are, and the input of each run."""
+    for name in sorted({name for run in runs for name in run.record["inputs"]}):
+        inputs = [run.record["inputs"].get(name, []) for run in runs]
+        hashes = [[file["sha256"] for file in files] for files in inputs]
+        if any(of_run != hashes[0] or "" in of_run for of_run in hashes[1:]):
+            shared = {*hashes[0]}.intersection(*hashes[1:])
+            yield name, *(_described(files, shared) for files in inputs)
+
+
+def _different(values: Sequence[Mapping[str, str]], absent: str) -> Iterator[tuple[str, ...]]:
+    """Yield the name of each value that differs between runs, and the value of each run.
+
+    Args:
+        values: Values of each run by name.
+        absent: What is shown for a run that lacks the value.
+    """
+    for name in sorted({name for of_run in values for name in of_run}):
+        row = [of_run.get(name, absent) for of_run in values]
+        if len({*row}) > 1:
+            yield name, *row
+
+
+def _described(files: Sequence[FileRecord], shared: set[str]) -> str:
+    """Return an input for the table: its name, and the first digits of the SHA-256 of a file that tells it from others.
+
+    Args:
+        files: Its files, several if it is a model's folder.
+        shared: Hashes of files that all runs have.
+    """
+    if not files:
+        return "none"
+    changed = [file for file in files if file["sha256"] not in shared] or list(files)
+    path, digest = Path(changed[0]["path"]), changed[0]["sha256"][:_DIGITS] or "unknown"
+    if len(files) == 1:
+        return f"{path.name} {digest}"
+    more = f" and {len(changed) - 1} more" * (len(changed) > 1)
+    return f"{_name_of_model(path.parent)}: {path.name} {digest}{more}"
+
+
+def _name_of_model(folder: Path) -> str:
+    """Return the name of a model's folder; of one in the cache of the Hugging Face hub, the model's id."""
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def _shown(value: object) -> str:
+    """Return a value of a setting for the table, in JSON; of a hash, the first digits."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:_DIGITS]
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

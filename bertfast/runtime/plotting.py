@@ -59,10 +59,16 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     return averages
 
 
+def marker_of(steps: Sequence[int]) -> str:
+    """Return the marker of a curve: a single point, through which there is no line, would not be seen without one."""
+    return "o" if len(steps) == 1 else ""
+
+
 def draw_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, color: str) -> None:
     """Draw a noisy curve: its moving average, and the values themselves faintly."""
     axes.plot(steps, values, color=color, linewidth=1, alpha=0.25)
-    axes.plot(steps, smoothed(values), color=color, linewidth=1.5, label=f"{label} (smoothed)")
+    average = smoothed(values)
+    axes.plot(steps, average, color=color, linewidth=1.5, label=f"{label} (smoothed)", marker=marker_of(steps))
 
 
 def draw(path: Path, size: tuple[float, float], *panels: Callable[[Axes], None]) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bertfast.data.text_files import read_json
 from bertfast.runtime.extras import install_command
-from bertfast.runtime.plotting import COLORS, draw, draw_smoothed, load_pyplot
+from bertfast.runtime.plotting import COLORS, draw, draw_smoothed, load_pyplot, marker_of
 from bertfast.training.metrics_log import Entry, read_entries
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ logger = logging.getLogger("bertfast")
 
 Panel = Callable[["Axes"], None]
 """Draws on the axes of a panel."""
+DrawsOne = Callable[["Axes", str, str, list[int], list[float]], None]
+"""Draws the curve of a run on the axes of a panel: its name, its color, steps and values."""
 PLOTS = ("curves.png", "confusion.png", "precision_recall.png")
 _LABELS_SHOWN = 30  # of a confusion matrix; larger ones are not plotted
 
@@ -42,45 +44,67 @@ def draw_run(folder: Path, title: str, metric: str) -> None:
     if load_pyplot() is None:
         logger.info("No plots: they require matplotlib: %s", install_command("plots"))
         return
-    draw_curves(folder / "curves.png", title, {"": read_entries(folder / "metrics.jsonl")}, metric=f"eval_{metric}")
+    if entries := read_entries(folder / "metrics.jsonl"):
+        draw_curves(folder / "curves.png", title, {"": Curves(entries, f"eval_{metric}")})
     report = folder / report_file("validation")
     if report.exists():
         draw_report(read_json(report), folder, title)
 
 
-def draw_curves(
-    path: Path, title: str, runs: Mapping[str, Sequence[Entry]], *, loss: str = "loss", metric: str
-) -> bool:
-    """Draw training loss, learning rate and the deciding metric of runs over their steps; False without matplotlib.
+class Curves(NamedTuple):
+    """What is drawn of a run.
+
+    Attributes:
+        entries: Entries of its metrics.jsonl.
+        metric: Entry with the metric that decides.
+    """
+
+    entries: Sequence[Entry]
+    metric: str
+
+
+def draw_curves(path: Path, title: str, runs: Mapping[str, Curves], *, loss: str = "loss") -> bool:
+    """Draw training loss, learning rate and the deciding metric of runs over their steps.
+
+    There is a panel for each metric that decides, and none for what no run has logged.
 
     Args:
         path: Image file to write.
         title: Title of the plot.
-        runs: Entries of metrics.jsonl by the name of the run; "" for a single one.
+        runs: The runs, of which at least one has logged one of these, by name; "" for a single one.
         loss: Entry with the training loss.
-        metric: Entry with the deciding metric.
+
+    Returns:
+        Whether matplotlib is installed; without it nothing is written.
     """
     cycle = [COLORS["bertfast"], "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
     colors = {name: cycle[number % len(cycle)] for number, name in enumerate(runs)}
+    panels: list[Panel] = []
 
-    def panel(draw_one: Callable[[Axes, str, str, list[int], list[float]], None], key: str, label: str) -> Panel:
+    def add(draw_one: DrawsOne, key: str, label: str, names: Iterable[str]) -> None:
+        points = {name: [(entry["step"], entry[key]) for entry in runs[name].entries if key in entry] for name in names}
+        points = {name: of_run for name, of_run in points.items() if of_run}
+        if not points:
+            return
+
         def paint(axes: Axes) -> None:
-            for name, entries in runs.items():
-                points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-                if points:
-                    draw_one(axes, name, colors[name], [step for step, _ in points], [value for _, value in points])
+            for name, of_run in points.items():
+                draw_one(axes, name, colors[name], [step for step, _ in of_run], [value for _, value in of_run])
             axes.set_ylabel(label)
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend()
 
-        return paint
+        panels.append(paint)
 
-    panels = [panel(_draw_losses, loss, "training loss"), panel(_draw_line, "learning_rate", "learning rate")]
-    if any(metric in entry for entries in runs.values() for entry in entries):
+    add(_draw_losses, loss, "training loss", runs)
+    add(_draw_line, "learning_rate", "learning rate", runs)
+    for metric in dict.fromkeys(run.metric for run in runs.values()):
         shown = metric.removeprefix("eval_").removeprefix("validation_")
-        panels.append(panel(_draw_points, metric, f"validation {shown}"))
-    panels[0], panels[-1] = partial(_titled, panels[0], title), partial(_below, panels[-1])
+        decided = [name for name, run in runs.items() if run.metric == metric]
+        add(_draw_points, metric, f"validation {shown}", decided)
+    panels[0] = partial(_titled, panels[0], title)
+    panels[-1] = partial(_below, panels[-1])
     return draw(path, (8, 2.5 * len(panels)), *panels)
 
 
@@ -100,7 +124,7 @@ def _draw_losses(axes: Axes, name: str, color: str, steps: list[int], values: li
 
 
 def _draw_line(axes: Axes, name: str, color: str, steps: list[int], values: list[float]) -> None:
-    axes.plot(steps, values, color=color, linewidth=1, label=name or None)
+    axes.plot(steps, values, color=color, linewidth=1, label=name or None, marker=marker_of(steps))
 
 
 def _draw_points(axes: Axes, name: str, color: str, steps: list[int], values: list[float]) -> None:

@@ -169,7 +169,10 @@ def _sweep(settings: SweepSettings, planned: Planned) -> dict[str, Any]:
     best, equal = best_of(results)
     # JSON has neither NaN nor infinity.
     rows = [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(row).items()
+        }
         for row in combinations
     ]
     results_of_all = {"metric": metric, "best": best, "combinations": rows}
