@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from bertfast.runtime.precision import has_bf16_gemm
@@ -107,11 +107,13 @@ def step_if_finite(
     if scaler is not None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-    norm = clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = norm.isfinite() & losses.isfinite().all()
+    # The optimizers divide by this as they read the gradients; clip_grad_norm_ would read and write them once more.
+    divisor = ((norm + 1e-6) / max_grad_norm).clamp(min=1) if max_grad_norm else None
     for optimizer in optimizers:
-        setattr(optimizer, "found_inf", (~finite).float())  # noqa: B010  # PyTorch does not declare it
+        vars(optimizer).update(found_inf=(~finite).float(), grad_scale=divisor)  # PyTorch does not declare them
         optimizer.step()
     if scaler is not None:
         scaler.update()
@@ -140,9 +142,13 @@ def remedy_for(any_step_taken: bool, rate_flag: str = "--learning-rate") -> str:
 
 
 class _Skips(Optimizer):
-    """Optimizer that changes nothing in a step in which `found_inf` is 1, like PyTorch's fused optimizers."""
+    """Optimizer that changes nothing in a step in which `found_inf` is 1, like PyTorch's fused optimizers.
+
+    Like these, it divides gradients by `grad_scale`.
+    """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def _kept(self) -> Tensor:
         """Return 1, or 0 if the step is skipped, fp32 []."""
@@ -151,7 +157,8 @@ class _Skips(Optimizer):
     def _gradient(self, parameter: Tensor) -> Tensor:
         """Return the gradient of a parameter, or zeros if the step is skipped."""
         assert parameter.grad is not None
-        return parameter.grad if self.found_inf is None else torch.where(self.found_inf > 0, 0, parameter.grad)
+        gradient = parameter.grad if self.grad_scale is None else parameter.grad / self.grad_scale
+        return gradient if self.found_inf is None else torch.where(self.found_inf > 0, 0, gradient)
 
 
 class Lamb(_Skips):

@@ -1,16 +1,18 @@
 """Optimizers, schedule and precision."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
 from bertfast import BertConfig, BertForPreTraining
 from bertfast.runtime import precision
 from bertfast.runtime.precision import choose_precision
 from bertfast.training.layerwise_decay import layerwise_scale
-from bertfast.training.optimizer import Lamb, Muon, build_optimizers, not_finite
+from bertfast.training.optimizer import Lamb, Muon, build_optimizers, not_finite, step_if_finite
 from bertfast.training.schedule import schedule, set_learning_rate
 
 
@@ -127,6 +129,25 @@ def test_lamb_equals_its_definition():
         optimizer.step()
     for parameter, x in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_steps_equal_those_of_clipped_gradients(model, name, max_grad_norm):
+    clipped = copy.deepcopy(model)
+    optimizers, expected = (build_optimizers(each, name, 1e-3, 0.01) for each in (model, clipped))
+    # Scales differ, because each step alone does not depend on the scale of its gradients.
+    for scale in (1.0, 100.0, 1e-4, 10.0):
+        for parameter, twin in zip(model.parameters(), clipped.parameters(), strict=True):
+            parameter.grad = scale * torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        norm = clip_grad_norm_(clipped.parameters(), max_grad_norm or math.inf)
+        torch.testing.assert_close(step_if_finite(model, optimizers, max_grad_norm, torch.zeros(1)), norm)
+        for optimizer in expected:
+            optimizer.step()
+    tolerance = 2e-5 if name == "muon" else 1e-6  # Muon iterates in bf16; a step changes an element by 2e-4
+    for parameter, twin in zip(model.parameters(), clipped.parameters(), strict=True):
+        torch.testing.assert_close(parameter, twin, rtol=0, atol=tolerance)
 
 
 def test_the_linear_schedule_rises_and_decays_linearly():
