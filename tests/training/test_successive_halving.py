@@ -139,6 +139,10 @@ def test_a_damaged_record_is_none(tmp_path, caplog):
     path.write_text(json.dumps({"metric": "accuracy", "0.5": {"score": 0.75, "loss": 0.5}, "1": {"score": 0.5}}))
     assert recorded_score(tmp_path, 0.5) == ("accuracy", 0.75, 0.5)
     assert recorded_score(tmp_path, 1) == ("accuracy", 0.5, None)
+    for metric, worst in (("spearmanr", -math.inf), ("loss", math.inf)):  # which was undefined
+        (tmp_path / "sweep_rungs.json").write_text(json.dumps({"metric": metric, "0.5": {"score": None, "loss": 0.5}}))
+        assert recorded_score(tmp_path, 0.5) == (metric, worst, 0.5)
+    path.write_text(json.dumps({"metric": "accuracy", "0.5": {"score": 0.75, "loss": 0.5}}))
     assert recorded_score(tmp_path, 0.25) is None
     damages = ["{", '{"0.5": {"score": 0.5}}']
     damages += [
