@@ -155,10 +155,11 @@ test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_
 	$(BENCH).sass_model.predict --output build/sass_model.md --check
 	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
 
-# Predicts the times of the Triton kernels on an H200 from their machine code; test-all fails if the page is not renewed.
+# Predicts the times of the GPU kernels on an H200 from their machine code; test-all fails if the page is not renewed.
+# CUDA_FILE=build/one-nvcc/bertfast/_C.abi3.so takes the CUDA C++ kernels from there, else they are those of the last time.
 .PHONY: predictions
 predictions: $(LIBRARY)
-	$(BENCH).sass_model.predict --output bench/results/sass_model.md
+	$(BENCH).sass_model.predict $(if $(CUDA_FILE),--cuda $(CUDA_FILE)) --output bench/results/sass_model.md
 
 # Compiles every Triton kernel by three versions of Triton, and writes TABLES/compiled_kernels.md and TABLES/compiled_cuda.md.
 TABLES ?= bench/results

@@ -41,7 +41,9 @@ def compile_batches() -> list[ahead_of_time.Compiled]:
 
 def predict_launch(name: str) -> list[predict.Row]:
     """Return the rows of the launches of that name."""
-    return [row for launch in launches() if launch.name == name for row in predict.rows(launch)]
+    return [
+        row for launch in launches() if launch.name == name for row in predict.rows(launch, predict.compiled(launch))
+    ]
 
 
 def count_wgmma(length: int) -> dict[str, int]:

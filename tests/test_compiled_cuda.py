@@ -40,7 +40,7 @@ def run(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(native, "UNAVAILABLE_REASON", None)
         monkeypatch.setattr(cuda_build, "BUILD", build)
         monkeypatch.setattr(cuda_build, "_FOUND", (build, tmp_path / "_C.cuda.json"))
-        monkeypatch.setattr(compiled_cuda, "cuobjdump", lambda option: printed[option].splitlines())
+        monkeypatch.setattr(compiled_cuda, "cuobjdump", lambda option, _file=None: printed[option].splitlines())
         monkeypatch.setattr(sys, "argv", ["compiled_cuda", "--output", str(tmp_path / "table.md"), *options])
         return compiled_cuda.main(), capsys.readouterr().err
 

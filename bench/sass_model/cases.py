@@ -22,8 +22,8 @@ TOKENS = 32_768
 MIXED = tuple(range(4, 513, 4))  # lengths of sequences, 33,024 tokens together
 HEADS, HEAD_DIMENSION = 12, 64
 HALF, SINGLE = 2, 4  # bytes of an element
-_UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
-_STATISTIC = SINGLE * TOKENS * HEADS  # bytes of the log-sum-exp, or of delta
+UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
+STATISTIC = SINGLE * TOKENS * HEADS  # bytes of the log-sum-exp, or of delta
 _PROGRAMS = _PROGRAMS_PER_SM * H200.sms  # of a row kernel that sums over rows
 
 Options = dict[str, Any]
@@ -73,7 +73,7 @@ def launches() -> Iterator[Launch]:
     yield _rotary()
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -92,7 +92,7 @@ def _attention(bound: int, lengths: tuple[int, ...], dropout: bool, window: int 
 
     cases: list[Case] = []
     for length in lengths:
-        size, matmul = f"length {length:,}", _matmul_flop(length, window)
+        size, matmul = f"length {length:,}", matmul_flop(length, window)
         cases.append(Case("attention_forward", size, _forward(length, window)))
         if bound <= 128:
             cases.append(Case("attention_backward_short", size, _short(length)))
@@ -130,7 +130,7 @@ def _total(work_of: Callable[[int], Callable[[Options], Work]], matmuls: int) ->
     return work
 
 
-def _matmul_flop(length: int, window: int | None) -> float:
+def matmul_flop(length: int, window: int | None) -> float:
     """Return the floating-point operations of one matmul, such as q kᵀ, for all tokens."""
     return 2.0 * TOKENS * HEADS * HEAD_DIMENSION * (length if window is None else min(length, 2 * window + 1))
 
@@ -141,18 +141,18 @@ def _windowed_attention() -> Launch:
 
 def _attended(block: int, step: int, length: int, window: int | None) -> int:
     """Return the keys that a block of queries visits, in whole steps; of a block in the middle if there is a window."""
-    return length if window is None else min(_ceil(2 * window + block, step) * step, _ceil(length, step) * step)
+    return length if window is None else min(ceil_div(2 * window + block, step) * step, ceil_div(length, step) * step)
 
 
 def _forward(length: int, window: int | None = None) -> Callable[[Options], Work]:
-    flop = 2 * _matmul_flop(length, window)
+    flop = 2 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
-        blocks = TOKENS // length * _ceil(length, rows) * HEADS
+        blocks = TOKENS // length * ceil_div(length, rows) * HEADS
         loads = blocks * (rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
         choice = _over_keys(rows, step, length, window, options["SPLIT"])
-        return Work(blocks, choice, flop, 3 * _UNIT, _UNIT + _STATISTIC, loads)
+        return Work(blocks, choice, flop, 3 * UNIT, UNIT + STATISTIC, loads)
 
     return work
 
@@ -160,42 +160,42 @@ def _forward(length: int, window: int | None = None) -> Callable[[Options], Work
 def _over_keys(rows: int, step: int, length: int, window: int | None, split: bool) -> Choice:
     """Return the path of a loop over keys, whose last block is masked and outside the loop if it is `split`."""
     if window is not None or not split:
-        return Choice({"matmul": _ceil(_attended(rows, step, length, window), step), "memory": 0})
+        return Choice({"matmul": ceil_div(_attended(rows, step, length, window), step), "memory": 0})
     return Choice({"matmul": length // step, "memory": 0}, take=frozenset({"matmul"} if length % step else ()))
 
 
 def _short(length: int) -> Callable[[Options], Work]:
-    flop = 5 * _matmul_flop(length, None)
+    flop = 5 * matmul_flop(length, None)
 
     def work(_: Options) -> Work:
-        reads = 5 * _UNIT + _STATISTIC
-        return Work(TOKENS // length * HEADS, Choice({"memory": 0}), flop, reads, 3 * _UNIT, reads)
+        reads = 5 * UNIT + STATISTIC
+        return Work(TOKENS // length * HEADS, Choice({"memory": 0}), flop, reads, 3 * UNIT, reads)
 
     return work
 
 
 def _d_q(length: int, window: int | None = None) -> Callable[[Options], Work]:
-    flop = 3 * _matmul_flop(length, window)
+    flop = 3 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
-        blocks = TOKENS // length * _ceil(length, rows) * HEADS
+        blocks = TOKENS // length * ceil_div(length, rows) * HEADS
         loads = blocks * (3 * rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
         choice = _over_keys(rows, step, length, window, options["SPLIT"])
-        return Work(blocks, choice, flop, 5 * _UNIT + _STATISTIC, _UNIT + _STATISTIC, loads)
+        return Work(blocks, choice, flop, 5 * UNIT + STATISTIC, UNIT + STATISTIC, loads)
 
     return work
 
 
 def _d_kv(length: int, window: int | None = None) -> Callable[[Options], Work]:
-    flop = 4 * _matmul_flop(length, window)
+    flop = 4 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         keys, step = options["BLOCK_N"], options["BLOCK_M"]
-        blocks = TOKENS // length * _ceil(length, keys) * HEADS
-        queries = _ceil(_attended(keys, step, length, window), step)
+        blocks = TOKENS // length * ceil_div(length, keys) * HEADS
+        queries = ceil_div(_attended(keys, step, length, window), step)
         loads = blocks * (2 * keys + 2 * queries * step) * HEAD_DIMENSION * HALF
-        return Work(blocks, Choice({"matmul": queries}), flop, 4 * _UNIT + 2 * _STATISTIC, 2 * _UNIT, loads)
+        return Work(blocks, Choice({"matmul": queries}), flop, 4 * UNIT + 2 * STATISTIC, 2 * UNIT, loads)
 
     return work
 
@@ -247,7 +247,7 @@ def _each_row(reads: int, writes: int) -> Callable[[Options], Work]:
     """Return the work of a kernel whose blocks have ROWS rows; bytes per row."""
 
     def work(options: Options) -> Work:
-        blocks = _ceil(TOKENS, options["ROWS"])
+        blocks = ceil_div(TOKENS, options["ROWS"])
         return Work(blocks, Choice(), 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
 
     return work
@@ -257,9 +257,9 @@ def _summing(reads: int, writes: int) -> Callable[[Options], Work]:
     """Return the work of a kernel whose resident blocks iterate over tiles of ROWS rows; bytes per row."""
 
     def work(options: Options) -> Work:
-        tiles = _ceil(TOKENS, options["ROWS"])
+        tiles = ceil_div(TOKENS, options["ROWS"])
         blocks = min(tiles, _PROGRAMS)
-        choice = Choice({"memory": _ceil(tiles, blocks)})
+        choice = Choice({"memory": ceil_div(tiles, blocks)})
         return Work(blocks, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
 
     return work
@@ -269,9 +269,9 @@ def _column_tiles(columns: int, reads: int, writes: int, summing: bool) -> Calla
     """Return the work of an activation kernel, whose tiles are BLOCK of `columns` columns; bytes per row."""
 
     def work(options: Options) -> Work:
-        across, tiles = _ceil(columns, options["BLOCK"]), _ceil(TOKENS, options["ROWS"])
-        down = _ceil(min(tiles * across, _PROGRAMS), across) if summing else tiles
-        choice = Choice({"memory": _ceil(tiles, down)} if summing else {})
+        across, tiles = ceil_div(columns, options["BLOCK"]), ceil_div(TOKENS, options["ROWS"])
+        down = ceil_div(min(tiles * across, _PROGRAMS), across) if summing else tiles
+        choice = Choice({"memory": ceil_div(tiles, down)} if summing else {})
         return Work(down * across, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
 
     return work
@@ -311,7 +311,7 @@ def _rotary() -> Launch:
         torch.ops.bertfast.triton_rotary_forward(qkv, table)
 
     def work(options: Options) -> Work:
-        reads = 3 * _UNIT + SINGLE * TOKENS * HEAD_DIMENSION
-        return Work(_ceil(3 * HEADS * TOKENS, options["ROWS"]), Choice(), 0, reads, 3 * _UNIT, reads)
+        reads = 3 * UNIT + SINGLE * TOKENS * HEAD_DIMENSION
+        return Work(ceil_div(3 * HEADS * TOKENS, options["ROWS"]), Choice(), 0, reads, 3 * UNIT, reads)
 
     return Launch("rotary", run, (Case("rotary", f"{HEADS} heads of {HEAD_DIMENSION}", work),))

@@ -103,7 +103,7 @@ def listings(lines: list[str]) -> dict[Key, list[str]]:
     listing: list[str] = []
     arch = ""
     for line in lines:
-        if match := re.search(r"arch = (\w+)", line):
+        if match := re.search(r"(?:arch = |code for )(\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             listing = found.setdefault((arch, match[1]), [])
@@ -124,14 +124,14 @@ def hazards(code: dict[Key, list[str]]) -> list[tuple[Key, str]]:
     return [(key, text) for key, listing in with_wgmma.items() for text in sass.wgmma_hazards(sass.parse(listing))]
 
 
-def cuobjdump(option: str) -> list[str]:
-    """Return the lines that cuobjdump prints about the library."""
+def cuobjdump(option: str, file: Path | None = None) -> list[str]:
+    """Return the lines that cuobjdump prints about a file, by default about the library."""
     program = shutil.which("cuobjdump")
     if program is None:
         import triton
 
         program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    ran = subprocess.run([program, option, native.path()], capture_output=True, text=True, check=True)
+    ran = subprocess.run([program, option, file or native.path()], capture_output=True, text=True, check=True)
     return ran.stdout.splitlines()
 
 

@@ -15,8 +15,10 @@ from itertools import pairwise
 from bench.sass_model.sass import Instruction
 
 _PHILOX = re.compile(r"0xd2511f53|-0x2daee0ad|0xcd9e8d57|-0x326172a9")  # its two multipliers, also as signed numbers
+_TANH = re.compile(r"\b1\.59576|0x3fcc422a")  # 2 sqrt(2 / π), of the tanh form of GELU
 _MEMORY = ("LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP", "ATOM", "RED")
 _LONGEST = 5_000_000  # instructions of a path; a longer one never ends
+_MASK = 16  # comparisons of a basic block, from which on it masks scores
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Choice:
     Attributes:
         trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for the loop around such a loop, "outer
             outer matmul" for the next one), how often it runs. Loops of a kind that is missing run once.
-        take: Features ("matmul", "dropout", "memory") whose arm of a branch is taken if only one arm has them.
-        avoid: Features whose arm is not taken if only one arm has them.
+        take: Features whose arm of a branch is taken if only one arm has them: "matmul", "dropout" (Philox), "memory"
+            (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh".
+        avoid: Features whose arm is not taken if only one arm has them, or only one cannot avoid them.
     """
 
     trips: Mapping[str, int] = field(default_factory=dict)
@@ -121,14 +124,13 @@ class ControlFlow:
         found = self._features(blocks)
         return "matmul" if "matmul" in found else "memory" if "memory" in found else "other"
 
+    @cached_property
+    def _of_block(self) -> list[set[str]]:
+        """The features of each block."""
+        return [_features(self.instructions[block.start : block.end]) for block in self.blocks]
+
     def _features(self, blocks: set[int]) -> set[str]:
-        code = self._code(blocks)
-        tests = {
-            "matmul": any(line.opcode.split(".")[0].endswith("MMA") for line in code),
-            "memory": any(line.opcode.startswith(_MEMORY) for line in code),
-            "dropout": any(_PHILOX.search(line.operands) for line in code),
-        }
-        return {name for name, holds in tests.items() if holds}
+        return set[str]().union(*(self._of_block[index] for index in blocks))
 
     def path(self, choice: Choice) -> list[int]:
         """Return the indices of the instructions that a warp executes, in order.
@@ -185,6 +187,8 @@ class ControlFlow:
         ]
         only = [arms[0] - arms[1], arms[1] - arms[0]]
         scores = [self._score(blocks, choice) for blocks in only]
+        if scores[0] == scores[1]:  # for instance because both arms lead to a mask, but one of them around it, too
+            scores = [-self._cannot_avoid(start, choice.avoid, {join, *stops}) for start in (first, second)]
         if scores[0] != scores[1]:
             return first if scores[0] > scores[1] else second
         lengths = [len(self._code(blocks)) for blocks in only]
@@ -193,6 +197,17 @@ class ControlFlow:
             return longer
         return second if longer == first else first  # the longer one is an exception, for instance a wait
 
+    def _cannot_avoid(self, start: int, features: frozenset[str], ends: set[int | None]) -> bool:
+        """Return whether each path from `start` to one of `ends`, or out of the kernel, has one of these features."""
+        marked = [index for index, found in enumerate(self._of_block) if found & features]
+        if start in ends or not marked:
+            return False
+        if start in marked:
+            return True
+        around = _reach(start, [block.successors for block in self.blocks], (*ends, *marked))
+        following = [self.blocks[index].successors for index in around]
+        return all(after and ends.isdisjoint(after) for after in following)
+
     def _score(self, blocks: set[int], choice: Choice) -> int:
         """Return 1 if the case demands these blocks, -1 if it excludes them, and 0 if it says nothing."""
         trips = [choice.trips.get(loop.kind) for loop in self.loops if loop.header in blocks]
@@ -200,6 +215,22 @@ class ControlFlow:
         if found & choice.take or any(trips):
             return 1
         return -1 if found & choice.avoid or 0 in trips else 0
+
+
+def _features(code: Sequence[Instruction]) -> set[str]:
+    """Return the features of a basic block, see `Choice`."""
+    names = [line.opcode.split(".")[0] for line in code]
+    dropout = any(_PHILOX.search(line.operands) for line in code)
+    tests = {
+        "matmul": any(name.endswith("MMA") for name in names),
+        "memory": any(name.startswith(_MEMORY) for name in names),
+        "load": "LDG" in names,
+        "store": "STG" in names,
+        "dropout": dropout,
+        "mask": names.count("ISETP") >= _MASK and not dropout,  # a random byte is compared, too
+        "tanh": any(_TANH.search(line.operands) for line in code),
+    }
+    return {name for name, holds in tests.items() if holds}
 
 
 def _basic_blocks(instructions: Sequence[Instruction]) -> list[Block]:

@@ -51,6 +51,9 @@ class Work:
         loads: Bytes that all blocks load from L2, those of DRAM included.
         roles: Paths of the warps of a block that are on one sub-partition, if they differ, as in a kernel with producer
             and consumer warps. Those that do next to nothing, such as the producer of TMA loads, are left out.
+        waits: How often a block waits for loads by TMA that nothing hides. Loads that a ring buffer fetches ahead are
+            no such wait.
+        awaited: Bytes of each.
     """
 
     blocks: int
@@ -60,6 +63,8 @@ class Work:
     writes: float
     loads: float
     roles: tuple[Choice, ...] = ()
+    waits: int = 0
+    awaited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,16 +117,20 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
     result = SubPartition(paths, min(slots, blocks), memory).run(simulated)
     interval = steady_interval(result, min(slots, blocks))
     # Loads by TMA are not on the path of a warp, so their bandwidth bounds the time from outside.
-    shortest = limit(work, gpu)
-    seconds = max((result.cycles + (blocks - simulated) * interval) / gpu.clock, shortest)
-    utilisation = result.utilisation()
+    exposed = work.waits * (constants.DRAM_LATENCY + work.awaited / constants.L2_BYTES)
+    shortest, from_l2 = limit(work, gpu), work.loads / (constants.L2_BYTES * gpu.sms * gpu.clock)
+    seconds = max((result.cycles + exposed + (blocks - simulated) * interval) / gpu.clock, shortest, from_l2)
+    utilisation = {
+        name: share * result.cycles / (result.cycles + exposed) for name, share in result.utilisation().items()
+    }
     utilisation["dram"] = max(utilisation["dram"], (work.reads + work.writes) / gpu.copy_bandwidth / seconds)
+    utilisation["l2"] = max(utilisation["l2"], from_l2 / seconds)
     share = 1.0 if kernel.warps >= parts else kernel.warps / parts
-    return Prediction(seconds, interval * share, resident, shortest, utilisation)
+    return Prediction(seconds, interval * share + exposed, resident, shortest, utilisation)
 
 
 def _memory(paths: Sequence[Sequence[Step]], warps: int, work: Work, gpu: Gpu, mean: float) -> Memory:
-    """Return the memory with the shares of DRAM and L2 that the work's bytes have of what its paths request.
+    """Return the memory, with the share of DRAM and L2 in what the paths load, and of the work in what they store.
 
     Raises:
         ValueError: The paths have fewer matmuls than the work.
@@ -130,10 +139,15 @@ def _memory(paths: Sequence[Sequence[Step]], warps: int, work: Work, gpu: Gpu, m
     executed = work.blocks * sum(matmuls)  # a wgmma is one of four warps, one on each sub-partition
     if matmuls and executed < 0.99 * work.flop:
         raise ValueError(f"the path has {executed:.3g} FLOP of the {work.flop:.3g} of the case: it took a wrong branch")
-    loaded = sum(step.amount for path in paths for step in path if step.kind in (Kind.LOAD, Kind.COPY))
-    requested = work.blocks * min(warps, constants.SUB_PARTITIONS) * loaded
-    dram_share, l2_share = (min(size / requested, 1.0) if requested else 0.0 for size in (work.reads, work.loads))
-    return Memory(gpu, dram_share, max(l2_share, dram_share), mean)
+
+    def share(size: float, *kinds: Kind) -> float:
+        """Return which share `size` is of the bytes that these instructions would move in all lanes."""
+        of_warps = sum(step.amount for path in paths for step in path if step.kind in kinds)
+        requested = work.blocks * min(warps, constants.SUB_PARTITIONS) * of_warps
+        return min(size / requested, 1.0) if requested else 0.0
+
+    dram, l2 = (share(size, Kind.LOAD, Kind.COPY) for size in (work.reads, work.loads))
+    return Memory(gpu, dram, max(l2, dram), share(work.writes, Kind.STORE), mean)
 
 
 def limit(work: Work, gpu: Gpu) -> float:

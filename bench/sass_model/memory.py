@@ -19,15 +19,19 @@ class Memory:
         gpu: The GPU.
         dram_share: Share of the loaded bytes that come from DRAM, through L2.
         l2_share: Share that comes from L2, those of DRAM included; the others are in the SM's L1 cache.
+        store_share: Share of the bytes of store instructions that are written: not those of lanes or of branches that a
+            case leaves out.
         mean: Bytes that a sub-partition moves on average, relative to this one.
     """
 
-    def __init__(self, gpu: Gpu, dram_share: float = 1.0, l2_share: float = 1.0, mean: float = 1.0):
+    def __init__(
+        self, gpu: Gpu, dram_share: float = 1.0, l2_share: float = 1.0, store_share: float = 1.0, mean: float = 1.0
+    ):
         parts = gpu.sms * constants.SUB_PARTITIONS
         self.dram_busy = self.l2_busy = 0.0
         self._dram_cycles = mean * gpu.clock * parts / gpu.copy_bandwidth  # per byte
         self._l2_cycles = mean * constants.SUB_PARTITIONS / constants.L2_BYTES
-        self._dram_share, self._l2_share = dram_share, l2_share
+        self._dram_share, self._l2_share, self._store_share = dram_share, l2_share, store_share
         self._latency = (
             constants.L1_LATENCY * (1 - l2_share)
             + constants.L2_LATENCY * (l2_share - dram_share)
@@ -40,8 +44,8 @@ class Memory:
         return self._serve(now, size * self._l2_share, size * self._dram_share) + self._latency
 
     def store(self, now: float, size: float) -> None:
-        """Write `size` bytes to DRAM; nothing waits for that."""
-        self._serve(now, size, size)
+        """Write the stored share of `size` bytes to DRAM; nothing waits for that."""
+        self._serve(now, size * self._store_share, size * self._store_share)
 
     @property
     def idle_from(self) -> float:

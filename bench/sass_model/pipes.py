@@ -90,9 +90,10 @@ _OPCODES = {
     "lsu": "SHFL S2R LDC MATCH REDUX MOVM CCTL UTMALDG UTMASTG UTMAPF UTMACMDFLUSH UBLKCP UBLKPF UTMACCTL UTMAREDG",
     "control": (
         "BRA BRX JMX JMP EXIT RET CALL BSSY BSYNC BREAK BMOV BAR WARPGROUP WARPSYNC NOP DEPBAR LDGDEPBAR MEMBAR FENCE "
-        "SYNCS ERRBAR YIELD NANOSLEEP BPT ELECT ACQBULK PREEXIT USETMAXREG HGMMA"
+        "SYNCS ERRBAR YIELD NANOSLEEP BPT ELECT ACQBULK PREEXIT USETMAXREG HGMMA "
+        "ENDCOLLECTIVE"
     ),
-    "uniform": "R2UR S2UR",  # and all other opcodes that begin with U
+    "uniform": "R2UR S2UR VOTEU",  # and all other opcodes that begin with U
 }
 _CLASS = {name: kind for kind, names in _OPCODES.items() for name in names.split()}
 _MMA_SHAPE = re.compile(r"\.(\d+?)(8)(4|8|16|32)\b")  # HMMA.16816: m16n8k16

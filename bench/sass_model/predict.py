@@ -1,9 +1,12 @@
-"""Predict the time of the Triton kernels on an H200 from their machine code, on a machine without a GPU.
+"""Predict the time of the GPU kernels on an H200 from their machine code, on a machine without a GPU.
 
-    python -m bench.sass_model.predict [KERNEL …] [--output bench/results/sass_model.md] [--check]
+    python -m bench.sass_model.predict [KERNEL …] [--language cuda] [--cuda FILE]
+    python -m bench.sass_model.predict --output bench/results/sass_model.md
+    python -m bench.sass_model.predict --check
 
-`--check` compares the table with bench/results/sass_model.md and fails if a prediction differs by more than 1 %, so
-that the page is renewed with the kernels and constants. docs/KERNELS.md says what the model does.
+Triton's kernels are compiled. Those in CUDA C++ are read from FILE, which nvcc made: the native library, an object file
+or a cubin; by default from bench/results/sass_listings.json.xz, which `--output` writes next to the page. `--check`
+fails if a prediction differs from that of the page by more than 1 %. docs/KERNELS.md says what the model does.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,9 @@ from bench.harness import RESULTS, origin, require_clean_tree
 from bench.sass_model.ahead_of_time import compile_only, disassemble
 from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
+from bench.sass_model.cuda_cases import cuda_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
+from bench.sass_model.machine_code import KEPT, Code, nvcc_version, pack, read_cuda
 from bench.sass_model.mixed_lengths import Batch, predict_mixed
 
 PAGE = RESULTS / "sass_model.md"
@@ -42,6 +48,7 @@ class Row:
     work: Work
     prediction: Prediction
     pass_flop: float | None
+    cuda: bool = False
 
     def cells(self) -> list[str]:
         """Return the cells of the line."""
@@ -65,22 +72,22 @@ class Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only launches whose name contains one of these")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="only kernels whose name contains one of these")
+    parser.add_argument("--language", choices=["triton", "cuda"], help="only kernels in this language")
+    parser.add_argument("--cuda", type=Path, default=KEPT, metavar="FILE", help="file with the CUDA C++ kernels")
     parser.add_argument("--output", type=Path, help="write the table to this Markdown file instead of printing it")
     parser.add_argument("--check", action="store_true", help=f"fail if the table differs from {PAGE.name} by over 1 %%")
     arguments = parser.parse_args()
     if arguments.output:
         require_clean_tree(arguments.output)
-    chosen = [
-        launch for launch in launches() if not arguments.kernels or any(k in launch.name for k in arguments.kernels)
-    ]
-    if not chosen:
-        names = ", ".join(dict.fromkeys(launch.name.partition(",")[0] for launch in launches()))
-        parser.error(f"no launch is called {' or '.join(arguments.kernels)}: there are {names}")
-    lines = table([row for launch in chosen for row in rows(launch)])
-    text = "\n".join([*header(), *lines]) + "\n"
+    codes, found = _all_rows(arguments.kernels, arguments.language, arguments.cuda)
+    if not found:
+        parser.error(f"no kernel is called {' or '.join(arguments.kernels)}: there are {', '.join(_names())}")
+    lines, nvcc = table(found), nvcc_version(arguments.cuda)
+    text = "\n".join([*header(nvcc), *lines]) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
+        arguments.output.with_name(KEPT.name).write_bytes(pack(codes, {**origin(), "nvcc": nvcc}))
     elif not arguments.check:
         print(text)
     if arguments.check:
@@ -91,30 +98,79 @@ def main() -> int:
     return 0
 
 
-def rows(launch: Launch) -> Iterator[Row]:
-    """Compile the kernels of a launch, and yield the row of each of its cases."""
-    compiled: dict[str, tuple[Kernel, dict[str, Any]]] = {}
+def _all_rows(kernels: list[str], language: str | None, cuda: Path) -> tuple[list[Code], list[Row]]:
+    """Return the machine code of the kernels that were asked for, and their rows."""
+    codes: list[Code] = []
+    found: list[Row] = []
+    chosen = [launch for launch in launches() if not kernels or any(name in launch.name for name in kernels)]
+    for launch in chosen if language != "cuda" else ():
+        of_launch = compiled(launch)
+        codes += of_launch
+        found += rows(launch, of_launch)
+    if language != "triton" and (cuda != KEPT or cuda.is_file()):
+        of_cuda = read_cuda(cuda)
+        rows_of_cuda = list(cuda_rows([code for code in of_cuda if _is_chosen(code.kernel, kernels)]))
+        used = {row.kernel for row in rows_of_cuda}
+        codes += [code for code in of_cuda if code.kernel in used]
+        found += rows_of_cuda
+    return codes, found
+
+
+def _is_chosen(kernel: str, names: list[str]) -> bool:
+    """Return whether a CUDA C++ kernel has one of these names; attention's delta is a part of its backward pass."""
+    return not names or any(name in kernel or ("delta" in kernel and name in "attention") for name in names)
+
+
+def _names() -> list[str]:
+    """Return the names of all launches, each once."""
+    return list(dict.fromkeys(launch.name.partition(",")[0] for launch in launches()))
+
+
+def compiled(launch: Launch) -> list[Code]:
+    """Compile the kernels of a launch."""
+    found: dict[str, Code] = {}
 
     def keep(kernel: Any, _log: str, options: dict[str, Any]) -> None:
         registers, listing = disassemble(kernel.asm["cubin"])
-        code = Kernel(listing, kernel.metadata.num_warps, registers, kernel.metadata.shared)
-        compiled[kernel.name.removesuffix("_kernel")] = code, options
+        name, metadata = kernel.name.removesuffix("_kernel"), kernel.metadata
+        integers = {option: value for option, value in options.items() if isinstance(value, int)}
+        found[name] = Code(name, listing, registers, launch.name, metadata.num_warps, metadata.shared, integers)
 
     with compile_only(90, keep):
         launch.run()
+    return list(found.values())
+
+
+def rows(launch: Launch, codes: Iterable[Code]) -> Iterator[Row]:
+    """Yield the row of each case of a launch."""
+    by_name = {code.kernel: code for code in codes}
     suffix = launch.name.partition(",")[2].strip()
     for case in launch.cases:
-        kernel, options = compiled[case.kernel]
-        work = case.work(options)
-        blocks = " x ".join(str(options[name]) for name in _SHAPE if name in options)
+        code = by_name[case.kernel]
+        work = case.work(code.options)
+        blocks = " x ".join(str(code.options[name]) for name in _SHAPE if name in code.options)
+        kernel = Kernel(code.listing, code.warps, code.registers, code.shared_memory)
         yield Row(
             case.kernel,
             ", ".join(filter(None, (case.size, suffix))),
-            f"{blocks}, {kernel.warps} warps",
-            kernel.registers,
+            f"{blocks}, {code.warps} warps",
+            code.registers,
             work,
-            _prediction(case, work, kernel, options),
+            _prediction(case, work, kernel, code.options),
             case.pass_flop,
+        )
+
+
+def cuda_rows(codes: Iterable[Code]) -> Iterator[Row]:
+    """Yield the row of each case of those CUDA C++ kernels that are given."""
+    by_name = {code.kernel: code for code in codes}
+    for case in cuda_cases():
+        if (code := by_name.get(case.kernel)) is None:
+            continue
+        kernel = Kernel(code.listing, case.warps, code.registers, case.shared_memory)
+        prediction = predict(kernel, case.work, H200)
+        yield Row(
+            case.kernel, case.case, f"{case.warps} warps", code.registers, case.work, prediction, case.pass_flop, True
         )
 
 
@@ -130,26 +186,28 @@ def _prediction(case: Case, work: Work, kernel: Kernel, options: dict[str, Any])
 
 
 def table(found: list[Row]) -> list[str]:
-    """Return the lines of the table; the two kernels of a backward pass also get a line with their sum."""
+    """Return the lines of the table; the kernels of a backward pass also get a line with their sum."""
     lines = [f"| {_COLUMNS} |", "|---" * (_COLUMNS.count("|") + 1) + "|"]
-    for index, row in enumerate(found):
-        lines.append("| " + " | ".join(row.cells()) + " |")
-        before = found[index - 1] if index else None
-        if before and row.pass_flop and row.case == before.case and before.pass_flop == row.pass_flop:
-            seconds = before.prediction.seconds + row.prediction.seconds
-            flop = f"{row.pass_flop / seconds / 1e12:.0f}"
-            lines.append(f"| both kernels | {row.case} | | | | | {seconds * 1e6:.1f} | {flop} | | | |")
+    for (case, pass_flop, cuda), group in groupby(found, lambda row: (row.case, row.pass_flop, row.cuda)):
+        members = list(group)
+        lines += ["| " + " | ".join(row.cells()) + " |" for row in members]
+        if pass_flop and len(members) > 1:
+            seconds = sum(row.prediction.seconds for row in members)
+            flop = f"{pass_flop / seconds / 1e12:.0f}"
+            name = f"{'both' if len(members) == 2 else 'all'} kernels{', CUDA C++' if cuda else ''}"
+            lines.append(f"| {name} | {case} | | | | | {seconds * 1e6:.1f} | {flop} | | | |")
     return lines
 
 
-def header() -> list[str]:
+def header(nvcc: str) -> list[str]:
     """Return the lines above the table."""
     made = origin()
     return [
-        "# Predicted times of the Triton kernels on an H200",
+        "# Predicted times of the GPU kernels on an H200",
         "",
         f"By `python -m bench.sass_model.predict` at commit {made['commit']}, constants of version {VERSION}, Triton "
-        f"{triton.__version__}. **Nothing here was measured**: times are computed from machine code (docs/KERNELS.md). "
+        f"{triton.__version__}, nvcc {nvcc}; kernels with template arguments are those in CUDA C++. **Nothing "
+        "here was measured**: times are computed from machine code (docs/KERNELS.md). "
         "bf16, 32,768 tokens, 12 heads of 64; only attention's matmuls count as FLOP, and each input and output as "
         "bytes once. Cycles: of an SM, from the end of a block to that of the next. The limit is that of 989 TFLOP/s "
         "or of copies at 4.3 TB/s.",

@@ -1,0 +1,180 @@
+"""The CUDA C++ kernels whose time is predicted, at the shapes of `cases.py`, in bf16.
+
+Attention's blocks are persistent: on each sub-partition one producer warp, which is left out because it only issues TMA
+loads, and a warp of either consumer. `csrc/cuda/` says how work is divided; the constants here repeat it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.sass_model.cases import HALF, HEAD_DIMENSION, HEADS, SINGLE, STATISTIC, TOKENS, UNIT, ceil_div, matmul_flop
+from bench.sass_model.constants import H200
+from bench.sass_model.control_flow import Choice
+from bench.sass_model.kernel_time import Work
+
+BLOCK, STEP = 128, 64  # queries or keys of both consumers, and of one wgmma
+ATTENTION_WARPS = 12
+ROW_BLOCKS_PER_SM = 5  # of add_layer_norm at 768 columns, as csrc/cuda/rows.cuh computes it
+GELU_BLOCKS_PER_SM, GELU_ROWS, GELU_COLUMNS = 8, 4, 1024  # csrc/cuda/bias_gelu.cu
+_WHOLE = 512  # tokens up to which a work tile is a sequence
+_TILE = BLOCK * HEAD_DIMENSION * HALF  # bytes of BLOCK rows of one head
+_NOWHERE = {"memory": 0, "other": 0}  # loops that no case runs: over padding slots, and waits for barriers in memory
+
+
+@dataclass(frozen=True)
+class CudaCase:
+    """One kernel at one size.
+
+    Attributes:
+        kernel: Its name with template arguments, as `c++filt` prints it.
+        case: What the table says about the size.
+        warps: Warps of a block.
+        shared_memory: Bytes of dynamic shared memory of a block.
+        work: What a launch does.
+        pass_flop: Floating-point operations of the pass of which it is a part, if other kernels have the rest.
+    """
+
+    kernel: str
+    case: str
+    warps: int
+    shared_memory: int
+    work: Work
+    pass_flop: float | None = None
+
+
+def cuda_cases() -> Iterator[CudaCase]:
+    """Yield all cases, the kernels of one pass one after another."""
+    for dropout in (False, True):
+        for length in (128, 512, 2048):
+            yield _forward(length, dropout)
+            yield from _backward(length, dropout)
+    for dropout in (False, True):
+        yield from _add_layer_norm(768, dropout)
+    yield from _bias_gelu(3072)
+
+
+def _attention(kernel: str, length: int, dropout: bool, work: Work, pass_flop: float | None = None) -> CudaCase:
+    case = f"length {length:,}" + (", dropout" if dropout else "")
+    return CudaCase(kernel, case, ATTENTION_WARPS, 224 << 10, work, pass_flop)
+
+
+def _persistent(tiles: int) -> tuple[int, int]:
+    """Return the blocks that share work tiles, and the tiles of the block that has most."""
+    blocks = min(tiles, H200.sms)
+    return blocks, ceil_div(tiles, blocks)
+
+
+def _consumers(trips: dict[str, int], dropout: bool) -> tuple[Choice, ...]:
+    """Return the paths of both consumers; the first one also loads the statistics of queries."""
+    features = frozenset({"dropout"})
+    take, avoid = frozenset({"matmul", "store"}), frozenset({"mask"})
+    take, avoid = (take | features, avoid) if dropout else (take, avoid | features)
+    every = trips | _NOWHERE
+    return Choice(every, take | {"load"}, avoid), Choice(every, take, avoid)
+
+
+def _forward(length: int, dropout: bool) -> CudaCase:
+    whole = length <= _WHOLE
+    rounds = ceil_div(length, BLOCK) if whole else 1
+    blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)))
+    trips = {"matmul": ceil_div(length, BLOCK), "outer matmul": rounds, "outer outer matmul": tiles}
+    loads = TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)) * 2 * ceil_div(length, BLOCK) * _TILE
+    work = Work(
+        blocks,
+        Choice(),
+        2 * matmul_flop(length, None),
+        3 * UNIT,
+        UNIT + STATISTIC,
+        UNIT + loads,
+        _consumers(trips, dropout),
+        waits=1,
+        awaited=3 * _TILE,
+    )
+    return _attention("attention_forward_kernel<BFloat16, 64>", length, dropout, work)
+
+
+def _backward(length: int, dropout: bool) -> Iterator[CudaCase]:
+    """Yield delta, and the kernel over keys, which computes all gradients up to 512 tokens; else that over queries."""
+    fused, flop = length <= _WHOLE, 5 * matmul_flop(length, None)
+    yield _delta(length, dropout, flop)
+    yield _keys(length, dropout, fused, flop)
+    if not fused:
+        yield _queries(length, dropout, flop)
+
+
+def _delta(length: int, dropout: bool, flop: float) -> CudaCase:
+    warps = 8
+    across = TOKENS * HEADS * HEAD_DIMENSION // 8 // (32 * warps)
+    blocks = min(across, 8 * H200.sms)
+    choice = Choice({"memory": ceil_div(across, blocks)}, frozenset({"load", "store"}))
+    work = Work(blocks, choice, 0, 2 * UNIT, STATISTIC, 2 * UNIT)
+    case = f"length {length:,}" + (", dropout" if dropout else "")
+    return CudaCase("delta_kernel<BFloat16, 64>", case, warps, 0, work, flop)
+
+
+def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
+    across = ceil_div(length, BLOCK)
+    blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if fused else across))
+    key_blocks = across if fused else 1  # of a work tile
+    trips = {"matmul": ceil_div(length, STEP), "outer matmul": key_blocks, "outer outer matmul": tiles}
+    loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
+    work = Work(
+        blocks,
+        Choice(),
+        (5 if fused else 4) * matmul_flop(length, None),
+        4 * UNIT + 2 * STATISTIC,
+        (3 if fused else 2) * UNIT,
+        loads,
+        _consumers(trips, dropout),
+        waits=tiles * key_blocks,
+        awaited=2 * _TILE,
+    )
+    return _attention(f"attention_keys_kernel<BFloat16, 64, {str(fused).lower()}>", length, dropout, work, flop)
+
+
+def _queries(length: int, dropout: bool, flop: float) -> CudaCase:
+    across = ceil_div(length, BLOCK)
+    blocks, tiles = _persistent(TOKENS // length * HEADS * across)
+    trips = {"matmul": ceil_div(length, STEP), "outer matmul": tiles}
+    loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
+    work = Work(
+        blocks,
+        Choice(),
+        3 * matmul_flop(length, None),
+        4 * UNIT + 2 * STATISTIC,
+        UNIT,
+        loads,
+        _consumers(trips, dropout),
+        waits=tiles,
+        awaited=2 * _TILE,
+    )
+    return _attention("attention_queries_kernel<BFloat16, 64>", length, dropout, work, flop)
+
+
+def _add_layer_norm(columns: int, dropout: bool) -> Iterator[CudaCase]:
+    warps, row = ceil_div(columns, 256), columns * HALF
+    blocks = min(ROW_BLOCKS_PER_SM * H200.sms, TOKENS)
+    trips = {"memory": ceil_div(TOKENS, blocks), "other": 0}
+    take = frozenset({"load", "store", *(["dropout"] if dropout else [])})
+    for name, reads, writes in (
+        ("forward", 2 * row, row + 2 * SINGLE),
+        ("backward", 3 * row + 2 * SINGLE, (1 + dropout) * row),
+    ):
+        choice = Choice(trips, take, frozenset() if dropout else frozenset({"dropout"}))
+        kernel = f"add_layer_norm_{name}_kernel<BFloat16, BFloat16, RowShape<{warps}, 1, true>>"
+        size = f"{columns:,} columns" + (", dropout" if dropout else "")
+        work = Work(blocks, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
+        yield CudaCase(kernel, size, warps, 0, work)
+
+
+def _bias_gelu(columns: int) -> Iterator[CudaCase]:
+    warps, row, across = 4, columns * HALF, ceil_div(columns, GELU_COLUMNS)
+    down = min(ceil_div(GELU_BLOCKS_PER_SM * H200.sms, across), ceil_div(TOKENS, GELU_ROWS))
+    choice = Choice(
+        {"memory": ceil_div(TOKENS, GELU_ROWS * down), "other": 0}, frozenset({"load", "store"}), frozenset({"tanh"})
+    )
+    for name, reads in (("forward", row), ("backward", 2 * row)):
+        work = Work(down * across, choice, 0, reads * TOKENS, row * TOKENS, reads * TOKENS)
+        yield CudaCase(f"bias_gelu_{name}_kernel<BFloat16, true>", f"{columns:,} columns", warps, 0, work)

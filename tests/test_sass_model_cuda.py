@@ -1,0 +1,123 @@
+"""`bench.sass_model` reads nvcc's kernels, keeps machine code for later, and predicts persistent kernels with TMA."""
+
+import re
+from pathlib import Path
+
+import pytest
+from sass_listings import EXIT, listing
+
+from bench.sass_model import compiled_cuda, constants, control_words, cuda_cases, history, kernel_time, machine_code
+from bench.sass_model import predict as predict_program
+from bench.sass_model.constants import H200
+from bench.sass_model.control_flow import Choice, ControlFlow
+from bench.sass_model.control_words import Control
+from bench.sass_model.machine_code import Code
+from bench.sass_model.sass import parse
+
+CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+CODE = listing([("@!P0 FADD R1, R2, R3", Control(4, 1, None, (2,))), ("UIADD3 UR4, UR5, 0x1, URZ", Control(1)), EXIT])
+DELTA = "_ZN8bertfast4cuda12delta_kernelINS_8BFloat16ELi64EEEvNS_17AttentionBackwardE"
+RESOURCES = " Function {name}:\n  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0"
+
+
+@pytest.mark.parametrize("architecture", ["arch = sm_90", "\tcode for sm_90a"])
+def test_kernels_are_read_from_libraries_and_cubins(monkeypatch, tmp_path, architecture):
+    library = architecture.startswith("arch")
+    resources = f"{architecture if library else ''}\n{RESOURCES.format(name=DELTA)}"
+    other = resources.replace("sm_90", "sm_80").replace("REG:40", "REG:99") if library else ""
+    sass = f"{architecture}\n\t\tFunction : {DELTA}\n{CODE}\n"
+    printed = {"--dump-resource-usage": other + resources, "--dump-sass": sass.replace("sm_90", "sm_80") + sass}
+    monkeypatch.setattr(compiled_cuda, "cuobjdump", lambda option, _file: printed[option].splitlines())
+    (code,) = machine_code.read_cuda(tmp_path / "_C.abi3.so")
+    assert code.kernel == "delta_kernel<BFloat16, 64>"
+    assert code.registers == 40
+    assert control_words.parse(code.listing) == control_words.parse(CODE)
+    monkeypatch.setattr(compiled_cuda, "cuobjdump", lambda _option, _file: [])
+    with pytest.raises(ValueError, match=r"has no kernel for sm_90: build it with `NVCC="):
+        machine_code.read_cuda(tmp_path / "_C.abi3.so")
+
+
+def test_kept_machine_code_is_what_the_model_reads(tmp_path):
+    kept = [Code("rotary", CODE, 64, "rotary", 4, 128, {"ROWS": 64}), Code("delta_kernel<BFloat16, 64>", CODE, 40)]
+    path = tmp_path / "kept.json.xz"
+    path.write_bytes(machine_code.pack(kept, {"nvcc": "13.0.88"}))
+    triton, cuda = machine_code.unpack(path.read_bytes())
+    assert control_words.parse(triton.listing) == control_words.parse(CODE)
+    assert (triton.launch, triton.warps, triton.shared_memory, triton.options) == ("rotary", 4, 128, {"ROWS": 64})
+    assert machine_code.read_cuda(path) == [cuda]
+    assert machine_code.nvcc_version(path) == "13.0.88"
+    assert machine_code.nvcc_version(tmp_path / "lone.cubin") == "unknown"
+
+
+def test_a_mask_is_avoided_if_a_path_leads_around_it():
+    """Two conditions, each of which leads to 16 comparisons: the shorter arm of both is that of the mask."""
+    compare = ["ISETP.GE.AND P2, PT, R1, R2, PT"] * 16
+    lines = ["@P0 BRA 0x50", "@P1 BRA 0x50", "FADD R1, R2, R3", "FADD R1, R2, R3", "BRA 0x150", *compare, "EXIT"]
+    flow = ControlFlow(parse(listing([(line, Control(1)) for line in lines])))
+
+    def opcodes(choice: Choice) -> list[str]:
+        return [flow.instructions[index].opcode for index in flow.path(choice)]
+
+    assert opcodes(Choice(avoid=frozenset({"mask"}))) == ["BRA", "BRA", "FADD", "FADD", "BRA", "EXIT"]
+    assert opcodes(Choice(take=frozenset({"mask"})))[-2:] == ["ISETP.GE.AND", "EXIT"]
+
+
+def work(**changes) -> kernel_time.Work:
+    values = {"choice": Choice(), "flop": 0.0, "reads": 0.0, "writes": 0.0, "loads": 0.0}
+    return kernel_time.Work(132, **{**values, **changes})
+
+
+def test_waits_for_tma_and_the_bandwidth_of_l2_take_time():
+    kernel = kernel_time.Kernel(listing([("FFMA R1, R1, R2, R3", Control(4))] * 10 + [EXIT]), 4, 32, 0)
+
+    def cycles(**changes) -> float:
+        return kernel_time.predict(kernel, work(**changes), H200).seconds * H200.clock
+
+    assert cycles() == pytest.approx(40)
+    each = constants.DRAM_LATENCY + 27_000 / constants.L2_BYTES
+    assert cycles(waits=3, awaited=27_000) == pytest.approx(40 + 3 * each)
+    assert cycles(loads=132 * 27_000) == pytest.approx(27_000 / constants.L2_BYTES)
+
+
+def row(kernel: str, seconds: float, cuda: bool) -> predict_program.Row:
+    prediction = kernel_time.Prediction(seconds, 1.0, 1, seconds, {"dram": 1.0})
+    return predict_program.Row(kernel, "length 512", "8 warps", 64, work(), prediction, 1e9, cuda)
+
+
+def test_the_kernels_of_a_pass_are_added_by_language():
+    found = [row("d_q", 1e-6, False), row("d_kv", 2e-6, False), row("delta", 1e-6, True)]
+    found += [row("keys", 2e-6, True), row("queries", 3e-6, True)]
+    sums = [line for line in predict_program.table(found) if "kernels" in line]
+    assert [line.split("|")[1].strip() for line in sums] == ["both kernels", "all kernels, CUDA C++"]
+    assert "| 3.0 | 333 |" in sums[0]
+    assert "| 6.0 | 167 |" in sums[1]
+
+
+def test_constants_of_the_cases_are_those_of_the_kernels():
+    def number(file: str, pattern: str) -> int:
+        found = re.search(pattern, (CSRC / file).read_text(encoding="utf-8"))
+        assert found is not None, f"{file} has no {pattern}"
+        return int(found[1])
+
+    threads = 3 * 32  # of a team at 768 columns
+    assert number("rows.cuh", r"BLOCKS_PER_SM = COUNT == 1 \? (\d+) / BLOCK") // threads == cuda_cases.ROW_BLOCKS_PER_SM
+    assert number("bias_gelu.cu", r"BLOCKS_PER_SM = (\d+)") == cuda_cases.GELU_BLOCKS_PER_SM
+    assert number("bias_gelu.cu", r"MAX_ROWS_IN_FLIGHT = (\d+)") == cuda_cases.GELU_ROWS
+    assert number("bias_gelu.cu", r"GELU_THREADS = (\d+)") * 8 == cuda_cases.GELU_COLUMNS
+    assert number("attention.cuh", r"ATTENTION_THREADS = (\d+)") == 32 * cuda_cases.ATTENTION_WARPS
+    assert number("attention.cuh", r"BLOCK = (\d+)") == cuda_cases.BLOCK
+
+
+def test_the_page_has_every_case_of_cuda():
+    page = predict_program.PAGE.read_text(encoding="utf-8")
+    missing = [case.kernel for case in cuda_cases.cuda_cases() if f"| {case.kernel} | {case.case} |" not in page]
+    assert missing == []
+
+
+def test_the_history_has_what_changed():
+    lines = history.table(
+        {"aaa": {"rotary | x": 1e-6, "delta | y": 2e-6}, "bbb": {"rotary | x": 1e-6, "delta | y": 1e-6}}
+    )
+    assert lines[-1] == "| delta | y | 2.0 | 1.0 |"
+    assert not any("rotary" in line for line in lines)
+    assert history.table({"aaa": {}, "bbb": {"rotary | x": 1e-6}})[-1] == "| rotary | x |  | 1.0 |"
