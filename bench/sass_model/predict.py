@@ -23,6 +23,7 @@ from typing import Any
 import triton
 
 from bench.harness import RESULTS, origin, require_clean_tree
+from bench.sass_model import targets
 from bench.sass_model.ahead_of_time import compile_only, disassemble
 from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
@@ -84,7 +85,7 @@ def main() -> int:
     if not found:
         parser.error(f"no kernel is called {' or '.join(arguments.kernels)}: there are {', '.join(_names())}")
     lines, nvcc = table(found), nvcc_version(arguments.cuda)
-    text = "\n".join([*header(nvcc), *lines]) + "\n"
+    text = "\n".join([*header(nvcc), *lines, *targets.section(lines)]) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
         arguments.output.with_name(KEPT.name).write_bytes(pack(codes, {**origin(), "nvcc": nvcc}))

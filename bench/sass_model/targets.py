@@ -1,0 +1,81 @@
+"""Targets for an H200, and whether the predictions of `predict.py` reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_TFLOPS, _SHARE, _TIME, _BOUND = 7, 9, 6, 10  # columns of the table
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target for a row of the table: at least this many TFLOP/s, or this percentage of the limit."""
+
+    kernel: str
+    case: str
+    tflops: int | None = None
+    percent: int | None = None
+
+
+FORWARD = "attention_forward", "attention_forward_kernel<BFloat16, 64>"
+BOTH = "both kernels", "both kernels, CUDA C++"
+LAYER_NORM = "add_layer_norm_{}", "add_layer_norm_{}_kernel<BFloat16, BFloat16, RowShape<3, 1, true>>"
+GELU = "bias_gelu_{}", "bias_gelu_{}_kernel<BFloat16, true>"
+TARGETS = (
+    *(Target(kernel, "length 128", percent=95) for kernel in FORWARD),
+    *(Target(kernel, "length 512", tflops) for kernel, tflops in zip(FORWARD, (390, 415), strict=True)),
+    *(Target(kernel, "length 512, dropout", tflops) for kernel, tflops in zip(FORWARD, (280, 300), strict=True)),
+    *(Target(kernel, "length 128", 240) for kernel in ("attention_backward_short", BOTH[1])),
+    *(Target(kernel, "length 512", tflops) for kernel, tflops in zip(BOTH, (250, 360), strict=True)),
+    *(
+        Target(kernel.format(pass_name), case, percent=90)
+        for kernels, case in ((LAYER_NORM, "768 columns"), (GELU, "3,072 columns"))
+        for kernel in kernels
+        for pass_name in ("forward", "backward")
+    ),
+    *(Target(f"pre_norm_{pass_name}", "768 columns", percent=90) for pass_name in ("forward", "backward")),
+    *(Target(f"gated_activation_{pass_name}", "1,152 columns", percent=90) for pass_name in ("forward", "backward")),
+    Target("rotary", "12 heads of 64", percent=90),
+)
+
+
+_ABOUT = (
+    "What the model does not cover: embedding backward, linear_cross_entropy, whose time is that of its GEMMs, and a "
+    "step. Sequences of mixed lengths are in the table above for Triton only."
+)
+
+
+def section(table: Sequence[str]) -> list[str]:
+    """Return the lines about all targets whose row is in the table, and what bounds a miss; none without such a row."""
+    rows = {(cells[0], cells[1]): cells for cells in map(_cells, table)}
+    lines = []
+    for target in TARGETS:
+        if (cells := rows.get((target.kernel, target.case))) is None:
+            continue
+        wanted, unit, column = (
+            (target.tflops, " TFLOP/s", _TFLOPS)
+            if target.tflops is not None
+            else (target.percent, "% of the limit", _SHARE)
+        )
+        assert wanted is not None, "a target has one of both"
+        predicted = float(cells[column].rstrip("%"))
+        bound = "" if predicted >= wanted else cells[_BOUND] or _slowest(target, list(rows.values()))
+        lines.append(f"| {target.kernel} | {target.case} | {wanted}{unit} | {predicted:.0f}{unit} | {bound} |")
+    if not lines:
+        return []
+    columns = "| kernel | case | target | predicted | bound by, if it is missed |"
+    return ["", "## Targets", "", _ABOUT, "", columns, "|---|---|---|---|---|", *lines]
+
+
+def _slowest(target: Target, rows: list[list[str]]) -> str:
+    """Return what bounds the slowest of the kernels whose sum is the target's row."""
+    cuda = target.kernel.endswith("CUDA C++")
+    members = [cells for cells in rows if cells[1] == target.case and cells[_BOUND] and ("<" in cells[0]) == cuda]
+    members = [cells for cells in members if "forward" not in cells[0]]
+    slowest = max(members, key=lambda cells: float(cells[_TIME]))
+    return f"{slowest[0]}: {slowest[_BOUND]}"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
