@@ -121,3 +121,11 @@ def test_the_history_has_what_changed():
     assert lines[-1] == "| delta | y | 2.0 | 1.0 |"
     assert not any("rotary" in line for line in lines)
     assert history.table({"aaa": {}, "bbb": {"rotary | x": 1e-6}})[-1] == "| rotary | x |  | 1.0 |"
+
+
+def test_times_are_computed_from_kept_machine_code():
+    found = history.seconds([Code("delta_kernel<BFloat16, 64>", CODE, 40)])
+    assert sorted(found) == sorted(
+        f"{case.kernel} | {case.case}" for case in cuda_cases.cuda_cases() if "delta" in case.kernel
+    )
+    assert all(seconds > 0 for seconds in found.values())

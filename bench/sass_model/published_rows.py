@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         columns: Width of a row.
-        prediction: Of the kernel alone.
+        prediction: Prediction for the kernel alone.
         overhead: Seconds that are added to it.
     """
 

@@ -53,15 +53,15 @@ def section(table: Sequence[str]) -> list[str]:
     for target in TARGETS:
         if (cells := rows.get((target.kernel, target.case))) is None:
             continue
-        wanted, unit, column = (
+        least, unit, column = (
             (target.tflops, " TFLOP/s", _TFLOPS)
             if target.tflops is not None
             else (target.percent, "% of the limit", _SHARE)
         )
-        assert wanted is not None, "a target has one of both"
+        assert least is not None, "a target has one of both"
         predicted = float(cells[column].rstrip("%"))
-        bound = "" if predicted >= wanted else cells[_BOUND] or _slowest(target, list(rows.values()))
-        lines.append(f"| {target.kernel} | {target.case} | {wanted}{unit} | {predicted:.0f}{unit} | {bound} |")
+        bound = "" if predicted >= least else cells[_BOUND] or _slowest(target, list(rows.values()))
+        lines.append(f"| {target.kernel} | {target.case} | {least}{unit} | {predicted:.0f}{unit} | {bound} |")
     if not lines:
         return []
     columns = "| kernel | case | target | predicted | bound by, if it is missed |"
