@@ -1,10 +1,16 @@
-// The row sums of d_o · o, which attention's backward pass subtracts from the gradients of the probabilities.
+// What attention's backward pass needs of each query: the forward pass's lse, and the row sums of d_o · o, which the
+// gradient of softmax subtracts from the gradients of the probabilities.
 #pragma once
 #include "attention.cuh"
 
 namespace bertfast::cuda {
 
-// delta = row sum of d_o · o for each token and head, which the gradient of softmax subtracts.
+// lse (log2 of the mean of the exponentials) and delta of a query; lse is infinite beyond the sequence's end.
+struct Statistics {
+  float lse, delta;
+};
+
+// delta = row sum of d_o · o for each token and head.
 template <class T, int D>
 __global__ void __launch_bounds__(256) delta_kernel(const AttentionBackward a) {
   constexpr int LANES = D / 8;

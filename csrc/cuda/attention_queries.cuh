@@ -1,0 +1,132 @@
+// Attention's backward pass over blocks of queries: d_q of sequences that are too long for one block to compute all
+// gradients (attention_keys.cuh).
+#pragma once
+#include "attention_delta.cuh"
+
+namespace bertfast::cuda {
+
+// Queries of both consumers, and a ring buffer of tiles of ROWS keys.
+template <int D>
+struct QueryMemory {
+  static constexpr int STAGES = D == 128 ? 3 : 6;
+  Tile<ROWS, D> q[2], d_o[2], k[STAGES], v[STAGES];
+  uint64_t q_full, q_empty, full[STAGES], empty[STAGES];
+};
+
+template <int D>
+DEVICE void load_work(QueryMemory<D>& memory, const TileScheduler& scheduler, const AttentionBackward& a,
+                      const CUtensorMap* qkv, const CUtensorMap* d_o) {
+  using Memory = QueryMemory<D>;
+  int loaded = 0, tiles = 0;  // work tiles and key tiles so far
+  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
+    const WorkTile work = scheduler[index];
+    if (work.is_empty()) continue;
+    const AttentionMask mask(a, work.length);
+    wait(&memory.q_empty, (loaded++ + 1) % 2);
+    arrive_expecting(&memory.q_full, 4 * Tile<ROWS, D>::BYTES);
+    for (int consumer = 0; consumer < 2; ++consumer) {
+      const int64_t token = work.start + work.first + consumer * ROWS;
+      load_tile(memory.q[consumer], qkv, &memory.q_full, work.head, token);
+      load_tile(memory.d_o[consumer], d_o, &memory.q_full, work.head, token);
+    }
+    for (int key = mask.kv_begin(work.first) / ROWS * ROWS; key < mask.kv_end(work.end); key += ROWS, ++tiles) {
+      const int stage = tiles % Memory::STAGES;
+      wait(&memory.empty[stage], (tiles / Memory::STAGES + 1) % 2);
+      arrive_expecting(&memory.full[stage], 2 * Tile<ROWS, D>::BYTES);
+      load_tile(memory.k[stage], qkv, &memory.full[stage], a.heads + work.head, work.start + key);
+      load_tile(memory.v[stage], qkv, &memory.full[stage], 2 * a.heads + work.head, work.start + key);
+    }
+  }
+}
+
+// Longer than other functions: the compiler's output (SASS) changed when it was split.
+template <class T, int D>
+DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& scheduler, const AttentionBackward& a) {
+  using Memory = QueryMemory<D>;
+  const int consumer = consumer_index();
+  const float scale = a.scale * LOG2_E;
+  int done = 0, tiles = 0;  // work tiles and key tiles so far
+  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
+    const WorkTile work = scheduler[index];
+    if (work.is_empty()) continue;
+    const AttentionMask mask(a, work.length);
+    const AttentionDropoutMask dropout_mask(a.dropout, work.sequence, work.head);
+    const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
+    const float inv_length = 1.f / (float)work.length;
+    const int query = work.first + consumer * ROWS;
+    Statistics stats[2];
+    UNROLL_FOR (int h = 0; h < 2; ++h) {
+      const int row = query + fragment_row(2 * h);
+      const int64_t slot = work.head * a.capacity + work.start + row;
+      stats[h] = row < work.length ? Statistics{a.lse[slot], a.delta[slot]} : Statistics{INFINITY, 0};
+    }
+    float d_q[D / 2] = {};
+    wait(&memory.q_full, done++ % 2);
+    for (int key = mask.kv_begin(work.first) / ROWS * ROWS; key < mask.kv_end(work.end); key += ROWS, ++tiles) {
+      const int stage = tiles % Memory::STAGES;
+      wait(&memory.full[stage], tiles / Memory::STAGES % 2);
+      if (key + ROWS > work.length) {
+        zero_rows(memory.k[stage], work.length - key);
+        fence_proxy();
+        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      }
+      if (query < work.length && key < mask.kv_end(query + ROWS) && key + ROWS > mask.kv_begin(query)) {
+        float p[ROWS / 2], d_s[ROWS / 2];
+        fence_wgmma(p, d_s);
+        UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+          wgmma<Major::k, Major::k>(T{}, p, memory.q[consumer].template slice<Major::k>(depth),
+                                    memory.k[stage].template slice<Major::k>(depth), depth > 0);
+        UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+          wgmma<Major::k, Major::k>(T{}, d_s, memory.d_o[consumer].template slice<Major::k>(depth),
+                                    memory.v[stage].template slice<Major::k>(depth), depth > 0);
+        commit_wgmma();
+        wait_wgmma<0>(p, d_s);
+        const bool full = mask.is_full_block(query, ROWS, key, ROWS);
+        UNROLL_FOR (int column = 0; column < ROWS; column += 32) {
+          uint32_t kept = ~0u;
+          if (dropout_mask.drops()) kept = dropout_mask.kept<false>(query + warp_row(), key + column);
+          UNROLL_FOR (int i = column / 2; i < column / 2 + 16; ++i) {
+            const Statistics& row_stats = stats[i / 2 % 2];
+            float d = kept >> i % 16 & 1 ? d_s[i] * dropout_scale : 0.f;
+            d = fast_exp2(p[i] * scale - row_stats.lse) * inv_length * (d - row_stats.delta);
+            if (!full && !mask.attends(query + fragment_row(i), key + fragment_column(i))) d = 0;
+            d_s[i] = d;
+          }
+        }
+        uint32_t pairs[ROWS / 16][4];
+        UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
+        fence_wgmma(d_q);
+        UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16)
+          wgmma<Major::mn>(T{}, d_q, pairs[depth / 16], memory.k[stage].template slice<Major::mn>(depth), true);
+        commit_wgmma();
+        wait_wgmma<0>(d_q);
+      }
+      if (threadIdx.x % 32 == 0) arrive(&memory.empty[stage]);
+    }
+    if (threadIdx.x % 32 == 0) arrive(&memory.q_empty);
+    store_rows(d_q, a.scale, a.scale, work.length - query,
+               (T*)a.d_qkv + ((work.start + query) * 3 * a.heads + work.head) * D, (int64_t)3 * a.heads * D);
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
+    attention_queries_kernel(const AttentionBackward a, const TileScheduler scheduler,
+                             const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap d_o) {
+  using Memory = QueryMemory<D>;
+  static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
+  Memory& memory = shared_memory<Memory>();
+  if (threadIdx.x == 0) {
+    init(&memory.q_full, 1);
+    init(&memory.q_empty, CONSUMERS / 32);
+    for (int stage = 0; stage < Memory::STAGES; ++stage) {
+      init(&memory.full[stage], 1);
+      init(&memory.empty[stage], CONSUMERS / 32);
+    }
+    fence_init();
+  }
+  specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv, &d_o); },
+                   [&] { differentiate_queries<T, D>(memory, scheduler, a); });
+}
+
+}  // namespace bertfast::cuda
