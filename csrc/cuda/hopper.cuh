@@ -1,5 +1,5 @@
-// PTX instructions as functions: mbarriers, TMA, wgmma, mma, named barriers, ldmatrix and stmatrix. This is the only
-// file with inline assembly.
+// PTX instructions as functions: mbarriers, TMA, wgmma, mma, named barriers, ldmatrix and stmatrix. Only this file and
+// arithmetic.cuh, which it includes, have inline assembly.
 //
 // Kernels include this file and no CUDA header. nvcc compiles the assembly; any other C++20 compiler takes the same
 // names from `emulation.h` of tests/emulation, which runs them on a CPU. Instructions of sm_90a trap on other
@@ -362,33 +362,11 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 template <int PENDING>
 DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// ---- Arithmetic
-
-DEVICE float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Round two values to nearest and pack them, the first in the lower half.
-DEVICE uint32_t pack(BFloat16, float first, float second) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-DEVICE uint32_t pack(Half, float first, float second) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-DEVICE float widen(BFloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
-DEVICE float widen(Half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-
 // clang-format on
 #endif
 
 }  // namespace bertfast::cuda
+
+#if defined(__CUDACC__)
+#include "arithmetic.cuh"
+#endif

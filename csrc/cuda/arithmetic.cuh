@@ -1,0 +1,32 @@
+// PTX instructions of arithmetic as functions, for nvcc; hopper.cuh includes this file.
+#pragma once
+
+namespace bertfast::cuda {
+// clang-format off: the operands of inline assembly are aligned by hand
+
+DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Round two values to nearest and pack them, the first in the lower half.
+DEVICE uint32_t pack(BFloat16, float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+DEVICE uint32_t pack(Half, float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+DEVICE float widen(BFloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+DEVICE float widen(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// clang-format on
+}  // namespace bertfast::cuda
