@@ -10,6 +10,13 @@ DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// 1 / x, to 1 ulp.
+DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Round two values to nearest and pack them, the first in the lower half.
 DEVICE uint32_t pack(BFloat16, float first, float second) {
   uint32_t pair;

@@ -29,7 +29,7 @@ static int row_programs(int64_t rows, int64_t columns) {
 
 int bias_gelu_parts(int64_t rows, int64_t columns) { return row_programs(rows, columns); }
 
-template <class T, bool ALIGNED>
+template <class T, bool ALIGNED, bool TANH>
 __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_forward_kernel(const BiasGeluForward a, const Grid at) {
   constexpr int ROWS_IN_FLIGHT = ALIGNED ? MAX_ROWS_IN_FLIGHT : 1;
   const int column = at.column(), columns = (int)a.columns;
@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_forward_kernel(const B
     UNROLL_FOR (int i = 0; i < ROWS_IN_FLIGHT; ++i) {
       const int64_t token = first + (int64_t)i * at.row_programs;
       if (token >= a.tokens) break;
-      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = gelu(x[i][j] + bias[j], a.tanh).value;
+      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = gelu<TANH>(x[i][j] + bias[j]).value;
       store_8<ALIGNED>(row<T>(a.y, token), column, columns, x[i]);
     }
   }
 }
 
-template <class T, bool ALIGNED>
+template <class T, bool ALIGNED, bool TANH>
 __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_backward_kernel(const BiasGeluBackward a, const Grid at) {
   constexpr int ROWS_IN_FLIGHT = ALIGNED ? MAX_ROWS_IN_FLIGHT : 1;
   const int column = at.column(), columns = (int)a.columns;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_backward_kernel(const 
       const int64_t token = first + (int64_t)i * at.row_programs;
       if (token >= a.tokens) break;
       UNROLL_FOR (int j = 0; j < 8; ++j) {
-        x[i][j] = d_y[i][j] * gelu(x[i][j] + bias[j], a.tanh).slope;
+        x[i][j] = d_y[i][j] * gelu<TANH>(x[i][j] + bias[j]).slope;
         sum[j] += x[i][j];
       }
       store_8<ALIGNED>(row<T>(a.d_x, token), column, columns, x[i]);
@@ -77,22 +77,37 @@ __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_backward_kernel(const 
   store_8<false>(a.d_bias + at.first_row() * a.columns, column, columns, sum);
 }
 
+// Call f with the element type, and with `aligned` and `tanh` as compile-time constants.
+template <class F>
+static void with_variant(Type type, bool aligned, bool tanh, const F& f) {
+  with_type(type, [&](auto element) {
+    const auto with_curve = [&](auto constant) {
+      if (tanh) f(element, constant, std::true_type{});
+      else f(element, constant, std::false_type{});
+    };
+    if (aligned) with_curve(std::true_type{});
+    else with_curve(std::false_type{});
+  });
+}
+
 void bias_gelu_forward(const BiasGeluForward& a, Stream stream) {
   const Grid at = {column_blocks(a.columns), row_programs(a.tokens, a.columns)};
-  with_type(a.x.type, [&]<class T>(T) {
-    const bool aligned = is_aligned(a.x, a.columns) && is_aligned(a.y, a.columns);
-    launch(aligned ? bias_gelu_forward_kernel<T, true> : bias_gelu_forward_kernel<T, false>,
-           at.column_blocks * at.row_programs, GELU_THREADS, 0, stream, a, at);
-  });
+  const bool aligned = is_aligned(a.x, a.columns) && is_aligned(a.y, a.columns);
+  with_variant(a.x.type, aligned, a.tanh,
+               [&]<class T, bool ALIGNED, bool TANH>(T, std::bool_constant<ALIGNED>, std::bool_constant<TANH>) {
+                 launch(bias_gelu_forward_kernel<T, ALIGNED, TANH>, at.column_blocks * at.row_programs, GELU_THREADS, 0,
+                        stream, a, at);
+               });
 }
 
 void bias_gelu_backward(const BiasGeluBackward& a, Stream stream) {
   const Grid at = {column_blocks(a.columns), a.parts};
-  with_type(a.x.type, [&]<class T>(T) {
-    const bool aligned = is_aligned(a.x, a.columns) && is_aligned(a.d_y, a.columns) && is_aligned(a.d_x, a.columns);
-    launch(aligned ? bias_gelu_backward_kernel<T, true> : bias_gelu_backward_kernel<T, false>,
-           at.column_blocks * at.row_programs, GELU_THREADS, 0, stream, a, at);
-  });
+  const bool aligned = is_aligned(a.x, a.columns) && is_aligned(a.d_y, a.columns) && is_aligned(a.d_x, a.columns);
+  with_variant(a.x.type, aligned, a.tanh,
+               [&]<class T, bool ALIGNED, bool TANH>(T, std::bool_constant<ALIGNED>, std::bool_constant<TANH>) {
+                 launch(bias_gelu_backward_kernel<T, ALIGNED, TANH>, at.column_blocks * at.row_programs, GELU_THREADS,
+                        0, stream, a, at);
+               });
 }
 
 }  // namespace bertfast::cuda

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM
   for (int64_t token = team.first_row(); token < a.count; token += team.step()) {
     team.template load<Shape::aligned>(row<X>(a.x, token), z);
     UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
-      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = gelu(z[i][j] + bias[i][j], false).value;
+      UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = gelu<false>(z[i][j] + bias[i][j]).value;
     float mean, rstd;
     team.normalise(z, a.eps, mean, rstd);
     team.scale_and_shift(z, gamma, beta);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM
     team.template load<Shape::aligned>(row<Y>(a.d_y, token), d_y);
     UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) {
-        const Curve curve = gelu(z[i][j] + bias[i][j], false);
+        const Curve curve = gelu<false>(z[i][j] + bias[i][j]);
         z[i][j] = curve.value, slope[i][j] = curve.slope;
       }
     team.differentiate(z, d_y, gamma, a.mean[token], a.rstd[token], d_gamma, d_beta);

@@ -242,6 +242,7 @@ void wait_copies() {
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.f / x; }
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t narrow(BFloat16, float x) {
