@@ -47,7 +47,7 @@ DEVICE void load_gradient(const Team& team, const AddLayerNormBackward& a, int64
 }
 
 template <class X, class R, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::FORWARD_BLOCKS_PER_SM)
     add_layer_norm_forward_kernel(const AddLayerNormForward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, beta, z, residual;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM
 }
 
 template <class X, class R, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BACKWARD_BLOCKS_PER_SM)
     add_layer_norm_backward_kernel(const AddLayerNormBackward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, z, residual, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
@@ -102,7 +102,8 @@ void add_layer_norm_forward(const AddLayerNormForward& a, Stream stream) {
                        is_aligned(a.copy, a.hidden);
   with_types(a.x.type, a.residual.type, [&]<class X, class R>(X, R) {
     with_row_shape(a.hidden, aligned, [&]<class Shape>(Shape shape) {
-      launch(add_layer_norm_forward_kernel<X, R, Shape>, row_blocks(a.tokens, shape), Shape::Team::BLOCK, 0, stream, a);
+      launch(add_layer_norm_forward_kernel<X, R, Shape>, forward_blocks(a.tokens, shape), Shape::Team::BLOCK, 0, stream,
+             a);
     });
   });
 }

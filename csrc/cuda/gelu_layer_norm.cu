@@ -7,7 +7,7 @@
 namespace bertfast::cuda {
 
 template <class X, class Y, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::FORWARD_BLOCKS_PER_SM)
     gelu_layer_norm_forward_kernel(const GeluLayerNormForward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, beta, z;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM
 }
 
 template <class X, class Y, class Shape>
-__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BACKWARD_BLOCKS_PER_SM)
     gelu_layer_norm_backward_kernel(const GeluLayerNormBackward a) {
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, z, slope, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
@@ -57,7 +57,8 @@ int gelu_layer_norm_parts(int64_t rows, int64_t columns) { return backward_block
 void gelu_layer_norm_forward(const GeluLayerNormForward& a, Stream stream) {
   with_types(a.x.type, a.y.type, [&]<class X, class Y>(X, Y) {
     with_row_shape(a.hidden, is_aligned(a.x, a.hidden) && is_aligned(a.y, a.hidden), [&]<class Shape>(Shape shape) {
-      launch(gelu_layer_norm_forward_kernel<X, Y, Shape>, row_blocks(a.count, shape), Shape::Team::BLOCK, 0, stream, a);
+      launch(gelu_layer_norm_forward_kernel<X, Y, Shape>, forward_blocks(a.count, shape), Shape::Team::BLOCK, 0, stream,
+             a);
     });
   });
 }

@@ -14,7 +14,9 @@ class Team {
  public:
   static constexpr int THREADS = 32 * WARPS, TEAMS = THREADS < ROW_THREADS ? ROW_THREADS / THREADS : 1;
   static constexpr int BLOCK = TEAMS * THREADS;
-  static constexpr int BLOCKS_PER_SM = COUNT == 1 ? 512 / BLOCK : 1;  // limited by registers
+  // Limited by registers: of a forward pass 80 per thread, of a backward pass, which has sums over rows, 128.
+  static constexpr int FORWARD_BLOCKS_PER_SM = COUNT == 1 ? 768 / BLOCK : 1;
+  static constexpr int BACKWARD_BLOCKS_PER_SM = COUNT == 1 ? 512 / BLOCK : 1;
   static constexpr int CHUNKS = COUNT;
   using Row = float[COUNT][8];
 
@@ -140,16 +142,24 @@ void with_row_shape(int64_t columns, bool aligned, const F& f) {
 
 // As many blocks as are resident on the GPU, or fewer if there are fewer rows.
 template <class Shape>
-int row_blocks(int64_t rows, Shape) {
+int row_blocks(int64_t rows, Shape, int blocks_per_sm) {
   const int64_t needed = (rows + Shape::Team::TEAMS - 1) / Shape::Team::TEAMS;
-  const int64_t resident = (int64_t)sm_count() * Shape::Team::BLOCKS_PER_SM;
+  const int64_t resident = (int64_t)sm_count() * blocks_per_sm;
   return (int)(needed < 1 ? 1 : needed < resident ? needed : resident);
+}
+
+// The number of blocks of a forward pass.
+template <class Shape>
+int forward_blocks(int64_t rows, Shape shape) {
+  return row_blocks(rows, shape, Shape::Team::FORWARD_BLOCKS_PER_SM);
 }
 
 // The number of blocks of a backward pass, each of which writes its own partial sums.
 inline int backward_blocks(int64_t rows, int64_t columns) {
   int blocks = 1;
-  with_row_shape(columns, true, [&](auto shape) { blocks = row_blocks(rows, shape); });
+  with_row_shape(columns, true, [&]<class Shape>(Shape shape) {
+    blocks = row_blocks(rows, shape, Shape::Team::BACKWARD_BLOCKS_PER_SM);
+  });
   return blocks;
 }
 
