@@ -17,6 +17,13 @@ DEVICE float fast_reciprocal(float x) {
   return y;
 }
 
+// Two 16-bit masks, all ones where the highest bit of byte `byte` of x is set (lower half), and that of the next byte.
+DEVICE uint32_t sign_masks(uint32_t x, int byte) {
+  uint32_t masks;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(masks) : "r"(x), "r"(0x0011 * (8 + byte) + 0x1100 * (9 + byte)));
+  return masks;
+}
+
 // Round two values to nearest and pack them, the first in the lower half.
 DEVICE uint32_t pack(BFloat16, float first, float second) {
   uint32_t pair;

@@ -28,6 +28,19 @@ struct ForwardPlan {
         rounds(ceil_div(work.end - work.first, BLOCK)) {}
 };
 
+// The tiles that a consumer's queries from `query` on attend to, of those of the plan; none if there are no queries.
+struct TileRange {
+  int first, end;
+
+  DEVICE TileRange(const ForwardPlan& plan, const WorkTile& work, const AttentionMask& mask, int query)
+      : first(plan.first_tile), end(plan.first_tile) {
+    if (query >= work.end) return;
+    const int reached = mask.kv_begin(query) / BLOCK, unreached = ceil_div(mask.kv_end(query + ROWS), BLOCK);
+    first = reached > plan.first_tile ? reached : plan.first_tile;
+    end = unreached < plan.end_tile ? unreached : plan.end_tile;
+  }
+};
+
 // The producer: loads Q and K/V tiles of every work tile of this block.
 template <int D>
 DEVICE void load_work(ForwardMemory<D>& memory, const TileScheduler& scheduler, const AttentionForward& a,
@@ -61,15 +74,15 @@ DEVICE void load_work(ForwardMemory<D>& memory, const TileScheduler& scheduler, 
   }
 }
 
-// Online softmax (Milakov and Gimelshein, 2018) of the two query rows that a thread holds: maximum and sum so far.
+// Online softmax (Milakov and Gimelshein, 2018) of the two query rows that a thread holds: maximum and sum so far, and
+// the factor by which the last tile of keys changed what was summed before.
 struct SoftmaxState {
-  float m_i[2] = {-INFINITY, -INFINITY}, l_i[2] = {};
+  float m_i[2] = {-INFINITY, -INFINITY}, l_i[2] = {}, alpha[2] = {};
 };
 
-// Replace scores by unnormalised probabilities relative to the new row maximum, and rescale `sums`, the output so far.
+// Replace scores by unnormalised probabilities relative to the new row maximum.
 // Registers with i / 2 % 2 == h belong to the thread's row h; four adjacent lanes share a row.
-template <int R>
-DEVICE void online_softmax(float (&scores)[BLOCK / 2], float scale, SoftmaxState& state, float (&sums)[R]) {
+DEVICE void online_softmax(float (&scores)[BLOCK / 2], float scale, SoftmaxState& state) {
   UNROLL_FOR (int h = 0; h < 2; ++h) {
     float m_new = state.m_i[h];
     UNROLL_FOR (int i = 0; i < BLOCK / 2; ++i)
@@ -77,91 +90,158 @@ DEVICE void online_softmax(float (&scores)[BLOCK / 2], float scale, SoftmaxState
     m_new = fmaxf(m_new, __shfl_xor_sync(~0u, m_new, 1));
     m_new = fmaxf(m_new, __shfl_xor_sync(~0u, m_new, 2));
     const float reference = m_new == -INFINITY ? 0.f : m_new;  // all masked so far: -inf - -inf is NaN
-    const float alpha = fast_exp2((state.m_i[h] - reference) * scale), offset = reference * scale;
-    state.m_i[h] = m_new, state.l_i[h] *= alpha;
+    const float offset = reference * scale;
+    state.alpha[h] = fast_exp2((state.m_i[h] - reference) * scale);
+    state.m_i[h] = m_new, state.l_i[h] *= state.alpha[h];
     UNROLL_FOR (int i = 0; i < BLOCK / 2; ++i)
       if (i / 2 % 2 == h) {
         scores[i] = fast_exp2(scores[i] * scale - offset);
         state.l_i[h] += scores[i];
       }
-    UNROLL_FOR (int i = 0; i < R; ++i)
-      if (i / 2 % 2 == h) sums[i] *= alpha;
   }
 }
 
-// The consumers: each computes the output of ROWS queries per round.
-// Longer than other functions: the compiler's output (SASS) changed when it was split.
-template <class T, int D>
-DEVICE void attend(ForwardMemory<D>& memory, const TileScheduler& scheduler, const AttentionForward& a) {
-  using Memory = ForwardMemory<D>;
-  const int consumer = consumer_index();
-  const float scale = a.scale * LOG2_E;
-  int tiles = 0, rounds = 0;  // consumed so far
-  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
-    const WorkTile work = scheduler[index];
-    if (work.is_empty()) continue;
-    const AttentionMask mask(a, work.length);
-    const ForwardPlan plan(work, mask);
-    const AttentionDropoutMask dropout_mask(a.dropout, work.sequence, work.head);
-    for (int round = 0; round < plan.rounds; ++round, ++rounds) {
-      const int slot = rounds % 2, query = work.first + (2 * round + consumer) * ROWS;
-      const int queries = work.end - query;  // may exceed ROWS, or be negative
-      SoftmaxState state;
-      float sums[D / 2] = {};
-      wait(&memory.q_full[consumer][slot], rounds / 2 % 2);
-      for (int tile = plan.first_tile; tile < plan.end_tile; ++tile) {
-        const int use = tiles + tile - plan.first_tile, stage = use % Memory::STAGES, key = tile * BLOCK;
-        wait(&memory.full[stage], use / Memory::STAGES % 2);
-        if (round == 0 && key + BLOCK > work.length) {
-          zero_rows(memory.v[stage], work.length - key);
-          fence_proxy();
-          named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
-        }
-        if (queries > 0 && key < mask.kv_end(query + ROWS) && key + BLOCK > mask.kv_begin(query)) {
-          float scores[BLOCK / 2];
-          fence_wgmma(scores);
-          UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-            wgmma<Major::k, Major::k>(T{}, scores, memory.q[consumer][slot].template slice<Major::k>(depth),
-                                      memory.k[stage].template slice<Major::k>(depth), depth > 0);
-          commit_wgmma();
-          wait_wgmma<0>(scores);
-          if (!mask.is_full_block(query, ROWS, key, BLOCK))
-            UNROLL_FOR (int i = 0; i < BLOCK / 2; ++i)
-              if (!mask.attends(query + fragment_row(i), key + fragment_column(i))) scores[i] = -INFINITY;
-          online_softmax(scores, scale, state, sums);
-          if (dropout_mask.drops())
-            UNROLL_FOR (int column = 0; column < BLOCK; column += 32) {
-              const uint32_t kept = dropout_mask.kept<false>(query + warp_row(), key + column);
-              UNROLL_FOR (int i = 0; i < 16; ++i)
-                if (!(kept >> i & 1)) scores[column / 2 + i] = 0;
-            }
-          uint32_t p[BLOCK / 16][4];
-          UNROLL_FOR (int i = 0; i < BLOCK / 4; ++i) p[i / 4][i % 4] = pack(T{}, scores[2 * i], scores[2 * i + 1]);
-          fence_wgmma(sums);
-          UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
-            wgmma<Major::mn>(T{}, sums, p[depth / 16], memory.v[stage].template slice<Major::mn>(depth), true);
-          commit_wgmma();
-          wait_wgmma<0>(sums);
-        }
-        if (round + 1 == plan.rounds && threadIdx.x % 32 == 0) arrive(&memory.empty[stage]);
-      }
-      if (threadIdx.x % 32 == 0) arrive(&memory.q_empty[consumer][slot]);
-      if (queries <= 0) continue;
-      const int64_t token = work.start + query;
-      UNROLL_FOR (int h = 0; h < 2; ++h) {
-        state.l_i[h] += __shfl_xor_sync(~0u, state.l_i[h], 1);
-        state.l_i[h] += __shfl_xor_sync(~0u, state.l_i[h], 2);
-        const int row = fragment_row(2 * h);
-        if (row < queries && threadIdx.x % 4 == 0)
-          a.lse[work.head * a.capacity + token + row] = state.m_i[h] * scale + log2f(state.l_i[h] / (float)work.length);
-      }
-      const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
-      store_rows(sums, dropout_scale / state.l_i[0], dropout_scale / state.l_i[1], queries,
-                 (T*)a.o + (token * a.heads + work.head) * D, (int64_t)a.heads * D);
-    }
-    tiles += plan.end_tile - plan.first_tile;
-  }
+// Set masked scores to -inf. Rows beyond the sequence's end keep their scores: they are not stored.
+DEVICE void mask_scores(const AttentionMask& mask, int query, int key, float (&scores)[BLOCK / 2]) {
+  if (key + BLOCK > mask.length) fill_columns(scores, mask.length - key, -INFINITY);
+  if (mask.limits(query, ROWS, key, BLOCK))
+    UNROLL_FOR (int i = 0; i < BLOCK / 2; ++i)
+      if (!mask.reaches(query + fragment_row(i), key + fragment_column(i))) scores[i] = -INFINITY;
 }
+
+// A consumer: computes the output of ROWS queries per round. The tensor cores compute the scores of the next tile of
+// keys while this tile's dropout mask is drawn, and add its values while the next one's softmax is computed.
+template <class T, int D>
+class QueryConsumer {
+ public:
+  using Memory = ForwardMemory<D>;
+  using DropoutMask = AttentionDropoutMask<D != 128>;
+
+  DEVICE QueryConsumer(Memory& memory, const TileScheduler& scheduler, const AttentionForward& a)
+      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
+
+  DEVICE void run() {
+    for (int index = (int)blockIdx.x; index < scheduler_.count; index += (int)gridDim.x) {
+      const WorkTile work = scheduler_[index];
+      if (work.is_empty()) continue;
+      const AttentionMask mask(a_, work.length);
+      const ForwardPlan plan(work, mask);
+      const DropoutMask dropout_mask(a_.dropout, work.sequence, work.head);
+      for (int round = 0; round < plan.rounds; ++round, ++rounds_) attend(work, mask, plan, dropout_mask, round);
+      tiles_ += plan.end_tile - plan.first_tile;
+    }
+  }
+
+ private:
+  DEVICE void attend(const WorkTile& work, const AttentionMask& mask, const ForwardPlan& plan,
+                     const DropoutMask& dropout_mask, int round) {
+    const int query = work.first + (2 * round + consumer_) * ROWS;
+    const TileRange range(plan, work, mask, query);
+    const float scale = a_.scale * LOG2_E;
+    SoftmaxState state;
+    float sums[D / 2] = {}, scores[BLOCK / 2];
+    int tile = plan.first_tile;
+    wait(&memory_.q_full[consumer_][rounds_ % 2], rounds_ / 2 % 2);
+    for (; tile < range.first; ++tile) release(plan, round, wait_for_tile(work, plan, round, tile));
+    const auto start_scores = [&](int stage) {
+      const auto& q = memory_.q[consumer_][rounds_ % 2];
+      fence_wgmma(scores);
+      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+        wgmma<Major::k, Major::k>(T{}, scores, q.template slice<Major::k>(depth),
+                                  memory_.k[stage].template slice<Major::k>(depth), depth > 0);
+      commit_wgmma();
+    };
+    const auto finish_scores = [&](int key) {
+      mask_scores(mask, query, key, scores);
+      online_softmax(scores, scale, state);
+    };
+    uint32_t p[BLOCK / 16][4];
+    const auto pack_probabilities = [&](int stage_before) {
+      wait_wgmma<0>(sums);  // of the tile before, whose operand p is
+      if (tile > range.first) release(plan, round, stage_before);
+      UNROLL_FOR (int i = 0; i < D / 2; ++i) sums[i] *= state.alpha[i / 2 % 2];
+      UNROLL_FOR (int i = 0; i < BLOCK / 4; ++i) p[i / 4][i % 4] = pack(T{}, scores[2 * i], scores[2 * i + 1]);
+      if (D == 128 && dropout_mask.drops()) drop(dropout_mask, query, tile * BLOCK, p);  // later it would spill
+    };
+    const auto add_values = [&](int stage) {
+      if (D != 128 && dropout_mask.drops()) drop(dropout_mask, query, tile * BLOCK, p);
+      const auto& v = memory_.v[stage];
+      fence_wgmma(sums);
+      UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
+        wgmma<Major::mn>(T{}, sums, p[depth / 16], v.template slice<Major::mn>(depth), true);
+      commit_wgmma();
+    };
+    if (range.first < range.end) {
+      int stage = wait_for_tile(work, plan, round, tile), stage_before = stage;
+      start_scores(stage);
+      wait_wgmma<0>(scores);
+      finish_scores(tile * BLOCK);
+      for (; tile + 1 < range.end; ++tile) {
+        pack_probabilities(stage_before);
+        stage_before = stage, stage = wait_for_tile(work, plan, round, tile + 1);
+        start_scores(stage);
+        add_values(stage_before);
+        wait_wgmma<1>(scores);
+        finish_scores((tile + 1) * BLOCK);
+      }
+      pack_probabilities(stage_before);
+      add_values(stage);
+      wait_wgmma<0>(sums);
+      release(plan, round, stage), ++tile;
+    }
+    for (; tile < plan.end_tile; ++tile) release(plan, round, wait_for_tile(work, plan, round, tile));
+    if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty[consumer_][rounds_ % 2]);
+    if (query < work.end) store(work, dropout_mask, query, state, sums);
+  }
+
+  // Wait until a tile of keys is in shared memory, and return its stage. In the first round both consumers zero the
+  // rows beyond the sequence's end.
+  DEVICE int wait_for_tile(const WorkTile& work, const ForwardPlan& plan, int round, int tile) {
+    const int use = tiles_ + tile - plan.first_tile, stage = uniform(use % Memory::STAGES);
+    wait(&memory_.full[stage], use / Memory::STAGES % 2);
+    if (round == 0 && (tile + 1) * BLOCK > work.length) {
+      zero_rows(memory_.v[stage], work.length - tile * BLOCK);
+      fence_proxy();
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+    }
+    return stage;
+  }
+
+  // After the last round, let the producer overwrite a stage.
+  DEVICE void release(const ForwardPlan& plan, int round, int stage) {
+    if (round + 1 == plan.rounds && threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
+  }
+
+  // Set dropped probabilities to 0.
+  DEVICE void drop(const DropoutMask& dropout_mask, int query, int key, uint32_t (&p)[BLOCK / 16][4]) const {
+    UNROLL_FOR (int column = 0; column < BLOCK; column += 32) {
+      const KeptElements kept = dropout_mask.template kept<false>(query + warp_row(), key + column);
+      UNROLL_FOR (int i = 0; i < 8; ++i) p[column / 16 + i / 4][i % 4] &= kept.pair(i);
+    }
+  }
+
+  DEVICE void store(const WorkTile& work, const DropoutMask& dropout_mask, int query, SoftmaxState& state,
+                    const float (&sums)[D / 2]) const {
+    const int64_t token = work.start + query;
+    UNROLL_FOR (int h = 0; h < 2; ++h) {
+      state.l_i[h] += __shfl_xor_sync(~0u, state.l_i[h], 1);
+      state.l_i[h] += __shfl_xor_sync(~0u, state.l_i[h], 2);
+      const int row = fragment_row(2 * h);
+      if (query + row < work.end && threadIdx.x % 4 == 0)
+        a_.lse[work.head * a_.capacity + token + row] =
+            state.m_i[h] * (a_.scale * LOG2_E) + log2f(state.l_i[h] / (float)work.length);
+    }
+    const float factor = dropout_mask.scale();
+    store_rows(sums, factor / state.l_i[0], factor / state.l_i[1], work.end - query,
+               (T*)a_.o + (token * a_.heads + work.head) * D, (int64_t)a_.heads * D);
+  }
+
+  Memory& memory_;
+  const TileScheduler& scheduler_;
+  const AttentionForward& a_;
+  const int consumer_;
+  int tiles_ = 0, rounds_ = 0;  // consumed so far
+};
 
 template <class T, int D>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
@@ -182,7 +262,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   zero_padding_slots((T*)a.o, a.cu_seqlens[a.sequences], a.capacity, (int64_t)a.heads * D);
-  specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv); }, [&] { attend<T, D>(memory, scheduler, a); });
+  specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv); },
+                   [&] { QueryConsumer<T, D>(memory, scheduler, a).run(); });
 }
 
 void attention_forward(const AttentionForward& a, Stream stream) {

@@ -80,16 +80,18 @@ struct AttentionMask {
   DEVICE int q_begin(int kv_begin) const { return causal ? kv_begin : this->kv_begin(kv_begin); }
   DEVICE int q_end(int kv_end) const { return length - kv_end > window ? kv_end + window : length; }
 
-  // Whether no score of the block is masked.
-  DEVICE bool is_full_block(int query, int queries, int key, int keys) const {
-    if (key + keys > length || query + queries > length) return false;
-    if (causal && key + keys - 1 > query) return false;
-    return query + queries - 1 - key <= window && key + keys - 1 - query <= window;
+  // Whether causality or the window masks a score of the block; the sequence's end aside.
+  DEVICE bool limits(int query, int queries, int key, int keys) const {
+    const int first = query - (key + keys - 1), last = query + queries - 1 - key;  // of all differences query - key
+    return first < lowest() || last > window;
   }
-  DEVICE bool attends(int query, int key) const {
-    const int behind = query - key;
-    return key < length && query < length && behind <= window && behind >= (causal ? 0 : -window);
+  // Whether causality and the window let a query attend to a key. As unsigned numbers, one comparison does for both.
+  DEVICE bool reaches(int query, int key) const {
+    return (uint32_t)(query - key - lowest()) <= (uint32_t)window - (uint32_t)lowest();
   }
+
+ private:
+  DEVICE int lowest() const { return causal ? 0 : -window; }  // of query - key
 };
 
 // Load a tile's rows from `token` on, of plane `part` of [T, parts, D].
@@ -122,6 +124,14 @@ DEVICE void zero_rows(Tile<TILE_ROWS, D>& tile, int first) {
     *(Words4*)tile.at(i / EACH, i % EACH * 8) = {};
 }
 
+// Set the columns of a fragment from `end` on, such as those of keys beyond the sequence's end.
+template <int R>
+DEVICE void fill_columns(float (&d)[R], int end, float value) {
+  end -= fragment_column(0);
+  UNROLL_FOR (int i = 0; i < R; ++i)
+    if (i / 4 * 8 + i % 2 >= end) d[i] = value;
+}
+
 // Write the first `rows` rows of an accumulator, each times its factor, to `out`, rows `stride` elements apart.
 // factor_above is for the upper row of a thread's two, factor_below for the lower.
 template <class T, int R>
@@ -142,60 +152,95 @@ DEVICE void zero_padding_slots(T* x, int64_t num_tokens, int64_t tokens, int64_t
     x[i] = {};
 }
 
+// Which of a thread's 16 elements of two adjacent 16 x 16 blocks are kept: the highest bits of the bytes of
+// word[block][upper or lower row].
+struct KeptElements {
+  static constexpr uint32_t ALL = ~0u;  // in one register
+  uint32_t word[2][2];
+
+  // All elements in one register, in the order of bit().
+  DEVICE uint32_t in_one_register() const {
+    uint32_t result = 0;
+    UNROLL_FOR (int i = 0; i < 4; ++i) result |= (word[i / 2][i % 2] & 0x80808080u) >> i;
+    return result;
+  }
+  DEVICE static constexpr int bit(int i) { return i / 4 % 2 * 16 + i % 2 * 8 + 7 - (i / 8 * 2 + i / 2 % 2); }
+  // The mask of elements 2 i and 2 i + 1 as 16-bit values.
+  DEVICE uint32_t pair(int i) const { return sign_masks(word[i / 4][i % 2], i / 2 % 2 * 2); }
+};
+
 // Dropout mask of one head of a sequence; see bertfast/ops/dropout.py. Of a 16 x 16 block a thread holds 8 elements,
 // whose random bytes are half of one Philox call; the lane four further holds the other half.
+// Unless it would spill, KEEP_KEYS holds the keys of all rounds in 20 registers, which saves 18 instructions per call.
+template <bool KEEP_KEYS>
 class AttentionDropoutMask {
  public:
   DEVICE AttentionDropoutMask(const AttentionDropout& dropout, int sequence, int head) : threshold_(dropout.threshold) {
     if (threshold_ == 0) return;
-    seed_ = *dropout.seed, sequence_id_ = (uint32_t)dropout.sequence_ids[sequence];
+    seed_[0] = (uint32_t)*dropout.seed, seed_[1] = (uint32_t)(*dropout.seed >> 32);
+    if constexpr (KEEP_KEYS) {
+      keys_ = PhiloxKeys(seed_);
+      keep_in_registers(keys_.key[0]), keep_in_registers(keys_.key[1]);
+    }
+    sequence_id_ = (uint32_t)dropout.sequence_ids[sequence];
     counter_word_ = dropout.counter_word | (uint32_t)head;
+    addend_ = (0x80u - (uint32_t)threshold_ % 0x80u) * 0x01010101u, either_ = threshold_ < 0x80 ? ~0u : 0u;
   }
 
   DEVICE bool drops() const { return threshold_ != 0; }
-  DEVICE float scale() const { return scale_of(threshold_); }
+  DEVICE float scale() const { return fast_reciprocal(keep_probability(threshold_)); }
 
   // The mask of two adjacent 16 x 16 blocks of scores, whose rows are queries (keys if TRANSPOSED): the warp's rows
-  // start at `row`, the columns at `column`. Bit i says whether the i-th of the thread's 16 registers is kept.
+  // start at `row`, the columns at `column`.
   template <bool TRANSPOSED>
-  DEVICE uint32_t kept(int row, int column) const {
+  DEVICE KeptElements kept(int row, int column) const {
     const uint32_t lane = threadIdx.x % 32, odd = lane / 4 % 2;
     const uint32_t row_group = (uint32_t)row / 4 + lane / 8, column_group = (uint32_t)column / 4 + lane % 4 + 4 * odd;
-    const PhiloxWords drawn_words = TRANSPOSED ? philox(row_group, column_group, sequence_id_, counter_word_, seed_)
-                                               : philox(column_group, row_group, sequence_id_, counter_word_, seed_);
+    uint32_t seed[2] = {seed_[0], seed_[1]};
+    if constexpr (!KEEP_KEYS) keep_in_registers(seed);  // so that the compiler does not move the keys out of loops
+    const PhiloxKeys keys = KEEP_KEYS ? keys_ : PhiloxKeys(seed);
+    PhiloxWords drawn = TRANSPOSED ? philox(row_group, column_group, sequence_id_, counter_word_, keys)
+                                   : philox(column_group, row_group, sequence_id_, counter_word_, keys);
+    UNROLL_FOR (int i = 0; i < 4; ++i) drawn.word[i] = compare_bytes(drawn.word[i]);
     // Two bytes of each word belong to the even row, two to the odd one. Each thread draws one block and exchanges the
     // other row's bytes. Register pairs {0, 1} and {4, 5} belong to the upper rows, {2, 3} and {6, 7} to the lower.
     const uint32_t even_bytes = TRANSPOSED ? 0x6420u : 0x5410u, odd_bytes = TRANSPOSED ? 0x7531u : 0x7632u;
     const uint32_t own_bytes = odd ? odd_bytes : even_bytes, partner_bytes = odd ? even_bytes : odd_bytes;
-    const uint32_t upper[2] = {drawn_words.word[0], drawn_words.word[TRANSPOSED ? 2 : 1]};
-    const uint32_t lower[2] = {drawn_words.word[TRANSPOSED ? 1 : 2], drawn_words.word[3]};
-    uint32_t bytes[2][2];  // [block][upper or lower row]
-    const uint32_t kept_upper = __byte_perm(upper[0], upper[1], own_bytes);
-    const uint32_t kept_lower = __byte_perm(lower[0], lower[1], own_bytes);
+    const uint32_t upper[2] = {drawn.word[0], drawn.word[TRANSPOSED ? 2 : 1]};
+    const uint32_t lower[2] = {drawn.word[TRANSPOSED ? 1 : 2], drawn.word[3]};
+    const uint32_t own_upper = __byte_perm(upper[0], upper[1], own_bytes);
+    const uint32_t own_lower = __byte_perm(lower[0], lower[1], own_bytes);
     const uint32_t received_upper = __shfl_xor_sync(~0u, __byte_perm(upper[0], upper[1], partner_bytes), 4);
     const uint32_t received_lower = __shfl_xor_sync(~0u, __byte_perm(lower[0], lower[1], partner_bytes), 4);
-    bytes[0][0] = odd ? received_upper : kept_upper, bytes[0][1] = odd ? received_lower : kept_lower;
-    bytes[1][0] = odd ? kept_upper : received_upper, bytes[1][1] = odd ? kept_lower : received_lower;
-    uint32_t result = 0;
-    UNROLL_FOR (int i = 0; i < 16; ++i) {
-      const int byte = i % 2 + i / 4 % 2 * 2;
-      const uint32_t byte_value = bytes[i / 8][i / 2 % 2] >> byte * 8 & 0xff;
-      result |= (byte_value >= (uint32_t)threshold_ ? 1u : 0u) << i;
-    }
-    return result;
+    return {{{odd ? received_upper : own_upper, odd ? received_lower : own_lower},
+             {odd ? own_upper : received_upper, odd ? own_lower : received_lower}}};
   }
 
  private:
+  // Set the highest bit of each byte to whether the byte is at least the threshold: it is if its lower seven bits are
+  // at least threshold % 128, which their sum with 128 - threshold % 128 shows, or (and, from 128 on) if its highest
+  // is.
+  DEVICE uint32_t compare_bytes(uint32_t bytes) const {
+    const uint32_t sum = (bytes & 0x7f7f7f7fu) + addend_;
+    return (sum & bytes) | ((sum | bytes) & either_);
+  }
+
   int threshold_;
-  uint64_t seed_;
+  uint32_t seed_[2];
+  PhiloxKeys keys_;
   uint32_t sequence_id_, counter_word_;
+  uint32_t addend_, either_;  // 128 - threshold % 128 in each byte; all ones for a threshold below 128, else 0
 };
 
 // The first of the calling warp's 16 rows within its warpgroup's 64.
 DEVICE int warp_row() { return (int)threadIdx.x % 128 / 32 * 16; }
 
-// The calling thread's consumer, by a shuffle, so that the compiler knows it is uniform in a warp.
-DEVICE int consumer_index() { return __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0); }
+// x, which is the same in all threads of a warp, by a shuffle, so that the compiler knows that it is: descriptors of
+// wgmma are then computed in uniform registers, where it takes them from.
+DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// The calling thread's consumer.
+DEVICE int consumer_index() { return uniform((int)threadIdx.x / 128 - 1); }
 
 // Warp specialisation: one thread runs `load`, two warpgroups run `compute`.
 template <class Load, class Compute>

@@ -15,12 +15,16 @@ void attention_backward(const AttentionBackward& a, Stream stream) {
     const CUtensorMap d_o = rows_map<D>(a.d_o, a.capacity, a.heads, (int64_t)a.heads * D);
     const int64_t lanes = a.capacity * a.heads * (D / 8);
     launch(delta_kernel<T, D>, (int)((lanes + 255) / 256 < sms * 8 ? (lanes + 255) / 256 : sms * 8), 256, 0, stream, a);
-    if (fused) {
-      launch(attention_keys_kernel<T, D, true>, blocks, ATTENTION_THREADS, sizeof(KeyMemory<D, true>), stream, a,
-             scheduler, qkv, d_o);
+    const auto launch_keys = [&]<int MAX_SEQLEN>(std::integral_constant<int, MAX_SEQLEN>) {
+      launch(attention_keys_kernel<T, D, MAX_SEQLEN>, blocks, ATTENTION_THREADS, sizeof(KeyMemory<D, MAX_SEQLEN>),
+             stream, a, scheduler, qkv, d_o);
+    };
+    if (a.max_seqlen_bound <= MAX_PREFETCHED_SEQLEN<D>) {
+      launch_keys(std::integral_constant<int, MAX_PREFETCHED_SEQLEN<D>>{});
+    } else if (fused) {
+      launch_keys(std::integral_constant<int, MAX_FUSED_SEQLEN<D>>{});
     } else {
-      launch(attention_keys_kernel<T, D, false>, blocks, ATTENTION_THREADS, sizeof(KeyMemory<D, false>), stream, a,
-             scheduler, qkv, d_o);
+      launch_keys(std::integral_constant<int, 0>{});
       launch(attention_queries_kernel<T, D>, blocks, ATTENTION_THREADS, sizeof(QueryMemory<D>), stream, a, scheduler,
              qkv, d_o);
     }

@@ -5,9 +5,17 @@
 
 namespace bertfast::cuda {
 
-// lse (log2 of the mean of the exponentials) and delta of a query; lse is infinite beyond the sequence's end.
+// What the gradient of softmax takes of a query: log2 of the sum of the exponentials of its scores, infinite beyond the
+// sequence's end, and delta, divided by the dropout scale. All gradients are multiplied by that scale when they are
+// stored.
 struct Statistics {
   float lse, delta;
+
+  DEVICE static Statistics of(const AttentionBackward& a, const WorkTile& work, int query) {
+    if (query >= work.length) return {INFINITY, 0};
+    const int64_t slot = work.head * a.capacity + work.start + query;
+    return {a.lse[slot] + log2f((float)work.length), a.delta[slot] * keep_probability(a.dropout.threshold)};
+  }
 };
 
 // delta = row sum of d_o · o for each token and head.

@@ -1,4 +1,4 @@
-// Attention's backward pass over blocks of keys: d_k and d_v, and for a short sequence (FUSED) also d_q, so that one
+// Attention's backward pass over blocks of keys: d_k and d_v, and for a short sequence also d_q, so that one
 // work tile computes all gradients of a head in one pass over its scores.
 //
 // Scores and their gradients are computed transposed, [keys, queries], so that their registers are the A operands of
@@ -8,19 +8,28 @@
 
 namespace bertfast::cuda {
 
-// The longest sequence whose d_q, in fp32, fits into a block's shared memory.
+// The longest sequence whose d_q, in fp32, fits into a block's shared memory, and the longest for which a second block
+// of keys does, too.
 template <int D>
 constexpr int MAX_FUSED_SEQLEN = D == 128 ? 128 : 512;
+template <int D>
+constexpr int MAX_PREFETCHED_SEQLEN = D == 64 ? 256 : MAX_FUSED_SEQLEN<D>;
 
-template <int D, bool FUSED>
+// No sequence is longer than MAX_SEQLEN, and d_q is computed, too (FUSED), unless MAX_SEQLEN is 0. Keys and queries are
+// in ring buffers; that of keys has a single stage if a second one does not fit.
+template <int D, int MAX_SEQLEN>
 struct KeyMemory {
-  static constexpr int STAGES = 2, STEPS = MAX_FUSED_SEQLEN<D> / ROWS;
-  Tile<BLOCK, D> k, v;
+  static constexpr bool FUSED = MAX_SEQLEN > 0;
+  static constexpr int D_Q_FLOATS = MAX_SEQLEN * D, OTHER_BYTES = D_Q_FLOATS * 4 + (BLOCK * ROWS * 2 + 2048);
+  static constexpr int KEY_BYTES = 2 * Tile<BLOCK, D>::BYTES, QUERY_BYTES = 2 * Tile<ROWS, D>::BYTES;
+  static constexpr int KEY_STAGES = OTHER_BYTES + 2 * KEY_BYTES + 2 * QUERY_BYTES <= (int)MAX_SHARED_BYTES ? 2 : 1;
+  static constexpr int STAGES = OTHER_BYTES + KEY_STAGES * KEY_BYTES + 4 * QUERY_BYTES <= (int)MAX_SHARED_BYTES ? 4 : 2;
+  Tile<BLOCK, D> k[KEY_STAGES], v[KEY_STAGES];
   Tile<ROWS, D> q[STAGES], d_o[STAGES];
   Tile<BLOCK, ROWS> d_s;
   Statistics statistics[2][ROWS];
-  float d_q[FUSED ? STEPS : 1][D / 4][CONSUMERS];  // [step][register][thread]
-  uint64_t keys_full, keys_empty, full[STAGES], empty[STAGES];
+  float d_q[FUSED ? MAX_SEQLEN / ROWS : 1][FUSED ? D / 4 : 1][CONSUMERS];  // [step][register][thread]
+  uint64_t keys_full[KEY_STAGES], keys_empty[KEY_STAGES], full[STAGES], empty[STAGES];
 };
 
 // The range of queries that attend to a block of keys, in steps of ROWS.
@@ -32,24 +41,25 @@ struct KeyPlan {
         end_step(ceil_div(mask.q_end(key + BLOCK < mask.length ? key + BLOCK : mask.length), ROWS)) {}
 };
 
-template <int D, bool FUSED>
-DEVICE void load_work(KeyMemory<D, FUSED>& memory, const TileScheduler& scheduler, const AttentionBackward& a,
+template <int D, int MAX_SEQLEN>
+DEVICE void load_work(KeyMemory<D, MAX_SEQLEN>& memory, const TileScheduler& scheduler, const AttentionBackward& a,
                       const CUtensorMap* qkv, const CUtensorMap* d_o) {
-  using Memory = KeyMemory<D, FUSED>;
+  using Memory = KeyMemory<D, MAX_SEQLEN>;
   int blocks = 0, steps = 0;  // loaded so far
   for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
     const WorkTile work = scheduler[index];
     const AttentionMask mask(a, work.length);
     for (int key = work.first; key < work.end; key += BLOCK, ++blocks) {
-      wait(&memory.keys_empty, (blocks + 1) % 2);
-      arrive_expecting(&memory.keys_full, 2 * Tile<BLOCK, D>::BYTES);
-      load_tile(memory.k, qkv, &memory.keys_full, a.heads + work.head, work.start + key);
-      load_tile(memory.v, qkv, &memory.keys_full, 2 * a.heads + work.head, work.start + key);
+      const int key_stage = blocks % Memory::KEY_STAGES;
+      wait(&memory.keys_empty[key_stage], (blocks / Memory::KEY_STAGES + 1) % 2);
+      arrive_expecting(&memory.keys_full[key_stage], Memory::KEY_BYTES);
+      load_tile(memory.k[key_stage], qkv, &memory.keys_full[key_stage], a.heads + work.head, work.start + key);
+      load_tile(memory.v[key_stage], qkv, &memory.keys_full[key_stage], 2 * a.heads + work.head, work.start + key);
       const KeyPlan plan(mask, key);
       for (int step = plan.first_step; step < plan.end_step; ++step, ++steps) {
         const int stage = steps % Memory::STAGES;
         wait(&memory.empty[stage], (steps / Memory::STAGES + 1) % 2);
-        arrive_expecting(&memory.full[stage], 2 * Tile<ROWS, D>::BYTES);
+        arrive_expecting(&memory.full[stage], Memory::QUERY_BYTES);
         load_tile(memory.q[stage], qkv, &memory.full[stage], work.head, work.start + step * ROWS);
         load_tile(memory.d_o[stage], d_o, &memory.full[stage], work.head, work.start + step * ROWS);
       }
@@ -57,10 +67,11 @@ DEVICE void load_work(KeyMemory<D, FUSED>& memory, const TileScheduler& schedule
   }
 }
 
-template <class T, int D, bool FUSED>
+template <class T, int D, int MAX_SEQLEN>
 class KeyConsumer {
  public:
-  using Memory = KeyMemory<D, FUSED>;
+  using Memory = KeyMemory<D, MAX_SEQLEN>;
+  using DropoutMask = AttentionDropoutMask<false>;
 
   DEVICE KeyConsumer(Memory& memory, const TileScheduler& scheduler, const AttentionBackward& a)
       : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
@@ -77,12 +88,14 @@ class KeyConsumer {
   DEVICE void differentiate(const WorkTile& work, int key) {
     const AttentionMask mask(a_, work.length);
     const KeyPlan plan(mask, key);
-    const AttentionDropoutMask dropout_mask(a_.dropout, work.sequence, work.head);
+    const DropoutMask dropout_mask(a_.dropout, work.sequence, work.head);
     float d_k[D / 2] = {}, d_v[D / 2] = {};
     read_statistics(work, plan.first_step, steps_);
-    wait(&memory_.keys_full, blocks_ % 2);
+    const int key_stage = blocks_ % Memory::KEY_STAGES;
+    Tile<BLOCK, D>& k = memory_.k[key_stage];
+    wait(&memory_.keys_full[key_stage], blocks_ / Memory::KEY_STAGES % 2);
     if (key + BLOCK > work.length) {
-      zero_rows(memory_.k, work.length - key);
+      zero_rows(k, work.length - key);
       fence_proxy();
     }
     named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // the statistics have been written too
@@ -96,48 +109,51 @@ class KeyConsumer {
         named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
       }
       float p[ROWS / 2], d_s[ROWS / 2];
-      compute_scores(q, d_o, p, d_s);
+      compute_scores(k, memory_.v[key_stage], q, d_o, p, d_s);
       uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
-      recompute_probabilities(work, mask, dropout_mask, key, query, p, d_s, p_pairs, d_s_pairs);
+      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask, dropout_mask.drops(), key, query, p, d_s);
+      else if (dropout_mask.drops()) differentiate_softmax(mask, dropout_mask, std::true_type{}, key, query, p, d_s);
+      else differentiate_softmax(mask, dropout_mask, std::false_type{}, key, query, p, d_s);
+      pack_operands(mask, key, p, d_s, p_pairs, d_s_pairs);
       share_score_gradients(d_s_pairs);
       float d_q[D / 4];
-      if constexpr (FUSED) fence_wgmma(d_q);
+      if constexpr (Memory::FUSED) fence_wgmma(d_q);
       fence_wgmma(d_k, d_v);
       UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16) {
         wgmma<Major::mn>(T{}, d_v, p_pairs[depth / 16], d_o.template slice<Major::mn>(depth), true);
         wgmma<Major::mn>(T{}, d_k, d_s_pairs[depth / 16], q.template slice<Major::mn>(depth), true);
       }
-      if constexpr (FUSED)
+      if constexpr (Memory::FUSED)
         UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
           wgmma<Major::mn, Major::mn>(T{}, d_q, memory_.d_s.template slice<Major::mn>(depth),
-                                      memory_.k.template slice<Major::mn>(depth, consumer_ * (D / 2)), depth > 0);
+                                      k.template slice<Major::mn>(depth, consumer_ * (D / 2)), depth > 0);
       commit_wgmma();
       if (step + 1 < plan.end_step) read_statistics(work, step + 1, steps_ + 1);
       wait_wgmma<0>(d_k, d_v);
       if (threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
-      if constexpr (FUSED) {
+      if constexpr (Memory::FUSED) {
         keep_in_registers(d_q);
-        add_to_queries(work, mask, key, step, d_q);
+        add_to_queries(work, mask, a_.scale * dropout_mask.scale(), key, step, d_q);
       }
       named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // d_s has been read, and the next statistics are written
     }
-    if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty);
+    if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[key_stage]);
     const int row = key + consumer_ * ROWS;
-    const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
-    store_rows(d_k, a_.scale, a_.scale, work.length - row, gradient(work, 1, row), stride());
+    const float dropout_scale = dropout_mask.scale(), factor = a_.scale * dropout_scale;
+    store_rows(d_k, factor, factor, work.length - row, gradient(work, 1, row), stride());
     store_rows(d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
   }
 
   // Compute p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities.
-  DEVICE void compute_scores(const Tile<ROWS, D>& q, const Tile<ROWS, D>& d_o, float (&p)[ROWS / 2],
-                             float (&d_s)[ROWS / 2]) const {
+  DEVICE void compute_scores(const Tile<BLOCK, D>& k, const Tile<BLOCK, D>& v, const Tile<ROWS, D>& q,
+                             const Tile<ROWS, D>& d_o, float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
     fence_wgmma(p, d_s);
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, p, memory_.k.template slice<Major::k>(depth, consumer_ * ROWS),
+      wgmma<Major::k, Major::k>(T{}, p, k.template slice<Major::k>(depth, consumer_ * ROWS),
                                 q.template slice<Major::k>(depth), depth > 0);
     commit_wgmma();
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, d_s, memory_.v.template slice<Major::k>(depth, consumer_ * ROWS),
+      wgmma<Major::k, Major::k>(T{}, d_s, v.template slice<Major::k>(depth, consumer_ * ROWS),
                                 d_o.template slice<Major::k>(depth), depth > 0);
     commit_wgmma();
     wait_wgmma<0>(p, d_s);
@@ -153,46 +169,58 @@ class KeyConsumer {
     named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
   }
 
-  // Recompute probabilities from scores, and compute d_s = p (d_p - delta); pack both as A operands of wgmma.
-  DEVICE void recompute_probabilities(const WorkTile& work, const AttentionMask& mask,
-                                      const AttentionDropoutMask& dropout_mask, int key, int query,
-                                      float (&p)[ROWS / 2], float (&d_s)[ROWS / 2], uint32_t (&p_pairs)[ROWS / 16][4],
-                                      uint32_t (&d_s_pairs)[ROWS / 16][4]) const {
-    const float scale = a_.scale * LOG2_E, inv_length = 1.f / (float)work.length;
-    const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
-    const bool full = mask.is_full_block(query, ROWS, key, BLOCK);
+  // Recompute probabilities from scores, 0 where dropped, and compute d_s = p (d_p - delta). Conditions are constants,
+  // or branches around several elements: one per element would cost as much as the arithmetic. With D = 128 `drops` is
+  // a bool and the branches are around fewer elements, or the compiler would spill registers.
+  template <class Condition>
+  DEVICE void differentiate_softmax(const AttentionMask& mask, const DropoutMask& dropout_mask, Condition drops,
+                                    int key, int query, float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
+    constexpr int CHUNK = D == 128 ? 4 : 16;
+    const float scale = a_.scale * LOG2_E;
     const Statistics* const statistics = memory_.statistics[steps_ % 2];
-    UNROLL_FOR (int column = 0; column < ROWS; column += 32) {
-      uint32_t kept = ~0u;
-      if (dropout_mask.drops()) kept = dropout_mask.kept<true>(key + consumer_ * ROWS + warp_row(), query + column);
-      UNROLL_FOR (int i = column / 2; i < column / 2 + 16; ++i) {
+    const bool limited = mask.limits(query, ROWS, key, BLOCK);
+    key += consumer_ * ROWS;
+    uint32_t kept = KeptElements::ALL;
+    UNROLL_FOR (int first = 0; first < ROWS / 2; first += CHUNK) {
+      if (drops && first % 16 == 0)
+        kept = dropout_mask.template kept<true>(key + warp_row(), query + 2 * first).in_one_register();
+      UNROLL_FOR (int i = first; i < first + CHUNK; ++i) {
         const Statistics& stats = statistics[fragment_column(i)];
-        float probability = fast_exp2(p[i] * scale - stats.lse) * inv_length, d = d_s[i] * dropout_scale;
-        if (!(kept >> i % 16 & 1)) d = 0;
-        d = probability * (d - stats.delta);
-        if (!full && !mask.attends(query + fragment_column(i), key + consumer_ * ROWS + fragment_row(i)))
-          probability = d = 0;  // masked elements may be NaN
-        p[i] = kept >> i % 16 & 1 ? probability : 0.f;
-        d_s[i] = d;
+        const bool is_kept = kept >> KeptElements::bit(i % 16) & 1;
+        const float probability = fast_exp2(p[i] * scale - stats.lse);
+        d_s[i] = probability * ((is_kept ? d_s[i] : 0.f) - stats.delta);
+        p[i] = is_kept ? probability : 0.f;
       }
+      if (limited)
+        UNROLL_FOR (int i = first; i < first + CHUNK; ++i)
+          if (!mask.reaches(query + fragment_column(i), key + fragment_row(i))) p[i] = d_s[i] = 0;  // may be NaN
     }
+  }
+
+  // Pack p and d_s as A operands of wgmma. Beyond the end rows of v may hold NaN: d_s becomes 0 there. Rows of p reach
+  // only rows of d_v that are not stored.
+  DEVICE void pack_operands(const AttentionMask& mask, int key, const float (&p)[ROWS / 2],
+                            const float (&d_s)[ROWS / 2], uint32_t (&p_pairs)[ROWS / 16][4],
+                            uint32_t (&d_s_pairs)[ROWS / 16][4]) const {
     UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) {
       p_pairs[i / 4][i % 4] = pack(T{}, p[2 * i], p[2 * i + 1]);
       d_s_pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
     }
+    const int rows = mask.length - key - consumer_ * ROWS;
+    if (rows < ROWS)
+      UNROLL_FOR (int i = 0; i < ROWS / 4; ++i)
+        if (fragment_row(2 * i) >= rows) d_s_pairs[i / 4][i % 4] = 0;
   }
 
   // Load the statistics of a step's queries into buffer index % 2; they are read after the next named barrier.
   DEVICE void read_statistics(const WorkTile& work, int step, int index) {
-    const int row = (int)threadIdx.x - (ATTENTION_THREADS - CONSUMERS), query = step * ROWS + row;
-    if (row >= ROWS) return;
-    const int64_t slot = work.head * a_.capacity + work.start + query;
-    memory_.statistics[index % 2][row] =
-        query < work.length ? Statistics{a_.lse[slot], a_.delta[slot]} : Statistics{INFINITY, 0};
+    const int row = (int)threadIdx.x - (ATTENTION_THREADS - CONSUMERS);
+    if (row < ROWS) memory_.statistics[index % 2][row] = Statistics::of(a_, work, step * ROWS + row);
   }
 
-  // Add to a step's d_q in shared memory; after the last block of keys, write it to global memory.
-  DEVICE void add_to_queries(const WorkTile& work, const AttentionMask& mask, int key, int step, float (&d_q)[D / 4]) {
+  // Add to a step's d_q in shared memory; after the last block of keys, write it, times `factor`, to global memory.
+  DEVICE void add_to_queries(const WorkTile& work, const AttentionMask& mask, float factor, int key, int step,
+                             float (&d_q)[D / 4]) {
     const int query = step * ROWS, thread = (int)threadIdx.x - (ATTENTION_THREADS - CONSUMERS);
     const int q_end = query + ROWS < work.length ? query + ROWS : work.length;
     const bool first = key < mask.kv_begin(query) / BLOCK * BLOCK + BLOCK;
@@ -203,8 +231,7 @@ class KeyConsumer {
       if (!last) partial = d_q[i];
     }
     if (last)
-      store_rows(d_q, a_.scale, a_.scale, work.length - query, gradient(work, 0, query) + consumer_ * (D / 2),
-                 stride());
+      store_rows(d_q, factor, factor, work.length - query, gradient(work, 0, query) + consumer_ * (D / 2), stride());
   }
 
   DEVICE T* gradient(const WorkTile& work, int part, int token) const {
@@ -219,16 +246,18 @@ class KeyConsumer {
   int blocks_ = 0, steps_ = 0;  // processed so far
 };
 
-template <class T, int D, bool FUSED>
+template <class T, int D, int MAX_SEQLEN>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_keys_kernel(const AttentionBackward a, const TileScheduler scheduler,
                           const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap d_o) {
-  using Memory = KeyMemory<D, FUSED>;
+  using Memory = KeyMemory<D, MAX_SEQLEN>;
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    init(&memory.keys_full, 1);
-    init(&memory.keys_empty, CONSUMERS / 32);
+    for (int stage = 0; stage < Memory::KEY_STAGES; ++stage) {
+      init(&memory.keys_full[stage], 1);
+      init(&memory.keys_empty[stage], CONSUMERS / 32);
+    }
     for (int stage = 0; stage < Memory::STAGES; ++stage) {
       init(&memory.full[stage], 1);
       init(&memory.empty[stage], CONSUMERS / 32);
@@ -236,8 +265,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   zero_padding_slots((T*)a.d_qkv, a.cu_seqlens[a.sequences], a.capacity, (int64_t)3 * a.heads * D);
-  specialize_warps([&] { load_work<D, FUSED>(memory, scheduler, a, &qkv, &d_o); },
-                   [&] { KeyConsumer<T, D, FUSED>(memory, scheduler, a).run(); });
+  specialize_warps([&] { load_work<D, MAX_SEQLEN>(memory, scheduler, a, &qkv, &d_o); },
+                   [&] { KeyConsumer<T, D, MAX_SEQLEN>(memory, scheduler, a).run(); });
 }
 
 }  // namespace bertfast::cuda

@@ -39,6 +39,26 @@ DEVICE void load_work(QueryMemory<D>& memory, const TileScheduler& scheduler, co
   }
 }
 
+// Turn d_s, the gradients of the probabilities, into those of the scores p; `stats` of the thread's two queries. As in
+// attention_keys.cuh, conditions are constants or branches around several elements.
+template <bool DROPS, class DropoutMask>
+DEVICE void differentiate_softmax(const AttentionMask& mask, const DropoutMask& dropout_mask, int query, int key,
+                                  float scale, const Statistics (&stats)[2], const float (&p)[ROWS / 2],
+                                  float (&d_s)[ROWS / 2]) {
+  UNROLL_FOR (int column = 0; column < ROWS; column += 32) {
+    uint32_t kept = KeptElements::ALL;
+    if constexpr (DROPS) kept = dropout_mask.template kept<false>(query + warp_row(), key + column).in_one_register();
+    UNROLL_FOR (int i = column / 2; i < column / 2 + 16; ++i) {
+      const float d = kept >> KeptElements::bit(i % 16) & 1 ? d_s[i] : 0.f;
+      d_s[i] = fast_exp2(p[i] * scale - stats[i / 2 % 2].lse) * (d - stats[i / 2 % 2].delta);
+    }
+  }
+  if (mask.limits(query, ROWS, key, ROWS))
+    UNROLL_FOR (int i = 0; i < ROWS / 2; ++i)
+      if (!mask.reaches(query + fragment_row(i), key + fragment_column(i))) d_s[i] = 0;
+  if (key + ROWS > mask.length) fill_columns(d_s, mask.length - key, 0.f);  // v may hold NaN there
+}
+
 // Longer than other functions: the compiler's output (SASS) changed when it was split.
 template <class T, int D>
 DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& scheduler, const AttentionBackward& a) {
@@ -50,20 +70,15 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
     const WorkTile work = scheduler[index];
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
-    const AttentionDropoutMask dropout_mask(a.dropout, work.sequence, work.head);
-    const float dropout_scale = dropout_mask.drops() ? dropout_mask.scale() : 1.f;
-    const float inv_length = 1.f / (float)work.length;
+    const AttentionDropoutMask<true> dropout_mask(a.dropout, work.sequence, work.head);
+    const float factor = a.scale * dropout_mask.scale();
     const int query = work.first + consumer * ROWS;
     Statistics stats[2];
-    UNROLL_FOR (int h = 0; h < 2; ++h) {
-      const int row = query + fragment_row(2 * h);
-      const int64_t slot = work.head * a.capacity + work.start + row;
-      stats[h] = row < work.length ? Statistics{a.lse[slot], a.delta[slot]} : Statistics{INFINITY, 0};
-    }
+    UNROLL_FOR (int h = 0; h < 2; ++h) stats[h] = Statistics::of(a, work, query + fragment_row(2 * h));
     float d_q[D / 2] = {};
     wait(&memory.q_full, done++ % 2);
     for (int key = mask.kv_begin(work.first) / ROWS * ROWS; key < mask.kv_end(work.end); key += ROWS, ++tiles) {
-      const int stage = tiles % Memory::STAGES;
+      const int stage = uniform(tiles % Memory::STAGES), q = uniform(consumer);
       wait(&memory.full[stage], tiles / Memory::STAGES % 2);
       if (key + ROWS > work.length) {
         zero_rows(memory.k[stage], work.length - key);
@@ -74,25 +89,15 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
         float p[ROWS / 2], d_s[ROWS / 2];
         fence_wgmma(p, d_s);
         UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-          wgmma<Major::k, Major::k>(T{}, p, memory.q[consumer].template slice<Major::k>(depth),
+          wgmma<Major::k, Major::k>(T{}, p, memory.q[q].template slice<Major::k>(depth),
                                     memory.k[stage].template slice<Major::k>(depth), depth > 0);
         UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-          wgmma<Major::k, Major::k>(T{}, d_s, memory.d_o[consumer].template slice<Major::k>(depth),
+          wgmma<Major::k, Major::k>(T{}, d_s, memory.d_o[q].template slice<Major::k>(depth),
                                     memory.v[stage].template slice<Major::k>(depth), depth > 0);
         commit_wgmma();
         wait_wgmma<0>(p, d_s);
-        const bool full = mask.is_full_block(query, ROWS, key, ROWS);
-        UNROLL_FOR (int column = 0; column < ROWS; column += 32) {
-          uint32_t kept = ~0u;
-          if (dropout_mask.drops()) kept = dropout_mask.kept<false>(query + warp_row(), key + column);
-          UNROLL_FOR (int i = column / 2; i < column / 2 + 16; ++i) {
-            const Statistics& row_stats = stats[i / 2 % 2];
-            float d = kept >> i % 16 & 1 ? d_s[i] * dropout_scale : 0.f;
-            d = fast_exp2(p[i] * scale - row_stats.lse) * inv_length * (d - row_stats.delta);
-            if (!full && !mask.attends(query + fragment_row(i), key + fragment_column(i))) d = 0;
-            d_s[i] = d;
-          }
-        }
+        if (dropout_mask.drops()) differentiate_softmax<true>(mask, dropout_mask, query, key, scale, stats, p, d_s);
+        else differentiate_softmax<false>(mask, dropout_mask, query, key, scale, stats, p, d_s);
         uint32_t pairs[ROWS / 16][4];
         UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
         fence_wgmma(d_q);
@@ -104,7 +109,7 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
       if (threadIdx.x % 32 == 0) arrive(&memory.empty[stage]);
     }
     if (threadIdx.x % 32 == 0) arrive(&memory.q_empty);
-    store_rows(d_q, a.scale, a.scale, work.length - query,
+    store_rows(d_q, factor, factor, work.length - query,
                (T*)a.d_qkv + ((work.start + query) * 3 * a.heads + work.head) * D, (int64_t)3 * a.heads * D);
   }
 }

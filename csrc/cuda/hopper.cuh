@@ -98,10 +98,13 @@ struct Tile {
   }
 
  private:
+  // The start is added to the descriptor of the whole tile, so that all slices of a tile take one register and
+  // constants. Shared memory is smaller than 2¹⁸ bytes, so the sum stays within its field.
   DEVICE uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride) const {
-    constexpr uint64_t mode = SWIZZLE == Swizzle::none ? 0 : 4 - (uint64_t)SWIZZLE;
-    const auto field = [](uint32_t count) { return (uint64_t)((count & 0x3ffff) >> 4); };
-    return field(shared_address(bytes) + start) | field(leading) << 16 | field(stride) << 32 | mode << 62;
+    constexpr uint32_t mode = SWIZZLE == Swizzle::none ? 0 : 4 - (uint32_t)SWIZZLE;
+    const auto field = [](uint32_t count) { return (count & 0x3ffff) >> 4; };
+    const uint32_t tile = field(shared_address(bytes)) | field(leading) << 16;
+    return (uint64_t)(field(stride) | mode << 30) << 32 | (tile + (start >> 4));
   }
 };
 
@@ -247,6 +250,10 @@ DEVICE void fence_proxy() { HOPPER("fence.proxy.async.shared::cta;" ::: "memory"
 template <int R>
 DEVICE void keep_in_registers(float (&d)[R]) {
   UNROLL_FOR (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int R>
+DEVICE void keep_in_registers(uint32_t (&d)[R]) {
+  UNROLL_FOR (int i = 0; i < R; ++i) asm volatile("" : "+r"(d[i]));
 }
 
 // Required before the first wgmma, and after each ordinary access to accumulators or to A operands in registers.

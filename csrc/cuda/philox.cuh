@@ -8,19 +8,32 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  UNROLL_FOR (int round = 0; round < 10; ++round) {
+// The keys of the rounds, so that calls with one seed share them.
+struct PhiloxKeys {
+  static constexpr int ROUNDS = 10;
+  uint32_t key[2][ROUNDS];
+
+  PhiloxKeys() = default;
+  DEVICE explicit PhiloxKeys(const uint32_t (&seed)[2]) {
+    UNROLL_FOR (uint32_t round = 0; round < ROUNDS; ++round) {
+      key[0][round] = seed[0] + round * 0x9E3779B9u;
+      key[1][round] = seed[1] + round * 0xBB67AE85u;
+    }
+  }
+};
+
+DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
+  UNROLL_FOR (int round = 0; round < PhiloxKeys::ROUNDS; ++round) {
     const uint64_t a = (uint64_t)c0 * 0xD2511F53u, b = (uint64_t)c2 * 0xCD9E8D57u;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ key0;
+    c0 = (uint32_t)(b >> 32) ^ c1 ^ keys.key[0][round];
     c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ key1;
+    c2 = (uint32_t)(a >> 32) ^ c3 ^ keys.key[1][round];
     c3 = (uint32_t)a;
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
 
+DEVICE float keep_probability(int threshold) { return (float)(256 - threshold) * (1 / 256.f); }
 DEVICE float scale_of(int threshold) { return 256.f / (float)(256 - threshold); }
 
 // Dropout factors of a row of hidden activations: 0 or the scale.
@@ -28,7 +41,8 @@ class HiddenMask {
  public:
   DEVICE HiddenMask(const HiddenDropout& dropout, int64_t token) : dropout_(dropout) {
     if (dropout.threshold == 0) return;
-    seed_ = *dropout.seed, scale_ = scale_of(dropout.threshold);
+    seed_[0] = (uint32_t)*dropout.seed, seed_[1] = (uint32_t)(*dropout.seed >> 32),
+    scale_ = scale_of(dropout.threshold);
     position_ = (uint32_t)dropout.positions[token], sequence_id_ = (uint32_t)dropout.sequence_ids[token];
   }
 
@@ -36,7 +50,8 @@ class HiddenMask {
 
   // The factors of 8 columns; `column` is a multiple of 8. A Philox call covers 16 columns.
   DEVICE void factors(int column, float (&factor)[8]) const {
-    const PhiloxWords drawn = philox((uint32_t)column / 16, position_, sequence_id_, dropout_.counter_word, seed_);
+    const PhiloxWords drawn =
+        philox((uint32_t)column / 16, position_, sequence_id_, dropout_.counter_word, PhiloxKeys(seed_));
     const bool upper = column % 16 != 0;
     const uint32_t first = upper ? drawn.word[2] : drawn.word[0], second = upper ? drawn.word[3] : drawn.word[1];
     UNROLL_FOR (int i = 0; i < 8; ++i) {
@@ -47,7 +62,7 @@ class HiddenMask {
 
  private:
   const HiddenDropout& dropout_;
-  uint64_t seed_;
+  uint32_t seed_[2];
   float scale_;
   uint32_t position_, sequence_id_;
 };

@@ -130,8 +130,8 @@ template <int... R>
 void fence_wgmma([[maybe_unused]] float (&... d)[R]) {
   current->fenced = true;
 }
-template <int R>
-void keep_in_registers(float (&)[R]) {}
+template <class X, int R>
+void keep_in_registers(X (&)[R]) {}
 inline void commit_wgmma() { current->committed.push_back(current->issued); }
 template <int PENDING, int... R>
 void wait_wgmma([[maybe_unused]] float (&... d)[R]) {
@@ -243,6 +243,11 @@ void wait_copies() {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
+
+inline uint32_t sign_masks(uint32_t x, int byte) {
+  const auto mask = [&](int which) { return x >> (8 * which + 7) & 1 ? 0xffffu : 0u; };
+  return mask(byte) | mask(byte + 1) << 16;
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t narrow(BFloat16, float x) {

@@ -92,11 +92,14 @@ def test_max_seqlen_bound_changes_only_which_kernels_run():
     compare(layout([5, 32, 0, 1], max_seqlen_bound=512), p=0.3)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 63, 65, 127, 129])  # around the sizes of groups and tiles
-def test_mask_is_bitwise_identical_to_the_reference(length):
+@pytest.mark.parametrize(
+    ("length", "p"),
+    [*((length, 0.3) for length in (1, 15, 16, 17, 31, 33, 63, 65, 127, 129)), (65, 0.5), (65, 0.7)],
+)  # around the sizes of groups and tiles; with p >= 0.5 only bytes from 128 on are kept
+def test_mask_is_bitwise_identical_to_the_reference(length, p):
     """With uniform probabilities and one-hot values the output shows which keys were kept, and d_v which queries."""
     sequences = layout([2, length], sequence_ids=[3, 1 << 31])
-    dropout = dropout_over(sequences)
+    dropout = dropout_over(sequences, p)
     expected = attention_keep(dropout, 1 << 31, 2, length, range(length))
     slots = torch.arange(2, 2 + length, device=DEVICE)
     for first in range(0, length, 128):
@@ -106,7 +109,7 @@ def test_mask_is_bitwise_identical_to_the_reference(length):
         qkv = torch.zeros(sequences.capacity, 3, 2, 128, dtype=HIGHEST_PRECISION, device=DEVICE)
         qkv[:, 2] = identity
         qkv.requires_grad_()
-        o = attend(qkv, sequences, 0.3)
+        o = attend(qkv, sequences, p)
         kept = (o[slots] != 0).permute(1, 0, 2)[..., : len(keys)]  # heads, queries, keys
         assert torch.equal(kept, expected[:, :, first : first + 128])
         d_v = torch.autograd.grad(o, qkv, identity)[0][slots, 2]
