@@ -62,6 +62,18 @@ def test_a_mask_is_avoided_if_a_path_leads_around_it():
     assert opcodes(Choice(take=frozenset({"mask"})))[-2:] == ["ISETP.GE.AND", "EXIT"]
 
 
+def test_a_loop_around_matmuls_that_never_runs_is_skipped():
+    """The branch that decides is in front of a loop that tests at its end."""
+    lines = [
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",
+        "@P0 BRA 0x40",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",
+    ]
+    flow = ControlFlow(parse(listing([(line, Control(1)) for line in [*lines, "@P1 BRA 0x20", "EXIT"]])))
+    executed = [len(flow.path(Choice({"matmul": trips}, frozenset({"matmul"})))) for trips in (0, 1, 2)]
+    assert executed == [3, 5, 7]
+
+
 def work(**changes) -> kernel_time.Work:
     values = {"choice": Choice(), "flop": 0.0, "reads": 0.0, "writes": 0.0, "loads": 0.0}
     return kernel_time.Work(132, **{**values, **changes})
@@ -100,12 +112,17 @@ def test_constants_of_the_cases_are_those_of_the_kernels():
         return int(found[1])
 
     threads = 3 * 32  # of a team at 768 columns
-    assert number("rows.cuh", r"BLOCKS_PER_SM = COUNT == 1 \? (\d+) / BLOCK") // threads == cuda_cases.ROW_BLOCKS_PER_SM
+    for name, blocks in cuda_cases.ROW_BLOCKS_PER_SM.items():
+        pattern = rf"{name.upper()}_BLOCKS_PER_SM = COUNT == 1 \? (\d+) / BLOCK"
+        assert number("rows.cuh", pattern) // threads == blocks
     assert number("bias_gelu.cu", r"BLOCKS_PER_SM = (\d+)") == cuda_cases.GELU_BLOCKS_PER_SM
     assert number("bias_gelu.cu", r"MAX_ROWS_IN_FLIGHT = (\d+)") == cuda_cases.GELU_ROWS
     assert number("bias_gelu.cu", r"GELU_THREADS = (\d+)") * 8 == cuda_cases.GELU_COLUMNS
     assert number("attention.cuh", r"ATTENTION_THREADS = (\d+)") == 32 * cuda_cases.ATTENTION_WARPS
     assert number("attention.cuh", r"BLOCK = (\d+)") == cuda_cases.BLOCK
+    prefetched = number("attention_keys.cuh", r"MAX_PREFETCHED_SEQLEN = D == 64 \? (\d+)")
+    names = [case.kernel for case in cuda_cases.cuda_cases() if case.case == "length 128"]
+    assert f"attention_keys_kernel<BFloat16, 64, {prefetched}>" in names
 
 
 def test_the_page_has_every_case_of_cuda():

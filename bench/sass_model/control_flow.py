@@ -210,6 +210,9 @@ class ControlFlow:
 
     def _score(self, blocks: set[int], choice: Choice) -> int:
         """Return 1 if the case demands these blocks, -1 if it excludes them, and 0 if it says nothing."""
+        matmuls = {index for index in blocks if "matmul" in self._of_block[index]}
+        if matmuls and any(choice.trips.get(loop.kind) == 0 and matmuls <= loop.body for loop in self.loops):
+            return -1  # a loop around matmuls that never runs
         trips = [choice.trips.get(loop.kind) for loop in self.loops if loop.header in blocks]
         found = self._features(blocks)
         if found & choice.take or any(trips):

@@ -16,9 +16,10 @@ from bench.sass_model.kernel_time import Work
 
 BLOCK, STEP = 128, 64  # queries or keys of both consumers, and of one wgmma
 ATTENTION_WARPS = 12
-ROW_BLOCKS_PER_SM = 5  # of add_layer_norm at 768 columns, as csrc/cuda/rows.cuh computes it
+ROW_BLOCKS_PER_SM = {"forward": 8, "backward": 5}  # of add_layer_norm at 768 columns, as csrc/cuda/rows.cuh computes it
 GELU_BLOCKS_PER_SM, GELU_ROWS, GELU_COLUMNS = 8, 4, 1024  # csrc/cuda/bias_gelu.cu
 _WHOLE = 512  # tokens up to which a work tile is a sequence
+_PREFETCHED = 256  # tokens up to which the backward pass has room for two blocks of keys
 _TILE = BLOCK * HEAD_DIMENSION * HALF  # bytes of BLOCK rows of one head
 _NOWHERE = {"memory": 0, "other": 0}  # loops that no case runs: over padding slots, and waits for barriers in memory
 
@@ -79,7 +80,8 @@ def _forward(length: int, dropout: bool) -> CudaCase:
     whole = length <= _WHOLE
     rounds = ceil_div(length, BLOCK) if whole else 1
     blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)))
-    trips = {"matmul": ceil_div(length, BLOCK), "outer matmul": rounds, "outer outer matmul": tiles}
+    # The last tile of keys is computed after the loop.
+    trips = {"matmul": ceil_div(length, BLOCK) - 1, "outer matmul": rounds, "outer outer matmul": tiles}
     loads = TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)) * 2 * ceil_div(length, BLOCK) * _TILE
     work = Work(
         blocks,
@@ -118,6 +120,8 @@ def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
     across = ceil_div(length, BLOCK)
     blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if fused else across))
     key_blocks = across if fused else 1  # of a work tile
+    prefetches = not fused or length <= _PREFETCHED
+    bound = 0 if not fused else _PREFETCHED if prefetches else _WHOLE
     trips = {"matmul": ceil_div(length, STEP), "outer matmul": key_blocks, "outer outer matmul": tiles}
     loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
     work = Work(
@@ -128,10 +132,10 @@ def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
         (3 if fused else 2) * UNIT,
         loads,
         _consumers(trips, dropout),
-        waits=tiles * key_blocks,
+        waits=1 if prefetches else tiles * key_blocks,
         awaited=2 * _TILE,
     )
-    return _attention(f"attention_keys_kernel<BFloat16, 64, {str(fused).lower()}>", length, dropout, work, flop)
+    return _attention(f"attention_keys_kernel<BFloat16, 64, {bound}>", length, dropout, work, flop)
 
 
 def _queries(length: int, dropout: bool, flop: float) -> CudaCase:
@@ -155,13 +159,13 @@ def _queries(length: int, dropout: bool, flop: float) -> CudaCase:
 
 def _add_layer_norm(columns: int, dropout: bool) -> Iterator[CudaCase]:
     warps, row = ceil_div(columns, 256), columns * HALF
-    blocks = min(ROW_BLOCKS_PER_SM * H200.sms, TOKENS)
-    trips = {"memory": ceil_div(TOKENS, blocks), "other": 0}
     take = frozenset({"load", "store", *(["dropout"] if dropout else [])})
     for name, reads, writes in (
         ("forward", 2 * row, row + 2 * SINGLE),
         ("backward", 3 * row + 2 * SINGLE, (1 + dropout) * row),
     ):
+        blocks = min(ROW_BLOCKS_PER_SM[name] * H200.sms, TOKENS)
+        trips = {"memory": ceil_div(TOKENS, blocks), "other": 0}
         choice = Choice(trips, take, frozenset() if dropout else frozenset({"dropout"}))
         kernel = f"add_layer_norm_{name}_kernel<BFloat16, BFloat16, RowShape<{warps}, 1, true>>"
         size = f"{columns:,} columns" + (", dropout" if dropout else "")
@@ -177,4 +181,4 @@ def _bias_gelu(columns: int) -> Iterator[CudaCase]:
     )
     for name, reads in (("forward", row), ("backward", 2 * row)):
         work = Work(down * across, choice, 0, reads * TOKENS, row * TOKENS, reads * TOKENS)
-        yield CudaCase(f"bias_gelu_{name}_kernel<BFloat16, true>", f"{columns:,} columns", warps, 0, work)
+        yield CudaCase(f"bias_gelu_{name}_kernel<BFloat16, true, false>", f"{columns:,} columns", warps, 0, work)
