@@ -59,6 +59,6 @@ def test_an_unknown_kernel_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         predict.main()
     assert (
-        "no launch is called softmax: there are attention, add_layer_norm, pre_norm, bias_gelu"
+        "no kernel is called softmax: there are attention, add_layer_norm, pre_norm, bias_gelu"
         in capsys.readouterr().err
     )
