@@ -17,7 +17,7 @@ from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
 from bertfast.data.shards import Shards
 from bertfast.data.special_tokens import special_tokens
-from bertfast.data.tokenizer import continuation_tokens
+from bertfast.data.tokenizer import continuation_tokens, load_tokenizer
 from bertfast.encoder import PretrainingLoss, pretraining_loss
 from bertfast.models.bert import BertForMaskedLM
 from bertfast.models.families import architecture_of, class_like, pretraining_class
@@ -25,7 +25,7 @@ from bertfast.models.files import load, read_config, resolve
 from bertfast.models.patch import require_packed
 from bertfast.models.registry import FusedModel
 from bertfast.runtime.precision import Precision, autocast, choose_device, choose_precision, require_finite
-from bertfast.tasks.pretrained import open_tokenizer, sequence_length
+from bertfast.tasks.pretrained import require_vocabulary, sequence_length
 from bertfast.training.distributed import Distributed
 
 
@@ -117,7 +117,8 @@ def evaluate_masked_lm(
     (head,) = architecture.head_prefixes(kind)
     if any(key.startswith(head) for key in missing):
         raise ValueError(f"{name} has no weights {head}…, so it was not trained as a {kind.__name__}")
-    tokenizer = open_tokenizer(folder, model.config)
+    tokenizer = load_tokenizer(folder)  # that of the shards; transformers' may add tokens
+    require_vocabulary(tokenizer, folder, model.config)
     nn.Module.to(model, choose_device(device))  # transformers' own `to` has the type of a plain function
     chosen_precision = choose_precision(model.device, precision, model.config)
     require_packed(model, chosen_precision)
