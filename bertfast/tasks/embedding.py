@@ -250,7 +250,7 @@ class EmbeddingTask(Task[TextGroups]):
         values = ([f"{score:.6g}" for score in _cosines(one)[0]] for one in embeddings)
         write_aligned(folder / f"predictions_{split}.tsv", examples.rows, header, values)
 
-    def write_folder(self, folder: Path) -> None:
+    def write_folder(self, folder: Path, *, adapted: bool) -> None:
         """Write the files with which sentence-transformers opens the model; see `Task.write_folder`."""
         write_sentence_modules(folder, self.modules, self.config.hidden_size, self.max_length())
 

@@ -22,7 +22,7 @@ from bertfast.data.text_files import read_json
 from bertfast.encoder import sequence_classification_loss, sequence_logits
 from bertfast.models.bert import BertForSequenceClassification
 from bertfast.models.sentence_folder import MODEL_OPTIONS, encoder_folder, write_cross_encoder_modules
-from bertfast.models.weights import config_path, is_adapter
+from bertfast.models.weights import config_path
 from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.features import Features, ModelInputs, tokenize
 from bertfast.tasks.labels import MULTI_LABEL
@@ -77,9 +77,9 @@ class RerankingTask(Task[RankedPairs]):
         self.activation = name
         return encoder
 
-    def write_folder(self, folder: Path) -> None:
+    def write_folder(self, folder: Path, *, adapted: bool) -> None:
         """Write the files with which sentence-transformers opens an adapter; see `Task.write_folder`."""
-        if is_adapter(folder):
+        if adapted:
             write_cross_encoder_modules(folder, self.activation, self.max_length())
 
     def read(self, path: str, *, labelled: bool) -> RankedPairs:

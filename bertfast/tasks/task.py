@@ -111,8 +111,13 @@ class Task(ABC, Generic[Examples]):
         """
         return folder
 
-    def write_folder(self, folder: Path) -> None:
-        """Write what a fine-tuned model's folder holds besides the encoder's files."""
+    def write_folder(self, folder: Path, *, adapted: bool) -> None:
+        """Write what a fine-tuned model's folder holds besides the encoder's files.
+
+        Args:
+            folder: The folder.
+            adapted: Whether it gets an adapter instead of a whole model.
+        """
 
     def max_length(self) -> int:
         """Return the maximum tokens per sequence; `set_config` must have been called."""

@@ -34,7 +34,8 @@ class BestModel:
 
     def save(self) -> None:
         """Write the model, its tokenizer, and what else its folder holds."""
-        self.data.task.write_folder(self.folder)  # before the model, which alone opens with another pooling
+        # Before the model, which alone opens with another pooling.
+        self.data.task.write_folder(self.folder, adapted=self.adapter is not None)
         copy_tokenizer(self.data.tokenizer, self.data.source, self.folder)
         save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
 

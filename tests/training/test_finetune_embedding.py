@@ -34,7 +34,7 @@ def st_losses(run: Finetuning, folder: Path, form: str, dims: list[int]) -> list
     st = pytest.importorskip("sentence_transformers")
     settings = run.settings
     run.model.save_pretrained(folder)
-    run.task.write_folder(folder)
+    run.task.write_folder(folder, adapted=False)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copyfile(Path(settings.model_name_or_path, name), folder / name)
     model = st.SentenceTransformer(str(folder), device="cpu").train()
